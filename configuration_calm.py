@@ -1,0 +1,212 @@
+"""Configurations of CALM: the autoencoder's, and the language model's, which nests it.
+
+Numbers without another source are the published CALM ones (arXiv 2510.27688 and its checkpoints).
+"""
+
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+HEAD_TYPES = ("energy", "flow", "diffusion")
+PROMPT_ALIGNMENTS = ("left", "right")
+AUTO_MAP = {
+    "AutoConfig": "configuration_calm.CALMConfig",
+    "AutoModel": "modeling_calm.CALMModel",
+    "AutoModelForCausalLM": "modeling_calm.CALMForCausalLM",
+}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+class CALMAutoencoderConfig(PretrainedConfig):
+    """Configuration of the autoencoder that maps K tokens to one latent vector and back.
+
+    Args:
+        vocab_size: V, shared with the language model.
+        hidden_size: width d of its layers.
+        intermediate_size: width f of their gated MLPs.
+        num_encoder_layers, num_decoder_layers: of n layers the first n // 2 stand before the squeeze (encoder) or
+            the expansion (decoder), the others after it. At least 1 each.
+        patch_size: K tokens per latent vector.
+        latent_size: Z.
+        hidden_act, mlp_bias, rms_norm_eps, initializer_range: as in Llama.
+        ae_dropout: probability in training both of replacing an input token by id 0 and of dropping a latent
+            dimension (paper 2.2).
+        kl_clamp: floor of the KL divergence, nats per latent dimension (paper 2.2).
+        kl_weight: weight of the KL term beside K times the cross-entropy (paper 2.2).
+
+    Raises:
+        ValueError: a value the architecture has no meaning for.
+    """
+
+    model_type = "calm_autoencoder"
+    base_config_key = "autoencoder_config"
+
+    def __init__(
+        self,
+        vocab_size=128257,
+        hidden_size=512,
+        intermediate_size=1280,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        patch_size=4,
+        latent_size=128,
+        hidden_act="silu",
+        mlp_bias=False,
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        ae_dropout=0.15,
+        kl_clamp=0.5,
+        kl_weight=1e-3,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_encoder_layers = num_encoder_layers
+        self.num_decoder_layers = num_decoder_layers
+        self.patch_size = patch_size
+        self.latent_size = latent_size
+        self.hidden_act = hidden_act
+        self.mlp_bias = mlp_bias
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.ae_dropout = ae_dropout
+        self.kl_clamp = kl_clamp
+        self.kl_weight = kl_weight
+        self._check()
+        # The decoder's output matrix is the encoder's embedding; published configs say False and tie all the same.
+        kwargs["tie_word_embeddings"] = True
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
+
+    def _check(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: the autoencoder needs at least 1 layer.")
+        _require(0 <= self.ae_dropout < 1, f"ae_dropout={self.ae_dropout}: must lie in [0, 1).")
+        _require(self.kl_clamp >= 0, f"kl_clamp={self.kl_clamp}: must not be negative (nats per dimension).")
+        _require(self.kl_weight >= 0, f"kl_weight={self.kl_weight}: must not be negative.")
+
+
+class CALMConfig(LlamaConfig):
+    """Configuration of the continuous autoregressive language model: Llama's, whose positions are patches, and more.
+
+    `max_position_embeddings` counts patches, not tokens.
+
+    Args:
+        patch_size: K tokens per patch.
+        latent_size: Z, size of the vector that the head predicts.
+        head_type: "energy", "flow" or "diffusion".
+        noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
+        num_mlp_layers: residual blocks in the head.
+        num_samples: N, samples per patch in the training loss (energy: head samples; flow, diffusion: targets).
+        num_posterior_samples: S, posterior draws per patch in the energy loss.
+        beta: exponent of the energy score, 1 ≤ β < 2.
+        sampling_steps: solver steps of the flow head, respaced steps of the diffusion head; `None` is 10 and 100.
+        autoencoder_config: a `CALMAutoencoderConfig` or its dictionary; `None` takes the published one with this
+            configuration's K, Z and vocabulary.
+        prompt_alignment: "left" fills the first patch of a prompt on its left; "right" is the published padding
+            inside the last patch, for comparison.
+        prompt_filler_token_id: the token of that filling; `None` is the pad token.
+
+    Raises:
+        ValueError: a value the architecture has no meaning for, or an autoencoder of another K, Z or vocabulary.
+    """
+
+    model_type = "calm"
+    sub_configs = {"autoencoder_config": CALMAutoencoderConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "hidden_states", "attentions"]
+    # Llama's plans name only modules of the backbone, which sits one level deeper here.
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+
+    def __init__(
+        self,
+        patch_size=4,
+        latent_size=128,
+        head_type="energy",
+        noise_size=64,
+        num_mlp_layers=4,
+        num_samples=8,
+        num_posterior_samples=100,
+        beta=1.0,
+        sampling_steps=None,
+        autoencoder_config=None,
+        prompt_alignment="left",
+        prompt_filler_token_id=None,
+        **kwargs,
+    ):
+        self.patch_size = patch_size
+        self.latent_size = latent_size
+        self.head_type = head_type
+        self.noise_size = noise_size
+        self.num_mlp_layers = num_mlp_layers
+        self.num_samples = num_samples
+        self.num_posterior_samples = num_posterior_samples
+        self.beta = beta
+        self.sampling_steps = sampling_steps
+        self.prompt_alignment = prompt_alignment
+        self.prompt_filler_token_id = prompt_filler_token_id
+        if autoencoder_config is None:
+            autoencoder_config = {"patch_size": patch_size, "latent_size": latent_size}
+            if "vocab_size" in kwargs:
+                autoencoder_config["vocab_size"] = kwargs["vocab_size"]
+        if isinstance(autoencoder_config, dict):
+            autoencoder_config = CALMAutoencoderConfig(**autoencoder_config)
+        self.autoencoder_config = autoencoder_config
+        kwargs.setdefault("vocab_size", autoencoder_config.vocab_size)
+        super().__init__(**kwargs)
+        self._check()
+
+    def _check(self):
+        for name in ("patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_posterior_samples"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
+        _require(self.head_type in HEAD_TYPES, f"head_type={self.head_type!r}: must be one of {HEAD_TYPES}.")
+        if self.head_type == "energy":
+            _require(
+                self.num_samples >= 2, f"num_samples={self.num_samples}: the pairwise term needs at least 2 samples."
+            )
+        _require(self.num_samples >= 1, f"num_samples={self.num_samples}: must be at least 1.")
+        _require(
+            1 <= self.beta < 2, f"beta={self.beta}: must lie in [1, 2), where the energy score is strictly proper."
+        )
+        _require(
+            self.sampling_steps is None or self.sampling_steps >= 1,
+            f"sampling_steps={self.sampling_steps}: must be at least 1, or None for the head's own number.",
+        )
+        _require(
+            self.prompt_alignment in PROMPT_ALIGNMENTS,
+            f"prompt_alignment={self.prompt_alignment!r}: must be one of {PROMPT_ALIGNMENTS}.",
+        )
+        for name in ("patch_size", "latent_size", "vocab_size"):
+            own, nested = getattr(self, name), getattr(self.autoencoder_config, name)
+            _require(own == nested, f"{name}={own}, but the autoencoder's is {nested}: they must be equal.")
+        filler = self.prompt_filler_token_id
+        _require(
+            filler is None or 0 <= filler < self.vocab_size,
+            f"prompt_filler_token_id={filler}: must lie in the vocabulary of {self.vocab_size}.",
+        )
+
+    def to_dict(self):
+        output = super().to_dict()
+        # transformers 5 writes only rope_parameters, and 4.57 would silently fall back to 10000 without this.
+        parameters = output.get("rope_parameters")
+        if parameters:
+            output["rope_theta"] = parameters["rope_theta"]
+        # Every copy names its own code: a class loaded from the Hub would leave "repository--module.Class" here.
+        output["auto_map"] = dict(AUTO_MAP)
+        return output
+
+
+CALMConfig.register_for_auto_class()

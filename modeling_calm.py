@@ -1,0 +1,238 @@
+"""CALM: a Llama backbone over patches of K tokens whose head draws the next patch's latent vector.
+
+Read `CALMForCausalLM.forward` first. Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, D hidden size,
+Z latent size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_calm import CALMConfig
+from .generation_calm import CALMGenerationMixin
+from .heads_calm import HEADS
+from .modeling_calm_autoencoder import CALMAutoencoder
+
+
+@dataclass
+class CALMOutputWithPast(ModelOutput):
+    """Output of `CALMForCausalLM`.
+
+    Args:
+        loss: mean head loss over the counted target patches.
+        last_hidden_state (`(B, P, D)`): position p is the context of patch p + 1.
+        past_key_values: cache over patches.
+        hidden_states, attentions: of every layer, on request.
+    """
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class CALMPreTrainedModel(LlamaPreTrainedModel):
+    config_class = CALMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["LlamaDecoderLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if getattr(module, "zero_init", False):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            "CALM can't resize its token embeddings: the vocabulary is the frozen autoencoder's, so a new token needs "
+            "a newly trained autoencoder."
+        )
+
+
+class CALMModel(CALMPreTrainedModel, LlamaModel):
+    """Llama over patches: K token embeddings are compressed to one input vector (paper 3.1)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^autoencoder\."]
+
+    def __init__(self, config: CALMConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.embed_proj = nn.Sequential(
+            nn.Linear(config.patch_size * size, 2 * size),
+            nn.SiLU(),
+            nn.Linear(2 * size, size),
+            nn.LayerNorm(size, eps=1e-6),
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`(B, L)`): whole patches.
+            attention_mask (`(B, L)` or `(B, P)`, past included): by token or by patch; a patch is attended to when
+                any of its tokens is.
+            position_ids (`(B, P)`): positions of patches; by default they count the patches attended to.
+            past_key_values: cache over patches.
+            inputs_embeds (`(B, L, D)`): token embeddings in place of ids.
+
+        Raises:
+            ValueError: L is no multiple of K, or a mask or positions of another length.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        patches = self.embed_patches(inputs_embeds)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        attention_mask = self.patch_mask(attention_mask, past + patches.shape[1])
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        if position_ids is not None and position_ids.shape[-1] != patches.shape[1]:
+            raise ValueError(
+                f"position_ids has length {position_ids.shape[-1]}, but positions count patches: {patches.shape[1]}."
+            )
+        return super().forward(
+            inputs_embeds=patches,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def embed_patches(self, inputs_embeds: Tensor) -> Tensor:
+        """Token embeddings (B, L, D) → the backbone's inputs (B, P, D)."""
+        batch_size, length, _ = inputs_embeds.shape
+        if length % self.config.patch_size:
+            raise ValueError(
+                f"The model got {length} tokens a row, no multiple of patch_size={self.config.patch_size}: fill the "
+                "first patch on its left (generate() does), or drop the last one."
+            )
+        return self.embed_proj(inputs_embeds.reshape(batch_size, length // self.config.patch_size, -1))
+
+    def patch_mask(self, attention_mask: Tensor | None, num_patches: int) -> Tensor | None:
+        """A mask by token or by patch → one by patch, (B, num_patches); others than 2-D pass through."""
+        if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            return attention_mask
+        if attention_mask.shape[1] == num_patches:
+            return attention_mask
+        if attention_mask.shape[1] == num_patches * self.config.patch_size:
+            return attention_mask.unflatten(1, (num_patches, -1)).amax(-1)
+        raise ValueError(
+            f"attention_mask has length {attention_mask.shape[1]}: it must count {num_patches} patches or "
+            f"{num_patches * self.config.patch_size} tokens, those in the cache included."
+        )
+
+
+class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin):
+    """The continuous autoregressive language model: backbone, generative head, frozen autoencoder."""
+
+    def __init__(self, config: CALMConfig):
+        super().__init__(config)
+        self.model = CALMModel(config)
+        self.head = HEADS[config.head_type](config)
+        self.autoencoder = CALMAutoencoder(config.autoencoder_config)
+        self.post_init()
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """As in torch, but the autoencoder stays frozen and in eval mode.
+
+        `from_pretrained` creates parameters anew and calls this last, so here is the place to freeze.
+        """
+        super().train(mode)
+        self.autoencoder.eval().requires_grad_(False)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> None:
+        """None: the tokens come out of the autoencoder."""
+        return None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> CALMOutputWithPast:
+        """Embeds patches, runs the backbone, and with labels scores the head against the next patches.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: as in `CALMModel`.
+            labels (`(B, L)`): the ids at the same positions as the input (they are shifted here, by one patch). A
+                patch is a target when it isn't the first and none of its labels is −100.
+            num_items_in_batch: number of labels that are not −100 in the whole accumulated batch. Exact when the
+                collator sets each row's first patch and its partial patches to −100.
+            generator: randomness of the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.patch_loss(outputs.last_hidden_state, labels, num_items_in_batch, generator)
+        return CALMOutputWithPast(
+            loss=loss,
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def patch_loss(
+        self,
+        hidden_BPD: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+        **draws: Tensor,
+    ) -> Tensor:
+        """Head loss of the targets in labels (B, L) given hidden states (B, P, D): their mean, or, given
+        `num_items_in_batch`, their sum · K / num_items_in_batch. `draws` are recorded draws for the head."""
+        patch_size = self.config.patch_size
+        labels_BPK = labels.unflatten(1, (-1, patch_size))[:, 1:]
+        is_target = (labels_BPK != -100).all(-1)
+        mean, log_std = self.autoencoder.encoder(labels_BPK[is_target].reshape(1, -1))
+        context = hidden_BPD[:, :-1][is_target]
+        losses = self.head.loss(context, mean[0], log_std[0], generator=generator, **draws)
+        count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
+        return losses.sum() / count
+
+
+CALMModel.register_for_auto_class("AutoModel")
+CALMForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,193 @@
+"""The CALM autoencoder: K tokens to one Gaussian latent vector, and back (paper section 2).
+
+Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, d hidden size, Z latent size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.utils import ModelOutput
+
+from .configuration_calm import CALMAutoencoderConfig
+from .scores_calm import clipped_kl
+
+LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32: large enough for full speed, small beside any weights
+
+
+@dataclass
+class CALMAutoencoderOutput(ModelOutput):
+    """Output of `CALMAutoencoder`.
+
+    Args:
+        loss: K · cross-entropy + kl_weight · clipped KL; nats per patch.
+        logits (`(B, L, V)`): reconstruction logits.
+        reconstruction_loss: cross-entropy, nats per token.
+        kl_loss: clipped KL divergence, nats per patch.
+        mean, log_std (`(B, P, Z)`): parameters of the posterior.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    kl_loss: Tensor | None = None
+    mean: Tensor | None = None
+    log_std: Tensor | None = None
+
+
+class AutoencoderLayer(nn.Module):
+    """x + MLP(RMSNorm(x)), on tokens or on patches alike."""
+
+    def __init__(self, config: CALMAutoencoderConfig):
+        super().__init__()
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp(self.norm(hidden))
+
+
+class AutoencoderEncoder(nn.Module):
+    """Token ids (B, L) → mean and log standard deviation of the posterior, each (B, P, Z)."""
+
+    def __init__(self, config: CALMAutoencoderConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.num_token_layers = config.num_encoder_layers // 2
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(AutoencoderLayer(config) for _ in range(config.num_encoder_layers))
+        self.squeeze_layer = nn.Linear(config.patch_size * config.hidden_size, config.hidden_size)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_to_latent = nn.Linear(config.hidden_size, 2 * config.latent_size)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        batch_size, length = input_ids.shape
+        if length % self.patch_size:
+            raise ValueError(f"The autoencoder got {length} tokens a row, no multiple of patch_size={self.patch_size}.")
+        hidden = self.embed_tokens(input_ids)
+        for layer in self.layers[: self.num_token_layers]:
+            hidden = layer(hidden)
+        hidden = self.squeeze_layer(hidden.reshape(batch_size, length // self.patch_size, -1))
+        for layer in self.layers[self.num_token_layers :]:
+            hidden = layer(hidden)
+        mean, log_std = self.hidden_to_latent(self.norm(hidden)).chunk(2, dim=-1)
+        return mean, log_std
+
+
+class AutoencoderDecoder(nn.Module):
+    """Latent vectors (..., Z) → logits (..., K, V)."""
+
+    def __init__(self, config: CALMAutoencoderConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.num_patch_layers = config.num_decoder_layers // 2
+        self.latent_to_hidden = nn.Linear(config.latent_size, config.hidden_size)
+        self.layers = nn.ModuleList(AutoencoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.expand_layer = nn.Linear(config.hidden_size, config.patch_size * config.hidden_size)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def hidden_states(self, latents: Tensor) -> Tensor:
+        """Latent vectors (..., Z) → the last hidden state of each token, (..., K, d), before the output matrix."""
+        hidden = self.latent_to_hidden(latents)
+        for layer in self.layers[: self.num_patch_layers]:
+            hidden = layer(hidden)
+        hidden = self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
+        for layer in self.layers[self.num_patch_layers :]:
+            hidden = layer(hidden)
+        return self.norm(hidden)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.lm_head(self.hidden_states(latents))
+
+
+class CALMAutoencoder(PreTrainedModel):
+    """Maps patches of K tokens to Gaussian posteriors over one latent vector, and latent vectors back to tokens.
+
+    Trained on its own first, then frozen inside `CALMForCausalLM`.
+    """
+
+    config_class = CALMAutoencoderConfig
+    base_model_prefix = "autoencoder"
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"decoder.lm_head.weight": "encoder.embed_tokens.weight"}
+
+    def __init__(self, config: CALMAutoencoderConfig):
+        super().__init__(config)
+        self.encoder = AutoencoderEncoder(config)
+        self.decoder = AutoencoderDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        **kwargs,
+    ) -> CALMAutoencoderOutput:
+        """Encodes, draws one latent vector per patch, decodes; with labels also scores the reconstruction.
+
+        In training mode a share `ae_dropout` of the input tokens is replaced by id 0, and the same share of latent
+        dimensions is dropped.
+
+        Args:
+            input_ids (`(B, L)`): L a multiple of K.
+            labels (`(B, L)`, *optional*): the ids to reconstruct; −100 is left out. A patch's KL term counts by the
+                share of its labels that are kept.
+            num_items_in_batch: number of kept labels in the whole accumulated batch, for exact accumulation.
+            generator: randomness of the latent draw and the token replacement (not of the latent dropout, which is
+                torch's own).
+            noise (`(B, P, Z)`, *optional*): standard normal noise of the latent draw.
+        """
+        corrupted = self._replace_tokens(input_ids, generator) if self.training else input_ids
+        mean, log_std = self.encoder(corrupted)
+        if noise is None:
+            noise = torch.empty_like(mean).normal_(generator=generator)
+        latents = F.dropout(mean + log_std.exp() * noise, self.config.ae_dropout, self.training)
+        logits = self.decoder(latents).flatten(1, 2)
+        if labels is None:
+            return CALMAutoencoderOutput(logits=logits, mean=mean, log_std=log_std)
+
+        kept = labels != -100
+        kept_per_patch = kept.unflatten(1, (-1, self.config.patch_size)).sum(-1)
+        kl = clipped_kl(mean.float(), log_std.float(), self.config.kl_clamp)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        items = kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        reconstruction_loss, kl_loss = cross_entropy / items, (kl * kept_per_patch).sum() / items
+        return CALMAutoencoderOutput(
+            loss=self.config.patch_size * reconstruction_loss + self.config.kl_weight * kl_loss,
+            logits=logits,
+            reconstruction_loss=reconstruction_loss.detach(),
+            kl_loss=kl_loss.detach(),
+            mean=mean,
+            log_std=log_std,
+        )
+
+    @torch.no_grad()
+    def decode_tokens(self, latents: Tensor) -> Tensor:
+        """The most probable tokens of each latent vector: (..., Z) → ids (..., K).
+
+        Works through the latents in chunks, so that the logits never take more than `LOGITS_PER_CHUNK` numbers.
+        """
+        flat = latents.reshape(-1, latents.shape[-1])
+        rows = max(1, LOGITS_PER_CHUNK // (self.config.patch_size * self.config.vocab_size))
+        ids = torch.cat([self.decoder(chunk).argmax(-1) for chunk in flat.split(rows)])
+        return ids.reshape(*latents.shape[:-1], self.config.patch_size)
+
+    def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
+        chance = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+        return input_ids.masked_fill(chance < self.config.ae_dropout, 0)
