@@ -223,8 +223,6 @@ class HubApi:
                 if value["oid"] not in self.lfs_objects:
                     raise HubError(400, "", f"{value['path']} was committed before its LFS object was uploaded")
                 files[value["path"]] = StoredFile(self.lfs_objects[value["oid"]], is_lfs=True)
-            elif key == "deletedFile":
-                del files[value["path"]]
             else:
                 raise HubError(400, "", f"Unknown commit operation: {key}")
         commit = repository.append(revision, files, message, parent.oid)

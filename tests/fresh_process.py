@@ -1,0 +1,67 @@
+"""Calls a function of a test file in a fresh Python process that has a Hugging Face home of its own.
+
+Loading with `trust_remote_code` is tested this way because a process silently keeps the classes that it loaded before:
+only a fresh one shows what a reader gets.
+"""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMEOUT_SECONDS = 300
+MAIN = """
+import importlib, json, sys
+module, function, arguments, result = sys.argv[1:]
+value = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+open(result, "w", encoding="utf-8").write(json.dumps(value))
+"""
+# What upstream prints on stderr whatever the model is. Everything else has something to do with ours.
+NOT_OURS = re.compile(
+    r"(it|B)/s\]"  # progress bars
+    r"|^Device set to use"  # the pipeline
+    r"|`torch_dtype` is deprecated"  # an argument of the model card's snippet
+)
+
+
+@dataclass
+class FreshCall:
+    result: object
+    stderr: str
+
+    @property
+    def complaints(self):
+        """The lines on stderr that upstream would not have printed for a model of its own."""
+        return [line for line in re.split(r"[\r\n]+", self.stderr) if line.strip() and not NOT_OURS.search(line)]
+
+
+def call(function, home, environment=None, **arguments):
+    """Runs `function(**arguments)` in a fresh process.
+
+    Args:
+        function: a function at the top level of a file in this folder; arguments and result must be JSON values.
+        home: folder that becomes HF_HOME (cache and copied remote code) and the working directory.
+        environment: variables to set; without HF_ENDPOINT in it the process is offline.
+
+    Raises:
+        AssertionError: the process failed; the message holds its stderr.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))}
+    environment = {"HF_HUB_OFFLINE": "1"} if environment is None else environment
+    here = Path(inspect.getfile(function)).parent
+    result = home / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, function.__module__, function.__name__, json.dumps(arguments), str(result)],
+        env={**inherited, "HF_HOME": str(home), "PYTHONPATH": str(here), **environment},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, f"{function.__name__}({arguments}) failed in a fresh process:\n{done.stderr}"
+    return FreshCall(json.loads(result.read_text(encoding="utf-8")), done.stderr)
