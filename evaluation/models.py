@@ -1,0 +1,84 @@
+"""Loading a CALM or any causal LM, and counting Brier-1..4 of either on blocks of text."""
+
+# B blocks, L tokens of a block, K tokens per patch, V vocabulary
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
+from calm.evaluation.branching import CalmReader
+from calm.evaluation.brier import MAX_N, BrierCounts
+from calm.evaluation.calm_estimator import count_calm
+from calm.modeling_calm import CALMForCausalLM
+
+# Logits that the estimators hold at a time: 2^27 float32 are 0.5 GB.
+LOGITS_AT_ONCE = 2**27
+
+
+def is_calm(model) -> bool:
+    return getattr(model.config, "model_type", None) == "calm"
+
+
+def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
+    """A model folder or Hub id, in eval mode; a CALM is loaded with this package's code."""
+    model_type = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+    if model_type is None:
+        raise ValueError(f"{name}: no model_type in a config.json there; it must be a model folder or a Hub model id")
+    model_class = CALMForCausalLM if model_type == "calm" else AutoModelForCausalLM
+    return model_class.from_pretrained(name, dtype=dtype).to(device).eval()
+
+
+def positions_per_block(model, block_size: int) -> int:
+    """Predicted positions in a block of L tokens.
+
+    Raises ValueError when the model cannot read such blocks: no whole number of patches, too short, or too long.
+    """
+    config = model.config
+    patch_size = config.patch_size if is_calm(model) else 1
+    if block_size % patch_size:
+        raise ValueError(f"block_size={block_size}: must be a multiple of the model's patch size {patch_size}")
+    positions = block_size // patch_size - ceil(MAX_N / patch_size)
+    if positions < 1:
+        raise ValueError(f"block_size={block_size}: too short to predict {MAX_N} tokens")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and block_size > longest * patch_size:
+        raise ValueError(f"block_size={block_size}: the model reads at most {longest * patch_size} tokens")
+    return positions
+
+
+@torch.no_grad()
+def count_model(
+    model, blocks_BL: torch.Tensor, batch_size: int = 1, seed: int = 0, progress: bool = False
+) -> BrierCounts:
+    """Counts of Brier-1..4 of a CALM or another causal LM on blocks (B, L) of its own tokens.
+
+    Raises ValueError for blocks that the model cannot read and for ids outside its vocabulary.
+    """
+    positions_per_block(model, blocks_BL.shape[1])
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if int(blocks_BL.max()) >= vocab_size:
+        raise ValueError(f"token id {int(blocks_BL.max())}: outside the model's vocabulary of {vocab_size}")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    blocks_BL = blocks_BL.to(model.device)
+    if is_calm(model):
+        patch_size = model.config.patch_size
+        reader = CalmReader(model)
+        logits_per_position = 2 * patch_size * vocab_size
+    else:
+        patch_size = None
+        reader = causal_lm_reader(model, blocks_BL)
+        logits_per_position = vocab_size
+    chunk = min(512, max(1, LOGITS_AT_ONCE // (batch_size * logits_per_position)))
+
+    counts = BrierCounts.empty()
+    for batch_BL in tqdm(blocks_BL.split(batch_size), desc="BrierLM", unit="batch", disable=not progress):
+        if patch_size is None:
+            counts += count_ar(reader, batch_BL, generator, chunk)
+        else:
+            counts += count_calm(reader, batch_BL, patch_size, generator, chunk)
+    return counts

@@ -1,0 +1,121 @@
+"""The BrierLM metric: by hand, against its definition, and against the published code's recorded numbers."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calm.configuration_calm import CALMAutoencoderConfig
+from calm.evaluation.brier import BrierCounts, brierlm, prefix_matches
+from calm.modeling_calm_autoencoder import CALMAutoencoder
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_prefix_matches_by_hand():
+    left, right = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 8]])
+    assert prefix_matches(left, right).tolist() == [True, True, False, False]
+    assert prefix_matches(torch.tensor([5, 6, 7, 8, 1]), torch.tensor([5, 6, 7, 8, 2])).all()
+
+
+def test_estimate_of_one_position_by_hand():
+    """x1 = y for one token, x2 = y for three, x1 = x2 for one: 1+1-1, 0+1-0, 0+1-0, 0."""
+    counts = BrierCounts.from_draws(
+        torch.tensor([[[1, 9, 3, 4]]]), torch.tensor([[[1, 2, 3, 0]]]), torch.tensor([[[1, 2, 3, 4]]])
+    )
+    assert counts.accuracy_B4.tolist() == [[2, 1, 1, 0]]
+    assert counts.collision_B4.tolist() == [[1, 0, 0, 0]]
+    assert counts.score().brier == [1, 1, 1, 0]
+
+
+def test_perfect_and_stuck_models():
+    target = torch.arange(24).view(1, 6, 4)
+    assert BrierCounts.from_draws(target, target, target).score().brierlm.value == pytest.approx(100)
+    stuck = torch.full_like(target, 99)
+    score = BrierCounts.from_draws(stuck, stuck, target).score()
+    assert score.brier == [-1, -1, -1, -1]
+
+
+def test_expectation_of_the_estimate_is_the_brier_score():
+    """2 P(y) - sum P^2, over every pair of outcomes of an enumerated distribution."""
+    outcomes = torch.cartesian_prod(*[torch.arange(2)] * 4)
+    probs = torch.softmax(torch.arange(16.0).sin() * 2, 0).double()
+    first, second = torch.cartesian_prod(torch.arange(16), torch.arange(16)).unbind(1)
+    target = outcomes[5]
+    expectation = 0
+    for i, j in zip(first, second, strict=True):
+        counts = BrierCounts.from_draws(*(x.view(1, 1, 4) for x in (outcomes[i], outcomes[j], target)))
+        expectation = expectation + probs[i] * probs[j] * torch.tensor(counts.score(resamples=1).brier)
+    for n in range(1, 5):
+        of_prefix = {}
+        for outcome, p in zip(outcomes, probs, strict=True):
+            key = tuple(outcome[:n].tolist())
+            of_prefix[key] = of_prefix.get(key, 0) + p
+        exact = 2 * of_prefix[tuple(target[:n].tolist())] - sum(p**2 for p in of_prefix.values())
+        assert expectation[n - 1] == pytest.approx(exact.item(), abs=1e-6)
+
+
+def test_negative_product_counts_as_zero():
+    assert brierlm(torch.tensor([0.2, 0.1, -0.05, 0.01])) == 0
+    assert brierlm(torch.tensor([0.16, 0.08, 0.04, 0.02])).item() == pytest.approx(100 * 0.00001024**0.25)
+
+
+def random_counts(blocks, positions=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    first, second, target = torch.randint(0, 2, (3, blocks, positions, 4), generator=generator)
+    return BrierCounts.from_draws(first, second, target)
+
+
+def test_counts_add_up():
+    """Batches weigh by their positions, whatever their number of positions."""
+    parts = [random_counts(3, 7), random_counts(5, 2, seed=1)]
+    total = sum(parts, BrierCounts.empty()).score()
+    assert (total.positions, total.blocks) == (31, 8)
+    weighted = [(21 * a + 10 * b) / 31 for a, b in zip(*(part.score().brier for part in parts), strict=True)]
+    assert total.brier == pytest.approx(weighted)
+
+
+def test_interval_covers_and_shrinks():
+    few, many = (random_counts(blocks).score().brierlm for blocks in (20, 2000))
+    assert few.low < few.value < few.high and many.low < many.value < many.high
+    assert (many.high - many.low) < (few.high - few.low) / 5
+    assert random_counts(20).score(seed=3) == random_counts(20).score(seed=3)
+    assert random_counts(1).score().brierlm.low is None
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no positions"):
+        BrierCounts.empty().score()
+    with pytest.raises(ValueError, match="continuation of 3 tokens"):
+        BrierCounts.from_draws(*torch.zeros(3, 1, 1, 3))
+
+
+def published_autoencoder(folder):
+    """The decoder's side is all that is needed here; conversion as a whole is tested elsewhere."""
+    config = json.loads((folder / "config.json").read_text())
+    model = CALMAutoencoder(CALMAutoencoderConfig(**config)).eval()
+    file = folder / "model.safetensors"
+    weights = load_file(file) if file.exists() else torch.load(folder / "pytorch_model.bin", weights_only=True)
+    weights = {
+        re.sub(r"(en|de)coder_layers", "layers", name).replace("layernorm", "norm"): tensor
+        for name, tensor in weights.items()
+        if name != "decoder.lm_head_weight"
+    }
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["decoder.lm_head.weight"], [])
+    return model
+
+
+@pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])
+def test_published_numbers(head):
+    """Two draws for each of 16 x 12 patches, decoded, give the Brier-1..4 that the published code recorded."""
+    golden = load_file(FIXTURES / f"{head}_k4" / "golden.safetensors")
+    with torch.no_grad():
+        draws = published_autoencoder(FIXTURES / f"{head}_k4" / "autoencoder").decoder(golden["brier.latents"])
+    targets = golden["brier.targets"].unflatten(1, (12, 4))
+    score = BrierCounts.from_draws(*draws.argmax(-1), targets).score()
+    assert score.positions == 16 * 12
+    assert score.brier == pytest.approx([golden[f"brier.brier{n}"].item() for n in range(1, 5)], abs=1e-6)

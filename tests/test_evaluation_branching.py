@@ -1,0 +1,142 @@
+"""Branches read in one forward pass are what the model says of each continuation by itself."""
+
+import time
+import warnings
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from calm.configuration_calm import CALMConfig
+from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
+from calm.evaluation.branching import CalmReader, CausalLMReader, RereadingReader, padded_nonzero
+from calm.modeling_calm import CALMForCausalLM
+
+V, L = 11, 12
+SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
+
+
+def llama(attention="sdpa", **sizes):
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SIZES | dict(num_attention_heads=4, num_key_value_heads=2) | sizes))
+    config._attn_implementation = attention
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=L)).eval()
+
+
+def mistral(window):
+    torch.manual_seed(0)
+    sizes = SIZES | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    return MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()
+
+
+def calm(patch_size):
+    torch.manual_seed(0)
+    autoencoder = dict(vocab_size=V, hidden_size=16, intermediate_size=24, patch_size=patch_size, latent_size=8)
+    config = CALMConfig(
+        **SIZES,
+        num_attention_heads=4,
+        patch_size=patch_size,
+        latent_size=8,
+        noise_size=4,
+        autoencoder_config=autoencoder,
+    )
+    return CALMForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("model", [llama, lambda: llama("eager"), gpt2], ids=["sdpa", "eager", "gpt2"])
+def test_tree_equals_rereading(model):
+    """Two generations of branches with shared, forked and dropped parents, twice on the same block."""
+    model = model()
+    tokens = torch.randint(V, (2, L), generator=torch.Generator().manual_seed(1))
+    tree, slow = CausalLMReader(model), RereadingReader(model)
+    torch.testing.assert_close(tree.read(tokens), slow.read(tokens))
+    for positions in ([[0, 3, 7], [1, 1, 9]], [[5], [8]]):
+        positions = torch.tensor(positions)
+        tree.start(positions)
+        slow.start(positions)
+        parents = torch.zeros_like(positions)
+        for step in range(2):
+            fed = (positions + step) % V
+            torch.testing.assert_close(tree.extend(parents, fed), slow.extend(parents, fed), atol=1e-5, rtol=1e-4)
+            parents = torch.arange(positions.shape[1]).flip(0).expand_as(positions)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_calm_branches_equal_plain_reading(patch_size):
+    """Feeding the block's own patches as branches gives back the block's hidden states; a changed one does not."""
+    model = calm(patch_size)
+    patches = torch.randint(V, (2, 8, patch_size), generator=torch.Generator().manual_seed(1))
+    reader = CalmReader(model)
+    states = reader.read(patches)
+    torch.testing.assert_close(states, model.model(input_ids=patches.flatten(1)).last_hidden_state)
+    reader.start(torch.tensor([[0, 5], [2, 2]]))
+    branches = torch.tensor([[0, 1], [0, 1]])
+    first = reader.extend(branches, torch.stack([patches[0, [1, 6]], patches[1, [3, 3]]]))
+    torch.testing.assert_close(first, torch.stack([states[0, [1, 6]], states[1, [3, 3]]]), atol=1e-5, rtol=1e-4)
+    second = reader.extend(branches, torch.stack([patches[0, [2, 7]], patches[1, [4, 4]]]))
+    torch.testing.assert_close(second, torch.stack([states[0, [2, 7]], states[1, [4, 4]]]), atol=1e-5, rtol=1e-4)
+    assert reader.draw(second, 3).shape == (3, 2, 2, patch_size)
+
+
+def test_reader_falls_back_where_branches_are_wrong():
+    """A sliding window shorter than the block: a 4D mask would let branches see further back than the model does."""
+    tokens = torch.randint(V, (1, L), generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(causal_lm_reader(mistral(window=64), tokens), CausalLMReader)
+    with pytest.warns(UserWarning, match="MistralForCausalLM cannot be read in branches"):
+        assert isinstance(causal_lm_reader(mistral(window=3), tokens), RereadingReader)
+
+
+def test_padded_nonzero():
+    index, valid = padded_nonzero(torch.tensor([[False, True, True], [False, False, True], [False, False, False]]))
+    assert index[0].tolist() == [1, 2] and index[1, 0] == 2
+    assert valid.tolist() == [[True, True], [True, False], [False, False]]
+
+
+@torch.no_grad()
+def brier_position_by_position(model, tokens_L, generator):
+    """Slow twin: two cached roll-outs of three tokens after every prefix; returns accuracy and collision sums (4)."""
+    accuracy, collision = torch.zeros(4), torch.zeros(4)
+    for position in range(len(tokens_L) - 4):
+        equal, probability = True, 1.0
+        caches = [model(input_ids=tokens_L[None, : position + 1], use_cache=True) for _ in range(2)]
+        true = model(input_ids=tokens_L[None, : position + 5]).logits[0].softmax(-1)
+        for n in range(4):
+            probs = [out.logits[0, -1].softmax(-1) for out in caches]
+            probability *= true[position + n, tokens_L[position + n + 1]]
+            accuracy[n] += 2 * probability
+            collision[n] += equal * probs[0].square().sum()
+            drawn = [p.multinomial(1, generator=generator) for p in probs]
+            equal = equal and bool(drawn[0] == drawn[1])
+            caches = [
+                model(input_ids=d[None], past_key_values=out.past_key_values, use_cache=True)
+                for d, out in zip(drawn, caches, strict=True)
+            ]
+    return accuracy, collision
+
+
+def test_ar_estimator_agrees_with_rolling_out_and_is_ten_times_faster():
+    model = llama(initializer_range=0.4)
+    tokens = torch.randint(V, (1, 48), generator=torch.Generator().manual_seed(1))
+    reader = CausalLMReader(model)
+    count_ar(reader, tokens)  # warm up
+
+    start = time.perf_counter()
+    counts = count_ar(reader, tokens, torch.Generator().manual_seed(0))
+    fast = time.perf_counter() - start
+    start = time.perf_counter()
+    accuracy, collision = brier_position_by_position(model, tokens[0], torch.Generator().manual_seed(0))
+    slow = time.perf_counter() - start
+
+    torch.testing.assert_close(counts.accuracy_B4[0].float(), accuracy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(counts.collision_B4[0, 0].float(), collision[0], rtol=1e-4, atol=1e-4)
+    repeats = [count_ar(reader, tokens, torch.Generator().manual_seed(s)).collision_B4[0] for s in range(40)]
+    repeats = torch.stack(repeats)
+    assert ((repeats.mean(0) - collision).abs() < 4 * repeats.std(0) + 1e-4).all()
+    assert slow > 10 * fast, f"{slow:.3f} s position by position, {fast:.3f} s in branches"

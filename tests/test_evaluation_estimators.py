@@ -1,0 +1,147 @@
+"""Both estimators are unbiased: on a Markov chain with known transitions they agree with the exact Brier-n.
+
+The stubs answer the estimators' own protocol (evaluation/branching.py) by sampling exactly from a chain, so what is
+tested is everything an estimator does around a model: positions, targets, branches, drop-outs, sums.
+"""
+
+import pytest
+import torch
+
+from calm.evaluation.ar_estimator import count_ar
+from calm.evaluation.branching import take
+from calm.evaluation.calm_estimator import count_calm
+
+V = 4  # states of the chains
+BLOCKS, LENGTH = 256, 48
+
+
+def random_chain(seed, sharpness=2.0):
+    """(V, V) transition matrix, rows sum to 1, all entries positive."""
+    return (sharpness * torch.randn(V, V, generator=torch.Generator().manual_seed(seed))).softmax(-1)
+
+
+def walk(chain, starts, steps, generator):
+    """`steps` further states of each start (...), shape (..., steps)."""
+    states = [starts.flatten()]
+    for _ in range(steps):
+        states.append(chain[states[-1]].multinomial(1, generator=generator).squeeze(-1))
+    return torch.stack(states[1:], dim=-1).unflatten(0, starts.shape)
+
+
+class ChainReader:
+    """Stub model: its state is the last token read. Remembers its branches' tokens to check what it is fed."""
+
+    def __init__(self, chain, patch_size=None):
+        self.chain, self.patch_size = chain, patch_size
+        self.branches_fed = 0
+
+    def _state(self, units):
+        last = units if self.patch_size is None else units[..., -1]
+        return self.chain.log()[last] if self.patch_size is None else last
+
+    def read(self, units_BP):
+        self.states = self._state(units_BP)
+        return self.states
+
+    def start(self, positions_BN):
+        self.branches = positions_BN.shape[1]
+
+    def extend(self, parents_BN, units_BN):
+        assert 0 <= parents_BN.min() and parents_BN.max() < self.branches
+        assert parents_BN.shape == units_BN.shape[:2]
+        self.branches = parents_BN.shape[1]
+        self.branches_fed += parents_BN.numel()
+        return self._state(units_BN)
+
+    def draw(self, states, num_samples, generator=None):
+        return walk(self.chain, states.expand(num_samples, *states.shape), self.patch_size, generator)
+
+
+def exact_brier(model, contexts, targets):
+    """(..., 4) of contexts (...) and true continuations (..., 4): 2 P(y) - sum_x P(x)^2 by enumeration."""
+    path = torch.cat([contexts.unsqueeze(-1), targets], dim=-1)
+    accuracy = model[path[..., :-1], path[..., 1:]].cumprod(-1)
+    squares, ones, collision = model**2, torch.ones(V), []
+    for _ in range(4):  # sum over paths of the squared path probability = (P∘P)^n 1
+        ones = squares @ ones
+        collision.append(ones[contexts])
+    return 2 * accuracy - torch.stack(collision, dim=-1)
+
+
+def assert_unbiased(counts, exact_BM4, most_error):
+    """Mean over blocks of (estimate - exact) is within 3 standard errors of 0, and those are small."""
+    estimate_B4 = (counts.accuracy_B4 - counts.collision_B4) / counts.positions_B.unsqueeze(1)
+    error_B4 = estimate_B4 - exact_BM4.mean(1)
+    standard_error_4 = error_B4.std(0) / len(error_B4) ** 0.5
+    assert (error_B4.mean(0).abs() <= 3 * standard_error_4 + 1e-6).all(), (error_B4.mean(0), standard_error_4)
+    assert standard_error_4.max() < most_error
+
+
+@pytest.fixture(scope="module")
+def text():
+    generator = torch.Generator().manual_seed(0)
+    return walk(random_chain(0), torch.randint(V, (BLOCKS,), generator=generator), LENGTH, generator)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("model_seed", [0, 1], ids=["true_model", "wrong_model"])
+def test_calm_estimator_is_unbiased(text, patch_size, model_seed):
+    model = random_chain(model_seed)
+    reader = ChainReader(model, patch_size)
+    counts = count_calm(reader, text, patch_size, torch.Generator().manual_seed(1), chunk=13)
+    steps = -(-4 // patch_size)
+    ends = torch.arange(LENGTH // patch_size - steps) * patch_size + patch_size - 1
+    targets = torch.stack([text[:, ends + i] for i in range(1, 5)], dim=-1)
+    assert counts.positions_B.tolist() == [len(ends)] * BLOCKS
+    assert_unbiased(counts, exact_brier(model, text[:, ends], targets), most_error=0.03)
+
+
+@pytest.mark.parametrize("model_seed", [0, 1], ids=["true_model", "wrong_model"])
+@pytest.mark.parametrize("chunk", [11, 512])
+def test_ar_estimator_is_unbiased(text, model_seed, chunk):
+    model = random_chain(model_seed)
+    counts = count_ar(ChainReader(model), text, torch.Generator().manual_seed(1), chunk)
+    targets = text[:, 1:].unfold(1, 4, 1)
+    assert counts.positions_B.tolist() == [LENGTH - 4] * BLOCKS
+    assert_unbiased(counts, exact_brier(model, text[:, :-4], targets), most_error=0.005)
+
+
+def test_ar_accuracy_and_first_collision_are_exact(text):
+    model = random_chain(1)
+    counts = count_ar(ChainReader(model), text, torch.Generator().manual_seed(1))
+    exact = exact_brier(model, text[:, :-4], text[:, 1:].unfold(1, 4, 1)).mean((0, 1))
+    torch.testing.assert_close(torch.tensor(counts.score().brier[0]), exact[0])
+
+
+def test_estimators_agree_between_patch_sizes(text):
+    """A chain model has no patch size: CALM with any K and the AR estimator measure the same number."""
+    model = random_chain(0)
+    of_ar = count_ar(ChainReader(model), text, torch.Generator().manual_seed(2)).score().brierlm
+    for patch_size in (1, 4):
+        score = count_calm(ChainReader(model, patch_size), text, patch_size, torch.Generator().manual_seed(2)).score()
+        assert score.brierlm.low < of_ar.value < score.brierlm.high
+
+
+def test_continuations_that_cannot_count_are_not_rolled_out(text):
+    """K = 1 feeds 3 patches for each of two continuations at most; a chain that rarely agrees needs far fewer."""
+    reader = ChainReader(torch.full((V, V), 1 / V), patch_size=1)
+    counts = count_calm(reader, text, 1, torch.Generator().manual_seed(1), chunk=1000)
+    assert reader.branches_fed < 0.6 * 6 * counts.positions_B.sum()
+
+
+@pytest.mark.parametrize(
+    ("length", "patch_size", "message"),
+    [(9, 4, "multiple of the patch size 4"), (4, 4, "at least 8"), (4, 1, "at least 5")],
+)
+def test_calm_estimator_refuses_short_blocks(length, patch_size, message):
+    with pytest.raises(ValueError, match=message):
+        count_calm(ChainReader(random_chain(0), patch_size), torch.zeros(1, length, dtype=torch.long), patch_size)
+
+
+def test_ar_estimator_refuses_short_blocks():
+    with pytest.raises(ValueError, match="at least 5"):
+        count_ar(ChainReader(random_chain(0)), torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_take_selects_by_row():
+    assert take(torch.tensor([[10, 11], [20, 21]]), torch.tensor([[1], [0]])).tolist() == [[11], [20]]
