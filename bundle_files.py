@@ -1,0 +1,140 @@
+"""What stands beside the weights in a bundled repository: configuration, code, tokenizer, model card."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+from calm.checkpoint_files import ConversionError, Repository, first_line
+from calm.configuration_calm import CALMConfig
+from calm.modeling_calm import CALMForCausalLM
+from tokenizers import Tokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_calm.CALMConfig",
+    "AutoModel": "modeling_calm.CALMModel",
+    "AutoModelForCausalLM": "modeling_calm.CALMForCausalLM",
+}
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- calm
+- continuous-autoregressive
+- custom_code
+license: other
+{base_models}---
+
+# {name}
+
+A CALM, a continuous autoregressive language model ([arXiv 2510.27688](https://arxiv.org/abs/2510.27688)): instead of
+one token it predicts one vector that stands for a patch of {patch_size} tokens, which an autoencoder turns into text.
+
+```python
+import torch
+from transformers import pipeline
+
+pipe = pipeline(
+    "text-generation", model="{name}", torch_dtype=torch.bfloat16, device_map="auto", trust_remote_code=True
+)
+print(pipe("The key to life is", max_new_tokens=20, do_sample=True)[0]["generated_text"])
+```
+
+## Where it comes from
+
+The weights are those of two repositories, put into one {dtype} file by `convert_checkpoint.py` of CALM for
+Transformers:
+
+- language model, with a head of type "{head_type}": {language_model}
+- autoencoder: {autoencoder}
+
+**Licence.** The weights, and the tokenizer, stay under the licences of the repositories they come from. The code
+beside them is under the MIT licence.
+"""
+
+
+def generation_defaults(config: CALMConfig) -> dict:
+    """Contents of generation_config.json: sampled as published, T = 0.5 over N = 200 candidates (Algorithm 2)."""
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "do_sample": True,
+        "temperature": 0.5,
+        "num_candidates": 200,
+        "sampling_method": "batch",
+    }
+
+
+def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
+    """tokenizer.json, with the pad token of the configuration, and the tokenizer_config.json for it.
+
+    Raises:
+        ConversionError: there is no tokenizer.json, or its ids are not those of the configuration.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConversionError(f"{path} does not exist: name a repository that has one with --tokenizer.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConversionError(f"{path} is no tokenizer: {first_line(error)}") from None
+    if tokenizer.id_to_token(config.pad_token_id) is None:
+        tokenizer.add_special_tokens(["[PAD]"])
+    count = tokenizer.get_vocab_size()
+    if count > config.vocab_size:
+        raise ConversionError(f"{path} has {count} tokens, more than the {config.vocab_size} that the model knows.")
+    tokens = {}
+    for field in ("bos_token", "eos_token", "pad_token"):
+        ids = getattr(config, f"{field}_id")
+        tokens[field] = tokenizer.id_to_token(ids[0] if isinstance(ids, list) else ids)
+        if tokens[field] is None:
+            raise ConversionError(f"{path} has no token for {field}_id {ids}.")
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # what both transformers 4.57 and 5 load
+        **tokens,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(tokenizer_config, indent=2)}
+
+
+def model_card(name: str, config: CALMConfig, language_model: Repository, autoencoder: Repository) -> str:
+    sources = [language_model, autoencoder]
+    on_hub = "".join(f"- {source.name}\n" for source in sources if source.is_on_hub)
+    links = [f"[{s.name}](https://huggingface.co/{s.name})" if s.is_on_hub else f"`{s.name}`" for s in sources]
+    return MODEL_CARD.format(
+        name=name,
+        base_models=f"base_model:\n{on_hub}" if on_hub else "",
+        patch_size=config.patch_size,
+        head_type=config.head_type,
+        dtype=str(config.dtype).removeprefix("torch."),
+        language_model=links[0],
+        autoencoder=links[1],
+    )
+
+
+def bundle_texts(
+    name: str, config: CALMConfig, tokenizer_folder: Path, language_model: Repository, autoencoder: Repository
+) -> dict[str, str]:
+    """File name → content of everything in the bundle but code and weights.
+
+    Raises:
+        ConversionError: the tokenizer is missing or not the model's.
+    """
+    config.architectures = [CALMForCausalLM.__name__]
+    config.auto_map = AUTO_MAP
+    return {
+        "config.json": config.to_json_string(),
+        "generation_config.json": json.dumps(generation_defaults(config), indent=2),
+        "README.md": model_card(name, config, language_model, autoencoder),
+        **tokenizer_texts(tokenizer_folder, config),
+    }
+
+
+def code_files() -> list[str]:
+    """The modeling file and every file that it imports."""
+    modeling_file = inspect.getfile(CALMForCausalLM)
+    return [modeling_file, *dict.fromkeys(get_relative_import_files(modeling_file))]

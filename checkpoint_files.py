@@ -1,0 +1,215 @@
+"""Reads published repositories and writes safetensors, for `convert_checkpoint.py`.
+
+Values are read and written one tensor at a time, so that memory holds one tensor and not the model.
+"""
+
+import json
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from tqdm import tqdm
+
+SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TAGS}
+
+
+class ConversionError(Exception):
+    """Why a conversion is impossible, in one sentence that names the file and, where there is one, the tensor."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self):
+        return f"tensor {self.name} {self.shape} in {self.path}"
+
+    def read(self) -> torch.Tensor:
+        # The file is mapped anew each time, for what was read through one long-lived mapping stays in memory.
+        if self.path.suffix == ".bin":
+            return _load_pickle(self.path)[self.name]
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.name)
+
+
+class Repository:
+    """A published repository, a folder or on the Hub: its `config` and `tensors` (name → `StoredTensor`).
+
+    Raises:
+        ConversionError: a file is missing, unreadable or truncated.
+    """
+
+    def __init__(self, id_or_folder: str):
+        self.folder = fetch(id_or_folder, ["*.json", "model*.safetensors"])
+        self.is_on_hub = not Path(id_or_folder).is_dir()
+        if self.is_on_hub and not any(self.folder.glob("*.safetensors")):
+            self.folder = fetch(id_or_folder, ["*.json", "pytorch_model*.bin"])
+        self.name = id_or_folder if self.is_on_hub else self.folder.resolve().name
+        self.config_path = self.folder / "config.json"
+        self.config = read_json(self.config_path)
+        self.weights, files = find_weights(self.folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        for stored in (stored for path in files for stored in list_tensors(path)):
+            if stored.name in self.tensors:
+                raise ConversionError(f"The {stored} is in {self.tensors[stored.name].path} too.")
+            self.tensors[stored.name] = stored
+
+    def matrix(self, name: str) -> StoredTensor:
+        """The stored tensor of this name, which must be a matrix."""
+        if name not in self.tensors:
+            raise ConversionError(f"{self.weights} lacks the tensor {name}.")
+        if len(self.tensors[name].shape) != 2:
+            raise ConversionError(f"{self.tensors[name]} should be a matrix.")
+        return self.tensors[name]
+
+    def count_layers(self, prefix: str) -> tuple[int, StoredTensor]:
+        """How many layers `prefix.0.`, `prefix.1.`, … there are, and a tensor of the last one."""
+        layers = {}
+        for name, stored in self.tensors.items():
+            if match := re.match(re.escape(prefix) + r"\.(\d+)\.", name):
+                layers[int(match[1])] = stored
+        if not layers:
+            raise ConversionError(f"{self.weights} lacks the tensors {prefix}.*.")
+        return max(layers) + 1, layers[max(layers)]
+
+
+def fetch(id_or_folder: str, patterns: list[str]) -> Path:
+    """The folder itself, or one into which the matching files of a Hub repository were downloaded."""
+    if Path(id_or_folder).is_dir():
+        return Path(id_or_folder)
+    try:
+        return Path(snapshot_download(id_or_folder, allow_patterns=patterns))
+    except Exception as error:  # the client's exceptions differ between its versions
+        reason = first_line(error)
+        raise ConversionError(f"{id_or_folder} is no folder, and no Hub repository within reach: {reason}") from None
+
+
+def find_weights(folder: Path) -> tuple[Path, list[Path]]:
+    """The weights of a repository, safetensors before .bin: the file that lists or is them, and the files they are in.
+
+    Raises:
+        ConversionError: there are none, or a shard is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = [folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            for shard in shards:
+                if not shard.is_file():
+                    raise ConversionError(f"{shard} does not exist, but {index.name} names it.")
+            return index, shards
+        if (folder / name).is_file():
+            return folder / name, [folder / name]
+    raise ConversionError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards.")
+
+
+def list_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors of one .safetensors or .bin file, without reading their values.
+
+    Raises:
+        ConversionError: the file is truncated, or holds anything but floating-point tensors.
+    """
+    if path.suffix == ".bin":
+        found = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(path).items()]
+    else:
+        dtypes = {tag: dtype for dtype, tag in SAFETENSORS_TAGS.items()}
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                found = [
+                    (name, tuple(view.get_shape()), dtypes.get(view.get_dtype(), view.get_dtype()))
+                    for name, view in slices.items()
+                ]
+        except Exception as error:  # SafetensorError and OSError have no narrower class in common
+            raise ConversionError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
+    for name, _, dtype in found:
+        if dtype not in SAFETENSORS_TAGS:
+            raise ConversionError(f"{path}: tensor {name} is of type {dtype}, which is none of {', '.join(DTYPES)}.")
+    return [StoredTensor(path, *stored) for stored in found]
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ConversionError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
+    except Exception as error:  # torch has no common class for what can be wrong with a file
+        raise ConversionError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
+    if not isinstance(tensors, dict):
+        raise ConversionError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise ConversionError(f"{path}: {name} is not a dense tensor.")
+    return tensors
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        ConversionError: there is no such file, or something else is in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist.") from None
+    except ValueError as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds no JSON object.")
+    return content
+
+
+def write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, make: Callable[[str], torch.Tensor]
+) -> None:
+    """Writes tensors one after another, with a progress bar on a terminal.
+
+    The format is the safetensors library's: length of the header, header, values; the library itself wants all tensors
+    at once.
+
+    Args:
+        shapes: name → shape of what is to be written.
+        make: name → the tensor, of type `dtype` and of that shape; called once for each name.
+
+    Raises:
+        ConversionError: the disk is full or fails.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_TAGS[dtype], "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the values start aligned
+    current = "its header"
+    try:
+        # Unbuffered, so that a full disk is met at the tensor it is full at.
+        with open(path, "wb", buffering=0) as file, tqdm(total=end, unit="B", unit_scale=True, disable=None) as bar:
+            _write_all(file, struct.pack("<Q", len(encoded)) + encoded)
+            for current in shapes:
+                tensor = make(current)
+                _write_all(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                bar.update(tensor.nbytes)
+    except OSError as error:
+        raise ConversionError(f"{path} could not be written, at {current}: {error.strerror}.") from None
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while view:  # a raw write may take only part of it: 2 GB at most, or what the disk still holds
+        view = view[file.write(view) :]

@@ -1,0 +1,348 @@
+"""Converts the published CALM checkpoints into one bundled Hugging Face repository.
+
+    python convert_checkpoint.py --calm ID_OR_DIR --autoencoder ID_OR_DIR --output DIR
+
+The published weights come as two repositories, a language model and its autoencoder, without code. The bundle holds
+both in one model.safetensors, with configuration, code, tokenizer and model card beside it, so that `transformers`
+loads it with trust_remote_code=True.
+
+Nothing is guessed: sizes and the head's type are read off the tensors, every published tensor must have its place,
+every place its tensor. Tensors pass through memory one at a time, so the peak is set by the largest, not by the model.
+A failure is one sentence on stderr and exit code 1, and leaves no file behind.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from calm.bundle_files import bundle_texts, code_files
+from calm.checkpoint_files import (
+    DTYPES,
+    ConversionError,
+    Repository,
+    StoredTensor,
+    fetch,
+    first_line,
+    write_safetensors,
+)
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm.modeling_calm import CALMForCausalLM
+from calm.modeling_calm_autoencoder import CALMAutoencoder
+from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
+
+# Published tensor name → ours. Where a pattern has two targets, the matrix is cut into two halves of its columns.
+# Several published tensors may have the same target (tied or stored twice); they must then be equal.
+AUTOENCODER_TABLE = (
+    (r"(encoder|decoder)\.\1_layers\.(\d+)\.layernorm\.(\w+)", r"autoencoder.\1.layers.\2.norm.\3"),
+    (r"(encoder|decoder)\.\1_layers\.(\d+)\.mlp\.(.+)", r"autoencoder.\1.layers.\2.mlp.\3"),
+    (r"(encoder\.(?:embed_tokens|squeeze_layer|norm|hidden_to_latent)\.\w+)", r"autoencoder.\1"),
+    (r"(decoder\.(?:latent_to_hidden|expand_layer|norm)\.\w+)", r"autoencoder.\1"),
+    (r"decoder\.lm_head_weight", r"autoencoder.encoder.embed_tokens.weight"),
+)
+ENERGY = r"(?:mlp_generator|generative_head)\."  # published energy models store their head under both names
+NET = r"generative_head\.net\."  # flow matching and diffusion
+LANGUAGE_MODEL_TABLE = (
+    (r"transformer\.(.+)", r"model.\1"),
+    (r"embed_proj\.(.+)", r"model.embed_proj.\1"),
+    (ENERGY + r"noise_embd\.(\w+)", r"head.noise_embed.\1"),
+    (ENERGY + r"hidden_embd\.(\w+)", r"head.context_embed.\1"),
+    (ENERGY + r"norm_noise\.(\w+)", r"head.norm_noise.\1"),
+    (ENERGY + r"norm_hidden\.(\w+)", r"head.norm_context.\1"),
+    (ENERGY + r"mlp_blocks\.(\d+)\.in_ln\.(\w+)", r"head.blocks.\1.norm.\2"),
+    (
+        ENERGY + r"mlp_blocks\.(\d+)\.linears\.0\.weight",
+        (r"head.blocks.\1.sample_proj.weight", r"head.blocks.\1.context_proj.weight"),
+    ),
+    (ENERGY + r"mlp_blocks\.(\d+)\.linears\.0\.bias", r"head.blocks.\1.context_proj.bias"),
+    (ENERGY + r"mlp_blocks\.(\d+)\.linears\.2\.(\w+)", r"head.blocks.\1.hidden_proj.\2"),
+    (ENERGY + r"mlp_blocks\.(\d+)\.linears\.4\.(\w+)", r"head.blocks.\1.gate_up_proj.\2"),
+    (ENERGY + r"mlp_blocks\.(\d+)\.down_proj\.(\w+)", r"head.blocks.\1.down_proj.\2"),
+    (ENERGY + r"final_layer\.in_ln\.(\w+)", r"head.norm_out.\1"),
+    (ENERGY + r"final_layer\.linears\.0\.(\w+)", r"head.out_hidden.\1"),
+    (ENERGY + r"final_layer\.linears\.2\.(\w+)", r"head.out_proj.\1"),
+    (NET + r"time_embed\.mlp\.(\d)\.(\w+)", r"head.net.time_embed.\1.\2"),
+    (NET + r"cond_embed\.(\w+)", r"head.net.context_embed.\1"),
+    (NET + r"input_proj\.(\w+)", r"head.net.input_proj.\1"),
+    (NET + r"res_blocks\.(\d+)\.in_ln\.(\w+)", r"head.net.blocks.\1.norm.\2"),
+    (NET + r"res_blocks\.(\d+)\.mlp\.(\d)\.(\w+)", r"head.net.blocks.\1.mlp.\2.\3"),
+    (NET + r"res_blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"head.net.blocks.\1.modulation.\2"),
+    (NET + r"final_layer\.linear\.(\w+)", r"head.net.out_proj.\1"),
+    (NET + r"final_layer\.adaLN_modulation\.1\.(\w+)", r"head.net.out_modulation.\1"),
+    *((r"ae_model\." + pattern, target) for pattern, target in AUTOENCODER_TABLE),
+)
+
+# What a published config.json says about files and classes, not about the model; our autoencoder is always tied.
+NOT_ARCHITECTURE = {
+    "architectures", "auto_map", "dtype", "model_type", "tie_word_embeddings", "torch_dtype", "transformers_version",
+}  # fmt: skip
+TIED = {f"autoencoder.{name}" for name in CALMAutoencoder._tied_weights_keys}  # not stored
+
+
+Facts = dict[str, tuple[int | str, StoredTensor]]  # field of the configuration → its value, the tensor that says so
+
+
+def autoencoder_facts(repository: Repository) -> Facts:
+    embedding = repository.matrix("encoder.embed_tokens.weight")
+    squeeze = repository.matrix("encoder.squeeze_layer.weight")
+    to_latent = repository.matrix("encoder.hidden_to_latent.weight")
+    gate = repository.matrix("encoder.encoder_layers.0.mlp.gate_proj.weight")
+    return {
+        "vocab_size": (embedding.shape[0], embedding),
+        "hidden_size": (embedding.shape[1], embedding),
+        "intermediate_size": (gate.shape[0], gate),
+        "patch_size": (quotient(squeeze, 1, embedding.shape[1]), squeeze),
+        "latent_size": (quotient(to_latent, 0, 2), to_latent),
+        "num_encoder_layers": repository.count_layers("encoder.encoder_layers"),
+        "num_decoder_layers": repository.count_layers("decoder.decoder_layers"),
+    }
+
+
+def language_model_facts(repository: Repository) -> Facts:
+    embedding = repository.matrix("transformer.embed_tokens.weight")
+    projection = repository.matrix("embed_proj.0.weight")
+    gate = repository.matrix("transformer.layers.0.mlp.gate_proj.weight")
+    return {
+        "vocab_size": (embedding.shape[0], embedding),
+        "hidden_size": (embedding.shape[1], embedding),
+        "intermediate_size": (gate.shape[0], gate),
+        "num_hidden_layers": repository.count_layers("transformer.layers"),
+        "patch_size": (quotient(projection, 1, embedding.shape[1]), projection),
+        **head_facts(repository),
+    }
+
+
+def head_facts(repository: Repository) -> Facts:
+    if any(name.startswith("generative_head.net.") for name in repository.tensors):
+        out = repository.matrix("generative_head.net.final_layer.linear.weight")
+        into = repository.matrix("generative_head.net.input_proj.weight")
+        latent_size = into.shape[1]
+        # Diffusion predicts the noise and the variance of each latent dimension, flow matching a velocity.
+        head_type = {latent_size: "flow", 2 * latent_size: "diffusion"}.get(out.shape[0])
+        if head_type is None:
+            raise ConversionError(f"{out} fits neither flow matching nor diffusion, whose input is {into}.")
+        return {
+            "head_type": (head_type, out),
+            "latent_size": (latent_size, into),
+            "num_mlp_layers": repository.count_layers("generative_head.net.res_blocks"),
+        }
+    is_under_first_name = any(name.startswith("mlp_generator.") for name in repository.tensors)
+    prefix = "mlp_generator" if is_under_first_name else "generative_head"
+    noise = repository.matrix(f"{prefix}.noise_embd.weight")
+    out = repository.matrix(f"{prefix}.final_layer.linears.2.weight")
+    return {
+        "head_type": ("energy", noise),
+        "noise_size": (noise.shape[1], noise),
+        "latent_size": (out.shape[0], out),
+        "num_mlp_layers": repository.count_layers(f"{prefix}.mlp_blocks"),
+    }
+
+
+def quotient(stored: StoredTensor, axis: int, divisor: int) -> int:
+    if stored.shape[axis] % divisor:
+        raise ConversionError(f"{stored} should have a multiple of {divisor} {('rows', 'columns')[axis]}.")
+    return stored.shape[axis] // divisor
+
+
+def config_fields(repository: Repository, facts: Facts, config_class: type) -> dict:
+    """What config.json and the tensors say together; fields that are in neither keep our defaults, the published ones.
+
+    Raises:
+        ConversionError: config.json contradicts a tensor.
+    """
+    for field, (value, stored) in facts.items():
+        if repository.config.get(field) not in (None, value):
+            said = repository.config[field]
+            raise ConversionError(f"{repository.config_path} says {field} is {said}, but {stored} makes it {value}.")
+    known = (set(config_class().to_dict()) | {"rope_theta", "rope_scaling"}) - NOT_ARCHITECTURE
+    fields = {field: value for field, value in repository.config.items() if field in known and value is not None}
+    return fields | {field: value for field, (value, _) in facts.items()}
+
+
+def build_config(language_model: Repository, autoencoder: Repository) -> CALMConfig:
+    """The bundle's configuration.
+
+    Raises:
+        ConversionError: config.json contradicts the tensors, or the two repositories are no pair.
+    """
+    facts, nested_facts = language_model_facts(language_model), autoencoder_facts(autoencoder)
+    for field in ("patch_size", "latent_size", "vocab_size"):
+        (value, stored), (nested_value, nested_stored) = facts[field], nested_facts[field]
+        if value != nested_value:
+            raise ConversionError(
+                f"The repositories are no pair: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
+            )
+    fields = config_fields(language_model, facts, CALMConfig)
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if field not in fields:
+            raise ConversionError(f"{language_model.config_path} lacks {field}.")
+    nested_fields = config_fields(autoencoder, nested_facts, CALMAutoencoderConfig)
+    try:
+        return CALMConfig(**{**fields, "autoencoder_config": nested_fields})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        paths = f"{language_model.config_path} and {autoencoder.config_path}"
+        raise ConversionError(f"{paths} make no valid configuration: {first_line(error)}") from None
+
+
+class Piece(NamedTuple):
+    """One of `parts` equal ranges of a stored tensor's columns; all of it where there is one part."""
+
+    stored: StoredTensor
+    part: int
+    parts: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.stored.shape
+        return shape if self.parts == 1 else (*shape[:-1], shape[-1] // self.parts)
+
+    def read(self) -> torch.Tensor:
+        tensor = self.stored.read()
+        return tensor if self.parts == 1 else tensor.chunk(self.parts, dim=-1)[self.part]
+
+
+def translate(name: str, table: tuple) -> tuple[str, ...]:
+    """Our name of a published tensor, two where it is cut in two, none where the table has none."""
+    for pattern, targets in table:
+        if match := re.fullmatch(pattern, name):
+            return tuple(match.expand(target) for target in ((targets,) if isinstance(targets, str) else targets))
+    return ()
+
+
+def place(language_model: Repository, autoencoder: Repository, config: CALMConfig) -> dict[str, list[Piece]]:
+    """Each tensor of our model, and the published ones that make it. Several for one must turn out equal.
+
+    Raises:
+        ConversionError: a tensor is missing, left over or of the wrong shape.
+    """
+    with torch.device("meta"):
+        model = CALMForCausalLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
+    places = {name: [] for name in shapes}
+    # The autoencoder's own repository goes first, for the first piece is the one that is written.
+    for repository, table in ((autoencoder, AUTOENCODER_TABLE), (language_model, LANGUAGE_MODEL_TABLE)):
+        for stored in repository.tensors.values():
+            targets = translate(stored.name, table)
+            if not targets or not set(targets) <= set(places):
+                raise ConversionError(f"The model has no place for the {stored}.")
+            for part, target in enumerate(targets):
+                piece = Piece(stored, part, len(targets))
+                if piece.shape != shapes[target]:
+                    raise ConversionError(f"The {stored} does not fit {target}, which is {shapes[target]}.")
+                places[target].append(piece)
+    for name, pieces in places.items():
+        if not pieces:
+            repository = autoencoder if name.startswith("autoencoder.") else language_model
+            raise ConversionError(f"{repository.weights} lacks the tensor for {name} {shapes[name]}.")
+    return places
+
+
+def merge(pieces: list[Piece], dtype: torch.dtype) -> torch.Tensor:
+    """Reads the first piece, compares the others with it in the narrower of their types, and casts.
+
+    Raises:
+        ConversionError: two pieces differ, or a value is not finite.
+    """
+    first, *others = pieces
+    tensor = first.read()
+    for other in others:
+        narrower = min(first.stored.dtype, other.stored.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(tensor.to(narrower), other.read().to(narrower)):
+            raise ConversionError(f"The {first.stored} and the {other.stored} should be equal.")
+    tensor = tensor.to(dtype)
+    if not tensor.isfinite().all():
+        raise ConversionError(f"The {first.stored} holds values that are infinite or not numbers in {dtype}.")
+    return tensor
+
+
+def convert(
+    calm: str, autoencoder: str, output: Path, tokenizer: str | None = None, dtype: str | None = None, name: str = ""
+) -> None:
+    """Writes the bundle of a published language model and its autoencoder to the new folder `output`.
+
+    Args:
+        calm, autoencoder: Hub ids or folders.
+        tokenizer: Hub id or folder with tokenizer.json; `None` takes the language model's.
+        dtype: "float32", "bfloat16" or "float16"; `None` takes that of the language model's embedding matrix.
+        name: what the model card calls the model; the folder's name by default.
+
+    Raises:
+        ConversionError: see the module's description; no file is left behind.
+        OSError: the disk is full or cannot be written to; no file is left behind.
+    """
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.partial")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConversionError(f"{output} exists already and is not an empty folder.")
+    if not output.parent.is_dir():
+        raise ConversionError(f"{output.parent} is not a folder.")
+    if partial.exists():
+        raise ConversionError(f"{partial} exists: remove it, unless another conversion is writing it right now.")
+    sources = Repository(calm), Repository(autoencoder)
+    config = build_config(*sources)
+    places = place(*sources, config)
+    config.dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
+    tokenizer_folder = fetch(tokenizer, ["tokenizer.json"]) if tokenizer else sources[0].folder
+    texts = bundle_texts(name or output.name, config, tokenizer_folder, *sources)
+
+    partial.mkdir()
+    try:
+        for file, text in texts.items():
+            (partial / file).write_text(text, encoding="utf-8")
+        for file in code_files():
+            shutil.copy(file, partial)
+        shapes = {key: pieces[0].shape for key, pieces in places.items()}
+        write_safetensors(
+            partial / "model.safetensors", shapes, config.dtype, lambda key: merge(places[key], config.dtype)
+        )
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def push(folder: Path, repo_id: str) -> None:
+    """Uploads a finished bundle to the Hub.
+
+    Raises:
+        ConversionError: the Hub refuses or is out of reach; the folder stays.
+    """
+    try:
+        HfApi().create_repo(repo_id, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Bundle of a published CALM")
+    except Exception as error:  # the client's exceptions differ between its versions
+        raise ConversionError(f"{folder} is finished, but {repo_id} did not take it: {first_line(error)}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Converts published CALM checkpoints into one bundled repository.")
+    parser.add_argument("--calm", required=True, metavar="ID_OR_DIR", help="the published language model")
+    parser.add_argument("--autoencoder", required=True, metavar="ID_OR_DIR", help="the published autoencoder")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder to write")
+    parser.add_argument("--tokenizer", metavar="ID_OR_DIR", help="where tokenizer.json is (default: where --calm is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as the language model's)")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository")
+    args = parser.parse_args(arguments)
+    name = args.push_to_hub or args.output.absolute().name
+    try:
+        convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, name)
+        if args.push_to_hub:
+            push(args.output, args.push_to_hub)
+    except ConversionError as error:
+        sentence = str(error)
+    except OSError as error:
+        sentence = f"{error.filename or args.output}: {error.strerror or error}"
+    else:
+        print(f"Wrote {args.output}.")
+        return 0
+    print(f"convert_checkpoint.py: {' '.join(sentence.split())}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
