@@ -20,7 +20,6 @@ import torch
 from calm.evaluation.branching import BlockReader, CausalLMReader, RereadingReader, padded_nonzero, take
 from calm.evaluation.brier import MAX_N, BrierCounts
 
-
 # Mean total variation x 2 between branched and plain reading; bf16 rounding stays below it.
 BRANCH_TOLERANCE = 0.02
 

@@ -8,29 +8,30 @@ from math import ceil
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from calm.configuration_calm import CALMConfig
 from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N, BrierCounts
 from calm.evaluation.calm_estimator import count_calm
 from calm.modeling_calm import CALMForCausalLM
 
+# CALM folders load with this package's code, without trust_remote_code; AutoTokenizer reads the config too.
+AutoConfig.register("calm", CALMConfig, exist_ok=True)
+AutoModelForCausalLM.register(CALMConfig, CALMForCausalLM, exist_ok=True)
+
 # Logits that the estimators hold at a time: 2^27 float32 are 0.5 GB.
 LOGITS_AT_ONCE = 2**27
 
 
 def is_calm(model) -> bool:
-    return getattr(model.config, "model_type", None) == "calm"
+    return model.config.model_type == CALMConfig.model_type
 
 
 def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
-    """A model folder or Hub id, in eval mode; a CALM is loaded with this package's code."""
-    model_type = PretrainedConfig.get_config_dict(name)[0].get("model_type")
-    if model_type is None:
-        raise ValueError(f"{name}: no model_type in a config.json there; it must be a model folder or a Hub model id")
-    model_class = CALMForCausalLM if model_type == "calm" else AutoModelForCausalLM
-    return model_class.from_pretrained(name, dtype=dtype).to(device).eval()
+    """The model of a folder or Hub id, CALM or not, in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
 
 
 def positions_per_block(model, block_size: int) -> int:
