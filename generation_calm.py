@@ -1,5 +1,363 @@
-"""Placeholder until the sampler lands."""
+"""Text generation of CALM under Hugging Face's `generate`: one loop that draws a patch a step and emits K tokens.
+
+`generate` dispatches greedy search and sampling to `_sample`; everything else is refused in one sentence. The
+temperature samplers are in samplers_calm.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch,
+D hidden, N candidates, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .samplers_calm import (
+    batch_temperature_select,
+    check_num_candidates,
+    check_temperature,
+    exact_temperature_sample,
+    most_frequent_patch,
+)
+
+SAMPLING_METHODS = ("batch", "exact")
+NUM_CANDIDATES = 200  # published setting of the batch algorithm
+EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
+GREEDY_SEED = 0
+
+# Settings that act on token probabilities, which CALM has none of, and the values that switch them off.
+TOKEN_LEVEL_SETTINGS = {
+    "top_k": (0, 50),  # 50 is GenerationConfig's default in transformers 4
+    "top_p": (1.0,),
+    "min_p": (),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "token_healing": (False,),
+}
+
+
+@dataclass(frozen=True)
+class PatchSampling:
+    """How `CALMGenerationMixin.next_patches` chooses a patch.
+
+    Args:
+        do_sample: False takes the most frequent of the candidates, drawn with a fixed seed.
+        temperature: T in (0, 1]; the law is P(patch)^(1/T), normalised.
+        num_candidates: N, patches drawn per step when T < 1 or not do_sample.
+        sampling_method: "batch" (paper, Algorithm 2) or "exact" (Algorithm 1, with the batch result after
+            10 · num_candidates draws without an exact one).
+
+    Raises:
+        ValueError: a value outside its range, or fewer than 1/T candidates.
+    """
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    num_candidates: int = NUM_CANDIDATES
+    sampling_method: str = "batch"
+
+    def __post_init__(self):
+        if self.sampling_method not in SAMPLING_METHODS:
+            raise ValueError(f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.")
+        check_temperature(self.temperature)
+        check_num_candidates(self.num_candidates, self.temperature)
+
+    @classmethod
+    def from_generation_config(cls, config: GenerationConfig, **overrides) -> "PatchSampling":
+        """Reads `generate`'s settings; `overrides` that are not None go before the configuration's fields."""
+
+        def setting(name, default):
+            override = overrides.get(name)
+            value = getattr(config, name, None) if override is None else override
+            return default if value is None else value
+
+        do_sample = setting("do_sample", False)
+        return cls(
+            do_sample=do_sample,
+            temperature=setting("temperature", 1.0) if do_sample else 1.0,
+            num_candidates=setting("num_candidates", NUM_CANDIDATES),
+            sampling_method=setting("sampling_method", "batch"),
+        )
+
+
+def pack_prompts(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    patch_size: int,
+    filler_token_id: int,
+    alignment: str = "left",
+    padding_token_id: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Re-packs prompts into patches, each row on its own: its padding is stripped and it ends with its last patch.
+
+    Args:
+        input_ids, attention_mask (`(B, L)`): prompts, padded anywhere.
+        filler_token_id: fills the first patch of a row on its left, and whole patches before it.
+        alignment: "left" so; "right" is the published way: the last patch is filled on its right instead.
+        padding_token_id: the token that "right" fills with; by default the filler.
+
+    Returns:
+        ids `(B, P·K)` and the mask by patch `(B, P)`, 1 where the patch holds a token of the prompt. P is the largest
+        row's ⌈length / K⌉, at least 1.
+    """
+    batch_size, width = input_ids.shape
+    lengths_B1 = attention_mask.sum(-1, keepdim=True)
+    patches_B1 = (lengths_B1 + patch_size - 1) // patch_size
+    num_patches = max(1, int(patches_B1.max()))
+    # A stable sort of the mask moves the padding to the left and keeps the order of the rest.
+    compact = input_ids.gather(1, attention_mask.bool().long().sort(dim=1, stable=True).indices)
+    column = torch.arange(num_patches * patch_size, device=input_ids.device).expand(batch_size, -1)
+    filled = patches_B1 * patch_size if alignment == "right" else lengths_B1
+    index = column - (column.shape[1] - filled)
+    is_token = (index >= 0) & (index < lengths_B1)
+    source = (width - lengths_B1 + index).clamp(0, max(width - 1, 0))
+    packed = torch.where(is_token, compact.gather(1, source), filler_token_id) if width else column * 0 + filler_token_id
+    if alignment == "right" and padding_token_id is not None:
+        packed = packed.masked_fill(index >= lengths_B1, padding_token_id)
+    patch_index = torch.arange(num_patches, device=input_ids.device)
+    return packed, (patch_index >= num_patches - patches_B1).long()
 
 
 class CALMGenerationMixin:
-    pass
+    """The part of `GenerationMixin` that CALM replaces; stands before it among the bases."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        num_candidates=None,
+        sampling_method=None,
+        prompt_alignment=None,
+        generator=None,
+        **kwargs,
+    ):
+        """Names the arguments that `generate` accepts beside its own; the loop in `_sample` builds its inputs itself.
+
+        Args:
+            num_candidates, sampling_method: see `PatchSampling`.
+            prompt_alignment: "left" or "right", see `CALMConfig`.
+            generator: a `torch.Generator` on the model's device in place of the global one.
+        """
+        return {"input_ids": input_ids, **kwargs}
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "generate() got inputs_embeds: CALM packs token ids into patches and feeds generated ids back, so pass "
+                "input_ids instead."
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "generate() got a filled past_key_values: how a prompt is cut into patches depends on its whole "
+                "length, so pass the whole prompt without a cache."
+            )
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        if inputs.shape[0] == 0:
+            raise ValueError("generate() got an empty batch: pass at least one prompt.")
+        mask = model_kwargs.get("attention_mask")
+        ids = inputs if mask is None or mask.shape != inputs.shape else inputs[mask.bool()]
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            bad = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
+            raise ValueError(f"generate() got token id {bad}, outside the vocabulary 0 … {self.config.vocab_size - 1}.")
+        return inputs, name, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+            raise ValueError(
+                f"CALM has no {generation_mode.value.replace('_', ' ')}: it draws whole patches and has no token "
+                "probabilities; use do_sample=True with a temperature, or do_sample=False."
+            )
+        for name, off in TOKEN_LEVEL_SETTINGS.items():
+            value = getattr(generation_config, name, None)
+            if value is not None and value not in off:
+                raise ValueError(
+                    f"{name}={value}: CALM has no token probabilities for it to act on; sharpen the text with "
+                    "temperature < 1."
+                )
+        if generation_config.output_scores or generation_config.output_logits:
+            raise ValueError("CALM has no token scores to return: output_scores and output_logits must be False.")
+        PatchSampling.from_generation_config(generation_config)
+
+    def _get_logits_processor(self, *args, logits_processor=None, **kwargs):
+        if logits_processor:
+            raise ValueError("logits_processor: CALM has no token logits to process while it generates.")
+        return LogitsProcessorList()
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if getattr(criterion, "max_position_embeddings", None) is not None:
+                criterion.max_position_embeddings *= self.config.patch_size  # it compares with tokens
+        return criteria
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        *args, max_cache_length = args
+        patches = -(-max_cache_length // self.config.patch_size) + 1
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, patches)
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
+
+    def init_continuous_batching(self, *args, **kwargs):
+        return self.generate_batch()
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """Generates patch by patch and appends token by token, so that every stopping rule sees each token.
+
+        Same contract as upstream's `_sample`: returns the prompts as they came, padding included, followed by the new
+        tokens; a row that has stopped gets padding, also after an EOS within a patch.
+        """
+        names = ("num_candidates", "sampling_method")
+        sampling = PatchSampling.from_generation_config(
+            generation_config, **{name: model_kwargs.get(name) for name in names}
+        )
+        generator = model_kwargs.get("generator")
+        prompt_length = input_ids.shape[1]
+        min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
+        inputs = self._pack_for_generation(input_ids, generation_config, model_kwargs)
+        cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
+        outputs_wanted = {
+            name: bool(getattr(generation_config, f"output_{name}")) and bool(generation_config.return_dict_in_generate)
+            for name in ("hidden_states", "attentions")
+        }
+        collected = {name: () for name, wanted in outputs_wanted.items() if wanted}
+
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        finished = False
+        while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
+            outputs = self.model(
+                **inputs,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **{f"output_{name}": True for name in collected},
+            )
+            for name in collected:
+                collected[name] += (getattr(outputs, name),)
+            forbidden_KV = self._forbidden_tokens(min_length - input_ids.shape[1], generation_config, input_ids.device)
+            patches_BK = self.next_patches(outputs.last_hidden_state[:, -1], sampling, generator, forbidden_KV)
+            if finished:  # only kept running for the other processes
+                continue
+            for tokens in patches_BK.to(input_ids.device).unbind(1):
+                if generation_config._pad_token_tensor is not None:
+                    tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+                if streamer is not None:
+                    streamer.put(tokens.cpu())
+                unfinished = unfinished & ~stopping_criteria(input_ids, None).to(unfinished.device)
+                finished = not bool(unfinished.any())
+                if finished:
+                    break
+            inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
+
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return input_ids
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **collected)
+
+    def next_patches(
+        self,
+        hidden_RD: Tensor,
+        sampling: PatchSampling,
+        generator: torch.Generator | None = None,
+        forbidden_KV: Tensor | None = None,
+    ) -> Tensor:
+        """Chooses the next patch of each row given its last hidden state.
+
+        Args:
+            hidden_RD (`(R, D)`): hidden states.
+            sampling: the law.
+            generator: randomness; not used when `sampling.do_sample` is False.
+            forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
+
+        Returns:
+            `(R, K)`: token ids.
+        """
+
+        def draw(rows: Tensor, num_draws: int, **draws) -> Tensor:
+            latents_NRZ = self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **draws)
+            return self.autoencoder.decode_tokens(latents_NRZ, forbidden_KV).transpose(0, 1)
+
+        num_rows, device = hidden_RD.shape[0], hidden_RD.device
+        rows = torch.arange(num_rows, device=device)
+        if not sampling.do_sample:
+            fixed = torch.Generator(device).manual_seed(GREEDY_SEED)
+            draws = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
+            return most_frequent_patch(draw(rows, sampling.num_candidates, **draws))
+        if sampling.temperature == 1:
+            return draw(rows, 1)[:, 0]
+        if sampling.sampling_method == "batch":
+            return batch_temperature_select(draw(rows, sampling.num_candidates), sampling.temperature, generator)
+        max_draws = EXACT_DRAWS_PER_CANDIDATE * sampling.num_candidates
+        patches_RK, *_ = exact_temperature_sample(
+            draw, num_rows, sampling.temperature, max_draws, generator=generator, device=device
+        )
+        return patches_RK
+
+    def _pack_for_generation(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> dict:
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        if input_ids.shape[1] == 0 or not bool(mask.any(-1).all()):
+            input_ids, mask = self._start_empty_rows(input_ids, mask, generation_config._bos_token_tensor)
+        pad = generation_config._pad_token_tensor
+        pad = 0 if pad is None else int(pad)
+        filler = self.config.prompt_filler_token_id
+        packed, patch_mask = pack_prompts(
+            input_ids,
+            mask,
+            self.config.patch_size,
+            filler_token_id=pad if filler is None else filler,
+            alignment=model_kwargs.get("prompt_alignment") or self.config.prompt_alignment,
+            padding_token_id=pad,
+        )
+        return {"input_ids": packed, "attention_mask": patch_mask}
+
+    @staticmethod
+    def _start_empty_rows(input_ids: Tensor, mask: Tensor, bos_token: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gives rows without any token a BOS to start from."""
+        if bos_token is None:
+            raise ValueError("generate() got an empty prompt, and bos_token_id, which would start it, is not set.")
+        empty = ~mask.any(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, bos_token.expand(len(input_ids), 1).to(input_ids)], dim=1)
+        return input_ids, torch.cat([mask, empty.to(mask)], dim=1)
+
+    def _forbidden_tokens(self, num_left: int, generation_config: GenerationConfig, device) -> Tensor | None:
+        """(K, V) mask that keeps EOS out of the next `num_left` tokens; None when it would be empty."""
+        if num_left <= 0 or generation_config._eos_token_tensor is None:
+            return None
+        forbidden_KV = torch.zeros(self.config.patch_size, self.config.vocab_size, dtype=torch.bool, device=device)
+        forbidden_KV[:num_left, generation_config._eos_token_tensor.to(device)] = True
+        return forbidden_KV
+
+    @staticmethod
+    def _extend_inputs(inputs: dict, patches_BK: Tensor, keep_past: bool) -> dict:
+        ids, mask = patches_BK.to(inputs["input_ids"].device), inputs["attention_mask"]
+        return {
+            "input_ids": torch.cat([inputs["input_ids"], ids], dim=1) if keep_past else ids,
+            "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+        }

@@ -89,6 +89,18 @@ class GenerativeHead(nn.Module):
         """
         return self(context, mean, log_std, generator=generator, **draws)
 
+    def shared_draws(self, num_samples: int, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draws for `sample` that every context (R, D) shares, so that a row's samples don't depend on its batch.
+
+        Args:
+            like: tensor whose dtype and device the draws take.
+        """
+        return {"noise": self._noise((num_samples, 1), like, generator)}
+
+    def _noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Starting noise of draws of the given shape: standard normal in the latent's size."""
+        return _normal((*shape, self.latent_size), like, generator)
+
     def forward(self, context: Tensor, mean: Tensor | None = None, log_std: Tensor | None = None, **kwargs) -> Tensor:
         if mean is None:
             return self._sample(context, **kwargs)
@@ -137,10 +149,13 @@ class EnergyHead(GenerativeHead):
         self.out_proj = _zero_linear(size, config.latent_size)
         self.act = nn.SiLU()
 
+    def _noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Uniform(−0.5, 0.5) in each of `noise_size` dimensions (published code)."""
+        return torch.rand((*shape, self.noise_size), dtype=like.dtype, device=like.device, generator=generator) - 0.5
+
     def _sample(self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None):
         if noise is None:
-            shape = (num_samples, *context.shape[:-1], self.noise_size)
-            noise = torch.rand(shape, dtype=context.dtype, device=context.device, generator=generator) - 0.5
+            noise = self._noise((num_samples, *context.shape[:-1]), context, generator)
         samples = self.norm_noise(self.noise_embed(noise))
         context = self.norm_context(self.context_embed(context))
         for block in self.blocks:
@@ -223,7 +238,7 @@ class FlowMatchingHead(GenerativeHead):
 
     def _sample(self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None):
         if noise is None:
-            noise = _normal((num_samples, *context.shape[:-1], self.latent_size), context, generator)
+            noise = self._noise((num_samples, *context.shape[:-1]), context, generator)
         x, step = noise, 1 / self.num_steps
         # float64: ⌊1000·t⌋ must not fall to the integer below by rounding.
         starts = torch.arange(self.num_steps, device=context.device, dtype=torch.float64) / self.num_steps
@@ -263,6 +278,10 @@ class DiffusionHead(GenerativeHead):
         self.num_steps = config.sampling_steps or DIFFUSION_SAMPLING_STEPS
         self.net = ModulatedMLP(config, 2 * config.latent_size)
 
+    def shared_draws(self, num_samples: int, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        draws = super().shared_draws(num_samples, like, generator)
+        return draws | {"step_noise": self._noise((self.num_steps, num_samples, 1), like, generator)}
+
     def _sample(
         self,
         context: Tensor,
@@ -273,7 +292,7 @@ class DiffusionHead(GenerativeHead):
     ) -> Tensor:
         """step_noise (T, N, ..., Z): standard normal noise of the steps, in the order they are taken."""
         if noise is None:
-            noise = _normal((num_samples, *context.shape[:-1], self.latent_size), context, generator)
+            noise = self._noise((num_samples, *context.shape[:-1]), context, generator)
         schedule = DiffusionSchedule(self.num_steps, context.device)
         x = noise
         for index, step in enumerate(reversed(range(self.num_steps))):

@@ -178,14 +178,23 @@ class CALMAutoencoder(PreTrainedModel):
         )
 
     @torch.no_grad()
-    def decode_tokens(self, latents: Tensor) -> Tensor:
+    def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
         """The most probable tokens of each latent vector: (..., Z) → ids (..., K).
 
         Works through the latents in chunks, so that the logits never take more than `LOGITS_PER_CHUNK` numbers.
+
+        Args:
+            forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
         flat = latents.reshape(-1, latents.shape[-1])
         rows = max(1, LOGITS_PER_CHUNK // (self.config.patch_size * self.config.vocab_size))
-        ids = torch.cat([self.decoder(chunk).argmax(-1) for chunk in flat.split(rows)])
+        ids = []
+        for chunk in flat.split(rows):
+            logits = self.decoder(chunk)
+            if forbidden_KV is not None:
+                logits = logits.masked_fill(forbidden_KV, -torch.inf)
+            ids.append(logits.argmax(-1))
+        ids = torch.cat(ids)
         return ids.reshape(*latents.shape[:-1], self.config.patch_size)
 
     def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:

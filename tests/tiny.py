@@ -1,0 +1,70 @@
+"""Tiny CALM models and a tokenizer for the tests: random weights, built in milliseconds."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from calm.configuration_calm import CALMConfig
+from calm.modeling_calm import CALMForCausalLM
+
+VOCAB_SIZE = 96
+BOS, EOS, PAD = 1, 2, 95
+
+
+def tiny_config(head_type: str = "energy", patch_size: int = 4, **overrides) -> CALMConfig:
+    autoencoder = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "patch_size": patch_size,
+        "latent_size": 16,
+        **overrides.pop("autoencoder_config", {}),
+    }
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "latent_size": 16,
+        "noise_size": 8,
+        "num_mlp_layers": 2,
+        "num_posterior_samples": 10,
+        "sampling_steps": {"energy": None, "flow": 3, "diffusion": 5}[head_type],
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    return CALMConfig(
+        head_type=head_type, patch_size=patch_size, autoencoder_config=autoencoder, **{**fields, **overrides}
+    )
+
+
+def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **overrides) -> CALMForCausalLM:
+    """A random model whose every weight matters: the layers that start at zero are filled too."""
+    torch.manual_seed(seed)
+    model = CALMForCausalLM(tiny_config(head_type, patch_size, **overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character: <unk>, <s>, </s>, printable characters, <pad>; prepends <s>."""
+    characters = [chr(code) for code in range(ord(" "), ord(" ") + VOCAB_SIZE - 4)]
+    vocabulary = {"<unk>": 0, "<s>": BOS, "</s>": EOS, **{c: 3 + i for i, c in enumerate(characters)}, "<pad>": PAD}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
