@@ -59,6 +59,7 @@ def call(function, home, environment=None, **arguments):
         [sys.executable, "-c", MAIN, function.__module__, function.__name__, json.dumps(arguments), str(result)],
         env={**inherited, "HF_HOME": str(home), "PYTHONPATH": str(here), **environment},
         cwd=home,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,

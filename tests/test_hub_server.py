@@ -16,6 +16,7 @@ REPO = f"{USER}/notes"
 @pytest.fixture
 def client(hub, monkeypatch):  # noqa: F811
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     client = HfApi(endpoint=hub.url, token=TOKEN)
     client.create_repo(REPO)
     return client

@@ -1,0 +1,87 @@
+"""Pushing to a Hub and pulling from it, with the real client over HTTP. The Hub is hub_server's, on loopback."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import fresh_process
+import pytest
+from hub_server import USER, HubServer
+from model_copies import AUTO_MAP, ROOT_CODE, assert_carries_its_code, sample_text, weights_digest
+
+REPO = f"{USER}/tiny-calm"
+
+
+def push_twice(repo):
+    """In a fresh process: pushes a tokenizer and a model, then another model; says what they were."""
+    import torch
+    from tiny import tiny_config, tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.push_to_hub(repo)
+    pushed = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = tiny_model(tiny_config()).eval()
+        commit = model.push_to_hub(repo).oid
+        pushed.append({"commit": commit, "weights": weights_digest(model), "text": sample_text(model, tokenizer)})
+    return pushed
+
+
+def pull(repo, revisions, copy):
+    """In a fresh process: loads some revisions, says what they are, and saves the last one in `copy`."""
+    import inspect
+
+    from model_copies import code_digests
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pulled = []
+    for revision in revisions:
+        model = AutoModelForCausalLM.from_pretrained(repo, revision=revision, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)
+        code = code_digests(Path(inspect.getfile(type(model))).parent)
+        pulled.append({"code": code, "weights": weights_digest(model), "text": sample_text(model, tokenizer)})
+    model.save_pretrained(copy)
+    return pulled
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    home = tmp_path_factory.mktemp("push")
+    return fresh_process.call(push_twice, home, hub.client_environment(), repo=REPO).result
+
+
+def test_a_pushed_repository_holds_the_model_and_its_code(hub, pushed):
+    latest = next(hub.commits(REPO))
+    assert latest.oid == pushed[-1]["commit"]
+    code = {path: hashlib.sha256(file.content).hexdigest() for path, file in latest.files.items() if ".py" in path}
+    assert code == ROOT_CODE, "the root's code files and nothing of training, evaluation, benchmarks or tests"
+    others = set(latest.files) - set(code) - {"special_tokens_map.json"}  # transformers 4 writes that one
+    assert others == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads(latest.files["config.json"].content)["auto_map"] == AUTO_MAP
+
+
+def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
+    older, latest = pushed
+    assert older["weights"] != latest["weights"] and older["text"] != latest["text"]
+    copy = tmp_path / "copy"
+    revisions = [older["commit"], None]
+    pulled = fresh_process.call(
+        pull, tmp_path / "home", hub.client_environment(), repo=REPO, revisions=revisions, copy=str(copy)
+    ).result
+    for before, after in zip(pushed, pulled, strict=True):
+        assert after == {"code": ROOT_CODE, "weights": before["weights"], "text": before["text"]}
+    assert_carries_its_code(copy)
