@@ -1,0 +1,225 @@
+"""Documents to blocks of whole patches: token cache, deterministic block order, collator.
+
+Axes: B batch, L tokens of a block, P patches (L = P·K), K tokens per patch.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from calm.training.documents import DataError
+
+# Documents are tokenised in batches of about this many characters.
+CHARACTERS_PER_BATCH = 4_000_000
+
+
+@dataclass(frozen=True)
+class Separation:
+    """What stands between two documents. A BOS comes from the tokenizer itself.
+
+    Published: CALM none of these; autoencoder both (`append_eos`, then padding to a whole patch).
+    """
+
+    append_eos: bool = False
+    pad_to_patch: bool = False
+    patch_size: int = 1
+
+
+def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separation) -> Iterator[np.ndarray]:
+    """Token ids of each document, ends as `separation` says; empty documents are left out."""
+    if separation.append_eos and tokenizer.eos_token_id is None:
+        raise DataError("append_eos needs a tokenizer with an EOS token.")
+    if separation.pad_to_patch and tokenizer.pad_token_id is None:
+        raise DataError("pad_to_patch needs a tokenizer with a pad token.")
+
+    def flush(batch):
+        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
+            if separation.append_eos:
+                ids.append(tokenizer.eos_token_id)
+            if separation.pad_to_patch:
+                ids += [tokenizer.pad_token_id] * (-len(ids) % separation.patch_size)
+            yield np.asarray(ids, dtype=np.uint32)
+
+    batch, size = [], 0
+    for document in documents:
+        if not document:
+            continue
+        batch.append(document)
+        size += len(document)
+        if size >= CHARACTERS_PER_BATCH:
+            yield from flush(batch)
+            batch, size = [], 0
+    if batch:
+        yield from flush(batch)
+
+
+@dataclass
+class TokenFile:
+    """All documents' tokens in one array on disk, and where each document begins."""
+
+    tokens: np.ndarray
+    document_starts: np.ndarray
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def cached_tokens(folder: Path, key: dict, write) -> TokenFile:
+    """Opens the token file for `key` under `folder`, written first by `write()` if it is not there.
+
+    Args:
+        folder: of the caches. Each is a sub-folder that appears only when complete, so a kill leaves no half one.
+        key: everything that the tokens depend on (JSON).
+        write: () → iterator of the documents' token ids.
+    """
+    target = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    if not target.exists():
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            starts, length = [], 0
+            with open(unfinished / "tokens.bin", "wb") as file:
+                for ids in write():
+                    starts.append(length)
+                    length += len(ids)
+                    file.write(ids.tobytes())
+            np.save(unfinished / "document_starts.npy", np.asarray(starts, dtype=np.int64))
+            (unfinished / "key.json").write_text(json.dumps(key, indent=1))
+            os.replace(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if not (target / "tokens.bin").stat().st_size:
+        raise DataError("the data holds no text.")
+    tokens = np.memmap(target / "tokens.bin", dtype=np.uint32, mode="r")
+    return TokenFile(tokens, np.load(target / "document_starts.npy"))
+
+
+class PackedBlocks(Dataset):
+    """Blocks of `block_size` tokens; the i-th is a pure function of the seed and i.
+
+    Block i belongs to epoch i // blocks_per_epoch. Every epoch visits each block once, in an order of its own, so
+    shuffling, sharding over processes and resuming all come down to which i is asked for: batches are taken in order
+    of i, the processes take turns, and a resumed run goes on with the next i.
+
+    Args:
+        data: the tokens.
+        block_size: L, a multiple of K. The tokens after the last whole block of an epoch are not seen in it.
+        patch_size: K.
+        num_blocks: length of the dataset, over all epochs; `None` is one epoch.
+        seed: of the order, the phases and the fillings. `None`: in file order, and neither phase nor filling.
+        random_phase: each epoch begins at a random one of the first L tokens, so that it is cut at other places.
+        left_fill: share of blocks that look like a short prompt: they begin with a document, after 0 to K − 1 tokens
+            `filler_token_id`.
+
+    Raises:
+        DataError: fewer tokens than one block; a block that is no whole number of patches.
+    """
+
+    def __init__(
+        self,
+        data: TokenFile,
+        block_size: int,
+        patch_size: int = 1,
+        num_blocks: int | None = None,
+        seed: int | None = None,
+        random_phase: bool = False,
+        left_fill: float = 0.0,
+        filler_token_id: int | None = None,
+    ):
+        if block_size % patch_size:
+            raise DataError(f"block_size={block_size} is no multiple of patch_size={patch_size}.")
+        if left_fill and filler_token_id is None:
+            raise DataError("left_fill needs a filler token: train the tokenizer with one, or give it a pad token.")
+        self.data, self.block_size, self.patch_size = data, block_size, patch_size
+        self.seed, self.left_fill, self.filler_token_id = seed, left_fill, filler_token_id
+        self.random_phase = random_phase and seed is not None
+        spare = block_size - 1 if self.random_phase else 0
+        self.blocks_per_epoch = (len(data.tokens) - spare) // block_size
+        if self.blocks_per_epoch < 1:
+            raise DataError(
+                f"the data has {len(data.tokens)} tokens, too few for one block of block_size={block_size}"
+                f"{' and a random phase' if self.random_phase else ''}."
+            )
+        self.num_blocks = self.blocks_per_epoch if num_blocks is None else num_blocks
+        self._epoch, self._order, self._phase = None, None, 0
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def _enter_epoch(self, epoch: int) -> None:
+        rng = np.random.default_rng([self.seed, epoch])
+        self._order = rng.permutation(self.blocks_per_epoch)
+        self._phase = int(rng.integers(self.block_size)) if self.random_phase else 0
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> dict:
+        """Ids (L,), the number of filler tokens in front, and the index of the block itself."""
+        if not 0 <= index < self.num_blocks:
+            raise IndexError(index)
+        epoch, position = divmod(int(index), self.blocks_per_epoch)
+        if self.seed is None:
+            start, filling = position * self.block_size, 0
+        else:
+            if epoch != self._epoch:
+                self._enter_epoch(epoch)
+            start = self._phase + int(self._order[position]) * self.block_size
+            start, filling = self._fill(start, np.random.default_rng([self.seed, epoch, position]))
+        ids = np.full(self.block_size, self.filler_token_id if filling else 0, dtype=np.int64)
+        ids[filling:] = self.data.tokens[start : start + self.block_size - filling]
+        return {"input_ids": torch.from_numpy(ids), "filling": filling, "block_id": int(index)}
+
+    def _fill(self, start: int, rng: np.random.Generator) -> tuple[int, int]:
+        if rng.random() >= self.left_fill:
+            return start, 0
+        starts = self.data.document_starts
+        document = int(np.searchsorted(starts, start))
+        if document < len(starts) and starts[document] + self.block_size <= len(self.data.tokens):
+            start = int(starts[document])
+        return start, int(rng.integers(self.patch_size))
+
+
+class PatchCollator:
+    """Rows of ids → a batch whose labels count exactly the tokens that the loss predicts.
+
+    Rows of unequal length are padded on the right to whole patches; a patch that is not complete carries no label.
+
+    Args:
+        patch_size: K.
+        first_patch_is_given: the first K labels of a row are −100, for no hidden state predicts them (CALM, AR with
+            K = 1). False for the autoencoder, which reconstructs every token.
+        pad_token_id: needed only for rows of unequal length.
+    """
+
+    def __init__(self, patch_size: int, first_patch_is_given: bool = True, pad_token_id: int | None = None):
+        self.patch_size, self.first_patch_is_given, self.pad_token_id = patch_size, first_patch_is_given, pad_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        longest = max(lengths) + -max(lengths) % self.patch_size
+        ragged = min(lengths) < longest
+        if ragged and self.pad_token_id is None:
+            raise DataError("rows of unequal length, or with a partial patch, need a pad token.")
+        input_ids = torch.full((len(rows), longest), self.pad_token_id if ragged else 0)
+        labels = torch.full((len(rows), longest), -100)
+        for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            whole = length - length % self.patch_size
+            given = self.patch_size if self.first_patch_is_given else row.get("filling", 0)
+            ids = torch.as_tensor(row["input_ids"])
+            input_ids[b, :length] = ids
+            labels[b, given:whole] = ids[given:whole]
+        batch = {"input_ids": input_ids, "labels": labels}
+        if ragged:
+            batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+        if all("block_id" in row for row in rows):
+            batch["block_ids"] = torch.tensor([row["block_id"] for row in rows])
+        return batch

@@ -1,0 +1,178 @@
+"""Documents from files or a Hub dataset: an iterator of strings, and nothing about tokens.
+
+Files are .txt (one document each), .jsonl or .parquet (one document a row), plain or compressed as .xz, .zst or .gz.
+"""
+
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+FORMATS = (".txt", ".jsonl", ".parquet")
+COMPRESSIONS = (".xz", ".zst", ".gz")
+
+
+class DataError(ValueError):
+    """Text that cannot be read; the message names file and line."""
+
+
+class BadLines:
+    """What to do with a line that holds no document: stop there, or skip it and count it.
+
+    Args:
+        skip: False raises `DataError` at the first bad line.
+    """
+
+    def __init__(self, skip: bool = False):
+        self.skip, self.count, self.first = skip, 0, None
+
+    def report(self, path, line: int, why: str) -> None:
+        message = f"{path}, line {line}: {why}"
+        if not self.skip:
+            raise DataError(f"{message} (skip_bad_lines skips such lines and counts them).")
+        self.count += 1
+        self.first = self.first or message
+
+    def summary(self) -> str | None:
+        return f"{self.count} bad line(s) skipped, the first: {self.first}" if self.count else None
+
+
+def expand_paths(paths: str | Iterable[str]) -> list[Path]:
+    """Files, folders (searched for every readable format) and glob patterns → files, in a fixed order.
+
+    Raises:
+        DataError: a path that is not there, a folder without text, an unknown file format.
+    """
+    files = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))] or [Path(path)]
+        for entry in found:
+            if not entry.exists():
+                raise DataError(f"{entry}: no such file or folder.")
+            inside = [f for f in sorted(entry.rglob("*")) if _format(f)] if entry.is_dir() else [entry]
+            if not inside:
+                raise DataError(f"{entry}: the folder holds no file of a readable format ({_readable()}).")
+            files += inside
+    for file in files:
+        if _format(file) is None:
+            raise DataError(f"{file}: unknown format; readable are {_readable()}.")
+    return files
+
+
+def _readable() -> str:
+    return f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)}"
+
+
+def _format(path: Path) -> str | None:
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    return suffix if suffix in FORMATS else None
+
+
+def _open(path: Path):
+    if path.suffix == ".xz":
+        return lzma.open(path)
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return open(path, "rb")
+
+
+def read_documents(
+    files: Iterable[Path], text_column: str = "text", bad_lines: BadLines | None = None
+) -> Iterator[str]:
+    """Documents of the files, in order.
+
+    Args:
+        files: as `expand_paths` gives them.
+        text_column: field of a .jsonl line, or column of a .parquet file, that holds the text.
+        bad_lines: counts what is skipped; `None` stops at the first bad line.
+
+    Raises:
+        DataError: a bad line when they are not skipped; a damaged file, or one without the column, always.
+    """
+    bad_lines = bad_lines or BadLines()
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    for path in files:
+        yield from readers[_format(path)](path, text_column, bad_lines)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):  # noqa: B007 - the number stands in the error
+                yield line
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{path}, after line {number}: the file is damaged or cut short ({error}).") from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise DataError(f"{path}, after line {number}: the file is damaged ({error}).") from error
+        raise
+
+
+def _read_txt(path, text_column, bad_lines):
+    lines = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            bad_lines.report(path, number, f"not UTF-8 ({error.reason} at byte {error.start})")
+    yield "".join(lines)
+
+
+def _read_jsonl(path, text_column, bad_lines):
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            bad_lines.report(path, number, f"not UTF-8 ({error.reason} at byte {error.start})")
+            continue
+        except json.JSONDecodeError as error:
+            bad_lines.report(path, number, f"not JSON ({error.msg} at column {error.colno})")
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+            bad_lines.report(path, number, f'no string under the key "{text_column}"')
+            continue
+        yield row[text_column]
+
+
+def _read_parquet(path, text_column, bad_lines):
+    import pyarrow
+    import pyarrow.parquet
+
+    source = str(path) if path.suffix == ".parquet" else io.BytesIO(b"".join(_lines(path)))
+    try:
+        table = pyarrow.parquet.ParquetFile(source)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}).") from error
+    if text_column not in table.schema_arrow.names:
+        columns = ", ".join(table.schema_arrow.names)
+        raise DataError(f'{path}: no column "{text_column}"; it has {columns} (text_column names the right one).')
+    number = 0
+    for batch in table.iter_batches(columns=[text_column], batch_size=1024):
+        for text in batch.column(0).to_pylist():
+            number += 1
+            if isinstance(text, str):
+                yield text
+            else:
+                bad_lines.report(path, number, f'no string in the column "{text_column}"')
+
+
+def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | None = None) -> Iterator[str]:
+    """Documents of a `datasets.Dataset` or `IterableDataset`, in order; errors as in `read_documents`."""
+    bad_lines = bad_lines or BadLines()
+    for number, row in enumerate(dataset, 1):
+        if isinstance(row.get(text_column), str):
+            yield row[text_column]
+        else:
+            bad_lines.report("dataset", number, f'no string in the column "{text_column}"; it has {", ".join(row)}')

@@ -1,0 +1,192 @@
+"""A recipe: every constant of a training run, from a YAML file, each overridable on the command line.
+
+A recipe file has the fields of `Recipe`; `data` those of `DataOptions`, `model` those of the model's configuration,
+`training` those of Hugging Face's TrainingArguments. On the command line the sections are left out:
+`--recipe calm-m --learning_rate 1e-3 --block_size 2048 --num_hidden_layers 8`.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import LlamaConfig, TrainingArguments
+
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+CONFIGS = {"calm": CALMConfig, "autoencoder": CALMAutoencoderConfig, "ar": LlamaConfig}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read; the message says which field and what would be right."""
+
+
+@dataclass
+class DataOptions:
+    """Where the text comes from and how it is cut.
+
+    Args:
+        train_files, validation_files: files, folders or glob patterns (see documents.py).
+        dataset, dataset_config, dataset_split, validation_split: a Hub dataset in place of files.
+        streaming: read the Hub dataset while training instead of downloading and caching it first.
+        text_column: key or column of the text.
+        max_documents: only the first so many.
+        skip_bad_lines: skip and count lines that hold no document, instead of stopping there.
+        validation_blocks: evaluate on only the first so many blocks.
+        block_size: tokens a block, a multiple of the patch size.
+        append_eos, pad_to_patch: what follows each document; the tokenizer puts BOS in front.
+        random_phase: cut each epoch at other places, so that every phase of the patches is seen.
+        left_fill: share of blocks that look like a short prompt: a document's beginning behind 0 … K − 1 fillers.
+        cache_dir: of the token files; the run's own folder by default.
+    """
+
+    train_files: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    validation_split: str | None = None
+    streaming: bool = False
+    text_column: str = "text"
+    max_documents: int | None = None
+    skip_bad_lines: bool = False
+    validation_blocks: int | None = None
+    block_size: int = 1024
+    append_eos: bool = False
+    pad_to_patch: bool = False
+    random_phase: bool = False
+    left_fill: float = 0.0
+    cache_dir: str | None = None
+
+
+@dataclass
+class Recipe:
+    """One training run.
+
+    Args:
+        kind: "tokenizer", "autoencoder", "calm" or "ar" (an ordinary Llama, for comparison).
+        tokenizer: folder or Hub id.
+        autoencoder: folder or Hub id of the trained autoencoder (calm only).
+        init_from: folder or Hub id of a model to go on from (fine-tuning); its configuration is kept.
+        lora_rank: with `init_from`, train a LoRA adapter of this rank on the backbone and the head; 0 trains all.
+        auxiliary_weight: weight of the training-only multi-token loss (calm only, see auxiliary.py).
+        data, model, training: the sections.
+    """
+
+    kind: str
+    name: str = ""
+    tokenizer: str | None = None
+    autoencoder: str | None = None
+    init_from: str | None = None
+    lora_rank: int = 0
+    auxiliary_weight: float = 0.0
+    data: DataOptions = field(default_factory=DataOptions)
+    model: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> str:
+        return self.training.get("output_dir", f"runs/{self.name}")
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved recipe, from which the same run can be started again."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 3e-4 as a number; PyYAML wants 3.0e-4."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def section_fields(kind: str) -> dict[str, set[str]]:
+    """Known field names by section, "" for the recipe's own."""
+    own = {f.name for f in dataclasses.fields(Recipe)} - {"data", "model", "training"}
+    model = {"vocab_size"} if kind == "tokenizer" else set(CONFIGS[kind]().to_dict()) | {"attn_implementation"}
+    return {
+        "": own,
+        "data": {f.name for f in dataclasses.fields(DataOptions)},
+        "model": model - {"model_type", "transformers_version", "architectures", "auto_map"},
+        "training": {f.name for f in dataclasses.fields(TrainingArguments)},
+    }
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
+    """Reads a recipe by name or from a YAML file and lays the overrides over it.
+
+    Args:
+        name_or_file: a name in `recipe_names()` or the path of a .yaml file.
+        overrides: field → value, without sections.
+
+    Raises:
+        RecipeError: no such recipe, an unknown field or kind, a section that is no mapping.
+    """
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPE_FOLDER / f"{name_or_file}.yaml"
+    if not path.exists():
+        raise RecipeError(f"no recipe {name_or_file!r}: name a .yaml file or one of {', '.join(recipe_names())}.")
+    content = yaml.load(path.read_text(), _Loader)
+    kinds = ("tokenizer", *CONFIGS)
+    if not isinstance(content, dict) or content.get("kind") not in kinds:
+        raise RecipeError(f"{path}: the recipe must have a field kind, one of {', '.join(kinds)}.")
+    content = {"name": path.stem, **content}
+
+    known = section_fields(content["kind"])
+    sections = {name: dict(content.pop(name, None) or {}) for name in ("data", "model", "training")}
+    sections[""] = content
+    for section, values in sections.items():
+        for key in values:
+            if key not in known[section]:
+                raise RecipeError(f"{path}: {_unknown(key, known[section], section)}")
+    everything = set().union(*known.values())
+    for key, value in (overrides or {}).items():
+        section = next((name for name, keys in known.items() if key in keys), None)
+        if section is None:
+            raise RecipeError(_unknown(key, everything, ""))
+        sections[section][key] = value
+    data = sections["data"]
+    for key in ("train_files", "validation_files"):
+        if isinstance(data.get(key), str):
+            data[key] = [data[key]]
+    return Recipe(data=DataOptions(**data), model=sections["model"], training=sections["training"], **sections[""])
+
+
+def _unknown(key: str, known: set[str], section: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "the recipes and TrainingArguments name the known ones."
+    return f"unknown field {key!r}{f' in section {section}' if section else ''}: {hint}"
+
+
+def parse_command_line(arguments: list[str]) -> dict:
+    """`--key value`, `--key=value`, `--key a b c` (a list) and `--flag` (true) → {key: value}, values read as YAML.
+
+    Raises:
+        RecipeError: something that is no field, or a value that is no YAML.
+    """
+    values: dict[str, list] = {}
+    key = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            values[key] = [value] if equals else []
+        elif key is None:
+            raise RecipeError(f"unexpected {argument!r}: fields are given as --name value.")
+        else:
+            values[key].append(argument)
+    try:
+        parsed = {key: [yaml.load(v, _Loader) for v in given] for key, given in values.items()}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"a value on the command line cannot be read: {error}") from error
+    return {key: True if not given else given[0] if len(given) == 1 else given for key, given in parsed.items()}

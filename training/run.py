@@ -1,0 +1,189 @@
+"""What the train_* commands share: command line, tokenizer, data sets, training arguments, fit and export."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from calm.training.data import PackedBlocks, PatchCollator, Separation, TokenFile, cached_tokens, tokenize_documents
+from calm.training.data import tokenizer_fingerprint as fingerprint
+from calm.training.documents import BadLines, DataError, expand_paths, read_documents, read_hub_dataset
+from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line, recipe_names
+from calm.training.tokenizer import filler_token_id
+from calm.training.trainer import CALMTrainer, TrainingStopped
+
+# Trainer's own settings that our trainer relies on, and defaults that recipes may change.
+FIXED = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "prediction_loss_only": True}
+DEFAULTS = {
+    "report_to": "none",
+    "logging_steps": 10,
+    "save_steps": 500,
+    "eval_steps": 500,
+    "disable_tqdm": not sys.stderr.isatty(),
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+def command(kind: str, description: str, work) -> int:
+    """Reads the command line, calls `work(recipe, options)`, and turns a known error into one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"Every field of the recipe can be given as --field value. Recipes: {', '.join(recipe_names())}.",
+    )
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
+    parser.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and memory, and exit")
+    parser.add_argument(
+        "--resume", default="auto", choices=["auto", "never"], help="auto: go on where output_dir's checkpoints end"
+    )
+    options, rest = parser.parse_known_args()
+    try:
+        recipe = load_recipe(options.recipe, parse_command_line(rest))
+        if recipe.kind != kind:
+            raise RecipeError(f"the recipe {options.recipe!r} is for train_{recipe.kind}.")
+        work(recipe, options)
+    except (RecipeError, DataError, TrainingStopped) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_config(config_class, values: dict):
+    """The configuration; a value that it refuses becomes a `RecipeError`."""
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error)) from error
+
+
+def load_tokenizer(recipe: Recipe):
+    where = recipe.tokenizer or recipe.init_from or recipe.autoencoder
+    if where is None:
+        raise RecipeError("no tokenizer: give --tokenizer a folder or a Hub id (train_tokenizer makes one).")
+    if not Path(where).exists() and where.startswith(("runs/", ".", "/")):
+        raise RecipeError(f"tokenizer {where}: no such folder (train_tokenizer makes one).")
+    return AutoTokenizer.from_pretrained(where)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Trainer's arguments. Checkpoints are counted, and old ones removed, by our trainer."""
+    given = {key: value for key, value in recipe.training.items() if key != "save_total_limit"}
+    if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
+        given["eval_strategy"] = "steps"
+    try:
+        return TrainingArguments(**{**DEFAULTS, "output_dir": recipe.output_dir, **given, **FIXED})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"section training: {error}") from error
+
+
+# data
+
+
+def documents(recipe: Recipe, part: str):
+    """Documents of the "train" or "validation" part, and where they come from (JSON, for the cache key)."""
+    options = recipe.data
+    paths = options.train_files if part == "train" else options.validation_files
+    bad_lines = BadLines(options.skip_bad_lines)
+    if paths:
+        files = expand_paths(paths)
+        source = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        texts = read_documents(files, options.text_column, bad_lines)
+    elif options.dataset:
+        from datasets import load_dataset
+
+        split = options.dataset_split if part == "train" else options.validation_split
+        dataset = load_dataset(options.dataset, options.dataset_config, split=split)
+        source = [options.dataset, options.dataset_config, split, dataset._fingerprint]
+        texts = read_hub_dataset(dataset, options.text_column, bad_lines)
+    else:
+        raise RecipeError("no data: give --train_files files or folders, or --dataset a Hub data set.")
+    return _limited(texts, options.max_documents, bad_lines), source
+
+
+def _limited(texts, limit, bad_lines):
+    for number, text in enumerate(texts):
+        if number == limit:
+            break
+        yield text
+    if bad_lines.count:
+        print(f"warning: {bad_lines.summary()}", file=sys.stderr)
+
+
+def tokens(recipe: Recipe, part: str, tokenizer, patch_size: int, args: TrainingArguments) -> TokenFile:
+    options = recipe.data
+    separation = Separation(options.append_eos, options.pad_to_patch, patch_size if options.pad_to_patch else 1)
+    texts, source = documents(recipe, part)
+    key = {
+        "source": source,
+        "text_column": options.text_column,
+        "max_documents": options.max_documents,
+        "separation": [separation.append_eos, separation.pad_to_patch, separation.patch_size],
+        "tokenizer": fingerprint(tokenizer),
+    }
+    folder = Path(options.cache_dir or Path(recipe.output_dir) / "tokens")
+    with args.main_process_first(desc="tokenising"):
+        return cached_tokens(folder, key, lambda: tokenize_documents(texts, tokenizer, separation))
+
+
+def datasets(recipe: Recipe, tokenizer, patch_size: int, args: TrainingArguments):
+    """Training blocks for the whole run, and validation blocks or None."""
+    options = recipe.data
+    train = PackedBlocks(
+        tokens(recipe, "train", tokenizer, patch_size, args),
+        options.block_size,
+        patch_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        random_phase=options.random_phase,
+        left_fill=options.left_fill,
+        filler_token_id=filler_token_id(tokenizer),
+    )
+    # All epochs are one to Trainer, in whole batches; see PackedBlocks.
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.max_steps <= 0:
+        args.max_steps = -int(-args.num_train_epochs * train.blocks_per_epoch // batch)
+    args.num_train_epochs = 1
+    train.num_blocks = args.max_steps * batch
+    if not (options.validation_files or options.validation_split):
+        return train, None
+    validation = PackedBlocks(tokens(recipe, "validation", tokenizer, patch_size, args), options.block_size, patch_size)
+    validation.num_blocks = min(validation.num_blocks, options.validation_blocks or validation.num_blocks)
+    return train, validation
+
+
+# fit
+
+
+def fit(recipe: Recipe, model, tokenizer, patch_size: int, args: TrainingArguments, resume: str) -> CALMTrainer:
+    """Trains, going on from the last checkpoint if there is one, and exports to the run's folder."""
+    output_dir = Path(args.output_dir)
+    last = get_last_checkpoint(output_dir) if output_dir.exists() else None
+    if last and resume == "never":
+        raise RecipeError(f"{output_dir} holds {Path(last).name}: name another --output_dir, or let it resume.")
+    train, validation = datasets(recipe, tokenizer, patch_size, args)
+    trainer = CALMTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
+        keep_checkpoints=recipe.training.get("save_total_limit", 2),
+    )
+    if trainer.is_world_process_zero():
+        recipe.save(output_dir / "recipe.yaml")
+        state = f"resuming from {Path(last).name}" if last else "from the start"
+        epochs = len(train) / train.blocks_per_epoch
+        print(f"{len(train.data.tokens):,} tokens, {epochs:.2f} epochs in {args.max_steps} steps, {state}", flush=True)
+    trainer.train(resume_from_checkpoint=last)
+    trainer.export(tokenizer)
+    return trainer
+
+
+def start(args: TrainingArguments) -> None:
+    """Quiet third-party logs and a seed, before the model is made."""
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)

@@ -1,0 +1,82 @@
+"""A byte-level BPE tokenizer trained on text, and saving one so that every supported transformers version reads it."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+# In order of their ids. Id 0 is what the autoencoder puts in place of a dropped token (paper 2.2): here it is a token
+# that no text contains, and the same one fills the first patch of a short prompt.
+FILLER, BOS, EOS, PAD = SPECIAL_TOKENS = ("<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>")
+
+# Spaces go with the word behind them; digits in groups of at most three: the pattern of the Llama 3 tokenizer.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` entries: 4 special tokens, 256 bytes, the rest merges.
+
+    BOS comes in front of every text, as with Llama 3; padding goes to the left.
+
+    Raises:
+        ValueError: `vocab_size` too small to hold the special tokens and all bytes, or text too short for it.
+    """
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size}: must be at least {smallest}, the special tokens and all bytes.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    bpe.train_from_iterator(documents, trainer)
+    if bpe.get_vocab_size() < vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}: the text gives only {bpe.get_vocab_size()} entries; lower it or add text."
+        )
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def filler_token_id(tokenizer) -> int | None:
+    """Id of the token that fills the first patch of a short prompt: our own, or the pad token of another tokenizer."""
+    return tokenizer.get_vocab().get(FILLER, tokenizer.pad_token_id)
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """`save_pretrained`, in words that transformers 4.57 knows too.
+
+    5.x names a class "TokenizersBackend" and lists further special tokens under a key that is a dictionary in 4.57.
+    """
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

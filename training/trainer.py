@@ -1,0 +1,170 @@
+"""The one training loop: Hugging Face's Trainer, with our logs, checkpoints that a kill cannot spoil, and a clean stop
+when the loss is no number.
+
+Axes: B batch, L tokens.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from calm.training.auxiliary import WithAuxiliary, state_without_auxiliary, without_auxiliary
+from calm.training.diagnostics import diagnose
+from calm.training.tokenizer import save_tokenizer
+
+LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
+UNFINISHED = "unfinished-checkpoint"
+AUXILIARY_FILE = "auxiliary.safetensors"
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says where it stopped and what to go back to."""
+
+
+class CALMTrainer(Trainer):
+    """Trainer for the autoencoder, CALM and AR models.
+
+    The order of the data is the dataset's own (see `PackedBlocks`). The logs have, beside Trainer's, each loss term,
+    the diagnostics of diagnostics.py and the tokens per second of all processes together.
+    """
+
+    def __init__(self, *args, keep_checkpoints: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.keep_checkpoints = keep_checkpoints
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens, self._clock, self._first_step, self._last_batch = 0, None, 0, None
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+    # loss and logs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        block_ids = inputs.pop("block_ids", None)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            if not torch.isfinite(loss):
+                self._stop(f"the loss is {loss.item()}", block_ids)
+            if self._clock is None:
+                self._clock, self._first_step = time.perf_counter(), self.state.global_step
+            for name in LOSS_TERMS:
+                if outputs.get(name) is not None:
+                    self._sums[name] = self._sums.get(name, 0) + outputs[name].detach()
+            self._tokens += inputs["input_ids"].numel()
+            hidden = outputs.get("last_hidden_state")
+            self._last_batch = inputs["input_ids"], None if hidden is None else hidden.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def _stop(self, why: str, block_ids: torch.Tensor | None = None) -> None:
+        blocks = "" if block_ids is None else f" on the blocks {block_ids.tolist()}"
+        last = get_last_checkpoint(self.args.output_dir)
+        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise TrainingStopped(
+            f"step {self.state.global_step + 1}{blocks}: {why}; {good}. A lower learning rate or a stricter "
+            "max_grad_norm may help."
+        )
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs and self._last_batch is not None:
+            steps = self.state.global_step - self._first_step
+            for name, total in self._sums.items():
+                logs[name] = self.accelerator.reduce(total, "sum").item() / self._terms_per_step() / steps
+            seconds = time.perf_counter() - self._clock
+            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
+            self._sums, self._tokens, self._clock = {}, 0, None
+            if not self.is_fsdp_enabled:  # its parameters are at home only inside forward
+                input_ids, hidden = self._last_batch
+                model = without_auxiliary(self.accelerator.unwrap_model(self.model))
+                logs.update(diagnose(model, input_ids, hidden, seed=self.state.global_step))
+        super().log(logs, *args, **kwargs)
+
+    def _terms_per_step(self) -> int:
+        """By what a term, summed over the micro-batches and processes of a step, is to be divided.
+
+        Where Trainer passes the whole batch's item count to the model, the terms are shares of a mean already.
+        """
+        return 1 if self.model_accepts_loss_kwargs else self.args.gradient_accumulation_steps * self.args.world_size
+
+    # checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Under another name first, so that a checkpoint cut short by a kill is never taken for one."""
+        broken = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            self._stop(f"the weights are not finite any more, {broken[0]} first")
+        run_folder = Path(self.args.output_dir)
+        unfinished = run_folder / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(unfinished)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(run_folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(run_folder / name, ignore_errors=True)
+            os.replace(unfinished / name, run_folder / name)
+            shutil.rmtree(unfinished)
+            self._remove_old_checkpoints(run_folder)
+        self.accelerator.wait_for_everyone()
+
+    def _remove_old_checkpoints(self, run_folder: Path) -> None:
+        if self.keep_checkpoints:
+            folders = sorted(run_folder.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+            for folder in folders[: -self.keep_checkpoints]:
+                shutil.rmtree(folder)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if not isinstance(self.model, WithAuxiliary):
+            return super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            state = self.model.auxiliary.state_dict()
+            self.model.calm.save_pretrained(
+                output_dir, state_dict=None if state_dict is None else state_without_auxiliary(state_dict)
+            )
+            safetensors.torch.save_file(state, Path(output_dir) / AUXILIARY_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if model is None and isinstance(self.model, WithAuxiliary):
+            state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
+            self.model.auxiliary.load_state_dict(state)
+            model = self.model.calm
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Upstream only warns when a checkpoint does not fit. Tied weights are allowed to be missing."""
+        state = without_auxiliary(self.model).state_dict()
+        loaded = {value.data_ptr() for key, value in state.items() if key not in load_result.missing_keys}
+        missing = [key for key in load_result.missing_keys if state[key].data_ptr() not in loaded]
+        if missing or load_result.unexpected_keys:
+            raise TrainingStopped(
+                "the checkpoint is not of this model: "
+                f"missing {missing[:3]}, unexpected {load_result.unexpected_keys[:3]}."
+            )
+
+    # export
+
+    def export(self, tokenizer) -> None:
+        """Writes the model to `output_dir` as a repository that loads by itself: weights, code, tokenizer."""
+        model = without_auxiliary(self.accelerator.unwrap_model(self.model))
+        state = None
+        if self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(self.model)
+            if isinstance(self.accelerator.unwrap_model(self.model), WithAuxiliary):
+                state = state_without_auxiliary(state)
+        if self.args.should_save:
+            model.save_pretrained(self.args.output_dir, state_dict=state)
+            save_tokenizer(tokenizer, self.args.output_dir)
+            self.state.save_to_json(str(Path(self.args.output_dir) / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
