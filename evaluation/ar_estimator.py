@@ -23,20 +23,26 @@ from calm.evaluation.brier import MAX_N, BrierCounts
 # Mean total variation x 2 between branched and plain reading; bf16 rounding stays below it.
 BRANCH_TOLERANCE = 0.02
 
+# 2^27 float32 are 0.5 GB.
+LOGITS_AT_ONCE = 2**27
+
 
 @torch.no_grad()
 def count_ar(
-    reader: BlockReader, tokens_BL: torch.Tensor, generator: torch.Generator | None = None, chunk: int = 512
+    reader: BlockReader, tokens_BL: torch.Tensor, generator: torch.Generator | None = None, chunk: int | None = None
 ) -> BrierCounts:
     """Counts of one batch of blocks: every position but the last four predicts the four tokens after it.
 
     chunk: positions of a block that branch at the same time; bounds the memory of their mask and probabilities.
+        None takes 512, or as many as have LOGITS_AT_ONCE probabilities.
     Raises ValueError when the blocks are shorter than 5 tokens.
     """
     length = tokens_BL.shape[1]
     if length <= MAX_N:
         raise ValueError(f"blocks of {length} tokens: Brier-{MAX_N} needs at least {MAX_N + 1}")
     logits_BLV = reader.read(tokens_BL)
+    if chunk is None:
+        chunk = min(512, max(1, LOGITS_AT_ONCE // (logits_BLV.shape[0] * logits_BLV.shape[-1])))
     positions_M = torch.arange(length - MAX_N, device=tokens_BL.device)
     collisions = [
         _collision(reader, logits_BLV[:, positions_m], positions_m, generator)

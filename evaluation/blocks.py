@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 
 import numpy as np
@@ -13,16 +14,25 @@ from calm.training.data import Separation, tokenize_documents
 from calm.training.documents import DataError, expand_paths, read_documents, read_hub_dataset
 
 
-def open_documents(data: str, subset: str | None = None, split: str = "test", text_column: str = "text"):
-    """Iterator of documents: a file, folder or glob pattern of files, else the name of a Hub dataset (streamed)."""
-    if glob.glob(data):
-        return read_documents(expand_paths(data), text_column)
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which text to read; open_documents takes what they give."""
+    parser.add_argument("--data", required=True, help=".jsonl/.txt/.parquet file(s), or a Hub dataset's name")
+    parser.add_argument("--subset", help="configuration of the Hub dataset")
+    parser.add_argument("--split", default="test", help="split of the Hub dataset (default: test)")
+    parser.add_argument("--text_column", default="text", help="field or column that holds the text (default: text)")
+
+
+def open_documents(args: argparse.Namespace):
+    """Iterator of documents: of a file, folder or glob pattern of files, else of a Hub dataset (streamed)."""
+    if glob.glob(args.data):
+        return read_documents(expand_paths(args.data), args.text_column)
     import datasets
 
     try:
-        return read_hub_dataset(datasets.load_dataset(data, subset, split=split, streaming=True), text_column)
+        dataset = datasets.load_dataset(args.data, args.subset, split=args.split, streaming=True)
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise DataError(f"{data}: neither a file here nor a Hub dataset that can be reached ({error}).") from error
+        raise DataError(f"{args.data}: neither a file here nor a Hub dataset within reach ({error}).") from error
+    return read_hub_dataset(dataset, args.text_column)
 
 
 def pack_blocks(documents, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:

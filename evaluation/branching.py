@@ -99,7 +99,7 @@ class CalmReader(TreeReader):
     def draw(self, states_D: torch.Tensor, num_samples: int, generator=None) -> torch.Tensor:
         """Sampled next patches as token ids, (num_samples, ..., K), of hidden states (..., D)."""
         latents_NZ = self.model.head.sample(states_D, num_samples=num_samples, generator=generator)
-        return self.model.autoencoder.decoder(latents_NZ).argmax(-1)
+        return self.model.autoencoder.decode_tokens(latents_NZ)
 
 
 class RereadingReader:

@@ -7,12 +7,15 @@ For a distribution P over n-token continuations and the true continuation y
 and two independent samples x1, x2 give the unbiased estimate 1{x1 = y} + 1{x2 = y} - 1{x1 = x2}. The first two terms
 are called accuracy below, the third collision. Over all positions the estimates are averaged, and
 
-    BrierLM = 100 * (Brier-1 * Brier-2 * Brier-3 * Brier-4)^(1/4),   0 when the product is negative.
+    BrierLM = 100 * (Brier-1 * Brier-2 * Brier-3 * Brier-4)^(1/4),   0 when one of them is negative.
 
 Definitions recovered from the recorded outputs of the published code (tests/fixtures/*_k4/golden.safetensors):
 the n-token continuation is the *first n tokens of a patch* and never crosses into the next patch; each Brier-n is a
 mean over all predicted patches (the same denominator for n = 1..4); the first patch of a block, which nothing
 predicts, does not count. An n-gram at every token offset, crossing patches, gives other numbers.
+
+One difference: the published code clamps only a negative *product* to 0. With two or four negative Brier-n the product
+is positive again: an untrained CALM that repeats one patch (every Brier-n = -1) would score 100. Here it scores 0.
 """
 
 # B blocks of text, M predicted positions of a block, n = 1..4 tokens of a continuation, R bootstrap resamples
@@ -119,8 +122,8 @@ class BrierCounts:
 
 
 def brierlm(brier_4: torch.Tensor) -> torch.Tensor:
-    """BrierLM x 100 of (..., 4) Brier-1..4; a negative product counts as 0."""
-    return 100 * brier_4.prod(-1).clamp(min=0) ** (1 / MAX_N)
+    """BrierLM x 100 of (..., 4) Brier-1..4; 0 when one of them is negative."""
+    return 100 * brier_4.clamp(min=0).prod(-1) ** (1 / MAX_N)
 
 
 def _bootstrap_interval(sums_B4, positions_B, resamples, seed) -> tuple[float | None, float | None]:

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer
 
-from calm.evaluation.blocks import open_documents, pack_blocks
+from calm.evaluation.blocks import add_data_arguments, open_documents, pack_blocks
 from calm.evaluation.brier import BrierScore
 from calm.evaluation.models import count_model, load_causal_lm, positions_per_block
 
@@ -32,10 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", nargs="+", required=True, help="model folders or Hub ids; several are compared")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id for all models (default: each model's own)")
-    parser.add_argument("--data", required=True, help=".jsonl/.txt/.parquet file(s), or a Hub dataset's name")
-    parser.add_argument("--subset", help="configuration of the Hub dataset")
-    parser.add_argument("--split", default="test", help="split of the Hub dataset (default: test)")
-    parser.add_argument("--text_column", default="text")
+    add_data_arguments(parser)
     parser.add_argument("--block_size", type=int, required=True, help="tokens a block; published: CALM 8192, AR 2048")
     parser.add_argument("--max_positions", type=int, help="stop after the block that reaches this many positions")
     parser.add_argument("--batch_size", type=int, default=1, help="blocks at a time (default: 1)")
@@ -59,7 +56,7 @@ def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierS
     model = load_causal_lm(name, dtype, state.device)
     per_block = positions_per_block(model, args.block_size)
     max_blocks = None if args.max_positions is None else ceil(args.max_positions / per_block)
-    documents = open_documents(args.data, args.subset, args.split, args.text_column)
+    documents = open_documents(args)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name)
     blocks_BL = pack_blocks(documents, tokenizer, args.block_size, max_blocks)
     if len(blocks_BL) < state.num_processes:

@@ -28,12 +28,12 @@ def count_calm(
     tokens_BL: torch.Tensor,
     patch_size: int,
     generator: torch.Generator | None = None,
-    chunk: int = 256,
+    chunk: int = 512,
 ) -> BrierCounts:
     """Counts of one batch of blocks.
 
     reader: besides BlockReader's methods, draw(states (..., D), num_samples, generator) -> tokens (N, ..., K).
-    chunk: positions of a block that are sampled at the same time; bounds the memory of the decoder's logits.
+    chunk: positions of a block that branch at the same time; bounds the memory of their mask.
     Raises ValueError when a block is no multiple of K or has too few patches for one position.
     """
     length, steps = tokens_BL.shape[1], ceil(MAX_N / patch_size)

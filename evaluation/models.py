@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil
 
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calm.configuration_calm import CALMConfig
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N, BrierCounts
@@ -19,10 +20,8 @@ from calm.modeling_calm import CALMForCausalLM
 
 # CALM folders load with this package's code, without trust_remote_code; AutoTokenizer reads the config too.
 AutoConfig.register("calm", CALMConfig, exist_ok=True)
+AutoConfig.register("calm_autoencoder", CALMAutoencoderConfig, exist_ok=True)
 AutoModelForCausalLM.register(CALMConfig, CALMForCausalLM, exist_ok=True)
-
-# Logits that the estimators hold at a time: 2^27 float32 are 0.5 GB.
-LOGITS_AT_ONCE = 2**27
 
 
 def is_calm(model) -> bool:
@@ -67,19 +66,10 @@ def count_model(
     generator = torch.Generator(model.device).manual_seed(seed)
     blocks_BL = blocks_BL.to(model.device)
     if is_calm(model):
-        patch_size = model.config.patch_size
         reader = CalmReader(model)
-        logits_per_position = 2 * patch_size * vocab_size
+        count = partial(count_calm, reader, patch_size=model.config.patch_size, generator=generator)
     else:
-        patch_size = None
         reader = causal_lm_reader(model, blocks_BL)
-        logits_per_position = vocab_size
-    chunk = min(512, max(1, LOGITS_AT_ONCE // (batch_size * logits_per_position)))
-
-    counts = BrierCounts.empty()
-    for batch_BL in tqdm(blocks_BL.split(batch_size), desc="BrierLM", unit="batch", disable=not progress):
-        if patch_size is None:
-            counts += count_ar(reader, batch_BL, generator, chunk)
-        else:
-            counts += count_calm(reader, batch_BL, patch_size, generator, chunk)
-    return counts
+        count = partial(count_ar, reader, generator=generator)
+    batches = tqdm(blocks_BL.split(batch_size), desc="BrierLM", unit="batch", disable=not progress)
+    return sum((count(tokens_BL=batch_BL) for batch_BL in batches), BrierCounts.empty())

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,7 @@ def test_perfect_and_stuck_models():
     stuck = torch.full_like(target, 99)
     score = BrierCounts.from_draws(stuck, stuck, target).score()
     assert score.brier == [-1, -1, -1, -1]
+    assert score.brierlm.value == 0
 
 
 def test_expectation_of_the_estimate_is_the_brier_score():
@@ -58,7 +61,8 @@ def test_expectation_of_the_estimate_is_the_brier_score():
         assert expectation[n - 1] == pytest.approx(exact.item(), abs=1e-6)
 
 
-def test_negative_product_counts_as_zero():
+def test_a_negative_brier_score_counts_as_zero():
+    assert brierlm(torch.tensor([0.2, 0.1, -0.05, -0.01])) == 0
     assert brierlm(torch.tensor([0.2, 0.1, -0.05, 0.01])) == 0
     assert brierlm(torch.tensor([0.16, 0.08, 0.04, 0.02])).item() == pytest.approx(100 * 0.00001024**0.25)
 
@@ -76,6 +80,28 @@ def test_counts_add_up():
     assert (total.positions, total.blocks) == (31, 8)
     weighted = [(21 * a + 10 * b) / 31 for a, b in zip(*(part.score().brier for part in parts), strict=True)]
     assert total.brier == pytest.approx(weighted)
+
+
+PROCESS = """
+import sys, torch, torch.distributed as dist
+from calm.evaluation.brier import BrierCounts
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+target = torch.zeros(1 + rank, 3, 4)
+score = BrierCounts.from_draws(target + rank, target + rank, target).gather().score()
+assert (score.blocks, score.positions, score.brier) == (3, 9, [-1 / 3] * 4), score
+"""
+
+
+def test_counts_add_up_over_processes(tmp_path):
+    """Process 0 has one block of a perfect model (1 each), process 1 two blocks of a stuck one (-1 each)."""
+    workers = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=60)
+        assert worker.returncode == 0, errors.decode()
 
 
 def test_interval_covers_and_shrinks():

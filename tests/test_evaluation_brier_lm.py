@@ -1,42 +1,17 @@
 """The command: models and text in, table, JSON and plot out; the same numbers whatever the batch size."""
 
 import json
-import lzma
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, folder  # noqa: F401 (a fixture)
 
-from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.brier_lm import main
 from calm.evaluation.models import count_model, load_causal_lm
-from calm.modeling_calm import CALMForCausalLM
+from tiny import VOCAB_SIZE
 
-WORDS = ["<bos>", "one", "two", "three", "four"]
-SIZES = dict(vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with `calm` (K = 2), `ar`, both with a word tokenizer, and `text.jsonl.xz`."""
-    folder = tmp_path_factory.mktemp("brier_lm")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<bos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>")
-    torch.manual_seed(0)
-    autoencoder = dict(vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, patch_size=2, latent_size=4)
-    calm = CALMForCausalLM(CALMConfig(**SIZES, patch_size=2, latent_size=4, autoencoder_config=autoencoder))
-    ar = LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64))
-    for name, model in (("calm", calm), ("ar", ar)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    with lzma.open(folder / "text.jsonl.xz", "wt") as file:
-        for i in range(30):
-            file.write(json.dumps({"text": " ".join(WORDS[1 + (i * j) % 4] for j in range(20))}) + "\n")
-    return folder
+# ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
 
 def run(folder, *more, model=("ar",), data="text.jsonl.xz", block_size=24):
@@ -48,13 +23,13 @@ def test_json_of_one_model(folder, tmp_path, capsys):
     run(folder, "--json", tmp_path / "out.json")
     [result] = json.loads((tmp_path / "out.json").read_text())
     assert result["block_size"] == 24
-    assert result["blocks"] == 30 * 21 // 24  # BOS and 20 words a document
-    assert result["positions"] == 26 * 20
-    assert len(result["brier"]) == 4 and 0 < result["brier"][0] < 1
+    assert result["blocks"] == DOCUMENTS * DOCUMENT_TOKENS // 24
+    assert result["positions"] == 52 * 20
+    assert len(result["brier"]) == 4 and result["brier"][0] < 1
     lm = result["brierlm"]
     assert lm["low"] <= lm["value"] <= lm["high"]
     printed = capsys.readouterr().out
-    assert f"{lm['value']:.2f}" in printed and "| 24 | 520 |" in printed
+    assert f"{lm['value']:.2f}" in printed and "| 24 | 1040 |" in printed
 
 
 def test_comparison_of_models_and_plot(folder, tmp_path, monkeypatch, capsys):
@@ -74,7 +49,7 @@ def test_comparison_of_models_and_plot(folder, tmp_path, monkeypatch, capsys):
         ((), dict(block_size=4), "block_size=4: too short to predict 4 tokens"),
         ((), dict(block_size=65), "reads at most 64 tokens"),
         ((), dict(model=("nowhere",)), "nowhere"),
-        ((), dict(model=("calm",), block_size=1000), "has 630 tokens, fewer than one block of 1000"),
+        ((), dict(model=("calm",), block_size=2000), "has 1260 tokens, fewer than one block of 2000"),
         (("--text_column", "body"), {}, 'no string under the key "body"'),
     ],
 )
@@ -105,7 +80,7 @@ def test_blocks_are_the_documents_in_order(folder):
 def test_batches_change_only_the_draws(folder, name):
     """Exact terms agree for every batch size; a seed fixes the rest."""
     model = load_causal_lm(str(folder / name))
-    blocks = torch.randint(len(WORDS), (6, 12), generator=torch.Generator().manual_seed(0))
+    blocks = torch.randint(VOCAB_SIZE, (6, 12), generator=torch.Generator().manual_seed(0))
     one, again, batched = (count_model(model, blocks, batch_size) for batch_size in (1, 1, 4))
     assert one.score() == again.score()
     assert one.positions_B.tolist() == batched.positions_B.tolist()
@@ -115,5 +90,12 @@ def test_batches_change_only_the_draws(folder, name):
 
 
 def test_ids_outside_the_vocabulary_are_refused(folder):
-    with pytest.raises(ValueError, match="token id 5: outside the model's vocabulary of 5"):
-        count_model(load_causal_lm(str(folder / "ar")), torch.full((1, 12), 5))
+    with pytest.raises(ValueError, match="token id 96: outside the model's vocabulary of 96"):
+        count_model(load_causal_lm(str(folder / "ar")), torch.full((1, 12), VOCAB_SIZE))
+
+
+def test_unknown_data_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match="neither a file here nor a Hub dataset within reach"):
+        run(folder, data="no_such_dataset")

@@ -1,0 +1,118 @@
+"""BrierLM beside cross-entropy over the training of an ordinary language model: does the one follow the other?
+
+    python -m calm.evaluation.calibration --run RUN_FOLDER --data FILE_OR_DATASET --block_size 512
+
+RUN_FOLDER holds a Trainer's checkpoint-N folders. The paper (section 4) finds a Pearson correlation of -0.966 and a
+Spearman correlation of -0.991 between the two, which is what entitles BrierLM to stand in for perplexity.
+"""
+
+# B blocks, L tokens of a block
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from math import ceil
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from calm.evaluation.blocks import add_data_arguments, open_documents, pack_blocks
+from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoint-N folders of a run by step, in order. Raises ValueError when there are fewer than two."""
+    found = {int(p.name.removeprefix("checkpoint-")): p for p in run.glob("checkpoint-*") if p.name[11:].isdigit()}
+    if len(found) < 2:
+        raise ValueError(f"{run}: holds {len(found)} checkpoint-N folders; a correlation needs at least two")
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1) -> float:
+    """Nats per predicted token."""
+    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in blocks_BL.split(batch_size)]
+    return (torch.stack(losses).sum() / len(blocks_BL)).item()
+
+
+def correlations(first: list[float], second: list[float]) -> dict[str, float]:
+    """Pearson's correlation, and Spearman's: Pearson's of the ranks."""
+    values = torch.tensor([first, second], dtype=torch.float64)
+    ranks = values.argsort(dim=1).argsort(dim=1).double()
+    return {"pearson": values.corrcoef()[0, 1].item(), "spearman": ranks.corrcoef()[0, 1].item()}
+
+
+def measure(run: Path, args: argparse.Namespace) -> list[dict]:
+    """One row a checkpoint: step, cross_entropy, brier, brierlm."""
+    rows, blocks_BL = [], None
+    for step, folder in checkpoints(run).items():
+        model = load_causal_lm(str(folder))
+        if is_calm(model):
+            raise ValueError(f"{folder}: a CALM has no cross-entropy; calibration takes an ordinary language model")
+        if blocks_BL is None:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or str(folder))
+            max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
+            blocks_BL = pack_blocks(open_documents(args), tokenizer, args.block_size, max_blocks)
+        score = count_model(model, blocks_BL, args.batch_size, args.seed).score()
+        rows.append({"step": step, "cross_entropy": cross_entropy(model, blocks_BL, args.batch_size), **asdict(score)})
+    return rows
+
+
+def report(rows: list[dict], correlation: dict[str, float]) -> str:
+    lines = ["| step | cross-entropy (nats a token) | BrierLM ×100 |", "| --- | --- | --- |"]
+    lines += [f"| {row['step']} | {row['cross_entropy']:.4f} | {row['brierlm']['value']:.2f} |" for row in rows]
+    lines += ["", f"Pearson {correlation['pearson']:.3f}, Spearman {correlation['spearman']:.3f}"]
+    return "\n".join(lines)
+
+
+def write_plot(path: Path, rows: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot([row["cross_entropy"] for row in rows], [row["brierlm"]["value"] for row in rows], marker="o")
+    for row in rows:
+        axes.annotate(row["step"], (row["cross_entropy"], row["brierlm"]["value"]), fontsize=8)
+    axes.set_xlabel("cross-entropy (nats a token)")
+    axes.set_ylabel("BrierLM × 100")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m calm.evaluation.calibration",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder with the checkpoint-N folders of a Trainer")
+    parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the first checkpoint's own)")
+    add_data_arguments(parser)
+    parser.add_argument("--block_size", type=int, required=True, help="tokens a block")
+    parser.add_argument("--max_positions", type=int, default=20_000)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures")
+    parser.add_argument("--plot", type=Path, help="write BrierLM against cross-entropy")
+    args = parser.parse_args(argv)
+    try:
+        rows = measure(args.run, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"calibration: {error}")
+    entropies, scores = zip(*((row["cross_entropy"], row["brierlm"]["value"]) for row in rows), strict=True)
+    correlation = correlations(entropies, scores)
+    print(report(rows, correlation))
+    if args.json:
+        args.json.write_text(json.dumps({**correlation, "checkpoints": rows}, indent=2) + "\n")
+    if args.plot:
+        write_plot(args.plot, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Autoencoder report, calibration over checkpoints, prompt alignment: right on models whose answer is known."""
+
+import json
+
+import pytest
+import torch
+from evaluation_folder import folder, tiny_llama  # noqa: F401 (a fixture)
+
+from calm.evaluation import autoencoder_report, calibration, prompt_alignment
+from calm.evaluation.autoencoder_report import noise_accuracy, posterior_statistics
+from tiny import tiny_model, tiny_tokenizer
+
+# ruff: noqa: F811 (pytest hands the fixture over under its own name)
+
+
+class SignAutoencoder(torch.nn.Module):
+    """Two tokens of two kinds in two latents +1 and -1: noise of size s flips a token with P(s * noise > 1)."""
+
+    def encoder(self, input_ids):
+        latents = 2.0 * input_ids.unflatten(1, (-1, 2)) - 1
+        return latents, torch.full_like(latents, -1.0)
+
+    def decode_tokens(self, latents):
+        return (latents > 0).long()
+
+
+def test_noise_accuracy_of_a_known_code():
+    patches = torch.randint(2, (4000, 2), generator=torch.Generator().manual_seed(0))
+    clean, noisy = noise_accuracy(SignAutoencoder(), patches, sigmas=(0.0, 1.0))
+    assert clean == {"sigma": 0.0, "token_accuracy": 1, "patch_accuracy": 1}
+    assert noisy["token_accuracy"] == pytest.approx(0.8413, abs=0.01)  # standard normal below 1
+    assert noisy["patch_accuracy"] == pytest.approx(0.8413**2, abs=0.02)
+
+
+def test_posterior_statistics_by_hand():
+    """One latent at the prior, one at N(2, 1): KL 0 and 2 nats."""
+    statistics = posterior_statistics(torch.tensor([[0.0, 2.0]] * 3), torch.zeros(3, 2))
+    assert statistics["kl"] == pytest.approx(2)
+    assert statistics["posterior_sigma"] == 1
+    assert (statistics["active_dimensions"], statistics["latent_size"]) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["calm", "autoencoder"])
+def test_autoencoder_report_command(folder, tmp_path, capsys, kind):
+    if kind == "autoencoder":
+        tiny_model(patch_size=2).autoencoder.save_pretrained(tmp_path / kind)
+        tiny_tokenizer().save_pretrained(tmp_path / kind)
+    model = folder / kind if kind == "calm" else tmp_path / kind
+    out = tmp_path / "out.json"
+    options = ["--max_patches", "100", "--json", str(out), "--plot", str(tmp_path / "out.png")]
+    autoencoder_report.main(["--model", str(model), "--data", str(folder / "text.jsonl.xz"), *options])
+    result = json.loads(out.read_text())
+    assert result["patches"] == 100 and result["latent_size"] == 16
+    assert [row["sigma"] for row in result["noise"]] == list(autoencoder_report.SIGMAS)
+    assert "100 patches" in capsys.readouterr().out
+    assert (tmp_path / "out.png").exists()
+
+
+def test_calibration_over_checkpoints(folder, tmp_path, capsys):
+    for step in (2, 10):
+        tiny_llama(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
+    common = ["--data", str(folder / "text.jsonl.xz"), "--block_size", "24", "--tokenizer", str(folder / "ar")]
+    out = tmp_path / "out.json"
+    more = ["--max_positions", "100", "--json", str(out), "--plot", str(tmp_path / "out.png")]
+    calibration.main(["--run", str(tmp_path), *common, *more])
+    result = json.loads(out.read_text())
+    assert [row["step"] for row in result["checkpoints"]] == [2, 10]
+    for row in result["checkpoints"]:
+        assert row["positions"] == 100 and row["cross_entropy"] > 0
+    assert "Spearman" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds 0 checkpoint-N folders"):
+        calibration.main(["--run", str(folder), *common])
+
+
+def test_correlations_by_hand():
+    assert calibration.correlations([1, 2, 3], [1, 4, 9]) == pytest.approx(
+        {"pearson": 0.98974, "spearman": 1}, abs=1e-4
+    )
+    assert calibration.correlations([1, 2, 3], [3, 2, 1]) == pytest.approx({"pearson": -1, "spearman": -1})
+
+
+def test_cross_entropy_is_the_mean_over_blocks():
+    model, blocks = tiny_llama(), torch.randint(90, (3, 12), generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.cross_entropy(model(blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
+    assert calibration.cross_entropy(model, blocks, batch_size=2) == pytest.approx(expected.item(), rel=1e-5)
+
+
+class RecordingModel:
+    """Continues every prompt by its last token plus 1, 2, 3, 4 when aligned left, by 0 otherwise."""
+
+    device = "cpu"
+
+    def generate(self, prompts, prompt_alignment, num_return_sequences, **options):
+        steps = torch.arange(1, 5) * (prompt_alignment == "left")
+        prompts = prompts.repeat_interleave(num_return_sequences, 0)
+        return torch.cat([prompts, prompts[:, -1:] + steps], dim=1)
+
+    class config:
+        patch_size = 4
+
+
+def test_alignment_prompts_end_at_the_same_place():
+    windows = torch.arange(15).repeat(3, 1) + torch.tensor([[0], [100], [200]])
+    prompts = prompt_alignment.cut_prompts(windows, 4, bos_token_id=None)
+    assert prompts.tolist() == [[7, 8, 9, 10], [107, 108, 109, 110], [207, 208, 209, 210]]
+    assert prompt_alignment.cut_prompts(windows, 3, bos_token_id=1)[0].tolist() == [1, 9, 10]
+    rows = prompt_alignment.measure(RecordingModel(), windows, length=8, bos_token_id=1)
+    assert [(row["left"].brier[3], row["right"].brier[0]) for row in rows] == [(1, -1)] * 4
+    assert rows[0]["left"].positions == 3
+
+
+def test_alignment_command_writes_a_page(folder, tmp_path):
+    """Whole patches (length mod K = 0) are the same prompt under both alignments: the same draws, the same score."""
+    page = tmp_path / "page.md"
+    options = ["--prompts", "40", "--prompt_patches", "3", "--output", str(page)]
+    prompt_alignment.main(["--model", str(folder / "calm"), "--data", str(folder / "text.jsonl.xz"), *options])
+    lines = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| 0", "| 1"))]
+    assert len(lines) == 2
+    assert lines[0][1:3] == lines[0][3:5]
+    assert "`python -m calm.evaluation.prompt_alignment --model" in page.read_text()
+    with pytest.raises(SystemExit, match="gives .* prompts, fewer than 500"):
+        prompt_alignment.main(
+            ["--model", str(folder / "calm"), "--data", str(folder / "text.jsonl.xz"), "--prompts", "500"]
+        )
+
+
+def test_alignment_needs_patches(folder):
+    with pytest.raises(SystemExit, match="must be a CALM with patches of at least 2 tokens"):
+        prompt_alignment.main(["--model", str(folder / "ar"), "--data", str(folder / "text.jsonl.xz")])
