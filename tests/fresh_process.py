@@ -17,7 +17,9 @@ TIMEOUT_SECONDS = 300
 MAIN = """
 import importlib, json, sys
 module, function, arguments, result = sys.argv[1:]
-value = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+function = getattr(importlib.import_module(module), function)
+assert "transformers" not in sys.modules, f"{module} imports transformers: the process would not be fresh"
+value = function(**json.loads(arguments))
 open(result, "w", encoding="utf-8").write(json.dumps(value))
 """
 # What upstream prints on stderr whatever the model is. Everything else has something to do with ours.
@@ -43,7 +45,8 @@ def call(function, home, environment=None, **arguments):
     """Runs `function(**arguments)` in a fresh process.
 
     Args:
-        function: a function at the top level of a file in this folder; arguments and result must be JSON values.
+        function: one at the top level of a file in this folder that doesn't import transformers; its arguments and
+                result must be JSON values.
         home: folder that becomes HF_HOME (cache and copied remote code) and the working directory.
         environment: variables to set; without HF_ENDPOINT in it the process is offline.
 

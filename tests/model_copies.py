@@ -1,4 +1,7 @@
-"""What the copies of a model must have in common, wherever they were saved, pushed or converted to."""
+"""What the copies of a model must have in common, wherever they were saved, pushed or converted to.
+
+Functions here run in fresh processes, so transformers is imported inside them.
+"""
 
 import hashlib
 import json
@@ -29,7 +32,8 @@ def code_digests(folder):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.name != "__init__.py"}
 
 
-ROOT_CODE = {name: digest for name, digest in code_digests(ROOT).items() if name in CODE_FILES}
+def root_code():
+    return {name: digest for name, digest in code_digests(ROOT).items() if name in CODE_FILES}
 
 
 def weights_digest(model):
@@ -48,10 +52,38 @@ def sample_text(model, tokenizer):
     torch.manual_seed(0)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(**prompt, do_sample=True, temperature=0.5, max_new_tokens=12)
-    return tokenizer.decode(ids[0])
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def load_every_way(folder, copy):
+    """In a fresh process: loads a repository in every way, says what came out, and saves it in `copy`."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert weights_digest(backbone) == weights_digest(model.model)
+
+    torch.manual_seed(0)
+    MODEL = folder
+    # The model card's snippet.
+    outputs = pipeline(
+        "text-generation", MODEL, trust_remote_code=True, torch_dtype=torch.bfloat16, device_map="auto"
+    )("The key to life is", max_new_tokens=20, do_sample=True)
+
+    model.save_pretrained(copy)
+    tokenizer.save_pretrained(copy)
+    return {
+        "classes": [type(part).__name__ for part in (config, backbone, model)],
+        "weights": weights_digest(model),
+        "text": sample_text(model, tokenizer),
+        "snippet": outputs[0]["generated_text"],
+    }
 
 
 def assert_carries_its_code(folder):
     """The folder's code is the root's, and its config.json names classes in it, not in the place it came from."""
-    assert code_digests(folder) == ROOT_CODE
+    assert code_digests(folder) == root_code(), f"{folder} lacks code files, holds others, or they differ"
     assert json.loads((Path(folder) / "config.json").read_text())["auto_map"] == AUTO_MAP

@@ -1,28 +1,27 @@
 """Pushing to a Hub and pulling from it, with the real client over HTTP. The Hub is hub_server's, on loopback."""
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
 import fresh_process
 import pytest
 from hub_server import USER, HubServer
-from model_copies import AUTO_MAP, ROOT_CODE, assert_carries_its_code, sample_text, weights_digest
+from model_copies import AUTO_MAP, assert_carries_its_code, code_digests, root_code, sample_text, weights_digest
 
 REPO = f"{USER}/tiny-calm"
 
 
 def push_twice(repo):
     """In a fresh process: pushes a tokenizer and a model, then another model; says what they were."""
-    import torch
-    from tiny import tiny_config, tiny_model, tiny_tokenizer
+    from tiny import tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     tokenizer.push_to_hub(repo)
     pushed = []
     for seed in range(2):
-        torch.manual_seed(seed)
-        model = tiny_model(tiny_config()).eval()
+        model = tiny_model(seed=seed)
         commit = model.push_to_hub(repo).oid
         pushed.append({"commit": commit, "weights": weights_digest(model), "text": sample_text(model, tokenizer)})
     return pushed
@@ -30,9 +29,6 @@ def push_twice(repo):
 
 def pull(repo, revisions, copy):
     """In a fresh process: loads some revisions, says what they are, and saves the last one in `copy`."""
-    import inspect
-
-    from model_copies import code_digests
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pulled = []
@@ -61,7 +57,7 @@ def test_a_pushed_repository_holds_the_model_and_its_code(hub, pushed):
     latest = next(hub.commits(REPO))
     assert latest.oid == pushed[-1]["commit"]
     code = {path: hashlib.sha256(file.content).hexdigest() for path, file in latest.files.items() if ".py" in path}
-    assert code == ROOT_CODE, "the root's code files and nothing of training, evaluation, benchmarks or tests"
+    assert code == root_code(), "the root's code files and nothing of training, evaluation, benchmarks or tests"
     others = set(latest.files) - set(code) - {"special_tokens_map.json"}  # transformers 4 writes that one
     assert others == {
         "README.md",
@@ -83,5 +79,5 @@ def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
         pull, tmp_path / "home", hub.client_environment(), repo=REPO, revisions=revisions, copy=str(copy)
     ).result
     for before, after in zip(pushed, pulled, strict=True):
-        assert after == {"code": ROOT_CODE, "weights": before["weights"], "text": before["text"]}
+        assert after == {"code": root_code(), "weights": before["weights"], "text": before["text"]}
     assert_carries_its_code(copy)
