@@ -233,19 +233,19 @@ class FlowMatchingHead(GenerativeHead):
         self.net = ModulatedMLP(config, config.latent_size)
 
     def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """v(x, t, c); the net sees ⌊1000·t⌋, as the published one does."""
-        return self.net(x, (time * 1000).long(), context)
+        """v(x, t, c) in x's dtype; the net sees ⌊1000·t⌋, as the published one does."""
+        return self.net(x.to(context.dtype), (time * 1000).long(), context).to(x.dtype)
 
     def _sample(self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None):
         if noise is None:
             noise = self._noise((num_samples, *context.shape[:-1]), context, generator)
-        x, step = noise, 1 / self.num_steps
+        x, step = noise.float(), 1 / self.num_steps  # the state stays in float32: steps would be lost in bfloat16
         # float64: ⌊1000·t⌋ must not fall to the integer below by rounding.
         starts = torch.arange(self.num_steps, device=context.device, dtype=torch.float64) / self.num_steps
         for start in starts:
             middle = x + step / 2 * self.velocity(x, start, context)
             x = x + step * self.velocity(middle, start + step / 2, context)
-        return x
+        return x.to(context.dtype)
 
     def _loss(
         self,
@@ -257,7 +257,7 @@ class FlowMatchingHead(GenerativeHead):
         time: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """mean (v − (x1 − x0))²; draws: posterior_noise, noise (N, ..., Z) standard normal, time (N, ...) in [0, 1)."""
+        """mean (v − (x1 − x0))²; draws: posterior_noise, noise (N, ..., Z) standard normal; time (N, ...) in [0, 1)."""
         shape = (self.num_samples, *mean.shape)
         if posterior_noise is None:
             posterior_noise = _normal(shape, mean, generator)
@@ -294,15 +294,15 @@ class DiffusionHead(GenerativeHead):
         if noise is None:
             noise = self._noise((num_samples, *context.shape[:-1]), context, generator)
         schedule = DiffusionSchedule(self.num_steps, context.device)
-        x = noise
+        x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
         for index, step in enumerate(reversed(range(self.num_steps))):
-            epsilon, variance = self.net(x, schedule.timesteps[step], context).chunk(2, dim=-1)
+            epsilon, variance = self.net(x.to(context.dtype), schedule.timesteps[step], context).float().chunk(2, dim=-1)
             mean = schedule.posterior_mean(x, schedule.denoise(x, epsilon, step), step)
             if step > 0:
                 fresh = _normal(x.shape, x, generator) if step_noise is None else step_noise[index]
                 mean = mean + (0.5 * schedule.log_variance(variance, step)).exp() * fresh
-            x = mean.to(noise.dtype)
-        return x
+            x = mean
+        return x.to(context.dtype)
 
     def _loss(
         self,

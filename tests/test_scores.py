@@ -1,0 +1,153 @@
+"""The energy score and the clipped KL: hand values, a loop twin in float64, coinciding samples, memory."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from calm.scores_calm import clipped_kl, energy_score
+
+
+def energy_score_by_loops(samples_NPZ, targets_SPZ, beta):
+    """The definition, pair by pair; differentiable by autograd where no pair coincides."""
+    num_samples, num_patches, _ = samples_NPZ.shape
+    scores = []
+    for p in range(num_patches):
+        repulsion, attraction = [], []
+        for i in range(num_samples):
+            repulsion += [
+                (samples_NPZ[i, p] - samples_NPZ[j, p]).square().sum() ** (beta / 2)
+                for j in range(num_samples)
+                if i != j
+            ]
+            attraction += [(samples_NPZ[i, p] - y).square().sum() ** (beta / 2) for y in targets_SPZ[:, p]]
+        scores.append(torch.stack(repulsion).mean() - 2 * torch.stack(attraction).mean())
+    return torch.stack(scores)
+
+
+def value_and_gradient(score, samples, targets, beta):
+    samples = samples.clone().requires_grad_(True)
+    value = score(samples, targets, beta)
+    weights = torch.linspace(0.5, 2, value.numel(), dtype=value.dtype).view(value.shape)
+    return value.detach(), torch.autograd.grad((weights * value).sum(), samples)[0]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("beta", [1.0, 1.25, 1.5, 1.9])
+@pytest.mark.parametrize("num_samples", [2, 3, 8])
+@pytest.mark.parametrize("spread", [1.0, 0.05], ids=["wide posterior", "narrow posterior"])
+def test_agrees_with_the_loop_twin(dtype, tolerance, beta, num_samples, spread):
+    generator = torch.Generator().manual_seed(1)
+    centre = 3 * torch.randn(1, 5, 16, generator=generator, dtype=torch.float64)
+    samples = centre + spread * torch.randn(num_samples, 5, 16, generator=generator, dtype=torch.float64)
+    targets = centre + spread * torch.randn(7, 5, 16, generator=generator, dtype=torch.float64)
+    expected = value_and_gradient(energy_score_by_loops, samples.to(dtype).double(), targets.to(dtype).double(), beta)
+    actual = value_and_gradient(energy_score, samples.to(dtype), targets.to(dtype), beta)
+    for got, want in zip(actual, expected, strict=True):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_hand_values():
+    """Samples {0, 2}, target 1: mean pair distance 2, mean target distance 1; samples {0, 0}: 0 − 2."""
+    target = torch.tensor([[1.0]])
+    assert energy_score(torch.tensor([[0.0], [2.0]]), target).item() == 0
+    assert energy_score(torch.tensor([[0.0], [0.0]]), target).item() == -2
+    assert energy_score(torch.tensor([[0.0], [4.0]]), torch.tensor([[4.0]]), beta=1.5).item() == 8 - 2 * 4
+
+
+def test_prefers_the_truth():
+    """A proper score: samples from the target's own law score higher on average than shifted or shrunk ones."""
+    generator = torch.Generator().manual_seed(0)
+    samples, targets = (torch.randn(8, 4000, 4, generator=generator) for _ in range(2))
+    honest = energy_score(samples, targets).mean()
+    assert honest > energy_score(samples + 0.5, targets).mean() + 0.05
+    assert honest > energy_score(0.5 * samples, targets).mean() + 0.05
+
+
+def test_order_of_samples_shift_and_scale():
+    generator = torch.Generator().manual_seed(0)
+    samples, targets = torch.randn(6, 3, 5, generator=generator), torch.randn(9, 3, 5, generator=generator)
+    score = energy_score(samples, targets, beta=1.5)
+    torch.testing.assert_close(energy_score(samples.flip(0), targets.roll(2, 0), beta=1.5), score)
+    torch.testing.assert_close(energy_score(samples + 10, targets + 10, beta=1.5), score, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(energy_score(3 * samples, 3 * targets, beta=1.5), 3**1.5 * score)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.01, 1.5, 1.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_finite_where_samples_coincide(beta, dtype):
+    point = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for samples, targets in [
+        (point.expand(5, -1, -1), point.expand(6, -1, -1)),  # everything in one point
+        (point.expand(5, -1, -1), torch.randn(6, 4, 8).to(dtype)),  # a collapsed head
+        (torch.randn(5, 4, 8).to(dtype), point.expand(6, -1, -1)),  # a posterior of no width
+        (1e-20 * point.expand(5, -1, -1), torch.zeros(6, 4, 8, dtype=dtype)),  # squares underflow
+    ]:
+        value, gradient = value_and_gradient(energy_score, samples, targets, beta)
+        assert value.isfinite().all() and gradient.isfinite().all()
+    value, gradient = value_and_gradient(energy_score, point.expand(5, -1, -1), point.expand(6, -1, -1), beta)
+    assert (value == 0).all() and (gradient == 0).all()
+
+
+def test_chunks_of_patches_are_invisible(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    samples, targets = torch.randn(4, 3, 11, 6, generator=generator), torch.randn(5, 3, 11, 6, generator=generator)
+    whole = value_and_gradient(energy_score, samples, targets, 1.0)
+    monkeypatch.setattr("calm.scores_calm.PATCHES_PER_CHUNK", 4)
+    chunked = value_and_gradient(energy_score, samples, targets, 1.0)
+    for one, other in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert energy_score(samples[:, :0], targets[:, :0]).shape == (0, 11)
+
+
+MEMORY_SCRIPT = """
+import resource, torch
+from calm.scores_calm import energy_score
+torch.set_num_threads(1)
+N, S, P, Z = 8, 100, 2048, 128
+samples = torch.randn(N, P, Z, requires_grad=True)
+targets = torch.randn(S, P, Z)
+energy_score(samples[:, :8], targets[:, :8]).sum().backward()  # loads what is loaded once
+samples.grad.zero_()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+energy_score(samples, targets).sum().backward()
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_never_builds_the_difference_tensor():
+    """Peak extra memory of value and gradient at P = 2048, N = 8, S = 100, Z = 128, read off a fresh process."""
+    done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
+    difference_tensor = 4 * 8 * 100 * 2048 * 128
+    assert int(done.stdout) < difference_tensor / 10
+
+
+@pytest.mark.parametrize(
+    "shapes, beta, sentence",
+    [
+        (((1, 3, 4), (5, 3, 4)), 1.0, "at least 2"),
+        (((2, 3, 4), (5, 3, 4)), 2.0, "beta=2.0"),
+        (((2, 3, 4), (5, 2, 4)), 1.0, "must agree"),
+    ],
+)
+def test_refuses(shapes, beta, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        energy_score(torch.zeros(shapes[0]), torch.zeros(shapes[1]), beta)
+
+
+def test_refuses_a_gradient_in_the_targets():
+    with pytest.raises(ValueError, match="detach"):
+        energy_score(torch.zeros(2, 3, 4), torch.zeros(5, 3, 4, requires_grad=True))
+
+
+def test_clipped_kl_by_hand():
+    """KL of N(2, 1) is 2 nats, that of N(0, 1) is 0 and counts as the floor; a dimension there has no gradient."""
+    mean = torch.tensor([2.0, 0.0], requires_grad=True)
+    kl = clipped_kl(mean, torch.zeros(2), clamp=0.5)
+    assert kl.item() == 2.5
+    kl.backward()
+    assert mean.grad.tolist() == [2.0, 0.0]
+    log_std = torch.tensor([math.log(2.0)])
+    assert clipped_kl(torch.zeros(1), log_std, 0.0).item() == pytest.approx(0.5 * (4 - 1 - 2 * math.log(2)))
