@@ -28,7 +28,7 @@ DEFAULTS = {
 }
 
 
-def command(kind: str, description: str, work) -> int:
+def command(kind: str, description: str, work, arguments: list[str] | None = None) -> int:
     """Reads the command line, calls `work(recipe, options)`, and turns a known error into one line and exit code 2."""
     parser = argparse.ArgumentParser(
         description=description,
@@ -39,7 +39,7 @@ def command(kind: str, description: str, work) -> int:
     parser.add_argument(
         "--resume", default="auto", choices=["auto", "never"], help="auto: go on where output_dir's checkpoints end"
     )
-    options, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args(arguments)
     try:
         recipe = load_recipe(options.recipe, parse_command_line(rest))
         if recipe.kind != kind:
@@ -148,7 +148,8 @@ def datasets(recipe: Recipe, tokenizer, patch_size: int, args: TrainingArguments
     train.num_blocks = args.max_steps * batch
     if not (options.validation_files or options.validation_split):
         return train, None
-    validation = PackedBlocks(tokens(recipe, "validation", tokenizer, patch_size, args), options.block_size, patch_size)
+    held_out = tokens(recipe, "validation", tokenizer, patch_size, args)
+    validation = PackedBlocks(held_out, options.block_size, patch_size)
     validation.num_blocks = min(validation.num_blocks, options.validation_blocks or validation.num_blocks)
     return train, validation
 

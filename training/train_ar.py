@@ -22,5 +22,9 @@ def work(recipe: Recipe, options) -> None:
     fit(recipe, model, tokenizer, 1, args, options.resume)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return command("ar", __doc__, work, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(command("ar", __doc__, work))
+    sys.exit(main())

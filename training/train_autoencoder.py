@@ -21,5 +21,9 @@ def work(recipe: Recipe, options) -> None:
     fit(recipe, model, tokenizer, model.config.patch_size, args, options.resume)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return command("autoencoder", __doc__, work, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(command("autoencoder", __doc__, work))
+    sys.exit(main())

@@ -62,5 +62,9 @@ def work(recipe: Recipe, options) -> None:
     fit(recipe, model, tokenizer, patch_size, args, options.resume)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return command("calm", __doc__, work, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(command("calm", __doc__, work))
+    sys.exit(main())

@@ -21,5 +21,9 @@ def work(recipe: Recipe, options) -> None:
     print(f"wrote {recipe.output_dir}, {len(tokenizer)} entries")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return command("tokenizer", __doc__, work, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(command("tokenizer", __doc__, work))
+    sys.exit(main())

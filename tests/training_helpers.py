@@ -1,0 +1,96 @@
+"""A corpus, a tokenizer, an autoencoder and commands for the training tests: seconds to make, shared by all of them."""
+
+import contextlib
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from calm.heads_calm import EnergyHead
+from calm.training import train_ar, train_autoencoder, train_calm, train_tokenizer
+
+COMMANDS = {
+    "tokenizer": train_tokenizer.main,
+    "autoencoder": train_autoencoder.main,
+    "calm": train_calm.main,
+    "ar": train_ar.main,
+}
+WORDS = "the cat sat on a mat and saw one small dog run home to its red house by the sea".split()
+AUTOENCODER_SIZES = {"hidden_size": 32, "intermediate_size": 48, "latent_size": 8}
+CALM_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_mlp_layers": 1,
+    "head_type": "energy",
+    "num_posterior_samples": 10,
+}
+QUICK = {
+    "block_size": 32,
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "logging_steps": 1,
+    "warmup_steps": 0,
+    "save_steps": 100,
+    "random_phase": True,
+    "left_fill": 0.25,
+}
+
+
+def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    documents = [" ".join(rng.choice(WORDS, size=rng.integers(5, 40))) + "." for _ in range(num_documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def train(kind: str, recipe: str, **fields) -> int:
+    """Runs a train_* command in this process; its exit code."""
+    arguments = ["--recipe", recipe]
+    for name, value in fields.items():
+        arguments += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return COMMANDS[kind](arguments)
+
+
+def make_workshop(folder: Path) -> dict:
+    """A corpus with a tokenizer and an autoencoder trained on it; the fields that a further command needs."""
+    corpus = write_corpus(folder / "corpus.jsonl")
+    data = {"train_files": str(corpus), "validation_files": str(corpus), "cache_dir": str(folder / "tokens")}
+    tokenizer = str(folder / "tokenizer")
+    assert train("tokenizer", "demo-tokenizer", train_files=str(corpus), vocab_size=300, output_dir=tokenizer) == 0
+    autoencoder = str(folder / "autoencoder")
+    fields = {**data, **AUTOENCODER_SIZES, **QUICK, "tokenizer": tokenizer, "output_dir": autoencoder}
+    assert train("autoencoder", "demo-autoencoder", **{**fields, "max_steps": 20}) == 0
+    return {**data, **CALM_SIZES, **QUICK, "tokenizer": tokenizer, "autoencoder": autoencoder}
+
+
+def same_draws_for_every_patch(monkeypatch) -> None:
+    """The energy loss without luck: sample n has the same noise at each patch, however patches share out to batches."""
+
+    def repeated(shape, size, draw):
+        fixed = draw((shape[0], *[1] * (len(shape) - 1), size), generator=torch.Generator().manual_seed(0))
+        return fixed.expand(*shape, size)
+
+    monkeypatch.setattr(EnergyHead, "_noise", lambda self, shape, *_: repeated(shape, self.noise_size, torch.rand) - 0.5)
+    monkeypatch.setattr("calm.heads_calm._normal", lambda shape, *_: repeated(shape[:-1], shape[-1], torch.randn))
+
+
+def _in_child(log: str, kind: str, fields: dict) -> None:
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        torch.set_num_threads(1)
+        code = train(kind, **fields)
+    sys.exit(code)
+
+
+def start_training(log: Path, kind: str, **fields) -> multiprocessing.Process:
+    """A train_* command in a process of its own, forked from a server that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["calm.training.train_calm", "calm.training.train_tokenizer"])
+    process = context.Process(target=_in_child, args=(str(log), kind, fields))
+    process.start()
+    return process
