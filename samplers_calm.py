@@ -58,7 +58,7 @@ def group_patches(patches_BNK: torch.LongTensor) -> tuple[torch.LongTensor, torc
     Returns `group_BN`, the index of the first candidate of the row with the same patch, and `counts_BN`, how many
     candidates of the row have the same patch. Token ids must lie in [0, 2^32).
     """
-    rank_BN = torch.zeros_like(patches_BNK[..., 0])
+    rank_BN = torch.zeros_like(patches_BNK[..., 0], dtype=torch.long)
     for ids_BN in patches_BNK.unbind(-1):  # rank the prefixes, one token longer each time: no overflow at any K
         key_BN, order_BN = torch.sort((rank_BN << 32) | ids_BN, dim=-1, stable=True)
         is_new_BN = torch.zeros_like(key_BN)

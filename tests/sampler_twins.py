@@ -1,0 +1,54 @@
+"""The published rules in plain Python, one candidate at a time: slow twins of the vectorised samplers."""
+
+# B batch rows, N candidate draws, K tokens per patch, V outcomes (patches) of an enumerable distribution
+
+import math
+from collections import Counter
+
+import torch
+from enumerable_laws import as_outcomes
+
+
+def published_choice_by_loops(candidates: list, n: int) -> dict:
+    """The published batch rule for T = 1/n: weights C(count, n), or C(count, n-1) where all are zero, and so on."""
+    counts = Counter(candidates)
+    for exponent in range(n, 0, -1):
+        weights = {patch: math.comb(count, exponent) for patch, count in counts.items() if count >= exponent}
+        if weights:
+            total = sum(weights.values())
+            return {patch: weight / total for patch, weight in weights.items()}
+    raise AssertionError("unreachable: every candidate counts once")
+
+
+def published_laws_by_loops(patches_BNK: torch.LongTensor, n: int, num_outcomes: int) -> torch.Tensor:
+    """The published rule's choice probabilities, one row a pool; shape (B, V)."""
+    laws_BV = torch.zeros(len(patches_BNK), num_outcomes, dtype=torch.float64)
+    for row, outcomes in enumerate(as_outcomes(patches_BNK).tolist()):
+        for outcome, probability in published_choice_by_loops(outcomes, n).items():
+            laws_BV[row, outcome] = probability
+    return laws_BV
+
+
+def first_attempt_by_loops(draws: list, coins: list, exponent: float) -> int | None:
+    """Algorithm 1 draw by draw; coins[t] is the chance of no restart at which the attempt from draw t does restart."""
+    whole, position = math.floor(exponent), 0
+    fraction = exponent - whole
+    while position < len(draws):
+        start, restarted = position, False
+        while position < start + whole and not restarted:
+            if position == len(draws):
+                return None
+            restarted = draws[position] != draws[start]
+            position += 1
+        further, no_restart_yet = 0, 1.0
+        while not restarted:
+            if fraction == 0:
+                return start
+            if position == len(draws):
+                return None
+            if draws[position] == draws[start]:
+                return start
+            position, further = position + 1, further + 1
+            no_restart_yet *= 1 - fraction / further
+            restarted = coins[start] < 1 - no_restart_yet
+    return None

@@ -1,0 +1,424 @@
+"""The temperature samplers as laws: P^(1/T)/Z on distributions small enough to enumerate."""
+
+# B batch rows, N candidate draws, K tokens per patch, V outcomes (patches) of an enumerable distribution
+
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from enumerable_laws import (
+    as_outcomes,
+    as_patches,
+    chi_square_p_value,
+    draws_from,
+    flat,
+    peaked,
+    pools_from,
+    seeded,
+    sharpened,
+    total_variation,
+    zipf,
+)
+from sampler_twins import first_attempt_by_loops, published_laws_by_loops
+
+from calm.samplers_calm import (
+    batch_temperature_select,
+    candidate_log_weights,
+    check_num_candidates,
+    check_temperature,
+    exact_temperature_sample,
+    first_accepted_attempt,
+    group_patches,
+    inverse_temperature,
+    most_frequent_patch,
+    repetition_log_weights,
+)
+
+TEMPERATURES = (1.0, 0.9, 0.7, 0.5, 0.4, 1 / 3, 0.25)
+SIGNIFICANCE = 1e-3
+
+
+def choice_probabilities(patches_BNK: torch.LongTensor, temperature: float) -> torch.Tensor:
+    return candidate_log_weights(patches_BNK, temperature).double().softmax(-1)
+
+
+def batch_law(patches_BNK: torch.LongTensor, temperature: float, num_outcomes: int) -> torch.Tensor:
+    """Mean over pools of the probability that the batch rule chooses each outcome; shape (V,)."""
+    law_V = torch.zeros(num_outcomes, dtype=torch.float64)
+    choice_BN = choice_probabilities(patches_BNK, temperature)
+    return law_V.scatter_add_(0, as_outcomes(patches_BNK).flatten(), choice_BN.flatten()) / len(patches_BNK)
+
+
+class TestGroups:
+    def test_hand_worked(self):
+        patches = torch.tensor([[[1, 2], [2, 1], [1, 2], [1, 3], [1, 2], [2, 1]]])
+        group, counts = group_patches(patches)
+        assert group.tolist() == [[0, 1, 0, 3, 0, 1]]
+        assert counts.tolist() == [[3, 2, 3, 1, 3, 2]]
+
+    @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+    def test_equals_loops(self, patch_size):
+        patches = torch.randint(2, (5, 30, patch_size), generator=seeded())
+        group, counts = group_patches(patches)
+        for b, row in enumerate(patches.tolist()):
+            assert group[b].tolist() == [row.index(patch) for patch in row]
+            assert counts[b].tolist() == [row.count(patch) for patch in row]
+
+    def test_patches_too_large_to_pack_into_one_integer(self):
+        # 128257^8 > 2^135: base-V packing modulo 2^64 would confuse patches that differ in the first tokens only.
+        base = torch.randint(128257, (8,), generator=seeded())
+        patches = base.repeat(1, 17, 1)
+        for position in range(8):
+            patches[0, 1 + position, position] = (base[position] + 1) % 128257
+            patches[0, 9 + position, position] = (base[position] + 65536) % 128257
+        group, counts = group_patches(patches)
+        assert group.tolist() == [list(range(17))]
+        assert counts.eq(1).all()
+
+    def test_largest_ids_and_narrow_integers(self):
+        ids = torch.tensor([[[2**31 - 1], [0], [2**31 - 1]]], dtype=torch.int32)
+        assert group_patches(ids)[0].tolist() == [[0, 1, 0]]
+
+    def test_rows_do_not_mix(self):
+        row = torch.tensor([[[1], [1], [2]]])
+        other = torch.tensor([[[1], [2], [3]]])
+        assert group_patches(torch.cat((row, other)))[1].tolist() == [[2, 2, 1], [1, 1, 1]]
+
+
+class TestWeights:
+    @staticmethod
+    def choice(counts, temperature):
+        """Probability of each patch, given how often each was seen."""
+        candidates = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        probabilities = choice_probabilities(candidates[None, :, None], temperature)[0]
+        return torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, candidates, probabilities).tolist()
+
+    def test_hand_worked_at_one_half(self):
+        assert self.choice([3, 2, 1], 0.5) == pytest.approx([3 / 4, 1 / 4, 0])
+
+    def test_hand_worked_between_whole_exponents(self):
+        # s = 3/2: C(1, s) = 4/(3 pi), C(2, s) = 16/(3 pi), C(3, s) = 32/(3 pi)
+        assert repetition_log_weights(3, 1.5).exp().tolist() == pytest.approx(
+            [0] + [x / math.pi for x in (4 / 3, 16 / 3, 32 / 3)]
+        )
+        assert self.choice([3, 2, 1], 2 / 3) == pytest.approx([8 / 13, 4 / 13, 1 / 13])
+
+    def test_falls_back_to_smaller_exponents(self):
+        assert self.choice([1, 1, 1, 1], 0.5) == pytest.approx([1 / 4] * 4)
+        assert self.choice([2, 2, 1, 1], 1 / 3) == pytest.approx([1 / 2, 1 / 2, 0, 0])
+        assert self.choice([2, 1, 1, 1], 0.28) == pytest.approx([1, 0, 0, 0])
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 4])
+    def test_is_the_published_rule_at_one_over_n(self, n):
+        for law in (peaked(10), zipf(10), zipf(1000), flat(10), flat(1000)):
+            for num_draws in (4, 20, 200):
+                patches = pools_from(law, 10, num_draws, seed=num_draws)
+                ours = torch.zeros(10, len(law), dtype=torch.float64)
+                ours.scatter_add_(1, as_outcomes(patches), choice_probabilities(patches, 1 / n))
+                torch.testing.assert_close(ours, published_laws_by_loops(patches, n, len(law)), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("exponent", [1.1, 1.5, 2.5, 3.9])
+    def test_estimates_algorithm_1s_series_without_bias(self, exponent):
+        # p^n (1-p)^k has the unbiased estimate C(N-n-k, c-n) / C(N, c); the coefficients are those of (1-q)^alpha.
+        num_draws, n = 12, math.floor(exponent)
+        weights = repetition_log_weights(num_draws, exponent).exp()
+        for count in range(n, num_draws + 1):
+            coefficient, estimate = 1.0, 0.0
+            for k in range(num_draws - n + 1):
+                estimate += coefficient * math.comb(num_draws - n - k, count - n) / math.comb(num_draws, count)
+                coefficient *= (k - (exponent - n)) / (k + 1)
+            assert float(weights[count] / weights[num_draws]) == pytest.approx(estimate, abs=1e-12)
+
+    def test_is_continuous_in_the_temperature(self):
+        for temperature in (0.5, 1 / 3, 1.0):
+            at = torch.tensor(self.choice([5, 3, 2, 1], temperature))
+            for near in (temperature - 1e-4, temperature + 1e-4):
+                if near <= 1:
+                    assert total_variation(at, torch.tensor(self.choice([5, 3, 2, 1], near))) < 1e-3
+
+    def test_tiny_temperatures_neither_overflow_nor_lose_the_law(self):
+        assert self.choice([200], 1 / 200) == [1.0]
+        # C(1100, 1000) / C(1099, 1000) = 1100 / 100, both far above the largest float
+        assert self.choice([1100, 1099], 1e-3) == pytest.approx([11 / 12, 1 / 12], rel=1e-3)
+
+
+class TestBatchRule:
+    def test_chooses_by_its_weights(self):
+        pool = torch.tensor([[0], [1], [2], [0], [1], [0]]).expand(20000, -1, -1)
+        chosen = batch_temperature_select(pool, 2 / 3, seeded())[:, 0]
+        law = torch.tensor([8.0, 4.0, 1.0], dtype=torch.float64) / 13
+        assert chi_square_p_value(chosen, law) > SIGNIFICANCE
+        assert chi_square_p_value(chosen, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64) / 6) < 1e-9
+
+    def test_chooses_one_whole_patch_of_the_row(self):
+        pool = torch.randint(5, (50, 7, 4), generator=seeded())
+        chosen = batch_temperature_select(pool, 0.7, seeded())
+        assert chosen.shape == (50, 4)
+        assert (pool == chosen[:, None]).all(-1).any(-1).all()
+
+    def test_single_draw(self):
+        assert batch_temperature_select(torch.tensor([[[7, 8]]]), 1.0).tolist() == [[7, 8]]
+
+    @pytest.mark.parametrize("temperature", TEMPERATURES)
+    def test_total_variation_on_two_outcomes_without_noise(self, temperature):
+        """Every pool of two outcomes is one of N + 1 counts, so that both laws are exact sums."""
+        for num_draws in (5, 20, 200):
+            pools = as_patches((torch.arange(num_draws) >= torch.arange(num_draws + 1)[:, None]).long())
+            hits = torch.arange(num_draws + 1, dtype=torch.float64)
+            for p in (0.5, 0.55, 0.7, 0.9, 0.99):
+                law = torch.tensor([p, 1 - p], dtype=torch.float64)
+                weight = torch.distributions.Binomial(num_draws, law[0]).log_prob(hits).exp()
+                first_wins = (choice_probabilities(pools, temperature) * (as_outcomes(pools) == 0)).sum(-1)
+                target = sharpened(law, temperature)[0]
+                ours = abs(float((weight * first_wins).sum() - target))
+
+                floor, ceiling = math.floor(1 / temperature + 1e-9), math.ceil(1 / temperature - 1e-9)
+                rules = {floor, round(1 / temperature)} | ({ceiling} if num_draws == 200 else set())
+                for n in rules:
+                    published_wins = published_laws_by_loops(pools, n, 2)[:, 0]
+                    assert ours <= abs(float((weight * published_wins).sum() - target)) + 1e-6
+
+    @pytest.mark.parametrize("law", [peaked(10, 0.5), peaked(1000, 0.5), zipf(10), zipf(1000)])
+    @pytest.mark.parametrize("temperature", [0.9, 0.7, 0.4])
+    def test_total_variation_on_many_outcomes(self, law, temperature):
+        """At N = 200, against the published rule at each whole n beside 1/T (which is ours at T = 1/n, tested above).
+
+        Ours is bounded from above: noise only adds to a sum of absolute values. The published rule is bounded from
+        below: the signs of its errors are fixed on one half of the pools and its error read on the other half.
+        """
+        pools = pools_from(law, 2000, 200)
+        target = sharpened(law, temperature)
+        ours = total_variation(batch_law(pools, temperature, len(law)), target)
+        for n in (math.floor(1 / temperature), math.ceil(1 / temperature)):
+            signs = (batch_law(pools[:1000], 1 / n, len(law)) - target).sign()
+            choice_BN = choice_probabilities(pools[1000:], 1 / n)
+            errors = 0.5 * ((choice_BN * signs[as_outcomes(pools[1000:])]).sum(-1) - (target * signs).sum())
+            published = float(errors.mean()) - 3 * float(errors.std()) / math.sqrt(1000)
+            assert ours <= max(published, 1e-4)  # 1e-4: both have reached the target
+
+    @pytest.mark.parametrize("temperature", [0.7, 0.5])
+    def test_flat_stays_flat(self, temperature):
+        chosen = as_outcomes(batch_temperature_select(pools_from(flat(10), 10000, 20), temperature, seeded(1)))
+        assert chi_square_p_value(chosen, flat(10)) > SIGNIFICANCE
+
+
+class TestAlgorithm1:
+    @pytest.mark.parametrize("exponent", [1, 1.25, 1.9, 2, 2.5, 3, 4, 4.3])
+    def test_equals_algorithm_1_draw_by_draw(self, exponent):
+        draws = torch.multinomial(zipf(6), 300 * 40, replacement=True, generator=seeded()).view(300, 40)
+        coins = torch.rand(300, 40, generator=seeded(1))
+        group, _ = group_patches(draws[..., None])
+        start, accepted = first_accepted_attempt(group, coins, 1 / exponent)
+        for b in range(300):
+            expected = first_attempt_by_loops(draws[b].tolist(), coins[b].tolist(), exponent)
+            assert (int(start[b]) if accepted[b] else None) == expected
+        assert accepted.any() and (exponent < 2 or not accepted.all())
+
+    @pytest.mark.parametrize("law", [peaked(2, 0.9), zipf(2), flat(2), peaked(10), zipf(10), flat(10)])
+    @pytest.mark.parametrize("temperature", TEMPERATURES)
+    def test_law_on_few_outcomes(self, law, temperature):
+        draw = draws_from(law.expand(1000, -1), seeded(2))
+        patches, exact, _ = exact_temperature_sample(draw, 1000, temperature, 2**15, seeded(3))
+        assert exact.all()
+        assert chi_square_p_value(as_outcomes(patches), sharpened(law, temperature)) > SIGNIFICANCE
+
+    @pytest.mark.parametrize("law", [peaked(1000), zipf(1000), flat(1000)], ids=["peaked", "zipf", "flat"])
+    @pytest.mark.parametrize("temperature", [0.9, 0.7, 0.5])
+    def test_law_on_many_outcomes(self, law, temperature):
+        draw = draws_from(law.expand(400, -1), seeded(2))
+        patches, exact, _ = exact_temperature_sample(draw, 400, temperature, 2**15, seeded(3))
+        assert exact.all()
+        assert chi_square_p_value(as_outcomes(patches), sharpened(law, temperature)) > SIGNIFICANCE
+
+    @pytest.mark.parametrize("law", [zipf(1000), flat(1000)], ids=["zipf", "flat"])
+    def test_law_of_the_accepted_is_exact_at_any_bound(self, law):
+        # An accepted attempt takes n draws whatever it accepts, so that at T = 1/n a bound cannot prefer a patch.
+        draw = draws_from(law.expand(5000, -1), seeded(4))
+        patches, exact, _ = exact_temperature_sample(draw, 5000, 0.5, 64, seeded(5))
+        assert 0.02 < exact.double().mean() < 0.98
+        assert chi_square_p_value(as_outcomes(patches[exact]), sharpened(law, 0.5)) > SIGNIFICANCE
+
+    def test_chi_square_rejects_a_wrong_law(self):
+        law = zipf(10)
+        draw = draws_from(law.expand(5000, -1), seeded(6))
+        outcomes = as_outcomes(exact_temperature_sample(draw, 5000, 0.5, 512, seeded(7))[0])
+        assert chi_square_p_value(outcomes, sharpened(law, 0.5)) > SIGNIFICANCE
+        assert chi_square_p_value(outcomes, sharpened(law, 0.6)) < 1e-6
+        assert chi_square_p_value(outcomes, law) < 1e-6
+
+    def test_each_row_keeps_its_own_law(self):
+        laws = torch.stack((zipf(10), zipf(10).flip(0), flat(10), peaked(10, 0.9))).repeat(2000, 1)
+        for temperature in (0.5, 0.7):
+            patches, exact, _ = exact_temperature_sample(
+                draws_from(laws, seeded(8)), 8000, temperature, 1024, seeded(9)
+            )
+            for i in range(4):
+                outcomes = as_outcomes(patches[i::4])
+                assert chi_square_p_value(outcomes, sharpened(laws[i], temperature)) > SIGNIFICANCE
+
+    def test_only_unfinished_rows_draw_on(self):
+        laws = torch.cat((peaked(1000, 1.0).expand(3, -1), flat(1000).expand(3, -1)))
+        draw, asked = draws_from(laws, seeded()), []
+
+        def recording_draw(rows, num_draws):
+            asked.append((rows.tolist(), num_draws))
+            return draw(rows, num_draws)
+
+        patches, exact, num_draws = exact_temperature_sample(recording_draw, 6, 0.25, 30, seeded())
+        assert asked == [([0, 1, 2, 3, 4, 5], 4), ([3, 4, 5], 4), ([3, 4, 5], 8), ([3, 4, 5], 14)]
+        assert num_draws.tolist() == [4, 4, 4, 30, 30, 30]
+        assert exact.tolist() == [True] * 3 + [False] * 3
+        assert as_outcomes(patches)[:3].tolist() == [0, 0, 0]
+
+    @pytest.mark.parametrize("first_block", [1, 3, 8, 100])
+    def test_blocks_do_not_change_the_choice(self, first_block):
+        stream = as_patches(torch.multinomial(zipf(10), 6400, replacement=True, generator=seeded()).view(64, 100))
+
+        def sample(block):
+            used = torch.zeros(64, dtype=torch.long)
+
+            def draw(rows, num_draws):
+                index = used[rows][:, None] + torch.arange(num_draws)
+                used[rows] += num_draws
+                return stream[rows[:, None], index]
+
+            patches, exact, _ = exact_temperature_sample(draw, 64, 0.5, 100, seeded(), first_block=block)
+            assert exact.all()
+            return patches
+
+        assert torch.equal(sample(first_block), sample(4))
+
+
+class TestFallback:
+    """Algorithm 1 bounded at N draws with the pool as its fallback, against the batch rule on the same N draws."""
+
+    @pytest.mark.parametrize("num_outcomes, num_draws", [(2, 9), (3, 7), (6, 5)])
+    @pytest.mark.parametrize("n", [2, 3, 4])
+    def test_total_variation_over_every_sequence_of_draws(self, num_outcomes, num_draws, n):
+        sequences = torch.tensor(list(itertools.product(range(num_outcomes), repeat=num_draws)))
+        group, _ = group_patches(sequences[..., None])
+        start, accepted = first_accepted_attempt(group, torch.zeros_like(sequences).float(), 1 / n)
+        batch = choice_probabilities(sequences[..., None], 1 / n)
+        bounded = torch.where(accepted[:, None], torch.nn.functional.one_hot(start, num_draws).double(), batch)
+        for law in (peaked(num_outcomes), zipf(num_outcomes), peaked(num_outcomes, 0.9)):
+            sequence_weight = law[sequences].prod(-1, keepdim=True)
+            errors = []
+            for choice in (bounded, batch):
+                reached = torch.zeros(num_outcomes, dtype=torch.float64)
+                reached.scatter_add_(0, sequences.flatten(), (sequence_weight * choice).flatten())
+                errors.append(total_variation(reached, sharpened(law, 1 / n)))
+            assert errors[0] <= errors[1] + 1e-7
+
+    @pytest.mark.parametrize("temperature", [0.9, 0.7])
+    def test_total_variation_where_most_of_the_difficulty_is_rare_patches(self, temperature):
+        """Zipf with 1000 outcomes in 10 classes of about equal mass, within which the errors have one sign."""
+        law, batch_size = zipf(1000), 4000
+        target = sharpened(law, temperature)
+        classes = (target.cumsum(0) * 10).long().clamp(max=9)
+
+        def by_class(law_V):
+            return torch.zeros(10, dtype=torch.float64).scatter_add_(0, classes, law_V)
+
+        batch_error = total_variation(
+            by_class(batch_law(pools_from(law, 500, 200), temperature, 1000)), by_class(target)
+        )
+        draw = draws_from(law.expand(batch_size, -1), seeded(10))
+        patches, _, num_draws = exact_temperature_sample(draw, batch_size, temperature, 200, seeded(11))
+        reached = torch.bincount(as_outcomes(patches), minlength=1000).double() / batch_size
+        noise = 0.5 * float((by_class(target) / batch_size).sqrt().sum())
+        assert total_variation(by_class(reached), by_class(target)) <= batch_error + 1.5 * noise
+        assert num_draws.double().mean() < 150
+
+    def test_waiting_attempts_accept_by_the_batch_weights(self):
+        """Over all orders of a pool, an attempt that starts it accepts a patch with probability C(c, s) / C(N, s)."""
+        pool, exponent, num_coins = [0, 0, 0, 1, 1, 2], 1.6, 500
+        orders = torch.tensor(list(itertools.permutations(pool)))
+        group = group_patches(orders[..., None])[0].repeat(num_coins, 1)
+        coins = ((torch.arange(num_coins) + 0.5) / num_coins).repeat_interleave(len(orders))[:, None].expand_as(group)
+        start, accepted = first_accepted_attempt(group, coins, 1 / exponent, circular=True)
+        from_start = accepted & (start == 0)
+        weights = repetition_log_weights(6, exponent).exp()
+        for patch, count in Counter(pool).items():
+            share = (from_start & (orders.repeat(num_coins, 1)[:, 0] == patch)).double().mean()
+            assert float(share) == pytest.approx(float(weights[count] / weights[6]), abs=2 / num_coins)
+
+    def test_all_distinct_is_uniform(self):
+        def draw(rows, num_draws):
+            return torch.arange(4).expand(len(rows), 4)[..., None]
+
+        patches, exact, _ = exact_temperature_sample(draw, 8000, 0.5, 4, seeded())
+        assert not exact.any()
+        assert chi_square_p_value(patches[:, 0], flat(4)) > SIGNIFICANCE
+
+
+class TestMostFrequent:
+    def test_hand_worked(self):
+        pool = torch.tensor([[[3], [5], [5], [1]], [[4], [2], [4], [4]]])
+        assert most_frequent_patch(pool).tolist() == [[5], [4]]
+
+    def test_ties_go_to_the_first_seen_batched_or_not(self):
+        pool = torch.tensor(
+            [[[9, 1], [2, 2], [9, 1], [2, 2]], [[2, 2], [9, 1], [9, 1], [2, 2]], [[8, 8], [7, 7], [6, 6], [5, 5]]]
+        )
+        batched = most_frequent_patch(pool)
+        assert batched.tolist() == [[9, 1], [2, 2], [8, 8]]
+        for row, expected in zip(pool, batched, strict=True):
+            assert torch.equal(most_frequent_patch(row[None])[0], expected)
+
+
+class TestRandomness:
+    @pytest.mark.parametrize("temperature", [0.5, 0.7])
+    def test_the_generator_fixes_the_choice(self, temperature):
+        pool = pools_from(zipf(1000), 50, 40)
+
+        def sample(seed):
+            exact, *_ = exact_temperature_sample(
+                draws_from(zipf(50).expand(50, -1), seeded(seed)), 50, temperature, 20, seeded(seed)
+            )
+            return torch.cat((batch_temperature_select(pool, temperature, seeded(seed)), exact))
+
+        state = torch.random.get_rng_state()
+        random_state = random.getstate()
+        assert torch.equal(sample(1), sample(1))
+        assert not torch.equal(sample(1), sample(2))
+        assert torch.equal(state, torch.random.get_rng_state()) and random_state == random.getstate()
+
+    def test_without_a_generator_the_global_seed_fixes_the_choice(self):
+        pool = pools_from(zipf(1000), 50, 40)
+        torch.manual_seed(5)
+        first = batch_temperature_select(pool, 0.7)
+        torch.manual_seed(5)
+        assert torch.equal(first, batch_temperature_select(pool, 0.7))
+
+
+class TestChecks:
+    @pytest.mark.parametrize("temperature", [0, -1, 1.0001, float("nan"), float("inf"), None, "0.5", True])
+    def test_temperatures_outside_the_range(self, temperature):
+        with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+            check_temperature(temperature)
+
+    @pytest.mark.parametrize("num_candidates, temperature, least", [(1, 0.9, 2), (2, 0.4, 3), (99, 0.01, 100)])
+    def test_too_few_candidates(self, num_candidates, temperature, least):
+        with pytest.raises(ValueError, match=f"at least {least}"):
+            check_num_candidates(num_candidates, temperature)
+        pool = torch.zeros(1, num_candidates, 1, dtype=torch.long)
+        with pytest.raises(ValueError, match=f"at least {least}"):
+            batch_temperature_select(pool, temperature)
+        with pytest.raises(ValueError, match=f"at least {least}"):
+            exact_temperature_sample(
+                lambda rows, n: pytest.fail("drew before checking"), 1, temperature, num_candidates
+            )
+
+    @pytest.mark.parametrize("num_candidates", [0, -3, 2.5, None, True])
+    def test_candidates_that_are_no_number_of_draws(self, num_candidates):
+        with pytest.raises(ValueError, match="positive whole number"):
+            check_num_candidates(num_candidates, 1.0)
+
+    def test_rounded_temperatures_mean_whole_exponents(self):
+        assert inverse_temperature(0.33333334) == 3
+        assert inverse_temperature(float(torch.tensor(1 / 49))) == 49
+        assert inverse_temperature(0.3) == pytest.approx(10 / 3)
+        check_num_candidates(3, 0.3333333)
