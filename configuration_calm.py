@@ -93,7 +93,9 @@ class CALMAutoencoderConfig(PretrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("num_encoder_layers", "num_decoder_layers"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: the autoencoder needs at least 1 layer.")
+            _require(
+                getattr(self, name) >= 1, f"{name}={getattr(self, name)}: the autoencoder needs at least 1 layer."
+            )
         _require(0 <= self.ae_dropout < 1, f"ae_dropout={self.ae_dropout}: must lie in [0, 1).")
         _require(self.kl_clamp >= 0, f"kl_clamp={self.kl_clamp}: must not be negative (nats per dimension).")
         _require(self.kl_weight >= 0, f"kl_weight={self.kl_weight}: must not be negative.")

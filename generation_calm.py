@@ -127,7 +127,9 @@ def pack_prompts(
     index = column - (column.shape[1] - filled)
     is_token = (index >= 0) & (index < lengths_B1)
     source = (width - lengths_B1 + index).clamp(0, max(width - 1, 0))
-    packed = torch.where(is_token, compact.gather(1, source), filler_token_id) if width else column * 0 + filler_token_id
+    packed = (
+        torch.where(is_token, compact.gather(1, source), filler_token_id) if width else column * 0 + filler_token_id
+    )
     if alignment == "right" and padding_token_id is not None:
         packed = packed.masked_fill(index >= lengths_B1, padding_token_id)
     patch_index = torch.arange(num_patches, device=input_ids.device)
@@ -158,8 +160,8 @@ class CALMGenerationMixin:
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "generate() got inputs_embeds: CALM packs token ids into patches and feeds generated ids back, so pass "
-                "input_ids instead."
+                "generate() got inputs_embeds: CALM packs token ids into patches and feeds generated ids back, so "
+                "pass input_ids instead."
             )
         cache = model_kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
@@ -174,7 +176,9 @@ class CALMGenerationMixin:
         ids = inputs if mask is None or mask.shape != inputs.shape else inputs[mask.bool()]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             bad = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
-            raise ValueError(f"generate() got token id {bad}, outside the vocabulary 0 … {self.config.vocab_size - 1}.")
+            raise ValueError(
+                f"generate() got token id {bad}, outside the vocabulary 0 … {self.config.vocab_size - 1}."
+            )
         return inputs, name, model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -242,7 +246,8 @@ class CALMGenerationMixin:
         inputs = self._pack_for_generation(input_ids, generation_config, model_kwargs)
         cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
         outputs_wanted = {
-            name: bool(getattr(generation_config, f"output_{name}")) and bool(generation_config.return_dict_in_generate)
+            name: bool(getattr(generation_config, f"output_{name}"))
+            and bool(generation_config.return_dict_in_generate)
             for name in ("hidden_states", "attentions")
         }
         collected = {name: () for name, wanted in outputs_wanted.items() if wanted}

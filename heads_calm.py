@@ -257,7 +257,10 @@ class FlowMatchingHead(GenerativeHead):
         time: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """mean (v − (x1 − x0))²; draws: posterior_noise, noise (N, ..., Z) standard normal; time (N, ...) in [0, 1)."""
+        """mean (v − (x1 − x0))².
+
+        Draws: posterior_noise, noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
+        """
         shape = (self.num_samples, *mean.shape)
         if posterior_noise is None:
             posterior_noise = _normal(shape, mean, generator)
@@ -296,7 +299,9 @@ class DiffusionHead(GenerativeHead):
         schedule = DiffusionSchedule(self.num_steps, context.device)
         x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
         for index, step in enumerate(reversed(range(self.num_steps))):
-            epsilon, variance = self.net(x.to(context.dtype), schedule.timesteps[step], context).float().chunk(2, dim=-1)
+            epsilon, variance = (
+                self.net(x.to(context.dtype), schedule.timesteps[step], context).float().chunk(2, dim=-1)
+            )
             mean = schedule.posterior_mean(x, schedule.denoise(x, epsilon, step), step)
             if step > 0:
                 fresh = _normal(x.shape, x, generator) if step_noise is None else step_noise[index]

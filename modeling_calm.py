@@ -125,7 +125,8 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
                 f"The model got {length} tokens a row, no multiple of patch_size={self.config.patch_size}: fill the "
                 "first patch on its left (generate() does), or drop the last one."
             )
-        return self.embed_proj(inputs_embeds.reshape(batch_size, length // self.config.patch_size, -1))
+        num_patches, size = length // self.config.patch_size, self.config.patch_size * inputs_embeds.shape[-1]
+        return self.embed_proj(inputs_embeds.reshape(batch_size, num_patches, size))
 
     def patch_mask(self, attention_mask: Tensor | None, num_patches: int) -> Tensor | None:
         """A mask by token or by patch → one by patch, (B, num_patches); others than 2-D pass through."""
@@ -227,7 +228,8 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
         patch_size = self.config.patch_size
         labels_BPK = labels.unflatten(1, (-1, patch_size))[:, 1:]
         is_target = (labels_BPK != -100).all(-1)
-        mean, log_std = self.autoencoder.encoder(labels_BPK[is_target].reshape(1, -1))
+        with torch.no_grad():
+            mean, log_std = self.autoencoder.encoder(labels_BPK[is_target].reshape(1, -1))
         context = hidden_BPD[:, :-1][is_target]
         losses = self.head.loss(context, mean[0], log_std[0], generator=generator, **draws)
         count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size

@@ -66,11 +66,14 @@ class AutoencoderEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         batch_size, length = input_ids.shape
         if length % self.patch_size:
-            raise ValueError(f"The autoencoder got {length} tokens a row, no multiple of patch_size={self.patch_size}.")
+            raise ValueError(
+                f"The autoencoder got {length} tokens a row, no multiple of patch_size={self.patch_size}."
+            )
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers[: self.num_token_layers]:
             hidden = layer(hidden)
-        hidden = self.squeeze_layer(hidden.reshape(batch_size, length // self.patch_size, -1))
+        hidden = hidden.reshape(batch_size, length // self.patch_size, self.squeeze_layer.in_features)
+        hidden = self.squeeze_layer(hidden)
         for layer in self.layers[self.num_token_layers :]:
             hidden = layer(hidden)
         mean, log_std = self.hidden_to_latent(self.norm(hidden)).chunk(2, dim=-1)
@@ -114,6 +117,8 @@ class CALMAutoencoder(PreTrainedModel):
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"
     _tied_weights_keys = {"decoder.lm_head.weight": "encoder.embed_tokens.weight"}
+    # There is no attention in here, so whatever the language model around it asks for is supported.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__(config)

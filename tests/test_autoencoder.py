@@ -1,0 +1,126 @@
+"""The autoencoder on its own: shapes for every K and depth, training noise, loss, weights tied through a save."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from calm.configuration_calm import CALMAutoencoderConfig
+from calm.modeling_calm_autoencoder import CALMAutoencoder
+from tiny import VOCAB_SIZE
+
+
+def autoencoder(**fields):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "latent_size": 16}
+    return CALMAutoencoder(CALMAutoencoderConfig(**{**sizes, **fields})).eval()
+
+
+def some_ids(batch_size=2, length=24):
+    return torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
+def test_every_patch_size_and_depth(patch_size, num_layers):
+    model = autoencoder(patch_size=patch_size, num_encoder_layers=num_layers, num_decoder_layers=num_layers)
+    mean, log_std = model.encoder(some_ids())
+    assert mean.shape == log_std.shape == (2, 24 // patch_size, 16)
+    assert model.decoder(mean).shape == (2, 24 // patch_size, patch_size, VOCAB_SIZE)
+    assert model(some_ids()).logits.shape == (2, 24, VOCAB_SIZE)
+    used = [name for name, p in model.named_parameters() if p.grad_fn is None]
+    model(some_ids(), labels=some_ids()).loss.backward()
+    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in used), "a layer that is not used"
+
+
+def test_patches_are_encoded_on_their_own():
+    model, ids = autoencoder(), some_ids(1)
+    mean = model.encoder(ids)[0]
+    changed = ids.clone()
+    changed[0, 5] = 3 if ids[0, 5] != 3 else 4
+    difference = (model.encoder(changed)[0] - mean).abs().sum(-1)[0]
+    assert difference[1] > 0 and (difference[[0, 2, 3, 4, 5]] == 0).all()
+
+
+def test_loss_by_its_definition():
+    model, ids = autoencoder(kl_clamp=0.5, kl_weight=0.1), some_ids()
+    noise = torch.randn(2, 6, 16)
+    mean, log_std = model.encoder(ids)
+    logits = model.decoder(mean + log_std.exp() * noise).reshape(-1, VOCAB_SIZE)
+    kl = (0.5 * (mean**2 + log_std.exp() ** 2 - 1 - 2 * log_std)).clamp(min=0.5).sum(-1).mean()
+    expected = 4 * F.cross_entropy(logits, ids.flatten()) + 0.1 * kl
+    torch.testing.assert_close(model(ids, labels=ids, noise=noise).loss, expected)
+
+
+def test_left_out_labels_and_accumulation():
+    """Two halves with the number of labels of the whole add up to the loss of the whole, padding left out."""
+    model, ids = autoencoder(kl_weight=0.1), some_ids(4)
+    labels = ids.clone()
+    labels[1, 9:] = -100
+    noise = torch.randn(4, 6, 16)
+    whole = model(ids, labels=labels, noise=noise).loss
+    items = (labels != -100).sum()
+    halves = [
+        model(ids[s], labels=labels[s], noise=noise[s], num_items_in_batch=items).loss for s in (slice(2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(halves), whole)
+    ids[1, 12:] = 3  # patches without a label don't matter
+    torch.testing.assert_close(model(ids, labels=labels, noise=noise).loss, whole)
+
+
+def test_noise_only_in_training():
+    model, ids = autoencoder(ae_dropout=0.5), some_ids(8, 400)
+    noise = torch.zeros(8, 100, 16)
+    assert torch.equal(model(ids, noise=noise).logits, model(ids, noise=noise).logits)
+    model.train()
+    generator = torch.Generator().manual_seed(0)
+    replaced = (model._replace_tokens(ids, generator) == 0).float().mean()
+    assert replaced == pytest.approx(0.5, abs=0.05)
+    assert not torch.equal(model(ids, noise=noise).logits, model(ids, noise=noise).logits)
+
+
+def test_same_generator_same_draw():
+    model, ids = autoencoder(), some_ids()
+    one, same, other = (model(ids, generator=torch.Generator().manual_seed(seed)).logits for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_decode_tokens_is_the_argmax_in_chunks(monkeypatch):
+    model, latents = autoencoder(), torch.randn(3, 5, 16)
+    expected = model.decoder(latents).argmax(-1)
+    assert torch.equal(model.decode_tokens(latents), expected)
+    monkeypatch.setattr("calm.modeling_calm_autoencoder.LOGITS_PER_CHUNK", 2 * 4 * VOCAB_SIZE)
+    assert torch.equal(model.decode_tokens(latents), expected)
+    forbidden = torch.zeros(4, VOCAB_SIZE, dtype=torch.bool)
+    forbidden[1, expected[0, 0, 1]] = True
+    changed = model.decode_tokens(latents, forbidden)
+    assert changed[0, 0, 1] != expected[0, 0, 1] and torch.equal(changed[..., 0], expected[..., 0])
+
+
+def test_save_and_load_keeps_the_tie(tmp_path):
+    model = autoencoder()
+    model.save_pretrained(tmp_path)
+    loaded = CALMAutoencoder.from_pretrained(tmp_path)
+    assert loaded.decoder.lm_head.weight is loaded.encoder.embed_tokens.weight
+    assert torch.equal(
+        loaded(some_ids(), noise=torch.zeros(2, 6, 16)).logits, model(some_ids(), noise=torch.zeros(2, 6, 16)).logits
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"num_encoder_layers": 0}, "num_encoder_layers=0: the autoencoder needs at least 1 layer"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"ae_dropout": 1.0}, "ae_dropout=1.0"),
+        ({"kl_clamp": -1}, "kl_clamp=-1"),
+        ({"kl_weight": -1}, "kl_weight=-1"),
+    ],
+)
+def test_config_refuses(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CALMAutoencoderConfig(**fields)
+
+
+def test_refuses_broken_patches():
+    with pytest.raises(ValueError, match="6 tokens a row, no multiple of patch_size=4"):
+        autoencoder().encoder(some_ids(2, 6))

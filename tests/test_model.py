@@ -1,0 +1,249 @@
+"""The language model: every K and head, attention backends, cache, padding, loss, what is frozen, what is refused."""
+
+import importlib.util
+
+import pytest
+import torch
+from goldens import relative_error
+from tiny import PAD, VOCAB_SIZE, tiny_config, tiny_model
+
+from calm.configuration_calm import CALMConfig
+from calm.modeling_calm import CALMForCausalLM, CALMModel
+
+HEAD_TYPES = ("energy", "flow", "diffusion")
+
+
+def some_ids(batch_size=2, length=24, seed=0):
+    return torch.randint(3, PAD, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_every_patch_size_trains(head_type, patch_size):
+    model, ids = tiny_model(head_type, patch_size).train(), some_ids()
+    output = model(ids, labels=ids)
+    assert output.last_hidden_state.shape == (2, 24 // patch_size, 48)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("autoencoder."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+    assert model.head.sample(output.last_hidden_state, num_samples=3).shape == (3, 2, 24 // patch_size, 16)
+
+
+def test_grouped_query_attention():
+    model, ids = tiny_model(num_key_value_heads=2), some_ids()
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (24, 48)
+    assert model(ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention", "flash_attention_2"])
+@torch.no_grad()
+def test_attention_backends_agree_with_eager(attention):
+    if attention == "flash_attention_2" and (
+        not importlib.util.find_spec("flash_attn") or not torch.cuda.is_available()
+    ):
+        pytest.skip("flash-attn is not installed, or there is no GPU")
+    ids, mask = some_ids(), torch.ones(2, 24, dtype=torch.long)
+    mask[0, :8] = 0
+    hidden = {}
+    for implementation in ("eager", attention):
+        model = tiny_model(attn_implementation=implementation)
+        assert model.config._attn_implementation == implementation
+        hidden[implementation] = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(hidden[attention][0, 2:], hidden["eager"][0, 2:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(hidden[attention][1], hidden["eager"][1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_equals_no_cache():
+    model, ids = tiny_model(), some_ids()
+    whole = model(ids).last_hidden_state
+    first = model(ids[:, :16], use_cache=True)
+    cache, parts = first.past_key_values, [first.last_hidden_state]
+    for start in (16, 20):
+        output = model(ids[:, start : start + 4], past_key_values=cache, use_cache=True)
+        parts.append(output.last_hidden_state)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_left_padding_equals_no_padding():
+    model, ids = tiny_model(), some_ids(1, 16)
+    padded = torch.cat([torch.full((1, 8), PAD), ids], dim=1)
+    by_token = torch.cat([torch.zeros(1, 8), torch.ones(1, 16)], dim=1).long()
+    expected = model(ids).last_hidden_state
+    for mask in (by_token, by_token[:, ::4]):
+        hidden = model(padded, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(hidden[:, 2:], expected, atol=1e-5, rtol=1e-4)
+    first = model(padded[:, :16], attention_mask=by_token[:, :16], use_cache=True)
+    later = model(padded[:, 16:], attention_mask=by_token, past_key_values=first.past_key_values)
+    torch.testing.assert_close(later.last_hidden_state, expected[:, 2:], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_patch_sees_no_later_patch():
+    model, ids = tiny_model(), some_ids(1)
+    changed = ids.clone()
+    changed[0, 13] = 3 if ids[0, 13] != 3 else 4
+    difference = (model(changed).last_hidden_state - model(ids).last_hidden_state).abs().sum(-1)[0]
+    assert (difference[:3] == 0).all() and (difference[3:] > 0).all()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, ids = tiny_model().train(), some_ids()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids, generator=generator()).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@torch.no_grad()
+def test_loss_counts_whole_later_patches(head_type):
+    """Targets are the patches after the first whose labels are all kept; their ids come from the labels."""
+    model, ids = tiny_model(head_type), some_ids()
+    labels = ids.clone()
+    labels[0, :9] = -100  # patch 2 of row 0 lacks a label
+    hidden = model(ids).last_hidden_state
+    mean, log_std = model.autoencoder.encoder(ids)
+    context = torch.cat([hidden[0, 2:5], hidden[1, 0:5]])
+    mean, log_std = (torch.cat([x[0, 3:6], x[1, 1:6]]) for x in (mean, log_std))
+    expected = model.head.loss(context, mean, log_std, generator=generator())
+    loss = model(ids, labels=labels, generator=generator()).loss
+    torch.testing.assert_close(loss, expected.mean())
+    items = model(ids, labels=labels, generator=generator(), num_items_in_batch=torch.tensor(100)).loss
+    torch.testing.assert_close(items, expected.sum() * 4 / 100)
+
+
+def test_loss_without_targets_is_zero_and_differentiable():
+    model, ids = tiny_model().train(), some_ids(1, 4)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids():
+    model, ids = tiny_model(), some_ids()
+    by_embeddings = model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids, generator=generator())
+    by_ids = model(ids, labels=ids, generator=generator())
+    assert torch.equal(by_embeddings.loss, by_ids.loss)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_on_request():
+    output = tiny_model(attn_implementation="eager")(some_ids(), output_hidden_states=True, output_attentions=True)
+    assert [h.shape for h in output.hidden_states] == [(2, 6, 48)] * 3
+    assert [a.shape for a in output.attentions] == [(2, 4, 6, 6)] * 2
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@torch.no_grad()
+def test_head_randomness_is_an_argument(head_type):
+    head, context = tiny_model(head_type).head, torch.randn(3, 48)
+    one, same, other = (head.sample(context, num_samples=5, generator=generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    mean, log_std = torch.randn(2, 3, 16)
+    losses = [head.loss(context, mean, log_std, generator=generator(seed)) for seed in (1, 1, 2)]
+    assert losses[0].shape == (3,)
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    shared = head.shared_draws(5, context, generator())
+    alone, together = (head.sample(c, num_samples=5, **shared) for c in (context[1:2], context))
+    assert relative_error(together[:, 1:2], alone) < 1e-4
+
+
+def test_fresh_heads_start_at_zero():
+    """The published heads start with a zero last layer: before training, every draw is the same."""
+    torch.manual_seed(0)
+    for head_type in HEAD_TYPES:
+        head = CALMForCausalLM(tiny_config(head_type)).head
+        zero = [name for name, p in head.named_parameters() if name.endswith("weight") and (p == 0).all()]
+        assert any("out_proj" in name for name in zero)
+    assert (CALMForCausalLM(tiny_config("energy")).head.sample(torch.randn(2, 48)) == 0).all()
+
+
+def frozen(model):
+    modules, parameters = model.autoencoder.modules(), model.autoencoder.parameters()
+    return not any(m.training for m in modules) and not any(p.requires_grad for p in parameters)
+
+
+def test_autoencoder_stays_frozen(tmp_path):
+    model = tiny_model()
+    assert frozen(model)
+    assert frozen(model.train()) and model.model.training
+    assert frozen(model.to(torch.float64).train())
+    model.to(torch.float32).save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = CALMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert frozen(loaded) and frozen(loaded.train()) and loaded.head.out_proj.weight.requires_grad
+    assert (tmp_path / "model.safetensors").is_file() and len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_one_file_holds_everything(tmp_path):
+    model = tiny_model("flow")
+    model.save_pretrained(tmp_path)
+    loaded, info = CALMForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for (name, saved), (_, got) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(saved, got), name
+    backbone = CALMModel.from_pretrained(tmp_path)
+    assert torch.equal(backbone(some_ids()).last_hidden_state, model(some_ids()).last_hidden_state)
+
+
+def test_config_survives_a_save(tmp_path):
+    config = tiny_config("flow", 8, rope_theta=5e5, prompt_filler_token_id=7, num_key_value_heads=2)
+    config.save_pretrained(tmp_path)
+    loaded = CALMConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.autoencoder_config.patch_size == 8
+    assert loaded.to_dict()["rope_theta"] == 5e5  # read by transformers 4, beside rope_parameters for 5
+    assert CALMConfig().autoencoder_config.vocab_size == CALMConfig().vocab_size == 128257
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"num_samples": 1}, "num_samples=1: the pairwise term needs at least 2 samples"),
+        ({"beta": 2.0}, r"beta=2.0: must lie in \[1, 2\)"),
+        ({"beta": 0.5}, "beta=0.5"),
+        ({"head_type": "gan"}, "head_type='gan': must be one of"),
+        ({"patch_size": 8, "autoencoder_config": {"patch_size": 4}}, "patch_size=8, but the autoencoder's is 4"),
+        ({"latent_size": 8, "autoencoder_config": {"latent_size": 16}}, "latent_size=8, but the autoencoder's is 16"),
+        ({"vocab_size": 90}, "vocab_size=90, but the autoencoder's is 96"),
+        ({"prompt_alignment": "middle"}, "prompt_alignment='middle'"),
+        ({"prompt_filler_token_id": VOCAB_SIZE}, "prompt_filler_token_id=96"),
+        ({"num_mlp_layers": 0}, "num_mlp_layers=0"),
+        ({"sampling_steps": 0}, "sampling_steps=0"),
+    ],
+)
+def test_config_refuses(fields, sentence):
+    autoencoder = {"vocab_size": 96, "latent_size": 16, "patch_size": fields.get("patch_size", 4)}
+    autoencoder |= fields.pop("autoencoder_config", {})
+    with pytest.raises(ValueError, match=sentence):
+        CALMConfig(**{"vocab_size": 96, "latent_size": 16, "autoencoder_config": autoencoder, **fields})
+
+
+def test_forward_refuses():
+    model, ids = tiny_model(), some_ids()
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="7 tokens a row, no multiple of patch_size=4"):
+        model(ids[:, :7])
+    with pytest.raises(ValueError, match="attention_mask has length 5: it must count 6 patches or 24 tokens"):
+        model(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="positions count patches: 6"):
+        model(ids, position_ids=torch.arange(24)[None])
+    for module in (model, model.model):
+        with pytest.raises(ValueError, match="the vocabulary is the frozen autoencoder's"):
+            module.resize_token_embeddings(100)
