@@ -109,7 +109,7 @@ def write_plot(path: Path, scores: dict[str, BrierScore], block_size: int) -> No
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # without it accelerate runs no processes on the CPU
     try:
         scores = {name: evaluate(name, args, state) for name in args.model}
     except (ValueError, OSError) as error:

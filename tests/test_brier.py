@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,28 +78,6 @@ def test_counts_add_up():
     assert (total.positions, total.blocks) == (31, 8)
     weighted = [(21 * a + 10 * b) / 31 for a, b in zip(*(part.score().brier for part in parts), strict=True)]
     assert total.brier == pytest.approx(weighted)
-
-
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from calm.evaluation.brier import BrierCounts
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-target = torch.zeros(1 + rank, 3, 4)
-score = BrierCounts.from_draws(target + rank, target + rank, target).gather().score()
-assert (score.blocks, score.positions, score.brier) == (3, 9, [-1 / 3] * 4), score
-"""
-
-
-def test_counts_add_up_over_processes(tmp_path):
-    """Process 0 has one block of a perfect model (1 each), process 1 two blocks of a stuck one (-1 each)."""
-    workers = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=60)
-        assert worker.returncode == 0, errors.decode()
 
 
 def test_interval_covers_and_shrinks():

@@ -1,6 +1,10 @@
 """The command: models and text in, table, JSON and plot out; the same numbers whatever the batch size."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +34,35 @@ def test_json_of_one_model(folder, tmp_path, capsys):
     assert lm["low"] <= lm["value"] <= lm["high"]
     printed = capsys.readouterr().out
     assert f"{lm['value']:.2f}" in printed and "| 24 | 1040 |" in printed
+
+
+def test_processes_share_the_blocks(folder, tmp_path):
+    """Two processes, as torchrun starts them, count what one counts. Slow: each imports transformers."""
+    options = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz", "--block_size", 24, "--max_positions", 100]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, "-m", "calm.evaluation.brier_lm", *map(str, options), "--json", tmp_path / "two.json"]
+    workers = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        (printed, errors), (nothing, more_errors) = (worker.communicate(timeout=120) for worker in workers)
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert printed.count("| model |") == 1 and nothing == "", errors + more_errors
+    run(folder, "--max_positions", 100, "--json", tmp_path / "one.json")
+    [two], [one] = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert (two["positions"], two["blocks"]) == (one["positions"], one["blocks"]) == (100, 5)
+    assert two["brier"][0] == pytest.approx(one["brier"][0], rel=1e-5)  # Brier-1 of an AR model has no sampling in it
 
 
 def test_comparison_of_models_and_plot(folder, tmp_path, monkeypatch, capsys):
