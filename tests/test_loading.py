@@ -1,11 +1,13 @@
 """Loading a repository in a fresh, offline process through every Auto class and the pipeline, without a warning."""
 
+import json
+
 import fresh_process
 import pytest
 from model_copies import PROMPT, ROOT, assert_carries_its_code, load_every_way
+from tiny import tiny_model, tiny_tokenizer
 
 from calm.convert_checkpoint import convert
-from tiny import tiny_model, tiny_tokenizer
 
 CLASSES = ["CALMConfig", "CALMModel", "CALMForCausalLM"]
 
@@ -21,9 +23,15 @@ def check_loads_every_way(folder, home):
     return loaded.result, copy
 
 
+def generation_settings(folder):
+    settings = json.loads((folder / "generation_config.json").read_text())
+    return {name: value for name, value in settings.items() if name != "transformers_version"}
+
+
 @pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
 def test_the_root_loads(tmp_path):
-    check_loads_every_way(ROOT, tmp_path / "home")
+    _, copy = check_loads_every_way(ROOT, tmp_path / "home")
+    assert generation_settings(copy) == generation_settings(ROOT)
 
 
 def test_a_saved_model_and_a_copy_of_its_copy_load_alike(tmp_path):
@@ -41,7 +49,8 @@ def test_a_converted_checkpoint_loads(tmp_path):
     tiny_tokenizer().save_pretrained(tokenizer)
     convert(str(published / "calm"), str(published / "autoencoder"), converted, str(tokenizer))
     assert_carries_its_code(converted)
-    check_loads_every_way(converted, tmp_path / "home")
+    _, copy = check_loads_every_way(converted, tmp_path / "home")
+    assert generation_settings(copy) == generation_settings(converted)
 
 
 def test_a_complaint_about_our_model_would_be_seen():
