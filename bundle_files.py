@@ -2,14 +2,14 @@
 
 import inspect
 import json
-import shutil
 from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from calm.checkpoint_files import ConversionError, Repository, first_line
 from calm.configuration_calm import CALMConfig
 from calm.modeling_calm import CALMForCausalLM
-from tokenizers import Tokenizer
-from transformers.dynamic_module_utils import get_relative_import_files
 
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",

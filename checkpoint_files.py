@@ -19,6 +19,8 @@ from tqdm import tqdm
 SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TAGS}
 
+REMAP_BYTES = 2**26  # read through one mapping
+
 
 class ConversionError(Exception):
     """Why a conversion is impossible, in one sentence that names the file and, where there is one, the tensor."""
@@ -28,23 +30,89 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+class WeightsFile:
+    """A .safetensors or .bin file, mapped to memory, whose tensors are read one by one.
+
+    What has been read of a mapping stays in memory until it is closed, so after some reading the file is mapped anew.
+
+    Raises:
+        ConversionError: the file is truncated, or holds anything but tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._map()
+
+    def _map(self) -> None:
+        self._bytes_read = 0
+        if self.path.suffix == ".bin":
+            self._pickled = load_pickle(self.path)
+            return
+        try:
+            self._safe = safe_open(self.path, "pt")
+        except Exception as error:  # SafetensorError and OSError have no narrower class in common
+            raise ConversionError(f"{self.path} cannot be read, is it complete? ({first_line(error)})") from None
+
+    def list(self) -> list["StoredTensor"]:
+        """Its tensors, without their values.
+
+        Raises:
+            ConversionError: one is not of a floating-point type that models come in.
+        """
+        if self.path.suffix == ".bin":
+            found = [(name, tensor.shape, tensor.dtype) for name, tensor in self._pickled.items()]
+        else:
+            dtypes = {tag: dtype for dtype, tag in SAFETENSORS_TAGS.items()}
+            views = {name: self._safe.get_slice(name) for name in self._safe.keys()}
+            found = [
+                (n, view.get_shape(), dtypes.get(view.get_dtype(), view.get_dtype())) for n, view in views.items()
+            ]
+        for name, _, dtype in found:
+            if dtype not in SAFETENSORS_TAGS:
+                raise ConversionError(f"{self.path}: tensor {name} is of type {dtype}, none of {', '.join(DTYPES)}.")
+        return [StoredTensor(self, name, tuple(shape), dtype) for name, shape, dtype in found]
+
+    def read(self, name: str) -> torch.Tensor:
+        if self._bytes_read > REMAP_BYTES:
+            self._map()
+        tensor = self._pickled[name] if self.path.suffix == ".bin" else self._safe.get_tensor(name)
+        self._bytes_read += tensor.nbytes
+        return tensor
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file, not read yet."""
 
-    path: Path
+    file: WeightsFile
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def __str__(self):
-        return f"tensor {self.name} {self.shape} in {self.path}"
+        return f"tensor {self.name} {self.shape} in {self.file.path}"
 
     def read(self) -> torch.Tensor:
-        # The file is mapped anew each time, for what was read through one long-lived mapping stays in memory.
-        if self.path.suffix == ".bin":
-            return _load_pickle(self.path)[self.name]
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(self.name)
+        return self.file.read(self.name)
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that torch.save wrote, mapped to memory; nothing else in it is executed or created.
+
+    Raises:
+        ConversionError: the file is truncated, or holds anything but a dictionary of tensors.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ConversionError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
+    except Exception as error:  # torch has no common class for what can be wrong with a file
+        raise ConversionError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
+    if not isinstance(tensors, dict):
+        raise ConversionError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise ConversionError(f"{path}: {name} is not the name of a dense tensor.")
+    return tensors
 
 
 class Repository:
@@ -64,9 +132,9 @@ class Repository:
         self.config = read_json(self.config_path)
         self.weights, files = find_weights(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
-        for stored in (stored for path in files for stored in list_tensors(path)):
+        for stored in (stored for path in files for stored in WeightsFile(path).list()):
             if stored.name in self.tensors:
-                raise ConversionError(f"The {stored} is in {self.tensors[stored.name].path} too.")
+                raise ConversionError(f"The {stored} is in {self.tensors[stored.name].file.path} too.")
             self.tensors[stored.name] = stored
 
     def matrix(self, name: str) -> StoredTensor:
@@ -108,7 +176,10 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = [folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ConversionError(f"{index} holds no weight_map.")
+            shards = [folder / shard for shard in sorted(set(map(str, weight_map.values())))]
             for shard in shards:
                 if not shard.is_file():
                     raise ConversionError(f"{shard} does not exist, but {index.name} names it.")
@@ -116,46 +187,6 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
         if (folder / name).is_file():
             return folder / name, [folder / name]
     raise ConversionError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards.")
-
-
-def list_tensors(path: Path) -> list[StoredTensor]:
-    """The tensors of one .safetensors or .bin file, without reading their values.
-
-    Raises:
-        ConversionError: the file is truncated, or holds anything but floating-point tensors.
-    """
-    if path.suffix == ".bin":
-        found = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(path).items()]
-    else:
-        dtypes = {tag: dtype for dtype, tag in SAFETENSORS_TAGS.items()}
-        try:
-            with safe_open(path, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                found = [
-                    (name, tuple(view.get_shape()), dtypes.get(view.get_dtype(), view.get_dtype()))
-                    for name, view in slices.items()
-                ]
-        except Exception as error:  # SafetensorError and OSError have no narrower class in common
-            raise ConversionError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
-    for name, _, dtype in found:
-        if dtype not in SAFETENSORS_TAGS:
-            raise ConversionError(f"{path}: tensor {name} is of type {dtype}, which is none of {', '.join(DTYPES)}.")
-    return [StoredTensor(path, *stored) for stored in found]
-
-
-def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ConversionError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
-    except Exception as error:  # torch has no common class for what can be wrong with a file
-        raise ConversionError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
-    if not isinstance(tensors, dict):
-        raise ConversionError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise ConversionError(f"{path}: {name} is not a dense tensor.")
-    return tensors
 
 
 def read_json(path: Path) -> dict:

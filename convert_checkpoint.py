@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import HfApi
+
 from calm.bundle_files import bundle_texts, code_files
 from calm.checkpoint_files import (
     DTYPES,
@@ -33,8 +35,6 @@ from calm.checkpoint_files import (
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from huggingface_hub import HfApi
-from huggingface_hub.errors import StrictDataclassError
 
 # Published tensor name → ours. Where a pattern has two targets, the matrix is cut into two halves of its columns.
 # Several published tensors may have the same target (tied or stored twice); they must then be equal.
@@ -164,8 +164,8 @@ def config_fields(repository: Repository, facts: Facts, config_class: type) -> d
     return fields | {field: value for field, (value, _) in facts.items()}
 
 
-def build_config(language_model: Repository, autoencoder: Repository) -> CALMConfig:
-    """The bundle's configuration.
+def build_config(language_model: Repository, autoencoder: Repository) -> tuple[CALMConfig, dict[str, tuple[int, ...]]]:
+    """The bundle's configuration, and the shapes of the tensors that a model of it has.
 
     Raises:
         ConversionError: config.json contradicts the tensors, or the two repositories are no pair.
@@ -183,10 +183,13 @@ def build_config(language_model: Repository, autoencoder: Repository) -> CALMCon
             raise ConversionError(f"{language_model.config_path} lacks {field}.")
     nested_fields = config_fields(autoencoder, nested_facts, CALMAutoencoderConfig)
     try:
-        return CALMConfig(**{**fields, "autoencoder_config": nested_fields})
-    except (ValueError, TypeError, StrictDataclassError) as error:
+        config = CALMConfig(**{**fields, "autoencoder_config": nested_fields})
+        with torch.device("meta"):
+            model = CALMForCausalLM(config)
+    except Exception as error:  # a configuration can be wrong in as many ways as there are classes of errors
         paths = f"{language_model.config_path} and {autoencoder.config_path}"
-        raise ConversionError(f"{paths} make no valid configuration: {first_line(error)}") from None
+        raise ConversionError(f"{paths} make no model: {error}") from None
+    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
 
 
 class Piece(NamedTuple):
@@ -214,15 +217,12 @@ def translate(name: str, table: tuple) -> tuple[str, ...]:
     return ()
 
 
-def place(language_model: Repository, autoencoder: Repository, config: CALMConfig) -> dict[str, list[Piece]]:
-    """Each tensor of our model, and the published ones that make it. Several for one must turn out equal.
+def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> dict[str, list[Piece]]:
+    """Each tensor of our model (name → shape), and the published ones that make it. Several must turn out equal.
 
     Raises:
         ConversionError: a tensor is missing, left over or of the wrong shape.
     """
-    with torch.device("meta"):
-        model = CALMForCausalLM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
     places = {name: [] for name in shapes}
     # The autoencoder's own repository goes first, for the first piece is the one that is written.
     for repository, table in ((autoencoder, AUTOENCODER_TABLE), (language_model, LANGUAGE_MODEL_TABLE)):
@@ -284,8 +284,8 @@ def convert(
     if partial.exists():
         raise ConversionError(f"{partial} exists: remove it, unless another conversion is writing it right now.")
     sources = Repository(calm), Repository(autoencoder)
-    config = build_config(*sources)
-    places = place(*sources, config)
+    config, shapes = build_config(*sources)
+    places = place(*sources, shapes)
     config.dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
     tokenizer_folder = fetch(tokenizer, ["tokenizer.json"]) if tokenizer else sources[0].folder
     texts = bundle_texts(name or output.name, config, tokenizer_folder, *sources)
@@ -296,7 +296,6 @@ def convert(
             (partial / file).write_text(text, encoding="utf-8")
         for file in code_files():
             shutil.copy(file, partial)
-        shapes = {key: pieces[0].shape for key, pieces in places.items()}
         write_safetensors(
             partial / "model.safetensors", shapes, config.dtype, lambda key: merge(places[key], config.dtype)
         )

@@ -1,0 +1,556 @@
+"""convert_checkpoint.py: what it reads, what it refuses, and what it writes."""
+
+import errno
+import json
+import os
+import resource
+from pathlib import Path
+
+import fresh_process
+import pytest
+import torch
+from converted_bundles import errors_of_bundles, push_convert_push
+from hub_server import USER, hub  # noqa: F401 (a fixture)
+from model_copies import AUTO_MAP, CODE_FILES
+from published import LAYOUTS, PublishedRepository, write_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
+
+from calm.configuration_calm import HEAD_TYPES, CALMConfig
+from calm.convert_checkpoint import main
+
+OTHER_FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+class Workshop:
+    """A published pair in a folder of its own, and the command on it."""
+
+    def __init__(self, folder: Path, capsys, head_type: str = "energy"):
+        self.folder, self.capsys = folder, capsys
+        self.calm = PublishedRepository(f"{head_type}_k4/calm", folder / "calm")
+        self.autoencoder = PublishedRepository(f"{head_type}_k4/autoencoder", folder / "autoencoder")
+        self.output = folder / "bundle"
+        write_tokenizer(self.calm.folder)
+
+    def run(self, *more: str) -> int:
+        return main(
+            ["--calm", str(self.calm.folder), "--autoencoder", str(self.autoencoder.folder)]
+            + ["--output", str(self.output), *more]
+        )
+
+    def convert(self, *more: str) -> dict[str, torch.Tensor]:
+        """Converts, which must succeed, and returns the weights written."""
+        code = self.run(*more)
+        assert code == 0, self.capsys.readouterr().err
+        return load_file(self.output / "model.safetensors")
+
+    def refuse(self, *mentions: object, more: tuple[str, ...] = ()) -> str:
+        """Converts, which must fail as promised: exit code 1, one sentence with `mentions`, nothing left behind."""
+        before = sorted(self.folder.rglob("*"))
+        code = self.run(*more)
+        message = self.capsys.readouterr().err
+        assert code == 1
+        assert message.count("\n") == 1 and "Traceback" not in message
+        for mention in mentions:
+            assert str(mention) in message
+        assert sorted(self.folder.rglob("*")) == before
+        return message
+
+    def config(self) -> dict:
+        return json.loads((self.output / "config.json").read_text())
+
+
+@pytest.fixture
+def shop(tmp_path, capsys):
+    return Workshop(tmp_path, capsys)
+
+
+# ------------------------------------------------------------------------------------------------ the bundle
+
+
+def test_a_fresh_process_reproduces_the_goldens_from_bundles(tmp_path, capsys):
+    # Slow because a fresh process imports torch and transformers anew.
+    for head_type in HEAD_TYPES:
+        Workshop(tmp_path / head_type, capsys, head_type).convert()
+    done = fresh_process.call(errors_of_bundles, tmp_path / "home", folder=str(tmp_path), head_types=HEAD_TYPES)
+    assert done.complaints == []
+    for head_type in HEAD_TYPES:
+        errors = done.result[head_type]
+        assert errors.pop("config") == head_type
+        # 100 diffusion steps add up their roundings.
+        limits = {name: 5e-5 if (head_type, name) == ("diffusion", "head.latents") else 1e-5 for name in errors}
+        assert {name: value for name, value in errors.items() if value > limits[name]} == {}
+
+
+def test_a_bundle_is_complete_and_has_nothing_else(shop):
+    shop.convert()
+    assert {path.name for path in shop.output.iterdir()} == CODE_FILES | OTHER_FILES
+    config = shop.config()
+    assert config["auto_map"] == AUTO_MAP
+    assert config["architectures"] == ["CALMForCausalLM"]
+    assert config["model_type"] == "calm"
+    assert config["rope_theta"] == 10000.0  # transformers 4.57 reads this, 5 rope_parameters
+    assert "ae_path" not in config and str(shop.folder) not in json.dumps(config)
+
+
+def test_fields_that_published_configs_lack_get_the_published_values(shop):
+    shop.convert()
+    config = shop.config()
+    nested = config["autoencoder_config"]
+    assert (config["num_samples"], config["num_posterior_samples"], config["beta"]) == (8, 100, 1.0)
+    assert (nested["ae_dropout"], nested["kl_clamp"], nested["kl_weight"]) == (0.15, 0.5, 1e-3)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_what_the_tensors_say_need_not_stand_in_config_json(tmp_path, capsys, head_type):
+    shop = Workshop(tmp_path, capsys, head_type)
+    shared = ["vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"]
+    for name in [*shared, "num_hidden_layers", "num_mlp_layers", "noise_size", "beta", "architectures"]:
+        del shop.calm.config[name]
+    for name in [*shared, "num_encoder_layers", "num_decoder_layers"]:
+        del shop.autoencoder.config[name]
+    shop.calm.write()
+    shop.autoencoder.write()
+    shop.convert()
+    config = CALMConfig.from_pretrained(shop.output)
+    assert config.head_type == head_type
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (96, 48, 96)
+    assert (config.patch_size, config.latent_size, config.num_hidden_layers, config.num_mlp_layers) == (4, 16, 2, 2)
+    assert head_type != "energy" or config.noise_size == 8
+    nested = config.autoencoder_config
+    assert (nested.vocab_size, nested.hidden_size, nested.intermediate_size) == (96, 32, 64)
+    assert (nested.patch_size, nested.latent_size, nested.num_encoder_layers, nested.num_decoder_layers) == (
+        4,
+        16,
+        2,
+        2,
+    )
+
+
+def test_generation_samples_as_published(shop):
+    shop.convert()
+    config = GenerationConfig.from_pretrained(shop.output)
+    assert (config.do_sample, config.temperature, config.num_candidates) == (True, 0.5, 200)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 95)
+
+
+def test_the_model_card_names_its_sources_and_no_path(shop):
+    shop.convert("--dtype", "bfloat16")
+    card = (shop.output / "README.md").read_text()
+    front, text = card.removeprefix("---\n").split("\n---\n", 1)
+    assert "library_name: transformers" in front and "pipeline_tag: text-generation" in front
+    assert "base_model" not in front  # a folder is no repository of the Hub
+    assert "`calm`" in text and "`autoencoder`" in text and "bfloat16" in text and '"energy"' in text
+    assert 'model="bundle"' in text and '"The key to life is", max_new_tokens=20, do_sample=True' in text
+    assert "icence" in text and str(shop.folder) not in card and "{" not in card
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_file_layout_gives_the_same_bundle(shop, layout):
+    expected = shop.convert()
+    shop.calm.write(layout)
+    shop.autoencoder.write(layout)
+    shop.output = shop.folder / "again"
+    weights = shop.convert()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_safetensors_go_before_pickles(shop):
+    shop.calm.write("safetensors")
+    (shop.calm.folder / "pytorch_model.bin").write_bytes(b"not looked at")
+    shop.convert()
+
+
+def test_the_first_layer_of_an_energy_block_is_cut_in_two(shop):
+    weights = shop.convert()
+    published = shop.calm.tensors["mlp_generator.mlp_blocks.1.linears.0.weight"]
+    assert torch.equal(weights["head.blocks.1.sample_proj.weight"], published[:, :48])
+    assert torch.equal(weights["head.blocks.1.context_proj.weight"], published[:, 48:])
+
+
+def test_tied_and_repeated_tensors_are_written_once(shop):
+    weights = shop.convert()
+    sizes = sum(t.numel() for name, t in shop.calm.tensors.items() if name.startswith(("transformer.", "embed_proj.")))
+    sizes += sum(t.numel() for name, t in shop.calm.tensors.items() if name.startswith("mlp_generator."))
+    sizes += sum(t.numel() for name, t in shop.autoencoder.tensors.items() if name != "decoder.lm_head_weight")
+    assert sum(tensor.numel() for tensor in weights.values()) == sizes
+
+
+@pytest.mark.parametrize("prefix", ["mlp_generator.", "generative_head.", "ae_model."])
+def test_tensors_that_are_stored_twice_may_be_stored_once(shop, prefix):
+    expected = shop.convert()
+    for name in [name for name in shop.calm.tensors if name.startswith(prefix)]:
+        del shop.calm.tensors[name]
+    shop.calm.write()
+    shop.output = shop.folder / "again"
+    weights = shop.convert()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("repository", "name"),
+    [
+        ("autoencoder", "decoder.lm_head_weight"),
+        ("calm", "generative_head.mlp_blocks.1.down_proj.weight"),
+        ("calm", "ae_model.encoder.squeeze_layer.bias"),
+    ],
+)
+def test_repeated_tensors_that_differ_are_refused(shop, repository, name):
+    source = getattr(shop, repository)
+    source.tensors[name] = source.tensors[name] + 1e-3
+    source.write()
+    shop.refuse(name, source.weights, "should be equal")
+
+
+def test_dtype_converts_and_is_the_language_models_by_default(shop):
+    shop.calm.tensors = {name: tensor.bfloat16() for name, tensor in shop.calm.tensors.items()}
+    shop.calm.write()
+    embedding = shop.autoencoder.tensors["encoder.embed_tokens.weight"]  # float32: compared in the narrower type
+    weights = shop.convert()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert torch.equal(weights["autoencoder.encoder.embed_tokens.weight"], embedding.bfloat16())
+    assert shop.config()["dtype"] == "bfloat16"
+    shop.output = shop.folder / "again"
+    weights = shop.convert("--dtype", "float32")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert torch.equal(weights["autoencoder.encoder.embed_tokens.weight"], embedding)
+    assert shop.config()["dtype"] == "float32"
+
+
+def peak_memory():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's resettable peak memory")
+def test_peak_memory_stays_below_the_file_written(shop, monkeypatch):
+    monkeypatch.setattr("calm.checkpoint_files.REMAP_BYTES", 2**22)
+    mlp = {"gate_proj": (6144, 48), "up_proj": (6144, 48), "down_proj": (48, 6144)}
+    layer = {name: t for name, t in shop.calm.tensors.items() if name.startswith("transformer.layers.0.")}
+    for number in range(26):  # 92 MB of layers of 3.5 MB
+        for name, tensor in layer.items():
+            shape = mlp.get(name.split(".")[-2], tensor.shape)
+            shop.calm.tensors[name.replace(".0.", f".{number}.", 1)] = torch.rand(shape)
+    shop.calm.config |= {"num_hidden_layers": 26, "intermediate_size": 6144}
+    shop.calm.write()
+    shop.calm.tensors.clear()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    code = shop.run("--dtype", "bfloat16")
+    written = (shop.output / "model.safetensors").stat().st_size
+    assert code == 0 and written > 40e6
+    assert peak_memory() - before < 0.5 * written
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+def test_the_tokenizer_pads_on_the_left_with_the_models_pad_token(shop):
+    shop.convert()
+    tokenizer = AutoTokenizer.from_pretrained(shop.output, trust_remote_code=True)
+    batch = tokenizer(["abc", "abcde"], padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["input_ids"][0].tolist() == [95, 95, *batch["input_ids"][1, :3].tolist()]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 95)
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "abc"
+    # transformers 5 would name a class that 4.57 does not know
+    written = json.loads((shop.output / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_the_tokenizer_may_stand_elsewhere(shop):
+    elsewhere = shop.folder / "tokenizer"
+    elsewhere.mkdir()
+    (shop.calm.folder / "tokenizer.json").rename(elsewhere / "tokenizer.json")
+    shop.refuse(shop.calm.folder / "tokenizer.json", "--tokenizer")
+    shop.convert("--tokenizer", str(elsewhere))
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(shop):
+    write_tokenizer(shop.calm.folder, size=97)
+    shop.refuse(shop.calm.folder / "tokenizer.json", "97 tokens", "96")
+    write_tokenizer(shop.calm.folder, size=90)
+    shop.refuse(shop.calm.folder / "tokenizer.json", "pad_token_id 95")
+    (shop.calm.folder / "tokenizer.json").write_text("{}")
+    shop.refuse(shop.calm.folder / "tokenizer.json")
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("repository", "field", "tensor"),
+    [
+        ("calm", "vocab_size", "transformer.embed_tokens.weight"),
+        ("calm", "hidden_size", "transformer.embed_tokens.weight"),
+        ("calm", "patch_size", "embed_proj.0.weight"),
+        ("calm", "latent_size", "mlp_generator.final_layer.linears.2.weight"),
+        ("calm", "noise_size", "mlp_generator.noise_embd.weight"),
+        ("calm", "num_mlp_layers", "mlp_generator.mlp_blocks.1"),
+        ("calm", "num_hidden_layers", "transformer.layers.1"),
+        ("autoencoder", "vocab_size", "encoder.embed_tokens.weight"),
+        ("autoencoder", "patch_size", "encoder.squeeze_layer.weight"),
+        ("autoencoder", "latent_size", "encoder.hidden_to_latent.weight"),
+        ("autoencoder", "num_encoder_layers", "encoder.encoder_layers.1"),
+        ("autoencoder", "num_decoder_layers", "decoder.decoder_layers.1"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(shop, repository, field, tensor):
+    source = getattr(shop, repository)
+    source.config[field] += 1
+    source.write()
+    shop.refuse(source.folder / "config.json", f"{field} is {source.config[field]}", tensor, source.weights)
+
+
+def make_patch_size_2(tensors):
+    tensors["encoder.squeeze_layer.weight"] = torch.zeros(32, 64)
+    tensors["decoder.expand_layer.weight"] = torch.zeros(64, 32)
+    tensors["decoder.expand_layer.bias"] = torch.zeros(64)
+    return "patch_size", "embed_proj.0.weight", "encoder.squeeze_layer.weight"
+
+
+def make_latent_size_8(tensors):
+    tensors["encoder.hidden_to_latent.weight"] = torch.zeros(16, 32)
+    tensors["encoder.hidden_to_latent.bias"] = torch.zeros(16)
+    tensors["decoder.latent_to_hidden.weight"] = torch.zeros(32, 8)
+    return "latent_size", "mlp_generator.final_layer.linears.2.weight", "encoder.hidden_to_latent.weight"
+
+
+def make_vocab_size_90(tensors):
+    tensors["encoder.embed_tokens.weight"] = tensors["decoder.lm_head_weight"] = torch.zeros(90, 32)
+    return "vocab_size", "transformer.embed_tokens.weight", "encoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("change", [make_patch_size_2, make_latent_size_8, make_vocab_size_90])
+def test_repositories_that_are_no_pair_are_refused(shop, change):
+    field, *tensors = change(shop.autoencoder.tensors)
+    del shop.autoencoder.config[field]
+    shop.autoencoder.write()
+    shop.refuse("no pair", field, *tensors, shop.calm.weights, shop.autoencoder.weights)
+
+
+@pytest.mark.parametrize(
+    ("repository", "name"),
+    [
+        ("calm", "transformer.embed_tokens.weight"),
+        ("calm", "transformer.layers.0.mlp.up_proj.weight"),
+        ("calm", "embed_proj.3.bias"),
+        ("autoencoder", "encoder.squeeze_layer.weight"),
+        ("autoencoder", "decoder.norm.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(shop, repository, name):
+    source = getattr(shop, repository)
+    del source.tensors[name]
+    for twin in [key for key in shop.calm.tensors if key == f"ae_model.{name}"]:
+        del shop.calm.tensors[twin]
+    shop.calm.write()
+    source.write()
+    shop.refuse("lacks the tensor", name.rsplit(".", 2)[-2], source.weights)
+
+
+def test_a_missing_head_is_named(shop):
+    shop.calm.tensors = {
+        name: tensor
+        for name, tensor in shop.calm.tensors.items()
+        if not name.startswith(("mlp_generator.", "generative_head."))
+    }
+    shop.calm.write()
+    shop.refuse(shop.calm.weights, "generative_head.noise_embd.weight")
+
+
+@pytest.mark.parametrize(
+    ("repository", "name"),
+    [
+        ("calm", "transformer.layers.0.self_attn.q_proj.bias"),
+        ("calm", "generative_head.extra.bias"),
+        ("calm", "lm_head.weight"),
+        ("autoencoder", "decoder.lm_head.weight"),
+        ("autoencoder", "transformer.norm.weight"),
+    ],
+)
+def test_a_left_over_tensor_is_named(shop, repository, name):
+    source = getattr(shop, repository)
+    source.tensors[name] = torch.zeros(48)
+    source.write()
+    shop.refuse(name, source.weights)
+
+
+def test_a_tensor_of_another_shape_is_named(shop):
+    shop.calm.tensors["embed_proj.3.bias"] = torch.zeros(47)
+    shop.calm.write()
+    shop.refuse("embed_proj.3.bias (47,)", "(48,)", shop.calm.weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("embed_proj.3.bias", torch.full((48,), torch.nan)),
+        ("embed_proj.3.bias", torch.zeros(48, dtype=torch.int64)),
+        ("transformer.embed_tokens.weight", torch.zeros(96)),
+        ("embed_proj.0.weight", torch.zeros(96, 191)),
+    ],
+)
+def test_a_tensor_that_is_no_weight_is_named(shop, name, tensor):
+    shop.calm.tensors[name] = tensor
+    shop.calm.write()
+    shop.refuse(name, shop.calm.weights)
+
+
+def test_values_too_large_for_the_type_are_refused(shop):
+    shop.calm.tensors["embed_proj.3.bias"] = torch.full((48,), 1e6)
+    shop.calm.write()
+    shop.refuse("embed_proj.3.bias", "float16", more=("--dtype", "float16"))
+
+
+# ------------------------------------------------------------------------------------------------ broken files
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])
+@pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(shop, layout, kept):
+    shop.calm.write(layout)
+    content = shop.calm.weights.read_bytes()
+    shop.calm.weights.write_bytes(content[: int(kept * len(content))])
+    shop.refuse(shop.calm.weights)
+
+
+class Malicious:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.touch, (self.victim,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_pickle_is_not_executed(shop, zipped):
+    victim = shop.folder / "victim"
+    content = {**shop.calm.tensors, "transformer.norm.weight": Malicious(victim)}
+    torch.save(content, shop.calm.weights, _use_new_zipfile_serialization=zipped)
+    shop.refuse(shop.calm.weights)
+    assert not victim.exists()
+    torch.load(shop.calm.weights, weights_only=False)  # the attack works where one lets it
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(3)], {"transformer.norm.weight": [1.0]}, {0: torch.zeros(1)}])
+def test_a_pickle_of_something_else_is_refused(shop, content):
+    torch.save(content, shop.calm.weights)
+    shop.refuse(shop.calm.weights)
+
+
+def test_missing_files_are_named(shop):
+    shop.calm.write("sharded bin")
+    shard = sorted(shop.calm.folder.glob("*.bin"))[0]
+    shard.unlink()
+    shop.refuse(shard, "pytorch_model.bin.index.json")
+    for path in shop.calm.folder.glob("pytorch_model*"):
+        path.unlink()
+    shop.refuse(shop.calm.folder, "pytorch_model.bin")
+    (shop.calm.folder / "config.json").unlink()
+    shop.refuse(shop.calm.folder / "config.json")
+
+
+def test_a_tensor_in_two_shards_is_refused(shop):
+    shop.calm.write("sharded safetensors")
+    first, second = sorted(shop.calm.folder.glob("*.safetensors"))
+    second.write_bytes(first.read_bytes())
+    shop.refuse(first, second)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"num_attention_heads": 4, "beta": 3}'])
+def test_a_broken_config_is_refused(shop, text):
+    (shop.calm.folder / "config.json").write_text(text)
+    shop.refuse(shop.calm.folder / "config.json")
+
+
+def test_a_value_that_the_architecture_refuses_is_refused(shop):
+    shop.calm.config["beta"] = 3.0
+    shop.calm.write()
+    shop.refuse(shop.calm.folder / "config.json", "beta=3.0")
+
+
+def test_an_id_that_is_neither_folder_nor_repository_is_named(shop, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shop.calm.folder = shop.folder / "nowhere"
+    shop.refuse("nowhere is no folder")
+
+
+# ------------------------------------------------------------------------------------------------ the disk
+
+
+def test_a_full_disk_leaves_nothing(shop):
+    # A limit on file sizes fails in the midst of the weights, as a full disk does, but with another error number.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        shop.refuse("model.safetensors", os.strerror(errno.EFBIG), "at model.")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_the_folder_is_one_sentence(shop, monkeypatch, number):
+    def refuse(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    shop.refuse(shop.output.parent, os.strerror(number))
+
+
+@pytest.mark.parametrize("method", ["write_text", "rename"])
+def test_a_disk_that_fails_on_the_way_leaves_nothing(shop, monkeypatch, method):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if method == "rename":
+        monkeypatch.setattr(os, "replace", refuse)
+    else:
+        monkeypatch.setattr(Path, method, refuse)
+    shop.refuse(shop.output, os.strerror(errno.ENOSPC))
+
+
+def test_the_output_must_be_new(shop):
+    shop.output.mkdir()
+    shop.convert()
+    shop.refuse(shop.output, "not an empty folder")
+    shop.output = shop.calm.weights / "bundle"
+    shop.refuse(shop.calm.weights)
+    shop.output = shop.folder / "other"
+    (shop.folder / ".other.partial").mkdir()
+    shop.refuse(shop.folder / ".other.partial")
+
+
+# ------------------------------------------------------------------------------------------------ the Hub
+
+
+def test_ids_of_the_hub_are_downloaded_and_the_bundle_is_pushed(shop, hub):  # noqa: F811
+    # Slow because a fresh process imports torch and transformers anew.
+    shop.autoencoder.write("safetensors")
+    done = fresh_process.call(
+        push_convert_push,
+        shop.folder / "home",
+        environment=hub.client_environment(),
+        calm=str(shop.calm.folder),
+        autoencoder=str(shop.autoencoder.folder),
+        published=f"{USER}/published",
+        bundle=f"{USER}/bundle",
+        output=str(shop.output),
+    )
+    assert done.result["code"] == 0, done.stderr
+    assert set(done.result["files"]) - {".gitattributes"} == CODE_FILES | OTHER_FILES
+    card = (shop.output / "README.md").read_text()
+    assert f"base_model:\n- {USER}/published-calm\n- {USER}/published-autoencoder\n" in card
+    assert f'model="{USER}/bundle"' in card
