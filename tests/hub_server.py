@@ -45,9 +45,6 @@ def json_response(value, status=200, **headers):
     return Response(json.dumps(value).encode(), status, {"Content-Type": "application/json", **headers})
 
 
-# repositories
-
-
 def git_blob_id(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -104,9 +101,6 @@ class Repository:
         return self.commits[oid]
 
 
-# endpoints
-
-
 class HubApi:
     """One method per endpoint. Each gets the request body and the variables of its path, and returns a Response."""
 
@@ -118,9 +112,6 @@ class HubApi:
         if repo not in self.repositories:
             raise HubError(404, "RepoNotFound", "Repository not found")
         return self.repositories[repo]
-
-    def whoami(self, body):
-        return json_response({"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token"}})
 
     def create_repo(self, body):
         request = json.loads(body)
@@ -242,7 +233,6 @@ class HubApi:
 
 
 ROUTES = [
-    ("GET", "/api/whoami-v2", HubApi.whoami),
     ("POST", "/api/repos/create", HubApi.create_repo),
     ("POST", "/api/validate-yaml", HubApi.validate_yaml),
     ("GET", "/api/models/{repo}", HubApi.model_info),
@@ -269,9 +259,6 @@ def compile_route(pattern):
 
 
 COMPILED_ROUTES = [(method, compile_route(pattern), endpoint) for method, pattern, endpoint in ROUTES]
-
-
-# HTTP
 
 
 class HubRequestHandler(BaseHTTPRequestHandler):
