@@ -32,6 +32,14 @@ def checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def tokenizer_folder(run: Path) -> Path:
+    """The run's folder or its first checkpoint, whichever holds a tokenizer."""
+    for folder in (run, *checkpoints(run).values()):
+        if (folder / "tokenizer_config.json").exists():
+            return folder
+    raise ValueError(f"{run}: neither it nor its checkpoints hold a tokenizer; name one with --tokenizer")
+
+
 @torch.no_grad()
 def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1) -> float:
     """Nats per predicted token."""
@@ -54,7 +62,7 @@ def measure(run: Path, args: argparse.Namespace) -> list[dict]:
         if is_calm(model):
             raise ValueError(f"{folder}: a CALM has no cross-entropy; calibration takes an ordinary language model")
         if blocks_BL is None:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or tokenizer_folder(run))
             max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
             blocks_BL = pack_blocks(open_documents(args), tokenizer, args.block_size, max_blocks)
         score = count_model(model, blocks_BL, args.batch_size, args.seed).score()
@@ -92,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", type=Path, required=True, help="folder with the checkpoint-N folders of a Trainer")
-    parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the first checkpoint's own)")
+    parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the run's own)")
     add_data_arguments(parser)
     parser.add_argument("--block_size", type=int, required=True, help="tokens a block")
     parser.add_argument("--max_positions", type=int, default=20_000)

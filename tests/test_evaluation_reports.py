@@ -59,8 +59,11 @@ def test_autoencoder_report_command(folder, tmp_path, capsys, kind):
 def test_calibration_over_checkpoints(folder, tmp_path, capsys):
     for step in (2, 10):
         tiny_llama(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
-    common = ["--data", str(folder / "text.jsonl.xz"), "--block_size", "24", "--tokenizer", str(folder / "ar")]
+    common = ["--data", str(folder / "text.jsonl.xz"), "--block_size", "24"]
     out = tmp_path / "out.json"
+    with pytest.raises(SystemExit, match="neither it nor its checkpoints hold a tokenizer"):
+        calibration.main(["--run", str(tmp_path), *common])
+    tiny_tokenizer().save_pretrained(tmp_path)
     more = ["--max_positions", "100", "--json", str(out), "--plot", str(tmp_path / "out.png")]
     calibration.main(["--run", str(tmp_path), *common, *more])
     result = json.loads(out.read_text())
