@@ -29,8 +29,12 @@ def published_laws_by_loops(patches_BNK: torch.LongTensor, n: int, num_outcomes:
     return laws_BV
 
 
-def first_attempt_by_loops(draws: list, coins: list, exponent: float) -> int | None:
-    """Algorithm 1 draw by draw; coins[t] is the chance of no restart at which the attempt from draw t does restart."""
+def first_attempt_by_loops(draws: list, coins: list, exponent: float, circular: bool) -> int | None:
+    """Where Algorithm 1, draw by draw, starts the attempt that it accepts.
+
+    The attempt from draw t restarts once the probability that it would have by now exceeds coins[t]. `circular`: waiting
+    for its patch, it reads the draws in a circle, and accepts when it is back at t.
+    """
     whole, position = math.floor(exponent), 0
     fraction = exponent - whole
     while position < len(draws):
@@ -44,9 +48,11 @@ def first_attempt_by_loops(draws: list, coins: list, exponent: float) -> int | N
         while not restarted:
             if fraction == 0:
                 return start
-            if position == len(draws):
+            if position == len(draws) and not circular:
                 return None
-            if draws[position] == draws[start]:
+            if position == start + len(draws):
+                return start
+            if draws[position % len(draws)] == draws[start]:
                 return start
             position, further = position + 1, further + 1
             no_restart_yet *= 1 - fraction / further

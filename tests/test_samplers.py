@@ -207,13 +207,14 @@ class TestBatchRule:
 
 class TestAlgorithm1:
     @pytest.mark.parametrize("exponent", [1, 1.25, 1.9, 2, 2.5, 3, 4, 4.3])
-    def test_equals_algorithm_1_draw_by_draw(self, exponent):
+    @pytest.mark.parametrize("circular", [False, True])
+    def test_equals_algorithm_1_draw_by_draw(self, exponent, circular):
         draws = torch.multinomial(zipf(6), 300 * 40, replacement=True, generator=seeded()).view(300, 40)
         coins = torch.rand(300, 40, generator=seeded(1))
         group, _ = group_patches(draws[..., None])
-        start, accepted = first_accepted_attempt(group, coins, 1 / exponent)
+        start, accepted = first_accepted_attempt(group, coins, 1 / exponent, circular)
         for b in range(300):
-            expected = first_attempt_by_loops(draws[b].tolist(), coins[b].tolist(), exponent)
+            expected = first_attempt_by_loops(draws[b].tolist(), coins[b].tolist(), exponent, circular)
             assert (int(start[b]) if accepted[b] else None) == expected
         assert accepted.any() and (exponent < 2 or not accepted.all())
 
