@@ -1,4 +1,4 @@
-"""A corpus, a tokenizer, an autoencoder and commands for the training tests: seconds to make, shared by all of them."""
+"""A corpus, a tokenizer, an autoencoder and commands for the training tests, all made within seconds."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from calm import heads_calm
 from calm.heads_calm import EnergyHead
 from calm.training import train_ar, train_autoencoder, train_calm, train_tokenizer
 
@@ -70,14 +71,20 @@ def make_workshop(folder: Path) -> dict:
 
 
 def same_draws_for_every_patch(monkeypatch) -> None:
-    """The energy loss without luck: sample n has the same noise at each patch, however patches share out to batches."""
+    """The energy loss without luck: sample n has the same noise at each patch, in whatever batch the patch is."""
 
     def repeated(shape, size, draw):
         fixed = draw((shape[0], *[1] * (len(shape) - 1), size), generator=torch.Generator().manual_seed(0))
         return fixed.expand(*shape, size)
 
-    monkeypatch.setattr(EnergyHead, "_noise", lambda self, shape, *_: repeated(shape, self.noise_size, torch.rand) - 0.5)
-    monkeypatch.setattr("calm.heads_calm._normal", lambda shape, *_: repeated(shape[:-1], shape[-1], torch.randn))
+    def noise(head, shape, like, generator):
+        return repeated(shape, head.noise_size, torch.rand) - 0.5
+
+    def normal(shape, like, generator):
+        return repeated(shape[:-1], shape[-1], torch.randn)
+
+    monkeypatch.setattr(EnergyHead, "_noise", noise)
+    monkeypatch.setattr(heads_calm, "_normal", normal)
 
 
 def _in_child(log: str, kind: str, fields: dict) -> None:

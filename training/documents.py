@@ -79,10 +79,43 @@ def _open(path: Path):
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdFile(path))
+    return open(path, "rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of a .zst file of one or more frames. The library's own reader takes a cut file for whole."""
+
+    def __init__(self, path: Path):
         import zstandard
 
-        return zstandard.open(path, "rb")
-    return open(path, "rb")
+        self.file = open(path, "rb")
+        self.decompressor, self.error = zstandard.ZstdDecompressor(), zstandard.ZstdError
+        self.frame, self.ready = None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.ready:
+            chunk = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.file.read(1 << 16)
+            if not chunk:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = self.decompressor.decompressobj()
+            try:
+                self.ready = self.frame.decompress(chunk)
+            except self.error as error:
+                raise OSError(str(error)) from error
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def read_documents(
@@ -112,10 +145,6 @@ def _lines(path: Path) -> Iterator[bytes]:
                 yield line
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}, after line {number}: the file is damaged or cut short ({error}).") from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise DataError(f"{path}, after line {number}: the file is damaged ({error}).") from error
-        raise
 
 
 def _read_txt(path, text_column, bad_lines):

@@ -119,7 +119,7 @@ def section_fields(kind: str) -> dict[str, set[str]]:
         "": own,
         "data": {f.name for f in dataclasses.fields(DataOptions)},
         "model": model - {"model_type", "transformers_version", "architectures", "auto_map"},
-        "training": {f.name for f in dataclasses.fields(TrainingArguments)},
+        "training": {f.name for f in dataclasses.fields(TrainingArguments)} - {"use_cache"},  # the model's
     }
 
 

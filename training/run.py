@@ -59,13 +59,18 @@ def make_config(config_class, values: dict):
         raise RecipeError(str(error)) from error
 
 
+def folder_or_hub_id(what: str, where: str | None, maker: str) -> str:
+    """`where`, unless it is missing or clearly a folder that isn't there."""
+    if where is None:
+        raise RecipeError(f"no {what}: give --{what} a folder or a Hub id ({maker} makes one).")
+    if not Path(where).exists() and (where.startswith(("runs/", ".", "/")) or where.count("/") > 1):
+        raise RecipeError(f"{what} {where}: no such folder ({maker} makes one).")
+    return where
+
+
 def load_tokenizer(recipe: Recipe):
     where = recipe.tokenizer or recipe.init_from or recipe.autoencoder
-    if where is None:
-        raise RecipeError("no tokenizer: give --tokenizer a folder or a Hub id (train_tokenizer makes one).")
-    if not Path(where).exists() and where.startswith(("runs/", ".", "/")):
-        raise RecipeError(f"tokenizer {where}: no such folder (train_tokenizer makes one).")
-    return AutoTokenizer.from_pretrained(where)
+    return AutoTokenizer.from_pretrained(folder_or_hub_id("tokenizer", where, "train_tokenizer"))
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

@@ -11,7 +11,7 @@ from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import WithAuxiliary
 from calm.training.cost import print_cost
 from calm.training.recipe import Recipe, RecipeError
-from calm.training.run import command, fit, load_tokenizer, make_config, start, training_arguments
+from calm.training.run import command, fit, folder_or_hub_id, load_tokenizer, make_config, start, training_arguments
 from calm.training.tokenizer import filler_token_id
 
 
@@ -23,9 +23,8 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     """
     if recipe.init_from:
         return CALMForCausalLM.from_pretrained(recipe.init_from)
-    if recipe.autoencoder is None:
-        raise RecipeError("no autoencoder: give --autoencoder a folder or a Hub id (train_autoencoder makes one).")
-    autoencoder = CALMAutoencoder.from_pretrained(recipe.autoencoder)
+    where = folder_or_hub_id("autoencoder", recipe.autoencoder, "train_autoencoder")
+    autoencoder = CALMAutoencoder.from_pretrained(where)
     if autoencoder.config.vocab_size != len(tokenizer):
         raise RecipeError(
             f"the autoencoder {recipe.autoencoder} knows {autoencoder.config.vocab_size} tokens, the tokenizer "

@@ -1,0 +1,122 @@
+"""Recipes are data: loaded by name or file, every field overridable, nothing unknown accepted."""
+
+import dataclasses
+
+import pytest
+
+from calm.training.cost import PAPER_TOKENS, print_cost, recipe_cost
+from calm.training.recipe import CONFIGS, RecipeError, load_recipe, parse_command_line, recipe_names, section_fields
+from calm.training.run import make_config, training_arguments
+
+NAMES = (
+    "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl demo demo-autoencoder demo-tokenizer "
+    "transformer-l transformer-m transformer-s"
+).split()
+MODELS = [name for name in NAMES if name != "demo-tokenizer"]
+
+
+def test_the_named_recipes_are_there():
+    assert recipe_names() == NAMES
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_recipe_is_accepted_by_its_configuration_and_by_trainer(name, tmp_path):
+    recipe = load_recipe(name, {"output_dir": str(tmp_path), "bf16": False})
+    config = make_config(CONFIGS[recipe.kind], recipe.model)
+    assert all(getattr(config, key) == value for key, value in recipe.model.items())
+    assert training_arguments(recipe).learning_rate == recipe.training["learning_rate"]
+
+
+@pytest.mark.parametrize("section", ["model", "data", "training", ""])
+def test_every_field_of_a_section_can_be_overridden(section):
+    for key in section_fields("calm")[section] - {"train_files", "validation_files"}:
+        recipe = load_recipe("calm-m", {key: "changed"})
+        values = dataclasses.asdict(recipe)
+        assert (values[section] if section else values)[key] == "changed"
+
+
+def test_no_field_name_is_ambiguous():
+    for kind in CONFIGS:
+        fields = section_fields(kind)
+        assert sum(map(len, fields.values())) == len(set().union(*fields.values()))
+
+
+def test_the_command_line_is_read_as_yaml():
+    arguments = "--learning_rate 3e-4 --max_steps=7 --bf16 --eval_strategy no --train_files a b --beta 1.0 --seed -1"
+    assert parse_command_line(arguments.split()) == {
+        "learning_rate": 3e-4,
+        "max_steps": 7,
+        "bf16": True,
+        "eval_strategy": "no",
+        "train_files": ["a", "b"],
+        "beta": 1.0,
+        "seed": -1,
+    }
+    with pytest.raises(RecipeError, match="unexpected 'calm-m'"):
+        parse_command_line(["calm-m"])
+
+
+def test_a_saved_recipe_is_the_same_recipe(tmp_path):
+    recipe = load_recipe("demo", {"train_files": "a.jsonl", "learning_rate": 1e-5})
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "kind: calm\nmodel: {hiden_size: 4}",
+            "unknown field 'hiden_size' in section model: did you mean hidden_size?",
+        ),
+        ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
+        ("kind: transformer", "field kind, one of tokenizer, calm, autoencoder, ar"),
+    ],
+)
+def test_a_recipe_file_with_a_mistake_is_refused(tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(tmp_path / "mine.yaml"))
+    assert message in str(error.value)
+
+
+def test_a_mistaken_override_or_name_is_refused():
+    with pytest.raises(RecipeError, match="unknown field 'lerning_rate': did you mean learning_rate"):
+        load_recipe("calm-m", {"lerning_rate": 1})
+    with pytest.raises(RecipeError, match="no recipe 'calm-s': name a .yaml file or one of autoencoder, calm-l"):
+        load_recipe("calm-s")
+    with pytest.raises(RecipeError, match="num_samples=1: the pairwise term needs at least 2 samples"):
+        make_config(CONFIGS["calm"], {"num_samples": 1})
+
+
+# what they cost
+
+
+@pytest.mark.parametrize(
+    "name, printed",
+    [
+        ("autoencoder", "75.83 M"),
+        ("calm-m", "371.73 M"),
+        ("calm-l", "735.33 M"),
+        ("calm-xl", "1,829.8 M"),
+        ("transformer-s", "282.0 M"),
+        ("transformer-m", "465.1 M"),
+        ("transformer-l", "847.0 M"),
+    ],
+)
+def test_dry_runs_print_the_published_parameter_counts(name, printed, capsys):
+    recipe = load_recipe(name)
+    print_cost(recipe, CONFIGS[recipe.kind](**recipe.model))
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("total"))
+    assert total.split()[-2:] == printed.split()
+
+
+def test_flops_agree_with_the_papers():
+    transformer, calm = recipe_cost(load_recipe("transformer-s")), recipe_cost(load_recipe("calm-m"))
+    assert sum(transformer.train_flops.values()) * PAPER_TOKENS == pytest.approx(6.6e20, rel=0.01)
+    assert sum(transformer.inference_flops.values()) == pytest.approx(4.4e8, rel=0.01)
+    assert sum(calm.inference_flops.values()) == pytest.approx(2.9e8, rel=0.01)
+    # The published code applies the whole head to each of the 8 samples; here the context's part runs once a patch.
+    d, repeated = 1024, 7
+    saved = 3 * 2 * (d * d + 4 * d * d) * repeated / 4
+    assert (sum(calm.train_flops.values()) + saved) * PAPER_TOKENS == pytest.approx(3.7e20, rel=0.025)

@@ -1,0 +1,157 @@
+"""The training loop: exact accumulation, a frozen autoencoder, logs, a clean stop, and an export that loads."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import make_workshop, same_draws_for_every_patch, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calm.heads_calm import EnergyHead
+from calm.modeling_calm_autoencoder import CALMAutoencoder
+
+LAYOUTS = [(4, 1), (2, 2), (1, 4)]
+# Plain gradient descent shows a difference of gradients as it is; Adam would blow up those near zero.
+PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def log_of(folder) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def weights_by_layout(kind, recipe, fields, tmp_path) -> list[dict]:
+    weights = []
+    for rows, steps in LAYOUTS:
+        folder = tmp_path / f"{rows}x{steps}"
+        layout = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        assert train(kind, recipe, **{**fields, **PLAIN, **layout}, output_dir=str(folder)) == 0
+        weights.append(load_file(folder / "model.safetensors"))
+    return weights
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
+@pytest.mark.parametrize("auxiliary_weight", [0.0, 0.5])
+def test_accumulation_is_exact_for_calm(workshop, tmp_path, monkeypatch, auxiliary_weight):
+    same_draws_for_every_patch(monkeypatch)
+    fields = {**workshop, "auxiliary_weight": auxiliary_weight, "eval_strategy": "no"}
+    weights = weights_by_layout("calm", "demo", fields, tmp_path)
+    assert largest_difference(weights[0], weights[1]) < 1e-6
+    assert largest_difference(weights[0], weights[2]) < 1e-6
+    assert train("calm", "demo", **{**fields, **PLAIN, "max_steps": 1}, output_dir=str(tmp_path / "one")) == 0
+    assert largest_difference(weights[0], load_file(tmp_path / "one" / "model.safetensors")) > 1e-4
+
+
+def test_accumulation_is_exact_for_the_autoencoder_also_where_rows_have_unequal_labels(
+    workshop, tmp_path, monkeypatch
+):
+    forward = CALMAutoencoder.forward
+    monkeypatch.setattr(CALMAutoencoder, "forward", lambda self, *args, **kw: forward(self, *args, noise=0.0, **kw))
+    names = ("train_files", "cache_dir", "tokenizer", "block_size", "left_fill", "logging_steps", "warmup_steps")
+    fields = {name: workshop[name] for name in names} | {"ae_dropout": 0.0, "hidden_size": 32, "eval_strategy": "no"}
+    weights = weights_by_layout("autoencoder", "demo-autoencoder", {**fields, "left_fill": 0.7}, tmp_path)
+    assert largest_difference(weights[0], weights[1]) < 1e-6
+    assert largest_difference(weights[0], weights[2]) < 1e-6
+
+
+@pytest.fixture(scope="module", params=["energy", "flow", "diffusion"])
+def trained(request, workshop, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    fields = {**workshop, "head_type": request.param, "sampling_steps": 2, "auxiliary_weight": 0.5, "eval_steps": 2}
+    assert train("calm", "demo", **fields, output_dir=str(folder)) == 0
+    return folder
+
+
+def test_the_autoencoder_stays_frozen(trained, workshop):
+    model = load_file(trained / "model.safetensors")
+    autoencoder = load_file(f"{workshop['autoencoder']}/model.safetensors")
+    assert {"autoencoder." + key for key in autoencoder} == {key for key in model if key.startswith("autoencoder.")}
+    assert all(torch.equal(model["autoencoder." + key], value) for key, value in autoencoder.items())
+
+
+def test_the_export_is_a_repository_that_generates(trained):
+    model = AutoModelForCausalLM.from_pretrained(trained, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert "auxiliary.safetensors" not in {path.name for path in trained.iterdir()}
+    assert not any("auxiliary" in key for key in load_file(trained / "model.safetensors"))
+    assert model.config.prompt_filler_token_id == 0
+    assert (model.generation_config.temperature, model.generation_config.num_candidates) == (0.5, 200)
+    inputs = tokenizer("the cat", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=5, num_candidates=4).shape[1] <= inputs["input_ids"].shape[1] + 5
+
+
+def test_the_log_has_every_figure(trained):
+    steps = [entry for entry in log_of(trained) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
+    wanted = {"grad_norm", "auxiliary_loss", "distance_to_target", "distance_between_samples", "brier_1"}
+    assert all(wanted | {"tokens_per_second"} <= set(entry) for entry in steps)
+    assert [entry["step"] for entry in log_of(trained) if "eval_loss" in entry] == [2, 4]
+
+
+def test_the_autoencoders_log_has_its_two_terms_and_the_posterior(workshop):
+    from pathlib import Path
+
+    first = log_of(Path(workshop["autoencoder"]))[0]
+    assert first["loss"] == pytest.approx(4 * first["reconstruction_loss"] + 1e-3 * first["kl_loss"], rel=1e-3)
+    assert 0 < first["kl"] < first["kl_loss"] and 0 < first["posterior_sigma"] < 2
+    assert 0 <= first["active_dimensions"] <= 8 and 0 <= first["reconstruction_accuracy"] <= 1
+
+
+def test_logged_terms_do_not_depend_on_accumulation(workshop, tmp_path):
+    logs = []
+    for rows, steps in [(4, 1), (1, 4)]:
+        folder = tmp_path / str(rows)
+        layout = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps, "logging_steps": 2}
+        fields = {**workshop, **layout, "auxiliary_weight": 0.5, "learning_rate": 1e-9, "max_steps": 2}
+        assert train("calm", "demo", **fields, output_dir=str(folder)) == 0
+        logs.append(log_of(folder)[0])
+    assert logs[0]["auxiliary_loss"] == pytest.approx(logs[1]["auxiliary_loss"], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_blocks_and_checkpoint(workshop, tmp_path, monkeypatch, capsys):
+    loss, calls = EnergyHead._loss, []
+
+    def breaks_at_the_third_step(self, *args, **kwargs):
+        calls.append(1)
+        return loss(self, *args, **kwargs) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(EnergyHead, "_loss", breaks_at_the_third_step)
+    assert train("calm", "demo", **{**workshop, "save_steps": 1}, output_dir=str(tmp_path)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 3 on the blocks [8, 9, 10, 11]: the loss is nan" in message
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in message
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(workshop, tmp_path, capsys):
+    fields = {
+        **workshop,
+        "save_steps": 1,
+        "max_steps": 1,
+        "learning_rate": 1e38,
+        "optim": "sgd",
+        "max_grad_norm": 1e38,
+    }
+    assert train("calm", "demo", **fields, output_dir=str(tmp_path)) == 2
+    assert "the weights are not finite any more" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_a_missing_or_unfit_part_is_named(workshop, tmp_path, capsys):
+    def error(**changes):
+        fields = {key: value for key, value in {**workshop, **changes}.items() if value is not None}
+        assert train("calm", "demo", **fields, output_dir=str(tmp_path)) == 2
+        return capsys.readouterr().err
+
+    assert "no such folder (train_tokenizer makes one)" in error(tokenizer="runs/nowhere")
+    assert "no such folder (train_autoencoder makes one)" in error(autoencoder="runs/nowhere")
+    assert "patch_size=2, but the autoencoder's is 4" in error(patch_size=2)
+    assert "block_size=30 is no multiple of patch_size=4" in error(block_size=30)
+    assert "the recipe 'transformer-s' is for train_ar" in (train("calm", "transformer-s"), capsys.readouterr().err)[1]
