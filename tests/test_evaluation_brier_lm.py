@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, folder  # noqa: F401 (a fixture)
+from tiny import VOCAB_SIZE
 
 from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.brier_lm import main
 from calm.evaluation.models import count_model, load_causal_lm
-from tiny import VOCAB_SIZE
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -38,7 +38,8 @@ def test_json_of_one_model(folder, tmp_path, capsys):
 
 def test_processes_share_the_blocks(folder, tmp_path):
     """Two processes, as torchrun starts them, count what one counts. Slow: each imports transformers."""
-    options = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz", "--block_size", 24, "--max_positions", 100]
+    options = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz"]
+    options += ["--block_size", 24, "--max_positions", 100]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from evaluation_folder import folder, tiny_llama  # noqa: F401 (a fixture)
+from tiny import tiny_model, tiny_tokenizer
 
 from calm.evaluation import autoencoder_report, calibration, prompt_alignment
 from calm.evaluation.autoencoder_report import noise_accuracy, posterior_statistics
-from tiny import tiny_model, tiny_tokenizer
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
