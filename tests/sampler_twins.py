@@ -32,8 +32,8 @@ def published_laws_by_loops(patches_BNK: torch.LongTensor, n: int, num_outcomes:
 def first_attempt_by_loops(draws: list, coins: list, exponent: float, circular: bool) -> int | None:
     """Where Algorithm 1, draw by draw, starts the attempt that it accepts.
 
-    The attempt from draw t restarts once the probability that it would have by now exceeds coins[t]. `circular`: waiting
-    for its patch, it reads the draws in a circle, and accepts when it is back at t.
+    The attempt from draw t restarts once the probability that it would have by now exceeds coins[t]. `circular`: while
+    it waits for its patch it reads the draws in a circle, and accepts when it is back at t.
     """
     whole, position = math.floor(exponent), 0
     fraction = exponent - whole
