@@ -139,7 +139,7 @@ def exact_temperature_sample(
     reaches `max_draws` without one chooses from its pool, see `choose_from_full_pool`.
 
     Returns the patches (B, K), whether each is an exact sample (B,) bool, and the draws made (B,). The total-variation
-    distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes it a replacement for
+    distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes it a substitute for
     `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every case enumerated, at
     other T no larger within the noise of a simulation (tests/test_samplers.py, TestFallback).
     Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
