@@ -151,7 +151,7 @@ def datasets(recipe: Recipe, tokenizer, patch_size: int, args: TrainingArguments
         args.max_steps = -int(-args.num_train_epochs * train.blocks_per_epoch // batch)
     args.num_train_epochs = 1
     train.num_blocks = args.max_steps * batch
-    if not (options.validation_files or options.validation_split):
+    if args.eval_strategy == "no":
         return train, None
     held_out = tokens(recipe, "validation", tokenizer, patch_size, args)
     validation = PackedBlocks(held_out, options.block_size, patch_size)
