@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .configuration_calm import PROMPT_ALIGNMENTS
 from .samplers_calm import (
     batch_temperature_select,
     check_num_candidates,
@@ -115,7 +116,12 @@ def pack_prompts(
     Returns:
         ids `(B, P·K)` and the mask by patch `(B, P)`, 1 where the patch holds a token of the prompt. P is the largest
         row's ⌈length / K⌉, at least 1.
+
+    Raises:
+        ValueError: another alignment.
     """
+    if alignment not in PROMPT_ALIGNMENTS:
+        raise ValueError(f"prompt_alignment={alignment!r}: must be one of {PROMPT_ALIGNMENTS}.")
     batch_size, width = input_ids.shape
     lengths_B1 = attention_mask.sum(-1, keepdim=True)
     patches_B1 = (lengths_B1 + patch_size - 1) // patch_size

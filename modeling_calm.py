@@ -19,6 +19,10 @@ from .generation_calm import CALMGenerationMixin
 from .heads_calm import HEADS
 from .modeling_calm_autoencoder import CALMAutoencoder
 
+# transformers 4.57 copies only the files named in this one when it loads a local folder.
+from .samplers_calm import check_temperature  # noqa: F401
+from .scores_calm import clipped_kl  # noqa: F401
+
 
 @dataclass
 class CALMOutputWithPast(ModelOutput):

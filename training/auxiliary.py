@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 class MultiTokenLoss(nn.Module):
-    """Cross-entropy of the next patch's K tokens, each read off the patch's hidden state by a linear head of its own.
+    """Cross-entropy of the next patch's K tokens given the hidden state and the patch's tokens before.
+
+    A small autoregressive model within the patch, p(x_k | hidden, x_<k): it teaches the backbone the joint law of the
+    patch, which is what the generative head has to draw from.
 
     Args:
         hidden_size: D.
@@ -20,9 +23,16 @@ class MultiTokenLoss(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):
         super().__init__()
         self.patch_size = patch_size
-        self.heads = nn.ModuleList(nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(patch_size))
-        for head in self.heads:
-            nn.init.normal_(head.weight, std=0.02)  # as Llama's output matrix
+        self.context_proj = nn.Linear(hidden_size, patch_size * hidden_size)
+        self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
+        self.norm_in, self.norm_out = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size)
+        )
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)  # as Llama's
 
     def forward(self, hidden_BPD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Mean nats per counted token, or their sum / `num_items_in_batch`.
@@ -32,11 +42,13 @@ class MultiTokenLoss(nn.Module):
             labels (`(B, L)`): the ids at the same positions as the hidden states' patches; −100 is left out.
         """
         labels_BPK = labels.unflatten(1, (-1, self.patch_size))[:, 1:]
-        context = hidden_BPD[:, :-1].flatten(0, 1)
-        total = sum(
-            F.cross_entropy(head(context).float(), labels_BPK[..., k].flatten(), reduction="sum")
-            for k, head in enumerate(self.heads)
-        )
+        state = self.context_proj(hidden_BPD[:, :-1]).unflatten(-1, (self.patch_size, -1))
+        given = [embed(labels_BPK[..., k].clamp(min=0)) for k, embed in enumerate(self.embeddings)]
+        if given:
+            state = state + F.pad(torch.stack(given, dim=-2).cumsum(-2), (0, 0, 1, 0))
+        state = state + self.mlp(self.norm_in(state))
+        logits = self.lm_head(self.norm_out(state))
+        total = F.cross_entropy(logits.flatten(0, 2).float(), labels_BPK.flatten(), reduction="sum")
         count = (labels_BPK != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -47,14 +59,15 @@ class WithAuxiliary(nn.Module):
     Args:
         calm: a `CALMForCausalLM`.
         weight: of the auxiliary loss.
+        head_weight: of the head's own loss; 0 leaves the head out, to train the backbone alone first.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
-    def __init__(self, calm: nn.Module, weight: float):
+    def __init__(self, calm: nn.Module, weight: float, head_weight: float = 1.0):
         super().__init__()
         config = calm.config
-        self.calm, self.config, self.weight = calm, config, weight
+        self.calm, self.config, self.weight, self.head_weight = calm, config, weight, head_weight
         self.auxiliary = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         self._no_split_modules = calm._no_split_modules
 
@@ -62,10 +75,12 @@ class WithAuxiliary(nn.Module):
         self.calm.gradient_checkpointing_enable(**kwargs)
 
     def forward(self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs):
-        outputs = self.calm(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
+        head_labels = labels if self.head_weight else None
+        outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
             auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch)
-            outputs.loss = outputs.loss + self.weight * auxiliary_loss
+            head_loss = self.head_weight * outputs.loss if self.head_weight else 0
+            outputs.loss = head_loss + self.weight * auxiliary_loss
             outputs["auxiliary_loss"] = auxiliary_loss.detach()
         return outputs
 

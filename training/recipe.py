@@ -73,6 +73,8 @@ class Recipe:
         init_from: folder or Hub id of a model to go on from (fine-tuning); its configuration is kept.
         lora_rank: with `init_from`, train a LoRA adapter of this rank on the backbone and the head; 0 trains all.
         auxiliary_weight: weight of the training-only multi-token loss (calm only, see auxiliary.py).
+        head_weight: weight of the head's loss beside it; 0 trains the backbone alone.
+        freeze_backbone: train the head alone, on the backbone of `init_from` (calm only).
         data, model, training: the sections.
     """
 
@@ -83,6 +85,8 @@ class Recipe:
     init_from: str | None = None
     lora_rank: int = 0
     auxiliary_weight: float = 0.0
+    head_weight: float = 1.0
+    freeze_backbone: bool = False
     data: DataOptions = field(default_factory=DataOptions)
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)

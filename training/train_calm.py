@@ -56,8 +56,12 @@ def work(recipe: Recipe, options) -> None:
     start(args)
     model = build(recipe, tokenizer)
     patch_size = model.config.patch_size
+    if recipe.freeze_backbone:
+        model.model.requires_grad_(False)
     if recipe.auxiliary_weight:
-        model = WithAuxiliary(model, recipe.auxiliary_weight)
+        model = WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight)
+    elif recipe.head_weight != 1:
+        raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
     fit(recipe, model, tokenizer, patch_size, args, options.resume)
 
 

@@ -1,0 +1,310 @@
+"""Generation under upstream `generate`: lengths, stopping, batches, prompts, determinism, and what is refused."""
+
+import threading
+import time
+
+import pytest
+import torch
+from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    WatermarkingConfig,
+)
+
+from calm.generation_calm import PatchSampling, pack_prompts
+from calm.modeling_calm import CALMForCausalLM
+
+PROMPT = torch.tensor([[BOS, 10, 11, 12, 13, 14]])
+FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20}
+NO_EOS = {"eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def generate(model, prompt=PROMPT, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return model.generate(prompt, **{**FAST, **kwargs})
+
+
+class Scripted:
+    """Makes a model emit given tokens: replaces the choice of patches, nothing else."""
+
+    def __init__(self, monkeypatch, rows):
+        self.rows, self.position = torch.tensor(rows), 0
+        monkeypatch.setattr(CALMForCausalLM, "next_patches", self.next_patches)
+
+    def next_patches(self, hidden_RD, *args):
+        patches = self.rows[:, self.position : self.position + 4]
+        self.position += 4
+        return patches
+
+
+# Lengths and stopping
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+def test_max_new_tokens_exactly(head_type, new_tokens):
+    output = generate(tiny_model(head_type), max_new_tokens=new_tokens, **NO_EOS)
+    assert output.shape == (1, 6 + new_tokens)
+    assert torch.equal(output[:, :6], PROMPT)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 8])
+def test_every_patch_size(patch_size):
+    assert generate(tiny_model(patch_size=patch_size), max_new_tokens=9, **NO_EOS).shape == (1, 15)
+
+
+def test_max_length_exactly(model):
+    assert generate(model, max_length=13, **NO_EOS).shape == (1, 13)
+
+
+def test_eos_within_a_patch_stops_and_pads(monkeypatch, model):
+    """Row 0 stops at the second token of its second patch, row 1 at the end of its third; then only padding."""
+    rows = [[20, 21, 22, 23, 24, EOS, 25, 26, 27, 28, 29, 30], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, EOS]]
+    Scripted(monkeypatch, rows)
+    output = generate(model, PROMPT.repeat(2, 1), max_new_tokens=20)
+    assert output[:, 6:].tolist() == [[20, 21, 22, 23, 24, EOS] + [PAD] * 6, rows[1]]
+
+
+def test_several_eos_tokens(monkeypatch, model):
+    Scripted(monkeypatch, [[20, 21, 22, 23]])
+    assert generate(model, max_new_tokens=20, eos_token_id=[EOS, 22])[0, 6:].tolist() == [20, 21, 22]
+
+
+def test_stop_strings_within_a_patch(monkeypatch, model):
+    tokenizer = tiny_tokenizer()
+    text = "hello world!"
+    Scripted(monkeypatch, [tokenizer(text, add_special_tokens=False)["input_ids"]])
+    output = generate(model, max_new_tokens=20, stop_strings=["lo w"], tokenizer=tokenizer)
+    assert tokenizer.decode(output[0, 6:]) == "hello w"
+
+
+def test_min_new_tokens_bans_eos_until_then(monkeypatch, model):
+    """A decoder that wants EOS everywhere, and else token 50, gives EOS at the first place where it may."""
+    logits = torch.zeros(4, 96)
+    logits[:, EOS], logits[:, 50] = 10, 5
+    monkeypatch.setattr(
+        model.autoencoder.decoder, "forward", lambda latents: logits.expand(*latents.shape[:-1], 4, 96).clone()
+    )
+    for minimum in (0, 1, 4, 6):
+        assert generate(model, max_new_tokens=12, min_new_tokens=minimum)[0, 6:].tolist() == [50] * minimum + [EOS]
+    assert generate(model, max_length=18, min_length=11)[0, 6:].tolist() == [50] * 5 + [EOS]
+
+
+def test_max_time(model):
+    started = time.time()
+    output = generate(model, max_new_tokens=100_000, max_time=0.3, **NO_EOS)
+    assert time.time() - started < 30 and 6 < output.shape[1] < 100_000
+
+
+def test_custom_stopping_criteria_see_every_token(model):
+    lengths = []
+
+    class StopAtNine(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            lengths.append(input_ids.shape[1])
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 9)
+
+    output = generate(model, max_new_tokens=50, stopping_criteria=StoppingCriteriaList([StopAtNine()]), **NO_EOS)
+    assert output.shape == (1, 9) and lengths == [7, 8, 9]
+
+
+def test_no_length_warning_before_the_patches_run_out(model, caplog):
+    model.config.max_position_embeddings, before = 4, model.config.max_position_embeddings
+    try:
+        generate(model, max_length=16, **NO_EOS)
+        assert "maximum length" not in caplog.text
+    finally:
+        model.config.max_position_embeddings = before
+
+
+# Outputs
+
+
+def test_num_return_sequences(model):
+    output = generate(model, num_return_sequences=3, max_new_tokens=8, **NO_EOS)
+    assert output.shape == (3, 14) and len({tuple(row) for row in output.tolist()}) > 1
+
+
+def test_return_dict(model):
+    output = generate(
+        model, max_new_tokens=8, return_dict_in_generate=True, output_hidden_states=True, use_cache=True, **NO_EOS
+    )
+    assert torch.equal(output.sequences, generate(model, max_new_tokens=8, **NO_EOS))
+    assert output.past_key_values.get_seq_length() == 3  # two patches of prompt and the first new one
+    assert [len(step) for step in output.hidden_states] == [3, 3]
+
+
+def test_streamers(model, capsys):
+    tokenizer = tiny_tokenizer()
+    expected = tokenizer.decode(generate(model, max_new_tokens=10)[0, 6:], skip_special_tokens=True)
+    generate(model, max_new_tokens=10, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    assert capsys.readouterr().out.strip() == expected.strip()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
+    thread = threading.Thread(target=generate, args=(model,), kwargs={"max_new_tokens": 10, "streamer": streamer})
+    thread.start()
+    assert "".join(streamer).strip() == expected.strip()
+    thread.join()
+
+
+# Randomness
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 0.7},
+        {"temperature": 0.4, "sampling_method": "exact"},
+    ],
+    ids=str,
+)
+def test_the_seed_or_a_generator_fixes_the_text(model, kwargs):
+    one, same, other = (generate(model, seed=seed, max_new_tokens=16, **kwargs) for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    one, same, other = (
+        generate(model, seed=i, generator=torch.Generator().manual_seed(seed), max_new_tokens=16, **kwargs)
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+def test_greedy_is_one_text_per_prompt_batched_or_not(head_type):
+    model = tiny_model(head_type)
+    tokenizer = tiny_tokenizer()
+    texts = ["once", "upon a time", "a", "there was a fox"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    kwargs = {"do_sample": False, "max_new_tokens": 10, "num_candidates": 30, **NO_EOS}
+    together = generate(model, batch["input_ids"], attention_mask=batch["attention_mask"], **kwargs)
+    for seed, (text, row) in enumerate(zip(texts, together, strict=True)):
+        alone = generate(model, tokenizer(text, return_tensors="pt")["input_ids"], seed=seed, **kwargs)
+        assert torch.equal(alone[0, -10:], row[-10:])
+
+
+def test_no_cache_and_static_cache_give_the_same_text(model):
+    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 14, **NO_EOS}
+    expected = generate(model, **kwargs)
+    assert torch.equal(generate(model, use_cache=False, **kwargs), expected)
+    assert torch.equal(generate(model, cache_implementation="static", **kwargs), expected)
+
+
+# Prompts
+
+
+def test_pack_prompts_by_hand():
+    ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8], [0, 0, 0, 0, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    packed, patches = pack_prompts(ids, mask, 2, filler_token_id=77)
+    assert packed.tolist() == [[77, 77, 77, 1, 2, 3], [77, 4, 5, 6, 7, 8], [77, 77, 77, 77, 77, 9]]
+    assert patches.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
+    packed, patches = pack_prompts(ids, mask, 2, filler_token_id=77, alignment="right", padding_token_id=99)
+    assert packed.tolist() == [[77, 77, 1, 2, 3, 99], [4, 5, 6, 7, 8, 99], [77, 77, 77, 77, 9, 99]]
+    assert patches.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
+
+
+def test_pack_prompts_strips_padding_anywhere():
+    mask = torch.tensor([[1, 0, 1, 1, 0]])
+    packed, patches = pack_prompts(torch.tensor([[1, 0, 2, 3, 0]]), mask, 4, filler_token_id=9)
+    assert packed.tolist() == [[9, 1, 2, 3]] and patches.tolist() == [[1]]
+
+
+def test_padding_of_a_batch_does_not_change_a_row(model):
+    """What the backbone sees of a row is the same alone, in a batch, and padded on the other side."""
+    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 9, **NO_EOS}
+    alone = generate(model, **kwargs)[0, 6:]
+    left = torch.cat([torch.full((1, 5), PAD), PROMPT], dim=1)
+    mask = torch.cat([torch.zeros(1, 5), torch.ones(1, 6)], dim=1).long()
+    assert torch.equal(generate(model, left, attention_mask=mask, **kwargs)[0, 11:], alone)
+    right = torch.cat([PROMPT, torch.full((1, 5), PAD)], dim=1)
+    assert torch.equal(generate(model, right, attention_mask=mask.flip(1), **kwargs)[0, 11:], alone)
+
+
+def test_prompt_alignment_is_a_choice(model):
+    """Prompts of whole patches are the same either way, others are not."""
+    for length, same in [(4, True), (6, False)]:
+        prompt = PROMPT[:, :length]
+        left, right = (
+            generate(model, prompt, prompt_alignment=a, max_new_tokens=16, **NO_EOS) for a in ("left", "right")
+        )
+        assert torch.equal(left, right) == same
+
+
+def test_empty_prompts_start_from_bos(model):
+    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 6, **NO_EOS}
+    from_bos = generate(model, torch.tensor([[BOS]]), **kwargs)[0, 1:]
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(**kwargs)[0, 1:], from_bos)
+    assert torch.equal(generate(model, torch.empty(1, 0, dtype=torch.long), **kwargs)[0], from_bos)
+    batch, mask = torch.tensor([[10, 11], [PAD, PAD]]), torch.tensor([[1, 1], [0, 0]])
+    assert torch.equal(generate(model, batch, attention_mask=mask, **kwargs)[1, 2:], from_bos)
+
+
+# What is refused
+
+REFUSED = [
+    ({"num_beams": 2, "do_sample": False}, "no beam search"),
+    ({"num_beams": 2, "do_sample": True}, "no beam sample"),
+    ({"prompt_lookup_num_tokens": 3}, "no assisted generation"),
+    ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
+    ({"watermarking_config": WatermarkingConfig()}, "watermarking_config"),
+    ({"top_p": 0.9}, "top_p=0.9"),
+    ({"top_k": 10}, "top_k=10"),
+    ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
+    ({"bad_words_ids": [[5]]}, "bad_words_ids"),
+    ({"output_scores": True, "return_dict_in_generate": True}, "no token scores"),
+    ({"temperature": 0.0}, r"temperature=0.0.*\(0, 1\]"),
+    ({"temperature": -1.0}, r"temperature=-1.0.*\(0, 1\]"),
+    ({"temperature": 1.5}, r"temperature=1.5.*\(0, 1\]"),
+    ({"temperature": 0.2, "num_candidates": 4}, "num_candidates=4 is too few for temperature=0.2.*at least 5"),
+    ({"num_candidates": 0}, "num_candidates=0"),
+    ({"sampling_method": "best"}, "sampling_method='best'"),
+    ({"prompt_alignment": "middle"}, "prompt_alignment='middle'"),
+    ({"inputs_embeds": torch.zeros(1, 6, 48)}, "inputs_embeds.*pass input_ids instead"),
+    ({"candidates": 5}, "candidates"),
+]
+
+
+@pytest.mark.parametrize("kwargs, sentence", REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_generate_refuses_before_any_work(monkeypatch, model, kwargs, sentence):
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
+    inputs = {} if "inputs_embeds" in kwargs else {"inputs": PROMPT}
+    with pytest.raises(ValueError, match=sentence):
+        model.generate(**inputs, **{**FAST, "max_new_tokens": 4, **kwargs})
+
+
+def test_more_refusals(monkeypatch, model):
+    with pytest.raises(ValueError, match="empty batch"):
+        generate(model, torch.empty(0, 4, dtype=torch.long))
+    for bad in (96, -1):
+        with pytest.raises(ValueError, match=f"token id {bad}, outside the vocabulary 0 … 95"):
+            generate(model, torch.tensor([[10, bad]]))
+    with pytest.raises(ValueError, match="no assisted generation"):
+        generate(model, assistant_model=model)
+    with pytest.raises(ValueError, match="no token logits"):
+        generate(model, logits_processor=[lambda ids, scores: scores])
+    cache = model(PROMPT[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="filled past_key_values"):
+        generate(model, past_key_values=cache)
+    for call in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(NotImplementedError, match="no continuous batching"):
+            call([[1, 2]])
+    monkeypatch.setattr(model.generation_config, "bos_token_id", None)
+    with pytest.raises(ValueError, match="empty prompt, and bos_token_id"):
+        generate(model, torch.empty(1, 0, dtype=torch.long))
+
+
+def test_sampling_settings_come_from_the_generation_config(model):
+    config = GenerationConfig(do_sample=True, temperature=0.25, num_candidates=7, sampling_method="exact")
+    assert PatchSampling.from_generation_config(config) == PatchSampling(True, 0.25, 7, "exact")
+    assert PatchSampling.from_generation_config(config, num_candidates=9).num_candidates == 9
+    assert PatchSampling.from_generation_config(GenerationConfig(temperature=0.3)).do_sample is False
