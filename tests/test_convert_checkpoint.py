@@ -554,3 +554,14 @@ def test_ids_of_the_hub_are_downloaded_and_the_bundle_is_pushed(shop, hub):  # n
     card = (shop.output / "README.md").read_text()
     assert f"base_model:\n- {USER}/published-calm\n- {USER}/published-autoencoder\n" in card
     assert f'model="{USER}/bundle"' in card
+
+
+def test_a_hub_that_does_not_take_the_bundle_is_one_sentence_and_the_bundle_stays(shop, monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route to the Hub\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    assert shop.run("--push-to-hub", "someone/bundle") == 1
+    message = shop.capsys.readouterr().err
+    assert message.count("\n") == 1 and "someone/bundle" in message and "no route to the Hub" in message
+    assert (shop.output / "model.safetensors").is_file()
