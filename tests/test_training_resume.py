@@ -20,7 +20,7 @@ def workshop(tmp_path_factory):
 def fields_of_run(workshop: dict, folder: Path) -> dict:
     # Everything that carries state: two epochs of data, a learning rate schedule, Adam, noise, the auxiliary loss.
     own = {"max_steps": STEPS, "save_steps": 1, "auxiliary_weight": 0.5, "seed": 3, "lr_scheduler_type": "cosine"}
-    return {"recipe": "demo", **workshop, **own, "eval_strategy": "no", "output_dir": str(folder)}
+    return {**workshop, **own, "eval_strategy": "no", "output_dir": str(folder)}
 
 
 def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_path):

@@ -27,12 +27,12 @@ def log_of(folder) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
-def weights_by_layout(kind, recipe, fields, tmp_path) -> list[dict]:
+def weights_by_layout(kind, fields, tmp_path) -> list[dict]:
     weights = []
     for rows, steps in LAYOUTS:
         folder = tmp_path / f"{rows}x{steps}"
         layout = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
-        assert train(kind, recipe, **{**fields, **PLAIN, **layout}, output_dir=str(folder)) == 0
+        assert train(kind, **{**fields, **PLAIN, **layout}, output_dir=str(folder)) == 0
         weights.append(load_file(folder / "model.safetensors"))
     return weights
 
@@ -45,10 +45,10 @@ def largest_difference(one: dict, other: dict) -> float:
 def test_accumulation_is_exact_for_calm(workshop, tmp_path, monkeypatch, auxiliary_weight):
     same_draws_for_every_patch(monkeypatch)
     fields = {**workshop, "auxiliary_weight": auxiliary_weight, "eval_strategy": "no"}
-    weights = weights_by_layout("calm", "demo", fields, tmp_path)
+    weights = weights_by_layout("calm", fields, tmp_path)
     assert largest_difference(weights[0], weights[1]) < 1e-6
     assert largest_difference(weights[0], weights[2]) < 1e-6
-    assert train("calm", "demo", **{**fields, **PLAIN, "max_steps": 1}, output_dir=str(tmp_path / "one")) == 0
+    assert train("calm", **{**fields, **PLAIN, "max_steps": 1}, output_dir=str(tmp_path / "one")) == 0
     assert largest_difference(weights[0], load_file(tmp_path / "one" / "model.safetensors")) > 1e-4
 
 
@@ -57,9 +57,9 @@ def test_accumulation_is_exact_for_the_autoencoder_also_where_rows_have_unequal_
 ):
     forward = CALMAutoencoder.forward
     monkeypatch.setattr(CALMAutoencoder, "forward", lambda self, *args, **kw: forward(self, *args, noise=0.0, **kw))
-    names = ("train_files", "cache_dir", "tokenizer", "block_size", "left_fill", "logging_steps", "warmup_steps")
-    fields = {name: workshop[name] for name in names} | {"ae_dropout": 0.0, "hidden_size": 32, "eval_strategy": "no"}
-    weights = weights_by_layout("autoencoder", "demo-autoencoder", {**fields, "left_fill": 0.7}, tmp_path)
+    fields = {name: workshop[name] for name in ("train_files", "cache_dir", "tokenizer")}
+    fields |= {"ae_dropout": 0.0, "left_fill": 0.7}
+    weights = weights_by_layout("autoencoder", fields, tmp_path)
     assert largest_difference(weights[0], weights[1]) < 1e-6
     assert largest_difference(weights[0], weights[2]) < 1e-6
 
@@ -68,7 +68,7 @@ def test_accumulation_is_exact_for_the_autoencoder_also_where_rows_have_unequal_
 def trained(request, workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     fields = {**workshop, "head_type": request.param, "sampling_steps": 2, "auxiliary_weight": 0.5, "eval_steps": 2}
-    assert train("calm", "demo", **fields, output_dir=str(folder)) == 0
+    assert train("calm", **fields, output_dir=str(folder)) == 0
     return folder
 
 
@@ -111,7 +111,7 @@ def test_logged_terms_do_not_depend_on_accumulation(workshop, tmp_path):
         folder = tmp_path / str(rows)
         layout = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps, "logging_steps": 2}
         fields = {**workshop, **layout, "auxiliary_weight": 0.5, "learning_rate": 1e-9, "max_steps": 2}
-        assert train("calm", "demo", **fields, output_dir=str(folder)) == 0
+        assert train("calm", **fields, output_dir=str(folder)) == 0
         logs.append(log_of(folder)[0])
     assert logs[0]["auxiliary_loss"] == pytest.approx(logs[1]["auxiliary_loss"], rel=1e-4)
 
@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_with_step_blocks_and_checkpoint(workshop
         return loss(self, *args, **kwargs) * (float("nan") if len(calls) == 3 else 1)
 
     monkeypatch.setattr(EnergyHead, "_loss", breaks_at_the_third_step)
-    assert train("calm", "demo", **{**workshop, "save_steps": 1}, output_dir=str(tmp_path)) == 2
+    assert train("calm", **{**workshop, "save_steps": 1}, output_dir=str(tmp_path)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 3 on the blocks [8, 9, 10, 11]: the loss is nan" in message
     assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in message
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(workshop, tmp_pat
         return loss
 
     monkeypatch.setattr(CALMTrainer, "training_step", spoils_the_weights)
-    assert train("calm", "demo", **{**workshop, "save_steps": 1, "max_steps": 1}, output_dir=str(tmp_path)) == 2
+    assert train("calm", **{**workshop, "save_steps": 1, "max_steps": 1}, output_dir=str(tmp_path)) == 2
     assert "the weights are not finite any more, model.norm.weight first" in capsys.readouterr().err
     assert not list(tmp_path.glob("*checkpoint*"))
 
@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(workshop, tmp_pat
 def test_a_missing_or_unfit_part_is_named(workshop, tmp_path, capsys):
     def error(**changes):
         fields = {key: value for key, value in {**workshop, **changes}.items() if value is not None}
-        assert train("calm", "demo", **fields, output_dir=str(tmp_path)) == 2
+        assert train("calm", **fields, output_dir=str(tmp_path)) == 2
         return capsys.readouterr().err
 
     assert "no such folder (train_tokenizer makes one)" in error(tokenizer="runs/nowhere")

@@ -20,28 +20,7 @@ COMMANDS = {
     "ar": train_ar.main,
 }
 WORDS = "the cat sat on a mat and saw one small dog run home to its red house by the sea".split()
-AUTOENCODER_SIZES = {"hidden_size": 32, "intermediate_size": 48, "latent_size": 8}
-CALM_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_mlp_layers": 1,
-    "head_type": "energy",
-    "num_posterior_samples": 10,
-}
-QUICK = {
-    "block_size": 32,
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "logging_steps": 1,
-    "warmup_steps": 0,
-    "save_steps": 100,
-    "random_phase": True,
-    "left_fill": 0.25,
-    "validation_blocks": 8,
-}
+RECIPES = Path(__file__).parent / "fixtures" / "recipes"
 
 
 def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
@@ -51,25 +30,23 @@ def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
     return path
 
 
-def train(kind: str, recipe: str, **fields) -> int:
-    """Runs a train_* command in this process; its exit code."""
+def train(kind: str, recipe: str | None = None, **fields) -> int:
+    """Runs a train_* command in this process, by default with the tiny recipe of its kind; its exit code."""
     torch.set_num_threads(1)  # the models are so small that a second thread only costs
-    arguments = ["--recipe", recipe]
+    arguments = ["--recipe", recipe or str(RECIPES / f"{kind}.yaml")]
     for name, value in fields.items():
         arguments += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return COMMANDS[kind](arguments)
 
 
 def make_workshop(folder: Path) -> dict:
-    """A corpus with a tokenizer and an autoencoder trained on it; the fields that a further command needs."""
-    corpus = write_corpus(folder / "corpus.jsonl")
-    data = {"train_files": str(corpus), "validation_files": str(corpus), "cache_dir": str(folder / "tokens")}
-    tokenizer = str(folder / "tokenizer")
-    assert train("tokenizer", "demo-tokenizer", train_files=str(corpus), vocab_size=300, output_dir=tokenizer) == 0
-    autoencoder = str(folder / "autoencoder")
-    fields = {**data, **AUTOENCODER_SIZES, **QUICK, "tokenizer": tokenizer, "output_dir": autoencoder}
-    assert train("autoencoder", "demo-autoencoder", **{**fields, "max_steps": 20}) == 0
-    return {**data, **CALM_SIZES, **QUICK, "tokenizer": tokenizer, "autoencoder": autoencoder}
+    """A corpus with a tokenizer and an autoencoder trained on it; the fields that name them."""
+    corpus = str(write_corpus(folder / "corpus.jsonl"))
+    tokenizer, autoencoder = str(folder / "tokenizer"), str(folder / "autoencoder")
+    data = {"train_files": corpus, "validation_files": corpus, "cache_dir": str(folder / "tokens")}
+    assert train("tokenizer", train_files=corpus, output_dir=tokenizer) == 0
+    assert train("autoencoder", **data, tokenizer=tokenizer, output_dir=autoencoder) == 0
+    return {**data, "tokenizer": tokenizer, "autoencoder": autoencoder}
 
 
 def same_draws_for_every_patch(monkeypatch) -> None:
