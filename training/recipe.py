@@ -70,7 +70,8 @@ class Recipe:
         kind: "tokenizer", "autoencoder", "calm" or "ar" (an ordinary Llama, for comparison).
         tokenizer: folder or Hub id.
         autoencoder: folder or Hub id of the trained autoencoder (calm only).
-        init_from: folder or Hub id of a model to go on from (fine-tuning); its configuration is kept.
+        init_from: folder or Hub id of a model to go on from; the model section changes its configuration, as to
+            another head_type, whose weights are then new.
         lora_rank: with `init_from`, train a LoRA adapter of this rank on the backbone and the head; 0 trains all.
         auxiliary_weight: weight of the training-only multi-token loss (calm only, see auxiliary.py).
         head_weight: weight of the head's loss beside it; 0 trains the backbone alone.

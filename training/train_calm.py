@@ -1,6 +1,7 @@
 """Trains a CALM with any head over a trained autoencoder: `python -m calm.training.train_calm --recipe demo`."""
 
 import sys
+from functools import partial
 
 from transformers import GenerationConfig
 
@@ -16,13 +17,14 @@ from calm.training.tokenizer import filler_token_id
 
 
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
-    """A model to go on from, or a new one around the trained autoencoder.
+    """A model to go on from (fields of the model section change its configuration), or a new one around the trained autoencoder.
 
     Raises:
         RecipeError: no autoencoder, or one whose vocabulary is not the tokenizer's.
     """
     if recipe.init_from:
-        return CALMForCausalLM.from_pretrained(recipe.init_from)
+        where = folder_or_hub_id("init_from", recipe.init_from, "train_calm")
+        return CALMForCausalLM.from_pretrained(where, **recipe.model)
     where = folder_or_hub_id("autoencoder", recipe.autoencoder, "train_autoencoder")
     autoencoder = CALMAutoencoder.from_pretrained(where)
     if autoencoder.config.vocab_size != len(tokenizer):
@@ -50,7 +52,8 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
 
 def work(recipe: Recipe, options) -> None:
     if options.dry_run:
-        return print_cost(recipe, make_config(CALMConfig, recipe.model))
+        make = partial(CALMConfig.from_pretrained, recipe.init_from) if recipe.init_from else CALMConfig
+        return print_cost(recipe, make_config(make, recipe.model))
     tokenizer = load_tokenizer(recipe)
     args = training_arguments(recipe)
     start(args)

@@ -1,0 +1,43 @@
+# make demo          set up, and continue a story with the bundled model
+# make test          set up, and run every test
+# make test-compat   the same on the oldest supported transformers
+# make style         ruff
+PYTHON ?= python3
+BIN := .venv/bin
+COMPAT := .venv-compat/bin
+SOURCES := setup.cfg pyproject.toml
+
+.PHONY: demo test test-compat style figures clean
+
+demo: .venv/.base
+	$(BIN)/python demo.py
+
+test: .venv/.full
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+test-compat: .venv-compat/.full
+	$(COMPAT)/python -m pytest
+
+style: .venv/.full
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+figures: .venv/.full
+	$(BIN)/python docs/draw_architecture.py
+
+clean:
+	rm -rf .venv .venv-compat *.egg-info
+
+.venv/.base: $(SOURCES) constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/.full: .venv/.base
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv-compat/.full: $(SOURCES) constraints-compat.txt
+	$(PYTHON) -m venv .venv-compat
+	$(COMPAT)/python -m pip install -q -c constraints-compat.txt -e ".[test]"
+	touch $@

@@ -1,0 +1,35 @@
+"""Continues a story with the bundled demo model, streamed to the terminal: `make demo`, or `python demo.py --help`."""
+
+import argparse
+from pathlib import Path
+
+import transformers
+from transformers import TextStreamer, pipeline, set_seed
+
+MODEL = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Continues a story with a CALM.")
+    parser.add_argument("prompt", nargs="?", default="Once upon a time, there was a little girl named Lily.")
+    parser.add_argument("--model", default=str(MODEL), help="folder or Hub id (default: the bundled demo model)")
+    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 1]; text is fluent at 0.5 and below")
+    parser.add_argument("--max_new_tokens", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
+    set_seed(options.seed)
+    streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)
+    generator(
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=True,
+        temperature=options.temperature,
+        streamer=streamer,
+    )
+
+
+if __name__ == "__main__":
+    main()
