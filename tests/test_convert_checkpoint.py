@@ -370,6 +370,14 @@ def test_a_missing_head_is_named(shop):
     shop.refuse(shop.calm.weights, "generative_head.noise_embd.weight")
 
 
+def test_a_head_of_no_known_type_is_named(tmp_path, capsys):
+    shop = Workshop(tmp_path, capsys, "flow")
+    name = "generative_head.net.final_layer.linear.weight"
+    shop.calm.tensors[name] = torch.zeros(3 * 16, 48)  # flow matching has Z outputs, diffusion 2·Z
+    shop.calm.write()
+    shop.refuse(name, shop.calm.weights)
+
+
 @pytest.mark.parametrize(
     ("repository", "name"),
     [
@@ -461,6 +469,13 @@ def test_missing_files_are_named(shop):
     shop.refuse(shop.calm.folder, "pytorch_model.bin")
     (shop.calm.folder / "config.json").unlink()
     shop.refuse(shop.calm.folder / "config.json")
+
+
+def test_an_index_without_its_map_is_refused(shop):
+    shop.calm.write("sharded bin")
+    index = shop.calm.folder / "pytorch_model.bin.index.json"
+    index.write_text("{}")
+    shop.refuse(index, "weight_map")
 
 
 def test_a_tensor_in_two_shards_is_refused(shop):
