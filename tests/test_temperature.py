@@ -48,7 +48,13 @@ def draw_patches(sampling, num_patches, rows_at_once=500):
 
 @pytest.mark.parametrize(
     "name, method, num_patches",
-    [("T1", "batch", 20_000), ("T1_2", "batch", 2_000), ("T1_3", "batch", 2_000), ("T1_2", "exact", 1_000)],
+    [
+        ("T1", "batch", 20_000),
+        ("T1_2", "batch", 2_000),
+        ("T1_3", "batch", 2_000),
+        ("T1_2", "exact", 1_000),
+        ("T1_2", "adaptive", 2_000),
+    ],
 )
 def test_histograms_agree_with_the_published_ones(name, method, num_patches):
     golden = golden_tensors("energy")

@@ -1,0 +1,71 @@
+"""The text-generation pipeline on a CALM, as users call it."""
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from transformers import pipeline, set_seed
+
+CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 6, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return pipeline("text-generation", model=tiny_model(), tokenizer=tiny_tokenizer())
+
+
+def call(generator, *args, seed=0, **kwargs):
+    set_seed(seed)
+    return generator(*args, **{**FAST, **kwargs})
+
+
+def test_text_in_text_out(generator):
+    (output,) = call(generator, "The key to life is")
+    assert output["generated_text"].startswith("The key to life is")
+    assert len(output["generated_text"]) == len("The key to life is") + 6  # a token is a character
+    (only_new,) = call(generator, "The key to life is", return_full_text=False)
+    assert "The key to life is" + only_new["generated_text"] == output["generated_text"]
+    assert call(generator, "The key to life is", seed=1) != [output]
+
+
+def test_batches(generator):
+    """A greedy text does not depend on what else is in the batch."""
+    prompts = ["one", "two and more", "3"]
+    for batch_size in (1, 2, 3):
+        outputs = call(generator, prompts, batch_size=batch_size, do_sample=False)
+        assert [len(o[0]["generated_text"]) - len(p) for o, p in zip(outputs, prompts, strict=True)] == [6, 6, 6]
+        alone = [call(generator, prompt, do_sample=False) for prompt in prompts]
+        assert outputs == alone
+
+
+def test_tensors_sequences_and_chat(generator):
+    (output,) = call(generator, "one", return_tensors=True)
+    assert len(output["generated_token_ids"]) == 1 + 3 + 6
+    several = call(generator, "one", num_return_sequences=3)
+    assert len(several) == 3 and len({o["generated_text"] for o in several}) > 1
+    generator.tokenizer.chat_template = CHAT_TEMPLATE
+    (output,) = call(generator, [{"role": "user", "content": "Tell me a story."}])
+    assert output["generated_text"][-1]["role"] == "assistant"
+    assert len(output["generated_text"][-1]["content"]) == 6
+
+
+def test_empty_prompt(generator):
+    (output,) = call(generator, "", return_tensors=True)
+    assert len(output["generated_token_ids"]) == 1 + 6
+
+
+def test_defaults_sample_at_a_temperature_that_is_no_1_over_n(generator, monkeypatch):
+    """Without a temperature the pipeline's own 0.7 or the model's comes through; both must work."""
+    seen = []
+    original = generator.model.next_patches
+    monkeypatch.setattr(
+        generator.model, "next_patches", lambda h, sampling, *a: seen.append(sampling) or original(h, sampling, *a)
+    )
+    set_seed(0)
+    generator("one", do_sample=True, max_new_tokens=4, num_candidates=20)
+    assert [s.temperature for s in seen] in ([0.7], [1.0]) and seen[0].do_sample
+
+
+def test_bfloat16():
+    generator = pipeline("text-generation", model=tiny_model().to(torch.bfloat16), tokenizer=tiny_tokenizer())
+    assert len(call(generator, "one")[0]["generated_text"]) == 9
