@@ -30,6 +30,20 @@ same places of the text, so the rows differ in nothing but the length of the pro
 """
 
 
+def spread_windows(tokens_L: torch.Tensor, window: int, num_windows: int) -> torch.Tensor:
+    """(N, window) pieces of a text, evenly spread over it. They may overlap, but not in their last four tokens.
+
+    Raises ValueError when the text is too short for that.
+    """
+    stride = min(window, (len(tokens_L) - window) // max(1, num_windows - 1))
+    if stride < MAX_N:
+        needed = window + MAX_N * (num_windows - 1)
+        raise ValueError(
+            f"the data has {len(tokens_L)} tokens; {num_windows} prompts need at least {needed}: add text"
+        )
+    return tokens_L.unfold(0, window, stride)[:num_windows]
+
+
 def cut_prompts(windows_NL: torch.Tensor, length: int, bos_token_id: int | None) -> torch.Tensor:
     """(N, length) prompts that end where four tokens of each window are left; BOS comes first, as a tokenizer does."""
     end = windows_NL.shape[1] - MAX_N
@@ -139,9 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         length = args.prompt_patches * model.config.patch_size
         window = length + model.config.patch_size - 1 + MAX_N
-        windows_NL = pack_blocks(open_documents(args), tokenizer, window, args.prompts)
-        if len(windows_NL) < args.prompts:
-            raise ValueError(f"{args.data}: gives {len(windows_NL)} prompts, fewer than {args.prompts}; add text")
+        tokens_L = pack_blocks(open_documents(args), tokenizer, 1, max_blocks=window * args.prompts).flatten()
+        windows_NL = spread_windows(tokens_L, window, args.prompts)
     except (ValueError, OSError) as error:
         sys.exit(f"prompt_alignment: {error}")
     rows = measure(model, windows_NL, length, tokenizer.bos_token_id, args.seed)

@@ -102,6 +102,13 @@ class RecordingModel:
         patch_size = 4
 
 
+def test_windows_are_spread_over_the_text():
+    assert prompt_alignment.spread_windows(torch.arange(20), 8, 3)[:, 0].tolist() == [0, 6, 12]
+    assert prompt_alignment.spread_windows(torch.arange(100), 8, 3)[:, 0].tolist() == [0, 8, 16]
+    with pytest.raises(ValueError, match="has 20 tokens; 5 prompts need at least 24"):
+        prompt_alignment.spread_windows(torch.arange(20), 8, 5)
+
+
 def test_alignment_prompts_end_at_the_same_place():
     windows = torch.arange(15).repeat(3, 1) + torch.tensor([[0], [100], [200]])
     prompts = prompt_alignment.cut_prompts(windows, 4, bos_token_id=None)
@@ -121,7 +128,7 @@ def test_alignment_command_writes_a_page(folder, tmp_path):
     assert len(lines) == 2
     assert lines[0][1:3] == lines[0][3:5]
     assert "`python -m calm.evaluation.prompt_alignment --model" in page.read_text()
-    with pytest.raises(SystemExit, match="gives .* prompts, fewer than 500"):
+    with pytest.raises(SystemExit, match="has 1260 tokens; 500 prompts need at least"):
         prompt_alignment.main(
             ["--model", str(folder / "calm"), "--data", str(folder / "text.jsonl.xz"), "--prompts", "500"]
         )
