@@ -164,6 +164,7 @@ def test_streamers(model, capsys):
         {"temperature": 1.0},
         {"temperature": 0.5},
         {"temperature": 0.7},
+        {"sampling_method": "adaptive"},
         {"temperature": 0.4, "sampling_method": "exact"},
     ],
     ids=str,
