@@ -112,15 +112,13 @@ def table(rows: list[dict[str, BrierScore]]) -> str:
 def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length: int, command: str) -> str:
     """The page in docs: what was measured, how, and the table."""
     patch_size = len(rows)
-    loss = {
-        alignment: 1
-        - sum(row[alignment].brier[0] for row in rows[1:]) / (patch_size - 1) / rows[0][alignment].brier[0]
+    kept = {
+        alignment: sum(row[alignment].brier[0] for row in rows[1:]) / (patch_size - 1) / rows[0][alignment].brier[0]
         for alignment in ALIGNMENTS
     }
     return f"""# Prompts whose length is no multiple of K
 
 {METHOD}
-
 - model: `{args.model}` (K = {patch_size}); text: `{args.data}`
 - {args.prompts} prompts of each length from {length} to {length + patch_size - 1} tokens, BOS first; seed {args.seed}
 - in brackets: 95 % bootstrap interval over prompts
@@ -128,8 +126,8 @@ def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length
 
 {table(rows)}
 
-Compared with whole patches (length mod K = 0), Brier-1 of the other lengths is lower by {loss["left"]:.0%} on average
-with the default and by {loss["right"]:.0%} with the published padding.
+Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep {kept["left"]:.0%} on average with the default
+and {kept["right"]:.0%} with the published padding.
 """
 
 

@@ -5,9 +5,8 @@ import lzma
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 DOCUMENTS, DOCUMENT_TOKENS = 60, 21  # BOS and 20 characters
 
