@@ -126,8 +126,8 @@ def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length
 
 {table(rows)}
 
-Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep {kept["left"]:.0%} on average with the default
-and {kept["right"]:.0%} with the published padding.
+Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep {kept["left"]:.0%} on average with the
+default and {kept["right"]:.0%} with the published padding.
 """
 
 
