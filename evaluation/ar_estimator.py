@@ -6,7 +6,7 @@ The model's probabilities are known, so most of Brier-n = 2 P(y) - sum_x P(x)^2 
 - collision: sum_x P(x)^2 = E over two sampled prefixes of n-1 tokens of [1{prefixes equal} * sum_v p(v | prefix)^2].
 
 Two sampled prefixes matter only as long as they are equal, so one branch stands for both, and the positions whose
-samples differ drop out before the next forward pass: the four Brier scores cost about 1.5 readings of the block.
+samples differ drop out before the next forward pass: the four Brier scores cost about two readings of the block.
 """
 
 # B blocks, L tokens, M positions, V vocabulary, N branches (positions whose two samples are still equal)
@@ -99,6 +99,8 @@ def causal_lm_reader(model, tokens_BL: torch.Tensor) -> BlockReader:
         branched_BNV = reader.extend(branches_BN, take(tokens_BL, positions_BN + 1)).float().softmax(-1)
         difference = (branched_BNV - take(probs_BLV, positions_BN + 1)).abs().sum(-1).mean().item()
         reason = f"probabilities differ by {difference:.3g}" if not difference < BRANCH_TOLERANCE else None
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
