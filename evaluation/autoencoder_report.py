@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from calm.evaluation.blocks import add_data_arguments, open_documents, pack_blocks
+from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.diagnostics import ACTIVE_NATS
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         autoencoder = load_autoencoder(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-        patches_PK = pack_blocks(open_documents(args), tokenizer, autoencoder.config.patch_size, args.max_patches)
+        patches_PK = read_blocks(args, tokenizer, autoencoder.config.patch_size, args.max_patches)
     except (ValueError, OSError) as error:
         sys.exit(f"autoencoder_report: {error}")
     rows = noise_accuracy(autoencoder, patches_PK, seed=args.seed)

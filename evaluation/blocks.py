@@ -15,11 +15,12 @@ from calm.training.documents import DataError, expand_paths, read_documents, rea
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which text to read; open_documents takes what they give."""
+    """The options that say which text to read, for open_documents and read_blocks."""
     parser.add_argument("--data", required=True, help=".jsonl/.txt/.parquet file(s), or a Hub dataset's name")
     parser.add_argument("--subset", help="configuration of the Hub dataset")
     parser.add_argument("--split", default="test", help="split of the Hub dataset (default: test)")
     parser.add_argument("--text_column", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--append_eos", action="store_true", help="end documents with EOS, if the training data did")
 
 
 def open_documents(args: argparse.Namespace):
@@ -35,13 +36,20 @@ def open_documents(args: argparse.Namespace):
     return read_hub_dataset(dataset, args.text_column)
 
 
-def pack_blocks(documents, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:
+def read_blocks(args: argparse.Namespace, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:
+    """(B, L) token ids of the text that the options name; see pack_blocks."""
+    return pack_blocks(open_documents(args), tokenizer, block_size, max_blocks, args.append_eos)
+
+
+def pack_blocks(
+    documents, tokenizer, block_size: int, max_blocks: int | None = None, append_eos: bool = False
+) -> torch.Tensor:
     """(B, L) token ids: documents one after another (BOS by the tokenizer), cut into blocks, the rest left out.
 
     Raises DataError when there are fewer tokens than one block.
     """
     pieces, length = [], 0
-    for ids in tokenize_documents(documents, tokenizer, Separation()):
+    for ids in tokenize_documents(documents, tokenizer, Separation(append_eos=append_eos)):
         pieces.append(ids.astype(np.int64))
         length += len(ids)
         if max_blocks is not None and length >= max_blocks * block_size:

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer
 
-from calm.evaluation.blocks import add_data_arguments, open_documents, pack_blocks
+from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import BrierScore
 from calm.evaluation.models import count_model, load_causal_lm, positions_per_block
 
@@ -56,9 +56,8 @@ def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierS
     model = load_causal_lm(name, dtype, state.device)
     per_block = positions_per_block(model, args.block_size)
     max_blocks = None if args.max_positions is None else ceil(args.max_positions / per_block)
-    documents = open_documents(args)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name)
-    blocks_BL = pack_blocks(documents, tokenizer, args.block_size, max_blocks)
+    blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
     if len(blocks_BL) < state.num_processes:
         raise ValueError(f"{len(blocks_BL)} blocks for {state.num_processes} processes: start fewer processes")
     own_blocks = blocks_BL[state.process_index :: state.num_processes]

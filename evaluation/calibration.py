@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from calm.evaluation.blocks import add_data_arguments, open_documents, pack_blocks
+from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
 
 
@@ -64,7 +64,7 @@ def measure(run: Path, args: argparse.Namespace) -> list[dict]:
         if blocks_BL is None:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or tokenizer_folder(run))
             max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
-            blocks_BL = pack_blocks(open_documents(args), tokenizer, args.block_size, max_blocks)
+            blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
         score = count_model(model, blocks_BL, args.batch_size, args.seed).score()
         rows.append({"step": step, "cross_entropy": cross_entropy(model, blocks_BL, args.batch_size), **asdict(score)})
     return rows

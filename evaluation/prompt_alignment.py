@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from calm.evaluation.blocks import add_data_arguments, open_documents, pack_blocks
+from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm.evaluation.models import is_calm, load_causal_lm
 
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         length = args.prompt_patches * model.config.patch_size
         window = length + model.config.patch_size - 1 + MAX_N
-        tokens_L = pack_blocks(open_documents(args), tokenizer, 1, max_blocks=window * args.prompts).flatten()
+        tokens_L = read_blocks(args, tokenizer, 1, max_blocks=window * args.prompts).flatten()
         windows_NL = spread_windows(tokens_L, window, args.prompts)
     except (ValueError, OSError) as error:
         sys.exit(f"prompt_alignment: {error}")

@@ -101,13 +101,14 @@ def test_bad_option_is_refused(folder, capsys):
 
 def test_blocks_are_the_documents_in_order(folder):
     class Letters:
-        eos_token_id = pad_token_id = None
+        eos_token_id, pad_token_id = 0, None
 
         def __call__(self, batch, **kwargs):
             return {"input_ids": [[ord(c) for c in text] for text in batch]}
 
     assert pack_blocks(["abc", "defg", "h"], Letters(), 3).tolist() == [[97, 98, 99], [100, 101, 102]]
     assert pack_blocks(["abc", "defg", "h"], Letters(), 3, max_blocks=1).tolist() == [[97, 98, 99]]
+    assert pack_blocks(["abc", "d"], Letters(), 3, append_eos=True).tolist() == [[97, 98, 99], [0, 100, 0]]
 
 
 @pytest.mark.parametrize("name", ["ar", "calm"])
