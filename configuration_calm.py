@@ -115,6 +115,8 @@ class CALMConfig(LlamaConfig):
         num_samples: N, samples per patch in the training loss (energy: head samples; flow, diffusion: targets).
         num_posterior_samples: S, posterior draws per patch in the energy loss.
         beta: exponent of the energy score, 1 ≤ β < 2.
+        flow_time_logit_mean: in training the flow head draws times sigmoid(Normal(this, 1)); `None` is the published
+            uniform law. Below 0 it spends more on the early times, at which it is decided what a draw becomes.
         sampling_steps: solver steps of the flow head, respaced steps of the diffusion head; `None` is 10 and 100.
         autoencoder_config: a `CALMAutoencoderConfig` or its dictionary; `None` takes the published one with this
             configuration's K, Z and vocabulary.
@@ -143,6 +145,7 @@ class CALMConfig(LlamaConfig):
         num_samples=8,
         num_posterior_samples=100,
         beta=1.0,
+        flow_time_logit_mean=None,
         sampling_steps=None,
         autoencoder_config=None,
         prompt_alignment="left",
@@ -157,6 +160,7 @@ class CALMConfig(LlamaConfig):
         self.num_samples = num_samples
         self.num_posterior_samples = num_posterior_samples
         self.beta = beta
+        self.flow_time_logit_mean = flow_time_logit_mean
         self.sampling_steps = sampling_steps
         self.prompt_alignment = prompt_alignment
         self.prompt_filler_token_id = prompt_filler_token_id

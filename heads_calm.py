@@ -230,6 +230,7 @@ class FlowMatchingHead(GenerativeHead):
     def __init__(self, config: CALMConfig):
         super().__init__(config)
         self.num_steps = config.sampling_steps or FLOW_STEPS
+        self.time_logit_mean = config.flow_time_logit_mean
         self.net = ModulatedMLP(config, config.latent_size)
 
     def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -266,11 +267,17 @@ class FlowMatchingHead(GenerativeHead):
             posterior_noise = _normal(shape, mean, generator)
         target = draw_posterior(mean, log_std, posterior_noise).to(context.dtype)
         if time is None:
-            time = torch.rand(target.shape[:-1], device=target.device, generator=generator)
+            time = self._draw_times(target, generator)
         start = _normal(target.shape, target, generator) if noise is None else noise
         x = torch.lerp(start, target, time.unsqueeze(-1).to(target.dtype))
         error = self.velocity(x, time, context) - (target - start)
         return error.float().square().mean(-1).mean(0)
+
+    def _draw_times(self, target: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.time_logit_mean is None:
+            return torch.rand(target.shape[:-1], device=target.device, generator=generator)
+        logits = torch.randn(target.shape[:-1], device=target.device, generator=generator)
+        return torch.sigmoid(logits + self.time_logit_mean)
 
 
 class DiffusionHead(GenerativeHead):

@@ -163,6 +163,15 @@ def test_head_randomness_is_an_argument(head_type):
     assert relative_error(together[:, 1:2], alone) < 1e-4
 
 
+def test_times_of_the_flow_loss():
+    """Uniform as published; with a logit mean of −1, the logits of the times are Normal(−1, 1)."""
+    target = torch.zeros(20_000, 16)
+    uniform = tiny_model("flow").head._draw_times(target, generator())
+    assert uniform.mean() == pytest.approx(0.5, abs=0.01) and uniform.var() == pytest.approx(1 / 12, abs=0.003)
+    logits = tiny_model("flow", flow_time_logit_mean=-1.0).head._draw_times(target, generator()).logit()
+    assert logits.mean() == pytest.approx(-1, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
+
+
 def test_fresh_heads_start_at_zero():
     """The published heads start with a zero last layer: before training, every draw is the same."""
     torch.manual_seed(0)
