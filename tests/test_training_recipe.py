@@ -9,8 +9,8 @@ from calm.training.recipe import CONFIGS, RecipeError, load_recipe, parse_comman
 from calm.training.run import make_config, training_arguments
 
 NAMES = (
-    "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl demo demo-autoencoder demo-tokenizer "
-    "transformer-l transformer-m transformer-s"
+    "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl "
+    "demo demo-autoencoder demo-backbone demo-tokenizer transformer-l transformer-m transformer-s"
 ).split()
 MODELS = [name for name in NAMES if name != "demo-tokenizer"]
 

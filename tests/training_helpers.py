@@ -3,15 +3,21 @@
 import contextlib
 import json
 import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 from calm import heads_calm
 from calm.heads_calm import EnergyHead
 from calm.training import train_ar, train_autoencoder, train_calm, train_tokenizer
+from calm.training.trainer import CALMTrainer
 
 COMMANDS = {
     "tokenizer": train_tokenizer.main,
@@ -66,16 +72,42 @@ def same_draws_for_every_patch(monkeypatch) -> None:
     monkeypatch.setattr(heads_calm, "_normal", normal)
 
 
-def _in_child(log: str, kind: str, fields: dict) -> None:
+def _in_child(log: str, kind: str, environment: dict, fields: dict) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    if environment:
+        same_draws_for_every_patch(pytest.MonkeyPatch())
+    if "fsdp" in fields:
+        _allow_fsdp_on_cpu()
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = train(kind, **fields)
     sys.exit(code)
 
 
-def start_training(log: Path, kind: str, **fields) -> multiprocessing.Process:
+def start_training(log: Path, kind: str, environment: dict | None = None, **fields) -> multiprocessing.Process:
     """A train_* command in a process of its own, forked from a server that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["calm.training.train_calm", "calm.training.train_tokenizer"])
-    process = context.Process(target=_in_child, args=(str(log), kind, fields))
+    process = context.Process(target=_in_child, args=(str(log), kind, environment or {}, fields))
     process.start()
     return process
+
+
+def start_training_together(log: Path, kind: str, num_processes: int = 2, **fields) -> list[multiprocessing.Process]:
+    """A train_* command as torchrun starts it, on `num_processes` CPU processes with gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_processes)]
+    return [start_training(log, kind, environment=rank, **fields) for rank in ranks]
+
+
+def _allow_fsdp_on_cpu() -> None:
+    """accelerate shards on accelerators only; with gloo the same code runs on CPUs, under another device's name."""
+    create = CALMTrainer.create_accelerator_and_postprocess
+
+    def create_for_cpu(self):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        create(self)
+
+    CALMTrainer.create_accelerator_and_postprocess = create_for_cpu

@@ -25,6 +25,7 @@ DEFAULTS = {
     "eval_steps": 500,
     "disable_tqdm": not sys.stderr.isatty(),
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
 }
 
 
@@ -79,7 +80,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
         given["eval_strategy"] = "steps"
     try:
-        return TrainingArguments(**{**DEFAULTS, "output_dir": recipe.output_dir, **given, **FIXED})
+        unused = {"ddp_find_unused_parameters": recipe.head_weight == 0}
+        return TrainingArguments(**{**DEFAULTS, **unused, "output_dir": recipe.output_dir, **given, **FIXED})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"section training: {error}") from error
 
@@ -182,6 +184,7 @@ def fit(recipe: Recipe, model, tokenizer, patch_size: int, args: TrainingArgumen
         state = f"resuming from {Path(last).name}" if last else "from the start"
         epochs = len(train) / train.blocks_per_epoch
         print(f"{len(train.data.tokens):,} tokens, {epochs:.2f} epochs in {args.max_steps} steps, {state}", flush=True)
+    torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
     trainer.train(resume_from_checkpoint=last)
     trainer.export(tokenizer)
     return trainer

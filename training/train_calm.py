@@ -17,7 +17,7 @@ from calm.training.tokenizer import filler_token_id
 
 
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
-    """A model to go on from (fields of the model section change its configuration), or a new one around the trained autoencoder.
+    """A model to go on from, or a new one around the trained autoencoder.
 
     Raises:
         RecipeError: no autoencoder, or one whose vocabulary is not the tokenizer's.

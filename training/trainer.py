@@ -11,8 +11,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm.training.auxiliary import WithAuxiliary, state_without_auxiliary, without_auxiliary
@@ -126,19 +127,27 @@ class CALMTrainer(Trainer):
                 shutil.rmtree(folder)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        if not isinstance(self.model, WithAuxiliary):
-            return super()._save(output_dir, state_dict)
         if self.args.should_save:
-            state = self.model.auxiliary.state_dict()
-            self.model.calm.save_pretrained(
-                output_dir, state_dict=None if state_dict is None else state_without_auxiliary(state_dict)
-            )
-            safetensors.torch.save_file(state, Path(output_dir) / AUXILIARY_FILE)
+            self._write_model(output_dir, state_dict)
+            if isinstance(self.model, WithAuxiliary):
+                state = state_dict or self.model.state_dict()
+                auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
+                safetensors.torch.save_file(auxiliary, Path(output_dir) / AUXILIARY_FILE)
+            torch.save(self.args, Path(output_dir) / "training_args.bin")
+
+    def _write_model(self, folder, state_dict: dict | None) -> None:
+        """Weights, configuration and code, without the auxiliary loss. `state_dict` is the gathered one under FSDP."""
+        model = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None:
+            if isinstance(model, WithAuxiliary):
+                state_dict = state_without_auxiliary(state_dict)
+            model, state_dict = unsharded(without_auxiliary(model), state_dict)
+        without_auxiliary(model).save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if model is None and isinstance(self.model, WithAuxiliary):
             state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
-            self.model.auxiliary.load_state_dict(state)
+            self.model.load_state_dict(state, strict=False)
             model = self.model.calm
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -157,14 +166,24 @@ class CALMTrainer(Trainer):
 
     def export(self, tokenizer) -> None:
         """Writes the model to `output_dir` as a repository that loads by itself: weights, code, tokenizer."""
-        model = without_auxiliary(self.accelerator.unwrap_model(self.model))
-        state = None
-        if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)
-            if isinstance(self.accelerator.unwrap_model(self.model), WithAuxiliary):
-                state = state_without_auxiliary(state)
+        state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
-            model.save_pretrained(self.args.output_dir, state_dict=state)
+            self._write_model(self.args.output_dir, state_dict)
             save_tokenizer(tokenizer, self.args.output_dir)
             self.state.save_to_json(str(Path(self.args.output_dir) / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
+
+
+def unsharded(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:
+    """An empty model to call `save_pretrained` on with a gathered state dict, and that without copies of tied weights.
+
+    FSDP2 puts a class of torch's own over the model's, and its code would be written beside the weights, not ours.
+    """
+    plain = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        empty = plain(model.config)
+    empty.tie_weights()
+    empty.generation_config = model.generation_config
+    unique = {name for name, _ in empty.named_parameters()}
+    tied = {name for name, _ in empty.named_parameters(remove_duplicate=False)} - unique
+    return empty, {name: value for name, value in state_dict.items() if name not in tied}

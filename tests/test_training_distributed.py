@@ -1,0 +1,68 @@
+"""Two processes, replicated (DDP) or sharded (FSDP2), follow the trajectory of one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from safetensors.torch import load_file
+from training_helpers import make_workshop, same_draws_for_every_patch, start_training_together, train
+
+from calm.modeling_calm import CALMForCausalLM
+
+# With this epsilon Adam doesn't blow up the rounding of gradients near zero.
+PLAIN = {"adam_epsilon": 0.01, "lr_scheduler_type": "constant", "eval_strategy": "no"}
+FSDP = {"fsdp": "true", "fsdp_config": "{version: 2, transformer_layer_cls_to_wrap: [LlamaDecoderLayer]}"}
+ON_CPU = transformers.__version__ >= "5"
+WHY_NOT = "Trainer 4.57 neither shards on CPUs nor loads the optimizer of several CPU processes; on GPUs it does both"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def run(log: Path, **fields) -> None:
+    processes = start_training_together(log, "calm", **fields)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], log.read_text()[-3000:]
+
+
+def losses(folder: Path) -> list[list[float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    names = ("loss", "auxiliary_loss", "grad_norm")
+    return [[entry[name] for name in names if name in entry] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "sharding, auxiliary_weight",
+    [
+        pytest.param({}, 0.5, id="ddp"),
+        pytest.param(FSDP, 0.5, id="fsdp2-auxiliary", marks=pytest.mark.skipif(not ON_CPU, reason=WHY_NOT)),
+        pytest.param(FSDP, 0.0, id="fsdp2", marks=pytest.mark.skipif(not ON_CPU, reason=WHY_NOT)),
+    ],
+)
+def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(
+    workshop, tmp_path, monkeypatch, sharding, auxiliary_weight
+):
+    fields = {**workshop, **PLAIN, "auxiliary_weight": auxiliary_weight}
+    same_draws_for_every_patch(monkeypatch)
+    one_process = tmp_path / "one"
+    assert train("calm", **fields, per_device_train_batch_size=4, output_dir=str(one_process)) == 0
+
+    fields |= {**sharding, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two"), "save_steps": 2}
+    if ON_CPU:
+        run(tmp_path / "log", **fields | {"max_steps": 2})
+    run(tmp_path / "log", **fields)
+    assert ("resuming from checkpoint-2" in (tmp_path / "log").read_text()) == ON_CPU
+
+    expected, found = losses(one_process), losses(tmp_path / "two")
+    assert len(found) == len(expected) == 4
+    assert all(value == pytest.approx(wanted, rel=1e-4) for value, wanted in zip(found, expected, strict=True))
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one_process, tmp_path / "two"))
+    assert expected.keys() == found.keys()
+    assert max((expected[key] - found[key]).abs().max() for key in expected) < 1e-6
+    # What was sharded is one file that a single process loads, with our code beside it.
+    assert isinstance(CALMForCausalLM.from_pretrained(tmp_path / "two"), CALMForCausalLM)
+    assert {path.name for path in (tmp_path / "two").glob("*.py")} == {path.name for path in one_process.glob("*.py")}
