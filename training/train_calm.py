@@ -50,6 +50,33 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     return model
 
 
+def with_lora(model: CALMForCausalLM, rank: int):
+    """The model with a LoRA adapter on every linear layer of the backbone and the head; all else is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = {"target_modules": "all-linear", "exclude_modules": r"autoencoder\..*"}
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets))
+
+
+def for_training(model: CALMForCausalLM, recipe: Recipe):
+    """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says.
+
+    Raises:
+        RecipeError: fields that contradict each other.
+    """
+    if recipe.head_weight != 1 and not recipe.auxiliary_weight:
+        raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
+    if recipe.lora_rank and (recipe.auxiliary_weight or recipe.freeze_backbone or not recipe.init_from):
+        raise RecipeError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
+    if recipe.lora_rank:
+        return with_lora(model, recipe.lora_rank)
+    if recipe.freeze_backbone:
+        model.model.requires_grad_(False)
+    if recipe.auxiliary_weight:
+        return WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight)
+    return model
+
+
 def work(recipe: Recipe, options) -> None:
     if options.dry_run:
         make = partial(CALMConfig.from_pretrained, recipe.init_from) if recipe.init_from else CALMConfig
@@ -58,14 +85,7 @@ def work(recipe: Recipe, options) -> None:
     args = training_arguments(recipe)
     start(args)
     model = build(recipe, tokenizer)
-    patch_size = model.config.patch_size
-    if recipe.freeze_backbone:
-        model.model.requires_grad_(False)
-    if recipe.auxiliary_weight:
-        model = WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight)
-    elif recipe.head_weight != 1:
-        raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
-    fit(recipe, model, tokenizer, patch_size, args, options.resume)
+    fit(recipe, for_training(model, recipe), tokenizer, model.config.patch_size, args, options.resume)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -83,7 +83,7 @@ class CALMTrainer(Trainer):
             self._sums, self._tokens, self._clock = {}, 0, None
             if not self.is_fsdp_enabled:  # its parameters are at home only inside forward
                 input_ids, hidden = self._last_batch
-                model = without_auxiliary(self.accelerator.unwrap_model(self.model))
+                model = bare(self.accelerator.unwrap_model(self.model))
                 logs.update(diagnose(model, input_ids, hidden, seed=self.state.global_step))
         super().log(logs, *args, **kwargs)
 
@@ -165,13 +165,26 @@ class CALMTrainer(Trainer):
     # export
 
     def export(self, tokenizer) -> None:
-        """Writes the model to `output_dir` as a repository that loads by itself: weights, code, tokenizer."""
+        """Writes the model to `output_dir` as a repository that loads by itself: weights, code, tokenizer.
+
+        A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`.
+        """
+        if hasattr(self.model, "merge_and_unload"):
+            if self.args.should_save:
+                self.model.save_pretrained(Path(self.args.output_dir) / "adapter")
+            self.model = self.model.merge_and_unload()
         state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             self._write_model(self.args.output_dir, state_dict)
             save_tokenizer(tokenizer, self.args.output_dir)
             self.state.save_to_json(str(Path(self.args.output_dir) / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, out of the auxiliary loss or a LoRA wrapper."""
+    model = without_auxiliary(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unsharded(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:

@@ -1,0 +1,94 @@
+"""Going on from a model: whole, with LoRA, with another head, or with a frozen backbone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import make_workshop, train
+
+from calm.modeling_calm import CALMForCausalLM
+
+
+FAST = {
+    "block_size": 32,
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "lr_scheduler_type": "constant",
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def start(workshop, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    assert train("calm", **workshop, output_dir=str(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def fields(workshop, start, tmp_path):
+    """Fields of a recipe that names a model to go on from: no sizes, no autoencoder."""
+    (tmp_path / "finetune.yaml").write_text("kind: calm")
+    data = {key: workshop[key] for key in ("train_files", "cache_dir")}
+    own = {"recipe": str(tmp_path / "finetune.yaml"), "init_from": str(start), "tokenizer": str(start)}
+    return {**data, **own, **FAST}
+
+
+def changed(before, after) -> set[str]:
+    before, after = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert before.keys() == after.keys()
+    return {key for key in before if not torch.equal(before[key], after[key])}
+
+
+def test_the_whole_model_goes_on_learning_but_for_the_autoencoder(fields, start, tmp_path):
+    assert train("calm", **fields) == 0
+    assert {key.split(".")[0] for key in changed(start, tmp_path / "run")} == {"model", "head"}
+
+
+def test_a_frozen_backbone_stays(fields, start, tmp_path):
+    fields |= {"freeze_backbone": "true"}
+    assert train("calm", **fields) == 0
+    assert {key.split(".")[0] for key in changed(start, tmp_path / "run")} == {"head"}
+
+
+def test_lora_leaves_the_base_and_the_autoencoder_alone_also_through_a_resume(fields, start, tmp_path):
+    fields |= {"lora_rank": 2, "save_steps": 1}
+    assert train("calm", **fields | {"max_steps": 2}) == 0
+    assert train("calm", **fields) == 0
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert adapter and not any("autoencoder" in key for key in adapter)
+    # Merged into the linear layers, and into nothing else.
+    linear = {name + ".weight" for name, m in linear_layers(CALMForCausalLM.from_pretrained(start))}
+    assert changed(start, tmp_path / "run") == linear
+
+    assert train("calm", **fields | {"output_dir": str(tmp_path / "whole")}) == 0
+    whole = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(whole[key], adapter[key]) for key in whole)
+
+
+def linear_layers(model):
+    parts = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    return [(name, m) for name, m in parts if not name.startswith("autoencoder")]
+
+
+def test_another_head_can_be_put_on_the_backbone(fields, start, tmp_path):
+    fields |= {"head_type": "flow", "freeze_backbone": "true"}
+    assert train("calm", **fields) == 0
+    before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    assert CALMForCausalLM.from_pretrained(tmp_path / "run").config.head_type == "flow"
+    assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("head."))
+
+
+def test_contradictions_are_refused(fields, tmp_path, capsys):
+    assert train("calm", **fields | {"head_weight": 0.0}) == 2
+    assert "head_weight=0.0 has no meaning without auxiliary_weight" in capsys.readouterr().err
+    assert train("calm", **fields | {"lora_rank": 2, "auxiliary_weight": 0.5}) == 2
+    assert "lora_rank needs init_from" in capsys.readouterr().err
+    assert train("calm", **fields | {"init_from": "runs/nowhere"}) == 2
+    assert "init_from runs/nowhere: no such folder" in capsys.readouterr().err
