@@ -7,7 +7,6 @@ from training_helpers import make_workshop, train
 
 from calm.modeling_calm import CALMForCausalLM
 
-
 FAST = {
     "block_size": 32,
     "per_device_train_batch_size": 4,
@@ -37,7 +36,7 @@ def fields(workshop, start, tmp_path):
     (tmp_path / "finetune.yaml").write_text("kind: calm")
     data = {key: workshop[key] for key in ("train_files", "cache_dir")}
     own = {"recipe": str(tmp_path / "finetune.yaml"), "init_from": str(start), "tokenizer": str(start)}
-    return {**data, **own, **FAST}
+    return {**data, **own, **FAST, "output_dir": str(tmp_path / "run")}
 
 
 def changed(before, after) -> set[str]:
