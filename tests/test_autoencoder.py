@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import VOCAB_SIZE
 
 from calm.configuration_calm import CALMAutoencoderConfig
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from tiny import VOCAB_SIZE
 
 
 def autoencoder(**fields):

@@ -1,7 +1,7 @@
 """Writes the demo model's text: `python -m calm.training.demo_corpus --corpus DIR --output runs/demo-corpus`.
 
-The simplest texts of a corpus folder, the simplest of all several times over, in a fixed random order: a model of a few
-million parameters that sees a few ten million tokens learns a narrow language best.
+The simplest texts of a corpus folder, the simplest of all several times over, in a fixed random order: a model of a
+few million parameters that sees a few ten million tokens learns a narrow language best.
 """
 
 import argparse
