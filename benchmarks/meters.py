@@ -1,0 +1,178 @@
+"""What the generation benchmark measures with: time and FLOPs by part, peak memory, and the machine's own limits."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+LIMIT_REPETITIONS = 5  # the machine's limits are the best of so many tries
+BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far larger than any cache
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+@contextmanager
+def wrapped(owner, name: str, wrapper: Callable):
+    """Puts `wrapper(method)` in the place of a method of this one object, for a while."""
+    before = vars(owner).get(name)
+    setattr(owner, name, wrapper(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)
+
+
+@dataclass
+class Meter:
+    """Something that is read before and after a call: `difference(before, after)` is the call's share."""
+
+    read: Callable[[], object]
+    difference: Callable[[object, object], float]
+
+    @classmethod
+    def clock(cls, device: torch.device) -> Meter:
+        """Seconds. On a GPU between events in its stream: nothing waits, and an idle GPU counts as time too."""
+        if device.type != "cuda":
+            return cls(time.perf_counter, lambda before, after: after - before)
+
+        def event():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        return cls(event, lambda before, after: before.elapsed_time(after) / 1000)
+
+    @classmethod
+    def flops(cls, counter: FlopCounterMode) -> Meter:
+        return cls(counter.get_total_flops, lambda before, after: after - before)
+
+
+class Parts:
+    """Reads a meter around each call of some methods.
+
+    Args:
+        meter: what to read.
+        methods: part → (object, name of its method).
+    """
+
+    def __init__(self, meter: Meter, methods: dict[str, tuple[object, str]]):
+        self.meter, self.methods = meter, methods
+        self.readings = defaultdict(list)
+
+    @contextmanager
+    def measured(self):
+        with ExitStack() as stack:
+            for part, (owner, name) in self.methods.items():
+                stack.enter_context(wrapped(owner, name, functools.partial(self._around, part)))
+            yield
+
+    def _around(self, part: str, method: Callable) -> Callable:
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            before = self.meter.read()
+            result = method(*args, **kwargs)
+            self.readings[part].append((before, self.meter.read()))
+            return result
+
+        return call
+
+    def calls(self, part: str) -> list[float]:
+        """The reading of each call, in order. On a GPU only after it was synchronised."""
+        return [self.meter.difference(*reading) for reading in self.readings[part]]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """Bytes that a `with` block needed at most beyond what was in use before it; None where that can't be read.
+
+    On a GPU PyTorch's allocations; on Linux the process's resident memory (VmHWM, which the block resets).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.extra = device, None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.before = self._start_on_linux()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.extra = torch.cuda.max_memory_allocated(self.device) - self.before
+        elif self.before is not None:
+            self.extra = self._status("VmHWM") - self.before
+
+    def _start_on_linux(self) -> int | None:
+        try:
+            # Memory that was freed but not given back would otherwise hide what the block needs.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            return self._status("VmRSS")
+        except (OSError, AttributeError):
+            return None
+
+    @staticmethod
+    def _status(field: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+
+@dataclass
+class Machine:
+    """What the device can do at best.
+
+    Args:
+        bandwidth: bytes a second when it reads a large tensor.
+        flop_rate: FLOPs a second of a large square matrix product in the benchmark's dtype.
+    """
+
+    bandwidth: float
+    flop_rate: float
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> Machine:
+        number, size = BANDWIDTH_BYTES[device.type] // 4, MATMUL_SIZE[device.type]
+        values = torch.ones(number, device=device)
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        return cls(
+            bandwidth=4 * number / _best_seconds(lambda: values.sum(), device),
+            flop_rate=2 * size**3 / _best_seconds(lambda: matrix @ matrix, device),
+        )
+
+    def floor_seconds(self, weight_bytes: float, flops: float) -> float:
+        """The least time for reading so many bytes once and computing so much."""
+        return max(weight_bytes / self.bandwidth, flops / self.flop_rate)
+
+
+def _best_seconds(work: Callable, device: torch.device) -> float:
+    seconds = []
+    for _ in range(LIMIT_REPETITIONS):
+        synchronise(device)
+        start = time.perf_counter()
+        work()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def weight_bytes(module: nn.Module, without: Sequence[nn.Module] = ()) -> int:
+    """Bytes of the module's parameters, shared ones once, but those of the modules `without`."""
+    left_out = {id(p) for other in without for p in other.parameters()}
+    return sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in left_out)

@@ -1,0 +1,236 @@
+"""The models and the patch distributions that the generation benchmark runs on.
+
+- *worst case*: random weights. No candidate patch comes twice, so nothing can be saved by repetition.
+- *real*: the patch distributions that a trained model meets while it writes. A trained model has its own. On a random
+  model of a published shape those of the demo are imposed: it draws and decodes exactly as many candidates as the
+  sampler asks for, and then each is replaced by one that the demo drew. What is replayed is real draws in the order
+  they came, so every repetition is as frequent, and comes as early, as it did there. The latents stay the random
+  model's: a shortcut that compares latents or margins sees the worst case.
+
+Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of each.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from calm.benchmarks.meters import wrapped
+from calm.configuration_calm import CALMConfig
+from calm.evaluation.models import is_calm, load_causal_lm
+from calm.generation_calm import EXACT_DRAWS_PER_CANDIDATE
+from calm.modeling_calm import CALMForCausalLM
+from calm.training.recipe import load_recipe, recipe_names
+
+DEMO_FOLDER = Path(__file__).parent.parent
+RECORDED_ROWS, RECORDED_STEPS = 8, 32  # texts that the demo model writes, and patches of each
+SHARE_CONTEXTS = 16  # whose candidates are compared
+WORST_DISTINCT_SHARE = 0.99
+
+
+class BenchmarkError(ValueError):
+    """Settings that cannot be measured; the message says why."""
+
+
+# models
+
+
+def is_trained(name: str) -> bool:
+    """Whether the name stands for a model with weights, rather than for the shape in a recipe."""
+    return name == "demo" or name not in recipe_names()
+
+
+def model_folder(name: str, demo: str | Path) -> str:
+    """Where a trained model is; raises BenchmarkError when the demo is asked for and not there."""
+    if name != "demo":
+        return name
+    if not (Path(demo) / "config.json").exists():
+        raise BenchmarkError(f"{demo} holds no demo model (no config.json): train it, or name another with --demo.")
+    return str(demo)
+
+
+def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | LlamaConfig:
+    """The configuration of a recipe, of the demo, or of a model by its folder or Hub id."""
+    if is_trained(name):
+        try:
+            return AutoConfig.from_pretrained(model_folder(name, demo))
+        except OSError as error:
+            raise BenchmarkError(f"{name} is neither a recipe nor a model: {str(error).splitlines()[0]}") from error
+    recipe = load_recipe(name)
+    if recipe.kind not in ("calm", "ar") or "vocab_size" not in recipe.model:
+        raise BenchmarkError(f"the recipe {name} does not say the shape of a whole language model.")
+    if recipe.kind == "ar":
+        return LlamaConfig(**recipe.model)
+    return CALMConfig(**recipe.model, autoencoder_config=load_recipe("autoencoder").model)
+
+
+@torch.no_grad()
+def random_model(config: CALMConfig | LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0):
+    """A model whose every matrix is random, also those that start at zero for training.
+
+    Matrices are normal with variance 1 / columns, norms 1, biases 0, so that activations keep their size. It is built
+    without memory first: the usual initialisation would take minutes, and twice the memory for bfloat16.
+    """
+    with torch.device("meta"):
+        model = (CALMForCausalLM if isinstance(config, CALMConfig) else LlamaForCausalLM)(config)
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    model.base_model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # its buffers are computed, not loaded
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return _never_stopping(model.eval())
+
+
+def trained_model(name: str, device: torch.device, dtype: torch.dtype, demo: str | Path = DEMO_FOLDER):
+    return _never_stopping(load_causal_lm(model_folder(name, demo), dtype, device))
+
+
+def _never_stopping(model):
+    """Every text gets its full length: no EOS token, nor anything else, ends it."""
+    bos = getattr(model.config, "bos_token_id", None)
+    model.generation_config = GenerationConfig(bos_token_id=bos, pad_token_id=0, eos_token_id=None)
+    return model
+
+
+# prompts and candidates
+
+
+def random_prompts(model, batch_size: int, length: int, seed: int = 0) -> Tensor:
+    """Uniformly random token ids (B, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
+
+
+def own_prompts(model, batch_size: int, length: int, temperature: float, num_candidates: int) -> Tensor:
+    """Beginnings of texts (B, length) that a trained CALM writes itself, from BOS on."""
+    torch.manual_seed(0)
+    start = torch.full((batch_size, 1), model.config.bos_token_id, device=model.device)
+    if length == 1:
+        return start
+    return write(model, start, length - 1, temperature=temperature, num_candidates=num_candidates)
+
+
+def write(model, prompts_BL: Tensor, length: int, **settings) -> Tensor:
+    """Prompts and so many sampled tokens (B, L + length); BenchmarkError if fewer came."""
+    text = model.generate(
+        prompts_BL, attention_mask=torch.ones_like(prompts_BL), do_sample=True, max_new_tokens=length, **settings
+    )
+    if text.shape[1] != prompts_BL.shape[1] + length:
+        raise BenchmarkError(f"{text.shape[1] - prompts_BL.shape[1]} tokens were generated instead of {length}.")
+    return text
+
+
+@torch.no_grad()
+def draw_candidates(model, prompts_BL: Tensor, num_candidates: int) -> Tensor:
+    """Candidates (C, N, K) of the patch after each of the first patches of the prompts, `SHARE_CONTEXTS` a prompt."""
+    whole = prompts_BL.shape[1] // model.config.patch_size * model.config.patch_size
+    hidden_CD = model.model(input_ids=prompts_BL[:, :whole]).last_hidden_state[:, :SHARE_CONTEXTS].flatten(0, 1)
+    torch.manual_seed(0)
+    latents_NCZ = model.head.sample(hidden_CD, num_samples=num_candidates)
+    return model.autoencoder.decode_tokens(latents_NCZ).transpose(0, 1)
+
+
+def distinct_share(patches_CNK: Tensor) -> float:
+    """Different patches among the N candidates of a context, ÷ N; the mean over contexts."""
+    counts = [len(patches_NK.unique(dim=0)) for patches_NK in patches_CNK]
+    return sum(counts) / patches_CNK[..., 0].numel()
+
+
+def check_worst_case(share: float) -> None:
+    """Raises BenchmarkError when candidates of the random model repeat."""
+    if share < WORST_DISTINCT_SHARE:
+        raise BenchmarkError(
+            f"only {share:.1%} of the random model's candidates are distinct: this is not the worst case; its "
+            f"vocabulary or its latents are too small, so leave out --workload worst."
+        )
+
+
+def most_draws(num_candidates: int, sampling_method: str) -> int:
+    """The most patches that a sampling method draws for one row in one step."""
+    return num_candidates * (EXACT_DRAWS_PER_CANDIDATE if sampling_method == "exact" else 1)
+
+
+def record_candidates(model, temperature: float, num_draws: int) -> Tensor:
+    """Candidates (C, M, K) that a trained CALM draws while it writes texts at this temperature, in their order."""
+    recorded = []
+
+    def keep(decode_tokens):
+        def call(*args):
+            patches_MBK = decode_tokens(*args)
+            recorded.append(patches_MBK.transpose(0, 1))
+            return patches_MBK
+
+        return call
+
+    start = torch.full((RECORDED_ROWS, 1), model.config.bos_token_id, device=model.device)
+    torch.manual_seed(0)
+    with wrapped(model.autoencoder, "decode_tokens", keep):
+        length = RECORDED_STEPS * model.config.patch_size
+        write(model, start, length, temperature=temperature, num_candidates=num_draws, sampling_method="batch")
+    return torch.cat(recorded)
+
+
+class Replay:
+    """Imposes recorded candidates on another model while `on` is active.
+
+    At each step each row is given a recorded context; its j-th draw of the step then comes out as the j-th recorded
+    draw. The head and the decoder do all the work of their own draws first.
+
+    Args:
+        recorded_CMK: from `record_candidates`.
+        seed: chooses the contexts.
+    """
+
+    def __init__(self, recorded_CMK: Tensor, seed: int = 0):
+        self.recorded_CMK = recorded_CMK
+        self.generator = torch.Generator(recorded_CMK.device).manual_seed(seed)
+
+    @contextmanager
+    def on(self, model: CALMForCausalLM):
+        if not is_calm(model) or model.config.patch_size != self.recorded_CMK.shape[-1]:
+            raise BenchmarkError(
+                f"the recorded patches have {self.recorded_CMK.shape[-1]} tokens, the model's "
+                f"{getattr(model.config, 'patch_size', 1)}: record a model of the same patch size (--demo)."
+            )
+        with ExitStack() as stack:
+            stack.enter_context(wrapped(model, "next_patches", self._start_step))
+            stack.enter_context(wrapped(model.head, "sample", self._note_rows))
+            stack.enter_context(wrapped(model.autoencoder, "decode_tokens", self._replace))
+            yield
+
+    def _start_step(self, next_patches):
+        def call(hidden_RD, *args, **kwargs):
+            num_contexts, device = len(self.recorded_CMK), self.recorded_CMK.device
+            self.hidden_RD, self.num_drawn = hidden_RD, 0
+            self.contexts_R = torch.randint(num_contexts, hidden_RD.shape[:1], generator=self.generator, device=device)
+            return next_patches(hidden_RD, *args, **kwargs)
+
+        return call
+
+    def _note_rows(self, sample):
+        def call(context_RD, *args, **kwargs):
+            # Rows that have their patch draw no more: which ones are left shows in their hidden states.
+            is_row = (context_RD[:, None] == self.hidden_RD).all(-1)
+            self.active_R = self.contexts_R[is_row.int().argmax(-1)]
+            return sample(context_RD, *args, **kwargs)
+
+        return call
+
+    def _replace(self, decode_tokens):
+        def call(latents_NRZ, *args, **kwargs):
+            decode_tokens(latents_NRZ, *args, **kwargs)
+            start, self.num_drawn = self.num_drawn, self.num_drawn + len(latents_NRZ)
+            if self.num_drawn > self.recorded_CMK.shape[1]:
+                raise BenchmarkError(f"{self.num_drawn} draws of a row, of {self.recorded_CMK.shape[1]} recorded.")
+            return self.recorded_CMK[self.active_R, start : self.num_drawn].transpose(0, 1)
+
+        return call

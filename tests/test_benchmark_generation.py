@@ -1,0 +1,395 @@
+"""The generation benchmark: its workloads are what they claim, its figures agree with counts by hand."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import BOS, VOCAB_SIZE, tiny_config, tiny_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.benchmarks import generation, meters, runs, workloads
+from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, weight_bytes, wrapped
+from calm.benchmarks.runs import Subject, compare, count_flops, floor_ms, timed_run
+from calm.benchmarks.workloads import BenchmarkError, Replay, random_model, record_candidates
+from calm.generation_calm import PatchSampling
+from calm.modeling_calm import CALMForCausalLM
+from calm.training import recipe
+from calm.training.cost import decoder_flops, linear_flops
+
+CPU = torch.device("cpu")
+K = 4
+CALM_RECIPE = """
+kind: calm
+model: {vocab_size: 96, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4,
+        num_key_value_heads: 4, latent_size: 16, noise_size: 8, num_mlp_layers: 2}
+"""
+AUTOENCODER_RECIPE = """
+kind: autoencoder
+model: {vocab_size: 96, hidden_size: 32, intermediate_size: 64, latent_size: 16}
+"""
+LLAMA_RECIPE = """
+kind: ar
+model: {vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 4,
+        num_key_value_heads: 4}
+"""
+
+
+def repetitive_model():
+    """A CALM whose candidates often repeat: its latents hardly depend on the noise."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.out_proj.weight.mul_(0.1)
+        model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A folder with a repetitive model, and recipes calm-tiny and transformer-tiny in place of the real ones."""
+    texts = {"calm-tiny": CALM_RECIPE, "autoencoder": AUTOENCODER_RECIPE, "transformer-tiny": LLAMA_RECIPE}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(recipe, "RECIPE_FOLDER", tmp_path)
+    monkeypatch.setitem(meters.BANDWIDTH_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
+    monkeypatch.setattr(workloads, "RECORDED_STEPS", 8)
+    model = repetitive_model()
+    model.generation_config.eos_token_id = list(range(VOCAB_SIZE))  # every token would end the text
+    model.save_pretrained(tmp_path / "demo")
+    return tmp_path / "demo"
+
+
+def arguments(demo, *more):
+    lengths = ("--prompt_length", "6", "--output_length", "10", "--num_candidates", "8", "--repetitions", "1")
+    common = ("--baseline", "transformer-tiny", "--demo", str(demo), "--device", "cpu", "--dtype", "float32")
+    return [*common, *lengths, *more]
+
+
+def run_main(demo, *more):
+    generation.main(arguments(demo, "--json", str(demo / "rows.json"), *more))
+    return json.loads((demo / "rows.json").read_text())
+
+
+# The whole command
+
+
+def test_rows_of_both_workloads(demo, capsys):
+    shapes = ("--shape", "calm-tiny", "demo", "--batch_size", "1", "2", "--temperature", "0.5")
+    rows = run_main(demo, *shapes, "--plot", str(demo / "plot.png"))
+
+    keys = [(row["shape"], row["workload"], row["batch_size"]) for row in rows]
+    assert keys == [(s, w, b) for s in ("calm-tiny", "demo") for w in ("worst", "real") for b in (1, 2)]
+    for row in rows:
+        assert (row["baseline"], row["device"], row["dtype"]) == ("transformer-tiny", "cpu", "float32")
+        assert (row["temperature"], row["num_candidates"], row["draws"]) == (0.5, 8, 8)
+        assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["baseline_tokens_per_second"])
+        assert row["step_ms"] == pytest.approx(sum(row[f"{part}_ms"] for part in runs.PARTS))
+        assert all(row[f"{part}_ms"] > 0 for part in runs.PARTS)
+        seconds = 10 * row["batch_size"] / row["tokens_per_second"]  # 10 tokens are 3 steps
+        assert row["prompt_ms"] + 3 * row["step_ms"] - row["backbone_ms"] == pytest.approx(1000 * seconds)
+        assert (row["distinct_share"] > 0.99) == (row["workload"] == "worst")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:10]] == [[f"| {shape}", workload] for shape, workload, _ in keys]
+    assert len({line.count("|") for line in lines[:10]}) == 1
+    assert (demo / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_adaptive_draws_all_in_the_worst_case_and_fewer_in_the_real_one(demo):
+    options = ("--sampling_method", "adaptive", "--temperature", "0.5", "1", "--batch_size", "1")
+    draws = {
+        (row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, "--shape", "calm-tiny", *options)
+    }
+    assert draws["worst", 0.5] == 8 > draws["real", 0.5]
+    assert draws["worst", 1] == draws["real", 1] == 1
+
+
+def test_exact_sampling_is_recorded_far_enough(demo):
+    (row,) = run_main(
+        demo,
+        *("--shape", "calm-tiny", "--sampling_method", "exact", "--temperature", "0.2"),
+        *("--batch_size", "4", "--workload", "real"),
+    )
+    assert 8 < row["draws"] <= 80
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--shape", "./no-such"], "no-such is neither a recipe nor a model"),
+        (["--shape", "transformer-tiny"], "--shape transformer-tiny is no CALM"),
+        (["--shape", "autoencoder"], "does not say the shape of a whole language model"),
+        (["--baseline", "calm-tiny"], "--baseline calm-tiny is a CALM"),
+        (["--output_length", "7"], "--output_length of 8"),
+        (["--prompt_length", "3"], "--prompt_length of at least 4"),
+        (["--temperature", "1.5"], "temperature=1.5"),
+        (["--temperature", "0.1"], "num_candidates=8 is too few"),
+        (["--batch_size", "0"], "--batch_size [0]: must be at least 1"),
+        (["--demo", "nowhere"], "nowhere holds no demo model"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(demo, monkeypatch, options, complaint):
+    monkeypatch.setattr(Machine, "measure", None)  # the first work
+    with pytest.raises(SystemExit) as error:
+        generation.main(arguments(demo, "--shape", "calm-tiny", *options))
+    assert complaint in str(error.value)
+
+
+def test_published_shapes_come_from_the_recipes():
+    config = workloads.shape_config("calm-m")
+    assert (config.hidden_size, config.num_hidden_layers, config.patch_size, config.vocab_size) == (
+        1024,
+        16,
+        4,
+        128257,
+    )
+    assert config.autoencoder_config.hidden_size == 512
+    with torch.device("meta"):
+        count = sum(p.numel() for p in CALMForCausalLM(config).parameters())
+    assert count == pytest.approx(371e6 + 75.8e6, rel=0.002)
+
+
+# Worst case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+def test_random_models_are_whole_and_never_repeat(head_type, dtype):
+    autoencoder = {"hidden_size": 96, "latent_size": 64}  # with room for many patches
+    model = random_model(tiny_config(head_type, latent_size=64, autoencoder_config=autoencoder), CPU, dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(p.any() for name, p in model.named_parameters() if p.dim() > 1)
+    assert model.autoencoder.decoder.lm_head.weight is model.autoencoder.encoder.embed_tokens.weight
+    share = workloads.distinct_share(workloads.draw_candidates(model, torch.arange(8).view(1, 8), 50))
+    workloads.check_worst_case(share)
+
+
+@pytest.mark.parametrize("kind", ["calm", "llama"])
+def test_random_models_compute_what_ordinary_ones_do(kind):
+    """Nothing but parameters is left undefined by building without memory: rotary tables, for one."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    config = tiny_config() if kind == "calm" else LlamaConfig(**sizes)
+    model = random_model(config, CPU, torch.float32)
+    ordinary = type(model)(config).eval()
+    ordinary.load_state_dict(model.state_dict())
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        first, second = (m.base_model(input_ids=ids).last_hidden_state for m in (model, ordinary))
+    assert torch.equal(first, second) and first.std() > 0.1
+
+
+def test_zero_initialised_heads_are_no_worst_case():
+    model = CALMForCausalLM(tiny_config()).eval()  # as before training: every candidate is the same
+    share = workloads.distinct_share(workloads.draw_candidates(model, torch.arange(8).view(1, 8), 20))
+    assert share == 1 / 20
+    with pytest.raises(BenchmarkError, match="only 5.0% of the random model's candidates are distinct"):
+        workloads.check_worst_case(share)
+
+
+def test_distinct_share_by_hand():
+    patches_CNK = torch.tensor([[[1, 2], [1, 2], [2, 1], [1, 2]], [[0, 0], [0, 1], [0, 2], [0, 3]]])
+    assert workloads.distinct_share(patches_CNK) == (2 + 4) / 8
+
+
+# Recorded candidates
+
+
+def test_a_recording_holds_the_candidates_that_the_texts_were_chosen_from(monkeypatch):
+    monkeypatch.setattr(workloads, "RECORDED_ROWS", 3)
+    monkeypatch.setattr(workloads, "RECORDED_STEPS", 2)
+    model = workloads._never_stopping(repetitive_model())
+    texts = []
+    monkeypatch.setattr(workloads, "write", lambda *a, write=workloads.write, **kw: texts.append(write(*a, **kw)))
+    recorded_CMK = record_candidates(model, temperature=0.5, num_draws=10)
+    assert recorded_CMK.shape == (2 * 3, 10, K)
+    assert (texts[0][:, 0] == BOS).all()
+    written_CK = texts[0][:, 1:].unflatten(1, (2, K)).transpose(0, 1).flatten(0, 1)
+    for written_K, recorded_MK in zip(written_CK, recorded_CMK, strict=True):
+        assert (recorded_MK == written_K).all(-1).any()
+    assert workloads.distinct_share(recorded_CMK) < 0.9
+
+
+def labelled_recording(num_contexts, num_draws):
+    """Draw j of context c is the patch (c, j, 0, 0)."""
+    recorded_CMK = torch.zeros(num_contexts, num_draws, K, dtype=torch.long)
+    recorded_CMK[..., 0] = torch.arange(num_contexts)[:, None]
+    recorded_CMK[..., 1] = torch.arange(num_draws)
+    return recorded_CMK
+
+
+def test_a_replay_gives_each_row_one_context_and_its_draws_in_order():
+    """The rows that draw on are fewer in each block: here row 1 is done after the first."""
+    model, replay = tiny_model(), Replay(labelled_recording(50, 16))
+    hidden_RD = torch.randn(3, 48)
+    seen = []
+
+    def two_blocks(hidden_RD):
+        for rows, num_draws in (([0, 1, 2], 4), ([0, 2], 4), ([2], 8)):
+            latents = model.head.sample(hidden_RD[rows], num_samples=num_draws)
+            seen.append(model.autoencoder.decode_tokens(latents).transpose(0, 1))
+        return seen
+
+    with wrapped(model, "next_patches", lambda _: two_blocks), replay.on(model):
+        model.next_patches(hidden_RD)
+        contexts_R = seen[0][:, 0, 0]
+        assert contexts_R.unique().numel() == 3
+        for block, rows, draws in zip(
+            seen, ([0, 1, 2], [0, 2], [2]), (range(4), range(4, 8), range(8, 16)), strict=True
+        ):
+            assert torch.equal(block[..., 0], contexts_R[rows][:, None].expand(-1, len(draws)))
+            assert torch.equal(block[..., 1], torch.tensor(draws).expand(len(rows), -1))
+        model.next_patches(hidden_RD)
+        assert (seen[3][:, 0, 0] != contexts_R).any(), "the next step has other contexts"
+
+
+@pytest.mark.parametrize("method", ["batch", "adaptive"])
+def test_a_replay_leaves_the_work_as_it_was(method):
+    """The head and the decoder see as many rows as the sampler asks for, and the sampler sees only the recording."""
+    model = tiny_model()
+    replay, work = Replay(labelled_recording(5, 16)), []  # every recorded draw is distinct: nothing stops early
+    decode = model.autoencoder.decoder.forward
+    with wrapped(model.autoencoder.decoder, "forward", lambda _: lambda z: work.append(len(z)) or decode(z)):
+        with replay.on(model):
+            patches_RK = model.next_patches(torch.randn(2, 48), PatchSampling(True, 0.5, 16, method))
+    assert sum(work) == 2 * 16
+    assert (patches_RK[:, 2:] == 0).all()
+    assert "decode_tokens" not in vars(model.autoencoder) and "sample" not in vars(model.head)
+
+
+def test_a_replay_refuses_other_patches_and_too_many_draws():
+    model = tiny_model(patch_size=2)
+    with pytest.raises(BenchmarkError, match="patches have 4 tokens, the model's 2"):
+        with Replay(labelled_recording(2, 8)).on(model):
+            pass
+    model = tiny_model()
+    with pytest.raises(BenchmarkError, match="16 draws of a row, of 8 recorded"):
+        with Replay(labelled_recording(2, 8)).on(model):
+            model.next_patches(torch.randn(1, 48), PatchSampling(True, 0.5, 16))
+
+
+def test_texts_that_end_early_are_no_measurement():
+    model = tiny_model()
+    model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
+    with pytest.raises(BenchmarkError, match="1 tokens were generated instead of 8"):
+        workloads.write(model, torch.full((1, 4), BOS), 8)
+
+
+# Meters
+
+
+def test_parts_are_read_around_calls_and_taken_off_again():
+    values = iter([1, 4, 10, 15, 20, 100])
+    owner = SimpleNamespace(work=lambda x: 2 * x, more=lambda: None)
+    before = dict(vars(owner))
+    parts = Parts(Meter(lambda: next(values), lambda a, b: b - a), {"work": (owner, "work"), "more": (owner, "more")})
+    with parts.measured():
+        assert (owner.work(3), owner.work(x=4)) == (6, 8)
+        owner.more()
+    assert vars(owner) == before
+    assert (parts.calls("work"), parts.calls("more"), parts.calls("nothing")) == ([3, 5], [80], [])
+
+
+def test_wrappers_nest():
+    linear = nn.Linear(2, 2)
+    with (
+        wrapped(linear, "forward", lambda f: lambda x: f(x) + 1),
+        wrapped(linear, "forward", lambda f: lambda x: -f(x)),
+    ):
+        with wrapped(linear, "extra_repr", lambda f: lambda: "wrapped"):
+            assert "wrapped" in repr(linear)
+        assert torch.equal(linear(torch.ones(2)), -(linear.weight.sum(1) + linear.bias + 1))
+    assert "forward" not in vars(linear) and "wrapped" not in repr(linear)
+
+
+def test_time_lands_on_the_part_that_took_it():
+    model = workloads._never_stopping(tiny_model())
+
+    def slow(method):
+        def call(*args, **kwargs):
+            time.sleep(0.05)
+            return method(*args, **kwargs)
+
+        return call
+
+    subject = Subject(model, torch.full((1, 4), BOS), {"temperature": 0.5, "num_candidates": 4})
+    for part in ("backbone", "head", "decode"):
+        with wrapped(*subject.methods()[part], slow):
+            run = timed_run(subject, 12, seed=0)
+        assert max(run.step_ms, key=run.step_ms.get) == part
+        assert run.step_ms[part] > 50
+        assert (run.prompt_seconds > 0.05) == (part == "backbone")
+        assert run.draws == 3 * 4 and run.seconds > 0.15
+
+
+def test_peak_memory_counts_what_the_block_needs():
+    with PeakMemory(CPU) as memory:
+        torch.ones(2**24)  # 64 MiB, freed again
+    if memory.extra is None:
+        pytest.skip("the process's memory can't be read here")
+    assert memory.extra == pytest.approx(2**26, rel=0.1)
+    with PeakMemory(CPU) as memory:
+        torch.ones(2**18)
+    assert memory.extra < 2**24
+
+
+# Floors
+
+
+def test_counted_flops_agree_with_the_formulas():
+    calm = workloads._never_stopping(tiny_model())
+    flops = count_flops(Subject(calm, torch.full((3, 4), BOS), {"temperature": 0.5, "num_candidates": 8}))
+    head = calm.head
+    context = linear_flops(head) - linear_flops(head, skip=("context",))
+    assert flops["head"] == linear_flops(head) - context + context / 8  # the context's share once for 8 draws
+    assert flops["decode"] == decoder_flops(calm.autoencoder)
+    weights = 3 * linear_flops(calm.model)  # and attention over two patches, and rotary tables: little
+    assert weights <= flops["backbone"] < 1.01 * weights
+
+    llama = random_model(LlamaConfig(vocab_size=96, hidden_size=32, num_attention_heads=4), CPU, torch.float32)
+    flops = count_flops(Subject(llama, torch.full((1, 4), BOS), {"temperature": 0.5}))
+    assert list(flops) == ["backbone"]
+    assert flops["backbone"] == pytest.approx(linear_flops(llama), rel=0.01)
+
+
+def test_floor_by_hand():
+    subject = SimpleNamespace(part_bytes=lambda: {"backbone": 100, "head": 10, "decode": 50})
+    flops = {"backbone": 300, "head": 40, "decode": 20}
+    # Backbone max(100/10, 300/100), head max(10/10, 8·40/100), decode max(50/10, 8·20/100).
+    assert floor_ms(subject, flops, 8, Machine(bandwidth=10, flop_rate=100)) == pytest.approx(1000 * (10 + 3.2 + 5))
+
+
+def test_weights_read_in_a_step():
+    calm = tiny_model()
+    embedding, whole = 96 * 48, sum(p.numel() for p in calm.model.parameters())
+    part_bytes = Subject(calm, None, {}).part_bytes()
+    assert part_bytes["backbone"] == 4 * (whole - embedding)
+    assert part_bytes["decode"] >= 4 * 96 * 32  # the output matrix, though it is the encoder's embedding
+    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    read = {}
+    for tied in (True, False):
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
+        read[tied] = Subject(llama, None, {}).part_bytes()["backbone"]
+        assert weight_bytes(llama) - read[tied] == (0 if tied else 4 * 96 * 32)
+    assert read[True] == read[False]
+
+
+def test_runs_take_turns_and_medians_are_reported(monkeypatch):
+    order = []
+
+    def fake_run(subject, length, seed):
+        order.append((subject.prompts_BL.item(), seed))
+        seconds = {0: (1, 9, 2), 1: (4, 5, 6)}[subject.prompts_BL.item()][seed]
+        return runs.Run(seconds, 0.5, dict.fromkeys(runs.PARTS, seconds), 12 * seconds, extra_bytes=seconds)
+
+    monkeypatch.setattr(runs, "timed_run", fake_run)
+    monkeypatch.setattr(runs, "count_flops", lambda subject: {"backbone": 1, "head": 1, "decode": 1})
+    calm, baseline = (Subject(tiny_model(), torch.tensor([[number]]), {}) for number in (0, 1))
+    figures = compare(calm, baseline, length=12, repetitions=3, machine=Machine(1.0, 1.0))
+    assert order == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    assert (figures["tokens_per_second"], figures["baseline_tokens_per_second"]) == (12 / 2, 12 / 5)
+    assert figures["tokens_per_second_range"] == [12 / 9, 12]
+    assert (figures["ratio"], figures["decode_ms"], figures["step_ms"]) == (2.5, 2, 10)
+    assert (figures["draws"], figures["prompt_ms"]) == (12 * 2 / 3, 500)
+    assert figures["peak_memory_bytes"] == weight_bytes(calm.model) + 9  # of the worst run
