@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM with K > 1")
+    parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
     add_data_arguments(parser)
     parser.add_argument("--prompts", type=int, default=2000, help="prompts for each length mod K (default: 2000)")
     parser.add_argument("--prompt_patches", type=int, default=8, help="whole patches of a prompt (default: 8)")
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         model = load_causal_lm(args.model)
         if not is_calm(model) or model.config.patch_size < 2:
             raise ValueError(f"{args.model}: must be a CALM with patches of at least 2 tokens")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
         length = args.prompt_patches * model.config.patch_size
         window = length + model.config.patch_size - 1 + MAX_N
         tokens_L = read_blocks(args, tokenizer, 1, max_blocks=window * args.prompts).flatten()
