@@ -1,6 +1,7 @@
 """From files to blocks: every readable format, honest errors, and an order that shards and resumes without loss."""
 
 import gzip
+import itertools
 import json
 import lzma
 
@@ -14,7 +15,15 @@ from accelerate.data_loader import BatchSamplerShard
 from tiny import BOS, EOS, PAD, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from calm.training.data import PackedBlocks, PatchCollator, Separation, TokenFile, cached_tokens, tokenize_documents
+from calm.training.data import (
+    PackedBlocks,
+    PatchCollator,
+    Separation,
+    StreamedBlocks,
+    TokenFile,
+    cached_tokens,
+    tokenize_documents,
+)
 from calm.training.documents import BadLines, DataError, expand_paths, read_documents
 
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]
@@ -230,3 +239,35 @@ def test_the_autoencoder_reconstructs_all_but_the_filling():
     assert is_filler.any() and "attention_mask" not in batch
     assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(is_filler, -100))
     assert batch["block_ids"].tolist() == [0, 1, 2, 3]
+
+
+# streams
+
+
+def stream(lengths=(7, 30, 5, 11), seed=0, **options) -> StreamedBlocks:
+    """Documents 0, 1, … of the given lengths, over and over; their tokens say document and position."""
+    documents = [1000 * d + np.arange(n, dtype=np.uint32) for d, n in enumerate(lengths)]
+    return StreamedBlocks(lambda epoch: iter(documents), block_size=4, seed=seed, **options)
+
+
+def test_a_stream_loses_and_repeats_nothing_within_an_epoch():
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 30, size=50)]
+    total = sum(lengths)
+    blocks = list(itertools.islice(stream(lengths, shard_tokens=64), 3 * total // 4))
+    seen = sorted(t for block in blocks[: total // 4] for t in block["input_ids"].tolist())
+    everything = [1000 * d + i for d, n in enumerate(lengths) for i in range(n)]
+    assert len(set(seen)) == len(seen) and len(set(everything) - set(seen)) < 4  # the next epoch has them
+    assert [block["block_id"] for block in blocks] == list(range(len(blocks)))
+
+
+def test_a_stream_depends_on_the_seed_alone():
+    def first(seed):
+        options = {"random_phase": True, "left_fill": 0.5, "filler_token_id": 9, "patch_size": 2}
+        return [b["input_ids"].tolist() for b in itertools.islice(stream(seed=seed, shard_tokens=16, **options), 40)]
+
+    assert first(1) == first(1) != first(2)
+
+
+def test_a_stream_without_text_is_an_error():
+    with pytest.raises(DataError, match="holds no text"):
+        next(iter(StreamedBlocks(lambda epoch: iter([]), block_size=4)))

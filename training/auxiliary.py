@@ -74,6 +74,9 @@ class WithAuxiliary(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         self.calm.gradient_checkpointing_enable(**kwargs)
 
+    def activation_checkpointing_enable(self, **kwargs) -> None:  # its name in transformers 5
+        self.calm.activation_checkpointing_enable(**kwargs)
+
     def forward(self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs):
         head_labels = labels if self.head_weight else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)

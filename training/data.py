@@ -4,16 +4,17 @@ Axes: B batch, L tokens of a block, P patches (L = P·K), K tokens per patch.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from calm.training.documents import DataError
 
@@ -156,6 +157,9 @@ class PackedBlocks(Dataset):
     def __len__(self) -> int:
         return self.num_blocks
 
+    def summary(self) -> str:
+        return f"{len(self.data.tokens):,} tokens, {self.num_blocks / self.blocks_per_epoch:.2f} epochs"
+
     def _enter_epoch(self, epoch: int) -> None:
         rng = np.random.default_rng([self.seed, epoch])
         self._order = rng.permutation(self.blocks_per_epoch)
@@ -186,6 +190,73 @@ class PackedBlocks(Dataset):
         if document < len(starts) and starts[document] + self.block_size <= len(self.data.tokens):
             start = int(starts[document])
         return start, int(rng.integers(self.patch_size))
+
+
+class StreamedBlocks(IterableDataset):
+    """Blocks of an endless stream: the documents over and over, tokenised when their turn comes.
+
+    Documents are taken together until they have `shard_tokens` tokens, or the epoch ends; within such a shard the blocks
+    come in random order, and what is left over at its end goes to the next one. The stream depends on the seed alone. Of several
+    processes the first one reads and hands out; a resumed run reads again up to where it was.
+
+    Args:
+        documents: epoch → token ids of the documents.
+        block_size, patch_size, left_fill, filler_token_id: as in `PackedBlocks`.
+        random_phase: each epoch leaves out a random number of tokens, up to L − 1, at its start.
+        shard_tokens: tokens to shuffle among.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[int], Iterable[np.ndarray]],
+        block_size: int,
+        patch_size: int = 1,
+        seed: int = 0,
+        random_phase: bool = False,
+        shard_tokens: int = 2**22,
+        **filling,
+    ):
+        self.documents, self.block_size, self.patch_size, self.seed = documents, block_size, patch_size, seed
+        self.random_phase, self.shard_tokens, self.filling = random_phase, max(shard_tokens, block_size), filling
+
+    def __iter__(self) -> Iterator[dict]:
+        block_id = 0
+        for shard in self._shards():
+            seed = int(np.random.default_rng([self.seed, block_id]).integers(2**31))
+            for block in PackedBlocks(shard, self.block_size, self.patch_size, seed=seed, **self.filling):
+                yield {**block, "block_id": block_id}
+                block_id += 1
+
+    def summary(self) -> str:
+        return "a stream of tokens"
+
+    def _shards(self) -> Iterator[TokenFile]:
+        pieces, starts, length = [], [], 0
+        for ids in self._all_documents():
+            if ids is not None:
+                pieces.append(ids)
+                starts.append(length)
+                length += len(ids)
+            if length >= (self.block_size if ids is None else self.shard_tokens):
+                tokens = np.concatenate(pieces)
+                yield TokenFile(tokens, np.asarray(starts))
+                used = length - length % self.block_size
+                pieces, length = [tokens[used:]], length - used
+                starts = [start - used for start in starts if start >= used]
+
+    def _all_documents(self) -> Iterator[np.ndarray | None]:
+        """Token ids of each document, and None where an epoch ends."""
+        for epoch in itertools.count():
+            skip, is_empty = self._phase(epoch), True
+            for ids in self.documents(epoch):
+                yield ids[skip:]
+                skip, is_empty = max(skip - len(ids), 0), False
+            if is_empty:
+                raise DataError("the data holds no text.")
+            yield None
+
+    def _phase(self, epoch: int) -> int:
+        return int(np.random.default_rng([self.seed, epoch, 1]).integers(self.block_size)) if self.random_phase else 0
 
 
 class PatchCollator:

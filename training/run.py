@@ -9,7 +9,15 @@ import transformers
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from calm.training.data import PackedBlocks, PatchCollator, Separation, TokenFile, cached_tokens, tokenize_documents
+from calm.training.data import (
+    PackedBlocks,
+    PatchCollator,
+    Separation,
+    StreamedBlocks,
+    TokenFile,
+    cached_tokens,
+    tokenize_documents,
+)
 from calm.training.data import tokenizer_fingerprint as fingerprint
 from calm.training.documents import BadLines, DataError, expand_paths, read_documents, read_hub_dataset
 from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line, recipe_names
@@ -102,8 +110,9 @@ def documents(recipe: Recipe, part: str):
         from datasets import load_dataset
 
         split = options.dataset_split if part == "train" else options.validation_split
-        dataset = load_dataset(options.dataset, options.dataset_config, split=split)
-        source = [options.dataset, options.dataset_config, split, dataset._fingerprint]
+        stream = options.streaming and part == "train"
+        dataset = load_dataset(options.dataset, options.dataset_config, split=split, streaming=stream)
+        source = [options.dataset, options.dataset_config, split, getattr(dataset, "_fingerprint", None)]
         texts = read_hub_dataset(dataset, options.text_column, bad_lines)
     else:
         raise RecipeError("no data: give --train_files files or folders, or --dataset a Hub data set.")
@@ -119,9 +128,14 @@ def _limited(texts, limit, bad_lines):
         print(f"warning: {bad_lines.summary()}", file=sys.stderr)
 
 
+def separation_of(recipe: Recipe, patch_size: int) -> Separation:
+    options = recipe.data
+    return Separation(options.append_eos, options.pad_to_patch, patch_size if options.pad_to_patch else 1)
+
+
 def tokens(recipe: Recipe, part: str, tokenizer, patch_size: int, args: TrainingArguments) -> TokenFile:
     options = recipe.data
-    separation = Separation(options.append_eos, options.pad_to_patch, patch_size if options.pad_to_patch else 1)
+    separation = separation_of(recipe, patch_size)
     texts, source = documents(recipe, part)
     key = {
         "source": source,
@@ -135,30 +149,41 @@ def tokens(recipe: Recipe, part: str, tokenizer, patch_size: int, args: Training
         return cached_tokens(folder, key, lambda: tokenize_documents(texts, tokenizer, separation))
 
 
-def datasets(recipe: Recipe, tokenizer, patch_size: int, args: TrainingArguments):
-    """Training blocks for the whole run, and validation blocks or None."""
+def training_blocks(recipe: Recipe, tokenizer, patch_size: int, args: TrainingArguments):
+    """Training blocks for the whole run, streamed or from the token file."""
     options = recipe.data
-    train = PackedBlocks(
-        tokens(recipe, "train", tokenizer, patch_size, args),
-        options.block_size,
-        patch_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        random_phase=options.random_phase,
-        left_fill=options.left_fill,
-        filler_token_id=filler_token_id(tokenizer),
-    )
+    cut = {
+        "block_size": options.block_size,
+        "patch_size": patch_size,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "random_phase": options.random_phase,
+        "left_fill": options.left_fill,
+        "filler_token_id": filler_token_id(tokenizer),
+    }
+    if options.streaming:
+        if args.max_steps <= 0:
+            raise RecipeError("streaming needs max_steps: a stream has no length.")
+        separation = separation_of(recipe, patch_size)
+        return StreamedBlocks(
+            lambda epoch: tokenize_documents(documents(recipe, "train")[0], tokenizer, separation), **cut
+        )
+    train = PackedBlocks(tokens(recipe, "train", tokenizer, patch_size, args), **cut)
     # All epochs are one to Trainer, in whole batches; see PackedBlocks.
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.max_steps <= 0:
         args.max_steps = -int(-args.num_train_epochs * train.blocks_per_epoch // batch)
     args.num_train_epochs = 1
     train.num_blocks = args.max_steps * batch
+    return train
+
+
+def validation_blocks(recipe: Recipe, tokenizer, patch_size: int, args: TrainingArguments) -> PackedBlocks | None:
     if args.eval_strategy == "no":
-        return train, None
+        return None
     held_out = tokens(recipe, "validation", tokenizer, patch_size, args)
-    validation = PackedBlocks(held_out, options.block_size, patch_size)
-    validation.num_blocks = min(validation.num_blocks, options.validation_blocks or validation.num_blocks)
-    return train, validation
+    blocks = PackedBlocks(held_out, recipe.data.block_size, patch_size)
+    blocks.num_blocks = min(blocks.num_blocks, recipe.data.validation_blocks or blocks.num_blocks)
+    return blocks
 
 
 # fit
@@ -170,20 +195,19 @@ def fit(recipe: Recipe, model, tokenizer, patch_size: int, args: TrainingArgumen
     last = get_last_checkpoint(output_dir) if output_dir.exists() else None
     if last and resume == "never":
         raise RecipeError(f"{output_dir} holds {Path(last).name}: name another --output_dir, or let it resume.")
-    train, validation = datasets(recipe, tokenizer, patch_size, args)
+    train = training_blocks(recipe, tokenizer, patch_size, args)
     trainer = CALMTrainer(
         model=model,
         args=args,
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=validation_blocks(recipe, tokenizer, patch_size, args),
         data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
         keep_checkpoints=recipe.training.get("save_total_limit", 2),
     )
     if trainer.is_world_process_zero():
         recipe.save(output_dir / "recipe.yaml")
         state = f"resuming from {Path(last).name}" if last else "from the start"
-        epochs = len(train) / train.blocks_per_epoch
-        print(f"{len(train.data.tokens):,} tokens, {epochs:.2f} epochs in {args.max_steps} steps, {state}", flush=True)
+        print(f"{train.summary()} in {args.max_steps} steps, {state}", flush=True)
     torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
     trainer.train(resume_from_checkpoint=last)
     trainer.export(tokenizer)

@@ -3,78 +3,11 @@
 import sys
 from functools import partial
 
-from transformers import GenerationConfig
-
-from calm.bundle_files import generation_defaults
 from calm.configuration_calm import CALMConfig
-from calm.modeling_calm import CALMForCausalLM
-from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.auxiliary import WithAuxiliary
 from calm.training.cost import print_cost
-from calm.training.recipe import Recipe, RecipeError
-from calm.training.run import command, fit, folder_or_hub_id, load_tokenizer, make_config, start, training_arguments
-from calm.training.tokenizer import filler_token_id
-
-
-def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
-    """A model to go on from, or a new one around the trained autoencoder.
-
-    Raises:
-        RecipeError: no autoencoder, or one whose vocabulary is not the tokenizer's.
-    """
-    if recipe.init_from:
-        where = folder_or_hub_id("init_from", recipe.init_from, "train_calm")
-        return CALMForCausalLM.from_pretrained(where, **recipe.model)
-    where = folder_or_hub_id("autoencoder", recipe.autoencoder, "train_autoencoder")
-    autoencoder = CALMAutoencoder.from_pretrained(where)
-    if autoencoder.config.vocab_size != len(tokenizer):
-        raise RecipeError(
-            f"the autoencoder {recipe.autoencoder} knows {autoencoder.config.vocab_size} tokens, the tokenizer "
-            f"{len(tokenizer)}: both must be the ones it was trained with."
-        )
-    values = {
-        "max_position_embeddings": recipe.data.block_size // autoencoder.config.patch_size,
-        "patch_size": autoencoder.config.patch_size,
-        "latent_size": autoencoder.config.latent_size,
-        **recipe.model,
-        "vocab_size": len(tokenizer),
-        "autoencoder_config": autoencoder.config.to_dict(),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "prompt_filler_token_id": filler_token_id(tokenizer),
-    }
-    model = CALMForCausalLM(make_config(CALMConfig, values))
-    model.autoencoder.load_state_dict(autoencoder.state_dict())
-    model.generation_config = GenerationConfig(**generation_defaults(model.config))
-    return model
-
-
-def with_lora(model: CALMForCausalLM, rank: int):
-    """The model with a LoRA adapter on every linear layer of the backbone and the head; all else is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = {"target_modules": "all-linear", "exclude_modules": r"autoencoder\..*"}
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets))
-
-
-def for_training(model: CALMForCausalLM, recipe: Recipe):
-    """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says.
-
-    Raises:
-        RecipeError: fields that contradict each other.
-    """
-    if recipe.head_weight != 1 and not recipe.auxiliary_weight:
-        raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
-    if recipe.lora_rank and (recipe.auxiliary_weight or recipe.freeze_backbone or not recipe.init_from):
-        raise RecipeError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
-    if recipe.lora_rank:
-        return with_lora(model, recipe.lora_rank)
-    if recipe.freeze_backbone:
-        model.model.requires_grad_(False)
-    if recipe.auxiliary_weight:
-        return WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight)
-    return model
+from calm.training.models import build, for_training
+from calm.training.recipe import Recipe
+from calm.training.run import command, fit, load_tokenizer, make_config, start, training_arguments
 
 
 def work(recipe: Recipe, options) -> None:

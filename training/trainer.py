@@ -151,6 +151,12 @@ class CALMTrainer(Trainer):
             model = self.model.calm
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # other parameters are trained now
+            raise TrainingStopped(f"the optimizer of {checkpoint} is not of this run: {error}") from error
+
     def _issue_warnings_after_load(self, load_result) -> None:
         """Upstream only warns when a checkpoint does not fit. Tied weights are allowed to be missing."""
         state = without_auxiliary(self.model).state_dict()

@@ -1,0 +1,61 @@
+"""Trainer's options that must change neither the law nor the log: precision, checkpointing, compilation, reporters."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_helpers import make_workshop, same_draws_for_every_patch, train
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture
+def run(workshop, tmp_path, monkeypatch):
+    """Trains with fixed draws; weights and losses."""
+    same_draws_for_every_patch(monkeypatch)
+    fields = {**workshop, "auxiliary_weight": 0.5, "adam_epsilon": 0.01, "eval_strategy": "no"}
+
+    def run(name, **changes):
+        folder = tmp_path / name
+        assert train("calm", **{**fields, **changes}, output_dir=str(folder)) == 0
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return load_file(folder / "model.safetensors"), [entry["loss"] for entry in history if "loss" in entry]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [
+        ({"gradient_checkpointing": "true"}, 1e-6),
+        ({"torch_compile": "true", "torch_compile_backend": "aot_eager"}, 1e-5),
+        ({"bf16": "true"}, 2e-2),
+        ({"dataloader_num_workers": 1}, 1e-6),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_an_option_leaves_the_trajectory(run, options, tolerance):
+    plain, plain_losses = run("plain")
+    weights, losses = run("option", **options)
+    assert losses == pytest.approx(plain_losses, rel=tolerance)
+    assert max((weights[key] - plain[key]).abs().max() for key in plain) < max(tolerance, 1e-6)
+    assert all(weights[key].dtype == plain[key].dtype for key in plain)
+
+
+def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))  # transformers 5
+    fields = {key: value for key, value in workshop.items() if key != "autoencoder"}
+    fields |= {"report_to": "tensorboard", "max_steps": 3, "eval_steps": 3, "output_dir": str(tmp_path)}
+    assert train("autoencoder", **fields) == 0
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    board = EventAccumulator(str(events.parent)).Reload()
+    names = "loss grad_norm reconstruction_loss kl_loss kl posterior_sigma active_dimensions reconstruction_accuracy"
+    assert {f"train/{name}" for name in f"{names} tokens_per_second learning_rate".split()} <= set(
+        board.Tags()["scalars"]
+    )
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3]
+    assert [event.step for event in board.Scalars("eval/loss")] == [3]

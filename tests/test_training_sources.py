@@ -1,0 +1,85 @@
+"""The same documents from files, from a Hub data set and streamed; exact resuming of each."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import make_workshop, start_training_together, train
+
+from calm.training.trainer import CALMTrainer
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def hub_dataset(workshop, tmp_path_factory):
+    """A folder as `datasets` reads it, offline: what a Hub id gives, with splits and another name for the text."""
+    folder = tmp_path_factory.mktemp("dataset")
+    rows = [json.loads(line)["text"] for line in Path(workshop["train_files"]).read_text().splitlines()]
+    for split, texts in {"train": rows, "validation": rows[:20]}.items():
+        lines = (json.dumps({"body": text, "n": n}) for n, text in enumerate(texts))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+@pytest.fixture
+def blocks_seen(monkeypatch):
+    seen, compute_loss = [], CALMTrainer.compute_loss
+
+    def record(self, model, inputs, *args, **kwargs):
+        if model.training:
+            seen.extend(inputs["input_ids"].tolist())
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(CALMTrainer, "compute_loss", record)
+    return seen
+
+
+def from_hub(workshop, dataset, **changes) -> dict:
+    fields = {key: value for key, value in workshop.items() if not key.endswith("_files")}
+    return {**fields, "dataset": dataset, "text_column": "body", "validation_split": "validation", **changes}
+
+
+def test_a_hub_data_set_gives_the_blocks_that_its_texts_in_a_file_give(workshop, hub_dataset, tmp_path, blocks_seen):
+    assert train("calm", **workshop, output_dir=str(tmp_path / "file")) == 0
+    from_file, blocks_seen[:] = list(blocks_seen), []
+    assert train("calm", **from_hub(workshop, hub_dataset), output_dir=str(tmp_path / "hub")) == 0
+    assert blocks_seen == from_file and len(from_file) == 16
+    history = json.loads((tmp_path / "hub" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_loss" in entry for entry in history)
+
+
+@pytest.mark.parametrize("source", ["file", "hub"])
+def test_a_stream_resumes_with_the_next_block(workshop, hub_dataset, tmp_path, blocks_seen, source):
+    fields = workshop if source == "file" else from_hub(workshop, hub_dataset)
+    fields = {**fields, "streaming": "true", "save_steps": 2, "lr_scheduler_type": "constant", "eval_strategy": "no"}
+    assert train("calm", **fields, output_dir=str(tmp_path / "whole")) == 0
+    whole, blocks_seen[:] = list(blocks_seen), []
+    assert train("calm", **fields | {"max_steps": 2}, output_dir=str(tmp_path / "cut")) == 0
+    assert train("calm", **fields, output_dir=str(tmp_path / "cut")) == 0
+    assert blocks_seen == whole and len(whole) == 16
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_processes_share_a_stream(workshop, tmp_path):
+    fields = {**workshop, "streaming": "true", "eval_strategy": "no", "max_steps": 2, "max_grad_norm": 0}
+    fields |= {"optim": "sgd", "learning_rate": 0.01, "output_dir": str(tmp_path / "two")}
+    processes = start_training_together(tmp_path / "log", "calm", **fields, per_device_train_batch_size=2)
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0, 0], (tmp_path / "log").read_text()[-2000:]
+    assert torch.isfinite(load_file(tmp_path / "two" / "model.safetensors")["model.norm.weight"]).all()
+
+
+def test_what_a_stream_needs_is_said(workshop, tmp_path, capsys):
+    assert train("calm", **workshop | {"streaming": "true", "max_steps": -1}, output_dir=str(tmp_path)) == 2
+    assert "streaming needs max_steps" in capsys.readouterr().err
+    fields = {key: value for key, value in workshop.items() if not key.endswith("_files")}
+    assert train("calm", **fields, output_dir=str(tmp_path)) == 2
+    assert "no data: give --train_files" in capsys.readouterr().err
