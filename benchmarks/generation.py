@@ -20,6 +20,7 @@ workloads.py.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
@@ -75,6 +76,11 @@ class Benchmark:
             values = getattr(options, name)
             if min(values if isinstance(values, list) else [values]) < 1:
                 raise BenchmarkError(f"--{name} {values}: must be at least 1.")
+        for path in (options.json, options.plot):
+            if path is not None and not path.parent.is_dir():
+                raise BenchmarkError(f"{path}: its folder does not exist.")
+        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise BenchmarkError('--plot needs matplotlib: pip install "calm-transformers[eval]".')
         for temperature in options.temperature:
             PatchSampling(True, temperature, options.num_candidates, options.sampling_method)
         if isinstance(shape_config(options.baseline, options.demo), CALMConfig):
