@@ -20,13 +20,16 @@ from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm.evaluation.models import is_calm, load_causal_lm
 
-ALIGNMENTS = ("left", "right")
+CASES = ("left", "left with PAD", "right")
 
 METHOD = """\
-"left", the default, fills the *first* patch on its left; "right", the published way, puts padding inside the *last*
-patch, the one that the next patch is predicted from. Both continue the same prompts by generate() at T = 1, twice; the
-first n new tokens are scored against the true continuation by Brier-n. For every length mod K the prompts end at the
-same places of the text, so the rows differ in nothing but the length of the prompt (by less than K tokens).
+- "left", the default, fills the *first* patch on its left, with a filler that the model may have met in training.
+- "left with PAD" does the same with the padding token: only the place differs from the published way.
+- "right", the published way, puts padding inside the *last* patch, the one that the next patch is predicted from.
+
+All continue the same prompts by generate() at T = 1, twice; the first n new tokens are scored against the true
+continuation by Brier-n. For every length mod K the prompts end at the same places of the text, so the rows differ in
+nothing but the length of the prompt (by less than K tokens).
 """
 
 
@@ -55,9 +58,10 @@ def cut_prompts(windows_NL: torch.Tensor, length: int, bos_token_id: int | None)
 
 @torch.no_grad()
 def count_continuations(
-    model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, alignment: str, generator=None, batch_size: int = 250
+    model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, alignment: str, seed: int = 0, batch_size: int = 250
 ) -> BrierCounts:
     """Counts of two continuations of each prompt by generate() at T = 1; every prompt is a block of its own."""
+    generator = torch.Generator(model.device).manual_seed(seed)
     counts = BrierCounts.empty()
     for prompts, targets in zip(prompts_NL.split(batch_size), targets_N4.split(batch_size), strict=True):
         texts = model.generate(
@@ -77,32 +81,35 @@ def count_continuations(
 
 
 def measure(
-    model, windows_NL: torch.Tensor, length: int, bos_token_id: int | None, seed: int = 0
+    model, windows_NL: torch.Tensor, length: int, bos_token_id: int | None, pad_token_id: int, seed: int = 0
 ) -> list[dict[str, BrierScore]]:
-    """Scores by alignment, one row for each length mod K: prompts of length, length + 1, ... length + K - 1 tokens."""
+    """Scores by case, one row for each length mod K: prompts of length, length + 1, ... length + K - 1 tokens."""
     windows_NL = windows_NL.to(model.device)
     targets_N4 = windows_NL[:, -MAX_N:]
     rows = []
     for extra in tqdm(range(model.config.patch_size), desc="length mod K"):
         prompts_NL = cut_prompts(windows_NL, length + extra, bos_token_id)
-        scores = {}
-        for alignment in ALIGNMENTS:
-            generator = torch.Generator(model.device).manual_seed(seed)
-            scores[alignment] = count_continuations(model, prompts_NL, targets_N4, alignment, generator).score()
-        rows.append(scores)
+        rows.append({})
+        for case in CASES:
+            filler = model.config.prompt_filler_token_id
+            if case == "left with PAD":
+                model.config.prompt_filler_token_id = pad_token_id
+            counts = count_continuations(model, prompts_NL, targets_N4, case.split()[0], seed)
+            model.config.prompt_filler_token_id = filler
+            rows[-1][case] = counts.score()
     return rows
 
 
 def table(rows: list[dict[str, BrierScore]]) -> str:
     """Markdown, one line for each length mod K."""
     lines = [
-        "| length mod K | left: Brier-1 | left: BrierLM ×100 | right: Brier-1 | right: BrierLM ×100 | prompts |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| length mod K | {' | '.join(f'{case}: Brier-1 | {case}: BrierLM ×100' for case in CASES)} | prompts |",
+        f"| --- | {' | '.join(['---'] * 2 * len(CASES))} | --- |",
     ]
     for extra, scores in enumerate(rows):
         cells = [str(extra)]
-        for alignment in ALIGNMENTS:
-            score = scores[alignment]
+        for case in CASES:
+            score = scores[case]
             lm = score.brierlm
             cells += [f"{score.brier[0]:.4f}", f"{lm.value:.2f} ({lm.low:.2f} to {lm.high:.2f})"]
         lines.append(f"| {' | '.join(cells)} | {scores['left'].positions} |")
@@ -113,8 +120,7 @@ def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length
     """The page in docs: what was measured, how, and the table."""
     patch_size = len(rows)
     kept = {
-        alignment: sum(row[alignment].brier[0] for row in rows[1:]) / (patch_size - 1) / rows[0][alignment].brier[0]
-        for alignment in ALIGNMENTS
+        case: sum(row[case].brier[0] for row in rows[1:]) / (patch_size - 1) / rows[0][case].brier[0] for case in CASES
     }
     return f"""# Prompts whose length is no multiple of K
 
@@ -126,8 +132,8 @@ def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length
 
 {table(rows)}
 
-Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep {kept["left"]:.0%} on average with the
-default and {kept["right"]:.0%} with the published padding.
+Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep on average {kept["left"]:.0%} with the
+default, {kept["left with PAD"]:.0%} with padding on the left and {kept["right"]:.0%} with the published padding.
 """
 
 
@@ -150,13 +156,15 @@ def main(argv: list[str] | None = None) -> None:
         if not is_calm(model) or model.config.patch_size < 2:
             raise ValueError(f"{args.model}: must be a CALM with patches of at least 2 tokens")
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+        if tokenizer.pad_token_id is None:
+            raise ValueError(f"{args.model}: its tokenizer has no padding token, which the published way fills with")
         length = args.prompt_patches * model.config.patch_size
         window = length + model.config.patch_size - 1 + MAX_N
         tokens_L = read_blocks(args, tokenizer, 1, max_blocks=window * args.prompts).flatten()
         windows_NL = spread_windows(tokens_L, window, args.prompts)
     except (ValueError, OSError) as error:
         sys.exit(f"prompt_alignment: {error}")
-    rows = measure(model, windows_NL, length, tokenizer.bos_token_id, args.seed)
+    rows = measure(model, windows_NL, length, tokenizer.bos_token_id, tokenizer.pad_token_id, args.seed)
     print(table(rows))
     if args.output:
         words = sys.argv[1:] if argv is None else argv

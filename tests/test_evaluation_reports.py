@@ -89,17 +89,19 @@ def test_cross_entropy_is_the_mean_over_blocks():
 
 
 class RecordingModel:
-    """Continues every prompt by its last token plus 1, 2, 3, 4 when aligned left, by 0 otherwise."""
+    """Continues every prompt by its last token plus 1, 2, 3, 4 when aligned left with the filler 0, else wrongly."""
 
     device = "cpu"
 
     def generate(self, prompts, prompt_alignment, num_return_sequences, **options):
-        steps = torch.arange(1, 5) * (prompt_alignment == "left")
+        right = prompt_alignment == "left" and self.config.prompt_filler_token_id == 0
+        steps = torch.arange(1, 5) * right
         prompts = prompts.repeat_interleave(num_return_sequences, 0)
         return torch.cat([prompts, prompts[:, -1:] + steps], dim=1)
 
     class config:
         patch_size = 4
+        prompt_filler_token_id = 0
 
 
 def test_windows_are_spread_over_the_text():
@@ -114,19 +116,19 @@ def test_alignment_prompts_end_at_the_same_place():
     prompts = prompt_alignment.cut_prompts(windows, 4, bos_token_id=None)
     assert prompts.tolist() == [[7, 8, 9, 10], [107, 108, 109, 110], [207, 208, 209, 210]]
     assert prompt_alignment.cut_prompts(windows, 3, bos_token_id=1)[0].tolist() == [1, 9, 10]
-    rows = prompt_alignment.measure(RecordingModel(), windows, length=8, bos_token_id=1)
-    assert [(row["left"].brier[3], row["right"].brier[0]) for row in rows] == [(1, -1)] * 4
+    rows = prompt_alignment.measure(RecordingModel(), windows, length=8, bos_token_id=1, pad_token_id=2)
+    assert [[row[case].brier[0] for case in prompt_alignment.CASES] for row in rows] == [[1, -1, -1]] * 4
     assert rows[0]["left"].positions == 3
 
 
 def test_alignment_command_writes_a_page(folder, tmp_path):
-    """Whole patches (length mod K = 0) are the same prompt under both alignments: the same draws, the same score."""
+    """Whole patches (length mod K = 0) are the same prompt under every alignment: the same draws, the same score."""
     page = tmp_path / "page.md"
     options = ["--prompts", "40", "--prompt_patches", "3", "--output", str(page)]
     prompt_alignment.main(["--model", str(folder / "calm"), "--data", str(folder / "text.jsonl.xz"), *options])
     lines = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| 0", "| 1"))]
     assert len(lines) == 2
-    assert lines[0][1:3] == lines[0][3:5]
+    assert lines[0][1:3] == lines[0][3:5] == lines[0][5:7]
     assert "`python -m calm.evaluation.prompt_alignment --model" in page.read_text()
     with pytest.raises(SystemExit, match="has 1260 tokens; 500 prompts need at least"):
         prompt_alignment.main(
