@@ -89,5 +89,7 @@ def test_contradictions_are_refused(fields, tmp_path, capsys):
     assert "head_weight=0.0 has no meaning without auxiliary_weight" in capsys.readouterr().err
     assert train("calm", **fields | {"lora_rank": 2, "auxiliary_weight": 0.5}) == 2
     assert "lora_rank needs init_from" in capsys.readouterr().err
+    assert train("calm", **fields | {"head_type": "energi"}) == 2
+    assert "head_type='energi': must be one of" in capsys.readouterr().err
     assert train("calm", **fields | {"init_from": "runs/nowhere"}) == 2
     assert "init_from runs/nowhere: no such folder" in capsys.readouterr().err

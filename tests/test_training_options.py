@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_helpers import make_workshop, same_draws_for_every_patch, train
+from training_helpers import make_workshop, start_training, train
 
 
 @pytest.fixture(scope="module")
@@ -14,14 +14,15 @@ def workshop(tmp_path_factory):
 
 
 @pytest.fixture
-def run(workshop, tmp_path, monkeypatch):
-    """Trains with fixed draws; weights and losses."""
-    same_draws_for_every_patch(monkeypatch)
+def run(workshop, tmp_path):
+    """Trains with fixed draws, in a process of its own, for accelerate keeps such options; weights and losses."""
     fields = {**workshop, "auxiliary_weight": 0.5, "adam_epsilon": 0.01, "eval_strategy": "no"}
 
     def run(name, **changes):
-        folder = tmp_path / name
-        assert train("calm", **{**fields, **changes}, output_dir=str(folder)) == 0
+        folder, log = tmp_path / name, tmp_path / "log"
+        process = start_training(log, "calm", fixed_draws=True, **{**fields, **changes, "output_dir": str(folder)})
+        process.join(180)
+        assert process.exitcode == 0, log.read_text()[-2000:]
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return load_file(folder / "model.safetensors"), [entry["loss"] for entry in history if "loss" in entry]
 

@@ -48,7 +48,7 @@ def from_hub(workshop, dataset, **changes) -> dict:
 def test_a_hub_data_set_gives_the_blocks_that_its_texts_in_a_file_give(workshop, hub_dataset, tmp_path, blocks_seen):
     assert train("calm", **workshop, output_dir=str(tmp_path / "file")) == 0
     from_file, blocks_seen[:] = list(blocks_seen), []
-    assert train("calm", **from_hub(workshop, hub_dataset), output_dir=str(tmp_path / "hub")) == 0
+    assert train("calm", **from_hub(workshop, hub_dataset, eval_steps=4), output_dir=str(tmp_path / "hub")) == 0
     assert blocks_seen == from_file and len(from_file) == 16
     history = json.loads((tmp_path / "hub" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_loss" in entry for entry in history)

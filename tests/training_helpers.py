@@ -72,9 +72,9 @@ def same_draws_for_every_patch(monkeypatch) -> None:
     monkeypatch.setattr(heads_calm, "_normal", normal)
 
 
-def _in_child(log: str, kind: str, environment: dict, fields: dict) -> None:
+def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_draws: bool) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
-    if environment:
+    if fixed_draws:
         same_draws_for_every_patch(pytest.MonkeyPatch())
     if "fsdp" in fields:
         _allow_fsdp_on_cpu()
@@ -83,11 +83,13 @@ def _in_child(log: str, kind: str, environment: dict, fields: dict) -> None:
     sys.exit(code)
 
 
-def start_training(log: Path, kind: str, environment: dict | None = None, **fields) -> multiprocessing.Process:
+def start_training(
+    log: Path, kind: str, environment: dict | None = None, fixed_draws: bool = False, **fields
+) -> multiprocessing.Process:
     """A train_* command in a process of its own, forked from a server that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["calm.training.train_calm", "calm.training.train_tokenizer"])
-    process = context.Process(target=_in_child, args=(str(log), kind, environment or {}, fields))
+    process = context.Process(target=_in_child, args=(str(log), kind, fields, environment or {}, fixed_draws))
     process.start()
     return process
 
@@ -99,7 +101,7 @@ def start_training_together(log: Path, kind: str, num_processes: int = 2, **fiel
         port = free.getsockname()[1]
     environment = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [{**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_processes)]
-    return [start_training(log, kind, environment=rank, **fields) for rank in ranks]
+    return [start_training(log, kind, environment=rank, fixed_draws=True, **fields) for rank in ranks]
 
 
 def _allow_fsdp_on_cpu() -> None:

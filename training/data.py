@@ -195,9 +195,9 @@ class PackedBlocks(Dataset):
 class StreamedBlocks(IterableDataset):
     """Blocks of an endless stream: the documents over and over, tokenised when their turn comes.
 
-    Documents are taken together until they have `shard_tokens` tokens, or the epoch ends; within such a shard the blocks
-    come in random order, and what is left over at its end goes to the next one. The stream depends on the seed alone. Of several
-    processes the first one reads and hands out; a resumed run reads again up to where it was.
+    Documents are taken together until they have `shard_tokens` tokens or the epoch ends. Within such a shard the
+    blocks come in random order; what is left over at its end goes to the next one. The stream depends on the seed
+    alone. Of several processes the first one reads and hands out; a resumed run reads again up to where it was.
 
     Args:
         documents: epoch → token ids of the documents.

@@ -12,6 +12,14 @@ from calm.training.run import folder_or_hub_id, make_config
 from calm.training.tokenizer import filler_token_id
 
 
+def config_of(recipe: Recipe) -> CALMConfig:
+    """The configuration that the recipe states or, with `init_from`, changes."""
+    if not recipe.init_from:
+        return make_config(CALMConfig, recipe.model)
+    where = folder_or_hub_id("init_from", recipe.init_from, "train_calm")
+    return make_config(CALMConfig, {**CALMConfig.from_pretrained(where).to_dict(), **recipe.model})
+
+
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     """A model to go on from, or a new one around the trained autoencoder.
 
@@ -19,8 +27,7 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         RecipeError: no autoencoder, or one whose vocabulary is not the tokenizer's.
     """
     if recipe.init_from:
-        where = folder_or_hub_id("init_from", recipe.init_from, "train_calm")
-        return CALMForCausalLM.from_pretrained(where, **recipe.model)
+        return CALMForCausalLM.from_pretrained(recipe.init_from, config=config_of(recipe))
     where = folder_or_hub_id("autoencoder", recipe.autoencoder, "train_autoencoder")
     autoencoder = CALMAutoencoder.from_pretrained(where)
     if autoencoder.config.vocab_size != len(tokenizer):

@@ -1,19 +1,16 @@
 """Trains a CALM with any head over a trained autoencoder: `python -m calm.training.train_calm --recipe demo`."""
 
 import sys
-from functools import partial
 
-from calm.configuration_calm import CALMConfig
 from calm.training.cost import print_cost
-from calm.training.models import build, for_training
+from calm.training.models import build, config_of, for_training
 from calm.training.recipe import Recipe
-from calm.training.run import command, fit, load_tokenizer, make_config, start, training_arguments
+from calm.training.run import command, fit, load_tokenizer, start, training_arguments
 
 
 def work(recipe: Recipe, options) -> None:
     if options.dry_run:
-        make = partial(CALMConfig.from_pretrained, recipe.init_from) if recipe.init_from else CALMConfig
-        return print_cost(recipe, make_config(make, recipe.model))
+        return print_cost(recipe, config_of(recipe))
     tokenizer = load_tokenizer(recipe)
     args = training_arguments(recipe)
     start(args)

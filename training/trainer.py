@@ -98,7 +98,7 @@ class CALMTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Under another name first, so that a checkpoint cut short by a kill is never taken for one."""
-        broken = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
             self._stop(f"the weights are not finite any more, {broken[0]} first")
         run_folder = Path(self.args.output_dir)
