@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_helpers import make_workshop, start_training, train
 
 KILLS = 10
@@ -68,3 +68,13 @@ def test_only_the_last_checkpoints_are_kept(workshop, tmp_path):
     fields = fields_of_run(workshop, tmp_path) | {"max_steps": 12, "save_total_limit": 3}
     assert train("calm", **fields) == 0
     assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
+
+
+def test_a_checkpoint_whose_auxiliary_loss_is_another_is_refused(workshop, tmp_path):
+    fields = fields_of_run(workshop, tmp_path) | {"max_steps": 1}
+    assert train("calm", **fields) == 0
+    path = tmp_path / "checkpoint-1" / "auxiliary.safetensors"
+    weights = load_file(path)
+    save_file({f"renamed.{key}": value for key, value in weights.items()}, path)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        train("calm", **fields | {"max_steps": 2})

@@ -147,7 +147,8 @@ class CALMTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if model is None and isinstance(self.model, WithAuxiliary):
             state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
-            self.model.load_state_dict(state, strict=False)
+            auxiliary = {key.removeprefix("auxiliary."): value for key, value in state.items()}
+            self.model.auxiliary.load_state_dict(auxiliary)
             model = self.model.calm
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -1,0 +1,91 @@
+"""Draws what training logged: `python -m calm.evaluation.plot RUN [RUN ...] [--output curves.png]`.
+
+A run is the folder that a train_* command writes. One panel a figure, one line a run; a run that goes on is drawn up
+to its last checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# Not worth a panel: they count, or say what the recipe says.
+LEFT_OUT = {"step", "epoch", "total_flos", "train_loss"}
+ENDS_LEFT_OUT = ("_runtime", "_per_second")
+PANELS_A_ROW = 3
+
+
+def read_log(run: Path) -> list[dict]:
+    """Log entries of a run, each with its step.
+
+    Raises:
+        ValueError: the folder holds neither a finished run nor a checkpoint.
+    """
+    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    for folder in [run, *reversed(checkpoints)]:
+        if (folder / "trainer_state.json").exists():
+            return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    raise ValueError(f"{run}: no trainer_state.json, neither there nor in a checkpoint.")
+
+
+def series(log: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
+    """Figure → (steps, values). Evaluation's figures have names that begin with eval_."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for entry in log:
+        for name, value in entry.items():
+            counts = name in LEFT_OUT or (name.endswith(ENDS_LEFT_OUT) and name != "tokens_per_second")
+            if not counts and isinstance(value, (int, float)):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
+    return found
+
+
+def draw(runs: list[Path], output: Path) -> None:
+    """Writes a picture with one panel for each figure; eval_X shares the panel of X, dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = {run.name: series(read_log(run)) for run in runs}
+    names = dict.fromkeys(name.removeprefix("eval_") for found in lines.values() for name in found)
+    panels = sorted(names, key=lambda name: name != "loss")  # the loss first
+    rows = -(-len(panels) // PANELS_A_ROW)
+    figure, axes = plt.subplots(rows, PANELS_A_ROW, figsize=(4 * PANELS_A_ROW, 2.6 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for panel, axis in zip(panels, axes.flat, strict=False):
+        for number, (run, found) in enumerate(lines.items()):
+            for name, style, label in ((panel, "-", run), (f"eval_{panel}", "--", f"{run}, held out")):
+                if name in found:
+                    axis.plot(*found[name], style, color=f"C{number}", label=label)
+        axis.set_title(panel.replace("_", " "), fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+    by_label = {
+        label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.tight_layout()
+    figure.legend(by_label.values(), by_label.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8)
+    figure.savefig(output, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that a train_* command wrote")
+    parser.add_argument("--output", type=Path, help="picture; by default curves.png in the first run")
+    options = parser.parse_args(arguments)
+    output = options.output or options.runs[0] / "curves.png"
+    try:
+        draw(options.runs, output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
