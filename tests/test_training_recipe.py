@@ -3,8 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm.training.cost import PAPER_TOKENS, print_cost, recipe_cost
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm.modeling_calm import CALMForCausalLM
+from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.training.cost import PAPER_TOKENS, ar_cost, autoencoder_cost, calm_cost, print_cost, recipe_cost
 from calm.training.recipe import CONFIGS, RecipeError, load_recipe, parse_command_line, recipe_names, section_fields
 from calm.training.run import make_config, training_arguments
 
@@ -120,3 +125,34 @@ def test_flops_agree_with_the_papers():
     d, repeated = 1024, 7
     saved = 3 * 2 * (d * d + 4 * d * d) * repeated / 4
     assert (sum(calm.train_flops.values()) + saved) * PAPER_TOKENS == pytest.approx(3.7e20, rel=0.025)
+
+
+def test_estimated_activations_are_within_a_third_of_what_autograd_keeps():
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 500}
+    attention = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    autoencoder = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 500}
+    ids = torch.randint(500, (2, 64))
+    configs = [LlamaConfig(**sizes, **attention), CALMAutoencoderConfig(**autoencoder)]
+    configs += [
+        CALMConfig(**sizes, **attention, head_type=head, autoencoder_config=autoencoder)
+        for head in ("energy", "flow", "diffusion")
+    ]
+    for config, model_class, cost in zip(
+        configs,
+        [LlamaForCausalLM, CALMAutoencoder, *3 * [CALMForCausalLM]],
+        [ar_cost, lambda config, _: autoencoder_cost(config), *3 * [calm_cost]],
+        strict=True,
+    ):
+        model, kept = model_class(config).train(), {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = model(input_ids=ids, labels=ids)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        measured = sum(size for pointer, size in kept.items() if pointer not in weights) / 4 / ids.numel()
+        assert outputs.loss.requires_grad
+        assert 0.95 < measured / cost(config, 64).kept < 4 / 3

@@ -32,95 +32,113 @@ class Cost:
         parameters: part → number of parameters.
         train_flops, inference_flops: part → FLOPs of one token, forward and backward, or one generated token.
         trainable: number of parameters with gradients.
+        kept: numbers that one token leaves for the backward pass, about.
     """
 
     parameters: dict[str, int]
     train_flops: dict[str, float]
     inference_flops: dict[str, float]
     trainable: int
+    kept: float
 
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def linear_flops(module: nn.Module, skip: tuple[str, ...] = ()) -> int:
-    """2 × the weights of the linear layers in the module, but those whose own name begins with one of `skip`."""
-    return sum(
-        2 * layer.weight.numel()
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and not name.rpartition(".")[2].startswith(skip or ("\0",))
+def flops(layer: nn.Linear) -> int:
+    return 2 * layer.weight.numel()
+
+
+def width(layer: nn.Linear) -> int:
+    """Numbers kept for the backward pass, its input and its output: within a third of what autograd keeps in all."""
+    return layer.in_features + layer.out_features
+
+
+def linear(module: nn.Module, measure, skip: tuple[str, ...] = ()) -> int:
+    """Sum of a measure over the linear layers in the module, but those whose own name begins with one of `skip`."""
+    layers = (
+        (name.rpartition(".")[2], layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
     )
+    return sum(measure(layer) for name, layer in layers if not (skip and name.startswith(skip)))
 
 
-def backbone_flops(model: nn.Module, num_positions: int) -> int:
-    """One position through all Llama layers, attending to `num_positions`."""
-    config = model.config
-    attention_size = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    return linear_flops(model.layers) + 4 * num_positions * attention_size * config.num_hidden_layers
+def attention_flops(config, num_positions: int) -> int:
+    """All layers' scores and weighted sums of one position that attends to `num_positions`."""
+    size = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
+    return 4 * num_positions * size * config.num_hidden_layers
 
 
-def encoder_flops(autoencoder: CALMAutoencoder) -> int:
+def encoder(autoencoder: CALMAutoencoder, measure) -> int:
     """One patch through the encoder."""
-    encoder, K = autoencoder.encoder, autoencoder.config.patch_size
-    by_token = linear_flops(encoder.layers[: encoder.num_token_layers])
-    return linear_flops(encoder) + (K - 1) * by_token
+    module, K = autoencoder.encoder, autoencoder.config.patch_size
+    return linear(module, measure) + (K - 1) * linear(module.layers[: module.num_token_layers], measure)
 
 
-def decoder_flops(autoencoder: CALMAutoencoder) -> int:
+def decoder(autoencoder: CALMAutoencoder, measure) -> int:
     """One patch through the decoder, output matrix included."""
-    decoder, K = autoencoder.decoder, autoencoder.config.patch_size
-    by_token = linear_flops(decoder.layers[decoder.num_patch_layers :]) + linear_flops(decoder.lm_head)
-    return linear_flops(decoder) + (K - 1) * by_token
+    module, K = autoencoder.decoder, autoencoder.config.patch_size
+    by_token = linear(module.layers[module.num_patch_layers :], measure) + measure(module.lm_head)
+    return linear(module, measure) + (K - 1) * by_token
 
 
-def head_flops(model: CALMForCausalLM) -> tuple[int, int]:
-    """One patch through the head: the forward of the loss, and one generated draw."""
-    config, head = model.config, model.head
+def head_in_training(model: CALMForCausalLM, measure) -> int:
+    """One patch through the head's loss."""
+    once = 0
+    if model.config.head_type == "energy":  # what sees only the context runs once, not N times
+        once = linear(model.head, measure) - linear(model.head, measure, skip=("context",))
+    return once + model.config.num_samples * (linear(model.head, measure) - once)
+
+
+def steps_of_a_draw(config) -> int:
     if config.head_type == "energy":
-        once = linear_flops(head) - linear_flops(head, skip=("context",))  # these see the context only
-        return once + config.num_samples * (linear_flops(head) - once), linear_flops(head)
-    steps = config.sampling_steps or (2 * FLOW_STEPS if config.head_type == "flow" else DIFFUSION_SAMPLING_STEPS)
-    return config.num_samples * linear_flops(head), steps * linear_flops(head)
+        return 1
+    if config.head_type == "flow":
+        return 2 * (config.sampling_steps or FLOW_STEPS)  # the midpoint rule evaluates the net twice a step
+    return config.sampling_steps or DIFFUSION_SAMPLING_STEPS
 
 
 def calm_cost(config, block_size: int) -> Cost:
     with torch.device("meta"):
         model = CALMForCausalLM(config)
-    K, backbone = config.patch_size, backbone_flops(model.model, block_size // config.patch_size)
-    head_train, head_draw = head_flops(model)
-    patch_embedding = linear_flops(model.model.embed_proj)
+    K, head, backbone = config.patch_size, model.head, model.model
+    patch_embedding = linear(backbone.embed_proj, flops)
+    layers = linear(backbone.layers, flops) + attention_flops(config, block_size // K)
     parameters = {
-        "token embedding": count(model.model.embed_tokens),
-        "patch embedding": count(model.model.embed_proj),
-        "backbone": count(model.model.layers) + count(model.model.norm),
-        "head": count(model.head),
+        "token embedding": count(backbone.embed_tokens),
+        "patch embedding": count(backbone.embed_proj),
+        "backbone": count(backbone.layers) + count(backbone.norm),
+        "head": count(head),
     }
+    kept = linear(backbone.embed_proj, width) + linear(backbone.layers, width) + head_in_training(model, width)
     return Cost(
         parameters | {"autoencoder (frozen)": count(model.autoencoder)},
         {
             "patch embedding": 3 * patch_embedding / K,
-            "backbone": 3 * backbone / K,
-            "head": 3 * head_train / K,
-            "autoencoder": encoder_flops(model.autoencoder) / K,
+            "backbone": 3 * layers / K,
+            "head": 3 * head_in_training(model, flops) / K,
+            "autoencoder": encoder(model.autoencoder, flops) / K,
         },
         {
             "patch embedding": patch_embedding / K,
-            "backbone": backbone / K,
-            "head": head_draw / K,
-            "autoencoder": decoder_flops(model.autoencoder) / K,
+            "backbone": layers / K,
+            "head": steps_of_a_draw(config) * linear(head, flops) / K,
+            "autoencoder": decoder(model.autoencoder, flops) / K,
         },
         sum(parameters.values()),
+        kept / K,
     )
 
 
 def autoencoder_cost(config: CALMAutoencoderConfig) -> Cost:
     with torch.device("meta"):
         model = CALMAutoencoder(config)
-    K, parameters = config.patch_size, {"encoder": count(model.encoder), "decoder": count(model.decoder)}
+    model.tie_weights()
+    K, parameters = config.patch_size, {"encoder": count(model.encoder)}
     parameters["decoder"] = count(model) - parameters["encoder"]  # the output matrix is the encoder's embedding
-    parts = {"encoder": encoder_flops(model) / K, "decoder": decoder_flops(model) / K}
-    return Cost(parameters, {part: 3 * flops for part, flops in parts.items()}, parts, sum(parameters.values()))
+    parts = {"encoder": encoder(model, flops) / K, "decoder": decoder(model, flops) / K}
+    kept = (encoder(model, width) + decoder(model, width)) / K
+    return Cost(parameters, tripled(parts), parts, sum(parameters.values()), kept)
 
 
 def ar_cost(config, block_size: int) -> Cost:
@@ -131,8 +149,14 @@ def ar_cost(config, block_size: int) -> Cost:
         "backbone": count(model.model.layers) + count(model.model.norm),
         "output matrix": 0 if config.tie_word_embeddings else count(model.lm_head),
     }
-    parts = {"backbone": backbone_flops(model.model, block_size), "output matrix": linear_flops(model.lm_head)}
-    return Cost(parameters, {part: 3 * flops for part, flops in parts.items()}, parts, sum(parameters.values()))
+    layers = linear(model.model.layers, flops) + attention_flops(config, block_size)
+    parts = {"backbone": layers, "output matrix": flops(model.lm_head)}
+    return Cost(parameters, tripled(parts), parts, sum(parameters.values()), linear(model, width))
+
+
+def tripled(parts: dict[str, float]) -> dict[str, float]:
+    """Forward and backward."""
+    return {part: 3 * value for part, value in parts.items()}
 
 
 def recipe_cost(recipe: Recipe, config=None) -> Cost:
@@ -166,6 +190,11 @@ def print_cost(recipe: Recipe, config) -> None:
 
     rows = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
     tokens = rows * recipe.data.block_size
-    frozen = sum(cost.parameters.values()) - cost.trainable
+    weights = (16 * cost.trainable + 4 * (sum(cost.parameters.values()) - cost.trainable)) / 2**30
+    micro_batch = training.get("per_device_train_batch_size", 8) * recipe.data.block_size
+    activations = (2 if training.get("bf16") else 4) * cost.kept * micro_batch / 2**30
     print(f"\na step of one process: {tokens:,} tokens, {train * tokens:.2e} FLOPs")
-    print(f"memory: {(16 * cost.trainable + 4 * frozen) / 2**30:.2f} GiB for float32 weights, gradients and Adam")
+    print(
+        f"memory: {weights:.2f} GiB for float32 weights, gradients and Adam, and about {activations:.2f} GiB for the"
+    )
+    print(f"  activations of {micro_batch:,} tokens, the micro-batch (gradient_checkpointing keeps a fraction)")
