@@ -128,8 +128,8 @@ def test_flops_agree_with_the_papers():
 
 
 def test_estimated_activations_are_within_a_third_of_what_autograd_keeps():
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 500}
-    attention = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 500}
+    attention = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
     autoencoder = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 500}
     ids = torch.randint(500, (2, 64))
     configs = [LlamaConfig(**sizes, **attention), CALMAutoencoderConfig(**autoencoder)]

@@ -57,10 +57,8 @@ def width(layer: nn.Linear) -> int:
 
 def linear(module: nn.Module, measure, skip: tuple[str, ...] = ()) -> int:
     """Sum of a measure over the linear layers in the module, but those whose own name begins with one of `skip`."""
-    layers = (
-        (name.rpartition(".")[2], layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)
-    )
-    return sum(measure(layer) for name, layer in layers if not (skip and name.startswith(skip)))
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return sum(measure(layer) for name, layer in layers if not (skip and name.rpartition(".")[2].startswith(skip)))
 
 
 def attention_flops(config, num_positions: int) -> int:
@@ -133,7 +131,6 @@ def calm_cost(config, block_size: int) -> Cost:
 def autoencoder_cost(config: CALMAutoencoderConfig) -> Cost:
     with torch.device("meta"):
         model = CALMAutoencoder(config)
-    model.tie_weights()
     K, parameters = config.patch_size, {"encoder": count(model.encoder)}
     parameters["decoder"] = count(model) - parameters["encoder"]  # the output matrix is the encoder's embedding
     parts = {"encoder": encoder(model, flops) / K, "decoder": decoder(model, flops) / K}
@@ -194,7 +191,5 @@ def print_cost(recipe: Recipe, config) -> None:
     micro_batch = training.get("per_device_train_batch_size", 8) * recipe.data.block_size
     activations = (2 if training.get("bf16") else 4) * cost.kept * micro_batch / 2**30
     print(f"\na step of one process: {tokens:,} tokens, {train * tokens:.2e} FLOPs")
-    print(
-        f"memory: {weights:.2f} GiB for float32 weights, gradients and Adam, and about {activations:.2f} GiB for the"
-    )
-    print(f"  activations of {micro_batch:,} tokens, the micro-batch (gradient_checkpointing keeps a fraction)")
+    print(f"memory: {weights:.2f} GiB for float32 weights, gradients and Adam,")
+    print(f"  about {activations:.2f} GiB for activations of {micro_batch:,} tokens without gradient_checkpointing")
