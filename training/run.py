@@ -41,6 +41,7 @@ def command(kind: str, description: str, work, arguments: list[str] | None = Non
     """Reads the command line, calls `work(recipe, options)`, and turns a known error into one line and exit code 2."""
     parser = argparse.ArgumentParser(
         description=description,
+        allow_abbrev=False,
         epilog=f"Every field of the recipe can be given as --field value. Recipes: {', '.join(recipe_names())}.",
     )
     parser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
