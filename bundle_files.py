@@ -11,11 +11,6 @@ from calm.checkpoint_files import ConversionError, Repository, first_line
 from calm.configuration_calm import CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_calm.CALMConfig",
-    "AutoModel": "modeling_calm.CALMModel",
-    "AutoModelForCausalLM": "modeling_calm.CALMForCausalLM",
-}
 MODEL_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -125,7 +120,6 @@ def bundle_texts(
         ConversionError: the tokenizer is missing or not the model's.
     """
     config.architectures = [CALMForCausalLM.__name__]
-    config.auto_map = AUTO_MAP
     return {
         "config.json": config.to_json_string(),
         "generation_config.json": json.dumps(generation_defaults(config), indent=2),

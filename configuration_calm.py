@@ -79,7 +79,7 @@ class CALMAutoencoderConfig(PretrainedConfig):
         self.ae_dropout = ae_dropout
         self.kl_clamp = kl_clamp
         self.kl_weight = kl_weight
-        self._check()
+        self.check()
         # The decoder's output matrix is the encoder's embedding; published configs say False and tie all the same.
         kwargs["tie_word_embeddings"] = True
         super().__init__(
@@ -89,7 +89,8 @@ class CALMAutoencoderConfig(PretrainedConfig):
             **kwargs,
         )
 
-    def _check(self):
+    def check(self) -> None:
+        """Raises `ValueError` for the first field that makes no sense."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("num_encoder_layers", "num_decoder_layers"):
@@ -131,7 +132,7 @@ class CALMConfig(LlamaConfig):
     model_type = "calm"
     sub_configs = {"autoencoder_config": CALMAutoencoderConfig}
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "hidden_states", "attentions"]
-    # Llama's plans name only modules of the backbone, which sits one level deeper here.
+    # Llama's plans would split the backbone alone, which is not tested here.
     base_model_tp_plan = None
     base_model_pp_plan = None
 
@@ -173,9 +174,10 @@ class CALMConfig(LlamaConfig):
         self.autoencoder_config = autoencoder_config
         kwargs.setdefault("vocab_size", autoencoder_config.vocab_size)
         super().__init__(**kwargs)
-        self._check()
+        self.check()
 
-    def _check(self):
+    def check(self) -> None:
+        """Raises `ValueError` for the first field that makes no sense."""
         for name in ("patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_posterior_samples"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         _require(self.head_type in HEAD_TYPES, f"head_type={self.head_type!r}: must be one of {HEAD_TYPES}.")
@@ -190,6 +192,10 @@ class CALMConfig(LlamaConfig):
         _require(
             self.sampling_steps is None or self.sampling_steps >= 1,
             f"sampling_steps={self.sampling_steps}: must be at least 1, or None for the head's own number.",
+        )
+        _require(
+            self.head_type != "diffusion" or (self.sampling_steps or 1) <= 1000,
+            f"sampling_steps={self.sampling_steps}: the diffusion head has 1000 steps at most.",
         )
         _require(
             self.prompt_alignment in PROMPT_ALIGNMENTS,

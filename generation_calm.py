@@ -180,7 +180,12 @@ class CALMGenerationMixin:
         if inputs.shape[0] == 0:
             raise ValueError("generate() got an empty batch: pass at least one prompt.")
         mask = model_kwargs.get("attention_mask")
-        ids = inputs if mask is None or mask.shape != inputs.shape else inputs[mask.bool()]
+        if mask is not None and mask.shape != inputs.shape:
+            raise ValueError(
+                f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
+                f"{tuple(inputs.shape)}: they must be equal."
+            )
+        ids = inputs if mask is None else inputs[mask.bool()]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             bad = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
             raise ValueError(
@@ -205,10 +210,20 @@ class CALMGenerationMixin:
             raise ValueError("CALM has no token scores to return: output_scores and output_logits must be False.")
         PatchSampling.from_generation_config(generation_config)
 
-    def _get_logits_processor(self, *args, logits_processor=None, **kwargs):
+    def _get_logits_processor(self, *args, logits_processor=None, prefix_allowed_tokens_fn=None, **kwargs):
+        if prefix_allowed_tokens_fn is not None:
+            raise ValueError("prefix_allowed_tokens_fn: CALM has no token logits to constrain while it generates.")
         if logits_processor:
             raise ValueError("logits_processor: CALM has no token logits to process while it generates.")
         return LogitsProcessorList()
+
+    def _prepare_generated_length(self, *args, **kwargs):
+        patches = self.config.max_position_embeddings
+        self.config.max_position_embeddings = patches * self.config.patch_size  # upstream compares it with tokens
+        try:
+            return super()._prepare_generated_length(*args, **kwargs)
+        finally:
+            self.config.max_position_embeddings = patches
 
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)
@@ -262,7 +277,7 @@ class CALMGenerationMixin:
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         finished = False
         while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
-            outputs = self.model(
+            outputs = self(
                 **inputs,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -272,9 +287,9 @@ class CALMGenerationMixin:
                 collected[name] += (getattr(outputs, name),)
             forbidden_KV = self._forbidden_tokens(min_length - input_ids.shape[1], generation_config, input_ids.device)
             patches_BK = self.next_patches(outputs.last_hidden_state[:, -1], sampling, generator, forbidden_KV)
-            if finished:  # only kept running for the other processes
-                continue
             for tokens in patches_BK.to(input_ids.device).unbind(1):
+                if finished:  # the patch's other tokens; or only kept running for the other processes
+                    break
                 if generation_config._pad_token_tensor is not None:
                     tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
@@ -282,8 +297,6 @@ class CALMGenerationMixin:
                     streamer.put(tokens.cpu())
                 unfinished = unfinished & ~stopping_criteria(input_ids, None).to(unfinished.device)
                 finished = not bool(unfinished.any())
-                if finished:
-                    break
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
 
         if streamer is not None:
@@ -313,7 +326,7 @@ class CALMGenerationMixin:
 
         def draw(rows: Tensor, num_draws: int, **draws) -> Tensor:
             latents_NRZ = self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **draws)
-            return self.autoencoder.decode_tokens(latents_NRZ, forbidden_KV).transpose(0, 1)
+            return self.autoencoder.decode_tokens(latents_NRZ, forbidden_KV).transpose(0, 1).to(hidden_RD.device)
 
         num_rows, device = hidden_RD.shape[0], hidden_RD.device
         rows = torch.arange(num_rows, device=device)
@@ -334,12 +347,14 @@ class CALMGenerationMixin:
 
     def _pack_for_generation(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> dict:
         mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        mask = torch.ones_like(input_ids) if mask is None else mask.long()
         if input_ids.shape[1] == 0 or not bool(mask.any(-1).all()):
             input_ids, mask = self._start_empty_rows(input_ids, mask, generation_config._bos_token_tensor)
         pad = generation_config._pad_token_tensor
         pad = 0 if pad is None else int(pad)
+        # The filler is the model's: a pad token given to this call only marks where rows have ended.
         filler = self.config.prompt_filler_token_id
+        filler = self.config.pad_token_id if filler is None else filler
         packed, patch_mask = pack_prompts(
             input_ids,
             mask,
@@ -364,7 +379,8 @@ class CALMGenerationMixin:
         if num_left <= 0 or generation_config._eos_token_tensor is None:
             return None
         forbidden_KV = torch.zeros(self.config.patch_size, self.config.vocab_size, dtype=torch.bool, device=device)
-        forbidden_KV[:num_left, generation_config._eos_token_tensor.to(device)] = True
+        eos_tokens = generation_config._eos_token_tensor.to(device)
+        forbidden_KV[:num_left, eos_tokens[eos_tokens < self.config.vocab_size]] = True
         return forbidden_KV
 
     @staticmethod

@@ -24,7 +24,8 @@ FIRST_STEP_BIN = 1 / 255  # half width of the bins of the discretised likelihood
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    # Drawn in place: torch.compile can't trace randn(generator=...) at a size that varies.
+    return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
 
 
 def draw_posterior(mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
@@ -151,7 +152,8 @@ class EnergyHead(GenerativeHead):
 
     def _noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Uniform(−0.5, 0.5) in each of `noise_size` dimensions (published code)."""
-        return torch.rand((*shape, self.noise_size), dtype=like.dtype, device=like.device, generator=generator) - 0.5
+        noise = torch.empty((*shape, self.noise_size), dtype=like.dtype, device=like.device)
+        return noise.uniform_(generator=generator) - 0.5
 
     def _sample(self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None):
         if noise is None:
@@ -234,18 +236,24 @@ class FlowMatchingHead(GenerativeHead):
         self.net = ModulatedMLP(config, config.latent_size)
 
     def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """v(x, t, c) in x's dtype; the net sees ⌊1000·t⌋, as the published one does."""
-        return self.net(x.to(context.dtype), (time * 1000).long(), context).to(x.dtype)
+        """v(x, t, c) in x's dtype for t in [0, 1]; the net sees ⌊1000·t⌋, as the published one does."""
+        return self._velocity(x, (time * 1000).long(), context)
+
+    def _velocity(self, x: Tensor, thousandths: Tensor, context: Tensor) -> Tensor:
+        return self.net(x.to(context.dtype), thousandths, context).to(x.dtype)
+
+    def _thousandths(self, device: torch.device) -> Tensor:
+        """⌊1000·t⌋ at the start and the middle of each step, (T, 2), in integers: no rounding can lower them."""
+        steps = self.num_steps
+        return torch.tensor([(1000 * i // steps, 500 * (2 * i + 1) // steps) for i in range(steps)], device=device)
 
     def _sample(self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None):
         if noise is None:
             noise = self._noise((num_samples, *context.shape[:-1]), context, generator)
         x, step = noise.float(), 1 / self.num_steps  # the state stays in float32: steps would be lost in bfloat16
-        # float64: ⌊1000·t⌋ must not fall to the integer below by rounding.
-        starts = torch.arange(self.num_steps, device=context.device, dtype=torch.float64) / self.num_steps
-        for start in starts:
-            middle = x + step / 2 * self.velocity(x, start, context)
-            x = x + step * self.velocity(middle, start + step / 2, context)
+        for start, middle in self._thousandths(context.device):
+            halfway = x + step / 2 * self._velocity(x, start, context)
+            x = x + step * self._velocity(halfway, middle, context)
         return x.to(context.dtype)
 
     def _loss(
@@ -274,10 +282,10 @@ class FlowMatchingHead(GenerativeHead):
         return error.float().square().mean(-1).mean(0)
 
     def _draw_times(self, target: Tensor, generator: torch.Generator | None) -> Tensor:
+        times = torch.empty(target.shape[:-1], device=target.device)
         if self.time_logit_mean is None:
-            return torch.rand(target.shape[:-1], device=target.device, generator=generator)
-        logits = torch.randn(target.shape[:-1], device=target.device, generator=generator)
-        return torch.sigmoid(logits + self.time_logit_mean)
+            return times.uniform_(generator=generator)
+        return torch.sigmoid(times.normal_(self.time_logit_mean, generator=generator))
 
 
 class DiffusionHead(GenerativeHead):
@@ -335,7 +343,8 @@ class DiffusionHead(GenerativeHead):
             posterior_noise = _normal(shape, mean, generator)
         target = draw_posterior(mean, log_std, posterior_noise).to(context.dtype)
         if time is None:
-            time = torch.randint(DIFFUSION_TRAIN_STEPS, target.shape[:-1], device=target.device, generator=generator)
+            time = torch.empty(target.shape[:-1], dtype=torch.long, device=target.device)
+            time.random_(DIFFUSION_TRAIN_STEPS, generator=generator)
         if noise is None:
             noise = _normal(target.shape, target, generator)
         schedule = DiffusionSchedule(DIFFUSION_TRAIN_STEPS, target.device)

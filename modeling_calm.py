@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_calm import CALMConfig
 from .generation_calm import CALMGenerationMixin
@@ -45,7 +45,8 @@ class CALMOutputWithPast(ModelOutput):
 class CALMPreTrainedModel(LlamaPreTrainedModel):
     config_class = CALMConfig
     base_model_prefix = "model"
-    _no_split_modules = ["LlamaDecoderLayer"]
+    # Head and autoencoder may stand here because everything calls them through their forwards.
+    _no_split_modules = ["LlamaDecoderLayer", "EnergyHead", "FlowMatchingHead", "DiffusionHead", "CALMAutoencoder"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,6 +151,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
     """The continuous autoregressive language model: backbone, generative head, frozen autoencoder."""
 
     def __init__(self, config: CALMConfig):
+        config.check()  # its fields may have been changed since it was made
         super().__init__(config)
         self.model = CALMModel(config)
         self.head = HEADS[config.head_type](config)
@@ -176,6 +178,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
         """None: the tokens come out of the autoencoder."""
         return None
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -206,7 +209,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if use_cache is None and labels is not None else use_cache,
-            **kwargs,
+            **kwargs | {"return_dict": True},
         )
         loss = None
         if labels is not None:
@@ -228,14 +231,23 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
         **draws: Tensor,
     ) -> Tensor:
         """Head loss of the targets in labels (B, L) given hidden states (B, P, D): their mean, or, given
-        `num_items_in_batch`, their sum · K / num_items_in_batch. `draws` are recorded draws for the head."""
+        `num_items_in_batch`, their sum · K / num_items_in_batch. `draws` are recorded draws for the head.
+
+        Raises:
+            ValueError: labels of another length than the input.
+        """
         patch_size = self.config.patch_size
-        labels_BPK = labels.unflatten(1, (-1, patch_size))[:, 1:]
+        if labels.shape[1] != patch_size * hidden_BPD.shape[1]:
+            raise ValueError(
+                f"labels have length {labels.shape[1]}, but the input has {patch_size * hidden_BPD.shape[1]} tokens."
+            )
+        labels_BPK = labels.to(hidden_BPD.device).unflatten(1, (-1, patch_size))[:, 1:]
         is_target = (labels_BPK != -100).all(-1)
         with torch.no_grad():
-            mean, log_std = self.autoencoder.encoder(labels_BPK[is_target].reshape(1, -1))
+            posterior = self.autoencoder.encode(labels_BPK[is_target].reshape(1, -1))
+        mean, log_std = (x[0].to(hidden_BPD.device) for x in posterior)
         context = hidden_BPD[:, :-1][is_target]
-        losses = self.head.loss(context, mean[0], log_std[0], generator=generator, **draws)
+        losses = self.head.loss(context, mean, log_std, generator=generator, **draws)
         count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
         return losses.sum() / count
 

@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 from .configuration_calm import CALMAutoencoderConfig
 from .scores_calm import clipped_kl
 
-LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32: large enough for full speed, small beside any weights
+# Logits made at once in decode_tokens: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
+LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
 
 
 @dataclass
@@ -142,6 +143,7 @@ class CALMAutoencoder(PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        part: str | None = None,
         **kwargs,
     ) -> CALMAutoencoderOutput:
         """Encodes, draws one latent vector per patch, decodes; with labels also scores the reconstruction.
@@ -157,7 +159,10 @@ class CALMAutoencoder(PreTrainedModel):
             generator: randomness of the latent draw and the token replacement (not of the latent dropout, which is
                 torch's own).
             noise (`(B, P, Z)`, *optional*): standard normal noise of the latent draw.
+            part: "encoder" or "decoder" calls that part alone on the first argument, see `encode` and `decode`.
         """
+        if part is not None:
+            return getattr(self, part)(input_ids)
         corrupted = self._replace_tokens(input_ids, generator) if self.training else input_ids
         mean, log_std = self.encoder(corrupted)
         if noise is None:
@@ -182,22 +187,31 @@ class CALMAutoencoder(PreTrainedModel):
             log_std=log_std,
         )
 
+    def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) → (mean, log_std), each (B, P, Z), through `forward`, where offloading and FSDP hooks fire."""
+        return self(input_ids, part="encoder")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latent vectors (..., Z) → logits (..., K, V), through `forward` as well."""
+        return self(latents, part="decoder")
+
     @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
         """The most probable tokens of each latent vector: (..., Z) → ids (..., K).
 
-        Works through the latents in chunks, so that the logits never take more than `LOGITS_PER_CHUNK` numbers.
+        Works through the latents in chunks, so that there are never more logits than `LOGITS_PER_CHUNK`.
 
         Args:
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
         flat = latents.reshape(-1, latents.shape[-1])
-        rows = max(1, LOGITS_PER_CHUNK // (self.config.patch_size * self.config.vocab_size))
+        limit = LOGITS_PER_CHUNK["cpu" if latents.device.type == "cpu" else "other"]
+        rows = max(1, limit // (self.config.patch_size * self.config.vocab_size))
         ids = []
         for chunk in flat.split(rows):
-            logits = self.decoder(chunk)
+            logits = self.decode(chunk)
             if forbidden_KV is not None:
-                logits = logits.masked_fill(forbidden_KV, -torch.inf)
+                logits = logits.masked_fill(forbidden_KV.to(logits.device), -torch.inf)
             ids.append(logits.argmax(-1))
         ids = torch.cat(ids)
         return ids.reshape(*latents.shape[:-1], self.config.patch_size)

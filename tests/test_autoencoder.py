@@ -88,7 +88,7 @@ def test_decode_tokens_is_the_argmax_in_chunks(monkeypatch):
     model, latents = autoencoder(), torch.randn(3, 5, 16)
     expected = model.decoder(latents).argmax(-1)
     assert torch.equal(model.decode_tokens(latents), expected)
-    monkeypatch.setattr("calm.modeling_calm_autoencoder.LOGITS_PER_CHUNK", 2 * 4 * VOCAB_SIZE)
+    monkeypatch.setattr("calm.modeling_calm_autoencoder.LOGITS_PER_CHUNK", {"cpu": 2 * 4 * VOCAB_SIZE})
     assert torch.equal(model.decode_tokens(latents), expected)
     forbidden = torch.zeros(4, VOCAB_SIZE, dtype=torch.bool)
     forbidden[1, expected[0, 0, 1]] = True

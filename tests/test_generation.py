@@ -126,6 +126,28 @@ def test_no_length_warning_before_the_patches_run_out(model, caplog):
         model.config.max_position_embeddings = before
 
 
+def test_default_length_counts_tokens_not_patches(monkeypatch, model):
+    """With no length given upstream generates 20 tokens, or up to the last position: 16 patches are 64 tokens."""
+    monkeypatch.setattr(model.config, "max_position_embeddings", 16)
+    prompt = torch.full((1, 40), 10)
+    assert generate(model, prompt, **NO_EOS).shape[1] == 60
+    assert model.config.max_position_embeddings == 16
+
+
+def test_a_process_that_has_finished_keeps_running_for_the_others(monkeypatch, model):
+    """Under FSDP all processes must take the same number of steps; the text of the first to finish stays as it was."""
+    expected = generate(model, max_new_tokens=3, **NO_EOS)
+    steps = []
+
+    def two_more_steps(finished, synced_gpus, device):
+        steps.append(finished)
+        return len(steps) <= 3
+
+    monkeypatch.setattr(model, "_has_unfinished_sequences", two_more_steps)
+    assert torch.equal(generate(model, max_new_tokens=3, synced_gpus=True, **NO_EOS), expected)
+    assert steps == [False, True, True, True]
+
+
 # Outputs
 
 
@@ -240,6 +262,12 @@ def test_prompt_alignment_is_a_choice(model):
         assert torch.equal(left, right) == same
 
 
+def test_the_filler_is_the_models_whatever_pads_the_output(model):
+    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 8, **NO_EOS}
+    expected = generate(model, **kwargs)
+    assert torch.equal(generate(model, pad_token_id=EOS, **kwargs), expected)
+
+
 def test_empty_prompts_start_from_bos(model):
     kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 6, **NO_EOS}
     from_bos = generate(model, torch.tensor([[BOS]]), **kwargs)[0, 1:]
@@ -271,6 +299,8 @@ REFUSED = [
     ({"sampling_method": "best"}, "sampling_method='best'"),
     ({"prompt_alignment": "middle"}, "prompt_alignment='middle'"),
     ({"inputs_embeds": torch.zeros(1, 6, 48)}, "inputs_embeds.*pass input_ids instead"),
+    ({"prefix_allowed_tokens_fn": lambda row, ids: [7]}, "prefix_allowed_tokens_fn"),
+    ({"attention_mask": torch.ones(1, 5)}, r"attention_mask of shape \(1, 5\)"),
     ({"candidates": 5}, "candidates"),
 ]
 

@@ -234,6 +234,7 @@ def test_config_survives_a_save(tmp_path):
         ({"prompt_filler_token_id": VOCAB_SIZE}, "prompt_filler_token_id=96"),
         ({"num_mlp_layers": 0}, "num_mlp_layers=0"),
         ({"sampling_steps": 0}, "sampling_steps=0"),
+        ({"sampling_steps": 1001, "head_type": "diffusion"}, "sampling_steps=1001: the diffusion head has 1000"),
     ],
 )
 def test_config_refuses(fields, sentence):
@@ -243,8 +244,55 @@ def test_config_refuses(fields, sentence):
         CALMConfig(**{"vocab_size": 96, "latent_size": 16, "autoencoder_config": autoencoder, **fields})
 
 
+def test_fields_changed_after_construction_are_refused_too(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="beta=2.5"):
+        CALMForCausalLM.from_pretrained(tmp_path, beta=2.5)
+    with pytest.raises(ValueError, match="head_type='gan'"):
+        CALMForCausalLM.from_pretrained(tmp_path, head_type="gan")
+
+
+@torch.no_grad()
+def test_outputs_as_a_tuple():
+    model, ids = tiny_model(), some_ids()
+    output = model(ids, labels=ids, generator=generator())
+    as_tuple = model(ids, labels=ids, generator=generator(), return_dict=False)
+    assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.last_hidden_state)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_compiled_training_with_a_varying_number_of_targets(head_type):
+    """aot_eager traces as the default backend does, without its minutes of code generation."""
+    model = tiny_model(head_type).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    for length in (24, 16, 32):
+        ids = some_ids(2, length)
+        torch.manual_seed(0)
+        loss = compiled(ids, labels=ids).loss
+        torch.manual_seed(0)
+        torch.testing.assert_close(loss, model(ids, labels=ids).loss, rtol=1e-3, atol=1e-3)
+        loss.backward()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share):
+    """`device_map="auto"` keeps head and autoencoder whole; what doesn't fit is offloaded to disk."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    placed = CALMForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path / "disk"
+    )
+    assert "disk" in placed.hf_device_map.values()
+    whole = {"head", "autoencoder"}
+    assert not any(name.split(".")[0] in whole and "." in name for name in placed.hf_device_map)
+
+
 def test_forward_refuses():
     model, ids = tiny_model(), some_ids()
+    with pytest.raises(ValueError, match="labels have length 20, but the input has 24 tokens"):
+        model(ids, labels=ids[:, :20])
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="7 tokens a row, no multiple of patch_size=4"):
