@@ -2,8 +2,7 @@
 
     python -m calm.evaluation.autoencoder_report --model AUTOENCODER_OR_CALM --data FILE_OR_DATASET
 
-The generative head never hits a latent vector exactly, so the decoder must read noisy ones: paper 2.2 asks for
-robustness at a noise of about 0.3 per dimension.
+The generative head never hits a latent vector exactly, so the decoder must read noisy ones.
 """
 
 # P patches, K tokens per patch, Z latent size

@@ -2,8 +2,8 @@
 
     python -m calm.evaluation.calibration --run RUN_FOLDER --data FILE_OR_DATASET --block_size 512
 
-RUN_FOLDER holds a Trainer's checkpoint-N folders. The paper (section 4) finds a Pearson correlation of -0.966 and a
-Spearman correlation of -0.991 between the two, which is what entitles BrierLM to stand in for perplexity.
+RUN_FOLDER holds a Trainer's checkpoint-N folders. That the two go together is
+what entitles BrierLM to stand in for perplexity (paper section 4).
 """
 
 # B blocks, L tokens of a block
