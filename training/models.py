@@ -1,5 +1,6 @@
 """The CALM model that a recipe asks for: new, or to go on from; whole, frozen in part, with LoRA or auxiliary loss."""
 
+from torch import nn
 from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
@@ -57,8 +58,10 @@ def with_lora(model: CALMForCausalLM, rank: int):
     """The model with a LoRA adapter on every linear layer of the backbone and the head; all else is frozen."""
     from peft import LoraConfig, get_peft_model
 
-    targets = {"target_modules": "all-linear", "exclude_modules": r"autoencoder\..*"}
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets))
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in layers if not name.startswith("autoencoder.")]
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", target_modules=targets)
+    return get_peft_model(model, lora)
 
 
 def for_training(model: CALMForCausalLM, recipe: Recipe):
