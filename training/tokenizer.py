@@ -77,6 +77,8 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only"):  # of the machine and version that saved it
+        settings.pop(key, None)
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
