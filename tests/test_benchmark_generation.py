@@ -17,7 +17,8 @@ from calm.benchmarks.workloads import BenchmarkError, Replay, random_model, reco
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 from calm.training import recipe
-from calm.training.cost import decoder_flops, linear_flops
+from calm.training.cost import decoder, linear
+from calm.training.cost import flops as layer_flops
 
 CPU = torch.device("cpu")
 K = 4
@@ -342,16 +343,16 @@ def test_counted_flops_agree_with_the_formulas():
     calm = workloads._never_stopping(tiny_model())
     flops = count_flops(Subject(calm, torch.full((3, 4), BOS), {"temperature": 0.5, "num_candidates": 8}))
     head = calm.head
-    context = linear_flops(head) - linear_flops(head, skip=("context",))
-    assert flops["head"] == linear_flops(head) - context + context / 8  # the context's share once for 8 draws
-    assert flops["decode"] == decoder_flops(calm.autoencoder)
-    weights = 3 * linear_flops(calm.model)  # and attention over two patches, and rotary tables: little
+    context = linear(head, layer_flops) - linear(head, layer_flops, skip=("context",))
+    assert flops["head"] == linear(head, layer_flops) - context + context / 8  # the context's share once for 8 draws
+    assert flops["decode"] == decoder(calm.autoencoder, layer_flops)
+    weights = 3 * linear(calm.model, layer_flops)  # and attention over two patches, and rotary tables: little
     assert weights <= flops["backbone"] < 1.01 * weights
 
     llama = random_model(LlamaConfig(vocab_size=96, hidden_size=32, num_attention_heads=4), CPU, torch.float32)
     flops = count_flops(Subject(llama, torch.full((1, 4), BOS), {"temperature": 0.5}))
     assert list(flops) == ["backbone"]
-    assert flops["backbone"] == pytest.approx(linear_flops(llama), rel=0.01)
+    assert flops["backbone"] == pytest.approx(linear(llama, layer_flops), rel=0.01)
 
 
 def test_floor_by_hand():

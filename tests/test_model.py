@@ -261,17 +261,17 @@ def test_outputs_as_a_tuple():
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_compiled_training_with_a_varying_number_of_targets(head_type):
-    """aot_eager traces as the default backend does, without its minutes of code generation."""
-    model = tiny_model(head_type).train()
-    compiled = torch.compile(model, backend="aot_eager")
-    for length in (24, 16, 32):
-        ids = some_ids(2, length)
-        torch.manual_seed(0)
-        loss = compiled(ids, labels=ids).loss
-        torch.manual_seed(0)
-        torch.testing.assert_close(loss, model(ids, labels=ids).loss, rtol=1e-3, atol=1e-3)
-        loss.backward()
+def test_compiled_loss_with_a_varying_number_of_targets(head_type):
+    """Dynamo traces the draws at symbolic sizes. The eager backend skips the code generation, which takes minutes."""
+    head = tiny_model(head_type).head
+    compiled = torch.compile(head.loss, backend="eager", dynamic=True)
+    for patches in (10, 6):
+        context, mean, log_std = torch.randn(patches, 48), torch.randn(patches, 16), torch.zeros(patches, 16)
+        losses = []
+        for loss in (compiled, head.loss):
+            torch.manual_seed(0)
+            losses.append(loss(context, mean, log_std))
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
 
 

@@ -142,7 +142,10 @@ class CALMTrainer(Trainer):
             if isinstance(model, WithAuxiliary):
                 state_dict = state_without_auxiliary(state_dict)
             model, state_dict = unsharded(without_auxiliary(model), state_dict)
-        without_auxiliary(model).save_pretrained(folder, state_dict=state_dict)
+        model = without_auxiliary(model)
+        if hasattr(model.config, "use_cache"):
+            model.config.use_cache = True  # Trainer turns it off, and the copy that is saved would keep that
+        model.save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if model is None and isinstance(self.model, WithAuxiliary):
