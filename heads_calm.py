@@ -28,8 +28,16 @@ def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | N
     return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
 
 
-def draw_posterior(mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
-    """Draws (N, ..., Z) from N(mean, exp(log_std)²) for standard normal noise (N, ..., Z)."""
+def draw_posterior(
+    mean: Tensor,
+    log_std: Tensor,
+    num_draws: int,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Draws (N, ..., Z) from N(mean, exp(log_std)²); `noise` (N, ..., Z), standard normal, goes before `num_draws`."""
+    if noise is None:
+        noise = _normal((num_draws, *mean.shape), mean, generator)
     return torch.addcmul(mean, log_std.exp(), noise)
 
 
@@ -175,9 +183,8 @@ class EnergyHead(GenerativeHead):
     ) -> Tensor:
         """−energy score; draws: noise (N, ..., noise size) uniform, posterior_noise (S, ..., Z) standard normal."""
         samples = self._sample(context, self.num_samples, generator, noise)
-        if posterior_noise is None:
-            posterior_noise = _normal((self.num_posterior_samples, *mean.shape), mean, generator)
-        return -energy_score(samples, draw_posterior(mean, log_std, posterior_noise), self.beta)
+        targets = draw_posterior(mean, log_std, self.num_posterior_samples, generator, posterior_noise)
+        return -energy_score(samples, targets, self.beta)
 
 
 class ModulatedBlock(nn.Module):
@@ -270,10 +277,7 @@ class FlowMatchingHead(GenerativeHead):
 
         Draws: posterior_noise, noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
         """
-        shape = (self.num_samples, *mean.shape)
-        if posterior_noise is None:
-            posterior_noise = _normal(shape, mean, generator)
-        target = draw_posterior(mean, log_std, posterior_noise).to(context.dtype)
+        target = draw_posterior(mean, log_std, self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
             time = self._draw_times(target, generator)
         start = _normal(target.shape, target, generator) if noise is None else noise
@@ -338,10 +342,7 @@ class DiffusionHead(GenerativeHead):
 
         Draws: posterior_noise, noise (N, ..., Z) standard normal, time (N, ...) integers in 0 … 999.
         """
-        shape = (self.num_samples, *mean.shape)
-        if posterior_noise is None:
-            posterior_noise = _normal(shape, mean, generator)
-        target = draw_posterior(mean, log_std, posterior_noise).to(context.dtype)
+        target = draw_posterior(mean, log_std, self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
             time = torch.empty(target.shape[:-1], dtype=torch.long, device=target.device)
             time.random_(DIFFUSION_TRAIN_STEPS, generator=generator)
