@@ -63,7 +63,8 @@ class PatchSampling:
         num_candidates: N, patches drawn per step when T < 1 or not do_sample.
         sampling_method: "batch" draws all N and weighs them (paper, Algorithm 2). "exact" draws in growing blocks
             until Algorithm 1 has a result, and takes the batch result after 10·N draws without one. "adaptive" is
-            the same with a bound of N draws: as good as "batch", and faster where patches repeat.
+            the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
+            patches repeat.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
