@@ -49,9 +49,11 @@ class BrierLM:
 
 @dataclass
 class BrierScore:
-    """Brier-1..4 (fractions), BrierLM (x 100), and how many positions and blocks they were measured on."""
+    """Brier-1..4 (fractions) with their bootstrap intervals (None from a single block), BrierLM (x 100), and how many
+    positions and blocks they were measured on."""
 
     brier: list[float]
+    brier_intervals: list[list[float]] | None
     brierlm: BrierLM
     positions: int
     blocks: int
@@ -116,9 +118,12 @@ class BrierCounts:
             raise ValueError("no positions were counted: a score needs at least one")
         sums_B4 = self.accuracy_B4 - self.collision_B4
         brier_4 = sums_B4.sum(0) / positions
-        low, high = _bootstrap_interval(sums_B4, self.positions_B, resamples, seed)
-        lm = BrierLM(value=brierlm(brier_4).item(), low=low, high=high)
-        return BrierScore(brier=brier_4.tolist(), brierlm=lm, positions=positions, blocks=len(self.positions_B))
+        lm, intervals = BrierLM(brierlm(brier_4).item(), None, None), None
+        if len(sums_B4) > 1:
+            brier_R4 = _resampled(sums_B4, self.positions_B, resamples, seed)
+            lm.low, lm.high = _interval(brierlm(brier_R4))
+            intervals = [_interval(brier_R) for brier_R in brier_R4.T]
+        return BrierScore(brier_4.tolist(), intervals, lm, positions, blocks=len(self.positions_B))
 
 
 def brierlm(brier_4: torch.Tensor) -> torch.Tensor:
@@ -126,15 +131,16 @@ def brierlm(brier_4: torch.Tensor) -> torch.Tensor:
     return 100 * brier_4.clamp(min=0).prod(-1) ** (1 / MAX_N)
 
 
-def _bootstrap_interval(sums_B4, positions_B, resamples, seed) -> tuple[float | None, float | None]:
-    """2.5 % and 97.5 % quantiles of BrierLM over resampled sets of blocks."""
+def _resampled(sums_B4, positions_B, resamples, seed) -> torch.Tensor:
+    """(R, 4): Brier-1..4 of as many blocks drawn with replacement, R times."""
     blocks = len(positions_B)
-    if blocks < 2:
-        return None, None
     generator = torch.Generator().manual_seed(seed)
     chosen_RB = torch.randint(blocks, (resamples, blocks), generator=generator)
     times_RB = torch.zeros(resamples, blocks, dtype=torch.float64)
     times_RB.scatter_add_(1, chosen_RB, torch.ones_like(times_RB))
-    brier_R4 = (times_RB @ sums_B4) / (times_RB @ positions_B.double()).unsqueeze(-1)
-    low, high = brierlm(brier_R4).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    return (times_RB @ sums_B4) / (times_RB @ positions_B.double()).unsqueeze(-1)
+
+
+def _interval(values_R: torch.Tensor) -> list[float]:
+    """2.5 % and 97.5 % quantiles."""
+    return values_R.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -84,6 +84,9 @@ def test_interval_covers_and_shrinks():
     few, many = (random_counts(blocks).score().brierlm for blocks in (20, 2000))
     assert few.low < few.value < few.high and many.low < many.value < many.high
     assert (many.high - many.low) < (few.high - few.low) / 5
+    for score in (random_counts(20).score(), random_counts(2000).score()):
+        assert all(low < b < high for b, (low, high) in zip(score.brier, score.brier_intervals, strict=True))
+    assert random_counts(1).score().brier_intervals is None
     assert random_counts(20).score(seed=3) == random_counts(20).score(seed=3)
     assert random_counts(1).score().brierlm.low is None
 

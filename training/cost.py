@@ -17,6 +17,7 @@ from calm.configuration_calm import CALMAutoencoderConfig
 from calm.heads_calm import DIFFUSION_SAMPLING_STEPS, FLOW_STEPS
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.training.auxiliary import MultiTokenLoss
 from calm.training.recipe import CONFIGS, Recipe
 
 PAPER_TOKENS = 5e11  # 250,000 steps of 2 million tokens; paper 4.1
@@ -160,7 +161,29 @@ def recipe_cost(recipe: Recipe, config=None) -> Cost:
     config = config or CONFIGS[recipe.kind](**recipe.model)
     if recipe.kind == "autoencoder":
         return autoencoder_cost(config)
-    return (calm_cost if recipe.kind == "calm" else ar_cost)(config, recipe.data.block_size)
+    if recipe.kind == "ar":
+        return ar_cost(config, recipe.data.block_size)
+    return as_trained(calm_cost(config, recipe.data.block_size), recipe, config)
+
+
+def as_trained(cost: Cost, recipe: Recipe, config) -> Cost:
+    """The cost of a CALM with what the recipe adds (auxiliary loss) and leaves out (head, backbone's gradients)."""
+    flops_of = cost.train_flops
+    if recipe.auxiliary_weight:
+        flops_of["auxiliary loss"] = 3 * auxiliary_flops(config) / config.patch_size
+        cost.inference_flops["auxiliary loss"] = 0
+    if not recipe.head_weight:
+        flops_of["head"] = flops_of["autoencoder"] = 0
+    if recipe.freeze_backbone:
+        flops_of |= {part: flops_of[part] / 3 for part in ("patch embedding", "backbone")}
+    return cost
+
+
+def auxiliary_flops(config) -> int:
+    """One patch through the auxiliary loss, forward."""
+    with torch.device("meta"):
+        loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
+    return flops(loss.context_proj) + config.patch_size * (linear(loss.mlp, flops) + flops(loss.lm_head))
 
 
 def print_cost(recipe: Recipe, config) -> None:
