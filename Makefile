@@ -2,12 +2,13 @@
 # make test          set up, and run every test
 # make test-compat   the same on the oldest supported transformers
 # make style         ruff
+# make experiments CORPUS=DIR   the paper's tables in miniature: hours; goes on where it was stopped
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo test test-compat style figures clean
+.PHONY: demo test test-compat style figures experiments clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -24,6 +25,9 @@ style: .venv/.full
 
 figures: .venv/.full
 	$(BIN)/python docs/draw_architecture.py
+
+experiments: .venv/.full
+	$(BIN)/python -m calm.experiments --corpus "$(CORPUS)" --document docs/experiments.md
 
 clean:
 	rm -rf .venv .venv-compat *.egg-info

@@ -33,8 +33,8 @@ class CALMTrainer(Trainer):
     """Trainer for the autoencoder, CALM and AR models.
 
     The order of the data is the dataset's own (see `PackedBlocks`). The logs have, beside Trainer's, each loss term,
-    the diagnostics of diagnostics.py, the tokens per second of all processes together, and those per second of CPU time
-    of this process, which other work on the machine moves less.
+    the diagnostics of diagnostics.py, the tokens per second of all processes together, and those per second of
+    this process's CPU time, which other work on the machine moves less.
     """
 
     def __init__(self, *args, keep_checkpoints: int | None = None, **kwargs):

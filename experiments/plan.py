@@ -1,0 +1,268 @@
+"""What experiments.yaml asks for, as stages: which training or evaluation, with which fields, after which others.
+
+Axes: K tokens per patch, L tokens of a block, V vocabulary.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import LlamaConfig
+
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm.evaluation.brier import MAX_N
+from calm.training.cost import Cost, recipe_cost
+from calm.training.recipe import Recipe, load_recipe, parse_command_line
+from calm.training.run import make_config
+
+FOLDER = Path(__file__).parent
+UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete
+
+
+class PlanError(ValueError):
+    """An experiments file that makes no sense; the message says where and what would be right."""
+
+
+@dataclass
+class Stage:
+    """One training, or the evaluation of a trained model.
+
+    Args:
+        name: as in "models/calm-k4" or "models/calm-k4/score"; also its place under the output folder.
+        kind: "tokenizer", "autoencoder", "calm", "ar" (trained by calm.training.train_KIND), "score" (BrierLM) or
+            "noise" (the autoencoder's accuracy).
+        needs: names of the stages that must be finished first.
+        recipe: file of the recipe (trainings).
+        fields: what differs from the recipe, given on the command line.
+        options: command line of an evaluation.
+    """
+
+    name: str
+    kind: str
+    needs: list[str] = field(default_factory=list)
+    recipe: Path | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_training(self) -> bool:
+        return self.recipe is not None
+
+    def arguments(self) -> list[str]:
+        """The fields as the command line of a training takes them."""
+        words = []
+        for name, value in self.fields.items():
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]  # JSON is YAML
+        return words
+
+    def resolved(self) -> Recipe:
+        """The recipe with the fields laid over it, as the training will save it."""
+        return _resolved(str(self.recipe), tuple(self.arguments()))
+
+
+@cache
+def _resolved(recipe: str, arguments: tuple[str, ...]) -> Recipe:
+    return load_recipe(recipe, parse_command_line(list(arguments)))
+
+
+@dataclass
+class Row:
+    """One line of a table: a model, trained once or with several seeds."""
+
+    label: str
+    models: list[str]
+    paper: float | None = None
+    why_missing: str | None = None
+
+
+@dataclass
+class Table:
+    group: str
+    title: str
+    rows: list[Row]
+
+
+class Plan:
+    """The experiments file, resolved against a corpus and an output folder.
+
+    Args:
+        file: experiments.yaml or one like it.
+        corpus: folder with books-train.jsonl.xz and books-validation.jsonl.xz.
+        output: folder that everything is written under.
+        max_steps: at most so many steps of every training, to try the whole thing out.
+
+    Raises:
+        PlanError: a name that nothing stands for.
+        RecipeError: a field that no recipe has.
+    """
+
+    def __init__(self, file: Path, corpus: Path, output: Path, max_steps: int | None = None):
+        self.content = yaml.safe_load(file.read_text())
+        self.corpus, self.output, self.max_steps = corpus, output, max_steps
+        self.evaluation = self.content["evaluation"]
+        self.stages: dict[str, Stage] = {}
+        self.tables = [self._table(**table) for table in self.content["tables"]]
+
+    def of_groups(self, groups: list[str] | None) -> list[Stage]:
+        """Stages that the tables of these groups need, each once, in an order in which they can run.
+
+        Raises:
+            PlanError: a group that is not in the file.
+        """
+        known = [table.group for table in self.tables]
+        unknown = [group for group in groups or [] if group not in known]
+        if unknown:
+            raise PlanError(f"no group {unknown[0]!r}: the groups are {', '.join(known)}.")
+        ordered: dict[str, Stage] = {}
+
+        def add(name: str) -> None:
+            for needed in self.stages[name].needs:
+                add(needed)
+            ordered.setdefault(name, self.stages[name])
+
+        for table in self.tables:
+            if not groups or table.group in groups:
+                for model in (model for row in table.rows for model in row.models):
+                    add(f"models/{model}/score")
+                    for stage in list(ordered.values()):
+                        if stage.kind == "autoencoder":
+                            add(f"{stage.name}/noise")
+        return list(ordered.values())
+
+    def folder(self, stage: Stage) -> Path:
+        return self.output / stage.name
+
+    # reading the file
+
+    def _table(self, group: str, title: str, rows: list[dict]) -> Table:
+        return Table(group, title, [self._row(**row) for row in rows])
+
+    def _row(self, label: str, model: str | None = None, paper: float | None = None, why_missing: str | None = None):
+        if model is None:
+            return Row(label, [], paper, why_missing)
+        seeds = self._entry("models", model).get("seeds", [None])
+        return Row(label, [self._model(model, seed) for seed in seeds], paper)
+
+    def _entry(self, kind: str, name: str) -> dict:
+        entries = self.content[kind]
+        if name not in entries:
+            raise PlanError(f"{kind}: there is no {name!r}, only {', '.join(entries)}.")
+        return dict(entries[name])
+
+    def _model(self, name: str, seed: int | None = None) -> str:
+        """Adds the stages of a model, what it needs included; the name with its seed."""
+        entry = self._entry("models", name)
+        entry.pop("seeds", None)
+        full_name = name if seed is None else f"{name}-seed{seed}"
+        if f"models/{full_name}" in self.stages:
+            return full_name
+        needs = []
+        if "init_from" in entry:
+            before = self.stages[f"models/{self._model(entry['init_from'], seed)}"]
+            needs.append(before.name)
+            entry |= {"init_from": str(self.folder(before)), "tokenizer": before.fields["tokenizer"]}
+            entry.pop("autoencoder", None)  # is in the model
+        elif "autoencoder" in entry:
+            autoencoder = self._autoencoder(entry["autoencoder"])
+            needs.append(autoencoder.name)
+            entry["autoencoder"] = str(self.folder(autoencoder))
+            entry["tokenizer"] = autoencoder.fields["tokenizer"]
+        else:
+            needs.append(self._tokenizer(entry["tokenizer"]).name)
+            entry["tokenizer"] = str(self.output / needs[-1])
+        if seed is not None:
+            entry["seed"] = seed
+        stage = self._training(f"models/{full_name}", entry, needs)
+        self._add_score(stage)
+        return full_name
+
+    def _autoencoder(self, name: str) -> Stage:
+        if f"autoencoders/{name}" in self.stages:
+            return self.stages[f"autoencoders/{name}"]
+        entry = {"recipe": "autoencoder", **self._entry("autoencoders", name)}
+        tokenizer = self._tokenizer(entry["tokenizer"])
+        entry["tokenizer"] = str(self.folder(tokenizer))
+        stage = self._training(f"autoencoders/{name}", entry, [tokenizer.name])
+        options = {"model": self.folder(stage), "data": self.books("validation"), "max_patches": 10_000}
+        self._put(Stage(f"{stage.name}/noise", "noise", [stage.name], options=options))
+        return stage
+
+    def _tokenizer(self, name: str) -> Stage:
+        entry = {"recipe": "tokenizer", **self._entry("tokenizers", name)}
+        return self.stages.get(f"tokenizers/{name}") or self._training(f"tokenizers/{name}", entry, [])
+
+    def _training(self, name: str, entry: dict, needs: list[str]) -> Stage:
+        recipe = FOLDER / "recipes" / f"{entry.pop('recipe')}.yaml"
+        fields = {"train_files": str(self.books("train")), **entry, "output_dir": str(self.output / name)}
+        stage = Stage(name, load_recipe(str(recipe)).kind, needs, recipe, fields)
+        if stage.kind == "tokenizer":
+            fields["output_dir"] += UNFINISHED
+        else:
+            fields["cache_dir"] = str(self.output / "tokens")
+            if self.max_steps:
+                fields["max_steps"] = min(self.max_steps, stage.resolved().training["max_steps"])
+                fields["logging_steps"] = 1  # the costs are read from the log
+        stage.resolved()  # refuses unknown fields now, not hours later
+        return self._put(stage)
+
+    def _add_score(self, trained: Stage) -> None:
+        block_size, blocks = self.evaluation["block_size"], self.evaluation["blocks"]
+        patch_size = 1 if trained.kind == "ar" else self.config(trained).patch_size
+        positions = block_size // patch_size - ceil(MAX_N / patch_size)
+        options = {
+            "model": self.folder(trained),
+            "data": self.books("validation"),
+            "block_size": block_size,
+            "max_positions": blocks * positions,  # the same text for every K
+            "batch_size": self.evaluation["batch_size"],
+        }
+        self._put(Stage(f"{trained.name}/score", "score", [trained.name], options=options))
+
+    def _put(self, stage: Stage) -> Stage:
+        self.stages[stage.name] = stage
+        return stage
+
+    def books(self, part: str) -> Path:
+        """File of the "train" or "validation" part."""
+        return self.corpus / f"books-{part}.jsonl.xz"
+
+    # what a training is and costs
+
+    def config(self, stage: Stage):
+        """The configuration that the training will make, before anything exists."""
+        recipe = stage.resolved()
+        tokenizer = self.stages[_place(recipe.tokenizer, self.output)]
+        values = {**recipe.model, "vocab_size": tokenizer.resolved().model["vocab_size"]}
+        if stage.kind == "calm":
+            first = stage
+            while first.fields.get("init_from"):
+                first = self.stages[_place(first.fields["init_from"], self.output)]
+                values = {**first.resolved().model, **values}
+            autoencoder = self.config(self.stages[_place(first.fields["autoencoder"], self.output)])
+            values |= {"patch_size": autoencoder.patch_size, "latent_size": autoencoder.latent_size}
+            return make_config(CALMConfig, {**values, "autoencoder_config": autoencoder.to_dict()})
+        if stage.kind == "autoencoder":
+            return make_config(CALMAutoencoderConfig, values)
+        return make_config(LlamaConfig, values)
+
+    def cost(self, stage: Stage) -> Cost:
+        return recipe_cost(stage.resolved(), self.config(stage))
+
+    def phases(self, stage: Stage) -> list[Stage]:
+        """The trainings that made the model, the first one first: itself and what it goes on from."""
+        before = stage.fields.get("init_from")
+        return [*(self.phases(self.stages[_place(before, self.output)]) if before else []), stage]
+
+    def tokens(self, stage: Stage) -> int:
+        """Tokens of one training."""
+        recipe = stage.resolved()
+        return recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"] * recipe.data.block_size
+
+
+def _place(folder: str, output: Path) -> str:
+    """Folder of a stage → its name."""
+    return Path(folder).relative_to(output).as_posix()

@@ -1,0 +1,240 @@
+"""`python -m calm.experiments`: the plan resolves, what is finished is skipped, what was cut short goes on, the tables
+say what was measured."""
+
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_helpers import write_corpus
+
+from calm.experiments.__main__ import main
+from calm.experiments.plan import FOLDER, Plan, PlanError
+from calm.experiments.report import comparison, direction, document, totals
+from calm.experiments.stages import command, is_finished, result_file, run
+from calm.training.recipe import RecipeError
+
+FILE = Path(__file__).parent / "fixtures" / "experiments.yaml"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for part in ("train", "validation"):
+        text = write_corpus(folder / "text.jsonl", seed=len(part)).read_bytes()
+        (folder / f"books-{part}.jsonl.xz").write_bytes(lzma.compress(text))
+    return folder
+
+
+def plan_in(corpus, output, max_steps=4, file=FILE) -> Plan:
+    return Plan(file, corpus, output, max_steps)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """The group "loss": begun, killed with all its processes at a training's first checkpoint, and run to its end.
+
+    Slow: ten processes, each of which imports transformers.
+    """
+    output = tmp_path_factory.mktemp("runs")
+    words = ["--corpus", corpus, "--output", output, "--experiments", FILE, "--max_steps", 4, "--only", "loss"]
+    words = [str(word) for word in words]
+    command = [sys.executable, "-m", "calm.experiments", *words]
+    killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "models" / "calm" / "checkpoint-2").exists():
+            assert killed.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    assert main(words) == 0
+    return output
+
+
+# the plan
+
+
+def test_stages_come_after_what_they_need_and_once(corpus, tmp_path):
+    plan = plan_in(corpus, tmp_path)
+    stages = plan.of_groups(None)
+    names = [stage.name for stage in stages]
+    assert len(names) == len(set(names)) == 15
+    assert all(names.index(need) < names.index(stage.name) for stage in stages for need in stage.needs)
+    assert {"models/calm-k2-seed1", "models/calm-k2-seed2", "autoencoders/k2/noise"} <= set(names)
+    assert "models/ar" not in [stage.name for stage in plan.of_groups(["loss"])]
+
+
+def test_every_model_is_scored_on_the_same_text(corpus, tmp_path):
+    stages = plan_in(corpus, tmp_path).stages
+    positions = {
+        name: stages[f"models/{name}/score"].options["max_positions"] for name in ("ar", "calm", "calm-k2-seed1")
+    }
+    assert positions == {"ar": 4 * 28, "calm": 4 * 7, "calm-k2-seed1": 4 * 14}
+
+
+def test_a_second_phase_counts_what_came_before(corpus, tmp_path):
+    plan = plan_in(corpus, tmp_path)
+    second = plan.stages["models/second-phase"]
+    assert [phase.name for phase in plan.phases(second)] == ["models/calm", "models/second-phase"]
+    config = plan.config(second)
+    assert (config.hidden_size, config.beta, config.vocab_size, config.latent_size) == (32, 1.5, 300, 8)
+
+
+def test_the_commands_are_the_training_commands(corpus, tmp_path):
+    plan = plan_in(corpus, tmp_path)
+    words = command(plan, plan.stages["models/calm"])
+    assert words[1:5] == ["-m", "calm.training.train_calm", "--recipe", str(FOLDER / "recipes" / "calm.yaml")]
+    assert words[words.index("--autoencoder") + 1] == str(tmp_path / "autoencoders" / "k4")
+    assert words[words.index("--max_steps") + 1] == "4"
+
+
+def test_the_real_file_is_a_plan(corpus, tmp_path):
+    """Every recipe and configuration in it is accepted; at equal data where the tables compare."""
+    plan = plan_in(corpus, tmp_path, max_steps=None, file=FOLDER / "experiments.yaml")
+    assert all(plan.cost(s).trainable > 0 for s in plan.stages.values() if s.kind in ("autoencoder", "calm", "ar"))
+    for table in plan.tables:
+        tokens = {plan.tokens(plan.stages[f"models/{m}"]) for row in table.rows for m in row.models}
+        assert len(tokens) == (1 if table.group != "learn" else len(table.rows))
+    assert "{" not in document(plan)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "message"),
+    [
+        ("model: ar,", "model: art,", PlanError, "models: there is no 'art', only ar, calm"),
+        ("autoencoder: k4", "autoencoder: k8", PlanError, "autoencoders: there is no 'k8', only k4, k2"),
+        ("beta: 1.5", "betta: 1.5", RecipeError, "unknown field 'betta': did you mean beta"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_any_work(corpus, tmp_path, old, new, error, message):
+    file = tmp_path / "experiments.yaml"
+    file.write_text(FILE.read_text().replace(old, new))
+    with pytest.raises(error, match=message):
+        plan_in(corpus, tmp_path, file=file)
+
+
+def test_an_unknown_group_is_refused(corpus, tmp_path):
+    with pytest.raises(PlanError, match="no group 'head': the groups are lengths, loss"):
+        plan_in(corpus, tmp_path).of_groups(["head"])
+
+
+def test_a_missing_corpus_is_an_error(tmp_path, capsys):
+    arguments = ["--corpus", str(tmp_path), "--output", str(tmp_path / "x"), "--experiments", str(FILE)]
+    assert main(arguments) == 2
+    assert "books-train.jsonl.xz: no such file. Give --corpus" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_dry_run_prints_sizes_and_starts_nothing(corpus, tmp_path, capsys):
+    assert (
+        main(["--corpus", str(corpus), "--output", str(tmp_path / "x"), "--experiments", str(FILE), "--dry_run"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "| models/calm-k2-seed2 | 0.0" in printed and "15/15 " in printed
+    assert not (tmp_path / "x").exists()
+
+
+# running
+
+
+def test_a_killed_run_goes_on_where_it_was(finished):
+    log = (finished / "models" / "calm.log").read_text()
+    assert log.count("from the start") == 1 and log.count("resuming from checkpoint-") == 1
+    state = json.loads((finished / "models" / "calm" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    assert (finished / "experiments.md").read_text().count("| then β = 1.5 | 0.00 M |") == 1
+
+
+def test_what_is_finished_is_skipped(finished, corpus, capsys):
+    plan = plan_in(corpus, finished)
+    times = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != "lock"}
+    assert run(plan, plan.of_groups(["loss"]), threads=1) == []
+    assert capsys.readouterr().out.count("finished before") == 7
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != "lock"} == times
+    assert not list(finished.rglob("*.unfinished"))
+
+
+def test_a_score_of_another_text_is_made_again(finished, corpus):
+    plan = plan_in(corpus, finished)
+    stage = plan.stages["models/calm/score"]
+    assert is_finished(plan, stage)
+    plan.evaluation = {**plan.evaluation, "blocks": 5}
+    assert not is_finished(plan, stage)
+
+
+def test_another_recipe_is_not_taken_for_this_one(finished, corpus):
+    with pytest.raises(PlanError, match=r"autoencoders/k4 was trained by another recipe than autoencoders/k4 has now"):
+        plan = plan_in(corpus, finished, max_steps=5)
+        run(plan, plan.of_groups(["loss"]), threads=1)
+
+
+def test_two_runs_do_not_share_a_folder(finished, corpus):
+    import fcntl
+
+    plan = plan_in(corpus, finished)
+    with (finished / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(PlanError, match="another run works there"):
+            run(plan, [], threads=1)
+
+
+def test_a_failure_is_named_and_what_needs_it_left_out(corpus, tmp_path, capsys, monkeypatch):
+    plan = plan_in(corpus, tmp_path)
+    stages = plan.of_groups(["loss"])
+    monkeypatch.setattr("calm.experiments.stages.command", lambda *_: [sys.executable, "-c", "raise SystemExit(2)"])
+    failed = run(plan, stages, threads=1)
+    assert failed == [stage.name for stage in stages]
+    output = capsys.readouterr()
+    assert "failed with exit code 2, see" in output.err
+    assert "models/second-phase/score: left out, for models/second-phase failed" in output.out
+
+
+# the document
+
+
+def test_the_table_holds_the_scores(finished, corpus):
+    plan = plan_in(corpus, finished)
+    [score] = json.loads(result_file(plan, plan.stages["models/calm/score"]).read_text())
+    table = comparison(plan, plan.tables[1])
+    first, second = table.splitlines()[2:]
+    assert f"| {score['brier'][0]:.4f} ({score['brier_intervals'][0][0]:.4f} to " in first
+    assert first.startswith("| β = 1 | 0.00 M |") and first.endswith("| 4.70 |  |")
+    assert second.startswith("| then β = 1.5 | 0.00 M |") and "| 4.46 | " in second
+    alone, both = (totals(plan, plan.stages[f"models/{name}"]) for name in ("calm", "second-phase"))
+    assert (alone["tokens"], both["tokens"]) == (4 * 4 * 32, 2 * 4 * 4 * 32)
+    assert both["cpu_seconds"] > alone["cpu_seconds"] > 0
+
+
+def test_what_was_not_run_is_said(finished, corpus):
+    lines = comparison(plan_in(corpus, finished), plan_in(corpus, finished).tables[0]).splitlines()[2:]
+    assert lines[0].startswith("| AR | not run yet |") and lines[0].endswith("| 6.05 |  |")
+    assert lines[2].startswith("| K = 2 | not run yet |")
+    assert lines[3].startswith("| K = 3 | not asked for |")
+
+
+def with_interval(monkeypatch, **intervals) -> None:
+    scores = {name: {"brier_intervals": [interval]} for name, interval in intervals.items()}
+    monkeypatch.setattr("calm.experiments.report.is_finished", lambda plan, stage: True)
+    monkeypatch.setattr("calm.experiments.report.score_of", lambda plan, name: scores[name])
+
+
+@pytest.mark.parametrize(
+    ("calm", "verdict"),
+    [
+        ([0.01, 0.02], "below: agrees"),
+        ([0.31, 0.32], "above: against the paper"),
+        ([0.05, 0.15], "within the intervals"),
+    ],
+)
+def test_direction(corpus, tmp_path, monkeypatch, calm, verdict):
+    plan = plan_in(corpus, tmp_path)
+    with_interval(monkeypatch, ar=[0.1, 0.3], calm=calm)
+    reference, row = plan.tables[0].rows[:2]
+    assert direction(plan, row, reference) == verdict
