@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .candidates_calm import DecodedCandidates, LazyCandidates
 from .configuration_calm import PROMPT_ALIGNMENTS
 from .samplers_calm import (
     batch_temperature_select,
@@ -65,6 +66,8 @@ class PatchSampling:
             until Algorithm 1 has a result, and takes the batch result after 10·N draws without one. "adaptive" is
             the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
             patches repeat.
+        lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
+            are the same. `None` is True on a CPU.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
@@ -73,7 +76,8 @@ class PatchSampling:
     do_sample: bool = True
     temperature: float = 1.0
     num_candidates: int = NUM_CANDIDATES
-    sampling_method: str = "batch"
+    sampling_method: str = "adaptive"
+    lazy_decoding: bool | None = None
 
     def __post_init__(self):
         if self.sampling_method not in SAMPLING_METHODS:
@@ -95,7 +99,8 @@ class PatchSampling:
             do_sample=do_sample,
             temperature=setting("temperature", 1.0) if do_sample else 1.0,
             num_candidates=setting("num_candidates", NUM_CANDIDATES),
-            sampling_method=setting("sampling_method", "batch"),
+            sampling_method=setting("sampling_method", "adaptive"),
+            lazy_decoding=setting("lazy_decoding", None),
         )
 
 
@@ -152,6 +157,7 @@ class CALMGenerationMixin:
         input_ids,
         num_candidates=None,
         sampling_method=None,
+        lazy_decoding=None,
         prompt_alignment=None,
         generator=None,
         **kwargs,
@@ -159,7 +165,7 @@ class CALMGenerationMixin:
         """Names the arguments that `generate` accepts beside its own; the loop in `_sample` builds its inputs itself.
 
         Args:
-            num_candidates, sampling_method: see `PatchSampling`.
+            num_candidates, sampling_method, lazy_decoding: see `PatchSampling`.
             prompt_alignment: "left" or "right", see `CALMConfig`.
             generator: a `torch.Generator` on the model's device in place of the global one.
         """
@@ -259,7 +265,7 @@ class CALMGenerationMixin:
         Same contract as upstream's `_sample`: returns the prompts as they came, padding included, followed by the new
         tokens; a row that has stopped gets padding, also after an EOS within a patch.
         """
-        names = ("num_candidates", "sampling_method")
+        names = ("num_candidates", "sampling_method", "lazy_decoding")
         sampling = PatchSampling.from_generation_config(
             generation_config, **{name: model_kwargs.get(name) for name in names}
         )
@@ -287,8 +293,13 @@ class CALMGenerationMixin:
             for name in collected:
                 collected[name] += (getattr(outputs, name),)
             forbidden_KV = self._forbidden_tokens(min_length - input_ids.shape[1], generation_config, input_ids.device)
-            patches_BK = self.next_patches(outputs.last_hidden_state[:, -1], sampling, generator, forbidden_KV)
-            for tokens in patches_BK.to(input_ids.device).unbind(1):
+            # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
+            drawing = torch.full_like(unfinished, True) if finished else unfinished
+            hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
+            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV).to(input_ids.device)
+            patches_BK = input_ids.new_zeros(len(input_ids), self.config.patch_size)
+            patches_BK[drawing] = patches_RK
+            for tokens in patches_BK.unbind(1):
                 if finished:  # the patch's other tokens; or only kept running for the other processes
                     break
                 if generation_config._pad_token_tensor is not None:
@@ -325,26 +336,36 @@ class CALMGenerationMixin:
             `(R, K)`: token ids.
         """
 
+        num_rows, device = hidden_RD.shape[0], hidden_RD.device
+        candidates = self.new_candidates(num_rows, sampling, forbidden_KV)
+
         def draw(rows: Tensor, num_draws: int, **draws) -> Tensor:
             latents_NRZ = self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **draws)
-            return self.autoencoder.decode_tokens(latents_NRZ, forbidden_KV).transpose(0, 1).to(hidden_RD.device)
+            return candidates.add(rows, latents_NRZ)
 
-        num_rows, device = hidden_RD.shape[0], hidden_RD.device
         rows = torch.arange(num_rows, device=device)
         if not sampling.do_sample:
             fixed = torch.Generator(device).manual_seed(GREEDY_SEED)
             draws = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
-            return most_frequent_patch(draw(rows, sampling.num_candidates, **draws))
-        if sampling.temperature == 1:
-            return draw(rows, 1)[:, 0]
-        if sampling.sampling_method == "batch":
-            return batch_temperature_select(draw(rows, sampling.num_candidates), sampling.temperature, generator)
-        bound = EXACT_DRAWS_PER_CANDIDATE if sampling.sampling_method == "exact" else 1
-        max_draws = bound * sampling.num_candidates
-        patches_RK, *_ = exact_temperature_sample(
-            draw, num_rows, sampling.temperature, max_draws, generator=generator, device=device
-        )
-        return patches_RK
+            chosen = most_frequent_patch(draw(rows, sampling.num_candidates, **draws))
+        elif sampling.temperature == 1:
+            chosen = draw(rows, 1)[:, 0]
+        elif sampling.sampling_method == "batch":
+            chosen = batch_temperature_select(draw(rows, sampling.num_candidates), sampling.temperature, generator)
+        else:
+            bound = EXACT_DRAWS_PER_CANDIDATE if sampling.sampling_method == "exact" else 1
+            max_draws = bound * sampling.num_candidates
+            chosen, *_ = exact_temperature_sample(
+                draw, num_rows, sampling.temperature, max_draws, generator=generator, device=device
+            )
+        return candidates.patches(chosen)
+
+    def new_candidates(self, num_rows: int, sampling: PatchSampling, forbidden_KV: Tensor | None) -> DecodedCandidates:
+        """What holds and decodes the candidates of one step."""
+        lazy = sampling.lazy_decoding
+        if lazy is None:
+            lazy = self.autoencoder.device.type == "cpu"
+        return (LazyCandidates if lazy else DecodedCandidates)(self.autoencoder, num_rows, forbidden_KV)
 
     def _pack_for_generation(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> dict:
         mask = model_kwargs.get("attention_mask")

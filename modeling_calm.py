@@ -14,12 +14,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+# transformers 4.57 copies only the files named in this one when it loads a local folder.
+from .candidates_calm import LazyCandidates  # noqa: F401
 from .configuration_calm import CALMConfig
 from .generation_calm import CALMGenerationMixin
 from .heads_calm import HEADS
 from .modeling_calm_autoencoder import CALMAutoencoder
-
-# transformers 4.57 copies only the files named in this one when it loads a local folder.
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 

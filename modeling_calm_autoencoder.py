@@ -17,6 +17,10 @@ from .scores_calm import clipped_kl
 
 # Logits made at once in decode_tokens: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
+# Sizes of the products in most_probable_tokens. On a CPU a tile of logits stays in the cache.
+VOCABULARY_TILE = {"cpu": 2**11, "other": 2**15}
+STATES_AT_ONCE = {"cpu": 400, "other": 2**13}
+STATES_MULTIPLE = 16  # matrix products are slower with 2 … 15 columns than with 16, on a CPU by half
 
 
 @dataclass
@@ -104,6 +108,35 @@ class AutoencoderDecoder(nn.Module):
             hidden = layer(hidden)
         return self.norm(hidden)
 
+    def most_probable_tokens(
+        self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None
+    ) -> Tensor:
+        """argmax over the vocabulary for hidden states of single tokens, (M,), without ever holding all their logits.
+
+        Works through tiles of the vocabulary with a running maximum. Of equal logits the lowest id wins, as in
+        argmax.
+        """
+        kind = "cpu" if states_Md.device.type == "cpu" else "other"
+        chunks = zip(states_Md.split(STATES_AT_ONCE[kind]), positions_M.split(STATES_AT_ONCE[kind]), strict=True)
+        return torch.cat([self._argmax(*chunk, forbidden_KV, VOCABULARY_TILE[kind]) for chunk in chunks])
+
+    def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None, tile: int) -> Tensor:
+        num_states = len(states_Md)
+        if num_states > 1:
+            states_Md = F.pad(states_Md, (0, 0, 0, -num_states % STATES_MULTIPLE))
+        states_dM = states_Md.T.contiguous()
+        best_M = ids_M = None
+        for start in range(0, self.lm_head.out_features, tile):
+            logits_TM = (self.lm_head.weight[start : start + tile] @ states_dM)[:, :num_states]
+            if forbidden_KV is not None:
+                forbidden_TK = forbidden_KV[:, start : start + tile].T.to(logits_TM.device)
+                logits_TM = logits_TM.masked_fill(forbidden_TK[:, positions_M], -torch.inf)
+            top_M, index_M = logits_TM.max(0)
+            better_M = None if best_M is None else top_M > best_M
+            ids_M = index_M if best_M is None else torch.where(better_M, index_M + start, ids_M)
+            best_M = top_M if best_M is None else torch.where(better_M, top_M, best_M)
+        return ids_M
+
     def forward(self, latents: Tensor) -> Tensor:
         return self.lm_head(self.hidden_states(latents))
 
@@ -144,6 +177,7 @@ class CALMAutoencoder(PreTrainedModel):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         part: str | None = None,
+        part_args: tuple = (),
         **kwargs,
     ) -> CALMAutoencoderOutput:
         """Encodes, draws one latent vector per patch, decodes; with labels also scores the reconstruction.
@@ -159,10 +193,12 @@ class CALMAutoencoder(PreTrainedModel):
             generator: randomness of the latent draw and the token replacement (not of the latent dropout, which is
                 torch's own).
             noise (`(B, P, Z)`, *optional*): standard normal noise of the latent draw.
-            part: "encoder" or "decoder" calls that part alone on the first argument, see `encode` and `decode`.
+            part: "encoder", "decoder", or a method of the decoder: calls that alone on the first argument and
+                `part_args`, see `encode`, `decode`, `decode_states` and `read_tokens`.
         """
         if part is not None:
-            return getattr(self, part)(input_ids)
+            call = getattr(self, part) if part in ("encoder", "decoder") else getattr(self.decoder, part)
+            return call(input_ids, *part_args)
         corrupted = self._replace_tokens(input_ids, generator) if self.training else input_ids
         mean, log_std = self.encoder(corrupted)
         if noise is None:
@@ -194,6 +230,21 @@ class CALMAutoencoder(PreTrainedModel):
     def decode(self, latents: Tensor) -> Tensor:
         """Latent vectors (..., Z) → logits (..., K, V), through `forward` as well."""
         return self(latents, part="decoder")
+
+    @torch.no_grad()
+    def decode_states(self, latents: Tensor) -> Tensor:
+        """Latent vectors (..., Z) → the hidden state of each token (..., K, d), from which `read_tokens` reads it."""
+        return self(latents, part="hidden_states")
+
+    @torch.no_grad()
+    def read_tokens(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
+        """The most probable tokens, as in `decode_tokens`, of single hidden states: (M, d) → ids (M,).
+
+        Args:
+            positions_M: at which of the K positions each stands.
+            forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
+        """
+        return self(states_Md, part="most_probable_tokens", part_args=(positions_M, forbidden_KV))
 
     @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:

@@ -145,7 +145,8 @@ class Benchmark:
             prompts = own_prompts(model, batch_size, length, temperature, options.num_candidates)
         else:
             prompts = random_prompts(model, batch_size, length)
-        settings = {"num_candidates": options.num_candidates, "sampling_method": options.sampling_method}
+        names = ("num_candidates", "sampling_method", "lazy_decoding")
+        settings = {name: getattr(options, name) for name in names}
         return Subject(model, prompts, {"temperature": temperature, **settings}, replay)
 
     def _compare(self, calm: Subject, temperature: float, batch_size: int) -> dict:
@@ -155,7 +156,7 @@ class Benchmark:
         return compare(calm, baseline, options.output_length, options.repetitions, self.machine)
 
     def _row(self, shape: str, workload: str, temperature: float, batch_size: int, figures: dict) -> dict:
-        names = ("baseline", "device", "dtype", "num_candidates", "sampling_method")
+        names = ("baseline", "device", "dtype", "num_candidates", "sampling_method", "lazy_decoding")
         lengths = ("prompt_length", "output_length", "repetitions")
         return {
             "shape": shape,
@@ -258,7 +259,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--num_candidates", type=int, default=200)
-    parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="batch")
+    parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="adaptive")
+    parser.add_argument(
+        "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
+    )
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens a row")
     parser.add_argument("--output_length", type=int, default=64, help="new tokens a row")

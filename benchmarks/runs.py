@@ -50,7 +50,7 @@ class Subject:
         return {
             "backbone": (self.model.model, "forward"),
             "head": (self.model.head, "sample"),
-            "decode": (self.model.autoencoder, "decode_tokens"),
+            "decode": (self.model.autoencoder, "forward"),
             "choice": (self.model, "next_patches"),
         }
 
@@ -70,10 +70,11 @@ class Subject:
         """Writes `length` tokens a row, measures the parts, and returns how many candidates were drawn in all."""
         draws = []
 
-        def count(decode_tokens):
-            def call(latents_NRZ, *args, **kwargs):
+        def count(sample):
+            def call(*args, **kwargs):
+                latents_NRZ = sample(*args, **kwargs)
                 draws.append(latents_NRZ[..., 0].numel())
-                return decode_tokens(latents_NRZ, *args, **kwargs)
+                return latents_NRZ
 
             return call
 
@@ -82,7 +83,7 @@ class Subject:
                 stack.enter_context(self.replay.on(self.model))
             stack.enter_context(parts.measured())
             if is_calm(self.model):
-                stack.enter_context(wrapped(self.model.autoencoder, "decode_tokens", count))
+                stack.enter_context(wrapped(self.model.head, "sample", count))
             write(self.model, self.prompts_BL, length, **self.settings)
         return sum(draws)
 

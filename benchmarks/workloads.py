@@ -2,9 +2,9 @@
 
 - *worst case*: random weights. No candidate patch comes twice, so nothing can be saved by repetition.
 - *real*: the patch distributions that a trained model meets while it writes. A trained model has its own. On a random
-  model of a published shape those of the demo are imposed: it draws and decodes exactly as many candidates as the
-  sampler asks for, and then each is replaced by one that the demo drew. What is replayed is real draws in the order
-  they came, so every repetition is as frequent, and comes as early, as it did there. The latents stay the random
+  model of a published shape those of the demo are imposed: it does all the work on its own candidates, and wherever a
+  token becomes known, it is that of one that the demo drew. So which candidates are the same patch, and which tokens
+  must be decoded to know it, is as it was there: real draws in the order they came. The latents stay the random
   model's: a shortcut that compares latents or margins sees the worst case.
 
 Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of each.
@@ -12,7 +12,7 @@ Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded co
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -175,15 +175,16 @@ def record_candidates(model, temperature: float, num_draws: int) -> Tensor:
     torch.manual_seed(0)
     with wrapped(model.autoencoder, "decode_tokens", keep):
         length = RECORDED_STEPS * model.config.patch_size
-        write(model, start, length, temperature=temperature, num_candidates=num_draws, sampling_method="batch")
+        settings = {"num_candidates": num_draws, "sampling_method": "batch", "lazy_decoding": False}
+        write(model, start, length, temperature=temperature, **settings)
     return torch.cat(recorded)
 
 
 class Replay:
     """Imposes recorded candidates on another model while `on` is active.
 
-    At each step each row is given a recorded context; its j-th draw of the step then comes out as the j-th recorded
-    draw. The head and the decoder do all the work of their own draws first.
+    At each step each row is given a recorded context; each token of its j-th draw of the step then comes out as that
+    of the j-th recorded draw. The head and the decoder do all the work of their own draws first.
 
     Args:
         recorded_CMK: from `record_candidates`.
@@ -201,36 +202,28 @@ class Replay:
                 f"the recorded patches have {self.recorded_CMK.shape[-1]} tokens, the model's "
                 f"{getattr(model.config, 'patch_size', 1)}: record a model of the same patch size (--demo)."
             )
-        with ExitStack() as stack:
-            stack.enter_context(wrapped(model, "next_patches", self._start_step))
-            stack.enter_context(wrapped(model.head, "sample", self._note_rows))
-            stack.enter_context(wrapped(model.autoencoder, "decode_tokens", self._replace))
+        with wrapped(model, "new_candidates", self._impose):
             yield
 
-    def _start_step(self, next_patches):
-        def call(hidden_RD, *args, **kwargs):
+    def _impose(self, new_candidates):
+        def call(num_rows, *args):
             num_contexts, device = len(self.recorded_CMK), self.recorded_CMK.device
-            self.hidden_RD, self.num_drawn = hidden_RD, 0
-            self.contexts_R = torch.randint(num_contexts, hidden_RD.shape[:1], generator=self.generator, device=device)
-            return next_patches(hidden_RD, *args, **kwargs)
+            contexts_R = torch.randint(num_contexts, (num_rows,), generator=self.generator, device=device)
+            candidates, recorded_RMK = new_candidates(num_rows, *args), self.recorded_CMK[contexts_R]
+            add, read = candidates.add, getattr(candidates, "read", None)
 
-        return call
+            def impose_patches(rows_A, latents_NAZ):
+                start, end = candidates.num_drawn, candidates.num_drawn + len(latents_NAZ)
+                if end > recorded_RMK.shape[1]:
+                    raise BenchmarkError(f"{end} draws of a row, of {recorded_RMK.shape[1]} recorded.")
+                ids = add(rows_A, latents_NAZ)
+                return ids if read else recorded_RMK[rows_A, start:end]
 
-    def _note_rows(self, sample):
-        def call(context_RD, *args, **kwargs):
-            # Rows that have their patch draw no more: which ones are left shows in their hidden states.
-            is_row = (context_RD[:, None] == self.hidden_RD).all(-1)
-            self.active_R = self.contexts_R[is_row.int().argmax(-1)]
-            return sample(context_RD, *args, **kwargs)
+            def impose_tokens(rows, draws, positions):
+                read(rows, draws, positions)
+                return recorded_RMK[rows, draws, positions]
 
-        return call
-
-    def _replace(self, decode_tokens):
-        def call(latents_NRZ, *args, **kwargs):
-            decode_tokens(latents_NRZ, *args, **kwargs)
-            start, self.num_drawn = self.num_drawn, self.num_drawn + len(latents_NRZ)
-            if self.num_drawn > self.recorded_CMK.shape[1]:
-                raise BenchmarkError(f"{self.num_drawn} draws of a row, of {self.recorded_CMK.shape[1]} recorded.")
-            return self.recorded_CMK[self.active_R, start : self.num_drawn].transpose(0, 1)
+            candidates.add, candidates.read = impose_patches, impose_tokens
+            return candidates
 
         return call

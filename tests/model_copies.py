@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Everything that modeling_calm.py needs, and nothing else, travels with the weights.
 CODE_FILES = {
     "configuration_calm.py",
+    "candidates_calm.py",
     "generation_calm.py",
     "heads_calm.py",
     "modeling_calm.py",

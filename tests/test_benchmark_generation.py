@@ -79,6 +79,7 @@ def run_main(demo, *more):
 
 def test_rows_of_both_workloads(demo, capsys):
     shapes = ("--shape", "calm-tiny", "demo", "--batch_size", "1", "2", "--temperature", "0.5")
+    shapes += ("--sampling_method", "batch")
     rows = run_main(demo, *shapes, "--plot", str(demo / "plot.png"))
 
     keys = [(row["shape"], row["workload"], row["batch_size"]) for row in rows]
@@ -96,6 +97,12 @@ def test_rows_of_both_workloads(demo, capsys):
     assert [line.split(" | ")[:2] for line in lines[2:10]] == [[f"| {shape}", workload] for shape, workload, _ in keys]
     assert len({line.count("|") for line in lines[:10]}) == 1
     assert (demo / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lazy_decoding_can_be_switched_off(demo):
+    options = ("--shape", "calm-tiny", "--temperature", "0.5", "--batch_size", "1", "--workload", "worst")
+    lazy, plain = (run_main(demo, *options, *more)[0] for more in ([], ["--plain"]))
+    assert (lazy["lazy_decoding"], plain["lazy_decoding"]) == (None, False)
 
 
 def test_adaptive_draws_all_in_the_worst_case_and_fewer_in_the_real_one(demo):
@@ -221,43 +228,51 @@ def labelled_recording(num_contexts, num_draws):
     return recorded_CMK
 
 
-def test_a_replay_gives_each_row_one_context_and_its_draws_in_order():
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_replay_gives_each_row_one_context_and_its_draws_in_order(lazy):
     """The rows that draw on are fewer in each block: here row 1 is done after the first."""
     model, replay = tiny_model(), Replay(labelled_recording(50, 16))
-    hidden_RD = torch.randn(3, 48)
-    seen = []
-
-    def two_blocks(hidden_RD):
+    sampling = PatchSampling(lazy_decoding=lazy)
+    with replay.on(model):
+        candidates = model.new_candidates(3, sampling, None)
         for rows, num_draws in (([0, 1, 2], 4), ([0, 2], 4), ([2], 8)):
-            latents = model.head.sample(hidden_RD[rows], num_samples=num_draws)
-            seen.append(model.autoencoder.decode_tokens(latents).transpose(0, 1))
-        return seen
-
-    with wrapped(model, "next_patches", lambda _: two_blocks), replay.on(model):
-        model.next_patches(hidden_RD)
-        contexts_R = seen[0][:, 0, 0]
-        assert contexts_R.unique().numel() == 3
-        for block, rows, draws in zip(
-            seen, ([0, 1, 2], [0, 2], [2]), (range(4), range(4, 8), range(8, 16)), strict=True
-        ):
-            assert torch.equal(block[..., 0], contexts_R[rows][:, None].expand(-1, len(draws)))
-            assert torch.equal(block[..., 1], torch.tensor(draws).expand(len(rows), -1))
-        model.next_patches(hidden_RD)
-        assert (seen[3][:, 0, 0] != contexts_R).any(), "the next step has other contexts"
+            ids = candidates.add(torch.tensor(rows), torch.randn(num_draws, len(rows), 16))
+            assert ids.shape[:2] == (len(rows), num_draws)
+            assert all(len(row.unique(dim=0)) == num_draws for row in ids), "every recorded draw is another patch"
+            if rows == [0, 1, 2]:
+                first = ids[:, 2]
+        patches = candidates.patches(first)
+        assert patches[:, 1].tolist() == [2, 2, 2] and patches[:, 0].unique().numel() == 3
+        later = model.new_candidates(3, sampling, None)
+        later = later.patches(later.add(torch.arange(3), torch.randn(1, 3, 16))[:, 0])
+        assert (later[:, 0] != patches[:, 0]).any(), "the next step has other contexts"
+    assert "new_candidates" not in vars(model)
 
 
 @pytest.mark.parametrize("method", ["batch", "adaptive"])
 def test_a_replay_leaves_the_work_as_it_was(method):
-    """The head and the decoder see as many rows as the sampler asks for, and the sampler sees only the recording."""
+    """The decoder sees as many rows as the sampler asks for, and the sampler sees only the recording."""
     model = tiny_model()
     replay, work = Replay(labelled_recording(5, 16)), []  # every recorded draw is distinct: nothing stops early
     decode = model.autoencoder.decoder.forward
     with wrapped(model.autoencoder.decoder, "forward", lambda _: lambda z: work.append(len(z)) or decode(z)):
         with replay.on(model):
-            patches_RK = model.next_patches(torch.randn(2, 48), PatchSampling(True, 0.5, 16, method))
+            patches_RK = model.next_patches(
+                torch.randn(2, 48), PatchSampling(True, 0.5, 16, method, lazy_decoding=False)
+            )
     assert sum(work) == 2 * 16
     assert (patches_RK[:, 2:] == 0).all()
-    assert "decode_tokens" not in vars(model.autoencoder) and "sample" not in vars(model.head)
+
+
+def test_a_replay_says_which_tokens_are_read():
+    """Recorded draws (c, j, 0, 0): tokens 3 and 2 are all the same, so that three tokens of each must be read."""
+    model, work = tiny_model(), []
+    read = model.autoencoder.read_tokens
+    with wrapped(model.autoencoder, "read_tokens", lambda _: lambda s, *args: work.append(len(s)) or read(s, *args)):
+        with Replay(labelled_recording(5, 16)).on(model):
+            patches_RK = model.next_patches(torch.randn(2, 48), PatchSampling(True, 0.5, 16, "batch"))
+    assert sum(work) == 2 * (3 * 16 + 1)
+    assert (patches_RK[:, 2:] == 0).all()
 
 
 def test_a_replay_refuses_other_patches_and_too_many_draws():
@@ -341,7 +356,8 @@ def test_peak_memory_counts_what_the_block_needs():
 
 def test_counted_flops_agree_with_the_formulas():
     calm = workloads._never_stopping(tiny_model())
-    flops = count_flops(Subject(calm, torch.full((3, 4), BOS), {"temperature": 0.5, "num_candidates": 8}))
+    settings = {"temperature": 0.5, "num_candidates": 8, "sampling_method": "batch", "lazy_decoding": False}
+    flops = count_flops(Subject(calm, torch.full((3, 4), BOS), settings))
     head = calm.head
     context = linear(head, layer_flops) - linear(head, layer_flops, skip=("context",))
     assert flops["head"] == linear(head, layer_flops) - context + context / 8  # the context's share once for 8 draws

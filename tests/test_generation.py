@@ -34,16 +34,17 @@ def generate(model, prompt=PROMPT, seed=0, **kwargs):
 
 
 class Scripted:
-    """Makes a model emit given tokens: replaces the choice of patches, nothing else."""
+    """Makes a model emit given tokens: replaces the choice of patches, nothing else. Rows past an EOS are not asked."""
 
     def __init__(self, monkeypatch, rows):
-        self.rows, self.position = torch.tensor(rows), 0
+        self.rows, self.position = rows, 0
         monkeypatch.setattr(CALMForCausalLM, "next_patches", self.next_patches)
 
     def next_patches(self, hidden_RD, *args):
-        patches = self.rows[:, self.position : self.position + 4]
+        going_on = [row for row in self.rows if EOS not in row[: self.position]]
+        assert len(hidden_RD) == len(going_on)
         self.position += 4
-        return patches
+        return torch.tensor(going_on)[:, self.position - 4 : self.position]
 
 
 # Lengths and stopping
@@ -87,16 +88,20 @@ def test_stop_strings_within_a_patch(monkeypatch, model):
     assert tokenizer.decode(output[0, 6:]) == "hello w"
 
 
-def test_min_new_tokens_bans_eos_until_then(monkeypatch, model):
+@pytest.mark.parametrize("lazy", [True, False])
+def test_min_new_tokens_bans_eos_until_then(lazy):
     """A decoder that wants EOS everywhere, and else token 50, gives EOS at the first place where it may."""
-    logits = torch.zeros(4, 96)
-    logits[:, EOS], logits[:, 50] = 10, 5
-    monkeypatch.setattr(
-        model.autoencoder.decoder, "forward", lambda latents: logits.expand(*latents.shape[:-1], 4, 96).clone()
-    )
+    model = tiny_model()
+    decoder = model.autoencoder.decoder
+    with torch.no_grad():
+        decoder.norm.weight.zero_()  # the same hidden state for every token, once a constant is added
+        decoder.lm_head.weight.zero_()
+        decoder.lm_head.weight[EOS], decoder.lm_head.weight[50] = 2, 1
+    decoder.norm.register_forward_hook(lambda module, inputs, output: output + 1)
     for minimum in (0, 1, 4, 6):
-        assert generate(model, max_new_tokens=12, min_new_tokens=minimum)[0, 6:].tolist() == [50] * minimum + [EOS]
-    assert generate(model, max_length=18, min_length=11)[0, 6:].tolist() == [50] * 5 + [EOS]
+        output = generate(model, max_new_tokens=12, min_new_tokens=minimum, lazy_decoding=lazy)
+        assert output[0, 6:].tolist() == [50] * minimum + [EOS]
+    assert generate(model, max_length=18, min_length=11, lazy_decoding=lazy)[0, 6:].tolist() == [50] * 5 + [EOS]
 
 
 def test_max_time(model):

@@ -1,0 +1,178 @@
+"""Lazy decoding: the same patches as decoding everything, from less work."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import BOS, VOCAB_SIZE, tiny_model
+
+from calm import candidates_calm, modeling_calm_autoencoder
+from calm.candidates_calm import DecodedCandidates, LazyCandidates
+from calm.generation_calm import PatchSampling
+
+K, Z = 4, 16
+NO_EOS = {"eos_token_id": None}
+
+
+def repeating_model(head_type="energy", spread=0.1):
+    """Candidates repeat, whole or in part: the latents hardly depend on the noise, and few tokens are possible."""
+    model = tiny_model(head_type)
+    with torch.no_grad():
+        if head_type == "energy":
+            model.head.out_proj.weight.mul_(spread)
+            model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
+        model.autoencoder.decoder.lm_head.weight[8:] *= 0.01
+    return model
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return repeating_model().autoencoder
+
+
+def some_latents(num_draws, num_rows, seed=0):
+    """Some far apart, some close to another."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, num_rows, Z, generator=generator)
+    which = torch.randint(3, (num_draws,), generator=generator)
+    return centres[which] + 0.3 * torch.randn(num_draws, num_rows, Z, generator=generator)
+
+
+def count_tokens_read(monkeypatch, candidates):
+    work, read = [], candidates.read
+    monkeypatch.setattr(candidates, "read", lambda rows, *index: work.append(len(rows)) or read(rows, *index))
+    return work
+
+
+# The product with the vocabulary
+
+
+@pytest.mark.parametrize("tile", [1, 7, 32, 95, 96, 200])
+@pytest.mark.parametrize("num_states", [1, 2, 16, 37])
+def test_tokens_are_the_argmax_whatever_the_tiles(monkeypatch, autoencoder, num_states, tile):
+    monkeypatch.setitem(modeling_calm_autoencoder.VOCABULARY_TILE, "cpu", tile)
+    monkeypatch.setitem(modeling_calm_autoencoder.STATES_AT_ONCE, "cpu", 20)
+    states = torch.randn(num_states, 32, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(num_states) % K
+    logits = states @ autoencoder.decoder.lm_head.weight.T
+    assert torch.equal(autoencoder.read_tokens(states, positions), logits.argmax(-1))
+    forbidden_KV = F.one_hot(torch.tensor([0, 1, 2, 3]), VOCAB_SIZE).bool()
+    forbidden_KV[:, 5:] = True
+    expected = logits.masked_fill(forbidden_KV[positions], -torch.inf).argmax(-1)
+    assert torch.equal(autoencoder.read_tokens(states, positions, forbidden_KV), expected)
+
+
+def test_of_equal_logits_the_lowest_id_wins(monkeypatch):
+    monkeypatch.setitem(modeling_calm_autoencoder.VOCABULARY_TILE, "cpu", 10)
+    model = tiny_model()
+    with torch.no_grad():
+        model.autoencoder.decoder.lm_head.weight.zero_()
+        model.autoencoder.decoder.lm_head.weight[[25, 28, 40, 90]] = 1.0
+    ids = model.autoencoder.read_tokens(torch.tensor([[1.0] * 32, [-1.0] * 32]), torch.tensor([0, 1]))
+    assert ids.tolist() == [25, 0]
+
+
+# Equal patches
+
+
+@pytest.mark.parametrize("few", [0, 8, 10**6])
+@pytest.mark.parametrize("forbid", [False, True])
+def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoencoder, few, forbid):
+    """In growing blocks, in each of which fewer rows draw."""
+    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", few)
+    forbidden_KV = torch.arange(VOCAB_SIZE).expand(K, -1) % 3 == 0 if forbid else None
+    lazy, plain = (kind(autoencoder, 5, forbidden_KV) for kind in (LazyCandidates, DecodedCandidates))
+    patches = [[] for _ in range(5)]
+    last = torch.full((5, 1), -1)
+    for seed, (rows, num_draws) in enumerate([([0, 1, 2, 3, 4], 6), ([0, 2, 4], 6), ([4], 12), ([4], 1)]):
+        latents = some_latents(num_draws, len(rows), seed)
+        ids, new_patches = (c.add(torch.tensor(rows), latents) for c in (lazy, plain))
+        last[rows] = ids[:, -1]
+        for row, new_ids, new in zip(rows, ids[..., 0].tolist(), new_patches.tolist(), strict=True):
+            patches[row] += new
+            assert new_ids == [patches[row].index(patch) for patch in new]
+    assert len({tuple(patch) for patch in patches[4]}) < 25, "some repeat"
+    assert lazy.patches(last).tolist() == [patches[row][-1] for row in range(5)]
+
+
+@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5, "sampling_method": "batch"},
+        {"temperature": 0.5},
+        {"temperature": 0.7},
+        {"temperature": 1 / 3},
+        {"temperature": 0.4, "sampling_method": "exact"},
+        {"do_sample": False},
+        {"temperature": 0.5, "min_new_tokens": 6, "eos_token_id": 5},
+    ],
+    ids=str,
+)
+def test_the_text_is_that_of_decoding_everything(head_type, settings):
+    model = repeating_model(head_type)
+    prompts = torch.tensor([[BOS, 10, 11], [BOS, 12, 13], [BOS, 14, 15]])
+    texts = []
+    for lazy in (True, False):
+        torch.manual_seed(0)
+        common = {"do_sample": True, "num_candidates": 20, "max_new_tokens": 24, "lazy_decoding": lazy, **NO_EOS}
+        texts.append(model.generate(prompts, attention_mask=torch.ones_like(prompts), **common | settings))
+        state = torch.random.get_rng_state()
+    assert torch.equal(*texts)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
+    model = tiny_model()
+    kinds = [type(model.new_candidates(1, PatchSampling(lazy_decoding=lazy), None)) for lazy in (None, True, False)]
+    assert kinds == [LazyCandidates, LazyCandidates, DecodedCandidates]
+
+
+# Work
+
+
+def test_distinct_candidates_cost_one_token_each_and_one_patch(monkeypatch):
+    """Last tokens that all differ: nothing else is read but the rest of the chosen patch."""
+    model = tiny_model()
+    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
+    candidates = LazyCandidates(model.autoencoder, 2)
+    work, read = [], candidates.read
+
+    def distinct(rows, draws, positions):
+        work.append(len(rows))
+        assert read(rows, draws, positions).shape == rows.shape
+        return draws + 10 * positions
+
+    monkeypatch.setattr(candidates, "read", distinct)
+    ids = candidates.add(torch.arange(2), torch.randn(30, 2, Z))
+    assert work == [2 * 30] and ids[..., 0].tolist() == [list(range(30))] * 2
+    assert candidates.patches(torch.tensor([[3], [7]])).tolist() == [[3, 13, 23, 33], [7, 17, 27, 37]]
+    assert work == [2 * 30, 2 * 3]
+
+
+def test_tokens_are_read_once(monkeypatch, autoencoder):
+    """However the candidates come in blocks, and the chosen patch included, no token is read twice."""
+    candidates = LazyCandidates(autoencoder, 2)
+    seen, read = set(), candidates.read
+
+    def once(*index):
+        triples = list(zip(*(i.tolist() for i in index), strict=True))
+        assert seen.isdisjoint(triples) and len(set(triples)) == len(triples)
+        seen.update(triples)
+        return read(*index)
+
+    monkeypatch.setattr(candidates, "read", once)
+    latents = some_latents(40, 2)
+    for block in latents.split([4, 4, 8, 24]):
+        ids = candidates.add(torch.arange(2), block)
+    candidates.patches(ids[:, -1])
+    assert 2 * 40 < len(seen) < 2 * 40 * K
+
+
+def test_one_candidate_is_decoded_once_in_full(monkeypatch, autoencoder):
+    candidates = LazyCandidates(autoencoder, 3)
+    work = count_tokens_read(monkeypatch, candidates)
+    latents = some_latents(1, 3)
+    chosen = candidates.add(torch.arange(3), latents)[:, 0]
+    assert work == []
+    assert torch.equal(candidates.patches(chosen), autoencoder.decode_tokens(latents)[0]) and work == [3 * K]
