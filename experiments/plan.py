@@ -6,6 +6,7 @@ Axes: K tokens per patch, L tokens of a block, V vocabulary.
 import json
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,11 @@ class Plan:
 
         for table in self.tables:
             if not groups or table.group in groups:
-                for model in (model for row in table.rows for model in row.models):
-                    add(f"models/{model}/score")
-                    for stage in list(ordered.values()):
-                        if stage.kind == "autoencoder":
+                # All rows with the first seed before the second: a run that is stopped leaves whole comparisons.
+                for same_seed in zip_longest(*(row.models for row in table.rows)):
+                    for model in filter(None, same_seed):
+                        add(f"models/{model}/score")
+                        for stage in [s for s in ordered.values() if s.kind == "autoencoder"]:
                             add(f"{stage.name}/noise")
         return list(ordered.values())
 

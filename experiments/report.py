@@ -1,9 +1,13 @@
 """docs/experiments.md from what is finished: the tables are made here, the words stand in report.md."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from statistics import mean
 
+from transformers import AutoTokenizer
+
+from calm.evaluation.blocks import read_blocks
 from calm.experiments.plan import Plan, Row, Stage, Table
 from calm.experiments.stages import is_finished, result_file
 
@@ -42,6 +46,10 @@ def comparison(plan: Plan, table: Table) -> str:
             lines.append(_model_line(plan, label, name, row.paper, verdict))
         if len(done) > 1:
             lines.append(_mean_line(plan, f"**{row.label}, mean of {len(done)}**", done))
+    tokenizer = Path(plan.stages[f"models/{reference.models[0]}"].fields["tokenizer"])
+    if tokenizer.exists():
+        floor = frequencies_brier(plan, tokenizer)
+        lines.append(_line("*token frequencies alone*", brier=(f"{floor:.4f}", "", "", "")))
     return "\n".join(lines)
 
 
@@ -76,6 +84,14 @@ def _cost_cells(total: dict) -> tuple[str, str, str]:
 
 def _range(interval: list[float], digits: int) -> str:
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+
+
+def frequencies_brier(plan: Plan, tokenizer: Path) -> float:
+    """Brier-1 of one that knows how often each token occurs in the text, and nothing else: the sum of squares."""
+    text = Namespace(data=str(plan.books("validation")), text_column="text", append_eos=False)
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    ids_BL = read_blocks(text, loaded, plan.evaluation["block_size"], plan.evaluation["blocks"])
+    return (ids_BL.flatten().bincount() / ids_BL.numel()).square().sum().item()
 
 
 def score_of(plan: Plan, name: str) -> dict:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from training_helpers import write_corpus
 
 from calm.experiments.__main__ import main
@@ -47,7 +48,7 @@ def finished(corpus, tmp_path_factory):
     command = [sys.executable, "-m", "calm.experiments", *words]
     killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (output / "models" / "calm" / "checkpoint-2").exists():
             assert killed.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
@@ -118,6 +119,18 @@ def test_a_wrong_name_is_refused_before_any_work(corpus, tmp_path, old, new, err
     file.write_text(FILE.read_text().replace(old, new))
     with pytest.raises(error, match=message):
         plan_in(corpus, tmp_path, file=file)
+
+
+def test_whole_comparisons_come_before_the_next_seed(corpus, tmp_path):
+    file = tmp_path / "experiments.yaml"
+    file.write_text(
+        FILE.read_text()
+        .replace("second-phase: {", "second-phase: {seeds: [1, 2], ")
+        .replace("calm: &calm {", "calm: &calm {seeds: [1, 2], ")
+    )
+    names = [stage.name for stage in plan_in(corpus, tmp_path, file=file).of_groups(["loss"]) if stage.kind == "score"]
+    models = [name.split("/")[1] for name in names]
+    assert models == ["calm-seed1", "second-phase-seed1", "calm-seed2", "second-phase-seed2"]
 
 
 def test_an_unknown_group_is_refused(corpus, tmp_path):
@@ -199,14 +212,16 @@ def test_a_failure_is_named_and_what_needs_it_left_out(corpus, tmp_path, capsys,
 # the document
 
 
-def test_the_table_holds_the_scores(finished, corpus):
+def test_the_table_holds_the_scores(finished, corpus, monkeypatch):
+    monkeypatch.setattr("calm.experiments.report.read_blocks", lambda *_: torch.tensor([[1, 1], [2, 3]]))
     plan = plan_in(corpus, finished)
     [score] = json.loads(result_file(plan, plan.stages["models/calm/score"]).read_text())
     table = comparison(plan, plan.tables[1])
-    first, second = table.splitlines()[2:]
+    first, second, floor = table.splitlines()[2:]
     assert f"| {score['brier'][0]:.4f} ({score['brier_intervals'][0][0]:.4f} to " in first
     assert first.startswith("| β = 1 | 0.00 M |") and first.endswith("| 4.70 |  |")
     assert second.startswith("| then β = 1.5 | 0.00 M |") and "| 4.46 | " in second
+    assert f"| {0.5**2 + 2 * 0.25**2:.4f} |" in floor
     alone, both = (totals(plan, plan.stages[f"models/{name}"]) for name in ("calm", "second-phase"))
     assert (alone["tokens"], both["tokens"]) == (4 * 4 * 32, 2 * 4 * 4 * 32)
     assert both["cpu_seconds"] > alone["cpu_seconds"] > 0
