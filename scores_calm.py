@@ -6,76 +6,74 @@ Axes: B batch, P patches, N head samples, S posterior samples, Z latent size. ".
 import torch
 from torch import Tensor
 
-# Patches handled at once: bounds the (chunk, N, S) distances, so memory doesn't grow with the batch.
-PATCHES_PER_CHUNK = 256
+# Patches handled at once: bounds the targets' copy and the (chunk, N, S) distances, so that memory doesn't grow with
+# the batch. On a CPU they should stay in the cache; a GPU needs larger chunks to be busy.
+PATCHES_PER_CHUNK = {"cpu": 64, "other": 2048}
 
 
 class _EnergyScore(torch.autograd.Function):
-    """Score and its gradient in one pass, from Gram matrices instead of difference tensors."""
+    """Score and its gradient in one pass. Only the gradient is kept for backward."""
 
     @staticmethod
-    def forward(ctx, samples_PNZ: Tensor, targets_SPZ: Tensor, beta: float) -> Tensor:
+    def forward(ctx, samples_NPZ: Tensor, targets_SPZ: Tensor, beta: float) -> Tensor:
+        chunk = PATCHES_PER_CHUNK["cpu" if samples_NPZ.device.type == "cpu" else "other"]
         scores, grads = [], []
-        for samples, targets in zip(
-            samples_PNZ.split(PATCHES_PER_CHUNK), targets_SPZ.split(PATCHES_PER_CHUNK, dim=1), strict=True
-        ):
-            # Centring on the posterior keeps the products small, so that subtracting them loses no digits.
-            centre = targets.mean(dim=0).unsqueeze(1)
-            samples, targets = samples - centre, targets.transpose(0, 1) - centre
-            attraction, grad_attraction = _mean_distance_to_targets(samples, targets, beta)
-            repulsion, grad_repulsion = _mean_distance_between_samples(samples, beta)
+        for samples, targets in zip(samples_NPZ.split(chunk, dim=1), targets_SPZ.split(chunk, dim=1), strict=True):
+            samples_PNZ = samples.transpose(0, 1).contiguous()
+            repulsion, grad_repulsion = _mean_distance_between_samples(samples_PNZ, beta)
+            attraction, grad_attraction = _mean_distance_to_targets(samples_PNZ, targets, beta)
             scores.append(repulsion - 2 * attraction)
-            grads.append(grad_repulsion - 2 * grad_attraction)
-        ctx.save_for_backward(torch.cat(grads))
+            grads.append((grad_repulsion - 2 * grad_attraction).transpose(0, 1))
+        ctx.save_for_backward(torch.cat(grads, dim=1))
         return torch.cat(scores)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_score_P: Tensor):
-        (grad_PNZ,) = ctx.saved_tensors
-        return grad_score_P[:, None, None] * grad_PNZ, None, None
+        (grad_NPZ,) = ctx.saved_tensors
+        return grad_score_P[:, None] * grad_NPZ, None, None
 
 
-def _mean_distance_to_targets(samples_PNZ: Tensor, targets_PSZ: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Mean over (n, s) of ‖x_n − y_s‖^β, shape (P,), and its gradient in x, shape (P, N, Z)."""
-    norms = samples_PNZ.square().sum(-1).unsqueeze(2) + targets_PSZ.square().sum(-1).unsqueeze(1)
+def _mean_distance_to_targets(samples_PNZ: Tensor, targets_SPZ: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Mean over (n, s) of ‖x_n − y_s‖^β, shape (P,), and its gradient in x, shape (P, N, Z); by matrix products."""
+    targets_PSZ = targets_SPZ.transpose(0, 1).to(samples_PNZ.dtype, copy=True, memory_format=torch.contiguous_format)
+    # Centring on the posterior keeps the products small, so that subtracting them loses no digits.
+    centre = targets_PSZ.mean(1, keepdim=True)
+    samples_PNZ, targets_PSZ = samples_PNZ - centre, targets_PSZ.sub_(centre)
+    norms = _squared_norm(samples_PNZ).unsqueeze(2) + _squared_norm(targets_PSZ).unsqueeze(1)
     squared = torch.baddbmm(norms, samples_PNZ, targets_PSZ.transpose(1, 2), alpha=-2)
     # Below the rounding error of the subtraction a pair counts as coinciding: distance and gradient are zero.
-    squared = squared.where(squared > 4 * torch.finfo(squared.dtype).eps * norms, 0)
+    squared.masked_fill_(squared <= norms.mul_(4 * torch.finfo(norms.dtype).eps), 0)
+    power, slope = _power_and_slope(squared, beta)
+    grad = torch.baddbmm(slope.sum(-1, keepdim=True) * samples_PNZ, slope, targets_PSZ, alpha=-1)
     pairs = squared.shape[1] * squared.shape[2]
-    value, slope = _power_and_slope(squared, beta)
-    slope = slope / pairs
-    grad = slope.sum(-1, keepdim=True) * samples_PNZ - torch.bmm(slope, targets_PSZ)
-    return value.sum((1, 2)) / pairs, grad
+    return power.sum((1, 2)) / pairs, grad / pairs
 
 
 def _mean_distance_between_samples(samples_PNZ: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Mean over n ≠ m of ‖x_n − x_m‖^β, shape (P,), and its gradient in x, shape (P, N, Z).
 
-    Sample n is compared with sample n + shift, all n at once: exact differences, and only (P, N, Z) in memory.
+    From exact differences, since the samples of an untrained head nearly coincide.
     """
     num_samples = samples_PNZ.shape[1]
     pairs = num_samples * (num_samples - 1)
-    value = samples_PNZ.new_zeros(samples_PNZ.shape[0])
-    grad = torch.zeros_like(samples_PNZ)
-    for shift in range(1, num_samples // 2 + 1):
-        difference = samples_PNZ - samples_PNZ.roll(-shift, dims=1)
-        power, slope = _power_and_slope(difference.square().sum(-1), beta)
-        # Each unordered pair stands for two ordered ones, but for shift = N/2 both are already in the roll.
-        weight = (1 if 2 * shift == num_samples else 2) / pairs
-        value += weight * power.sum(1)
-        pull = difference.mul_(weight * slope.unsqueeze(-1))
-        grad += pull
-        grad -= pull.roll(shift, dims=1)
-    return value, grad
+    difference_PNNZ = samples_PNZ.unsqueeze(2) - samples_PNZ.unsqueeze(1)
+    power, slope = _power_and_slope(_squared_norm(difference_PNNZ), beta)
+    grad = difference_PNNZ.mul_(slope.unsqueeze(-1)).sum(2)
+    return power.sum((1, 2)) / pairs, grad * (2 / pairs)
+
+
+def _squared_norm(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1).square_()  # one pass, without the squares in memory
 
 
 def _power_and_slope(squared: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """d^β and the factor β·d^(β−2) that turns x − y into the gradient of d^β; both 0 where d = 0."""
-    power = squared.sqrt() if beta == 1 else squared.pow(beta / 2)
-    return power, (beta * power / squared).where(squared > 0, 0)
+    factor = squared.pow(beta / 2 - 1).masked_fill_(squared < torch.finfo(squared.dtype).tiny, 0)
+    return squared * factor, beta * factor
 
 
+@torch.compiler.disable  # it would unroll the chunks: minutes of compilation, again for another number of patches
 def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
     """Energy score of the head's samples against draws from the posterior (paper 3.3). Higher is better; the head
     negates it.
@@ -109,9 +107,9 @@ def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
     *patch_shape, latent_size = samples.shape[1:]
     dtype = torch.promote_types(samples.dtype, torch.float32)
     with torch.autocast(samples.device.type, enabled=False):
-        samples_PNZ = samples.reshape(samples.shape[0], -1, latent_size).transpose(0, 1).to(dtype)
-        targets_SPZ = targets.reshape(targets.shape[0], -1, latent_size).to(dtype)
-        return _EnergyScore.apply(samples_PNZ, targets_SPZ, float(beta)).reshape(patch_shape)
+        samples_NPZ = samples.reshape(samples.shape[0], -1, latent_size).to(dtype)
+        targets_SPZ = targets.reshape(targets.shape[0], -1, latent_size)
+        return _EnergyScore.apply(samples_NPZ, targets_SPZ, float(beta)).reshape(patch_shape)
 
 
 def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from calm import scores_calm
 from calm.scores_calm import clipped_kl, energy_score
 
 
@@ -47,6 +48,16 @@ def test_agrees_with_the_loop_twin(dtype, tolerance, beta, num_samples, spread):
     actual = value_and_gradient(energy_score, samples.to(dtype), targets.to(dtype), beta)
     for got, want in zip(actual, expected, strict=True):
         assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_nearly_coinciding_samples_keep_their_gradient():
+    """An untrained head: samples within 1e-4 of each other, far from the targets."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(1, 3, 16, generator=generator) + 1e-4 * torch.randn(4, 3, 16, generator=generator)
+    targets = torch.randn(5, 3, 16, generator=generator)
+    _, expected = value_and_gradient(energy_score_by_loops, samples.double(), targets.double(), 1.0)
+    _, actual = value_and_gradient(energy_score, samples, targets, 1.0)
+    assert (actual.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_hand_values():
@@ -95,7 +106,7 @@ def test_chunks_of_patches_are_invisible(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     samples, targets = torch.randn(4, 3, 11, 6, generator=generator), torch.randn(5, 3, 11, 6, generator=generator)
     whole = value_and_gradient(energy_score, samples, targets, 1.0)
-    monkeypatch.setattr("calm.scores_calm.PATCHES_PER_CHUNK", 4)
+    monkeypatch.setitem(scores_calm.PATCHES_PER_CHUNK, "cpu", 4)
     chunked = value_and_gradient(energy_score, samples, targets, 1.0)
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
