@@ -113,6 +113,8 @@ class CALMConfig(LlamaConfig):
         head_type: "energy", "flow" or "diffusion".
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
+        num_context_layers: residual MLPs that the hidden state passes first, once for all draws; published heads have
+            none. A head that is trained on a frozen backbone learns much faster with one (docs/log.md).
         num_samples: N, samples per patch in the training loss (energy: head samples; flow, diffusion: targets).
         num_posterior_samples: S, posterior draws per patch in the energy loss.
         beta: exponent of the energy score, 1 ≤ β < 2.
@@ -143,6 +145,7 @@ class CALMConfig(LlamaConfig):
         head_type="energy",
         noise_size=64,
         num_mlp_layers=4,
+        num_context_layers=0,
         num_samples=8,
         num_posterior_samples=100,
         beta=1.0,
@@ -158,6 +161,7 @@ class CALMConfig(LlamaConfig):
         self.head_type = head_type
         self.noise_size = noise_size
         self.num_mlp_layers = num_mlp_layers
+        self.num_context_layers = num_context_layers
         self.num_samples = num_samples
         self.num_posterior_samples = num_posterior_samples
         self.beta = beta
@@ -180,6 +184,9 @@ class CALMConfig(LlamaConfig):
         """Raises `ValueError` for the first field that makes no sense."""
         for name in ("patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_posterior_samples"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
+        _require(
+            self.num_context_layers >= 0, f"num_context_layers={self.num_context_layers}: must not be negative."
+        )
         _require(self.head_type in HEAD_TYPES, f"head_type={self.head_type!r}: must be one of {HEAD_TYPES}.")
         if self.head_type == "energy":
             _require(

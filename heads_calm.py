@@ -48,11 +48,26 @@ def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
+class ContextLayer(nn.Module):
+    """x + MLP(LayerNorm(x)) on the hidden state, the same for every draw and every solver step."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(size, 2 * size), nn.SiLU(), nn.Linear(2 * size, size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp(self.norm(hidden))
+
+
 class GenerativeHead(nn.Module):
     """Interface of the heads. `sample` and `loss` both pass through `forward`, where offloading hooks fire."""
 
     def __init__(self, config: CALMConfig):
         super().__init__()
+        self.context_layers = nn.Sequential(
+            *(ContextLayer(config.hidden_size) for _ in range(config.num_context_layers))
+        )
         self.latent_size = config.latent_size
         self.num_samples = config.num_samples
 
@@ -111,6 +126,7 @@ class GenerativeHead(nn.Module):
         return _normal((*shape, self.latent_size), like, generator)
 
     def forward(self, context: Tensor, mean: Tensor | None = None, log_std: Tensor | None = None, **kwargs) -> Tensor:
+        context = self.context_layers(context)
         if mean is None:
             return self._sample(context, **kwargs)
         return self._loss(context, mean, log_std, **kwargs)

@@ -172,6 +172,20 @@ def test_times_of_the_flow_loss():
     assert logits.mean() == pytest.approx(-1, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@torch.no_grad()
+def test_context_layers_change_the_hidden_state_once_for_all_draws(head_type):
+    assert not list(tiny_model(head_type).head.context_layers.parameters())  # published: none
+    head, context = tiny_model(head_type, num_context_layers=2).head, torch.randn(3, 48)
+    layers, calls = head.context_layers, []
+    layers[0].register_forward_hook(lambda *_: calls.append(1))
+    drawn = head.sample(context, num_samples=5, generator=generator())
+    assert len(calls) == 1
+    changed, head.context_layers = layers(context), torch.nn.Sequential()
+    assert torch.equal(drawn, head.sample(changed, num_samples=5, generator=generator()))
+    assert not torch.allclose(drawn, head.sample(context, num_samples=5, generator=generator()))
+
+
 def test_fresh_heads_start_at_zero():
     """The published heads start with a zero last layer: before training, every draw is the same."""
     torch.manual_seed(0)
@@ -233,6 +247,7 @@ def test_config_survives_a_save(tmp_path):
         ({"prompt_alignment": "middle"}, "prompt_alignment='middle'"),
         ({"prompt_filler_token_id": VOCAB_SIZE}, "prompt_filler_token_id=96"),
         ({"num_mlp_layers": 0}, "num_mlp_layers=0"),
+        ({"num_context_layers": -1}, "num_context_layers=-1"),
         ({"sampling_steps": 0}, "sampling_steps=0"),
         ({"sampling_steps": 1001, "head_type": "diffusion"}, "sampling_steps=1001: the diffusion head has 1000"),
     ],

@@ -57,9 +57,9 @@ def width(layer: nn.Linear) -> int:
 
 
 def linear(module: nn.Module, measure, skip: tuple[str, ...] = ()) -> int:
-    """Sum of a measure over the linear layers in the module, but those whose own name begins with one of `skip`."""
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return sum(measure(layer) for name, layer in layers if not (skip and name.rpartition(".")[2].startswith(skip)))
+    """Sum of a measure over the linear layers in the module, but those with a part of their name that begins so."""
+    layers = [(name.split("."), layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return sum(measure(layer) for parts, layer in layers if not any(part.startswith(skip) for part in parts))
 
 
 def attention_flops(config, num_positions: int) -> int:
@@ -82,11 +82,15 @@ def decoder(autoencoder: CALMAutoencoder, measure) -> int:
 
 
 def head_in_training(model: CALMForCausalLM, measure) -> int:
-    """One patch through the head's loss."""
-    once = 0
-    if model.config.head_type == "energy":  # what sees only the context runs once, not N times
-        once = linear(model.head, measure) - linear(model.head, measure, skip=("context",))
+    """One patch through the head's loss. What sees only the context runs once, not N times."""
+    once = linear(model.head, measure) - linear(model.head, measure, skip=("context",))
     return once + model.config.num_samples * (linear(model.head, measure) - once)
+
+
+def head_in_generation(model: CALMForCausalLM, measure) -> int:
+    """One draw of the head: all of it at every solver step, but for the context layers."""
+    once = linear(model.head.context_layers, measure)
+    return once + steps_of_a_draw(model.config) * (linear(model.head, measure) - once)
 
 
 def steps_of_a_draw(config) -> int:
@@ -121,7 +125,7 @@ def calm_cost(config, block_size: int) -> Cost:
         {
             "patch embedding": patch_embedding / K,
             "backbone": layers / K,
-            "head": steps_of_a_draw(config) * linear(head, flops) / K,
+            "head": head_in_generation(model, flops) / K,
             "autoencoder": decoder(model.autoencoder, flops) / K,
         },
         sum(parameters.values()),

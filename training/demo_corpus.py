@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import load_dataset
 
 # File → how often its documents are repeated; of the books only those of the lowest reading level.
-REPEATS = {"tinystories-mini": 8, "storybooks": 3, "books": 1}
+REPEATS = {"tinystories-mini": 16, "storybooks": 5, "books": 1}
 SIMPLEST_LEVEL = 0
 
 
