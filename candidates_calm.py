@@ -15,7 +15,7 @@ from torch import Tensor
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import group_patches
 
-FEW_TOKENS = 48  # so many tokens cost hardly more in one product with the vocabulary than one of them alone
+FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
 
 
 class DecodedCandidates:
@@ -53,7 +53,7 @@ class LazyCandidates(DecodedCandidates):
 
     def __init__(self, autoencoder: CALMAutoencoder, num_rows: int, forbidden_KV: Tensor | None = None):
         super().__init__(autoencoder, num_rows, forbidden_KV)
-        self.states_RMKd = self.tokens_RMK = None  # of each token: before the vocabulary; its id, −1 while unknown
+        self.states_RMKd = self.tokens_RMK = None  # of each token: half decoded; its id, −1 while unknown
 
     def add(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
         num_new = len(latents_NAZ)

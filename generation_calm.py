@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .candidates_calm import DecodedCandidates, LazyCandidates
 from .configuration_calm import PROMPT_ALIGNMENTS
 from .samplers_calm import (
+    BlockPlan,
     batch_temperature_select,
     check_num_candidates,
     check_temperature,
@@ -282,7 +283,7 @@ class CALMGenerationMixin:
         collected = {name: () for name, wanted in outputs_wanted.items() if wanted}
 
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        finished = False
+        finished, plan = False, BlockPlan()
         while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
             outputs = self(
                 **inputs,
@@ -296,7 +297,7 @@ class CALMGenerationMixin:
             # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
             drawing = torch.full_like(unfinished, True) if finished else unfinished
             hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
-            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV).to(input_ids.device)
+            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV, plan).to(input_ids.device)
             patches_BK = input_ids.new_zeros(len(input_ids), self.config.patch_size)
             patches_BK[drawing] = patches_RK
             for tokens in patches_BK.unbind(1):
@@ -323,6 +324,7 @@ class CALMGenerationMixin:
         sampling: PatchSampling,
         generator: torch.Generator | None = None,
         forbidden_KV: Tensor | None = None,
+        plan: BlockPlan | None = None,
     ) -> Tensor:
         """Chooses the next patch of each row given its last hidden state.
 
@@ -331,6 +333,7 @@ class CALMGenerationMixin:
             sampling: the law.
             generator: randomness; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
+            plan: of the sizes of blocks, handed from step to step.
 
         Returns:
             `(R, K)`: token ids.
@@ -356,7 +359,7 @@ class CALMGenerationMixin:
             bound = EXACT_DRAWS_PER_CANDIDATE if sampling.sampling_method == "exact" else 1
             max_draws = bound * sampling.num_candidates
             chosen, *_ = exact_temperature_sample(
-                draw, num_rows, sampling.temperature, max_draws, generator=generator, device=device
+                draw, num_rows, sampling.temperature, max_draws, generator=generator, device=device, plan=plan
             )
         return candidates.patches(chosen)
 

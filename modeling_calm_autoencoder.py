@@ -98,24 +98,28 @@ class AutoencoderDecoder(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def hidden_states(self, latents: Tensor) -> Tensor:
-        """Latent vectors (..., Z) → the last hidden state of each token, (..., K, d), before the output matrix."""
+    def expand(self, latents: Tensor) -> Tensor:
+        """Latent vectors (..., Z) → a state for each token, (..., K, d): the layers that work on whole patches."""
         hidden = self.latent_to_hidden(latents)
         for layer in self.layers[: self.num_patch_layers]:
             hidden = layer(hidden)
-        hidden = self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
+        return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
+
+    def finish(self, states: Tensor) -> Tensor:
+        """Each token's state from `expand` (..., d) → its last hidden state, before the output matrix."""
         for layer in self.layers[self.num_patch_layers :]:
-            hidden = layer(hidden)
-        return self.norm(hidden)
+            states = layer(states)
+        return self.norm(states)
 
     def most_probable_tokens(
         self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None
     ) -> Tensor:
-        """argmax over the vocabulary for hidden states of single tokens, (M,), without ever holding all their logits.
+        """The most probable tokens, (M,), of single states from `expand`, without ever holding all their logits.
 
         Works through tiles of the vocabulary with a running maximum. Of equal logits the lowest id wins, as in
         argmax.
         """
+        states_Md = self.finish(states_Md)
         kind = "cpu" if states_Md.device.type == "cpu" else "other"
         chunks = zip(states_Md.split(STATES_AT_ONCE[kind]), positions_M.split(STATES_AT_ONCE[kind]), strict=True)
         return torch.cat([self._argmax(*chunk, forbidden_KV, VOCABULARY_TILE[kind]) for chunk in chunks])
@@ -138,7 +142,7 @@ class AutoencoderDecoder(nn.Module):
         return ids_M
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.lm_head(self.hidden_states(latents))
+        return self.lm_head(self.finish(self.expand(latents)))
 
 
 class CALMAutoencoder(PreTrainedModel):
@@ -233,12 +237,12 @@ class CALMAutoencoder(PreTrainedModel):
 
     @torch.no_grad()
     def decode_states(self, latents: Tensor) -> Tensor:
-        """Latent vectors (..., Z) → the hidden state of each token (..., K, d), from which `read_tokens` reads it."""
-        return self(latents, part="hidden_states")
+        """Latent vectors (..., Z) → a state for each token (..., K, d), from which `read_tokens` goes on."""
+        return self(latents, part="expand")
 
     @torch.no_grad()
     def read_tokens(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
-        """The most probable tokens, as in `decode_tokens`, of single hidden states: (M, d) → ids (M,).
+        """The most probable tokens, as in `decode_tokens`, of single states from `decode_states`: (M, d) → ids (M,).
 
         Args:
             positions_M: at which of the K positions each stands.

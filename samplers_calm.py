@@ -14,6 +14,7 @@ Rows are independent, everything stays on the device of its input, and all rando
 
 import math
 import numbers
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,9 @@ import torch
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6
 FIRST_BLOCK = 4  # draws of the exact sampler's first block; the pool then doubles until a row is done
+BLOCK_COST = 30  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
+FIRST_GUESS = 64  # draws that a row is thought to need before any is known
+STEPS_REMEMBERED = 32
 
 
 def check_temperature(temperature: float) -> None:
@@ -131,12 +135,14 @@ def exact_temperature_sample(
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
     first_block: int = FIRST_BLOCK,
+    plan: "BlockPlan | None" = None,
 ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.LongTensor]:
     """Sample P^(1/T)/Z exactly from draws of P (paper, Algorithm 1), with at most `max_draws` draws a row.
 
     `draw(rows_R, n)` returns n fresh independent patches for each of the given rows, shape (R, n, K). Each block of
     draws doubles the pool; a row whose pool holds an accepted attempt stops, and only the others draw on. A row that
-    reaches `max_draws` without one chooses from its pool, see `choose_from_full_pool`.
+    reaches `max_draws` without one chooses from its pool, see `choose_from_full_pool`. `first_block` is the least size
+    of the first block; a `plan` that is handed from step to step makes it larger where steps before needed more.
 
     Returns the patches (B, K), whether each is an exact sample (B,) bool, and the draws made (B,). The total-variation
     distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes it a substitute for
@@ -147,6 +153,8 @@ def exact_temperature_sample(
     check_num_candidates(max_draws, temperature)
     exponent = inverse_temperature(temperature)
     block = 1 if exponent == 1 else min(max(first_block, math.ceil(exponent)), max_draws)
+    if plan is not None and exponent > 1:
+        block = plan.first_block(block, batch_size, max_draws)
     rows_R = torch.arange(batch_size, device=device)
     pool_RNK = draw(rows_R, block)
     coin_RN = torch.rand(pool_RNK.shape[:2], generator=generator, device=pool_RNK.device)
@@ -159,6 +167,8 @@ def exact_temperature_sample(
         chosen_BK[rows_R] = _take_patch(pool_RNK, start_R)
         exact_B[rows_R] = accepted_R
         num_draws_B[rows_R] = num_drawn = pool_RNK.shape[1]
+        if plan is not None:
+            plan.note((start_R + math.ceil(exponent))[accepted_R])
 
         rows_R, pool_RNK, coin_RN = rows_R[~accepted_R], pool_RNK[~accepted_R], coin_RN[~accepted_R]
         if len(rows_R) == 0 or num_drawn == max_draws:
@@ -168,8 +178,39 @@ def exact_temperature_sample(
         pool_RNK, coin_RN = torch.cat((pool_RNK, new_RNK), dim=1), torch.cat((coin_RN, new_coin_RN), dim=1)
 
     if len(rows_R) > 0:
+        if plan is not None:
+            plan.note(num_draws_B[rows_R])
         chosen_BK[rows_R] = choose_from_full_pool(pool_RNK, coin_RN, temperature, generator)
     return chosen_BK, exact_B, num_draws_B
+
+
+class BlockPlan:
+    """How large the first block of `exact_temperature_sample` should be, judged by what the steps before needed.
+
+    Small blocks waste no draws, large ones read the weights less often. What is drawn has the same law either way.
+    """
+
+    def __init__(self):
+        self.needed = deque(maxlen=STEPS_REMEMBERED)
+
+    def note(self, num_draws: torch.LongTensor) -> None:
+        """Remembers after how many draws rows had their patch."""
+        self.needed.extend(num_draws.tolist())
+
+    def first_block(self, least: int, num_rows: int, max_draws: int) -> int:
+        """The size, of `least` times powers of 2 and `max_draws`, that would have cost least in the steps before."""
+
+        def cost(size: int) -> float:
+            total = 0.0
+            for needed in self.needed or [FIRST_GUESS]:
+                pool, blocks = size, 1
+                while pool < min(needed, max_draws):
+                    pool, blocks = min(2 * pool, max_draws), blocks + 1
+                total += pool + blocks * BLOCK_COST / num_rows
+            return total
+
+        sizes = [least << i for i in range(max_draws.bit_length()) if least << i < max_draws]
+        return min([*sizes, max_draws], key=cost)
 
 
 def choose_from_full_pool(

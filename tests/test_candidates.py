@@ -53,7 +53,7 @@ def test_tokens_are_the_argmax_whatever_the_tiles(monkeypatch, autoencoder, num_
     monkeypatch.setitem(modeling_calm_autoencoder.STATES_AT_ONCE, "cpu", 20)
     states = torch.randn(num_states, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(num_states) % K
-    logits = states @ autoencoder.decoder.lm_head.weight.T
+    logits = autoencoder.decoder.finish(states) @ autoencoder.decoder.lm_head.weight.T
     assert torch.equal(autoencoder.read_tokens(states, positions), logits.argmax(-1))
     forbidden_KV = F.one_hot(torch.tensor([0, 1, 2, 3]), VOCAB_SIZE).bool()
     forbidden_KV[:, 5:] = True
@@ -67,6 +67,7 @@ def test_of_equal_logits_the_lowest_id_wins(monkeypatch):
     with torch.no_grad():
         model.autoencoder.decoder.lm_head.weight.zero_()
         model.autoencoder.decoder.lm_head.weight[[25, 28, 40, 90]] = 1.0
+    model.autoencoder.decoder.layers[1].mlp.down_proj.weight.data.zero_()
     ids = model.autoencoder.read_tokens(torch.tensor([[1.0] * 32, [-1.0] * 32]), torch.tensor([0, 1]))
     assert ids.tolist() == [25, 0]
 
