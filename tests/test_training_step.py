@@ -1,0 +1,159 @@
+"""The training-step benchmark: time lands on its part, the head reads the context once, the energy loss is fast."""
+
+import json
+import time
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from calm.benchmarks import meters, training_step
+from calm.benchmarks.meters import Machine, wrapped
+from calm.benchmarks.training_step import LOSS_FORMS, PARTS, TrainingStep, compare_losses, parse_options
+from calm.training.cost import flops, head_in_training
+
+CPU = torch.device("cpu")
+LLAMA = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=8
+)
+ARGUMENTS = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--block_size", "16", "--repetitions", "2"]
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """Tiny models by the names of their heads, and "llama"; a machine that is measured in no time."""
+    monkeypatch.setattr(training_step, "shape_config", lambda name: LLAMA if name == "llama" else tiny_config(name))
+    monkeypatch.setattr(training_step, "LOSS_SIZES", {"P": 16, "N": 4, "S": 10, "Z": 8})
+    monkeypatch.setitem(meters.BANDWIDTH_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_whole_command(shapes, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    training_step.main(["--shape", "energy", "flow", "llama", *ARGUMENTS, "--energy_loss", "--json", str(path)])
+    report = json.loads(path.read_text())
+    assert [row["shape"] for row in report["steps"]] == ["energy", "flow", "llama"]
+    for row in report["steps"]:
+        parts = {part: row[f"{part}_ms"] for part in PARTS}
+        assert (parts.pop("autoencoder") > 0) == (row["shape"] != "llama")
+        assert all(value > 0 for value in parts.values())
+        assert row["tokens_per_second"] == pytest.approx(1000 * 32 / row["step_ms"])
+        assert row["mfu"] == pytest.approx(1000 * row["flops"] / row["step_ms"] / report["flop_rate"])
+    assert set(report["energy_loss"]) == {"1", "1.5"}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| energy", "| flow", "| llama"]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+
+
+def test_bfloat16_and_compiled_parts(shapes, monkeypatch, tmp_path):
+    """The eager backend skips the code generation, which takes minutes; loading the compiler takes seconds."""
+    monkeypatch.setattr(training_step, "COMPILE_BACKEND", "eager")
+    path = tmp_path / "figures.json"
+    training_step.main(["--shape", "energy", *ARGUMENTS, "--dtype", "bfloat16", "--compile", "--json", str(path)])
+    (row,) = json.loads(path.read_text())["steps"]
+    assert row["compile"] and row["step_ms"] > 0
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--block_size", "18"], "--block_size 18: energy needs"),
+        (["--block_size", "4"], "--block_size 4: energy needs"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--json", "nowhere/figures.json"], "its folder does not exist"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(shapes, monkeypatch, options, complaint):
+    monkeypatch.setattr(Machine, "measure", None)  # the first work
+    with pytest.raises(SystemExit) as error:
+        training_step.main(["--shape", "energy", *ARGUMENTS, *options])
+    assert complaint in str(error.value)
+
+
+class Slow(torch.autograd.Function):
+    """The identity, but the gradient takes a while."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.1)
+        return grad
+
+
+@pytest.mark.parametrize("shape", ["energy", "diffusion", "llama"])
+def test_time_lands_on_the_part_that_took_it(shapes, shape):
+    step = TrainingStep(shape, parse_options(ARGUMENTS))
+    step()
+
+    def slow_forward(method):
+        def call(*args, **kwargs):
+            time.sleep(0.1)
+            return method(*args, **kwargs)
+
+        return call
+
+    for part, (owner, name) in step.methods().items():
+        with wrapped(owner, name, slow_forward):
+            step()
+        seconds = {part: values[-1] for part, values in step.seconds.items()}
+        assert max(seconds, key=seconds.get) == (part if part == "autoencoder" else f"{part}_forward")
+
+    # A slow gradient of the head's input is the head's, of the backbone's embeddings the backbone's.
+    embeddings = step.model.get_input_embeddings()
+    head, name = step.methods()["head"]
+    for part, (owner, method) in {"backbone": (embeddings, "forward"), "head": (head, name)}.items():
+
+        def slow_gradient(method, on_input=part == "head"):
+            if on_input:  # the context comes first in `_sample`, last in the nets, alone in an output matrix
+                place = 0 if name == "_sample" or shape == "llama" else 2
+                return lambda *args: method(*(Slow.apply(a) if i == place else a for i, a in enumerate(args)))
+            return lambda *args: Slow.apply(method(*args))
+
+        with wrapped(owner, method, slow_gradient):
+            step()
+        seconds = {part: values[-1] for part, values in step.seconds.items()}
+        assert max(seconds, key=seconds.get) == f"{part}_backward"
+
+
+def test_the_context_passes_each_block_of_the_head_once():
+    """FLOPs of the head in training, against every linear layer for every sample."""
+    model = tiny_model(num_samples=8)
+    context = torch.randn(5, 48)
+    with FlopCounterMode(display=False) as counter:
+        model.head.sample(context, num_samples=8)
+    assert counter.get_total_flops() == 5 * head_in_training(model, flops)
+    blocks = len(model.head.blocks)
+    with_samples = flops(model.head.blocks[0].context_proj) * blocks * (8 - 1) * 5
+    everything = 8 * 5 * sum(flops(m) for m in model.head.modules() if isinstance(m, torch.nn.Linear))
+    once = flops(model.head.context_embed) * (8 - 1) * 5
+    assert counter.get_total_flops() == everything - with_samples - once
+
+
+def test_the_forms_of_the_energy_loss_agree():
+    generator = torch.Generator().manual_seed(0)
+    samples, targets = torch.randn(4, 6, 8, generator=generator), torch.randn(9, 6, 8, generator=generator)
+    samples[1] = samples[0]  # coinciding
+    for beta in (1.0, 1.5):
+        results = [score(samples, targets, beta) for score in LOSS_FORMS.values()]
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-4)
+
+
+def test_the_energy_loss_is_three_times_faster_than_its_definition(one_thread):
+    """Medians in turns, on an eighth of the patches; there it is about 20 times, so that a busy machine passes too."""
+    figures = compare_losses({"P": 128, "N": 8, "S": 100, "Z": 128}, beta=1.0, repetitions=3, device=CPU)
+    assert figures["energy_score"]["speed_ratio"] > 3
