@@ -186,7 +186,7 @@ LOSS_FORMS = {"energy_score": energy_score, "broadcast": broadcast_energy_score,
 
 
 def compare_losses(sizes: dict[str, int], beta: float, repetitions: int, device: torch.device) -> dict[str, dict]:
-    """Form → ms of value and gradient (median), extra bytes (largest), and both as shares of the broadcast form's.
+    """Form → ms of value and gradient (median), extra bytes, and both against the broadcast form's.
 
     Some samples coincide with each other and with targets. The forms take turns; a first round is not counted.
     """
@@ -195,29 +195,34 @@ def compare_losses(sizes: dict[str, int], beta: float, repetitions: int, device:
     samples, targets = torch.randn(N, P, Z, generator=generator), torch.randn(S, P, Z, generator=generator)
     samples[1, : P // 8], samples[0, -(P // 8) :] = samples[0, : P // 8], targets[0, -(P // 8) :]
     samples, targets = samples.to(device).requires_grad_(True), targets.to(device)
-    seconds, extra = {name: [] for name in LOSS_FORMS}, {name: [] for name in LOSS_FORMS}
-    clock = Meter.clock(device)
-    for _ in range(1 + repetitions):
+    clock, seconds, extra = Meter.clock(device), {name: [] for name in LOSS_FORMS}, {}
+
+    def value_and_gradient(score: Callable) -> None:
+        samples.grad = None
+        score(samples, targets, beta).mean().backward()
+
+    for name, score in LOSS_FORMS.items():  # apart from the timed rounds: measuring memory gives freed pages back
+        with PeakMemory(device) as memory:
+            value_and_gradient(score)
+        extra[name] = memory.extra
+    for repetition in range(1 + repetitions):
         for name, score in LOSS_FORMS.items():
-            samples.grad = None
-            with PeakMemory(device) as memory:
-                synchronise(device)
-                start = clock.read()
-                score(samples, targets, beta).mean().backward()
-                end = clock.read()
-                synchronise(device)
-            seconds[name].append(clock.difference(start, end))
-            extra[name].append(memory.extra)
-    figures = {}
-    for name in LOSS_FORMS:
-        row = {"ms": 1000 * median(seconds[name][1:]), "extra_bytes": None}
-        row["speed_ratio"] = median(seconds["broadcast"][1:]) / median(seconds[name][1:])
-        row["memory_ratio"] = None
-        if None not in extra[name]:
-            row["extra_bytes"] = max(extra[name])
-            row["memory_ratio"] = max(extra[name]) / max(max(extra["broadcast"]), 1)
-        figures[name] = row
-    return figures
+            synchronise(device)
+            start = clock.read()
+            value_and_gradient(score)
+            end = clock.read()
+            synchronise(device)
+            if repetition:
+                seconds[name].append(clock.difference(start, end))
+    return {
+        name: {
+            "ms": 1000 * median(seconds[name]),
+            "speed_ratio": median(seconds["broadcast"]) / median(seconds[name]),
+            "extra_bytes": extra[name],
+            "memory_ratio": extra[name] / extra["broadcast"] if extra["broadcast"] else None,
+        }
+        for name in LOSS_FORMS
+    }
 
 
 # the command
@@ -244,12 +249,9 @@ def table_row(row: dict) -> str:
 def print_losses(beta: float, losses: dict[str, dict]) -> None:
     print(f"\nenergy loss, β = {beta:g}\n\n| form | ms | × faster | extra MiB | ÷ broadcast's |\n|{' --- |' * 5}")
     for name, row in losses.items():
-        extra, share = (
-            ("–", "–")
-            if row["extra_bytes"] is None
-            else (f"{row['extra_bytes'] / 2**20:.1f}", f"{row['memory_ratio']:.3f}")
-        )
-        print(f"| {name} | {row['ms']:.1f} | {row['speed_ratio']:.2f} | {extra} | {share} |")
+        known = row["memory_ratio"] is not None
+        extra = f"{row['extra_bytes'] / 2**20:.1f} | {row['memory_ratio']:.3f}" if known else "– | –"
+        print(f"| {name} | {row['ms']:.1f} | {row['speed_ratio']:.2f} | {extra} |")
 
 
 def measure(options: argparse.Namespace) -> dict:
