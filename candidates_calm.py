@@ -49,24 +49,37 @@ class LazyCandidates(DecodedCandidates):
     """Decodes only the tokens that decide which candidates of a row are the same patch. Same results, less work.
 
     A candidate goes by the number of its row's first candidate with the same patch.
+
+    Args:
+        radius (*optional*): latent vectors further apart than this are taken for different patches undecoded, see
+            `CALMConfig.repetition_radius`. `None` takes nothing for granted.
     """
 
-    def __init__(self, autoencoder: CALMAutoencoder, num_rows: int, forbidden_KV: Tensor | None = None):
+    def __init__(
+        self,
+        autoencoder: CALMAutoencoder,
+        num_rows: int,
+        forbidden_KV: Tensor | None = None,
+        radius: float | None = None,
+    ):
         super().__init__(autoencoder, num_rows, forbidden_KV)
-        self.states_RMKd = self.tokens_RMK = None  # of each token: half decoded; its id, −1 while unknown
+        self.radius = radius
+        # Of each candidate its latent vector; of each token its half-decoded state, and its id, −1 while unknown.
+        self.latents_RMZ = self.states_RMKd = self.tokens_RMK = None
 
     def add(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
-        num_new = len(latents_NAZ)
-        states_ANKd = self.autoencoder.decode_states(latents_NAZ).transpose(0, 1)
-        states_RNKd = states_ANKd.new_zeros(self.num_rows, *states_ANKd.shape[1:])
-        states_RNKd[rows_A.to(states_RNKd.device)] = states_ANKd
-        tokens_RNK = torch.full(states_RNKd.shape[:3], -1, device=rows_A.device)
-        if self.num_drawn:
-            states_RNKd = torch.cat([self.states_RMKd, states_RNKd], dim=1)
-            tokens_RNK = torch.cat([self.tokens_RMK, tokens_RNK], dim=1)
-        self.states_RMKd, self.tokens_RMK = states_RNKd, tokens_RNK
+        num_new, states_NAKd = len(latents_NAZ), self.autoencoder.decode_states(latents_NAZ)
+        tokens_NAK = torch.full(states_NAKd.shape[:3], -1, device=rows_A.device)
+        self.latents_RMZ = self._append(self.latents_RMZ, rows_A, latents_NAZ)
+        self.states_RMKd = self._append(self.states_RMKd, rows_A, states_NAKd)
+        self.tokens_RMK = self._append(self.tokens_RMK, rows_A, tokens_NAK)
         self.num_drawn += num_new
         return self._tell_apart(rows_A)[:, -num_new:, None]
+
+    def _append(self, old_RM: Tensor | None, rows_A: Tensor, new_NA: Tensor) -> Tensor:
+        new_RN = new_NA.new_zeros(self.num_rows, len(new_NA), *new_NA.shape[2:])
+        new_RN[rows_A.to(new_NA.device)] = new_NA.transpose(0, 1)
+        return new_RN if old_RM is None else torch.cat([old_RM, new_RN], dim=1)
 
     def patches(self, chosen: Tensor) -> Tensor:
         rows_R = torch.arange(self.num_rows, device=chosen.device)
@@ -75,20 +88,27 @@ class LazyCandidates(DecodedCandidates):
 
     def _tell_apart(self, rows_A: Tensor) -> Tensor:
         """For each candidate of these rows, the first one of its row with the same patch, (A, M)."""
-        num_candidates, patch_size = self.tokens_RMK.shape[1:]
-        first_AM = torch.zeros(len(rows_A), num_candidates, dtype=torch.long, device=rows_A.device)
-        shared_AM = torch.full_like(first_AM, num_candidates > 1, dtype=torch.bool)
-        positions = list(range(patch_size))
+        number_M = torch.arange(self.num_drawn, device=rows_A.device)
+        equal_AMM = self.may_be_equal(rows_A) & (number_M[:, None] != number_M)
+        positions = list(range(self.tokens_RMK.shape[-1]))
         while positions:
-            row_S, draw_S = shared_AM.nonzero().unbind(-1)
+            row_S, draw_S = equal_AMM.any(-1).nonzero().unbind(-1)
             # The last token is the one that most often tells patches apart: the context says least about it.
             at_once = positions if len(row_S) * len(positions) <= FEW_TOKENS else positions[-1:]
             positions = positions[: -len(at_once)]
             self._decode(rows_A[row_S], draw_S, at_once)
-            tokens_AMK = self.tokens_RMK[rows_A][..., at_once].masked_fill(~shared_AM[..., None], 0)
-            first_AM, counts_AM = group_patches(torch.cat([first_AM[..., None], tokens_AMK], dim=-1))
-            shared_AM = counts_AM > 1
-        return first_AM
+            for token_AM in self.tokens_RMK[rows_A][..., at_once].unbind(-1):
+                equal_AMM &= token_AM[:, :, None] == token_AM[:, None]
+        # By their tokens, not by the pairs: of three equal ones two may be close to the third alone.
+        is_known_AM1 = equal_AMM.any(-1, keepdim=True)
+        alone_AM1 = torch.where(is_known_AM1, 0, 1 + number_M[:, None])
+        tokens_AMK = self.tokens_RMK[rows_A].masked_fill(~is_known_AM1, 0)
+        return group_patches(torch.cat([alone_AM1, tokens_AMK], dim=-1))[0]
+
+    def may_be_equal(self, rows_A: Tensor) -> Tensor:
+        """Which pairs of candidates could be the same patch as far as can be said without decoding, (A, M, M)."""
+        latents_AMZ = self.latents_RMZ[rows_A.to(self.latents_RMZ.device)]
+        return pairs_within(latents_AMZ, self.radius).to(rows_A.device)
 
     def _decode(self, rows_S: Tensor, draws_S: Tensor, positions: list[int]) -> None:
         """Makes the tokens of these candidates at these positions known."""
@@ -101,3 +121,11 @@ class LazyCandidates(DecodedCandidates):
         """The ids of so many tokens, each given by its row, the number of its candidate and its position."""
         states = self.states_RMKd[tuple(index.to(self.states_RMKd.device) for index in (rows, draws, positions))]
         return self.autoencoder.read_tokens(states, positions, self.forbidden_KV).to(rows.device)
+
+
+def pairs_within(latents_AMZ: Tensor, radius: float | None) -> Tensor:
+    """Which pairs of a row's latent vectors are no further apart than the radius, (A, M, M); all when it is None."""
+    if radius is None:
+        num_rows, num_candidates = latents_AMZ.shape[:2]
+        return torch.ones(num_rows, num_candidates, num_candidates, dtype=torch.bool, device=latents_AMZ.device)
+    return torch.cdist(latents_AMZ.float(), latents_AMZ.float()) <= radius

@@ -126,6 +126,9 @@ class CALMConfig(LlamaConfig):
         prompt_alignment: "left" fills the first patch of a prompt on its left; "right" is the published padding
             inside the last patch, for comparison.
         prompt_filler_token_id: the token of that filling; `None` is the pad token.
+        repetition_radius: generation takes latent vectors further apart than this for different patches without
+            decoding them. A property of the trained weights, which `python -m calm.benchmarks.repetitions` measures;
+            `None` decodes whatever is needed to be certain.
 
     Raises:
         ValueError: a value the architecture has no meaning for, or an autoencoder of another K, Z or vocabulary.
@@ -154,6 +157,7 @@ class CALMConfig(LlamaConfig):
         autoencoder_config=None,
         prompt_alignment="left",
         prompt_filler_token_id=None,
+        repetition_radius=None,
         **kwargs,
     ):
         self.patch_size = patch_size
@@ -169,6 +173,7 @@ class CALMConfig(LlamaConfig):
         self.sampling_steps = sampling_steps
         self.prompt_alignment = prompt_alignment
         self.prompt_filler_token_id = prompt_filler_token_id
+        self.repetition_radius = repetition_radius
         if autoencoder_config is None:
             autoencoder_config = {"patch_size": patch_size, "latent_size": latent_size}
             if "vocab_size" in kwargs:
@@ -184,9 +189,7 @@ class CALMConfig(LlamaConfig):
         """Raises `ValueError` for the first field that makes no sense."""
         for name in ("patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_posterior_samples"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
-        _require(
-            self.num_context_layers >= 0, f"num_context_layers={self.num_context_layers}: must not be negative."
-        )
+        _require(self.num_context_layers >= 0, f"num_context_layers={self.num_context_layers}: must not be negative.")
         _require(self.head_type in HEAD_TYPES, f"head_type={self.head_type!r}: must be one of {HEAD_TYPES}.")
         if self.head_type == "energy":
             _require(
@@ -215,6 +218,11 @@ class CALMConfig(LlamaConfig):
         _require(
             filler is None or 0 <= filler < self.vocab_size,
             f"prompt_filler_token_id={filler}: must lie in the vocabulary of {self.vocab_size}.",
+        )
+
+        _require(
+            self.repetition_radius is None or self.repetition_radius > 0,
+            f"repetition_radius={self.repetition_radius}: must be a positive distance, or None.",
         )
 
     def to_dict(self):

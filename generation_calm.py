@@ -68,7 +68,7 @@ class PatchSampling:
             the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
             patches repeat.
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
-            are the same. `None` is True on a CPU.
+            are the same (see candidates_calm.py, and `CALMConfig.repetition_radius`). `None` is True on a CPU.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
@@ -368,7 +368,9 @@ class CALMGenerationMixin:
         lazy = sampling.lazy_decoding
         if lazy is None:
             lazy = self.autoencoder.device.type == "cpu"
-        return (LazyCandidates if lazy else DecodedCandidates)(self.autoencoder, num_rows, forbidden_KV)
+        if not lazy:
+            return DecodedCandidates(self.autoencoder, num_rows, forbidden_KV)
+        return LazyCandidates(self.autoencoder, num_rows, forbidden_KV, self.config.repetition_radius)
 
     def _pack_for_generation(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> dict:
         mask = model_kwargs.get("attention_mask")

@@ -136,7 +136,7 @@ class Benchmark:
         else:
             demo = self._model("demo", with_weights=True)
             candidates = record_candidates(demo, temperature, most_draws(N, self.options.sampling_method))
-            replay = Replay(candidates)
+            replay, candidates = Replay(candidates), candidates.patches_CMK
         return replay, distinct_share(candidates[:, :N]) if temperature < 1 else None
 
     def _calm(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Subject:

@@ -4,15 +4,17 @@
 - *real*: the patch distributions that a trained model meets while it writes. A trained model has its own. On a random
   model of a published shape those of the demo are imposed: it does all the work on its own candidates, and wherever a
   token becomes known, it is that of one that the demo drew. So which candidates are the same patch, and which tokens
-  must be decoded to know it, is as it was there: real draws in the order they came. The latents stay the random
-  model's: a shortcut that compares latents or margins sees the worst case.
+  must be decoded to know it, is as it was there: real draws in the order they came. So is which candidates
+  the demo's `repetition_radius` tells apart, if it has one.
 
-Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of each.
+Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of
+each, Z latent size.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCaus
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.benchmarks.meters import wrapped
+from calm.candidates_calm import DecodedCandidates, LazyCandidates, pairs_within
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm
 from calm.generation_calm import EXACT_DRAWS_PER_CANDIDATE
@@ -159,14 +162,30 @@ def most_draws(num_candidates: int, sampling_method: str) -> int:
     return num_candidates * (EXACT_DRAWS_PER_CANDIDATE if sampling_method == "exact" else 1)
 
 
-def record_candidates(model, temperature: float, num_draws: int) -> Tensor:
-    """Candidates (C, M, K) that a trained CALM draws while it writes texts at this temperature, in their order."""
-    recorded = []
+@dataclass
+class Recording:
+    """Candidates that a trained CALM drew while it wrote, in their order.
+
+    Args:
+        patches_CMK: their tokens.
+        latents_CMZ: their latent vectors.
+        radius: the model's `repetition_radius`.
+    """
+
+    patches_CMK: Tensor
+    latents_CMZ: Tensor
+    radius: float | None = None
+
+
+def record_candidates(model, temperature: float, num_draws: int, steps: int | None = None) -> Recording:
+    """The candidates of `RECORDED_ROWS` texts of so many steps (default: `RECORDED_STEPS`) at this temperature."""
+    patches, latents = [], []
 
     def keep(decode_tokens):
-        def call(*args):
-            patches_MBK = decode_tokens(*args)
-            recorded.append(patches_MBK.transpose(0, 1))
+        def call(latents_MBZ, *args):
+            patches_MBK = decode_tokens(latents_MBZ, *args)
+            patches.append(patches_MBK.transpose(0, 1))
+            latents.append(latents_MBZ.transpose(0, 1))
             return patches_MBK
 
         return call
@@ -174,32 +193,34 @@ def record_candidates(model, temperature: float, num_draws: int) -> Tensor:
     start = torch.full((RECORDED_ROWS, 1), model.config.bos_token_id, device=model.device)
     torch.manual_seed(0)
     with wrapped(model.autoencoder, "decode_tokens", keep):
-        length = RECORDED_STEPS * model.config.patch_size
+        length = (steps or RECORDED_STEPS) * model.config.patch_size
         settings = {"num_candidates": num_draws, "sampling_method": "batch", "lazy_decoding": False}
         write(model, start, length, temperature=temperature, **settings)
-    return torch.cat(recorded)
+    return Recording(torch.cat(patches), torch.cat(latents), model.config.repetition_radius)
 
 
 class Replay:
     """Imposes recorded candidates on another model while `on` is active.
 
     At each step each row is given a recorded context; each token of its j-th draw of the step then comes out as that
-    of the j-th recorded draw. The head and the decoder do all the work of their own draws first.
+    of the j-th recorded draw, and two draws are as close as those were. The head and the decoder do all the work of
+    their own draws first.
 
     Args:
-        recorded_CMK: from `record_candidates`.
+        recording: from `record_candidates`.
         seed: chooses the contexts.
     """
 
-    def __init__(self, recorded_CMK: Tensor, seed: int = 0):
-        self.recorded_CMK = recorded_CMK
-        self.generator = torch.Generator(recorded_CMK.device).manual_seed(seed)
+    def __init__(self, recording: Recording, seed: int = 0):
+        self.recording = recording
+        self.generator = torch.Generator(recording.patches_CMK.device).manual_seed(seed)
 
     @contextmanager
     def on(self, model: CALMForCausalLM):
-        if not is_calm(model) or model.config.patch_size != self.recorded_CMK.shape[-1]:
+        patch_size = self.recording.patches_CMK.shape[-1]
+        if not is_calm(model) or model.config.patch_size != patch_size:
             raise BenchmarkError(
-                f"the recorded patches have {self.recorded_CMK.shape[-1]} tokens, the model's "
+                f"the recorded patches have {patch_size} tokens, the model's "
                 f"{getattr(model.config, 'patch_size', 1)}: record a model of the same patch size (--demo)."
             )
         with wrapped(model, "new_candidates", self._impose):
@@ -207,23 +228,49 @@ class Replay:
 
     def _impose(self, new_candidates):
         def call(num_rows, *args):
-            num_contexts, device = len(self.recorded_CMK), self.recorded_CMK.device
-            contexts_R = torch.randint(num_contexts, (num_rows,), generator=self.generator, device=device)
-            candidates, recorded_RMK = new_candidates(num_rows, *args), self.recorded_CMK[contexts_R]
-            add, read = candidates.add, getattr(candidates, "read", None)
-
-            def impose_patches(rows_A, latents_NAZ):
-                start, end = candidates.num_drawn, candidates.num_drawn + len(latents_NAZ)
-                if end > recorded_RMK.shape[1]:
-                    raise BenchmarkError(f"{end} draws of a row, of {recorded_RMK.shape[1]} recorded.")
-                ids = add(rows_A, latents_NAZ)
-                return ids if read else recorded_RMK[rows_A, start:end]
-
-            def impose_tokens(rows, draws, positions):
-                read(rows, draws, positions)
-                return recorded_RMK[rows, draws, positions]
-
-            candidates.add, candidates.read = impose_patches, impose_tokens
-            return candidates
+            patches_CMK = self.recording.patches_CMK
+            contexts_R = torch.randint(
+                len(patches_CMK), (num_rows,), generator=self.generator, device=patches_CMK.device
+            )
+            candidates = new_candidates(num_rows, *args)
+            kind = LazyReplay if isinstance(candidates, LazyCandidates) else DecodedReplay
+            return kind(candidates, patches_CMK[contexts_R], self.recording.latents_CMZ[contexts_R], self.recording)
 
         return call
+
+
+class DecodedReplay:
+    """Candidates that are decoded in full, and then replaced by those of a recording (patches_RMK, latents_RMZ)."""
+
+    def __init__(self, candidates: DecodedCandidates, patches_RMK: Tensor, latents_RMZ: Tensor, recording: Recording):
+        self.candidates, self.patches_RMK, self.latents_RMZ = candidates, patches_RMK, latents_RMZ
+        self.radius = recording.radius
+        self.add_own, self.patches = candidates.add, candidates.patches
+
+    def add(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
+        start, end = self.candidates.num_drawn, self.candidates.num_drawn + len(latents_NAZ)
+        if end > self.patches_RMK.shape[1]:
+            raise BenchmarkError(f"{end} draws of a row, of {self.patches_RMK.shape[1]} recorded.")
+        return self.replaced(self.add_own(rows_A, latents_NAZ), self.patches_RMK[rows_A, start:end])
+
+    def replaced(self, own_ids: Tensor, recorded_ids: Tensor) -> Tensor:
+        return recorded_ids
+
+
+class LazyReplay(DecodedReplay):
+    """The same for lazy decoding: each token that is read, and each pair's being close, is that of the recording."""
+
+    def __init__(self, candidates: LazyCandidates, *recorded):
+        super().__init__(candidates, *recorded)
+        self.read_own = candidates.read
+        candidates.read, candidates.may_be_equal = self.read, self.may_be_equal
+
+    def replaced(self, own_ids: Tensor, recorded_ids: Tensor) -> Tensor:
+        return own_ids
+
+    def read(self, rows: Tensor, draws: Tensor, positions: Tensor) -> Tensor:
+        self.read_own(rows, draws, positions)
+        return self.patches_RMK[rows, draws, positions]
+
+    def may_be_equal(self, rows_A: Tensor) -> Tensor:
+        return pairs_within(self.latents_RMZ[rows_A, : self.candidates.num_drawn], self.radius)

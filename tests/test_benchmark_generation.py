@@ -10,10 +10,11 @@ from tiny import BOS, VOCAB_SIZE, tiny_config, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm import candidates_calm
 from calm.benchmarks import generation, meters, runs, workloads
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, weight_bytes, wrapped
 from calm.benchmarks.runs import Subject, compare, count_flops, floor_ms, timed_run
-from calm.benchmarks.workloads import BenchmarkError, Replay, random_model, record_candidates
+from calm.benchmarks.workloads import BenchmarkError, Recording, Replay, random_model, record_candidates
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 from calm.training import recipe
@@ -106,7 +107,7 @@ def test_lazy_decoding_can_be_switched_off(demo):
 
 
 def test_adaptive_draws_all_in_the_worst_case_and_fewer_in_the_real_one(demo):
-    options = ("--sampling_method", "adaptive", "--temperature", "0.5", "1", "--batch_size", "1")
+    options = ("--sampling_method", "adaptive", "--temperature", "0.5", "1", "--batch_size", "8")
     draws = {
         (row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, "--shape", "calm-tiny", *options)
     }
@@ -211,7 +212,9 @@ def test_a_recording_holds_the_candidates_that_the_texts_were_chosen_from(monkey
     model = workloads._never_stopping(repetitive_model())
     texts = []
     monkeypatch.setattr(workloads, "write", lambda *a, write=workloads.write, **kw: texts.append(write(*a, **kw)))
-    recorded_CMK = record_candidates(model, temperature=0.5, num_draws=10)
+    recording = record_candidates(model, temperature=0.5, num_draws=10)
+    recorded_CMK = recording.patches_CMK
+    assert torch.equal(model.autoencoder.decode_tokens(recording.latents_CMZ), recorded_CMK)
     assert recorded_CMK.shape == (2 * 3, 10, K)
     assert (texts[0][:, 0] == BOS).all()
     written_CK = texts[0][:, 1:].unflatten(1, (2, K)).transpose(0, 1).flatten(0, 1)
@@ -220,12 +223,13 @@ def test_a_recording_holds_the_candidates_that_the_texts_were_chosen_from(monkey
     assert workloads.distinct_share(recorded_CMK) < 0.9
 
 
-def labelled_recording(num_contexts, num_draws):
-    """Draw j of context c is the patch (c, j, 0, 0)."""
+def labelled_recording(num_contexts, num_draws, radius=None):
+    """Draw j of context c is the patch (c, j, 0, 0), and its latent vector is (j,)."""
     recorded_CMK = torch.zeros(num_contexts, num_draws, K, dtype=torch.long)
     recorded_CMK[..., 0] = torch.arange(num_contexts)[:, None]
     recorded_CMK[..., 1] = torch.arange(num_draws)
-    return recorded_CMK
+    latents_CMZ = torch.arange(num_draws).float()[:, None].expand(num_contexts, -1, 1)
+    return Recording(recorded_CMK, latents_CMZ, radius)
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -264,14 +268,17 @@ def test_a_replay_leaves_the_work_as_it_was(method):
     assert (patches_RK[:, 2:] == 0).all()
 
 
-def test_a_replay_says_which_tokens_are_read():
-    """Recorded draws (c, j, 0, 0): tokens 3 and 2 are all the same, so that three tokens of each must be read."""
+@pytest.mark.parametrize("radius, tokens", [(None, 3 * 16 + 1), (1.0, 3 * 16 + 1), (0.9, 4)])
+def test_a_replay_says_which_tokens_are_read(monkeypatch, radius, tokens):
+    """Recorded draws (c, j, 0, 0): tokens 3 and 2 are all the same, so that three tokens of each must be read, unless
+    the recorded latent vectors, 1 apart, are too far apart for that."""
+    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
     model, work = tiny_model(), []
     read = model.autoencoder.read_tokens
     with wrapped(model.autoencoder, "read_tokens", lambda _: lambda s, *args: work.append(len(s)) or read(s, *args)):
-        with Replay(labelled_recording(5, 16)).on(model):
+        with Replay(labelled_recording(5, 16, radius)).on(model):
             patches_RK = model.next_patches(torch.randn(2, 48), PatchSampling(True, 0.5, 16, "batch"))
-    assert sum(work) == 2 * (3 * 16 + 1)
+    assert sum(work) == 2 * tokens
     assert (patches_RK[:, 2:] == 0).all()
 
 
@@ -330,7 +337,9 @@ def test_time_lands_on_the_part_that_took_it():
 
         return call
 
-    subject = Subject(model, torch.full((1, 4), BOS), {"temperature": 0.5, "num_candidates": 4})
+    subject = Subject(
+        model, torch.full((1, 4), BOS), {"temperature": 0.5, "num_candidates": 4, "sampling_method": "batch"}
+    )
     for part in ("backbone", "head", "decode"):
         with wrapped(*subject.methods()[part], slow):
             run = timed_run(subject, 12, seed=0)

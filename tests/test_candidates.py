@@ -129,6 +129,35 @@ def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
     assert kinds == [LazyCandidates, LazyCandidates, DecodedCandidates]
 
 
+# The radius
+
+
+def test_candidates_further_apart_than_the_radius_are_not_decoded(monkeypatch, autoencoder):
+    """Three pairs, 0.1, 0.5 and 20 apart and far from each other; whatever is decoded is the same patch."""
+    latents = torch.zeros(6, 1, Z)
+    latents[2:, 0, 0], latents[4:, 0, 1] = 100, 100
+    latents[1, 0, 2], latents[3, 0, 2], latents[5, 0, 2] = 0.1, 0.5, 20
+    for radius, expected, tokens in [(None, [0] * 6, 24), (0.3, [0, 0, 2, 3, 4, 5], 8), (1.0, [0, 0, 0, 0, 4, 5], 16)]:
+        candidates = LazyCandidates(autoencoder, 1, radius=radius)
+        monkeypatch.setattr(candidates, "read", lambda rows, *_: torch.full_like(rows, 7))
+        ids = candidates.add(torch.zeros(1, dtype=torch.long), latents)
+        assert ids[0, :, 0].tolist() == expected
+        assert (candidates.tokens_RMK >= 0).sum() == tokens
+
+
+def test_equal_candidates_that_only_a_third_is_close_to_are_found(monkeypatch, autoencoder):
+    latents = torch.zeros(3, 1, Z)
+    latents[:, 0, 0] = torch.tensor([0.0, 2.0, 1.0])
+    candidates = LazyCandidates(autoencoder, 1, radius=1.5)
+    monkeypatch.setattr(candidates, "read", lambda rows, *_: torch.full_like(rows, 7))
+    assert candidates.add(torch.zeros(1, dtype=torch.long), latents).flatten().tolist() == [0, 0, 0]
+
+
+def test_the_model_s_radius_is_used():
+    model = tiny_model(repetition_radius=2.5)
+    assert model.new_candidates(1, PatchSampling(), None).radius == 2.5
+
+
 # Work
 
 
