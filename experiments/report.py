@@ -45,11 +45,11 @@ def comparison(plan: Plan, table: Table) -> str:
             verdict = direction(plan, row, reference) if len(row.models) == 1 and row is not reference else ""
             lines.append(_model_line(plan, label, name, row.paper, verdict))
         if len(done) > 1:
-            lines.append(_mean_line(plan, f"**{row.label}, mean of {len(done)}**", done))
+            lines.append(_mean_line(plan, f"**{row.label}, mean of {len(done)}**", done, reference))
     tokenizer = Path(plan.stages[f"models/{reference.models[0]}"].fields["tokenizer"])
     if tokenizer.exists():
         floor = frequencies_brier(plan, tokenizer)
-        lines.append(_line("*token frequencies alone*", brier=(f"{floor:.4f}", "", "", "")))
+        lines.append(_line("*token frequencies alone*", brier=(f"{floor:z.4f}", "", "", "")))
     return "\n".join(lines)
 
 
@@ -62,23 +62,29 @@ def _model_line(plan: Plan, label: str, name: str, paper: float | None, verdict:
     score, total = score_of(plan, name), totals(plan, plan.stages[f"models/{name}"])
     first = f"{score['brier'][0]:.4f} ({_range(score['brier_intervals'][0], 4)})"
     lm = f"{score['brierlm']['value']:.2f} ({_range([score['brierlm']['low'], score['brierlm']['high']], 2)})"
-    brier = [first, *(f"{b:.4f}" for b in score["brier"][1:])]
+    brier = [first, *(f"{b:z.4f}" for b in score["brier"][1:])]
     return _line(label, *_cost_cells(total), brier, lm, paper, verdict)
 
 
-def _mean_line(plan: Plan, label: str, names: list[str]) -> str:
-    scores = [score_of(plan, name) for name in names]
-    totals_of = [totals(plan, plan.stages[f"models/{name}"]) for name in names]
-    total = {key: mean(t[key] for t in totals_of) for key in totals_of[0]}
-    brier = [f"{mean(score['brier'][n] for score in scores):.4f}" for n in range(4)]
-    return _line(label, *_cost_cells(total), brier, f"{mean(score['brierlm']['value'] for score in scores):.2f}")
+def _mean_line(plan: Plan, label: str, names: list[str], reference: Row) -> str:
+    """Means over the seeds, the range of Brier-1 over them, and the cost of a token beside the first row's."""
+    scores, total = [score_of(plan, name) for name in names], mean_totals(plan, names)
+    first = [score["brier"][0] for score in scores]
+    brier = [f"{mean(first):.4f} ({_range([min(first), max(first)], 4)} over seeds)"]
+    brier += [f"{mean(score['brier'][n] for score in scores):z.4f}" for n in (1, 2, 3)]
+    lm, verdict = f"{mean(score['brierlm']['value'] for score in scores):.2f}", ""
+    base = [name for name in reference.models if is_finished(plan, plan.stages[f"models/{name}/score"])]
+    if base and base != names:
+        ratio = cost_of_token(total) / cost_of_token(mean_totals(plan, base))
+        verdict = f"{ratio:.2f} × the first row's cost a token"
+    return _line(label, *_cost_cells(total), brier, lm, verdict=verdict)
 
 
 def _cost_cells(total: dict) -> tuple[str, str, str]:
     return (
         f"{total['tokens'] / 1e6:.2f} M",
         f"{total['flops']:.1e}",
-        f"{total['cpu_seconds'] / total['tokens'] * 1e6:.0f}",
+        f"{cost_of_token(total) * 1e6:.0f}",
     )
 
 
@@ -125,6 +131,16 @@ def totals(plan: Plan, stage: Stage) -> dict[str, float]:
     flops = [sum(plan.cost(phase).train_flops.values()) * n for phase, n in zip(phases, tokens, strict=True)]
     seconds = [n / speed(plan, phase) for phase, n in zip(phases, tokens, strict=True)]
     return {"tokens": sum(tokens), "flops": sum(flops), "cpu_seconds": sum(seconds)}
+
+
+def mean_totals(plan: Plan, names: list[str]) -> dict[str, float]:
+    each = [totals(plan, plan.stages[f"models/{name}"]) for name in names]
+    return {key: mean(total[key] for total in each) for key in each[0]}
+
+
+def cost_of_token(total: dict[str, float]) -> float:
+    """CPU seconds."""
+    return total["cpu_seconds"] / total["tokens"]
 
 
 def speed(plan: Plan, stage: Stage, key: str = "tokens_per_cpu_second") -> float:
