@@ -7,6 +7,7 @@ Axes: N samples per patch (or T solver steps), D hidden size, Z latent size. "..
 (B, P). Samples come first: (N, ..., Z).
 """
 
+import functools
 import math
 
 import torch
@@ -331,7 +332,7 @@ class DiffusionHead(GenerativeHead):
         """step_noise (T, N, ..., Z): standard normal noise of the steps, in the order they are taken."""
         if noise is None:
             noise = self._noise((num_samples, *context.shape[:-1]), context, generator)
-        schedule = DiffusionSchedule(self.num_steps, context.device)
+        schedule = diffusion_schedule(self.num_steps, context.device)
         x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
         for index, step in enumerate(reversed(range(self.num_steps))):
             epsilon, variance = (
@@ -364,7 +365,7 @@ class DiffusionHead(GenerativeHead):
             time.random_(DIFFUSION_TRAIN_STEPS, generator=generator)
         if noise is None:
             noise = _normal(target.shape, target, generator)
-        schedule = DiffusionSchedule(DIFFUSION_TRAIN_STEPS, target.device)
+        schedule = diffusion_schedule(DIFFUSION_TRAIN_STEPS, target.device)
         x = schedule.diffuse(target, noise, time)
         epsilon, variance = self.net(x.to(context.dtype), time, context).float().chunk(2, dim=-1)
         error = (noise - epsilon).float().square().mean(-1)
@@ -426,6 +427,13 @@ class DiffusionSchedule:
     def _at(values: Tensor, step) -> Tensor:
         picked = values[step]
         return picked.unsqueeze(-1) if picked.dim() else picked
+
+
+@functools.lru_cache
+def diffusion_schedule(num_steps: int, device: torch.device) -> DiffusionSchedule:
+    """The schedule of so many steps, made once a device."""
+    with torch.inference_mode(False):  # tables made in inference mode could not be used in training
+        return DiffusionSchedule(num_steps, device)
 
 
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
 # Sizes of the products in most_probable_tokens. On a CPU a tile of logits stays in the cache.
 VOCABULARY_TILE = {"cpu": 2**11, "other": 2**15}
 STATES_AT_ONCE = {"cpu": 400, "other": 2**13}
-STATES_MULTIPLE = 16  # matrix products are slower with 2 … 15 columns than with 16, on a CPU by half
+STATES_AT_LEAST = 16  # matrix products are slower with 2 … 15 columns than with 16, on a CPU by half
 
 
 @dataclass
@@ -126,12 +126,13 @@ class AutoencoderDecoder(nn.Module):
 
     def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None, tile: int) -> Tensor:
         num_states = len(states_Md)
-        if num_states > 1:
-            states_Md = F.pad(states_Md, (0, 0, 0, -num_states % STATES_MULTIPLE))
+        if 1 < num_states < STATES_AT_LEAST:
+            states_Md = F.pad(states_Md, (0, 0, 0, STATES_AT_LEAST - num_states))
+            positions_M = F.pad(positions_M, (0, STATES_AT_LEAST - num_states))
         states_dM = states_Md.T.contiguous()
         best_M = ids_M = None
         for start in range(0, self.lm_head.out_features, tile):
-            logits_TM = (self.lm_head.weight[start : start + tile] @ states_dM)[:, :num_states]
+            logits_TM = self.lm_head.weight[start : start + tile] @ states_dM
             if forbidden_KV is not None:
                 forbidden_TK = forbidden_KV[:, start : start + tile].T.to(logits_TM.device)
                 logits_TM = logits_TM.masked_fill(forbidden_TK[:, positions_M], -torch.inf)
@@ -139,7 +140,7 @@ class AutoencoderDecoder(nn.Module):
             better_M = None if best_M is None else top_M > best_M
             ids_M = index_M if best_M is None else torch.where(better_M, index_M + start, ids_M)
             best_M = top_M if best_M is None else torch.where(better_M, top_M, best_M)
-        return ids_M
+        return ids_M[:num_states]
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.lm_head(self.finish(self.expand(latents)))

@@ -34,7 +34,7 @@ def generate(model, prompt=PROMPT, seed=0, **kwargs):
 
 
 class Scripted:
-    """Makes a model emit given tokens: replaces the choice of patches, nothing else. Rows past an EOS are not asked."""
+    """Makes a model emit given tokens: replaces the choice of patches, nothing else. Rows past an EOS draw none."""
 
     def __init__(self, monkeypatch, rows):
         self.rows, self.position = rows, 0
@@ -151,6 +151,18 @@ def test_a_process_that_has_finished_keeps_running_for_the_others(monkeypatch, m
     monkeypatch.setattr(model, "_has_unfinished_sequences", two_more_steps)
     assert torch.equal(generate(model, max_new_tokens=3, synced_gpus=True, **NO_EOS), expected)
     assert steps == [False, True, True, True]
+
+
+def test_rows_that_have_stopped_draw_no_more(monkeypatch, model):
+    rows = [[20, 21, 22, EOS, 1, 1, 1, 1], [40, 41, 42, 43, 44, 45, 46, 47], [60, 61, EOS, 1, 1, 1, 1, 1]]
+    scripted, sizes = Scripted(monkeypatch, rows), []
+    choose = scripted.next_patches
+    monkeypatch.setattr(
+        CALMForCausalLM, "next_patches", lambda self, hidden, *a: sizes.append(len(hidden)) or choose(hidden, *a)
+    )
+    output = generate(model, PROMPT.repeat(3, 1), max_new_tokens=8)
+    assert sizes == [3, 1]
+    assert output[:, 6:].tolist() == [[20, 21, 22, EOS] + [PAD] * 4, rows[1], [60, 61, EOS] + [PAD] * 5]
 
 
 # Outputs
@@ -344,3 +356,5 @@ def test_sampling_settings_come_from_the_generation_config(model):
     assert PatchSampling.from_generation_config(config) == PatchSampling(True, 0.25, 7, "exact")
     assert PatchSampling.from_generation_config(config, num_candidates=9).num_candidates == 9
     assert PatchSampling.from_generation_config(GenerationConfig(temperature=0.3)).do_sample is False
+    assert PatchSampling.from_generation_config(GenerationConfig()).sampling_method == "adaptive"
+    assert PatchSampling.from_generation_config(config, lazy_decoding=False).lazy_decoding is False

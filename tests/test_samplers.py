@@ -24,7 +24,9 @@ from enumerable_laws import (
 )
 from sampler_twins import first_attempt_by_loops, published_laws_by_loops
 
+from calm import samplers_calm
 from calm.samplers_calm import (
+    BlockPlan,
     batch_temperature_select,
     candidate_log_weights,
     check_num_candidates,
@@ -291,6 +293,58 @@ class TestAlgorithm1:
             return patches
 
         assert torch.equal(sample(first_block), sample(4))
+
+
+class TestBlockPlan:
+    @staticmethod
+    def plan(*needed):
+        plan = BlockPlan()
+        plan.note(torch.tensor(needed, dtype=torch.long))
+        return plan
+
+    def test_sizes_by_hand(self, monkeypatch):
+        """A block costs 30 draws. Steps of 5, 5, 5, 40 draws: from 8 on 3 · 38 + (64 + 4 · 30) = 298, the least; from
+        4 on 3 · 68 + (64 + 5 · 30) = 418, from 16 on 3 · 46 + (64 + 3 · 30) = 292."""
+        monkeypatch.setattr(samplers_calm, "BLOCK_COST", 30)
+        assert self.plan(5, 5, 5, 40).first_block(4, 1, 200) == 16
+        assert self.plan(5, 5, 5, 5).first_block(4, 1, 200) == 8
+        assert self.plan(200, 200).first_block(4, 1, 200) == 200
+        assert self.plan(3, 3).first_block(4, 1, 200) == 4
+        assert self.plan(5, 5, 5, 40).first_block(4, 100, 200) == 8  # of 100 rows each bears a part of the weights
+
+    def test_knows_nothing_at_first_and_forgets(self, monkeypatch):
+        monkeypatch.setattr(samplers_calm, "STEPS_REMEMBERED", 3)
+        assert self.plan().first_block(4, 1, 200) == samplers_calm.FIRST_GUESS
+        assert self.plan(200, 200, 200, 4, 4, 4).first_block(4, 1, 200) == 4
+
+    @pytest.mark.parametrize("least, max_draws", [(4, 4), (3, 10), (2, 2)])
+    def test_no_more_than_the_bound_no_less_than_an_attempt_needs(self, least, max_draws):
+        for needed in (least, max_draws):
+            assert least <= self.plan(needed).first_block(least, 1, max_draws) <= max_draws
+
+    @pytest.mark.parametrize("temperature", [0.5, 0.7])
+    def test_the_law_stays_from_step_to_step(self, temperature):
+        """Blocks are sized by the steps before, the law of a step is the same whatever they were."""
+        plan, law, asked, outcomes = BlockPlan(), zipf(10), set(), []
+        draw_patches = draws_from(law.expand(40, -1), seeded(12))
+
+        def draw(rows, num_draws):
+            asked.add(num_draws)
+            return draw_patches(rows, num_draws)
+
+        generator = seeded(13)
+        for _ in range(100):
+            patches, exact, _ = exact_temperature_sample(draw, 40, temperature, 2**15, generator, plan=plan)
+            assert exact.all()
+            outcomes.append(as_outcomes(patches))
+        assert chi_square_p_value(torch.cat(outcomes), sharpened(law, temperature)) > SIGNIFICANCE
+        assert len(plan.needed) == samplers_calm.STEPS_REMEMBERED and len(asked) > 3
+
+    def test_remembers_what_was_needed(self):
+        draws = torch.tensor([[1, 2, 3, 3, 1, 1, 1, 1], [1, 2, 1, 2, 3, 4, 5, 6]])[..., None]
+        plan = BlockPlan()
+        exact_temperature_sample(lambda rows, n: draws[rows], 2, 0.5, 8, seeded(), first_block=8, plan=plan)
+        assert list(plan.needed) == [4, 8]
 
 
 class TestFallback:
