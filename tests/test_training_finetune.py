@@ -3,9 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_config
 from training_helpers import make_workshop, train
 
 from calm.modeling_calm import CALMForCausalLM
+from calm.training.models import config_of
+from calm.training.recipe import load_recipe
 
 FAST = {
     "block_size": 32,
@@ -82,6 +85,13 @@ def test_another_head_can_be_put_on_the_backbone(fields, start, tmp_path):
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     assert CALMForCausalLM.from_pretrained(tmp_path / "run").config.head_type == "flow"
     assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("head."))
+
+
+def test_the_radius_of_the_weights_before_is_forgotten(tmp_path):
+    tiny_config(repetition_radius=3.0).save_pretrained(tmp_path)
+    assert config_of(load_recipe("demo", {"init_from": str(tmp_path)})).repetition_radius is None
+    measured = {"init_from": str(tmp_path), "repetition_radius": 2.0}
+    assert config_of(load_recipe("demo", measured)).repetition_radius == 2.0
 
 
 def test_contradictions_are_refused(fields, tmp_path, capsys):

@@ -18,7 +18,9 @@ def config_of(recipe: Recipe) -> CALMConfig:
     if not recipe.init_from:
         return make_config(CALMConfig, recipe.model)
     where = folder_or_hub_id("init_from", recipe.init_from, "train_calm")
-    return make_config(CALMConfig, {**CALMConfig.from_pretrained(where).to_dict(), **recipe.model})
+    # A repetition radius is measured on the weights, which change now.
+    before = CALMConfig.from_pretrained(where).to_dict() | {"repetition_radius": None}
+    return make_config(CALMConfig, before | recipe.model)
 
 
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
