@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Continues a story with a CALM.")
     parser.add_argument("prompt", nargs="?", default="Once upon a time, there was a little girl named Lily.")
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id (default: the bundled demo model)")
-    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 1]; text is fluent at 0.5 and below")
+    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 1]; the lower, the surer")
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
