@@ -6,7 +6,8 @@ Numbers without another source are the published CALM ones (arXiv 2510.27688 and
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-HEAD_TYPES = ("energy", "flow", "diffusion")
+PUBLISHED_HEAD_TYPES = ("energy", "flow", "diffusion")
+HEAD_TYPES = (*PUBLISHED_HEAD_TYPES, "token_flow")
 PROMPT_ALIGNMENTS = ("left", "right")
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",

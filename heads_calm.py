@@ -1,7 +1,7 @@
 """The generative heads of CALM: each draws the next patch's latent vector given the backbone's hidden state.
 
 One interface: `sample(context)` draws, `loss(context, mean, log_std)` scores against the autoencoder's posterior. All
-randomness can be passed in. A new head is one class and one line in `HEADS`.
+randomness can be passed in. A new head is one class and one line in modeling_calm.py's `HEADS`.
 
 Axes: N samples per patch (or T solver steps), D hidden size, Z latent size. "..." stands for any leading axes, as
 (B, P). Samples come first: (N, ..., Z).
@@ -64,6 +64,8 @@ class ContextLayer(nn.Module):
 class GenerativeHead(nn.Module):
     """Interface of the heads. `sample` and `loss` both pass through `forward`, where offloading hooks fire."""
 
+    predicts_tokens = False  # True: `loss` takes the target patches' tokens (..., K) in place of their posterior
+
     def __init__(self, config: CALMConfig):
         super().__init__()
         self.context_layers = nn.Sequential(
@@ -96,23 +98,23 @@ class GenerativeHead(nn.Module):
     def loss(
         self,
         context: Tensor,
-        mean: Tensor,
-        log_std: Tensor,
+        *target: Tensor,
         generator: torch.Generator | None = None,
         **draws: Tensor,
     ) -> Tensor:
-        """Loss of each patch against the posterior N(mean, exp(log_std)²) of the autoencoder; lower is better.
+        """Loss of each patch; lower is better.
 
         Args:
             context (`(..., D)`): hidden states of the patches before.
-            mean, log_std (`(..., Z)`): the posterior of the patch to predict.
+            target: mean and log_std (`(..., Z)`) of the autoencoder's posterior of the patch to predict or, where
+                `predicts_tokens`, the patch's tokens (`(..., K)`).
             generator: source of all randomness that is not passed in.
             draws: recorded draws, named as in the head's `_loss`.
 
         Returns:
             `(...)`: one value per patch.
         """
-        return self(context, mean, log_std, generator=generator, **draws)
+        return self(context, *target, generator=generator, **draws)
 
     def shared_draws(self, num_samples: int, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws for `sample` that every context (R, D) shares, so that a row's samples don't depend on its batch.
@@ -126,11 +128,9 @@ class GenerativeHead(nn.Module):
         """Starting noise of draws of the given shape: standard normal in the latent's size."""
         return _normal((*shape, self.latent_size), like, generator)
 
-    def forward(self, context: Tensor, mean: Tensor | None = None, log_std: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, context: Tensor, *target: Tensor, **kwargs) -> Tensor:
         context = self.context_layers(context)
-        if mean is None:
-            return self._sample(context, **kwargs)
-        return self._loss(context, mean, log_std, **kwargs)
+        return self._loss(context, *target, **kwargs) if target else self._sample(context, **kwargs)
 
 
 class EnergyBlock(nn.Module):
@@ -447,6 +447,3 @@ def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Ten
     above, below = cdf(precision * (x - mean + FIRST_STEP_BIN)), cdf(precision * (x - mean - FIRST_STEP_BIN))
     inner = torch.where(x > 0.999, 1 - below, above - below)
     return torch.where(x < -0.999, above, inner).clamp(min=1e-12).log()
-
-
-HEADS = {"energy": EnergyHead, "flow": FlowMatchingHead, "diffusion": DiffusionHead}

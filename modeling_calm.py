@@ -18,10 +18,18 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .candidates_calm import LazyCandidates  # noqa: F401
 from .configuration_calm import CALMConfig
 from .generation_calm import CALMGenerationMixin
-from .heads_calm import HEADS
+from .heads_calm import DiffusionHead, EnergyHead, FlowMatchingHead
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
+from .token_flow_calm import TokenFlowHead
+
+HEADS = {
+    "energy": EnergyHead,
+    "flow": FlowMatchingHead,
+    "diffusion": DiffusionHead,
+    "token_flow": TokenFlowHead,
+}
 
 
 @dataclass
@@ -46,7 +54,7 @@ class CALMPreTrainedModel(LlamaPreTrainedModel):
     config_class = CALMConfig
     base_model_prefix = "model"
     # Head and autoencoder may stand here because everything calls them through their forwards.
-    _no_split_modules = ["LlamaDecoderLayer", "EnergyHead", "FlowMatchingHead", "DiffusionHead", "CALMAutoencoder"]
+    _no_split_modules = ["LlamaDecoderLayer", *(head.__name__ for head in HEADS.values()), "CALMAutoencoder"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -54,6 +62,8 @@ class CALMPreTrainedModel(LlamaPreTrainedModel):
         if getattr(module, "zero_init", False):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+        if isinstance(module, TokenFlowHead):
+            nn.init.zeros_(module.codes)
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
@@ -243,11 +253,13 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
             )
         labels_BPK = labels.to(hidden_BPD.device).unflatten(1, (-1, patch_size))[:, 1:]
         is_target = (labels_BPK != -100).all(-1)
-        with torch.no_grad():
-            posterior = self.autoencoder.encode(labels_BPK[is_target].reshape(1, -1))
-        mean, log_std = (x[0].to(hidden_BPD.device) for x in posterior)
-        context = hidden_BPD[:, :-1][is_target]
-        losses = self.head.loss(context, mean, log_std, generator=generator, **draws)
+        tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
+        if self.head.predicts_tokens:
+            target = (tokens,)
+        else:
+            with torch.no_grad():
+                target = [x[0].to(context.device) for x in self.autoencoder.encode(tokens.reshape(1, -1))]
+        losses = self.head.loss(context, *target, generator=generator, **draws)
         count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
         return losses.sum() / count
 

@@ -15,7 +15,7 @@ from calm.training.run import make_config, training_arguments
 
 NAMES = (
     "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl "
-    "demo demo-autoencoder demo-backbone demo-tokenizer transformer-l transformer-m transformer-s"
+    "demo demo-autoencoder demo-backbone demo-tokenizer demo-transformer transformer-l transformer-m transformer-s"
 ).split()
 MODELS = [name for name in NAMES if name != "demo-tokenizer"]
 

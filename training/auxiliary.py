@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm.token_flow_calm import TokenChain
 
-class MultiTokenLoss(nn.Module):
+AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights
+
+
+class MultiTokenLoss(TokenChain):
     """Cross-entropy of the next patch's K tokens given the hidden state and the patch's tokens before.
 
     A small autoregressive model within the patch, p(x_k | hidden, x_<k): it teaches the backbone the joint law of the
@@ -21,15 +25,7 @@ class MultiTokenLoss(nn.Module):
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.context_proj = nn.Linear(hidden_size, patch_size * hidden_size)
-        self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
-        self.norm_in, self.norm_out = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size)
-        )
-        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        super().__init__(hidden_size, vocab_size, patch_size)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)  # as Llama's
@@ -42,12 +38,7 @@ class MultiTokenLoss(nn.Module):
             labels (`(B, L)`): the ids at the same positions as the hidden states' patches; −100 is left out.
         """
         labels_BPK = labels.unflatten(1, (-1, self.patch_size))[:, 1:]
-        state = self.context_proj(hidden_BPD[:, :-1]).unflatten(-1, (self.patch_size, -1))
-        given = [embed(labels_BPK[..., k].clamp(min=0)) for k, embed in enumerate(self.embeddings)]
-        if given:
-            state = state + F.pad(torch.stack(given, dim=-2).cumsum(-2), (0, 0, 1, 0))
-        state = state + self.mlp(self.norm_in(state))
-        logits = self.lm_head(self.norm_out(state))
+        logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0))
         total = F.cross_entropy(logits.flatten(0, 2).float(), labels_BPK.flatten(), reduction="sum")
         count = (labels_BPK != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count

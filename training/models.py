@@ -1,13 +1,16 @@
 """The CALM model that a recipe asks for: new, or to go on from; whole, frozen in part, with LoRA or auxiliary loss."""
 
+from pathlib import Path
+
+import safetensors.torch
 from torch import nn
 from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
 from calm.configuration_calm import CALMConfig
-from calm.modeling_calm import CALMForCausalLM
+from calm.modeling_calm import HEADS, CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.auxiliary import WithAuxiliary
+from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
 from calm.training.recipe import Recipe, RecipeError
 from calm.training.run import folder_or_hub_id, make_config
 from calm.training.tokenizer import filler_token_id
@@ -30,7 +33,15 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         RecipeError: no autoencoder, or one whose vocabulary is not the tokenizer's.
     """
     if recipe.init_from:
-        return CALMForCausalLM.from_pretrained(recipe.init_from, config=config_of(recipe))
+        config = config_of(recipe)
+        is_new = config.head_type != CALMConfig.from_pretrained(recipe.init_from).head_type
+        model = CALMForCausalLM.from_pretrained(recipe.init_from, config=config, ignore_mismatched_sizes=is_new)
+        if is_new:  # heads of two types have layers of one name
+            model.head = HEADS[config.head_type](config)
+            model.head.apply(model._init_weights)
+        if model.head.predicts_tokens and not model.head.codes.any():
+            begin_token_flow(model, Path(recipe.init_from) / AUXILIARY_FILE)
+        return model
     where = folder_or_hub_id("autoencoder", recipe.autoencoder, "train_autoencoder")
     autoencoder = CALMAutoencoder.from_pretrained(where)
     if autoencoder.config.vocab_size != len(tokenizer):
@@ -53,7 +64,17 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     model = CALMForCausalLM(make_config(CALMConfig, values))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
+    if model.head.predicts_tokens:
+        begin_token_flow(model)
     return model
+
+
+def begin_token_flow(model: CALMForCausalLM, auxiliary: Path | None = None) -> None:
+    """Gives a new token-flow head its codes and, where the checkpoint of a multi-token loss lies, that one's chain."""
+    model.head.fit_codes(model.autoencoder)
+    if auxiliary is not None and auxiliary.is_file():
+        state = safetensors.torch.load_file(auxiliary)
+        model.head.chain.load_state_dict({name.removeprefix("auxiliary."): value for name, value in state.items()})
 
 
 def with_lora(model: CALMForCausalLM, rank: int):

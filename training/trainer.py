@@ -16,13 +16,12 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from calm.training.auxiliary import WithAuxiliary, state_without_auxiliary, without_auxiliary
+from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
 from calm.training.diagnostics import diagnose
 from calm.training.tokenizer import save_tokenizer
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 UNFINISHED = "unfinished-checkpoint"
-AUXILIARY_FILE = "auxiliary.safetensors"
 
 
 class TrainingStopped(RuntimeError):

@@ -1,0 +1,148 @@
+"""The token-flow head: a flow in latent space that knows which points of it mean tokens.
+
+Where the flow head predicts a velocity, this one predicts the K tokens that the noisy latent is on its way to, and the
+velocity follows: every token has a point in latent space, a patch's end point is the sum of its tokens' points, so the
+best estimate of the end point is the sum of the tokens' points weighted by their probabilities. Trained by the
+cross-entropy of the tokens at all noise levels. It is not in the paper; that a continuous diffusion of discrete data
+may be trained this way is known from Dieleman et al. 2022 (arXiv 2211.15089).
+
+Axes: N samples per patch, D hidden size, Z latent size, K tokens per patch, V vocabulary. "..." stands for any leading
+axes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_calm import CALMConfig
+from .heads_calm import FlowMatchingHead, ModulatedMLP, _normal
+
+CODE_CONTEXTS = 64  # random patches over which a token's point is averaged
+CODE_CHUNK = 8192  # patches encoded at once
+LEAST_TIME_LEFT = 1e-3  # the velocity at t = 1 is a difference over no time
+
+
+class TokenChain(nn.Module):
+    """A patch's tokens one after the other: p(x_k | state_k, x_<k), the same small MLP at every place.
+
+    Args:
+        hidden_size: D.
+        vocab_size: V.
+        patch_size: K.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.context_proj = nn.Linear(hidden_size, patch_size * hidden_size)
+        self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
+        self.norm_in, self.norm_out = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size)
+        )
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def states(self, context: Tensor) -> Tensor:
+        """Hidden states (..., D) → what each place knows of them, (..., K, D)."""
+        return self.context_proj(context).unflatten(-1, (self.patch_size, -1))
+
+    def logits(self, state: Tensor) -> Tensor:
+        """state_k, the tokens before included, (..., D) → (..., V)."""
+        return self.lm_head(self.norm_out(state + self.mlp(self.norm_in(state))))
+
+    def teacher_forced(self, context: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (..., K, V) given hidden states (..., D) and the patch's own tokens (..., K)."""
+        given = [embed(tokens[..., k]) for k, embed in enumerate(self.embeddings)]
+        state = self.states(context)
+        if given:
+            state = state + F.pad(torch.stack(given, dim=-2).cumsum(-2), (0, 0, 1, 0))
+        return self.logits(state)
+
+    def probabilities(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities (..., K, V) from states (..., K, D), each place seeing the mean embedding of the
+        tokens that the places before it expect."""
+        logits, probabilities, given = [], [], 0
+        for k in range(self.patch_size):
+            logits.append(self.logits(state[..., k, :] + given))
+            probabilities.append(logits[-1].softmax(-1))
+            if k < self.patch_size - 1:
+                given = given + probabilities[-1] @ self.embeddings[k].weight
+        return torch.stack(logits, dim=-2), torch.stack(probabilities, dim=-2)
+
+
+@torch.no_grad()
+def token_codes(autoencoder: nn.Module, num_contexts: int = CODE_CONTEXTS) -> Tensor:
+    """The point of every token at every place of a patch, (K, V, Z): the mean latent of random patches that have it
+    there, less what the other places add. A patch's points sum to about the mean of its posterior.
+
+    Args:
+        autoencoder: a `CALMAutoencoder`, whose latents are nearly additive in the tokens.
+        num_contexts: random patches that each token is put into; always the same ones.
+    """
+    config = autoencoder.config
+    K, V, Z = config.patch_size, config.vocab_size, config.latent_size
+    device = autoencoder.device
+    contexts = torch.randint(V, (num_contexts, K), generator=torch.Generator().manual_seed(0)).to(device)
+    codes = torch.empty(K, V, Z, device=device)
+    per_chunk = max(1, CODE_CHUNK // num_contexts)
+    for k in range(K):
+        for tokens in torch.arange(V, device=device).split(per_chunk):
+            patches = contexts.repeat(len(tokens), 1, 1)
+            patches[:, :, k] = tokens[:, None]
+            mean = autoencoder.encode(patches.view(1, -1))[0][0].float()
+            codes[k, tokens] = mean.view(len(tokens), num_contexts, Z).mean(1)
+    overall = codes.mean((0, 1))
+    return codes - overall * (K - 1) / K
+
+
+class TokenFlowHead(FlowMatchingHead):
+    """A flow head whose velocity points to the tokens that the net expects; see the top of this file.
+
+    Its codes come from the autoencoder, by `fit_codes`, and are saved with the weights.
+    """
+
+    predicts_tokens = True
+
+    def __init__(self, config: CALMConfig):
+        super().__init__(config)
+        self.patch_size = config.patch_size
+        self.net = ModulatedMLP(config, config.patch_size * config.hidden_size)
+        self.chain = TokenChain(config.hidden_size, config.vocab_size, config.patch_size)
+        self.register_buffer("codes", torch.zeros(config.patch_size, config.vocab_size, config.latent_size))
+
+    def fit_codes(self, autoencoder: nn.Module) -> None:
+        self.codes.copy_(token_codes(autoencoder))
+
+    def _expectation(self, x: Tensor, thousandths: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents (..., Z) → logits (..., K, V) of the tokens, and the end point expected, (..., Z)."""
+        evidence = self.net(x.to(context.dtype), thousandths, context).unflatten(-1, (self.patch_size, -1))
+        logits, probabilities = self.chain.probabilities(self.chain.states(context) + evidence)
+        return logits, probabilities.flatten(-2) @ self.codes.flatten(0, 1)
+
+    def _velocity(self, x: Tensor, thousandths: Tensor, context: Tensor) -> Tensor:
+        end = self._expectation(x, thousandths, context)[1].to(x.dtype)
+        left = (1 - thousandths / 1000).clamp(min=LEAST_TIME_LEFT).to(x.dtype)
+        return (end - x) / left.unsqueeze(-1)
+
+    def _loss(
+        self,
+        context: Tensor,
+        tokens: Tensor,
+        generator: torch.Generator | None,
+        time: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy, nats a token, of the target patches' tokens (..., K) seen through noise.
+
+        Draws: noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
+        """
+        places = torch.arange(self.patch_size, device=tokens.device)
+        target = self.codes[places, tokens].sum(-2).to(context.dtype).expand(self.num_samples, *context.shape[:-1], -1)
+        if time is None:
+            time = self._draw_times(target, generator)
+        start = _normal(target.shape, target, generator) if noise is None else noise
+        x = torch.lerp(start, target, time.unsqueeze(-1).to(target.dtype))
+        logits, _ = self._expectation(x, (time * 1000).long(), context)
+        tokens = tokens.expand(self.num_samples, *tokens.shape)
+        losses = F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction="none")
+        return losses.view(tokens.shape).mean(-1).mean(0)
