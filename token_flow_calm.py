@@ -91,8 +91,8 @@ def token_codes(autoencoder: nn.Module, num_contexts: int = CODE_CONTEXTS) -> Te
             patches[:, :, k] = tokens[:, None]
             mean = autoencoder.encode(patches.view(1, -1))[0][0].float()
             codes[k, tokens] = mean.view(len(tokens), num_contexts, Z).mean(1)
-    overall = codes.mean((0, 1))
-    return codes - overall * (K - 1) / K
+    overall = autoencoder.encode(contexts.view(1, -1))[0][0].float().mean(0)
+    return codes - overall * (K - 1) / K  # summed over the places, what the contexts add is counted once
 
 
 class TokenFlowHead(FlowMatchingHead):

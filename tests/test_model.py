@@ -10,7 +10,8 @@ from tiny import PAD, VOCAB_SIZE, tiny_config, tiny_model
 from calm.configuration_calm import CALMConfig
 from calm.modeling_calm import CALMForCausalLM, CALMModel
 
-HEAD_TYPES = ("energy", "flow", "diffusion")
+HEAD_TYPES = ("energy", "flow", "diffusion")  # against the posterior
+ALL_HEAD_TYPES = (*HEAD_TYPES, "token_flow")
 
 
 def some_ids(batch_size=2, length=24, seed=0):
@@ -21,7 +22,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("head_type", ALL_HEAD_TYPES)
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 def test_every_patch_size_trains(head_type, patch_size):
     model, ids = tiny_model(head_type, patch_size).train(), some_ids()
@@ -172,7 +173,7 @@ def test_times_of_the_flow_loss():
     assert logits.mean() == pytest.approx(-1, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("head_type", ALL_HEAD_TYPES)
 @torch.no_grad()
 def test_context_layers_change_the_hidden_state_once_for_all_draws(head_type):
     assert not list(tiny_model(head_type).head.context_layers.parameters())  # published: none
@@ -189,7 +190,7 @@ def test_context_layers_change_the_hidden_state_once_for_all_draws(head_type):
 def test_fresh_heads_start_at_zero():
     """The published heads start with a zero last layer: before training, every draw is the same."""
     torch.manual_seed(0)
-    for head_type in HEAD_TYPES:
+    for head_type in ALL_HEAD_TYPES:
         head = CALMForCausalLM(tiny_config(head_type)).head
         zero = [name for name, p in head.named_parameters() if name.endswith("weight") and (p == 0).all()]
         assert any("out_proj" in name for name in zero)

@@ -30,7 +30,7 @@ def tiny_config(head_type: str = "energy", patch_size: int = 4, **overrides) -> 
         "noise_size": 8,
         "num_mlp_layers": 2,
         "num_posterior_samples": 10,
-        "sampling_steps": {"energy": None, "flow": 3, "diffusion": 5}[head_type],
+        "sampling_steps": {"energy": None, "diffusion": 5}.get(head_type, 3),
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
@@ -48,6 +48,8 @@ def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
+    if model.head.predicts_tokens:
+        model.head.fit_codes(model.autoencoder)
     return model
 
 

@@ -84,19 +84,32 @@ def decoder(autoencoder: CALMAutoencoder, measure) -> int:
 def head_in_training(model: CALMForCausalLM, measure) -> int:
     """One patch through the head's loss. What sees only the context runs once, not N times."""
     once = linear(model.head, measure) - linear(model.head, measure, skip=("context",))
-    return once + model.config.num_samples * (linear(model.head, measure) - once)
+    return once + model.config.num_samples * (linear(model.head, measure) - once + later_tokens(model.head, measure))
 
 
 def head_in_generation(model: CALMForCausalLM, measure) -> int:
     """One draw of the head: all of it at every solver step, but for the context layers."""
     once = linear(model.head.context_layers, measure)
-    return once + steps_of_a_draw(model.config) * (linear(model.head, measure) - once)
+    each = linear(model.head, measure) - once + later_tokens(model.head, measure)
+    return once + steps_of_a_draw(model.config) * each
+
+
+def later_tokens(head: nn.Module, measure) -> int:
+    """What the token-flow head does beside one pass through each of its layers: its chain goes on K − 1 times, and
+    probabilities are multiplied with embeddings and codes."""
+    if not head.predicts_tokens:
+        return 0
+    K, V, Z = head.codes.shape
+    with torch.device("meta"):
+        embed, end = nn.Linear(V, head.chain.lm_head.in_features), nn.Linear(K * V, Z)
+    again = linear(head.chain.mlp, measure) + measure(head.chain.lm_head) + measure(embed)
+    return (K - 1) * again + measure(end)
 
 
 def steps_of_a_draw(config) -> int:
     if config.head_type == "energy":
         return 1
-    if config.head_type == "flow":
+    if config.head_type in ("flow", "token_flow"):
         return 2 * (config.sampling_steps or FLOW_STEPS)  # the midpoint rule evaluates the net twice a step
     return config.sampling_steps or DIFFUSION_SAMPLING_STEPS
 

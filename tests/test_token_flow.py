@@ -1,0 +1,153 @@
+"""The token-flow head: its codes, its loss against a loop, its flow where the answer is known, a law that it learns."""
+
+import math
+
+import pytest
+import safetensors.torch
+import torch
+from goldens import relative_error
+from tiny import tiny_config, tiny_model
+from torch import nn
+
+from calm.modeling_calm import CALMForCausalLM
+from calm.token_flow_calm import TokenFlowHead, token_codes
+from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss
+from calm.training.models import begin_token_flow
+
+K, V, Z = 4, 96, 16
+
+
+class AdditiveAutoencoder(nn.Module):
+    """The mean is a sum of one vector per token and a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_config().autoencoder_config
+        self.points = torch.randn(K, V, Z, generator=torch.Generator().manual_seed(0))
+        self.constant = torch.full((Z,), 3.0)
+        self.device = torch.device("cpu")
+
+    def encode(self, input_ids):
+        patches = input_ids.unflatten(1, (-1, K))
+        mean = self.points[torch.arange(K), patches].sum(-2) + self.constant
+        return mean, torch.zeros_like(mean)
+
+
+def test_codes_of_an_additive_autoencoder_sum_to_its_means():
+    autoencoder = AdditiveAutoencoder()
+    codes = token_codes(autoencoder)
+    patches = torch.randint(V, (1, 50 * K))
+    summed = codes[torch.arange(K), patches.view(50, K)].sum(1)
+    torch.testing.assert_close(summed, autoencoder.encode(patches)[0][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(codes, token_codes(autoencoder))
+
+
+def loop_loss(head, context, tokens, time, noise):
+    """The loss of one patch and one draw, token by token."""
+    chain, end = head.chain, sum(head.codes[k, tokens[k]] for k in range(K))
+    x = (1 - time) * noise + time * end
+    evidence = head.net(x, (time * 1000).long(), context)
+    size, given, total = context.shape[-1], torch.zeros_like(context), 0.0
+    for k in range(K):
+        weight, bias = (p[k * size : (k + 1) * size] for p in (chain.context_proj.weight, chain.context_proj.bias))
+        state = weight @ context + bias + evidence[k * size : (k + 1) * size] + given
+        logits = chain.lm_head.weight @ chain.norm_out(state + chain.mlp(chain.norm_in(state)))
+        log_normaliser = math.log(sum(math.exp(value) for value in logits.tolist()))
+        total += log_normaliser - logits[tokens[k]].item()
+        if k < K - 1:
+            for token, logit in enumerate(logits.tolist()):
+                given = given + math.exp(logit - log_normaliser) * chain.embeddings[k].weight[token]
+    return total / K
+
+
+@torch.no_grad()
+def test_loss_agrees_with_a_loop():
+    head = tiny_model("token_flow").head.double()
+    context, tokens = torch.randn(3, 48).double(), torch.randint(V, (3, K))
+    time, noise = torch.rand(head.num_samples, 3).double(), torch.randn(head.num_samples, 3, Z).double()
+    losses = head.loss(context, tokens, time=time, noise=noise)
+    for row in range(3):
+        expected = [loop_loss(head, context[row], tokens[row], t, z) for t, z in zip(time[:, row], noise[:, row])]
+        assert losses[row].item() == pytest.approx(sum(expected) / len(expected), rel=1e-6)  # time features are float32
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+@torch.no_grad()
+def test_a_net_that_is_certain_leads_to_the_sum_of_its_tokens_codes(num_steps):
+    """The path to a fixed point is straight, and the midpoint rule has no error on it, however many steps."""
+    head, tokens = tiny_model("token_flow", sampling_steps=num_steps).head, torch.tensor([5, 9, 1, 7])
+
+    def certain(state):
+        probabilities = nn.functional.one_hot(tokens, V).float().expand(*state.shape[:-1], V)
+        return probabilities.log(), probabilities
+
+    head.chain.probabilities = certain
+    drawn = head.sample(torch.randn(2, 48), num_samples=3)
+    expected = head.codes[torch.arange(K), tokens].sum(0).expand(3, 2, Z)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_velocity_is_finite_at_the_end():
+    head = tiny_model("token_flow").head
+    assert head.velocity(torch.randn(3, 2, Z), torch.ones(3, 2), torch.randn(2, 48)).isfinite().all()
+
+
+def test_it_learns_which_tokens_go_together():
+    """Patches are ABCD or EFGH, three to one. Token by token that allows 16 patches; the head must draw those two."""
+    torch.manual_seed(0)
+    model = tiny_model("token_flow", num_samples=4, sampling_steps=24)  # few steps would favour the likelier patch
+    head = TokenFlowHead(model.config)
+    head.apply(model._init_weights)
+    head.codes.copy_(torch.randn(K, V, Z, generator=torch.Generator().manual_seed(1)))
+    patches, context = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]]), torch.randn(1, 48)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    for _ in range(120):
+        which = (torch.rand(64) < 0.25).long()
+        loss = head.loss(context.expand(64, -1), patches[which]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        drawn = head.sample(context, num_samples=1000)[:, 0]
+    ends = head.codes[torch.arange(K), patches].sum(1)
+    distance = torch.cdist(drawn, ends)
+    assert (distance.amin(-1) < 1).float().mean() > 0.97  # the two are some 11 apart
+    assert (distance.argmin(-1) == 1).float().mean() == pytest.approx(0.25, abs=0.06)
+
+
+def test_the_posterior_is_not_asked_for(monkeypatch):
+    model, ids = tiny_model("token_flow"), torch.randint(3, 90, (2, 24))
+    monkeypatch.setattr(model.autoencoder, "encode", lambda *_: pytest.fail("the encoder has nothing to add"))
+    loss = model(ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss
+    context = model(ids).last_hidden_state[:, :-1].flatten(0, 1)
+    tokens = ids.view(2, -1, K)[:, 1:].flatten(0, 1)
+    expected = model.head.loss(context, tokens, generator=torch.Generator().manual_seed(0)).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_codes_are_saved_and_loaded(tmp_path):
+    model = tiny_model("token_flow")
+    assert model.head.codes.any()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = CALMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert torch.equal(loaded.head.codes, model.head.codes.to(dtype))
+        context = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(3, 2, Z, generator=torch.Generator().manual_seed(1))
+        drawn = [m.head.sample(context.to(m.dtype), noise=noise).float() for m in (loaded, model)]
+        assert relative_error(*drawn) < (1e-6 if dtype == torch.float32 else 5e-2)
+
+
+def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
+    """Loading a checkpoint without them leaves zeros, no chance memory; then a multi-token loss's chain goes in."""
+    flow = tiny_model("flow")
+    flow.save_pretrained(tmp_path)
+    model = CALMForCausalLM.from_pretrained(tmp_path, head_type="token_flow", ignore_mismatched_sizes=True)
+    assert not model.head.codes.any()
+    loss = MultiTokenLoss(48, V, K)
+    state = {f"auxiliary.{name}": value for name, value in loss.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / AUXILIARY_FILE)
+    begin_token_flow(model, tmp_path / AUXILIARY_FILE)
+    assert torch.equal(model.head.codes, token_codes(model.autoencoder))
+    assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)
