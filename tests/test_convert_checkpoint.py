@@ -79,7 +79,9 @@ def test_a_fresh_process_reproduces_the_goldens_from_bundles(tmp_path, capsys):
     # Slow because a fresh process imports torch and transformers anew.
     for head_type in PUBLISHED_HEAD_TYPES:
         Workshop(tmp_path / head_type, capsys, head_type).convert()
-    done = fresh_process.call(errors_of_bundles, tmp_path / "home", folder=str(tmp_path), head_types=PUBLISHED_HEAD_TYPES)
+    done = fresh_process.call(
+        errors_of_bundles, tmp_path / "home", folder=str(tmp_path), head_types=PUBLISHED_HEAD_TYPES
+    )
     assert done.complaints == []
     for head_type in PUBLISHED_HEAD_TYPES:
         errors = done.result[head_type]

@@ -7,7 +7,7 @@ import torch
 from evaluation_folder import folder, tiny_llama  # noqa: F401 (a fixture)
 from tiny import tiny_model, tiny_tokenizer
 
-from calm.evaluation import autoencoder_report, calibration, prompt_alignment
+from calm.evaluation import autoencoder_report, calibration, invented_words, prompt_alignment
 from calm.evaluation.autoencoder_report import noise_accuracy, posterior_statistics
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
@@ -139,3 +139,27 @@ def test_alignment_command_writes_a_page(folder, tmp_path):
 def test_alignment_needs_patches(folder):
     with pytest.raises(SystemExit, match="must be a CALM with patches of at least 2 tokens"):
         prompt_alignment.main(["--model", str(folder / "ar"), "--data", str(folder / "text.jsonl.xz")])
+
+
+def test_invented_words_are_those_that_the_text_never_has():
+    known = invented_words.vocabulary_of(["Lily's mom said: \u201cGo!\u201d", "She didn\u2019t."])
+    assert known == {"lily's", "mom", "said", "go", "she", "didn't"}
+    new, count = invented_words.invented(["Mom sayed, didn't she? go 123 awa"], known)  # the last may be cut off
+    assert (new, count) == (["sayed"], 5)
+
+
+@pytest.mark.parametrize("kind", ["calm", "ar"])
+def test_invented_words_command(folder, tmp_path, capsys, kind):
+    out = tmp_path / "out.json"
+    size = ["--num_texts", "2", "--max_new_tokens", "30", "--temperature", "0.5", "1", "--prompt", "ab"]
+    options = [*size, "--num_candidates", "5", "--json", str(out)]
+    invented_words.main(["--model", str(folder / kind), "--text", str(folder / "text.jsonl.xz"), *options])
+    rows = json.loads(out.read_text())
+    assert [row["temperature"] for row in rows] == [0.5, 1.0]
+    assert all(row["invented"] == len(row["examples"]) <= row["words"] for row in rows)
+    assert capsys.readouterr().out.count("|\n") == 4
+
+
+def test_invented_words_of_a_text_that_is_not_there(folder):
+    with pytest.raises(SystemExit, match="missing.txt: no such file"):
+        invented_words.main(["--model", str(folder / "calm"), "--text", "missing.txt"])

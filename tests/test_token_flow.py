@@ -1,4 +1,4 @@
-"""The token-flow head: its codes, its loss against a loop, its flow where the answer is known, a law that it learns."""
+"""The token-flow head: its codes, its loss against a loop, its flow where the end is known, a law that it learns."""
 
 import math
 
@@ -67,8 +67,9 @@ def test_loss_agrees_with_a_loop():
     time, noise = torch.rand(head.num_samples, 3).double(), torch.randn(head.num_samples, 3, Z).double()
     losses = head.loss(context, tokens, time=time, noise=noise)
     for row in range(3):
-        expected = [loop_loss(head, context[row], tokens[row], t, z) for t, z in zip(time[:, row], noise[:, row])]
-        assert losses[row].item() == pytest.approx(sum(expected) / len(expected), rel=1e-6)  # time features are float32
+        draws = zip(time[:, row], noise[:, row], strict=True)
+        expected = sum(loop_loss(head, context[row], tokens[row], *draw) for draw in draws) / head.num_samples
+        assert losses[row].item() == pytest.approx(expected, rel=1e-6)  # time features are float32
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10])

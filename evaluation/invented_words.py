@@ -1,0 +1,92 @@
+"""How many words a model invents: it continues a prompt, and each word that a reference text never has is counted.
+
+    python -m calm.evaluation.invented_words --model MODEL --text TRAINING_TEXT --temperature 0.5 1
+
+A model whose tokens are shorter than words, or that draws several of them at once, can misspell. This says how often.
+Words are runs of letters and apostrophes, case apart; the last of a text, which may be cut off, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, set_seed
+
+from calm.evaluation.models import is_calm, load_causal_lm
+from calm.training.documents import expand_paths, read_documents
+
+PROMPT = "Once upon a time, there was a little girl named Lily."
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+
+
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text.lower().replace("\u2019", "'"))
+
+
+def vocabulary_of(documents: Iterable[str]) -> set[str]:
+    return {word for document in documents for word in words_of(document)}
+
+
+def invented(texts: list[str], known: set[str]) -> tuple[list[str], int]:
+    """The words of the texts that are not known, in order, and how many words there are."""
+    words = [word for text in texts for word in words_of(text)[:-1]]
+    return [word for word in words if word not in known], len(words)
+
+
+@torch.no_grad()
+def continuations(model, tokenizer, prompt: str, num_texts: int, seed: int, **options) -> list[str]:
+    """What the model adds to the prompt, `num_texts` times, in one batch."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.repeat(num_texts, 1).to(model.device)
+    set_seed(seed)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, **options)
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m calm.evaluation.invented_words",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of a CALM or another causal LM")
+    parser.add_argument("--text", required=True, nargs="+", help="files whose words are taken for known")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--num_candidates", type=int, help="of a CALM (default: the model's own)")
+    parser.add_argument("--num_texts", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures")
+    args = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_causal_lm(args.model), AutoTokenizer.from_pretrained(args.model)
+        known = vocabulary_of(read_documents(expand_paths(args.text)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"invented_words: {error}")
+    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    if is_calm(model) and args.num_candidates:
+        options["num_candidates"] = args.num_candidates
+    if not is_calm(model):
+        options |= {"top_k": 0, "top_p": 1.0}  # plain sampling
+    rows = []
+    print("| T | words | invented | share | the first of them |\n| --- | --- | --- | --- | --- |")
+    for temperature in args.temperature:
+        texts = continuations(
+            model, tokenizer, args.prompt, args.num_texts, args.seed, temperature=temperature, **options
+        )
+        new, count = invented(texts, known)
+        rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
+        share = f"{len(new) / max(count, 1):.1%}"
+        print(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
