@@ -111,12 +111,13 @@ class CALMConfig(LlamaConfig):
     Args:
         patch_size: K tokens per patch.
         latent_size: Z, size of the vector that the head predicts.
-        head_type: "energy", "flow" or "diffusion".
+        head_type: "energy", "flow" or "diffusion", as published; "token_flow" is a flow head that predicts tokens,
+            for small vocabularies (see token_flow_calm.py).
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
         num_context_layers: residual MLPs that the hidden state passes first, once for all draws; published heads have
             none. A head that is trained on a frozen backbone learns much faster with one (docs/log.md).
-        num_samples: N, samples per patch in the training loss (energy: head samples; flow, diffusion: targets).
+        num_samples: N, samples per patch in the training loss (energy: head samples; others: targets).
         num_posterior_samples: S, posterior draws per patch in the energy loss.
         beta: exponent of the energy score, 1 ≤ β < 2.
         flow_time_logit_mean: in training the flow head draws times sigmoid(Normal(this, 1)); `None` is the published
