@@ -30,18 +30,49 @@ class DecodedCandidates:
     def __init__(self, autoencoder: CALMAutoencoder, num_rows: int, forbidden_KV: Tensor | None = None):
         self.autoencoder, self.num_rows, self.forbidden_KV = autoencoder, num_rows, forbidden_KV
         self.num_drawn = 0
+        self.tokens_RMK = None
 
     def add(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
-        """Takes the next candidates of some rows, which must have drawn in every block before.
+        """Takes the next candidates of some rows and tells them apart from each other and all before.
 
         Returns:
             ids that are equal within a row, over all blocks, exactly where the patches are, (A, N, K or 1).
         """
+        self.take(rows_A, latents_NAZ)
+        return self.tell_apart(rows_A)[:, -len(latents_NAZ) :]
+
+    def take(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
+        """Takes the next candidates of some rows, which must have drawn in every block before.
+
+        Returns:
+            their numbers within their row, (A, N, 1).
+        """
+        self._keep(rows_A, latents_NAZ)
         self.num_drawn += len(latents_NAZ)
-        return self.autoencoder.decode_tokens(latents_NAZ, self.forbidden_KV).transpose(0, 1).to(rows_A.device)
+        number_N = torch.arange(self.num_drawn - len(latents_NAZ), self.num_drawn, device=rows_A.device)
+        return number_N[:, None].expand(len(rows_A), -1, -1)
+
+    def _keep(self, rows_A: Tensor, latents_NAZ: Tensor) -> None:
+        tokens_NAK = self.autoencoder.decode_tokens(latents_NAZ, self.forbidden_KV).to(rows_A.device)
+        self.tokens_RMK = self._append(self.tokens_RMK, rows_A, tokens_NAK)
+
+    def _append(self, old_RM: Tensor | None, rows_A: Tensor, new_NA: Tensor) -> Tensor:
+        new_RN = new_NA.new_zeros(self.num_rows, len(new_NA), *new_NA.shape[2:])
+        new_RN[rows_A.to(new_NA.device)] = new_NA.transpose(0, 1)
+        return new_RN if old_RM is None else torch.cat([old_RM, new_RN], dim=1)
+
+    def tell_apart(self, rows_A: Tensor, pairs_MM: Tensor | None = None, favourite_A: Tensor | None = None) -> Tensor:
+        """Ids of all candidates of these rows so far, (A, M, K or 1).
+
+        Args:
+            pairs_MM (bool, symmetric): of these pairs the ids must be equal exactly where the patches are; None: of
+                all.
+            favourite_A: the number of the candidate of each row that is likely to be chosen.
+        """
+        return self.tokens_RMK[rows_A]
 
     def patches(self, chosen: Tensor) -> Tensor:
-        """The tokens (R, K) of the candidates that were chosen, one of each row, named by their ids from `add`."""
+        """The tokens (R, K) of the candidates that were chosen, one of each row, named by their ids."""
         return chosen
 
 
@@ -64,57 +95,65 @@ class LazyCandidates(DecodedCandidates):
     ):
         super().__init__(autoencoder, num_rows, forbidden_KV)
         self.radius = radius
-        # Of each candidate its latent vector; of each token its half-decoded state, and its id, −1 while unknown.
-        self.latents_RMZ = self.states_RMKd = self.tokens_RMK = None
+        # Of each candidate its latent vector; of each token its half-decoded state. An unknown token's id is −1.
+        self.latents_RMZ = self.states_RMKd = None
 
-    def add(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
-        num_new, states_NAKd = len(latents_NAZ), self.autoencoder.decode_states(latents_NAZ)
+    def _keep(self, rows_A: Tensor, latents_NAZ: Tensor) -> None:
+        states_NAKd = self.autoencoder.decode_states(latents_NAZ)
         tokens_NAK = torch.full(states_NAKd.shape[:3], -1, device=rows_A.device)
         self.latents_RMZ = self._append(self.latents_RMZ, rows_A, latents_NAZ)
         self.states_RMKd = self._append(self.states_RMKd, rows_A, states_NAKd)
         self.tokens_RMK = self._append(self.tokens_RMK, rows_A, tokens_NAK)
-        self.num_drawn += num_new
-        return self._tell_apart(rows_A)[:, -num_new:, None]
-
-    def _append(self, old_RM: Tensor | None, rows_A: Tensor, new_NA: Tensor) -> Tensor:
-        new_RN = new_NA.new_zeros(self.num_rows, len(new_NA), *new_NA.shape[2:])
-        new_RN[rows_A.to(new_NA.device)] = new_NA.transpose(0, 1)
-        return new_RN if old_RM is None else torch.cat([old_RM, new_RN], dim=1)
 
     def patches(self, chosen: Tensor) -> Tensor:
         rows_R = torch.arange(self.num_rows, device=chosen.device)
-        self._decode(rows_R, chosen[:, 0], list(range(self.tokens_RMK.shape[-1])))
+        self._decode(rows_R, self._whole_patches(rows_R, chosen[:, 0]))
         return self.tokens_RMK[rows_R, chosen[:, 0]]
 
-    def _tell_apart(self, rows_A: Tensor) -> Tensor:
-        """For each candidate of these rows, the first one of its row with the same patch, (A, M)."""
+    def tell_apart(self, rows_A: Tensor, pairs_MM: Tensor | None = None, favourite_A: Tensor | None = None) -> Tensor:
+        """For each candidate of these rows, the first one of its row with the same patch, (A, M, 1).
+
+        With `pairs_MM`, other pairs than these count as different until they are decoded. The favourites are decoded
+        in full, in the same product with the vocabulary as the first tokens of the others.
+        """
         number_M = torch.arange(self.num_drawn, device=rows_A.device)
         equal_AMM = self.may_be_equal(rows_A) & (number_M[:, None] != number_M)
+        if pairs_MM is not None:
+            equal_AMM &= pairs_MM
+        wanted_AMK = self._whole_patches(rows_A, favourite_A)
         positions = list(range(self.tokens_RMK.shape[-1]))
         while positions:
-            row_S, draw_S = equal_AMM.any(-1).nonzero().unbind(-1)
+            is_open_AM1 = equal_AMM.any(-1, keepdim=True)
             # The last token is the one that most often tells patches apart: the context says least about it.
-            at_once = positions if len(row_S) * len(positions) <= FEW_TOKENS else positions[-1:]
+            at_once = positions if is_open_AM1.sum() * len(positions) <= FEW_TOKENS else positions[-1:]
             positions = positions[: -len(at_once)]
-            self._decode(rows_A[row_S], draw_S, at_once)
+            wanted_AMK[..., at_once] |= is_open_AM1
+            self._decode(rows_A, wanted_AMK)
             for token_AM in self.tokens_RMK[rows_A][..., at_once].unbind(-1):
                 equal_AMM &= token_AM[:, :, None] == token_AM[:, None]
         # By their tokens, not by the pairs: of three equal ones two may be close to the third alone.
         is_known_AM1 = equal_AMM.any(-1, keepdim=True)
         alone_AM1 = torch.where(is_known_AM1, 0, 1 + number_M[:, None])
         tokens_AMK = self.tokens_RMK[rows_A].masked_fill(~is_known_AM1, 0)
-        return group_patches(torch.cat([alone_AM1, tokens_AMK], dim=-1))[0]
+        return group_patches(torch.cat([alone_AM1, tokens_AMK], dim=-1))[0][..., None]
 
     def may_be_equal(self, rows_A: Tensor) -> Tensor:
         """Which pairs of candidates could be the same patch as far as can be said without decoding, (A, M, M)."""
         latents_AMZ = self.latents_RMZ[rows_A.to(self.latents_RMZ.device)]
         return pairs_within(latents_AMZ, self.radius).to(rows_A.device)
 
-    def _decode(self, rows_S: Tensor, draws_S: Tensor, positions: list[int]) -> None:
-        """Makes the tokens of these candidates at these positions known."""
-        candidate, position = (self.tokens_RMK[rows_S, draws_S][:, positions] < 0).nonzero().unbind(-1)
-        if len(candidate):
-            index = rows_S[candidate], draws_S[candidate], torch.tensor(positions, device=rows_S.device)[position]
+    def _whole_patches(self, rows_A: Tensor, candidate_A: Tensor | None) -> Tensor:
+        """Marks all tokens of one candidate of each row, or none, (A, M, K)."""
+        marked_AMK = torch.zeros_like(self.tokens_RMK[rows_A], dtype=torch.bool)
+        if candidate_A is not None:
+            marked_AMK[torch.arange(len(rows_A), device=rows_A.device), candidate_A] = True
+        return marked_AMK
+
+    def _decode(self, rows_A: Tensor, wanted_AMK: Tensor) -> None:
+        """Makes these tokens known."""
+        row, candidate, position = (wanted_AMK & (self.tokens_RMK[rows_A] < 0)).nonzero().unbind(-1)
+        if len(row):
+            index = rows_A[row], candidate, position
             self.tokens_RMK[index] = self.read(*index)
 
     def read(self, rows: Tensor, draws: Tensor, positions: Tensor) -> Tensor:

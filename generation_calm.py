@@ -342,9 +342,11 @@ class CALMGenerationMixin:
         num_rows, device = hidden_RD.shape[0], hidden_RD.device
         candidates = self.new_candidates(num_rows, sampling, forbidden_KV)
 
+        def latents(rows: Tensor, num_draws: int, **draws) -> Tensor:
+            return self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **draws)
+
         def draw(rows: Tensor, num_draws: int, **draws) -> Tensor:
-            latents_NRZ = self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **draws)
-            return candidates.add(rows, latents_NRZ)
+            return candidates.add(rows, latents(rows, num_draws, **draws))
 
         rows = torch.arange(num_rows, device=device)
         if not sampling.do_sample:
@@ -359,7 +361,14 @@ class CALMGenerationMixin:
             bound = EXACT_DRAWS_PER_CANDIDATE if sampling.sampling_method == "exact" else 1
             max_draws = bound * sampling.num_candidates
             chosen, *_ = exact_temperature_sample(
-                draw, num_rows, sampling.temperature, max_draws, generator=generator, device=device, plan=plan
+                lambda rows, num_draws: candidates.take(rows, latents(rows, num_draws)),
+                num_rows,
+                sampling.temperature,
+                max_draws,
+                generator=generator,
+                device=device,
+                plan=plan,
+                tell_apart=candidates.tell_apart,
             )
         return candidates.patches(chosen)
 

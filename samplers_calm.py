@@ -107,16 +107,28 @@ def candidate_log_weights(patches_BNK: torch.LongTensor, temperature: float) -> 
 
 
 def batch_temperature_select(
-    patches_BNK: torch.LongTensor, temperature: float, generator: torch.Generator | None = None
+    patches_BNK: torch.LongTensor,
+    temperature: float,
+    generator: torch.Generator | None = None,
+    race_BN: torch.Tensor | None = None,
 ) -> torch.LongTensor:
     """Choose one patch of each row's pool of N draws, approximately by P^(1/T)/Z (paper, Algorithm 2); shape (B, K).
 
     The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
     `repetition_log_weights` extends it to every T in (0, 1]. Raises ValueError for T outside it and for N < 1/T.
+
+    The choice is a race: each candidate takes an exponential time ÷ its weight, and the first to arrive is chosen.
+    `race_BN` are the times, where they were drawn before the patches are known (`exponential_times`).
     """
     check_num_candidates(patches_BNK.shape[1], temperature)
     weights_BN = candidate_log_weights(patches_BNK, temperature).softmax(-1)
-    return _take_patch(patches_BNK, torch.multinomial(weights_BN, 1, generator=generator).squeeze(-1))
+    race_BN = exponential_times(weights_BN, generator) if race_BN is None else race_BN
+    return _take_patch(patches_BNK, (weights_BN / race_BN).argmax(-1))
+
+
+def exponential_times(like_BN: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Standard exponential variates, float32, in the shape and on the device of the given tensor."""
+    return torch.empty_like(like_BN, dtype=torch.float32).exponential_(generator=generator)
 
 
 def most_frequent_patch(patches_BNK: torch.LongTensor) -> torch.LongTensor:
@@ -136,6 +148,7 @@ def exact_temperature_sample(
     device: torch.device | None = None,
     first_block: int = FIRST_BLOCK,
     plan: "BlockPlan | None" = None,
+    tell_apart: Callable[..., torch.LongTensor] | None = None,
 ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.LongTensor]:
     """Sample P^(1/T)/Z exactly from draws of P (paper, Algorithm 1), with at most `max_draws` draws a row.
 
@@ -144,10 +157,14 @@ def exact_temperature_sample(
     reaches `max_draws` without one chooses from its pool, see `choose_from_full_pool`. `first_block` is the least size
     of the first block; a `plan` that is handed from step to step makes it larger where steps before needed more.
 
-    Returns the patches (B, K), whether each is an exact sample (B,) bool, and the draws made (B,). The total-variation
-    distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes it a substitute for
-    `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every case enumerated, at
-    other T no larger within the noise of a simulation (tests/test_samplers.py, TestFallback).
+    Where patches are dear to know, `draw` may return any ids instead, and `tell_apart(rows_R, pairs_NN, favourite_R)`
+    names all draws of these rows so far, (R, N, K'): of the pairs that it is asked for (None: of all), the names are
+    equal exactly where the patches are. `favourite_R`, where not None, is the draw chosen if all are distinct.
+
+    Returns the patches or names (B, K), whether each is an exact sample (B,) bool, and the draws made (B,). The
+    total-variation distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes it
+    a substitute for `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every case
+    enumerated, at other T no larger within the noise of a simulation (tests/test_samplers.py, TestFallback).
     Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
     """
     check_num_candidates(max_draws, temperature)
@@ -156,32 +173,53 @@ def exact_temperature_sample(
     if plan is not None and exponent > 1:
         block = plan.first_block(block, batch_size, max_draws)
     rows_R = torch.arange(batch_size, device=device)
-    pool_RNK = draw(rows_R, block)
-    coin_RN = torch.rand(pool_RNK.shape[:2], generator=generator, device=pool_RNK.device)
-
-    chosen_BK = torch.empty_like(pool_RNK[:, 0])
-    exact_B = torch.zeros_like(rows_R, dtype=torch.bool)
-    num_draws_B = torch.zeros_like(rows_R)
+    exact_B, num_draws_B = torch.zeros_like(rows_R, dtype=torch.bool), torch.zeros_like(rows_R)
+    chosen_BK, pool, num_drawn = None, None, 0
     while True:
-        start_R, accepted_R = first_accepted_attempt(group_patches(pool_RNK)[0], coin_RN, temperature)
-        chosen_BK[rows_R] = _take_patch(pool_RNK, start_R)
-        exact_B[rows_R] = accepted_R
-        num_draws_B[rows_R] = num_drawn = pool_RNK.shape[1]
+        new_RNK = draw(rows_R, min(num_drawn or block, max_draws - num_drawn))
+        coin_RN = torch.rand(new_RNK.shape[:2], generator=generator, device=new_RNK.device)
+        new = new_RNK, coin_RN, exponential_times(coin_RN, generator)
+        pool = new if pool is None else [torch.cat(parts, dim=1) for parts in zip(pool, new, strict=True)]
+        names_RNK, coin_RN, race_RN = pool
+        num_drawn = names_RNK.shape[1]
+        if tell_apart is not None:
+            pairs_NN = compared_pairs(num_drawn, temperature, rows_R.device)
+            is_last = pairs_NN is not None and num_drawn == max_draws
+            names_RNK = tell_apart(rows_R, pairs_NN, race_RN.argmin(-1) if is_last else None)
+
+        start_R, accepted_R = first_accepted_attempt(group_patches(names_RNK)[0], coin_RN, temperature)
+        if chosen_BK is None:
+            chosen_BK = names_RNK.new_empty(batch_size, names_RNK.shape[-1])
+        chosen_BK[rows_R] = _take_patch(names_RNK, start_R)
+        exact_B[rows_R], num_draws_B[rows_R] = accepted_R, num_drawn
         if plan is not None:
             plan.note((start_R + math.ceil(exponent))[accepted_R])
-
-        rows_R, pool_RNK, coin_RN = rows_R[~accepted_R], pool_RNK[~accepted_R], coin_RN[~accepted_R]
+        rows_R, pool = rows_R[~accepted_R], [each[~accepted_R] for each in pool]
         if len(rows_R) == 0 or num_drawn == max_draws:
             break
-        new_RNK = draw(rows_R, min(num_drawn, max_draws - num_drawn))
-        new_coin_RN = torch.rand(new_RNK.shape[:2], generator=generator, device=new_RNK.device)
-        pool_RNK, coin_RN = torch.cat((pool_RNK, new_RNK), dim=1), torch.cat((coin_RN, new_coin_RN), dim=1)
 
     if len(rows_R) > 0:
         if plan is not None:
             plan.note(num_draws_B[rows_R])
-        chosen_BK[rows_R] = choose_from_full_pool(pool_RNK, coin_RN, temperature, generator)
+        names_RNK, coin_RN, race_RN = pool
+        names_RNK = names_RNK if tell_apart is None else tell_apart(rows_R)
+        chosen_BK[rows_R] = choose_from_full_pool(names_RNK, coin_RN, race_RN, temperature)
     return chosen_BK, exact_B, num_draws_B
+
+
+def compared_pairs(num_draws: int, temperature: float, device: torch.device | None = None) -> torch.Tensor | None:
+    """Which pairs of draws the attempts of Algorithm 1 compare, (N, N) bool; None stands for all.
+
+    Where 1/T is a whole n, an attempt goes on as long as each draw equals the one before it. At n = 2 it reads two
+    draws whatever they are, so that draws 2i and 2i + 1 are compared and no others.
+    """
+    exponent = inverse_temperature(temperature)
+    if not exponent.is_integer():
+        return None
+    index_N = torch.arange(num_draws, device=device)
+    if exponent == 2:
+        return index_N[:, None] // 2 == index_N // 2
+    return (index_N[:, None] - index_N).abs() <= 1
 
 
 class BlockPlan:
@@ -214,17 +252,18 @@ class BlockPlan:
 
 
 def choose_from_full_pool(
-    pool_BNK: torch.LongTensor, coin_BN: torch.Tensor, temperature: float, generator: torch.Generator | None = None
+    pool_BNK: torch.LongTensor, coin_BN: torch.Tensor, race_BN: torch.Tensor, temperature: float
 ) -> torch.LongTensor:
     """Algorithm 1 when no more draws may be made; shape (B, K).
 
     An attempt that was waiting for its patch to come again reads the pool's earlier draws as if they came next, and
     accepts when it has read them all without a restart. Averaged over the orders of a pool, this accepts a patch in
     proportion to its batch weight C(c, 1/T). Dropping such attempts instead would discriminate against rare patches
-    (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule.
+    (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
+    at 1/T a whole number all of them: nothing waits there.
     """
     start_B, accepted_B = first_accepted_attempt(group_patches(pool_BNK)[0], coin_BN, temperature, circular=True)
-    by_batch_rule_BK = batch_temperature_select(pool_BNK, temperature, generator)
+    by_batch_rule_BK = batch_temperature_select(pool_BNK, temperature, race_BN=race_BN)
     return torch.where(accepted_B[:, None], _take_patch(pool_BNK, start_B), by_batch_rule_BK)
 
 

@@ -234,27 +234,33 @@ class Replay:
             )
             candidates = new_candidates(num_rows, *args)
             kind = LazyReplay if isinstance(candidates, LazyCandidates) else DecodedReplay
-            return kind(candidates, patches_CMK[contexts_R], self.recording.latents_CMZ[contexts_R], self.recording)
+            kind(candidates, patches_CMK[contexts_R], self.recording.latents_CMZ[contexts_R], self.recording.radius)
+            return candidates
 
         return call
 
 
 class DecodedReplay:
-    """Candidates that are decoded in full, and then replaced by those of a recording (patches_RMK, latents_RMZ)."""
+    """Replaces candidates, once they are decoded in full, by those of a recording (patches_RMK, latents_RMZ)."""
 
-    def __init__(self, candidates: DecodedCandidates, patches_RMK: Tensor, latents_RMZ: Tensor, recording: Recording):
+    def __init__(
+        self, candidates: DecodedCandidates, patches_RMK: Tensor, latents_RMZ: Tensor, radius: float | None = None
+    ):
         self.candidates, self.patches_RMK, self.latents_RMZ = candidates, patches_RMK, latents_RMZ
-        self.radius = recording.radius
-        self.add_own, self.patches = candidates.add, candidates.patches
+        self.radius = radius
+        self.take_own = candidates.take
+        candidates.take = self.take
 
-    def add(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
+    def take(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
         start, end = self.candidates.num_drawn, self.candidates.num_drawn + len(latents_NAZ)
         if end > self.patches_RMK.shape[1]:
             raise BenchmarkError(f"{end} draws of a row, of {self.patches_RMK.shape[1]} recorded.")
-        return self.replaced(self.add_own(rows_A, latents_NAZ), self.patches_RMK[rows_A, start:end])
+        numbers_AN1 = self.take_own(rows_A, latents_NAZ)
+        self.replace(rows_A, slice(start, end))
+        return numbers_AN1
 
-    def replaced(self, own_ids: Tensor, recorded_ids: Tensor) -> Tensor:
-        return recorded_ids
+    def replace(self, rows_A: Tensor, new: slice) -> None:
+        self.candidates.tokens_RMK[rows_A, new] = self.patches_RMK[rows_A, new]
 
 
 class LazyReplay(DecodedReplay):
@@ -265,8 +271,8 @@ class LazyReplay(DecodedReplay):
         self.read_own = candidates.read
         candidates.read, candidates.may_be_equal = self.read, self.may_be_equal
 
-    def replaced(self, own_ids: Tensor, recorded_ids: Tensor) -> Tensor:
-        return own_ids
+    def replace(self, rows_A: Tensor, new: slice) -> None:
+        """Nothing is known yet."""
 
     def read(self, rows: Tensor, draws: Tensor, positions: Tensor) -> Tensor:
         self.read_own(rows, draws, positions)
