@@ -2,8 +2,8 @@
 
 The samplers ask of a candidate only which others of its row are the same patch. Two patches are the same when all K
 tokens are, so a candidate whose token at one position no other has is known to be alone, and its other tokens matter
-only if it is chosen. `LazyCandidates` decodes position by position on that ground; `DecodedCandidates` is the plain
-path, every token of every candidate, against which it is tested.
+only if it is chosen. `LazyCandidates` decodes position by position on that ground, and only candidates of the pairs
+that are asked for; `DecodedCandidates` is the plain path, every token of every candidate, against which it is tested.
 
 Axes: R rows, A rows that still draw, N new candidates, M candidates so far, K tokens per patch, Z latent size, d
 width of the decoder, V vocabulary.

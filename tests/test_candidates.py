@@ -8,6 +8,7 @@ from tiny import BOS, VOCAB_SIZE, tiny_model
 from calm import candidates_calm, modeling_calm_autoencoder
 from calm.candidates_calm import DecodedCandidates, LazyCandidates
 from calm.generation_calm import PatchSampling
+from calm.samplers_calm import BlockPlan, compared_pairs, exact_temperature_sample
 
 K, Z = 4, 16
 NO_EOS = {"eos_token_id": None}
@@ -29,12 +30,12 @@ def autoencoder():
     return repeating_model().autoencoder
 
 
-def some_latents(num_draws, num_rows, seed=0):
+def some_latents(num_draws, num_rows, seed=0, spread=0.3):
     """Some far apart, some close to another."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, num_rows, Z, generator=generator)
     which = torch.randint(3, (num_draws,), generator=generator)
-    return centres[which] + 0.3 * torch.randn(num_draws, num_rows, Z, generator=generator)
+    return centres[which] + spread * torch.randn(num_draws, num_rows, Z, generator=generator)
 
 
 def count_tokens_read(monkeypatch, candidates):
@@ -93,6 +94,47 @@ def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoe
             assert new_ids == [patches[row].index(patch) for patch in new]
     assert len({tuple(patch) for patch in patches[4]}) < 25, "some repeat"
     assert lazy.patches(last).tolist() == [patches[row][-1] for row in range(5)]
+
+
+@pytest.mark.parametrize("few", [0, 10**6])
+@pytest.mark.parametrize("temperature", [1 / 2, 1 / 3])
+def test_pairs_that_are_asked_for_are_equal_exactly_where_their_patches_are(
+    monkeypatch, autoencoder, temperature, few
+):
+    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", few)
+    lazy, plain = LazyCandidates(autoencoder, 3), DecodedCandidates(autoencoder, 3)
+    for rows, num_draws in [([0, 1, 2], 9), ([0, 2], 20)]:
+        rows, latents = torch.tensor(rows), some_latents(num_draws, len(rows), spread=0.05)
+        numbers = [candidates.take(rows, latents) for candidates in (lazy, plain)]
+        assert torch.equal(*numbers) and numbers[0].shape == (len(rows), num_draws, 1)
+        pairs = compared_pairs(lazy.num_drawn, temperature)
+        equal = [
+            (names[:, :, None] == names[:, None]).all(-1)
+            for names in (candidates.tell_apart(rows, pairs) for candidates in (lazy, plain))
+        ]
+        assert torch.equal(equal[0] & pairs, equal[1] & pairs)
+        assert not equal[1][:, pairs].all() and (equal[1] & pairs).sum() > len(rows) * lazy.num_drawn, "some repeat"
+
+
+@pytest.mark.parametrize("temperature", [1 / 2, 1 / 3])
+def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder, temperature):
+    """Of the same draws, in rows that accept and in rows that fall back."""
+    which = torch.randint(2, (8, 200), generator=torch.Generator().manual_seed(0))
+    latents, results = some_latents(1, 2)[0, which] + 0.01 * some_latents(8, 200), []
+    for kind in (LazyCandidates, DecodedCandidates):
+        candidates = kind(autoencoder, 200)
+
+        def draw(rows, num_draws, candidates=candidates):
+            return candidates.take(rows, latents[candidates.num_drawn :][:num_draws, rows])
+
+        generator = torch.Generator().manual_seed(0)
+        chosen, exact, num_draws = exact_temperature_sample(
+            draw, 200, temperature, 8, generator, first_block=4, tell_apart=candidates.tell_apart
+        )
+        results.append((candidates.patches(chosen), exact, num_draws))
+    for lazy, plain in zip(*results, strict=True):
+        assert torch.equal(lazy, plain)
+    assert exact[num_draws == 8].any() and not exact.all() and (num_draws == 4).any()
 
 
 @pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
@@ -206,3 +248,38 @@ def test_one_candidate_is_decoded_once_in_full(monkeypatch, autoencoder):
     chosen = candidates.add(torch.arange(3), latents)[:, 0]
     assert work == []
     assert torch.equal(candidates.patches(chosen), autoencoder.decode_tokens(latents)[0]) and work == [3 * K]
+
+
+@pytest.mark.parametrize("temperature, tokens", [(1 / 2, 2 * K), (1 / 3, 3 * K)])
+def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
+    monkeypatch, autoencoder, temperature, tokens
+):
+    """Candidates 0, 2, 3 and 7 are close, the others far away: 2 and 3 are compared, and at T = 1/3 no other two.
+    At T = 1/3 candidate 4 is close to 3, which no attempt at T = 1/2 compares it with."""
+    latents = 100 * torch.eye(Z)[:9, None]
+    latents[[0, 2, 3, 4, 7]] = 0
+    candidates = LazyCandidates(autoencoder, 1, radius=1.0)
+    monkeypatch.setattr(candidates, "read", lambda rows, *_: torch.full_like(rows, 7))
+    rows = torch.zeros(1, dtype=torch.long)
+    candidates.take(rows, latents)
+    candidates.tell_apart(rows, compared_pairs(9, temperature))
+    assert (candidates.tokens_RMK >= 0).sum() == tokens
+    assert candidates.tell_apart(rows).flatten().tolist() == [0, 1, 0, 0, 0, 5, 6, 0, 8]
+
+
+def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatch):
+    """The whole step reads the vocabulary once: last tokens that all differ, and the patch that is then chosen."""
+    model, work = tiny_model(), []
+    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
+
+    def distinct(self, rows, draws, positions):
+        work.append(len(rows))
+        return draws + 40 * positions
+
+    monkeypatch.setattr(LazyCandidates, "read", distinct)
+    sampling = PatchSampling(temperature=0.5, num_candidates=30)
+    plan = BlockPlan()
+    plan.note(torch.tensor([30]))
+    patches_RK = model.next_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), plan=plan)
+    assert work == [2 * (30 + K - 1)]
+    assert torch.equal(patches_RK - patches_RK[:, :1], 40 * torch.arange(K).expand(2, -1))

@@ -31,6 +31,7 @@ from calm.samplers_calm import (
     candidate_log_weights,
     check_num_candidates,
     check_temperature,
+    compared_pairs,
     exact_temperature_sample,
     first_accepted_attempt,
     group_patches,
@@ -407,6 +408,67 @@ class TestFallback:
         patches, exact, _ = exact_temperature_sample(draw, 8000, 0.5, 4, seeded())
         assert not exact.any()
         assert chi_square_p_value(patches[:, 0], flat(4)) > SIGNIFICANCE
+
+    def test_the_draw_chosen_if_all_are_distinct_is_known_before(self):
+        """Also where the pool comes in blocks; at other T nothing is promised."""
+        for temperature, promised in ((0.5, True), (1 / 3, True), (0.7, False)):
+            favourites, used = [], [0]
+
+            def draw(rows, num_draws, used=used):
+                used[0] += num_draws
+                return torch.zeros(len(rows), num_draws, 1, dtype=torch.long)
+
+            def tell_apart(rows, pairs=None, favourite=None, used=used, favourites=favourites):
+                favourites += [favourite] if favourite is not None else []
+                return torch.arange(used[0]).expand(len(rows), -1)[..., None]
+
+            chosen, exact, _ = exact_temperature_sample(draw, 500, temperature, 20, seeded(), tell_apart=tell_apart)
+            assert len(favourites) == promised
+            if promised:
+                assert not exact.any() and torch.equal(favourites[0], chosen[:, 0])
+                assert chi_square_p_value(chosen[:, 0], flat(20)) > SIGNIFICANCE
+
+
+class TestComparedPairs:
+    def test_hand_worked(self):
+        assert compared_pairs(5, 0.5).nonzero().tolist() == [
+            [0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 4]
+        ]  # fmt: skip
+        assert compared_pairs(3, 1 / 3).tolist() == [[True, True, False], [True] * 3, [False, True, True]]
+        assert compared_pairs(5, 0.7) is None
+
+    @pytest.mark.parametrize("temperature", [1, 1 / 2, 1 / 3, 1 / 4, 0.4])
+    def test_nothing_else_decides_an_attempt(self, temperature):
+        """Draws that no attempt compares look different: the same is chosen, of the same draws."""
+        stream = torch.multinomial(zipf(6), 300 * 16, replacement=True, generator=seeded()).view(300, 16)
+
+        def sample(by_name):
+            used = torch.zeros(300, dtype=torch.long)
+
+            def draw(rows, num_draws):
+                index = used[rows][:, None] + torch.arange(num_draws)
+                used[rows] += num_draws
+                return stream[rows[:, None], index][..., None]
+
+            return exact_temperature_sample(
+                draw, 300, temperature, 16, seeded(1), tell_apart=named(used) if by_name else None
+            )
+
+        def named(used):
+            def tell_apart(rows, pairs=None, favourite=None):
+                outcomes = stream[rows, : used[rows[0]]]
+                equal = outcomes[:, :, None] == outcomes[:, None]
+                linked = equal if pairs is None else equal & pairs
+                for _ in range(16):  # equal to one that is equal to a third
+                    linked = (linked.float() @ linked.float()) > 0
+                return 10 * linked.int().argmax(-1)[..., None] + outcomes[..., None]
+
+            return tell_apart
+
+        (plain, *others), (named_by, *others_too) = sample(False), sample(True)
+        assert torch.equal(plain, named_by % 10)
+        assert all(torch.equal(a, b) for a, b in zip(others, others_too, strict=True))
+        assert temperature == 1 or not others[0].all()
 
 
 class TestMostFrequent:
