@@ -9,8 +9,8 @@ draw patches from P. Three ways to get there, from a pool of N draws of each row
 - `exact_temperature_sample`   the paper's Algorithm 1, drawing in growing blocks up to a bound, then the batch rule;
 - `most_frequent_patch`        the mode of a pool, for `do_sample=False`.
 
-The exact one asks only which draws are equal, where 1/T is whole only of the pairs that its attempts compare, and draws
-the choice among distinct ones before it asks: who knows patches at a price (candidates_calm.py) can save there.
+The exact one asks only which draws are equal: where 1/T is whole, only of the pairs that its attempts compare. And it
+draws the choice among distinct ones before it asks. So candidates_calm.py need not decode everything.
 
 Rows are independent, everything stays on the device of its input, and all randomness comes from `generator`.
 """
