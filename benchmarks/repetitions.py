@@ -4,7 +4,7 @@
 
 The model writes texts, and every candidate of every step is decoded in full. The radius is the largest distance
 between two latent vectors of one step that were the same patch, in the first half of the steps, times a margin of
-1.1. On the second half, and without the radius on all of it, lazy decoding must find the same repetitions, and the
+1.5. On the second half, and without the radius on all of it, lazy decoding must find the same repetitions, and the
 choice with the same seed must be the same patch. `--save` writes the radius to the model's config.json.
 
 Axes: C recorded steps, N candidates, K tokens per patch.
@@ -26,7 +26,7 @@ from calm.candidates_calm import LazyCandidates
 from calm.evaluation.models import is_calm
 from calm.samplers_calm import batch_temperature_select, check_num_candidates, group_patches
 
-MARGIN = 1.1
+MARGIN = 1.5
 
 
 def calibrated_radius(recording: Recording) -> float | None:
