@@ -114,7 +114,7 @@ class GenerativeHead(nn.Module):
         Returns:
             `(...)`: one value per patch.
         """
-        return self(context, *target, generator=generator, **draws)
+        return self(context, *target, is_scored=True, generator=generator, **draws)
 
     def shared_draws(self, num_samples: int, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws for `sample` that every context (R, D) shares, so that a row's samples don't depend on its batch.
@@ -128,9 +128,9 @@ class GenerativeHead(nn.Module):
         """Starting noise of draws of the given shape: standard normal in the latent's size."""
         return _normal((*shape, self.latent_size), like, generator)
 
-    def forward(self, context: Tensor, *target: Tensor, **kwargs) -> Tensor:
+    def forward(self, context: Tensor, *target: Tensor, is_scored: bool = False, **kwargs) -> Tensor:
         context = self.context_layers(context)
-        return self._loss(context, *target, **kwargs) if target else self._sample(context, **kwargs)
+        return self._loss(context, *target, **kwargs) if is_scored else self._sample(context, **kwargs)
 
 
 class EnergyBlock(nn.Module):

@@ -20,7 +20,7 @@ def recording():
 
 
 def test_the_radius_by_hand():
-    assert repetitions.calibrated_radius(recording()) == pytest.approx(1.1 * 3)
+    assert repetitions.calibrated_radius(recording()) == pytest.approx(1.5 * 3)
     distinct = Recording(torch.arange(6).view(1, 3, 2), torch.zeros(1, 3, 1))
     assert repetitions.calibrated_radius(distinct) is None
 

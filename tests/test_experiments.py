@@ -102,7 +102,7 @@ def test_the_real_file_is_a_plan(corpus, tmp_path):
     assert all(plan.cost(s).trainable > 0 for s in plan.stages.values() if s.kind in ("autoencoder", "calm", "ar"))
     for table in plan.tables:
         tokens = {plan.tokens(plan.stages[f"models/{m}"]) for row in table.rows for m in row.models}
-        assert len(tokens) == (1 if table.group != "learn" else len(table.rows))
+        assert len(tokens) == (1 if table.group != "learn" else 3)  # all, a quarter, a tenth
     assert "{" not in document(plan)
 
 
