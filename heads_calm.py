@@ -1,7 +1,8 @@
 """The generative heads of CALM: each draws the next patch's latent vector given the backbone's hidden state.
 
-One interface: `sample(context)` draws, `loss(context, mean, log_std)` scores against the autoencoder's posterior. All
-randomness can be passed in. A new head is one class and one line in modeling_calm.py's `HEADS`.
+One interface: `sample(context)` draws, `loss(context, mean, log_std)` scores against the autoencoder's posterior (or
+`loss(context, tokens)` against the tokens, see token_flow_calm.py). All randomness can be passed in. A
+new head is one class and one line in modeling_calm.py's `HEADS`.
 
 Axes: N samples per patch (or T solver steps), D hidden size, Z latent size. "..." stands for any leading axes, as
 (B, P). Samples come first: (N, ..., Z).
