@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_calm import CALMAutoencoderConfig
 from .scores_calm import clipped_kl
+from .screening_calm import VocabularyScreen
 
 # Logits made at once in decode_tokens: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
@@ -97,6 +98,7 @@ class AutoencoderDecoder(nn.Module):
         self.expand_layer = nn.Linear(config.hidden_size, config.patch_size * config.hidden_size)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.screen = None
 
     def expand(self, latents: Tensor) -> Tensor:
         """Latent vectors (..., Z) → a state for each token, (..., K, d): the layers that work on whole patches."""
@@ -116,13 +118,32 @@ class AutoencoderDecoder(nn.Module):
     ) -> Tensor:
         """The most probable tokens, (M,), of single states from `expand`, without ever holding all their logits.
 
-        Works through tiles of the vocabulary with a running maximum. Of equal logits the lowest id wins, as in
-        argmax.
+        On a CPU, rows of a large vocabulary are screened (`VocabularyScreen`). Otherwise works through tiles of the
+        vocabulary with a running maximum. Of equal logits the lowest id wins, as in argmax.
         """
         states_Md = self.finish(states_Md)
         kind = "cpu" if states_Md.device.type == "cpu" else "other"
         chunks = zip(states_Md.split(STATES_AT_ONCE[kind]), positions_M.split(STATES_AT_ONCE[kind]), strict=True)
-        return torch.cat([self._argmax(*chunk, forbidden_KV, VOCABULARY_TILE[kind]) for chunk in chunks])
+        screen = self._current_screen() if forbidden_KV is None else None
+        ids = []
+        for states_md, positions_m in chunks:
+            ids_m = screen and screen.argmax(states_md, self.lm_head.weight)
+            ids.append(
+                self._argmax(states_md, positions_m, forbidden_KV, VOCABULARY_TILE[kind]) if ids_m is None else ids_m
+            )
+        return torch.cat(ids)
+
+    def _current_screen(self) -> VocabularyScreen | None:
+        # Under an offloading hook the weight comes and goes, and would be packed anew each time.
+        weight_Vd = self.lm_head.weight
+        if not VocabularyScreen.is_worthwhile(weight_Vd) or hasattr(self.lm_head, "_hf_hook"):
+            return None
+        if self.screen is None or not self.screen.is_of(weight_Vd):
+            try:
+                self.screen = VocabularyScreen(weight_Vd)
+            except (AttributeError, RuntimeError):  # no int8 products in this PyTorch
+                return None
+        return self.screen
 
     def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None, tile: int) -> Tensor:
         num_states = len(states_Md)

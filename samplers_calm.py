@@ -25,7 +25,7 @@ import torch
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6
 FIRST_BLOCK = 4  # draws of the exact sampler's first block; the pool then doubles until a row is done
-BLOCK_COST = 30  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
+BLOCK_COST = 15  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
 FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
 

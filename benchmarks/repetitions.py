@@ -5,7 +5,8 @@
 The model writes texts, and every candidate of every step is decoded in full. The radius is the largest distance
 between two latent vectors of one step that were the same patch, in the first half of the steps, times a margin of
 1.5. On the second half, and without the radius on all of it, lazy decoding must find the same repetitions, and the
-choice with the same seed must be the same patch. `--save` writes the radius to the model's config.json.
+choice with the same seed must be the same patch. Every token is read through `VocabularyScreen`, too, however small
+the vocabulary, and compared. `--save` writes the radius to the model's config.json.
 
 Axes: C recorded steps, N candidates, K tokens per patch.
 """
@@ -25,6 +26,7 @@ from calm.benchmarks.workloads import BenchmarkError, Recording, distinct_share,
 from calm.candidates_calm import LazyCandidates
 from calm.evaluation.models import is_calm
 from calm.samplers_calm import batch_temperature_select, check_num_candidates, group_patches
+from calm.screening_calm import VocabularyScreen
 
 MARGIN = 1.5
 
@@ -71,6 +73,23 @@ def compare(model, recording: Recording, temperature: float, radius: float | Non
         total.tokens_read += int((candidates.tokens_RMK >= 0).sum())
         total.candidates += len(patches_NK)
         total.steps += 1
+    return total
+
+
+def other_tokens(model, recording: Recording) -> int | None:
+    """How many tokens the int8 screen reads otherwise than the full product; None where PyTorch can't screen."""
+    decoder = model.autoencoder.decoder
+    weight_Vd = decoder.lm_head.weight
+    try:
+        screen = VocabularyScreen(weight_Vd)
+    except (AttributeError, RuntimeError):
+        return None
+    total = 0
+    with torch.no_grad():
+        for patches_NK, latents_NZ in zip(recording.patches_CMK, recording.latents_CMZ, strict=True):
+            states_Md = decoder.finish(decoder.expand(latents_NZ)).flatten(0, 1)
+            ids_M = screen.argmax(states_Md, weight_Vd)
+            total += int((ids_M != patches_NK.flatten()).sum()) if ids_M is not None else patches_NK.numel()
     return total
 
 
@@ -125,6 +144,9 @@ def report(model, options: argparse.Namespace) -> float | None:
         text = "–" if limit is None else f"{limit:.2f}"
         counts = f"{found.candidates} | {each:.2f} | {found.missed} | {found.other_choices} of {found.steps}"
         print(f"| {name} | {text} | {counts} |")
+    others = other_tokens(model, whole)
+    if others is not None:
+        print(f"screened in int8: {others} of {whole.patches_CMK.numel()} tokens other than the full product's")
     return radius
 
 

@@ -14,6 +14,7 @@ CODE_FILES = {
     "candidates_calm.py",
     "generation_calm.py",
     "heads_calm.py",
+    "screening_calm.py",
     "token_flow_calm.py",
     "modeling_calm.py",
     "modeling_calm_autoencoder.py",

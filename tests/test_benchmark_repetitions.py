@@ -54,8 +54,9 @@ def test_the_command_saves_the_radius(monkeypatch, tmp_path, capsys):
     assert radius > 0
     assert json.loads((tmp_path / "config.json").read_text()) == before | {"repetition_radius": radius}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith("| all steps | – | 80 | ") and lines[-2].endswith(" | 0 | 0 of 8 |")
-    assert lines[-1].startswith(f"| second half | {radius:.2f} | 40 | ")
+    assert lines[-1] == "screened in int8: 0 of 320 tokens other than the full product's"
+    assert lines[-3].startswith("| all steps | – | 80 | ") and lines[-3].endswith(" | 0 | 0 of 8 |")
+    assert lines[-2].startswith(f"| second half | {radius:.2f} | 40 | ")
 
 
 @pytest.mark.parametrize(
