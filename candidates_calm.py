@@ -10,12 +10,14 @@ width of the decoder, V vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import group_patches
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
+PAIRS_AT_ONCE = 2**21  # distances made at a time
 
 
 class DecodedCandidates:
@@ -61,12 +63,11 @@ class DecodedCandidates:
         new_RN[rows_A.to(new_NA.device)] = new_NA.transpose(0, 1)
         return new_RN if old_RM is None else torch.cat([old_RM, new_RN], dim=1)
 
-    def tell_apart(self, rows_A: Tensor, pairs_MM: Tensor | None = None, favourite_A: Tensor | None = None) -> Tensor:
+    def tell_apart(self, rows_A: Tensor, pairs: str = "all", favourite_A: Tensor | None = None) -> Tensor:
         """Ids of all candidates of these rows so far, (A, M, K or 1).
 
         Args:
-            pairs_MM (bool, symmetric): of these pairs the ids must be equal exactly where the patches are; None: of
-                all.
+            pairs: of which pairs the ids must be equal exactly where the patches are, as `compared_pairs` names them.
             favourite_A: the number of the candidate of each row that is likely to be chosen.
         """
         return self.tokens_RMK[rows_A]
@@ -110,37 +111,33 @@ class LazyCandidates(DecodedCandidates):
         self._decode(rows_R, self._whole_patches(rows_R, chosen[:, 0]))
         return self.tokens_RMK[rows_R, chosen[:, 0]]
 
-    def tell_apart(self, rows_A: Tensor, pairs_MM: Tensor | None = None, favourite_A: Tensor | None = None) -> Tensor:
-        """For each candidate of these rows, the first one of its row with the same patch, (A, M, 1).
+    def tell_apart(self, rows_A: Tensor, pairs: str = "all", favourite_A: Tensor | None = None) -> Tensor:
+        """Names of the candidates of these rows, (A, M, 1): the number of a candidate of the row with the same patch.
 
-        With `pairs_MM`, other pairs than these count as different until they are decoded. The favourites are decoded
-        in full, in the same product with the vocabulary as the first tokens of the others.
+        Of other pairs than those asked for, equal ones may have two names. The favourites are decoded in full, in the
+        same product with the vocabulary as the first tokens of the others.
         """
-        number_M = torch.arange(self.num_drawn, device=rows_A.device)
-        equal_AMM = self.may_be_equal(rows_A) & (number_M[:, None] != number_M)
-        if pairs_MM is not None:
-            equal_AMM &= pairs_MM
+        latents_AMZ = None if self.radius is None else self.places(rows_A).float()
+        shape = len(rows_A), self.num_drawn
+        if pairs == "all":
+            equal = EqualInRow(shape, rows_A.device, latents_AMZ, self.radius)
+        else:
+            equal = EqualNeighbours(shape, rows_A.device, latents_AMZ, self.radius, disjoint=pairs == "disjoint")
         wanted_AMK = self._whole_patches(rows_A, favourite_A)
         positions = list(range(self.tokens_RMK.shape[-1]))
         while positions:
-            is_open_AM1 = equal_AMM.any(-1, keepdim=True)
+            is_open_AM1 = equal.has_partner_AM[..., None]
             # The last token is the one that most often tells patches apart: the context says least about it.
             at_once = positions if is_open_AM1.sum() * len(positions) <= FEW_TOKENS else positions[-1:]
             positions = positions[: -len(at_once)]
             wanted_AMK[..., at_once] |= is_open_AM1
             self._decode(rows_A, wanted_AMK)
-            for token_AM in self.tokens_RMK[rows_A][..., at_once].unbind(-1):
-                equal_AMM &= token_AM[:, :, None] == token_AM[:, None]
-        # By their tokens, not by the pairs: of three equal ones two may be close to the third alone.
-        is_known_AM1 = equal_AMM.any(-1, keepdim=True)
-        alone_AM1 = torch.where(is_known_AM1, 0, 1 + number_M[:, None])
-        tokens_AMK = self.tokens_RMK[rows_A].masked_fill(~is_known_AM1, 0)
-        return group_patches(torch.cat([alone_AM1, tokens_AMK], dim=-1))[0][..., None]
+            equal.narrow(self.tokens_RMK[rows_A][..., at_once])
+        return equal.names()[..., None]
 
-    def may_be_equal(self, rows_A: Tensor) -> Tensor:
-        """Which pairs of candidates could be the same patch as far as can be said without decoding, (A, M, M)."""
-        latents_AMZ = self.latents_RMZ[rows_A.to(self.latents_RMZ.device)]
-        return pairs_within(latents_AMZ, self.radius).to(rows_A.device)
+    def places(self, rows_A: Tensor) -> Tensor:
+        """The latent vectors whose distances the radius is compared with, (A, M, Z)."""
+        return self.latents_RMZ[rows_A.to(self.latents_RMZ.device)].to(rows_A.device)
 
     def _whole_patches(self, rows_A: Tensor, candidate_A: Tensor | None) -> Tensor:
         """Marks all tokens of one candidate of each row, or none, (A, M, K)."""
@@ -162,9 +159,89 @@ class LazyCandidates(DecodedCandidates):
         return self.autoencoder.read_tokens(states, positions, self.forbidden_KV).to(rows.device)
 
 
-def pairs_within(latents_AMZ: Tensor, radius: float | None) -> Tensor:
-    """Which pairs of a row's latent vectors are no further apart than the radius, (A, M, M); all when it is None."""
-    if radius is None:
-        num_rows, num_candidates = latents_AMZ.shape[:2]
-        return torch.ones(num_rows, num_candidates, num_candidates, dtype=torch.bool, device=latents_AMZ.device)
-    return torch.cdist(latents_AMZ.float(), latents_AMZ.float()) <= radius
+class EqualNeighbours:
+    """Which candidates of a row may still be the same patch as the next one.
+
+    Args:
+        shape: (A, M).
+        latents_AMZ, radius: those further apart are different from the start.
+        disjoint: candidate 2i is compared with 2i + 1 alone.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        latents_AMZ: Tensor | None = None,
+        radius: float | None = None,
+        disjoint: bool = False,
+    ):
+        num_rows, num_candidates = shape
+        self.links_AL = torch.ones(num_rows, max(num_candidates - 1, 0), dtype=torch.bool, device=device)
+        if radius is not None:
+            self.links_AL &= (latents_AMZ[:, 1:] - latents_AMZ[:, :-1]).norm(dim=-1) <= radius
+        if disjoint:
+            self.links_AL[:, 1::2] = False
+
+    @property
+    def has_partner_AM(self) -> Tensor:
+        return F.pad(self.links_AL, (1, 0)) | F.pad(self.links_AL, (0, 1))
+
+    def narrow(self, tokens_AMk: Tensor) -> None:
+        """Takes some more tokens of all candidates into account; of those without a partner they don't matter."""
+        self.links_AL &= (tokens_AMk[:, 1:] == tokens_AMk[:, :-1]).all(-1)
+
+    def names(self) -> Tensor:
+        """The first candidate of each run of equal ones, (A, M)."""
+        is_linked_AM = F.pad(self.links_AL, (1, 0))
+        number_M = torch.arange(is_linked_AM.shape[1], device=is_linked_AM.device)
+        return number_M.masked_fill(is_linked_AM, 0).cummax(-1).values
+
+
+class EqualInRow:
+    """Which candidates of a row may still be the same patch, of all pairs; memory grows with M, not with M².
+
+    Args: as in `EqualNeighbours`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        latents_AMZ: Tensor | None = None,
+        radius: float | None = None,
+    ):
+        self.latents_AMZ, self.radius = latents_AMZ, radius
+        self.group_AM = torch.zeros(shape, dtype=torch.long, device=device)
+        self.found_AM = None
+
+    @property
+    def has_partner_AM(self) -> Tensor:
+        if self.found_AM is None:
+            self.found_AM = self._find_partners()
+        return self.found_AM
+
+    def narrow(self, tokens_AMk: Tensor) -> None:
+        """Takes some more tokens of all candidates into account; of those without a partner they don't matter."""
+        number_M = torch.arange(self.group_AM.shape[1], device=tokens_AMk.device)
+        alone_AM = (1 + number_M).masked_fill(self.has_partner_AM, 0)
+        # Equal by their tokens, not by the pairs: of three equal ones two may be close to the third alone.
+        known_AMk = tokens_AMk.masked_fill(~self.has_partner_AM[..., None], 0)
+        keys_AMk = torch.cat([self.group_AM[..., None], alone_AM[..., None], known_AMk], dim=-1)
+        self.group_AM, self.found_AM = group_patches(keys_AMk)[0], None
+
+    def names(self) -> Tensor:
+        """The first candidate of the row with the same patch, (A, M)."""
+        return self.group_AM
+
+    def _find_partners(self) -> Tensor:
+        """Whether another candidate has the same tokens so far and lies within the radius, (A, M)."""
+        if self.radius is None:
+            return group_patches(self.group_AM[..., None])[1] > 1
+        num_rows, num_candidates = self.group_AM.shape
+        number_M, found = torch.arange(num_candidates, device=self.group_AM.device), []
+        for number_C in number_M.split(max(1, PAIRS_AT_ONCE // max(1, num_rows * num_candidates))):
+            near_ACM = torch.cdist(self.latents_AMZ[:, number_C], self.latents_AMZ) <= self.radius
+            near_ACM &= self.group_AM[:, number_C, None] == self.group_AM[:, None]
+            found.append((near_ACM & (number_C[:, None] != number_M)).any(-1))
+        return torch.cat(found, dim=1)

@@ -12,13 +12,16 @@ draw patches from P. Three ways to get there, from a pool of N draws of each row
 The exact one asks only which draws are equal: where 1/T is whole, only of the pairs that its attempts compare. And it
 draws the choice among distinct ones before it asks. So candidates_calm.py need not decode everything.
 
-Rows are independent, everything stays on the device of its input, and all randomness comes from `generator`.
+Rows are independent, and all randomness comes from `generator`. What depends on draws stays on their device; the host
+reads from there which rows are done after each block, and how many draws they needed where a plan is kept. Tables of
+the counts alone (weights, restarts) are made on the CPU in float64 and copied.
 """
 
 import math
 import numbers
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -160,9 +163,10 @@ def exact_temperature_sample(
     reaches `max_draws` without one chooses from its pool, see `choose_from_full_pool`. `first_block` is the least size
     of the first block; a `plan` that is handed from step to step makes it larger where steps before needed more.
 
-    Where patches are dear to know, `draw` may return any ids instead, and `tell_apart(rows_R, pairs_NN, favourite_R)`
-    names all draws of these rows so far, (R, N, K'): of the pairs that it is asked for (None: of all), the names are
-    equal exactly where the patches are. `favourite_R`, where not None, is the draw chosen if all are distinct.
+    Where patches are dear to know, `draw` may return any ids instead, and `tell_apart(rows_R, pairs, favourite_R)`
+    names all draws of these rows so far, (R, N, K'): of the pairs that it is asked for (see `compared_pairs`), the
+    names are equal exactly where the patches are. `favourite_R`, where not None, is the draw chosen if all are
+    distinct.
 
     Returns the patches or names (B, K), whether each is an exact sample (B,) bool, and the draws made (B,). The
     total-variation distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes it
@@ -186,9 +190,9 @@ def exact_temperature_sample(
         names_RNK, coin_RN, race_RN = pool
         num_drawn = names_RNK.shape[1]
         if tell_apart is not None:
-            pairs_NN = compared_pairs(num_drawn, temperature, rows_R.device)
-            is_last = pairs_NN is not None and num_drawn == max_draws
-            names_RNK = tell_apart(rows_R, pairs_NN, race_RN.argmin(-1) if is_last else None)
+            pairs = compared_pairs(temperature)
+            is_last = pairs != "all" and num_drawn == max_draws
+            names_RNK = tell_apart(rows_R, pairs, race_RN.argmin(-1) if is_last else None)
 
         start_R, accepted_R = first_accepted_attempt(group_patches(names_RNK)[0], coin_RN, temperature)
         if chosen_BK is None:
@@ -210,19 +214,16 @@ def exact_temperature_sample(
     return chosen_BK, exact_B, num_draws_B
 
 
-def compared_pairs(num_draws: int, temperature: float, device: torch.device | None = None) -> torch.Tensor | None:
-    """Which pairs of draws the attempts of Algorithm 1 compare, (N, N) bool; None stands for all.
+def compared_pairs(temperature: float) -> Literal["disjoint", "adjacent", "all"]:
+    """Which pairs of draws the attempts of Algorithm 1 compare: 2i with 2i + 1, i with i + 1, or all.
 
     Where 1/T is a whole n, an attempt goes on as long as each draw equals the one before it. At n = 2 it reads two
     draws whatever they are, so that draws 2i and 2i + 1 are compared and no others.
     """
     exponent = inverse_temperature(temperature)
     if not exponent.is_integer():
-        return None
-    index_N = torch.arange(num_draws, device=device)
-    if exponent == 2:
-        return index_N[:, None] // 2 == index_N // 2
-    return (index_N[:, None] - index_N).abs() <= 1
+        return "all"
+    return "disjoint" if exponent == 2 else "adjacent"
 
 
 class BlockPlan:

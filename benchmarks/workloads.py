@@ -23,7 +23,7 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCaus
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.benchmarks.meters import wrapped
-from calm.candidates_calm import DecodedCandidates, LazyCandidates, pairs_within
+from calm.candidates_calm import DecodedCandidates, LazyCandidates
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm
 from calm.generation_calm import EXACT_DRAWS_PER_CANDIDATE
@@ -269,7 +269,7 @@ class LazyReplay(DecodedReplay):
     def __init__(self, candidates: LazyCandidates, *recorded):
         super().__init__(candidates, *recorded)
         self.read_own = candidates.read
-        candidates.read, candidates.may_be_equal = self.read, self.may_be_equal
+        candidates.read, candidates.places, candidates.radius = self.read, self.places, self.radius
 
     def replace(self, rows_A: Tensor, new: slice) -> None:
         """Nothing is known yet."""
@@ -278,5 +278,5 @@ class LazyReplay(DecodedReplay):
         self.read_own(rows, draws, positions)
         return self.patches_RMK[rows, draws, positions]
 
-    def may_be_equal(self, rows_A: Tensor) -> Tensor:
-        return pairs_within(self.latents_RMZ[rows_A, : self.candidates.num_drawn], self.radius)
+    def places(self, rows_A: Tensor) -> Tensor:
+        return self.latents_RMZ[rows_A, : self.candidates.num_drawn]

@@ -29,6 +29,16 @@ def published_laws_by_loops(patches_BNK: torch.LongTensor, n: int, num_outcomes:
     return laws_BV
 
 
+def table_of_pairs(pairs: str, num_draws: int) -> torch.Tensor:
+    """The pairs of draws that `compared_pairs` names, each draw with itself included; shape (N, N)."""
+    rule = {
+        "disjoint": lambda i, j: i // 2 == j // 2,
+        "adjacent": lambda i, j: abs(i - j) <= 1,
+        "all": lambda i, j: True,
+    }
+    return torch.tensor([[rule[pairs](i, j) for j in range(num_draws)] for i in range(num_draws)])
+
+
 def first_attempt_by_loops(draws: list, coins: list, exponent: float, circular: bool) -> int | None:
     """Where Algorithm 1, draw by draw, starts the attempt that it accepts.
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from sampler_twins import table_of_pairs
 from tiny import BOS, VOCAB_SIZE, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm import candidates_calm, modeling_calm_autoencoder
-from calm.candidates_calm import DecodedCandidates, LazyCandidates
+from calm.candidates_calm import DecodedCandidates, EqualInRow, LazyCandidates
 from calm.generation_calm import PatchSampling
 from calm.samplers_calm import BlockPlan, compared_pairs, exact_temperature_sample
 
@@ -107,11 +109,12 @@ def test_pairs_that_are_asked_for_are_equal_exactly_where_their_patches_are(
         rows, latents = torch.tensor(rows), some_latents(num_draws, len(rows), spread=0.05)
         numbers = [candidates.take(rows, latents) for candidates in (lazy, plain)]
         assert torch.equal(*numbers) and numbers[0].shape == (len(rows), num_draws, 1)
-        pairs = compared_pairs(lazy.num_drawn, temperature)
+        word = compared_pairs(temperature)
         equal = [
             (names[:, :, None] == names[:, None]).all(-1)
-            for names in (candidates.tell_apart(rows, pairs) for candidates in (lazy, plain))
+            for names in (candidates.tell_apart(rows, word) for candidates in (lazy, plain))
         ]
+        pairs = table_of_pairs(word, lazy.num_drawn)
         assert torch.equal(equal[0] & pairs, equal[1] & pairs)
         assert not equal[1][:, pairs].all() and (equal[1] & pairs).sum() > len(rows) * lazy.num_drawn, "some repeat"
 
@@ -200,6 +203,58 @@ def test_the_model_s_radius_is_used():
     assert model.new_candidates(1, PatchSampling(), None).radius == 2.5
 
 
+@pytest.mark.parametrize("radius", [0.5, 2.0, 5.0])
+@pytest.mark.parametrize("pairs_at_once", [1, 50, 10**6])
+def test_partners_of_all_pairs_are_those_of_the_table(monkeypatch, radius, pairs_at_once):
+    monkeypatch.setattr(candidates_calm, "PAIRS_AT_ONCE", pairs_at_once)
+    latents = torch.randn(3, 20, 2, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, (3, 20, 2), generator=torch.Generator().manual_seed(1))
+    equal = EqualInRow((3, 20), latents.device, latents, radius)
+    table = (latents[:, :, None] - latents[:, None]).norm(dim=-1) <= radius
+    table &= ~torch.eye(20, dtype=torch.bool)
+    assert torch.equal(equal.has_partner_AM, table.any(-1)) and table.any()
+    for k in range(2):
+        equal.narrow(tokens[..., k : k + 1])
+        table &= tokens[:, :, None, k] == tokens[:, None, :, k]
+        assert (equal.has_partner_AM | ~table.any(-1)).all()
+    names = equal.names()
+    assert torch.equal(names[:, :, None] == names[:, None], (names[:, :, None] == names[:, None]) | table)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the bytes of the largest tensor that is made while it is active."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("radius", [None, 1.0])
+@pytest.mark.parametrize("temperature", [1 / 2, 1 / 3, 0.7])
+def test_no_table_of_all_pairs_is_made(radius, temperature):
+    """10,000 draws of one row that hardly ever accepts, and then the whole pool told apart."""
+    model = tiny_model(repetition_radius=radius)
+    candidates = model.new_candidates(1, PatchSampling(), None)
+    assert candidates.radius == radius
+    latents = 5 * torch.randn(10_000, 1, Z, generator=torch.Generator().manual_seed(0))
+
+    def draw(rows, num_draws):
+        return candidates.take(rows, latents[candidates.num_drawn :][:num_draws])
+
+    with LargestTensor() as largest:
+        _, _, num_draws = exact_temperature_sample(
+            draw, 1, temperature, 10_000, torch.Generator().manual_seed(0), tell_apart=candidates.tell_apart
+        )
+        candidates.tell_apart(torch.zeros(1, dtype=torch.long))
+    assert num_draws > 8000
+    assert largest.bytes <= 10_000 * K * 64 * 4  # of each token the widest layer; a table of bools is 100 MB
+
+
 # Work
 
 
@@ -262,7 +317,7 @@ def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
     monkeypatch.setattr(candidates, "read", lambda rows, *_: torch.full_like(rows, 7))
     rows = torch.zeros(1, dtype=torch.long)
     candidates.take(rows, latents)
-    candidates.tell_apart(rows, compared_pairs(9, temperature))
+    candidates.tell_apart(rows, compared_pairs(temperature))
     assert (candidates.tokens_RMK >= 0).sum() == tokens
     assert candidates.tell_apart(rows).flatten().tolist() == [0, 1, 0, 0, 0, 5, 6, 0, 8]
 

@@ -22,7 +22,7 @@ from enumerable_laws import (
     total_variation,
     zipf,
 )
-from sampler_twins import first_attempt_by_loops, published_laws_by_loops
+from sampler_twins import first_attempt_by_loops, published_laws_by_loops, table_of_pairs
 
 from calm import samplers_calm
 from calm.samplers_calm import (
@@ -418,7 +418,7 @@ class TestFallback:
                 used[0] += num_draws
                 return torch.zeros(len(rows), num_draws, 1, dtype=torch.long)
 
-            def tell_apart(rows, pairs=None, favourite=None, used=used, favourites=favourites):
+            def tell_apart(rows, pairs="all", favourite=None, used=used, favourites=favourites):
                 favourites += [favourite] if favourite is not None else []
                 return torch.arange(used[0]).expand(len(rows), -1)[..., None]
 
@@ -431,11 +431,12 @@ class TestFallback:
 
 class TestComparedPairs:
     def test_hand_worked(self):
-        assert compared_pairs(5, 0.5).nonzero().tolist() == [
+        assert [compared_pairs(t) for t in (0.5, 1 / 3, 1 / 4, 1, 0.7)] == ["disjoint", *["adjacent"] * 3, "all"]
+        assert table_of_pairs("disjoint", 5).nonzero().tolist() == [
             [0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 4]
         ]  # fmt: skip
-        assert compared_pairs(3, 1 / 3).tolist() == [[True, True, False], [True] * 3, [False, True, True]]
-        assert compared_pairs(5, 0.7) is None
+        assert table_of_pairs("adjacent", 3).tolist() == [[True, True, False], [True] * 3, [False, True, True]]
+        assert table_of_pairs("all", 2).all()
 
     @pytest.mark.parametrize("temperature", [1, 1 / 2, 1 / 3, 1 / 4, 0.4])
     def test_nothing_else_decides_an_attempt(self, temperature):
@@ -455,10 +456,10 @@ class TestComparedPairs:
             )
 
         def named(used):
-            def tell_apart(rows, pairs=None, favourite=None):
+            def tell_apart(rows, pairs="all", favourite=None):
                 outcomes = stream[rows, : used[rows[0]]]
                 equal = outcomes[:, :, None] == outcomes[:, None]
-                linked = equal if pairs is None else equal & pairs
+                linked = equal & table_of_pairs(pairs, outcomes.shape[1])
                 for _ in range(16):  # equal to one that is equal to a third
                     linked = (linked.float() @ linked.float()) > 0
                 return 10 * linked.int().argmax(-1)[..., None] + outcomes[..., None]
