@@ -17,6 +17,8 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.model == str(MODEL) and not (MODEL / "config.json").is_file():  # an installed package has no weights
+        parser.error("no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     generator = pipeline("text-generation", model=options.model, trust_remote_code=True)

@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.diagnostics import ACTIVE_NATS
+from calm.training.extras import need
+from calm.training.tokenizer import load_tokenizer
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -122,8 +124,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="write the accuracy against the noise")
     args = parser.parse_args(argv)
     try:
+        if args.plot:
+            need("matplotlib", "eval", "--plot")
         autoencoder = load_autoencoder(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+        tokenizer = load_tokenizer(args.tokenizer or args.model)
         patches_PK = read_blocks(args, tokenizer, autoencoder.config.patch_size, args.max_patches)
     except (ValueError, OSError) as error:
         sys.exit(f"autoencoder_report: {error}")

@@ -12,6 +12,7 @@ import torch
 
 from calm.training.data import Separation, tokenize_documents
 from calm.training.documents import DataError, expand_paths, read_documents, read_hub_dataset
+from calm.training.extras import need
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def open_documents(args: argparse.Namespace):
     """Iterator of documents: of a file, folder or glob pattern of files, else of a Hub dataset (streamed)."""
     if glob.glob(args.data):
         return read_documents(expand_paths(args.data), args.text_column)
+    need("datasets", "eval", "a Hub data set")
     import datasets
 
     try:

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import BrierScore
 from calm.evaluation.models import count_model, load_causal_lm, positions_per_block
+from calm.training.extras import need
+from calm.training.tokenizer import load_tokenizer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +57,7 @@ def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierS
     model = load_causal_lm(name, dtype, state.device)
     per_block = positions_per_block(model, args.block_size)
     max_blocks = None if args.max_positions is None else ceil(args.max_positions / per_block)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name)
+    tokenizer = load_tokenizer(args.tokenizer or name)
     blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
     if len(blocks_BL) < state.num_processes:
         raise ValueError(f"{len(blocks_BL)} blocks for {state.num_processes} processes: start fewer processes")
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     state = PartialState(cpu=not torch.cuda.is_available())  # without it accelerate runs no processes on the CPU
     try:
+        if args.plot:
+            need("matplotlib", "eval", "--plot")
         scores = {name: evaluate(name, args, state) for name in args.model}
     except (ValueError, OSError) as error:
         sys.exit(f"brier_lm: {error}")

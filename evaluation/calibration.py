@@ -18,10 +18,11 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
+from calm.training.extras import need
+from calm.training.tokenizer import load_tokenizer
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -62,7 +63,7 @@ def measure(run: Path, args: argparse.Namespace) -> list[dict]:
         if is_calm(model):
             raise ValueError(f"{folder}: a CALM has no cross-entropy; calibration takes an ordinary language model")
         if blocks_BL is None:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or tokenizer_folder(run))
+            tokenizer = load_tokenizer(args.tokenizer or tokenizer_folder(run))
             max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
             blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
         score = count_model(model, blocks_BL, args.batch_size, args.seed).score()
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="write BrierLM against cross-entropy")
     args = parser.parse_args(argv)
     try:
+        if args.plot:
+            need("matplotlib", "eval", "--plot")
         rows = measure(args.run, args)
     except (ValueError, OSError) as error:
         sys.exit(f"calibration: {error}")

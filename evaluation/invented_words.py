@@ -16,10 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from calm.evaluation.models import is_calm, load_causal_lm
 from calm.training.documents import expand_paths, read_documents
+from calm.training.tokenizer import load_tokenizer
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer = load_causal_lm(args.model), AutoTokenizer.from_pretrained(args.model)
+        model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
         known = vocabulary_of(read_documents(expand_paths(args.text)))
     except (ValueError, OSError) as error:
         sys.exit(f"invented_words: {error}")

@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from calm.training.extras import need
+
 # Not worth a panel: they count, or say what the recipe says.
 LEFT_OUT = {"step", "epoch", "total_flos", "train_loss"}
 ENDS_LEFT_OUT = ("_runtime", "_per_second")
@@ -43,6 +45,7 @@ def series(log: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
 
 def draw(runs: list[Path], output: Path) -> None:
     """Writes a picture with one panel for each figure; eval_X shares the panel of X, dashed."""
+    need("matplotlib", "eval", "a picture")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.training.tokenizer import load_tokenizer
 
 CASES = ("left", "left with PAD", "right")
 
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         model = load_causal_lm(args.model)
         if not is_calm(model) or model.config.patch_size < 2:
             raise ValueError(f"{args.model}: must be a CALM with patches of at least 2 tokens")
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+        tokenizer = load_tokenizer(args.tokenizer or args.model)
         if tokenizer.pad_token_id is None:
             raise ValueError(f"{args.model}: its tokenizer has no padding token, which the published way fills with")
         length = args.prompt_patches * model.config.patch_size

@@ -5,11 +5,10 @@ from argparse import Namespace
 from pathlib import Path
 from statistics import mean
 
-from transformers import AutoTokenizer
-
 from calm.evaluation.blocks import read_blocks
 from calm.experiments.plan import Plan, Row, Stage, Table
 from calm.experiments.stages import is_finished, result_file
+from calm.training.tokenizer import load_tokenizer
 
 TEMPLATE = Path(__file__).parent / "report.md"
 HEADER = (
@@ -95,7 +94,7 @@ def _range(interval: list[float], digits: int) -> str:
 def frequencies_brier(plan: Plan, tokenizer: Path) -> float:
     """Brier-1 of one that knows how often each token occurs in the text, and nothing else: the sum of squares."""
     text = Namespace(data=str(plan.books("validation")), text_column="text", append_eos=False)
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     ids_BL = read_blocks(text, loaded, plan.evaluation["block_size"], plan.evaluation["blocks"])
     return (ids_BL.flatten().bincount() / ids_BL.numel()).square().sum().item()
 

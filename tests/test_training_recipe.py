@@ -4,13 +4,22 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from training_helpers import train
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.cost import PAPER_TOKENS, ar_cost, autoencoder_cost, calm_cost, print_cost, recipe_cost
-from calm.training.recipe import CONFIGS, RecipeError, load_recipe, parse_command_line, recipe_names, section_fields
+from calm.training.cost import PAPER_TOKENS, ar_cost, autoencoder_cost, calm_cost, recipe_cost
+from calm.training.recipe import (
+    CONFIGS,
+    RECIPE_FOLDER,
+    RecipeError,
+    load_recipe,
+    parse_command_line,
+    recipe_names,
+    section_fields,
+)
 from calm.training.run import make_config, training_arguments
 
 NAMES = (
@@ -30,6 +39,59 @@ def test_every_recipe_is_accepted_by_its_configuration_and_by_trainer(name, tmp_
     config = make_config(CONFIGS[recipe.kind], recipe.model)
     assert all(getattr(config, key) == value for key, value in recipe.model.items())
     assert training_arguments(recipe).learning_rate == recipe.training["learning_rate"]
+
+
+# Of the published training scripts, on eight processes each: block, rows, rows accumulated, sequences a step over all
+# processes, steps, warm-up written.
+PUBLISHED = {
+    "autoencoder": (2048, 8, 4, 256, 30_000, 1000),
+    "calm": (8192, 4, 8, 256, 250_000, 2000),
+    "ar": (2048, 4, 32, 1024, 250_000, 2000),
+}
+PUBLISHED_OPTIMISER = {
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "bf16": True,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("demo")])
+def test_published_recipes_have_the_constants_of_the_published_scripts(name):
+    recipe = load_recipe(name)
+    block_size, rows, accumulated, sequences, steps, warmup = PUBLISHED[recipe.kind]
+    assert rows * accumulated * 8 == sequences
+    assert recipe.data.block_size == block_size
+    assert recipe.training == {
+        **PUBLISHED_OPTIMISER,
+        "max_steps": steps,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": accumulated,
+        "warmup_steps": warmup,
+    }
+
+
+def test_published_recipes_name_their_sources_and_the_number_of_processes():
+    for name in MODELS:
+        if name.startswith("demo"):
+            continue
+        text = (RECIPE_FOLDER / f"{name}.yaml").read_text()
+        constants = text.partition("\ntraining:\n")[2].splitlines()
+        assert all("# published script" in line for line in constants if not line.startswith("  #"))
+        assert "For 8 processes, as published" in text and "8 / n" in text
+
+
+def test_the_schedule_called_constant_has_no_warm_up(tmp_path):
+    """As the recipes' comments say."""
+    args = training_arguments(load_recipe("calm-m", {"output_dir": str(tmp_path), "bf16": False}))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(250_000), 250_000)
+    assert args.get_warmup_steps(250_000) == 2000
+    assert schedule.get_last_lr() == [3e-4]
 
 
 @pytest.mark.parametrize("section", ["model", "data", "training", ""])
@@ -110,8 +172,7 @@ def test_a_mistaken_override_or_name_is_refused():
     ],
 )
 def test_dry_runs_print_the_published_parameter_counts(name, printed, capsys):
-    recipe = load_recipe(name)
-    print_cost(recipe, CONFIGS[recipe.kind](**recipe.model))
+    assert train(load_recipe(name).kind, name, dry_run=[]) == 0
     total = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("total"))
     assert total.split()[-2:] == printed.split()
 

@@ -7,6 +7,7 @@ forward. Element-wise work and embedding look-ups are left out.
 Axes: K tokens per patch, P patches of a block, D hidden size, N samples of the loss.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -203,10 +204,10 @@ def auxiliary_flops(config) -> int:
     return flops(loss.context_proj) + config.patch_size * (linear(loss.mlp, flops) + flops(loss.lm_head))
 
 
-def print_cost(recipe: Recipe, config) -> None:
-    """The dry run's report."""
+def print_cost(recipe: Recipe, config, notes: Iterable[str] = ()) -> None:
+    """The dry run's report; the notes stand in front of the figures that they are about."""
     cost, training = recipe_cost(recipe, config), recipe.training
-    print(f"recipe {recipe.name}\n\nparameters")
+    print("\n".join([f"recipe {recipe.name}", *notes, "", "parameters"]))
     for part, number in cost.parameters.items():
         print(f"  {part:<22}{number / 1e6:>12,.2f} M")
     digits = 1 if recipe.kind == "ar" or cost.trainable > 1e9 else 2  # as these models are usually named

@@ -11,7 +11,7 @@ import random
 import sys
 from pathlib import Path
 
-from datasets import load_dataset
+from calm.training.extras import MissingPackage, need
 
 # File → how often its documents are repeated; of the books only those of the lowest reading level.
 REPEATS = {"tinystories-mini": 16, "storybooks": 5, "books": 1}
@@ -19,6 +19,8 @@ SIMPLEST_LEVEL = 0
 
 
 def simplest_texts(path: Path) -> list[str]:
+    from datasets import load_dataset
+
     rows = load_dataset("json", data_files=str(path), split="train", streaming=True)
     return [row["text"] for row in rows if row.get("lvl", SIMPLEST_LEVEL) == SIMPLEST_LEVEL]
 
@@ -28,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--corpus", required=True, type=Path, help="folder with NAME-train.jsonl.xz, NAME-validation…")
     parser.add_argument("--output", default=Path("runs/demo-corpus"), type=Path)
     options = parser.parse_args(arguments)
+    try:
+        need("datasets", "train", "demo_corpus")
+    except MissingPackage as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     sources = {part: {n: options.corpus / f"{n}-{part}.jsonl.xz" for n in REPEATS} for part in ("train", "validation")}
     missing = [str(path) for files in sources.values() for path in files.values() if not path.is_file()]
     if missing:

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from calm.training.extras import need
+
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".xz", ".zst", ".gz")
 
@@ -87,6 +89,7 @@ class _ZstdFile(io.RawIOBase):
     """Decompressed bytes of a .zst file of one or more frames. The library's own reader takes a cut file for whole."""
 
     def __init__(self, path: Path):
+        need("zstandard", "train", path)
         import zstandard
 
         self.file = open(path, "rb")
@@ -176,6 +179,7 @@ def _read_jsonl(path, text_column, bad_lines):
 
 
 def _read_parquet(path, text_column, bad_lines):
+    need("pyarrow", "train", path)
     import pyarrow
     import pyarrow.parquet
 

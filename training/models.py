@@ -7,30 +7,64 @@ from torch import nn
 from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
-from calm.configuration_calm import CALMConfig
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import HEADS, CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
+from calm.training.extras import need
 from calm.training.recipe import Recipe, RecipeError
-from calm.training.run import folder_or_hub_id, make_config
+from calm.training.run import make_config, read, tokenizer_fields
 from calm.training.tokenizer import filler_token_id
 
 
-def config_of(recipe: Recipe) -> CALMConfig:
-    """The configuration that the recipe states or, with `init_from`, changes."""
-    if not recipe.init_from:
-        return make_config(CALMConfig, recipe.model)
-    where = folder_or_hub_id("init_from", recipe.init_from, "train_calm")
-    # A repetition radius is measured on the weights, which change now.
-    before = CALMConfig.from_pretrained(where).to_dict() | {"repetition_radius": None}
-    return make_config(CALMConfig, before | recipe.model)
+def autoencoder_config_of(recipe: Recipe) -> CALMAutoencoderConfig:
+    """The configuration of the trained autoencoder that the recipe names.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read.
+    """
+    return read("autoencoder", recipe.autoencoder, "train_autoencoder", CALMAutoencoderConfig.from_pretrained)
+
+
+def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig | None = None) -> CALMConfig:
+    """The configuration that the recipe states around the autoencoder or, with `init_from`, changes.
+
+    Args:
+        tokenizer, autoencoder: `None` only in a dry run, where they are not there yet; `init_from` has both.
+
+    Raises:
+        RecipeError: no model to go on from, an autoencoder with another vocabulary than the tokenizer, or a value that
+            makes no sense.
+    """
+    if recipe.init_from:
+        before = read("init_from", recipe.init_from, "train_calm", CALMConfig.from_pretrained)
+        # A repetition radius is measured on the weights, which change now.
+        return make_config(CALMConfig, before.to_dict() | {"repetition_radius": None} | recipe.model)
+    if autoencoder and tokenizer and autoencoder.vocab_size != len(tokenizer):
+        raise RecipeError(
+            f"the autoencoder {recipe.autoencoder} knows {autoencoder.vocab_size} tokens, the tokenizer "
+            f"{len(tokenizer)}: both must be the ones it was trained with."
+        )
+    values = dict(recipe.model)
+    if autoencoder:
+        values = {
+            "max_position_embeddings": recipe.data.block_size // autoencoder.patch_size,
+            "patch_size": autoencoder.patch_size,
+            "latent_size": autoencoder.latent_size,
+            **values,
+            "vocab_size": autoencoder.vocab_size,
+            "autoencoder_config": autoencoder.to_dict(),
+        }
+    if tokenizer:
+        values |= {**tokenizer_fields(tokenizer), "prompt_filler_token_id": filler_token_id(tokenizer)}
+    return make_config(CALMConfig, values)
 
 
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     """A model to go on from, or a new one around the trained autoencoder.
 
     Raises:
-        RecipeError: no autoencoder, or one whose vocabulary is not the tokenizer's.
+        RecipeError: as `config_of`, or no autoencoder.
     """
     if recipe.init_from:
         config = config_of(recipe)
@@ -42,27 +76,8 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         if model.head.predicts_tokens and not model.head.codes.any():
             begin_token_flow(model, Path(recipe.init_from) / AUXILIARY_FILE)
         return model
-    where = folder_or_hub_id("autoencoder", recipe.autoencoder, "train_autoencoder")
-    autoencoder = CALMAutoencoder.from_pretrained(where)
-    if autoencoder.config.vocab_size != len(tokenizer):
-        raise RecipeError(
-            f"the autoencoder {recipe.autoencoder} knows {autoencoder.config.vocab_size} tokens, the tokenizer "
-            f"{len(tokenizer)}: both must be the ones it was trained with."
-        )
-    values = {
-        "max_position_embeddings": recipe.data.block_size // autoencoder.config.patch_size,
-        "patch_size": autoencoder.config.patch_size,
-        "latent_size": autoencoder.config.latent_size,
-        **recipe.model,
-        "vocab_size": len(tokenizer),
-        "autoencoder_config": autoencoder.config.to_dict(),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "prompt_filler_token_id": filler_token_id(tokenizer),
-    }
-    model = CALMForCausalLM(make_config(CALMConfig, values))
-    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
+    model.autoencoder.load_state_dict(CALMAutoencoder.from_pretrained(recipe.autoencoder).state_dict())
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
     if model.head.predicts_tokens:
         begin_token_flow(model)
@@ -79,6 +94,7 @@ def begin_token_flow(model: CALMForCausalLM, auxiliary: Path | None = None) -> N
 
 def with_lora(model: CALMForCausalLM, rank: int):
     """The model with a LoRA adapter on every linear layer of the backbone and the head; all else is frozen."""
+    need("peft", "train", "lora_rank")
     from peft import LoraConfig, get_peft_model
 
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

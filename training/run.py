@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm.training.data import (
@@ -20,21 +20,26 @@ from calm.training.data import (
 )
 from calm.training.data import tokenizer_fingerprint as fingerprint
 from calm.training.documents import BadLines, DataError, expand_paths, read_documents, read_hub_dataset
-from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line, recipe_names
-from calm.training.tokenizer import filler_token_id
+from calm.training.extras import MissingPackage, need
+from calm.training.recipe import CONFIGS, Recipe, RecipeError, load_recipe, parse_command_line, recipe_names
+from calm.training.tokenizer import filler_token_id, load_tokenizer
 from calm.training.trainer import CALMTrainer, TrainingStopped
 
-# Trainer's own settings that our trainer relies on, and defaults that recipes may change.
+# Trainer's own settings that our trainer relies on.
 FIXED = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "prediction_loss_only": True}
-DEFAULTS = {
-    "report_to": "none",
-    "logging_steps": 10,
-    "save_steps": 500,
-    "eval_steps": 500,
-    "disable_tqdm": not sys.stderr.isatty(),
-    "dataloader_pin_memory": torch.cuda.is_available(),
-    "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
-}
+
+
+def defaults() -> dict:
+    """Trainer's settings that recipes may change."""
+    return {
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_steps": 500,
+        "eval_steps": 500,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
+    }
 
 
 def command(kind: str, description: str, work, arguments: list[str] | None = None) -> int:
@@ -55,7 +60,7 @@ def command(kind: str, description: str, work, arguments: list[str] | None = Non
         if recipe.kind != kind:
             raise RecipeError(f"the recipe {options.recipe!r} is for train_{recipe.kind}.")
         work(recipe, options)
-    except (RecipeError, DataError, TrainingStopped) as error:
+    except (RecipeError, DataError, MissingPackage, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -69,18 +74,85 @@ def make_config(config_class, values: dict):
         raise RecipeError(str(error)) from error
 
 
+class NotThere(RecipeError):
+    """What a recipe needs is not named or, so far, not there; a dry run can do without.
+
+    Args:
+        why: half a sentence.
+    """
+
+    def __init__(self, message: str, why: str):
+        super().__init__(message)
+        self.why = why
+
+
 def folder_or_hub_id(what: str, where: str | None, maker: str) -> str:
-    """`where`, unless it is missing or clearly a folder that isn't there."""
+    """`where`, unless it is missing or clearly a folder that isn't there.
+
+    Raises:
+        NotThere: that is so.
+    """
     if where is None:
-        raise RecipeError(f"no {what}: give --{what} a folder or a Hub id ({maker} makes one).")
+        message = f"no {what}: give --{what} a folder or a Hub id ({maker} makes one)."
+        raise NotThere(message, f"no {what} is named")
     if not Path(where).exists() and (where.startswith(("runs/", ".", "/")) or where.count("/") > 1):
-        raise RecipeError(f"{what} {where}: no such folder ({maker} makes one).")
+        message = f"{what} {where}: no such folder ({maker} makes one)."
+        raise NotThere(message, f"the {what} {where} is not there yet")
     return where
 
 
-def load_tokenizer(recipe: Recipe):
+def read(what: str, where: str | None, maker: str, reader):
+    """`reader(where)`: a tokenizer or a configuration.
+
+    Raises:
+        NotThere: it is not named, no such folder, or not to be had from the Hub.
+        RecipeError: the folder is there, and is none.
+    """
+    where = folder_or_hub_id(what, where, maker)
+    try:
+        return reader(where)
+    except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        if Path(where).exists():
+            raise RecipeError(f"{what} {where}: cannot be read: {first_line}") from error
+        message = f"{what} {where}: no such folder, nor to be had from the Hub: {first_line}"
+        raise NotThere(message, f"the {what} {where} cannot be had") from error
+
+
+def tokenizer_of(recipe: Recipe):
+    """The tokenizer that the recipe names, or the one beside the model that it goes on from.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read.
+    """
     where = recipe.tokenizer or recipe.init_from or recipe.autoencoder
-    return AutoTokenizer.from_pretrained(folder_or_hub_id("tokenizer", where, "train_tokenizer"))
+    return read("tokenizer", where, "train_tokenizer", load_tokenizer)
+
+
+def tokenizer_fields(tokenizer) -> dict:
+    """What a configuration takes from the tokenizer; nothing where a dry run has none."""
+    if tokenizer is None:
+        return {}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {**special, "vocab_size": len(tokenizer)}
+
+
+def if_there(load, recipe: Recipe, named: str | None, fields: list[str], notes: list[str]):
+    """For a dry run: `load(recipe)`, or `None` and a note on the `fields` that come from somewhere else then.
+
+    A recipe that names nothing and states the fields, as the published ones do, gets no note.
+    """
+    try:
+        return load(recipe)
+    except NotThere as error:
+        config_class = CONFIGS[recipe.kind]
+        missing = [field for field in fields if field not in recipe.model]
+        values = {**config_class().to_dict(), **recipe.model}
+        source = f"{config_class.__name__}'s default" if missing else "the recipe's"
+        if named or missing:
+            stated = ", ".join(f"{field} {values[field]:,}" for field in missing or fields)
+            notes.append(f"{stated}: {source}, for {error.why}")
+        return None
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -90,7 +162,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         given["eval_strategy"] = "steps"
     try:
         unused = {"ddp_find_unused_parameters": recipe.head_weight == 0}
-        return TrainingArguments(**{**DEFAULTS, **unused, "output_dir": recipe.output_dir, **given, **FIXED})
+        return TrainingArguments(**{**defaults(), **unused, "output_dir": recipe.output_dir, **given, **FIXED})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"section training: {error}") from error
 
@@ -108,6 +180,7 @@ def documents(recipe: Recipe, part: str):
         source = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         texts = read_documents(files, options.text_column, bad_lines)
     elif options.dataset:
+        need("datasets", "train", "a Hub data set")
         from datasets import load_dataset
 
         split = options.dataset_split if part == "train" else options.validation_split

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 
 # In order of their ids. Id 0 is what the autoencoder puts in place of a dropped token (paper 2.2): here it is a token
 # that no text contains, and the same one fills the first patch of a short prompt.
@@ -61,6 +63,25 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def load_tokenizer(where: str | Path):
+    """The tokenizer of a folder or Hub id, a CALM's too, without running code that lies there and without a question.
+
+    A CALM's config.json names code, about which AutoTokenizer would ask at the terminal before it sees that the
+    tokenizer needs none. It doesn't read the file where a configuration is given.
+
+    Raises:
+        OSError: there is no tokenizer.
+        ValueError: the tokenizer itself is code of the repository.
+    """
+    try:
+        model_type = PretrainedConfig.get_config_dict(where)[0].get("model_type")
+    except OSError:  # a tokenizer alone
+        model_type = None
+    ours = {config.model_type: config for config in (CALMConfig, CALMAutoencoderConfig)}
+    given = {"config": ours[model_type]()} if model_type in ours else {}
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **given)
 
 
 def filler_token_id(tokenizer) -> int | None:

@@ -6,16 +6,42 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.training.cost import print_cost
 from calm.training.recipe import Recipe
-from calm.training.run import command, fit, load_tokenizer, make_config, start, training_arguments
+from calm.training.run import (
+    command,
+    fit,
+    if_there,
+    make_config,
+    read,
+    start,
+    tokenizer_fields,
+    tokenizer_of,
+    training_arguments,
+)
+
+
+def config_of(recipe: Recipe, tokenizer) -> LlamaConfig:
+    """The configuration that the recipe states, or that of the model to go on from.
+
+    Args:
+        tokenizer: `None` only in a dry run, where it is not there yet.
+
+    Raises:
+        RecipeError: no model to go on from, or a value that makes no sense.
+    """
+    if recipe.init_from:
+        return read("init_from", recipe.init_from, "train_ar", LlamaConfig.from_pretrained)
+    return make_config(
+        LlamaConfig, {"max_position_embeddings": recipe.data.block_size, **recipe.model, **tokenizer_fields(tokenizer)}
+    )
 
 
 def work(recipe: Recipe, options) -> None:
     if options.dry_run:
-        return print_cost(recipe, make_config(LlamaConfig, recipe.model))
-    tokenizer = load_tokenizer(recipe)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    values = {"max_position_embeddings": recipe.data.block_size, **recipe.model, **special}
-    config = make_config(LlamaConfig, {**values, "vocab_size": len(tokenizer)})
+        notes: list[str] = []
+        tokenizer = if_there(tokenizer_of, recipe, recipe.tokenizer, ["vocab_size"], notes)
+        return print_cost(recipe, config_of(recipe, tokenizer), [] if recipe.init_from else notes)
+    tokenizer = tokenizer_of(recipe)
+    config = config_of(recipe, tokenizer)
     args = training_arguments(recipe)
     start(args)
     model = LlamaForCausalLM.from_pretrained(recipe.init_from) if recipe.init_from else LlamaForCausalLM(config)

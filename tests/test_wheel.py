@@ -1,0 +1,148 @@
+"""The wheel, built and installed elsewhere: it holds what it needs, and every command in it starts."""
+
+import configparser
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from calm.bundle_files import code_files
+
+ROOT = Path(__file__).parents[1]
+NOT_SOURCES = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__", "*.safetensors")
+WITH_DATA = {"training/recipes": "*.yaml", "experiments": "*.yaml", "experiments/recipes": "*.yaml"}
+# Imported by the extras' packages themselves, and what transformers and torch install anyway isn't hidden.
+HIDDEN = "datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy fastapi openai uvicorn starlette".split()
+
+
+def pip(*arguments) -> None:
+    words = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index", "-q"]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that nothing of an earlier build gets in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCES)
+    pip("wheel", folder / "source", "--no-build-isolation", "--wheel-dir", folder)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def names(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        return set(file.namelist())
+
+
+@pytest.fixture(scope="module")
+def commands(wheel, names):
+    """Every module in the wheel that runs."""
+    with zipfile.ZipFile(wheel) as file:
+        sources = {name: file.read(name).decode() for name in names if name.endswith(".py")}
+    found = [name for name, source in sources.items() if '\nif __name__ == "__main__":' in source]
+    return sorted(name.removesuffix(".py").removesuffix("/__main__").replace("/", ".") for name in found)
+
+
+@pytest.fixture(scope="module")
+def missing_packages(tmp_path_factory):
+    """Commands that want a package of an extra, with the extra."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "text.jsonl.zst").write_bytes(b"")
+    (folder / "text.parquet").write_bytes(b"")
+    (folder / "run").mkdir()
+    data = ["--data", "text", "--block_size", "8"]
+    tokenizer = ["calm.training.train_tokenizer", "--recipe", "demo-tokenizer"]
+    return [
+        (["calm.training.demo_corpus", "--corpus", str(folder)], "train"),
+        ([*tokenizer, "--train_files", str(folder / "text.jsonl.zst")], "train"),
+        ([*tokenizer, "--train_files", str(folder / "text.parquet")], "train"),
+        ([*tokenizer, "--train_files=[]", "--dataset", "some/texts"], "train"),
+        (["calm.evaluation.plot", str(folder / "run")], "eval"),
+        (["calm.evaluation.brier_lm", "--model", str(folder), *data, "--plot", "x.png"], "eval"),
+        (["calm.evaluation.calibration", "--run", str(folder), *data, "--plot", "x.png"], "eval"),
+        (["calm.evaluation.autoencoder_report", "--model", "x", "--data", "x", "--plot", "x.png"], "eval"),
+        (["calm.benchmarks.generation", "--shape", "calm-m", "--plot", "x.png"], "eval"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, commands, missing_packages, tmp_path_factory):
+    """What the installed commands did in a process outside the checkout, without any package of the extras."""
+    site, folder = wheel.parent / "site", tmp_path_factory.mktemp("elsewhere")
+    pip("install", wheel, "--target", site)
+    script = shutil.copy(ROOT / "tests" / "wheel_commands.py", folder)  # its folder would be on the path
+    words = [[name, "--help"] for name in commands] + [words for words, _ in missing_packages] + [["calm.demo"]]
+    done = subprocess.run(
+        [sys.executable, script, folder / "result.json", json.dumps(HIDDEN), json.dumps(words)],
+        env={**os.environ, "PYTHONPATH": str(site), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads((folder / "result.json").read_text())
+    assert Path(outcome["package"]).is_relative_to(site)  # not the checkout's
+    return outcome, folder
+
+
+def test_it_holds_the_packages_with_their_data_and_no_tests(names):
+    modules = {f"calm/{path.name}" for path in ROOT.glob("*.py")}
+    assert {name for name in names if name.endswith(".py") and name.count("/") == 1} == modules
+    folders = {"training", "evaluation", "benchmarks", "experiments"}
+    assert {name.split("/")[1] for name in names if name.startswith("calm/") and name.count("/") > 1} == folders
+    for folder, pattern in WITH_DATA.items():
+        assert {f"calm/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= names
+    assert "calm/experiments/report.md" in names
+
+
+def test_what_builds_it_is_among_the_test_extra_and_pinned():
+    options = configparser.ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    lines = options["options.extras_require"].get("test", raw=True).split()
+    wanted = {canonicalize_name(Requirement(line).name) for line in lines if not line.startswith("%")}
+    assert "setuptools" in wanted
+    for name in ("constraints.txt", "constraints-compat.txt"):
+        assert "\nsetuptools==" in (ROOT / name).read_text()
+
+
+def test_every_command_starts_without_the_extras(installed, commands):
+    outcome, _ = installed
+    assert {"calm.training.train_calm", "calm.evaluation.brier_lm", "calm.experiments", "calm.demo"} <= set(commands)
+    failed = {name: outcome[f"{name} --help"]["printed"] for name in commands if outcome[f"{name} --help"]["code"]}
+    assert not failed, "\n".join(failed.values())
+    assert all("usage: " in outcome[f"{name} --help"]["printed"] for name in commands)
+
+
+def test_a_missing_package_is_named_in_one_sentence(installed, missing_packages):
+    outcome, _ = installed
+    for words, extra in missing_packages:
+        done = outcome[" ".join(words)]
+        last = done["printed"].strip().splitlines()[-1]
+        assert done["code"] in (1, 2) and "Traceback" not in done["printed"], done["printed"]
+        assert " needs " in last and last.endswith(f'pip install "calm-transformers[{extra}]".'), (words, last)
+
+
+def test_the_demo_without_weights_asks_for_a_model(installed):
+    outcome, _ = installed
+    done = outcome["calm.demo"]
+    assert done["code"] == 2
+    assert "no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID." in done["printed"]
+
+
+def test_a_model_saves_its_code_along(installed):
+    outcome, folder = installed
+    assert set(outcome["saved"]) == {Path(path).name for path in code_files()}
+    for name in outcome["saved"]:
+        assert (folder / "saved" / name).read_bytes() == (ROOT / name).read_bytes()

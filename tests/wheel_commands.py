@@ -1,0 +1,72 @@
+"""Run as a script by test_wheel.py, outside the checkout: commands of the installed package, one after another.
+
+    wheel_commands.py RESULT_FILE HIDDEN_PACKAGES COMMANDS     (the latter two as JSON)
+
+Writes, for each command, its exit code and what it printed. One process for all, for importing torch and transformers
+takes most of the time.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import runpy
+import sys
+import traceback
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+
+def hide(packages: list[str]) -> None:
+    """As if these packages weren't installed."""
+
+    class WithoutThem:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return None if name.partition(".")[0] in packages else PathFinder.find_spec(name, path, target)
+
+        invalidate_caches = PathFinder.invalidate_caches
+        find_distributions = PathFinder.find_distributions
+
+    sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutThem
+
+
+def run(module: str, *arguments: str) -> dict:
+    printed, code = io.StringIO(), 0
+    sys.argv = [module, *arguments]
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code or 0
+            if isinstance(code, str):  # as the interpreter does
+                print(code, file=sys.stderr)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    return {"code": code, "printed": printed.getvalue()}
+
+
+def save_a_model(folder: str) -> list[str]:
+    """Names of the code files that a model leaves beside its weights."""
+    configuration, modeling = (importlib.import_module(f"calm.{name}_calm") for name in ("configuration", "modeling"))
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8}
+    config = configuration.CALMConfig(
+        **sizes,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        latent_size=4,
+        autoencoder_config={**sizes, "latent_size": 4},
+    )
+    modeling.CALMForCausalLM(config).save_pretrained(folder)
+    return sorted(path.name for path in Path(folder).glob("*.py"))
+
+
+if __name__ == "__main__":
+    result, hidden, commands = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    hide(hidden)
+    outcome = {" ".join(words): run(*words) for words in commands}
+    outcome["package"] = importlib.import_module("calm").__file__
+    outcome["saved"] = save_a_model(str(result.with_name("saved")))
+    result.write_text(json.dumps(outcome))
