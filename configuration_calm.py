@@ -221,7 +221,6 @@ class CALMConfig(LlamaConfig):
             filler is None or 0 <= filler < self.vocab_size,
             f"prompt_filler_token_id={filler}: must lie in the vocabulary of {self.vocab_size}.",
         )
-
         _require(
             self.repetition_radius is None or self.repetition_radius > 0,
             f"repetition_radius={self.repetition_radius}: must be a positive distance, or None.",
@@ -235,10 +234,14 @@ class CALMConfig(LlamaConfig):
             output["rope_theta"] = parameters["rope_theta"]
             if parameters.get("rope_type", "default") != "default":
                 output["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        output["autoencoder_config"] = self.autoencoder_config.to_diff_dict()
+        output["autoencoder_config"] = self.autoencoder_config.to_dict()
         # Every copy names its own code: a class loaded from the Hub would leave "repository--module.Class" here.
         output["auto_map"] = dict(AUTO_MAP)
         return output
+
+    def to_diff_dict(self):
+        """What config.json holds: of the autoencoder, too, what is its own."""
+        return super().to_diff_dict() | {"autoencoder_config": self.autoencoder_config.to_diff_dict()}
 
 
 CALMConfig.register_for_auto_class()

@@ -5,13 +5,16 @@ temperature samplers are in samplers_calm.py. Axes: B batch, R rows that draw, L
 D hidden, N candidates, V vocabulary.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from .candidates_calm import DecodedCandidates, LazyCandidates
 from .configuration_calm import PROMPT_ALIGNMENTS
@@ -52,7 +55,11 @@ TOKEN_LEVEL_SETTINGS = {
     "guidance_scale": (1.0,),
     "watermarking_config": (),
     "token_healing": (False,),
+    "remove_invalid_values": (False,),
 }
+# Accepted though nothing reads it: renormalising logits changes no argmax, and there are no processors before it.
+HARMLESS_SETTINGS = ("renormalize_logits",)
+CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,18 @@ def pack_prompts(
     return packed, (patch_index >= num_patches - patches_B1).long()
 
 
+class _CountedInTokens:
+    """A model as upstream's rules on lengths take it, with positions that count tokens; the model itself stays as it
+    is, for other threads may be generating with it."""
+
+    def __init__(self, model):
+        self.model, self.config = model, copy.copy(model.config)
+        self.config.max_position_embeddings *= model.config.patch_size
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
 class CALMGenerationMixin:
     """The part of `GenerationMixin` that CALM replaces; stands before it among the bases."""
 
@@ -172,6 +191,21 @@ class CALMGenerationMixin:
         """
         return {"input_ids": input_ids, **kwargs}
 
+    def _validate_model_kwargs(self, model_kwargs):
+        if "prepare_inputs_for_generation" in vars(self):
+            raise ValueError(
+                "prepare_inputs_for_generation of this model was replaced, as PEFT's prompt tuning, p-tuning and "
+                "prefix tuning do: CALM's generate() packs patches itself and would ignore the virtual tokens; use "
+                "LoRA instead."
+            )
+        generator = model_kwargs.get("generator")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(
+                f"generator={generator!r}: must be a torch.Generator on the model's device, as "
+                "torch.Generator(device).manual_seed(0)."
+            )
+        super()._validate_model_kwargs(model_kwargs)
+
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
@@ -185,21 +219,45 @@ class CALMGenerationMixin:
                 "length, so pass the whole prompt without a cache."
             )
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        inputs = self._checked_ids(inputs, model_kwargs.get("attention_mask"))
+        if inputs.shape[1] == 0 and len(inputs) > 1:
+            # Upstream looks at the last column of a batch. Empty prompts are all alike: one, expanded later.
+            model_kwargs["num_empty_prompts"] = len(inputs)
+            inputs = inputs[:1]
+            if model_kwargs.get("attention_mask") is not None:
+                model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:1]
+        return inputs, name, model_kwargs
+
+    def _checked_ids(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """The prompts' ids (B, L), int64.
+
+        Raises:
+            ValueError: not a batch of ids of the vocabulary, or a mask of another shape.
+        """
+        if not isinstance(inputs, Tensor) or inputs.dim() != 2:
+            what = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"generate() got {what}: it takes ids as a tensor of shape (batch, length).")
         if inputs.shape[0] == 0:
             raise ValueError("generate() got an empty batch: pass at least one prompt.")
-        mask = model_kwargs.get("attention_mask")
+        is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
+        if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
+            raise ValueError(f"generate() got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
         if mask is not None and mask.shape != inputs.shape:
             raise ValueError(
                 f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
                 f"{tuple(inputs.shape)}: they must be equal."
             )
+        inputs = inputs.long()
         ids = inputs if mask is None else inputs[mask.bool()]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             bad = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
             raise ValueError(
                 f"generate() got token id {bad}, outside the vocabulary 0 … {self.config.vocab_size - 1}."
             )
-        return inputs, name, model_kwargs
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, num_empty_prompts=1, **kwargs):
+        return super()._expand_inputs_for_generation(expand_size=expand_size * num_empty_prompts, **kwargs)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
@@ -216,6 +274,9 @@ class CALMGenerationMixin:
                 )
         if generation_config.output_scores or generation_config.output_logits:
             raise ValueError("CALM has no token scores to return: output_scores and output_logits must be False.")
+        if generation_config.compile_config is not None:
+            raise ValueError("compile_config: CALM's steps are not compiled, so leave it out.")
+        self._check_cache_package(generation_config)
         PatchSampling.from_generation_config(generation_config)
 
     def _get_logits_processor(self, *args, logits_processor=None, prefix_allowed_tokens_fn=None, **kwargs):
@@ -225,20 +286,23 @@ class CALMGenerationMixin:
             raise ValueError("logits_processor: CALM has no token logits to process while it generates.")
         return LogitsProcessorList()
 
+    @staticmethod
+    def _check_cache_package(generation_config: GenerationConfig) -> None:
+        if generation_config.cache_implementation != "quantized":
+            return
+        backend = (generation_config.cache_config or {}).get("backend", "quanto")
+        package, is_available = CACHE_PACKAGES.get(backend, (None, None))
+        if package and not is_available():
+            raise ValueError(
+                f'cache_implementation="quantized" with the backend "{backend}" needs a package that is not '
+                f"installed: pip install {package}."
+            )
+
     def _prepare_generated_length(self, *args, **kwargs):
-        patches = self.config.max_position_embeddings
-        self.config.max_position_embeddings = patches * self.config.patch_size  # upstream compares it with tokens
-        try:
-            return super()._prepare_generated_length(*args, **kwargs)
-        finally:
-            self.config.max_position_embeddings = patches
+        return super()._prepare_generated_length.__func__(_CountedInTokens(self), *args, **kwargs)
 
     def _get_stopping_criteria(self, *args, **kwargs):
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for criterion in criteria:
-            if getattr(criterion, "max_position_embeddings", None) is not None:
-                criterion.max_position_embeddings *= self.config.patch_size  # it compares with tokens
-        return criteria
+        return super()._get_stopping_criteria.__func__(_CountedInTokens(self), *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         *args, max_cache_length = args
@@ -248,8 +312,10 @@ class CALMGenerationMixin:
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
-    def init_continuous_batching(self, *args, **kwargs):
-        return self.generate_batch()
+    @property
+    def init_continuous_batching(self):
+        """Absent, so that servers which ask for it with `hasattr` generate in the ordinary way."""
+        raise AttributeError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
     def _sample(
         self,
@@ -282,6 +348,9 @@ class CALMGenerationMixin:
         }
         collected = {name: () for name, wanted in outputs_wanted.items() if wanted}
 
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is not None and cache is not None and not collected and not synced_gpus:
+            inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         finished, plan = False, BlockPlan()
         while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
@@ -400,6 +469,16 @@ class CALMGenerationMixin:
             padding_token_id=pad,
         )
         return {"input_ids": packed, "attention_mask": patch_mask}
+
+    def _read_all_but_last_chunk(self, inputs: dict, cache: Cache, chunk_size: int) -> dict:
+        """Reads a packed prompt into the cache, `chunk_size` tokens (whole patches, at least one) at a time, but for
+        the last chunk; returns the inputs of that one."""
+        patches = max(1, chunk_size // self.config.patch_size)
+        *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
+        for i, chunk in enumerate(chunks, start=1):
+            mask = inputs["attention_mask"][:, : i * patches]
+            self(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
+        return {**inputs, "input_ids": last}
 
     @staticmethod
     def _start_empty_rows(input_ids: Tensor, mask: Tensor, bos_token: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """The generative heads of CALM: each draws the next patch's latent vector given the backbone's hidden state.
 
 One interface: `sample(context)` draws, `loss(context, mean, log_std)` scores against the autoencoder's posterior (or
-`loss(context, tokens)` against the tokens, see token_flow_calm.py). All randomness can be passed in. A
-new head is one class and one line in modeling_calm.py's `HEADS`.
+`loss(context, tokens)` against the tokens, see token_flow_calm.py). All randomness can be passed in. A new head takes
+a class, a line in modeling_calm.py's `HEADS`, its name in configuration_calm.py's `HEAD_TYPES`, and what its draws
+cost in training/cost.py; a file of its own must be imported in modeling_calm.py, or it doesn't travel with the model.
 
 Axes: N samples per patch (or T solver steps), D hidden size, Z latent size. "..." stands for any leading axes, as
 (B, P). Samples come first: (N, ..., Z).
@@ -236,7 +237,9 @@ class ModulatedMLP(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """time: integer steps, broadcastable to x's leading axes."""
-        condition = self.act(self.time_embed(self._time_features(time, x.dtype)) + self.context_embed(context))
+        # In rows, for a solver's time is one number, and quantised layers take no single vectors.
+        features = self._time_features(time, x.dtype).view(-1, TIME_FEATURES)
+        condition = self.act(self.time_embed(features).view(*time.shape, -1) + self.context_embed(context))
         hidden = self.input_proj(x)
         for block in self.blocks:
             hidden = block(hidden, condition)

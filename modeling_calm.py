@@ -22,6 +22,7 @@ from .heads_calm import DiffusionHead, EnergyHead, FlowMatchingHead
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
+from .screening_calm import VocabularyScreen  # noqa: F401
 from .token_flow_calm import TokenFlowHead
 
 HEADS = {
@@ -30,6 +31,11 @@ HEADS = {
     "diffusion": DiffusionHead,
     "token_flow": TokenFlowHead,
 }
+
+NO_LOGITS = (
+    "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
+    "(calm.evaluation.brier_lm), and in lm-evaluation-harness with tasks of the type generate_until."
+)
 
 
 @dataclass
@@ -48,6 +54,16 @@ class CALMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def logits(self):
+        """Absent: asking for them says why."""
+        raise AttributeError(NO_LOGITS)
+
+    def __getitem__(self, key):
+        if key == "logits":
+            raise KeyError(NO_LOGITS)
+        return super().__getitem__(key)
 
 
 class CALMPreTrainedModel(LlamaPreTrainedModel):
@@ -112,6 +128,11 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+            raise ValueError(
+                f"input_ids is a tensor of shape {tuple(input_ids.shape)} and type {input_ids.dtype}: the model takes "
+                "whole numbers of shape (batch, length)."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         patches = self.embed_patches(inputs_embeds)
@@ -137,8 +158,9 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         batch_size, length, _ = inputs_embeds.shape
         if length % self.config.patch_size:
             raise ValueError(
-                f"The model got {length} tokens a row, no multiple of patch_size={self.config.patch_size}: fill the "
-                "first patch on its left (generate() does), or drop the last one."
+                f"The model got {length} tokens a row, no multiple of patch_size={self.config.patch_size}: pad with "
+                f"pad_to_multiple_of={self.config.patch_size} (an argument of tokenizers and data collators; "
+                "generate() fills prompts by itself)."
             )
         num_patches, size = length // self.config.patch_size, self.config.patch_size * inputs_embeds.shape[-1]
         return self.embed_proj(inputs_embeds.reshape(batch_size, num_patches, size))
@@ -251,7 +273,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
             raise ValueError(
                 f"labels have length {labels.shape[1]}, but the input has {patch_size * hidden_BPD.shape[1]} tokens."
             )
-        labels_BPK = labels.to(hidden_BPD.device).unflatten(1, (-1, patch_size))[:, 1:]
+        labels_BPK = labels.long().to(hidden_BPD.device).unflatten(1, (-1, patch_size))[:, 1:]
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
         if self.head.predicts_tokens:

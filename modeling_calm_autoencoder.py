@@ -73,7 +73,8 @@ class AutoencoderEncoder(nn.Module):
         batch_size, length = input_ids.shape
         if length % self.patch_size:
             raise ValueError(
-                f"The autoencoder got {length} tokens a row, no multiple of patch_size={self.patch_size}."
+                f"The autoencoder got {length} tokens a row, no multiple of patch_size={self.patch_size}: pad with "
+                f"pad_to_multiple_of={self.patch_size}."
             )
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers[: self.num_token_layers]:
@@ -91,7 +92,7 @@ class AutoencoderDecoder(nn.Module):
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__()
-        self.patch_size = config.patch_size
+        self.patch_size, self.vocab_size = config.patch_size, config.vocab_size
         self.num_patch_layers = config.num_decoder_layers // 2
         self.latent_to_hidden = nn.Linear(config.latent_size, config.hidden_size)
         self.layers = nn.ModuleList(AutoencoderLayer(config) for _ in range(config.num_decoder_layers))
@@ -119,9 +120,12 @@ class AutoencoderDecoder(nn.Module):
         """The most probable tokens, (M,), of single states from `expand`, without ever holding all their logits.
 
         On a CPU, rows of a large vocabulary are screened (`VocabularyScreen`). Otherwise works through tiles of the
-        vocabulary with a running maximum. Of equal logits the lowest id wins, as in argmax.
+        vocabulary with a running maximum; where the output matrix can't be cut, as it is quantised, offloaded or
+        adapted, through the layer itself, a few states at a time. Of equal logits the lowest id wins, as in argmax.
         """
         states_Md = self.finish(states_Md)
+        if not is_plain_linear(self.lm_head):
+            return self._argmax_of_layer(states_Md, positions_M, forbidden_KV)
         kind = "cpu" if states_Md.device.type == "cpu" else "other"
         chunks = zip(states_Md.split(STATES_AT_ONCE[kind]), positions_M.split(STATES_AT_ONCE[kind]), strict=True)
         screen = self._current_screen() if forbidden_KV is None else None
@@ -134,9 +138,8 @@ class AutoencoderDecoder(nn.Module):
         return torch.cat(ids)
 
     def _current_screen(self) -> VocabularyScreen | None:
-        # Under an offloading hook the weight comes and goes, and would be packed anew each time.
         weight_Vd = self.lm_head.weight
-        if not VocabularyScreen.is_worthwhile(weight_Vd) or hasattr(self.lm_head, "_hf_hook"):
+        if not VocabularyScreen.is_worthwhile(weight_Vd):
             return None
         if self.screen is None or not self.screen.is_of(weight_Vd):
             try:
@@ -163,8 +166,33 @@ class AutoencoderDecoder(nn.Module):
             best_M = top_M if best_M is None else torch.where(better_M, top_M, best_M)
         return ids_M[:num_states]
 
+    def _argmax_of_layer(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
+        at_once, ids = max(1, logits_at_once(states_Md.device) // self.vocab_size), []
+        for states_md, positions_m in zip(states_Md.split(at_once), positions_M.split(at_once), strict=True):
+            logits_mV = self.lm_head(states_md)
+            if forbidden_KV is not None:
+                logits_mV = logits_mV.masked_fill(forbidden_KV.to(logits_mV.device)[positions_m], -torch.inf)
+            ids.append(logits_mV.argmax(-1))
+        return torch.cat(ids)
+
     def forward(self, latents: Tensor) -> Tensor:
         return self.lm_head(self.finish(self.expand(latents)))
+
+
+def logits_at_once(device: torch.device) -> int:
+    return LOGITS_PER_CHUNK["cpu" if device.type == "cpu" else "other"]
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and nothing more: not quantised, wrapped, hooked or elsewhere."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.device.type != "meta"
+        and not hasattr(layer, "_hf_hook")
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
 
 
 class CALMAutoencoder(PreTrainedModel):
@@ -282,8 +310,7 @@ class CALMAutoencoder(PreTrainedModel):
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
         flat = latents.reshape(-1, latents.shape[-1])
-        limit = LOGITS_PER_CHUNK["cpu" if latents.device.type == "cpu" else "other"]
-        rows = max(1, limit // (self.config.patch_size * self.config.vocab_size))
+        rows = max(1, logits_at_once(latents.device) // (self.config.patch_size * self.config.vocab_size))
         ids = []
         for chunk in flat.split(rows):
             logits = self.decode(chunk)

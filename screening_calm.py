@@ -11,6 +11,7 @@ Axes: M states, d their width, V vocabulary, T rows of a tile, G groups, I rows 
 state and a group).
 """
 
+import threading
 import warnings
 
 import torch
@@ -24,6 +25,7 @@ LARGEST_STATE = 63  # 7 bits: with 8, AVX2's sums of two products overflow
 MOST_SURVIVORS = 2**14  # with more, the full product is better
 SURVIVORS_AT_ONCE = 2**10
 SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
+ENGINE_LOCK = threading.Lock()  # PyTorch's engine is one for all threads
 
 
 class VocabularyScreen:
@@ -107,16 +109,17 @@ def _largest_of_groups(values_T: Tensor) -> Tensor:
 
 def _pack(whole_Td: Tensor, step_T: Tensor) -> torch.ScriptObject:
     """int8 rows and the steps that they count, in fbgemm's layout."""
-    engine = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PyTorch will drop its quantized tensors
-            no_offset_T = torch.zeros(len(step_T), dtype=torch.long)
-            tile_Td = torch._make_per_channel_quantized_tensor(whole_Td, step_T, no_offset_T, 0)
-            return torch.ops.quantized.linear_prepack(tile_Td, None)
-    finally:
-        torch.backends.quantized.engine = engine
+    with ENGINE_LOCK:
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # PyTorch will drop its quantized tensors
+                no_offset_T = torch.zeros(len(step_T), dtype=torch.long)
+                tile_Td = torch._make_per_channel_quantized_tensor(whole_Td, step_T, no_offset_T, 0)
+                return torch.ops.quantized.linear_prepack(tile_Td, None)
+        finally:
+            torch.backends.quantized.engine = engine
 
 
 def _multiply(rounded_Md: Tensor, packed: torch.ScriptObject) -> Tensor:

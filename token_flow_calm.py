@@ -22,6 +22,16 @@ CODE_CHUNK = 8192  # patches encoded at once
 LEAST_TIME_LEFT = 1e-3  # the velocity at t = 1 is a difference over no time
 
 
+class MeanEmbedding(nn.Embedding):
+    """An embedding of ids (...) or, for tokens that are not known yet, of probabilities (..., V): (..., D).
+
+    Both pass through `forward`, so that offloading and adapters see them.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens @ self.weight if tokens.is_floating_point() else super().forward(tokens)
+
+
 class TokenChain(nn.Module):
     """A patch's tokens one after the other: p(x_k | state_k, x_<k), the same small MLP at every place.
 
@@ -35,7 +45,7 @@ class TokenChain(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.context_proj = nn.Linear(hidden_size, patch_size * hidden_size)
-        self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
+        self.embeddings = nn.ModuleList(MeanEmbedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
         self.norm_in, self.norm_out = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.mlp = nn.Sequential(
             nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size)
@@ -66,7 +76,7 @@ class TokenChain(nn.Module):
             logits.append(self.logits(state[..., k, :] + given))
             probabilities.append(logits[-1].softmax(-1))
             if k < self.patch_size - 1:
-                given = given + probabilities[-1] @ self.embeddings[k].weight
+                given = given + self.embeddings[k](probabilities[-1])
         return torch.stack(logits, dim=-2), torch.stack(probabilities, dim=-2)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sampler_twins import table_of_pairs
-from tiny import BOS, VOCAB_SIZE, tiny_model
+from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm import candidates_calm, modeling_calm_autoencoder
@@ -75,6 +75,47 @@ def test_of_equal_logits_the_lowest_id_wins(monkeypatch):
     assert ids.tolist() == [25, 0]
 
 
+@pytest.mark.parametrize("tile", [7, 96])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_of_equal_logits_in_bfloat16_the_first_wins_on_every_path(monkeypatch, head_type, tile):
+    """Every row of the output matrix stands there twice: half the vocabulary is never written."""
+    monkeypatch.setitem(modeling_calm_autoencoder.VOCABULARY_TILE, "cpu", tile)
+    model = tiny_model(head_type).bfloat16()
+    with torch.no_grad():
+        model.autoencoder.decoder.lm_head.weight[VOCAB_SIZE // 2 :] = model.autoencoder.decoder.lm_head.weight[
+            : VOCAB_SIZE // 2
+        ]
+    latents = model.head.sample(torch.randn(2, 48).bfloat16(), num_samples=200)
+    states = model.autoencoder.decode_states(latents).flatten(0, -2)
+    positions = torch.arange(len(states)) % K
+    logits_MV = model.autoencoder.decode(latents).flatten(0, -2)
+    first_M = (logits_MV == logits_MV.amax(-1, keepdim=True)).int().argmax(-1)
+    assert (first_M < VOCAB_SIZE // 2).all()
+    assert torch.equal(model.autoencoder.decode_tokens(latents).flatten(), first_M)
+    assert torch.equal(model.autoencoder.read_tokens(states, positions), first_M)
+    one_by_one = [model.autoencoder.read_tokens(states[i : i + 1], positions[i : i + 1]) for i in range(40)]
+    assert torch.equal(torch.cat(one_by_one), first_M[:40])
+    monkeypatch.setattr(modeling_calm_autoencoder, "is_plain_linear", lambda layer: False)
+    assert torch.equal(model.autoencoder.read_tokens(states, positions), first_M)
+
+
+@pytest.mark.parametrize("at_once", [1, 96, 1000, 10**6])
+def test_a_layer_that_cannot_be_cut_is_read_as_a_whole(monkeypatch, autoencoder, at_once):
+    """Quantised, offloaded or hooked: through the module, so that what it does beside its weight is done."""
+    monkeypatch.setitem(modeling_calm_autoencoder.LOGITS_PER_CHUNK, "cpu", at_once)
+    states, positions = torch.randn(37, 32, generator=torch.Generator().manual_seed(0)), torch.arange(37) % K
+    forbidden_KV = F.one_hot(torch.tensor([0, 1, 2, 3]), VOCAB_SIZE).bool()
+    expected = [autoencoder.read_tokens(states, positions, forbidden) for forbidden in (None, forbidden_KV)]
+    calls = []
+    hook = autoencoder.decoder.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        for ids, forbidden in zip(expected, (None, forbidden_KV), strict=True):
+            assert torch.equal(autoencoder.read_tokens(states, positions, forbidden), ids)
+    finally:
+        hook.remove()
+    assert len(calls) == 2 * -(-37 // max(1, at_once // VOCAB_SIZE))
+
+
 # Equal patches
 
 
@@ -140,7 +181,8 @@ def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder,
     assert exact[num_draws == 8].any() and not exact.all() and (num_draws == 4).any()
 
 
-@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -155,8 +197,8 @@ def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder,
     ],
     ids=str,
 )
-def test_the_text_is_that_of_decoding_everything(head_type, settings):
-    model = repeating_model(head_type)
+def test_the_text_is_that_of_decoding_everything(head_type, settings, dtype):
+    model = repeating_model(head_type).to(dtype)
     prompts = torch.tensor([[BOS, 10, 11], [BOS, 12, 13], [BOS, 14, 15]])
     texts = []
     for lazy in (True, False):

@@ -1,12 +1,17 @@
 """Generation under upstream `generate`: lengths, stopping, batches, prompts, determinism, and what is refused."""
 
+import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import peft
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+import transformers
+from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model, tiny_tokenizer
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -15,7 +20,8 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from calm.generation_calm import PatchSampling, pack_prompts
+from calm.configuration_calm import CALMConfig
+from calm.generation_calm import HARMLESS_SETTINGS, PatchSampling, pack_prompts
 from calm.modeling_calm import CALMForCausalLM
 
 PROMPT = torch.tensor([[BOS, 10, 11, 12, 13, 14]])
@@ -23,14 +29,16 @@ FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20}
 NO_EOS = {"eos_token_id": None}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+@pytest.fixture(scope="module", params=HEAD_TYPES)
+def model(request):
+    return tiny_model(request.param)
 
 
 def generate(model, prompt=PROMPT, seed=0, **kwargs):
+    """The ids that a model generates, on the CPU wherever the model is."""
     torch.manual_seed(seed)
-    return model.generate(prompt, **{**FAST, **kwargs})
+    output = model.generate(prompt.to(model.device), **{**FAST, **kwargs})
+    return output.cpu() if isinstance(output, torch.Tensor) else output
 
 
 class Scripted:
@@ -44,16 +52,15 @@ class Scripted:
         going_on = [row for row in self.rows if EOS not in row[: self.position]]
         assert len(hidden_RD) == len(going_on)
         self.position += 4
-        return torch.tensor(going_on)[:, self.position - 4 : self.position]
+        return torch.tensor(going_on, device=hidden_RD.device)[:, self.position - 4 : self.position]
 
 
 # Lengths and stopping
 
 
 @pytest.mark.parametrize("new_tokens", [1, 3, 4, 5, 8, 11])
-@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
-def test_max_new_tokens_exactly(head_type, new_tokens):
-    output = generate(tiny_model(head_type), max_new_tokens=new_tokens, **NO_EOS)
+def test_max_new_tokens_exactly(model, new_tokens):
+    output = generate(model, max_new_tokens=new_tokens, **NO_EOS)
     assert output.shape == (1, 6 + new_tokens)
     assert torch.equal(output[:, :6], PROMPT)
 
@@ -122,13 +129,15 @@ def test_custom_stopping_criteria_see_every_token(model):
     assert output.shape == (1, 9) and lengths == [7, 8, 9]
 
 
-def test_no_length_warning_before_the_patches_run_out(model, caplog):
-    model.config.max_position_embeddings, before = 4, model.config.max_position_embeddings
-    try:
-        generate(model, max_length=16, **NO_EOS)
-        assert "maximum length" not in caplog.text
-    finally:
-        model.config.max_position_embeddings = before
+def test_no_length_warning_before_the_patches_run_out(monkeypatch, model, caplog):
+    """Of 4 patches, 16 tokens; one more and upstream's warning comes, so the test would see it."""
+    monkeypatch.setattr(model.config, "max_position_embeddings", 4)
+    monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        for length, warned in ((16, False), (20, True)):
+            transformers.logging.warning_once.cache_clear()
+            generate(model, max_length=length, **NO_EOS)
+            assert ("maximum length" in caplog.text) == warned
 
 
 def test_default_length_counts_tokens_not_patches(monkeypatch, model):
@@ -136,7 +145,7 @@ def test_default_length_counts_tokens_not_patches(monkeypatch, model):
     monkeypatch.setattr(model.config, "max_position_embeddings", 16)
     prompt = torch.full((1, 40), 10)
     assert generate(model, prompt, **NO_EOS).shape[1] == 60
-    assert model.config.max_position_embeddings == 16
+    assert generate(model, torch.full((1, 55), 10), **NO_EOS).shape[1] == 64
 
 
 def test_a_process_that_has_finished_keeps_running_for_the_others(monkeypatch, model):
@@ -218,7 +227,34 @@ def test_the_seed_or_a_generator_fixes_the_text(model, kwargs):
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+def test_nothing_of_the_model_s_configuration_changes_during_a_call(monkeypatch, model):
+    changed, original = [], CALMConfig.__setattr__
+
+    def note(config, name, value):
+        changed.extend([name] if config is model.config else [])
+        original(config, name, value)
+
+    before = model.config.to_dict()
+    monkeypatch.setattr(CALMConfig, "__setattr__", note)
+    generate(model, **NO_EOS)
+    generate(model, max_new_tokens=5)
+    assert changed == [] and model.config.to_dict() == before
+
+
+def test_eight_threads_write_the_texts_of_one(model):
+    def text(seed):
+        return generate(model, generator=torch.Generator(model.device).manual_seed(seed), max_length=30, **NO_EOS)
+
+    expected = [text(seed) for seed in range(8)]
+    before = model.config.to_dict()
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(3):
+            texts = threads.map(text, range(8))
+            assert all(torch.equal(*pair) for pair in zip(texts, expected, strict=True))
+    assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_greedy_is_one_text_per_prompt_batched_or_not(head_type):
     model = tiny_model(head_type)
     tokenizer = tiny_tokenizer()
@@ -295,6 +331,51 @@ def test_empty_prompts_start_from_bos(model):
     assert torch.equal(generate(model, batch, attention_mask=mask, **kwargs)[1, 2:], from_bos)
 
 
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32])  # a tokenizer makes floats of empty texts
+def test_a_batch_of_empty_prompts(model, with_mask, dtype):
+    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 6, **NO_EOS}
+    mask = {"attention_mask": torch.empty(2, 0, dtype=torch.long)} if with_mask else {}
+    from_bos = generate(model, torch.tensor([[BOS]]), **kwargs)[:, 1:]
+    assert torch.equal(generate(model, torch.empty(2, 0, dtype=dtype), **mask, **kwargs), from_bos.repeat(2, 1))
+    four = generate(
+        model, torch.empty(2, 0, dtype=dtype), num_return_sequences=2, **mask, **FAST | {"max_new_tokens": 6}
+    )
+    assert four.shape[0] == 4 and four.shape[1] <= 6
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_ids_of_any_whole_type(model, dtype):
+    output = generate(model, PROMPT.to(dtype), max_new_tokens=6, **NO_EOS)
+    assert output.dtype == torch.long
+    assert torch.equal(output, generate(model, max_new_tokens=6, **NO_EOS))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 12, 100])
+def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, model, chunk_size):
+    """In whole patches, at least one; a batch with padding."""
+    ids = torch.randint(3, PAD, (2, 22), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :14] = 0
+    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 10, "attention_mask": mask, **NO_EOS}
+    expected, lengths, forward = generate(model, ids, **kwargs), [], type(model.model).forward
+
+    def note(self, input_ids=None, **inputs):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(type(model.model), "forward", note)
+    assert torch.equal(generate(model, ids, prefill_chunk_size=chunk_size, **kwargs), expected)
+    size = max(4, chunk_size // 4 * 4)
+    assert lengths == [min(size, 24 - start) for start in range(0, 24, size)] + [4, 4]
+
+
+@pytest.mark.parametrize("name", HARMLESS_SETTINGS)
+def test_settings_that_change_nothing(model, name):
+    one, other = (generate(model, max_new_tokens=8, **setting, **NO_EOS) for setting in ({}, {name: True}))
+    assert torch.equal(one, other)
+
+
 # What is refused
 
 REFUSED = [
@@ -319,6 +400,18 @@ REFUSED = [
     ({"prefix_allowed_tokens_fn": lambda row, ids: [7]}, "prefix_allowed_tokens_fn"),
     ({"attention_mask": torch.ones(1, 5)}, r"attention_mask of shape \(1, 5\)"),
     ({"candidates": 5}, "candidates"),
+    ({"inputs": PROMPT[0]}, r"a tensor of shape \(6,\): it takes ids as a tensor of shape \(batch, length\)"),
+    ({"inputs": PROMPT.float()}, "ids of type torch.float32: token ids are whole numbers"),
+    ({"inputs": PROMPT.bool()}, "ids of type torch.bool: token ids are whole numbers"),
+    ({"inputs": [[1, 2]]}, "generate.. got list: it takes ids as a tensor"),
+    ({"generator": 5}, "generator=5: must be a torch.Generator"),
+    ({"cache_implementation": "quantized"}, "needs a package that is not installed: pip install optimum-quanto"),
+    (
+        {"cache_implementation": "quantized", "cache_config": {"backend": "hqq"}},
+        "needs a package that is not installed: pip install hqq",
+    ),
+    ({"remove_invalid_values": True}, "remove_invalid_values=True"),
+    ({"compile_config": CompileConfig()}, "compile_config: CALM's steps are not compiled"),
 ]
 
 
@@ -327,7 +420,7 @@ def test_generate_refuses_before_any_work(monkeypatch, model, kwargs, sentence):
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
     inputs = {} if "inputs_embeds" in kwargs else {"inputs": PROMPT}
     with pytest.raises(ValueError, match=sentence):
-        model.generate(**inputs, **{**FAST, "max_new_tokens": 4, **kwargs})
+        model.generate(**{**inputs, **FAST, "max_new_tokens": 4, **kwargs})
 
 
 def test_more_refusals(monkeypatch, model):
@@ -343,12 +436,38 @@ def test_more_refusals(monkeypatch, model):
     cache = model(PROMPT[:, :4], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled past_key_values"):
         generate(model, past_key_values=cache)
-    for call in (model.generate_batch, model.init_continuous_batching):
-        with pytest.raises(NotImplementedError, match="no continuous batching"):
-            call([[1, 2]])
+    with pytest.raises(NotImplementedError, match="no continuous batching"):
+        model.generate_batch([[1, 2]])
     monkeypatch.setattr(model.generation_config, "bos_token_id", None)
     with pytest.raises(ValueError, match="empty prompt, and bos_token_id"):
         generate(model, torch.empty(1, 0, dtype=torch.long))
+
+
+def test_servers_that_ask_for_continuous_batching_hear_that_there_is_none(model):
+    """transformers serve asks with hasattr, and generates in the ordinary way where it isn't there."""
+    assert not hasattr(model, "init_continuous_batching")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=["prompt tuning", "p-tuning", "prefix tuning"],
+)
+def test_virtual_tokens_are_refused_and_not_ignored(config):
+    model = peft.get_peft_model(tiny_model(), config)
+    with pytest.raises(ValueError, match="would ignore the virtual tokens; use LoRA"):
+        generate(model, input_ids=PROMPT)
+
+
+def test_a_lora_adapter_is_not_ignored():
+    plain = generate(tiny_model(), max_new_tokens=12, **NO_EOS)
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj", "out_hidden"], init_lora_weights=False)
+    adapted = generate(peft.get_peft_model(tiny_model(), adapter), max_new_tokens=12, **NO_EOS)
+    assert adapted.shape == plain.shape and not torch.equal(adapted, plain)
 
 
 def test_sampling_settings_come_from_the_generation_config(model):

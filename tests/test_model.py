@@ -1,17 +1,22 @@
 """The language model: every K and head, attention backends, cache, padding, loss, what is frozen, what is refused."""
 
+import copy
 import importlib.util
+import json
+import logging
+import warnings
 
+import bitsandbytes
 import pytest
 import torch
 from goldens import relative_error
-from tiny import PAD, VOCAB_SIZE, tiny_config, tiny_model
+from tiny import BOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model
+from transformers import BitsAndBytesConfig
 
 from calm.configuration_calm import CALMConfig
 from calm.modeling_calm import CALMForCausalLM, CALMModel
 
-HEAD_TYPES = ("energy", "flow", "diffusion")  # against the posterior
-ALL_HEAD_TYPES = (*HEAD_TYPES, "token_flow")
+POSTERIOR_HEADS = ("energy", "flow", "diffusion")  # those whose loss takes the posterior
 
 
 def some_ids(batch_size=2, length=24, seed=0):
@@ -22,7 +27,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("head_type", ALL_HEAD_TYPES)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 def test_every_patch_size_trains(head_type, patch_size):
     model, ids = tiny_model(head_type, patch_size).train(), some_ids()
@@ -109,7 +114,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(plain, checkpointed)
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("head_type", POSTERIOR_HEADS)
 @torch.no_grad()
 def test_loss_counts_whole_later_patches(head_type):
     """Targets are the patches after the first whose labels are all kept; their ids come from the labels."""
@@ -149,7 +154,7 @@ def test_hidden_states_and_attentions_on_request():
     assert [a.shape for a in output.attentions] == [(2, 4, 6, 6)] * 2
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("head_type", POSTERIOR_HEADS)
 @torch.no_grad()
 def test_head_randomness_is_an_argument(head_type):
     head, context = tiny_model(head_type).head, torch.randn(3, 48)
@@ -173,7 +178,7 @@ def test_times_of_the_flow_loss():
     assert logits.mean() == pytest.approx(-1, abs=0.03) and logits.std() == pytest.approx(1, abs=0.03)
 
 
-@pytest.mark.parametrize("head_type", ALL_HEAD_TYPES)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
 @torch.no_grad()
 def test_context_layers_change_the_hidden_state_once_for_all_draws(head_type):
     assert not list(tiny_model(head_type).head.context_layers.parameters())  # published: none
@@ -190,7 +195,7 @@ def test_context_layers_change_the_hidden_state_once_for_all_draws(head_type):
 def test_fresh_heads_start_at_zero():
     """The published heads start with a zero last layer: before training, every draw is the same."""
     torch.manual_seed(0)
-    for head_type in ALL_HEAD_TYPES:
+    for head_type in HEAD_TYPES:
         head = CALMForCausalLM(tiny_config(head_type)).head
         zero = [name for name, p in head.named_parameters() if name.endswith("weight") and (p == 0).all()]
         assert any("out_proj" in name for name in zero)
@@ -231,6 +236,10 @@ def test_config_survives_a_save(tmp_path):
     loaded = CALMConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.autoencoder_config.patch_size == 8
+    nested = config.to_dict()["autoencoder_config"]
+    assert nested == config.autoencoder_config.to_dict() and nested["ae_dropout"] == 0.15
+    saved = json.loads((tmp_path / "config.json").read_text())["autoencoder_config"]
+    assert saved == json.loads(json.dumps(config.autoencoder_config.to_diff_dict()))
     assert loaded.to_dict()["rope_theta"] == 5e5  # read by transformers 4, beside rope_parameters for 5
     assert CALMConfig().autoencoder_config.vocab_size == CALMConfig().vocab_size == 128257
 
@@ -276,7 +285,7 @@ def test_outputs_as_a_tuple():
     assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.last_hidden_state)
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("head_type", POSTERIOR_HEADS)
 def test_compiled_loss_with_a_varying_number_of_targets(head_type):
     """Dynamo traces the draws at symbolic sizes. The eager backend skips the code generation, which takes minutes."""
     head = tiny_model(head_type).head
@@ -291,10 +300,20 @@ def test_compiled_loss_with_a_varying_number_of_targets(head_type):
     torch.compiler.reset()
 
 
+def text_and_loss(model, **settings):
+    """A sampled text and a loss, the same of two models that compute the same."""
+    torch.manual_seed(0)
+    settings = {"temperature": 0.5, "num_candidates": 20, "max_new_tokens": 24, "eos_token_id": None, **settings}
+    ids = model.generate(torch.tensor([[BOS, 10, 11, 12, 13]]), do_sample=True, **settings)
+    return ids.tolist(), model(some_ids(), labels=some_ids(), generator=generator()).loss.item()
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
-def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share):
-    """`device_map="auto"` keeps head and autoencoder whole; what doesn't fit is offloaded to disk."""
-    model = tiny_model()
+def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
+    """`device_map="auto"` keeps head and autoencoder whole; what doesn't fit is offloaded to disk, and computes what
+    it computes in memory."""
+    model = tiny_model(head_type)
     model.save_pretrained(tmp_path / "model")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     placed = CALMForCausalLM.from_pretrained(
@@ -303,6 +322,62 @@ def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share):
     assert "disk" in placed.hf_device_map.values()
     whole = {"head", "autoencoder"}
     assert not any(name.split(".")[0] in whole and "." in name for name in placed.hf_device_map)
+    assert text_and_loss(placed) == text_and_loss(model)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("lazy", [True, False])
+def test_head_and_autoencoder_offloaded_compute_the_same(tmp_path, head_type, lazy):
+    model = tiny_model(head_type)
+    model.save_pretrained(tmp_path / "model")
+    placed = CALMForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map={"model": "cpu", "head": "disk", "autoencoder": "disk"},
+        offload_folder=tmp_path / "disk",
+    )
+    assert {p.device.type for p in placed.head.parameters()} == {"meta"}
+    assert text_and_loss(placed, lazy_decoding=lazy) == text_and_loss(model, lazy_decoding=lazy)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_dynamically_quantised_linear_layers(head_type):
+    model = tiny_model(head_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that PyTorch will move it elsewhere
+        quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, torch.qint8)
+    assert not any(type(m) is torch.nn.Linear for m in quantised.modules())
+    (lazy, loss), (plain, _) = (text_and_loss(quantised, lazy_decoding=choice) for choice in (True, False))
+    assert lazy == plain and loss == pytest.approx(text_and_loss(model)[1], rel=0.3)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_bitsandbytes_in_8_bits(tmp_path, head_type):
+    model = tiny_model(head_type)
+    model.save_pretrained(tmp_path)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each float32 product
+    quantised = CALMForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
+    )
+    assert any(isinstance(m, bitsandbytes.nn.Linear8bitLt) for m in quantised.head.modules())
+    (lazy, loss), (plain, _) = (text_and_loss(quantised, lazy_decoding=choice) for choice in (True, False))
+    assert lazy == plain and loss == pytest.approx(text_and_loss(model)[1], rel=0.3)
+
+
+def test_logits_are_absent_and_say_why():
+    output = tiny_model()(some_ids())
+    assert not hasattr(output, "logits") and "logits" not in output
+    with pytest.raises(AttributeError, match="no token probabilities.*BrierLM.*generate_until"):
+        output.logits  # noqa: B018
+    with pytest.raises(KeyError, match="no token probabilities"):
+        output["logits"]
+    assert output["last_hidden_state"] is output[0]
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_ids_and_labels_of_any_whole_type(head_type):
+    model, ids = tiny_model(head_type), some_ids()
+    expected = model(ids, labels=ids, generator=generator()).loss
+    assert torch.equal(model(ids.int(), labels=ids.int(), generator=generator()).loss, expected)
 
 
 def test_forward_refuses():
@@ -311,8 +386,14 @@ def test_forward_refuses():
         model(ids, labels=ids[:, :20])
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="7 tokens a row, no multiple of patch_size=4"):
-        model(ids[:, :7])
+    for module in (model, model.model):
+        with pytest.raises(ValueError, match="7 tokens a row, no multiple of patch_size=4: pad.*pad_to_multiple_of=4"):
+            module(ids[:, :7])
+    with pytest.raises(ValueError, match="autoencoder got 7 tokens.*pad_to_multiple_of=4"):
+        model.autoencoder(ids[:, :7])
+    for bad in (ids.float(), ids[0]):
+        with pytest.raises(ValueError, match="the model takes whole numbers of shape"):
+            model(bad)
     with pytest.raises(ValueError, match="attention_mask has length 5: it must count 6 patches or 24 tokens"):
         model(ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="positions count patches: 6"):

@@ -6,6 +6,7 @@ The laws of the samplers themselves are in test_samplers.py.
 import pytest
 import torch
 from goldens import golden_model, golden_tensors
+from tiny import HEAD_TYPES, tiny_model
 
 from calm.generation_calm import PatchSampling
 from calm.samplers_calm import group_patches
@@ -39,11 +40,16 @@ def p_value(one, other):
 
 
 @torch.no_grad()
+def draws(model, hidden, sampling, num_patches, rows_at_once=500, seed=0):
+    """Patches (num_patches, K) that a model chooses in one context, on the CPU wherever it is."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    context = hidden.to(model.device).expand(rows_at_once, -1)
+    chunks = [model.next_patches(context, sampling, generator) for _ in range(num_patches // rows_at_once)]
+    return torch.cat(chunks).cpu()
+
+
 def draw_patches(sampling, num_patches, rows_at_once=500):
-    model, hidden = golden_model("energy"), golden_tensors("energy")["hist.hidden"]
-    generator = torch.Generator().manual_seed(0)
-    context = hidden.expand(rows_at_once, -1)
-    return torch.cat([model.next_patches(context, sampling, generator) for _ in range(num_patches // rows_at_once)])
+    return draws(golden_model("energy"), golden_tensors("energy")["hist.hidden"], sampling, num_patches, rows_at_once)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,34 @@ def test_the_comparison_tells_temperatures_apart():
     golden = golden_tensors("energy")
     patches = draw_patches(PatchSampling(temperature=0.4), 2_000)
     assert p_value(*histograms(patches, golden["hist.T1_2.chunks"], golden["hist.T1_2.counts"])) < 1e-3
+
+
+def model_of_few_patches(head_type):
+    """Patches of 2 of 5 tokens (what has no row of its own ties at zero, and the first of those wins)."""
+    model = tiny_model(head_type, patch_size=2)
+    with torch.no_grad():
+        model.autoencoder.decoder.lm_head.weight[4:] = 0
+    return model, torch.randn(1, 48, generator=torch.Generator().manual_seed(1))
+
+
+def sharpened_by_hand(patches_MK, exponent):
+    """What T = 1/n means, from draws at T = 1: of n of them that are all the same, that one."""
+    groups_AnK = patches_MK[: len(patches_MK) // exponent * exponent].unflatten(0, (-1, exponent))
+    return groups_AnK[(groups_AnK == groups_AnK[:, :1]).all(-1).all(-1), 0]
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("method", ["batch", "adaptive", "exact"])
+def test_every_head_s_patches_are_sharpened(head_type, method):
+    model, hidden = model_of_few_patches(head_type)
+    plain = draws(model, hidden, PatchSampling(temperature=1.0), 20_000, seed=1)
+    by_hand = sharpened_by_hand(plain, 2)
+    assert len(plain.unique(dim=0)) > 10 and len(by_hand) > 500
+    sampling = PatchSampling(temperature=0.5, num_candidates=200, sampling_method=method)
+    patches = draws(model, hidden, sampling, 2_000)
+    seen, counts = by_hand.unique(dim=0, return_counts=True)
+    assert p_value(*histograms(patches, seen, counts)) > 1e-3
+    assert p_value(*histograms(plain[:2_000], seen, counts)) < 1e-3  # as they would be unsharpened
 
 
 def test_greedy_takes_the_mode():

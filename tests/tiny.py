@@ -4,11 +4,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from calm.configuration_calm import CALMConfig
+from calm.configuration_calm import HEAD_TYPES, CALMConfig  # noqa: F401
 from calm.modeling_calm import CALMForCausalLM
 
 VOCAB_SIZE = 96
 BOS, EOS, PAD = 1, 2, 95
+# Of a random net's outputs: larger ones leave the noise no say (flow), or overflow within the steps (diffusion).
+OUTPUT_SCALES = {"flow": 0.1, "diffusion": 0.01}
 
 
 def tiny_config(head_type: str = "energy", patch_size: int = 4, **overrides) -> CALMConfig:
@@ -48,6 +50,8 @@ def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
+        if head_type in OUTPUT_SCALES:
+            model.head.net.out_proj.weight.mul_(OUTPUT_SCALES[head_type])
     if model.head.predicts_tokens:
         model.head.fit_codes(model.autoencoder)
     return model
@@ -68,5 +72,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         padding_side="left",
+        clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
