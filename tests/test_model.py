@@ -6,9 +6,11 @@ import json
 import logging
 import warnings
 
+import accelerate
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from goldens import relative_error
 from tiny import BOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model
 from transformers import BitsAndBytesConfig
@@ -308,6 +310,12 @@ def text_and_loss(model, **settings):
     return ids.tolist(), model(some_ids(), labels=some_ids(), generator=generator()).loss.item()
 
 
+offloads_tied_weights = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 can't offload tied weights to disk"
+)
+
+
+@offloads_tied_weights
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
 def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
@@ -325,6 +333,7 @@ def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
     assert text_and_loss(placed) == text_and_loss(model)
 
 
+@offloads_tied_weights
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize("lazy", [True, False])
 def test_head_and_autoencoder_offloaded_compute_the_same(tmp_path, head_type, lazy):
@@ -337,6 +346,14 @@ def test_head_and_autoencoder_offloaded_compute_the_same(tmp_path, head_type, la
     )
     assert {p.device.type for p in placed.head.parameters()} == {"meta"}
     assert text_and_loss(placed, lazy_decoding=lazy) == text_and_loss(model, lazy_decoding=lazy)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_a_head_offloaded_by_accelerate_computes_the_same(tmp_path, head_type):
+    model, placed = tiny_model(head_type), tiny_model(head_type)
+    accelerate.disk_offload(placed.head, tmp_path, execution_device=torch.device("cpu"))
+    assert {p.device.type for p in placed.head.parameters()} == {"meta"}
+    assert text_and_loss(placed) == text_and_loss(model)
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
