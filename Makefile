@@ -1,6 +1,6 @@
 # make demo          set up, and continue a story with the bundled model
 # make test          set up, and run every test
-# make test-compat   the same on the oldest supported transformers
+# make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
 # make style         ruff
 # make experiments CORPUS=DIR   the paper's tables in miniature: hours; goes on where it was stopped
 PYTHON ?= python3
@@ -43,5 +43,5 @@ clean:
 
 .venv-compat/.full: $(SOURCES) constraints-compat.txt
 	$(PYTHON) -m venv .venv-compat
-	$(COMPAT)/python -m pip install -q -c constraints-compat.txt -e ".[test]"
+	$(COMPAT)/python -m pip install -q -c constraints-compat.txt -e ".[test,clients]"
 	touch $@

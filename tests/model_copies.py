@@ -53,7 +53,7 @@ def sample_text(model, tokenizer):
     import torch
 
     torch.manual_seed(0)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    prompt = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     ids = model.generate(**prompt, do_sample=True, temperature=0.5, max_new_tokens=12)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 

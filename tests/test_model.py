@@ -7,12 +7,11 @@ import logging
 import warnings
 
 import accelerate
-import bitsandbytes
 import pytest
 import torch
 import transformers
 from goldens import relative_error
-from tiny import BOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model
+from tiny import BOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 from transformers import BitsAndBytesConfig
 
 from calm.configuration_calm import CALMConfig
@@ -369,6 +368,7 @@ def test_dynamically_quantised_linear_layers(head_type):
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_bitsandbytes_in_8_bits(tmp_path, head_type):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes (extra [clients]) is not installed")
     model = tiny_model(head_type)
     model.save_pretrained(tmp_path)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each float32 product
@@ -395,6 +395,16 @@ def test_ids_and_labels_of_any_whole_type(head_type):
     model, ids = tiny_model(head_type), some_ids()
     expected = model(ids, labels=ids, generator=generator()).loss
     assert torch.equal(model(ids.int(), labels=ids.int(), generator=generator()).loss, expected)
+
+
+def test_the_usual_collator_works_once_it_pads_to_whole_patches():
+    """Trainer's collator for language modelling, as the refusal says."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    texts = [tokenizer(text) for text in ("a fox", "once upon a time")]
+    with pytest.raises(ValueError, match="17 tokens a row.*pad_to_multiple_of=4"):
+        model(**transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)(texts))
+    padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=4)(texts)
+    assert padded["input_ids"].shape == (2, 20) and model(**padded).loss.isfinite()
 
 
 def test_forward_refuses():
