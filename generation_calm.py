@@ -6,6 +6,8 @@ D hidden, N candidates, V vocabulary.
 """
 
 import copy
+import inspect
+import types
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +58,7 @@ TOKEN_LEVEL_SETTINGS = {
     "watermarking_config": (),
     "token_healing": (False,),
     "remove_invalid_values": (False,),
+    "is_assistant": (False,),
 }
 # Accepted though nothing reads it: renormalising logits changes no argmax, and there are no processors before it.
 HARMLESS_SETTINGS = ("renormalize_logits",)
@@ -157,16 +160,18 @@ def pack_prompts(
     return packed, (patch_index >= num_patches - patches_B1).long()
 
 
-class _CountedInTokens:
-    """A model as upstream's rules on lengths take it, with positions that count tokens; the model itself stays as it
-    is, for other threads may be generating with it."""
+class _ViewForUpstream:
+    """A model as upstream's preparations take it: with positions that count tokens, and whatever they note down kept
+    to this call. The model itself stays as it is, for other threads may be generating with it."""
 
     def __init__(self, model):
         self.model, self.config = model, copy.copy(model.config)
         self.config.max_position_embeddings *= model.config.patch_size
 
     def __getattr__(self, name):
-        return getattr(self.model, name)
+        attribute = getattr(self.model, name)
+        is_own_method = inspect.ismethod(attribute) and attribute.__self__ is self.model
+        return types.MethodType(attribute.__func__, self) if is_own_method else attribute
 
 
 class CALMGenerationMixin:
@@ -192,7 +197,8 @@ class CALMGenerationMixin:
         return {"input_ids": input_ids, **kwargs}
 
     def _validate_model_kwargs(self, model_kwargs):
-        if "prepare_inputs_for_generation" in vars(self):
+        replacement = vars(self).get("prepare_inputs_for_generation")
+        if replacement is not None and getattr(replacement, "__self__", None) is not self:  # PEFT puts it back so
             raise ValueError(
                 "prepare_inputs_for_generation of this model was replaced, as PEFT's prompt tuning, p-tuning and "
                 "prefix tuning do: CALM's generate() packs patches itself and would ignore the virtual tokens; use "
@@ -242,6 +248,8 @@ class CALMGenerationMixin:
         is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
         if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
             raise ValueError(f"generate() got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"generate() got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
         if mask is not None and mask.shape != inputs.shape:
             raise ValueError(
                 f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
@@ -276,6 +284,9 @@ class CALMGenerationMixin:
             raise ValueError("CALM has no token scores to return: output_scores and output_logits must be False.")
         if generation_config.compile_config is not None:
             raise ValueError("compile_config: CALM's steps are not compiled, so leave it out.")
+        chunk = generation_config.prefill_chunk_size
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
         self._check_cache_package(generation_config)
         PatchSampling.from_generation_config(generation_config)
 
@@ -288,9 +299,9 @@ class CALMGenerationMixin:
 
     @staticmethod
     def _check_cache_package(generation_config: GenerationConfig) -> None:
-        if generation_config.cache_implementation != "quantized":
+        if generation_config.cache_implementation != "quantized" or generation_config.use_cache is False:
             return
-        backend = (generation_config.cache_config or {}).get("backend", "quanto")
+        backend = str((generation_config.cache_config or {}).get("backend", "quanto")).lower()
         package, is_available = CACHE_PACKAGES.get(backend, (None, None))
         if package and not is_available():
             raise ValueError(
@@ -299,15 +310,16 @@ class CALMGenerationMixin:
             )
 
     def _prepare_generated_length(self, *args, **kwargs):
-        return super()._prepare_generated_length.__func__(_CountedInTokens(self), *args, **kwargs)
+        return super()._prepare_generated_length.__func__(_ViewForUpstream(self), *args, **kwargs)
 
     def _get_stopping_criteria(self, *args, **kwargs):
-        return super()._get_stopping_criteria.__func__(_CountedInTokens(self), *args, **kwargs)
+        return super()._get_stopping_criteria.__func__(_ViewForUpstream(self), *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         *args, max_cache_length = args
         patches = -(-max_cache_length // self.config.patch_size) + 1
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, patches)
+        prepare = super()._prepare_cache_for_generation.__func__
+        return prepare(_ViewForUpstream(self), generation_config, model_kwargs, *args, patches)
 
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
@@ -316,6 +328,8 @@ class CALMGenerationMixin:
     def init_continuous_batching(self):
         """Absent, so that servers which ask for it with `hasattr` generate in the ordinary way."""
         raise AttributeError("CALM has no continuous batching: use generate() with a left-padded batch.")
+
+    continuous_batching_context_manager = init_continuous_batching
 
     def _sample(
         self,

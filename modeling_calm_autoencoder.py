@@ -139,6 +139,8 @@ class AutoencoderDecoder(nn.Module):
 
     def _current_screen(self) -> VocabularyScreen | None:
         weight_Vd = self.lm_head.weight
+        if weight_Vd.dtype != torch.float32 or weight_Vd.device.type != "cpu":
+            self.screen = None  # of the matrix before it was cast or moved
         if not VocabularyScreen.is_worthwhile(weight_Vd):
             return None
         if self.screen is None or not self.screen.is_of(weight_Vd):
@@ -184,12 +186,15 @@ def logits_at_once(device: torch.device) -> int:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and nothing more: not quantised, wrapped, hooked or elsewhere."""
+    """Whether a layer is its weight and nothing more: not quantised, wrapped, hooked or elsewhere.
+
+    Offloading, as other libraries do, puts a forward of its own on the instance.
+    """
     return (
         type(layer) is nn.Linear
         and type(layer.weight) in (nn.Parameter, Tensor)
         and layer.weight.device.type != "meta"
-        and not hasattr(layer, "_hf_hook")
+        and "forward" not in vars(layer)
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
     )

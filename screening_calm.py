@@ -56,10 +56,14 @@ class VocabularyScreen:
     def is_worthwhile(weight_Vd: Tensor) -> bool:
         """Whether the matrix is one that can be screened, and so large that it pays."""
         is_plain = weight_Vd.device.type == "cpu" and weight_Vd.dtype == torch.float32 and not weight_Vd.is_inference()
-        return is_plain and weight_Vd.numel() >= LEAST_WEIGHTS and not torch.compiler.is_compiling()
+        is_exact = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        return is_plain and is_exact and weight_Vd.numel() >= LEAST_WEIGHTS
 
     def is_of(self, weight_Vd: Tensor) -> bool:
-        """Whether the matrix is still as it was packed, judged by its version and a sample of its values."""
+        """Whether the matrix is still as it was packed, judged by its version and a sample of its values.
+
+        A change of few values that goes past autograd (`weight.data[i] = …`) is not seen.
+        """
         version, sample = _key(weight_Vd)
         return version == self.key[0] and torch.equal(sample, self.key[1])
 

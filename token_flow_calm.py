@@ -25,7 +25,7 @@ LEAST_TIME_LEFT = 1e-3  # the velocity at t = 1 is a difference over no time
 class MeanEmbedding(nn.Embedding):
     """An embedding of ids (...) or, for tokens that are not known yet, of probabilities (..., V): (..., D).
 
-    Both pass through `forward`, so that offloading and adapters see them.
+    Both pass through `forward`, where offloading hooks fire.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -118,7 +118,15 @@ class TokenFlowHead(FlowMatchingHead):
         self.patch_size = config.patch_size
         self.net = ModulatedMLP(config, config.patch_size * config.hidden_size)
         self.chain = TokenChain(config.hidden_size, config.vocab_size, config.patch_size)
-        self.register_buffer("codes", torch.zeros(config.patch_size, config.vocab_size, config.latent_size))
+        # No buffer: transformers 4 doesn't load those of an offloaded module.
+        codes = torch.zeros(config.patch_size, config.vocab_size, config.latent_size)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+
+    def train(self, mode: bool = True):
+        """As in torch, but the codes stay frozen: `from_pretrained` creates parameters anew and calls this last."""
+        super().train(mode)
+        self.codes.requires_grad_(False)
+        return self
 
     def fit_codes(self, autoencoder: nn.Module) -> None:
         self.codes.copy_(token_codes(autoencoder))

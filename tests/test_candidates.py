@@ -49,6 +49,10 @@ def count_tokens_read(monkeypatch, candidates):
 # The product with the vocabulary
 
 
+def logits(autoencoder, states):
+    return autoencoder.decoder.finish(states) @ autoencoder.decoder.lm_head.weight.T
+
+
 @pytest.mark.parametrize("tile", [1, 7, 32, 95, 96, 200])
 @pytest.mark.parametrize("num_states", [1, 2, 16, 37])
 def test_tokens_are_the_argmax_whatever_the_tiles(monkeypatch, autoencoder, num_states, tile):
@@ -56,11 +60,11 @@ def test_tokens_are_the_argmax_whatever_the_tiles(monkeypatch, autoencoder, num_
     monkeypatch.setitem(modeling_calm_autoencoder.STATES_AT_ONCE, "cpu", 20)
     states = torch.randn(num_states, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(num_states) % K
-    logits = autoencoder.decoder.finish(states) @ autoencoder.decoder.lm_head.weight.T
-    assert torch.equal(autoencoder.read_tokens(states, positions), logits.argmax(-1))
+    plain = logits(autoencoder, states)
+    assert torch.equal(autoencoder.read_tokens(states, positions), plain.argmax(-1))
     forbidden_KV = F.one_hot(torch.tensor([0, 1, 2, 3]), VOCAB_SIZE).bool()
     forbidden_KV[:, 5:] = True
-    expected = logits.masked_fill(forbidden_KV[positions], -torch.inf).argmax(-1)
+    expected = plain.masked_fill(forbidden_KV[positions], -torch.inf).argmax(-1)
     assert torch.equal(autoencoder.read_tokens(states, positions, forbidden_KV), expected)
 
 
@@ -106,6 +110,9 @@ def test_a_layer_that_cannot_be_cut_is_read_as_a_whole(monkeypatch, autoencoder,
     states, positions = torch.randn(37, 32, generator=torch.Generator().manual_seed(0)), torch.arange(37) % K
     forbidden_KV = F.one_hot(torch.tensor([0, 1, 2, 3]), VOCAB_SIZE).bool()
     expected = [autoencoder.read_tokens(states, positions, forbidden) for forbidden in (None, forbidden_KV)]
+    replaced, autoencoder.decoder.lm_head.forward = autoencoder.decoder.lm_head.forward, lambda x: -replaced(x)
+    assert torch.equal(autoencoder.read_tokens(states, positions), (-logits(autoencoder, states)).argmax(-1))
+    del autoencoder.decoder.lm_head.forward
     calls = []
     hook = autoencoder.decoder.lm_head.register_forward_hook(lambda *_: calls.append(1))
     try:

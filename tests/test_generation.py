@@ -241,9 +241,11 @@ def test_nothing_of_the_model_s_configuration_changes_during_a_call(monkeypatch,
     assert changed == [] and model.config.to_dict() == before
 
 
-def test_eight_threads_write_the_texts_of_one(model):
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_eight_threads_write_the_texts_of_one(model, cache):
     def text(seed):
-        return generate(model, generator=torch.Generator(model.device).manual_seed(seed), max_length=30, **NO_EOS)
+        settings = {"max_length": 26 + seed, "cache_implementation": cache, **NO_EOS}
+        return generate(model, generator=torch.Generator(model.device).manual_seed(seed), **settings)
 
     expected = [text(seed) for seed in range(8)]
     before = model.config.to_dict()
@@ -410,6 +412,16 @@ REFUSED = [
         {"cache_implementation": "quantized", "cache_config": {"backend": "hqq"}},
         "needs a package that is not installed: pip install hqq",
     ),
+    (
+        {"cache_implementation": "quantized", "cache_config": {"backend": "HQQ"}},
+        "needs a package that is not installed: pip install hqq",
+    ),
+    ({"attention_mask": [[1] * 6]}, "attention_mask that is a list"),
+    ({"is_assistant": True}, "is_assistant=True"),
+    *(
+        ({"prefill_chunk_size": size}, f"prefill_chunk_size={size!r}: must be a positive")
+        for size in (0, -1, 2.5, "4")
+    ),
     ({"remove_invalid_values": True}, "remove_invalid_values=True"),
     ({"compile_config": CompileConfig()}, "compile_config: CALM's steps are not compiled"),
 ]
@@ -446,6 +458,7 @@ def test_more_refusals(monkeypatch, model):
 def test_servers_that_ask_for_continuous_batching_hear_that_there_is_none(model):
     """transformers serve asks with hasattr, and generates in the ordinary way where it isn't there."""
     assert not hasattr(model, "init_continuous_batching")
+    assert not hasattr(model, "continuous_batching_context_manager")
 
 
 @pytest.mark.parametrize(
@@ -459,8 +472,12 @@ def test_servers_that_ask_for_continuous_batching_hear_that_there_is_none(model)
 )
 def test_virtual_tokens_are_refused_and_not_ignored(config):
     model = peft.get_peft_model(tiny_model(), config)
-    with pytest.raises(ValueError, match="would ignore the virtual tokens; use LoRA"):
-        generate(model, input_ids=PROMPT)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="would ignore the virtual tokens; use LoRA"):
+            generate(model, input_ids=PROMPT)
+    # After the refusal PEFT puts the model's own method back: alone, it generates as before.
+    alone = generate(model.get_base_model(), max_new_tokens=6, **NO_EOS)
+    assert torch.equal(alone, generate(tiny_model(), max_new_tokens=6, **NO_EOS))
 
 
 def test_a_lora_adapter_is_not_ignored():

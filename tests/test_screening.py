@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_the_full_product_where_it_cannot_be_screened(monkeypatch, autoencoder, 
     elif prepare == "no engine":
         monkeypatch.setattr(screening_calm, "_pack", lambda *args: (_ for _ in ()).throw(AttributeError("gone")))
     elif prepare == "offloaded":
-        autoencoder.decoder.lm_head._hf_hook = object()
+        autoencoder.decoder.lm_head.forward = autoencoder.decoder.lm_head.forward  # as hooks are put there
     elif prepare == "undecided":
         monkeypatch.setattr(screening_calm, "MOST_SURVIVORS", 0)
     ids = autoencoder.read_tokens(states, positions, forbidden_KV)
@@ -220,6 +221,33 @@ def test_the_text_is_the_same_with_and_without(monkeypatch):
     monkeypatch.setattr(screening_calm, "LEAST_WEIGHTS", 0)
     assert torch.equal(text(), plain)
     assert model.autoencoder.decoder.screen is not None
+
+
+def test_autocast_takes_the_full_product(monkeypatch):
+    """Its products are in bfloat16, of which the bound knows nothing."""
+    monkeypatch.setattr(screening_calm, "LEAST_WEIGHTS", 0)
+    model, texts = tiny_model(), []
+    for lazy in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            prompt, settings = torch.tensor([[BOS, 5, 6, 7]]), {"temperature": 0.5, "num_candidates": 20}
+            texts.append(model.generate(prompt, do_sample=True, max_new_tokens=24, lazy_decoding=lazy, **settings))
+    assert torch.equal(*texts) and model.autoencoder.decoder.screen is None
+
+
+def test_a_cast_model_carries_no_screen(autoencoder):
+    autoencoder.read_tokens(*some_states())
+    assert autoencoder.decoder.screen is not None
+    states, positions = some_states()
+    autoencoder.bfloat16().read_tokens(states.bfloat16(), positions)
+    assert autoencoder.decoder.screen is None
+
+
+def test_threads_that_pack_at_once_leave_the_engine_as_it_was():
+    before = torch.backends.quantized.engine
+    with ThreadPoolExecutor(8) as threads:
+        screens = list(threads.map(lambda seed: VocabularyScreen(matrix(2000, seed=seed)), range(32)))
+    assert torch.backends.quantized.engine == before and len(screens) == 32
 
 
 def test_the_engine_that_the_user_chose_stays():

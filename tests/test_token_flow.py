@@ -134,6 +134,7 @@ def test_codes_are_saved_and_loaded(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         loaded = CALMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
         assert torch.equal(loaded.head.codes, model.head.codes.to(dtype))
+        assert not loaded.head.codes.requires_grad and not loaded.train().head.codes.requires_grad
         context = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
         noise = torch.randn(3, 2, Z, generator=torch.Generator().manual_seed(1))
         drawn = [m.head.sample(context.to(m.dtype), noise=noise).float() for m in (loaded, model)]

@@ -136,3 +136,5 @@ def test_what_is_there_and_wrong_is_refused_as_the_run_would(workshop, tmp_path,
     assert "knows 299 tokens, the tokenizer 300: both must be the ones" in capsys.readouterr().err
     assert train("ar", dry_run=[], init_from="runs/nowhere") == 2
     assert "runs/nowhere: no such folder" in capsys.readouterr().err
+    assert train("ar", dry_run=[], init_from=workshop["autoencoder"]) == 2
+    assert "is a model of type 'calm_autoencoder', not a Llama" in capsys.readouterr().err

@@ -125,7 +125,7 @@ def calm_cost(config, block_size: int) -> Cost:
         "token embedding": count(backbone.embed_tokens),
         "patch embedding": count(backbone.embed_proj),
         "backbone": count(backbone.layers) + count(backbone.norm),
-        "head": count(head),
+        "head": count(head) - sum(p.numel() for p in head.parameters() if not p.requires_grad),
     }
     kept = linear(backbone.embed_proj, width) + linear(backbone.layers, width) + head_in_training(model, width)
     return Cost(

@@ -112,10 +112,10 @@ def read(what: str, where: str | None, maker: str, reader):
     try:
         return reader(where)
     except (OSError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
+        reason = " ".join(str(error).partition("\n\n")[0].split())
         if Path(where).exists():
-            raise RecipeError(f"{what} {where}: cannot be read: {first_line}") from error
-        message = f"{what} {where}: no such folder, nor to be had from the Hub: {first_line}"
+            raise RecipeError(f"{what} {where}: cannot be read: {reason}") from error
+        message = f"{what} {where}: no such folder, nor to be had from the Hub: {reason}"
         raise NotThere(message, f"the {what} {where} cannot be had") from error
 
 

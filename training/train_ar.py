@@ -2,10 +2,10 @@
 
 import sys
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from calm.training.cost import print_cost
-from calm.training.recipe import Recipe
+from calm.training.recipe import Recipe, RecipeError
 from calm.training.run import (
     command,
     fit,
@@ -29,7 +29,10 @@ def config_of(recipe: Recipe, tokenizer) -> LlamaConfig:
         RecipeError: no model to go on from, or a value that makes no sense.
     """
     if recipe.init_from:
-        return read("init_from", recipe.init_from, "train_ar", LlamaConfig.from_pretrained)
+        model_type = read("init_from", recipe.init_from, "train_ar", PretrainedConfig.get_config_dict)[0]["model_type"]
+        if model_type != LlamaConfig.model_type:
+            raise RecipeError(f"init_from {recipe.init_from}: is a model of type {model_type!r}, not a Llama.")
+        return LlamaConfig.from_pretrained(recipe.init_from)
     return make_config(
         LlamaConfig, {"max_position_embeddings": recipe.data.block_size, **recipe.model, **tokenizer_fields(tokenizer)}
     )
