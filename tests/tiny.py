@@ -47,8 +47,8 @@ def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **
     torch.manual_seed(seed)
     model = CALMForCausalLM(tiny_config(head_type, patch_size, **overrides)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and name != "head.codes":  # they come from the autoencoder, below
                 parameter.normal_(std=0.25)
         if head_type in OUTPUT_SCALES:
             model.head.net.out_proj.weight.mul_(OUTPUT_SCALES[head_type])
