@@ -179,7 +179,7 @@ def exact_temperature_sample(
     block = 1 if exponent == 1 else min(max(first_block, math.ceil(exponent)), max_draws)
     if plan is not None and exponent > 1:
         block = plan.first_block(block, batch_size, max_draws)
-    rows_R = torch.arange(batch_size, device=device)
+    pairs, rows_R = compared_pairs(temperature), torch.arange(batch_size, device=device)
     exact_B, num_draws_B = torch.zeros_like(rows_R, dtype=torch.bool), torch.zeros_like(rows_R)
     chosen_BK, pool, num_drawn = None, None, 0
     while True:
@@ -190,7 +190,6 @@ def exact_temperature_sample(
         names_RNK, coin_RN, race_RN = pool
         num_drawn = names_RNK.shape[1]
         if tell_apart is not None:
-            pairs = compared_pairs(temperature)
             is_last = pairs != "all" and num_drawn == max_draws
             names_RNK = tell_apart(rows_R, pairs, race_RN.argmin(-1) if is_last else None)
 

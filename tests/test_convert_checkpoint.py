@@ -136,10 +136,11 @@ def test_what_the_tensors_say_need_not_stand_in_config_json(tmp_path, capsys, he
     )
 
 
-def test_generation_samples_as_published(shop):
+def test_generation_samples_at_the_published_temperature(shop):
     shop.convert()
     config = GenerationConfig.from_pretrained(shop.output)
     assert (config.do_sample, config.temperature, config.num_candidates) == (True, 0.5, 200)
+    assert config.sampling_method == "adaptive"
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 95)
 
 

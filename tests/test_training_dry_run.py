@@ -8,9 +8,9 @@ from training_helpers import COMMANDS, make_workshop, train
 from transformers import LlamaConfig
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.training import train_ar, train_autoencoder, train_calm
+from calm.training import run, train_calm
 
-MODULES = {"ar": train_ar, "autoencoder": train_autoencoder, "calm": train_calm}
+MODULES = {"ar": run, "autoencoder": run, "calm": train_calm}  # where print_cost is called
 SAVED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map"}
 PUBLISHED = "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl transformer-l transformer-m transformer-s"
 DEMO = {"ar": "demo-transformer", "autoencoder": "demo-autoencoder", "calm": "demo-backbone"}
@@ -47,8 +47,8 @@ def dry_run_config(kind: str, monkeypatch, **fields):
 def test_the_configuration_is_the_one_that_a_run_trains(kind, workshop, tmp_path, monkeypatch):
     fields = fields_of(kind, workshop)
     classes = {"ar": LlamaConfig, "autoencoder": CALMAutoencoderConfig, "calm": CALMConfig}
-    run = {"max_steps": 1, "eval_strategy": "no", "output_dir": str(tmp_path)}
-    assert train(kind, **fields, **run) == 0
+    one_step = {"max_steps": 1, "eval_strategy": "no", "output_dir": str(tmp_path)}
+    assert train(kind, **fields, **one_step) == 0
     trained = classes[kind].from_pretrained(tmp_path)
     assert trained.vocab_size == 300
     assert values(dry_run_config(kind, monkeypatch, **fields)) == values(trained)
@@ -137,4 +137,6 @@ def test_what_is_there_and_wrong_is_refused_as_the_run_would(workshop, tmp_path,
     assert train("ar", dry_run=[], init_from="runs/nowhere") == 2
     assert "runs/nowhere: no such folder" in capsys.readouterr().err
     assert train("ar", dry_run=[], init_from=workshop["autoencoder"]) == 2
-    assert "is a model of type 'calm_autoencoder', not a Llama" in capsys.readouterr().err
+    assert "is a model of type 'calm_autoencoder', not 'llama'" in capsys.readouterr().err
+    assert train("calm", dry_run=[], init_from=workshop["autoencoder"]) == 2
+    assert "is a model of type 'calm_autoencoder', not 'calm'" in capsys.readouterr().err

@@ -86,6 +86,7 @@ def test_the_export_is_a_repository_that_generates(trained):
     assert not any("auxiliary" in key for key in load_file(trained / "model.safetensors"))
     assert model.config.prompt_filler_token_id == 0
     assert (model.generation_config.temperature, model.generation_config.num_candidates) == (0.5, 200)
+    assert model.generation_config.sampling_method == "adaptive"
     inputs = tokenizer("the cat", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=5, num_candidates=4).shape[1] <= inputs["input_ids"].shape[1] + 5
 

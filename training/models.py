@@ -13,7 +13,7 @@ from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
 from calm.training.extras import need
 from calm.training.recipe import Recipe, RecipeError
-from calm.training.run import make_config, read, tokenizer_fields
+from calm.training.run import config_before, make_config, read, tokenizer_fields
 from calm.training.tokenizer import filler_token_id
 
 
@@ -37,9 +37,9 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
             makes no sense.
     """
     if recipe.init_from:
-        before = read("init_from", recipe.init_from, "train_calm", CALMConfig.from_pretrained)
         # A repetition radius is measured on the weights, which change now.
-        return make_config(CALMConfig, before.to_dict() | {"repetition_radius": None} | recipe.model)
+        before = config_before(recipe).to_dict() | {"repetition_radius": None}
+        return make_config(CALMConfig, before | recipe.model)
     if autoencoder and tokenizer and autoencoder.vocab_size != len(tokenizer):
         raise RecipeError(
             f"the autoencoder {recipe.autoencoder} knows {autoencoder.vocab_size} tokens, the tokenizer "

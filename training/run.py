@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import TrainingArguments, set_seed
+from transformers import PretrainedConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from calm.training.cost import print_cost
 from calm.training.data import (
     PackedBlocks,
     PatchCollator,
@@ -153,6 +154,50 @@ def if_there(load, recipe: Recipe, named: str | None, fields: list[str], notes: 
             stated = ", ".join(f"{field} {values[field]:,}" for field in missing or fields)
             notes.append(f"{stated}: {source}, for {error.why}")
         return None
+
+
+def config_before(recipe: Recipe):
+    """The configuration of the model that the recipe goes on from.
+
+    Raises:
+        RecipeError: there is none, it cannot be read, or it is of another kind than the recipe.
+    """
+    config_class = CONFIGS[recipe.kind]
+    where, maker = recipe.init_from, f"train_{recipe.kind}"
+    fields, _ = read("init_from", where, maker, PretrainedConfig.get_config_dict)
+    if fields.get("model_type") != config_class.model_type:
+        found = fields.get("model_type")
+        raise RecipeError(f"init_from {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
+    return config_class.from_dict(fields)
+
+
+def train_with_tokenizer(recipe: Recipe, options, model_class, stated: dict | None = None) -> None:
+    """Trains what needs a tokenizer and no other model, the autoencoder or a Llama; or prints what that would cost.
+
+    Args:
+        options: of the command line.
+        model_class: whose configuration is that of the recipe's kind.
+        stated: fields of the configuration that the recipe goes before.
+
+    Raises:
+        RecipeError: no tokenizer, or as `config_before` and `make_config`.
+    """
+    notes: list[str] = []
+    if options.dry_run:
+        tokenizer = if_there(tokenizer_of, recipe, recipe.tokenizer, ["vocab_size"], notes)
+    else:
+        tokenizer = tokenizer_of(recipe)
+    if recipe.init_from:
+        config, notes = config_before(recipe), []
+    else:
+        values = {**(stated or {}), **recipe.model, **tokenizer_fields(tokenizer)}
+        config = make_config(CONFIGS[recipe.kind], values)
+    if options.dry_run:
+        return print_cost(recipe, config, notes)
+    args = training_arguments(recipe)
+    start(args)
+    model = model_class.from_pretrained(recipe.init_from) if recipe.init_from else model_class(config)
+    fit(recipe, model, tokenizer, getattr(config, "patch_size", 1), args, options.resume)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
