@@ -14,23 +14,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-# transformers 4.57 copies only the files named in this one when it loads a local folder.
+# transformers 4.57 copies only the files named in this one when it loads a local folder. A head is known once it is
+# imported here.
 from .candidates_calm import LazyCandidates  # noqa: F401
-from .configuration_calm import CALMConfig
+from .configuration_calm import HEADS, CALMConfig
+from .diffusion_head_calm import DiffusionHead  # noqa: F401
+from .energy_head_calm import EnergyHead  # noqa: F401
+from .flow_head_calm import FlowMatchingHead  # noqa: F401
 from .generation_calm import CALMGenerationMixin
-from .heads_calm import DiffusionHead, EnergyHead, FlowMatchingHead
+from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 from .screening_calm import VocabularyScreen  # noqa: F401
-from .token_flow_calm import TokenFlowHead
-
-HEADS = {
-    "energy": EnergyHead,
-    "flow": FlowMatchingHead,
-    "diffusion": DiffusionHead,
-    "token_flow": TokenFlowHead,
-}
+from .token_flow_head_calm import TokenFlowHead  # noqa: F401
 
 NO_LOGITS = (
     "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
@@ -70,7 +67,7 @@ class CALMPreTrainedModel(LlamaPreTrainedModel):
     config_class = CALMConfig
     base_model_prefix = "model"
     # Head and autoencoder may stand here because everything calls them through their forwards.
-    _no_split_modules = ["LlamaDecoderLayer", *(head.__name__ for head in HEADS.values()), "CALMAutoencoder"]
+    _no_split_modules = ["LlamaDecoderLayer", "CALMAutoencoder"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -78,8 +75,8 @@ class CALMPreTrainedModel(LlamaPreTrainedModel):
         if getattr(module, "zero_init", False):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        if isinstance(module, TokenFlowHead):
-            nn.init.zeros_(module.codes)
+        if hasattr(module, "init_own_weights"):
+            module.init_own_weights()
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
@@ -187,6 +184,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
         super().__init__(config)
         self.model = CALMModel(config)
         self.head = HEADS[config.head_type](config)
+        self._no_split_modules = [*self._no_split_modules, type(self.head).__name__]
         self.autoencoder = CALMAutoencoder(config.autoencoder_config)
         self.post_init()
         self.train(self.training)
@@ -276,12 +274,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin)
         labels_BPK = labels.long().to(hidden_BPD.device).unflatten(1, (-1, patch_size))[:, 1:]
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
-        if self.head.predicts_tokens:
-            target = (tokens,)
-        else:
-            with torch.no_grad():
-                target = [x[0].to(context.device) for x in self.autoencoder.encode(tokens.reshape(1, -1))]
-        losses = self.head.loss(context, *target, generator=generator, **draws)
+        losses = self.head.loss(context, PatchTarget(tokens, self.autoencoder), generator=generator, **draws)
         count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
         return losses.sum() / count
 

@@ -30,7 +30,7 @@ class CALMAutoencoderOutput(ModelOutput):
 
     Args:
         loss: K · cross-entropy + kl_weight · clipped KL; nats per patch.
-        logits (`(B, L, V)`): reconstruction logits.
+        logits (`(B, L, V)`, or `(..., K, V)` of given latents): reconstruction logits.
         reconstruction_loss: cross-entropy, nats per token.
         kl_loss: clipped KL divergence, nats per patch.
         mean, log_std (`(B, P, Z)`): parameters of the posterior.
@@ -124,6 +124,7 @@ class AutoencoderDecoder(nn.Module):
         adapted, through the layer itself, a few states at a time. Of equal logits the lowest id wins, as in argmax.
         """
         states_Md = self.finish(states_Md)
+        positions_M = positions_M.to(states_Md.device)
         if not is_plain_linear(self.lm_head):
             return self._argmax_of_layer(states_Md, positions_M, forbidden_KV)
         kind = "cpu" if states_Md.device.type == "cpu" else "other"
@@ -173,7 +174,8 @@ class AutoencoderDecoder(nn.Module):
         for states_md, positions_m in zip(states_Md.split(at_once), positions_M.split(at_once), strict=True):
             logits_mV = self.lm_head(states_md)
             if forbidden_KV is not None:
-                logits_mV = logits_mV.masked_fill(forbidden_KV.to(logits_mV.device)[positions_m], -torch.inf)
+                forbidden_mV = forbidden_KV.to(positions_m.device)[positions_m]
+                logits_mV = logits_mV.masked_fill(forbidden_mV.to(logits_mV.device), -torch.inf)
             ids.append(logits_mV.argmax(-1))
         return torch.cat(ids)
 
@@ -203,7 +205,9 @@ def is_plain_linear(layer: nn.Module) -> bool:
 class CALMAutoencoder(PreTrainedModel):
     """Maps patches of K tokens to Gaussian posteriors over one latent vector, and latent vectors back to tokens.
 
-    Trained on its own first, then frozen inside `CALMForCausalLM`.
+    Trained on its own first, then frozen inside `CALMForCausalLM`, which calls `encode`, `decode` and `decode_tokens`:
+    they pass `forward`, where the hooks of FSDP and of offloading fire. `decode_states` and `read_tokens` go from layer
+    to layer, each through its own forward.
     """
 
     config_class = CALMAutoencoderConfig
@@ -230,13 +234,13 @@ class CALMAutoencoder(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        latents: Tensor | None = None,
+        output_logits: bool = True,
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-        part: str | None = None,
-        part_args: tuple = (),
         **kwargs,
     ) -> CALMAutoencoderOutput:
         """Encodes, draws one latent vector per patch, decodes; with labels also scores the reconstruction.
@@ -245,25 +249,33 @@ class CALMAutoencoder(PreTrainedModel):
         dimensions is dropped.
 
         Args:
-            input_ids (`(B, L)`): L a multiple of K.
+            input_ids (`(B, L)`, *optional*): L a multiple of K.
             labels (`(B, L)`, *optional*): the ids to reconstruct; −100 is left out. A patch's KL term counts by the
                 share of its labels that are kept.
+            latents (`(..., Z)`, *optional*): decodes these alone, to logits of shape (..., K, V).
+            output_logits: False encodes alone, whatever the mode.
             num_items_in_batch: number of kept labels in the whole accumulated batch, for exact accumulation.
             generator: randomness of the latent draw and the token replacement (not of the latent dropout, which is
                 torch's own).
             noise (`(B, P, Z)`, *optional*): standard normal noise of the latent draw.
-            part: "encoder", "decoder", or a method of the decoder: calls that alone on the first argument and
-                `part_args`, see `encode`, `decode`, `decode_states` and `read_tokens`.
+            **kwargs: not used; Trainer passes some.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `latents`.
         """
-        if part is not None:
-            call = getattr(self, part) if part in ("encoder", "decoder") else getattr(self.decoder, part)
-            return call(input_ids, *part_args)
+        if latents is not None and input_ids is None:
+            return CALMAutoencoderOutput(logits=self.decoder(latents))
+        if latents is not None or input_ids is None:
+            raise ValueError("The autoencoder takes either input_ids, to encode and decode, or latents, to decode.")
+        if not output_logits:
+            mean, log_std = self.encoder(input_ids)
+            return CALMAutoencoderOutput(mean=mean, log_std=log_std)
         corrupted = self._replace_tokens(input_ids, generator) if self.training else input_ids
         mean, log_std = self.encoder(corrupted)
         if noise is None:
             noise = torch.empty_like(mean).normal_(generator=generator)
-        latents = F.dropout(mean + log_std.exp() * noise, self.config.ae_dropout, self.training)
-        logits = self.decoder(latents).flatten(1, 2)
+        noisy = F.dropout(mean + log_std.exp() * noise, self.config.ae_dropout, self.training)
+        logits = self.decoder(noisy).flatten(1, 2)
         if labels is None:
             return CALMAutoencoderOutput(logits=logits, mean=mean, log_std=log_std)
 
@@ -283,17 +295,18 @@ class CALMAutoencoder(PreTrainedModel):
         )
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) → (mean, log_std), each (B, P, Z), through `forward`, where offloading and FSDP hooks fire."""
-        return self(input_ids, part="encoder")
+        """Ids (B, L) → (mean, log_std), each (B, P, Z)."""
+        outputs = self(input_ids, output_logits=False)
+        return outputs.mean, outputs.log_std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latent vectors (..., Z) → logits (..., K, V), through `forward` as well."""
-        return self(latents, part="decoder")
+        """Latent vectors (..., Z) → logits (..., K, V)."""
+        return self(latents=latents).logits
 
     @torch.no_grad()
     def decode_states(self, latents: Tensor) -> Tensor:
         """Latent vectors (..., Z) → a state for each token (..., K, d), from which `read_tokens` goes on."""
-        return self(latents, part="expand")
+        return self.decoder.expand(latents)
 
     @torch.no_grad()
     def read_tokens(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
@@ -303,7 +316,7 @@ class CALMAutoencoder(PreTrainedModel):
             positions_M: at which of the K positions each stands.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
-        return self(states_Md, part="most_probable_tokens", part_args=(positions_M, forbidden_KV))
+        return self.decoder.most_probable_tokens(states_Md, positions_M, forbidden_KV)
 
     @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:

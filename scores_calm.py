@@ -3,6 +3,8 @@
 Axes: B batch, P patches, N head samples, S posterior samples, Z latent size. "..." stands for any leading axes.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -106,7 +108,8 @@ def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
         raise ValueError("energy_score has no gradient in its targets: detach them, the autoencoder is frozen.")
     *patch_shape, latent_size = samples.shape[1:]
     dtype = torch.promote_types(samples.dtype, torch.float32)
-    with torch.autocast(samples.device.type, enabled=False):
+    kind = samples.device.type  # "meta" knows no autocast
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         samples_NPZ = samples.reshape(samples.shape[0], -1, latent_size).to(dtype)
         targets_SPZ = targets.reshape(targets.shape[0], -1, latent_size)
         return _EnergyScore.apply(samples_NPZ, targets_SPZ, float(beta)).reshape(patch_shape)

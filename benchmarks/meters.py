@@ -63,18 +63,19 @@ class Parts:
 
     Args:
         meter: what to read.
-        methods: part → (object, name of its method).
+        methods: part → (object, name of its method), or a list of several.
     """
 
-    def __init__(self, meter: Meter, methods: dict[str, tuple[object, str]]):
+    def __init__(self, meter: Meter, methods: dict[str, tuple[object, str] | list[tuple[object, str]]]):
         self.meter, self.methods = meter, methods
         self.readings = defaultdict(list)
 
     @contextmanager
     def measured(self):
         with ExitStack() as stack:
-            for part, (owner, name) in self.methods.items():
-                stack.enter_context(wrapped(owner, name, functools.partial(self._around, part)))
+            for part, found in self.methods.items():
+                for owner, name in found if isinstance(found, list) else [found]:
+                    stack.enter_context(wrapped(owner, name, functools.partial(self._around, part)))
             yield
 
     def _around(self, part: str, method: Callable) -> Callable:

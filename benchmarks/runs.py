@@ -17,6 +17,7 @@ from calm.benchmarks.workloads import Replay, write
 from calm.evaluation.models import is_calm
 
 PARTS = ("backbone", "head", "decode", "selection", "other")
+DECODING = ("decode_tokens", "decode_states", "read_tokens")
 WARM_UP_STEPS = 2
 
 
@@ -43,14 +44,14 @@ class Subject:
     def tokens_per_step(self) -> int:
         return self.model.config.patch_size if is_calm(self.model) else 1
 
-    def methods(self) -> dict[str, tuple[object, str]]:
+    def methods(self) -> dict[str, tuple[object, str] | list[tuple[object, str]]]:
         """Part → the method that does it; "choice" is head, decode and selection together."""
         if not is_calm(self.model):
             return {"backbone": (self.model, "forward")}
         return {
             "backbone": (self.model.model, "forward"),
             "head": (self.model.head, "sample"),
-            "decode": (self.model.autoencoder, "forward"),
+            "decode": [(self.model.autoencoder, name) for name in DECODING],
             "choice": (self.model, "next_patches"),
         }
 

@@ -79,7 +79,7 @@ class TrainingStep:
         model = self.model
         if not is_calm(model):
             return {"backbone": (model.model, "forward"), "head": (model.lm_head, "forward")}
-        head = (model.head, "_sample") if model.config.head_type == "energy" else (model.head.net, "forward")
+        head = (model.head.net, "forward") if hasattr(model.head, "net") else (model.head, "draw")
         return {
             "autoencoder": (model.autoencoder.encoder, "forward"),
             "backbone": (model.model, "forward"),

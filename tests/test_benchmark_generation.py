@@ -18,8 +18,7 @@ from calm.benchmarks.workloads import BenchmarkError, Recording, Replay, random_
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 from calm.training import recipe
-from calm.training.cost import decoder, linear
-from calm.training.cost import flops as layer_flops
+from calm.training.cost import decoding, once
 
 CPU = torch.device("cpu")
 K = 4
@@ -340,8 +339,11 @@ def test_time_lands_on_the_part_that_took_it():
     subject = Subject(
         model, torch.full((1, 4), BOS), {"temperature": 0.5, "num_candidates": 4, "sampling_method": "batch"}
     )
-    for part in ("backbone", "head", "decode"):
-        with wrapped(*subject.methods()[part], slow):
+    methods = subject.methods()
+    plain = next((owner, name) for owner, name in methods["decode"] if name == "decode_tokens")
+    subject.settings["lazy_decoding"] = False
+    for part, method in {"backbone": methods["backbone"], "head": methods["head"], "decode": plain}.items():
+        with wrapped(*method, slow):
             run = timed_run(subject, 12, seed=0)
         assert max(run.step_ms, key=run.step_ms.get) == part
         assert run.step_ms[part] > 50
@@ -368,16 +370,16 @@ def test_counted_flops_agree_with_the_formulas():
     settings = {"temperature": 0.5, "num_candidates": 8, "sampling_method": "batch", "lazy_decoding": False}
     flops = count_flops(Subject(calm, torch.full((3, 4), BOS), settings))
     head = calm.head
-    context = linear(head, layer_flops) - linear(head, layer_flops, skip=("context",))
-    assert flops["head"] == linear(head, layer_flops) - context + context / 8  # the context's share once for 8 draws
-    assert flops["decode"] == decoder(calm.autoencoder, layer_flops)
-    weights = 3 * linear(calm.model, layer_flops)  # and attention over two patches, and rotary tables: little
+    context = sum(once(layer).flops for layer in [head.context_embed, *(block.context_proj for block in head.blocks)])
+    assert flops["head"] == once(head).flops - context + context / 8  # the context's share once for 8 draws
+    assert flops["decode"] == decoding(calm.autoencoder.to("meta")).flops
+    weights = 3 * once(calm.model).flops  # and attention over two patches, and rotary tables: little
     assert weights <= flops["backbone"] < 1.01 * weights
 
     llama = random_model(LlamaConfig(vocab_size=96, hidden_size=32, num_attention_heads=4), CPU, torch.float32)
     flops = count_flops(Subject(llama, torch.full((1, 4), BOS), {"temperature": 0.5}))
     assert list(flops) == ["backbone"]
-    assert flops["backbone"] == pytest.approx(linear(llama, layer_flops), rel=0.01)
+    assert flops["backbone"] == pytest.approx(once(llama).flops, rel=0.01)
 
 
 def test_floor_by_hand():

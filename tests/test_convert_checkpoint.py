@@ -10,13 +10,14 @@ import fresh_process
 import pytest
 import torch
 from converted_bundles import errors_of_bundles, push_convert_push
+from goldens import HEAD_TYPES
 from hub_server import USER, hub  # noqa: F401 (a fixture)
 from model_copies import AUTO_MAP, CODE_FILES
 from published import LAYOUTS, PublishedRepository, write_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from calm.configuration_calm import PUBLISHED_HEAD_TYPES, CALMConfig
+from calm.configuration_calm import CALMConfig
 from calm.convert_checkpoint import main
 
 OTHER_FILES = {
@@ -77,13 +78,11 @@ def shop(tmp_path, capsys):
 
 def test_a_fresh_process_reproduces_the_goldens_from_bundles(tmp_path, capsys):
     # Slow because a fresh process imports torch and transformers anew.
-    for head_type in PUBLISHED_HEAD_TYPES:
+    for head_type in HEAD_TYPES:
         Workshop(tmp_path / head_type, capsys, head_type).convert()
-    done = fresh_process.call(
-        errors_of_bundles, tmp_path / "home", folder=str(tmp_path), head_types=PUBLISHED_HEAD_TYPES
-    )
+    done = fresh_process.call(errors_of_bundles, tmp_path / "home", folder=str(tmp_path), head_types=HEAD_TYPES)
     assert done.complaints == []
-    for head_type in PUBLISHED_HEAD_TYPES:
+    for head_type in HEAD_TYPES:
         errors = done.result[head_type]
         assert errors.pop("config") == head_type
         # 100 diffusion steps add up their roundings.
@@ -110,7 +109,7 @@ def test_fields_that_published_configs_lack_get_the_published_values(shop):
     assert (nested["ae_dropout"], nested["kl_clamp"], nested["kl_weight"]) == (0.15, 0.5, 1e-3)
 
 
-@pytest.mark.parametrize("head_type", PUBLISHED_HEAD_TYPES)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_what_the_tensors_say_need_not_stand_in_config_json(tmp_path, capsys, head_type):
     shop = Workshop(tmp_path, capsys, head_type)
     shared = ["vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from goldens import FORWARD_SEED, HEAD_TYPES, golden_model, golden_tensors, relative_error
 
+from calm.diffusion_head_calm import DiffusionSchedule
 from calm.evaluation.brier import BrierCounts
-from calm.heads_calm import DiffusionSchedule
+from calm.heads_calm import PatchTarget
 from calm.scores_calm import clipped_kl, energy_score
 
 USED = set()
@@ -118,8 +119,7 @@ def test_per_patch_losses(head_type, dtype):
     start = golden["loss.x0" if head_type == "flow" else "loss.noise"].to(dtype)
     losses = model_in(dtype, head_type).head.loss(
         golden["calm.hidden_states"][:, :-1].reshape(10, -1).to(dtype),
-        mean=target,
-        log_std=torch.full_like(target, -torch.inf),
+        PatchTarget(posterior=(target, torch.full_like(target, -torch.inf))),
         posterior_noise=torch.zeros_like(target)[None],
         time=golden["loss.t"][None],
         noise=start[None],

@@ -15,6 +15,7 @@ from tiny import BOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny
 from transformers import BitsAndBytesConfig
 
 from calm.configuration_calm import CALMConfig
+from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM, CALMModel
 
 POSTERIOR_HEADS = ("energy", "flow", "diffusion")  # those whose loss takes the posterior
@@ -126,7 +127,7 @@ def test_loss_counts_whole_later_patches(head_type):
     mean, log_std = model.autoencoder.encoder(ids)
     context = torch.cat([hidden[0, 2:5], hidden[1, 0:5]])
     mean, log_std = (torch.cat([x[0, 3:6], x[1, 1:6]]) for x in (mean, log_std))
-    expected = model.head.loss(context, mean, log_std, generator=generator())
+    expected = model.head.loss(context, PatchTarget(posterior=(mean, log_std)), generator=generator())
     loss = model(ids, labels=labels, generator=generator()).loss
     torch.testing.assert_close(loss, expected.mean())
     items = model(ids, labels=labels, generator=generator(), num_items_in_batch=torch.tensor(100)).loss
@@ -161,8 +162,8 @@ def test_head_randomness_is_an_argument(head_type):
     head, context = tiny_model(head_type).head, torch.randn(3, 48)
     one, same, other = (head.sample(context, num_samples=5, generator=generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
-    mean, log_std = torch.randn(2, 3, 16)
-    losses = [head.loss(context, mean, log_std, generator=generator(seed)) for seed in (1, 1, 2)]
+    target = PatchTarget(posterior=tuple(torch.randn(2, 3, 16)))
+    losses = [head.loss(context, target, generator=generator(seed)) for seed in (1, 1, 2)]
     assert losses[0].shape == (3,)
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
     shared = head.shared_draws(5, context, generator())
@@ -292,11 +293,12 @@ def test_compiled_loss_with_a_varying_number_of_targets(head_type):
     head = tiny_model(head_type).head
     compiled = torch.compile(head.loss, backend="eager", dynamic=True)
     for patches in (10, 6):
-        context, mean, log_std = torch.randn(patches, 48), torch.randn(patches, 16), torch.zeros(patches, 16)
+        context = torch.randn(patches, 48)
+        target = PatchTarget(posterior=(torch.randn(patches, 16), torch.zeros(patches, 16)))
         losses = []
         for loss in (compiled, head.loss):
             torch.manual_seed(0)
-            losses.append(loss(context, mean, log_std))
+            losses.append(loss(context, target))
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from calm.benchmarks import meters, training_step
 from calm.benchmarks.meters import Machine, Meter, wrapped
 from calm.benchmarks.training_step import LOSS_FORMS, PARTS, TrainingStep, compare_losses, parse_options
-from calm.training.cost import flops, head_in_training
+from calm.heads_calm import PatchTarget
+from calm.training.cost import calm_cost
 
 CPU = torch.device("cpu")
 LLAMA = LlamaConfig(
@@ -131,15 +132,19 @@ def test_time_lands_on_the_part_that_took_it(shapes, shape):
 def test_the_context_passes_each_block_of_the_head_once():
     """FLOPs of the head in training, against every linear layer for every sample."""
     model = tiny_model(num_samples=8)
-    context = torch.randn(5, 48)
+    context, latents, head = torch.randn(5, 48), torch.randn(5, 16), model.head
     with FlopCounterMode(display=False) as counter:
-        model.head.sample(context, num_samples=8)
-    assert counter.get_total_flops() == 5 * head_in_training(model, flops)
-    blocks = len(model.head.blocks)
-    with_samples = flops(model.head.blocks[0].context_proj) * blocks * (8 - 1) * 5
-    everything = 8 * 5 * sum(flops(m) for m in model.head.modules() if isinstance(m, torch.nn.Linear))
-    once = flops(model.head.context_embed) * (8 - 1) * 5
-    assert counter.get_total_flops() == everything - with_samples - once
+        head.loss(context, PatchTarget(posterior=(latents, latents)))
+
+    def flops(layer):
+        return 2 * layer.weight.numel()
+
+    repeated = flops(head.context_embed) + sum(flops(block.context_proj) for block in head.blocks)
+    everything = 8 * sum(flops(layer) for layer in head.modules() if isinstance(layer, torch.nn.Linear))
+    distances = 2 * 2 * 8 * 10 * 16  # N = 8 samples to S = 10 targets of size Z = 16, and their gradient
+    assert counter.get_total_flops() == 5 * (everything - 7 * repeated + distances)
+    counted = calm_cost(model.config, 64).train_flops["head"]  # 3 passes over patches of K = 4
+    assert counter.get_total_flops() / 5 == counted * 4 / 3
 
 
 def test_the_forms_of_the_energy_loss_agree():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from training_helpers import make_workshop, same_draws_for_every_patch, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calm.heads_calm import EnergyHead
+from calm.energy_head_calm import EnergyHead
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.trainer import CALMTrainer
 
@@ -118,13 +118,13 @@ def test_logged_terms_do_not_depend_on_accumulation(workshop, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_with_step_blocks_and_checkpoint(workshop, tmp_path, monkeypatch, capsys):
-    loss, calls = EnergyHead._loss, []
+    loss, calls = EnergyHead.compute_loss, []
 
     def breaks_at_the_third_step(self, *args, **kwargs):
         calls.append(1)
         return loss(self, *args, **kwargs) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(EnergyHead, "_loss", breaks_at_the_third_step)
+    monkeypatch.setattr(EnergyHead, "compute_loss", breaks_at_the_third_step)
     assert train("calm", **{**workshop, "save_steps": 1}, output_dir=str(tmp_path)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "step 3 on the blocks [8, 9, 10, 11]: the loss is nan" in message

@@ -4,11 +4,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from calm.configuration_calm import HEAD_TYPES, CALMConfig  # noqa: F401
+from calm.configuration_calm import HEADS, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 
 VOCAB_SIZE = 96
 BOS, EOS, PAD = 1, 2, 95
+HEAD_TYPES = tuple(HEADS)
 # Of a random net's outputs: larger ones leave the noise no say (flow), or overflow within the steps (diffusion).
 OUTPUT_SCALES = {"flow": 0.1, "diffusion": 0.01}
 
@@ -52,8 +53,8 @@ def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **
                 parameter.normal_(std=0.25)
         if head_type in OUTPUT_SCALES:
             model.head.net.out_proj.weight.mul_(OUTPUT_SCALES[head_type])
-    if model.head.predicts_tokens:
-        model.head.fit_codes(model.autoencoder)
+    if not model.head.is_fitted:
+        model.head.fit(model.autoencoder)
     return model
 
 

@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from calm import heads_calm
-from calm.heads_calm import EnergyHead
+from calm.energy_head_calm import EnergyHead
 from calm.training import train_ar, train_autoencoder, train_calm, train_tokenizer
 from calm.training.trainer import CALMTrainer
 
@@ -68,8 +68,8 @@ def same_draws_for_every_patch(monkeypatch) -> None:
     def normal(shape, like, generator):
         return repeated(shape[:-1], shape[-1], torch.randn)
 
-    monkeypatch.setattr(EnergyHead, "_noise", noise)
-    monkeypatch.setattr(heads_calm, "_normal", normal)
+    monkeypatch.setattr(EnergyHead, "initial_noise", noise)
+    monkeypatch.setattr(heads_calm, "standard_normal", normal)
 
 
 def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_draws: bool) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.token_flow_calm import TokenChain
+from calm.token_flow_head_calm import TokenChain
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights
 

@@ -1,21 +1,25 @@
 """What a recipe costs, before anything is run: parameters by part, FLOPs, memory. Nothing is allocated.
 
-Formula: a linear layer of n weights takes 2n FLOPs each time it is applied; attention takes 4·P·D a layer and position
-(scores and weighted sum over a full context of P positions, as the paper counts); a backward pass takes twice its
-forward. Element-wise work and embedding look-ups are left out.
+Models are made on the meta device, where tensors have shapes and no values. Head, autoencoder and auxiliary loss are
+run there, and their matrix products counted, whatever they do; a product of n weights takes 2n FLOPs. Of the backbone
+every linear layer runs once a position, and attention takes 4·P·D a layer and position (scores and weighted sum over a
+full context of P positions, as the paper counts). A backward pass takes twice its forward. Element-wise work and
+embedding look-ups are left out.
 
-Axes: K tokens per patch, P patches of a block, D hidden size, N samples of the loss.
+Axes: K tokens per patch, P patches of a block, D hidden size, Z latent size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from calm.configuration_calm import CALMAutoencoderConfig
-from calm.heads_calm import DIFFUSION_SAMPLING_STEPS, FLOW_STEPS
+from calm.heads_calm import GenerativeHead, PatchTarget
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import MultiTokenLoss
@@ -35,6 +39,7 @@ class Cost:
         train_flops, inference_flops: part → FLOPs of one token, forward and backward, or one generated token.
         trainable: number of parameters with gradients.
         kept: numbers that one token leaves for the backward pass, about.
+        network_calls: of the head's net, for one draw.
     """
 
     parameters: dict[str, int]
@@ -42,25 +47,41 @@ class Cost:
     inference_flops: dict[str, float]
     trainable: int
     kept: float
+    network_calls: int | None = None
 
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def flops(layer: nn.Linear) -> int:
-    return 2 * layer.weight.numel()
+class Work(NamedTuple):
+    """What one call does: FLOPs of its matrix products, and how many numbers it leaves for the backward pass."""
+
+    flops: int
+    kept: int
 
 
-def width(layer: nn.Linear) -> int:
-    """Numbers kept for the backward pass, its input and its output: within a third of what autograd keeps in all."""
-    return layer.in_features + layer.out_features
+def work_of(call: Callable, *args, **kwargs) -> Work:
+    """Counts what a call does; on the meta device it does nothing else."""
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with FlopCounterMode(display=False) as counter:
+            result = call(*args, **kwargs)
+    del result  # until here what was kept is alive, and no address is given away twice
+    return Work(counter.get_total_flops(), sum(kept.values()))
 
 
-def linear(module: nn.Module, measure, skip: tuple[str, ...] = ()) -> int:
-    """Sum of a measure over the linear layers in the module, but those with a part of their name that begins so."""
-    layers = [(name.split("."), layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return sum(measure(layer) for parts, layer in layers if not any(part.startswith(skip) for part in parts))
+def once(module: nn.Module) -> Work:
+    """Every linear layer in the module applied to one vector; kept are inputs and outputs, within a third."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    flops = sum(2 * layer.weight.numel() for layer in layers)
+    return Work(flops, sum(layer.in_features + layer.out_features for layer in layers))
 
 
 def attention_flops(config, num_positions: int) -> int:
@@ -69,81 +90,59 @@ def attention_flops(config, num_positions: int) -> int:
     return 4 * num_positions * size * config.num_hidden_layers
 
 
-def encoder(autoencoder: CALMAutoencoder, measure) -> int:
+def encoding(autoencoder: CALMAutoencoder) -> Work:
     """One patch through the encoder."""
-    module, K = autoencoder.encoder, autoencoder.config.patch_size
-    return linear(module, measure) + (K - 1) * linear(module.layers[: module.num_token_layers], measure)
+    return work_of(autoencoder.encode, torch.zeros(1, autoencoder.config.patch_size, dtype=torch.long, device="meta"))
 
 
-def decoder(autoencoder: CALMAutoencoder, measure) -> int:
+def decoding(autoencoder: CALMAutoencoder) -> Work:
     """One patch through the decoder, output matrix included."""
-    module, K = autoencoder.decoder, autoencoder.config.patch_size
-    by_token = linear(module.layers[module.num_patch_layers :], measure) + measure(module.lm_head)
-    return linear(module, measure) + (K - 1) * by_token
+    return work_of(autoencoder.decode, torch.zeros(1, autoencoder.config.latent_size, device="meta"))
 
 
-def head_in_training(model: CALMForCausalLM, measure) -> int:
-    """One patch through the head's loss. What sees only the context runs once, not N times."""
-    once = linear(model.head, measure) - linear(model.head, measure, skip=("context",))
-    return once + model.config.num_samples * (linear(model.head, measure) - once + later_tokens(model.head, measure))
+def scoring(head: GenerativeHead, config) -> Work:
+    """One patch through the head's loss."""
+    context = torch.zeros(1, config.hidden_size, device="meta")
+    latent = torch.zeros(1, config.latent_size, device="meta")
+    tokens = torch.zeros(1, config.patch_size, dtype=torch.long, device="meta")
+    return work_of(head.loss, context, PatchTarget(tokens, posterior=(latent, latent)))
 
 
-def head_in_generation(model: CALMForCausalLM, measure) -> int:
-    """One draw of the head: all of it at every solver step, but for the context layers."""
-    once = linear(model.head.context_layers, measure)
-    each = linear(model.head, measure) - once + later_tokens(model.head, measure)
-    return once + steps_of_a_draw(model.config) * each
-
-
-def later_tokens(head: nn.Module, measure) -> int:
-    """What the token-flow head does beside one pass through each of its layers: its chain goes on K − 1 times, and
-    probabilities are multiplied with embeddings and codes."""
-    if not head.predicts_tokens:
-        return 0
-    K, V, Z = head.codes.shape
-    with torch.device("meta"):
-        embed, end = nn.Linear(V, head.chain.lm_head.in_features), nn.Linear(K * V, Z)
-    again = linear(head.chain.mlp, measure) + measure(head.chain.lm_head) + measure(embed)
-    return (K - 1) * again + measure(end)
-
-
-def steps_of_a_draw(config) -> int:
-    if config.head_type == "energy":
-        return 1
-    if config.head_type in ("flow", "token_flow"):
-        return 2 * (config.sampling_steps or FLOW_STEPS)  # the midpoint rule evaluates the net twice a step
-    return config.sampling_steps or DIFFUSION_SAMPLING_STEPS
+def drawing(head: GenerativeHead, config) -> Work:
+    """One draw of the head, for a context of its own."""
+    with torch.no_grad():
+        return work_of(head.sample, torch.zeros(1, config.hidden_size, device="meta"), num_samples=1)
 
 
 def calm_cost(config, block_size: int) -> Cost:
     with torch.device("meta"):
         model = CALMForCausalLM(config)
     K, head, backbone = config.patch_size, model.head, model.model
-    patch_embedding = linear(backbone.embed_proj, flops)
-    layers = linear(backbone.layers, flops) + attention_flops(config, block_size // K)
+    embedding, layers, head_work = once(backbone.embed_proj), once(backbone.layers), scoring(head, config)
+    layer_flops = layers.flops + attention_flops(config, block_size // K)
     parameters = {
         "token embedding": count(backbone.embed_tokens),
         "patch embedding": count(backbone.embed_proj),
         "backbone": count(backbone.layers) + count(backbone.norm),
         "head": count(head) - sum(p.numel() for p in head.parameters() if not p.requires_grad),
     }
-    kept = linear(backbone.embed_proj, width) + linear(backbone.layers, width) + head_in_training(model, width)
     return Cost(
         parameters | {"autoencoder (frozen)": count(model.autoencoder)},
         {
-            "patch embedding": 3 * patch_embedding / K,
-            "backbone": 3 * layers / K,
-            "head": 3 * head_in_training(model, flops) / K,
-            "autoencoder": encoder(model.autoencoder, flops) / K,
+            "patch embedding": 3 * embedding.flops / K,
+            "backbone": 3 * layer_flops / K,
+            "head": 3 * head_work.flops / K,
+            "autoencoder": encoding(model.autoencoder).flops / K,
         },
         {
-            "patch embedding": patch_embedding / K,
-            "backbone": layers / K,
-            "head": head_in_generation(model, flops) / K,
-            "autoencoder": decoder(model.autoencoder, flops) / K,
+            "patch embedding": embedding.flops / K,
+            "backbone": layer_flops / K,
+            "head": drawing(head, config).flops / K,
+            "autoencoder": decoding(model.autoencoder).flops / K,
         },
         sum(parameters.values()),
-        kept / K,
+        (embedding.kept + layers.kept + head_work.kept) / K,
+        head.network_calls,
     )
 
 
@@ -152,8 +151,9 @@ def autoencoder_cost(config: CALMAutoencoderConfig) -> Cost:
         model = CALMAutoencoder(config)
     K, parameters = config.patch_size, {"encoder": count(model.encoder)}
     parameters["decoder"] = count(model) - parameters["encoder"]  # the output matrix is the encoder's embedding
-    parts = {"encoder": encoder(model, flops) / K, "decoder": decoder(model, flops) / K}
-    kept = (encoder(model, width) + decoder(model, width)) / K
+    parts = {"encoder": encoding(model).flops / K, "decoder": decoding(model).flops / K}
+    patch = torch.zeros(1, K, dtype=torch.long, device="meta")
+    kept = work_of(model, patch, labels=patch).kept / K
     return Cost(parameters, tripled(parts), parts, sum(parameters.values()), kept)
 
 
@@ -165,9 +165,9 @@ def ar_cost(config, block_size: int) -> Cost:
         "backbone": count(model.model.layers) + count(model.model.norm),
         "output matrix": 0 if config.tie_word_embeddings else count(model.lm_head),
     }
-    layers = linear(model.model.layers, flops) + attention_flops(config, block_size)
-    parts = {"backbone": layers, "output matrix": flops(model.lm_head)}
-    return Cost(parameters, tripled(parts), parts, sum(parameters.values()), linear(model, width))
+    layers, output = once(model.model.layers), once(model.lm_head)
+    parts = {"backbone": layers.flops + attention_flops(config, block_size), "output matrix": output.flops}
+    return Cost(parameters, tripled(parts), parts, sum(parameters.values()), layers.kept + output.kept)
 
 
 def tripled(parts: dict[str, float]) -> dict[str, float]:
@@ -201,7 +201,8 @@ def auxiliary_flops(config) -> int:
     """One patch through the auxiliary loss, forward."""
     with torch.device("meta"):
         loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
-    return flops(loss.context_proj) + config.patch_size * (linear(loss.mlp, flops) + flops(loss.lm_head))
+    hidden = torch.zeros(1, 2, config.hidden_size, device="meta")
+    return work_of(loss, hidden, torch.zeros(1, 2 * config.patch_size, dtype=torch.long, device="meta")).flops
 
 
 def print_cost(recipe: Recipe, config, notes: Iterable[str] = ()) -> None:
@@ -219,6 +220,8 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = ()) -> None:
     rows = [(part, cost.train_flops[part], cost.inference_flops[part]) for part in cost.train_flops]
     for part, trained, generated in [*rows, ("total", train, inference)]:
         print(f"  {part:<22}{trained:>12.2e} trained{generated:>12.2e} generated")
+    if cost.network_calls is not None:
+        print(f"  a draw of the head: {cost.network_calls} network call{'s' if cost.network_calls > 1 else ''}")
     if recipe.name in PAPER_FLOPS:
         paper_train, paper_inference = PAPER_FLOPS[recipe.name]
         print(f"  {PAPER_TOKENS:.0e} tokens: {train * PAPER_TOKENS:.1e} trained, the paper says {paper_train:.1e}")

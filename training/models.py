@@ -7,8 +7,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
-from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.modeling_calm import HEADS, CALMForCausalLM
+from calm.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
+from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
 from calm.training.extras import need
@@ -73,23 +73,24 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         if is_new:  # heads of two types have layers of one name
             model.head = HEADS[config.head_type](config)
             model.head.apply(model._init_weights)
-        if model.head.predicts_tokens and not model.head.codes.any():
-            begin_token_flow(model, Path(recipe.init_from) / AUXILIARY_FILE)
+        fit_head(model, Path(recipe.init_from) / AUXILIARY_FILE)
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
     model.autoencoder.load_state_dict(CALMAutoencoder.from_pretrained(recipe.autoencoder).state_dict())
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
-    if model.head.predicts_tokens:
-        begin_token_flow(model)
+    fit_head(model)
     return model
 
 
-def begin_token_flow(model: CALMForCausalLM, auxiliary: Path | None = None) -> None:
-    """Gives a new token-flow head its codes and, where the checkpoint of a multi-token loss lies, that one's chain."""
-    model.head.fit_codes(model.autoencoder)
+def fit_head(model: CALMForCausalLM, auxiliary: Path | None = None) -> None:
+    """Fits a head that needs it: to the autoencoder and, where its checkpoint lies, to the multi-token loss."""
+    if model.head.is_fitted:
+        return
+    state = None
     if auxiliary is not None and auxiliary.is_file():
-        state = safetensors.torch.load_file(auxiliary)
-        model.head.chain.load_state_dict({name.removeprefix("auxiliary."): value for name, value in state.items()})
+        weights = safetensors.torch.load_file(auxiliary)
+        state = {name.removeprefix("auxiliary."): value for name, value in weights.items()}
+    model.head.fit(model.autoencoder, state)
 
 
 def with_lora(model: CALMForCausalLM, rank: int):

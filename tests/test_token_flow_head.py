@@ -9,10 +9,11 @@ from goldens import relative_error
 from tiny import tiny_config, tiny_model
 from torch import nn
 
+from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM
-from calm.token_flow_calm import TokenFlowHead, token_codes
+from calm.token_flow_head_calm import TokenFlowHead, token_codes
 from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss
-from calm.training.models import begin_token_flow
+from calm.training.models import fit_head
 
 K, V, Z = 4, 96, 16
 
@@ -65,7 +66,7 @@ def test_loss_agrees_with_a_loop():
     head = tiny_model("token_flow").head.double()
     context, tokens = torch.randn(3, 48).double(), torch.randint(V, (3, K))
     time, noise = torch.rand(head.num_samples, 3).double(), torch.randn(head.num_samples, 3, Z).double()
-    losses = head.loss(context, tokens, time=time, noise=noise)
+    losses = head.loss(context, PatchTarget(tokens), time=time, noise=noise)
     for row in range(3):
         draws = zip(time[:, row], noise[:, row], strict=True)
         expected = sum(loop_loss(head, context[row], tokens[row], *draw) for draw in draws) / head.num_samples
@@ -105,7 +106,7 @@ def test_it_learns_which_tokens_go_together():
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     for _ in range(120):
         which = (torch.rand(64) < 0.25).long()
-        loss = head.loss(context.expand(64, -1), patches[which]).mean()
+        loss = head.loss(context.expand(64, -1), PatchTarget(patches[which])).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -123,7 +124,7 @@ def test_the_posterior_is_not_asked_for(monkeypatch):
     loss = model(ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss
     context = model(ids).last_hidden_state[:, :-1].flatten(0, 1)
     tokens = ids.view(2, -1, K)[:, 1:].flatten(0, 1)
-    expected = model.head.loss(context, tokens, generator=torch.Generator().manual_seed(0)).mean()
+    expected = model.head.loss(context, PatchTarget(tokens), generator=torch.Generator().manual_seed(0)).mean()
     torch.testing.assert_close(loss, expected)
 
 
@@ -150,6 +151,6 @@ def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
     loss = MultiTokenLoss(48, V, K)
     state = {f"auxiliary.{name}": value for name, value in loss.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / AUXILIARY_FILE)
-    begin_token_flow(model, tmp_path / AUXILIARY_FILE)
+    fit_head(model, tmp_path / AUXILIARY_FILE)
     assert torch.equal(model.head.codes, token_codes(model.autoencoder))
     assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_calm import CALMConfig
-from .heads_calm import FlowMatchingHead, ModulatedMLP, _normal
+from .flow_head_calm import FlowMatchingHead, ModulatedMLP
+from .heads_calm import PatchTarget, standard_normal
 
 CODE_CONTEXTS = 64  # random patches over which a token's point is averaged
 CODE_CHUNK = 8192  # patches encoded at once
@@ -105,13 +106,11 @@ def token_codes(autoencoder: nn.Module, num_contexts: int = CODE_CONTEXTS) -> Te
     return codes - overall * (K - 1) / K  # summed over the places, what the contexts add is counted once
 
 
-class TokenFlowHead(FlowMatchingHead):
+class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
     """A flow head whose velocity points to the tokens that the net expects; see the top of this file.
 
-    Its codes come from the autoencoder, by `fit_codes`, and are saved with the weights.
+    Its codes come from the autoencoder, by `fit`, and are saved with the weights.
     """
-
-    predicts_tokens = True
 
     def __init__(self, config: CALMConfig):
         super().__init__(config)
@@ -128,8 +127,20 @@ class TokenFlowHead(FlowMatchingHead):
         self.codes.requires_grad_(False)
         return self
 
-    def fit_codes(self, autoencoder: nn.Module) -> None:
+    @property
+    def is_fitted(self) -> bool:
+        return bool(self.codes.any())
+
+    def fit(self, autoencoder: nn.Module, multi_token_loss: dict[str, Tensor] | None = None) -> None:
+        """Computes the codes, and takes over the chain of the backbone's multi-token loss."""
         self.codes.copy_(token_codes(autoencoder))
+        if multi_token_loss is not None:
+            self.chain.load_state_dict(multi_token_loss)
+
+    @torch.no_grad()
+    def init_own_weights(self) -> None:
+        """Codes that aren't fitted are zeros, no chance memory."""
+        nn.init.zeros_(self.codes)
 
     def _expectation(self, x: Tensor, thousandths: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents (..., Z) → logits (..., K, V) of the tokens, and the end point expected, (..., Z)."""
@@ -142,10 +153,10 @@ class TokenFlowHead(FlowMatchingHead):
         left = (1 - thousandths / 1000).clamp(min=LEAST_TIME_LEFT).to(x.dtype)
         return (end - x) / left.unsqueeze(-1)
 
-    def _loss(
+    def compute_loss(
         self,
         context: Tensor,
-        tokens: Tensor,
+        target: PatchTarget,
         generator: torch.Generator | None,
         time: Tensor | None = None,
         noise: Tensor | None = None,
@@ -154,12 +165,13 @@ class TokenFlowHead(FlowMatchingHead):
 
         Draws: noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
         """
+        tokens = target.tokens
         places = torch.arange(self.patch_size, device=tokens.device)
-        target = self.codes[places, tokens].sum(-2).to(context.dtype).expand(self.num_samples, *context.shape[:-1], -1)
+        end = self.codes[places, tokens].sum(-2).to(context.dtype).expand(self.num_samples, *context.shape[:-1], -1)
         if time is None:
-            time = self._draw_times(target, generator)
-        start = _normal(target.shape, target, generator) if noise is None else noise
-        x = torch.lerp(start, target, time.unsqueeze(-1).to(target.dtype))
+            time = self._draw_times(end, generator)
+        start = standard_normal(end.shape, end, generator) if noise is None else noise
+        x = torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype))
         logits, _ = self._expectation(x, (time * 1000).long(), context)
         tokens = tokens.expand(self.num_samples, *tokens.shape)
         losses = F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction="none")

@@ -1,0 +1,139 @@
+"""A head that is defined in this file alone does all that the bundled ones do."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from tiny import BOS, tiny_config, tiny_model
+from torch import nn
+from training_helpers import make_workshop, train
+
+from calm.configuration_calm import HEADS
+from calm.evaluation.models import count_model
+from calm.heads_calm import GenerativeHead, standard_normal, zero_linear
+from calm.modeling_calm import CALMForCausalLM
+from calm.training.cost import calm_cost
+
+
+class GaussianHead(GenerativeHead, head_type="gaussian"):
+    """One Gaussian per patch, fitted by maximum likelihood; it is centred on the mean latent of random patches."""
+
+    network_calls = 3
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = zero_linear(config.hidden_size, 2 * config.latent_size)
+        self.centre = nn.Parameter(torch.zeros(config.latent_size), requires_grad=False)
+        self.spread = nn.Parameter(torch.empty(1))
+
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        if config.num_samples > 16:
+            raise ValueError(f"num_samples={config.num_samples}: the Gaussian head has 16 at most.")
+
+    def init_own_weights(self):
+        nn.init.constant_(self.spread, 2.0)
+
+    @property
+    def is_fitted(self):
+        return bool(self.centre.any())
+
+    def fit(self, autoencoder, multi_token_loss=None):
+        ids = torch.arange(autoencoder.config.patch_size * 8)[None] % autoencoder.config.vocab_size
+        self.centre.data.copy_(autoencoder.encode(ids)[0][0].mean(0))
+
+    def _law(self, context):
+        mean, log_std = self.out(self.hidden(context).tanh()).chunk(2, dim=-1)
+        return mean + self.centre, log_std + self.spread.log()
+
+    def draw(self, context, num_samples, generator, noise):
+        if noise is None:
+            noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
+        mean, log_std = self._law(context)
+        return mean + log_std.exp() * noise
+
+    def compute_loss(self, context, target, generator, posterior_noise=None):
+        mean, log_std = self._law(context)
+        targets = target.draw_latents(self.num_samples, generator, posterior_noise)
+        deviation = ((targets - mean) / log_std.exp()).square() / 2 + log_std + math.log(2 * math.pi) / 2
+        return deviation.sum(-1).mean(0)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    fields = {"head_type": "gaussian", "learning_rate": 0.01, "lr_scheduler_type": "constant", "eval_strategy": "no"}
+    return make_workshop(tmp_path_factory.mktemp("workshop")) | fields | {"max_steps": 8, "save_steps": 4}
+
+
+def log_of(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def trained(workshop, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert train("calm", **workshop, output_dir=str(folder)) == 0
+    return folder
+
+
+def test_it_is_one_of_the_heads():
+    assert HEADS["gaussian"] is GaussianHead
+    with pytest.raises(ValueError, match="num_samples=17: the Gaussian head has 16 at most"):
+        tiny_config("gaussian", num_samples=17)
+    with pytest.raises(ValueError, match=r"head_type='gauss': must be one of \('.*gaussian'\)"):
+        tiny_config("gauss")
+
+
+def test_it_is_initialised_and_fitted_as_it_says(trained, workshop):
+    new = CALMForCausalLM(tiny_config("gaussian"))
+    assert not new.head.out.weight.any() and new.head.hidden.weight.any() and new.head.spread.item() == 2.0
+    assert not new.head.is_fitted
+    assert CALMForCausalLM.from_pretrained(trained).head.is_fitted  # training did it
+
+
+def test_it_learns_and_resumes(trained, workshop, tmp_path):
+    losses = log_of(trained)
+    assert losses[-1] < losses[0] - 1
+    assert train("calm", **workshop | {"max_steps": 4}, output_dir=str(tmp_path)) == 0
+    assert train("calm", **workshop, output_dir=str(tmp_path)) == 0
+    assert log_of(tmp_path) == losses
+
+
+def test_it_is_saved_and_loaded_and_generates_the_same(trained, tmp_path):
+    loaded = CALMForCausalLM.from_pretrained(trained).eval()
+    loaded.save_pretrained(tmp_path)
+    texts = []
+    for model in (loaded, CALMForCausalLM.from_pretrained(tmp_path).eval()):
+        torch.manual_seed(0)
+        settings = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 13}
+        texts.append(model.generate(torch.tensor([[BOS, 10, 11]]), eos_token_id=None, **settings).tolist())
+    assert texts[0] == texts[1] and len(texts[0][0]) == 3 + 13
+
+
+def test_it_is_scored():
+    ids = torch.randint(3, 90, (2, 24))
+    assert count_model(tiny_model("gaussian"), ids, batch_size=1, seed=0).score().positions > 0
+
+
+def test_a_dry_run_counts_it(workshop, capsys):
+    config = tiny_config("gaussian")
+    size, latent = config.hidden_size, config.latent_size
+    cost = calm_cost(config, 64)
+    assert cost.inference_flops["head"] * 4 == 2 * size * (size + 2 * latent)
+    assert cost.train_flops["head"] == 3 * cost.inference_flops["head"]
+    assert cost.parameters["head"] == (size + 1) * (size + 2 * latent) + 1
+    assert train("calm", **workshop, dry_run=[]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n  head +[\d.]+ M\n", printed) and "a draw of the head: 3 network calls" in printed
+
+
+def test_noise_is_of_the_latents_size():
+    like = torch.zeros(1)
+    head = tiny_model("gaussian").head
+    expected = standard_normal((5, 2, 16), like, torch.Generator().manual_seed(3))
+    assert torch.equal(head.initial_noise((5, 2), like, torch.Generator().manual_seed(3)), expected)
