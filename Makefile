@@ -1,6 +1,7 @@
 # make demo          set up, and continue a story with the bundled model
 # make test          set up, and run every test
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
+# make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff
 # make experiments CORPUS=DIR   the paper's tables in miniature: hours; goes on where it was stopped
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 COMPAT := .venv-compat/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo test test-compat style figures experiments clean
+.PHONY: demo test test-compat test-gpu style figures experiments clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -18,6 +19,9 @@ test: .venv/.full
 
 test-compat: .venv-compat/.full
 	$(COMPAT)/python -m pytest
+
+test-gpu: .venv/.full
+	$(BIN)/python -m pytest -m gpu -n 0
 
 style: .venv/.full
 	$(BIN)/ruff check .
