@@ -1,14 +1,15 @@
 # make demo          set up, and continue a story with the bundled model
 # make test          set up, and run every test
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
-# make style         ruff
+# make test-gpu      set up, and run the tests that need a GPU
+# make style         ruff, and pyright on all but the tests
 # make experiments CORPUS=DIR   the paper's tables in miniature: hours; goes on where it was stopped
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo test test-compat style figures experiments clean
+.PHONY: demo test test-compat test-gpu style figures experiments clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -19,9 +20,13 @@ test: .venv/.full
 test-compat: .venv-compat/.full
 	$(COMPAT)/python -m pytest
 
-style: .venv/.full
+test-gpu: .venv/.full
+	$(BIN)/python -m pytest -m gpu -n 0
+
+style: .venv/.style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 figures: .venv/.full
 	$(BIN)/python docs/draw_architecture.py
@@ -32,13 +37,21 @@ experiments: .venv/.full
 clean:
 	rm -rf .venv .venv-compat *.egg-info
 
+# Editors and pyright follow paths, not the import hook of an editable install, so a folder with a link is put there.
 .venv/.base: $(SOURCES) constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	mkdir -p .venv/packages
+	ln -sfn ../.. .venv/packages/calm
+	echo "$(CURDIR)/.venv/packages" > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/calm.pth"
 	touch $@
 
 .venv/.full: .venv/.base
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv/.style: .venv/.full
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[style]"
 	touch $@
 
 .venv-compat/.full: $(SOURCES) constraints-compat.txt

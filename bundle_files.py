@@ -77,6 +77,7 @@ def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ConversionError(f"{path} is no tokenizer: {first_line(error)}") from None
+    assert config.pad_token_id is not None, "a conversion refuses a configuration without one"
     if tokenizer.id_to_token(config.pad_token_id) is None:
         tokenizer.add_special_tokens(["[PAD]"])
     count = tokenizer.get_vocab_size()

@@ -67,10 +67,12 @@ class WeightsFile:
             found = [
                 (n, view.get_shape(), dtypes.get(view.get_dtype(), view.get_dtype())) for n, view in views.items()
             ]
-        for name, _, dtype in found:
-            if dtype not in SAFETENSORS_TAGS:
+        stored = []
+        for name, shape, dtype in found:
+            if not isinstance(dtype, torch.dtype) or dtype not in SAFETENSORS_TAGS:
                 raise ConversionError(f"{self.path}: tensor {name} is of type {dtype}, none of {', '.join(DTYPES)}.")
-        return [StoredTensor(self, name, tuple(shape), dtype) for name, shape, dtype in found]
+            stored.append(StoredTensor(self, name, tuple(shape), dtype))
+        return stored
 
     def read(self, name: str) -> torch.Tensor:
         if self._bytes_read > REMAP_BYTES:
@@ -221,7 +223,8 @@ def write_safetensors(
     Raises:
         ConversionError: the disk is full or fails.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_TAGS[dtype], "shape": shape, "data_offsets": [start, end]}

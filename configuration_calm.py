@@ -83,14 +83,10 @@ class CALMAutoencoderConfig(PretrainedConfig):
         self.kl_clamp = kl_clamp
         self.kl_weight = kl_weight
         self.check()
+        kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         # The decoder's output matrix is the encoder's embedding; published configs say False and tie all the same.
         kwargs["tie_word_embeddings"] = True
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
+        super().__init__(**kwargs)
 
     def check(self) -> None:
         """Raises `ValueError` for the first field that makes no sense."""
@@ -137,7 +133,8 @@ class CALMConfig(LlamaConfig):
     """
 
     model_type = "calm"
-    sub_configs = {"autoencoder_config": CALMAutoencoderConfig}
+    # Upstream declares a property of the class, and its own models assign to it as here.
+    sub_configs = {"autoencoder_config": CALMAutoencoderConfig}  # pyright: ignore[reportAssignmentType]
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "hidden_states", "attentions"]
     # Llama's plans would split the backbone alone, which is not tested here.
     base_model_tp_plan = None
@@ -177,10 +174,9 @@ class CALMConfig(LlamaConfig):
         self.prompt_filler_token_id = prompt_filler_token_id
         self.repetition_radius = repetition_radius
         if autoencoder_config is None:
-            autoencoder_config = {"patch_size": patch_size, "latent_size": latent_size}
-            if "vocab_size" in kwargs:
-                autoencoder_config["vocab_size"] = kwargs["vocab_size"]
-        if isinstance(autoencoder_config, dict):
+            given = {"vocab_size": kwargs["vocab_size"]} if "vocab_size" in kwargs else {}
+            autoencoder_config = CALMAutoencoderConfig(patch_size=patch_size, latent_size=latent_size, **given)
+        elif isinstance(autoencoder_config, dict):
             autoencoder_config = CALMAutoencoderConfig(**autoencoder_config)
         self.autoencoder_config = autoencoder_config
         kwargs.setdefault("vocab_size", autoencoder_config.vocab_size)

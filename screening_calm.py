@@ -120,7 +120,9 @@ def _pack(whole_Td: Tensor, step_T: Tensor) -> torch.ScriptObject:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # PyTorch will drop its quantized tensors
                 no_offset_T = torch.zeros(len(step_T), dtype=torch.long)
-                tile_Td = torch._make_per_channel_quantized_tensor(whole_Td, step_T, no_offset_T, 0)
+                # No public function makes one of values that are whole already.
+                make = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
+                tile_Td = make(whole_Td, step_T, no_offset_T, 0)
                 return torch.ops.quantized.linear_prepack(tile_Td, None)
         finally:
             torch.backends.quantized.engine = engine

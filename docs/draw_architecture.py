@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 BACKBONE, HEAD, AUTOENCODER, TEXT = "#3b6ea5", "#b5542b", "#4b8b5a", "#f4f1ea"
@@ -24,7 +25,7 @@ def arrow(axes, start, end, style="-", color="#444444"):
     axes.annotate("", end, start, arrowprops=look, zorder=1)
 
 
-def draw() -> plt.Figure:
+def draw() -> Figure:
     figure, axes = plt.subplots(figsize=(11, 6.2))
     for column, patch in enumerate(PATCHES):
         x = 0.4 + 3.4 * column

@@ -72,7 +72,9 @@ def posterior_statistics(mean_PZ: torch.Tensor, log_std_PZ: torch.Tensor) -> dic
 def load_autoencoder(name: str) -> CALMAutoencoder:
     """The autoencoder of a folder or Hub id that holds one by itself or inside a CALM."""
     if AutoConfig.from_pretrained(name).model_type == "calm":
-        return load_causal_lm(name).autoencoder
+        autoencoder = load_causal_lm(name).autoencoder
+        assert isinstance(autoencoder, CALMAutoencoder), "every CALM has one"
+        return autoencoder
     return CALMAutoencoder.from_pretrained(name, dtype="auto").eval()
 
 

@@ -29,11 +29,12 @@ def open_documents(args: argparse.Namespace):
     if glob.glob(args.data):
         return read_documents(expand_paths(args.data), args.text_column)
     need("datasets", "eval", "a Hub data set")
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
-        dataset = datasets.load_dataset(args.data, args.subset, split=args.split, streaming=True)
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        dataset = load_dataset(args.data, args.subset, split=args.split, streaming=True)
+    except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as error:
         raise DataError(f"{args.data}: neither a file here nor a Hub dataset within reach ({error}).") from error
     return read_hub_dataset(dataset, args.text_column)
 

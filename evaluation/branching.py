@@ -23,17 +23,19 @@ class BlockReader(Protocol):
     CALM. A unit is what the model reads in one step: a token (no axis) or a patch (axis K).
     """
 
-    def read(self, units_BP: torch.Tensor) -> torch.Tensor:
+    def read(self, units_BP: torch.Tensor, /) -> torch.Tensor:
         """Read a batch of blocks; returns the state after each unit, (B, P, ...)."""
+        ...
 
-    def start(self, positions_BN: torch.Tensor) -> None:
+    def start(self, positions_BN: torch.Tensor, /) -> None:
         """Forget earlier branches and stand N branches of each block after the units at these positions."""
 
-    def extend(self, parents_BN: torch.Tensor, units_BN: torch.Tensor) -> torch.Tensor:
+    def extend(self, parents_BN: torch.Tensor, units_BN: torch.Tensor, /) -> torch.Tensor:
         """Let branch i go on from the present branch parents_BN[:, i] by one unit; returns its state, (B, N, ...).
 
         The new branches replace the present ones. A parent may go on as several branches, or as none.
         """
+        ...
 
 
 class TreeReader:

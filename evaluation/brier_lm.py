@@ -97,7 +97,9 @@ def write_plot(path: Path, scores: dict[str, BrierScore], block_size: int) -> No
     for i, (name, score) in enumerate(scores.items()):
         left.bar([n + i * width for n in range(4)], score.brier, width, label=name)
         lm = score.brierlm
-        error = None if lm.low is None else [[max(0, lm.value - lm.low)], [max(0, lm.high - lm.value)]]
+        error = None
+        if lm.low is not None and lm.high is not None:
+            error = [[max(0, lm.value - lm.low)], [max(0, lm.high - lm.value)]]
         right.bar(i, lm.value, 0.8, yerr=error, capsize=4)
     left.set_xticks([n + 0.4 - width / 2 for n in range(4)], [f"Brier-{n}" for n in range(1, 5)])
     left.legend()

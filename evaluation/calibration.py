@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -48,7 +49,7 @@ def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1) -> float:
     return (torch.stack(losses).sum() / len(blocks_BL)).item()
 
 
-def correlations(first: list[float], second: list[float]) -> dict[str, float]:
+def correlations(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
     """Pearson's correlation, and Spearman's: Pearson's of the ranks."""
     values = torch.tensor([first, second], dtype=torch.float64)
     ranks = values.argsort(dim=1).argsort(dim=1).double()

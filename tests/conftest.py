@@ -1,6 +1,33 @@
-"""Two pytest workers share the machine, so each, and every process that a test starts, computes on one thread."""
+"""What holds for every test: one thread a process, and a GPU only for the tests that are marked `gpu`.
+
+Two pytest workers share the machine, so each, and every process that a test starts, computes on one thread. The tests
+compare a CPU's numbers, so a GPU is hidden from them and from the commands that they start; `pytest -m gpu` runs those
+that need one, one after another (`make test-gpu`).
+"""
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config):
+    """Before any test file imports torch, which looks for a GPU once."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    if config.option.markexpr != "gpu":
+        reason = "needs a GPU to itself: pytest -m gpu -n 0"
+    else:
+        import torch
+
+        reason = "" if torch.cuda.is_available() else "there is no GPU here"
+    for item in marked if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))

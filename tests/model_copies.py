@@ -61,6 +61,20 @@ def sample_text(model, tokenizer):
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
+def run_snippet(folder):
+    """In a fresh process: the model card's snippet; its text, and where and in what it was computed."""
+    import torch
+    from transformers import pipeline
+
+    MODEL = folder
+    generator = pipeline(
+        "text-generation", MODEL, trust_remote_code=True, torch_dtype=torch.bfloat16, device_map="auto"
+    )
+    outputs = generator(PROMPT, max_new_tokens=20, do_sample=True)
+    model = generator.model
+    return {"text": outputs[0]["generated_text"], "device": model.device.type, "dtype": str(model.dtype)}
+
+
 def load_every_way(folder, copy):
     """In a fresh process: loads a repository in every way, says what came out, and saves it in `copy`."""
     import torch

@@ -45,13 +45,13 @@ def train(kind: str, recipe: str | None = None, **fields) -> int:
     return COMMANDS[kind](arguments)
 
 
-def make_workshop(folder: Path) -> dict:
+def make_workshop(folder: Path, **autoencoder_fields) -> dict:
     """A corpus with a tokenizer and an autoencoder trained on it; the fields that name them."""
     corpus = str(write_corpus(folder / "corpus.jsonl"))
     tokenizer, autoencoder = str(folder / "tokenizer"), str(folder / "autoencoder")
     data = {"train_files": corpus, "validation_files": corpus, "cache_dir": str(folder / "tokens")}
     assert train("tokenizer", train_files=corpus, output_dir=tokenizer) == 0
-    assert train("autoencoder", **data, tokenizer=tokenizer, output_dir=autoencoder) == 0
+    assert train("autoencoder", **data, tokenizer=tokenizer, output_dir=autoencoder, **autoencoder_fields) == 0
     return {**data, "tokenizer": tokenizer, "autoencoder": autoencoder}
 
 

@@ -18,6 +18,7 @@ def diagnose(model, input_ids: Tensor, hidden: Tensor | None, seed: int) -> dict
     if isinstance(model, CALMAutoencoder):
         return diagnose_autoencoder(model, input_ids)
     if isinstance(model, CALMForCausalLM):
+        assert hidden is not None, "a CALM's forward gives its hidden states"
         return diagnose_calm(model, input_ids, hidden, seed)
     return {}
 

@@ -89,7 +89,7 @@ class _ZstdFile(io.RawIOBase):
     """Decompressed bytes of a .zst file of one or more frames. The library's own reader takes a cut file for whole."""
 
     def __init__(self, path: Path):
-        need("zstandard", "train", path)
+        need("zstandard", "train", str(path))
         import zstandard
 
         self.file = open(path, "rb")
@@ -137,7 +137,9 @@ def read_documents(
     bad_lines = bad_lines or BadLines()
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for path in files:
-        yield from readers[_format(path)](path, text_column, bad_lines)
+        suffix = _format(path)
+        assert suffix is not None, f"{path}: expand_paths gives files of a known format only"
+        yield from readers[suffix](path, text_column, bad_lines)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -1,0 +1,142 @@
+"""On a GPU: the model computes what it computes on a CPU, and the commands run there (`make test-gpu`)."""
+
+import copy
+import importlib.util
+import json
+
+import fresh_process
+import pytest
+import torch
+from evaluation_folder import folder  # noqa: F401 (a fixture)
+from model_copies import PROMPT, ROOT, run_snippet
+from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
+from training_helpers import make_workshop, train
+
+from calm.evaluation.brier_lm import main as brier_lm
+from calm.evaluation.models import count_model, load_causal_lm
+from calm.modeling_calm import CALMForCausalLM
+from calm.scores_calm import energy_score
+
+# ruff: noqa: F811 (pytest hands the fixture over under its own name)
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # float32 on both; sums run in another order
+IDS = torch.tensor([[BOS, *range(10, 33)], [BOS, *range(40, 63)]])
+SAMPLED = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 12, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module", params=HEAD_TYPES)
+def models(request):
+    """The same weights on the CPU and on the GPU."""
+    model = tiny_model(request.param)
+    return model, copy.deepcopy(model).to(DEVICE)
+
+
+def generate(model, ids=IDS, seed=0, **settings):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return model.generate(ids.to(DEVICE), generator=generator, **SAMPLED | settings).cpu()
+
+
+@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model")
+def test_the_model_cards_snippet_runs_on_the_gpu(tmp_path):
+    """In a fresh process, in bfloat16, with the repository's own code: `device_map="auto"` finds the GPU."""
+    result = fresh_process.call(run_snippet, tmp_path, folder=str(ROOT)).result
+    assert (result["device"], result["dtype"]) == (DEVICE, "torch.bfloat16")
+    assert result["text"].startswith(PROMPT) and len(result["text"]) > len(PROMPT)
+
+
+@torch.no_grad()
+def test_hidden_states_and_patches_are_those_of_the_cpu(models):
+    hidden, posterior, tokens = [], [], []
+    for model in models:
+        hidden.append(model(IDS.to(model.device)).last_hidden_state.cpu())
+        posterior.append([value.cpu() for value in model.autoencoder.encode(IDS.to(model.device))])
+        tokens.append(model.autoencoder.decode_tokens(posterior[0][0].to(model.device)).cpu())
+    torch.testing.assert_close(hidden[1], hidden[0], **CLOSE)
+    torch.testing.assert_close(posterior[1], posterior[0], **CLOSE)
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("flash_attn"), reason="flash-attn is not installed")
+@torch.no_grad()
+def test_flash_attention_agrees_with_eager():
+    hidden = []
+    for implementation in ("eager", "flash_attention_2"):
+        model = tiny_model(attn_implementation=implementation).to(DEVICE, torch.bfloat16)
+        hidden.append(model(IDS.to(DEVICE)).last_hidden_state.float())
+    torch.testing.assert_close(hidden[1], hidden[0], rtol=5e-2, atol=5e-2)
+
+
+@torch.no_grad()
+def test_latents_of_the_same_draws_are_those_of_the_cpu(models):
+    on_cpu, on_gpu = models
+    context_RD = torch.randn(3, on_cpu.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    draws = on_cpu.head.shared_draws(5, context_RD, torch.Generator().manual_seed(1))
+    expected = on_cpu.head.sample(context_RD, num_samples=5, **draws)
+    draws = {name: value.to(DEVICE) for name, value in draws.items()}
+    found = on_gpu.head.sample(context_RD.to(DEVICE), num_samples=5, **draws)
+    torch.testing.assert_close(found.cpu(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.5])
+def test_the_energy_score_is_that_of_the_cpu(beta):
+    generator = torch.Generator().manual_seed(0)
+    samples, targets = (torch.randn(n, 5, 6, 16, generator=generator) for n in (8, 20))
+    found = energy_score(samples.to(DEVICE), targets.to(DEVICE), beta=beta).cpu()
+    torch.testing.assert_close(found, energy_score(samples, targets, beta=beta), **CLOSE)
+
+
+def test_generation_keeps_the_prompt_and_follows_its_generator(models):
+    model = models[1]
+    ids = generate(model)
+    assert torch.equal(ids[:, : IDS.shape[1]], IDS) and ids.shape[1] == IDS.shape[1] + 12
+    assert torch.equal(generate(model), ids) and not torch.equal(generate(model, seed=1), ids)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sampling_method": "batch"}, {"temperature": 0.4}, {"do_sample": False}])
+def test_lazy_and_plain_decoding_agree(models, settings):
+    assert torch.equal(*(generate(models[1], lazy_decoding=lazy, **settings) for lazy in (True, False)))
+
+
+@pytest.mark.parametrize("part", ["model", "head", "autoencoder"])
+def test_a_part_may_stay_on_the_cpu(models, part, tmp_path):
+    models[0].save_pretrained(tmp_path)
+    places = {"model": DEVICE, "head": DEVICE, "autoencoder": DEVICE, part: "cpu"}
+    placed = CALMForCausalLM.from_pretrained(tmp_path, device_map=places)
+    torch.manual_seed(0)
+    ids = placed.generate(IDS.to(placed.device), **SAMPLED)
+    assert torch.equal(ids.cpu()[:, : IDS.shape[1]], IDS) and ids.shape[1] == IDS.shape[1] + 12
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.mark.parametrize("bf16", ["false", "true"])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_training_steps_are_finite(workshop, tmp_path, head_type, bf16):
+    """Without an option that asks for it, on the GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    fields = {**workshop, "head_type": head_type, "auxiliary_weight": 0.5, "bf16": bf16}
+    assert train("calm", **fields, output_dir=str(tmp_path)) == 0
+    assert torch.cuda.max_memory_allocated() > before
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    figures = torch.tensor([[entry["loss"], entry["auxiliary_loss"], entry["grad_norm"]] for entry in steps])
+    assert len(figures) == 4 and figures.isfinite().all() and (figures[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["ar", "calm"])
+def test_the_evaluation_command(folder, tmp_path, name):
+    """Brier-1 of a Llama has no sampling in it, so it is the CPU's."""
+    out = tmp_path / "out.json"
+    options = ["--block_size", "24", "--max_positions", "100", "--json", str(out)]
+    brier_lm(["--model", str(folder / name), "--data", str(folder / "text.jsonl.xz"), *options])
+    assert len(json.loads(out.read_text())[0]["brier"]) == 4
+    if name == "ar":
+        blocks = torch.randint(VOCAB_SIZE, (6, 12), generator=torch.Generator().manual_seed(0))
+        scores = [count_model(load_causal_lm(str(folder / name), device=d), blocks).score() for d in ("cpu", DEVICE)]
+        assert scores[1].brier[0] == pytest.approx(scores[0].brier[0], rel=1e-4)

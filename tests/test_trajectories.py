@@ -1,0 +1,59 @@
+"""The first five steps of each training are what they were, and what should move them does.
+
+A failure means that training has changed: that is either an error, or meant and recorded anew (see trajectories.py).
+"""
+
+import json
+
+import pytest
+import torch
+from trajectories import RECORD, RUNS, SETTINGS, first_steps, workshop
+
+RELATIVE = 2e-5  # ten times what other vector instructions move, measured
+ROUNDING = 6e-5  # transformers 4.57 logs losses with four decimals
+CHANGES = {
+    "learning_rate": 1.01 * SETTINGS["learning_rate"],
+    "weight_decay": 1.01 * SETTINGS["weight_decay"],
+    "adam_beta2": 0.96,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 1,
+    "max_grad_norm": 0.19,
+    "seed": 2,
+    "data_seed": 2,
+}
+OWN_CHANGES = [
+    ("autoencoder", {"ae_dropout": 0.16}),
+    ("autoencoder", {"kl_weight": 0.101}),
+    ("energy", {"beta": 1.01}),
+    ("energy", {"num_posterior_samples": 11}),
+    ("auxiliary", {"auxiliary_weight": 0.505}),
+    ("auxiliary", {"head_weight": 0.99}),
+]
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="dropout draws other masks without MKL")
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    return workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def as_recorded(run: str) -> dict:
+    recorded = json.loads(RECORD.read_text())[run]
+    loss = pytest.approx(recorded["loss"], rel=RELATIVE, abs=ROUNDING)
+    return {"loss": loss, "grad_norm": pytest.approx(recorded["grad_norm"], rel=RELATIVE)}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_first_steps_are_as_recorded(run, fields, tmp_path):
+    assert first_steps(run, fields, tmp_path) == as_recorded(run)
+
+
+@pytest.mark.parametrize(
+    "run, change",
+    [*(("energy", {name: value}) for name, value in CHANGES.items()), *OWN_CHANGES],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_a_small_change_of_a_setting_shows(run, change, fields, tmp_path):
+    """So that the tolerances above cannot hide one."""
+    assert first_steps(run, fields, tmp_path, **change) != as_recorded(run)

@@ -1,0 +1,76 @@
+"""Losses and gradient norms of the first steps of each training, and how they are recorded anew.
+
+    python tests/trajectories.py
+
+writes trajectories.json beside this file, or the file that is named behind it. Do so only when a change of training
+is meant, and say in the commit what moved and why: test_trajectories.py compares every run with that file. Both
+supported versions of transformers give the same gradient norms, and a CPU without AVX the same to 2e-6.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from training_helpers import make_workshop, train
+
+RECORD = Path(__file__).with_suffix(".json")
+# Large steps, so that a small change of any of these is seen within five; more than one batch a step, and clipped.
+SETTINGS = {
+    "max_steps": 5,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "adam_beta2": 0.95,
+    "weight_decay": 10.0,
+    "max_grad_norm": 0.2,
+    "seed": 1,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+RUNS = {
+    "autoencoder": ("autoencoder", {"kl_clamp": 0.01, "kl_weight": 0.1}),  # so that the KL term has a gradient
+    "energy": ("calm", {"head_type": "energy"}),
+    "flow": ("calm", {"head_type": "flow"}),
+    "diffusion": ("calm", {"head_type": "diffusion"}),
+    "token_flow": ("calm", {"head_type": "token_flow"}),
+    "auxiliary": ("calm", {"head_type": "energy", "auxiliary_weight": 0.5}),
+    "ar": ("ar", {}),
+}
+
+
+def workshop(folder: Path) -> dict:
+    """Corpus, tokenizer and an autoencoder with the weights it starts from: training it is a run of its own."""
+    return make_workshop(folder, max_steps=1, learning_rate=0.0, weight_decay=0.0, use_cpu=True, eval_strategy="no")
+
+
+def first_steps(run: str, fields: dict, output_dir: Path, **changes) -> dict[str, list[float]]:
+    """The losses and gradient norms of a run.
+
+    Args:
+        run: a name in `RUNS`.
+        fields: of the workshop.
+        changes: settings other than `SETTINGS` and `RUNS` say.
+    """
+    kind, options = RUNS[run]
+    if kind != "calm":
+        fields = {name: value for name, value in fields.items() if name != "autoencoder"}
+    settings = {**fields, **SETTINGS, **options, **changes}
+    assert train(kind, output_dir=output_dir, **settings) == 0
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    return {name: [entry[name] for entry in steps] for name in ("loss", "grad_norm")}
+
+
+def record(path: Path = RECORD) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fields = workshop(folder)
+        trajectories = {run: first_steps(run, fields, folder / f"run-{run}") for run in RUNS}
+    path.write_text(json.dumps(trajectories, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    record(Path(sys.argv[1]) if sys.argv[1:] else RECORD)
