@@ -121,7 +121,8 @@ def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
     A dimension at the floor has no gradient: it is not pushed further towards the prior (KL clipping, paper 2.2).
 
     Args:
-        mean, log_std (`(..., Z)`): posterior parameters; log_std is the natural logarithm of the standard deviation.
+        mean (`(..., Z)`): of the posterior.
+        log_std (`(..., Z)`): natural logarithm of its standard deviation.
         clamp: floor in nats per latent dimension.
 
     Returns:
