@@ -94,7 +94,8 @@ def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
         `(...)`: the score of each patch.
 
     Raises:
-        ValueError: fewer than 2 samples, β outside (0, 2), or shapes that don't match.
+        ValueError: fewer than 2 samples, β outside (0, 2), shapes that don't match, or targets that require
+            a gradient.
     """
     if samples.shape[0] < 2:
         raise ValueError(f"energy_score got {samples.shape[0]} sample(s): the pairwise term needs at least 2.")
