@@ -217,8 +217,10 @@ def write_safetensors(
     at once.
 
     Args:
+        path: of the file.
         shapes: name → shape of what is to be written.
-        make: name → the tensor, of type `dtype` and of that shape; called once for each name.
+        dtype: of all tensors.
+        make: name → the tensor, of that type and shape; called once for each name.
 
     Raises:
         ConversionError: the disk is full or fails.

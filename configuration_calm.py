@@ -113,12 +113,13 @@ class CALMConfig(LlamaConfig):
         num_mlp_layers: residual blocks in the head.
         num_context_layers: residual MLPs that the hidden state passes first, once for all draws; published heads have
             none. A head that is trained on a frozen backbone learns much faster with one (docs/log.md).
-        num_samples: N, samples per patch in the training loss (energy: head samples; others: targets).
+        num_samples: N, samples per patch in the training loss (energy: head samples; flow and diffusion: targets;
+            token flow: noisy copies of the one target).
         num_posterior_samples: S, posterior draws per patch in the energy loss.
         beta: exponent of the energy score, 1 ≤ β < 2.
         flow_time_logit_mean: in training the flow head draws times sigmoid(Normal(this, 1)); `None` is the published
             uniform law. Below 0 it spends more on the early times, at which it is decided what a draw becomes.
-        sampling_steps: solver steps of the flow head, respaced steps of the diffusion head; `None` is 10 and 100.
+        sampling_steps: solver steps of the flow heads, respaced steps of the diffusion head; `None` is 10 and 100.
         autoencoder_config: a `CALMAutoencoderConfig` or its dictionary; `None` takes the published one with this
             configuration's K, Z and vocabulary.
         prompt_alignment: "left" fills the first patch of a prompt on its left; "right" is the published padding

@@ -94,7 +94,8 @@ def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
         `(...)`: the score of each patch.
 
     Raises:
-        ValueError: fewer than 2 samples, β outside (0, 2), or shapes that don't match.
+        ValueError: fewer than 2 samples, β outside (0, 2), shapes that don't match, or targets that require
+            a gradient.
     """
     if samples.shape[0] < 2:
         raise ValueError(f"energy_score got {samples.shape[0]} sample(s): the pairwise term needs at least 2.")
@@ -121,7 +122,8 @@ def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
     A dimension at the floor has no gradient: it is not pushed further towards the prior (KL clipping, paper 2.2).
 
     Args:
-        mean, log_std (`(..., Z)`): posterior parameters; log_std is the natural logarithm of the standard deviation.
+        mean (`(..., Z)`): of the posterior.
+        log_std (`(..., Z)`): natural logarithm of its standard deviation.
         clamp: floor in nats per latent dimension.
 
     Returns:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +38,8 @@ def wrapped(owner, name: str, wrapper: Callable):
 class Meter:
     """Something that is read before and after a call: `difference(before, after)` is the call's share."""
 
-    read: Callable[[], object]
-    difference: Callable[[object, object], float]
+    read: Callable[[], Any]
+    difference: Callable[[Any, Any], float]
 
     @classmethod
     def clock(cls, device: torch.device) -> Meter:
@@ -105,23 +106,24 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.extra = device, None
+        self.device = device
+        self.extra: int | None = None
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        else:
-            self.before = self._start_on_linux()
+        self.before = self._before()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.device.type == "cuda":
-            self.extra = torch.cuda.max_memory_allocated(self.device) - self.before
-        elif self.before is not None:
-            self.extra = self._status("VmHWM") - self.before
+        if self.before is None:
+            return
+        is_cuda = self.device.type == "cuda"
+        self.extra = (torch.cuda.max_memory_allocated(self.device) if is_cuda else self._status("VmHWM")) - self.before
 
-    def _start_on_linux(self) -> int | None:
+    def _before(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
         try:
             # Memory that was freed but not given back would otherwise hide what the block needs.
             ctypes.CDLL("libc.so.6").malloc_trim(0)

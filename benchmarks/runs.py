@@ -153,7 +153,8 @@ def summary(subject: Subject, runs: list[Run], length: int, flops: dict[str, flo
     step_ms = {part: median(run.step_ms[part] for run in runs) for part in PARTS}
     draws_per_step = median(run.draws for run in runs) / steps
     floor, weights = floor_ms(subject, flops, draws_per_step, machine), weight_bytes(subject.model)
-    extra = None if runs[0].extra_bytes is None else max(run.extra_bytes for run in runs)
+    extras = [run.extra_bytes for run in runs if run.extra_bytes is not None]
+    extra = max(extras) if extras else None
     return {
         "tokens_per_second": median(speeds),
         "tokens_per_second_range": [min(speeds), max(speeds)],

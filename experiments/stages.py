@@ -91,6 +91,9 @@ def run(plan: Plan, stages: list[Stage], threads: int, after_each=lambda: None) 
     """Runs what is not finished, in order; names of the stages that failed or could not run because of one.
 
     Args:
+        plan: of all stages.
+        stages: those to run, each after what it needs.
+        threads: CPU threads that each computes on.
         after_each: called after each evaluation.
     """
     check_corpus(plan)

@@ -100,12 +100,12 @@ def test_lazy_and_plain_decoding_agree(models, settings):
 
 
 @pytest.mark.parametrize("part", ["model", "head", "autoencoder"])
-def test_a_part_may_stay_on_the_cpu(models, part, tmp_path):
+def test_a_part_may_be_offloaded_to_the_cpu(models, part, tmp_path):
     models[0].save_pretrained(tmp_path)
     places = {"model": DEVICE, "head": DEVICE, "autoencoder": DEVICE, part: "cpu"}
     placed = CALMForCausalLM.from_pretrained(tmp_path, device_map=places)
     torch.manual_seed(0)
-    ids = placed.generate(IDS.to(placed.device), **SAMPLED)
+    ids = placed.generate(IDS.to(DEVICE), **SAMPLED)
     assert torch.equal(ids.cpu()[:, : IDS.shape[1]], IDS) and ids.shape[1] == IDS.shape[1] + 12
 
 

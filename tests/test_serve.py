@@ -66,7 +66,9 @@ def running_server(model, home, *options, cwd=None):
     """A server process, and a client of it; the process is ended whatever happens.
 
     Args:
+        model: folder or Hub id.
         home: folder that becomes HF_HOME and, without `cwd`, the working directory; the log is written there.
+        cwd: the working directory.
     """
     from openai import OpenAI
 

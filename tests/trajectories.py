@@ -52,6 +52,7 @@ def first_steps(run: str, fields: dict, output_dir: Path, **changes) -> dict[str
     Args:
         run: a name in `RUNS`.
         fields: of the workshop.
+        output_dir: the run's folder.
         changes: settings other than `SETTINGS` and `RUNS` say.
     """
     kind, options = RUNS[run]
