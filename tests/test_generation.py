@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from calm.configuration_calm import CALMConfig
-from calm.generation_calm import HARMLESS_SETTINGS, PatchSampling, pack_prompts
+from calm.generation_calm import PatchSampling, pack_prompts
 from calm.modeling_calm import CALMForCausalLM
+from calm.upstream_calm import HARMLESS_SETTINGS
 
 PROMPT = torch.tensor([[BOS, 10, 11, 12, 13, 14]])
 FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20}
