@@ -11,6 +11,7 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,34 +23,125 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from .configuration_calm import CALMConfig
 
-# Settings that act on token probabilities, which CALM has none of, and the values that switch them off.
-TOKEN_LEVEL_SETTINGS = {
-    "top_k": (0, 50),  # 50 is GenerationConfig's default in transformers 4
-    "top_p": (1.0,),
-    "min_p": (),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "remove_invalid_values": (False,),
-    "is_assistant": (False,),
+
+@dataclass(frozen=True)
+class Setting:
+    """How CALM takes a field of `GenerationConfig`.
+
+    Args:
+        use: "harmless" is accepted: nothing on our way reads it, or what it asks for is so anyway.
+        why: who reads it, why nothing is lost, or the sentence of the refusal.
+        off: the values besides None at which a refused one asks for nothing.
+    """
+
+    use: Literal["used", "harmless", "refused"]
+    why: str
+    off: tuple = ()
+
+
+def _used(why: str) -> Setting:
+    return Setting("used", why)
+
+
+def _harmless(why: str) -> Setting:
+    return Setting("harmless", why)
+
+
+def _refused(why: str, *off) -> Setting:
+    return Setting("refused", why, off)
+
+
+CHOICE = "choice of a patch"
+LENGTH = "upstream's lengths and stopping criteria"
+CACHE = "upstream's caches"
+OUTPUT = "what is returned"
+TOKENS = "CALM has no token probabilities for it to act on; sharpen the text with temperature < 1."
+MODES = (
+    "CALM draws whole patches and decodes in no other way; use do_sample=True with a temperature, or do_sample=False."
+)
+SCORES = "CALM has no token scores to return, so it must be False."
+BEAMS = "beam search alone reads it, and that is refused"
+ASSISTANTS = "assisted generation alone reads it, and that is refused"
+METADATA = "says where the configuration comes from"
+
+# Every field in transformers 4.57.6 and 5.23.0.
+GENERATION_SETTINGS = {
+    "do_sample": _used(CHOICE),
+    "temperature": _used(CHOICE),
+    "bos_token_id": _used("starts empty prompts"),
+    "eos_token_id": _used(LENGTH),
+    "pad_token_id": _used("stands after a row's end"),
+    "max_length": _used(LENGTH),
+    "max_new_tokens": _used(LENGTH),
+    "min_length": _used(LENGTH),
+    "min_new_tokens": _used(LENGTH),
+    "max_time": _used(LENGTH),
+    "stop_strings": _used(LENGTH),
+    "num_return_sequences": _used("upstream's expansion of prompts"),
+    "use_cache": _used(CACHE),
+    "cache_implementation": _used(CACHE),
+    "cache_config": _used(CACHE),
+    "max_cache_len": _used(CACHE),
+    "prefill_chunk_size": _used("reading of the prompt"),
+    "output_attentions": _used(OUTPUT),
+    "output_hidden_states": _used(OUTPUT),
+    "return_dict_in_generate": _used(OUTPUT),
+    "return_legacy_cache": _used(OUTPUT),
+    "renormalize_logits": _harmless("changes no argmax, and there are no processors before it"),
+    "disable_compile": _harmless("nothing is compiled"),
+    "continuous_batching_config": _harmless("continuous batching alone reads it, and that is refused"),
+    "decoder_start_token_id": _harmless("models with an encoder alone read it"),
+    "early_stopping": _harmless(BEAMS),
+    "length_penalty": _harmless(BEAMS),
+    "diversity_penalty": _harmless(BEAMS),
+    "low_memory": _harmless(BEAMS),
+    "assistant_confidence_threshold": _harmless(ASSISTANTS),
+    "assistant_ensemble_weight": _harmless(ASSISTANTS),
+    "assistant_lookbehind": _harmless(ASSISTANTS),
+    "target_lookbehind": _harmless(ASSISTANTS),
+    "num_assistant_tokens": _harmless(ASSISTANTS),
+    "num_assistant_tokens_schedule": _harmless(ASSISTANTS),
+    "max_matching_ngram_size": _harmless(ASSISTANTS),
+    "speculation_type": _harmless(ASSISTANTS),
+    "transformers_version": _harmless(METADATA),
+    "_from_model_config": _harmless(METADATA),
+    "_commit_hash": _harmless(METADATA),
+    "top_k": _refused(TOKENS, 0, 50),  # 50 is GenerationConfig's default in transformers 4, and generate's in 5
+    "top_p": _refused(TOKENS, 1.0),
+    "min_p": _refused(TOKENS),
+    "top_h": _refused(TOKENS),
+    "typical_p": _refused(TOKENS, 1.0),
+    "epsilon_cutoff": _refused(TOKENS, 0.0),
+    "eta_cutoff": _refused(TOKENS, 0.0),
+    "repetition_penalty": _refused(TOKENS, 1.0),
+    "encoder_repetition_penalty": _refused(TOKENS, 1.0),
+    "no_repeat_ngram_size": _refused(TOKENS, 0),
+    "encoder_no_repeat_ngram_size": _refused(TOKENS, 0),
+    "bad_words_ids": _refused(TOKENS),
+    "sequence_bias": _refused(TOKENS),
+    "suppress_tokens": _refused(TOKENS),
+    "begin_suppress_tokens": _refused(TOKENS),
+    "forced_bos_token_id": _refused(TOKENS),
+    "forced_eos_token_id": _refused(TOKENS),
+    "exponential_decay_length_penalty": _refused(TOKENS),
+    "guidance_scale": _refused(TOKENS, 1.0),
+    "watermarking_config": _refused(TOKENS),
+    "token_healing": _refused(TOKENS, False),
+    "remove_invalid_values": _refused(TOKENS, False),
+    "num_beams": _refused(MODES, 1),
+    "num_beam_groups": _refused(MODES, 1),
+    "constraints": _refused(MODES),
+    "force_words_ids": _refused(MODES),
+    "penalty_alpha": _refused(MODES, 0.0),
+    "dola_layers": _refused(MODES),
+    "is_assistant": _refused(MODES, False),
+    "prompt_lookup_num_tokens": _refused(MODES),
+    "assistant_early_exit": _refused(MODES),
+    "use_mtp": _refused(MODES, False),
+    "output_scores": _refused(SCORES, False),
+    "output_logits": _refused(SCORES, False),
+    "compile_config": _refused("CALM's steps are not compiled, so leave it out."),
 }
-# Accepted though nothing reads it: renormalising logits changes no argmax, and there are no processors before it.
-HARMLESS_SETTINGS = ("renormalize_logits",)
 CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
 
 
@@ -199,23 +291,25 @@ class PatchGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, num_empty_prompts=1, **kwargs):
         return super()._expand_inputs_for_generation(expand_size=expand_size * num_empty_prompts, **kwargs)
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+    def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
+        self._check_mode(generation_mode)  # upstream would first send the reader to a repository that decodes so
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+
+    @staticmethod
+    def _check_mode(generation_mode: GenerationMode) -> None:
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
             raise ValueError(
                 f"CALM has no {generation_mode.value.replace('_', ' ')}: it draws whole patches and has no token "
                 "probabilities; use do_sample=True with a temperature, or do_sample=False."
             )
-        for name, off in TOKEN_LEVEL_SETTINGS.items():
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        self._check_mode(generation_mode)
+        for name, setting in GENERATION_SETTINGS.items():
             value = getattr(generation_config, name, None)
-            if value is not None and value not in off:
-                raise ValueError(
-                    f"{name}={value}: CALM has no token probabilities for it to act on; sharpen the text with "
-                    "temperature < 1."
-                )
-        if generation_config.output_scores or generation_config.output_logits:
-            raise ValueError("CALM has no token scores to return: output_scores and output_logits must be False.")
-        if generation_config.compile_config is not None:
-            raise ValueError("compile_config: CALM's steps are not compiled, so leave it out.")
+            if setting.use == "refused" and value is not None and value not in setting.off:
+                said = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
+                raise ValueError(f"{name}{said}: {setting.why}")
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
@@ -249,9 +343,15 @@ class PatchGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         *args, max_cache_length = args
-        patches = -(-max_cache_length // self.config.patch_size) + 1
+        patches = self._cached_patches(max_cache_length)
+        if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
+            generation_config = copy.copy(generation_config)
+            generation_config.max_cache_len = self._cached_patches(generation_config.max_cache_len)
         prepare = super()._prepare_cache_for_generation.__func__
         return prepare(_ViewForUpstream(self), generation_config, model_kwargs, *args, patches)
+
+    def _cached_patches(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.patch_size) + 1
 
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
