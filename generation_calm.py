@@ -1,22 +1,17 @@
 """Text generation of CALM under Hugging Face's `generate`: one loop that draws a patch a step and emits K tokens.
 
-`generate` dispatches greedy search and sampling to `_sample`; everything else is refused in one sentence. The
-temperature samplers are in samplers_calm.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch,
+What `generate` asks of a model, and what it is refused, is in upstream_calm.py; the temperature samplers are in
+samplers_calm.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch,
 D hidden, N candidates, V vocabulary.
 """
 
-import copy
-import inspect
-import types
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from .candidates_calm import DecodedCandidates, LazyCandidates
 from .configuration_calm import PROMPT_ALIGNMENTS
@@ -28,41 +23,12 @@ from .samplers_calm import (
     exact_temperature_sample,
     most_frequent_patch,
 )
+from .upstream_calm import GenerateCall, PatchGenerationMixin
 
 SAMPLING_METHODS = ("batch", "adaptive", "exact")
 NUM_CANDIDATES = 200  # published setting of the batch algorithm
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
-
-# Settings that act on token probabilities, which CALM has none of, and the values that switch them off.
-TOKEN_LEVEL_SETTINGS = {
-    "top_k": (0, 50),  # 50 is GenerationConfig's default in transformers 4
-    "top_p": (1.0,),
-    "min_p": (),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "remove_invalid_values": (False,),
-    "is_assistant": (False,),
-}
-# Accepted though nothing reads it: renormalising logits changes no argmax, and there are no processors before it.
-HARMLESS_SETTINGS = ("renormalize_logits",)
-CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
 
 
 @dataclass(frozen=True)
@@ -160,22 +126,8 @@ def pack_prompts(
     return packed, (patch_index >= num_patches - patches_B1).long()
 
 
-class _ViewForUpstream:
-    """A model as upstream's preparations take it: with positions that count tokens, and whatever they note down kept
-    to this call. The model itself stays as it is, for other threads may be generating with it."""
-
-    def __init__(self, model):
-        self.model, self.config = model, copy.copy(model.config)
-        self.config.max_position_embeddings *= model.config.patch_size
-
-    def __getattr__(self, name):
-        attribute = getattr(self.model, name)
-        is_own_method = inspect.ismethod(attribute) and attribute.__self__ is self.model
-        return types.MethodType(attribute.__func__, self) if is_own_method else attribute
-
-
-class CALMGenerationMixin:
-    """The part of `GenerationMixin` that CALM replaces; stands before it among the bases."""
+class CALMGenerationMixin(PatchGenerationMixin):
+    """`generate` for CALM: upstream_calm.py receives its calls, here is what they come to."""
 
     def prepare_inputs_for_generation(
         self,
@@ -187,7 +139,7 @@ class CALMGenerationMixin:
         generator=None,
         **kwargs,
     ):
-        """Names the arguments that `generate` accepts beside its own; the loop in `_sample` builds its inputs itself.
+        """Names the arguments that `generate` accepts beside its own; `write_patches` builds its inputs itself.
 
         Args:
             num_candidates, sampling_method, lazy_decoding: see `PatchSampling`.
@@ -196,155 +148,16 @@ class CALMGenerationMixin:
         """
         return {"input_ids": input_ids, **kwargs}
 
-    def _validate_model_kwargs(self, model_kwargs):
-        replacement = vars(self).get("prepare_inputs_for_generation")
-        if replacement is not None and getattr(replacement, "__self__", None) is not self:  # PEFT puts it back so
-            raise ValueError(
-                "prepare_inputs_for_generation of this model was replaced, as PEFT's prompt tuning, p-tuning and "
-                "prefix tuning do: CALM's generate() packs patches itself and would ignore the virtual tokens; use "
-                "LoRA instead."
-            )
-        generator = model_kwargs.get("generator")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(
-                f"generator={generator!r}: must be a torch.Generator on the model's device, as "
-                "torch.Generator(device).manual_seed(0)."
-            )
-        super()._validate_model_kwargs(model_kwargs)
-
-    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                "generate() got inputs_embeds: CALM packs token ids into patches and feeds generated ids back, so "
-                "pass input_ids instead."
-            )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                "generate() got a filled past_key_values: how a prompt is cut into patches depends on its whole "
-                "length, so pass the whole prompt without a cache."
-            )
-        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        inputs = self._checked_ids(inputs, model_kwargs.get("attention_mask"))
-        if inputs.shape[1] == 0 and len(inputs) > 1:
-            # Upstream looks at the last column of a batch. Empty prompts are all alike: one, expanded later.
-            model_kwargs["num_empty_prompts"] = len(inputs)
-            inputs = inputs[:1]
-            if model_kwargs.get("attention_mask") is not None:
-                model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:1]
-        return inputs, name, model_kwargs
-
-    def _checked_ids(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """The prompts' ids (B, L), int64.
-
-        Raises:
-            ValueError: not a batch of ids of the vocabulary, or a mask of another shape.
-        """
-        if not isinstance(inputs, Tensor) or inputs.dim() != 2:
-            what = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ValueError(f"generate() got {what}: it takes ids as a tensor of shape (batch, length).")
-        if inputs.shape[0] == 0:
-            raise ValueError("generate() got an empty batch: pass at least one prompt.")
-        is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
-        if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
-            raise ValueError(f"generate() got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
-        if mask is not None and not isinstance(mask, Tensor):
-            raise ValueError(f"generate() got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
-        if mask is not None and mask.shape != inputs.shape:
-            raise ValueError(
-                f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
-                f"{tuple(inputs.shape)}: they must be equal."
-            )
-        inputs = inputs.long()
-        ids = inputs if mask is None else inputs[mask.bool()]
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            bad = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
-            raise ValueError(
-                f"generate() got token id {bad}, outside the vocabulary 0 … {self.config.vocab_size - 1}."
-            )
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, num_empty_prompts=1, **kwargs):
-        return super()._expand_inputs_for_generation(expand_size=expand_size * num_empty_prompts, **kwargs)
-
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-            raise ValueError(
-                f"CALM has no {generation_mode.value.replace('_', ' ')}: it draws whole patches and has no token "
-                "probabilities; use do_sample=True with a temperature, or do_sample=False."
-            )
-        for name, off in TOKEN_LEVEL_SETTINGS.items():
-            value = getattr(generation_config, name, None)
-            if value is not None and value not in off:
-                raise ValueError(
-                    f"{name}={value}: CALM has no token probabilities for it to act on; sharpen the text with "
-                    "temperature < 1."
-                )
-        if generation_config.output_scores or generation_config.output_logits:
-            raise ValueError("CALM has no token scores to return: output_scores and output_logits must be False.")
-        if generation_config.compile_config is not None:
-            raise ValueError("compile_config: CALM's steps are not compiled, so leave it out.")
-        chunk = generation_config.prefill_chunk_size
-        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-            raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
-        self._check_cache_package(generation_config)
+    def check_settings(self, generation_config: GenerationConfig) -> None:
         PatchSampling.from_generation_config(generation_config)
 
-    def _get_logits_processor(self, *args, logits_processor=None, prefix_allowed_tokens_fn=None, **kwargs):
-        if prefix_allowed_tokens_fn is not None:
-            raise ValueError("prefix_allowed_tokens_fn: CALM has no token logits to constrain while it generates.")
-        if logits_processor:
-            raise ValueError("logits_processor: CALM has no token logits to process while it generates.")
-        return LogitsProcessorList()
-
-    @staticmethod
-    def _check_cache_package(generation_config: GenerationConfig) -> None:
-        if generation_config.cache_implementation != "quantized" or generation_config.use_cache is False:
-            return
-        backend = str((generation_config.cache_config or {}).get("backend", "quanto")).lower()
-        package, is_available = CACHE_PACKAGES.get(backend, (None, None))
-        if package and not is_available():
-            raise ValueError(
-                f'cache_implementation="quantized" with the backend "{backend}" needs a package that is not '
-                f"installed: pip install {package}."
-            )
-
-    def _prepare_generated_length(self, *args, **kwargs):
-        return super()._prepare_generated_length.__func__(_ViewForUpstream(self), *args, **kwargs)
-
-    def _get_stopping_criteria(self, *args, **kwargs):
-        return super()._get_stopping_criteria.__func__(_ViewForUpstream(self), *args, **kwargs)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        *args, max_cache_length = args
-        patches = -(-max_cache_length // self.config.patch_size) + 1
-        prepare = super()._prepare_cache_for_generation.__func__
-        return prepare(_ViewForUpstream(self), generation_config, model_kwargs, *args, patches)
-
-    def generate_batch(self, *args, **kwargs):
-        raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
-
-    @property
-    def init_continuous_batching(self):
-        """Absent, so that servers which ask for it with `hasattr` generate in the ordinary way."""
-        raise AttributeError("CALM has no continuous batching: use generate() with a left-padded batch.")
-
-    continuous_batching_context_manager = init_continuous_batching
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer=None,
-        **model_kwargs,
+    def write_patches(
+        self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """Generates patch by patch and appends token by token, so that every stopping rule sees each token.
 
-        Same contract as upstream's `_sample`: returns the prompts as they came, padding included, followed by the new
-        tokens; a row that has stopped gets padding, also after an EOS within a patch.
+        Returns the prompts as they came, padding included, followed by the new tokens; a row that has stopped gets
+        padding, also after an EOS within a patch.
         """
         names = ("num_candidates", "sampling_method", "lazy_decoding")
         sampling = PatchSampling.from_generation_config(
@@ -353,7 +166,7 @@ class CALMGenerationMixin:
         generator = model_kwargs.get("generator")
         prompt_length = input_ids.shape[1]
         min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
-        inputs = self._pack_for_generation(input_ids, generation_config, model_kwargs)
+        inputs = self._pack_for_generation(input_ids, call, model_kwargs)
         cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
         outputs_wanted = {
             name: bool(getattr(generation_config, f"output_{name}"))
@@ -363,11 +176,11 @@ class CALMGenerationMixin:
         collected = {name: () for name, wanted in outputs_wanted.items() if wanted}
 
         chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None and cache is not None and not collected and not synced_gpus:
+        if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         finished, plan = False, BlockPlan()
-        while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
+        while call.goes_on(finished, input_ids.device):
             outputs = self(
                 **inputs,
                 past_key_values=cache,
@@ -376,7 +189,7 @@ class CALMGenerationMixin:
             )
             for name in collected:
                 collected[name] += (getattr(outputs, name),)
-            forbidden_KV = self._forbidden_tokens(min_length - input_ids.shape[1], generation_config, input_ids.device)
+            forbidden_KV = self._forbidden_tokens(min_length - input_ids.shape[1], call.eos_tokens, input_ids.device)
             # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
             drawing = torch.full_like(unfinished, True) if finished else unfinished
             hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
@@ -386,17 +199,17 @@ class CALMGenerationMixin:
             for tokens in patches_BK.unbind(1):
                 if finished:  # the patch's other tokens; or only kept running for the other processes
                     break
-                if generation_config._pad_token_tensor is not None:
-                    tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
+                if call.pad_token is not None:
+                    tokens = torch.where(unfinished, tokens, call.pad_token)
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-                if streamer is not None:
-                    streamer.put(tokens.cpu())
-                unfinished = unfinished & ~stopping_criteria(input_ids, None).to(unfinished.device)
+                if call.streamer is not None:
+                    call.streamer.put(tokens.cpu())
+                unfinished = unfinished & ~call.stopping_criteria(input_ids, None).to(unfinished.device)
                 finished = not bool(unfinished.any())
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
 
-        if streamer is not None:
-            streamer.end()
+        if call.streamer is not None:
+            call.streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
         return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **collected)
@@ -464,13 +277,12 @@ class CALMGenerationMixin:
             return DecodedCandidates(self.autoencoder, num_rows, forbidden_KV)
         return LazyCandidates(self.autoencoder, num_rows, forbidden_KV, self.config.repetition_radius)
 
-    def _pack_for_generation(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> dict:
+    def _pack_for_generation(self, input_ids: Tensor, call: GenerateCall, model_kwargs: dict) -> dict:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask.long()
         if input_ids.shape[1] == 0 or not bool(mask.any(-1).all()):
-            input_ids, mask = self._start_empty_rows(input_ids, mask, generation_config._bos_token_tensor)
-        pad = generation_config._pad_token_tensor
-        pad = 0 if pad is None else int(pad)
+            input_ids, mask = self._start_empty_rows(input_ids, mask, call.bos_token)
+        pad = 0 if call.pad_token is None else int(call.pad_token)
         # The filler is the model's: a pad token given to this call only marks where rows have ended.
         filler = self.config.prompt_filler_token_id
         filler = self.config.pad_token_id if filler is None else filler
@@ -503,12 +315,12 @@ class CALMGenerationMixin:
         input_ids = torch.cat([input_ids, bos_token.expand(len(input_ids), 1).to(input_ids)], dim=1)
         return input_ids, torch.cat([mask, empty.to(mask)], dim=1)
 
-    def _forbidden_tokens(self, num_left: int, generation_config: GenerationConfig, device) -> Tensor | None:
+    def _forbidden_tokens(self, num_left: int, eos_tokens: Tensor | None, device) -> Tensor | None:
         """(K, V) mask that keeps EOS out of the next `num_left` tokens; None when it would be empty."""
-        if num_left <= 0 or generation_config._eos_token_tensor is None:
+        if num_left <= 0 or eos_tokens is None:
             return None
         forbidden_KV = torch.zeros(self.config.patch_size, self.config.vocab_size, dtype=torch.bool, device=device)
-        eos_tokens = generation_config._eos_token_tensor.to(device)
+        eos_tokens = eos_tokens.to(device)
         forbidden_KV[:num_left, eos_tokens[eos_tokens < self.config.vocab_size]] = True
         return forbidden_KV
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
@@ -28,6 +27,7 @@ from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 from .screening_calm import VocabularyScreen  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401
+from .upstream_calm import PatchGenerationMixin  # noqa: F401
 
 NO_LOGITS = (
     "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
@@ -176,7 +176,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         )
 
 
-class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin, GenerationMixin):
+class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
     """The continuous autoregressive language model: backbone, generative head, frozen autoencoder."""
 
     def __init__(self, config: CALMConfig):

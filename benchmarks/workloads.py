@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.benchmarks.meters import wrapped
 from calm.candidates_calm import DecodedCandidates, LazyCandidates
 from calm.configuration_calm import CALMConfig
-from calm.evaluation.models import is_calm, load_causal_lm
+from calm.evaluation.models import is_calm, load_causal_lm, load_config
 from calm.generation_calm import EXACT_DRAWS_PER_CANDIDATE
 from calm.modeling_calm import CALMForCausalLM
 from calm.training.recipe import load_recipe, recipe_names
@@ -61,7 +61,7 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
     """The configuration of a recipe, of the demo, or of a model by its folder or Hub id."""
     if is_trained(name):
         try:
-            return AutoConfig.from_pretrained(model_folder(name, demo))
+            return load_config(model_folder(name, demo))
         except OSError as error:
             raise BenchmarkError(f"{name} is neither a recipe nor a model: {str(error).splitlines()[0]}") from error
     recipe = load_recipe(name)

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
+from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
-from calm.evaluation.models import load_causal_lm
+from calm.evaluation.models import load_causal_lm, load_config
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.diagnostics import ACTIVE_NATS
 from calm.training.extras import need
@@ -71,7 +71,7 @@ def posterior_statistics(mean_PZ: torch.Tensor, log_std_PZ: torch.Tensor) -> dic
 
 def load_autoencoder(name: str) -> CALMAutoencoder:
     """The autoencoder of a folder or Hub id that holds one by itself or inside a CALM."""
-    if AutoConfig.from_pretrained(name).model_type == "calm":
+    if isinstance(load_config(name), CALMConfig):
         autoencoder = load_causal_lm(name).autoencoder
         assert isinstance(autoencoder, CALMAutoencoder), "every CALM has one"
         return autoencoder

@@ -9,7 +9,7 @@ from math import ceil
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
@@ -18,19 +18,38 @@ from calm.evaluation.brier import MAX_N, BrierCounts
 from calm.evaluation.calm_estimator import count_calm
 from calm.modeling_calm import CALMForCausalLM
 
-# CALM folders load with this package's code, without trust_remote_code; AutoTokenizer reads the config too.
-AutoConfig.register("calm", CALMConfig, exist_ok=True)
-AutoConfig.register("calm_autoencoder", CALMAutoencoderConfig, exist_ok=True)
-AutoModelForCausalLM.register(CALMConfig, CALMForCausalLM, exist_ok=True)
-
 
 def is_calm(model) -> bool:
     return model.config.model_type == CALMConfig.model_type
 
 
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a folder or Hub id, of one of our models or another.
+
+    Ours load with this package's code: nothing is registered, and no code of the repository asked for.
+
+    Raises:
+        OSError: there is none.
+    """
+    fields, _ = PretrainedConfig.get_config_dict(name)
+    for config_class in (CALMConfig, CALMAutoencoderConfig):
+        if fields.get("model_type") == config_class.model_type:
+            return config_class.from_dict(fields)
+    return AutoConfig.from_pretrained(name)
+
+
 def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
-    """The model of a folder or Hub id, CALM or not, in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    """The model of a folder or Hub id, CALM or not, in eval mode.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is no language model.
+    """
+    config = load_config(name)
+    if isinstance(config, CALMAutoencoderConfig):
+        raise ValueError(f"{name}: is an autoencoder, not a language model")
+    model_class = CALMForCausalLM if isinstance(config, CALMConfig) else AutoModelForCausalLM
+    return model_class.from_pretrained(name, dtype=dtype).to(device).eval()
 
 
 def positions_per_block(model, block_size: int) -> int:

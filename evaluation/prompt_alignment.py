@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from calm.evaluation.blocks import add_data_arguments, read_blocks
@@ -56,6 +57,12 @@ def cut_prompts(windows_NL: torch.Tensor, length: int, bos_token_id: int | None)
     return prompts_NL
 
 
+def fill_on_the_left(prompts_NL: torch.Tensor, patch_size: int, token_id: int) -> torch.Tensor:
+    """The prompts with so many of one token before them that they are whole patches."""
+    missing = -prompts_NL.shape[1] % patch_size
+    return F.pad(prompts_NL, (missing, 0), value=token_id)
+
+
 @torch.no_grad()
 def count_continuations(
     model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, alignment: str, seed: int = 0, batch_size: int = 250
@@ -91,12 +98,10 @@ def measure(
         prompts_NL = cut_prompts(windows_NL, length + extra, bos_token_id)
         rows.append({})
         for case in CASES:
-            filler = model.config.prompt_filler_token_id
+            prompts = prompts_NL
             if case == "left with PAD":
-                model.config.prompt_filler_token_id = pad_token_id
-            counts = count_continuations(model, prompts_NL, targets_N4, case.split()[0], seed)
-            model.config.prompt_filler_token_id = filler
-            rows[-1][case] = counts.score()
+                prompts = fill_on_the_left(prompts_NL, model.config.patch_size, pad_token_id)
+            rows[-1][case] = count_continuations(model, prompts, targets_N4, case.split()[0], seed).score()
     return rows
 
 

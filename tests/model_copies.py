@@ -23,6 +23,7 @@ CODE_FILES = {
     "modeling_calm_autoencoder.py",
     "samplers_calm.py",
     "scores_calm.py",
+    "upstream_calm.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",

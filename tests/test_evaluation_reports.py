@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from evaluation_folder import folder, tiny_llama  # noqa: F401 (a fixture)
-from tiny import tiny_model, tiny_tokenizer
+from tiny import PAD, tiny_model, tiny_tokenizer
 
 from calm.evaluation import autoencoder_report, calibration, invented_words, prompt_alignment
 from calm.evaluation.autoencoder_report import noise_accuracy, posterior_statistics
@@ -89,19 +89,18 @@ def test_cross_entropy_is_the_mean_over_blocks():
 
 
 class RecordingModel:
-    """Continues every prompt by its last token plus 1, 2, 3, 4 when aligned left with the filler 0, else wrongly."""
+    """Continues every prompt by its last token plus 1, 2, 3, 4 when aligned left and without PAD, else wrongly."""
 
     device = "cpu"
 
     def generate(self, prompts, prompt_alignment, num_return_sequences, **options):
-        right = prompt_alignment == "left" and self.config.prompt_filler_token_id == 0
+        right = prompt_alignment == "left" and PAD not in prompts
         steps = torch.arange(1, 5) * right
         prompts = prompts.repeat_interleave(num_return_sequences, 0)
         return torch.cat([prompts, prompts[:, -1:] + steps], dim=1)
 
     class config:
         patch_size = 4
-        prompt_filler_token_id = 0
 
 
 def test_windows_are_spread_over_the_text():
@@ -116,9 +115,24 @@ def test_alignment_prompts_end_at_the_same_place():
     prompts = prompt_alignment.cut_prompts(windows, 4, bos_token_id=None)
     assert prompts.tolist() == [[7, 8, 9, 10], [107, 108, 109, 110], [207, 208, 209, 210]]
     assert prompt_alignment.cut_prompts(windows, 3, bos_token_id=1)[0].tolist() == [1, 9, 10]
-    rows = prompt_alignment.measure(RecordingModel(), windows, length=8, bos_token_id=1, pad_token_id=2)
-    assert [[row[case].brier[0] for case in prompt_alignment.CASES] for row in rows] == [[1, -1, -1]] * 4
+    rows = prompt_alignment.measure(RecordingModel(), windows, length=8, bos_token_id=1, pad_token_id=PAD)
+    # Whole patches, the first row, have no filler.
+    brier_1 = [[row[case].brier[0] for case in prompt_alignment.CASES] for row in rows]
+    assert brier_1 == [[1, 1, -1], *[[1, -1, -1]] * 3]
     assert rows[0]["left"].positions == 3
+
+
+def test_filling_on_the_left_is_what_another_filler_would_do():
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_candidates": 20, "eos_token_id": None}
+    for length in range(5, 9):
+        prompts = torch.arange(10, 10 + length).expand(2, -1)
+        padded = prompt_alignment.fill_on_the_left(prompts, 4, PAD)
+        assert padded.shape[1] == 8
+        expected = tiny_model(prompt_filler_token_id=PAD).generate(prompts, **settings)
+        given = tiny_model(prompt_filler_token_id=5).generate(
+            padded, attention_mask=torch.ones_like(padded), **settings
+        )
+        assert torch.equal(given[:, -6:], expected[:, -6:])
 
 
 def test_alignment_command_writes_a_page(folder, tmp_path):

@@ -4,6 +4,7 @@ when the loss is no number.
 Axes: B batch, L tokens.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -36,9 +37,13 @@ class CALMTrainer(Trainer):
     this process's CPU time, which other work on the machine moves less.
     """
 
-    def __init__(self, *args, keep_checkpoints: int | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, *args, keep_checkpoints: int | None = None, **kwargs):
+        with keeping_use_cache(model.config):
+            super().__init__(model, *args, **kwargs)
         self.keep_checkpoints = keep_checkpoints
+        self._unfinished: str | None = None
+        has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
+        self._no_cache = {"use_cache": False} if has_cache else {}
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens, self._clock, self._first_step, self._last_batch = 0, None, 0, None
         self._cpu_clock = 0.0
@@ -49,7 +54,7 @@ class CALMTrainer(Trainer):
     # loss and logs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
+        inputs = dict(inputs) | self._no_cache
         block_ids = inputs.pop("block_ids", None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
@@ -109,11 +114,11 @@ class CALMTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(unfinished)
+        self._unfinished = str(unfinished)
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.output_dir = str(run_folder)
+            self._unfinished = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
@@ -122,6 +127,9 @@ class CALMTrainer(Trainer):
             shutil.rmtree(unfinished)
             self._remove_old_checkpoints(run_folder)
         self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial) -> str:
+        return self._unfinished or super()._get_output_dir(trial)
 
     def _remove_old_checkpoints(self, run_folder: Path) -> None:
         if self.keep_checkpoints:
@@ -145,10 +153,7 @@ class CALMTrainer(Trainer):
             if isinstance(model, WithAuxiliary):
                 state_dict = state_without_auxiliary(state_dict)
             model, state_dict = unsharded(without_auxiliary(model), state_dict)
-        model = without_auxiliary(model)
-        if hasattr(model.config, "use_cache"):
-            model.config.use_cache = True  # Trainer turns it off, and the copy that is saved would keep that
-        model.save_pretrained(folder, state_dict=state_dict)
+        without_auxiliary(model).save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if model is None and isinstance(self.model, WithAuxiliary):
@@ -192,6 +197,17 @@ class CALMTrainer(Trainer):
             save_tokenizer(tokenizer, self.args.output_dir)
             self.state.save_to_json(str(Path(self.args.output_dir) / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def keeping_use_cache(config):
+    """transformers 5's Trainer turns `use_cache` off, or puts it, in a configuration that is not its own."""
+    before = {name: value for name, value in vars(config).items() if name == "use_cache"}
+    try:
+        yield
+    finally:
+        vars(config).pop("use_cache", None)
+        vars(config).update(before)
 
 
 def bare(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,0 +1,220 @@
+"""Every field of GenerationConfig has a class, and behaves as one of its class: used, harmless or refused."""
+
+import pytest
+import torch
+from tiny import BOS, tiny_model, tiny_tokenizer
+from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
+
+from calm.upstream_calm import GENERATION_SETTINGS
+
+FIELDS = sorted(vars(GenerationConfig()))
+PROMPT = torch.tensor([[BOS, 10, 11, 12, 13, 14]])
+FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 8, "eos_token_id": None}
+
+
+def fields_of(use):
+    return [name for name in FIELDS if name in GENERATION_SETTINGS and GENERATION_SETTINGS[name].use == use]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(attn_implementation="eager")  # which returns attentions
+
+
+def generate(model, seed=0, **settings):
+    torch.manual_seed(seed)
+    return model.generate(**{"inputs": PROMPT, **FAST, **settings})
+
+
+def test_every_field_has_a_class():
+    assert [name for name in FIELDS if name not in GENERATION_SETTINGS] == []
+
+
+# Used: two values of a setting, and what differs between their results.
+
+
+def ids(result):
+    return result.tolist()
+
+
+def shape(result):
+    return list(result.shape)
+
+
+def cache(result):
+    return type(result.past_key_values).__name__
+
+
+def cache_room(result):
+    return result.past_key_values.layers[0].keys.shape[-2]
+
+
+def kind(result):
+    return type(result).__name__
+
+
+def first_new(result):
+    return result[0, PROMPT.shape[1]].item()
+
+
+def has(name):
+    return lambda result: getattr(result, name) is not None
+
+
+DICT = {"return_dict_in_generate": True}
+EMPTY = {"inputs": torch.empty(1, 0, dtype=torch.long), "do_sample": False}
+TWO_ROWS = {"inputs": PROMPT.repeat(2, 1)}
+EFFECTS = {
+    "do_sample": ([False, True], {}, ids),
+    "temperature": ([0.5, 1.0], {}, ids),
+    "bos_token_id": ([BOS, 40], EMPTY, ids),
+    "max_length": ([9, 10], {"max_new_tokens": None}, shape),
+    "max_new_tokens": ([3, 4], {}, shape),
+    "max_time": ([0.0, 1000.0], {}, shape),
+    "num_return_sequences": ([1, 2], {}, shape),
+    "use_cache": ([True, False], DICT, cache),
+    "cache_implementation": (["dynamic", "static"], DICT, cache),
+    "max_cache_len": ([40, 400], DICT | {"cache_implementation": "static"}, cache_room),
+    "output_attentions": ([True, False], DICT, has("attentions")),
+    "output_hidden_states": ([True, False], DICT, has("hidden_states")),
+    "return_dict_in_generate": ([True, False], {}, kind),
+    "return_legacy_cache": ([True, False], DICT, cache),
+}
+# Those whose two values depend on what is generated, or that do something besides the result.
+OTHER_EFFECTS = {
+    "eos_token_id",
+    "pad_token_id",
+    "min_length",
+    "min_new_tokens",
+    "stop_strings",
+    "cache_config",
+    "prefill_chunk_size",
+}
+
+
+def test_every_used_field_has_an_effect_below():
+    assert set(fields_of("used")) == (set(EFFECTS) | OTHER_EFFECTS) & set(FIELDS)
+
+
+@pytest.mark.parametrize("name", sorted(set(EFFECTS) & set(FIELDS)))
+def test_a_used_field_does_something(model, name):
+    values, settings, observed = EFFECTS[name]
+    one, same, other = (observed(generate(model, **settings, **{name: value})) for value in (values[0], *values))
+    assert one == same != other
+
+
+def test_tokens_that_end_and_fill_rows(model):
+    """One of two rows ends at its first token: the other goes on, and the first is filled."""
+    rows = generate(model, **TWO_ROWS)
+    eos = next(int(token) for token in rows[0, 6:] if token not in rows[1, 6:])
+    place = rows[0].tolist().index(eos, 6)
+    for pad in (50, 60):
+        ended = generate(model, **TWO_ROWS, eos_token_id=eos, pad_token_id=pad)
+        assert ended[0, 6 : place + 1].tolist() == rows[0, 6 : place + 1].tolist()
+        assert set(ended[0, place + 1 :].tolist()) == {pad}
+
+
+@pytest.mark.parametrize("minimum", [{"min_length": 11}, {"min_new_tokens": 5}], ids=str)
+def test_lengths_at_least(model, minimum):
+    eos = first_new(generate(model))
+    assert shape(generate(model, eos_token_id=eos)) == [1, 7]
+    assert shape(generate(model, eos_token_id=eos, **minimum))[1] >= 11
+
+
+def test_stop_strings(model):
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.decode(generate(model)[0, 6:])
+    stopped = generate(model, stop_strings=[text[2:4]], tokenizer=tokenizer)
+    assert tokenizer.decode(stopped[0, 6:]) == text[:4]
+
+
+def test_a_cache_s_configuration_names_its_package(model):
+    for backend, package in (("quanto", "optimum-quanto"), ("hqq", "hqq")):
+        with pytest.raises(ValueError, match=f"pip install {package}"):
+            generate(model, cache_implementation="quantized", cache_config={"backend": backend})
+
+
+def test_a_prompt_is_read_in_chunks(model):
+    calls = []
+    hook = model.model.register_forward_pre_hook(lambda *a: calls.append(1))
+    counts = []
+    for size in (None, 4):
+        calls.clear()
+        generate(model, prefill_chunk_size=size, max_new_tokens=1)
+        counts.append(len(calls))
+    hook.remove()
+    assert counts == [1, 2]
+
+
+@pytest.mark.skipif("max_cache_len" not in FIELDS, reason="this transformers has no max_cache_len")
+def test_max_cache_len_counts_tokens(model):
+    """K = 4: room for 400 tokens is room for 100 patches and one."""
+    result = generate(model, cache_implementation="static", max_cache_len=400, **DICT)
+    assert cache_room(result) == 101
+
+
+# Harmless
+
+HARMLESS_VALUES = {
+    "early_stopping": "never",
+    "num_assistant_tokens_schedule": "heuristic",
+    "speculation_type": "dflash",
+    "_commit_hash": "0" * 40,
+    "transformers_version": "4.50.0",
+    "decoder_start_token_id": 7,
+    "length_penalty": 2.0,
+    "assistant_ensemble_weight": 0.5,
+    "diversity_penalty": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", fields_of("harmless"))
+def test_a_harmless_field_changes_nothing(model, name):
+    config = GenerationConfig(**FAST)
+    setattr(config, name, HARMLESS_VALUES.get(name, True))
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(PROMPT, generation_config=config), generate(model))
+
+
+# Refused
+
+REFUSED_VALUES = {
+    "bad_words_ids": [[5]],
+    "sequence_bias": [[[5], 2.0]],
+    "suppress_tokens": [5],
+    "begin_suppress_tokens": [5],
+    "exponential_decay_length_penalty": (5, 1.1),
+    "force_words_ids": [[5]],
+    "constraints": [object()],
+    "dola_layers": "low",
+    "watermarking_config": WatermarkingConfig(),
+    "compile_config": CompileConfig(),
+    "no_repeat_ngram_size": 3,
+    "encoder_no_repeat_ngram_size": 3,
+    "top_k": 7,
+    "num_beams": 2,
+    "num_beam_groups": 2,
+    "prompt_lookup_num_tokens": 3,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 5,
+    "assistant_early_exit": 1,
+    **dict.fromkeys(("output_scores", "output_logits", "token_healing", "remove_invalid_values"), True),
+    **dict.fromkeys(("is_assistant", "use_mtp"), True),
+}
+
+
+@pytest.mark.parametrize("name", fields_of("refused"))
+def test_a_refused_field_is_refused_in_a_sentence_before_any_work(monkeypatch, model, name):
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
+    with pytest.raises(ValueError) as error:
+        generate(model, **{name: REFUSED_VALUES.get(name, 0.6)})
+    sentence = str(error.value)
+    assert sentence.startswith((f"{name}=", f"{name}: CALM", "CALM has no ")) and "\n" not in sentence
+    assert len(sentence) < 250 and sentence.endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in fields_of("refused") if GENERATION_SETTINGS[name].off])
+def test_the_values_that_ask_for_nothing_are_accepted(model, name):
+    expected = generate(model)
+    for value in GENERATION_SETTINGS[name].off:
+        assert torch.equal(generate(model, **{name: value}), expected)

@@ -1,0 +1,155 @@
+"""Nothing that a caller holds is changed by a call; imports are in test_imports.py."""
+
+import copy
+import json
+
+import pytest
+import torch
+from evaluation_folder import tiny_llama
+from tiny import VOCAB_SIZE, tiny_model
+from transformers import TrainingArguments
+
+from calm.evaluation import prompt_alignment
+from calm.evaluation.models import count_model
+from calm.training.auxiliary import WithAuxiliary
+from calm.training.data import PatchCollator
+from calm.training.trainer import CALMTrainer
+
+MODELS = {"calm": lambda: tiny_model(patch_size=2), "llama": tiny_llama}
+
+
+def held(model):
+    """Copies of all that a caller may have set on a model: a value for each name."""
+    return {
+        "config": copy.deepcopy(vars(model.config)),
+        "generation_config": copy.deepcopy(vars(model.generation_config)),
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "methods": {name for name in vars(model) if callable(vars(model)[name])},
+    }
+
+
+def assert_unchanged(model, before):
+    after = held(model)
+    weights, before_weights = after.pop("weights"), dict(before).pop("weights")
+    assert after == {name: value for name, value in before.items() if name != "weights"}
+    assert all(torch.equal(weights[name], before_weights[name]) for name in before_weights)
+
+
+def unusual(model, training):
+    """With values that nobody would set anew by chance."""
+    model.train(training)
+    model.config.use_cache = False
+    model.generation_config.update(temperature=0.25, do_sample=True, max_length=77)
+    next(model.parameters()).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_counting_leaves_the_model_as_it_was(kind, training):
+    model = unusual(MODELS[kind](), training)
+    blocks = torch.randint(VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(0))
+    kept, before = blocks.clone(), held(model)
+    assert count_model(model, blocks).score().positions
+    assert_unchanged(model, before)
+    assert torch.equal(blocks, kept) and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_so_does_counting_that_fails_midway(monkeypatch, kind):
+    model = unusual(MODELS[kind](), training=True)
+    blocks = torch.randint(VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(0))
+    layer = (model.model.model if kind == "llama" and hasattr(model.model, "model") else model.model).layers[0]
+    calls, forward = [], layer.forward
+
+    def fail_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("as if")
+        return forward(*args, **kwargs)
+
+    before = held(model)
+    monkeypatch.setattr(layer, "forward", fail_later)
+    with pytest.raises(torch.OutOfMemoryError, match="as if"):
+        count_model(model, blocks)
+    monkeypatch.undo()
+    assert_unchanged(model, before)
+    assert torch.is_grad_enabled()
+
+
+def test_measuring_alignments_changes_no_configuration(monkeypatch):
+    """Nor while it runs: other threads may generate with the model."""
+    model = unusual(tiny_model(patch_size=2), training=False)
+    before, changed, original = held(model), [], type(model.config).__setattr__
+
+    def note(config, name, value):
+        changed.extend([name] if config is model.config else [])
+        original(config, name, value)
+
+    monkeypatch.setattr(type(model.config), "__setattr__", note)
+    windows = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+    prompt_alignment.measure(model, windows, length=6, bos_token_id=1, pad_token_id=95)
+    assert changed == []
+    assert_unchanged(model, before)
+
+
+class Blocks(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        ids = torch.arange(3, 19) + i
+        return {"input_ids": ids}
+
+
+def arguments(folder):
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=1,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+
+@pytest.mark.parametrize("kind", ["calm", "llama", "with auxiliary loss"])
+def test_training_leaves_configurations_arguments_and_data_as_they_were(tmp_path, monkeypatch, kind):
+    """But for what save_pretrained writes down: the class and the type of the numbers."""
+    model = tiny_llama() if kind == "llama" else tiny_model(patch_size=4)
+    model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
+    trained = WithAuxiliary(model, 0.5) if kind == "with auxiliary loss" else model
+    args, blocks, caches = arguments(tmp_path / "run"), Blocks(), []
+    forward = type(model.model).forward
+
+    def note(self, *inputs, use_cache=None, **kwargs):
+        caches.append((use_cache, self.config.use_cache))
+        return forward(self, *inputs, use_cache=use_cache, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", note)
+    before = copy.deepcopy((model.config.to_dict(), args.to_dict(), vars(model.generation_config), vars(blocks)))
+    trainer = CALMTrainer(
+        model=trained, args=args, train_dataset=blocks, data_collator=PatchCollator(4, kind != "llama", 95)
+    )
+    trainer.train()
+    assert (model.config.to_dict(), args.to_dict(), vars(model.generation_config), vars(blocks)) == before
+    assert len(caches) >= 2 and set(caches) == {(False, True)}  # in the call; the configuration's all along
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert json.loads((checkpoint / "config.json").read_text())["use_cache"] is True
+    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert saved.output_dir == str(tmp_path / "run")
+
+
+def test_a_failed_checkpoint_leaves_the_arguments_as_they_were(tmp_path, monkeypatch):
+    args, model = arguments(tmp_path / "run"), tiny_llama()
+    trainer = CALMTrainer(model=model, args=args, train_dataset=Blocks(), data_collator=PatchCollator(4, True, 95))
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda *a: (_ for _ in ()).throw(OSError("no space")))
+    before = args.to_dict()
+    with pytest.raises(OSError, match="no space"):
+        trainer.train()
+    assert args.to_dict() == before and trainer._get_output_dir(None) == str(tmp_path / "run")

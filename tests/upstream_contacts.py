@@ -1,0 +1,272 @@
+"""Where this package touches transformers' inner parts, and how transformers itself uses them.
+
+    python tests/upstream_contacts.py      records the installed version in upstream_contacts.json
+
+A contact is (1) an attribute that one of our classes defines over a class of transformers, (2) a name with a leading
+underscore that our code reads and transformers defines, (3) a function that we import from one of its submodules or,
+while serving, replace, or (4) the fields of `GenerationConfig`. Of each, the signature (names, kinds, defaults; the
+value of a plain attribute) and the places in transformers' source that use it are found: those that call it, read it,
+import it, or name it in a string.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from model_copies import ROOT
+from test_imports import MODULES, PACKAGES
+
+RECORDS = Path(__file__).with_suffix(".json")
+UPSTREAM = Path(transformers.__file__).parent
+# Where something can use a model, its configuration or a Trainer.
+SOURCES = (
+    "*.py",
+    "generation/**/*.py",
+    "integrations/*.py",
+    "pipelines/__init__.py",
+    "pipelines/base.py",
+    "pipelines/text_generation.py",
+    "cli/serve.py",
+    "cli/serving/*.py",
+    "commands/serving.py",
+    "models/auto/*.py",
+    "models/llama/*.py",
+    "utils/generic.py",
+)
+OTHER_FRAMEWORKS = ("tf_", "flax_", "modeling_tf", "modeling_flax", "_tf", "_flax")
+# Used at too many places, most of them other objects' methods of the same name, for their list to say anything.
+COMMON_NAMES = {
+    *("__init__", "__getitem__", "forward", "train", "log", "to_dict"),
+    *("config_class", "base_model_prefix", "model_type", "main_input_name"),
+}
+# Replaced while serving (serve.py). Read out of the source, for the server's packages may be missing.
+SERVING = {
+    "cli/serving/server.py": ("build_server",),
+    "cli/serving/model_manager.py": ("ModelManager.get_gen_models", "ModelManager.__init__"),
+}
+
+
+@dataclass
+class Uses:
+    """What transformers' source says: each function's signature, and for each name where it is used."""
+
+    signatures: dict[str, str] = field(default_factory=dict)  # "generation/utils.py: GenerationMixin._sample"
+    places: dict[str, set[str]] = field(default_factory=dict)
+    defined: set[str] = field(default_factory=set)
+
+
+class _Reader(ast.NodeVisitor):
+    """Notes the uses of names in one file."""
+
+    def __init__(self, file: str, uses: Uses):
+        self.file, self.uses, self.scope = file, uses, []
+        self.modules = {"logger", "nn", "F"}
+
+    def place(self) -> str:
+        return f"{self.file}: {'.'.join(self.scope)}" if self.scope else self.file
+
+    def note(self, name: str) -> None:
+        self.uses.places.setdefault(name, set()).add(self.place())
+
+    def visit_Import(self, node):
+        self.modules |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+
+    def visit_ImportFrom(self, node):
+        for alias in node.names:
+            self.note(alias.name)
+
+    def visit_ClassDef(self, node):
+        self.scope.append(node.name)
+        self.generic_visit(node)
+        self.scope.pop()
+
+    def visit_FunctionDef(self, node):
+        self.uses.defined.add(node.name)
+        self.scope.append(node.name)
+        self.uses.signatures[self.place()] = _bare_arguments(node)
+        self.generic_visit(node)
+        self.scope.pop()
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Attribute(self, node):
+        is_of_a_module = isinstance(node.value, ast.Name) and node.value.id in self.modules
+        if not is_of_a_module:
+            self.note(node.attr)
+            if isinstance(node.ctx, ast.Store):
+                self.uses.defined.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Store) and self.scope:
+            self.uses.defined.add(node.id)
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, str) and node.value.isidentifier():
+            self.note(node.value)
+
+
+def _bare_arguments(node: ast.FunctionDef) -> str:
+    for argument in ast.walk(node.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    return f"({ast.unparse(node.args)})"
+
+
+def upstream_uses() -> Uses:
+    uses = Uses()
+    for path in sorted({path for pattern in SOURCES for path in UPSTREAM.glob(pattern)}):
+        if not any(word in path.stem for word in OTHER_FRAMEWORKS):
+            _Reader(str(path.relative_to(UPSTREAM)), uses).visit(ast.parse(path.read_text(encoding="utf-8")))
+    return uses
+
+
+# our side
+
+
+def our_sources() -> list[ast.Module]:
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+
+
+def is_upstream(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "transformers"
+
+
+def our_classes() -> list[type]:
+    """Every class of the package that has a base in transformers."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    ours = [cls for cls in classes if cls.__module__.startswith("calm.") and any(map(is_upstream, cls.__mro__))]
+    return sorted(ours, key=lambda cls: cls.__name__)
+
+
+def names_in_body(cls: type) -> list[str]:
+    """The attributes that a class statement gives a value."""
+    body, names = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body, []
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.append(statement.name)
+        elif isinstance(statement, ast.Assign):
+            names += [target.id for target in statement.targets if isinstance(target, ast.Name)]
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            names.append(statement.target.id)
+    return names
+
+
+def overrides(classes: list[type]) -> dict[str, tuple[type, str]]:
+    """ "GenerationMixin._sample" → that class of transformers and the name, of all that the classes override."""
+    found = {}
+    for cls in classes:
+        for name in names_in_body(cls):
+            base = next((base for base in cls.__mro__[1:] if is_upstream(base) and name in vars(base)), None)
+            if base is not None:
+                found[f"{base.__name__}.{name}"] = (base, name)
+    return found
+
+
+def inner_names(sources: list[ast.Module]) -> set[str]:
+    """Names with one leading underscore that our code reads of some object, and gives to none."""
+    read, ours = set(), set()
+    for node in (node for tree in sources for node in ast.walk(tree)):
+        if isinstance(node, ast.Attribute):
+            (read if isinstance(node.ctx, ast.Load) else ours).add(node.attr)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            ours.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            ours.add(node.id)
+    inner = {name for name in read - ours if name.startswith("_") and not name.startswith("__")}
+    return {name for name in inner if not hasattr(torch.nn.Module(), name)}  # torch's
+
+
+def imported_functions(sources: list[ast.Module]) -> dict[str, object]:
+    """Functions that we import from a submodule of transformers, by their whole names."""
+    found = {}
+    for node in (node for tree in sources for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+        if (node.module or "").startswith("transformers.") and not node.module.startswith("transformers.cli."):
+            for alias in node.names:
+                value = inspect.unwrap(getattr(importlib.import_module(node.module), alias.name, None))
+                if inspect.isfunction(value) or value is None:
+                    found[f"{node.module}.{alias.name}"] = value
+    return found
+
+
+def signature(value) -> str:
+    """Without annotations, which the versions write differently; the value of a plain attribute."""
+    if isinstance(value, property):
+        return "a property"
+    if isinstance(value, staticmethod | classmethod):
+        return f"{type(value).__name__} {signature(value.__func__)}"
+    if not inspect.isfunction(value):
+        return repr(value)
+    given, nothing = inspect.signature(value), inspect.Parameter.empty
+    parameters = [parameter.replace(annotation=nothing) for parameter in given.parameters.values()]
+    return str(given.replace(parameters=parameters, return_annotation=nothing))
+
+
+def generation_fields() -> list[str]:
+    return sorted(vars(transformers.GenerationConfig()))
+
+
+@functools.cache
+def found_contacts() -> dict[str, dict]:
+    """Of the installed version: contact → {"signature": …, "used by": […]}."""
+    uses, sources, classes = upstream_uses(), our_sources(), our_classes()
+    contacts = {}
+
+    def note(contact: str, shape: str, name: str) -> None:
+        used = set() if name in COMMON_NAMES else uses.places.get(name, set())
+        contacts[contact] = {"signature": shape, "used by": sorted(used)}
+
+    for contact, (base, name) in overrides(classes).items():
+        note(contact, signature(vars(base)[name]), name)
+    bases = [base for cls in classes for base in cls.__mro__ if is_upstream(base)]
+    for name in inner_names(sources) & uses.defined:
+        base = next((base for base in bases if name in vars(base)), None)
+        note(name if base is None else f"{base.__name__}.{name}", signature(vars(base)[name]) if base else "", name)
+    for contact, value in imported_functions(sources).items():
+        contacts[contact] = {"signature": "is not there" if value is None else signature(value), "used by": []}
+    note("GenerationConfig", ", ".join(generation_fields()), "__init__")
+    for file, functions in SERVING.items():
+        for function in functions if (UPSTREAM / file).exists() else ():
+            note(function, uses.signatures.get(f"{file}: {function}", "is not there"), function.rpartition(".")[2])
+    return dict(sorted(contacts.items()))
+
+
+def differences(recorded: dict[str, dict], found: dict[str, dict]) -> list[str]:
+    """What has changed, a sentence for each: which contact, and how."""
+    sentences = [f"{contact}: is touched and has no record." for contact in found if contact not in recorded]
+    for contact, old in recorded.items():
+        new = found.get(contact)
+        if new is None:
+            sentences.append(f"{contact}: is recorded, and no longer there or no longer touched.")
+            continue
+        if old["signature"] != new["signature"]:
+            sentences.append(f"{contact}: its signature was {old['signature']} and is {new['signature']}.")
+        gone, added = (sorted(set(a["used by"]) - set(b["used by"])) for a, b in ((old, new), (new, old)))
+        sentences += [f"{contact}: no longer used by {place}." for place in gone]
+        sentences += [f"{contact}: now used by {place}." for place in added]
+    return sentences
+
+
+def read_records() -> dict[str, dict]:
+    """Version → contacts."""
+    return json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+
+
+def record() -> None:
+    records = read_records()
+    records[transformers.__version__] = found_contacts()
+    RECORDS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
+    print(f"{len(records[transformers.__version__])} contacts with transformers {transformers.__version__} recorded")
+
+
+if __name__ == "__main__":
+    record()

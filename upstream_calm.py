@@ -1,0 +1,364 @@
+"""The room for upstream: every hook of transformers' `generate` that CALM overrides, and nothing of our own loop.
+
+`generate` prepares a call, asks a model's hooks on the way, and dispatches greedy search and sampling to `_sample`,
+which hands the call on to `write_patches` (generation_calm.py). Everything else is refused in one sentence, before any
+work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures and callers
+with those recorded for the supported versions. Axes: B batch, L tokens.
+"""
+
+import copy
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from .configuration_calm import CALMConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How CALM takes a field of `GenerationConfig`.
+
+    Args:
+        use: "harmless" is accepted: nothing on our way reads it, or what it asks for is so anyway.
+        why: who reads it, why nothing is lost, or the sentence of the refusal.
+        off: the values besides None at which a refused one asks for nothing.
+    """
+
+    use: Literal["used", "harmless", "refused"]
+    why: str
+    off: tuple = ()
+
+
+def _used(why: str) -> Setting:
+    return Setting("used", why)
+
+
+def _harmless(why: str) -> Setting:
+    return Setting("harmless", why)
+
+
+def _refused(why: str, *off) -> Setting:
+    return Setting("refused", why, off)
+
+
+CHOICE = "choice of a patch"
+LENGTH = "upstream's lengths and stopping criteria"
+CACHE = "upstream's caches"
+OUTPUT = "what is returned"
+TOKENS = "CALM has no token probabilities for it to act on; sharpen the text with temperature < 1."
+MODES = (
+    "CALM draws whole patches and decodes in no other way; use do_sample=True with a temperature, or do_sample=False."
+)
+SCORES = "CALM has no token scores to return, so it must be False."
+BEAMS = "beam search alone reads it, and that is refused"
+ASSISTANTS = "assisted generation alone reads it, and that is refused"
+METADATA = "says where the configuration comes from"
+
+# Every field in transformers 4.57.6 and 5.23.0.
+GENERATION_SETTINGS = {
+    "do_sample": _used(CHOICE),
+    "temperature": _used(CHOICE),
+    "bos_token_id": _used("starts empty prompts"),
+    "eos_token_id": _used(LENGTH),
+    "pad_token_id": _used("stands after a row's end"),
+    "max_length": _used(LENGTH),
+    "max_new_tokens": _used(LENGTH),
+    "min_length": _used(LENGTH),
+    "min_new_tokens": _used(LENGTH),
+    "max_time": _used(LENGTH),
+    "stop_strings": _used(LENGTH),
+    "num_return_sequences": _used("upstream's expansion of prompts"),
+    "use_cache": _used(CACHE),
+    "cache_implementation": _used(CACHE),
+    "cache_config": _used(CACHE),
+    "max_cache_len": _used(CACHE),
+    "prefill_chunk_size": _used("reading of the prompt"),
+    "output_attentions": _used(OUTPUT),
+    "output_hidden_states": _used(OUTPUT),
+    "return_dict_in_generate": _used(OUTPUT),
+    "return_legacy_cache": _used(OUTPUT),
+    "renormalize_logits": _harmless("changes no argmax, and there are no processors before it"),
+    "disable_compile": _harmless("nothing is compiled"),
+    "continuous_batching_config": _harmless("continuous batching alone reads it, and that is refused"),
+    "decoder_start_token_id": _harmless("models with an encoder alone read it"),
+    "early_stopping": _harmless(BEAMS),
+    "length_penalty": _harmless(BEAMS),
+    "diversity_penalty": _harmless(BEAMS),
+    "low_memory": _harmless(BEAMS),
+    "assistant_confidence_threshold": _harmless(ASSISTANTS),
+    "assistant_ensemble_weight": _harmless(ASSISTANTS),
+    "assistant_lookbehind": _harmless(ASSISTANTS),
+    "target_lookbehind": _harmless(ASSISTANTS),
+    "num_assistant_tokens": _harmless(ASSISTANTS),
+    "num_assistant_tokens_schedule": _harmless(ASSISTANTS),
+    "max_matching_ngram_size": _harmless(ASSISTANTS),
+    "speculation_type": _harmless(ASSISTANTS),
+    "transformers_version": _harmless(METADATA),
+    "_from_model_config": _harmless(METADATA),
+    "_commit_hash": _harmless(METADATA),
+    "top_k": _refused(TOKENS, 0, 50),  # 50 is GenerationConfig's default in transformers 4, and generate's in 5
+    "top_p": _refused(TOKENS, 1.0),
+    "min_p": _refused(TOKENS),
+    "top_h": _refused(TOKENS),
+    "typical_p": _refused(TOKENS, 1.0),
+    "epsilon_cutoff": _refused(TOKENS, 0.0),
+    "eta_cutoff": _refused(TOKENS, 0.0),
+    "repetition_penalty": _refused(TOKENS, 1.0),
+    "encoder_repetition_penalty": _refused(TOKENS, 1.0),
+    "no_repeat_ngram_size": _refused(TOKENS, 0),
+    "encoder_no_repeat_ngram_size": _refused(TOKENS, 0),
+    "bad_words_ids": _refused(TOKENS),
+    "sequence_bias": _refused(TOKENS),
+    "suppress_tokens": _refused(TOKENS),
+    "begin_suppress_tokens": _refused(TOKENS),
+    "forced_bos_token_id": _refused(TOKENS),
+    "forced_eos_token_id": _refused(TOKENS),
+    "exponential_decay_length_penalty": _refused(TOKENS),
+    "guidance_scale": _refused(TOKENS, 1.0),
+    "watermarking_config": _refused(TOKENS),
+    "token_healing": _refused(TOKENS, False),
+    "remove_invalid_values": _refused(TOKENS, False),
+    "num_beams": _refused(MODES, 1),
+    "num_beam_groups": _refused(MODES, 1),
+    "constraints": _refused(MODES),
+    "force_words_ids": _refused(MODES),
+    "penalty_alpha": _refused(MODES, 0.0),
+    "dola_layers": _refused(MODES),
+    "is_assistant": _refused(MODES, False),
+    "prompt_lookup_num_tokens": _refused(MODES),
+    "assistant_early_exit": _refused(MODES),
+    "use_mtp": _refused(MODES, False),
+    "output_scores": _refused(SCORES, False),
+    "output_logits": _refused(SCORES, False),
+    "compile_config": _refused("CALM's steps are not compiled, so leave it out."),
+}
+CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """What upstream prepared for one call of `generate`, beside the settings and the inputs.
+
+    Args:
+        stopping_criteria: asked after each token.
+        goes_on: given whether this process has finished and a device, whether a further step must be taken: under
+            FSDP and ZeRO all processes take the same number.
+        pad_token, bos_token (scalars), eos_tokens (`(E,)`): ids, or `None`.
+        streamer: gets each token.
+        synced_gpus: whether other processes wait for this one's forward passes.
+    """
+
+    stopping_criteria: StoppingCriteriaList
+    goes_on: Callable[[bool, torch.device], bool]
+    pad_token: Tensor | None = None
+    bos_token: Tensor | None = None
+    eos_tokens: Tensor | None = None
+    streamer: BaseStreamer | None = None
+    synced_gpus: bool = False
+
+
+class _ViewForUpstream:
+    """A model as upstream's preparations take it: with positions that count tokens, and whatever they note down kept
+    to this call. The model itself stays as it is, for other threads may be generating with it."""
+
+    def __init__(self, model):
+        self.model, self.config = model, copy.copy(model.config)
+        self.config.max_position_embeddings *= model.config.patch_size
+
+    def __getattr__(self, name):
+        attribute = getattr(self.model, name)
+        is_own_method = inspect.ismethod(attribute) and attribute.__self__ is self.model
+        return types.MethodType(attribute.__func__, self) if is_own_method else attribute
+
+
+class PatchGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model that writes whole patches: the hooks, around two methods of the model."""
+
+    config: CALMConfig
+
+    def check_settings(self, generation_config: GenerationConfig) -> None:
+        """
+        Raises:
+            ValueError: settings of our own make no sense.
+        """
+        raise NotImplementedError
+
+    def write_patches(
+        self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """The loop: prompts (B, L) → prompts and new tokens, as upstream's `_sample` returns them."""
+        raise NotImplementedError
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        call = GenerateCall(
+            stopping_criteria=stopping_criteria,
+            goes_on=lambda finished, device: self._has_unfinished_sequences(finished, synced_gpus, device=device),
+            pad_token=generation_config._pad_token_tensor,
+            bos_token=generation_config._bos_token_tensor,
+            eos_tokens=generation_config._eos_token_tensor,
+            streamer=streamer,
+            synced_gpus=synced_gpus,
+        )
+        return self.write_patches(input_ids, generation_config, call, model_kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        replacement = vars(self).get("prepare_inputs_for_generation")
+        if replacement is not None and getattr(replacement, "__self__", None) is not self:  # PEFT puts it back so
+            raise ValueError(
+                "prepare_inputs_for_generation of this model was replaced, as PEFT's prompt tuning, p-tuning and "
+                "prefix tuning do: CALM's generate() packs patches itself and would ignore the virtual tokens; use "
+                "LoRA instead."
+            )
+        generator = model_kwargs.get("generator")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(
+                f"generator={generator!r}: must be a torch.Generator on the model's device, as "
+                "torch.Generator(device).manual_seed(0)."
+            )
+        super()._validate_model_kwargs(model_kwargs)
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "generate() got inputs_embeds: CALM packs token ids into patches and feeds generated ids back, so "
+                "pass input_ids instead."
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "generate() got a filled past_key_values: how a prompt is cut into patches depends on its whole "
+                "length, so pass the whole prompt without a cache."
+            )
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        inputs = self._checked_ids(inputs, model_kwargs.get("attention_mask"))
+        if inputs.shape[1] == 0 and len(inputs) > 1:
+            # Upstream looks at the last column of a batch. Empty prompts are all alike: one, expanded later.
+            model_kwargs["num_empty_prompts"] = len(inputs)
+            inputs = inputs[:1]
+            if model_kwargs.get("attention_mask") is not None:
+                model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:1]
+        return inputs, name, model_kwargs
+
+    def _checked_ids(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """The prompts' ids (B, L), int64.
+
+        Raises:
+            ValueError: not a batch of ids of the vocabulary, or a mask of another shape.
+        """
+        if not isinstance(inputs, Tensor) or inputs.dim() != 2:
+            what = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"generate() got {what}: it takes ids as a tensor of shape (batch, length).")
+        if inputs.shape[0] == 0:
+            raise ValueError("generate() got an empty batch: pass at least one prompt.")
+        is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
+        if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
+            raise ValueError(f"generate() got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"generate() got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
+        if mask is not None and mask.shape != inputs.shape:
+            raise ValueError(
+                f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
+                f"{tuple(inputs.shape)}: they must be equal."
+            )
+        inputs = inputs.long()
+        ids = inputs if mask is None else inputs[mask.bool()]
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            bad = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
+            raise ValueError(
+                f"generate() got token id {bad}, outside the vocabulary 0 … {self.config.vocab_size - 1}."
+            )
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, num_empty_prompts=1, **kwargs):
+        return super()._expand_inputs_for_generation(expand_size=expand_size * num_empty_prompts, **kwargs)
+
+    def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
+        self._check_mode(generation_mode)  # upstream would first send the reader to a repository that decodes so
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+
+    @staticmethod
+    def _check_mode(generation_mode: GenerationMode) -> None:
+        if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+            raise ValueError(
+                f"CALM has no {generation_mode.value.replace('_', ' ')}: it draws whole patches and has no token "
+                "probabilities; use do_sample=True with a temperature, or do_sample=False."
+            )
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        self._check_mode(generation_mode)
+        for name, setting in GENERATION_SETTINGS.items():
+            value = getattr(generation_config, name, None)
+            if setting.use == "refused" and value is not None and value not in setting.off:
+                said = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
+                raise ValueError(f"{name}{said}: {setting.why}")
+        chunk = generation_config.prefill_chunk_size
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
+        self._check_cache_package(generation_config)
+        self.check_settings(generation_config)
+
+    def _get_logits_processor(self, *args, logits_processor=None, prefix_allowed_tokens_fn=None, **kwargs):
+        if prefix_allowed_tokens_fn is not None:
+            raise ValueError("prefix_allowed_tokens_fn: CALM has no token logits to constrain while it generates.")
+        if logits_processor:
+            raise ValueError("logits_processor: CALM has no token logits to process while it generates.")
+        return LogitsProcessorList()
+
+    @staticmethod
+    def _check_cache_package(generation_config: GenerationConfig) -> None:
+        if generation_config.cache_implementation != "quantized" or generation_config.use_cache is False:
+            return
+        backend = str((generation_config.cache_config or {}).get("backend", "quanto")).lower()
+        package, is_available = CACHE_PACKAGES.get(backend, (None, None))
+        if package and not is_available():
+            raise ValueError(
+                f'cache_implementation="quantized" with the backend "{backend}" needs a package that is not '
+                f"installed: pip install {package}."
+            )
+
+    def _prepare_generated_length(self, *args, **kwargs):
+        return super()._prepare_generated_length.__func__(_ViewForUpstream(self), *args, **kwargs)
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        return super()._get_stopping_criteria.__func__(_ViewForUpstream(self), *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        *args, max_cache_length = args
+        patches = self._cached_patches(max_cache_length)
+        if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
+            generation_config = copy.copy(generation_config)
+            generation_config.max_cache_len = self._cached_patches(generation_config.max_cache_len)
+        prepare = super()._prepare_cache_for_generation.__func__
+        return prepare(_ViewForUpstream(self), generation_config, model_kwargs, *args, patches)
+
+    def _cached_patches(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.patch_size) + 1
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
+
+    @property
+    def init_continuous_batching(self):
+        """Absent, so that servers which ask for it with `hasattr` generate in the ordinary way."""
+        raise AttributeError("CALM has no continuous batching: use generate() with a left-padded batch.")
+
+    continuous_batching_context_manager = init_continuous_batching
