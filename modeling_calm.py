@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrained
 from transformers.utils import ModelOutput, can_return_tuple
 
 # transformers 4.57 copies only the files named in this one when it loads a local folder.
-from .candidates_calm import LazyCandidates  # noqa: F401
+from .candidates_calm import LazyPool  # noqa: F401
 from .configuration_calm import CALMConfig
 from .generation_calm import CALMGenerationMixin
 from .heads_calm import DiffusionHead, EnergyHead, FlowMatchingHead
