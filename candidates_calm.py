@@ -6,20 +6,25 @@ only if it is chosen. `LazyPool` decodes position by position on that ground, an
 asked for; `PlainPool` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
 
 Axes: B rows of the pool, R of these that still draw, N candidates of a row so far, n new ones, K tokens per patch, Z
-latent size, d width of the decoder, V vocabulary.
+latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, k some of the K.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import logging
 
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import Pairs, class_sizes, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
 PAIRS_AT_ONCE = 2**21  # distances made at a time
+FINGERPRINT_VALUES = 64  # of each parameter
+
+logger = logging.get_logger(__name__)
 
 
 class PlainPool:
@@ -238,3 +243,40 @@ class EqualInRow:
             near_RCN &= self.class_RN[:, index_C, None] == self.class_RN[:, None]
             found.append((near_RCN & (index_C[:, None] != index_N)).any(-1))
         return torch.cat(found, dim=1)
+
+
+def trusted_radius(model: nn.Module) -> float | None:
+    """The `repetition_radius` of a CALM, if it was measured at the weights that the model has now.
+
+    None otherwise, after a warning (once) where there is a radius of other weights, or one that doesn't say of which.
+    """
+    config = model.config
+    if config.repetition_radius is None:
+        return None
+    measured_at = (config.repetition_radius_measured_at or {}).get("weights")
+    if measured_at is not None and measured_at == weights_fingerprint(model):
+        return config.repetition_radius
+    logger.warning_once(
+        "repetition_radius is not used, because config.json doesn't show that it was measured at the weights this "
+        "model has now: generation stays right and takes longer, and `python -m calm.calibrate_radius` measures it."
+    )
+    return None
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """A short name for a model's weights, 16 hexadecimal digits; None where they can't be read (quantised, or on the
+    meta device, as offloaded ones are).
+
+    It is made of some values of each parameter, rounded to bfloat16: the same weights have the same name in float32
+    and bfloat16, on every device, tied or not. Training changes so many values that it can't go unnoticed.
+    """
+    samples = []
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        weight = parameter.data
+        if type(weight) is not Tensor or not weight.is_floating_point() or weight.device.type == "meta":
+            return None
+        values = weight.reshape(-1)
+        values = values[:: max(1, len(values) // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
+        samples.append(values.to(torch.bfloat16).view(torch.int16).cpu())
+    return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from .candidates_calm import LazyPool, PlainPool
+from .candidates_calm import LazyPool, PlainPool, trusted_radius
 from .configuration_calm import PROMPT_ALIGNMENTS
 from .samplers_calm import (
     BlockPlan,
@@ -391,6 +391,7 @@ class CALMGenerationMixin:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         finished, plan = False, BlockPlan()
+        radius = trusted_radius(self) if self._decodes_lazily(sampling) else None
         while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
             outputs = self(
                 **inputs,
@@ -404,7 +405,9 @@ class CALMGenerationMixin:
             # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
             drawing = torch.full_like(unfinished, True) if finished else unfinished
             hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
-            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV, plan).to(input_ids.device)
+            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV, plan, radius).to(
+                input_ids.device
+            )
             patches_BK = input_ids.new_zeros(len(input_ids), self.config.patch_size)
             patches_BK[drawing] = patches_RK
             for tokens in patches_BK.unbind(1):
@@ -432,6 +435,7 @@ class CALMGenerationMixin:
         generator: torch.Generator | None = None,
         forbidden_KV: Tensor | None = None,
         plan: BlockPlan | None = None,
+        radius: float | None = None,
     ) -> Tensor:
         """Chooses the next patch of each row given its last hidden state.
 
@@ -441,6 +445,7 @@ class CALMGenerationMixin:
             generator: randomness; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
             plan: of the sizes of blocks, handed from step to step.
+            radius: as in `LazyPool`.
 
         Returns:
             `(R, K)`: token ids.
@@ -454,7 +459,7 @@ class CALMGenerationMixin:
             return self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **noise)
 
         rows_R = torch.arange(len(hidden_RD), device=hidden_RD.device)
-        pool = self.new_pool(draw, rows_R, sampling, forbidden_KV)
+        pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius)
         return pool.tokens(rows_R, sampling.choose(pool, generator, plan))
 
     def new_pool(
@@ -463,14 +468,16 @@ class CALMGenerationMixin:
         rows_R: Tensor,
         sampling: PatchSampling,
         forbidden_KV: Tensor | None = None,
+        radius: float | None = None,
     ) -> PlainPool:
-        """The candidates of one step, none drawn yet; for `draw` see `PlainPool`."""
+        """The candidates of one step, none drawn yet; for `draw` and `radius` see `PlainPool` and `LazyPool`."""
+        if self._decodes_lazily(sampling):
+            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, radius)
+        return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV)
+
+    def _decodes_lazily(self, sampling: PatchSampling) -> bool:
         lazy = sampling.lazy_decoding
-        if lazy is None:
-            lazy = self.autoencoder.device.type == "cpu"
-        if not lazy:
-            return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV)
-        return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, self.config.repetition_radius)
+        return self.autoencoder.device.type == "cpu" if lazy is None else lazy
 
     def _pack_for_generation(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> dict:
         mask = model_kwargs.get("attention_mask")
