@@ -1,161 +1,159 @@
-"""The candidate patches of one generation step: drawn as latent vectors, and decoded no further than the choice needs.
+"""The pools of candidate patches of one generation step: drawn as latent vectors, decoded no further than needed.
 
 The samplers ask of a candidate only which others of its row are the same patch. Two patches are the same when all K
 tokens are, so a candidate whose token at one position no other has is known to be alone, and its other tokens matter
-only if it is chosen. `LazyCandidates` decodes position by position on that ground, and only candidates of the pairs
-that are asked for; `DecodedCandidates` is the plain path, every token of every candidate, against which it is tested.
+only if it is chosen. `LazyPool` decodes position by position on that ground, and only candidates of the pairs that are
+asked for; `PlainPool` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
 
-Axes: R rows, A rows that still draw, N new candidates, M candidates so far, K tokens per patch, Z latent size, d
-width of the decoder, V vocabulary.
+Axes: B rows of the pool, R of these that still draw, N candidates of a row so far, n new ones, K tokens per patch, Z
+latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, k some of the K.
 """
+
+import hashlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import logging
 
 from .modeling_calm_autoencoder import CALMAutoencoder
-from .samplers_calm import group_patches
+from .samplers_calm import Pairs, class_sizes, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
 PAIRS_AT_ONCE = 2**21  # distances made at a time
+FINGERPRINT_VALUES = 64  # of each parameter
+
+logger = logging.get_logger(__name__)
 
 
-class DecodedCandidates:
-    """All candidates decoded in full as they come.
+class PlainPool:
+    """A `samplers_calm.Pool` whose candidates are all decoded in full as they come.
 
     Args:
+        draw: `draw(rows_R, n)` gives so many latent vectors for each of these rows, (n, R, Z).
+        rows_B: 0 … B − 1, on the device that the rows and ids are on.
         autoencoder: decodes.
-        num_rows: R.
         forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
     """
 
-    def __init__(self, autoencoder: CALMAutoencoder, num_rows: int, forbidden_KV: Tensor | None = None):
-        self.autoencoder, self.num_rows, self.forbidden_KV = autoencoder, num_rows, forbidden_KV
+    def __init__(
+        self,
+        draw: Callable[[Tensor, int], Tensor],
+        rows_B: Tensor,
+        autoencoder: CALMAutoencoder,
+        forbidden_KV: Tensor | None = None,
+    ):
+        self.draw, self.rows_B, self.autoencoder, self.forbidden_KV = draw, rows_B, autoencoder, forbidden_KV
         self.num_drawn = 0
-        self.tokens_RMK = None
+        self.tokens_BNK: Tensor | None = None
 
-    def add(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
-        """Takes the next candidates of some rows and tells them apart from each other and all before.
+    def extend(self, rows_R: Tensor, num_draws: int) -> None:
+        """Draws so many more for each of these rows, which must have drawn in every call before."""
+        self._keep(rows_R, self.draw(rows_R, num_draws))
+        self.num_drawn += num_draws
 
-        Returns:
-            ids that are equal within a row, over all blocks, exactly where the patches are, (A, N, K or 1).
-        """
-        self.take(rows_A, latents_NAZ)
-        return self.tell_apart(rows_A)[:, -len(latents_NAZ) :]
+    def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
+        tokens_nRK = self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
+        self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, tokens_nRK)
 
-    def take(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
-        """Takes the next candidates of some rows, which must have drawn in every block before.
+    def _grown(self, old_BN: Tensor | None, rows_R: Tensor, new_nR: Tensor) -> Tensor:
+        """What is known of each candidate, and the same of new ones; zero for rows that don't draw."""
+        num_old = 0 if old_BN is None else old_BN.shape[1]
+        grown_BN = new_nR.new_zeros(len(self.rows_B), num_old + len(new_nR), *new_nR.shape[2:])
+        if old_BN is not None:
+            grown_BN[:, :num_old] = old_BN
+        grown_BN[rows_R.to(new_nR.device), num_old:] = new_nR.transpose(0, 1)
+        return grown_BN
 
-        Returns:
-            their numbers within their row, (A, N, 1).
-        """
-        self._keep(rows_A, latents_NAZ)
-        self.num_drawn += len(latents_NAZ)
-        number_N = torch.arange(self.num_drawn - len(latents_NAZ), self.num_drawn, device=rows_A.device)
-        return number_N[:, None].expand(len(rows_A), -1, -1)
+    def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
+        """Class ids of all candidates of these rows so far, (R, N); those of every pair, for all tokens are known."""
+        return patch_classes(self.tokens_BNK[rows_R])
 
-    def _keep(self, rows_A: Tensor, latents_NAZ: Tensor) -> None:
-        tokens_NAK = self.autoencoder.decode_tokens(latents_NAZ, self.forbidden_KV).to(rows_A.device)
-        self.tokens_RMK = self._append(self.tokens_RMK, rows_A, tokens_NAK)
-
-    def _append(self, old_RM: Tensor | None, rows_A: Tensor, new_NA: Tensor) -> Tensor:
-        new_RN = new_NA.new_zeros(self.num_rows, len(new_NA), *new_NA.shape[2:])
-        new_RN[rows_A.to(new_NA.device)] = new_NA.transpose(0, 1)
-        return new_RN if old_RM is None else torch.cat([old_RM, new_RN], dim=1)
-
-    def tell_apart(self, rows_A: Tensor, pairs: str = "all", favourite_A: Tensor | None = None) -> Tensor:
-        """Ids of all candidates of these rows so far, (A, M, K or 1).
-
-        Args:
-            pairs: of which pairs the ids must be equal exactly where the patches are, as `compared_pairs` names them.
-            favourite_A: the number of the candidate of each row that is likely to be chosen.
-        """
-        return self.tokens_RMK[rows_A]
-
-    def patches(self, chosen: Tensor) -> Tensor:
-        """The tokens (R, K) of the candidates that were chosen, one of each row, named by their ids."""
-        return chosen
+    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
+        """The patches of one candidate of each of these rows, (R, K)."""
+        return self.tokens_BNK[rows_R, index_R]
 
 
-class LazyCandidates(DecodedCandidates):
+class LazyPool(PlainPool):
     """Decodes only the tokens that decide which candidates of a row are the same patch. Same results, less work.
 
-    A candidate goes by the number of its row's first candidate with the same patch.
-
     Args:
+        draw, rows_B, autoencoder, forbidden_KV: as in `PlainPool`.
         radius (*optional*): latent vectors further apart than this are taken for different patches undecoded, see
             `CALMConfig.repetition_radius`. `None` takes nothing for granted.
     """
 
     def __init__(
         self,
+        draw: Callable[[Tensor, int], Tensor],
+        rows_B: Tensor,
         autoencoder: CALMAutoencoder,
-        num_rows: int,
         forbidden_KV: Tensor | None = None,
         radius: float | None = None,
     ):
-        super().__init__(autoencoder, num_rows, forbidden_KV)
+        super().__init__(draw, rows_B, autoencoder, forbidden_KV)
         self.radius = radius
         # Of each candidate its latent vector; of each token its half-decoded state. An unknown token's id is −1.
-        self.latents_RMZ = self.states_RMKd = None
+        self.latents_BNZ: Tensor | None = None
+        self.states_BNKd: Tensor | None = None
 
-    def _keep(self, rows_A: Tensor, latents_NAZ: Tensor) -> None:
-        states_NAKd = self.autoencoder.decode_states(latents_NAZ)
-        tokens_NAK = torch.full(states_NAKd.shape[:3], -1, device=rows_A.device)
-        self.latents_RMZ = self._append(self.latents_RMZ, rows_A, latents_NAZ)
-        self.states_RMKd = self._append(self.states_RMKd, rows_A, states_NAKd)
-        self.tokens_RMK = self._append(self.tokens_RMK, rows_A, tokens_NAK)
+    def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
+        states_nRKd = self.autoencoder.decode_states(latents_nRZ)
+        unknown_nRK = torch.full(states_nRKd.shape[:3], -1, device=rows_R.device)
+        self.latents_BNZ = self._grown(self.latents_BNZ, rows_R, latents_nRZ)
+        self.states_BNKd = self._grown(self.states_BNKd, rows_R, states_nRKd)
+        self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, unknown_nRK)
 
-    def patches(self, chosen: Tensor) -> Tensor:
-        rows_R = torch.arange(self.num_rows, device=chosen.device)
-        self._decode(rows_R, self._whole_patches(rows_R, chosen[:, 0]))
-        return self.tokens_RMK[rows_R, chosen[:, 0]]
+    def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
+        """Class ids of the candidates of these rows so far, (R, N): see `samplers_calm.Pool`.
 
-    def tell_apart(self, rows_A: Tensor, pairs: str = "all", favourite_A: Tensor | None = None) -> Tensor:
-        """Names of the candidates of these rows, (A, M, 1): the number of a candidate of the row with the same patch.
-
-        Of other pairs than those asked for, equal ones may have two names. The favourites are decoded in full, in the
-        same product with the vocabulary as the first tokens of the others.
+        The likely ones are decoded in full, in the same product with the vocabulary as the first tokens of the others.
         """
-        latents_AMZ = None if self.radius is None else self.places(rows_A).float()
-        shape = len(rows_A), self.num_drawn
+        latents_RNZ = None if self.radius is None else self.places(rows_R).float()
+        shape = len(rows_R), self.num_drawn
         if pairs == "all":
-            equal = EqualInRow(shape, rows_A.device, latents_AMZ, self.radius)
+            equal = EqualInRow(shape, rows_R.device, latents_RNZ, self.radius)
         else:
-            equal = EqualNeighbours(shape, rows_A.device, latents_AMZ, self.radius, disjoint=pairs == "disjoint")
-        wanted_AMK = self._whole_patches(rows_A, favourite_A)
-        positions = list(range(self.tokens_RMK.shape[-1]))
+            equal = EqualNeighbours(shape, rows_R.device, latents_RNZ, self.radius, disjoint=pairs == "disjoint")
+        wanted_RNK = self._whole_patches(rows_R, likely_R)
+        positions = list(range(self.tokens_BNK.shape[-1]))
         while positions:
-            is_open_AM1 = equal.has_partner_AM[..., None]
+            is_open_RN1 = equal.has_partner_RN[..., None]
             # The last token is the one that most often tells patches apart: the context says least about it.
-            at_once = positions if is_open_AM1.sum() * len(positions) <= FEW_TOKENS else positions[-1:]
+            at_once = positions if is_open_RN1.sum() * len(positions) <= FEW_TOKENS else positions[-1:]
             positions = positions[: -len(at_once)]
-            wanted_AMK[..., at_once] |= is_open_AM1
-            self._decode(rows_A, wanted_AMK)
-            equal.narrow(self.tokens_RMK[rows_A][..., at_once])
-        return equal.names()[..., None]
+            wanted_RNK[..., at_once] |= is_open_RN1
+            self._decode(rows_R, wanted_RNK)
+            equal.narrow(self.tokens_BNK[rows_R][..., at_once])
+        return equal.classes()
 
-    def places(self, rows_A: Tensor) -> Tensor:
-        """The latent vectors whose distances the radius is compared with, (A, M, Z)."""
-        return self.latents_RMZ[rows_A.to(self.latents_RMZ.device)].to(rows_A.device)
+    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
+        """The patches of one candidate of each of these rows, (R, K), decoded where they aren't yet."""
+        self._decode(rows_R, self._whole_patches(rows_R, index_R))
+        return super().tokens(rows_R, index_R)
 
-    def _whole_patches(self, rows_A: Tensor, candidate_A: Tensor | None) -> Tensor:
-        """Marks all tokens of one candidate of each row, or none, (A, M, K)."""
-        marked_AMK = torch.zeros_like(self.tokens_RMK[rows_A], dtype=torch.bool)
-        if candidate_A is not None:
-            marked_AMK[torch.arange(len(rows_A), device=rows_A.device), candidate_A] = True
-        return marked_AMK
+    def places(self, rows_R: Tensor) -> Tensor:
+        """The latent vectors whose distances the radius is compared with, (R, N, Z)."""
+        return self.latents_BNZ[rows_R.to(self.latents_BNZ.device)].to(rows_R.device)
 
-    def _decode(self, rows_A: Tensor, wanted_AMK: Tensor) -> None:
+    def _whole_patches(self, rows_R: Tensor, index_R: Tensor | None) -> Tensor:
+        """Marks all tokens of one candidate of each row, or none, (R, N, K)."""
+        marked_RNK = torch.zeros_like(self.tokens_BNK[rows_R], dtype=torch.bool)
+        if index_R is not None:
+            marked_RNK[torch.arange(len(rows_R), device=rows_R.device), index_R] = True
+        return marked_RNK
+
+    def _decode(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
         """Makes these tokens known."""
-        row, candidate, position = (wanted_AMK & (self.tokens_RMK[rows_A] < 0)).nonzero().unbind(-1)
+        row, candidate, position = (wanted_RNK & (self.tokens_BNK[rows_R] < 0)).nonzero().unbind(-1)
         if len(row):
-            index = rows_A[row], candidate, position
-            self.tokens_RMK[index] = self.read(*index)
+            index = rows_R[row], candidate, position
+            self.tokens_BNK[index] = self.read(*index)
 
     def read(self, rows: Tensor, draws: Tensor, positions: Tensor) -> Tensor:
-        """The ids of so many tokens, each given by its row, the number of its candidate and its position."""
-        states = self.states_RMKd[tuple(index.to(self.states_RMKd.device) for index in (rows, draws, positions))]
+        """The ids of so many tokens, each given by its row, the index of its candidate and its position."""
+        states = self.states_BNKd[tuple(index.to(self.states_BNKd.device) for index in (rows, draws, positions))]
         return self.autoencoder.read_tokens(states, positions, self.forbidden_KV).to(rows.device)
 
 
@@ -163,8 +161,8 @@ class EqualNeighbours:
     """Which candidates of a row may still be the same patch as the next one.
 
     Args:
-        shape: (A, M).
-        latents_AMZ, radius: those further apart are different from the start.
+        shape: (R, N).
+        latents_RNZ, radius: those further apart are different from the start.
         disjoint: candidate 2i is compared with 2i + 1 alone.
     """
 
@@ -172,34 +170,34 @@ class EqualNeighbours:
         self,
         shape: tuple[int, int],
         device: torch.device,
-        latents_AMZ: Tensor | None = None,
+        latents_RNZ: Tensor | None = None,
         radius: float | None = None,
         disjoint: bool = False,
     ):
         num_rows, num_candidates = shape
-        self.links_AL = torch.ones(num_rows, max(num_candidates - 1, 0), dtype=torch.bool, device=device)
+        self.links_RL = torch.ones(num_rows, max(num_candidates - 1, 0), dtype=torch.bool, device=device)
         if radius is not None:
-            self.links_AL &= (latents_AMZ[:, 1:] - latents_AMZ[:, :-1]).norm(dim=-1) <= radius
+            self.links_RL &= (latents_RNZ[:, 1:] - latents_RNZ[:, :-1]).norm(dim=-1) <= radius
         if disjoint:
-            self.links_AL[:, 1::2] = False
+            self.links_RL[:, 1::2] = False
 
     @property
-    def has_partner_AM(self) -> Tensor:
-        return F.pad(self.links_AL, (1, 0)) | F.pad(self.links_AL, (0, 1))
+    def has_partner_RN(self) -> Tensor:
+        return F.pad(self.links_RL, (1, 0)) | F.pad(self.links_RL, (0, 1))
 
-    def narrow(self, tokens_AMk: Tensor) -> None:
+    def narrow(self, tokens_RNk: Tensor) -> None:
         """Takes some more tokens of all candidates into account; of those without a partner they don't matter."""
-        self.links_AL &= (tokens_AMk[:, 1:] == tokens_AMk[:, :-1]).all(-1)
+        self.links_RL &= (tokens_RNk[:, 1:] == tokens_RNk[:, :-1]).all(-1)
 
-    def names(self) -> Tensor:
-        """The first candidate of each run of equal ones, (A, M)."""
-        is_linked_AM = F.pad(self.links_AL, (1, 0))
-        number_M = torch.arange(is_linked_AM.shape[1], device=is_linked_AM.device)
-        return number_M.masked_fill(is_linked_AM, 0).cummax(-1).values
+    def classes(self) -> Tensor:
+        """The first candidate of each run of equal ones, (R, N)."""
+        is_linked_RN = F.pad(self.links_RL, (1, 0))
+        index_N = torch.arange(is_linked_RN.shape[1], device=is_linked_RN.device)
+        return index_N.masked_fill(is_linked_RN, 0).cummax(-1).values
 
 
 class EqualInRow:
-    """Which candidates of a row may still be the same patch, of all pairs; memory grows with M, not with M².
+    """Which candidates of a row may still be the same patch, of all pairs; memory grows with N, not with N².
 
     Args: as in `EqualNeighbours`.
     """
@@ -208,40 +206,77 @@ class EqualInRow:
         self,
         shape: tuple[int, int],
         device: torch.device,
-        latents_AMZ: Tensor | None = None,
+        latents_RNZ: Tensor | None = None,
         radius: float | None = None,
     ):
-        self.latents_AMZ, self.radius = latents_AMZ, radius
-        self.group_AM = torch.zeros(shape, dtype=torch.long, device=device)
-        self.found_AM = None
+        self.latents_RNZ, self.radius = latents_RNZ, radius
+        self.class_RN = torch.zeros(shape, dtype=torch.long, device=device)
+        self.found_RN = None
 
     @property
-    def has_partner_AM(self) -> Tensor:
-        if self.found_AM is None:
-            self.found_AM = self._find_partners()
-        return self.found_AM
+    def has_partner_RN(self) -> Tensor:
+        if self.found_RN is None:
+            self.found_RN = self._find_partners()
+        return self.found_RN
 
-    def narrow(self, tokens_AMk: Tensor) -> None:
+    def narrow(self, tokens_RNk: Tensor) -> None:
         """Takes some more tokens of all candidates into account; of those without a partner they don't matter."""
-        number_M = torch.arange(self.group_AM.shape[1], device=tokens_AMk.device)
-        alone_AM = (1 + number_M).masked_fill(self.has_partner_AM, 0)
+        index_N = torch.arange(self.class_RN.shape[1], device=tokens_RNk.device)
+        alone_RN = (1 + index_N).masked_fill(self.has_partner_RN, 0)
         # Equal by their tokens, not by the pairs: of three equal ones two may be close to the third alone.
-        known_AMk = tokens_AMk.masked_fill(~self.has_partner_AM[..., None], 0)
-        keys_AMk = torch.cat([self.group_AM[..., None], alone_AM[..., None], known_AMk], dim=-1)
-        self.group_AM, self.found_AM = group_patches(keys_AMk)[0], None
+        known_RNk = tokens_RNk.masked_fill(~self.has_partner_RN[..., None], 0)
+        keys_RNk = torch.cat([self.class_RN[..., None], alone_RN[..., None], known_RNk], dim=-1)
+        self.class_RN, self.found_RN = patch_classes(keys_RNk), None
 
-    def names(self) -> Tensor:
-        """The first candidate of the row with the same patch, (A, M)."""
-        return self.group_AM
+    def classes(self) -> Tensor:
+        """The first candidate of the row with the same patch, (R, N)."""
+        return self.class_RN
 
     def _find_partners(self) -> Tensor:
-        """Whether another candidate has the same tokens so far and lies within the radius, (A, M)."""
+        """Whether another candidate has the same tokens so far and lies within the radius, (R, N)."""
         if self.radius is None:
-            return group_patches(self.group_AM[..., None])[1] > 1
-        num_rows, num_candidates = self.group_AM.shape
-        number_M, found = torch.arange(num_candidates, device=self.group_AM.device), []
-        for number_C in number_M.split(max(1, PAIRS_AT_ONCE // max(1, num_rows * num_candidates))):
-            near_ACM = torch.cdist(self.latents_AMZ[:, number_C], self.latents_AMZ) <= self.radius
-            near_ACM &= self.group_AM[:, number_C, None] == self.group_AM[:, None]
-            found.append((near_ACM & (number_C[:, None] != number_M)).any(-1))
+            return class_sizes(self.class_RN) > 1
+        num_rows, num_candidates = self.class_RN.shape
+        index_N, found = torch.arange(num_candidates, device=self.class_RN.device), []
+        for index_C in index_N.split(max(1, PAIRS_AT_ONCE // max(1, num_rows * num_candidates))):
+            near_RCN = torch.cdist(self.latents_RNZ[:, index_C], self.latents_RNZ) <= self.radius
+            near_RCN &= self.class_RN[:, index_C, None] == self.class_RN[:, None]
+            found.append((near_RCN & (index_C[:, None] != index_N)).any(-1))
         return torch.cat(found, dim=1)
+
+
+def trusted_radius(model: nn.Module) -> float | None:
+    """The `repetition_radius` of a CALM, if it was measured at the weights that the model has now.
+
+    None otherwise, after a warning (once) where there is a radius of other weights, or one that doesn't say of which.
+    """
+    config = model.config
+    if config.repetition_radius is None:
+        return None
+    measured_at = (config.repetition_radius_measured_at or {}).get("weights")
+    if measured_at is not None and measured_at == weights_fingerprint(model):
+        return config.repetition_radius
+    logger.warning_once(
+        "repetition_radius is not used, because config.json doesn't show that it was measured at the weights this "
+        "model has now: generation stays right and takes longer, and `python -m calm.calibrate_radius` measures it."
+    )
+    return None
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """A short name for a model's weights, 16 hexadecimal digits; None where they can't be read (quantised, or on the
+    meta device, as offloaded ones are).
+
+    It is made of some values of each parameter, rounded to bfloat16: the same weights have the same name in float32
+    and bfloat16, on every device, tied or not. Training changes so many values that it can't go unnoticed.
+    """
+    samples = []
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        weight = parameter.data
+        if type(weight) is not Tensor or not weight.is_floating_point() or weight.device.type == "meta":
+            return None
+        values = weight.reshape(-1)
+        values = values[:: max(1, len(values) // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
+        samples.append(values.to(torch.bfloat16).view(torch.int16).cpu())
+    return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]

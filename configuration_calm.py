@@ -126,8 +126,10 @@ class CALMConfig(LlamaConfig):
             inside the last patch, for comparison.
         prompt_filler_token_id: the token of that filling; `None` is the pad token.
         repetition_radius: generation takes latent vectors further apart than this for different patches without
-            decoding them. A property of the trained weights, which `python -m calm.benchmarks.repetitions` measures;
-            `None` decodes whatever is needed to be certain.
+            decoding them. A property of the trained weights, which `python -m calm.calibrate_radius` measures; `None`
+            decodes whatever is needed to be certain.
+        repetition_radius_measured_at: a dictionary that says what the radius was measured at. Its "weights", a
+            fingerprint, decide: a radius that was measured at other weights than the model's is not used.
 
     Raises:
         ValueError: a value the architecture has no meaning for, or an autoencoder of another K, Z or vocabulary.
@@ -158,6 +160,7 @@ class CALMConfig(LlamaConfig):
         prompt_alignment="left",
         prompt_filler_token_id=None,
         repetition_radius=None,
+        repetition_radius_measured_at=None,
         **kwargs,
     ):
         self.patch_size = patch_size
@@ -174,6 +177,7 @@ class CALMConfig(LlamaConfig):
         self.prompt_alignment = prompt_alignment
         self.prompt_filler_token_id = prompt_filler_token_id
         self.repetition_radius = repetition_radius
+        self.repetition_radius_measured_at = None if repetition_radius is None else repetition_radius_measured_at
         if autoencoder_config is None:
             given = {"vocab_size": kwargs["vocab_size"]} if "vocab_size" in kwargs else {}
             autoencoder_config = CALMAutoencoderConfig(patch_size=patch_size, latent_size=latent_size, **given)
@@ -214,6 +218,11 @@ class CALMConfig(LlamaConfig):
         require(
             self.repetition_radius is None or self.repetition_radius > 0,
             f"repetition_radius={self.repetition_radius}: must be a positive distance, or None.",
+        )
+        measured_at = self.repetition_radius_measured_at
+        require(
+            measured_at is None or isinstance(measured_at, dict),
+            f"repetition_radius_measured_at={measured_at!r}: must be a dictionary, or None.",
         )
 
     def to_dict(self):

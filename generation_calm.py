@@ -1,11 +1,14 @@
 """Text generation of CALM under Hugging Face's `generate`: one loop that draws a patch a step and emits K tokens.
 
 What `generate` asks of a model, and what it is refused, is in upstream_calm.py; the temperature samplers are in
-samplers_calm.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch,
-D hidden, N candidates, V vocabulary.
+samplers_calm.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch, D hidden, N candidates,
+V vocabulary.
 """
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,19 +16,22 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .candidates_calm import DecodedCandidates, LazyCandidates
+from .candidates_calm import LazyPool, PlainPool, trusted_radius
 from .configuration_calm import PROMPT_ALIGNMENTS
 from .samplers_calm import (
     BlockPlan,
+    Pool,
     batch_temperature_select,
     check_num_candidates,
     check_temperature,
     exact_temperature_sample,
     most_frequent_patch,
+    single_draw,
 )
 from .upstream_calm import GenerateCall, PatchGenerationMixin
 
-SAMPLING_METHODS = ("batch", "adaptive", "exact")
+SamplingMethod = Literal["batch", "adaptive", "exact"]
+SAMPLING_METHODS = get_args(SamplingMethod)
 NUM_CANDIDATES = 200  # published setting of the batch algorithm
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
@@ -34,6 +40,9 @@ GREEDY_SEED = 0
 @dataclass(frozen=True)
 class PatchSampling:
     """How `CALMGenerationMixin.next_patches` chooses a patch.
+
+    Its fields are the options of `generate` that concern sampling: each may be an argument of the call or a field of
+    the generation configuration.
 
     Args:
         do_sample: False takes the most frequent of the candidates, drawn with a fixed seed.
@@ -53,7 +62,7 @@ class PatchSampling:
     do_sample: bool = True
     temperature: float = 1.0
     num_candidates: int = NUM_CANDIDATES
-    sampling_method: str = "adaptive"
+    sampling_method: SamplingMethod = "adaptive"
     lazy_decoding: bool | None = None
 
     def __post_init__(self):
@@ -63,22 +72,48 @@ class PatchSampling:
         check_num_candidates(self.num_candidates, self.temperature)
 
     @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
     def from_generation_config(cls, config: GenerationConfig, **overrides) -> "PatchSampling":
-        """Reads `generate`'s settings; `overrides` that are not None go before the configuration's fields."""
-
-        def setting(name, default):
+        """Reads `generate`'s settings; `overrides` that are not None go before the configuration's fields, those of
+        other names are left out."""
+        settings = {}
+        for name in cls.option_names():
             override = overrides.get(name)
-            value = getattr(config, name, None) if override is None else override
-            return default if value is None else value
+            settings[name] = getattr(config, name, None) if override is None else override
+        settings["do_sample"] = bool(settings["do_sample"])  # not set: off, as upstream takes it
+        if not settings["do_sample"]:
+            settings["temperature"] = None  # has no meaning then
+        return cls(**{name: value for name, value in settings.items() if value is not None})
 
-        do_sample = setting("do_sample", False)
-        return cls(
-            do_sample=do_sample,
-            temperature=setting("temperature", 1.0) if do_sample else 1.0,
-            num_candidates=setting("num_candidates", NUM_CANDIDATES),
-            sampling_method=setting("sampling_method", "adaptive"),
-            lazy_decoding=setting("lazy_decoding", None),
-        )
+    def choose(self, pool: Pool, generator: torch.Generator | None = None, plan: BlockPlan | None = None) -> Tensor:
+        """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,)."""
+        if not self.do_sample:
+            return most_frequent_patch(pool, self.num_candidates)
+        if self.temperature == 1:
+            return single_draw(pool)
+        if self.sampling_method == "batch":
+            return batch_temperature_select(pool, self.temperature, self.num_candidates, generator)
+        return exact_temperature_sample(pool, self.temperature, self.most_draws, generator, plan).index_B
+
+    @property
+    def most_draws(self) -> int:
+        """The most patches that are drawn for one row in one step at T < 1."""
+        return self.num_candidates * (EXACT_DRAWS_PER_CANDIDATE if self.sampling_method == "exact" else 1)
+
+
+def takes_sampling_options(method):
+    """Adds the fields of `PatchSampling` to the parameters that a method is known to take (upstream asks for those of
+    `prepare_inputs_for_generation`, to tell arguments of `generate` from misspelt ones)."""
+    signature = inspect.signature(method)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in PatchSampling.option_names()
+    ]
+    *named, rest = signature.parameters.values()
+    method.__signature__ = signature.replace(parameters=[*named, *options, rest])
+    return method
 
 
 def pack_prompts(
@@ -129,24 +164,17 @@ def pack_prompts(
 class CALMGenerationMixin(PatchGenerationMixin):
     """`generate` for CALM: upstream_calm.py receives its calls, here is what they come to."""
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        num_candidates=None,
-        sampling_method=None,
-        lazy_decoding=None,
-        prompt_alignment=None,
-        generator=None,
-        **kwargs,
-    ):
+    @takes_sampling_options
+    def prepare_inputs_for_generation(self, input_ids, prompt_alignment=None, generator=None, **kwargs):
         """Names the arguments that `generate` accepts beside its own; `write_patches` builds its inputs itself.
 
         Args:
-            num_candidates, sampling_method, lazy_decoding: see `PatchSampling`.
             prompt_alignment: "left" or "right", see `CALMConfig`.
             generator: a `torch.Generator` on the model's device in place of the global one.
+            kwargs: inputs, and the options of `PatchSampling`.
         """
-        return {"input_ids": input_ids, **kwargs}
+        inputs = {name: value for name, value in kwargs.items() if name not in PatchSampling.option_names()}
+        return {"input_ids": input_ids, **inputs}
 
     def check_settings(self, generation_config: GenerationConfig) -> None:
         PatchSampling.from_generation_config(generation_config)
@@ -159,10 +187,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         Returns the prompts as they came, padding included, followed by the new tokens; a row that has stopped gets
         padding, also after an EOS within a patch.
         """
-        names = ("num_candidates", "sampling_method", "lazy_decoding")
-        sampling = PatchSampling.from_generation_config(
-            generation_config, **{name: model_kwargs.get(name) for name in names}
-        )
+        sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
         generator = model_kwargs.get("generator")
         prompt_length = input_ids.shape[1]
         min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
@@ -180,6 +205,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         finished, plan = False, BlockPlan()
+        radius = trusted_radius(self) if self._decodes_lazily(sampling) else None
         while call.goes_on(finished, input_ids.device):
             outputs = self(
                 **inputs,
@@ -193,7 +219,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
             # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
             drawing = torch.full_like(unfinished, True) if finished else unfinished
             hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
-            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV, plan).to(input_ids.device)
+            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV, plan, radius).to(
+                input_ids.device
+            )
             patches_BK = input_ids.new_zeros(len(input_ids), self.config.patch_size)
             patches_BK[drawing] = patches_RK
             for tokens in patches_BK.unbind(1):
@@ -221,6 +249,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         generator: torch.Generator | None = None,
         forbidden_KV: Tensor | None = None,
         plan: BlockPlan | None = None,
+        radius: float | None = None,
     ) -> Tensor:
         """Chooses the next patch of each row given its last hidden state.
 
@@ -230,52 +259,39 @@ class CALMGenerationMixin(PatchGenerationMixin):
             generator: randomness; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
             plan: of the sizes of blocks, handed from step to step.
+            radius: as in `LazyPool`.
 
         Returns:
             `(R, K)`: token ids.
         """
-
-        num_rows, device = hidden_RD.shape[0], hidden_RD.device
-        candidates = self.new_candidates(num_rows, sampling, forbidden_KV)
-
-        def latents(rows: Tensor, num_draws: int, **draws) -> Tensor:
-            return self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **draws)
-
-        def draw(rows: Tensor, num_draws: int, **draws) -> Tensor:
-            return candidates.add(rows, latents(rows, num_draws, **draws))
-
-        rows = torch.arange(num_rows, device=device)
+        noise = {}
         if not sampling.do_sample:
-            fixed = torch.Generator(device).manual_seed(GREEDY_SEED)
-            draws = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
-            chosen = most_frequent_patch(draw(rows, sampling.num_candidates, **draws))
-        elif sampling.temperature == 1:
-            chosen = draw(rows, 1)[:, 0]
-        elif sampling.sampling_method == "batch":
-            chosen = batch_temperature_select(draw(rows, sampling.num_candidates), sampling.temperature, generator)
-        else:
-            bound = EXACT_DRAWS_PER_CANDIDATE if sampling.sampling_method == "exact" else 1
-            max_draws = bound * sampling.num_candidates
-            chosen, *_ = exact_temperature_sample(
-                lambda rows, num_draws: candidates.take(rows, latents(rows, num_draws)),
-                num_rows,
-                sampling.temperature,
-                max_draws,
-                generator=generator,
-                device=device,
-                plan=plan,
-                tell_apart=candidates.tell_apart,
-            )
-        return candidates.patches(chosen)
+            fixed = torch.Generator(hidden_RD.device).manual_seed(GREEDY_SEED)
+            noise = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
 
-    def new_candidates(self, num_rows: int, sampling: PatchSampling, forbidden_KV: Tensor | None) -> DecodedCandidates:
-        """What holds and decodes the candidates of one step."""
+        def draw(rows: Tensor, num_draws: int) -> Tensor:
+            return self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **noise)
+
+        rows_R = torch.arange(len(hidden_RD), device=hidden_RD.device)
+        pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius)
+        return pool.tokens(rows_R, sampling.choose(pool, generator, plan))
+
+    def new_pool(
+        self,
+        draw: Callable[[Tensor, int], Tensor],
+        rows_R: Tensor,
+        sampling: PatchSampling,
+        forbidden_KV: Tensor | None = None,
+        radius: float | None = None,
+    ) -> PlainPool:
+        """The candidates of one step, none drawn yet; for `draw` and `radius` see `PlainPool` and `LazyPool`."""
+        if self._decodes_lazily(sampling):
+            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, radius)
+        return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV)
+
+    def _decodes_lazily(self, sampling: PatchSampling) -> bool:
         lazy = sampling.lazy_decoding
-        if lazy is None:
-            lazy = self.autoencoder.device.type == "cpu"
-        if not lazy:
-            return DecodedCandidates(self.autoencoder, num_rows, forbidden_KV)
-        return LazyCandidates(self.autoencoder, num_rows, forbidden_KV, self.config.repetition_radius)
+        return self.autoencoder.device.type == "cpu" if lazy is None else lazy
 
     def _pack_for_generation(self, input_ids: Tensor, call: GenerateCall, model_kwargs: dict) -> dict:
         mask = model_kwargs.get("attention_mask")

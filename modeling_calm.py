@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 # transformers 4.57 copies only the files named in this one when it loads a local folder. A head is known once it is
 # imported here.
-from .candidates_calm import LazyCandidates  # noqa: F401
+from .candidates_calm import LazyPool  # noqa: F401
 from .configuration_calm import HEADS, CALMConfig
 from .diffusion_head_calm import DiffusionHead  # noqa: F401
 from .energy_head_calm import EnergyHead  # noqa: F401

@@ -206,8 +206,8 @@ class CALMAutoencoder(PreTrainedModel):
     """Maps patches of K tokens to Gaussian posteriors over one latent vector, and latent vectors back to tokens.
 
     Trained on its own first, then frozen inside `CALMForCausalLM`, which calls `encode`, `decode` and `decode_tokens`:
-    they pass `forward`, where the hooks of FSDP and of offloading fire. `decode_states` and `read_tokens` go from layer
-    to layer, each through its own forward.
+    they pass `forward`, where the hooks of FSDP and of offloading fire. `decode_states` and `read_tokens` go from
+    layer to layer, each through its own forward.
     """
 
     config_class = CALMAutoencoderConfig

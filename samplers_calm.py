@@ -1,29 +1,34 @@
-"""Temperature sampling of patches from black-box draws: pure functions, free of the model.
+"""Temperature sampling of patches from black-box draws: functions of a pool, free of the model.
 
-Axes: B batch rows, N candidate draws, K tokens per patch, R active rows (a subset of the B).
+Axes: B rows of a pool, R rows that still draw, N draws of a row, K tokens per patch.
 
 The target at temperature T is P(x)^s / Z with the exponent s = 1/T >= 1, over whole patches x, when all one can do is
-draw patches from P. Three ways to get there, from a pool of N draws of each row or from a `draw` function:
+draw patches from P. A `Pool` draws, and knows which of its draws are the same patch. Each method makes it draw, and
+returns which draw of each row it chose; none knows a token:
 
-- `batch_temperature_select`   weighs the distinct patches of a pool (paper, Algorithm 2, extended to every T);
+- `single_draw`                T = 1;
+- `batch_temperature_select`   weighs the distinct patches among N draws (paper, Algorithm 2, extended to every T);
 - `exact_temperature_sample`   the paper's Algorithm 1, drawing in growing blocks up to a bound, then the batch rule;
-- `most_frequent_patch`        the mode of a pool, for `do_sample=False`.
+- `most_frequent_patch`        the mode of N draws, for `do_sample=False`.
 
 The exact one asks only which draws are equal: where 1/T is whole, only of the pairs that its attempts compare. And it
-draws the choice among distinct ones before it asks. So candidates_calm.py need not decode everything.
+draws the choice among distinct ones before it asks. So a pool need not decode everything.
 
-Rows are independent, and all randomness comes from `generator`. What depends on draws stays on their device; the host
-reads from there which rows are done after each block, and how many draws they needed where a plan is kept. Tables of
-the counts alone (weights, restarts) are made on the CPU in float64 and copied.
+Rows are independent, and all randomness but the pool's comes from `generator`. What depends on draws stays on their
+device; the host reads from there which rows are done after each block, and how many draws they needed where a plan is
+kept. Tables of the counts alone (weights, restarts) are made on the CPU in float64 and copied.
 """
 
 import math
 import numbers
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6
@@ -31,6 +36,51 @@ FIRST_BLOCK = 4  # draws of the exact sampler's first block; the pool then doubl
 BLOCK_COST = 15  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
 FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
+
+Pairs = Literal["all", "adjacent", "disjoint"]
+
+
+class Pool(Protocol):
+    """Independent draws of patches, a sequence for each of B rows, that grows as it is asked to.
+
+    Args:
+        rows_B: the numbers of its rows, 0 … B − 1, on the device on which it answers.
+    """
+
+    rows_B: Tensor
+
+    def extend(self, rows_R: Tensor, num_draws: int) -> None:
+        """Draws so many more for each of these rows, which must have drawn in every call before."""
+        ...
+
+    def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
+        """Class ids of all draws of these rows so far, (R, N): a draw's is the index of the first one equal to it.
+
+        Args:
+            pairs: of which pairs the ids must be equal exactly where the patches are: draws 2i and 2i + 1
+                ("disjoint"), i and i + 1 ("adjacent"), or all. Other equal draws may have two ids.
+            likely_R: of each row the draw that will be chosen if all are distinct: its tokens may be read on this
+                occasion.
+        """
+        ...
+
+    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
+        """The patches of one draw of each of these rows, (R, K)."""
+        ...
+
+
+class ExactSample(NamedTuple):
+    """What `exact_temperature_sample` chose.
+
+    Args:
+        index_B: the draw chosen.
+        is_exact_B: whether an attempt was accepted, so that its law is exact.
+        num_draws_B: how many draws were made.
+    """
+
+    index_B: Tensor
+    is_exact_B: Tensor
+    num_draws_B: Tensor
 
 
 def check_temperature(temperature: float) -> None:
@@ -62,11 +112,185 @@ def inverse_temperature(temperature: float) -> float:
     return float(round(exponent)) if abs(exponent - round(exponent)) <= WHOLE_TOLERANCE * exponent else exponent
 
 
-def group_patches(patches_BNK: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Find equal patches within each row, exactly, whatever K and the vocabulary.
+# The methods
 
-    Returns `group_BN`, the index of the first candidate of the row with the same patch, and `counts_BN`, how many
-    candidates of the row have the same patch. Token ids must lie in [0, 2^32).
+
+def single_draw(pool: Pool) -> Tensor:
+    """The law of the draws themselves, T = 1: draws once; index (B,)."""
+    pool.extend(pool.rows_B, 1)
+    return torch.zeros_like(pool.rows_B)
+
+
+def most_frequent_patch(pool: Pool, num_draws: int) -> Tensor:
+    """The patch seen most often in each row's draws, of equals the one seen first; index (B,)."""
+    pool.extend(pool.rows_B, num_draws)
+    sizes_BN = class_sizes(pool.classes(pool.rows_B))
+    earliness_N = torch.arange(num_draws - 1, -1, -1, device=sizes_BN.device)
+    return (sizes_BN * num_draws + earliness_N).argmax(-1)
+
+
+def batch_temperature_select(
+    pool: Pool, temperature: float, num_draws: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Chooses one of N draws of each row, approximately by P^(1/T)/Z (paper, Algorithm 2); index (B,).
+
+    The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
+    `repetition_log_weights` extends it to every T in (0, 1]. Raises ValueError for T outside it and for N < 1/T.
+    """
+    check_num_candidates(num_draws, temperature)
+    pool.extend(pool.rows_B, num_draws)
+    class_BN = pool.classes(pool.rows_B)
+    return choose_by_weight(class_BN, exponential_noise(class_BN, generator), temperature)
+
+
+def exact_temperature_sample(
+    pool: Pool,
+    temperature: float,
+    max_draws: int,
+    generator: torch.Generator | None = None,
+    plan: "BlockPlan | None" = None,
+) -> ExactSample:
+    """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_draws` draws a row.
+
+    Each block of draws doubles the pool; a row whose draws hold an accepted attempt stops, and only the others draw
+    on. A row that reaches `max_draws` without one chooses from what it has, see `choose_from_full_pool`. A `plan` that
+    is handed from step to step makes the first block larger where steps before needed more.
+
+    The total-variation distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes
+    it a substitute for `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every
+    case enumerated, at other T no larger within the noise of a simulation (tests/test_samplers.py, TestFallback).
+    Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
+    """
+    check_num_candidates(max_draws, temperature)
+    pairs, attempt_length = compared_pairs(temperature), math.ceil(inverse_temperature(temperature))
+    block = min(max(FIRST_BLOCK, attempt_length), max_draws)
+    if plan is not None:
+        block = plan.first_block(block, len(pool.rows_B), max_draws)
+    rows_R, chances = pool.rows_B, Chances.none(pool.rows_B)
+    chosen = ExactSample(*(torch.zeros_like(rows_R, dtype=dtype) for dtype in (torch.long, torch.bool, torch.long)))
+    for size in block_sizes(block, max_draws):
+        pool.extend(rows_R, size)
+        chances = chances.extend(size, generator)
+        is_last = chances.num_draws == max_draws
+        class_RN = pool.classes(rows_R, pairs, chances.likely(temperature) if is_last else None)
+        start_R, accepted_R = first_accepted_attempt(class_RN, chances.uniform_RN, temperature)
+        chosen.index_B[rows_R], chosen.is_exact_B[rows_R] = start_R, accepted_R
+        chosen.num_draws_B[rows_R] = chances.num_draws
+        if plan is not None:
+            plan.note((start_R + attempt_length)[accepted_R])
+        rows_R, chances = rows_R[~accepted_R], chances.of(~accepted_R)
+        if len(rows_R) == 0:
+            return chosen
+
+    if plan is not None:
+        plan.note(chosen.num_draws_B[rows_R])
+    chosen.index_B[rows_R] = choose_from_full_pool(pool.classes(rows_R), chances, temperature)
+    return chosen
+
+
+class Chances(NamedTuple):
+    """The random numbers that go with the draws of some rows, one of each kind for a draw.
+
+    Args:
+        uniform_RN: on [0, 1): when an attempt that starts at this draw gives up.
+        noise_RN: standard exponential: the draw's luck in the choice among all.
+    """
+
+    uniform_RN: Tensor
+    noise_RN: Tensor
+
+    @classmethod
+    def none(cls, rows_R: Tensor) -> "Chances":
+        """Of rows without draws."""
+        nothing_RN = torch.empty(len(rows_R), 0, device=rows_R.device, dtype=torch.float32)
+        return cls(nothing_RN, nothing_RN)
+
+    @property
+    def num_draws(self) -> int:
+        return self.uniform_RN.shape[1]
+
+    def extend(self, num_draws: int, generator: torch.Generator | None) -> "Chances":
+        uniform_RN = torch.rand(len(self.uniform_RN), num_draws, generator=generator, device=self.uniform_RN.device)
+        new = uniform_RN, exponential_noise(uniform_RN, generator)
+        return Chances(*(torch.cat(parts, dim=1) for parts in zip(self, new, strict=True)))
+
+    def of(self, is_kept_R: Tensor) -> "Chances":
+        return Chances(self.uniform_RN[is_kept_R], self.noise_RN[is_kept_R])
+
+    def likely(self, temperature: float) -> Tensor | None:
+        """The draw of each row that `choose_from_full_pool` takes if all are distinct; None where that isn't known."""
+        return self.noise_RN.argmin(-1) if compared_pairs(temperature) != "all" else None
+
+
+def choose_from_full_pool(class_RN: Tensor, chances: Chances, temperature: float) -> Tensor:
+    """Algorithm 1 when no more draws may be made; index (R,).
+
+    An attempt that was waiting for its patch to come again reads the pool's earlier draws as if they came next, and
+    accepts when it has read them all without a restart. Averaged over the orders of a pool, this accepts a patch in
+    proportion to its batch weight C(c, 1/T). Dropping such attempts instead would discriminate against rare patches
+    (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
+    at 1/T a whole number all of them: nothing waits there.
+    """
+    start_R, accepted_R = first_accepted_attempt(class_RN, chances.uniform_RN, temperature, circular=True)
+    return torch.where(accepted_R, start_R, choose_by_weight(class_RN, chances.noise_RN, temperature))
+
+
+# The plan of the exact method
+
+
+def compared_pairs(temperature: float) -> Pairs:
+    """Which pairs of draws the attempts of Algorithm 1 compare: 2i with 2i + 1, i with i + 1, or all.
+
+    Where 1/T is a whole n, an attempt goes on as long as each draw equals the one before it. At n = 2 it reads two
+    draws whatever they are, so that draws 2i and 2i + 1 are compared and no others.
+    """
+    exponent = inverse_temperature(temperature)
+    if not exponent.is_integer():
+        return "all"
+    return "disjoint" if exponent == 2 else "adjacent"
+
+
+def block_sizes(first: int, max_draws: int) -> Iterator[int]:
+    """How many draws to make at a time: each block after the first doubles their number, up to `max_draws`."""
+    num_drawn = 0
+    while num_drawn < max_draws:
+        size = min(num_drawn or first, max_draws - num_drawn)
+        num_drawn += size
+        yield size
+
+
+class BlockPlan:
+    """How large the first block of `exact_temperature_sample` should be, judged by what the steps before needed.
+
+    Small blocks waste no draws, large ones read the weights less often. What is drawn has the same law either way.
+    """
+
+    def __init__(self):
+        self.needed = deque(maxlen=STEPS_REMEMBERED)
+
+    def note(self, num_draws: Tensor) -> None:
+        """Remembers after how many draws rows had their patch."""
+        self.needed.extend(num_draws.tolist())
+
+    def first_block(self, least: int, num_rows: int, max_draws: int) -> int:
+        """The size, of `least` times powers of 2 and `max_draws`, that would have cost least in the steps before."""
+
+        def cost(size: int) -> float:
+            pool_sizes = list(accumulate(block_sizes(size, max_draws)))
+            last_blocks = [bisect_left(pool_sizes, min(needed, max_draws)) for needed in self.needed or [FIRST_GUESS]]
+            return sum(pool_sizes[last] + (last + 1) * BLOCK_COST / num_rows for last in last_blocks)
+
+        sizes = [least << i for i in range(max_draws.bit_length()) if least << i < max_draws]
+        return min([*sizes, max_draws], key=cost)
+
+
+# What follows from which draws are equal
+
+
+def patch_classes(patches_BNK: Tensor) -> Tensor:
+    """For each patch the index of the first one of its row that equals it, (B, N); exact for any K and vocabulary.
+
+    Token ids must lie in [0, 2^32).
     """
     rank_BN = torch.zeros_like(patches_BNK[..., 0], dtype=torch.long)
     for ids_BN in patches_BNK.unbind(-1):  # rank the prefixes, one token longer each time: no overflow at any K
@@ -77,11 +301,15 @@ def group_patches(patches_BNK: torch.LongTensor) -> tuple[torch.LongTensor, torc
 
     index_BN = torch.arange(rank_BN.shape[-1], device=rank_BN.device).expand_as(rank_BN)
     first_of_rank_BN = torch.zeros_like(rank_BN).scatter_reduce_(-1, rank_BN, index_BN, "amin", include_self=False)
-    count_of_rank_BN = torch.zeros_like(rank_BN).scatter_add_(-1, rank_BN, torch.ones_like(rank_BN))
-    return first_of_rank_BN.gather(-1, rank_BN), count_of_rank_BN.gather(-1, rank_BN)
+    return first_of_rank_BN.gather(-1, rank_BN)
 
 
-def repetition_log_weights(num_draws: int, exponent: float) -> torch.Tensor:
+def class_sizes(class_BN: Tensor) -> Tensor:
+    """How many draws of the row have the same class id, (B, N)."""
+    return torch.zeros_like(class_BN).scatter_add_(-1, class_BN, torch.ones_like(class_BN)).gather(-1, class_BN)
+
+
+def repetition_log_weights(num_draws: int, exponent: float) -> Tensor:
     """log C(c, s) for c = 0 .. num_draws repetitions at the exponent s = 1/T; shape (num_draws + 1,), float64, CPU.
 
     C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)), and zero (log: -inf) for c <= s - 1. For a whole s = n these are
@@ -94,209 +322,64 @@ def repetition_log_weights(num_draws: int, exponent: float) -> torch.Tensor:
     return log_weights.masked_fill(count <= exponent - 1, -math.inf)
 
 
-def candidate_log_weights(patches_BNK: torch.LongTensor, temperature: float) -> torch.Tensor:
-    """Unnormalised log probability of choosing each candidate by the batch rule; shape (B, N), float32.
+def draw_log_weights(class_BN: Tensor, temperature: float) -> Tensor:
+    """Unnormalised log probability of choosing each draw by the batch rule; shape (B, N), float32.
 
     A patch seen c times weighs C(c, 1/T), all of it on its first occurrence. A row in which that leaves nothing falls
     back to smaller exponents n-1, n-2, ..., which ends at equal weights for the patches seen most often.
     """
-    group_BN, counts_BN = group_patches(patches_BNK)
-    num_draws = patches_BNK.shape[1]
+    sizes_BN, num_draws = class_sizes(class_BN), class_BN.shape[1]
     log_weights = repetition_log_weights(num_draws, inverse_temperature(temperature))
-    log_weights_BN = log_weights.to(patches_BNK.device, torch.float32)[counts_BN]
+    log_weights_BN = log_weights.to(class_BN.device, torch.float32)[sizes_BN]
 
-    most_B1 = counts_BN.amax(-1, keepdim=True)
+    most_B1 = sizes_BN.amax(-1, keepdim=True)
     none_counts_B1 = log_weights_BN.amax(-1, keepdim=True) == -math.inf
-    log_weights_BN = log_weights_BN.masked_fill(none_counts_B1 & (counts_BN == most_B1), 0.0)
-    is_first_BN = group_BN == torch.arange(num_draws, device=group_BN.device)
+    log_weights_BN = log_weights_BN.masked_fill(none_counts_B1 & (sizes_BN == most_B1), 0.0)
+    is_first_BN = class_BN == torch.arange(num_draws, device=class_BN.device)
     return log_weights_BN.masked_fill(~is_first_BN, -math.inf)
 
 
-def batch_temperature_select(
-    patches_BNK: torch.LongTensor,
-    temperature: float,
-    generator: torch.Generator | None = None,
-    race_BN: torch.Tensor | None = None,
-) -> torch.LongTensor:
-    """Choose one patch of each row's pool of N draws, approximately by P^(1/T)/Z (paper, Algorithm 2); shape (B, K).
+def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> Tensor:
+    """The batch rule's choice; index (B,).
 
-    The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
-    `repetition_log_weights` extends it to every T in (0, 1]. Raises ValueError for T outside it and for N < 1/T.
-
-    The choice is a race: each candidate takes an exponential time ÷ its weight, and the first to arrive is chosen.
-    `race_BN` are the times, where they were drawn before the patches are known (`exponential_times`).
+    It is a race: each draw takes an exponential time (its `exponential_noise`) ÷ its weight, and the first to arrive
+    is chosen.
     """
-    check_num_candidates(patches_BNK.shape[1], temperature)
-    weights_BN = candidate_log_weights(patches_BNK, temperature).softmax(-1)
-    race_BN = exponential_times(weights_BN, generator) if race_BN is None else race_BN
-    return _take_patch(patches_BNK, (weights_BN / race_BN).argmax(-1))
+    return (draw_log_weights(class_BN, temperature).softmax(-1) / noise_BN).argmax(-1)
 
 
-def exponential_times(like_BN: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def exponential_noise(like_BN: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard exponential variates, float32, in the shape and on the device of the given tensor."""
     return torch.empty_like(like_BN, dtype=torch.float32).exponential_(generator=generator)
 
 
-def most_frequent_patch(patches_BNK: torch.LongTensor) -> torch.LongTensor:
-    """The patch seen most often in each row, of equals the one seen first; shape (B, K)."""
-    _, counts_BN = group_patches(patches_BNK)
-    num_draws = patches_BNK.shape[1]
-    earliness_N = torch.arange(num_draws - 1, -1, -1, device=patches_BNK.device)
-    return _take_patch(patches_BNK, (counts_BN * num_draws + earliness_N).argmax(-1))
-
-
-def exact_temperature_sample(
-    draw: Callable[[torch.LongTensor, int], torch.LongTensor],
-    batch_size: int,
-    temperature: float,
-    max_draws: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | None = None,
-    first_block: int = FIRST_BLOCK,
-    plan: "BlockPlan | None" = None,
-    tell_apart: Callable[..., torch.LongTensor] | None = None,
-) -> tuple[torch.LongTensor, torch.BoolTensor, torch.LongTensor]:
-    """Sample P^(1/T)/Z exactly from draws of P (paper, Algorithm 1), with at most `max_draws` draws a row.
-
-    `draw(rows_R, n)` returns n fresh independent patches for each of the given rows, shape (R, n, K). Each block of
-    draws doubles the pool; a row whose pool holds an accepted attempt stops, and only the others draw on. A row that
-    reaches `max_draws` without one chooses from its pool, see `choose_from_full_pool`. `first_block` is the least size
-    of the first block; a `plan` that is handed from step to step makes it larger where steps before needed more.
-
-    Where patches are dear to know, `draw` may return any ids instead, and `tell_apart(rows_R, pairs, favourite_R)`
-    names all draws of these rows so far, (R, N, K'): of the pairs that it is asked for (see `compared_pairs`), the
-    names are equal exactly where the patches are. `favourite_R`, where not None, is the draw chosen if all are
-    distinct.
-
-    Returns the patches or names (B, K), whether each is an exact sample (B,) bool, and the draws made (B,). The
-    total-variation distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes it
-    a substitute for `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every case
-    enumerated, at other T no larger within the noise of a simulation (tests/test_samplers.py, TestFallback).
-    Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
-    """
-    check_num_candidates(max_draws, temperature)
-    exponent = inverse_temperature(temperature)
-    block = 1 if exponent == 1 else min(max(first_block, math.ceil(exponent)), max_draws)
-    if plan is not None and exponent > 1:
-        block = plan.first_block(block, batch_size, max_draws)
-    pairs, rows_R = compared_pairs(temperature), torch.arange(batch_size, device=device)
-    exact_B, num_draws_B = torch.zeros_like(rows_R, dtype=torch.bool), torch.zeros_like(rows_R)
-    chosen_BK, pool, num_drawn = None, None, 0
-    while True:
-        new_RNK = draw(rows_R, min(num_drawn or block, max_draws - num_drawn))
-        coin_RN = torch.rand(new_RNK.shape[:2], generator=generator, device=new_RNK.device)
-        new = new_RNK, coin_RN, exponential_times(coin_RN, generator)
-        pool = new if pool is None else [torch.cat(parts, dim=1) for parts in zip(pool, new, strict=True)]
-        names_RNK, coin_RN, race_RN = pool
-        num_drawn = names_RNK.shape[1]
-        if tell_apart is not None:
-            is_last = pairs != "all" and num_drawn == max_draws
-            names_RNK = tell_apart(rows_R, pairs, race_RN.argmin(-1) if is_last else None)
-
-        start_R, accepted_R = first_accepted_attempt(group_patches(names_RNK)[0], coin_RN, temperature)
-        if chosen_BK is None:
-            chosen_BK = names_RNK.new_empty(batch_size, names_RNK.shape[-1])
-        chosen_BK[rows_R] = _take_patch(names_RNK, start_R)
-        exact_B[rows_R], num_draws_B[rows_R] = accepted_R, num_drawn
-        if plan is not None:
-            plan.note((start_R + math.ceil(exponent))[accepted_R])
-        rows_R, pool = rows_R[~accepted_R], [each[~accepted_R] for each in pool]
-        if len(rows_R) == 0 or num_drawn == max_draws:
-            break
-
-    if len(rows_R) > 0:
-        if plan is not None:
-            plan.note(num_draws_B[rows_R])
-        names_RNK, coin_RN, race_RN = pool
-        names_RNK = names_RNK if tell_apart is None else tell_apart(rows_R)
-        chosen_BK[rows_R] = choose_from_full_pool(names_RNK, coin_RN, race_RN, temperature)
-    return chosen_BK, exact_B, num_draws_B
-
-
-def compared_pairs(temperature: float) -> Literal["disjoint", "adjacent", "all"]:
-    """Which pairs of draws the attempts of Algorithm 1 compare: 2i with 2i + 1, i with i + 1, or all.
-
-    Where 1/T is a whole n, an attempt goes on as long as each draw equals the one before it. At n = 2 it reads two
-    draws whatever they are, so that draws 2i and 2i + 1 are compared and no others.
-    """
-    exponent = inverse_temperature(temperature)
-    if not exponent.is_integer():
-        return "all"
-    return "disjoint" if exponent == 2 else "adjacent"
-
-
-class BlockPlan:
-    """How large the first block of `exact_temperature_sample` should be, judged by what the steps before needed.
-
-    Small blocks waste no draws, large ones read the weights less often. What is drawn has the same law either way.
-    """
-
-    def __init__(self):
-        self.needed = deque(maxlen=STEPS_REMEMBERED)
-
-    def note(self, num_draws: torch.LongTensor) -> None:
-        """Remembers after how many draws rows had their patch."""
-        self.needed.extend(num_draws.tolist())
-
-    def first_block(self, least: int, num_rows: int, max_draws: int) -> int:
-        """The size, of `least` times powers of 2 and `max_draws`, that would have cost least in the steps before."""
-
-        def cost(size: int) -> float:
-            total = 0.0
-            for needed in self.needed or [FIRST_GUESS]:
-                pool, blocks = size, 1
-                while pool < min(needed, max_draws):
-                    pool, blocks = min(2 * pool, max_draws), blocks + 1
-                total += pool + blocks * BLOCK_COST / num_rows
-            return total
-
-        sizes = [least << i for i in range(max_draws.bit_length()) if least << i < max_draws]
-        return min([*sizes, max_draws], key=cost)
-
-
-def choose_from_full_pool(
-    pool_BNK: torch.LongTensor, coin_BN: torch.Tensor, race_BN: torch.Tensor, temperature: float
-) -> torch.LongTensor:
-    """Algorithm 1 when no more draws may be made; shape (B, K).
-
-    An attempt that was waiting for its patch to come again reads the pool's earlier draws as if they came next, and
-    accepts when it has read them all without a restart. Averaged over the orders of a pool, this accepts a patch in
-    proportion to its batch weight C(c, 1/T). Dropping such attempts instead would discriminate against rare patches
-    (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
-    at 1/T a whole number all of them: nothing waits there.
-    """
-    start_B, accepted_B = first_accepted_attempt(group_patches(pool_BNK)[0], coin_BN, temperature, circular=True)
-    by_batch_rule_BK = batch_temperature_select(pool_BNK, temperature, race_BN=race_BN)
-    return torch.where(accepted_B[:, None], _take_patch(pool_BNK, start_B), by_batch_rule_BK)
-
-
 def first_accepted_attempt(
-    group_BN: torch.LongTensor, coin_BN: torch.Tensor, temperature: float, circular: bool = False
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    class_BN: Tensor, uniform_BN: Tensor, temperature: float, circular: bool = False
+) -> tuple[Tensor, Tensor]:
     """Run Algorithm 1 along each row's draws, attempt after attempt, and find the first that accepts.
 
     With n = floor(1/T) and alpha = 1/T - n, an attempt reads draws until one differs from its first, or until n are
     equal. Then, if alpha > 0, it reads on: at further draw i it accepts if that equals the n, and otherwise restarts
     with probability alpha / i. The next attempt begins at the first unread draw, so every attempt sees fresh draws.
 
-    `group_BN` comes from `group_patches`; `coin_BN` is uniform on [0, 1), one for the attempt that starts at a draw.
+    `uniform_BN` is uniform on [0, 1), one for the attempt that starts at a draw.
     `circular`: an attempt that runs out of draws reads on from the first draw of the pool, up to its own start.
     Returns where the accepted attempt starts (B,), 0 where there is none, and whether there is one (B,).
     """
     exponent = inverse_temperature(temperature)
     whole = math.floor(exponent)
     fraction = exponent - whole
-    num_draws = group_BN.shape[-1]
-    start_N = torch.arange(num_draws, device=group_BN.device)
+    num_draws = class_BN.shape[-1]
+    start_N = torch.arange(num_draws, device=class_BN.device)
 
-    differs_BN = _next_different(group_BN)
+    differs_BN = _next_different(class_BN)
     accepts_BN = differs_BN - start_N >= whole
     next_start_BN = differs_BN + 1
     if fraction > 0:
         last_N = (start_N + whole - 1).clamp(max=num_draws - 1)
-        gives_up_BN = last_N + _restart_times(coin_BN, fraction)
+        gives_up_BN = last_N + _restart_times(uniform_BN, fraction)
         next_start_BN = torch.where(accepts_BN, gives_up_BN + 1, next_start_BN)
-        meets_BN = _next_equal(group_BN, circular)[:, last_N]
+        meets_BN = _next_equal(class_BN, circular)[:, last_N]
         accepts_BN = accepts_BN & (meets_BN <= gives_up_BN) & (circular | (meets_BN < num_draws))
 
     # An accepting attempt points at itself, any other at its successor, index N stands for "ran out of draws".
@@ -310,36 +393,32 @@ def first_accepted_attempt(
     return end_B * accepted_B, accepted_B
 
 
-def _restart_times(coin_BN: torch.Tensor, fraction: float) -> torch.LongTensor:
+def _restart_times(uniform_BN: Tensor, fraction: float) -> Tensor:
     """Turn uniforms into the i >= 1 at which coins of probability alpha / i first say restart; N + 1 for later."""
-    num_draws = coin_BN.shape[-1]
+    num_draws = uniform_BN.shape[-1]
     further_N = torch.arange(1, num_draws + 1, dtype=torch.float64)
     restarted_by_N = 1 - torch.cumprod(1 - fraction / further_N, dim=0)
-    return 1 + torch.searchsorted(restarted_by_N.to(coin_BN), coin_BN.contiguous(), right=True)
+    return 1 + torch.searchsorted(restarted_by_N.to(uniform_BN), uniform_BN.contiguous(), right=True)
 
 
-def _next_different(group_BN: torch.LongTensor) -> torch.LongTensor:
+def _next_different(class_BN: Tensor) -> Tensor:
     """For each draw, the index of the first later draw that differs from it; N where there is none."""
-    num_draws = group_BN.shape[-1]
-    index_N = torch.arange(num_draws, device=group_BN.device)
-    changes_BN = torch.full_like(group_BN, num_draws)
-    changes_BN[:, :-1] = torch.where(group_BN[:, 1:] != group_BN[:, :-1], index_N[1:], num_draws)
+    num_draws = class_BN.shape[-1]
+    index_N = torch.arange(num_draws, device=class_BN.device)
+    changes_BN = torch.full_like(class_BN, num_draws)
+    changes_BN[:, :-1] = torch.where(class_BN[:, 1:] != class_BN[:, :-1], index_N[1:], num_draws)
     return changes_BN.flip(-1).cummin(-1).values.flip(-1)
 
 
-def _next_equal(group_BN: torch.LongTensor, circular: bool) -> torch.LongTensor:
+def _next_equal(class_BN: Tensor, circular: bool) -> Tensor:
     """For each draw, the index of the first later draw that equals it; N where there is none.
 
     `circular`: the draws go on with index N + i equal to draw i, so that at the latest a draw meets itself.
     """
-    num_draws = group_BN.shape[-1]
-    sorted_BN, order_BN = torch.sort(group_BN, dim=-1, stable=True)
-    # A group is named by its first member, which is therefore the next one around the circle.
-    follower_BN = num_draws + sorted_BN if circular else torch.full_like(group_BN, num_draws)
+    num_draws = class_BN.shape[-1]
+    sorted_BN, order_BN = torch.sort(class_BN, dim=-1, stable=True)
+    # A class id is the index of its first draw, which is therefore the next one around the circle.
+    follower_BN = num_draws + sorted_BN if circular else torch.full_like(class_BN, num_draws)
     same_BN = sorted_BN[:, 1:] == sorted_BN[:, :-1]
     follower_BN[:, :-1] = torch.where(same_BN, order_BN[:, 1:], follower_BN[:, :-1])
-    return torch.empty_like(group_BN).scatter_(-1, order_BN, follower_BN)
-
-
-def _take_patch(patches_BNK: torch.LongTensor, index_B: torch.LongTensor) -> torch.LongTensor:
-    return patches_BNK[torch.arange(len(index_B), device=index_B.device), index_B]
+    return torch.empty_like(class_BN).scatter_(-1, order_BN, follower_BN)

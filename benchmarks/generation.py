@@ -40,7 +40,6 @@ from calm.benchmarks.workloads import (
     distinct_share,
     draw_candidates,
     is_trained,
-    most_draws,
     own_prompts,
     random_model,
     random_prompts,
@@ -52,6 +51,8 @@ from calm.configuration_calm import CALMConfig
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 
 WORKLOADS = ("worst", "real")
+# The benchmark's own options beside the temperature, of which it takes several.
+SAMPLING_OPTIONS = tuple(name for name in PatchSampling.option_names() if name not in ("do_sample", "temperature"))
 
 
 class Benchmark:
@@ -135,7 +136,8 @@ class Benchmark:
             candidates = draw_candidates(model, own_prompts(model, 1, length, temperature, N), N)
         else:
             demo = self._model("demo", with_weights=True)
-            candidates = record_candidates(demo, temperature, most_draws(N, self.options.sampling_method))
+            sampling = PatchSampling(True, temperature, N, self.options.sampling_method)
+            candidates = record_candidates(demo, temperature, sampling.most_draws)
             replay, candidates = Replay(candidates), candidates.patches_CMK
         return replay, distinct_share(candidates[:, :N]) if temperature < 1 else None
 
@@ -145,8 +147,7 @@ class Benchmark:
             prompts = own_prompts(model, batch_size, length, temperature, options.num_candidates)
         else:
             prompts = random_prompts(model, batch_size, length)
-        names = ("num_candidates", "sampling_method", "lazy_decoding")
-        settings = {name: getattr(options, name) for name in names}
+        settings = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
         return Subject(model, prompts, {"temperature": temperature, **settings}, replay)
 
     def _compare(self, calm: Subject, temperature: float, batch_size: int) -> dict:
@@ -156,7 +157,7 @@ class Benchmark:
         return compare(calm, baseline, options.output_length, options.repetitions, self.machine)
 
     def _row(self, shape: str, workload: str, temperature: float, batch_size: int, figures: dict) -> dict:
-        names = ("baseline", "device", "dtype", "num_candidates", "sampling_method", "lazy_decoding")
+        names = ("baseline", "device", "dtype", *SAMPLING_OPTIONS)
         lengths = ("prompt_length", "output_length", "repetitions")
         return {
             "shape": shape,

@@ -23,10 +23,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.benchmarks.meters import wrapped
-from calm.candidates_calm import DecodedCandidates, LazyCandidates
+from calm.candidates_calm import LazyPool, PlainPool
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
-from calm.generation_calm import EXACT_DRAWS_PER_CANDIDATE
 from calm.modeling_calm import CALMForCausalLM
 from calm.training.recipe import load_recipe, recipe_names
 
@@ -157,11 +156,6 @@ def check_worst_case(share: float) -> None:
         )
 
 
-def most_draws(num_candidates: int, sampling_method: str) -> int:
-    """The most patches that a sampling method draws for one row in one step."""
-    return num_candidates * (EXACT_DRAWS_PER_CANDIDATE if sampling_method == "exact" else 1)
-
-
 @dataclass
 class Recording:
     """Candidates that a trained CALM drew while it wrote, in their order.
@@ -223,60 +217,59 @@ class Replay:
                 f"the recorded patches have {patch_size} tokens, the model's "
                 f"{getattr(model.config, 'patch_size', 1)}: record a model of the same patch size (--demo)."
             )
-        with wrapped(model, "new_candidates", self._impose):
+        with wrapped(model, "new_pool", self._impose):
             yield
 
-    def _impose(self, new_candidates):
-        def call(num_rows, *args):
-            patches_CMK = self.recording.patches_CMK
-            contexts_R = torch.randint(
-                len(patches_CMK), (num_rows,), generator=self.generator, device=patches_CMK.device
-            )
-            candidates = new_candidates(num_rows, *args)
-            kind = LazyReplay if isinstance(candidates, LazyCandidates) else DecodedReplay
-            kind(candidates, patches_CMK[contexts_R], self.recording.latents_CMZ[contexts_R], self.recording.radius)
-            return candidates
+    def _impose(self, new_pool):
+        def call(draw, rows_B, *args):
+            recording = self.recording
+            num_contexts, device = len(recording.patches_CMK), recording.patches_CMK.device
+            contexts_B = torch.randint(num_contexts, (len(rows_B),), generator=self.generator, device=device)
+            pool = new_pool(draw, rows_B, *args)
+            kind = LazyReplay if isinstance(pool, LazyPool) else PlainReplay
+            return kind(pool, recording.patches_CMK[contexts_B], recording.latents_CMZ[contexts_B], recording.radius)
 
         return call
 
 
-class DecodedReplay:
-    """Replaces candidates, once they are decoded in full, by those of a recording (patches_RMK, latents_RMZ)."""
+class PlainReplay(PlainPool):
+    """A pool that draws and decodes like another, and then takes a recording's candidates for its own.
 
-    def __init__(
-        self, candidates: DecodedCandidates, patches_RMK: Tensor, latents_RMZ: Tensor, radius: float | None = None
-    ):
-        self.candidates, self.patches_RMK, self.latents_RMZ = candidates, patches_RMK, latents_RMZ
-        self.radius = radius
-        self.take_own = candidates.take
-        candidates.take = self.take
+    Args:
+        pool: the other, still empty.
+        patches_BMK, latents_BMZ: the recorded candidates of each row.
+        radius: of the model that was recorded; of no use here.
+    """
 
-    def take(self, rows_A: Tensor, latents_NAZ: Tensor) -> Tensor:
-        start, end = self.candidates.num_drawn, self.candidates.num_drawn + len(latents_NAZ)
-        if end > self.patches_RMK.shape[1]:
-            raise BenchmarkError(f"{end} draws of a row, of {self.patches_RMK.shape[1]} recorded.")
-        numbers_AN1 = self.take_own(rows_A, latents_NAZ)
-        self.replace(rows_A, slice(start, end))
-        return numbers_AN1
+    def __init__(self, pool: PlainPool, patches_BMK: Tensor, latents_BMZ: Tensor, radius: float | None = None):
+        super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV)
+        self.patches_BMK = patches_BMK
 
-    def replace(self, rows_A: Tensor, new: slice) -> None:
-        self.candidates.tokens_RMK[rows_A, new] = self.patches_RMK[rows_A, new]
+    def extend(self, rows_R: Tensor, num_draws: int) -> None:
+        check_recorded(self.num_drawn + num_draws, self.patches_BMK)
+        super().extend(rows_R, num_draws)
+        self.tokens_BNK = self.patches_BMK[:, : self.num_drawn]
 
 
-class LazyReplay(DecodedReplay):
+class LazyReplay(LazyPool):
     """The same for lazy decoding: each token that is read, and each pair's being close, is that of the recording."""
 
-    def __init__(self, candidates: LazyCandidates, *recorded):
-        super().__init__(candidates, *recorded)
-        self.read_own = candidates.read
-        candidates.read, candidates.places, candidates.radius = self.read, self.places, self.radius
+    def __init__(self, pool: LazyPool, patches_BMK: Tensor, latents_BMZ: Tensor, radius: float | None = None):
+        super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV, radius)
+        self.patches_BMK, self.latents_BMZ = patches_BMK, latents_BMZ
 
-    def replace(self, rows_A: Tensor, new: slice) -> None:
-        """Nothing is known yet."""
+    def extend(self, rows_R: Tensor, num_draws: int) -> None:
+        check_recorded(self.num_drawn + num_draws, self.patches_BMK)
+        super().extend(rows_R, num_draws)
 
     def read(self, rows: Tensor, draws: Tensor, positions: Tensor) -> Tensor:
-        self.read_own(rows, draws, positions)
-        return self.patches_RMK[rows, draws, positions]
+        super().read(rows, draws, positions)
+        return self.patches_BMK[rows, draws, positions]
 
-    def places(self, rows_A: Tensor) -> Tensor:
-        return self.latents_RMZ[rows_A, : self.candidates.num_drawn]
+    def places(self, rows_R: Tensor) -> Tensor:
+        return self.latents_BMZ[rows_R, : self.num_drawn]
+
+
+def check_recorded(num_draws: int, patches_BMK: Tensor) -> None:
+    if num_draws > patches_BMK.shape[1]:
+        raise BenchmarkError(f"{num_draws} draws of a row, of {patches_BMK.shape[1]} recorded.")

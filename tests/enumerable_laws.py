@@ -1,9 +1,11 @@
 """Distributions small enough to enumerate, draws from them as patches, and what to hold a sample of them against."""
 
-# B batch rows, N candidate draws, V outcomes (patches) of an enumerable distribution
+# B rows of a pool, R of these that draw, N draws, V outcomes (patches) of an enumerable distribution
 
 import torch
 from scipy.stats import chisquare
+
+from calm.samplers_calm import patch_classes
 
 TOKENS = 40  # outcome v is the patch (v // TOKENS, v % TOKENS)
 
@@ -27,33 +29,55 @@ def sharpened(law_V: torch.Tensor, temperature: float) -> torch.Tensor:
     return power_V / power_V.sum()
 
 
-def as_patches(outcomes: torch.LongTensor) -> torch.LongTensor:
+def as_patches(outcomes: torch.Tensor) -> torch.Tensor:
     return torch.stack((outcomes // TOKENS, outcomes % TOKENS), dim=-1)
-
-
-def as_outcomes(patches: torch.LongTensor) -> torch.LongTensor:
-    return patches[..., 0] * TOKENS + patches[..., 1]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draws_from(law_BV: torch.Tensor, generator: torch.Generator):
-    """The `draw` of a batch whose row b has the law law_BV[b]."""
+class StubPool:
+    """A pool of outcomes: row b's law is law_BV[b], or its draws are those of `stream_BN`, in order.
 
-    def draw(rows: torch.LongTensor, num_draws: int) -> torch.LongTensor:
-        return as_patches(torch.multinomial(law_BV[rows], num_draws, replacement=True, generator=generator))
+    What was asked of it is kept: (rows, number of draws) of each `extend`, (pairs, likely draw) of each `classes`.
+    """
 
-    return draw
+    def __init__(self, law_BV=None, generator=None, stream_BN=None):
+        self.law_BV, self.generator, self.stream_BN = law_BV, generator, stream_BN
+        self.rows_B = torch.arange(len(law_BV if stream_BN is None else stream_BN))
+        self.outcomes_BN = torch.empty(len(self.rows_B), 0, dtype=torch.long)
+        self.extended, self.asked = [], []
+
+    def extend(self, rows_R, num_draws):
+        start, self.extended = self.outcomes_BN.shape[1], [*self.extended, (rows_R.tolist(), num_draws)]
+        new_BN = torch.full((len(self.rows_B), num_draws), -1)
+        if self.stream_BN is None:
+            new_BN[rows_R] = torch.multinomial(self.law_BV[rows_R], num_draws, True, generator=self.generator)
+        else:
+            new_BN[rows_R] = self.stream_BN[rows_R, start : start + num_draws]
+        self.outcomes_BN = torch.cat((self.outcomes_BN, new_BN), dim=1)
+
+    def classes(self, rows_R, pairs="all", likely_R=None):
+        self.asked.append((pairs, likely_R))
+        assert (self.outcomes_BN[rows_R] >= 0).all(), "a row that had stopped draws again"
+        return patch_classes(self.outcomes_BN[rows_R, :, None])
+
+    def tokens(self, rows_R, index_R):
+        return as_patches(self.outcomes_BN[rows_R, index_R])
+
+    def outcomes(self, index_B):
+        """The outcomes of one draw of each row."""
+        return self.outcomes_BN[self.rows_B, index_B]
 
 
-def pools_from(law_V: torch.Tensor, num_pools: int, num_draws: int, seed: int = 0) -> torch.LongTensor:
+def outcomes_from(law_V: torch.Tensor, num_pools: int, num_draws: int, seed: int = 0) -> torch.Tensor:
+    """Draws (B, N) from one law."""
     outcomes = torch.multinomial(law_V, num_pools * num_draws, replacement=True, generator=seeded(seed))
-    return as_patches(outcomes.view(num_pools, num_draws))
+    return outcomes.view(num_pools, num_draws)
 
 
-def chi_square_p_value(outcomes: torch.LongTensor, law_V: torch.Tensor) -> float:
+def chi_square_p_value(outcomes: torch.Tensor, law_V: torch.Tensor) -> float:
     """p-value of the counts under the law; neighbours share a cell of about 10 where fewer are expected of each."""
     expected_V = law_V * len(outcomes)
     cell_V = ((expected_V.cumsum(0) - expected_V / 2) / 10).long()

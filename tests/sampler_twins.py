@@ -1,12 +1,11 @@
-"""The published rules in plain Python, one candidate at a time: slow twins of the vectorised samplers."""
+"""The published rules in plain Python, one draw at a time: slow twins of the vectorised samplers."""
 
-# B batch rows, N candidate draws, K tokens per patch, V outcomes (patches) of an enumerable distribution
+# B rows of a pool, N draws, V outcomes (patches) of an enumerable distribution
 
 import math
 from collections import Counter
 
 import torch
-from enumerable_laws import as_outcomes
 
 
 def published_choice_by_loops(candidates: list, n: int) -> dict:
@@ -20,10 +19,10 @@ def published_choice_by_loops(candidates: list, n: int) -> dict:
     raise AssertionError("unreachable: every candidate counts once")
 
 
-def published_laws_by_loops(patches_BNK: torch.LongTensor, n: int, num_outcomes: int) -> torch.Tensor:
+def published_laws_by_loops(outcomes_BN: torch.Tensor, n: int, num_outcomes: int) -> torch.Tensor:
     """The published rule's choice probabilities, one row a pool; shape (B, V)."""
-    laws_BV = torch.zeros(len(patches_BNK), num_outcomes, dtype=torch.float64)
-    for row, outcomes in enumerate(as_outcomes(patches_BNK).tolist()):
+    laws_BV = torch.zeros(len(outcomes_BN), num_outcomes, dtype=torch.float64)
+    for row, outcomes in enumerate(outcomes_BN.tolist()):
         for outcome, probability in published_choice_by_loops(outcomes, n).items():
             laws_BV[row, outcome] = probability
     return laws_BV
@@ -39,11 +38,11 @@ def table_of_pairs(pairs: str, num_draws: int) -> torch.Tensor:
     return torch.tensor([[rule[pairs](i, j) for j in range(num_draws)] for i in range(num_draws)])
 
 
-def first_attempt_by_loops(draws: list, coins: list, exponent: float, circular: bool) -> int | None:
+def first_attempt_by_loops(draws: list, uniforms: list, exponent: float, circular: bool) -> int | None:
     """Where Algorithm 1, draw by draw, starts the attempt that it accepts.
 
-    The attempt from draw t restarts once the probability that it would have by now exceeds coins[t]. `circular`: while
-    it waits for its patch it reads the draws in a circle, and accepts when it is back at t.
+    The attempt from draw t restarts once the probability that it would have by now exceeds uniforms[t]. `circular`:
+    while it waits for its patch it reads the draws in a circle, and accepts when it is back at t.
     """
     whole, position = math.floor(exponent), 0
     fraction = exponent - whole
@@ -66,5 +65,5 @@ def first_attempt_by_loops(draws: list, coins: list, exponent: float, circular: 
                 return start
             position, further = position + 1, further + 1
             no_restart_yet *= 1 - fraction / further
-            restarted = coins[start] < 1 - no_restart_yet
+            restarted = uniforms[start] < 1 - no_restart_yet
     return None

@@ -235,21 +235,24 @@ def labelled_recording(num_contexts, num_draws, radius=None):
 def test_a_replay_gives_each_row_one_context_and_its_draws_in_order(lazy):
     """The rows that draw on are fewer in each block: here row 1 is done after the first."""
     model, replay = tiny_model(), Replay(labelled_recording(50, 16))
-    sampling = PatchSampling(lazy_decoding=lazy)
+    sampling, all_rows = PatchSampling(lazy_decoding=lazy), torch.arange(3)
+
+    def draw(rows, num_draws):
+        return torch.randn(num_draws, len(rows), 16)
+
     with replay.on(model):
-        candidates = model.new_candidates(3, sampling, None)
-        for rows, num_draws in (([0, 1, 2], 4), ([0, 2], 4), ([2], 8)):
-            ids = candidates.add(torch.tensor(rows), torch.randn(num_draws, len(rows), 16))
-            assert ids.shape[:2] == (len(rows), num_draws)
-            assert all(len(row.unique(dim=0)) == num_draws for row in ids), "every recorded draw is another patch"
-            if rows == [0, 1, 2]:
-                first = ids[:, 2]
-        patches = candidates.patches(first)
+        pool = model.new_pool(draw, all_rows, sampling)
+        for rows, num_draws in (([0, 1, 2], 4), ([0, 2], 8), ([2], 16)):
+            pool.extend(torch.tensor(rows), num_draws - pool.num_drawn)
+            classes = pool.classes(torch.tensor(rows))
+            assert classes.tolist() == [list(range(num_draws))] * len(rows), "every recorded draw is another patch"
+        patches = pool.tokens(all_rows, torch.tensor([2, 2, 2]))
         assert patches[:, 1].tolist() == [2, 2, 2] and patches[:, 0].unique().numel() == 3
-        later = model.new_candidates(3, sampling, None)
-        later = later.patches(later.add(torch.arange(3), torch.randn(1, 3, 16))[:, 0])
+        later = model.new_pool(draw, all_rows, sampling)
+        later.extend(all_rows, 1)
+        later = later.tokens(all_rows, torch.zeros(3, dtype=torch.long))
         assert (later[:, 0] != patches[:, 0]).any(), "the next step has other contexts"
-    assert "new_candidates" not in vars(model)
+    assert "new_pool" not in vars(model)
 
 
 @pytest.mark.parametrize("method", ["batch", "adaptive"])

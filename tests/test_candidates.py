@@ -8,7 +8,7 @@ from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm import candidates_calm, modeling_calm_autoencoder
-from calm.candidates_calm import DecodedCandidates, EqualInRow, LazyCandidates
+from calm.candidates_calm import EqualInRow, LazyPool, PlainPool
 from calm.generation_calm import PatchSampling
 from calm.samplers_calm import BlockPlan, compared_pairs, exact_temperature_sample
 
@@ -40,9 +40,26 @@ def some_latents(num_draws, num_rows, seed=0, spread=0.3):
     return centres[which] + spread * torch.randn(num_draws, num_rows, Z, generator=generator)
 
 
-def count_tokens_read(monkeypatch, candidates):
-    work, read = [], candidates.read
-    monkeypatch.setattr(candidates, "read", lambda rows, *index: work.append(len(rows)) or read(rows, *index))
+def pool_of(kind, autoencoder, latents_NBZ, **options):
+    """A pool whose rows draw the given latent vectors, in order."""
+
+    def draw(rows, num_draws):
+        return latents_NBZ[pool.num_drawn :][:num_draws, rows]
+
+    pool = kind(draw, torch.arange(latents_NBZ.shape[1]), autoencoder, **options)
+    return pool
+
+
+def full_pool(kind, autoencoder, latents_NBZ, **options):
+    pool = pool_of(kind, autoencoder, latents_NBZ, **options)
+    pool.extend(pool.rows_B, len(latents_NBZ))
+    return pool
+
+
+def reads_only_sevens(monkeypatch):
+    """Whatever is decoded is the same token; returns the numbers of tokens that are read at a time."""
+    work = []
+    monkeypatch.setattr(LazyPool, "read", lambda self, rows, *_: work.append(len(rows)) or torch.full_like(rows, 7))
     return work
 
 
@@ -132,18 +149,18 @@ def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoe
     """In growing blocks, in each of which fewer rows draw."""
     monkeypatch.setattr(candidates_calm, "FEW_TOKENS", few)
     forbidden_KV = torch.arange(VOCAB_SIZE).expand(K, -1) % 3 == 0 if forbid else None
-    lazy, plain = (kind(autoencoder, 5, forbidden_KV) for kind in (LazyCandidates, DecodedCandidates))
-    patches = [[] for _ in range(5)]
-    last = torch.full((5, 1), -1)
-    for seed, (rows, num_draws) in enumerate([([0, 1, 2, 3, 4], 6), ([0, 2, 4], 6), ([4], 12), ([4], 1)]):
-        latents = some_latents(num_draws, len(rows), seed)
-        ids, new_patches = (c.add(torch.tensor(rows), latents) for c in (lazy, plain))
-        last[rows] = ids[:, -1]
-        for row, new_ids, new in zip(rows, ids[..., 0].tolist(), new_patches.tolist(), strict=True):
-            patches[row] += new
-            assert new_ids == [patches[row].index(patch) for patch in new]
-    assert len({tuple(patch) for patch in patches[4]}) < 25, "some repeat"
-    assert lazy.patches(last).tolist() == [patches[row][-1] for row in range(5)]
+    latents = some_latents(25, 5)
+    lazy, plain = (pool_of(kind, autoencoder, latents, forbidden_KV=forbidden_KV) for kind in (LazyPool, PlainPool))
+    for rows, num_draws in [([0, 1, 2, 3, 4], 6), ([0, 2, 4], 6), ([4], 12), ([4], 1)]:
+        rows = torch.tensor(rows)
+        for pool in (lazy, plain):
+            pool.extend(rows, num_draws)
+        patches = autoencoder.decode_tokens(latents[: lazy.num_drawn, rows], forbidden_KV).transpose(0, 1).tolist()
+        expected = [[row.index(patch) for patch in row] for row in patches]
+        assert lazy.classes(rows).tolist() == plain.classes(rows).tolist() == expected
+        last = torch.full_like(rows, lazy.num_drawn - 1)
+        assert lazy.tokens(rows, last).tolist() == plain.tokens(rows, last).tolist() == [row[-1] for row in patches]
+    assert len({tuple(patch) for patch in patches[0]}) < 25, "some repeat"
 
 
 @pytest.mark.parametrize("few", [0, 10**6])
@@ -152,15 +169,14 @@ def test_pairs_that_are_asked_for_are_equal_exactly_where_their_patches_are(
     monkeypatch, autoencoder, temperature, few
 ):
     monkeypatch.setattr(candidates_calm, "FEW_TOKENS", few)
-    lazy, plain = LazyCandidates(autoencoder, 3), DecodedCandidates(autoencoder, 3)
+    latents = some_latents(29, 3, spread=0.05)
+    lazy, plain = (pool_of(kind, autoencoder, latents) for kind in (LazyPool, PlainPool))
     for rows, num_draws in [([0, 1, 2], 9), ([0, 2], 20)]:
-        rows, latents = torch.tensor(rows), some_latents(num_draws, len(rows), spread=0.05)
-        numbers = [candidates.take(rows, latents) for candidates in (lazy, plain)]
-        assert torch.equal(*numbers) and numbers[0].shape == (len(rows), num_draws, 1)
-        word = compared_pairs(temperature)
+        rows, word = torch.tensor(rows), compared_pairs(temperature)
+        for pool in (lazy, plain):
+            pool.extend(rows, num_draws)
         equal = [
-            (names[:, :, None] == names[:, None]).all(-1)
-            for names in (candidates.tell_apart(rows, word) for candidates in (lazy, plain))
+            classes[:, :, None] == classes[:, None] for classes in (pool.classes(rows, word) for pool in (lazy, plain))
         ]
         pairs = table_of_pairs(word, lazy.num_drawn)
         assert torch.equal(equal[0] & pairs, equal[1] & pairs)
@@ -172,17 +188,10 @@ def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder,
     """Of the same draws, in rows that accept and in rows that fall back."""
     which = torch.randint(2, (8, 200), generator=torch.Generator().manual_seed(0))
     latents, results = some_latents(1, 2)[0, which] + 0.01 * some_latents(8, 200), []
-    for kind in (LazyCandidates, DecodedCandidates):
-        candidates = kind(autoencoder, 200)
-
-        def draw(rows, num_draws, candidates=candidates):
-            return candidates.take(rows, latents[candidates.num_drawn :][:num_draws, rows])
-
-        generator = torch.Generator().manual_seed(0)
-        chosen, exact, num_draws = exact_temperature_sample(
-            draw, 200, temperature, 8, generator, first_block=4, tell_apart=candidates.tell_apart
-        )
-        results.append((candidates.patches(chosen), exact, num_draws))
+    for kind in (LazyPool, PlainPool):
+        pool = pool_of(kind, autoencoder, latents)
+        index, exact, num_draws = exact_temperature_sample(pool, temperature, 8, torch.Generator().manual_seed(0))
+        results.append((index, pool.tokens(pool.rows_B, index), exact, num_draws))
     for lazy, plain in zip(*results, strict=True):
         assert torch.equal(lazy, plain)
     assert exact[num_draws == 8].any() and not exact.all() and (num_draws == 4).any()
@@ -219,8 +228,8 @@ def test_the_text_is_that_of_decoding_everything(head_type, settings, dtype):
 
 def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
     model = tiny_model()
-    kinds = [type(model.new_candidates(1, PatchSampling(lazy_decoding=lazy), None)) for lazy in (None, True, False)]
-    assert kinds == [LazyCandidates, LazyCandidates, DecodedCandidates]
+    kinds = [type(model.new_pool(None, torch.arange(1), PatchSampling(lazy_decoding=x))) for x in (None, True, False)]
+    assert kinds == [LazyPool, LazyPool, PlainPool]
 
 
 # The radius
@@ -232,19 +241,18 @@ def test_candidates_further_apart_than_the_radius_are_not_decoded(monkeypatch, a
     latents[2:, 0, 0], latents[4:, 0, 1] = 100, 100
     latents[1, 0, 2], latents[3, 0, 2], latents[5, 0, 2] = 0.1, 0.5, 20
     for radius, expected, tokens in [(None, [0] * 6, 24), (0.3, [0, 0, 2, 3, 4, 5], 8), (1.0, [0, 0, 0, 0, 4, 5], 16)]:
-        candidates = LazyCandidates(autoencoder, 1, radius=radius)
-        monkeypatch.setattr(candidates, "read", lambda rows, *_: torch.full_like(rows, 7))
-        ids = candidates.add(torch.zeros(1, dtype=torch.long), latents)
-        assert ids[0, :, 0].tolist() == expected
-        assert (candidates.tokens_RMK >= 0).sum() == tokens
+        work = reads_only_sevens(monkeypatch)
+        pool = full_pool(LazyPool, autoencoder, latents, radius=radius)
+        assert pool.classes(pool.rows_B).tolist() == [expected]
+        assert sum(work) == tokens
 
 
 def test_equal_candidates_that_only_a_third_is_close_to_are_found(monkeypatch, autoencoder):
     latents = torch.zeros(3, 1, Z)
     latents[:, 0, 0] = torch.tensor([0.0, 2.0, 1.0])
-    candidates = LazyCandidates(autoencoder, 1, radius=1.5)
-    monkeypatch.setattr(candidates, "read", lambda rows, *_: torch.full_like(rows, 7))
-    assert candidates.add(torch.zeros(1, dtype=torch.long), latents).flatten().tolist() == [0, 0, 0]
+    reads_only_sevens(monkeypatch)
+    pool = full_pool(LazyPool, autoencoder, latents, radius=1.5)
+    assert pool.classes(pool.rows_B).tolist() == [[0, 0, 0]]
 
 
 def test_the_model_s_radius_is_used():
@@ -261,13 +269,13 @@ def test_partners_of_all_pairs_are_those_of_the_table(monkeypatch, radius, pairs
     equal = EqualInRow((3, 20), latents.device, latents, radius)
     table = (latents[:, :, None] - latents[:, None]).norm(dim=-1) <= radius
     table &= ~torch.eye(20, dtype=torch.bool)
-    assert torch.equal(equal.has_partner_AM, table.any(-1)) and table.any()
+    assert torch.equal(equal.has_partner_RN, table.any(-1)) and table.any()
     for k in range(2):
         equal.narrow(tokens[..., k : k + 1])
         table &= tokens[:, :, None, k] == tokens[:, None, :, k]
-        assert (equal.has_partner_AM | ~table.any(-1)).all()
-    names = equal.names()
-    assert torch.equal(names[:, :, None] == names[:, None], (names[:, :, None] == names[:, None]) | table)
+        assert (equal.has_partner_RN | ~table.any(-1)).all()
+    classes = equal.classes()
+    assert ((classes[:, :, None] == classes[:, None]) | ~table).all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -287,19 +295,11 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("temperature", [1 / 2, 1 / 3, 0.7])
 def test_no_table_of_all_pairs_is_made(radius, temperature):
     """10,000 draws of one row that hardly ever accepts, and then the whole pool told apart."""
-    model = tiny_model(repetition_radius=radius)
-    candidates = model.new_candidates(1, PatchSampling(), None)
-    assert candidates.radius == radius
     latents = 5 * torch.randn(10_000, 1, Z, generator=torch.Generator().manual_seed(0))
-
-    def draw(rows, num_draws):
-        return candidates.take(rows, latents[candidates.num_drawn :][:num_draws])
-
+    pool = pool_of(LazyPool, tiny_model().autoencoder, latents, radius=radius)
     with LargestTensor() as largest:
-        _, _, num_draws = exact_temperature_sample(
-            draw, 1, temperature, 10_000, torch.Generator().manual_seed(0), tell_apart=candidates.tell_apart
-        )
-        candidates.tell_apart(torch.zeros(1, dtype=torch.long))
+        _, _, num_draws = exact_temperature_sample(pool, temperature, 10_000, torch.Generator().manual_seed(0))
+        pool.classes(pool.rows_B)
     assert num_draws > 8000
     assert largest.bytes <= 10_000 * K * 64 * 4  # of each token the widest layer; a table of bools is 100 MB
 
@@ -309,49 +309,51 @@ def test_no_table_of_all_pairs_is_made(radius, temperature):
 
 def test_distinct_candidates_cost_one_token_each_and_one_patch(monkeypatch):
     """Last tokens that all differ: nothing else is read but the rest of the chosen patch."""
-    model = tiny_model()
     monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
-    candidates = LazyCandidates(model.autoencoder, 2)
-    work, read = [], candidates.read
+    work, read = [], LazyPool.read
 
-    def distinct(rows, draws, positions):
+    def distinct(self, rows, draws, positions):
         work.append(len(rows))
-        assert read(rows, draws, positions).shape == rows.shape
+        assert read(self, rows, draws, positions).shape == rows.shape
         return draws + 10 * positions
 
-    monkeypatch.setattr(candidates, "read", distinct)
-    ids = candidates.add(torch.arange(2), torch.randn(30, 2, Z))
-    assert work == [2 * 30] and ids[..., 0].tolist() == [list(range(30))] * 2
-    assert candidates.patches(torch.tensor([[3], [7]])).tolist() == [[3, 13, 23, 33], [7, 17, 27, 37]]
+    monkeypatch.setattr(LazyPool, "read", distinct)
+    pool = full_pool(LazyPool, tiny_model().autoencoder, torch.randn(30, 2, Z))
+    assert pool.classes(pool.rows_B).tolist() == [list(range(30))] * 2
+    assert work == [2 * 30]
+    assert pool.tokens(pool.rows_B, torch.tensor([3, 7])).tolist() == [[3, 13, 23, 33], [7, 17, 27, 37]]
     assert work == [2 * 30, 2 * 3]
 
 
 def test_tokens_are_read_once(monkeypatch, autoencoder):
     """However the candidates come in blocks, and the chosen patch included, no token is read twice."""
-    candidates = LazyCandidates(autoencoder, 2)
-    seen, read = set(), candidates.read
+    seen, read = set(), LazyPool.read
 
-    def once(*index):
+    def once(self, *index):
         triples = list(zip(*(i.tolist() for i in index), strict=True))
         assert seen.isdisjoint(triples) and len(set(triples)) == len(triples)
         seen.update(triples)
-        return read(*index)
+        return read(self, *index)
 
-    monkeypatch.setattr(candidates, "read", once)
-    latents = some_latents(40, 2)
-    for block in latents.split([4, 4, 8, 24]):
-        ids = candidates.add(torch.arange(2), block)
-    candidates.patches(ids[:, -1])
+    monkeypatch.setattr(LazyPool, "read", once)
+    pool = pool_of(LazyPool, autoencoder, some_latents(40, 2))
+    for num_draws in (4, 4, 8, 24):
+        pool.extend(pool.rows_B, num_draws)
+        pool.classes(pool.rows_B)
+    pool.tokens(pool.rows_B, torch.tensor([39, 38]))
     assert 2 * 40 < len(seen) < 2 * 40 * K
 
 
 def test_one_candidate_is_decoded_once_in_full(monkeypatch, autoencoder):
-    candidates = LazyCandidates(autoencoder, 3)
-    work = count_tokens_read(monkeypatch, candidates)
+    work, read = [], LazyPool.read
+    monkeypatch.setattr(
+        LazyPool, "read", lambda self, rows, *index: work.append(len(rows)) or read(self, rows, *index)
+    )
     latents = some_latents(1, 3)
-    chosen = candidates.add(torch.arange(3), latents)[:, 0]
-    assert work == []
-    assert torch.equal(candidates.patches(chosen), autoencoder.decode_tokens(latents)[0]) and work == [3 * K]
+    pool = full_pool(LazyPool, autoencoder, latents)
+    assert pool.classes(pool.rows_B).tolist() == [[0]] * 3 and work == []
+    patches = pool.tokens(pool.rows_B, torch.zeros(3, dtype=torch.long))
+    assert torch.equal(patches, autoencoder.decode_tokens(latents)[0]) and work == [3 * K]
 
 
 @pytest.mark.parametrize("temperature, tokens", [(1 / 2, 2 * K), (1 / 3, 3 * K)])
@@ -362,13 +364,11 @@ def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
     At T = 1/3 candidate 4 is close to 3, which no attempt at T = 1/2 compares it with."""
     latents = 100 * torch.eye(Z)[:9, None]
     latents[[0, 2, 3, 4, 7]] = 0
-    candidates = LazyCandidates(autoencoder, 1, radius=1.0)
-    monkeypatch.setattr(candidates, "read", lambda rows, *_: torch.full_like(rows, 7))
-    rows = torch.zeros(1, dtype=torch.long)
-    candidates.take(rows, latents)
-    candidates.tell_apart(rows, compared_pairs(temperature))
-    assert (candidates.tokens_RMK >= 0).sum() == tokens
-    assert candidates.tell_apart(rows).flatten().tolist() == [0, 1, 0, 0, 0, 5, 6, 0, 8]
+    work = reads_only_sevens(monkeypatch)
+    pool = full_pool(LazyPool, autoencoder, latents, radius=1.0)
+    pool.classes(pool.rows_B, compared_pairs(temperature))
+    assert sum(work) == tokens
+    assert pool.classes(pool.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]
 
 
 def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatch):
@@ -380,7 +380,7 @@ def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatc
         work.append(len(rows))
         return draws + 40 * positions
 
-    monkeypatch.setattr(LazyCandidates, "read", distinct)
+    monkeypatch.setattr(LazyPool, "read", distinct)
     sampling = PatchSampling(temperature=0.5, num_candidates=30)
     plan = BlockPlan()
     plan.note(torch.tensor([30]))

@@ -1,6 +1,6 @@
 """The temperature samplers as laws: P^(1/T)/Z on distributions small enough to enumerate."""
 
-# B batch rows, N candidate draws, K tokens per patch, V outcomes (patches) of an enumerable distribution
+# B rows of a pool, N draws, K tokens per patch, V outcomes (patches) of an enumerable distribution
 
 import itertools
 import math
@@ -10,13 +10,11 @@ from collections import Counter
 import pytest
 import torch
 from enumerable_laws import (
-    as_outcomes,
-    as_patches,
+    StubPool,
     chi_square_p_value,
-    draws_from,
     flat,
+    outcomes_from,
     peaked,
-    pools_from,
     seeded,
     sharpened,
     total_variation,
@@ -28,47 +26,61 @@ from calm import samplers_calm
 from calm.samplers_calm import (
     BlockPlan,
     batch_temperature_select,
-    candidate_log_weights,
+    block_sizes,
     check_num_candidates,
     check_temperature,
+    class_sizes,
     compared_pairs,
+    draw_log_weights,
     exact_temperature_sample,
     first_accepted_attempt,
-    group_patches,
     inverse_temperature,
     most_frequent_patch,
+    patch_classes,
     repetition_log_weights,
+    single_draw,
 )
 
 TEMPERATURES = (1.0, 0.9, 0.7, 0.5, 0.4, 1 / 3, 0.25)
 SIGNIFICANCE = 1e-3
 
 
-def choice_probabilities(patches_BNK: torch.LongTensor, temperature: float) -> torch.Tensor:
-    return candidate_log_weights(patches_BNK, temperature).double().softmax(-1)
+def classes_of(outcomes_BN: torch.Tensor) -> torch.Tensor:
+    return patch_classes(outcomes_BN[..., None])
 
 
-def batch_law(patches_BNK: torch.LongTensor, temperature: float, num_outcomes: int) -> torch.Tensor:
+def choice_probabilities(outcomes_BN: torch.Tensor, temperature: float) -> torch.Tensor:
+    return draw_log_weights(classes_of(outcomes_BN), temperature).double().softmax(-1)
+
+
+def batch_law(outcomes_BN: torch.Tensor, temperature: float, num_outcomes: int) -> torch.Tensor:
     """Mean over pools of the probability that the batch rule chooses each outcome; shape (V,)."""
     law_V = torch.zeros(num_outcomes, dtype=torch.float64)
-    choice_BN = choice_probabilities(patches_BNK, temperature)
-    return law_V.scatter_add_(0, as_outcomes(patches_BNK).flatten(), choice_BN.flatten()) / len(patches_BNK)
+    choice_BN = choice_probabilities(outcomes_BN, temperature)
+    return law_V.scatter_add_(0, outcomes_BN.flatten(), choice_BN.flatten()) / len(outcomes_BN)
 
 
-class TestGroups:
+def sample_exactly(law_BV, temperature, max_draws, seed, plan=None):
+    """Outcomes, whether they are exact, and numbers of draws (B,)."""
+    pool = StubPool(law_BV, seeded(seed))
+    chosen = exact_temperature_sample(pool, temperature, max_draws, seeded(seed + 1), plan)
+    return pool.outcomes(chosen.index_B), chosen.is_exact_B, chosen.num_draws_B
+
+
+class TestClasses:
     def test_hand_worked(self):
         patches = torch.tensor([[[1, 2], [2, 1], [1, 2], [1, 3], [1, 2], [2, 1]]])
-        group, counts = group_patches(patches)
-        assert group.tolist() == [[0, 1, 0, 3, 0, 1]]
-        assert counts.tolist() == [[3, 2, 3, 1, 3, 2]]
+        classes = patch_classes(patches)
+        assert classes.tolist() == [[0, 1, 0, 3, 0, 1]]
+        assert class_sizes(classes).tolist() == [[3, 2, 3, 1, 3, 2]]
 
     @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
     def test_equals_loops(self, patch_size):
         patches = torch.randint(2, (5, 30, patch_size), generator=seeded())
-        group, counts = group_patches(patches)
+        classes = patch_classes(patches)
         for b, row in enumerate(patches.tolist()):
-            assert group[b].tolist() == [row.index(patch) for patch in row]
-            assert counts[b].tolist() == [row.count(patch) for patch in row]
+            assert classes[b].tolist() == [row.index(patch) for patch in row]
+            assert class_sizes(classes)[b].tolist() == [row.count(patch) for patch in row]
 
     def test_patches_too_large_to_pack_into_one_integer(self):
         # 128257^8 > 2^135: base-V packing modulo 2^64 would confuse patches that differ in the first tokens only.
@@ -77,27 +89,26 @@ class TestGroups:
         for position in range(8):
             patches[0, 1 + position, position] = (base[position] + 1) % 128257
             patches[0, 9 + position, position] = (base[position] + 65536) % 128257
-        group, counts = group_patches(patches)
-        assert group.tolist() == [list(range(17))]
-        assert counts.eq(1).all()
+        assert patch_classes(patches).tolist() == [list(range(17))]
 
     def test_largest_ids_and_narrow_integers(self):
         ids = torch.tensor([[[2**31 - 1], [0], [2**31 - 1]]], dtype=torch.int32)
-        assert group_patches(ids)[0].tolist() == [[0, 1, 0]]
+        assert patch_classes(ids).tolist() == [[0, 1, 0]]
 
     def test_rows_do_not_mix(self):
         row = torch.tensor([[[1], [1], [2]]])
         other = torch.tensor([[[1], [2], [3]]])
-        assert group_patches(torch.cat((row, other)))[1].tolist() == [[2, 2, 1], [1, 1, 1]]
+        classes = patch_classes(torch.cat((row, other)))
+        assert class_sizes(classes).tolist() == [[2, 2, 1], [1, 1, 1]]
 
 
 class TestWeights:
     @staticmethod
     def choice(counts, temperature):
         """Probability of each patch, given how often each was seen."""
-        candidates = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        probabilities = choice_probabilities(candidates[None, :, None], temperature)[0]
-        return torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, candidates, probabilities).tolist()
+        draws = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        probabilities = choice_probabilities(draws[None], temperature)[0]
+        return torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, draws, probabilities).tolist()
 
     def test_hand_worked_at_one_half(self):
         assert self.choice([3, 2, 1], 0.5) == pytest.approx([3 / 4, 1 / 4, 0])
@@ -118,10 +129,10 @@ class TestWeights:
     def test_is_the_published_rule_at_one_over_n(self, n):
         for law in (peaked(10), zipf(10), zipf(1000), flat(10), flat(1000)):
             for num_draws in (4, 20, 200):
-                patches = pools_from(law, 10, num_draws, seed=num_draws)
+                outcomes = outcomes_from(law, 10, num_draws, seed=num_draws)
                 ours = torch.zeros(10, len(law), dtype=torch.float64)
-                ours.scatter_add_(1, as_outcomes(patches), choice_probabilities(patches, 1 / n))
-                torch.testing.assert_close(ours, published_laws_by_loops(patches, n, len(law)), atol=1e-5, rtol=0)
+                ours.scatter_add_(1, outcomes, choice_probabilities(outcomes, 1 / n))
+                torch.testing.assert_close(ours, published_laws_by_loops(outcomes, n, len(law)), atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("exponent", [1.1, 1.5, 2.5, 3.9])
     def test_estimates_algorithm_1s_series_without_bias(self, exponent):
@@ -150,31 +161,33 @@ class TestWeights:
 
 class TestBatchRule:
     def test_chooses_by_its_weights(self):
-        pool = torch.tensor([[0], [1], [2], [0], [1], [0]]).expand(20000, -1, -1)
-        chosen = batch_temperature_select(pool, 2 / 3, seeded())[:, 0]
+        pool = StubPool(stream_BN=torch.tensor([0, 1, 2, 0, 1, 0]).expand(20000, -1))
+        chosen = pool.outcomes(batch_temperature_select(pool, 2 / 3, 6, seeded()))
         law = torch.tensor([8.0, 4.0, 1.0], dtype=torch.float64) / 13
         assert chi_square_p_value(chosen, law) > SIGNIFICANCE
         assert chi_square_p_value(chosen, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64) / 6) < 1e-9
 
-    def test_chooses_one_whole_patch_of_the_row(self):
-        pool = torch.randint(5, (50, 7, 4), generator=seeded())
-        chosen = batch_temperature_select(pool, 0.7, seeded())
-        assert chosen.shape == (50, 4)
-        assert (pool == chosen[:, None]).all(-1).any(-1).all()
-
     def test_single_draw(self):
-        assert batch_temperature_select(torch.tensor([[[7, 8]]]), 1.0).tolist() == [[7, 8]]
+        pool = StubPool(stream_BN=torch.tensor([[7, 8], [9, 9]]))
+        assert single_draw(pool).tolist() == [0, 0] and pool.extended == [([0, 1], 1)]
+        pool = StubPool(stream_BN=torch.tensor([[7, 8], [9, 9]]))
+        assert batch_temperature_select(pool, 1.0, 1).tolist() == [0, 0] and pool.extended == [([0, 1], 1)]
+
+    def test_all_draws_are_made_at_once_and_told_apart_once(self):
+        pool = StubPool(zipf(6).expand(5, -1), seeded())
+        assert (batch_temperature_select(pool, 0.5, 9) < 9).all()
+        assert pool.extended == [([0, 1, 2, 3, 4], 9)] and pool.asked == [("all", None)]
 
     @pytest.mark.parametrize("temperature", TEMPERATURES)
     def test_total_variation_on_two_outcomes_without_noise(self, temperature):
         """Every pool of two outcomes is one of N + 1 counts, so that both laws are exact sums."""
         for num_draws in (5, 20, 200):
-            pools = as_patches((torch.arange(num_draws) >= torch.arange(num_draws + 1)[:, None]).long())
+            pools = (torch.arange(num_draws) >= torch.arange(num_draws + 1)[:, None]).long()
             hits = torch.arange(num_draws + 1, dtype=torch.float64)
             for p in (0.5, 0.55, 0.7, 0.9, 0.99):
                 law = torch.tensor([p, 1 - p], dtype=torch.float64)
                 weight = torch.distributions.Binomial(num_draws, law[0]).log_prob(hits).exp()
-                first_wins = (choice_probabilities(pools, temperature) * (as_outcomes(pools) == 0)).sum(-1)
+                first_wins = (choice_probabilities(pools, temperature) * (pools == 0)).sum(-1)
                 target = sharpened(law, temperature)[0]
                 ours = abs(float((weight * first_wins).sum() - target))
 
@@ -192,19 +205,20 @@ class TestBatchRule:
         Ours is bounded from above: noise only adds to a sum of absolute values. The published rule is bounded from
         below: the signs of its errors are fixed on one half of the pools and its error read on the other half.
         """
-        pools = pools_from(law, 2000, 200)
+        pools = outcomes_from(law, 2000, 200)
         target = sharpened(law, temperature)
         ours = total_variation(batch_law(pools, temperature, len(law)), target)
         for n in (math.floor(1 / temperature), math.ceil(1 / temperature)):
             signs = (batch_law(pools[:1000], 1 / n, len(law)) - target).sign()
             choice_BN = choice_probabilities(pools[1000:], 1 / n)
-            errors = 0.5 * ((choice_BN * signs[as_outcomes(pools[1000:])]).sum(-1) - (target * signs).sum())
+            errors = 0.5 * ((choice_BN * signs[pools[1000:]]).sum(-1) - (target * signs).sum())
             published = float(errors.mean()) - 3 * float(errors.std()) / math.sqrt(1000)
             assert ours <= max(published, 1e-4)  # 1e-4: both have reached the target
 
     @pytest.mark.parametrize("temperature", [0.7, 0.5])
     def test_flat_stays_flat(self, temperature):
-        chosen = as_outcomes(batch_temperature_select(pools_from(flat(10), 10000, 20), temperature, seeded(1)))
+        pool = StubPool(flat(10).expand(10000, -1), seeded())
+        chosen = pool.outcomes(batch_temperature_select(pool, temperature, 20, seeded(1)))
         assert chi_square_p_value(chosen, flat(10)) > SIGNIFICANCE
 
 
@@ -213,42 +227,37 @@ class TestAlgorithm1:
     @pytest.mark.parametrize("circular", [False, True])
     def test_equals_algorithm_1_draw_by_draw(self, exponent, circular):
         draws = torch.multinomial(zipf(6), 300 * 40, replacement=True, generator=seeded()).view(300, 40)
-        coins = torch.rand(300, 40, generator=seeded(1))
-        group, _ = group_patches(draws[..., None])
-        start, accepted = first_accepted_attempt(group, coins, 1 / exponent, circular)
+        uniforms = torch.rand(300, 40, generator=seeded(1))
+        start, accepted = first_accepted_attempt(classes_of(draws), uniforms, 1 / exponent, circular)
         for b in range(300):
-            expected = first_attempt_by_loops(draws[b].tolist(), coins[b].tolist(), exponent, circular)
+            expected = first_attempt_by_loops(draws[b].tolist(), uniforms[b].tolist(), exponent, circular)
             assert (int(start[b]) if accepted[b] else None) == expected
         assert accepted.any() and (exponent < 2 or not accepted.all())
 
     @pytest.mark.parametrize("law", [peaked(2, 0.9), zipf(2), flat(2), peaked(10), zipf(10), flat(10)])
     @pytest.mark.parametrize("temperature", TEMPERATURES)
     def test_law_on_few_outcomes(self, law, temperature):
-        draw = draws_from(law.expand(1000, -1), seeded(2))
-        patches, exact, _ = exact_temperature_sample(draw, 1000, temperature, 2**15, seeded(3))
+        outcomes, exact, _ = sample_exactly(law.expand(1000, -1), temperature, 2**15, seed=2)
         assert exact.all()
-        assert chi_square_p_value(as_outcomes(patches), sharpened(law, temperature)) > SIGNIFICANCE
+        assert chi_square_p_value(outcomes, sharpened(law, temperature)) > SIGNIFICANCE
 
     @pytest.mark.parametrize("law", [peaked(1000), zipf(1000), flat(1000)], ids=["peaked", "zipf", "flat"])
     @pytest.mark.parametrize("temperature", [0.9, 0.7, 0.5])
     def test_law_on_many_outcomes(self, law, temperature):
-        draw = draws_from(law.expand(400, -1), seeded(2))
-        patches, exact, _ = exact_temperature_sample(draw, 400, temperature, 2**15, seeded(3))
+        outcomes, exact, _ = sample_exactly(law.expand(400, -1), temperature, 2**15, seed=2)
         assert exact.all()
-        assert chi_square_p_value(as_outcomes(patches), sharpened(law, temperature)) > SIGNIFICANCE
+        assert chi_square_p_value(outcomes, sharpened(law, temperature)) > SIGNIFICANCE
 
     @pytest.mark.parametrize("law", [zipf(1000), flat(1000)], ids=["zipf", "flat"])
     def test_law_of_the_accepted_is_exact_at_any_bound(self, law):
         # An accepted attempt takes n draws whatever it accepts, so that at T = 1/n a bound cannot prefer a patch.
-        draw = draws_from(law.expand(5000, -1), seeded(4))
-        patches, exact, _ = exact_temperature_sample(draw, 5000, 0.5, 64, seeded(5))
+        outcomes, exact, _ = sample_exactly(law.expand(5000, -1), 0.5, 64, seed=4)
         assert 0.02 < exact.double().mean() < 0.98
-        assert chi_square_p_value(as_outcomes(patches[exact]), sharpened(law, 0.5)) > SIGNIFICANCE
+        assert chi_square_p_value(outcomes[exact], sharpened(law, 0.5)) > SIGNIFICANCE
 
     def test_chi_square_rejects_a_wrong_law(self):
         law = zipf(10)
-        draw = draws_from(law.expand(5000, -1), seeded(6))
-        outcomes = as_outcomes(exact_temperature_sample(draw, 5000, 0.5, 512, seeded(7))[0])
+        outcomes, *_ = sample_exactly(law.expand(5000, -1), 0.5, 512, seed=6)
         assert chi_square_p_value(outcomes, sharpened(law, 0.5)) > SIGNIFICANCE
         assert chi_square_p_value(outcomes, sharpened(law, 0.6)) < 1e-6
         assert chi_square_p_value(outcomes, law) < 1e-6
@@ -256,44 +265,44 @@ class TestAlgorithm1:
     def test_each_row_keeps_its_own_law(self):
         laws = torch.stack((zipf(10), zipf(10).flip(0), flat(10), peaked(10, 0.9))).repeat(2000, 1)
         for temperature in (0.5, 0.7):
-            patches, exact, _ = exact_temperature_sample(
-                draws_from(laws, seeded(8)), 8000, temperature, 1024, seeded(9)
-            )
+            outcomes, *_ = sample_exactly(laws, temperature, 1024, seed=8)
             for i in range(4):
-                outcomes = as_outcomes(patches[i::4])
-                assert chi_square_p_value(outcomes, sharpened(laws[i], temperature)) > SIGNIFICANCE
+                assert chi_square_p_value(outcomes[i::4], sharpened(laws[i], temperature)) > SIGNIFICANCE
 
     def test_only_unfinished_rows_draw_on(self):
         laws = torch.cat((peaked(1000, 1.0).expand(3, -1), flat(1000).expand(3, -1)))
-        draw, asked = draws_from(laws, seeded()), []
-
-        def recording_draw(rows, num_draws):
-            asked.append((rows.tolist(), num_draws))
-            return draw(rows, num_draws)
-
-        patches, exact, num_draws = exact_temperature_sample(recording_draw, 6, 0.25, 30, seeded())
-        assert asked == [([0, 1, 2, 3, 4, 5], 4), ([3, 4, 5], 4), ([3, 4, 5], 8), ([3, 4, 5], 14)]
+        pool = StubPool(laws, seeded())
+        index, exact, num_draws = exact_temperature_sample(pool, 0.25, 30, seeded())
+        assert pool.extended == [([0, 1, 2, 3, 4, 5], 4), ([3, 4, 5], 4), ([3, 4, 5], 8), ([3, 4, 5], 14)]
         assert num_draws.tolist() == [4, 4, 4, 30, 30, 30]
         assert exact.tolist() == [True] * 3 + [False] * 3
-        assert as_outcomes(patches)[:3].tolist() == [0, 0, 0]
+        assert pool.outcomes(index)[:3].tolist() == [0, 0, 0]
 
     @pytest.mark.parametrize("first_block", [1, 3, 8, 100])
     def test_blocks_do_not_change_the_choice(self, first_block):
-        stream = as_patches(torch.multinomial(zipf(10), 6400, replacement=True, generator=seeded()).view(64, 100))
+        stream = outcomes_from(zipf(10), 64, 100)
 
         def sample(block):
-            used = torch.zeros(64, dtype=torch.long)
-
-            def draw(rows, num_draws):
-                index = used[rows][:, None] + torch.arange(num_draws)
-                used[rows] += num_draws
-                return stream[rows[:, None], index]
-
-            patches, exact, _ = exact_temperature_sample(draw, 64, 0.5, 100, seeded(), first_block=block)
-            assert exact.all()
-            return patches
+            pool = StubPool(stream_BN=stream)
+            index, exact, _ = exact_temperature_sample(pool, 0.5, 100, seeded(), FixedPlan(block))
+            assert exact.all() and pool.extended[0][1] == block
+            return index
 
         assert torch.equal(sample(first_block), sample(4))
+
+    def test_blocks_double_the_pool(self):
+        assert list(block_sizes(3, 20)) == [3, 3, 6, 8] and list(block_sizes(5, 5)) == [5]
+
+
+class FixedPlan(BlockPlan):
+    """Begins with a block of the same size whatever it is told."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def first_block(self, *_):
+        return self.size
 
 
 class TestBlockPlan:
@@ -326,25 +335,21 @@ class TestBlockPlan:
     @pytest.mark.parametrize("temperature", [0.5, 0.7])
     def test_the_law_stays_from_step_to_step(self, temperature):
         """Blocks are sized by the steps before, the law of a step is the same whatever they were."""
-        plan, law, asked, outcomes = BlockPlan(), zipf(10), set(), []
-        draw_patches = draws_from(law.expand(40, -1), seeded(12))
-
-        def draw(rows, num_draws):
-            asked.add(num_draws)
-            return draw_patches(rows, num_draws)
-
-        generator = seeded(13)
+        plan, law, first_blocks, outcomes = BlockPlan(), zipf(10), set(), []
+        generator = seeded(12)
         for _ in range(100):
-            patches, exact, _ = exact_temperature_sample(draw, 40, temperature, 2**15, generator, plan=plan)
+            pool = StubPool(law.expand(40, -1), generator)
+            index, exact, _ = exact_temperature_sample(pool, temperature, 2**15, generator, plan)
             assert exact.all()
-            outcomes.append(as_outcomes(patches))
+            outcomes.append(pool.outcomes(index))
+            first_blocks.add(pool.extended[0][1])
         assert chi_square_p_value(torch.cat(outcomes), sharpened(law, temperature)) > SIGNIFICANCE
-        assert len(plan.needed) == samplers_calm.STEPS_REMEMBERED and len(asked) > 3
+        assert len(plan.needed) == samplers_calm.STEPS_REMEMBERED and len(first_blocks) > 1
 
     def test_remembers_what_was_needed(self):
-        draws = torch.tensor([[1, 2, 3, 3, 1, 1, 1, 1], [1, 2, 1, 2, 3, 4, 5, 6]])[..., None]
-        plan = BlockPlan()
-        exact_temperature_sample(lambda rows, n: draws[rows], 2, 0.5, 8, seeded(), first_block=8, plan=plan)
+        plan = FixedPlan(8)
+        draws = torch.tensor([[1, 2, 3, 3, 1, 1, 1, 1], [1, 2, 1, 2, 3, 4, 5, 6]])
+        exact_temperature_sample(StubPool(stream_BN=draws), 0.5, 8, seeded(), plan)
         assert list(plan.needed) == [4, 8]
 
 
@@ -355,9 +360,9 @@ class TestFallback:
     @pytest.mark.parametrize("n", [2, 3, 4])
     def test_total_variation_over_every_sequence_of_draws(self, num_outcomes, num_draws, n):
         sequences = torch.tensor(list(itertools.product(range(num_outcomes), repeat=num_draws)))
-        group, _ = group_patches(sequences[..., None])
-        start, accepted = first_accepted_attempt(group, torch.zeros_like(sequences).float(), 1 / n)
-        batch = choice_probabilities(sequences[..., None], 1 / n)
+        uniforms = torch.zeros_like(sequences).float()
+        start, accepted = first_accepted_attempt(classes_of(sequences), uniforms, 1 / n)
+        batch = choice_probabilities(sequences, 1 / n)
         bounded = torch.where(accepted[:, None], torch.nn.functional.one_hot(start, num_draws).double(), batch)
         for law in (peaked(num_outcomes), zipf(num_outcomes), peaked(num_outcomes, 0.9)):
             sequence_weight = law[sequences].prod(-1, keepdim=True)
@@ -379,54 +384,44 @@ class TestFallback:
             return torch.zeros(10, dtype=torch.float64).scatter_add_(0, classes, law_V)
 
         batch_error = total_variation(
-            by_class(batch_law(pools_from(law, 500, 200), temperature, 1000)), by_class(target)
+            by_class(batch_law(outcomes_from(law, 500, 200), temperature, 1000)), by_class(target)
         )
-        draw = draws_from(law.expand(batch_size, -1), seeded(10))
-        patches, _, num_draws = exact_temperature_sample(draw, batch_size, temperature, 200, seeded(11))
-        reached = torch.bincount(as_outcomes(patches), minlength=1000).double() / batch_size
+        outcomes, _, num_draws = sample_exactly(law.expand(batch_size, -1), temperature, 200, seed=10)
+        reached = torch.bincount(outcomes, minlength=1000).double() / batch_size
         noise = 0.5 * float((by_class(target) / batch_size).sqrt().sum())
         assert total_variation(by_class(reached), by_class(target)) <= batch_error + 1.5 * noise
         assert num_draws.double().mean() < 150
 
     def test_waiting_attempts_accept_by_the_batch_weights(self):
         """Over all orders of a pool, an attempt that starts it accepts a patch with probability C(c, s) / C(N, s)."""
-        pool, exponent, num_coins = [0, 0, 0, 1, 1, 2], 1.6, 500
+        pool, exponent, num_uniforms = [0, 0, 0, 1, 1, 2], 1.6, 500
         orders = torch.tensor(list(itertools.permutations(pool)))
-        group = group_patches(orders[..., None])[0].repeat(num_coins, 1)
-        coins = ((torch.arange(num_coins) + 0.5) / num_coins).repeat_interleave(len(orders))[:, None].expand_as(group)
-        start, accepted = first_accepted_attempt(group, coins, 1 / exponent, circular=True)
+        classes = classes_of(orders).repeat(num_uniforms, 1)
+        uniforms = ((torch.arange(num_uniforms) + 0.5) / num_uniforms).repeat_interleave(len(orders))
+        uniforms = uniforms[:, None].expand_as(classes)
+        start, accepted = first_accepted_attempt(classes, uniforms, 1 / exponent, circular=True)
         from_start = accepted & (start == 0)
         weights = repetition_log_weights(6, exponent).exp()
         for patch, count in Counter(pool).items():
-            share = (from_start & (orders.repeat(num_coins, 1)[:, 0] == patch)).double().mean()
-            assert float(share) == pytest.approx(float(weights[count] / weights[6]), abs=2 / num_coins)
+            share = (from_start & (orders.repeat(num_uniforms, 1)[:, 0] == patch)).double().mean()
+            assert float(share) == pytest.approx(float(weights[count] / weights[6]), abs=2 / num_uniforms)
 
     def test_all_distinct_is_uniform(self):
-        def draw(rows, num_draws):
-            return torch.arange(4).expand(len(rows), 4)[..., None]
-
-        patches, exact, _ = exact_temperature_sample(draw, 8000, 0.5, 4, seeded())
+        pool = StubPool(stream_BN=torch.arange(4).expand(8000, -1))
+        index, exact, _ = exact_temperature_sample(pool, 0.5, 4, seeded())
         assert not exact.any()
-        assert chi_square_p_value(patches[:, 0], flat(4)) > SIGNIFICANCE
+        assert chi_square_p_value(pool.outcomes(index), flat(4)) > SIGNIFICANCE
 
-    def test_the_draw_chosen_if_all_are_distinct_is_known_before(self):
+    @pytest.mark.parametrize("temperature, is_promised", [(0.5, True), (1 / 3, True), (0.7, False)])
+    def test_the_draw_chosen_if_all_are_distinct_is_known_before(self, temperature, is_promised):
         """Also where the pool comes in blocks; at other T nothing is promised."""
-        for temperature, promised in ((0.5, True), (1 / 3, True), (0.7, False)):
-            favourites, used = [], [0]
-
-            def draw(rows, num_draws, used=used):
-                used[0] += num_draws
-                return torch.zeros(len(rows), num_draws, 1, dtype=torch.long)
-
-            def tell_apart(rows, pairs="all", favourite=None, used=used, favourites=favourites):
-                favourites += [favourite] if favourite is not None else []
-                return torch.arange(used[0]).expand(len(rows), -1)[..., None]
-
-            chosen, exact, _ = exact_temperature_sample(draw, 500, temperature, 20, seeded(), tell_apart=tell_apart)
-            assert len(favourites) == promised
-            if promised:
-                assert not exact.any() and torch.equal(favourites[0], chosen[:, 0])
-                assert chi_square_p_value(chosen[:, 0], flat(20)) > SIGNIFICANCE
+        pool = StubPool(stream_BN=torch.arange(20).expand(500, -1))
+        index, exact, _ = exact_temperature_sample(pool, temperature, 20, seeded())
+        promised = [likely for _, likely in pool.asked if likely is not None]
+        assert len(promised) == is_promised
+        if is_promised:
+            assert not exact.any() and torch.equal(promised[0], index)
+            assert chi_square_p_value(pool.outcomes(index), flat(20)) > SIGNIFICANCE
 
 
 class TestComparedPairs:
@@ -441,62 +436,46 @@ class TestComparedPairs:
     @pytest.mark.parametrize("temperature", [1, 1 / 2, 1 / 3, 1 / 4, 0.4])
     def test_nothing_else_decides_an_attempt(self, temperature):
         """Draws that no attempt compares look different: the same is chosen, of the same draws."""
-        stream = torch.multinomial(zipf(6), 300 * 16, replacement=True, generator=seeded()).view(300, 16)
+        stream = outcomes_from(zipf(6), 300, 16)
+        plain, by_pairs = (
+            exact_temperature_sample(kind(stream_BN=stream), temperature, 16, seeded(1))
+            for kind in (StubPool, PoolOfPairs)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(plain, by_pairs, strict=True))
+        assert temperature == 1 or not plain.is_exact_B.all()
 
-        def sample(by_name):
-            used = torch.zeros(300, dtype=torch.long)
 
-            def draw(rows, num_draws):
-                index = used[rows][:, None] + torch.arange(num_draws)
-                used[rows] += num_draws
-                return stream[rows[:, None], index][..., None]
+class PoolOfPairs(StubPool):
+    """Tells equal only the draws that are compared, and those that follow from them."""
 
-            return exact_temperature_sample(
-                draw, 300, temperature, 16, seeded(1), tell_apart=named(used) if by_name else None
-            )
-
-        def named(used):
-            def tell_apart(rows, pairs="all", favourite=None):
-                outcomes = stream[rows, : used[rows[0]]]
-                equal = outcomes[:, :, None] == outcomes[:, None]
-                linked = equal & table_of_pairs(pairs, outcomes.shape[1])
-                for _ in range(16):  # equal to one that is equal to a third
-                    linked = (linked.float() @ linked.float()) > 0
-                return 10 * linked.int().argmax(-1)[..., None] + outcomes[..., None]
-
-            return tell_apart
-
-        (plain, *others), (named_by, *others_too) = sample(False), sample(True)
-        assert torch.equal(plain, named_by % 10)
-        assert all(torch.equal(a, b) for a, b in zip(others, others_too, strict=True))
-        assert temperature == 1 or not others[0].all()
+    def classes(self, rows_R, pairs="all", likely_R=None):
+        outcomes = self.outcomes_BN[rows_R]
+        linked = (outcomes[:, :, None] == outcomes[:, None]) & table_of_pairs(pairs, outcomes.shape[1])
+        for _ in range(outcomes.shape[1].bit_length()):  # equal to one that is equal to a third
+            linked = (linked.float() @ linked.float()) > 0
+        return linked.int().argmax(-1)
 
 
 class TestMostFrequent:
     def test_hand_worked(self):
-        pool = torch.tensor([[[3], [5], [5], [1]], [[4], [2], [4], [4]]])
-        assert most_frequent_patch(pool).tolist() == [[5], [4]]
+        pool = StubPool(stream_BN=torch.tensor([[3, 5, 5, 1], [4, 2, 4, 4]]))
+        assert most_frequent_patch(pool, 4).tolist() == [1, 0]
 
     def test_ties_go_to_the_first_seen_batched_or_not(self):
-        pool = torch.tensor(
-            [[[9, 1], [2, 2], [9, 1], [2, 2]], [[2, 2], [9, 1], [9, 1], [2, 2]], [[8, 8], [7, 7], [6, 6], [5, 5]]]
-        )
-        batched = most_frequent_patch(pool)
-        assert batched.tolist() == [[9, 1], [2, 2], [8, 8]]
-        for row, expected in zip(pool, batched, strict=True):
-            assert torch.equal(most_frequent_patch(row[None])[0], expected)
+        draws = torch.tensor([[9, 2, 9, 2], [2, 9, 9, 2], [8, 7, 6, 5]])
+        assert most_frequent_patch(StubPool(stream_BN=draws), 4).tolist() == [0, 0, 0]
+        for row in draws:
+            assert most_frequent_patch(StubPool(stream_BN=row[None]), 4).tolist() == [0]
 
 
 class TestRandomness:
     @pytest.mark.parametrize("temperature", [0.5, 0.7])
     def test_the_generator_fixes_the_choice(self, temperature):
-        pool = pools_from(zipf(1000), 50, 40)
+        stream, laws = outcomes_from(zipf(1000), 50, 40), zipf(50).expand(50, -1)
 
         def sample(seed):
-            exact, *_ = exact_temperature_sample(
-                draws_from(zipf(50).expand(50, -1), seeded(seed)), 50, temperature, 20, seeded(seed)
-            )
-            return torch.cat((batch_temperature_select(pool, temperature, seeded(seed)), exact))
+            by_batch_rule = batch_temperature_select(StubPool(stream_BN=stream), temperature, 40, seeded(seed))
+            return torch.cat((by_batch_rule, sample_exactly(laws, temperature, 20, seed)[0]))
 
         state = torch.random.get_rng_state()
         random_state = random.getstate()
@@ -505,11 +484,12 @@ class TestRandomness:
         assert torch.equal(state, torch.random.get_rng_state()) and random_state == random.getstate()
 
     def test_without_a_generator_the_global_seed_fixes_the_choice(self):
-        pool = pools_from(zipf(1000), 50, 40)
-        torch.manual_seed(5)
-        first = batch_temperature_select(pool, 0.7)
-        torch.manual_seed(5)
-        assert torch.equal(first, batch_temperature_select(pool, 0.7))
+        pools = [StubPool(stream_BN=outcomes_from(zipf(1000), 50, 40)) for _ in range(2)]
+        chosen = []
+        for pool in pools:
+            torch.manual_seed(5)
+            chosen.append(batch_temperature_select(pool, 0.7, 40))
+        assert torch.equal(*chosen)
 
 
 class TestChecks:
@@ -522,13 +502,11 @@ class TestChecks:
     def test_too_few_candidates(self, num_candidates, temperature, least):
         with pytest.raises(ValueError, match=f"at least {least}"):
             check_num_candidates(num_candidates, temperature)
-        pool = torch.zeros(1, num_candidates, 1, dtype=torch.long)
-        with pytest.raises(ValueError, match=f"at least {least}"):
-            batch_temperature_select(pool, temperature)
-        with pytest.raises(ValueError, match=f"at least {least}"):
-            exact_temperature_sample(
-                lambda rows, n: pytest.fail("drew before checking"), 1, temperature, num_candidates
-            )
+        pool = StubPool(flat(2)[None])
+        for method in (batch_temperature_select, exact_temperature_sample):
+            with pytest.raises(ValueError, match=f"at least {least}"):
+                method(pool, temperature, num_candidates)
+        assert pool.extended == [], "drew before checking"
 
     @pytest.mark.parametrize("num_candidates", [0, -3, 2.5, None, True])
     def test_candidates_that_are_no_number_of_draws(self, num_candidates):

@@ -9,16 +9,16 @@ from goldens import golden_model, golden_tensors
 from tiny import HEAD_TYPES, tiny_model
 
 from calm.generation_calm import PatchSampling
-from calm.samplers_calm import group_patches
+from calm.samplers_calm import patch_classes
 
 HISTOGRAMS = {"T1": 1.0, "T1_2": 1 / 2, "T1_3": 1 / 3}
 
 
 def histograms(patches_MK, chunks_CK, recorded_C):
     """Ours and the recorded counts over the patches that either has seen."""
-    group = group_patches(torch.cat([chunks_CK, patches_MK])[None])[0][0]
+    classes = patch_classes(torch.cat([chunks_CK, patches_MK])[None])[0]
     size = len(chunks_CK) + len(patches_MK)
-    ours = torch.bincount(group[len(chunks_CK) :], minlength=size)
+    ours = torch.bincount(classes[len(chunks_CK) :], minlength=size)
     theirs = torch.nn.functional.pad(recorded_C, (0, size - len(recorded_C)))
     return ours, theirs
 

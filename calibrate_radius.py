@@ -1,0 +1,201 @@
+"""Measures how far apart two latent vectors of a trained CALM may be and still be the same patch: its
+`repetition_radius`, which spares generation the decoding of candidates that are alone.
+
+    python -m calm.calibrate_radius --model FOLDER --steps 64 --save
+
+The model writes texts, and every candidate of every step is decoded in full. The radius is the largest distance
+between two candidates of one step that were the same patch, in the first half of the steps, times a margin of 1.5. The
+second half must hold no such two further apart, or the measurement is refused. `--save` writes the radius to the
+model's config.json, and what it was measured at: a model with other weights doesn't use it.
+"""
+
+# C recorded steps, N candidates, K tokens per patch, Z latent size
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from calm.candidates_calm import weights_fingerprint
+from calm.checkpoint_files import DTYPES, first_line
+from calm.modeling_calm import CALMForCausalLM
+from calm.samplers_calm import check_num_candidates, patch_classes
+
+PROGRAM = "python -m calm.calibrate_radius"
+MARGIN = 1.5
+NUM_TEXTS = 8
+
+
+@dataclass
+class Recording:
+    """Candidates that a CALM drew while it wrote, in their order.
+
+    Args:
+        patches_CNK: their tokens.
+        latents_CNZ: their latent vectors.
+        radius: the radius that their distances are compared with, if any.
+    """
+
+    patches_CNK: Tensor
+    latents_CNZ: Tensor
+    radius: float | None = None
+
+    def halves(self) -> tuple[Recording, Recording]:
+        half = len(self.patches_CNK) // 2
+        first, second = slice(half), slice(half, None)
+        return tuple(
+            Recording(self.patches_CNK[part], self.latents_CNZ[part], self.radius) for part in (first, second)
+        )
+
+
+def record_candidates(
+    model: CALMForCausalLM,
+    temperature: float,
+    num_candidates: int,
+    steps: int,
+    num_texts: int = NUM_TEXTS,
+    seed: int = 0,
+) -> Recording:
+    """All candidates of so many steps of each of several texts, which the model writes from BOS on."""
+    recorded = []
+    hook = model.head.register_forward_hook(lambda _, __, latents_NBZ: recorded.append(latents_NBZ.transpose(0, 1)))
+    start = torch.full((num_texts, 1), model.config.bos_token_id, device=model.device)
+    try:
+        model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            temperature=temperature,
+            num_candidates=num_candidates,
+            sampling_method="batch",
+            generator=torch.Generator(model.device).manual_seed(seed),
+            max_new_tokens=steps * model.config.patch_size,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    finally:
+        hook.remove()
+    latents_CNZ = torch.cat(recorded)
+    return Recording(model.autoencoder.decode_tokens(latents_CNZ), latents_CNZ)
+
+
+def largest_distance(recording: Recording) -> float:
+    """Between two candidates of one step that are the same patch; 0 where none are."""
+    largest = 0.0
+    for patches_NK, latents_NZ in zip(recording.patches_CNK, recording.latents_CNZ, strict=True):
+        class_N = patch_classes(patches_NK[None])[0]
+        is_equal_NN = (class_N[:, None] == class_N) & ~torch.eye(len(class_N), dtype=torch.bool, device=class_N.device)
+        if is_equal_NN.any():
+            largest = max(largest, float(torch.cdist(latents_NZ.float(), latents_NZ.float())[is_equal_NN].max()))
+    return largest
+
+
+def calibrated_radius(recording: Recording) -> float | None:
+    """The radius that the first half of a recording gives and the second half bears out.
+
+    None where no two candidates of the first half are the same patch. Raises ValueError where two of the second half
+    are, further apart than that.
+    """
+    first, second = (largest_distance(half) for half in recording.halves())
+    if first == 0:
+        return None
+    if second > MARGIN * first:
+        raise ValueError(
+            f"the same patch was found {second:.3g} apart in the second half of the steps, where the first half gives "
+            f"a radius of {MARGIN * first:.3g}: take more --steps."
+        )
+    return MARGIN * first
+
+
+def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
+    """The model, without the radius that it has.
+
+    Raises:
+        ValueError: there is no such device, or the model is no CALM.
+        OSError: there is no model.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {first_line(error)}") from error
+    if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
+        raise ValueError(f"--model {name} is no CALM.")
+    model = CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto")).to(device).eval()
+    model.config.repetition_radius = None
+    return model
+
+
+def calibrate(model: CALMForCausalLM, temperature: float, num_candidates: int, steps: int) -> dict:
+    """The two fields of config.json: the radius, and what it was measured at.
+
+    Raises:
+        ValueError: the halves of the steps contradict each other, or the weights can't be read.
+    """
+    check_num_candidates(num_candidates, temperature)
+    if steps < 2:
+        raise ValueError(f"--steps {steps}: one half measures, the other checks, so at least 2.")
+    weights = weights_fingerprint(model)
+    if weights is None:
+        raise ValueError("the weights can't be read (are they quantised?), so a radius could not be tied to them.")
+    radius = calibrated_radius(record_candidates(model, temperature, num_candidates, steps))
+    measured_at = {
+        "weights": weights,
+        "temperature": temperature,
+        "num_candidates": num_candidates,
+        "steps": steps,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return {"repetition_radius": radius, "repetition_radius_measured_at": measured_at if radius else None}
+
+
+def save(path: Path, fields: dict) -> None:
+    """Changes fields of a config.json."""
+    config = json.loads(path.read_text())
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(config | fields, indent=2, sort_keys=True) + "\n")
+    os.replace(aside, path)
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of a trained CALM")
+    parser.add_argument("--temperature", type=float, default=0.5)
+    parser.add_argument("--num_candidates", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=128, help=f"patches of each of {NUM_TEXTS} texts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: the checkpoint's")
+    parser.add_argument("--save", action="store_true", help="write to config.json of the folder")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(argv)
+    path = Path(options.model) / "config.json"
+    try:
+        if options.save and not path.exists():
+            raise ValueError(f"--save: there is no {path}; name a folder.")
+        model = load(options.model, options.device, options.dtype)
+        fields = calibrate(model, options.temperature, options.num_candidates, options.steps)
+    except (ValueError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 2
+    if fields["repetition_radius"] is None:
+        print("no candidate came twice, so there is no radius to measure.")
+    print(json.dumps(fields, indent=2))
+    if options.save:
+        save(path, fields)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
