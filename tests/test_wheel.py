@@ -17,7 +17,12 @@ from calm.bundle_files import code_files
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCES = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__", "*.safetensors")
-WITH_DATA = {"training/recipes": "*.yaml", "experiments": "*.yaml", "experiments/recipes": "*.yaml"}
+WITH_DATA = {
+    "training/recipes": "*.yaml",
+    "training/recipes/bases": "*.yaml",
+    "experiments": "*.yaml",
+    "experiments/recipes": "*.yaml",
+}
 # Imported by the extras' packages themselves, and what transformers and torch install anyway isn't hidden.
 HIDDEN = "datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy fastapi openai uvicorn starlette".split()
 
