@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, get_s
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.training.configuration import make_config
 from calm.training.cost import PAPER_TOKENS, ar_cost, autoencoder_cost, calm_cost, recipe_cost
+from calm.training.fit import training_arguments
 from calm.training.recipe import (
     CONFIGS,
     RECIPE_FOLDER,
@@ -25,7 +27,6 @@ from calm.training.recipe import (
     recipe_names,
     section_fields,
 )
-from calm.training.run import make_config, training_arguments
 
 NAMES = (
     "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl "
