@@ -2,13 +2,14 @@
 # make test          set up, and run every test
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
 # make style         ruff
+# make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; goes on where it was stopped
 # make experiments CORPUS=DIR   the paper's tables in miniature: hours; goes on where it was stopped
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo test test-compat style figures experiments clean
+.PHONY: demo test test-compat style figures demo-model experiments clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -25,6 +26,9 @@ style: .venv/.full
 
 figures: .venv/.full
 	$(BIN)/python docs/draw_architecture.py
+
+demo-model: .venv/.full
+	$(BIN)/python -m calm.training.demo_model --corpus "$(CORPUS)" --output .
 
 experiments: .venv/.full
 	$(BIN)/python -m calm.experiments --corpus "$(CORPUS)" --document docs/experiments.md
