@@ -25,6 +25,9 @@ def _packages() -> list[str]:
     return [path.parent.name for path in ROOT.glob("*/__init__.py")]
 
 
+COMMANDS = commands()
+
+
 def main_of(module: str) -> Callable[[list[str]], int]:
     try:
         return importlib.import_module(f"{module}.__main__").main

@@ -2,14 +2,12 @@
 
 import re
 
-import commands
 import pytest
-from commands import ROOT, main_of, refusal
+from commands import COMMANDS, ROOT, main_of, refusal
 
 import calm.command_line
 from calm.command_line import CommandError, Parser, command, known_errors
 
-COMMANDS = commands.commands()
 NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]
 WRONG_PATHS = {
