@@ -3,13 +3,14 @@
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
+# make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; goes on where it was stopped
 # make experiments CORPUS=DIR   the paper's tables in miniature: hours; goes on where it was stopped
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo test test-compat test-gpu style figures experiments clean
+.PHONY: demo test test-compat test-gpu style figures demo-model experiments clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -30,6 +31,9 @@ style: .venv/.style
 
 figures: .venv/.full
 	$(BIN)/python docs/draw_architecture.py
+
+demo-model: .venv/.full
+	$(BIN)/python -m calm.training.demo_model --corpus "$(CORPUS)" --output .
 
 experiments: .venv/.full
 	$(BIN)/python -m calm.experiments --corpus "$(CORPUS)" --document docs/experiments.md

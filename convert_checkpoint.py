@@ -8,10 +8,9 @@ loads it with trust_remote_code=True.
 
 Nothing is guessed: sizes and the head's type are read off the tensors, every published tensor must have its place,
 every place its tensor. Tensors pass through memory one at a time, so the peak is set by the largest, not by the model.
-A failure is one sentence on stderr and exit code 1, and leaves no file behind.
+A failure is one sentence on stderr and exit code 2, and leaves no file behind.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from calm.checkpoint_files import (
     first_line,
     write_safetensors,
 )
+from calm.command_line import CommandError, Parser, command, known_errors
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
@@ -319,29 +319,27 @@ def push(folder: Path, repo_id: str) -> None:
         raise ConversionError(f"{folder} is finished, but {repo_id} did not take it: {first_line(error)}") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Converts published CALM checkpoints into one bundled repository.")
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python convert_checkpoint.py", "Converts published CALM checkpoints into one bundled repository.")
     parser.add_argument("--calm", required=True, metavar="ID_OR_DIR", help="the published language model")
     parser.add_argument("--autoencoder", required=True, metavar="ID_OR_DIR", help="the published autoencoder")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder to write")
     parser.add_argument("--tokenizer", metavar="ID_OR_DIR", help="where tokenizer.json is (default: where --calm is)")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as the language model's)")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository")
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--push_to_hub", "--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository"
+    )
+    args = parser.parse_args(argv)
     name = args.push_to_hub or args.output.absolute().name
     try:
-        convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, name)
-        if args.push_to_hub:
-            push(args.output, args.push_to_hub)
-    except ConversionError as error:
-        sentence = str(error)
+        with known_errors(ConversionError):
+            convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, name)
+            if args.push_to_hub:
+                push(args.output, args.push_to_hub)
     except OSError as error:
-        sentence = f"{error.filename or args.output}: {error.strerror or error}"
-    else:
-        print(f"Wrote {args.output}.")
-        return 0
-    print(f"convert_checkpoint.py: {' '.join(sentence.split())}", file=sys.stderr)
-    return 1
+        raise CommandError(f"{error.filename or args.output}: {error.strerror or error}") from error
+    print(f"Wrote {args.output}.")
 
 
 if __name__ == "__main__":

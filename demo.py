@@ -1,27 +1,31 @@
 """Continues a story with the bundled demo model, streamed to the terminal: `make demo`, or `python demo.py --help`."""
 
-import argparse
+import sys
 from pathlib import Path
 
 import transformers
 from transformers import TextStreamer, pipeline, set_seed
 
+from calm.command_line import CommandError, Parser, command, known_errors
+
 MODEL = Path(__file__).parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Continues a story with a CALM.")
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python demo.py", "Continues a story with a CALM.")
     parser.add_argument("prompt", nargs="?", default="Once upon a time, there was a little girl named Lily.")
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 1]; the lower, the surer")
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.model == str(MODEL) and not (MODEL / "config.json").is_file():  # an installed package has no weights
-        parser.error("no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID.")
+        raise CommandError("no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
+    with known_errors(ValueError, OSError):
+        generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
     set_seed(options.seed)
     streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)
     generator(
@@ -34,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

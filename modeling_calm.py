@@ -271,12 +271,18 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             raise ValueError(
                 f"labels have length {labels.shape[1]}, but the input has {patch_size * hidden_BPD.shape[1]} tokens."
             )
-        labels_BPK = labels.long().to(hidden_BPD.device).unflatten(1, (-1, patch_size))[:, 1:]
+        labels_BPK = next_patches(labels.long().to(hidden_BPD.device), patch_size)
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
         losses = self.head.loss(context, PatchTarget(tokens, self.autoencoder), generator=generator, **draws)
         count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
         return losses.sum() / count
+
+
+def next_patches(labels_BL: Tensor, patch_size: int) -> Tensor:
+    """(B, P − 1, K), a view: the patches that the hidden states predict, each at the patch before. A row's first patch
+    is given."""
+    return labels_BL.unflatten(1, (-1, patch_size))[:, 1:]
 
 
 CALMModel.register_for_auto_class("AutoModel")

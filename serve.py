@@ -11,25 +11,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+
+from calm.command_line import Parser, command, known_errors
 
 PROGRAM = "python -m calm.serve"
 ARCHITECTURE = "CALMForCausalLM"
 SERVING_PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
     """Checks, registers CALM's classes and runs upstream's server until it is stopped.
 
     Raises:
-        SystemExit: with code 2, after one sentence on stderr, when it can't serve this model here; with upstream's
-            code once its server has ended.
+        SystemExit: with upstream's code once its server has ended.
     """
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} MODEL [options of transformers serve]",
-        description="Serves a CALM over the OpenAI API.",
-    )
+    usage = f"{PROGRAM} MODEL [options of transformers serve]"
+    parser = Parser(PROGRAM, "Serves a CALM over the OpenAI API.", usage=usage)
     parser.add_argument("model", help="folder or Hub id, ID@REVISION too; `.` is the demo model in this repository")
     options = parser.add_argument(
         "options",
@@ -37,14 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
         help=f"those of `transformers serve`: --host, --port, --device, …; `{PROGRAM} MODEL --help` lists them",
     )
     options.required = False  # argparse would name it beside a missing model
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(argv)
     wants_help = "--help" in parsed.options
-    try:
+    with known_errors(ServeError):
         check_environment()
         if not wants_help:
             check_model(parsed.model)
-    except ServeError as error:
-        refuse(error)
     if not wants_help:
         register_classes()
     start_upstream([parsed.model, *parsed.options])
@@ -52,11 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 class ServeError(Exception):
     """Why nothing can be served, in one sentence."""
-
-
-def refuse(error: ServeError) -> NoReturn:
-    print(f"{PROGRAM}: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def check_environment() -> None:
@@ -162,4 +153,4 @@ def with_client_errors(build_server: Callable) -> Callable:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

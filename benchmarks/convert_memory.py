@@ -6,7 +6,7 @@ Writes the checkpoint and its bundle to a temporary folder ($TMPDIR; for XL 7.6 
 of its own, and prints a table row. The peak is that process's VmHWM: everything resident, PyTorch itself and the pages
 of mapped input files included, although the kernel could drop those at any time. Linux only.
 
-Measured on 2 cores with torch 2.13 (the command above, then with --input-dtype bfloat16 --format safetensors, then
+Measured on 2 cores with torch 2.13 (the command above, then with --input_dtype bfloat16 --format safetensors, then
 with --size M):
 
 | size | parameters without autoencoder | input | written | peak memory | peak / written | seconds |
@@ -16,7 +16,6 @@ with --size M):
 | M | 0.37 B | float32 .bin | 0.90 GB bfloat16 | 1.19 GB | 1.33 | 10 |
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,6 +27,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
+
+from calm.command_line import Parser, command
 
 SIZES = {  # hidden and intermediate size of the published checkpoints
     "M": (1024, 2752),
@@ -144,13 +145,14 @@ def measure(size: str, input_dtype: str, dtype: str, suffix: str, folder: Path) 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m calm.benchmarks.convert_memory", __doc__)
     parser.add_argument("--size", choices=SIZES, default="XL")
-    parser.add_argument("--input-dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--input_dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--format", choices=["bin", "safetensors"], default="bin")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args.size, args.input_dtype, args.dtype, args.format, Path(folder))
     print("| size | parameters without autoencoder | input | written | peak memory | peak / written | seconds |")
@@ -163,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -47,6 +47,7 @@ from calm.benchmarks.workloads import (
     shape_config,
     trained_model,
 )
+from calm.command_line import Parser, command, known_errors, writable
 from calm.configuration_calm import CALMConfig
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 
@@ -247,11 +248,7 @@ def write_plot(path: Path, rows: list[dict]) -> None:
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.benchmarks.generation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.benchmarks.generation", __doc__)
     parser.add_argument("--shape", nargs="+", default=["calm-m"], help="calm-m, calm-l, calm-xl, demo, or a model")
     parser.add_argument("--baseline", default="transformer-s", help="transformer-s, transformer-m, or a model")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -268,16 +265,17 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens a row")
     parser.add_argument("--output_length", type=int, default=64, help="new tokens a row")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the rows, after each")
-    parser.add_argument("--plot", type=Path, help="write the plot")
+    parser.add_argument("--json", type=writable, help="write the rows, after each")
+    parser.add_argument("--plot", type=writable, help="write the plot")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     options, rows = parse_options(argv), []
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with known_errors(ValueError, OSError):
         benchmark = Benchmark(options)
         print(table_head(), flush=True)
         for row in benchmark.rows():
@@ -285,8 +283,6 @@ def main(argv: list[str] | None = None) -> None:
             print(table_row(row), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"generation: {error}")
     machine = benchmark.machine
     print(
         f"\n{rows[0]['device_name']}, {options.dtype}, {torch.get_num_threads()} CPU threads, torch "
@@ -299,4 +295,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

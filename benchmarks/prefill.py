@@ -8,7 +8,6 @@ layers, random weights too, and reads as many tokens as CALM has patches, with t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from statistics import median
 
@@ -17,6 +16,7 @@ from transformers import LlamaConfig
 
 from calm.benchmarks.meters import Meter, synchronise
 from calm.benchmarks.workloads import BenchmarkError, random_model, random_prompts, shape_config
+from calm.command_line import Parser, command, known_errors
 from calm.configuration_calm import CALMConfig
 
 BACKBONE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -44,19 +44,16 @@ def seconds(passes: list, device: torch.device, repetitions: int) -> list[float]
     return [median(taken[1:]) for taken in times]
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.benchmarks.prefill",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.benchmarks.prefill", __doc__)
     parser.add_argument("--shape", default="calm-m", help="a CALM: calm-m, calm-l, calm-xl, or a model")
     parser.add_argument("--prompt_length", type=int, default=2048, help="tokens")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args(argv)
-    try:
+    with known_errors(ValueError, OSError):
         config = shape_config(options.shape)
         if not isinstance(config, CALMConfig):
             raise BenchmarkError(f"--shape {options.shape} is no CALM.")
@@ -66,8 +63,6 @@ def main(argv: list[str] | None = None) -> None:
             )
         if options.repetitions < 1:
             raise BenchmarkError(f"--repetitions {options.repetitions}: must be at least 1.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"prefill: {error}")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     calm, llama = (random_model(c, device, dtype) for c in (config, same_backbone(config)))
     positions = options.prompt_length // config.patch_size
@@ -80,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

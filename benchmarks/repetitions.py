@@ -24,6 +24,7 @@ from torch import Tensor
 
 from calm.benchmarks.workloads import BenchmarkError, Recording, distinct_share, record_candidates, trained_model
 from calm.candidates_calm import LazyCandidates
+from calm.command_line import Parser, command, known_errors
 from calm.evaluation.models import is_calm
 from calm.samplers_calm import batch_temperature_select, check_num_candidates, group_patches
 from calm.screening_calm import VocabularyScreen
@@ -98,19 +99,16 @@ def _choice(patches_1NK: Tensor, temperature: float, seed: int) -> Tensor:
     return batch_temperature_select(patches_1NK, temperature, generator)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.benchmarks.repetitions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.benchmarks.repetitions", __doc__)
     parser.add_argument("--model", default=".", help="folder or Hub id of a trained CALM")
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--num_candidates", type=int, default=200)
     parser.add_argument("--steps", type=int, default=128, help="of 8 texts")
     parser.add_argument("--save", action="store_true", help="write the radius to config.json of the folder")
     options = parser.parse_args(argv)
-    try:
+    with known_errors(ValueError, OSError):
         check_num_candidates(options.num_candidates, options.temperature)
         if options.steps < 2:
             raise BenchmarkError(f"--steps {options.steps}: one half calibrates, the other checks, so at least 2.")
@@ -120,8 +118,6 @@ def main(argv: list[str] | None = None) -> None:
         model = trained_model(options.model, torch.device("cpu"), torch.float32)
         if not is_calm(model):
             raise BenchmarkError(f"--model {options.model} is no CALM.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"repetitions: {error}")
     radius = report(model, options)
     if options.save:
         config = json.loads(path.read_text())
@@ -151,4 +147,4 @@ def report(model, options: argparse.Namespace) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

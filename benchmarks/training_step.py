@@ -28,7 +28,6 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -38,6 +37,7 @@ from torch import Tensor
 from calm.benchmarks.generation import device_name
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm.benchmarks.workloads import BenchmarkError, random_model, shape_config
+from calm.command_line import Parser, command, known_errors, writable
 from calm.evaluation.models import is_calm
 from calm.scores_calm import energy_score
 from calm.training.cost import ar_cost, calm_cost
@@ -295,8 +295,6 @@ def check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "repetitions"):
         if getattr(options, name) < 1:
             raise BenchmarkError(f"--{name} {getattr(options, name)}: must be at least 1.")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise BenchmarkError(f"{options.json}: its folder does not exist.")
     for shape in options.shape:
         K = getattr(shape_config(shape), "patch_size", 1)
         if options.block_size < 2 * K or options.block_size % K:
@@ -307,11 +305,7 @@ def check(options: argparse.Namespace) -> None:
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.benchmarks.training_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.benchmarks.training_step", __doc__)
     parser.add_argument("--shape", nargs="+", default=["calm-m"], help="calm-m, transformer-s, demo, or a model")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
@@ -320,20 +314,19 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--energy_loss", action="store_true", help="compare the energy loss with its definition")
-    parser.add_argument("--json", type=Path, help="write the figures")
+    parser.add_argument("--json", type=writable, help="write the figures")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     transformers.logging.set_verbosity_error()
-    try:
+    with known_errors(ValueError, OSError):
         report = measure(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"training_step: {error}")
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,13 +9,13 @@ The generative head never hits a latent vector exactly, so the decoder must read
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import torch
 
+from calm.command_line import Parser, command, known_errors, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
@@ -111,28 +111,23 @@ def write_plot(path: Path, rows: list[dict], posterior_sigma: float) -> None:
     plt.close(figure)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.evaluation.autoencoder_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.evaluation.autoencoder_report", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of an autoencoder or of a CALM")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
     add_data_arguments(parser)
     parser.add_argument("--max_patches", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures")
-    parser.add_argument("--plot", type=Path, help="write the accuracy against the noise")
+    parser.add_argument("--json", type=writable, help="write the figures")
+    parser.add_argument("--plot", type=writable, help="write the accuracy against the noise")
     args = parser.parse_args(argv)
-    try:
+    with known_errors(ValueError, OSError):
         if args.plot:
             need("matplotlib", "eval", "--plot")
         autoencoder = load_autoencoder(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         patches_PK = read_blocks(args, tokenizer, autoencoder.config.patch_size, args.max_patches)
-    except (ValueError, OSError) as error:
-        sys.exit(f"autoencoder_report: {error}")
     rows = noise_accuracy(autoencoder, patches_PK, seed=args.seed)
     statistics = posterior_statistics(*posterior(autoencoder, patches_PK))
     print(report(rows, statistics, len(patches_PK)))
@@ -143,4 +138,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

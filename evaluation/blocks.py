@@ -10,9 +10,8 @@ import glob
 import numpy as np
 import torch
 
-from calm.training.data import Separation, tokenize_documents
-from calm.training.documents import DataError, expand_paths, read_documents, read_hub_dataset
-from calm.training.extras import need
+from calm.training.documents import DataError, expand_paths, open_hub_dataset, read_documents, read_hub_dataset
+from calm.training.tokens import Separation, tokenize_documents
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +27,7 @@ def open_documents(args: argparse.Namespace):
     """Iterator of documents: of a file, folder or glob pattern of files, else of a Hub dataset (streamed)."""
     if glob.glob(args.data):
         return read_documents(expand_paths(args.data), args.text_column)
-    need("datasets", "eval", "a Hub data set")
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        dataset = load_dataset(args.data, args.subset, split=args.split, streaming=True)
-    except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as error:
-        raise DataError(f"{args.data}: neither a file here nor a Hub dataset within reach ({error}).") from error
-    return read_hub_dataset(dataset, args.text_column)
+    return read_hub_dataset(open_hub_dataset(args.data, args.subset, args.split, True, "eval"), args.text_column)
 
 
 def read_blocks(args: argparse.Namespace, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from calm.command_line import Parser, command, known_errors, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import BrierScore
 from calm.evaluation.models import count_model, load_causal_lm, positions_per_block
@@ -26,11 +27,7 @@ from calm.training.tokenizer import load_tokenizer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.evaluation.brier_lm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.evaluation.brier_lm", __doc__)
     parser.add_argument("--model", nargs="+", required=True, help="model folders or Hub ids; several are compared")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id for all models (default: each model's own)")
     add_data_arguments(parser)
@@ -39,8 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="blocks at a time (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--json", type=Path, help="write a list with one object a model")
-    parser.add_argument("--plot", type=Path, help="write a bar chart (default with several models: brier_lm.png)")
+    parser.add_argument("--json", type=writable, help="write a list with one object a model")
+    parser.add_argument("--plot", type=writable, help="write a bar chart (default with several models: brier_lm.png)")
     args = parser.parse_args(argv)
     if args.plot is None and len(args.model) > 1:
         args.plot = Path("brier_lm.png")
@@ -109,15 +106,14 @@ def write_plot(path: Path, scores: dict[str, BrierScore], block_size: int) -> No
     plt.close(figure)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     state = PartialState(cpu=not torch.cuda.is_available())  # without it accelerate runs no processes on the CPU
-    try:
+    with known_errors(ValueError, OSError):
         if args.plot:
             need("matplotlib", "eval", "--plot")
         scores = {name: evaluate(name, args, state) for name in args.model}
-    except (ValueError, OSError) as error:
-        sys.exit(f"brier_lm: {error}")
     if state.is_main_process:
         print(table(scores, args.block_size))
         if args.json:
@@ -127,4 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

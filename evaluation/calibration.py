@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from calm.command_line import Parser, command, known_errors, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
 from calm.training.extras import need
@@ -95,12 +96,9 @@ def write_plot(path: Path, rows: list[dict]) -> None:
     plt.close(figure)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.evaluation.calibration",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.evaluation.calibration", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with the checkpoint-N folders of a Trainer")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the run's own)")
     add_data_arguments(parser)
@@ -108,15 +106,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_positions", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures")
-    parser.add_argument("--plot", type=Path, help="write BrierLM against cross-entropy")
+    parser.add_argument("--json", type=writable, help="write the figures")
+    parser.add_argument("--plot", type=writable, help="write BrierLM against cross-entropy")
     args = parser.parse_args(argv)
-    try:
+    with known_errors(ValueError, OSError):
         if args.plot:
             need("matplotlib", "eval", "--plot")
         rows = measure(args.run, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"calibration: {error}")
     entropies, scores = zip(*((row["cross_entropy"], row["brierlm"]["value"]) for row in rows), strict=True)
     correlation = correlations(entropies, scores)
     print(report(rows, correlation))
@@ -127,4 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

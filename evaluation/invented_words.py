@@ -8,16 +8,15 @@ Words are runs of letters and apostrophes, case apart; the last of a text, which
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from transformers import set_seed
 
+from calm.command_line import Parser, command, known_errors, writable
 from calm.evaluation.models import is_calm, load_causal_lm
 from calm.training.documents import expand_paths, read_documents
 from calm.training.tokenizer import load_tokenizer
@@ -49,12 +48,9 @@ def continuations(model, tokenizer, prompt: str, num_texts: int, seed: int, **op
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.evaluation.invented_words",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.evaluation.invented_words", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM or another causal LM")
     parser.add_argument("--text", required=True, nargs="+", help="files whose words are taken for known")
     parser.add_argument("--prompt", default=PROMPT)
@@ -63,13 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_texts", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures")
+    parser.add_argument("--json", type=writable, help="write the figures")
     args = parser.parse_args(argv)
-    try:
+    with known_errors(ValueError, OSError):
         model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
         known = vocabulary_of(read_documents(expand_paths(args.text)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"invented_words: {error}")
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     if is_calm(model) and args.num_candidates:
         options["num_candidates"] = args.num_candidates
@@ -90,4 +84,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,11 +4,11 @@ A run is the folder that a train_* command writes. One panel a figure, one line 
 to its last checkpoint.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from calm.command_line import Parser, command, known_errors, writable
 from calm.training.extras import need
 
 # Not worth a panel: they count, or say what the recipe says.
@@ -75,19 +75,16 @@ def draw(runs: list[Path], output: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m calm.evaluation.plot", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that a train_* command wrote")
-    parser.add_argument("--output", type=Path, help="picture; by default curves.png in the first run")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output", type=writable, help="picture; by default curves.png in the first run")
+    options = parser.parse_args(argv)
     output = options.output or options.runs[0] / "curves.png"
-    try:
+    with known_errors(ValueError, OSError):
         draw(options.runs, output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(f"wrote {output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from calm.command_line import Parser, command, known_errors, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm.evaluation.models import is_calm, load_causal_lm
@@ -142,21 +142,18 @@ default, {kept["left with PAD"]:.0%} with padding on the left and {kept["right"]
 """
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.evaluation.prompt_alignment",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m calm.evaluation.prompt_alignment", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM with K > 1")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
     add_data_arguments(parser)
     parser.add_argument("--prompts", type=int, default=2000, help="prompts for each length mod K (default: 2000)")
     parser.add_argument("--prompt_patches", type=int, default=8, help="whole patches of a prompt (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write a Markdown page")
+    parser.add_argument("--output", type=writable, help="write a Markdown page")
     args = parser.parse_args(argv)
-    try:
+    with known_errors(ValueError, OSError):
         model = load_causal_lm(args.model)
         if not is_calm(model) or model.config.patch_size < 2:
             raise ValueError(f"{args.model}: must be a CALM with patches of at least 2 tokens")
@@ -167,8 +164,6 @@ def main(argv: list[str] | None = None) -> None:
         window = length + model.config.patch_size - 1 + MAX_N
         tokens_L = read_blocks(args, tokenizer, 1, max_blocks=window * args.prompts).flatten()
         windows_NL = spread_windows(tokens_L, window, args.prompts)
-    except (ValueError, OSError) as error:
-        sys.exit(f"prompt_alignment: {error}")
     rows = measure(model, windows_NL, length, tokenizer.bos_token_id, tokenizer.pad_token_id, args.seed)
     print(table(rows))
     if args.output:
@@ -178,4 +173,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,16 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
+from calm.command_line import Parser, command, known_errors
 from calm.experiments.plan import FOLDER, UNFINISHED, Plan, PlanError
 from calm.experiments.report import document, trainings
 from calm.experiments.stages import run
 from calm.training.recipe import RecipeError
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m calm.experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("python -m calm.experiments", __doc__)
     parser.add_argument(
         "--corpus", required=True, type=Path, help="with books-train.jsonl.xz, books-validation.jsonl.xz"
     )
@@ -32,7 +31,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of each training (default: 1)")
     parser.add_argument("--dry_run", action="store_true", help="print parameters, tokens and FLOPs, and exit")
     parser.add_argument("--report", action="store_true", help="write the document from what is finished, and exit")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def write_document(plan: Plan, path: Path) -> None:
@@ -42,11 +41,12 @@ def write_document(plan: Plan, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     path = args.document or args.output / "experiments.md"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training of the moment ends too
-    try:
+    with known_errors(PlanError, RecipeError):
         plan = Plan(args.experiments, args.corpus, args.output, args.max_steps)
         stages = plan.of_groups(args.only)
         if args.dry_run:
@@ -58,9 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         failed = run(plan, stages, args.threads, after_each=lambda: write_document(plan, path))
         write_document(plan, path)
-    except (PlanError, RecipeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(f"wrote {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

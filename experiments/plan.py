@@ -16,9 +16,9 @@ from transformers import LlamaConfig
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.brier import MAX_N
+from calm.training.configuration import make_config
 from calm.training.cost import Cost, recipe_cost
 from calm.training.recipe import Recipe, load_recipe, parse_command_line
-from calm.training.run import make_config
 
 FOLDER = Path(__file__).parent
 UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete

@@ -53,12 +53,12 @@ class Workshop:
         return load_file(self.output / "model.safetensors")
 
     def refuse(self, *mentions: object, more: tuple[str, ...] = ()) -> str:
-        """Converts, which must fail as promised: exit code 1, one sentence with `mentions`, nothing left behind."""
+        """Converts, which must fail as promised: exit code 2, one sentence with `mentions`, nothing left behind."""
         before = sorted(self.folder.rglob("*"))
         code = self.run(*more)
         message = self.capsys.readouterr().err
-        assert code == 1
-        assert message.count("\n") == 1 and "Traceback" not in message
+        assert code == 2
+        assert message.startswith("error: ") and message.count("\n") == 1
         for mention in mentions:
             assert str(mention) in message
         assert sorted(self.folder.rglob("*")) == before
@@ -578,7 +578,7 @@ def test_a_hub_that_does_not_take_the_bundle_is_one_sentence_and_the_bundle_stay
         raise ConnectionError("no route to the Hub\nand more")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
-    assert shop.run("--push-to-hub", "someone/bundle") == 1
+    assert shop.run("--push-to-hub", "someone/bundle") == 2
     message = shop.capsys.readouterr().err
     assert message.count("\n") == 1 and "someone/bundle" in message and "no route to the Hub" in message
     assert (shop.output / "model.safetensors").is_file()

@@ -15,16 +15,9 @@ from accelerate.data_loader import BatchSamplerShard
 from tiny import BOS, EOS, PAD, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from calm.training.data import (
-    PackedBlocks,
-    PatchCollator,
-    Separation,
-    StreamedBlocks,
-    TokenFile,
-    cached_tokens,
-    tokenize_documents,
-)
+from calm.training.data import PackedBlocks, PatchCollator, StreamedBlocks
 from calm.training.documents import BadLines, DataError, expand_paths, read_documents
+from calm.training.tokens import Separation, TokenFile, cached_tokens, tokenize_documents
 
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]
 COMPRESS = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from commands import refusal
 from evaluation_folder import folder, tiny_llama  # noqa: F401 (a fixture)
 from tiny import PAD, tiny_model, tiny_tokenizer
 
@@ -61,8 +62,8 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
         tiny_llama(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
     common = ["--data", str(folder / "text.jsonl.xz"), "--block_size", "24"]
     out = tmp_path / "out.json"
-    with pytest.raises(SystemExit, match="neither it nor its checkpoints hold a tokenizer"):
-        calibration.main(["--run", str(tmp_path), *common])
+    error = refusal(capsys, calibration.main, "--run", tmp_path, *common)
+    assert "neither it nor its checkpoints hold a tokenizer" in error
     tiny_tokenizer().save_pretrained(tmp_path)
     more = ["--max_positions", "100", "--json", str(out), "--plot", str(tmp_path / "out.png")]
     calibration.main(["--run", str(tmp_path), *common, *more])
@@ -71,8 +72,7 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
     for row in result["checkpoints"]:
         assert row["positions"] == 100 and row["cross_entropy"] > 0
     assert "Spearman" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds 0 checkpoint-N folders"):
-        calibration.main(["--run", str(folder), *common])
+    assert "holds 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
 
 
 def test_correlations_by_hand():
@@ -135,7 +135,7 @@ def test_filling_on_the_left_is_what_another_filler_would_do():
         assert torch.equal(given[:, -6:], expected[:, -6:])
 
 
-def test_alignment_command_writes_a_page(folder, tmp_path):
+def test_alignment_command_writes_a_page(folder, tmp_path, capsys):
     """Whole patches (length mod K = 0) are the same prompt under every alignment: the same draws, the same score."""
     page = tmp_path / "page.md"
     options = ["--prompts", "40", "--prompt_patches", "3", "--output", str(page)]
@@ -144,15 +144,14 @@ def test_alignment_command_writes_a_page(folder, tmp_path):
     assert len(lines) == 2
     assert lines[0][1:3] == lines[0][3:5] == lines[0][5:7]
     assert "`python -m calm.evaluation.prompt_alignment --model" in page.read_text()
-    with pytest.raises(SystemExit, match="has 1260 tokens; 500 prompts need at least"):
-        prompt_alignment.main(
-            ["--model", str(folder / "calm"), "--data", str(folder / "text.jsonl.xz"), "--prompts", "500"]
-        )
+    options = ["--model", folder / "calm", "--data", folder / "text.jsonl.xz", "--prompts", 500]
+    assert "has 1260 tokens; 500 prompts need at least" in refusal(capsys, prompt_alignment.main, *options)
 
 
-def test_alignment_needs_patches(folder):
-    with pytest.raises(SystemExit, match="must be a CALM with patches of at least 2 tokens"):
-        prompt_alignment.main(["--model", str(folder / "ar"), "--data", str(folder / "text.jsonl.xz")])
+def test_alignment_needs_patches(folder, capsys):
+    options = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz"]
+    error = refusal(capsys, prompt_alignment.main, *options)
+    assert "must be a CALM with patches of at least 2 tokens" in error
 
 
 def test_invented_words_are_those_that_the_text_never_has():
@@ -174,6 +173,6 @@ def test_invented_words_command(folder, tmp_path, capsys, kind):
     assert capsys.readouterr().out.count("|\n") == 4
 
 
-def test_invented_words_of_a_text_that_is_not_there(folder):
-    with pytest.raises(SystemExit, match="missing.txt: no such file"):
-        invented_words.main(["--model", str(folder / "calm"), "--text", "missing.txt"])
+def test_invented_words_of_a_text_that_is_not_there(folder, capsys):
+    error = refusal(capsys, invented_words.main, "--model", folder / "calm", "--text", "missing.txt")
+    assert "missing.txt: no such file" in error

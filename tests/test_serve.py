@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import commands
 import pytest
 
 from calm import serve
@@ -240,12 +241,7 @@ def refusal(monkeypatch, capsys):
     monkeypatch.setattr(serve, "start_upstream", too_late)
 
     def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            serve.main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        assert ended.value.code == 2 and output.out == ""
-        assert output.err.startswith("python -m calm.serve: ") and output.err.count("\n") == 1
-        return output.err
+        return commands.refusal(capsys, serve.main, *arguments)
 
     return run
 

@@ -8,9 +8,9 @@ from training_helpers import COMMANDS, make_workshop, train
 from transformers import LlamaConfig
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.training import run, train_calm
+from calm.training import command
 
-MODULES = {"ar": run, "autoencoder": run, "calm": train_calm}  # where print_cost is called
+KINDS = ("ar", "autoencoder", "calm")
 SAVED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map"}
 PUBLISHED = "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl transformer-l transformer-m transformer-s"
 DEMO = {"ar": "demo-transformer", "autoencoder": "demo-autoencoder", "calm": "demo-backbone"}
@@ -36,14 +36,14 @@ def report(kind: str, recipe: str, capsys, **fields) -> list[str]:
 
 def dry_run_config(kind: str, monkeypatch, **fields):
     counted = []
-    monkeypatch.setattr(MODULES[kind], "print_cost", lambda recipe, config, *notes: counted.append((config, *notes)))
+    monkeypatch.setattr(command, "print_cost", lambda recipe, config, *notes: counted.append((config, *notes)))
     assert train(kind, dry_run=[], **fields) == 0
     [(config, notes)] = counted
     assert list(notes) == []
     return config
 
 
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_configuration_is_the_one_that_a_run_trains(kind, workshop, tmp_path, monkeypatch):
     fields = fields_of(kind, workshop)
     classes = {"ar": LlamaConfig, "autoencoder": CALMAutoencoderConfig, "calm": CALMConfig}

@@ -7,7 +7,7 @@ from tiny import tiny_config
 from training_helpers import make_workshop, train
 
 from calm.modeling_calm import CALMForCausalLM
-from calm.training.models import config_of
+from calm.training.configuration import config_of
 from calm.training.recipe import load_recipe
 
 FAST = {

@@ -1,36 +1,49 @@
 """Recipes are data: loaded by name or file, every field overridable, nothing unknown accepted."""
 
 import dataclasses
+import json
+import typing
+from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import train
-from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+from training_helpers import COMMANDS, train
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, get_scheduler
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.training.configuration import make_config
 from calm.training.cost import PAPER_TOKENS, ar_cost, autoencoder_cost, calm_cost, recipe_cost
+from calm.training.fit import training_arguments
 from calm.training.recipe import (
     CONFIGS,
     RECIPE_FOLDER,
+    DataOptions,
+    Recipe,
     RecipeError,
     load_recipe,
     parse_command_line,
     recipe_names,
     section_fields,
 )
-from calm.training.run import make_config, training_arguments
 
 NAMES = (
     "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl "
     "demo demo-autoencoder demo-backbone demo-tokenizer demo-transformer transformer-l transformer-m transformer-s"
 ).split()
 MODELS = [name for name in NAMES if name != "demo-tokenizer"]
+RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.json").read_text())
 
 
 def test_the_named_recipes_are_there():
     assert recipe_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_recipe_comes_to_is_what_was_recorded(name):
+    """With its bases; recorded when every recipe stood by itself."""
+    assert dataclasses.asdict(load_recipe(name)) == RESOLVED[name]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,13 +89,14 @@ def test_published_recipes_have_the_constants_of_the_published_scripts(name):
 
 
 def test_published_recipes_name_their_sources_and_the_number_of_processes():
-    for name in MODELS:
-        if name.startswith("demo"):
-            continue
+    stating = ["bases/published", "autoencoder", "calm-m", "transformer-s"]
+    for name in stating:
         text = (RECIPE_FOLDER / f"{name}.yaml").read_text()
-        constants = text.partition("\ntraining:\n")[2].splitlines()
-        assert all("# published script" in line for line in constants if not line.startswith("  #"))
-        assert "For 8 processes, as published" in text and "8 / n" in text
+        constants = text.partition("\ntraining:")[2].splitlines()[1:]
+        assert constants and all("# published script" in line for line in constants)
+    assert "8 / n" in (RECIPE_FOLDER / "bases" / "published.yaml").read_text()
+    for name in [name for name in MODELS if not name.startswith("demo") and name not in stating]:
+        assert "training:" not in (RECIPE_FOLDER / f"{name}.yaml").read_text()
 
 
 def test_the_schedule_called_constant_has_no_warm_up(tmp_path):
@@ -94,12 +108,51 @@ def test_the_schedule_called_constant_has_no_warm_up(tmp_path):
     assert schedule.get_last_lr() == [3e-4]
 
 
+def another(section: str, key: str):
+    """A value for the field that no recipe has."""
+    if section in ("", "data"):
+        of_field = typing.get_type_hints(DataOptions if section else Recipe)[key]
+        allowed = typing.get_args(of_field) or (of_field,)
+        return next(v for v in (7, "changed", True) if type(v) in allowed or float in allowed)
+    defaults = CALMConfig().to_dict() if section == "model" else vars(TrainingArguments)
+    return 7 if isinstance(defaults.get(key), int | float) else "changed"
+
+
 @pytest.mark.parametrize("section", ["model", "data", "training", ""])
 def test_every_field_of_a_section_can_be_overridden(section):
     for key in section_fields("calm")[section] - {"train_files", "validation_files"}:
-        recipe = load_recipe("calm-m", {key: "changed"})
-        values = dataclasses.asdict(recipe)
-        assert (values[section] if section else values)[key] == "changed"
+        value = another(section, key)
+        changed = dataclasses.asdict(load_recipe("calm-m", {key: value}))
+        assert (changed[section] if section else changed)[key] == value
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--train_files", "train_files=True: must be a list of words"),
+        ("--text_column", "text_column=True: must be a word"),
+        ("--block_size long", "block_size='long': must be a whole number"),
+        ("--block_size 1.5", "block_size=1.5: must be a whole number"),
+        ("--left_fill no", "left_fill='no': must be a number"),
+        ("--append_eos no", "append_eos='no': must be true or false"),
+        ("--validation_blocks all", "validation_blocks='all': must be a whole number"),
+        ("--tokenizer", "tokenizer=True: must be a word"),
+        ("--learning_rate", "learning_rate needs a value"),
+        ("--learning_rate high", "learning_rate='high': must be a number"),
+        ("--hidden_size", "hidden_size needs a value"),
+        ("--hidden_size wide", "hidden_size='wide': must be a number"),
+        ("--optim", "optim needs a value"),
+    ],
+)
+def test_a_value_that_is_missing_or_of_another_kind_is_refused(words, message, capsys):
+    assert COMMANDS["calm"](["--recipe", "calm-m", "--dry_run", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["--bf16", "--gradient_checkpointing", "--append_eos", "--tie_word_embeddings"])
+def test_a_flag_needs_no_value(words):
+    assert load_recipe("transformer-s", parse_command_line([words]))
 
 
 def test_no_field_name_is_ambiguous():
@@ -138,6 +191,15 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path):
         ),
         ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
         ("kind: transformer", "field kind, one of tokenizer, calm, autoencoder, ar"),
+        ("base: bases/published", "field kind, one of tokenizer, calm, autoencoder, ar"),
+        ("base: calm-s", "no recipe 'calm-s' to be its base: name a .yaml file or one of autoencoder, calm-l"),
+        ("base: other.yaml", "no recipe 'other.yaml' to be its base"),
+        ("base: mine.yaml", "its bases lead back to it (mine.yaml -> mine.yaml)"),
+        ("base: calm-m\nwithout: [kl_weight]", "without 'kl_weight': its base has no such field"),
+        ("kind: calm\nwithout: [beta]", "no recipe None to be its base"),
+        ("kind: calm\nmodel: [4]", "section model must have fields"),
+        ("- calm", "a recipe has fields"),
+        ("kind: {", "cannot be read"),
     ],
 )
 def test_a_recipe_file_with_a_mistake_is_refused(tmp_path, content, message):
@@ -145,6 +207,35 @@ def test_a_recipe_file_with_a_mistake_is_refused(tmp_path, content, message):
     with pytest.raises(RecipeError) as error:
         load_recipe(str(tmp_path / "mine.yaml"))
     assert message in str(error.value)
+
+
+def write(folder: Path, **files: str) -> str:
+    """Files NAME.yaml; the path of the first."""
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(content)
+    return str(folder / f"{next(iter(files))}.yaml")
+
+
+def test_a_recipe_changes_only_what_it_states_of_its_base(tmp_path):
+    mine = write(
+        tmp_path,
+        mine="base: middle.yaml\nwithout: [beta]\nmodel: {num_samples: 4}\ntraining: {seed: 2}",
+        middle="base: calm-l\nname: the middle\nauxiliary_weight: 0.5\ndata: {append_eos: true}\ntraining: {seed: 3}",
+    )
+    found, large = load_recipe(mine), load_recipe("calm-l")
+    assert (found.name, found.kind, found.auxiliary_weight) == ("mine", "calm", 0.5)
+    assert found.data == dataclasses.replace(large.data, append_eos=True)
+    assert found.model == {key: v for key, v in large.model.items() if key != "beta"} | {"num_samples": 4}
+    assert found.training == large.training | {"seed": 2}
+    found.save(tmp_path / "saved.yaml")
+    assert "base" not in (tmp_path / "saved.yaml").read_text()
+    assert load_recipe(str(tmp_path / "saved.yaml")) == found
+
+
+def test_bases_in_a_circle_are_refused(tmp_path):
+    mine = write(tmp_path, mine="base: other.yaml", other="base: third.yaml", third="base: other.yaml")
+    with pytest.raises(RecipeError, match=r"lead back to it \(mine.yaml -> other.yaml -> third.yaml -> other.yaml\)"):
+        load_recipe(mine)
 
 
 def test_a_mistaken_override_or_name_is_refused():

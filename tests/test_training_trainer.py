@@ -72,6 +72,14 @@ def trained(request, workshop, tmp_path_factory):
     return folder
 
 
+def test_the_backbone_can_be_trained_without_the_head(workshop, tmp_path):
+    fields = {**workshop, "auxiliary_weight": 0.5, "head_weight": 0.0, "eval_steps": 2}
+    assert train("calm", **fields, output_dir=str(tmp_path)) == 0
+    steps = [entry for entry in log_of(tmp_path) if "auxiliary_loss" in entry]
+    assert len(steps) == 4
+    assert all(entry["loss"] == pytest.approx(0.5 * entry["auxiliary_loss"], rel=1e-3) for entry in steps)
+
+
 def test_the_autoencoder_stays_frozen(trained, workshop):
     model = load_file(trained / "model.safetensors")
     autoencoder = load_file(f"{workshop['autoencoder']}/model.safetensors")

@@ -74,7 +74,7 @@ class WithAuxiliary(nn.Module):
         if labels is not None:
             auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch)
             head_loss = self.head_weight * outputs.loss if self.head_weight else 0
-            outputs.loss = head_loss + self.weight * auxiliary_loss
+            outputs["loss"] = head_loss + self.weight * auxiliary_loss  # 4.57 takes no attribute that was None
             outputs["auxiliary_loss"] = auxiliary_loss.detach()
         return outputs
 

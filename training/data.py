@@ -1,13 +1,9 @@
-"""Documents to blocks of whole patches: token cache, deterministic block order, collator.
+"""Tokens to batches of whole patches: how many, blocks in a deterministic order, the collator. Begin at `data_sets`.
 
 Axes: B batch, L tokens of a block, P patches (L = P·K), K tokens per patch.
 """
 
-import hashlib
 import itertools
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,93 +12,98 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from calm.training.documents import DataError
-
-# Documents are tokenised in batches of about this many characters.
-CHARACTERS_PER_BATCH = 4_000_000
+from calm.modeling_calm import next_patches
+from calm.training.documents import DataError, documents
+from calm.training.recipe import DataOptions
+from calm.training.tokenizer import filler_token_id
+from calm.training.tokens import TokenFile, separation_of, token_file, tokenize_documents
 
 
 @dataclass(frozen=True)
-class Separation:
-    """What stands between two documents. A BOS comes from the tokenizer itself.
-
-    Published: CALM none of these; autoencoder both (`append_eos`, then padding to a whole patch).
-    """
-
-    append_eos: bool = False
-    pad_to_patch: bool = False
-    patch_size: int = 1
-
-
-def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separation) -> Iterator[np.ndarray]:
-    """Token ids of each document, ends as `separation` says; empty documents are left out."""
-    if separation.append_eos and tokenizer.eos_token_id is None:
-        raise DataError("append_eos needs a tokenizer with an EOS token.")
-    if separation.pad_to_patch and tokenizer.pad_token_id is None:
-        raise DataError("pad_to_patch needs a tokenizer with a pad token.")
-
-    def flush(batch):
-        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
-            if separation.append_eos:
-                ids.append(tokenizer.eos_token_id)
-            if separation.pad_to_patch:
-                ids += [tokenizer.pad_token_id] * (-len(ids) % separation.patch_size)
-            yield np.asarray(ids, dtype=np.uint32)
-
-    batch, size = [], 0
-    for document in documents:
-        if not document:
-            continue
-        batch.append(document)
-        size += len(document)
-        if size >= CHARACTERS_PER_BATCH:
-            yield from flush(batch)
-            batch, size = [], 0
-    if batch:
-        yield from flush(batch)
-
-
-@dataclass
-class TokenFile:
-    """All documents' tokens in one array on disk, and where each document begins."""
-
-    tokens: np.ndarray
-    document_starts: np.ndarray
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-
-
-def cached_tokens(folder: Path, key: dict, write) -> TokenFile:
-    """Opens the token file for `key` under `folder`, written first by `write()` if it is not there.
+class Length:
+    """How long a training is to be.
 
     Args:
-        folder: of the caches. Each is a sub-folder that appears only when complete, so a kill leaves no half one.
-        key: everything that the tokens depend on (JSON).
-        write: () → iterator of the documents' token ids.
+        batch_size: blocks a step, those of all processes and all accumulated batches together.
+        epochs: how often the data are seen.
+        max_steps: where it is above 0, it counts and the epochs don't.
     """
-    target = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    if not target.exists():
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
-            starts, length = [], 0
-            with open(unfinished / "tokens.bin", "wb") as file:
-                for ids in write():
-                    starts.append(length)
-                    length += len(ids)
-                    file.write(ids.tobytes())
-            np.save(unfinished / "document_starts.npy", np.asarray(starts, dtype=np.int64))
-            (unfinished / "key.json").write_text(json.dumps(key, indent=1))
-            os.replace(unfinished, target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    if not (target / "tokens.bin").stat().st_size:
-        raise DataError("the data holds no text.")
-    tokens = np.memmap(target / "tokens.bin", dtype=np.uint32, mode="r")
-    return TokenFile(tokens, np.load(target / "document_starts.npy"))
+
+    batch_size: int
+    epochs: float = 1
+    max_steps: int = -1
+
+    def num_steps(self, blocks_per_epoch: int) -> int:
+        """Steps of the whole training, which ends with a whole batch."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return -int(-self.epochs * blocks_per_epoch // self.batch_size)
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """What Trainer gets: blocks for the whole training, its steps, and held-out blocks in the order of the files."""
+
+    train: "PackedBlocks | StreamedBlocks"
+    num_steps: int
+    validation: "PackedBlocks | None"
+
+
+def data_sets(
+    options: DataOptions, tokenizer, patch_size: int, length: Length, seed: int, cache: Path, evaluates: bool
+) -> DataSets:
+    """Documents → tokens → number of steps → blocks.
+
+    Args:
+        patch_size: K.
+        seed: of the order, the phases and the fillings.
+        cache: folder of the token files.
+        evaluates: whether held-out blocks are wanted.
+
+    Raises:
+        DataError: no data, or data that are not as the options say.
+    """
+    cut = {
+        "block_size": options.block_size,
+        "patch_size": patch_size,
+        "seed": seed,
+        "random_phase": options.random_phase,
+        "left_fill": options.left_fill,
+        "filler_token_id": filler_token_id(tokenizer),
+    }
+    if options.streaming:
+        if length.max_steps <= 0:
+            raise DataError("streaming needs max_steps: a stream has no length.")
+        separation, num_steps = separation_of(options, patch_size), length.max_steps
+        train = StreamedBlocks(
+            lambda epoch: tokenize_documents(documents(options, "train")[0], tokenizer, separation), **cut
+        )
+    else:
+        tokens = token_file(options, "train", tokenizer, patch_size, cache)
+        num_steps = length.num_steps(blocks_per_epoch(len(tokens.tokens), options.block_size, options.random_phase))
+        train = PackedBlocks(tokens, **cut, num_blocks=num_steps * length.batch_size)
+    if not evaluates:
+        return DataSets(train, num_steps, None)
+    held_out = token_file(options, "validation", tokenizer, patch_size, cache)
+    num_blocks = blocks_per_epoch(len(held_out.tokens), options.block_size)
+    num_blocks = min(num_blocks, options.validation_blocks or num_blocks)
+    return DataSets(train, num_steps, PackedBlocks(held_out, options.block_size, patch_size, num_blocks))
+
+
+def blocks_per_epoch(num_tokens: int, block_size: int, random_phase: bool = False) -> int:
+    """Whole blocks in the tokens, wherever among its first L tokens an epoch begins.
+
+    Raises:
+        DataError: fewer tokens than one block.
+    """
+    spare = block_size - 1 if random_phase else 0
+    number = (num_tokens - spare) // block_size
+    if number < 1:
+        raise DataError(
+            f"the data has {num_tokens} tokens, too few for one block of block_size={block_size}"
+            f"{' and a random phase' if random_phase else ''}."
+        )
+    return number
 
 
 class PackedBlocks(Dataset):
@@ -144,13 +145,7 @@ class PackedBlocks(Dataset):
         self.data, self.block_size, self.patch_size = data, block_size, patch_size
         self.seed, self.left_fill, self.filler_token_id = seed, left_fill, filler_token_id
         self.random_phase = random_phase and seed is not None
-        spare = block_size - 1 if self.random_phase else 0
-        self.blocks_per_epoch = (len(data.tokens) - spare) // block_size
-        if self.blocks_per_epoch < 1:
-            raise DataError(
-                f"the data has {len(data.tokens)} tokens, too few for one block of block_size={block_size}"
-                f"{' and a random phase' if self.random_phase else ''}."
-            )
+        self.blocks_per_epoch = blocks_per_epoch(len(data.tokens), block_size, self.random_phase)
         self.num_blocks = self.blocks_per_epoch if num_blocks is None else num_blocks
         self._epoch, self._order, self._phase = None, None, 0
 
@@ -260,14 +255,15 @@ class StreamedBlocks(IterableDataset):
 
 
 class PatchCollator:
-    """Rows of ids → a batch whose labels count exactly the tokens that the loss predicts.
+    """Rows of ids → a batch whose labels count exactly the tokens that the loss predicts: Trainer divides by them.
 
-    Rows of unequal length are padded on the right to whole patches; a patch that is not complete carries no label.
+    Rows of unequal length are padded on the right to whole patches; a patch that is not complete carries no label, nor
+    does filling.
 
     Args:
         patch_size: K.
-        first_patch_is_given: the first K labels of a row are −100, for no hidden state predicts them (CALM, AR with
-            K = 1). False for the autoencoder, which reconstructs every token.
+        first_patch_is_given: only `next_patches` carry labels, as no hidden state predicts the first one (CALM, AR
+            with K = 1). False for the autoencoder, which reconstructs every token.
         pad_token_id: needed only for rows of unequal length.
     """
 
@@ -284,10 +280,13 @@ class PatchCollator:
         labels = torch.full((len(rows), longest), -100)
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             whole = length - length % self.patch_size
-            given = self.patch_size if self.first_patch_is_given else row.get("filling", 0)
-            ids = torch.as_tensor(row["input_ids"])
+            filling, ids = row.get("filling", 0), torch.as_tensor(row["input_ids"])
             input_ids[b, :length] = ids
-            labels[b, given:whole] = ids[given:whole]
+            labels[b, filling:whole] = ids[filling:whole]
+        if self.first_patch_is_given:
+            every = labels
+            labels = torch.full_like(every, -100)
+            next_patches(labels, self.patch_size).copy_(next_patches(every, self.patch_size))
         batch = {"input_ids": input_ids, "labels": labels}
         if ragged:
             batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()

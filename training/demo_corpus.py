@@ -4,13 +4,13 @@ The simplest texts of a corpus folder, the simplest of all several times over, i
 few million parameters that sees a few ten million tokens learns a narrow language best.
 """
 
-import argparse
 import json
 import os
 import random
 import sys
 from pathlib import Path
 
+from calm.command_line import CommandError, Parser, command, known_errors
 from calm.training.extras import MissingPackage, need
 
 # File → how often its documents are repeated; of the books only those of the lowest reading level.
@@ -25,21 +25,18 @@ def simplest_texts(path: Path) -> list[str]:
     return [row["text"] for row in rows if row.get("lvl", SIMPLEST_LEVEL) == SIMPLEST_LEVEL]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m calm.training.demo_corpus", __doc__)
     parser.add_argument("--corpus", required=True, type=Path, help="folder with NAME-train.jsonl.xz, NAME-validation…")
     parser.add_argument("--output", default=Path("runs/demo-corpus"), type=Path)
-    options = parser.parse_args(arguments)
-    try:
+    options = parser.parse_args(argv)
+    with known_errors(MissingPackage):
         need("datasets", "train", "demo_corpus")
-    except MissingPackage as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     sources = {part: {n: options.corpus / f"{n}-{part}.jsonl.xz" for n in REPEATS} for part in ("train", "validation")}
     missing = [str(path) for files in sources.values() for path in files.values() if not path.is_file()]
     if missing:
-        print(f"error: {missing[0]}: no such file.", file=sys.stderr)
-        return 2
+        raise CommandError(f"{missing[0]}: no such file.")
     options.output.mkdir(parents=True, exist_ok=True)
     for part, files in sources.items():
         texts = [t for name, p in files.items() for t in simplest_texts(p) * (REPEATS[name] if part == "train" else 1)]
@@ -49,7 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
             file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         os.replace(unfinished, options.output / f"{part}.jsonl")
         print(f"{part}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Documents from files or a Hub dataset: an iterator of strings, and nothing about tokens.
+"""Documents from files or a Hub dataset: an iterator of strings, and nothing about tokens. Begin at `documents`.
 
 Files are .txt (one document each), .jsonl or .parquet (one document a row), plain or compressed as .xz, .zst or .gz.
 """
@@ -6,14 +6,17 @@ Files are .txt (one document each), .jsonl or .parquet (one document a row), pla
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from calm.training.extras import need
+from calm.training.recipe import DataOptions
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".xz", ".zst", ".gz")
@@ -211,3 +214,55 @@ def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | N
             yield row[text_column]
         else:
             bad_lines.report("dataset", number, f'no string in the column "{text_column}"; it has {", ".join(row)}')
+
+
+def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
+    """A split of a Hub data set, or of a folder that holds one.
+
+    Args:
+        streaming: read while it is used, in place of downloading and caching it first.
+        extra: of setup.cfg, which installs the package that this needs.
+
+    Raises:
+        DataError: there is none within reach.
+    """
+    need("datasets", extra, "a Hub data set")
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(f"{name}: neither a file here nor a Hub dataset within reach ({error}).") from error
+
+
+def documents(options: DataOptions, part: str) -> tuple[Iterator[str], list]:
+    """Documents of the "train" or "validation" part, and where they come from (JSON, for the key of the token cache).
+
+    What was skipped is said on stderr when all are read.
+
+    Raises:
+        DataError: no data named, or as `expand_paths` and `open_hub_dataset`; while reading, as `read_documents`.
+    """
+    paths = options.train_files if part == "train" else options.validation_files
+    bad_lines = BadLines(options.skip_bad_lines)
+    if paths:
+        files = expand_paths(paths)
+        source = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        texts = read_documents(files, options.text_column, bad_lines)
+    elif options.dataset:
+        split = options.dataset_split if part == "train" else options.validation_split
+        stream = options.streaming and part == "train"
+        dataset = open_hub_dataset(options.dataset, options.dataset_config, split, stream, "train")
+        source = [options.dataset, options.dataset_config, split, getattr(dataset, "_fingerprint", None)]
+        texts = read_hub_dataset(dataset, options.text_column, bad_lines)
+    elif part == "train":
+        raise DataError("no data: give --train_files files or folders, or --dataset a Hub data set.")
+    else:
+        raise DataError("no held-out data: give --validation_files, or --eval_strategy no.")
+    return _limited(texts, options.max_documents, bad_lines), source
+
+
+def _limited(texts: Iterator[str], limit: int | None, bad_lines: BadLines) -> Iterator[str]:
+    yield from itertools.islice(texts, limit)
+    if bad_lines.count:
+        print(f"warning: {bad_lines.summary()}", file=sys.stderr)

@@ -7,57 +7,13 @@ from torch import nn
 from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
-from calm.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
+from calm.configuration_calm import HEADS, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
+from calm.training.configuration import autoencoder_config_of, config_of
 from calm.training.extras import need
 from calm.training.recipe import Recipe, RecipeError
-from calm.training.run import config_before, make_config, read, tokenizer_fields
-from calm.training.tokenizer import filler_token_id
-
-
-def autoencoder_config_of(recipe: Recipe) -> CALMAutoencoderConfig:
-    """The configuration of the trained autoencoder that the recipe names.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read.
-    """
-    return read("autoencoder", recipe.autoencoder, "train_autoencoder", CALMAutoencoderConfig.from_pretrained)
-
-
-def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig | None = None) -> CALMConfig:
-    """The configuration that the recipe states around the autoencoder or, with `init_from`, changes.
-
-    Args:
-        tokenizer, autoencoder: `None` only in a dry run, where they are not there yet; `init_from` has both.
-
-    Raises:
-        RecipeError: no model to go on from, an autoencoder with another vocabulary than the tokenizer, or a value that
-            makes no sense.
-    """
-    if recipe.init_from:
-        # A repetition radius is measured on the weights, which change now.
-        before = config_before(recipe).to_dict() | {"repetition_radius": None}
-        return make_config(CALMConfig, before | recipe.model)
-    if autoencoder and tokenizer and autoencoder.vocab_size != len(tokenizer):
-        raise RecipeError(
-            f"the autoencoder {recipe.autoencoder} knows {autoencoder.vocab_size} tokens, the tokenizer "
-            f"{len(tokenizer)}: both must be the ones it was trained with."
-        )
-    values = dict(recipe.model)
-    if autoencoder:
-        values = {
-            "max_position_embeddings": recipe.data.block_size // autoencoder.patch_size,
-            "patch_size": autoencoder.patch_size,
-            "latent_size": autoencoder.latent_size,
-            **values,
-            "vocab_size": autoencoder.vocab_size,
-            "autoencoder_config": autoencoder.to_dict(),
-        }
-    if tokenizer:
-        values |= {**tokenizer_fields(tokenizer), "prompt_filler_token_id": filler_token_id(tokenizer)}
-    return make_config(CALMConfig, values)
 
 
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:

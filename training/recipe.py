@@ -3,11 +3,16 @@
 A recipe file has the fields of `Recipe`; `data` those of `DataOptions`, `model` those of the model's configuration,
 `training` those of Hugging Face's TrainingArguments. On the command line the sections are left out:
 `--recipe calm-m --learning_rate 1e-3 --block_size 2048 --num_hidden_layers 8`.
+
+`base: calm-m` in a recipe file takes that recipe over and changes the fields that the file states, section by section;
+`without: [beta]` leaves fields of the base out. A base may have a base, and need not be a recipe by itself.
 """
 
 import dataclasses
 import difflib
 import re
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,29 +138,25 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
-    """Reads a recipe by name or from a YAML file and lays the overrides over it.
+    """Reads a recipe by name or from a YAML file, on top of its base, and lays the overrides over it.
 
     Args:
         name_or_file: a name in `recipe_names()` or the path of a .yaml file.
         overrides: field → value, without sections.
 
     Raises:
-        RecipeError: no such recipe, an unknown field or kind, a section that is no mapping.
+        RecipeError: no such recipe or base, an unknown field or kind, a section that is no mapping, a value of another
+            type than its field's.
     """
-    path = Path(name_or_file)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPE_FOLDER / f"{name_or_file}.yaml"
+    path = _find(name_or_file, Path())
     if not path.exists():
-        raise RecipeError(f"no recipe {name_or_file!r}: name a .yaml file or one of {', '.join(recipe_names())}.")
-    content = yaml.load(path.read_text(), _Loader)
+        raise RecipeError(f"no recipe {name_or_file!r}: {_what_to_name()}.")
+    sections = _read_sections(path)
     kinds = ("tokenizer", *CONFIGS)
-    if not isinstance(content, dict) or content.get("kind") not in kinds:
+    kind = sections[""].get("kind")
+    if kind not in kinds:
         raise RecipeError(f"{path}: the recipe must have a field kind, one of {', '.join(kinds)}.")
-    content = {"name": path.stem, **content}
-
-    known = section_fields(content["kind"])
-    sections = {name: dict(content.pop(name, None) or {}) for name in ("data", "model", "training")}
-    sections[""] = content
+    known = section_fields(kind)
     for section, values in sections.items():
         for key in values:
             if key not in known[section]:
@@ -166,11 +167,97 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
         if section is None:
             raise RecipeError(_unknown(key, everything, ""))
         sections[section][key] = value
-    data = sections["data"]
+    own, data = {"name": path.stem, **sections[""]}, sections["data"]
     for key in ("train_files", "validation_files"):
         if isinstance(data.get(key), str):
             data[key] = [data[key]]
-    return Recipe(data=DataOptions(**data), model=sections["model"], training=sections["training"], **sections[""])
+    _check_types(own, Recipe)
+    _check_types(data, DataOptions)
+    _check_upstreams(sections, kind)
+    return Recipe(data=DataOptions(**data), model=sections["model"], training=sections["training"], **own)
+
+
+def _find(name_or_file: str, folder: Path) -> Path:
+    """A .yaml file, relative to the folder, or else the file of the recipe of that name."""
+    path = Path(name_or_file)
+    return folder / path if path.suffix in (".yaml", ".yml") else RECIPE_FOLDER / f"{name_or_file}.yaml"
+
+
+def _what_to_name() -> str:
+    return f"name a .yaml file or one of {', '.join(recipe_names())}"
+
+
+def _read_sections(path: Path, above: tuple[Path, ...] = ()) -> dict[str, dict]:
+    """The file's fields by section, "" for the recipe's own, laid over those of its base.
+
+    Args:
+        above: the files that name this one as their base, the first one first.
+
+    Raises:
+        RecipeError: a file that is no recipe, a base that is not there or leads back to `above`.
+    """
+    if path.resolve() in [other.resolve() for other in above]:
+        raise RecipeError(f"{path}: its bases lead back to it ({' -> '.join(p.name for p in (*above, path))}).")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe has fields, as in kind: calm.")
+    base, without = content.pop("base", None), content.pop("without", None) or []
+    sections = {name: content.pop(name, None) or {} for name in ("data", "model", "training")} | {"": content}
+    for name, values in sections.items():
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: section {name} must have fields, as in block_size: 1024.")
+    if base is None and not without:
+        return sections
+    below = _find(str(base), path.parent)
+    if base is None or not below.is_file():
+        raise RecipeError(f"{path}: no recipe {base!r} to be its base: {_what_to_name()}.")
+    return _laid_over(_read_sections(below, (*above, path)), sections, without, path)
+
+
+def _laid_over(below: dict[str, dict], sections: dict[str, dict], without: Iterable[str], path: Path) -> dict:
+    below[""].pop("name", None)
+    for key in without if isinstance(without, list) else [without]:
+        section = next((values for values in below.values() if key in values), None)
+        if section is None:
+            raise RecipeError(f"{path}: without {key!r}: its base has no such field.")
+        del section[key]
+    return {name: {**below[name], **values} for name, values in sections.items()}
+
+
+_TYPES = {str: "a word", bool: "true or false", int: "a whole number", float: "a number", list[str]: "a list of words"}
+
+
+def _check_types(values: dict, owner: type) -> None:
+    """Raises `RecipeError` for a value that is not of the type that the dataclass gives its field."""
+    types = typing.get_type_hints(owner)
+    for key, value in values.items():
+        allowed = [t for t in (typing.get_args(types[key]) or [types[key]]) if t is not type(None)]
+        if types[key] == list[str]:
+            allowed, fits = [list[str]], isinstance(value, list) and all(isinstance(v, str) for v in value)
+        else:
+            fits = type(value) in allowed or (float in allowed and type(value) is int)
+        if not fits and not (value is None and type(None) in typing.get_args(types[key])):
+            raise RecipeError(f"{key}={value!r}: must be {' or '.join(_TYPES[t] for t in allowed)}.")
+
+
+def _check_upstreams(sections: dict[str, dict], kind: str) -> None:
+    """Raises `RecipeError` for words and flags where the model's configuration or Trainer takes a number or more.
+
+    Only what would else fail much later: the configuration and Trainer check the rest themselves.
+    """
+    defaults = {} if kind == "tokenizer" else CONFIGS[kind]().to_dict()
+    types = {key: str(type(value)) for key, value in defaults.items()}
+    types |= {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments)} | {"fsdp": "bool"}  # takes it, too
+    for section in ("model", "training"):
+        for key, value in sections[section].items():
+            wanted = types.get(key, "")
+            if value is True and "bool" not in wanted:
+                raise RecipeError(f"{key} needs a value: --{key} VALUE.")
+            if isinstance(value, str) and wanted in (str(int), str(float)):
+                raise RecipeError(f"{key}={value!r}: must be a number.")
 
 
 def _unknown(key: str, known: set[str], section: str) -> str:

@@ -4,16 +4,17 @@ import sys
 
 from transformers import LlamaForCausalLM
 
+from calm.training.command import training_command
+from calm.training.fit import train_with_tokenizer
 from calm.training.recipe import Recipe
-from calm.training.run import command, train_with_tokenizer
 
 
-def work(recipe: Recipe, options) -> None:
-    train_with_tokenizer(recipe, options, LlamaForCausalLM, {"max_position_embeddings": recipe.data.block_size})
+def train(recipe: Recipe, resume: str) -> None:
+    train_with_tokenizer(recipe, resume, LlamaForCausalLM)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return command("ar", __doc__, work, arguments)
+def main(argv: list[str] | None = None) -> int:
+    return training_command("ar", __doc__, train, argv)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 import sys
 
 from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.training.command import training_command
+from calm.training.fit import train_with_tokenizer
 from calm.training.recipe import Recipe
-from calm.training.run import command, train_with_tokenizer
 
 
-def work(recipe: Recipe, options) -> None:
-    train_with_tokenizer(recipe, options, CALMAutoencoder)
+def train(recipe: Recipe, resume: str) -> None:
+    train_with_tokenizer(recipe, resume, CALMAutoencoder)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return command("autoencoder", __doc__, work, arguments)
+def main(argv: list[str] | None = None) -> int:
+    return training_command("autoencoder", __doc__, train, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""What all commands share: how options are read, and one sentence on stderr with exit code 2 for what is wrong.
+
+    @command
+    def main(argv: list[str] | None = None) -> int | None:
+        options = parse(argv)
+        with known_errors(ValueError, OSError):
+            text = read(options.text)
+        ...
+
+Imports nothing but the standard library, so that `--help` is quick.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+WRONG = 2  # exit code for what the user can put right, as argparse's own
+
+
+class CommandError(Exception):
+    """Why a command can't do what it was asked to, in one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` without abbreviations, that keeps the lines of its description.
+
+    Args:
+        prog: the command as one types it.
+        description: usually the module's docstring.
+
+    Raises:
+        CommandError: from `parse_args`, where argparse would print its usage and exit.
+    """
+
+    def __init__(self, prog: str, description: str | None, **settings):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message.removesuffix('.')} (see {self.prog} --help).")
+
+
+def writable(path: str) -> Path:
+    """For `type=` of an option that names a file to write: refused before any work where its folder is not there."""
+    if not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: its folder does not exist.")
+    return Path(path)
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """`main`, which from now on returns an exit code: its own, 0 for None, or 2 after one line on a `CommandError`."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except CommandError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return WRONG
+
+    return run
+
+
+@contextmanager
+def known_errors(*types: type[Exception]) -> Iterator[None]:
+    """Turns errors of these types into a `CommandError`.
+
+    Only for what reads and checks: in the midst of a computation such an error is a fault of ours, whose traceback
+    tells more than its message.
+    """
+    try:
+        yield
+    except types as error:
+        raise CommandError(sentence(error)) from error
+
+
+def sentence(error: BaseException) -> str:
+    """One line that says what is wrong; of an error of the operating system, with the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,57 @@
+"""Lists the figures in README and docs that are older than the bundled weights: `python docs/stale_figures.py`."""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+DOCS = Path(__file__).parent
+WEIGHTS = DOCS.parent / "model.safetensors"
+DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one command prints of the bundled model, as a document quotes it.
+
+    Args:
+        what: in words.
+        document: relative to the repository's root.
+        quotes: as they stand in it, but for line breaks.
+        command: prints them; named beside them.
+        weights: the first digits of the SHA-256 of the weights that they were measured at.
+    """
+
+    what: str
+    document: str
+    quotes: list[str]
+    command: str
+    weights: str
+
+
+def all_figures() -> list[Figures]:
+    return [Figures(**entry) for entry in yaml.safe_load((DOCS / "figures.yaml").read_text(encoding="utf-8"))]
+
+
+def digits_of(weights: Path) -> str:
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+
+
+def stale(figures: list[Figures], weights: str) -> list[str]:
+    """A line for each that was measured at other weights."""
+    return [f"{f.document}: {f.what}, measured at {f.weights}: {f.command}" for f in figures if f.weights != weights]
+
+
+def main() -> int:
+    """1 where there are any."""
+    weights = digits_of(WEIGHTS)
+    lines = stale(all_figures(), weights)
+    print("\n".join(lines) if lines else f"all figures are of the bundled weights, {weights}")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Every command of the package, and how it refuses: code 2, nothing but one line "error: …" on stderr."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STARTS = '\nif __name__ == "__main__":'
+
+
+def commands() -> dict[str, str]:
+    """Module → how one types it, of every module of the package that runs."""
+    files = [*ROOT.glob("*.py"), *(path for part in _packages() for path in (ROOT / part).glob("*.py"))]
+    found = {}
+    for path in sorted(files):
+        if STARTS in path.read_text(encoding="utf-8"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            module = ".".join(["calm", *(part for part in parts if part != "__main__")])
+            is_script = len(parts) == 1 and module != "calm.serve"
+            found[module] = f"python {path.name}" if is_script else f"python -m {module}"
+    return found
+
+
+def _packages() -> list[str]:
+    return [path.parent.name for path in ROOT.glob("*/__init__.py")]
+
+
+COMMANDS = commands()
+
+
+def main_of(module: str) -> Callable[[list[str]], int]:
+    try:
+        return importlib.import_module(f"{module}.__main__").main
+    except ModuleNotFoundError:
+        return importlib.import_module(module).main
+
+
+def refusal(capsys, main: Callable, *argv) -> str:
+    """The line without "error: ". Whatever was printed before counts for nothing."""
+    capsys.readouterr()
+    code = main([str(word) for word in argv])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    return printed.err.removeprefix("error: ").rstrip("\n")

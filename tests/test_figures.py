@@ -1,0 +1,53 @@
+"""The figures in README and docs that speak of the bundled weights: each with its command, none older than those."""
+
+import importlib.util
+import re
+import shlex
+
+import pytest
+from commands import COMMANDS, ROOT, main_of
+
+spec = importlib.util.spec_from_file_location("stale_figures", ROOT / "docs" / "stale_figures.py")
+stale_figures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stale_figures)
+FIGURES = stale_figures.all_figures()
+
+
+def text_of(document: str) -> str:
+    """In one line, without the marks of code, quotations and continued lines."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return " ".join(re.sub(r"`|\\\n|^> ", " ", text, flags=re.MULTILINE).split())
+
+
+@pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: figures.what)
+def test_the_document_has_the_figures_and_names_the_command(figures):
+    text = text_of(figures.document)
+    assert [quote for quote in figures.quotes if " ".join(quote.split()) not in text] == []
+    assert figures.quotes and figures.command in text
+
+
+@pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: figures.what)
+def test_the_command_exists_and_has_these_options(figures, capsys):
+    words = shlex.split(figures.command)
+    typed = " ".join(words[:3] if words[1] == "-m" else words[:2])
+    (module,) = [name for name, prog in COMMANDS.items() if prog == typed]
+    with pytest.raises(SystemExit):
+        main_of(module)(["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    fields = {"--init_from"} if module.startswith("calm.training.train_") else set()  # a recipe's fields are options
+    assert {word for word in words if word.startswith("--")} <= known | fields
+
+
+def test_no_figure_is_older_than_the_weights():
+    """Where this fails, the bundled weights have changed: measure again what it lists (docs/figures.yaml)."""
+    assert stale_figures.stale(FIGURES, stale_figures.digits_of(stale_figures.WEIGHTS)) == []
+
+
+def test_other_weights_make_every_figure_stale(monkeypatch, tmp_path, capsys):
+    assert stale_figures.main() == 0
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(stale_figures, "WEIGHTS", tmp_path / "model.safetensors")
+    capsys.readouterr()
+    assert stale_figures.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(FIGURES) and all(f.command in line for f, line in zip(FIGURES, lines, strict=True))

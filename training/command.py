@@ -1,0 +1,50 @@
+"""The command line of the train_* commands: a recipe, the fields that it changes, and what to do with it."""
+
+from collections.abc import Callable
+
+from calm.command_line import Parser, command, known_errors
+from calm.training.configuration import config_and_notes
+from calm.training.cost import print_cost
+from calm.training.documents import DataError
+from calm.training.extras import MissingPackage
+from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line, recipe_names
+from calm.training.trainer import TrainingStopped
+
+
+def report_cost(recipe: Recipe) -> None:
+    """The dry run of a model: the configuration that a run would train now, and what it costs."""
+    print_cost(recipe, *config_and_notes(recipe))
+
+
+@command
+def training_command(
+    kind: str,
+    description: str,
+    train: Callable[[Recipe, str], None],
+    argv: list[str] | None,
+    dry_run: Callable[[Recipe], None] = report_cost,
+) -> None:
+    """Reads the command line and calls `train(recipe, resume)`, or `dry_run(recipe)`.
+
+    Args:
+        kind: of the recipes that the command takes.
+    """
+    parser = Parser(
+        f"python -m calm.training.train_{kind}",
+        description,
+        epilog=f"Every field of the recipe can be given as --field value. Recipes: {', '.join(recipe_names())}.",
+    )
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
+    parser.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and memory, and exit")
+    parser.add_argument(
+        "--resume", default="auto", choices=["auto", "never"], help="auto: go on where output_dir's checkpoints end"
+    )
+    options, fields = parser.parse_known_args(argv)
+    with known_errors(RecipeError, DataError, MissingPackage, TrainingStopped):
+        recipe = load_recipe(options.recipe, parse_command_line(fields))
+        if recipe.kind != kind:
+            raise RecipeError(f"the recipe {options.recipe!r} is for train_{recipe.kind}.")
+        if options.dry_run:
+            dry_run(recipe)
+        else:
+            train(recipe, options.resume)

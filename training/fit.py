@@ -1,0 +1,141 @@
+"""A model and a recipe → the trained model in the run's folder: data, steps, Trainer's arguments, training, export."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from calm.training.configuration import config_of, tokenizer_of
+from calm.training.data import Length, PatchCollator, data_sets
+from calm.training.recipe import Recipe, RecipeError
+from calm.training.trainer import CALMTrainer
+
+# Trainer's own settings that our trainer relies on.
+FIXED = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "prediction_loss_only": True}
+
+
+def defaults() -> dict:
+    """Trainer's settings that recipes may change."""
+    return {
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_steps": 500,
+        "eval_steps": 500,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
+    }
+
+
+def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
+    """Trainer's arguments as the recipe states them, but for what is settled by now.
+
+    Checkpoints are counted, and old ones removed, by our trainer.
+
+    Raises:
+        RecipeError: Trainer refuses a value.
+    """
+    given = copy.deepcopy(recipe.training)  # Trainer rewrites nested ones
+    given.pop("save_total_limit", None)
+    if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
+        given["eval_strategy"] = "steps"
+    unused = {"ddp_find_unused_parameters": recipe.head_weight == 0}
+    try:
+        return TrainingArguments(
+            **{**defaults(), **unused, "output_dir": recipe.output_dir, **given, **FIXED, **settled}
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"section training: {error}") from error
+
+
+def begin(recipe: Recipe) -> TrainingArguments:
+    """Before the model is made: checks Trainer's arguments, quiets third-party logs, makes the folder, sets the seed.
+
+    Raises:
+        RecipeError: Trainer refuses a value, or the folder cannot be made.
+    """
+    args = training_arguments(recipe)
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output_dir {args.output_dir}: {error.strerror}.") from error
+    set_seed(args.seed)
+    return args
+
+
+def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
+    """Trains what needs a tokenizer and no other model: the autoencoder or a Llama.
+
+    Args:
+        resume: as in `fit`.
+        model_class: whose configuration is that of the recipe's kind.
+
+    Raises:
+        RecipeError: no tokenizer, or as `config_of`.
+    """
+    tokenizer = tokenizer_of(recipe)
+    config = config_of(recipe, tokenizer)
+    begin(recipe)
+    model = model_class.from_pretrained(recipe.init_from) if recipe.init_from else model_class(config)
+    fit(recipe, model, tokenizer, getattr(config, "patch_size", 1), resume)
+
+
+def fit(recipe: Recipe, model, tokenizer, patch_size: int, resume: str = "auto") -> CALMTrainer:
+    """Trains, going on from the last checkpoint if there is one, and exports to the run's folder.
+
+    Args:
+        patch_size: K; 1 for a Llama.
+        resume: "auto", or "never" to refuse a folder with checkpoints.
+
+    Raises:
+        RecipeError, DataError: the folder, Trainer's arguments or the data are not as they must be.
+        TrainingStopped: the loss is no number, or a checkpoint is not of this model.
+    """
+    stated = training_arguments(recipe)
+    last = last_checkpoint(Path(stated.output_dir), resume)
+    batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
+    with stated.main_process_first(desc="tokenising"):
+        data = data_sets(
+            recipe.data,
+            tokenizer,
+            patch_size,
+            Length(batch_size, stated.num_train_epochs, stated.max_steps),
+            seed=stated.seed if stated.data_seed is None else stated.data_seed,
+            cache=Path(recipe.data.cache_dir or Path(stated.output_dir) / "tokens"),
+            evaluates=stated.eval_strategy != "no",
+        )
+    args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # all epochs are one to Trainer
+    trainer = CALMTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
+        keep_checkpoints=recipe.training.get("save_total_limit", 2),
+    )
+    if trainer.is_world_process_zero():
+        recipe.save(Path(args.output_dir) / "recipe.yaml")
+        state = f"resuming from {last.name}" if last else "from the start"
+        print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
+    torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.export(tokenizer)
+    return trainer
+
+
+def last_checkpoint(folder: Path, resume: str) -> Path | None:
+    """Where a run in the folder goes on.
+
+    Raises:
+        RecipeError: there is a checkpoint, and it is not to be resumed.
+    """
+    last = get_last_checkpoint(folder) if folder.exists() else None
+    if last and resume == "never":
+        raise RecipeError(f"{folder} holds {Path(last).name}: name another --output_dir, or let it resume.")
+    return Path(last) if last else None
