@@ -116,8 +116,7 @@ def calibrated_radius(recording: Recording) -> float | None:
 
 
 def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
-    """The model, without the radius that it has.
-
+    """
     Raises:
         ValueError: there is no such device, or the model is no CALM.
         OSError: there is no model.
@@ -128,9 +127,7 @@ def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
         raise ValueError(f"--device {device}: {first_line(error)}") from error
     if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
         raise ValueError(f"--model {name} is no CALM.")
-    model = CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto")).to(device).eval()
-    model.config.repetition_radius = None
-    return model
+    return CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto")).to(device).eval()
 
 
 def calibrate(model: CALMForCausalLM, temperature: float, num_candidates: int, steps: int) -> dict:
@@ -185,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.save and not path.exists():
             raise ValueError(f"--save: there is no {path}; name a folder.")
         model = load(options.model, options.device, options.dtype)
+        model.config.repetition_radius = None  # the radius of before must not decide what is drawn
         fields = calibrate(model, options.temperature, options.num_candidates, options.steps)
     except (ValueError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)

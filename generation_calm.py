@@ -35,7 +35,6 @@ from .samplers_calm import (
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
-NUM_CANDIDATES = 200  # published setting of the batch algorithm
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
 
@@ -94,7 +93,7 @@ class PatchSampling:
 
     do_sample: bool = True
     temperature: float = 1.0
-    num_candidates: int = NUM_CANDIDATES
+    num_candidates: int = 200  # published setting of the batch algorithm
     sampling_method: SamplingMethod = "adaptive"
     lazy_decoding: bool | None = None
 

@@ -255,11 +255,6 @@ def test_equal_candidates_that_only_a_third_is_close_to_are_found(monkeypatch, a
     assert pool.classes(pool.rows_B).tolist() == [[0, 0, 0]]
 
 
-def test_the_model_s_radius_is_used():
-    model = tiny_model(repetition_radius=2.5)
-    assert model.new_candidates(1, PatchSampling(), None).radius == 2.5
-
-
 @pytest.mark.parametrize("radius", [0.5, 2.0, 5.0])
 @pytest.mark.parametrize("pairs_at_once", [1, 50, 10**6])
 def test_partners_of_all_pairs_are_those_of_the_table(monkeypatch, radius, pairs_at_once):
