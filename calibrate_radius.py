@@ -64,7 +64,12 @@ def record_candidates(
     num_texts: int = NUM_TEXTS,
     seed: int = 0,
 ) -> Recording:
-    """All candidates of so many steps of each of several texts, which the model writes from BOS on."""
+    """All candidates of so many steps of each of several texts, which the model writes from BOS on.
+
+    Raises ValueError where the model has no BOS.
+    """
+    if model.config.bos_token_id is None:
+        raise ValueError("the model's config.json has no bos_token_id, with which its texts would begin.")
     recorded = []
     hook = model.head.register_forward_hook(lambda _, __, latents_NBZ: recorded.append(latents_NBZ.transpose(0, 1)))
     start = torch.full((num_texts, 1), model.config.bos_token_id, device=model.device)
@@ -136,9 +141,6 @@ def calibrate(model: CALMForCausalLM, temperature: float, num_candidates: int, s
     Raises:
         ValueError: the halves of the steps contradict each other, or the weights can't be read.
     """
-    check_num_candidates(num_candidates, temperature)
-    if steps < 2:
-        raise ValueError(f"--steps {steps}: one half measures, the other checks, so at least 2.")
     weights = weights_fingerprint(model)
     if weights is None:
         raise ValueError("the weights can't be read (are they quantised?), so a radius could not be tied to them.")
@@ -181,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.save and not path.exists():
             raise ValueError(f"--save: there is no {path}; name a folder.")
+        check_num_candidates(options.num_candidates, options.temperature)
+        if options.steps < 2:
+            raise ValueError(f"--steps {options.steps}: one half measures, the other checks, so at least 2.")
         model = load(options.model, options.device, options.dtype)
         model.config.repetition_radius = None  # the radius of before must not decide what is drawn
         fields = calibrate(model, options.temperature, options.num_candidates, options.steps)
