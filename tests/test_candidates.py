@@ -190,7 +190,10 @@ def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder,
     latents, results = some_latents(1, 2)[0, which] + 0.01 * some_latents(8, 200), []
     for kind in (LazyPool, PlainPool):
         pool = pool_of(kind, autoencoder, latents)
-        index, exact, num_draws = exact_temperature_sample(pool, temperature, 8, torch.Generator().manual_seed(0))
+        plan = BlockPlan()
+        plan.note(torch.tensor([4]))
+        generator = torch.Generator().manual_seed(0)
+        index, exact, num_draws = exact_temperature_sample(pool, temperature, 8, generator, plan)
         results.append((index, pool.tokens(pool.rows_B, index), exact, num_draws))
     for lazy, plain in zip(*results, strict=True):
         assert torch.equal(lazy, plain)
