@@ -32,7 +32,6 @@ from .upstream_calm import GenerateCall, PatchGenerationMixin
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
-NUM_CANDIDATES = 200  # published setting of the batch algorithm
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
 
@@ -61,7 +60,7 @@ class PatchSampling:
 
     do_sample: bool = True
     temperature: float = 1.0
-    num_candidates: int = NUM_CANDIDATES
+    num_candidates: int = 200  # published setting of the batch algorithm
     sampling_method: SamplingMethod = "adaptive"
     lazy_decoding: bool | None = None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"it/s\]")  # upstream's bars while a model loads
+TYPED_AS_MODULES = ("calm.calibrate_radius", "calm.serve")
 STARTS = '\nif __name__ == "__main__":'
 
 
@@ -18,7 +19,7 @@ def commands() -> dict[str, str]:
         if STARTS in path.read_text(encoding="utf-8"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             module = ".".join(["calm", *(part for part in parts if part != "__main__")])
-            is_script = len(parts) == 1 and module != "calm.serve"
+            is_script = len(parts) == 1 and module not in TYPED_AS_MODULES
             found[module] = f"python {path.name}" if is_script else f"python -m {module}"
     return found
 
