@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -9,7 +10,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from calm.checkpoint_files import ConversionError, Repository, first_line
 from calm.configuration_calm import CALMConfig
-from calm.generation_calm import NUM_CANDIDATES, PatchSampling
+from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 
 MODEL_CARD = """---
@@ -53,14 +54,12 @@ beside them is under the MIT licence.
 def generation_defaults(config: CALMConfig) -> dict:
     """Contents of generation_config.json: sampled as published, at T = 0.5 over N = 200 candidates, but by the default
     method, which draws fewer where patches repeat."""
+    sampling = asdict(PatchSampling(temperature=0.5))
     return {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
-        "do_sample": True,
-        "temperature": 0.5,
-        "num_candidates": NUM_CANDIDATES,
-        "sampling_method": PatchSampling.sampling_method,
+        **{name: value for name, value in sampling.items() if value is not None},
     }
 
 

@@ -26,10 +26,10 @@ from transformers import PretrainedConfig
 
 from calm.candidates_calm import weights_fingerprint
 from calm.checkpoint_files import DTYPES, first_line
+from calm.command_line import Parser, command, known_errors
 from calm.modeling_calm import CALMForCausalLM
 from calm.samplers_calm import check_num_candidates, patch_classes
 
-PROGRAM = "python -m calm.calibrate_radius"
 MARGIN = 1.5
 NUM_TEXTS = 8
 
@@ -64,7 +64,12 @@ def record_candidates(
     num_texts: int = NUM_TEXTS,
     seed: int = 0,
 ) -> Recording:
-    """All candidates of so many steps of each of several texts, which the model writes from BOS on."""
+    """All candidates of so many steps of each of several texts, which the model writes from BOS on.
+
+    Raises ValueError where the model has no BOS.
+    """
+    if model.config.bos_token_id is None:
+        raise ValueError("the model's config.json has no bos_token_id, with which its texts would begin.")
     recorded = []
     hook = model.head.register_forward_hook(lambda _, __, latents_NBZ: recorded.append(latents_NBZ.transpose(0, 1)))
     start = torch.full((num_texts, 1), model.config.bos_token_id, device=model.device)
@@ -116,8 +121,7 @@ def calibrated_radius(recording: Recording) -> float | None:
 
 
 def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
-    """The model, without the radius that it has.
-
+    """
     Raises:
         ValueError: there is no such device, or the model is no CALM.
         OSError: there is no model.
@@ -128,9 +132,7 @@ def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
         raise ValueError(f"--device {device}: {first_line(error)}") from error
     if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
         raise ValueError(f"--model {name} is no CALM.")
-    model = CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto")).to(device).eval()
-    model.config.repetition_radius = None
-    return model
+    return CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto")).to(device).eval()
 
 
 def calibrate(model: CALMForCausalLM, temperature: float, num_candidates: int, steps: int) -> dict:
@@ -139,9 +141,6 @@ def calibrate(model: CALMForCausalLM, temperature: float, num_candidates: int, s
     Raises:
         ValueError: the halves of the steps contradict each other, or the weights can't be read.
     """
-    check_num_candidates(num_candidates, temperature)
-    if steps < 2:
-        raise ValueError(f"--steps {steps}: one half measures, the other checks, so at least 2.")
     weights = weights_fingerprint(model)
     if weights is None:
         raise ValueError("the weights can't be read (are they quantised?), so a radius could not be tied to them.")
@@ -165,9 +164,7 @@ def save(path: Path, fields: dict) -> None:
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m calm.calibrate_radius", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained CALM")
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--num_candidates", type=int, default=200)
@@ -178,23 +175,25 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     path = Path(options.model) / "config.json"
-    try:
+    with known_errors(ValueError, OSError):
         if options.save and not path.exists():
             raise ValueError(f"--save: there is no {path}; name a folder.")
+        check_num_candidates(options.num_candidates, options.temperature)
+        if options.steps < 2:
+            raise ValueError(f"--steps {options.steps}: one half measures, the other checks, so at least 2.")
         model = load(options.model, options.device, options.dtype)
+    model.config.repetition_radius = None  # the radius of before must not decide what is drawn
+    with known_errors(ValueError):
         fields = calibrate(model, options.temperature, options.num_candidates, options.steps)
-    except (ValueError, OSError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
-        return 2
     if fields["repetition_radius"] is None:
         print("no candidate came twice, so there is no radius to measure.")
     print(json.dumps(fields, indent=2))
     if options.save:
         save(path, fields)
-    return 0
 
 
 if __name__ == "__main__":

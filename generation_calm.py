@@ -8,16 +8,18 @@ V vocabulary.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .candidates_calm import LazyPool, PlainPool, trusted_radius
 from .configuration_calm import PROMPT_ALIGNMENTS
+from .heads_calm import GenerativeHead
+from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import (
     BlockPlan,
     Pool,
@@ -32,7 +34,6 @@ from .upstream_calm import GenerateCall, PatchGenerationMixin
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
-NUM_CANDIDATES = 200  # published setting of the batch algorithm
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
 
@@ -61,7 +62,7 @@ class PatchSampling:
 
     do_sample: bool = True
     temperature: float = 1.0
-    num_candidates: int = NUM_CANDIDATES
+    num_candidates: int = 200  # published setting of the batch algorithm
     sampling_method: SamplingMethod = "adaptive"
     lazy_decoding: bool | None = None
 
@@ -164,6 +165,9 @@ def pack_prompts(
 class CALMGenerationMixin(PatchGenerationMixin):
     """`generate` for CALM: upstream_calm.py receives its calls, here is what they come to."""
 
+    head: GenerativeHead
+    autoencoder: CALMAutoencoder
+
     @takes_sampling_options
     def prepare_inputs_for_generation(self, input_ids, prompt_alignment=None, generator=None, **kwargs):
         """Names the arguments that `generate` accepts beside its own; `write_patches` builds its inputs itself.
@@ -198,7 +202,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             and bool(generation_config.return_dict_in_generate)
             for name in ("hidden_states", "attentions")
         }
-        collected = {name: () for name, wanted in outputs_wanted.items() if wanted}
+        collected: dict[str, Any] = {name: () for name, wanted in outputs_wanted.items() if wanted}
 
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
@@ -240,7 +244,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
             call.streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **collected)
+        collected |= {"sequences": input_ids, "past_key_values": cache}
+        return GenerateDecoderOnlyOutput(**collected)
 
     def next_patches(
         self,

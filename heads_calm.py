@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_calm import HEADS, CALMConfig, require
+from .modeling_calm_autoencoder import CALMAutoencoder
 
 LAYER_NORM_EPS = 1e-6  # published code
 
@@ -25,7 +26,7 @@ def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Gener
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer that the model's weight initialisation sets to zero."""
     linear = nn.Linear(in_features, out_features)
-    linear.zero_init = True
+    linear.zero_init = True  # pyright: ignore[reportArgumentType] (torch: a tensor or a module)
     return linear
 
 
@@ -34,14 +35,14 @@ class PatchTarget:
 
     Args:
         tokens (`(..., K)`, *optional*): ids.
-        autoencoder (*optional*): the `CALMAutoencoder` whose posterior it is; encodes at the first request.
+        autoencoder (*optional*): whose posterior it is; encodes at the first request.
         posterior (*optional*): mean and log_std, `(..., Z)` each, where they are known.
     """
 
     def __init__(
         self,
         tokens: Tensor | None = None,
-        autoencoder: nn.Module | None = None,
+        autoencoder: CALMAutoencoder | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
     ):
         self._tokens, self._autoencoder, self._posterior = tokens, autoencoder, posterior
@@ -49,7 +50,10 @@ class PatchTarget:
     def to(self, device: torch.device, **kwargs) -> "PatchTarget":
         """On another device; offloading hooks call it, as they call a tensor's."""
         tokens = None if self._tokens is None else self._tokens.to(device, **kwargs)
-        posterior = self._posterior and tuple(part.to(device, **kwargs) for part in self._posterior)
+        posterior = None
+        if self._posterior is not None:
+            mean, log_std = self._posterior
+            posterior = mean.to(device, **kwargs), log_std.to(device, **kwargs)
         return PatchTarget(tokens, self._autoencoder, posterior)
 
     @property
@@ -120,11 +124,11 @@ class GenerativeHead(nn.Module):
         """Raises `ValueError` where the configuration makes no sense for this head."""
         require(config.num_samples >= 1, f"num_samples={config.num_samples}: must be at least 1.")
 
-    def fit(self, autoencoder: nn.Module, multi_token_loss: dict[str, Tensor] | None = None) -> None:
+    def fit(self, autoencoder: CALMAutoencoder, multi_token_loss: dict[str, Tensor] | None = None) -> None:
         """Makes a new head ready for training, in heads that need it (`is_fitted`).
 
         Args:
-            autoencoder: the trained `CALMAutoencoder`.
+            autoencoder: the trained one.
             multi_token_loss: weights of the `MultiTokenLoss` that the backbone was trained with, where it was.
         """
 

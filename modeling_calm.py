@@ -5,13 +5,14 @@ Z latent size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 # transformers 4.57 copies only the files named in this one when it loads a local folder. A head is known once it is
 # imported here.
@@ -64,19 +65,21 @@ class CALMOutputWithPast(ModelOutput):
 
 
 class CALMPreTrainedModel(LlamaPreTrainedModel):
+    config: CALMConfig
     config_class = CALMConfig
     base_model_prefix = "model"
     # Head and autoencoder may stand here because everything calls them through their forwards.
-    _no_split_modules = ["LlamaDecoderLayer", "CALMAutoencoder"]
+    _no_split_modules: list[str] = ["LlamaDecoderLayer", "CALMAutoencoder"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if getattr(module, "zero_init", False):
+        if isinstance(module, nn.Linear) and getattr(module, "zero_init", False):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        if hasattr(module, "init_own_weights"):
-            module.init_own_weights()
+        init_own_weights = getattr(module, "init_own_weights", None)
+        if init_own_weights is not None:
+            init_own_weights()
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError(
@@ -109,7 +112,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
@@ -119,6 +122,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             position_ids (`(B, P)`): positions of patches; by default they count the patches attended to.
             past_key_values: cache over patches.
             inputs_embeds (`(B, L, D)`): token embeddings in place of ids.
+            use_cache: whether to make a cache where none is given, as in Llama.
 
         Raises:
             ValueError: L is no multiple of K, or a mask or positions of another length.
@@ -130,9 +134,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
                 f"input_ids is a tensor of shape {tuple(input_ids.shape)} and type {input_ids.dtype}: the model takes "
                 "whole numbers of shape (batch, length)."
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        patches = self.embed_patches(inputs_embeds)
+        patches = self.embed_patches(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         attention_mask = self.patch_mask(attention_mask, past + patches.shape[1])
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -144,7 +146,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         return super().forward(
             inputs_embeds=patches,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=position_ids,  # pyright: ignore[reportArgumentType] (upstream: LongTensor)
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
@@ -201,7 +203,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> None:
@@ -225,9 +227,14 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         """Embeds patches, runs the backbone, and with labels scores the head against the next patches.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: as in `CALMModel`.
+            input_ids: as in `CALMModel`, like the next four.
+            attention_mask: by token or by patch.
+            position_ids: of patches.
+            past_key_values: cache over patches.
+            inputs_embeds: token embeddings in place of ids.
             labels (`(B, L)`): the ids at the same positions as the input (they are shifted here, by one patch). A
                 patch is a target when it isn't the first and none of its labels is −100.
+            use_cache: as in `CALMModel`; off by default where there are labels.
             num_items_in_batch: number of labels that are not −100 in the whole accumulated batch. Exact when the
                 collator sets each row's first patch and its partial patches to −100.
             generator: randomness of the loss.

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .configuration_calm import CALMAutoencoderConfig
 from .scores_calm import clipped_kl
 from .screening_calm import VocabularyScreen
 
-# Logits made at once in decode_tokens: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
+# Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
 # Sizes of the products in most_probable_tokens. On a CPU a tile of logits stays in the cache.
 VOCABULARY_TILE = {"cpu": 2**11, "other": 2**15}
@@ -119,7 +119,8 @@ class AutoencoderDecoder(nn.Module):
     ) -> Tensor:
         """The most probable tokens, (M,), of single states from `expand`, without ever holding all their logits.
 
-        On a CPU, rows of a large vocabulary are screened (`VocabularyScreen`). Otherwise works through tiles of the
+        On a CPU, rows of a large vocabulary are screened (`VocabularyScreen`), in float32 and where no token is
+        forbidden. Otherwise works through tiles of the
         vocabulary with a running maximum; where the output matrix can't be cut, as it is quantised, offloaded or
         adapted, through the layer itself, a few states at a time. Of equal logits the lowest id wins, as in argmax.
         """
@@ -164,9 +165,13 @@ class AutoencoderDecoder(nn.Module):
                 forbidden_TK = forbidden_KV[:, start : start + tile].T.to(logits_TM.device)
                 logits_TM = logits_TM.masked_fill(forbidden_TK[:, positions_M], -torch.inf)
             top_M, index_M = logits_TM.max(0)
-            better_M = None if best_M is None else top_M > best_M
-            ids_M = index_M if best_M is None else torch.where(better_M, index_M + start, ids_M)
-            best_M = top_M if best_M is None else torch.where(better_M, top_M, best_M)
+            if best_M is None or ids_M is None:
+                best_M, ids_M = top_M, index_M
+                continue
+            better_M = top_M > best_M
+            ids_M = torch.where(better_M, index_M + start, ids_M)
+            best_M = torch.where(better_M, top_M, best_M)
+        assert ids_M is not None, "a vocabulary has tokens"
         return ids_M[:num_states]
 
     def _argmax_of_layer(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
@@ -226,7 +231,7 @@ class CALMAutoencoder(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.encoder.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
@@ -313,6 +318,7 @@ class CALMAutoencoder(PreTrainedModel):
         """The most probable tokens, as in `decode_tokens`, of single states from `decode_states`: (M, d) → ids (M,).
 
         Args:
+            states_Md: of tokens of any patches.
             positions_M: at which of the K positions each stands.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
@@ -325,6 +331,7 @@ class CALMAutoencoder(PreTrainedModel):
         Works through the latents in chunks, so that there are never more logits than `LOGITS_PER_CHUNK`.
 
         Args:
+            latents (`(..., Z)`): of patches.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
         flat = latents.reshape(-1, latents.shape[-1])

@@ -15,8 +15,8 @@ The exact one asks only which draws are equal: where 1/T is whole, only of the p
 draws the choice among distinct ones before it asks. So a pool need not decode everything.
 
 Rows are independent, and all randomness but the pool's comes from `generator`. What depends on draws stays on their
-device; the host reads from there which rows are done after each block, and how many draws they needed where a plan is
-kept. Tables of the counts alone (weights, restarts) are made on the CPU in float64 and copied.
+device; the host reads from there which rows are done after each block, and how many draws they needed. Tables of the
+counts alone (weights, restarts) are made on the CPU in float64 and copied.
 """
 
 import math
@@ -32,7 +32,7 @@ from torch import Tensor
 
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6
-FIRST_BLOCK = 4  # draws of the exact sampler's first block; the pool then doubles until a row is done
+LEAST_BLOCK = 4  # draws of the exact sampler's first block, at least; the pool then doubles until a row is done
 BLOCK_COST = 15  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
 FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
@@ -81,6 +81,11 @@ class ExactSample(NamedTuple):
     index_B: Tensor
     is_exact_B: Tensor
     num_draws_B: Tensor
+
+    @classmethod
+    def none(cls, rows_B: Tensor) -> "ExactSample":
+        """Before anything is drawn."""
+        return cls(torch.zeros_like(rows_B), torch.zeros_like(rows_B, dtype=torch.bool), torch.zeros_like(rows_B))
 
 
 def check_temperature(temperature: float) -> None:
@@ -154,7 +159,7 @@ def exact_temperature_sample(
 
     Each block of draws doubles the pool; a row whose draws hold an accepted attempt stops, and only the others draw
     on. A row that reaches `max_draws` without one chooses from what it has, see `choose_from_full_pool`. A `plan` that
-    is handed from step to step makes the first block larger where steps before needed more.
+    is handed from step to step fits the first block to what the steps before needed.
 
     The total-variation distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes
     it a substitute for `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every
@@ -163,27 +168,23 @@ def exact_temperature_sample(
     """
     check_num_candidates(max_draws, temperature)
     pairs, attempt_length = compared_pairs(temperature), math.ceil(inverse_temperature(temperature))
-    block = min(max(FIRST_BLOCK, attempt_length), max_draws)
-    if plan is not None:
-        block = plan.first_block(block, len(pool.rows_B), max_draws)
-    rows_R, chances = pool.rows_B, Chances.none(pool.rows_B)
-    chosen = ExactSample(*(torch.zeros_like(rows_R, dtype=dtype) for dtype in (torch.long, torch.bool, torch.long)))
-    for size in block_sizes(block, max_draws):
+    plan = BlockPlan() if plan is None else plan
+    first_block = plan.first_block(min(max(LEAST_BLOCK, attempt_length), max_draws), len(pool.rows_B), max_draws)
+    rows_R, chances, chosen = pool.rows_B, Chances.none(pool.rows_B), ExactSample.none(pool.rows_B)
+    for size in block_sizes(first_block, max_draws):
         pool.extend(rows_R, size)
         chances = chances.extend(size, generator)
-        is_last = chances.num_draws == max_draws
-        class_RN = pool.classes(rows_R, pairs, chances.likely(temperature) if is_last else None)
+        likely_R = chances.likely(temperature) if chances.num_draws == max_draws else None
+        class_RN = pool.classes(rows_R, pairs, likely_R)
         start_R, accepted_R = first_accepted_attempt(class_RN, chances.uniform_RN, temperature)
         chosen.index_B[rows_R], chosen.is_exact_B[rows_R] = start_R, accepted_R
         chosen.num_draws_B[rows_R] = chances.num_draws
-        if plan is not None:
-            plan.note((start_R + attempt_length)[accepted_R])
+        plan.note((start_R + attempt_length)[accepted_R])
         rows_R, chances = rows_R[~accepted_R], chances.of(~accepted_R)
         if len(rows_R) == 0:
             return chosen
 
-    if plan is not None:
-        plan.note(chosen.num_draws_B[rows_R])
+    plan.note(chosen.num_draws_B[rows_R])
     chosen.index_B[rows_R] = choose_from_full_pool(pool.classes(rows_R), chances, temperature)
     return chosen
 

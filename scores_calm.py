@@ -75,7 +75,7 @@ def _power_and_slope(squared: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return squared * factor, beta * factor
 
 
-@torch.compiler.disable  # it would unroll the chunks: minutes of compilation, again for another number of patches
+@torch.compiler.disable()  # it would unroll the chunks: minutes of compilation, again for another number of patches
 def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
     """Energy score of the head's samples against draws from the posterior (paper 3.3). Higher is better; the head
     negates it.

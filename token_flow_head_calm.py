@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .configuration_calm import CALMConfig
 from .flow_head_calm import FlowMatchingHead, ModulatedMLP
 from .heads_calm import PatchTarget, standard_normal
+from .modeling_calm_autoencoder import CALMAutoencoder
 
 CODE_CONTEXTS = 64  # random patches over which a token's point is averaged
 CODE_CHUNK = 8192  # patches encoded at once
@@ -82,12 +83,12 @@ class TokenChain(nn.Module):
 
 
 @torch.no_grad()
-def token_codes(autoencoder: nn.Module, num_contexts: int = CODE_CONTEXTS) -> Tensor:
+def token_codes(autoencoder: CALMAutoencoder, num_contexts: int = CODE_CONTEXTS) -> Tensor:
     """The point of every token at every place of a patch, (K, V, Z): the mean latent of random patches that have it
     there, less what the other places add. A patch's points sum to about the mean of its posterior.
 
     Args:
-        autoencoder: a `CALMAutoencoder`, whose latents are nearly additive in the tokens.
+        autoencoder: one whose latents are nearly additive in the tokens.
         num_contexts: random patches that each token is put into; always the same ones.
     """
     config = autoencoder.config
@@ -131,7 +132,7 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
     def is_fitted(self) -> bool:
         return bool(self.codes.any())
 
-    def fit(self, autoencoder: nn.Module, multi_token_loss: dict[str, Tensor] | None = None) -> None:
+    def fit(self, autoencoder: CALMAutoencoder, multi_token_loss: dict[str, Tensor] | None = None) -> None:
         """Computes the codes, and takes over the chain of the backbone's multi-token loss."""
         self.codes.copy_(token_codes(autoencoder))
         if multi_token_loss is not None:

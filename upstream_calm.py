@@ -11,15 +11,16 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.utils import is_hqq_available, is_optimum_quanto_available
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 from .configuration_calm import CALMConfig
 
@@ -181,10 +182,62 @@ class _ViewForUpstream:
         return types.MethodType(attribute.__func__, self) if is_own_method else attribute
 
 
+def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+    """The prompts' ids (B, L), int64.
+
+    Raises:
+        ValueError: not a batch of ids of the vocabulary, or a mask of another shape.
+    """
+    if not isinstance(inputs, Tensor) or inputs.dim() != 2:
+        what = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(f"generate() got {what}: it takes ids as a tensor of shape (batch, length).")
+    if inputs.shape[0] == 0:
+        raise ValueError("generate() got an empty batch: pass at least one prompt.")
+    is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
+    if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
+        raise ValueError(f"generate() got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"generate() got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
+    if mask is not None and mask.shape != inputs.shape:
+        raise ValueError(
+            f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
+            f"{tuple(inputs.shape)}: they must be equal."
+        )
+    inputs = inputs.long()
+    ids = inputs if mask is None else inputs[mask.bool()]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        bad = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
+        raise ValueError(f"generate() got token id {bad}, outside the vocabulary 0 … {vocab_size - 1}.")
+    return inputs
+
+
+def check_cache_package(generation_config: GenerationConfig) -> None:
+    """
+    Raises:
+        ValueError: a quantized cache is asked for, and its package is not installed.
+    """
+    if generation_config.cache_implementation != "quantized" or generation_config.use_cache is False:
+        return
+    backend = str((generation_config.cache_config or {}).get("backend", "quanto")).lower()
+    if backend in CACHE_PACKAGES:
+        package, is_available = CACHE_PACKAGES[backend]
+        if not is_available():
+            raise ValueError(
+                f'cache_implementation="quantized" with the backend "{backend}" needs a package that is not '
+                f"installed: pip install {package}."
+            )
+
+
 class PatchGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model that writes whole patches: the hooks, around two methods of the model."""
 
     config: CALMConfig
+    __call__: Callable[..., Any]
+
+    @property
+    def _upstream(self) -> Any:
+        """Upstream's own hooks. It types their `self` as a protocol that no model satisfies, hence `Any`."""
+        return super()
 
     def check_settings(self, generation_config: GenerationConfig) -> None:
         """
@@ -208,7 +261,7 @@ class PatchGenerationMixin(GenerationMixin):
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         **model_kwargs,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> Any:
         call = GenerateCall(
             stopping_criteria=stopping_criteria,
             goes_on=lambda finished, device: self._has_unfinished_sequences(finished, synced_gpus, device=device),
@@ -234,9 +287,9 @@ class PatchGenerationMixin(GenerationMixin):
                 f"generator={generator!r}: must be a torch.Generator on the model's device, as "
                 "torch.Generator(device).manual_seed(0)."
             )
-        super()._validate_model_kwargs(model_kwargs)
+        self._upstream._validate_model_kwargs(model_kwargs)
 
-    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict[str, Any]):
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "generate() got inputs_embeds: CALM packs token ids into patches and feeds generated ids back, so "
@@ -248,8 +301,8 @@ class PatchGenerationMixin(GenerationMixin):
                 "generate() got a filled past_key_values: how a prompt is cut into patches depends on its whole "
                 "length, so pass the whole prompt without a cache."
             )
-        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        inputs = self._checked_ids(inputs, model_kwargs.get("attention_mask"))
+        inputs, name, model_kwargs = self._upstream._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        inputs = checked_ids(inputs, model_kwargs.get("attention_mask"), self.config.vocab_size)
         if inputs.shape[1] == 0 and len(inputs) > 1:
             # Upstream looks at the last column of a batch. Empty prompts are all alike: one, expanded later.
             model_kwargs["num_empty_prompts"] = len(inputs)
@@ -258,42 +311,16 @@ class PatchGenerationMixin(GenerationMixin):
                 model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:1]
         return inputs, name, model_kwargs
 
-    def _checked_ids(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """The prompts' ids (B, L), int64.
-
-        Raises:
-            ValueError: not a batch of ids of the vocabulary, or a mask of another shape.
-        """
-        if not isinstance(inputs, Tensor) or inputs.dim() != 2:
-            what = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ValueError(f"generate() got {what}: it takes ids as a tensor of shape (batch, length).")
-        if inputs.shape[0] == 0:
-            raise ValueError("generate() got an empty batch: pass at least one prompt.")
-        is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
-        if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
-            raise ValueError(f"generate() got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
-        if mask is not None and not isinstance(mask, Tensor):
-            raise ValueError(f"generate() got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
-        if mask is not None and mask.shape != inputs.shape:
-            raise ValueError(
-                f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
-                f"{tuple(inputs.shape)}: they must be equal."
-            )
-        inputs = inputs.long()
-        ids = inputs if mask is None else inputs[mask.bool()]
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            bad = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
-            raise ValueError(
-                f"generate() got token id {bad}, outside the vocabulary 0 … {self.config.vocab_size - 1}."
-            )
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, num_empty_prompts=1, **kwargs):
-        return super()._expand_inputs_for_generation(expand_size=expand_size * num_empty_prompts, **kwargs)
+    def _expand_inputs_for_generation(  # type: ignore[override]  # static in transformers 4
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, num_empty_prompts=1, **model_kwargs
+    ):
+        return self._upstream._expand_inputs_for_generation(
+            expand_size * num_empty_prompts, is_encoder_decoder, input_ids, **model_kwargs
+        )
 
     def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
         self._check_mode(generation_mode)  # upstream would first send the reader to a repository that decodes so
-        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+        return self._upstream._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
 
     @staticmethod
     def _check_mode(generation_mode: GenerationMode) -> None:
@@ -313,7 +340,7 @@ class PatchGenerationMixin(GenerationMixin):
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
-        self._check_cache_package(generation_config)
+        check_cache_package(generation_config)
         self.check_settings(generation_config)
 
     def _get_logits_processor(self, *args, logits_processor=None, prefix_allowed_tokens_fn=None, **kwargs):
@@ -323,32 +350,21 @@ class PatchGenerationMixin(GenerationMixin):
             raise ValueError("logits_processor: CALM has no token logits to process while it generates.")
         return LogitsProcessorList()
 
-    @staticmethod
-    def _check_cache_package(generation_config: GenerationConfig) -> None:
-        if generation_config.cache_implementation != "quantized" or generation_config.use_cache is False:
-            return
-        backend = str((generation_config.cache_config or {}).get("backend", "quanto")).lower()
-        package, is_available = CACHE_PACKAGES.get(backend, (None, None))
-        if package and not is_available():
-            raise ValueError(
-                f'cache_implementation="quantized" with the backend "{backend}" needs a package that is not '
-                f"installed: pip install {package}."
-            )
-
     def _prepare_generated_length(self, *args, **kwargs):
-        return super()._prepare_generated_length.__func__(_ViewForUpstream(self), *args, **kwargs)
+        return self._upstream._prepare_generated_length.__func__(_ViewForUpstream(self), *args, **kwargs)
 
     def _get_stopping_criteria(self, *args, **kwargs):
-        return super()._get_stopping_criteria.__func__(_ViewForUpstream(self), *args, **kwargs)
+        return self._upstream._get_stopping_criteria.__func__(_ViewForUpstream(self), *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        *args, max_cache_length = args
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         patches = self._cached_patches(max_cache_length)
         if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
             generation_config = copy.copy(generation_config)
             generation_config.max_cache_len = self._cached_patches(generation_config.max_cache_len)
-        prepare = super()._prepare_cache_for_generation.__func__
-        return prepare(_ViewForUpstream(self), generation_config, model_kwargs, *args, patches)
+        prepare = self._upstream._prepare_cache_for_generation.__func__
+        return prepare(_ViewForUpstream(self), generation_config, model_kwargs, generation_mode, batch_size, patches)
 
     def _cached_patches(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.patch_size) + 1
@@ -357,8 +373,8 @@ class PatchGenerationMixin(GenerationMixin):
         raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
     @property
-    def init_continuous_batching(self):
+    def init_continuous_batching(self):  # type: ignore[override]
         """Absent, so that servers which ask for it with `hasattr` generate in the ordinary way."""
         raise AttributeError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
-    continuous_batching_context_manager = init_continuous_batching
+    continuous_batching_context_manager = init_continuous_batching  # type: ignore[assignment]

@@ -43,7 +43,7 @@ from calm.benchmarks.workloads import (
     own_prompts,
     random_model,
     random_prompts,
-    record_candidates,
+    record,
     shape_config,
     trained_model,
 )
@@ -138,8 +138,8 @@ class Benchmark:
         else:
             demo = self._model("demo", with_weights=True)
             sampling = PatchSampling(True, temperature, N, self.options.sampling_method)
-            candidates = record_candidates(demo, temperature, sampling.most_draws)
-            replay, candidates = Replay(candidates), candidates.patches_CMK
+            candidates = record(demo, temperature, sampling.most_draws)
+            replay, candidates = Replay(candidates), candidates.patches_CNK
         return replay, distinct_share(candidates[:, :N]) if temperature < 1 else None
 
     def _calm(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Subject:

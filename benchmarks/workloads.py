@@ -7,14 +7,13 @@
   must be decoded to know it, is as it was there: real draws in the order they came. So is which candidates
   the demo's `repetition_radius` tells apart, if it has one.
 
-Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of
-each, Z latent size.
+Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of a row,
+Z latent size.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.benchmarks.meters import wrapped
-from calm.candidates_calm import LazyPool, PlainPool
+from calm.calibrate_radius import Recording, record_candidates
+from calm.candidates_calm import LazyPool, PlainPool, trusted_radius
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
 from calm.modeling_calm import CALMForCausalLM
@@ -156,41 +156,10 @@ def check_worst_case(share: float) -> None:
         )
 
 
-@dataclass
-class Recording:
-    """Candidates that a trained CALM drew while it wrote, in their order.
-
-    Args:
-        patches_CMK: their tokens.
-        latents_CMZ: their latent vectors.
-        radius: the model's `repetition_radius`.
-    """
-
-    patches_CMK: Tensor
-    latents_CMZ: Tensor
-    radius: float | None = None
-
-
-def record_candidates(model, temperature: float, num_draws: int, steps: int | None = None) -> Recording:
-    """The candidates of `RECORDED_ROWS` texts of so many steps (default: `RECORDED_STEPS`) at this temperature."""
-    patches, latents = [], []
-
-    def keep(decode_tokens):
-        def call(latents_MBZ, *args):
-            patches_MBK = decode_tokens(latents_MBZ, *args)
-            patches.append(patches_MBK.transpose(0, 1))
-            latents.append(latents_MBZ.transpose(0, 1))
-            return patches_MBK
-
-        return call
-
-    start = torch.full((RECORDED_ROWS, 1), model.config.bos_token_id, device=model.device)
-    torch.manual_seed(0)
-    with wrapped(model.autoencoder, "decode_tokens", keep):
-        length = (steps or RECORDED_STEPS) * model.config.patch_size
-        settings = {"num_candidates": num_draws, "sampling_method": "batch", "lazy_decoding": False}
-        write(model, start, length, temperature=temperature, **settings)
-    return Recording(torch.cat(patches), torch.cat(latents), model.config.repetition_radius)
+def record(model, temperature: float, num_draws: int) -> Recording:
+    """The candidates that a trained CALM draws while it writes, and the radius that it uses."""
+    recording = record_candidates(model, temperature, num_draws, RECORDED_STEPS, RECORDED_ROWS)
+    return Recording(recording.patches_CNK, recording.latents_CNZ, trusted_radius(model))
 
 
 class Replay:
@@ -201,17 +170,17 @@ class Replay:
     their own draws first.
 
     Args:
-        recording: from `record_candidates`.
+        recording: from `record`.
         seed: chooses the contexts.
     """
 
     def __init__(self, recording: Recording, seed: int = 0):
         self.recording = recording
-        self.generator = torch.Generator(recording.patches_CMK.device).manual_seed(seed)
+        self.generator = torch.Generator(recording.patches_CNK.device).manual_seed(seed)
 
     @contextmanager
     def on(self, model: CALMForCausalLM):
-        patch_size = self.recording.patches_CMK.shape[-1]
+        patch_size = self.recording.patches_CNK.shape[-1]
         if not is_calm(model) or model.config.patch_size != patch_size:
             raise BenchmarkError(
                 f"the recorded patches have {patch_size} tokens, the model's "
@@ -223,11 +192,11 @@ class Replay:
     def _impose(self, new_pool):
         def call(draw, rows_B, *args):
             recording = self.recording
-            num_contexts, device = len(recording.patches_CMK), recording.patches_CMK.device
+            num_contexts, device = len(recording.patches_CNK), recording.patches_CNK.device
             contexts_B = torch.randint(num_contexts, (len(rows_B),), generator=self.generator, device=device)
             pool = new_pool(draw, rows_B, *args)
             kind = LazyReplay if isinstance(pool, LazyPool) else PlainReplay
-            return kind(pool, recording.patches_CMK[contexts_B], recording.latents_CMZ[contexts_B], recording.radius)
+            return kind(pool, recording.patches_CNK[contexts_B], recording.latents_CNZ[contexts_B], recording.radius)
 
         return call
 

@@ -15,7 +15,8 @@ from calm import candidates_calm
 from calm.benchmarks import generation, meters, runs, workloads
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, weight_bytes, wrapped
 from calm.benchmarks.runs import Subject, compare, count_flops, floor_ms, timed_run
-from calm.benchmarks.workloads import BenchmarkError, Recording, Replay, random_model, record_candidates
+from calm.benchmarks.workloads import BenchmarkError, Recording, Replay, random_model
+from calm.candidates_calm import weights_fingerprint
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 from calm.training import recipe
@@ -204,30 +205,25 @@ def test_distinct_share_by_hand():
 # Recorded candidates
 
 
-def test_a_recording_holds_the_candidates_that_the_texts_were_chosen_from(monkeypatch):
+def test_a_recording_is_that_of_a_number_of_texts_with_the_model_s_radius(monkeypatch):
     monkeypatch.setattr(workloads, "RECORDED_ROWS", 3)
     monkeypatch.setattr(workloads, "RECORDED_STEPS", 2)
     model = workloads._never_stopping(repetitive_model())
-    texts = []
-    monkeypatch.setattr(workloads, "write", lambda *a, write=workloads.write, **kw: texts.append(write(*a, **kw)))
-    recording = record_candidates(model, temperature=0.5, num_draws=10)
-    recorded_CMK = recording.patches_CMK
-    assert torch.equal(model.autoencoder.decode_tokens(recording.latents_CMZ), recorded_CMK)
-    assert recorded_CMK.shape == (2 * 3, 10, K)
-    assert (texts[0][:, 0] == BOS).all()
-    written_CK = texts[0][:, 1:].unflatten(1, (2, K)).transpose(0, 1).flatten(0, 1)
-    for written_K, recorded_MK in zip(written_CK, recorded_CMK, strict=True):
-        assert (recorded_MK == written_K).all(-1).any()
-    assert workloads.distinct_share(recorded_CMK) < 0.9
+    assert workloads.record(model, temperature=0.5, num_draws=10).radius is None
+    model.config.repetition_radius = 1.5
+    model.config.repetition_radius_measured_at = {"weights": weights_fingerprint(model)}
+    recording = workloads.record(model, temperature=0.5, num_draws=10)
+    assert recording.patches_CNK.shape == (2 * 3, 10, K) and recording.radius == 1.5
+    assert workloads.distinct_share(recording.patches_CNK) < 0.9
 
 
 def labelled_recording(num_contexts, num_draws, radius=None):
     """Draw j of context c is the patch (c, j, 0, 0), and its latent vector is (j,)."""
-    recorded_CMK = torch.zeros(num_contexts, num_draws, K, dtype=torch.long)
-    recorded_CMK[..., 0] = torch.arange(num_contexts)[:, None]
-    recorded_CMK[..., 1] = torch.arange(num_draws)
-    latents_CMZ = torch.arange(num_draws).float()[:, None].expand(num_contexts, -1, 1)
-    return Recording(recorded_CMK, latents_CMZ, radius)
+    recorded_CNK = torch.zeros(num_contexts, num_draws, K, dtype=torch.long)
+    recorded_CNK[..., 0] = torch.arange(num_contexts)[:, None]
+    recorded_CNK[..., 1] = torch.arange(num_draws)
+    latents_CNZ = torch.arange(num_draws).float()[:, None].expand(num_contexts, -1, 1)
+    return Recording(recorded_CNK, latents_CNZ, radius)
 
 
 @pytest.mark.parametrize("lazy", [True, False])

@@ -190,7 +190,10 @@ def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder,
     latents, results = some_latents(1, 2)[0, which] + 0.01 * some_latents(8, 200), []
     for kind in (LazyPool, PlainPool):
         pool = pool_of(kind, autoencoder, latents)
-        index, exact, num_draws = exact_temperature_sample(pool, temperature, 8, torch.Generator().manual_seed(0))
+        plan = BlockPlan()
+        plan.note(torch.tensor([4]))
+        generator = torch.Generator().manual_seed(0)
+        index, exact, num_draws = exact_temperature_sample(pool, temperature, 8, generator, plan)
         results.append((index, pool.tokens(pool.rows_B, index), exact, num_draws))
     for lazy, plain in zip(*results, strict=True):
         assert torch.equal(lazy, plain)
@@ -253,11 +256,6 @@ def test_equal_candidates_that_only_a_third_is_close_to_are_found(monkeypatch, a
     reads_only_sevens(monkeypatch)
     pool = full_pool(LazyPool, autoencoder, latents, radius=1.5)
     assert pool.classes(pool.rows_B).tolist() == [[0, 0, 0]]
-
-
-def test_the_model_s_radius_is_used():
-    model = tiny_model(repetition_radius=2.5)
-    assert model.new_candidates(1, PatchSampling(), None).radius == 2.5
 
 
 @pytest.mark.parametrize("radius", [0.5, 2.0, 5.0])

@@ -16,6 +16,7 @@ WRONG_PATHS = {
     "calm.benchmarks.prefill": ["--shape", NOWHERE],
     "calm.benchmarks.repetitions": ["--model", NOWHERE],
     "calm.benchmarks.training_step": ["--shape", NOWHERE],
+    "calm.calibrate_radius": ["--model", NOWHERE],
     "calm.convert_checkpoint": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
     "calm.demo": ["--model", NOWHERE],
     "calm.evaluation.autoencoder_report": ["--model", NOWHERE, *DATA[:2]],

@@ -60,10 +60,21 @@ def batch_law(outcomes_BN: torch.Tensor, temperature: float, num_outcomes: int) 
     return law_V.scatter_add_(0, outcomes_BN.flatten(), choice_BN.flatten()) / len(outcomes_BN)
 
 
-def sample_exactly(law_BV, temperature, max_draws, seed, plan=None):
+class FixedPlan(BlockPlan):
+    """Begins with a block of the same size whatever it is told."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def first_block(self, *_):
+        return self.size
+
+
+def sample_exactly(law_BV, temperature, max_draws, seed):
     """Outcomes, whether they are exact, and numbers of draws (B,)."""
     pool = StubPool(law_BV, seeded(seed))
-    chosen = exact_temperature_sample(pool, temperature, max_draws, seeded(seed + 1), plan)
+    chosen = exact_temperature_sample(pool, temperature, max_draws, seeded(seed + 1), FixedPlan(4))
     return pool.outcomes(chosen.index_B), chosen.is_exact_B, chosen.num_draws_B
 
 
@@ -272,7 +283,7 @@ class TestAlgorithm1:
     def test_only_unfinished_rows_draw_on(self):
         laws = torch.cat((peaked(1000, 1.0).expand(3, -1), flat(1000).expand(3, -1)))
         pool = StubPool(laws, seeded())
-        index, exact, num_draws = exact_temperature_sample(pool, 0.25, 30, seeded())
+        index, exact, num_draws = exact_temperature_sample(pool, 0.25, 30, seeded(), FixedPlan(4))
         assert pool.extended == [([0, 1, 2, 3, 4, 5], 4), ([3, 4, 5], 4), ([3, 4, 5], 8), ([3, 4, 5], 14)]
         assert num_draws.tolist() == [4, 4, 4, 30, 30, 30]
         assert exact.tolist() == [True] * 3 + [False] * 3
@@ -292,17 +303,6 @@ class TestAlgorithm1:
 
     def test_blocks_double_the_pool(self):
         assert list(block_sizes(3, 20)) == [3, 3, 6, 8] and list(block_sizes(5, 5)) == [5]
-
-
-class FixedPlan(BlockPlan):
-    """Begins with a block of the same size whatever it is told."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def first_block(self, *_):
-        return self.size
 
 
 class TestBlockPlan:

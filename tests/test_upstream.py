@@ -31,7 +31,8 @@ def test_contacts_are_as_recorded():
     records = read_records()
     version = nearest(records, transformers.__version__)
     changed = differences(records[version], found_contacts())
-    assert changed == [], f"transformers {transformers.__version__}, against {version} as recorded"
+    headline = f"transformers {transformers.__version__} is not as {version} was recorded:"
+    assert not changed, "\n".join([headline, *changed])
 
 
 def test_both_supported_versions_are_recorded():

@@ -22,6 +22,7 @@ WITH_DATA = {
     "training/recipes/bases": "*.yaml",
     "experiments": "*.yaml",
     "experiments/recipes": "*.yaml",
+    "experiments/recipes/bases": "*.yaml",
 }
 # Imported by the extras' packages themselves, and what transformers and torch install anyway isn't hidden.
 HIDDEN = "datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy fastapi openai uvicorn starlette".split()

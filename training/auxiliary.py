@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm.modeling_calm import CALMForCausalLM
 from calm.token_flow_head_calm import TokenChain
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights
@@ -36,6 +37,7 @@ class MultiTokenLoss(TokenChain):
         Args:
             hidden_BPD: hidden states; the one at patch p predicts patch p + 1.
             labels (`(B, L)`): the ids at the same positions as the hidden states' patches; −100 is left out.
+            num_items_in_batch: number of counted labels in the whole accumulated batch.
         """
         labels_BPK = labels.unflatten(1, (-1, self.patch_size))[:, 1:]
         logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0))
@@ -48,14 +50,14 @@ class WithAuxiliary(nn.Module):
     """A CALM model with the auxiliary loss added to its own, as one module, so that DDP and FSDP see all parameters.
 
     Args:
-        calm: a `CALMForCausalLM`.
+        calm: the model.
         weight: of the auxiliary loss.
         head_weight: of the head's own loss; 0 leaves the head out, to train the backbone alone first.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
-    def __init__(self, calm: nn.Module, weight: float, head_weight: float = 1.0):
+    def __init__(self, calm: CALMForCausalLM, weight: float, head_weight: float = 1.0):
         super().__init__()
         config = calm.config
         self.calm, self.config, self.weight, self.head_weight = calm, config, weight, head_weight

@@ -166,7 +166,10 @@ def ar_cost(config, block_size: int) -> Cost:
         "output matrix": 0 if config.tie_word_embeddings else count(model.lm_head),
     }
     layers, output = once(model.model.layers), once(model.lm_head)
-    parts = {"backbone": layers.flops + attention_flops(config, block_size), "output matrix": output.flops}
+    parts: dict[str, float] = {
+        "backbone": layers.flops + attention_flops(config, block_size),
+        "output matrix": output.flops,
+    }
     return Cost(parameters, tripled(parts), parts, sum(parameters.values()), layers.kept + output.kept)
 
 

@@ -1,0 +1,75 @@
+"""The fields of `PatchSampling` are the options of `generate`: none is spelled here."""
+
+import typing
+from dataclasses import fields
+
+import pytest
+import torch
+from tiny import BOS, tiny_model
+from transformers import GenerationConfig
+
+from calm.bundle_files import generation_defaults
+from calm.generation_calm import PatchSampling
+
+OPTIONS = fields(PatchSampling)
+
+
+def another_value(option):
+    """One that is neither the option's default nor None."""
+    kind = typing.get_type_hints(PatchSampling)[option.name]
+    kinds = [kind, *typing.get_args(kind)]
+    if bool in kinds:
+        return not option.default
+    if typing.get_origin(kind) is typing.Literal:
+        return next(value for value in typing.get_args(kind) if value != option.default)
+    return option.default / 2 if kind is float else option.default - 1
+
+
+def sampling_used(monkeypatch, model, **arguments):
+    """What `generate` hands to the choice of a patch."""
+    seen, choose = [], model.next_patches
+
+    def note(hidden_RD, sampling, *args):
+        seen.append(sampling)
+        return choose(hidden_RD, sampling, *args)
+
+    monkeypatch.setattr(model, "next_patches", note)
+    prompt = torch.tensor([[BOS, 5, 6, 7]])
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, eos_token_id=None, **arguments)
+    (sampling,) = seen
+    return sampling
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+@pytest.mark.parametrize("way", ["argument", "generation_config", "model's"])
+def test_every_field_is_an_option_of_generate(monkeypatch, option, way):
+    model, value = tiny_model(), another_value(option)
+    settings = {"do_sample": True, option.name: value}
+    expected = PatchSampling(**settings)
+    assert expected != PatchSampling()
+    if way == "argument":
+        sampling = sampling_used(monkeypatch, model, **settings)
+    elif way == "generation_config":
+        sampling = sampling_used(monkeypatch, model, generation_config=GenerationConfig(**settings))
+    else:
+        model.generation_config = GenerationConfig(**settings)
+        sampling = sampling_used(monkeypatch, model)
+    assert sampling == expected
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.default is not None], ids=lambda option: option.name)
+def test_an_argument_goes_before_the_model_s(monkeypatch, option):
+    model = tiny_model()
+    model.generation_config = GenerationConfig(**{"do_sample": True, option.name: another_value(option)})
+    assert sampling_used(monkeypatch, model, **{option.name: option.default}) == PatchSampling()
+
+
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(ValueError, match="num_candidate"):
+        tiny_model().generate(torch.tensor([[BOS, 5, 6, 7]]), num_candidate=9, max_new_tokens=4)
+
+
+def test_what_a_bundle_states_is_read_back():
+    model = tiny_model()
+    stated = GenerationConfig(**generation_defaults(model.config))
+    assert PatchSampling.from_generation_config(stated) == PatchSampling(temperature=0.5)
