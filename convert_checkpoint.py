@@ -287,7 +287,8 @@ def convert(
     sources = Repository(calm), Repository(autoencoder)
     config, shapes = build_config(*sources)
     places = place(*sources, shapes)
-    config.dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
+    written_dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
+    config.dtype = written_dtype
     tokenizer_folder = fetch(tokenizer, ["tokenizer.json"]) if tokenizer else sources[0].folder
     texts = bundle_texts(name or output.name, config, tokenizer_folder, *sources)
 
@@ -298,7 +299,7 @@ def convert(
         for file in code_files():
             shutil.copy(file, partial)
         write_safetensors(
-            partial / "model.safetensors", shapes, config.dtype, lambda key: merge(places[key], config.dtype)
+            partial / "model.safetensors", shapes, written_dtype, lambda key: merge(places[key], written_dtype)
         )
         os.replace(partial, output)
     except BaseException:
