@@ -267,7 +267,9 @@ def convert(
     """Writes the bundle of a published language model and its autoencoder to the new folder `output`.
 
     Args:
-        calm, autoencoder: Hub ids or folders.
+        calm: the published language model, a Hub id or folder.
+        autoencoder: the published autoencoder, a Hub id or folder.
+        output: the bundle's folder, new or empty.
         tokenizer: Hub id or folder with tokenizer.json; `None` takes the language model's.
         dtype: "float32", "bfloat16" or "float16"; `None` takes that of the language model's embedding matrix.
         name: what the model card calls the model; the folder's name by default.

@@ -55,7 +55,10 @@ def data_sets(
     """Documents → tokens → number of steps → blocks.
 
     Args:
+        options: where the documents are, and how they are cut.
+        tokenizer: whose tokens and whose filler.
         patch_size: K.
+        length: how long the training is to be.
         seed: of the order, the phases and the fillings.
         cache: folder of the token files.
         evaluates: whether held-out blocks are wanted.

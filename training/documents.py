@@ -220,6 +220,9 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
     """A split of a Hub data set, or of a folder that holds one.
 
     Args:
+        name: Hub id or folder.
+        config: which of the data set's configurations; `None` where it has one.
+        split: which of its splits.
         streaming: read while it is used, in place of downloading and caching it first.
         extra: of setup.cfg, which installs the package that this needs.
 

@@ -73,6 +73,7 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
     """Trains what needs a tokenizer and no other model: the autoencoder or a Llama.
 
     Args:
+        recipe: names the tokenizer.
         resume: as in `fit`.
         model_class: whose configuration is that of the recipe's kind.
 
@@ -90,6 +91,9 @@ def fit(recipe: Recipe, model, tokenizer, patch_size: int, resume: str = "auto")
     """Trains, going on from the last checkpoint if there is one, and exports to the run's folder.
 
     Args:
+        recipe: what to train on, how long and how.
+        model: trained in place.
+        tokenizer: exported with the model.
         patch_size: K; 1 for a Llama.
         resume: "auto", or "never" to refuse a folder with checkpoints.
 
