@@ -6,7 +6,8 @@ only if it is chosen. `LazyPool` decodes position by position on that ground, an
 asked for; `PlainPool` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
 
 Axes: B rows of the pool, R of these that still draw, N candidates of a row so far, n new ones, K tokens per patch, Z
-latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, k some of the K.
+latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, M
+tokens to read, U the candidates that they are of, k some of the K.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import Pairs, class_sizes, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
+TOKENS_AT_ONCE = 2**11  # decoded at a time at most, so that memory doesn't grow with the width of the decoder
 PAIRS_AT_ONCE = 2**21  # distances made at a time
+UNKNOWN = -1  # id of a token that isn't decoded yet
 FINGERPRINT_VALUES = 64  # of each parameter
 
 logger = logging.get_logger(__name__)
@@ -95,14 +98,12 @@ class LazyPool(PlainPool):
     ):
         super().__init__(draw, rows_B, autoencoder, forbidden_KV)
         self.radius = radius
-        # Of each candidate its latent vector; of each token its half-decoded state. An unknown token's id is −1.
-        self.latents_BNZ, self.states_BNKd = self.tokens_BNK, self.tokens_BNK
+        self.latents_BNZ = self.tokens_BNK
 
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
-        states_nRKd = self.autoencoder.decode_states(latents_nRZ)
-        unknown_nRK = torch.full(states_nRKd.shape[:3], -1, device=rows_R.device)
+        patch_size = self.autoencoder.config.patch_size
+        unknown_nRK = torch.full((*latents_nRZ.shape[:2], patch_size), UNKNOWN, device=rows_R.device)
         self.latents_BNZ = self._grown(self.latents_BNZ, rows_R, latents_nRZ)
-        self.states_BNKd = self._grown(self.states_BNKd, rows_R, states_nRKd)
         self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, unknown_nRK)
 
     def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
@@ -146,15 +147,18 @@ class LazyPool(PlainPool):
 
     def _decode(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
         """Makes these tokens known."""
-        row, candidate, position = (wanted_RNK & (self.tokens_BNK[rows_R] < 0)).nonzero().unbind(-1)
-        if len(row):
-            index = rows_R[row], candidate, position
-            self.tokens_BNK[index] = self.read(*index)
+        row, candidate, position = (wanted_RNK & (self.tokens_BNK[rows_R] == UNKNOWN)).nonzero().unbind(-1)
+        for index in zip(*(index.split(TOKENS_AT_ONCE) for index in (rows_R[row], candidate, position)), strict=True):
+            if len(index[0]):
+                self.tokens_BNK[index] = self.read(*index)
 
-    def read(self, rows: Tensor, draws: Tensor, positions: Tensor) -> Tensor:
-        """The ids of so many tokens, each given by its row, the index of its candidate and its position."""
-        states = self.states_BNKd[tuple(index.to(self.states_BNKd.device) for index in (rows, draws, positions))]
-        return self.autoencoder.read_tokens(states, positions, self.forbidden_KV).to(rows.device)
+    def read(self, rows_M: Tensor, draws_M: Tensor, positions_M: Tensor) -> Tensor:
+        """The ids (M,) of tokens, each given by its row, the index of its candidate and its position."""
+        device = self.latents_BNZ.device
+        candidate_U, place_M = (rows_M * self.num_drawn + draws_M).unique(return_inverse=True)
+        states_UKd = self.autoencoder.decode_states(self.latents_BNZ.flatten(0, 1)[candidate_U.to(device)])
+        states_Md = states_UKd[place_M.to(states_UKd.device), positions_M.to(states_UKd.device)]
+        return self.autoencoder.read_tokens(states_Md, positions_M, self.forbidden_KV).to(rows_M.device)
 
 
 class EqualNeighbours:

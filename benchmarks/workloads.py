@@ -235,9 +235,9 @@ class LazyReplay(LazyPool):
         check_recorded(self.num_drawn + num_draws, self.patches_BMK)
         super().extend(rows_R, num_draws)
 
-    def read(self, rows: Tensor, draws: Tensor, positions: Tensor) -> Tensor:
-        super().read(rows, draws, positions)
-        return self.patches_BMK[rows, draws, positions]
+    def read(self, *index: Tensor) -> Tensor:
+        super().read(*index)
+        return self.patches_BMK[index]
 
     def places(self, rows_R: Tensor) -> Tensor:
         return self.latents_BMZ[rows_R, : self.num_drawn]
