@@ -6,8 +6,8 @@ only if it is chosen. `LazyPool` decodes position by position on that ground, an
 asked for; `PlainPool` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
 
 Axes: B rows of the pool, R of these that still draw, N candidates of a row so far, n new ones, K tokens per patch, Z
-latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, M
-tokens to read, U the candidates that they are of, k some of the K.
+latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, M tokens to read, U
+the candidates that they are of, k some of the K.
 """
 
 import hashlib
