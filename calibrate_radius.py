@@ -50,10 +50,8 @@ class Recording:
 
     def halves(self) -> tuple[Recording, Recording]:
         half = len(self.patches_CNK) // 2
-        first, second = slice(half), slice(half, None)
-        return tuple(
-            Recording(self.patches_CNK[part], self.latents_CNZ[part], self.radius) for part in (first, second)
-        )
+        first = Recording(self.patches_CNK[:half], self.latents_CNZ[:half], self.radius)
+        return first, Recording(self.patches_CNK[half:], self.latents_CNZ[half:], self.radius)
 
 
 def record_candidates(
@@ -132,7 +130,8 @@ def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
         raise ValueError(f"--device {device}: {first_line(error)}") from error
     if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
         raise ValueError(f"--model {name} is no CALM.")
-    return CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto")).to(device).eval()
+    model = CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto"))
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 
 def calibrate(model: CALMForCausalLM, temperature: float, num_candidates: int, steps: int) -> dict:

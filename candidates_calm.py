@@ -6,8 +6,8 @@ only if it is chosen. `LazyPool` decodes position by position on that ground, an
 asked for; `PlainPool` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
 
 Axes: B rows of the pool, R of these that still draw, N candidates of a row so far, n new ones, K tokens per patch, Z
-latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, M tokens to
-read, U the candidates that they are of, k some of the K.
+latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, M tokens to read, U
+the candidates that they are of, k some of the K.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .modeling_calm_autoencoder import CALMAutoencoder
@@ -49,7 +50,7 @@ class PlainPool:
     ):
         self.draw, self.rows_B, self.autoencoder, self.forbidden_KV = draw, rows_B, autoencoder, forbidden_KV
         self.num_drawn = 0
-        self.tokens_BNK: Tensor | None = None
+        self.tokens_BNK = torch.empty(len(rows_B), 0)  # nothing is known of what is not drawn
 
     def extend(self, rows_R: Tensor, num_draws: int) -> None:
         """Draws so many more for each of these rows, which must have drawn in every call before."""
@@ -60,11 +61,11 @@ class PlainPool:
         tokens_nRK = self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
         self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, tokens_nRK)
 
-    def _grown(self, old_BN: Tensor | None, rows_R: Tensor, new_nR: Tensor) -> Tensor:
+    def _grown(self, old_BN: Tensor, rows_R: Tensor, new_nR: Tensor) -> Tensor:
         """What is known of each candidate, and the same of new ones; zero for rows that don't draw."""
-        num_old = 0 if old_BN is None else old_BN.shape[1]
+        num_old = old_BN.shape[1]
         grown_BN = new_nR.new_zeros(len(self.rows_B), num_old + len(new_nR), *new_nR.shape[2:])
-        if old_BN is not None:
+        if num_old:
             grown_BN[:, :num_old] = old_BN
         grown_BN[rows_R.to(new_nR.device), num_old:] = new_nR.transpose(0, 1)
         return grown_BN
@@ -97,7 +98,7 @@ class LazyPool(PlainPool):
     ):
         super().__init__(draw, rows_B, autoencoder, forbidden_KV)
         self.radius = radius
-        self.latents_BNZ: Tensor | None = None
+        self.latents_BNZ = self.tokens_BNK
 
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
         patch_size = self.autoencoder.config.patch_size
@@ -179,7 +180,7 @@ class EqualNeighbours:
     ):
         num_rows, num_candidates = shape
         self.links_RL = torch.ones(num_rows, max(num_candidates - 1, 0), dtype=torch.bool, device=device)
-        if radius is not None:
+        if latents_RNZ is not None and radius is not None:
             self.links_RL &= (latents_RNZ[:, 1:] - latents_RNZ[:, :-1]).norm(dim=-1) <= radius
         if disjoint:
             self.links_RL[:, 1::2] = False
@@ -214,7 +215,7 @@ class EqualInRow:
     ):
         self.latents_RNZ, self.radius = latents_RNZ, radius
         self.class_RN = torch.zeros(shape, dtype=torch.long, device=device)
-        self.found_RN = None
+        self.found_RN: Tensor | None = None  # of `has_partner_RN`, until it has to be found anew
 
     @property
     def has_partner_RN(self) -> Tensor:
@@ -237,7 +238,7 @@ class EqualInRow:
 
     def _find_partners(self) -> Tensor:
         """Whether another candidate has the same tokens so far and lies within the radius, (R, N)."""
-        if self.radius is None:
+        if self.latents_RNZ is None or self.radius is None:
             return class_sizes(self.class_RN) > 1
         num_rows, num_candidates = self.class_RN.shape
         index_N = torch.arange(num_candidates, device=self.class_RN.device)
@@ -250,7 +251,7 @@ class EqualInRow:
         return found_RN
 
 
-def trusted_radius(model: nn.Module) -> float | None:
+def trusted_radius(model: PreTrainedModel) -> float | None:
     """The `repetition_radius` of a CALM, if it was measured at the weights that the model has now.
 
     None otherwise, after a warning (once) where there is a radius of other weights, or one that doesn't say of which.
@@ -269,7 +270,7 @@ def trusted_radius(model: nn.Module) -> float | None:
 
 
 @torch.no_grad()
-def weights_fingerprint(model: nn.Module) -> str | None:
+def weights_fingerprint(model: PreTrainedModel) -> str | None:
     """A short name for a model's weights, 16 hexadecimal digits; None where they can't be read (quantised, or on the
     meta device, as offloaded ones are).
 

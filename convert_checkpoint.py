@@ -267,7 +267,9 @@ def convert(
     """Writes the bundle of a published language model and its autoencoder to the new folder `output`.
 
     Args:
-        calm, autoencoder: Hub ids or folders.
+        calm: the published language model, a Hub id or folder.
+        autoencoder: the published autoencoder, a Hub id or folder.
+        output: the bundle's folder, new or empty.
         tokenizer: Hub id or folder with tokenizer.json; `None` takes the language model's.
         dtype: "float32", "bfloat16" or "float16"; `None` takes that of the language model's embedding matrix.
         name: what the model card calls the model; the folder's name by default.
@@ -287,7 +289,8 @@ def convert(
     sources = Repository(calm), Repository(autoencoder)
     config, shapes = build_config(*sources)
     places = place(*sources, shapes)
-    config.dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
+    written_dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
+    config.dtype = written_dtype
     tokenizer_folder = fetch(tokenizer, ["tokenizer.json"]) if tokenizer else sources[0].folder
     texts = bundle_texts(name or output.name, config, tokenizer_folder, *sources)
 
@@ -298,7 +301,7 @@ def convert(
         for file in code_files():
             shutil.copy(file, partial)
         write_safetensors(
-            partial / "model.safetensors", shapes, config.dtype, lambda key: merge(places[key], config.dtype)
+            partial / "model.safetensors", shapes, written_dtype, lambda key: merge(places[key], written_dtype)
         )
         os.replace(partial, output)
     except BaseException:

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors(ValueError, OSError):
         generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
     set_seed(options.seed)
+    assert generator.tokenizer is not None, "a pipeline of this task has one"
     streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)
     generator(
         options.prompt,

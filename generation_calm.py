@@ -128,9 +128,11 @@ def pack_prompts(
     """Re-packs prompts into patches, each row on its own: its padding is stripped and it ends with its last patch.
 
     Args:
-        input_ids, attention_mask (`(B, L)`): prompts, padded anywhere.
+        input_ids (`(B, L)`): prompts, padded anywhere.
+        attention_mask (`(B, L)`): 1 where a token is the prompt's own.
+        patch_size: K.
         filler_token_id: fills the first patch of a row on its left, and whole patches before it.
-        alignment: "left" so; "right" is the published way: the last patch is filled on its right instead.
+        alignment: "left", as said; "right" is the published way: the last patch is filled on its right instead.
         padding_token_id: the token that "right" fills with; by default the filler.
 
     Returns:
@@ -173,6 +175,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """Names the arguments that `generate` accepts beside its own; `write_patches` builds its inputs itself.
 
         Args:
+            input_ids: the prompts.
             prompt_alignment: "left" or "right", see `CALMConfig`.
             generator: a `torch.Generator` on the model's device in place of the global one.
             kwargs: inputs, and the options of `PatchSampling`.

@@ -57,6 +57,7 @@ class Pool(Protocol):
         """Class ids of all draws of these rows so far, (R, N): a draw's is the index of the first one equal to it.
 
         Args:
+            rows_R: numbers of the rows.
             pairs: of which pairs the ids must be equal exactly where the patches are: draws 2i and 2i + 1
                 ("disjoint"), i and i + 1 ("adjacent"), or all. Other equal draws may have two ids.
             likely_R: of each row the draw that will be chosen if all are distinct: its tokens may be read on this
@@ -343,8 +344,8 @@ def draw_log_weights(class_BN: Tensor, temperature: float) -> Tensor:
 def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> Tensor:
     """The batch rule's choice; index (B,).
 
-    It is a race: each draw takes an exponential time (its `exponential_noise`) ÷ its weight, and the first to arrive
-    is chosen.
+    Each draw's exponential noise ÷ its weight is an exponential variate too, with the weight for its rate; the draw
+    with the smallest is chosen, which is each in proportion to its weight.
     """
     return (draw_log_weights(class_BN, temperature).softmax(-1) / noise_BN).argmax(-1)
 
@@ -395,7 +396,7 @@ def first_accepted_attempt(
 
 
 def _restart_times(uniform_BN: Tensor, fraction: float) -> Tensor:
-    """Turn uniforms into the i >= 1 at which coins of probability alpha / i first say restart; N + 1 for later."""
+    """Turn uniforms into the i >= 1 of the first restart, each with probability alpha / i; N + 1 for later."""
     num_draws = uniform_BN.shape[-1]
     further_N = torch.arange(1, num_draws + 1, dtype=torch.float64)
     restarted_by_N = 1 - torch.cumprod(1 - fraction / further_N, dim=0)

@@ -112,7 +112,8 @@ def register_classes() -> None:
     transformers.AutoConfig.register(CALMConfig.model_type, CALMConfig, exist_ok=True)
     transformers.AutoModel.register(CALMConfig, CALMModel, exist_ok=True)
     transformers.AutoModelForCausalLM.register(CALMConfig, CALMForCausalLM, exist_ok=True)
-    transformers.CALMForCausalLM = CALMForCausalLM  # upstream's server asks for an attribute of this name
+    # Upstream's server asks for an attribute of this name.
+    transformers.CALMForCausalLM = CALMForCausalLM  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def start_upstream(arguments: list[str]) -> None:

@@ -11,18 +11,24 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 from .configuration_calm import CALMConfig
+
+if TYPE_CHECKING:  # the class that the hooks are mixed into is a model, too
+    from transformers.modeling_utils import PreTrainedModel
+
+    class _Base(PreTrainedModel, GenerationMixin): ...
+else:
+    _Base = GenerationMixin
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class GenerateCall:
         synced_gpus: whether other processes wait for this one's forward passes.
     """
 
-    stopping_criteria: StoppingCriteriaList
+    stopping_criteria: Callable[[Tensor, None], Tensor]
     goes_on: Callable[[bool, torch.device], bool]
     pad_token: Tensor | None = None
     bos_token: Tensor | None = None
@@ -228,11 +234,11 @@ def check_cache_package(generation_config: GenerationConfig) -> None:
             )
 
 
-class PatchGenerationMixin(GenerationMixin):
+class PatchGenerationMixin(_Base):
     """`GenerationMixin` for a model that writes whole patches: the hooks, around two methods of the model."""
 
     config: CALMConfig
-    __call__: Callable[..., Any]
+    generate: Callable[..., Any]  # upstream's, which types `self` as a protocol that no model satisfies
 
     @property
     def _upstream(self) -> Any:
@@ -256,7 +262,7 @@ class PatchGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
+        stopping_criteria: Callable[[Tensor, None], Tensor],
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,

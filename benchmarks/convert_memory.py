@@ -67,7 +67,7 @@ def gated_mlp(name: str, hidden: int, intermediate: int) -> Shapes:
 
 def language_model_shapes(hidden: int, intermediate: int) -> Shapes:
     """Published names and shapes of an energy model, its head under one of its two names."""
-    shapes = {"transformer.embed_tokens.weight": (VOCAB_SIZE, hidden), "transformer.norm.weight": (hidden,)}
+    shapes: Shapes = {"transformer.embed_tokens.weight": (VOCAB_SIZE, hidden), "transformer.norm.weight": (hidden,)}
     for number in range(LAYERS):
         layer = f"transformer.layers.{number}"
         shapes |= {f"{layer}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
@@ -89,7 +89,8 @@ def language_model_shapes(hidden: int, intermediate: int) -> Shapes:
 
 
 def autoencoder_shapes() -> Shapes:
-    hidden, shapes = AE_HIDDEN_SIZE, {"encoder.embed_tokens.weight": (VOCAB_SIZE, AE_HIDDEN_SIZE)}
+    hidden = AE_HIDDEN_SIZE
+    shapes: Shapes = {"encoder.embed_tokens.weight": (VOCAB_SIZE, hidden)}
     for part in ("encoder", "decoder"):
         shapes[f"{part}.norm.weight"] = (hidden,)
         for number in range(AE_LAYERS):

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ class Parts:
         methods: part → (object, name of its method), or a list of several.
     """
 
-    def __init__(self, meter: Meter, methods: dict[str, tuple[object, str] | list[tuple[object, str]]]):
+    def __init__(self, meter: Meter, methods: Mapping[str, tuple[object, str] | list[tuple[object, str]]]):
         self.meter, self.methods = meter, methods
         self.readings = defaultdict(list)
 

@@ -11,6 +11,7 @@ from statistics import fmean, median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm.benchmarks.workloads import Replay, write
@@ -32,7 +33,7 @@ class Subject:
         replay: candidates to impose on a CALM.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     prompts_BL: torch.Tensor
     settings: dict
     replay: Replay | None = None
@@ -64,7 +65,8 @@ class Subject:
                 "head": weight_bytes(model.head),
                 "decode": weight_bytes(model.autoencoder.decoder),
             }
-        is_output = model.get_output_embeddings().weight is embedding.weight
+        output = model.get_output_embeddings()
+        is_output = output is not None and output.weight is embedding.weight
         return {"backbone": weight_bytes(model, without=[] if is_output else [embedding])}
 
     def write(self, length: int, parts: Parts) -> int:

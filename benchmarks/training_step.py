@@ -152,6 +152,7 @@ class TrainingStep:
         cost = (calm_cost if is_calm(self.model) else ar_cost)(self.model.config, self.ids_BL.shape[1])
         flops = tokens * sum(cost.train_flops.values())
         state = [value for values in self.optimiser.state.values() for value in values.values()]
+        extra = [num_bytes for num_bytes in self.extra_bytes if num_bytes is not None]
         known = weight_bytes(self.model) + sum(s.numel() * s.element_size() for s in state)
         return {
             "step_ms": 1000 * seconds,
@@ -160,7 +161,7 @@ class TrainingStep:
             "tokens_per_second": tokens / seconds,
             "flops": flops,
             "mfu": flops / seconds / machine.flop_rate,
-            "peak_memory_bytes": None if None in self.extra_bytes else known + max(self.extra_bytes),
+            "peak_memory_bytes": known + max(extra) if len(extra) == len(self.extra_bytes) else None,
         }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.benchmarks.meters import wrapped
@@ -60,9 +60,12 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
     """The configuration of a recipe, of the demo, or of a model by its folder or Hub id."""
     if is_trained(name):
         try:
-            return load_config(model_folder(name, demo))
+            config = load_config(model_folder(name, demo))
         except OSError as error:
             raise BenchmarkError(f"{name} is neither a recipe nor a model: {str(error).splitlines()[0]}") from error
+        if not isinstance(config, CALMConfig | LlamaConfig):
+            raise BenchmarkError(f"{name} is neither a CALM nor a Llama: its model_type is {config.model_type!r}.")
+        return config
     recipe = load_recipe(name)
     if recipe.kind not in ("calm", "ar") or "vocab_size" not in recipe.model:
         raise BenchmarkError(f"the recipe {name} does not say the shape of a whole language model.")
@@ -79,8 +82,9 @@ def random_model(config: CALMConfig | LlamaConfig, device: torch.device, dtype: 
     without memory first: the usual initialisation would take minutes, and twice the memory for bfloat16.
     """
     with torch.device("meta"):
-        model = (CALMForCausalLM if isinstance(config, CALMConfig) else LlamaForCausalLM)(config)
-    model.to(dtype).to_empty(device=device)
+        model = CALMForCausalLM(config) if isinstance(config, CALMConfig) else LlamaForCausalLM(config)
+    model.to(dtype)  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
+    model.to_empty(device=device)
     model.tie_weights()
     model.base_model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # its buffers are computed, not loaded
     generator = torch.Generator(device).manual_seed(seed)
@@ -179,7 +183,7 @@ class Replay:
         self.generator = torch.Generator(recording.patches_CNK.device).manual_seed(seed)
 
     @contextmanager
-    def on(self, model: CALMForCausalLM):
+    def on(self, model: PreTrainedModel):
         patch_size = self.recording.patches_CNK.shape[-1]
         if not is_calm(model) or model.config.patch_size != patch_size:
             raise BenchmarkError(

@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierScore:
     """Score of one model; under torchrun every process takes its share of the blocks."""
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    assert state.device is not None, "a process has a device once its state is made"
     model = load_causal_lm(name, dtype, state.device)
     per_block = positions_per_block(model, args.block_size)
     max_blocks = None if args.max_positions is None else ceil(args.max_positions / per_block)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import ceil
+from typing import TypeGuard
 
 import torch
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from calm.evaluation.calm_estimator import count_calm
 from calm.modeling_calm import CALMForCausalLM
 
 
-def is_calm(model) -> bool:
+def is_calm(model) -> TypeGuard[CALMForCausalLM]:
     return model.config.model_type == CALMConfig.model_type
 
 
@@ -49,7 +50,8 @@ def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.d
     if isinstance(config, CALMAutoencoderConfig):
         raise ValueError(f"{name}: is an autoencoder, not a language model")
     model_class = CALMForCausalLM if isinstance(config, CALMConfig) else AutoModelForCausalLM
-    return model_class.from_pretrained(name, dtype=dtype).to(device).eval()
+    model = model_class.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 
 def positions_per_block(model, block_size: int) -> int:

@@ -237,6 +237,7 @@ class Plan:
     def config(self, stage: Stage):
         """The configuration that the training will make, before anything exists."""
         recipe = stage.resolved()
+        assert recipe.tokenizer is not None, "every training that is planned here names its tokenizer"
         tokenizer = self.stages[_place(recipe.tokenizer, self.output)]
         values = {**recipe.model, "vocab_size": tokenizer.resolved().model["vocab_size"]}
         if stage.kind == "calm":

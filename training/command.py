@@ -19,7 +19,7 @@ def report_cost(recipe: Recipe) -> None:
 @command
 def training_command(
     kind: str,
-    description: str,
+    description: str | None,
     train: Callable[[Recipe, str], None],
     argv: list[str] | None,
     dry_run: Callable[[Recipe], None] = report_cost,
@@ -28,6 +28,10 @@ def training_command(
 
     Args:
         kind: of the recipes that the command takes.
+        description: what `--help` says; the module's docstring.
+        train: given the recipe and `--resume`.
+        argv: the command line; `None` is that of the process.
+        dry_run: given the recipe.
     """
     parser = Parser(
         f"python -m calm.training.train_{kind}",

@@ -99,7 +99,9 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
     `init_from`, that of the model before, which a CALM's recipe changes.
 
     Args:
-        tokenizer, autoencoder: `None` only in a dry run, where they are not there yet; `init_from` has both.
+        recipe: states the rest.
+        tokenizer: `None` only in a dry run, where it is not there yet, and with `init_from`, which has one.
+        autoencoder: its configuration; `None` as for the tokenizer, and for what is no CALM.
 
     Raises:
         RecipeError: no model to go on from, an autoencoder with another vocabulary than the tokenizer, or a value that

@@ -55,7 +55,10 @@ def data_sets(
     """Documents → tokens → number of steps → blocks.
 
     Args:
+        options: where the documents are, and how they are cut.
+        tokenizer: whose tokens and whose filler.
         patch_size: K.
+        length: how long the training is to be.
         seed: of the order, the phases and the fillings.
         cache: folder of the token files.
         evaluates: whether held-out blocks are wanted.
@@ -147,7 +150,8 @@ class PackedBlocks(Dataset):
         self.random_phase = random_phase and seed is not None
         self.blocks_per_epoch = blocks_per_epoch(len(data.tokens), block_size, self.random_phase)
         self.num_blocks = self.blocks_per_epoch if num_blocks is None else num_blocks
-        self._epoch, self._order, self._phase = None, None, 0
+        self._epoch: int | None = None  # the one that order and phase are of
+        self._order, self._phase = np.arange(0), 0
 
     def __len__(self) -> int:
         return self.num_blocks
@@ -155,8 +159,8 @@ class PackedBlocks(Dataset):
     def summary(self) -> str:
         return f"{len(self.data.tokens):,} tokens, {self.num_blocks / self.blocks_per_epoch:.2f} epochs"
 
-    def _enter_epoch(self, epoch: int) -> None:
-        rng = np.random.default_rng([self.seed, epoch])
+    def _enter_epoch(self, seed: int, epoch: int) -> None:
+        rng = np.random.default_rng([seed, epoch])
         self._order = rng.permutation(self.blocks_per_epoch)
         self._phase = int(rng.integers(self.block_size)) if self.random_phase else 0
         self._epoch = epoch
@@ -170,7 +174,7 @@ class PackedBlocks(Dataset):
             start, filling = position * self.block_size, 0
         else:
             if epoch != self._epoch:
-                self._enter_epoch(epoch)
+                self._enter_epoch(self.seed, epoch)
             start = self._phase + int(self._order[position]) * self.block_size
             start, filling = self._fill(start, np.random.default_rng([self.seed, epoch, position]))
         ids = np.full(self.block_size, self.filler_token_id if filling else 0, dtype=np.int64)
@@ -274,9 +278,10 @@ class PatchCollator:
         lengths = [len(row["input_ids"]) for row in rows]
         longest = max(lengths) + -max(lengths) % self.patch_size
         ragged = min(lengths) < longest
-        if ragged and self.pad_token_id is None:
+        padding = self.pad_token_id if ragged else 0
+        if padding is None:
             raise DataError("rows of unequal length, or with a partial patch, need a pad token.")
-        input_ids = torch.full((len(rows), longest), self.pad_token_id if ragged else 0)
+        input_ids = torch.full((len(rows), longest), padding)
         labels = torch.full((len(rows), longest), -100)
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             whole = length - length % self.patch_size

@@ -27,7 +27,7 @@ from types import ModuleType
 
 from transformers import GenerationConfig
 
-from calm.benchmarks import repetitions
+from calm import calibrate_radius
 from calm.bundle_files import code_files, generation_defaults
 from calm.command_line import CommandError, Parser, command, known_errors
 from calm.configuration_calm import CALMConfig
@@ -119,7 +119,7 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[Phase
         training(train_autoencoder, "demo-autoencoder"),
         training(train_calm, "demo-backbone", "--autoencoder", str(folders["demo-autoencoder"])),
         training(train_calm, "demo", "--init_from", str(before)),
-        Phase(repetitions, [*measure, "--save"], calibrated, before=partial(bundle, folders["demo"])),
+        Phase(calibrate_radius, [*measure, "--save"], calibrated, before=partial(bundle, folders["demo"])),
     ]
 
 
@@ -136,8 +136,10 @@ def check_recipes(all_phases: Iterable[Phase]) -> None:
     """
     for phase in all_phases:
         recipe = phase.recipe()
-        saved = Path(recipe.output_dir) / "recipe.yaml" if recipe else None
-        if saved and saved.exists() and load_recipe(str(saved)) != recipe:
+        if recipe is None:
+            continue
+        saved = Path(recipe.output_dir) / "recipe.yaml"
+        if saved.exists() and load_recipe(str(saved)) != recipe:
             raise CommandError(
                 f"{saved.parent} was trained by another recipe than {recipe.name} is now: remove it, and what was "
                 "made of it, or choose another --runs."

@@ -220,6 +220,9 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
     """A split of a Hub data set, or of a folder that holds one.
 
     Args:
+        name: Hub id or folder.
+        config: which of the data set's configurations; `None` where it has one.
+        split: which of its splits.
         streaming: read while it is used, in place of downloading and caching it first.
         extra: of setup.cfg, which installs the package that this needs.
 
@@ -227,11 +230,12 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
         DataError: there is none within reach.
     """
     need("datasets", extra, "a Hub data set")
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (ConnectionError, FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError, ValueError, DatasetNotFoundError) as error:
         raise DataError(f"{name}: neither a file here nor a Hub dataset within reach ({error}).") from error
 
 

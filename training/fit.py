@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from calm.training.configuration import config_of, tokenizer_of
 from calm.training.data import Length, PatchCollator, data_sets
 from calm.training.recipe import Recipe, RecipeError
-from calm.training.trainer import CALMTrainer
+from calm.training.trainer import CALMTrainer, folder_of
 
 # Trainer's own settings that our trainer relies on.
 FIXED = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "prediction_loss_only": True}
@@ -62,7 +62,7 @@ def begin(recipe: Recipe) -> TrainingArguments:
     transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        folder_of(args).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"output_dir {args.output_dir}: {error.strerror}.") from error
     set_seed(args.seed)
@@ -73,6 +73,7 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
     """Trains what needs a tokenizer and no other model: the autoencoder or a Llama.
 
     Args:
+        recipe: names the tokenizer.
         resume: as in `fit`.
         model_class: whose configuration is that of the recipe's kind.
 
@@ -90,6 +91,9 @@ def fit(recipe: Recipe, model, tokenizer, patch_size: int, resume: str = "auto")
     """Trains, going on from the last checkpoint if there is one, and exports to the run's folder.
 
     Args:
+        recipe: what to train on, how long and how.
+        model: trained in place.
+        tokenizer: exported with the model.
         patch_size: K; 1 for a Llama.
         resume: "auto", or "never" to refuse a folder with checkpoints.
 
@@ -98,7 +102,8 @@ def fit(recipe: Recipe, model, tokenizer, patch_size: int, resume: str = "auto")
         TrainingStopped: the loss is no number, or a checkpoint is not of this model.
     """
     stated = training_arguments(recipe)
-    last = last_checkpoint(Path(stated.output_dir), resume)
+    folder = folder_of(stated)
+    last = last_checkpoint(folder, resume)
     batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
     with stated.main_process_first(desc="tokenising"):
         data = data_sets(
@@ -107,7 +112,7 @@ def fit(recipe: Recipe, model, tokenizer, patch_size: int, resume: str = "auto")
             patch_size,
             Length(batch_size, stated.num_train_epochs, stated.max_steps),
             seed=stated.seed if stated.data_seed is None else stated.data_seed,
-            cache=Path(recipe.data.cache_dir or Path(stated.output_dir) / "tokens"),
+            cache=Path(recipe.data.cache_dir or folder / "tokens"),
             evaluates=stated.eval_strategy != "no",
         )
     args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # all epochs are one to Trainer
@@ -120,7 +125,7 @@ def fit(recipe: Recipe, model, tokenizer, patch_size: int, resume: str = "auto")
         keep_checkpoints=recipe.training.get("save_total_limit", 2),
     )
     if trainer.is_world_process_zero():
-        recipe.save(Path(args.output_dir) / "recipe.yaml")
+        recipe.save(folder / "recipe.yaml")
         state = f"resuming from {last.name}" if last else "from the start"
         print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
     torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise

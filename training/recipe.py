@@ -191,6 +191,7 @@ def _read_sections(path: Path, above: tuple[Path, ...] = ()) -> dict[str, dict]:
     """The file's fields by section, "" for the recipe's own, laid over those of its base.
 
     Args:
+        path: the file.
         above: the files that name this one as their base, the first one first.
 
     Raises:

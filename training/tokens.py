@@ -108,6 +108,10 @@ def token_file(options: DataOptions, part: str, tokenizer, patch_size: int, fold
     """Tokens of the "train" or "validation" part of the data, out of the cache where they are there.
 
     Args:
+        options: where the documents are, and what stands between them.
+        part: "train" or "validation".
+        tokenizer: whose tokens.
+        patch_size: K, to which documents may be padded.
         folder: of the caches.
 
     Raises:

@@ -8,13 +8,15 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Sized
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
@@ -45,18 +47,23 @@ class CALMTrainer(Trainer):
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
         self._no_cache = {"use_cache": False} if has_cache else {}
         self._sums: dict[str, torch.Tensor] = {}
-        self._tokens, self._clock, self._first_step, self._last_batch = 0, None, 0, None
+        self._tokens, self._first_step = 0, 0
+        self._clock: float | None = None  # when the first batch since the last log came; None before
         self._cpu_clock = 0.0
+        self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def _get_train_sampler(self, *args, **kwargs):
+        assert isinstance(self.train_dataset, Sized), "Trainer asks for a sampler only then"
         return SequentialSampler(self.train_dataset)
 
     # loss and logs
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs) | self._no_cache
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, **self._no_cache}
         block_ids = inputs.pop("block_ids", None)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        both = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        assert isinstance(both, tuple), "return_outputs asks for both"
+        loss, outputs = both
         if model.training:
             if not torch.isfinite(loss):
                 self._stop(f"the loss is {loss.item()}", block_ids)
@@ -84,7 +91,10 @@ class CALMTrainer(Trainer):
         if "loss" in logs and self._last_batch is not None:
             steps = self.state.global_step - self._first_step
             for name, total in self._sums.items():
-                logs[name] = self.accelerator.reduce(total, "sum").item() / self._terms_per_step() / steps
+                of_all = self.accelerator.reduce(total, "sum")
+                assert isinstance(of_all, torch.Tensor), "as what it sums up"
+                logs[name] = of_all.item() / self._terms_per_step() / steps
+            assert self._clock is not None, "the first batch of these steps started it"
             seconds = time.perf_counter() - self._clock
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
             logs["tokens_per_cpu_second"] = round(self._tokens / (time.process_time() - self._cpu_clock), 1)
@@ -109,7 +119,7 @@ class CALMTrainer(Trainer):
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
             self._stop(f"the weights are not finite any more, {broken[0]} first")
-        run_folder = Path(self.args.output_dir)
+        run_folder = folder_of(self.args)
         unfinished = run_folder / UNFINISHED
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -138,22 +148,24 @@ class CALMTrainer(Trainer):
                 shutil.rmtree(folder)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
+        folder = folder_of(self.args) if output_dir is None else Path(output_dir)
         if self.args.should_save:
-            self._write_model(output_dir, state_dict)
+            self._write_model(folder, state_dict)
             if isinstance(self.model, WithAuxiliary):
                 state = state_dict or self.model.state_dict()
                 auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
-                safetensors.torch.save_file(auxiliary, Path(output_dir) / AUXILIARY_FILE)
-            torch.save(self.args, Path(output_dir) / "training_args.bin")
+                safetensors.torch.save_file(auxiliary, folder / AUXILIARY_FILE)
+            torch.save(self.args, folder / "training_args.bin")
 
-    def _write_model(self, folder, state_dict: dict | None) -> None:
+    def _write_model(self, folder: Path, state_dict: dict | None) -> None:
         """Weights, configuration and code, without the auxiliary loss. `state_dict` is the gathered one under FSDP."""
-        model = self.accelerator.unwrap_model(self.model)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        model: PreTrainedModel = without_auxiliary(unwrapped)  # pyright: ignore[reportAssignmentType]  # or PEFT's
         if state_dict is not None:
-            if isinstance(model, WithAuxiliary):
+            if isinstance(unwrapped, WithAuxiliary):
                 state_dict = state_without_auxiliary(state_dict)
-            model, state_dict = unsharded(without_auxiliary(model), state_dict)
-        without_auxiliary(model).save_pretrained(folder, state_dict=state_dict)
+            model, state_dict = unsharded(model, state_dict)
+        model.save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if model is None and isinstance(self.model, WithAuxiliary):
@@ -187,16 +199,24 @@ class CALMTrainer(Trainer):
 
         A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`.
         """
-        if hasattr(self.model, "merge_and_unload"):
+        folder = folder_of(self.args)
+        merge = getattr(self.model, "merge_and_unload", None)
+        if merge is not None:
             if self.args.should_save:
-                self.model.save_pretrained(Path(self.args.output_dir) / "adapter")
-            self.model = self.model.merge_and_unload()
+                self._write_model(folder / "adapter", None)
+            self.model = merge()
         state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
-            self._write_model(self.args.output_dir, state_dict)
-            save_tokenizer(tokenizer, self.args.output_dir)
-            self.state.save_to_json(str(Path(self.args.output_dir) / "trainer_state.json"))
+            self._write_model(folder, state_dict)
+            save_tokenizer(tokenizer, folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
+
+
+def folder_of(args: TrainingArguments) -> Path:
+    """Where a run writes."""
+    assert args.output_dir is not None, "upstream fills it in where it is left out"
+    return Path(args.output_dir)
 
 
 @contextlib.contextmanager
@@ -213,7 +233,8 @@ def keeping_use_cache(config):
 def bare(model: torch.nn.Module) -> torch.nn.Module:
     """The model itself, out of the auxiliary loss or a LoRA wrapper."""
     model = without_auxiliary(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_of = getattr(model, "get_base_model", None)
+    return model if base_of is None else base_of()
 
 
 def unsharded(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:
