@@ -121,9 +121,9 @@ def pack_prompts(
     input_ids: Tensor,
     attention_mask: Tensor,
     patch_size: int,
-    filler_token_id: int,
+    left_padding_token_id: int,
     alignment: str = "left",
-    padding_token_id: int | None = None,
+    right_padding_token_id: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Re-packs prompts into patches, each row on its own: its padding is stripped and it ends with its last patch.
 
@@ -131,9 +131,9 @@ def pack_prompts(
         input_ids (`(B, L)`): prompts, padded anywhere.
         attention_mask (`(B, L)`): 1 where a token is the prompt's own.
         patch_size: K.
-        filler_token_id: fills the first patch of a row on its left, and whole patches before it.
-        alignment: "left", as said; "right" is the published way: the last patch is filled on its right instead.
-        padding_token_id: the token that "right" fills with; by default the filler.
+        left_padding_token_id: left padding within the first patch of a row, and whole patches before it.
+        alignment: "left", as said; "right" is the published way: the padding is within the last patch, on its right.
+        right_padding_token_id: the token of that; by default the one on the left.
 
     Returns:
         ids `(B, P·K)` and the mask by patch `(B, P)`, 1 where the patch holds a token of the prompt. P is the largest
@@ -156,10 +156,12 @@ def pack_prompts(
     is_token = (index >= 0) & (index < lengths_B1)
     source = (width - lengths_B1 + index).clamp(0, max(width - 1, 0))
     packed = (
-        torch.where(is_token, compact.gather(1, source), filler_token_id) if width else column * 0 + filler_token_id
+        torch.where(is_token, compact.gather(1, source), left_padding_token_id)
+        if width
+        else column * 0 + left_padding_token_id
     )
-    if alignment == "right" and padding_token_id is not None:
-        packed = packed.masked_fill(index >= lengths_B1, padding_token_id)
+    if alignment == "right" and right_padding_token_id is not None:
+        packed = packed.masked_fill(index >= lengths_B1, right_padding_token_id)
     patch_index = torch.arange(num_patches, device=input_ids.device)
     return packed, (patch_index >= num_patches - patches_B1).long()
 
@@ -307,16 +309,16 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if input_ids.shape[1] == 0 or not bool(mask.any(-1).all()):
             input_ids, mask = self._start_empty_rows(input_ids, mask, call.bos_token)
         pad = 0 if call.pad_token is None else int(call.pad_token)
-        # The filler is the model's: a pad token given to this call only marks where rows have ended.
-        filler = self.config.prompt_filler_token_id
-        filler = self.config.pad_token_id if filler is None else filler
+        # The left padding is the model's: a pad token given to this call only marks where rows have ended.
+        left_padding = self.config.prompt_filler_token_id
+        left_padding = self.config.pad_token_id if left_padding is None else left_padding
         packed, patch_mask = pack_prompts(
             input_ids,
             mask,
             self.config.patch_size,
-            filler_token_id=pad if filler is None else filler,
+            left_padding_token_id=pad if left_padding is None else left_padding,
             alignment=model_kwargs.get("prompt_alignment") or self.config.prompt_alignment,
-            padding_token_id=pad,
+            right_padding_token_id=pad,
         )
         return {"input_ids": packed, "attention_mask": patch_mask}
 

@@ -282,17 +282,19 @@ def test_no_cache_and_static_cache_give_the_same_text(model):
 def test_pack_prompts_by_hand():
     ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8], [0, 0, 0, 0, 9]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
-    packed, patches = pack_prompts(ids, mask, 2, filler_token_id=77)
+    packed, patches = pack_prompts(ids, mask, 2, left_padding_token_id=77)
     assert packed.tolist() == [[77, 77, 77, 1, 2, 3], [77, 4, 5, 6, 7, 8], [77, 77, 77, 77, 77, 9]]
     assert patches.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
-    packed, patches = pack_prompts(ids, mask, 2, filler_token_id=77, alignment="right", padding_token_id=99)
+    packed, patches = pack_prompts(
+        ids, mask, 2, left_padding_token_id=77, alignment="right", right_padding_token_id=99
+    )
     assert packed.tolist() == [[77, 77, 1, 2, 3, 99], [4, 5, 6, 7, 8, 99], [77, 77, 77, 77, 9, 99]]
     assert patches.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
 
 
 def test_pack_prompts_strips_padding_anywhere():
     mask = torch.tensor([[1, 0, 1, 1, 0]])
-    packed, patches = pack_prompts(torch.tensor([[1, 0, 2, 3, 0]]), mask, 4, filler_token_id=9)
+    packed, patches = pack_prompts(torch.tensor([[1, 0, 2, 3, 0]]), mask, 4, left_padding_token_id=9)
     assert packed.tolist() == [[9, 1, 2, 3]] and patches.tolist() == [[1]]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.modeling_calm import CALMForCausalLM
+from calm.modeling_calm import CALMForCausalLM, next_patches
 from calm.token_flow_head_calm import TokenChain
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights
@@ -39,7 +39,7 @@ class MultiTokenLoss(TokenChain):
             labels (`(B, L)`): the ids at the same positions as the hidden states' patches; −100 is left out.
             num_items_in_batch: number of counted labels in the whole accumulated batch.
         """
-        labels_BPK = labels.unflatten(1, (-1, self.patch_size))[:, 1:]
+        labels_BPK = next_patches(labels, self.patch_size)
         logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0))
         total = F.cross_entropy(logits.flatten(0, 2).float(), labels_BPK.flatten(), reduction="sum")
         count = (labels_BPK != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
