@@ -23,7 +23,7 @@ from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import Pairs, class_sizes, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
-TOKENS_AT_ONCE = 2**11  # decoded at a time at most, so that memory doesn't grow with the width of the decoder
+TOKENS_AT_ONCE = 2000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
 PAIRS_AT_ONCE = 2**21  # distances made at a time
 UNKNOWN = -1  # id of a token that isn't decoded yet
 FINGERPRINT_VALUES = 64  # of each parameter
@@ -241,12 +241,14 @@ class EqualInRow:
         if self.latents_RNZ is None or self.radius is None:
             return class_sizes(self.class_RN) > 1
         num_rows, num_candidates = self.class_RN.shape
-        index_N, found = torch.arange(num_candidates, device=self.class_RN.device), []
+        index_N = torch.arange(num_candidates, device=self.class_RN.device)
+        found_RN = torch.empty_like(self.class_RN, dtype=torch.bool)
         for index_C in index_N.split(max(1, PAIRS_AT_ONCE // max(1, num_rows * num_candidates))):
             near_RCN = torch.cdist(self.latents_RNZ[:, index_C], self.latents_RNZ) <= self.radius
             near_RCN &= self.class_RN[:, index_C, None] == self.class_RN[:, None]
-            found.append((near_RCN & (index_C[:, None] != index_N)).any(-1))
-        return torch.cat(found, dim=1)
+            near_RCN &= index_C[:, None] != index_N
+            found_RN[:, index_C] = near_RCN.any(-1)
+        return found_RN
 
 
 def trusted_radius(model: PreTrainedModel) -> float | None:
