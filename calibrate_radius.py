@@ -9,7 +9,7 @@ second half must hold no such two further apart, or the measurement is refused. 
 model's config.json, and what it was measured at: a model with other weights doesn't use it.
 """
 
-# C recorded steps, N candidates, K tokens per patch, Z latent size
+# B texts, C recorded steps of all texts, N candidates, K tokens per patch, Z latent size
 
 from __future__ import annotations
 

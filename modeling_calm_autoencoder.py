@@ -1,6 +1,7 @@
 """The CALM autoencoder: K tokens to one Gaussian latent vector, and back (paper section 2).
 
-Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, d hidden size, Z latent size, V vocabulary.
+Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, d hidden size, Z latent size, V vocabulary, M single
+states of any patches (m of a chunk), T rows of a tile of the vocabulary.
 """
 
 from dataclasses import dataclass
@@ -120,9 +121,9 @@ class AutoencoderDecoder(nn.Module):
         """The most probable tokens, (M,), of single states from `expand`, without ever holding all their logits.
 
         On a CPU, rows of a large vocabulary are screened (`VocabularyScreen`), in float32 and where no token is
-        forbidden. Otherwise works through tiles of the
-        vocabulary with a running maximum; where the output matrix can't be cut, as it is quantised, offloaded or
-        adapted, through the layer itself, a few states at a time. Of equal logits the lowest id wins, as in argmax.
+        forbidden. Otherwise works through tiles of the vocabulary with a running maximum; where the output matrix
+        can't be cut, as it is quantised, offloaded or adapted, through the layer itself, a few states at a time. Of
+        equal logits the lowest id wins, as in argmax.
         """
         states_Md = self.finish(states_Md)
         positions_M = positions_M.to(states_Md.device)

@@ -7,7 +7,7 @@ candidate of every step is decoded in full. Lazy decoding, without the radius an
 repetitions, and the choice with the same seed must be the same patch. Every token is read through `VocabularyScreen`,
 too, however small the vocabulary, and compared.
 
-Axes: C recorded steps, N candidates, K tokens per patch, M states, V vocabulary, d width.
+Axes: C recorded steps, N candidates, K tokens per patch, Z latent size, M states, V vocabulary, d width.
 """
 
 from __future__ import annotations

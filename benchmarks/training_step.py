@@ -20,6 +20,8 @@ All times are medians, in ms.
 `torch.cdist`, at P = 1024, N = 8, S = 100, Z = 128, in turns.
 """
 
+# B rows, L tokens of a row, P patches, N samples of a patch, S posterior samples, Z latent size
+
 from __future__ import annotations
 
 import argparse

@@ -7,8 +7,8 @@
   must be decoded to know it, is as it was there: real draws in the order they came. So is which candidates
   the demo's `repetition_radius` tells apart, if it has one.
 
-Axes: B batch, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of a row,
-Z latent size.
+Axes: B batch, L tokens, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of a
+row, D hidden size, Z latent size.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ reads the block once per position. Here the block is read once, its key-value ca
 the block up to its own position, its own earlier tokens, and nothing of the other branches.
 """
 
-# B blocks, L tokens, P patches, K tokens per patch, D hidden, V vocabulary, N branches, C cached positions
+# B blocks, L tokens, P patches, K tokens per patch, D hidden, Z latent, V vocabulary, N branches, M of them,
+# C cached positions
 
 from __future__ import annotations
 
@@ -100,8 +101,8 @@ class CalmReader(TreeReader):
     @torch.no_grad()
     def draw(self, states_D: torch.Tensor, num_samples: int, generator=None) -> torch.Tensor:
         """Sampled next patches as token ids, (num_samples, ..., K), of hidden states (..., D)."""
-        latents_NZ = self.model.head.sample(states_D, num_samples=num_samples, generator=generator)
-        return self.model.autoencoder.decode_tokens(latents_NZ)
+        latents_Z = self.model.head.sample(states_D, num_samples=num_samples, generator=generator)
+        return self.model.autoencoder.decode_tokens(latents_Z)
 
 
 class RereadingReader:

@@ -6,6 +6,8 @@ A CALM is scored from two samples of every position, any other causal LM by the 
 block length (longer contexts predict better) and on the tokenizer: compare models at the same of both.
 """
 
+# B blocks, L tokens
+
 from __future__ import annotations
 
 import argparse

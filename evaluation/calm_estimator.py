@@ -10,7 +10,7 @@ tokens would end in the next block.
 """
 
 # B blocks, L tokens, P patches, K tokens per patch, D hidden, M positions, N positions that still matter,
-# 2 the two continuations, k their tokens so far
+# 2 the two continuations, k their tokens so far, T their tokens in the end
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def count_calm(
 ) -> BrierCounts:
     """Counts of one batch of blocks.
 
-    reader: besides BlockReader's methods, draw(states (..., D), num_samples, generator) -> tokens (N, ..., K).
+    reader: besides BlockReader's methods, draw(states (..., D), num_samples, generator) -> tokens
+        (num_samples, ..., K).
     chunk: positions of a block that branch at the same time; bounds the memory of their mask.
     Raises ValueError when a block is no multiple of K or has too few patches for one position.
     """
@@ -57,11 +58,11 @@ def _two_continuations(reader, states_BMD, positions_M, targets_BM4, patch_size,
     """(B, M, 2, 4) token ids; those that no longer matter stay -1 and -2, which agree with nothing."""
     blocks, positions = targets_BM4.shape[:2]
     steps, device = ceil(MAX_N / patch_size), positions_M.device
-    tokens_BM2L = torch.tensor([-1, -2], device=device).view(1, 1, 2, 1)
-    tokens_BM2L = tokens_BM2L.repeat(blocks, positions, 1, steps * patch_size)
+    tokens_BM2T = torch.tensor([-1, -2], device=device).view(1, 1, 2, 1)
+    tokens_BM2T = tokens_BM2T.repeat(blocks, positions, 1, steps * patch_size)
 
     so_far_BN2k = reader.draw(states_BMD, 2, generator=generator).movedim(0, 2)
-    tokens_BM2L[..., :patch_size] = so_far_BN2k
+    tokens_BM2T[..., :patch_size] = so_far_BN2k
     index_BN = torch.arange(positions, device=device).expand(blocks, -1)
     pair = torch.arange(2, device=device)
     reader.start(positions_M.repeat_interleave(2).expand(blocks, -1))
@@ -75,8 +76,8 @@ def _two_continuations(reader, states_BMD, positions_M, targets_BM4, patch_size,
         next_BN2K = reader.draw(states_BND, 1, generator=generator)[0].unflatten(1, (-1, 2))
         so_far_BN2k = torch.cat([so_far_BN2k, next_BN2K], dim=-1)
         rows_B1 = torch.arange(blocks, device=device).unsqueeze(1)
-        tokens_BM2L[rows_B1, index_BN, :, step * patch_size : (step + 1) * patch_size] = next_BN2K
-    return tokens_BM2L[..., :MAX_N]
+        tokens_BM2T[rows_B1, index_BN, :, step * patch_size : (step + 1) * patch_size] = next_BN2K
+    return tokens_BM2T[..., :MAX_N]
 
 
 def _matters(tokens_BN2k, targets_BN4) -> torch.Tensor:
