@@ -41,13 +41,12 @@ experiments: .venv/.full
 clean:
 	rm -rf .venv .venv-compat *.egg-info
 
-# Editors and pyright follow paths, not the import hook of an editable install, so a folder with a link is put there.
+# pyright, in an editor too, follows paths and not the import hook of an editable install: extraPaths names this link.
 .venv/.base: $(SOURCES) constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	mkdir -p .venv/packages
 	ln -sfn ../.. .venv/packages/calm
-	echo "$(CURDIR)/.venv/packages" > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/calm.pth"
 	touch $@
 
 .venv/.full: .venv/.base

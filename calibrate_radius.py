@@ -34,6 +34,10 @@ MARGIN = 1.5
 NUM_TEXTS = 8
 
 
+class CalibrationError(ValueError):
+    """A model that no radius can be measured on; the message says why."""
+
+
 @dataclass
 class Recording:
     """Candidates that a CALM drew while it wrote, in their order.
@@ -64,10 +68,10 @@ def record_candidates(
 ) -> Recording:
     """All candidates of so many steps of each of several texts, which the model writes from BOS on.
 
-    Raises ValueError where the model has no BOS.
+    Raises CalibrationError where the model has no BOS.
     """
     if model.config.bos_token_id is None:
-        raise ValueError("the model's config.json has no bos_token_id, with which its texts would begin.")
+        raise CalibrationError("the model's config.json has no bos_token_id, with which its texts would begin.")
     recorded = []
     hook = model.head.register_forward_hook(lambda _, __, latents_NBZ: recorded.append(latents_NBZ.transpose(0, 1)))
     start = torch.full((num_texts, 1), model.config.bos_token_id, device=model.device)
@@ -104,22 +108,23 @@ def largest_distance(recording: Recording) -> float:
 def calibrated_radius(recording: Recording) -> float | None:
     """The radius that the first half of a recording gives and the second half bears out.
 
-    None where no two candidates of the first half are the same patch. Raises ValueError where two of the second half
-    are, further apart than that.
+    None where no two candidates of the first half are the same patch. Raises CalibrationError where two of the second
+    half are, further apart than that.
     """
     first, second = (largest_distance(half) for half in recording.halves())
     if first == 0:
         return None
     if second > MARGIN * first:
-        raise ValueError(
+        raise CalibrationError(
             f"the same patch was found {second:.3g} apart in the second half of the steps, where the first half gives "
             f"a radius of {MARGIN * first:.3g}: take more --steps."
         )
     return MARGIN * first
 
 
-def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
-    """
+def load(name: str, device: str) -> CALMForCausalLM:
+    """The model in the checkpoint's own type, without a radius: that of before must not decide what is drawn.
+
     Raises:
         ValueError: there is no such device, or the model is no CALM.
         OSError: there is no model.
@@ -130,19 +135,32 @@ def load(name: str, device: str, dtype: str) -> CALMForCausalLM:
         raise ValueError(f"--device {device}: {first_line(error)}") from error
     if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
         raise ValueError(f"--model {name} is no CALM.")
-    model = CALMForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto"))
+    model = CALMForCausalLM.from_pretrained(name, dtype="auto", repetition_radius=None)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 
-def calibrate(model: CALMForCausalLM, temperature: float, num_candidates: int, steps: int) -> dict:
+def calibrate(
+    model: CALMForCausalLM, temperature: float, num_candidates: int, steps: int, dtype: torch.dtype | None = None
+) -> dict:
     """The two fields of config.json: the radius, and what it was measured at.
 
+    Args:
+        model: as the checkpoint has it, for its weights are what the radius is tied to.
+        temperature: T of the texts.
+        num_candidates: N.
+        steps: patches of each text.
+        dtype: in which the model is to draw; `None` leaves it as it is.
+
     Raises:
-        ValueError: the halves of the steps contradict each other, or the weights can't be read.
+        CalibrationError: the halves of the steps contradict each other, the weights can't be read, or no BOS.
     """
     weights = weights_fingerprint(model)
     if weights is None:
-        raise ValueError("the weights can't be read (are they quantised?), so a radius could not be tied to them.")
+        raise CalibrationError(
+            "the weights can't be read (are they quantised?), so a radius could not be tied to them."
+        )
+    if dtype is not None:
+        model = model.to(dtype)  # pyright: ignore[reportArgumentType]  # as in `load`
     radius = calibrated_radius(record_candidates(model, temperature, num_candidates, steps))
     measured_at = {
         "weights": weights,
@@ -184,10 +202,10 @@ def main(argv: list[str] | None = None) -> None:
         check_num_candidates(options.num_candidates, options.temperature)
         if options.steps < 2:
             raise ValueError(f"--steps {options.steps}: one half measures, the other checks, so at least 2.")
-        model = load(options.model, options.device, options.dtype)
-    model.config.repetition_radius = None  # the radius of before must not decide what is drawn
-    with known_errors(ValueError):
-        fields = calibrate(model, options.temperature, options.num_candidates, options.steps)
+        model = load(options.model, options.device)
+    dtype = DTYPES.get(options.dtype)
+    with known_errors(CalibrationError):
+        fields = calibrate(model, options.temperature, options.num_candidates, options.steps, dtype)
     if fields["repetition_radius"] is None:
         print("no candidate came twice, so there is no radius to measure.")
     print(json.dumps(fields, indent=2))

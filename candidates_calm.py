@@ -254,13 +254,21 @@ class EqualInRow:
 def trusted_radius(model: PreTrainedModel) -> float | None:
     """The `repetition_radius` of a CALM, if it was measured at the weights that the model has now.
 
-    None otherwise, after a warning (once) where there is a radius of other weights, or one that doesn't say of which.
+    None otherwise, after a warning (once) where there is a radius of other weights, one that doesn't say of which, or
+    weights that can't be read.
     """
     config = model.config
     if config.repetition_radius is None:
         return None
     measured_at = (config.repetition_radius_measured_at or {}).get("weights")
-    if measured_at is not None and measured_at == weights_fingerprint(model):
+    weights = weights_fingerprint(model)
+    if weights is None:
+        logger.warning_once(
+            "repetition_radius is not used, because weights that are quantised or offloaded can't be compared with "
+            "those it was measured at: generation stays right and takes longer."
+        )
+        return None
+    if measured_at == weights:
         return config.repetition_radius
     logger.warning_once(
         "repetition_radius is not used, because config.json doesn't show that it was measured at the weights this "
@@ -274,15 +282,18 @@ def weights_fingerprint(model: PreTrainedModel) -> str | None:
     """A short name for a model's weights, 16 hexadecimal digits; None where they can't be read (quantised, or on the
     meta device, as offloaded ones are).
 
-    It is made of some values of each parameter, rounded to bfloat16: the same weights have the same name in float32
-    and bfloat16, on every device, tied or not. Training changes so many values that it can't go unnoticed.
+    It is made of some values of each parameter, in all of its rows and columns, rounded to bfloat16: the same weights
+    have the same name in float32 and bfloat16 (not in float16, which has another range), on every device, tied or not.
+    Training changes so many values that it can't go unnoticed; a change of few values, as of one token's, can.
     """
+    # Multiples of the golden ratio, modulo 1, spread evenly, and their places have no common step with any row.
+    places = torch.arange(FINGERPRINT_VALUES, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
     samples = []
     for _, parameter in model.named_parameters(remove_duplicate=False):
         weight = parameter.data
         if type(weight) is not Tensor or not weight.is_floating_point() or weight.device.type == "meta":
             return None
-        values = weight.reshape(-1)
-        values = values[:: max(1, len(values) // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
+        index = (places * weight.numel()).long().to(weight.device)
+        values = weight.reshape(-1)[index] if weight.numel() else weight.reshape(-1)
         samples.append(values.to(torch.bfloat16).view(torch.int16).cpu())
     return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]

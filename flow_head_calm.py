@@ -49,8 +49,9 @@ class ModulatedMLP(nn.Module):
         """time: integer steps, broadcastable to x's leading axes."""
         # In rows, for a solver's time is one number, and quantised layers take no single vectors.
         features = self._time_features(time, x.dtype).view(-1, TIME_FEATURES)
-        condition = self.act(self.time_embed(features).view(*time.shape, -1) + self.context_embed(context))
         hidden = self.input_proj(x)
+        embedded = self.time_embed(features).view(*time.shape, hidden.shape[-1])
+        condition = self.act(embedded + self.context_embed(context))
         for block in self.blocks:
             hidden = block(hidden, condition)
         shift, scale = self.out_modulation(condition).chunk(2, dim=-1)

@@ -214,7 +214,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         finished, plan = False, BlockPlan()
-        radius = trusted_radius(self) if self._decodes_lazily(sampling) else None
+        compares = not sampling.do_sample or sampling.temperature < 1
+        radius = trusted_radius(self) if compares and self._decodes_lazily(sampling) else None
         while call.goes_on(finished, input_ids.device):
             outputs = self(
                 **inputs,

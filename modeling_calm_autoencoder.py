@@ -267,8 +267,10 @@ class CALMAutoencoder(PreTrainedModel):
             **kwargs: not used; Trainer passes some.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `latents`.
+            ValueError: both or neither of `input_ids` and `latents`, or labels for what is not to be scored.
         """
+        if labels is not None and (latents is not None or not output_logits):
+            raise ValueError("The autoencoder got labels, but it scores only what it encodes and decodes.")
         if latents is not None and input_ids is None:
             return CALMAutoencoderOutput(logits=self.decoder(latents))
         if latents is not None or input_ids is None:

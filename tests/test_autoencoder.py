@@ -124,3 +124,17 @@ def test_config_refuses(fields, sentence):
 def test_refuses_broken_patches():
     with pytest.raises(ValueError, match="6 tokens a row, no multiple of patch_size=4"):
         autoencoder().encoder(some_ids(2, 6))
+
+
+def test_a_part_alone_gives_its_outputs_and_no_loss():
+    model, ids = autoencoder().train(), some_ids()
+    outputs = model(ids, output_logits=False)
+    assert torch.equal(outputs.mean, model.encoder(ids)[0]) and outputs.logits is None  # uncorrupted, in training too
+    latents = torch.randn(3, 16)
+    assert torch.equal(model(latents=latents).logits, model.decoder(latents))
+    for given in ({"latents": latents}, {"input_ids": ids, "output_logits": False}):
+        with pytest.raises(ValueError, match="it scores only what it encodes and decodes"):
+            model(labels=ids, **given)
+    for given in ({}, {"input_ids": ids, "latents": latents}):
+        with pytest.raises(ValueError, match="takes either input_ids, to encode and decode, or latents"):
+            model(**given)

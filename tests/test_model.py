@@ -129,8 +129,9 @@ def test_loss_counts_whole_later_patches(head_type):
     torch.testing.assert_close(items, expected.sum() * 4 / 100)
 
 
-def test_loss_without_targets_is_zero_and_differentiable():
-    model, ids = tiny_model().train(), some_ids(1, 4)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_loss_without_targets_is_zero_and_differentiable(head_type):
+    model, ids = tiny_model(head_type).train(), some_ids(1, 4)
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert loss.item() == 0
