@@ -122,8 +122,8 @@ def calibrated_radius(recording: Recording) -> float | None:
     return MARGIN * first
 
 
-def load(name: str, device: str) -> CALMForCausalLM:
-    """The model in the checkpoint's own type, without a radius: that of before must not decide what is drawn.
+def load(name: str, device: str, dtype: torch.dtype | str = "auto", **changes) -> CALMForCausalLM:
+    """The CALM of a folder or Hub id, with changes of its configuration.
 
     Raises:
         ValueError: there is no such device, or the model is no CALM.
@@ -135,7 +135,7 @@ def load(name: str, device: str) -> CALMForCausalLM:
         raise ValueError(f"--device {device}: {first_line(error)}") from error
     if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
         raise ValueError(f"--model {name} is no CALM.")
-    model = CALMForCausalLM.from_pretrained(name, dtype="auto", repetition_radius=None)
+    model = CALMForCausalLM.from_pretrained(name, dtype=dtype, **changes)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 
@@ -202,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         check_num_candidates(options.num_candidates, options.temperature)
         if options.steps < 2:
             raise ValueError(f"--steps {options.steps}: one half measures, the other checks, so at least 2.")
-        model = load(options.model, options.device)
+        # In the checkpoint's own type, and without the radius of before, which must not decide what is drawn.
+        model = load(options.model, options.device, repetition_radius=None)
     dtype = DTYPES.get(options.dtype)
     with known_errors(CalibrationError):
         fields = calibrate(model, options.temperature, options.num_candidates, options.steps, dtype)

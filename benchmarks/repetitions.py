@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         check_num_candidates(options.num_candidates, options.temperature)
         if options.steps < 1:
             raise ValueError(f"--steps {options.steps}: must be at least 1.")
-        model = load(options.model, "cpu", "float32")
+        model = load(options.model, "cpu", torch.float32)
     radius = trusted_radius(model)
     recording = record_candidates(model, options.temperature, options.num_candidates, options.steps, seed=SEED)
     report(model, Recording(recording.patches_CNK, recording.latents_CNZ, radius), options.temperature)

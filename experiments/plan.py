@@ -106,6 +106,7 @@ class Plan:
         self.corpus, self.output, self.max_steps = corpus, output, max_steps
         self.evaluation = self.content["evaluation"]
         self.stages: dict[str, Stage] = {}
+        self._costs: dict[str, Cost] = {}
         self.tables = [self._table(**table) for table in self.content["tables"]]
 
     def of_groups(self, groups: list[str] | None) -> list[Stage]:
@@ -253,7 +254,9 @@ class Plan:
         return make_config(LlamaConfig, values)
 
     def cost(self, stage: Stage) -> Cost:
-        return recipe_cost(stage.resolved(), self.config(stage))
+        if stage.name not in self._costs:
+            self._costs[stage.name] = recipe_cost(stage.resolved(), self.config(stage))
+        return self._costs[stage.name]
 
     def phases(self, stage: Stage) -> list[Stage]:
         """The trainings that made the model, the first one first: itself and what it goes on from."""
