@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.training.recipe import CONFIGS, Recipe, RecipeError
@@ -150,11 +151,18 @@ def tokenizer_fields(tokenizer) -> dict:
 
 
 def make_config(config_class, values: dict):
-    """The configuration; a value that it refuses becomes a `RecipeError`."""
+    """The configuration.
+
+    Raises:
+        RecipeError: a value that it, or the model made of it, would refuse.
+    """
     try:
-        return config_class(**values)
+        config = config_class(**values)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+    if config.hidden_act not in ACT2FN:
+        raise RecipeError(f"hidden_act={config.hidden_act!r}: must be one of {', '.join(sorted(ACT2FN))}.")
+    return config
 
 
 # the dry run
