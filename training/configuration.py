@@ -111,14 +111,21 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
         before = config_before(recipe)
-        if recipe.kind != "calm":
-            return before
-        # A repetition radius is measured on the weights, which change now.
-        return make_config(CALMConfig, before.to_dict() | {"repetition_radius": None} | recipe.model)
+        return changed_config(recipe, before) if recipe.kind == "calm" else before
     if recipe.kind == "calm":
         return make_config(CALMConfig, _calm_values(recipe, tokenizer, autoencoder))
     stated = {"max_position_embeddings": recipe.data.block_size} if recipe.kind == "ar" else {}
     return make_config(config_class, {**stated, **recipe.model, **tokenizer_fields(tokenizer)})
+
+
+def changed_config(recipe: Recipe, before: CALMConfig) -> CALMConfig:
+    """The configuration of the CALM before, as the recipe changes it.
+
+    Raises:
+        RecipeError: a value that makes no sense.
+    """
+    # A repetition radius is measured on the weights, which change now.
+    return make_config(CALMConfig, before.to_dict() | {"repetition_radius": None} | recipe.model)
 
 
 def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig | None) -> dict:
