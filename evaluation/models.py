@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.ar_estimator import causal_lm_reader, count_ar

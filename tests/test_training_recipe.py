@@ -165,7 +165,7 @@ def test_a_value_that_is_missing_or_of_another_kind_is_refused(words, message, c
         ("autoencoder", "--hidden_act nonsense", "hidden_act='nonsense': must be one of gelu, "),
         ("ar", "--lr_scheduler_type cosine --lr_scheduler_kwargs 3", "lr_scheduler_kwargs=3: must have fields"),
         ("ar", "--lr_scheduler_type cosine --lr_scheduler_kwargs {hills:3}", "lr_scheduler_type cosine: "),
-        ("ar", "--lr_scheduler_type linear --lr_scheduler_kwargs hills", "lr_scheduler_type linear: "),
+        ("ar", "--lr_scheduler_type linear --lr_scheduler_kwargs hills", "lr_scheduler_kwargs='hills': must have"),
     ],
 )
 def test_a_run_refuses_it_before_it_makes_anything(kind, words, message, tmp_path, capsys):

@@ -79,10 +79,12 @@ def check_schedule(args: TrainingArguments) -> None:
     Raises:
         RecipeError: it cannot be made.
     """
-    steps = max(1, args.max_steps)
+    steps, settings = max(1, args.max_steps), args.lr_scheduler_kwargs
+    if isinstance(settings, str):
+        raise RecipeError(f"lr_scheduler_kwargs={settings!r}: must have fields, as in '{{num_cycles: 2}}'.")
     try:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}") from error
 

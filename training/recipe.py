@@ -263,16 +263,17 @@ def _settle_upstreams(sections: dict[str, dict], kind: str) -> None:
 
 def _settled(key: str, value, wanted: str):
     """The value, as a field takes it whose type is printed as `wanted`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is True and "bool" not in wanted:
         raise RecipeError(f"{key} needs a value: --{key} VALUE.")
     if value is None or (isinstance(value, list) and key.endswith("_token_id")):  # there may be several
         return value
-    if wanted in (str(int), str(float)) and not is_number:
-        raise RecipeError(f"{key}={value!r}: must be a number.")
     if "dict" in wanted and not isinstance(value, dict | str):
         raise RecipeError(f"{key}={value!r}: must have fields, as in --{key} '{{name: value}}'.")
-    if wanted != str(int):
+    if wanted not in (str(int), str(float)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecipeError(f"{key}={value!r}: must be a number.")
+    if wanted == str(float):
         return value
     if not float(value).is_integer():
         raise RecipeError(f"{key}={value!r}: must be a whole number.")
