@@ -51,6 +51,13 @@ def writable(path: str) -> Path:
     return Path(path)
 
 
+def positive(text: str) -> int:
+    """For `type=` of an option that says how many."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1.")
+    return int(text)
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """`main`, which from now on returns an exit code: its own, 0 for None, or 2 after one line on a `CommandError`."""
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import transformers
 from transformers import TextStreamer, pipeline, set_seed
 
-from calm.command_line import CommandError, Parser, command, known_errors
+from calm.command_line import CommandError, Parser, command, known_errors, positive
+from calm.generation_calm import PatchSampling
+from calm.samplers_calm import check_temperature
 
 MODEL = Path(__file__).parent
 
@@ -17,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("prompt", nargs="?", default="Once upon a time, there was a little girl named Lily.")
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 1]; the lower, the surer")
-    parser.add_argument("--max_new_tokens", type=int, default=160)
+    parser.add_argument("--max_new_tokens", type=positive, default=160)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.model == str(MODEL) and not (MODEL / "config.json").is_file():  # an installed package has no weights
@@ -25,7 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with known_errors(ValueError, OSError):
+        check_temperature(options.temperature)
         generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
+        stated = generator.model.generation_config
+        PatchSampling.from_generation_config(stated, do_sample=True, temperature=options.temperature)  # or refuses it
     set_seed(options.seed)
     assert generator.tokenizer is not None, "a pipeline of this task has one"
     streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)

@@ -1,5 +1,6 @@
 """Draws docs/architecture.png: `make figures`."""
 
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+
+from calm.command_line import Parser, command
 
 BACKBONE, HEAD, AUTOENCODER, TEXT = "#3b6ea5", "#b5542b", "#4b8b5a", "#f4f1ea"
 PATCHES = ["Once·upon·a·time", ",·there·was·a", "·little·girl·named"]
@@ -50,5 +53,11 @@ def draw() -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+@command
+def main(argv: list[str] | None = None) -> None:
+    Parser("python docs/draw_architecture.py", __doc__).parse_args(argv)
     draw().savefig(Path(__file__).with_name("architecture.png"), dpi=110, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from calm.command_line import Parser, command
+
 DOCS = Path(__file__).parent
 WEIGHTS = DOCS.parent / "model.safetensors"
 DIGITS = 12
@@ -45,8 +47,10 @@ def stale(figures: list[Figures], weights: str) -> list[str]:
     return [f"{f.document}: {f.what}, measured at {f.weights}: {f.command}" for f in figures if f.weights != weights]
 
 
-def main() -> int:
+@command
+def main(argv: list[str] | None = None) -> int:
     """1 where there are any."""
+    Parser("python docs/stale_figures.py", __doc__).parse_args(argv)
     weights = digits_of(WEIGHTS)
     lines = stale(all_figures(), weights)
     print("\n".join(lines) if lines else f"all figures are of the bundled weights, {weights}")

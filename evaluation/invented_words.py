@@ -8,6 +8,7 @@ Words are runs of letters and apostrophes, case apart; the last of a text, which
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -16,8 +17,11 @@ from collections.abc import Iterable
 import torch
 from transformers import set_seed
 
-from calm.command_line import Parser, command, known_errors, writable
-from calm.evaluation.models import is_calm, load_causal_lm
+from calm.command_line import Parser, command, known_errors, positive, writable
+from calm.configuration_calm import CALMConfig
+from calm.evaluation.models import is_calm, load_causal_lm, load_config
+from calm.generation_calm import PatchSampling
+from calm.samplers_calm import check_num_candidates, check_temperature
 from calm.training.documents import expand_paths, read_documents
 from calm.training.tokenizer import load_tokenizer
 
@@ -48,21 +52,47 @@ def continuations(model, tokenizer, prompt: str, num_texts: int, seed: int, **op
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("python -m calm.evaluation.invented_words", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM or another causal LM")
     parser.add_argument("--text", required=True, nargs="+", help="files whose words are taken for known")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--num_candidates", type=int, help="of a CALM (default: the model's own)")
-    parser.add_argument("--num_texts", type=int, default=16)
-    parser.add_argument("--max_new_tokens", type=int, default=160)
+    parser.add_argument("--num_candidates", type=positive, help="of a CALM (default: the model's own)")
+    parser.add_argument("--num_texts", type=positive, default=16)
+    parser.add_argument("--max_new_tokens", type=positive, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=writable, help="write the figures")
     args = parser.parse_args(argv)
+    for temperature in args.temperature:
+        if temperature <= 0:
+            parser.error(f"--temperature {temperature:g}: must be more than 0")
+    return args
+
+
+def load(args: argparse.Namespace):
+    """The model and its tokenizer. What a CALM could not do is refused before it is loaded, as far as it can be.
+
+    Raises:
+        ValueError: a CALM doesn't sample at such a temperature, or not with so few candidates; no language model.
+        OSError: there is no model.
+    """
+    has_patches = isinstance(load_config(args.model), CALMConfig)
+    for temperature in args.temperature if has_patches else []:
+        check_temperature(temperature)
+        if args.num_candidates:
+            check_num_candidates(args.num_candidates, temperature)
+    model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
+    for temperature in args.temperature if has_patches and not args.num_candidates else []:  # the model's own
+        PatchSampling.from_generation_config(model.generation_config, do_sample=True, temperature=temperature)
+    return model, tokenizer
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     with known_errors(ValueError, OSError):
-        model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
+        model, tokenizer = load(args)
         known = vocabulary_of(read_documents(expand_paths(args.text)))
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     if is_calm(model) and args.num_candidates:

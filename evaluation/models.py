@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import TypeGuard
 
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
@@ -18,6 +21,7 @@ from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N, BrierCounts
 from calm.evaluation.calm_estimator import count_calm
 from calm.modeling_calm import CALMForCausalLM
+from calm.training.extras import need
 
 
 def is_calm(model) -> TypeGuard[CALMForCausalLM]:
@@ -25,26 +29,40 @@ def is_calm(model) -> TypeGuard[CALMForCausalLM]:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The configuration of a folder or Hub id, of one of our models or another.
+    """The configuration of a folder or Hub id, of one of our models or another; of an adapter, its base's.
 
     Ours load with this package's code: nothing is registered, and no code of the repository asked for.
 
     Raises:
         OSError: there is none.
+        MissingPackage: it is an adapter, and PEFT is not installed.
+        ValueError: it is an adapter that names no base.
     """
     fields, _ = PretrainedConfig.get_config_dict(name)
+    if not fields and (adapter := find_adapter_config_file(name)):
+        name = _base_of(name, Path(adapter))
+        fields, _ = PretrainedConfig.get_config_dict(name)
     for config_class in (CALMConfig, CALMAutoencoderConfig):
         if fields.get("model_type") == config_class.model_type:
             return config_class.from_dict(fields)
     return AutoConfig.from_pretrained(name)
 
 
+def _base_of(name: str, adapter: Path) -> str:
+    """The model that an adapter is of, as its adapter_config.json names it."""
+    need("peft", "train", f"the adapter {name}")
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{name}: is an adapter whose adapter_config.json names no base_model_name_or_path.")
+    return base
+
+
 def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
-    """The model of a folder or Hub id, CALM or not, in eval mode.
+    """The model of a folder or Hub id, CALM or not, in eval mode; of a PEFT adapter, its base with the adapter on it.
 
     Raises:
         OSError: there is none.
-        ValueError: it is no language model.
+        ValueError: it is no language model, or as `load_config`.
     """
     config = load_config(name)
     if isinstance(config, CALMAutoencoderConfig):

@@ -1,4 +1,4 @@
-"""Every command of the package, and how it refuses: code 2, nothing but one line "error: …" on stderr."""
+"""Every command, and how it refuses: code 2, nothing but one line "error: …" on stderr."""
 
 import importlib
 import re
@@ -12,15 +12,15 @@ STARTS = '\nif __name__ == "__main__":'
 
 
 def commands() -> dict[str, str]:
-    """Module → how one types it, of every module of the package that runs."""
-    files = [*ROOT.glob("*.py"), *(path for part in _packages() for path in (ROOT / part).glob("*.py"))]
+    """Module → how one types it, of every module that runs, those of docs/ too, which are not installed."""
+    files = [*ROOT.glob("*.py"), *(path for part in [*_packages(), "docs"] for path in (ROOT / part).glob("*.py"))]
     found = {}
     for path in sorted(files):
         if STARTS in path.read_text(encoding="utf-8"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             module = ".".join(["calm", *(part for part in parts if part != "__main__")])
-            is_script = len(parts) == 1 and module not in TYPED_AS_MODULES
-            found[module] = f"python {path.name}" if is_script else f"python -m {module}"
+            is_script = parts[0] == "docs" or len(parts) == 1 and module not in TYPED_AS_MODULES
+            found[module] = f"python {path.relative_to(ROOT)}" if is_script else f"python -m {module}"
     return found
 
 

@@ -112,6 +112,19 @@ def test_a_dry_run_lists_the_phases_and_makes_nothing(corpus, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("max_steps", [1, 2, 5, 64, 100, None])
+def test_the_radius_is_measured_in_two_steps_at_least(tmp_path, max_steps):
+    """For one half of them measures, and the other checks."""
+    words = phases(tmp_path, tmp_path / "runs", max_steps)[-1].words
+    assert words[words.index("--steps") + 1] == {1: "2", 100: "64", None: "64"}.get(max_steps, str(max_steps))
+
+
+@pytest.mark.parametrize("max_steps", [0, -1])
+def test_no_steps_are_refused(tmp_path, capsys, max_steps):
+    error = refusal(capsys, main, "--corpus", tmp_path, "--runs", tmp_path / "runs", "--max_steps", max_steps)
+    assert error.startswith(f"argument --max_steps: {max_steps}: must be a whole number of at least 1")
+
+
 def test_a_failed_phase_ends_the_run(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--corpus", str(tmp_path / "nowhere"), "--runs", str(tmp_path / "runs")]) == 2

@@ -11,10 +11,12 @@ import torch
 from commands import refusal
 from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, folder  # noqa: F401 (a fixture)
 from tiny import VOCAB_SIZE
+from torch import nn
 
 from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.brier_lm import main
 from calm.evaluation.models import count_model, load_causal_lm
+from calm.training.models import with_lora
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -75,6 +77,44 @@ def test_comparison_of_models_and_plot(folder, tmp_path, monkeypatch, capsys):
     assert rows[0].endswith("| 24 | 30 |")  # 12 patches: 10 positions a block, 3 blocks
     assert rows[1].endswith("| 24 | 40 |")  # 20 positions a block, 2 blocks
     assert (tmp_path / "brier_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def loss_of(model, blocks):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(input_ids=blocks, labels=blocks).loss.item()
+
+
+@pytest.mark.parametrize("name", ["ar", "calm"])
+def test_an_adapter_is_its_base_with_the_adapter_on_it(folder, tmp_path, monkeypatch, name):
+    """As LoRA training writes it: without a configuration and a tokenizer of its own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    adapted = with_lora(load_causal_lm(str(folder / name)), rank=2)
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    blocks = torch.randint(VOCAB_SIZE, (2, 12))
+    loaded = load_causal_lm(str(tmp_path / "adapter"))
+    base, merged = load_causal_lm(str(folder / name)), adapted.merge_and_unload().eval()
+    assert type(loaded) is type(base) and not loaded.training
+    losses = [loss_of(model, blocks) for model in (loaded, merged, base)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != pytest.approx(losses[2], rel=1e-2)
+
+    text = folder / "text.jsonl.xz"
+    run(tmp_path, "--tokenizer", folder / name, "--json", tmp_path / "out.json", model=("adapter",), data=text)
+    [result] = json.loads((tmp_path / "out.json").read_text())
+    assert result["model"] == str(tmp_path / "adapter") and result["positions"] > 0
+
+
+def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    error = refusal(capsys, lambda _: run(folder, model=(tmp_path,)))
+    assert error.startswith(f"{tmp_path}: is an adapter whose adapter_config.json names no base_model_name_or_path")
+    monkeypatch.setattr("calm.training.extras.importlib.util.find_spec", lambda package: None)
+    assert "needs peft" in refusal(capsys, lambda _: run(folder, model=(tmp_path,)))
 
 
 @pytest.mark.parametrize(

@@ -176,3 +176,33 @@ def test_invented_words_command(folder, tmp_path, capsys, kind):
 def test_invented_words_of_a_text_that_is_not_there(folder, capsys):
     error = refusal(capsys, invented_words.main, "--model", folder / "calm", "--text", "missing.txt")
     assert "missing.txt: no such file" in error
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--temperature", "0.5", "2"], "temperature=2.0: sampling needs a temperature in (0, 1]"),
+        (["--temperature", "0"], "--temperature 0: must be more than 0"),
+        (["--num_candidates", "1", "--temperature", "0.5"], "num_candidates=1 is too few for temperature=0.5"),
+        (["--num_candidates", "0"], "argument --num_candidates: 0: must be a whole number of at least 1"),
+        (["--max_new_tokens", "0"], "argument --max_new_tokens: 0: must be a whole number of at least 1"),
+        (["--num_texts", "some"], "argument --num_texts: some: must be a whole number of at least 1"),
+    ],
+)
+def test_invented_words_refuses_what_cannot_be_sampled_before_it_loads_the_model(
+    folder, capsys, monkeypatch, options, message
+):
+    monkeypatch.setattr(invented_words, "load_causal_lm", None)
+    options = ["--model", folder / "calm", "--text", folder / "text.jsonl.xz", *options]
+    assert refusal(capsys, invented_words.main, *options).startswith(message)
+
+
+def test_invented_words_refuses_a_temperature_that_the_model_s_own_candidates_are_too_few_for(folder, capsys):
+    options = ["--model", folder / "calm", "--text", folder / "text.jsonl.xz", "--temperature", "0.004"]
+    error = refusal(capsys, invented_words.main, *options)
+    assert error.startswith("num_candidates=200 is too few for temperature=0.004")
+
+
+def test_invented_words_of_a_transformer_may_be_flatter(folder, capsys):
+    options = ["--text", str(folder / "text.jsonl.xz"), "--temperature", "2", "--max_new_tokens", "5"]
+    assert invented_words.main(["--model", str(folder / "ar"), *options]) == 0

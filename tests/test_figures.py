@@ -1,15 +1,13 @@
 """The figures in README and docs that speak of the bundled weights: each with its command, none older than those."""
 
-import importlib.util
 import re
 import shlex
 
 import pytest
 from commands import COMMANDS, ROOT, main_of
 
-spec = importlib.util.spec_from_file_location("stale_figures", ROOT / "docs" / "stale_figures.py")
-stale_figures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stale_figures)
+from calm.docs import stale_figures
+
 FIGURES = stale_figures.all_figures()
 
 
@@ -44,10 +42,10 @@ def test_no_figure_is_older_than_the_weights():
 
 
 def test_other_weights_make_every_figure_stale(monkeypatch, tmp_path, capsys):
-    assert stale_figures.main() == 0
+    assert stale_figures.main([]) == 0
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     monkeypatch.setattr(stale_figures, "WEIGHTS", tmp_path / "model.safetensors")
     capsys.readouterr()
-    assert stale_figures.main() == 1
+    assert stale_figures.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(FIGURES) and all(f.command in line for f, line in zip(FIGURES, lines, strict=True))

@@ -8,6 +8,7 @@ from training_helpers import make_workshop, train
 
 from calm.modeling_calm import CALMForCausalLM
 from calm.training.configuration import config_of
+from calm.training.models import build
 from calm.training.recipe import load_recipe
 
 FAST = {
@@ -85,6 +86,16 @@ def test_another_head_can_be_put_on_the_backbone(fields, start, tmp_path):
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     assert CALMForCausalLM.from_pretrained(tmp_path / "run").config.head_type == "flow"
     assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("head."))
+
+
+def test_a_new_head_has_the_dtype_of_the_model_that_it_is_put_on(fields, start, tmp_path):
+    """Which is that of the checkpoint with transformers 5, float32 with 4."""
+    CALMForCausalLM.from_pretrained(start).bfloat16().save_pretrained(tmp_path / "half")
+    recipe = load_recipe(fields["recipe"], {"init_from": str(tmp_path / "half"), "head_type": "flow"})
+    model = build(recipe, tokenizer=None)
+    assert len({parameter.dtype for parameter in model.parameters()}) == 1
+    ids = torch.randint(20, (2, 16))
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
 
 
 def test_the_radius_of_the_weights_before_is_forgotten(tmp_path):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import COMMANDS, train
+from commands import refusal
+from tiny import tiny_tokenizer
+from training_helpers import COMMANDS, RECIPES, train
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, get_scheduler
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
@@ -141,13 +143,47 @@ def test_every_field_of_a_section_can_be_overridden(section):
         ("--learning_rate high", "learning_rate='high': must be a number"),
         ("--hidden_size", "hidden_size needs a value"),
         ("--hidden_size wide", "hidden_size='wide': must be a number"),
+        ("--hidden_size 2.5", "hidden_size=2.5: must be a whole number"),
+        ("--num_hidden_layers 1 2", "num_hidden_layers=[1, 2]: must be a number"),
+        ("--max_steps .inf", "max_steps=inf: must be a whole number"),
+        ("--max_steps false", "max_steps=False: must be a number"),
         ("--optim", "optim needs a value"),
+        ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs=3: must have fields"),
+        ("--hidden_act nonsense", "hidden_act='nonsense': must be one of gelu, "),
     ],
 )
 def test_a_value_that_is_missing_or_of_another_kind_is_refused(words, message, capsys):
     assert COMMANDS["calm"](["--recipe", "calm-m", "--dry_run", *words.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "kind, words, message",
+    [
+        ("autoencoder", "--num_encoder_layers 2.5", "num_encoder_layers=2.5: must be a whole number"),
+        ("autoencoder", "--hidden_act nonsense", "hidden_act='nonsense': must be one of gelu, "),
+        ("ar", "--lr_scheduler_type cosine --lr_scheduler_kwargs 3", "lr_scheduler_kwargs=3: must have fields"),
+        ("ar", "--lr_scheduler_type cosine --lr_scheduler_kwargs {hills:3}", "lr_scheduler_type cosine: "),
+        ("ar", "--lr_scheduler_type linear --lr_scheduler_kwargs hills", "lr_scheduler_kwargs='hills': must have"),
+    ],
+)
+def test_a_run_refuses_it_before_it_makes_anything(kind, words, message, tmp_path, capsys):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    own = ["--tokenizer", tmp_path / "tokenizer", "--output_dir", tmp_path / "run", "--train_files", "nowhere.jsonl"]
+    words = ["--recipe", RECIPES / f"{kind}.yaml", *own, *words.replace(":", ": ").split(" ", 3)]
+    assert refusal(capsys, COMMANDS[kind], *words).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_whole_numbers_may_be_written_as_powers_of_ten():
+    recipe = load_recipe("calm-m", parse_command_line("--max_steps 1e4 --num_hidden_layers 1e1".split()))
+    assert (recipe.training["max_steps"], recipe.model["num_hidden_layers"]) == (10_000, 10)
+    assert type(recipe.training["max_steps"]) is type(recipe.model["num_hidden_layers"]) is int
+
+
+def test_there_may_be_several_ends():
+    assert load_recipe("calm-m", parse_command_line(["--eos_token_id", "2", "3"])).model["eos_token_id"] == [2, 3]
 
 
 @pytest.mark.parametrize("words", ["--bf16", "--gradient_checkpointing", "--append_eos", "--tie_word_embeddings"])
@@ -196,7 +232,7 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path):
         ("base: other.yaml", "no recipe 'other.yaml' to be its base"),
         ("base: mine.yaml", "its bases lead back to it (mine.yaml -> mine.yaml)"),
         ("base: calm-m\nwithout: [kl_weight]", "without 'kl_weight': its base has no such field"),
-        ("kind: calm\nwithout: [beta]", "no recipe None to be its base"),
+        ("kind: calm\nwithout: [beta]", "without leaves fields of a base out, and the recipe names no base"),
         ("kind: calm\nmodel: [4]", "section model must have fields"),
         ("- calm", "a recipe has fields"),
         ("kind: {", "cannot be read"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.training.recipe import CONFIGS, Recipe, RecipeError
@@ -110,14 +111,21 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
         before = config_before(recipe)
-        if recipe.kind != "calm":
-            return before
-        # A repetition radius is measured on the weights, which change now.
-        return make_config(CALMConfig, before.to_dict() | {"repetition_radius": None} | recipe.model)
+        return changed_config(recipe, before) if recipe.kind == "calm" else before
     if recipe.kind == "calm":
         return make_config(CALMConfig, _calm_values(recipe, tokenizer, autoencoder))
     stated = {"max_position_embeddings": recipe.data.block_size} if recipe.kind == "ar" else {}
     return make_config(config_class, {**stated, **recipe.model, **tokenizer_fields(tokenizer)})
+
+
+def changed_config(recipe: Recipe, before: CALMConfig) -> CALMConfig:
+    """The configuration of the CALM before, as the recipe changes it.
+
+    Raises:
+        RecipeError: a value that makes no sense.
+    """
+    # A repetition radius is measured on the weights, which change now.
+    return make_config(CALMConfig, before.to_dict() | {"repetition_radius": None} | recipe.model)
 
 
 def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig | None) -> dict:
@@ -150,11 +158,18 @@ def tokenizer_fields(tokenizer) -> dict:
 
 
 def make_config(config_class, values: dict):
-    """The configuration; a value that it refuses becomes a `RecipeError`."""
+    """The configuration.
+
+    Raises:
+        RecipeError: a value that it, or the model made of it, would refuse.
+    """
     try:
-        return config_class(**values)
+        config = config_class(**values)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+    if config.hidden_act not in ACT2FN:
+        raise RecipeError(f"hidden_act={config.hidden_act!r}: must be one of {', '.join(sorted(ACT2FN))}.")
+    return config
 
 
 # the dry run

@@ -29,7 +29,7 @@ from transformers import GenerationConfig
 
 from calm import calibrate_radius
 from calm.bundle_files import code_files, generation_defaults
-from calm.command_line import CommandError, Parser, command, known_errors
+from calm.command_line import CommandError, Parser, command, known_errors, positive
 from calm.configuration_calm import CALMConfig
 from calm.training import demo_corpus, train_autoencoder, train_calm, train_tokenizer
 from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line
@@ -37,7 +37,7 @@ from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command
 UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
-NUM_CANDIDATES = 1000  # of the demo's generation_config.json; docs/log.md, 2026-11-23, the first demo model
+DEMO_CANDIDATES = 1000  # of the demo's generation_config.json; docs/log.md, 2026-11-23, the first demo model
 RADIUS_STEPS = 64  # docs/speed.md
 PACKAGE = Path(__file__).parents[1]
 
@@ -112,7 +112,8 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[Phase
     before = folders["demo-backbone"] / f"checkpoint-{_steps('demo-backbone', max_steps)}"
     read = ["--corpus", str(corpus), "--output", str(text)]
     tokenizer = ["--recipe", "demo-tokenizer", *train, "--output_dir", str(_unfinished(folders["demo-tokenizer"]))]
-    measure = ["--model", str(_unfinished(calibrated)), "--steps", str(min(max_steps or RADIUS_STEPS, RADIUS_STEPS))]
+    radius_steps = min(max(max_steps or RADIUS_STEPS, 2), RADIUS_STEPS)  # one half measures, the other checks
+    measure = ["--model", str(_unfinished(calibrated)), "--steps", str(radius_steps)]
     return [
         Phase(demo_corpus, read, text / "validation.jsonl"),
         Phase(train_tokenizer, tokenizer, folders["demo-tokenizer"]),
@@ -149,7 +150,7 @@ def check_recipes(all_phases: Iterable[Phase]) -> None:
 def bundle(trained: Path, folder: Path) -> None:
     """Copies a trained model, without code and log, to the new folder, with the demo's settings of generation."""
     shutil.copytree(trained, folder, ignore=lambda _, names: [name for name in names if name not in FILES])
-    settings = generation_defaults(CALMConfig.from_pretrained(trained)) | {"num_candidates": NUM_CANDIDATES}
+    settings = generation_defaults(CALMConfig.from_pretrained(trained)) | {"num_candidates": DEMO_CANDIDATES}
     GenerationConfig(**settings).save_pretrained(folder)
 
 
@@ -179,7 +180,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corpus", required=True, type=Path, metavar="DIR")
     parser.add_argument("--output", type=Path, help="where the model's files go (default: demo-model in --runs)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of what is made on the way")
-    parser.add_argument("--max_steps", type=int, help="at most so many steps of each training, to try it out")
+    parser.add_argument("--max_steps", type=positive, help="at most so many steps of each training, to try it out")
     parser.add_argument("--dry_run", action="store_true", help="print the phases, and exit")
     return parser.parse_args(argv)
 

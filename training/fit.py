@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments, get_scheduler, set_seed
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from calm.training.configuration import config_of, tokenizer_of
 from calm.training.data import Length, PatchCollator, data_sets
@@ -55,10 +55,14 @@ def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
 def begin(recipe: Recipe) -> TrainingArguments:
     """Before the model is made: checks Trainer's arguments, quiets third-party logs, makes the folder, sets the seed.
 
+    Returns:
+        Trainer's arguments as stated.
+
     Raises:
         RecipeError: Trainer refuses a value, or the folder cannot be made.
     """
     args = training_arguments(recipe)
+    check_schedule(args)
     transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
     try:
@@ -67,6 +71,22 @@ def begin(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"output_dir {args.output_dir}: {error.strerror}.") from error
     set_seed(args.seed)
     return args
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Makes the schedule of learning rates as Trainer will, which does so after the model and the data.
+
+    Raises:
+        RecipeError: it cannot be made.
+    """
+    steps, settings = max(1, args.max_steps), args.lr_scheduler_kwargs
+    if isinstance(settings, str):
+        raise RecipeError(f"lr_scheduler_kwargs={settings!r}: must have fields, as in '{{num_cycles: 2}}'.")
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}") from error
 
 
 def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
@@ -82,26 +102,28 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
     """
     tokenizer = tokenizer_of(recipe)
     config = config_of(recipe, tokenizer)
-    begin(recipe)
+    stated = begin(recipe)
     model = model_class.from_pretrained(recipe.init_from) if recipe.init_from else model_class(config)
-    fit(recipe, model, tokenizer, getattr(config, "patch_size", 1), resume)
+    fit(recipe, stated, model, tokenizer, getattr(config, "patch_size", 1), resume)
 
 
-def fit(recipe: Recipe, model, tokenizer, patch_size: int, resume: str = "auto") -> CALMTrainer:
+def fit(
+    recipe: Recipe, stated: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
+) -> CALMTrainer:
     """Trains, going on from the last checkpoint if there is one, and exports to the run's folder.
 
     Args:
         recipe: what to train on, how long and how.
+        stated: what `begin` returned.
         model: trained in place.
         tokenizer: exported with the model.
         patch_size: K; 1 for a Llama.
         resume: "auto", or "never" to refuse a folder with checkpoints.
 
     Raises:
-        RecipeError, DataError: the folder, Trainer's arguments or the data are not as they must be.
+        RecipeError, DataError: the folder or the data are not as they must be.
         TrainingStopped: the loss is no number, or a checkpoint is not of this model.
     """
-    stated = training_arguments(recipe)
     folder = folder_of(stated)
     last = last_checkpoint(folder, resume)
     batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size

@@ -11,7 +11,7 @@ from calm.configuration_calm import HEADS, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
-from calm.training.configuration import autoencoder_config_of, config_of
+from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of
 from calm.training.extras import need
 from calm.training.recipe import Recipe, RecipeError
 
@@ -23,18 +23,29 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         RecipeError: as `config_of`, or no autoencoder.
     """
     if recipe.init_from:
-        config = config_of(recipe)
-        is_new = config.head_type != CALMConfig.from_pretrained(recipe.init_from).head_type
-        model = CALMForCausalLM.from_pretrained(recipe.init_from, config=config, ignore_mismatched_sizes=is_new)
-        if is_new:  # heads of two types have layers of one name
-            model.head = HEADS[config.head_type](config)
-            model.head.apply(model._init_weights)
+        before = config_before(recipe)
+        config = changed_config(recipe, before)
+        load = CALMForCausalLM.from_pretrained if config.head_type == before.head_type else with_new_head
+        model = load(recipe.init_from, config=config)
         fit_head(model, Path(recipe.init_from) / AUXILIARY_FILE)
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
     model.autoencoder.load_state_dict(CALMAutoencoder.from_pretrained(recipe.autoencoder).state_dict())
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
     fit_head(model)
+    return model
+
+
+def with_new_head(name: str, config: CALMConfig) -> CALMForCausalLM:
+    """The model of a folder or Hub id with a new head of another type in place of its own.
+
+    Heads of two types have layers of one name, so nothing of the head before may stay. What a head's constructor fills
+    is kept only where it is called outside `from_pretrained`.
+    """
+    model = CALMForCausalLM.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+    model.head = HEADS[config.head_type](config)
+    model.head.apply(model._init_weights)
+    model.head.to(model.dtype)
     return model
 
 

@@ -173,7 +173,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
             data[key] = [data[key]]
     _check_types(own, Recipe)
     _check_types(data, DataOptions)
-    _check_upstreams(sections, kind)
+    _settle_upstreams(sections, kind)
     return Recipe(data=DataOptions(**data), model=sections["model"], training=sections["training"], **own)
 
 
@@ -210,10 +210,12 @@ def _read_sections(path: Path, above: tuple[Path, ...] = ()) -> dict[str, dict]:
     for name, values in sections.items():
         if not isinstance(values, dict):
             raise RecipeError(f"{path}: section {name} must have fields, as in block_size: 1024.")
-    if base is None and not without:
+    if base is None:
+        if without:
+            raise RecipeError(f"{path}: without leaves fields of a base out, and the recipe names no base.")
         return sections
     below = _find(str(base), path.parent)
-    if base is None or not below.is_file():
+    if not below.is_file():
         raise RecipeError(f"{path}: no recipe {base!r} to be its base: {_what_to_name()}.")
     return _laid_over(_read_sections(below, (*above, path)), sections, without, path)
 
@@ -244,21 +246,38 @@ def _check_types(values: dict, owner: type) -> None:
             raise RecipeError(f"{key}={value!r}: must be {' or '.join(_TYPES[t] for t in allowed)}.")
 
 
-def _check_upstreams(sections: dict[str, dict], kind: str) -> None:
-    """Raises `RecipeError` for words and flags where the model's configuration or Trainer takes a number or more.
+def _settle_upstreams(sections: dict[str, dict], kind: str) -> None:
+    """Makes whole numbers of those that YAML reads as 10000.0, as 1e4, and refuses values of another type than the
+    model's configuration or Trainer takes: only those that would else fail much later, the rest is checked there.
 
-    Only what would else fail much later: the configuration and Trainer check the rest themselves.
+    Raises:
+        RecipeError: such a value.
     """
     defaults = {} if kind == "tokenizer" else CONFIGS[kind]().to_dict()
     types = {key: str(type(value)) for key, value in defaults.items()}
     types |= {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments)} | {"fsdp": "bool"}  # takes it, too
     for section in ("model", "training"):
         for key, value in sections[section].items():
-            wanted = types.get(key, "")
-            if value is True and "bool" not in wanted:
-                raise RecipeError(f"{key} needs a value: --{key} VALUE.")
-            if isinstance(value, str) and wanted in (str(int), str(float)):
-                raise RecipeError(f"{key}={value!r}: must be a number.")
+            sections[section][key] = _settled(key, value, types.get(key, ""))
+
+
+def _settled(key: str, value, wanted: str):
+    """The value, as a field takes it whose type is printed as `wanted`."""
+    if value is True and "bool" not in wanted:
+        raise RecipeError(f"{key} needs a value: --{key} VALUE.")
+    if value is None or (isinstance(value, list) and key.endswith("_token_id")):  # there may be several
+        return value
+    if "dict" in wanted and not isinstance(value, dict | str):
+        raise RecipeError(f"{key}={value!r}: must have fields, as in --{key} '{{name: value}}'.")
+    if wanted not in (str(int), str(float)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecipeError(f"{key}={value!r}: must be a number.")
+    if wanted == str(float):
+        return value
+    if not float(value).is_integer():
+        raise RecipeError(f"{key}={value!r}: must be a whole number.")
+    return int(value)
 
 
 def _unknown(key: str, known: set[str], section: str) -> str:

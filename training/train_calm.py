@@ -11,9 +11,9 @@ from calm.training.recipe import Recipe
 
 def train(recipe: Recipe, resume: str) -> None:
     tokenizer = tokenizer_of(recipe)
-    begin(recipe)
+    stated = begin(recipe)
     model = build(recipe, tokenizer)
-    fit(recipe, for_training(model, recipe), tokenizer, model.config.patch_size, resume)
+    fit(recipe, stated, for_training(model, recipe), tokenizer, model.config.patch_size, resume)
 
 
 def main(argv: list[str] | None = None) -> int:
