@@ -46,14 +46,11 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
     def draw(
         self,
         context: Tensor,
-        num_samples: int,
+        noise: Tensor,
         generator: torch.Generator | None,
-        noise: Tensor | None,
         step_noise: Tensor | None = None,
     ) -> Tensor:
         """step_noise (T, N, ..., Z): standard normal noise of the steps, in the order they are taken."""
-        if noise is None:
-            noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
         schedule = diffusion_schedule(self.num_steps, context.device)
         x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
         for index, step in enumerate(reversed(range(self.num_steps))):

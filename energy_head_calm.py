@@ -66,11 +66,7 @@ class EnergyHead(GenerativeHead, head_type="energy"):
         noise = torch.empty((*shape, self.noise_size), dtype=like.dtype, device=like.device)
         return noise.uniform_(generator=generator) - 0.5
 
-    def draw(
-        self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None
-    ) -> Tensor:
-        if noise is None:
-            noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
+    def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
         samples = self.norm_noise(self.noise_embed(noise))
         context = self.norm_context(self.context_embed(context))
         for block in self.blocks:
@@ -86,6 +82,6 @@ class EnergyHead(GenerativeHead, head_type="energy"):
         posterior_noise: Tensor | None = None,
     ) -> Tensor:
         """−energy score; draws: noise (N, ..., noise size) uniform, posterior_noise (S, ..., Z) standard normal."""
-        samples = self.draw(context, self.num_samples, generator, noise)
+        samples = self._sample(context, self.num_samples, generator, noise)
         targets = target.draw_latents(self.num_posterior_samples, generator, posterior_noise)
         return -energy_score(samples, targets, self.beta)

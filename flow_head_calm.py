@@ -90,11 +90,7 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         steps = self.num_steps
         return torch.tensor([(1000 * i // steps, 500 * (2 * i + 1) // steps) for i in range(steps)], device=device)
 
-    def draw(
-        self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None
-    ) -> Tensor:
-        if noise is None:
-            noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
+    def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
         x, step = noise.float(), 1 / self.num_steps  # the state stays in float32: steps would be lost in bfloat16
         for start, middle in self._thousandths(context.device):
             halfway = x + step / 2 * self._velocity(x, start, context)
@@ -115,12 +111,18 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         Draws: posterior_noise, noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
         """
         end = target.draw_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
+        x, time, start = self._on_the_way(end, generator, time, noise)
+        error = self.velocity(x, time, context) - (end - start)
+        return error.float().square().mean(-1).mean(0)
+
+    def _on_the_way(
+        self, end: Tensor, generator: torch.Generator | None, time: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A point of each path (N, ..., Z) from noise to its end, its time (N, ...), and the noise (N, ..., Z)."""
         if time is None:
             time = self._draw_times(end, generator)
         start = standard_normal(end.shape, end, generator) if noise is None else noise
-        x = torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype))
-        error = self.velocity(x, time, context) - (end - start)
-        return error.float().square().mean(-1).mean(0)
+        return torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype)), time, start
 
     def _draw_times(self, end: Tensor, generator: torch.Generator | None) -> Tensor:
         times = torch.empty(end.shape[:-1], device=end.device)

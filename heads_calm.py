@@ -132,10 +132,8 @@ class GenerativeHead(nn.Module):
             multi_token_loss: weights of the `MultiTokenLoss` that the backbone was trained with, where it was.
         """
 
-    def draw(
-        self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None
-    ) -> Tensor:
-        """See `sample`; `context` has passed the context layers."""
+    def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Latent vectors (N, ..., Z) from their starting noise; `context` (..., D) has passed the context layers."""
         raise NotImplementedError
 
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:
@@ -199,5 +197,17 @@ class GenerativeHead(nn.Module):
     def forward(self, context: Tensor, target: PatchTarget | None = None, **kwargs) -> Tensor:
         context = self.context_layers(context)
         if target is None:
-            return self.draw(context, **kwargs)
+            return self._sample(context, **kwargs)
         return self.compute_loss(context, target.to(context.device), **kwargs)
+
+    def _sample(
+        self,
+        context: Tensor,
+        num_samples: int,
+        generator: torch.Generator | None,
+        noise: Tensor | None,
+        **draws: Tensor,
+    ) -> Tensor:
+        if noise is None:
+            noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
+        return self.draw(context, noise, generator, **draws)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .configuration_calm import CALMConfig
 from .flow_head_calm import FlowMatchingHead, ModulatedMLP
-from .heads_calm import PatchTarget, standard_normal
+from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
 
 CODE_CONTEXTS = 64  # random patches over which a token's point is averaged
@@ -169,10 +169,7 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
         tokens = target.tokens
         places = torch.arange(self.patch_size, device=tokens.device)
         end = self.codes[places, tokens].sum(-2).to(context.dtype).expand(self.num_samples, *context.shape[:-1], -1)
-        if time is None:
-            time = self._draw_times(end, generator)
-        start = standard_normal(end.shape, end, generator) if noise is None else noise
-        x = torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype))
+        x, time, _ = self._on_the_way(end, generator, time, noise)
         logits, _ = self._expectation(x, (time * 1000).long(), context)
         tokens = tokens.expand(self.num_samples, *tokens.shape)
         losses = F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction="none")

@@ -50,9 +50,7 @@ class GaussianHead(GenerativeHead, head_type="gaussian"):
         mean, log_std = self.out(self.hidden(context).tanh()).chunk(2, dim=-1)
         return mean + self.centre, log_std + self.spread.log()
 
-    def draw(self, context, num_samples, generator, noise):
-        if noise is None:
-            noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
+    def draw(self, context, noise, generator):
         mean, log_std = self._law(context)
         return mean + log_std.exp() * noise
 
