@@ -23,7 +23,7 @@ from .modeling_calm_autoencoder import CALMAutoencoder
 from .samplers_calm import Pairs, class_sizes, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
-TOKENS_AT_ONCE = 2000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
+TOKENS_AT_ONCE = 1000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
 PAIRS_AT_ONCE = 2**21  # distances made at a time
 UNKNOWN = -1  # id of a token that isn't decoded yet
 FINGERPRINT_VALUES = 64  # of each parameter

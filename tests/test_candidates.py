@@ -1,8 +1,12 @@
 """Lazy decoding: the same patches as decoding everything, from less work."""
 
+from pathlib import Path
+
+import fresh_process
 import pytest
 import torch
 import torch.nn.functional as F
+from memory_of_draws import memory_of_draws
 from sampler_twins import table_of_pairs
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -300,6 +304,15 @@ def test_no_table_of_all_pairs_is_made(radius, temperature):
         pool.classes(pool.rows_B)
     assert num_draws > 8000
     assert largest.bytes <= 10_000 * K * 64 * 4  # of each token the widest layer; a table of bools is 100 MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux tells it")
+@pytest.mark.parametrize("temperature", [1 / 2, 0.7])
+def test_ten_thousand_draws_of_a_row_stay_within_100_mb(tmp_path, temperature):
+    """Beyond their latent vectors, in a process of their own."""
+    settings = {"num_draws": 10_000, "temperature": temperature, "radius": None}
+    memory = fresh_process.call(memory_of_draws, tmp_path, {"OMP_NUM_THREADS": "1"}, **settings).result
+    assert memory is None or 10 < memory < 100
 
 
 # Work

@@ -1,0 +1,50 @@
+"""Memory that 10,000 draws of one row and their comparison take: `python tests/memory_of_draws.py [--draws N]`."""
+
+import argparse
+import json
+
+
+def memory_of_draws(num_draws, temperature, radius):
+    """MB beyond the latent vectors, or None where it can't be read; K = 4, Z = 128, d = 512, V = 4,096, float32, CPU.
+
+    The latents are distant, so that no attempt is accepted and the whole pool is told apart at the end.
+    """
+    import torch
+
+    from calm.benchmarks.meters import PeakMemory
+    from calm.candidates_calm import LazyPool
+    from calm.configuration_calm import CALMAutoencoderConfig
+    from calm.modeling_calm_autoencoder import CALMAutoencoder
+    from calm.samplers_calm import exact_temperature_sample
+
+    torch.manual_seed(0)
+    autoencoder = CALMAutoencoder(CALMAutoencoderConfig(vocab_size=4096)).eval()
+    latents_NZ = 5 * torch.randn(num_draws, 128)
+    drawn = 0
+
+    def draw(rows_R, num):
+        nonlocal drawn
+        drawn += num
+        return latents_NZ[drawn - num : drawn, None]
+
+    def sample(max_draws):
+        nonlocal drawn
+        drawn = 0
+        pool = LazyPool(draw, torch.arange(1), autoencoder, radius=radius)
+        exact_temperature_sample(pool, temperature, max_draws, torch.Generator().manual_seed(0))
+        pool.classes(pool.rows_B)
+
+    with torch.inference_mode():
+        sample(16)  # what PyTorch sets up once
+        with PeakMemory(torch.device("cpu")) as memory:
+            sample(num_draws)
+    return None if memory.extra is None else (memory.extra - latents_NZ.nbytes) / 1e6
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=10_000)
+    parser.add_argument("--temperature", type=float, default=0.5)
+    parser.add_argument("--radius", type=float)
+    options = parser.parse_args()
+    print(json.dumps({"MB": memory_of_draws(options.draws, options.temperature, options.radius)}))
