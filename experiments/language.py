@@ -3,8 +3,8 @@
     python -m calm.experiments.language --output DIR
 
 A hidden state is at one of S places. At each step it emits one of V symbols, by a law of its place, and moves on, by
-another. Both laws are drawn from a seed and are sparse, so the symbols hang together over many steps. Whoever knows the
-laws can say of every position how probable each continuation is, and no model can have a higher Brier-n there than
+another. Both laws are drawn from a seed and are sparse, so the symbols hang together over many steps. Whoever knows
+the laws can say of every position how probable each continuation is, and no model can have a higher Brier-n there than
 
     sum_x P(x | the tokens before)^2
 
@@ -176,7 +176,7 @@ def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[i
     Args:
         language: which.
         folder: made.
-        parts: name → documents, and tokens of each. Where a block is to be a text of its own, a multiple of its length.
+        parts: name → documents, and tokens of each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, (number, length)) in enumerate(parts.items()):
