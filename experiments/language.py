@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -170,6 +170,11 @@ def _drawn(cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (cumulative <= chance).sum(1)
 
 
+def load(folder: Path) -> HiddenMarkovLanguage:
+    """The language that `write` wrote there."""
+    return HiddenMarkovLanguage(**json.loads((folder / "language.json").read_text()))
+
+
 def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[int, int]]) -> None:
     """The language's tokenizer and text: a file PART.jsonl for each part, written aside and renamed.
 
@@ -186,6 +191,7 @@ def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[i
             for row in language.sample(number, length, seed):
                 file.write(json.dumps({"text": language.text(row)}, ensure_ascii=False) + "\n")
         os.replace(unfinished, path)
+    (folder / "language.json").write_text(json.dumps(asdict(language)) + "\n")
     save_tokenizer(language.tokenizer(), folder)
 
 
