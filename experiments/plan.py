@@ -1,4 +1,4 @@
-"""What experiments.yaml asks for, as stages: which training or evaluation, with which fields, after which others.
+"""What a file like language.yaml asks for, as stages: which training or evaluation, with which fields, after which.
 
 Axes: K tokens per patch, L tokens of a block, V vocabulary.
 """
@@ -16,12 +16,15 @@ from transformers import LlamaConfig
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.brier import MAX_N
+from calm.experiments.language import HiddenMarkovLanguage
 from calm.training.configuration import make_config
 from calm.training.cost import Cost, recipe_cost
 from calm.training.recipe import Recipe, load_recipe, parse_command_line
 
 FOLDER = Path(__file__).parent
 UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete
+LANGUAGE = "language"
+BEFORE = ("init_from", "init_backbone")  # fields that name the model whose training went before
 
 
 class PlanError(ValueError):
@@ -34,8 +37,9 @@ class Stage:
 
     Args:
         name: as in "models/calm-k4" or "models/calm-k4/score"; also its place under the output folder.
-        kind: "tokenizer", "autoencoder", "calm", "ar" (trained by calm.training.train_KIND), "score" (BrierLM) or
-            "noise" (the autoencoder's accuracy).
+        kind: "language" (text of language.py); "tokenizer", "autoencoder", "calm", "ar" (trained by
+            calm.training.train_KIND); "score" (BrierLM), "share" (of the language's best BrierLM) or "noise" (the
+            autoencoder's accuracy).
         needs: names of the stages that must be finished first.
         recipe: file of the recipe (trainings).
         fields: what differs from the recipe, given on the command line.
@@ -88,37 +92,31 @@ class Table:
 
 
 class Plan:
-    """The experiments file, resolved against a corpus and an output folder.
+    """The experiments file, resolved against an output folder and, where it asks for one, a corpus.
 
     Args:
-        file: experiments.yaml or one like it.
-        corpus: folder with books-train.jsonl.xz and books-validation.jsonl.xz.
+        file: language.yaml or one like it.
         output: folder that everything is written under.
+        corpus: folder with the text files that the file names; of no use where the text is the language's.
         max_steps: at most so many steps of every training, to try the whole thing out.
 
     Raises:
-        PlanError: a name that nothing stands for.
+        PlanError: a name that nothing stands for, or no corpus where there must be one.
         RecipeError: a field that no recipe has.
     """
 
-    def __init__(self, file: Path, corpus: Path, output: Path, max_steps: int | None = None):
-        self.content = yaml.safe_load(file.read_text())
+    def __init__(self, file: Path, output: Path, corpus: Path | None = None, max_steps: int | None = None):
+        self.content, self.name = yaml.safe_load(file.read_text()), file.stem
         self.corpus, self.output, self.max_steps = corpus, output, max_steps
-        self.evaluation = self.content["evaluation"]
+        self.texts, self.evaluation = self.content["text"], self.content["evaluation"]
+        if not self.is_language and corpus is None:
+            raise PlanError(f"{file.name} is about text files: give --corpus the folder that holds them.")
         self.stages: dict[str, Stage] = {}
         self._costs: dict[str, Cost] = {}
         self.tables = [self._table(**table) for table in self.content["tables"]]
 
     def of_groups(self, groups: list[str] | None) -> list[Stage]:
-        """Stages that the tables of these groups need, each once, in an order in which they can run.
-
-        Raises:
-            PlanError: a group that is not in the file.
-        """
-        known = [table.group for table in self.tables]
-        unknown = [group for group in groups or [] if group not in known]
-        if unknown:
-            raise PlanError(f"no group {unknown[0]!r}: the groups are {', '.join(known)}.")
+        """Stages that the tables of these groups need, each once, in an order in which they can run."""
         ordered: dict[str, Stage] = {}
 
         def add(name: str) -> None:
@@ -138,6 +136,18 @@ class Plan:
 
     def folder(self, stage: Stage) -> Path:
         return self.output / stage.name
+
+    @property
+    def is_language(self) -> bool:
+        """Whether the text is made by language.py."""
+        return LANGUAGE in self.texts
+
+    def text(self, part: str) -> Path:
+        """File of the "train" or "validation" part."""
+        if self.is_language:
+            return self.output / LANGUAGE / f"{part}.jsonl"
+        assert self.corpus is not None, "checked when the plan was made"
+        return self.corpus / self.texts[part]
 
     # reading the file
 
@@ -164,10 +174,12 @@ class Plan:
         if f"models/{full_name}" in self.stages:
             return full_name
         needs = []
+        for field_name in BEFORE:
+            if field_name in entry:
+                before = self.stages[f"models/{self._model(entry[field_name], seed)}"]
+                needs.append(before.name)
+                entry |= {field_name: str(self.folder(before)), "tokenizer": before.fields["tokenizer"]}
         if "init_from" in entry:
-            before = self.stages[f"models/{self._model(entry['init_from'], seed)}"]
-            needs.append(before.name)
-            entry |= {"init_from": str(self.folder(before)), "tokenizer": before.fields["tokenizer"]}
             entry.pop("autoencoder", None)  # is in the model
         elif "autoencoder" in entry:
             autoencoder = self._autoencoder(entry["autoencoder"])
@@ -175,7 +187,7 @@ class Plan:
             entry["autoencoder"] = str(self.folder(autoencoder))
             entry["tokenizer"] = autoencoder.fields["tokenizer"]
         else:
-            needs.append(self._tokenizer(entry["tokenizer"]).name)
+            needs.append(self._tokenizer(entry.get("tokenizer")).name)
             entry["tokenizer"] = str(self.output / needs[-1])
         if seed is not None:
             entry["seed"] = seed
@@ -186,21 +198,26 @@ class Plan:
     def _autoencoder(self, name: str) -> Stage:
         if f"autoencoders/{name}" in self.stages:
             return self.stages[f"autoencoders/{name}"]
-        entry = {"recipe": "autoencoder", **self._entry("autoencoders", name)}
-        tokenizer = self._tokenizer(entry["tokenizer"])
+        entry = self._entry("autoencoders", name)
+        tokenizer = self._tokenizer(entry.get("tokenizer"))
         entry["tokenizer"] = str(self.folder(tokenizer))
         stage = self._training(f"autoencoders/{name}", entry, [tokenizer.name])
-        options = {"model": self.folder(stage), "data": self.books("validation"), "max_patches": 10_000}
+        options = {"model": self.folder(stage), "data": self.text("validation"), "max_patches": 10_000}
         self._put(Stage(f"{stage.name}/noise", "noise", [stage.name], options=options))
         return stage
 
-    def _tokenizer(self, name: str) -> Stage:
-        entry = {"recipe": "tokenizer", **self._entry("tokenizers", name)}
+    def _tokenizer(self, name: str | None) -> Stage:
+        """The language's, which comes with its text, or a trained one."""
+        if self.is_language:
+            return self.stages.get(LANGUAGE) or self._put(
+                Stage(LANGUAGE, LANGUAGE, options=self.texts[LANGUAGE] or {})
+            )
+        entry = self._entry("tokenizers", str(name))
         return self.stages.get(f"tokenizers/{name}") or self._training(f"tokenizers/{name}", entry, [])
 
     def _training(self, name: str, entry: dict, needs: list[str]) -> Stage:
         recipe = FOLDER / "recipes" / f"{entry.pop('recipe')}.yaml"
-        fields = {"train_files": str(self.books("train")), **entry, "output_dir": str(self.output / name)}
+        fields = {"train_files": str(self.text("train")), **entry, "output_dir": str(self.output / name)}
         stage = Stage(name, load_recipe(str(recipe)).kind, needs, recipe, fields)
         if stage.kind == "tokenizer":
             fields["output_dir"] += UNFINISHED
@@ -213,25 +230,22 @@ class Plan:
         return self._put(stage)
 
     def _add_score(self, trained: Stage) -> None:
-        block_size, blocks = self.evaluation["block_size"], self.evaluation["blocks"]
+        block_size = self.evaluation["block_size"]
         patch_size = 1 if trained.kind == "ar" else self.config(trained).patch_size
-        positions = block_size // patch_size - ceil(MAX_N / patch_size)
+        per_block = block_size // patch_size - ceil(MAX_N / patch_size)
         options = {
             "model": self.folder(trained),
-            "data": self.books("validation"),
             "block_size": block_size,
-            "max_positions": blocks * positions,  # the same text for every K
+            "max_positions": self.evaluation.get("positions") or self.evaluation["blocks"] * per_block,
             "batch_size": self.evaluation["batch_size"],
         }
-        self._put(Stage(f"{trained.name}/score", "score", [trained.name], options=options))
+        options |= {"language": self.output / LANGUAGE} if self.is_language else {"data": self.text("validation")}
+        kind = "share" if self.is_language else "score"
+        self._put(Stage(f"{trained.name}/score", kind, [trained.name], options=options))
 
     def _put(self, stage: Stage) -> Stage:
         self.stages[stage.name] = stage
         return stage
-
-    def books(self, part: str) -> Path:
-        """File of the "train" or "validation" part."""
-        return self.corpus / f"books-{part}.jsonl.xz"
 
     # what a training is and costs
 
@@ -239,8 +253,7 @@ class Plan:
         """The configuration that the training will make, before anything exists."""
         recipe = stage.resolved()
         assert recipe.tokenizer is not None, "every training that is planned here names its tokenizer"
-        tokenizer = self.stages[_place(recipe.tokenizer, self.output)]
-        values = {**recipe.model, "vocab_size": tokenizer.resolved().model["vocab_size"]}
+        values = {**recipe.model, "vocab_size": self._vocab_size(self.stages[_place(recipe.tokenizer, self.output)])}
         if stage.kind == "calm":
             first = stage
             while first.fields.get("init_from"):
@@ -253,6 +266,11 @@ class Plan:
             return make_config(CALMAutoencoderConfig, values)
         return make_config(LlamaConfig, values)
 
+    def _vocab_size(self, tokenizer: Stage) -> int:
+        if tokenizer.kind == LANGUAGE:
+            return len(HiddenMarkovLanguage(**tokenizer.options).tokenizer())
+        return tokenizer.resolved().model["vocab_size"]
+
     def cost(self, stage: Stage) -> Cost:
         if stage.name not in self._costs:
             self._costs[stage.name] = recipe_cost(stage.resolved(), self.config(stage))
@@ -260,8 +278,8 @@ class Plan:
 
     def phases(self, stage: Stage) -> list[Stage]:
         """The trainings that made the model, the first one first: itself and what it goes on from."""
-        before = stage.fields.get("init_from")
-        return [*(self.phases(self.stages[_place(before, self.output)]) if before else []), stage]
+        before = [self.stages[_place(stage.fields[name], self.output)] for name in BEFORE if name in stage.fields]
+        return [*(phase for other in before for phase in self.phases(other)), stage]
 
     def tokens(self, stage: Stage) -> int:
         """Tokens of one training."""

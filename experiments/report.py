@@ -1,192 +1,153 @@
-"""docs/experiments.md from what is finished: the tables are made here, the words stand in report.md."""
+"""experiments.md from what was measured: the tables are made here, the words stand in report.md."""
 
-import json
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from calm.evaluation.blocks import read_blocks
 from calm.experiments.plan import Plan, Row, Stage, Table
-from calm.experiments.stages import is_finished, result_file
-from calm.training.tokenizer import load_tokenizer
+from calm.experiments.results import Results
 
 TEMPLATE = Path(__file__).parent / "report.md"
-HEADER = (
-    "| | tokens | training FLOPs | CPU s per M tokens | Brier-1 (95 %) | Brier-2 | Brier-3 | Brier-4 "
-    "| BrierLM (95 %) | paper's BrierLM | direction |"
-)
 
 
-def document(plan: Plan) -> str:
-    """The template with each `{name}` in it replaced: `{GROUP}` by that table, `{trainings}` by sizes and costs."""
+def document(plans: list[Plan], results: Results) -> str:
+    """The template with each `{name}` in it replaced.
+
+    `{GROUP}` is that group's table, `{trainings}` sizes and costs, `{autoencoders}` what comes back of noisy latents.
+    """
     text = TEMPLATE.read_text()
-    parts = {table.group: comparison(plan, table) for table in plan.tables}
-    parts |= {"trainings": trainings(plan), "autoencoders": autoencoders(plan)}
-    parts |= {name: f"{value:,}" for name, value in plan.evaluation.items()}
+    parts = {table.group: comparison(plan, table, results) for plan in plans for table in plan.tables}
+    parts |= {f"{plan.name}.trainings": trainings(plan, results) for plan in plans}
+    parts |= {f"{plan.name}.autoencoders": autoencoders(plan, results) for plan in plans}
     for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part)
     return text
 
 
-# one table of the paper
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def comparison(plan: Plan, table: Table) -> str:
-    """Markdown: a line a trained model; with several seeds a line each, and their mean."""
-    lines = [HEADER, "|" + " --- |" * HEADER.count("|", 1)]
-    reference = table.rows[0]
-    for row in table.rows:
-        done = [name for name in row.models if is_finished(plan, plan.stages[f"models/{name}/score"])]
-        if not done:
-            lines.append(_line(row.label, row.why_missing or "not run yet", paper=row.paper))
-        for name in done:
-            label = row.label if len(row.models) == 1 else f"{row.label}, seed {name.rpartition('seed')[2]}"
-            verdict = direction(plan, row, reference) if len(row.models) == 1 and row is not reference else ""
-            lines.append(_model_line(plan, label, name, row.paper, verdict))
-        if len(done) > 1:
-            lines.append(_mean_line(plan, f"**{row.label}, mean of {len(done)}**", done, reference))
-    tokenizer = Path(plan.stages[f"models/{reference.models[0]}"].fields["tokenizer"])
-    if tokenizer.exists():
-        floor = frequencies_brier(plan, tokenizer)
-        lines.append(_line("*token frequencies alone*", brier=(f"{floor:z.4f}", "", "", "")))
-    return "\n".join(lines)
+# one comparison
 
 
-def _line(label, tokens="", flops="", cost="", brier=("", "", "", ""), brierlm="", paper=None, verdict="") -> str:
-    cells = [label, tokens, flops, cost, *brier, brierlm, "" if paper is None else f"{paper:.2f}", verdict]
-    return f"| {' | '.join(cells)} |"
+@dataclass
+class Measured:
+    """A row's scores, one a seed, and what they cost on average.
 
-
-def _model_line(plan: Plan, label: str, name: str, paper: float | None, verdict: str) -> str:
-    score, total = score_of(plan, name), totals(plan, plan.stages[f"models/{name}"])
-    first = f"{score['brier'][0]:.4f} ({_range(score['brier_intervals'][0], 4)})"
-    lm = f"{score['brierlm']['value']:.2f} ({_range([score['brierlm']['low'], score['brierlm']['high']], 2)})"
-    brier = [first, *(f"{b:z.4f}" for b in score["brier"][1:])]
-    return _line(label, *_cost_cells(total), brier, lm, paper, verdict)
-
-
-def _mean_line(plan: Plan, label: str, names: list[str], reference: Row) -> str:
-    """Means over the seeds, the range of Brier-1 over them, and the cost of a token beside the first row's."""
-    scores, total = [score_of(plan, name) for name in names], mean_totals(plan, names)
-    first = [score["brier"][0] for score in scores]
-    brier = [f"{mean(first):.4f} ({_range([min(first), max(first)], 4)} over seeds)"]
-    brier += [f"{mean(score['brier'][n] for score in scores):z.4f}" for n in (1, 2, 3)]
-    lm, verdict = f"{mean(score['brierlm']['value'] for score in scores):.2f}", ""
-    base = [name for name in reference.models if is_finished(plan, plan.stages[f"models/{name}/score"])]
-    if base and base != names:
-        ratio = cost_of_token(total) / cost_of_token(mean_totals(plan, base))
-        verdict = f"{ratio:.2f} × the first row's cost a token"
-    return _line(label, *_cost_cells(total), brier, lm, verdict=verdict)
-
-
-def _cost_cells(total: dict) -> tuple[str, str, str]:
-    return (
-        f"{total['tokens'] / 1e6:.2f} M",
-        f"{total['flops']:.1e}",
-        f"{cost_of_token(total) * 1e6:.0f}",
-    )
-
-
-def _range(interval: list[float], digits: int) -> str:
-    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
-
-
-def frequencies_brier(plan: Plan, tokenizer: Path) -> float:
-    """Brier-1 of one that knows how often each token occurs in the text, and nothing else: the sum of squares."""
-    text = Namespace(data=str(plan.books("validation")), text_column="text", append_eos=False)
-    loaded = load_tokenizer(tokenizer)
-    ids_BL = read_blocks(text, loaded, plan.evaluation["block_size"], plan.evaluation["blocks"])
-    return (ids_BL.flatten().bincount() / ids_BL.numel()).square().sum().item()
-
-
-def score_of(plan: Plan, name: str) -> dict:
-    return json.loads(result_file(plan, plan.stages[f"models/{name}/score"]).read_text())[0]
-
-
-def direction(plan: Plan, row: Row, reference: Row) -> str:
-    """Whether the row lies on the same side of the table's first row as in the paper, by Brier-1.
-
-    Brier-1, because BrierLM is 0 wherever one of its factors is negative. "Within the intervals": the two 95 %
-    intervals overlap, so nothing can be said.
+    Args:
+        score: mean of what is compared: the share of the best, or BrierLM where no best is known.
+        low: of the 95 % interval; of several seeds, the lowest score.
+        high: likewise.
+        brierlm: mean over the seeds.
+        seeds: how many.
+        cost: tokens, FLOPs, CPU seconds; means.
     """
-    if not reference.models or not is_finished(plan, plan.stages[f"models/{reference.models[0]}/score"]):
+
+    score: float
+    low: float
+    high: float
+    brierlm: float
+    seeds: int
+    cost: dict[str, float]
+
+
+def measured(plan: Plan, row: Row, results: Results) -> Measured | None:
+    """What is known of a row so far."""
+    records = [results.get(plan, plan.stages[f"models/{model}/score"]) for model in row.models]
+    done = [record for record in records if record is not None]
+    if not done:
+        return None
+    if plan.is_language:
+        scores, intervals = [record["share"] for record in done], [record["share_interval"] for record in done]
+    else:
+        scores = [record["brierlm"]["value"] for record in done]
+        intervals = [(record["brierlm"]["low"], record["brierlm"]["high"]) for record in done]
+    low, high = intervals[0] if len(done) == 1 else (min(scores), max(scores))
+    cost = {name: mean(record["cost"][name] for record in done) for name in done[0]["cost"]}
+    brierlm = mean(record["brierlm"]["value"] for record in done)
+    return Measured(mean(scores), low, high, brierlm, len(done), cost)
+
+
+def comparison(plan: Plan, table: Table, results: Results) -> str:
+    """Markdown: a line a row; over several seeds the mean, and the lowest and the highest."""
+    share = ["share of the best (95 %)"] if plan.is_language else ["(95 %)"]
+    header = ["", "tokens", "training FLOPs", "CPU s", "BrierLM", *share, "paper's BrierLM", "direction"]
+    reference = measured(plan, table.rows[0], results)
+    lines = []
+    for row in table.rows:
+        found, paper = measured(plan, row, results), "" if row.paper is None else f"{row.paper:.2f}"
+        if found is None:
+            lines.append([row.label, row.why_missing or "not run yet", "", "", "", "", paper, ""])
+            continue
+        verdict = "" if row is table.rows[0] else direction(found, reference, row.paper, table.rows[0].paper)
+        cost = [
+            f"{found.cost['tokens'] / 1e6:.2f} M",
+            f"{found.cost['flops']:.1e}",
+            f"{found.cost['cpu_seconds']:.0f}",
+        ]
+        lines.append([row.label, *cost, f"{found.brierlm:.2f}", _interval(found, plan.is_language), paper, verdict])
+    return markdown(header, lines)
+
+
+def _interval(found: Measured, is_share: bool) -> str:
+    if is_share:
+        text = f"{found.score:.1%} ({found.low:.1%} to {found.high:.1%}"
+    else:
+        text = f"({found.low:.2f} to {found.high:.2f}"
+    return f"{text}, {found.seeds} seeds)" if found.seeds > 1 else f"{text})"
+
+
+def direction(found: Measured, reference: Measured | None, paper: float | None, paper_reference: float | None) -> str:
+    """Whether a row lies on the same side of the table's first row as in the paper.
+
+    "Within the intervals": the two intervals overlap, so nothing can be said.
+    """
+    if reference is None:
         return ""
-    (low, high), (base_low, base_high) = (score_of(plan, r.models[0])["brier_intervals"][0] for r in (row, reference))
-    if low <= base_high and base_low <= high:
+    if found.low <= reference.high and reference.low <= found.high:
         return "within the intervals"
-    side = "above" if low > base_high else "below"
-    if row.paper is None or reference.paper is None:
+    side = "above" if found.low > reference.high else "below"
+    if paper is None or paper_reference is None:
         return side
-    return f"{side}: {'agrees' if (side == 'above') == (row.paper > reference.paper) else 'against the paper'}"
+    return f"{side}: {'agrees' if (side == 'above') == (paper > paper_reference) else 'against the paper'}"
 
 
-# what it took
+# all of them
 
 
-def totals(plan: Plan, stage: Stage) -> dict[str, float]:
-    """Tokens, FLOPs and CPU seconds of a model's training, with those of the models it goes on from."""
-    phases = plan.phases(stage)
-    tokens = [plan.tokens(phase) for phase in phases]
-    flops = [sum(plan.cost(phase).train_flops.values()) * n for phase, n in zip(phases, tokens, strict=True)]
-    seconds = [n / speed(plan, phase) for phase, n in zip(phases, tokens, strict=True)]
-    return {"tokens": sum(tokens), "flops": sum(flops), "cpu_seconds": sum(seconds)}
-
-
-def mean_totals(plan: Plan, names: list[str]) -> dict[str, float]:
-    each = [totals(plan, plan.stages[f"models/{name}"]) for name in names]
-    return {key: mean(total[key] for total in each) for key in each[0]}
-
-
-def cost_of_token(total: dict[str, float]) -> float:
-    """CPU seconds."""
-    return total["cpu_seconds"] / total["tokens"]
-
-
-def speed(plan: Plan, stage: Stage, key: str = "tokens_per_cpu_second") -> float:
-    """Tokens of one training per second of CPU time, or another of its log's rates, over all of its log."""
-    state = json.loads((plan.folder(stage) / "trainer_state.json").read_text())
-    rates = [entry[key] for entry in state["log_history"] if key in entry]
-    return 1 / mean(1 / rate for rate in rates)  # each entry is over equally many tokens
-
-
-def trainings(plan: Plan) -> str:
+def trainings(plan: Plan, results: Results) -> str:
     """Markdown: sizes and costs of every model of the plan, trained or not."""
-    lines = [
-        "| model | parameters | tokens | training FLOPs a token | FLOPs a generated token | CPU min | tokens/s |",
-        "|" + " --- |" * 7,
-    ]
+    header = ["model", "parameters", "tokens", "training FLOPs a token", "FLOPs a generated token", "CPU min"]
+    lines = []
     for stage in plan.stages.values():
         if stage.kind not in ("autoencoder", "calm", "ar"):
             continue
-        cost, tokens, measured = plan.cost(stage), plan.tokens(stage), ["", ""]
-        if is_finished(plan, stage):
-            minutes = tokens / speed(plan, stage) / 60
-            measured = [f"{minutes:.1f}", f"{speed(plan, stage, 'tokens_per_second'):,.0f}"]
+        cost, record = plan.cost(stage), results.get(plan, _evaluation_of(plan, stage))
+        minutes = "" if record is None else f"{record['cost']['cpu_seconds'] / 60:.1f}"
         train, inference = sum(cost.train_flops.values()), sum(cost.inference_flops.values())
-        cells = [
-            f"{cost.trainable / 1e6:.2f} M",
-            f"{tokens / 1e6:.2f} M",
-            f"{train:.1e}",
-            f"{inference:.1e}",
-            *measured,
-        ]
-        lines.append(f"| {' | '.join([stage.name, *cells])} |")
-    return "\n".join(lines)
+        sizes = [f"{cost.trainable / 1e6:.2f} M", f"{plan.tokens(stage) / 1e6:.2f} M"]
+        lines.append([stage.name, *sizes, f"{train:.1e}", f"{inference:.1e}", minutes])
+    return markdown(header, lines)
 
 
-def autoencoders(plan: Plan) -> str:
-    """Markdown: what each autoencoder gets back of unseen books, and from latents with noise."""
-    lines = ["| autoencoder | σ = 0 | 0.3 | 0.5 | 1 | posterior σ | KL, nats a patch |", "|" + " --- |" * 7]
+def _evaluation_of(plan: Plan, stage: Stage) -> Stage:
+    return plan.stages[f"{stage.name}/{'noise' if stage.kind == 'autoencoder' else 'score'}"]
+
+
+def autoencoders(plan: Plan, results: Results) -> str:
+    """Markdown: what each autoencoder gets back of unseen text, and from latents with noise."""
+    sigmas = (0.0, 0.3, 0.5, 1.0)
+    header = ["autoencoder", "σ = 0", *(f"{sigma:g}" for sigma in sigmas[1:]), "posterior σ", "KL, nats a patch"]
+    lines = []
     for stage in plan.stages.values():
         if stage.kind != "noise":
             continue
-        name = stage.needs[0].partition("/")[2]
-        if not is_finished(plan, stage):
-            lines.append(f"| {name} | not run yet | | | | | |")
+        name, result = stage.needs[0].partition("/")[2], results.get(plan, stage)
+        if result is None:
+            lines.append([name, "not run yet", *[""] * 5])
             continue
-        result = json.loads(result_file(plan, stage).read_text())
         accuracy = {row["sigma"]: row["token_accuracy"] for row in result["noise"]}
-        cells = [f"{accuracy[sigma]:.2%}" for sigma in (0.0, 0.3, 0.5, 1.0)]
-        cells += [f"{result['posterior_sigma']:.2f}", f"{result['kl']:.0f}"]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join(lines)
+        cells = [f"{accuracy[sigma]:.2%}" for sigma in sigmas]
+        lines.append([name, *cells, f"{result['posterior_sigma']:.2f}", f"{result['kl']:.0f}"])
+    return markdown(header, lines)

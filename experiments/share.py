@@ -99,7 +99,10 @@ def summary(sums_B4: np.ndarray, best_B4: np.ndarray, positions: int, resamples:
     return {
         "brier": model.tolist(),
         "brier_intervals": _intervals(model_R4),
-        "brierlm": {"value": float(score(model)), **dict(zip(("low", "high"), _intervals(score(model_R4)), strict=True))},
+        "brierlm": {
+            "value": float(score(model)),
+            **dict(zip(("low", "high"), _intervals(score(model_R4)), strict=True)),
+        },
         "best_brier": best.tolist(),
         "best_brierlm": float(score(best)),
         "share": float(score(model) / score(best)),
@@ -156,7 +159,9 @@ def main(argv: list[str] | None = None) -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     low, high = result["share_interval"]
     scores = " ".join(f"{b:.4f}" for b in result["brier"])
-    print(f"{args.model}: Brier-1..4 {scores}, BrierLM {result['brierlm']['value']:.2f} of {result['best_brierlm']:.2f}:")
+    print(
+        f"{args.model}: Brier-1..4 {scores}, BrierLM {result['brierlm']['value']:.2f} of {result['best_brierlm']:.2f}:"
+    )
     print(f"{result['share']:.1%} ({low:.1%} to {high:.1%}) at {result['positions']:,} positions")
 
 

@@ -1,42 +1,57 @@
-"""Running the stages: each in a process of its own, skipped when finished, resumed when half finished."""
+"""Running the stages: each in a process of its own, several at a time, skipped when finished, resumed when half so."""
 
 import fcntl
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from calm.experiments.plan import UNFINISHED, Plan, PlanError, Stage
+from calm.experiments.plan import LANGUAGE, UNFINISHED, Plan, PlanError, Stage
 from calm.training.recipe import load_recipe
 
-SCORE_FILE, NOISE_FILE = "brier.json", "noise.json"
-COMMANDS = {"score": "calm.evaluation.brier_lm", "noise": "calm.evaluation.autoencoder_report"}
+EVALUATIONS = {
+    "score": "calm.evaluation.brier_lm",
+    "share": "calm.experiments.share",
+    "noise": "calm.evaluation.autoencoder_report",
+}
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def result_file(plan: Plan, stage: Stage) -> Path:
     """What stands there only when the stage is finished."""
     folder = plan.folder(stage)
-    if stage.kind in COMMANDS:
-        return folder.parent / (SCORE_FILE if stage.kind == "score" else NOISE_FILE)
-    return folder / ("tokenizer_config.json" if stage.kind == "tokenizer" else "trainer_state.json")
+    if stage.kind in EVALUATIONS:
+        return folder.parent / ("noise.json" if stage.kind == "noise" else "brier.json")
+    return folder / (
+        "trainer_state.json" if stage.is_training and stage.kind != "tokenizer" else "tokenizer_config.json"
+    )
 
 
 def is_finished(plan: Plan, stage: Stage) -> bool:
-    """A score counts only for the text that the plan asks for."""
+    """A score counts only where it was measured at as many positions as the plan asks for, or more."""
     path = result_file(plan, stage)
-    if not path.exists() or stage.kind != "score":
+    if not path.exists() or stage.kind not in ("score", "share"):
         return path.exists()
-    [score] = json.loads(path.read_text())
-    return (score["block_size"], score["blocks"]) == (plan.evaluation["block_size"], plan.evaluation["blocks"])
+    score = read_score(path)
+    enough = score["positions"] >= stage.options["max_positions"]
+    return enough and score["block_size"] == plan.evaluation["block_size"]
+
+
+def read_score(path: Path) -> dict:
+    """What an evaluation of one model wrote."""
+    score = json.loads(path.read_text())
+    return score[0] if isinstance(score, list) else score
 
 
 def check_corpus(plan: Plan) -> None:
     """Raises `PlanError` where the corpus is not what the plan reads."""
-    missing = [path for path in (plan.books("train"), plan.books("validation")) if not path.is_file()]
-    if missing:
-        raise PlanError(f"{missing[0]}: no such file. Give --corpus (make: CORPUS=) the folder that holds the books.")
+    missing = [plan.text(part) for part in ("train", "validation") if not plan.text(part).is_file()]
+    if missing and not plan.is_language:
+        raise PlanError(f"{missing[0]}: no such file. Give --corpus (make: CORPUS=) the folder that holds it.")
 
 
 def check_recipes(plan: Plan, stages: list[Stage]) -> None:
@@ -56,64 +71,120 @@ def check_recipes(plan: Plan, stages: list[Stage]) -> None:
 
 def command(plan: Plan, stage: Stage) -> list[str]:
     """The command line of a stage."""
-    python = [sys.executable, "-m"]
+    python, options = [sys.executable, "-m"], dict(stage.options)
     if stage.is_training:
         return [*python, f"calm.training.train_{stage.kind}", "--recipe", str(stage.recipe), *stage.arguments()]
-    options = {**stage.options, "json": _unfinished(result_file(plan, stage))}
+    if stage.kind == LANGUAGE:
+        module, options["output"] = "calm.experiments.language", plan.folder(stage)
+    else:
+        module, options["json"] = EVALUATIONS[stage.kind], _unfinished(result_file(plan, stage))
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    return [*python, COMMANDS[stage.kind], *words]
+    return [*python, module, *words]
 
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(path.name + UNFINISHED)
 
 
-def run_stage(plan: Plan, stage: Stage, threads: int) -> bool:
-    """Runs a stage to its end, its output in a .log beside its folder; whether it went well."""
-    folder = plan.folder(stage)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    log = folder.with_name(f"{folder.name}.log")
-    with log.open("a") as file:
-        words = command(plan, stage)
-        print(" ".join(words), file=file, flush=True)
-        code = subprocess.run(words, stdout=file, stderr=file, env=environment, close_fds=False).returncode
-    if code == 0 and stage.kind == "tokenizer":
-        os.replace(_unfinished(folder), folder)
-    if code == 0 and not stage.is_training:
-        os.replace(_unfinished(result_file(plan, stage)), result_file(plan, stage))
-    if code:
-        print(f"  failed with exit code {code}, see {log}", file=sys.stderr, flush=True)
-    return code == 0
+class Running:
+    """A stage at work, its output in a .log beside its folder.
+
+    Args:
+        plan: of the stage.
+        stage: what to run.
+        threads: CPU threads that it computes on.
+    """
+
+    def __init__(self, plan: Plan, stage: Stage, threads: int):
+        self.plan, self.stage = plan, stage
+        folder = plan.folder(stage)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        self.log = folder.with_name(f"{folder.name}.log")
+        with self.log.open("a") as file:
+            words = command(plan, stage)
+            print(" ".join(words), file=file, flush=True)
+            # The lock of the output folder is handed on.
+            self.process = subprocess.Popen(words, stdout=file, stderr=file, env=environment, close_fds=False)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def conclude(self) -> bool:
+        """Gives the result its name; whether it went well."""
+        code, stage = self.process.returncode, self.stage
+        if code == 0 and stage.kind == "tokenizer":
+            os.replace(_unfinished(self.plan.folder(stage)), self.plan.folder(stage))
+        if code == 0 and stage.kind in EVALUATIONS:
+            os.replace(_unfinished(result_file(self.plan, stage)), result_file(self.plan, stage))
+        if code:
+            print(f"  {stage.name} failed with exit code {code}, see {self.log}", file=sys.stderr, flush=True)
+        return code == 0
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
 
 
-def run(plan: Plan, stages: list[Stage], threads: int, after_each=lambda: None) -> list[str]:
-    """Runs what is not finished, in order; names of the stages that failed or could not run because of one.
+def run(
+    plan: Plan,
+    stages: list[Stage],
+    threads: int = 1,
+    jobs: int = 1,
+    after_each: Callable[[Stage], None] = lambda stage: None,
+) -> list[str]:
+    """Runs what is not finished; names of the stages that failed or could not run because of one.
 
     Args:
         plan: of all stages.
-        stages: those to run, each after what it needs.
+        stages: those to run, each after what it needs. The first that can run is next.
         threads: CPU threads that each computes on.
+        jobs: stages that run at a time.
         after_each: called after each evaluation.
+
+    Raises:
+        PlanError: as `check_corpus` and `check_recipes`, or another run works in the folder.
     """
     check_corpus(plan)
     check_recipes(plan, stages)
-    failed = []
+    failed: list[str] = []
+    numbers = {stage.name: f"{number}/{len(stages)} {stage.name}" for number, stage in enumerate(stages, start=1)}
+    waiting, running = list(stages), list[Running]()
     with _alone(plan.output):
-        for number, stage in enumerate(stages, start=1):
-            progress = f"{number}/{len(stages)} {stage.name}"
-            if is_finished(plan, stage):
-                print(f"{progress}: finished before", flush=True)
-            elif any(name in failed for name in stage.needs):
-                print(f"{progress}: left out, for {', '.join(n for n in stage.needs if n in failed)} failed")
-                failed.append(stage.name)
-            else:
-                print(f"{progress} ...", flush=True)
-                if not run_stage(plan, stage, threads):
-                    failed.append(stage.name)
-                elif not stage.is_training:
-                    after_each()
+        try:
+            while waiting or running:
+                busy = {one.stage.name for one in running}
+                stage = _next(waiting, busy) if len(running) < jobs else None
+                if stage is not None:
+                    waiting.remove(stage)
+                    unmet = [name for name in stage.needs if name in failed]
+                    if is_finished(plan, stage):
+                        print(f"{numbers[stage.name]}: finished before", flush=True)
+                    elif unmet:
+                        print(f"{numbers[stage.name]}: left out, for {', '.join(unmet)} failed", flush=True)
+                        failed.append(stage.name)
+                    else:
+                        print(f"{numbers[stage.name]} ...", flush=True)
+                        running.append(Running(plan, stage, threads))
+                    continue
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                for one in [one for one in running if one.has_ended]:
+                    running.remove(one)
+                    if not one.conclude():
+                        failed.append(one.stage.name)
+                    elif one.stage.kind in EVALUATIONS:
+                        after_each(one.stage)
+        finally:
+            for one in running:
+                one.stop()
     return failed
+
+
+def _next(waiting: list[Stage], busy: set[str]) -> Stage | None:
+    """The first stage for which nothing that it needs is still to come."""
+    to_come = busy | {stage.name for stage in waiting}
+    return next((stage for stage in waiting if not to_come.intersection(stage.needs)), None)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from training_helpers import write_corpus
 
 from calm.experiments.__main__ import main
 from calm.experiments.plan import FOLDER, Plan, PlanError
-from calm.experiments.report import comparison, direction, document, totals
-from calm.experiments.stages import command, is_finished, result_file, run
+from calm.experiments.report import TEMPLATE, Measured, comparison, direction, document
+from calm.experiments.results import Results, digest, totals
+from calm.experiments.stages import command, is_finished, read_score, result_file, run
 from calm.training.recipe import RecipeError
 
 FILE = Path(__file__).parent / "fixtures" / "experiments.yaml"
@@ -33,7 +34,7 @@ def corpus(tmp_path_factory):
 
 
 def plan_in(corpus, output, max_steps=4, file=FILE) -> Plan:
-    return Plan(file, corpus, output, max_steps)
+    return Plan(file, output / file.stem, corpus, max_steps)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def finished(corpus, tmp_path_factory):
     killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
-        while not (output / "models" / "calm" / "checkpoint-2").exists():
+        while not (output / "experiments" / "models" / "calm" / "checkpoint-2").exists():
             assert killed.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
@@ -91,19 +92,18 @@ def test_a_second_phase_counts_what_came_before(corpus, tmp_path):
 def test_the_commands_are_the_training_commands(corpus, tmp_path):
     plan = plan_in(corpus, tmp_path)
     words = command(plan, plan.stages["models/calm"])
-    assert words[1:5] == ["-m", "calm.training.train_calm", "--recipe", str(FOLDER / "recipes" / "calm.yaml")]
-    assert words[words.index("--autoencoder") + 1] == str(tmp_path / "autoencoders" / "k4")
+    assert words[1:5] == ["-m", "calm.training.train_calm", "--recipe", str(FOLDER / "recipes" / "stories-calm.yaml")]
+    assert words[words.index("--autoencoder") + 1] == str(tmp_path / "experiments" / "autoencoders" / "k4")
     assert words[words.index("--max_steps") + 1] == "4"
 
 
-def test_the_real_file_is_a_plan(corpus, tmp_path):
-    """Every recipe and configuration in it is accepted; at equal data where the tables compare."""
-    plan = plan_in(corpus, tmp_path, max_steps=None, file=FOLDER / "experiments.yaml")
+@pytest.mark.parametrize("name", ["language", "stories"])
+def test_the_real_files_are_plans(corpus, tmp_path, name):
+    """Every recipe and configuration in them is accepted, and every table has its place in the document."""
+    plan = plan_in(corpus, tmp_path, max_steps=None, file=FOLDER / f"{name}.yaml")
     assert all(plan.cost(s).trainable > 0 for s in plan.stages.values() if s.kind in ("autoencoder", "calm", "ar"))
-    for table in plan.tables:
-        tokens = {plan.tokens(plan.stages[f"models/{m}"]) for row in table.rows for m in row.models}
-        assert len(tokens) == (1 if table.group != "learn" else 3)  # all, a quarter, a tenth
-    assert "{" not in document(plan)
+    assert all(f"{{{table.group}}}" in TEMPLATE.read_text() for table in plan.tables)
+    assert f"{{{name}.trainings}}" not in document([plan], Results([plan]))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,10 @@ def test_whole_comparisons_come_before_the_next_seed(corpus, tmp_path):
     assert models == ["calm-seed1", "second-phase-seed1", "calm-seed2", "second-phase-seed2"]
 
 
-def test_an_unknown_group_is_refused(corpus, tmp_path):
-    with pytest.raises(PlanError, match="no group 'head': the groups are lengths, loss"):
-        plan_in(corpus, tmp_path).of_groups(["head"])
+def test_an_unknown_group_is_refused(corpus, tmp_path, capsys):
+    arguments = ["--corpus", str(corpus), "--output", str(tmp_path / "x"), "--experiments", str(FILE)]
+    assert main([*arguments, "--only", "head"]) == 2
+    assert "no group 'head': the groups are lengths, loss" in capsys.readouterr().err
 
 
 def test_a_missing_corpus_is_an_error(tmp_path, capsys):
@@ -143,6 +144,8 @@ def test_a_missing_corpus_is_an_error(tmp_path, capsys):
     assert main(arguments) == 2
     assert "books-train.jsonl.xz: no such file. Give --corpus" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+    assert main(arguments[2:]) == 2
+    assert "experiments.yaml is about text files: give --corpus" in capsys.readouterr().err
 
 
 def test_dry_run_prints_sizes_and_starts_nothing(corpus, tmp_path, capsys):
@@ -158,11 +161,14 @@ def test_dry_run_prints_sizes_and_starts_nothing(corpus, tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on_where_it_was(finished):
-    log = (finished / "models" / "calm.log").read_text()
+    models = finished / "experiments" / "models"
+    log = (models / "calm.log").read_text()
     assert log.count("from the start") == 1 and log.count("resuming from checkpoint-") == 1
-    state = json.loads((finished / "models" / "calm" / "trainer_state.json").read_text())
+    state = json.loads((models / "calm" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
-    assert (finished / "experiments.md").read_text().count("| then β = 1.5 | 0.00 M |") == 1
+    assert (finished / "experiments.md").read_text().startswith("# ")
+    measured = ["autoencoders/k4/noise", "models/calm/score", "models/second-phase/score"]
+    assert list(json.loads((finished / "experiments.json").read_text())) == [f"experiments/{name}" for name in measured]
 
 
 def test_what_is_finished_is_skipped(finished, corpus, capsys):
@@ -178,7 +184,10 @@ def test_a_score_of_another_text_is_made_again(finished, corpus):
     plan = plan_in(corpus, finished)
     stage = plan.stages["models/calm/score"]
     assert is_finished(plan, stage)
-    plan.evaluation = {**plan.evaluation, "blocks": 5}
+    plan.evaluation = {**plan.evaluation, "block_size": 16}
+    assert not is_finished(plan, stage)
+    plan.evaluation = {**plan.evaluation, "block_size": 32}
+    stage.options["max_positions"] += 1
     assert not is_finished(plan, stage)
 
 
@@ -192,7 +201,7 @@ def test_two_runs_do_not_share_a_folder(finished, corpus):
     import fcntl
 
     plan = plan_in(corpus, finished)
-    with (finished / "lock").open() as file:
+    with (plan.output / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(PlanError, match="another run works there"):
             run(plan, [], threads=1)
@@ -212,44 +221,72 @@ def test_a_failure_is_named_and_what_needs_it_left_out(corpus, tmp_path, capsys,
 # the document
 
 
-def test_the_table_holds_the_scores(finished, corpus, monkeypatch):
-    monkeypatch.setattr("calm.experiments.report.read_blocks", lambda *_: torch.tensor([[1, 1], [2, 3]]))
+def test_the_table_holds_the_scores(finished, corpus):
     plan = plan_in(corpus, finished)
-    [score] = json.loads(result_file(plan, plan.stages["models/calm/score"]).read_text())
-    table = comparison(plan, plan.tables[1])
-    first, second, floor = table.splitlines()[2:]
-    assert f"| {score['brier'][0]:.4f} ({score['brier_intervals'][0][0]:.4f} to " in first
+    score = read_score(result_file(plan, plan.stages["models/calm/score"]))["brierlm"]
+    first, second = comparison(plan, plan.tables[1], Results([plan])).splitlines()[2:]
+    assert f"| {score['value']:.2f} | ({score['low']:.2f} to {score['high']:.2f}) |" in first
     assert first.startswith("| β = 1 | 0.00 M |") and first.endswith("| 4.70 |  |")
     assert second.startswith("| then β = 1.5 | 0.00 M |") and "| 4.46 | " in second
-    assert f"| {0.5**2 + 2 * 0.25**2:.4f} |" in floor
     alone, both = (totals(plan, plan.stages[f"models/{name}"]) for name in ("calm", "second-phase"))
     assert (alone["tokens"], both["tokens"]) == (4 * 4 * 32, 2 * 4 * 4 * 32)
     assert both["cpu_seconds"] > alone["cpu_seconds"] > 0
 
 
 def test_what_was_not_run_is_said(finished, corpus):
-    lines = comparison(plan_in(corpus, finished), plan_in(corpus, finished).tables[0]).splitlines()[2:]
+    plan = plan_in(corpus, finished)
+    lines = comparison(plan, plan.tables[0], Results([plan])).splitlines()[2:]
     assert lines[0].startswith("| AR | not run yet |") and lines[0].endswith("| 6.05 |  |")
     assert lines[2].startswith("| K = 2 | not run yet |")
     assert lines[3].startswith("| K = 3 | not asked for |")
 
 
-def with_interval(monkeypatch, **intervals) -> None:
-    scores = {name: {"brier_intervals": [interval]} for name, interval in intervals.items()}
-    monkeypatch.setattr("calm.experiments.report.is_finished", lambda plan, stage: True)
-    monkeypatch.setattr("calm.experiments.report.score_of", lambda plan, name: scores[name])
+def test_seeds_are_averaged(finished, corpus):
+    plan = plan_in(corpus, finished)
+    results = Results([plan])
+    for seed, value in ((1, 2.0), (2, 4.0)):
+        record = {"brierlm": {"value": value, "low": value - 1, "high": value + 1}}
+        cost = {"tokens": seed * 1e6, "flops": 1e9, "cpu_seconds": 7.0}
+        results.records[f"experiments/models/calm-k2-seed{seed}/score"] = record | {"cost": cost}
+    line = comparison(plan, plan.tables[0], results).splitlines()[4]
+    assert line.startswith("| K = 2 | 1.50 M | 1.0e+09 | 7 | 3.00 | (2.00 to 4.00, 2 seeds) |")
 
 
 @pytest.mark.parametrize(
-    ("calm", "verdict"),
+    ("interval", "verdict"),
     [
         ([0.01, 0.02], "below: agrees"),
         ([0.31, 0.32], "above: against the paper"),
         ([0.05, 0.15], "within the intervals"),
     ],
 )
-def test_direction(corpus, tmp_path, monkeypatch, calm, verdict):
-    plan = plan_in(corpus, tmp_path)
-    with_interval(monkeypatch, ar=[0.1, 0.3], calm=calm)
-    reference, row = plan.tables[0].rows[:2]
-    assert direction(plan, row, reference) == verdict
+def test_direction(interval, verdict):
+    row, reference = (Measured(0.0, *bounds, 0.0, 1, {}) for bounds in (interval, [0.1, 0.3]))
+    assert direction(row, reference, 5.72, 6.05) == verdict
+    assert direction(row, None, 5.72, 6.05) == ""
+
+
+# records
+
+
+def test_records_stand_in_for_the_models(finished, corpus, tmp_path):
+    """The document can be written, and nothing is trained again, where only the records are left."""
+    before = plan_in(corpus, finished)
+    written = document([before], Results([before]))
+    elsewhere = plan_in(corpus, tmp_path)
+    results = Results([elsewhere], reuse=finished / "experiments.json")
+    assert document([elsewhere], results) == written
+    assert results.missing(elsewhere, elsewhere.of_groups(["loss"])) == []
+    assert Results([elsewhere]).missing(elsewhere, elsewhere.of_groups(["loss"])) == elsewhere.of_groups(["loss"])
+
+
+def test_a_record_of_another_recipe_does_not_count(finished, corpus, tmp_path):
+    changed = tmp_path / "experiments.yaml"
+    changed.write_text(FILE.read_text().replace("beta: 1.5", "beta: 1.25"))
+    plan = plan_in(corpus, tmp_path, file=changed)
+    results = Results([plan], reuse=finished / "experiments.json")
+    missing = [stage.name for stage in results.missing(plan, plan.of_groups(["loss"]))]
+    assert "models/second-phase/score" in missing and "models/calm/score" not in missing
+    same = plan_in(corpus, finished)
+    name = "models/calm/score"
+    assert digest(plan, plan.stages[name]) == digest(same, same.stages[name])
