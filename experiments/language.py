@@ -151,9 +151,13 @@ class HiddenMarkovLanguage:
             clean_up_tokenization_spaces=False,
         )
 
-    def symbols(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids of the tokenizer → symbols; negative where the token is none."""
+    def symbols(self, ids):
+        """Token ids of the tokenizer → symbols; negative where the token is none. Arrays or tensors."""
         return ids - len(SPECIAL_TOKENS)
+
+    def ids(self, symbols):
+        """Symbols → token ids of the tokenizer. Arrays or tensors."""
+        return symbols + len(SPECIAL_TOKENS)
 
 
 def _dirichlet_rows(rng: np.random.Generator, rows: int, size: int, concentration: float) -> np.ndarray:

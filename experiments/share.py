@@ -117,20 +117,45 @@ def _intervals(values_R: np.ndarray) -> list:
     return np.quantile(values_R, [0.025, 0.975], axis=0).T.tolist()
 
 
+def reader_of(model) -> tuple[CalmReader | TokenReader, int]:
+    """The reader of a CALM or a causal LM, and its patch size."""
+    return (CalmReader(model), model.config.patch_size) if is_calm(model) else (TokenReader(model), 1)
+
+
 def measure(
-    model, language: HiddenMarkovLanguage, blocks_BL: Tensor, num_draws: int, batch_size: int, seed: int = 0
+    reader,
+    patch_size: int,
+    language: HiddenMarkovLanguage,
+    blocks_BL: Tensor,
+    num_draws: int,
+    batch_size: int,
+    seed: int = 0,
 ) -> dict:
-    """`summary` of a CALM or a causal LM on blocks (B, L) of the language's tokens."""
-    patch_size = model.config.patch_size if is_calm(model) else 1
-    reader = CalmReader(model) if is_calm(model) else TokenReader(model)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    """`summary` of a model on blocks (B, L) of the language's tokens.
+
+    Args:
+        reader: of the model, as `continuations` takes it.
+        patch_size: K; 1 for a causal LM.
+        language: whose text it is.
+        blocks_BL: ids.
+        num_draws: of every position.
+        batch_size: blocks at a time.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
     sums, best, positions = [], [], 0
     for batch_BL in tqdm(blocks_BL.split(batch_size), desc="share", disable=not sys.stderr.isatty()):
-        drawn = continuations(reader, batch_BL.to(model.device), patch_size, num_draws, generator).cpu()
+        drawn = continuations(reader, batch_BL, patch_size, num_draws, generator)
         for terms, kept in zip(brier_terms(language, batch_BL, drawn, patch_size), (sums, best), strict=True):
             kept.append(terms)
         positions += drawn.shape[0] * drawn.shape[1]
     return summary(np.concatenate(sums), np.concatenate(best), positions)
+
+
+def validation_blocks(folder: Path, block_size: int, max_blocks: int) -> Tensor:
+    """(B, L) ids of the text that nothing was trained on."""
+    texts = read_documents([folder / "validation.jsonl"])
+    return pack_blocks(texts, load_tokenizer(folder), block_size, max_blocks)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -151,9 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors(ValueError, OSError):
         model, language = load_causal_lm(args.model), load(args.language)
         blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
-        texts = read_documents([args.language / "validation.jsonl"])
-        blocks_BL = pack_blocks(texts, load_tokenizer(args.language), args.block_size, blocks)
-        result = measure(model, language, blocks_BL, args.draws, args.batch_size)
+        blocks_BL = validation_blocks(args.language, args.block_size, blocks)
+        result = measure(*reader_of(model), language, blocks_BL, args.draws, args.batch_size)
     result = {"model": args.model, "block_size": args.block_size, "draws": args.draws, **result}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,140 @@
+"""What keeps a CALM from the best score: its parts replaced, one after the other, by something that has no fault.
+
+    python -m calm.experiments.replacements --model MODEL --language DIR [--auxiliary FILE]
+
+- solver: a flow or diffusion head with more steps; what is gained was lost by the solver.
+- head: the multi-token loss that the backbone was trained with draws the patch in the head's place, token by token;
+  what is left was lost by the backbone.
+- head and backbone: patches are drawn by the language's own law, encoded, drawn from the posterior and decoded; what
+  is left was lost by the autoencoder.
+
+Axes: B blocks, M positions, N draws, K tokens per patch, D hidden size, V vocabulary, S hidden states of the language.
+"""
+
+import argparse
+import json
+import sys
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from calm.command_line import CommandError, Parser, command, known_errors, positive, writable
+from calm.evaluation.branching import CalmReader
+from calm.evaluation.brier import MAX_N
+from calm.evaluation.models import is_calm, load_causal_lm, positions_per_block
+from calm.experiments.language import HiddenMarkovLanguage, load
+from calm.experiments.share import measure, validation_blocks
+from calm.modeling_calm import CALMForCausalLM
+from calm.training.auxiliary import MultiTokenLoss
+
+MORE_STEPS = 50  # the published solver takes 10
+
+
+class ChainReader(CalmReader):
+    """A CALM whose patches are drawn by a multi-token loss, token by token."""
+
+    def __init__(self, model: CALMForCausalLM, chain: MultiTokenLoss):
+        super().__init__(model)
+        self.chain = chain
+
+    @torch.no_grad()
+    def draw(self, states_D: Tensor, num_samples: int, generator=None) -> Tensor:
+        states = self.chain.states(states_D).expand(num_samples, *states_D.shape[:-1], -1, -1)
+        given, tokens = torch.zeros_like(states[..., 0, :]), []
+        for k in range(self.chain.patch_size):
+            probs = self.chain.logits(states[..., k, :] + given).softmax(-1)
+            ids = probs.flatten(0, -2).multinomial(1, generator=generator).view(probs.shape[:-1])
+            tokens.append(ids)
+            if k < self.chain.patch_size - 1:
+                given = given + self.chain.embeddings[k](ids)
+        return torch.stack(tokens, dim=-1)
+
+
+class TruthReader:
+    """The language's own law through an autoencoder: what a CALM without fault would draw. States are beliefs."""
+
+    def __init__(self, language: HiddenMarkovLanguage, autoencoder):
+        self.language, self.autoencoder = language, autoencoder
+
+    def read(self, patches_BPK: Tensor) -> Tensor:
+        beliefs_BLS = self.language.beliefs(self.language.symbols(patches_BPK.flatten(1).numpy()))
+        K = patches_BPK.shape[-1]
+        return torch.from_numpy(np.ascontiguousarray(beliefs_BLS[:, K::K]))
+
+    @torch.no_grad()
+    def draw(self, beliefs_S: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+        moves, emissions = (torch.from_numpy(law) for law in self.language.laws)
+
+        def one(probabilities):
+            rows = probabilities.flatten(0, -2)
+            return rows.multinomial(1, generator=generator).view(probabilities.shape[:-1])
+
+        state = one(beliefs_S.expand(num_samples, *beliefs_S.shape))
+        symbols = []
+        for _ in range(self.autoencoder.config.patch_size):
+            symbols.append(one(emissions[state]))
+            state = one(moves[state])
+        ids = self.language.ids(torch.stack(symbols, dim=-1))
+        mean, log_std = self.autoencoder.encode(ids.reshape(1, -1))
+        latents = mean + log_std.exp() * torch.randn(mean.shape, generator=generator)
+        return self.autoencoder.decode_tokens(latents[0]).view(ids.shape)
+
+
+def readers(model: CALMForCausalLM, language: HiddenMarkovLanguage, auxiliary: Path | None) -> dict:
+    """Replaced part → reader; the model as it is comes first."""
+    config = model.config
+    found = {"nothing": CalmReader(model)}
+    if auxiliary is not None:
+        chain = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
+        weights = safetensors.torch.load_file(auxiliary)
+        chain.load_state_dict({name.removeprefix("auxiliary."): value for name, value in weights.items()})
+        found["head"] = ChainReader(model, chain.eval())
+    if config.patch_size >= MAX_N:  # else a continuation goes on from the patches drawn
+        found["head and backbone"] = TruthReader(language, model.autoencoder)
+    return found
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("python -m calm.experiments.replacements", __doc__)
+    parser.add_argument("--model", required=True, help="folder of a CALM")
+    parser.add_argument("--language", required=True, type=Path, help="folder that calm.experiments.language wrote")
+    parser.add_argument("--auxiliary", type=Path, help="auxiliary.safetensors of the model's last checkpoint")
+    parser.add_argument("--block_size", type=positive, default=256)
+    parser.add_argument("--max_positions", type=positive, default=100_000)
+    parser.add_argument("--draws", type=positive, default=4, help="of each position")
+    parser.add_argument("--batch_size", type=positive, default=16, help="blocks at a time")
+    parser.add_argument("--json", type=writable, help="write the result")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with known_errors(ValueError, OSError):
+        model, language = load_causal_lm(args.model), load(args.language)
+        if not is_calm(model):
+            raise CommandError(f"{args.model}: is no CALM, so there is nothing to replace.")
+        blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
+        blocks_BL = validation_blocks(args.language, args.block_size, blocks)
+        results = {}
+        for name, reader in readers(model, language, args.auxiliary).items():
+            results[name] = measure(reader, model.config.patch_size, language, blocks_BL, args.draws, args.batch_size)
+        if model.head.network_calls > 1:
+            fine = load_causal_lm(args.model)
+            fine.head.num_steps = MORE_STEPS
+            results["solver"] = measure(
+                CalmReader(fine), model.config.patch_size, language, blocks_BL, args.draws, args.batch_size
+            )
+    for name, result in results.items():
+        low, high = result["share_interval"]
+        print(f"{name} replaced: {result['share']:.1%} ({low:.1%} to {high:.1%})")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
