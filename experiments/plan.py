@@ -124,14 +124,13 @@ class Plan:
                 add(needed)
             ordered.setdefault(name, self.stages[name])
 
-        for table in self.tables:
-            if not groups or table.group in groups:
-                # All rows with the first seed before the second: a run that is stopped leaves whole comparisons.
-                for same_seed in zip_longest(*(row.models for row in table.rows)):
-                    for model in filter(None, same_seed):
-                        add(f"models/{model}/score")
-                        for stage in [s for s in ordered.values() if s.kind == "autoencoder"]:
-                            add(f"{stage.name}/noise")
+        rows = [row for table in self.tables if not groups or table.group in groups for row in table.rows]
+        # All rows with the first seed before the second: a run that is stopped leaves whole comparisons.
+        for same_seed in zip_longest(*(row.models for row in rows)):
+            for model in filter(None, same_seed):
+                add(f"models/{model}/score")
+                for stage in [s for s in ordered.values() if s.kind == "autoencoder"]:
+                    add(f"{stage.name}/noise")
         return list(ordered.values())
 
     def folder(self, stage: Stage) -> Path:

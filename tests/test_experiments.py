@@ -168,7 +168,9 @@ def test_a_killed_run_goes_on_where_it_was(finished):
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
     assert (finished / "experiments.md").read_text().startswith("# ")
     measured = ["autoencoders/k4/noise", "models/calm/score", "models/second-phase/score"]
-    assert list(json.loads((finished / "experiments.json").read_text())) == [f"experiments/{name}" for name in measured]
+    assert list(json.loads((finished / "experiments.json").read_text())) == [
+        f"experiments/{name}" for name in measured
+    ]
 
 
 def test_what_is_finished_is_skipped(finished, corpus, capsys):
