@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from training_helpers import write_corpus
 
 from calm.experiments.__main__ import main
