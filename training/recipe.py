@@ -81,6 +81,8 @@ class Recipe:
         auxiliary_weight: weight of the training-only multi-token loss (calm only, see auxiliary.py).
         head_weight: weight of the head's loss beside it; 0 trains the backbone alone.
         freeze_backbone: train the head alone, on the backbone of `init_from` (calm only).
+        ema_decay: evaluate and export an exponential moving average of the weights, of which each step keeps this
+            share; 0 is the weights themselves.
         data, model, training: the sections.
     """
 
@@ -93,6 +95,7 @@ class Recipe:
     auxiliary_weight: float = 0.0
     head_weight: float = 1.0
     freeze_backbone: bool = False
+    ema_decay: float = 0.0
     data: DataOptions = field(default_factory=DataOptions)
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)

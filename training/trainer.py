@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
+from calm.training.average import WeightAverage
 from calm.training.diagnostics import diagnose
 from calm.training.tokenizer import save_tokenizer
 
@@ -39,10 +40,14 @@ class CALMTrainer(Trainer):
     this process's CPU time, which other work on the machine moves less.
     """
 
-    def __init__(self, model, *args, keep_checkpoints: int | None = None, **kwargs):
+    def __init__(
+        self, model, *args, keep_checkpoints: int | None = None, average: WeightAverage | None = None, **kwargs
+    ):
         with keeping_use_cache(model.config):
             super().__init__(model, *args, **kwargs)
-        self.keep_checkpoints = keep_checkpoints
+        self.keep_checkpoints, self.average = keep_checkpoints, average
+        if average is not None:
+            self.add_callback(average)
         self._unfinished: str | None = None
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
         self._no_cache = {"use_cache": False} if has_cache else {}
@@ -112,6 +117,10 @@ class CALMTrainer(Trainer):
         """
         return 1 if self.model_accepts_loss_kwargs else self.args.gradient_accumulation_steps * self.args.world_size
 
+    def evaluate(self, *args, **kwargs):
+        with self.average.in_place_of_weights(self.model) if self.average else contextlib.nullcontext():
+            return super().evaluate(*args, **kwargs)
+
     # checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -155,6 +164,8 @@ class CALMTrainer(Trainer):
                 state = state_dict or self.model.state_dict()
                 auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
                 safetensors.torch.save_file(auxiliary, folder / AUXILIARY_FILE)
+            if self.average is not None:
+                self.average.save(folder)
             torch.save(self.args, folder / "training_args.bin")
 
     def _write_model(self, folder: Path, state_dict: dict | None) -> None:
@@ -197,9 +208,12 @@ class CALMTrainer(Trainer):
     def export(self, tokenizer) -> None:
         """Writes the model to `output_dir` as a repository that loads by itself: weights, code, tokenizer.
 
-        A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`.
+        A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`. Where there is an
+        average of the weights, it goes before them.
         """
         folder = folder_of(self.args)
+        if self.average is not None:
+            self.average.put_into(self.model)
         merge = getattr(self.model, "merge_and_unload", None)
         if merge is not None:
             if self.args.should_save:
