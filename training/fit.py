@@ -62,7 +62,7 @@ def begin(recipe: Recipe) -> TrainingArguments:
     Raises:
         RecipeError: Trainer refuses a value, fields contradict each other, or the folder cannot be made.
     """
-    check_average(recipe)
+    check_fields(recipe)
     args = training_arguments(recipe)
     check_schedule(args)
     transformers.logging.set_verbosity_warning()
@@ -91,8 +91,12 @@ def check_schedule(args: TrainingArguments) -> None:
         raise RecipeError(f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}") from error
 
 
-def check_average(recipe: Recipe) -> None:
-    """Raises `RecipeError` where there can be no moving average of the weights as the recipe asks."""
+def check_fields(recipe: Recipe) -> None:
+    """Raises `RecipeError` where there can be no moving average, or no rate for the head, as the recipe asks."""
+    if recipe.head_learning_rate is not None and recipe.kind != "calm":
+        raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head.")
+    if recipe.head_learning_rate is not None and recipe.head_learning_rate < 0:
+        raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: must not be negative.")
     if not 0 <= recipe.ema_decay < 1:
         raise RecipeError(f"ema_decay={recipe.ema_decay}: must lie in [0, 1).")
     if recipe.ema_decay and recipe.training.get("fsdp"):
@@ -158,6 +162,7 @@ def fit(
         data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
         keep_checkpoints=recipe.training.get("save_total_limit", 2),
         average=WeightAverage(recipe.ema_decay, last) if recipe.ema_decay else None,
+        head_learning_rate=recipe.head_learning_rate,
     )
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")
