@@ -37,6 +37,7 @@ class CALMAutoencoderConfig(PretrainedConfig):
         hidden_act, mlp_bias, rms_norm_eps, initializer_range: as in Llama.
         ae_dropout: probability in training both of replacing an input token by id 0 and of dropping a latent
             dimension (paper 2.2).
+        token_dropout, latent_dropout: the two apart; `None` is `ae_dropout`.
         kl_clamp: floor of the KL divergence, nats per latent dimension (paper 2.2).
         kl_weight: weight of the KL term beside K times the cross-entropy (paper 2.2).
 
@@ -61,6 +62,8 @@ class CALMAutoencoderConfig(PretrainedConfig):
         rms_norm_eps=1e-6,
         initializer_range=0.02,
         ae_dropout=0.15,
+        token_dropout=None,
+        latent_dropout=None,
         kl_clamp=0.5,
         kl_weight=1e-3,
         pad_token_id=None,
@@ -80,6 +83,8 @@ class CALMAutoencoderConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.ae_dropout = ae_dropout
+        self.token_dropout = token_dropout
+        self.latent_dropout = latent_dropout
         self.kl_clamp = kl_clamp
         self.kl_weight = kl_weight
         self.check()
@@ -94,9 +99,24 @@ class CALMAutoencoderConfig(PretrainedConfig):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("num_encoder_layers", "num_decoder_layers"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: the autoencoder needs at least 1 layer.")
-        require(0 <= self.ae_dropout < 1, f"ae_dropout={self.ae_dropout}: must lie in [0, 1).")
+        for name in ("ae_dropout", "token_dropout", "latent_dropout"):
+            rate = getattr(self, name)
+            require(rate is None or 0 <= rate < 1, f"{name}={rate}: must lie in [0, 1).")
         require(self.kl_clamp >= 0, f"kl_clamp={self.kl_clamp}: must not be negative (nats per dimension).")
         require(self.kl_weight >= 0, f"kl_weight={self.kl_weight}: must not be negative.")
+
+    @property
+    def token_dropout_rate(self) -> float:
+        return self.ae_dropout if self.token_dropout is None else self.token_dropout
+
+    @property
+    def latent_dropout_rate(self) -> float:
+        return self.ae_dropout if self.latent_dropout is None else self.latent_dropout
+
+    def to_diff_dict(self):
+        """What config.json holds: the two rates apart only where they are given."""
+        apart = ("token_dropout", "latent_dropout")
+        return {key: value for key, value in super().to_diff_dict().items() if key not in apart or value is not None}
 
 
 class CALMConfig(LlamaConfig):

@@ -251,8 +251,8 @@ class CALMAutoencoder(PreTrainedModel):
     ) -> CALMAutoencoderOutput:
         """Encodes, draws one latent vector per patch, decodes; with labels also scores the reconstruction.
 
-        In training mode a share `ae_dropout` of the input tokens is replaced by id 0, and the same share of latent
-        dimensions is dropped.
+        In training mode a share `token_dropout` of the input tokens is replaced by id 0, and a share `latent_dropout`
+        of latent dimensions is dropped.
 
         Args:
             input_ids (`(B, L)`, *optional*): L a multiple of K.
@@ -282,7 +282,7 @@ class CALMAutoencoder(PreTrainedModel):
         mean, log_std = self.encoder(corrupted)
         if noise is None:
             noise = torch.empty_like(mean).normal_(generator=generator)
-        noisy = F.dropout(mean + log_std.exp() * noise, self.config.ae_dropout, self.training)
+        noisy = F.dropout(mean + log_std.exp() * noise, self.config.latent_dropout_rate, self.training)
         logits = self.decoder(noisy).flatten(1, 2)
         if labels is None:
             return CALMAutoencoderOutput(logits=logits, mean=mean, log_std=log_std)
@@ -350,4 +350,4 @@ class CALMAutoencoder(PreTrainedModel):
 
     def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
         chance = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
-        return input_ids.masked_fill(chance < self.config.ae_dropout, 0)
+        return input_ids.masked_fill(chance < self.config.token_dropout_rate, 0)

@@ -1,5 +1,7 @@
 """The autoencoder on its own: shapes for every K and depth, training noise, loss, weights tied through a save."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,34 @@ def test_noise_only_in_training():
     assert not torch.equal(model(ids, noise=noise).logits, model(ids, noise=noise).logits)
 
 
+def encoded_and_decoded(**rates):
+    """Whether each side sees the noise of training: the posterior differs from that of the ids, the decoder's input
+    from what was encoded."""
+    model, ids, seen = autoencoder(**rates), some_ids(8, 40), []
+    clean = model.encode(ids)[0]
+    model.decoder.register_forward_pre_hook(lambda decoder, args: seen.append(args[0]))
+    mean = model.train()(ids, noise=torch.zeros(8, 10, 16)).mean
+    return not torch.equal(mean, clean), not torch.equal(seen[0], mean)
+
+
+def test_each_dropout_has_a_rate_of_its_own():
+    assert encoded_and_decoded(ae_dropout=0.0) == (False, False)
+    assert encoded_and_decoded(ae_dropout=0.5) == (True, True)
+    assert encoded_and_decoded(ae_dropout=0.0, token_dropout=0.5) == (True, False)
+    assert encoded_and_decoded(ae_dropout=0.0, latent_dropout=0.5) == (False, True)
+    assert encoded_and_decoded(ae_dropout=0.5, token_dropout=0.0) == (False, True)
+    assert encoded_and_decoded(ae_dropout=0.5, latent_dropout=0.0) == (True, False)
+
+
+def test_a_config_without_own_rates_is_written_as_before(tmp_path):
+    CALMAutoencoderConfig().save_pretrained(tmp_path / "before")
+    written = json.loads((tmp_path / "before" / "config.json").read_text())
+    assert {name for name in written if "dropout" in name} == {"ae_dropout"}
+    CALMAutoencoderConfig(token_dropout=0.1, latent_dropout=0.0).save_pretrained(tmp_path / "own")
+    own = CALMAutoencoderConfig.from_pretrained(tmp_path / "own")
+    assert (own.token_dropout_rate, own.latent_dropout_rate, own.ae_dropout) == (0.1, 0.0, 0.15)
+
+
 def test_same_generator_same_draw():
     model, ids = autoencoder(), some_ids()
     one, same, other = (model(ids, generator=torch.Generator().manual_seed(seed)).logits for seed in (1, 1, 2))
@@ -112,6 +142,8 @@ def test_save_and_load_keeps_the_tie(tmp_path):
         ({"num_encoder_layers": 0}, "num_encoder_layers=0: the autoencoder needs at least 1 layer"),
         ({"patch_size": 0}, "patch_size=0"),
         ({"ae_dropout": 1.0}, "ae_dropout=1.0"),
+        ({"token_dropout": -0.1}, "token_dropout=-0.1"),
+        ({"latent_dropout": 1.0}, "latent_dropout=1.0"),
         ({"kl_clamp": -1}, "kl_clamp=-1"),
         ({"kl_weight": -1}, "kl_weight=-1"),
     ],

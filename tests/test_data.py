@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 
 import numpy as np
 import pyarrow
@@ -142,6 +143,19 @@ def test_tokens_are_written_once_for_a_key_and_a_failure_leaves_nothing(tmp_path
     assert again.tokens.tolist() == first.tokens.tolist()
     with pytest.raises(DataError, match="holds no text"):
         cached_tokens(tmp_path, {"a": 2}, lambda: iter([]))
+
+
+def test_of_two_processes_that_write_the_same_cache_the_second_takes_the_first_s(tmp_path, monkeypatch):
+    key, ids = {"a": 1}, np.arange(3, dtype=np.uint32)
+
+    def while_another_process_writes_it():
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: -1)
+            cached_tokens(tmp_path, key, lambda: iter([ids]))
+        yield ids + 1
+
+    second = cached_tokens(tmp_path, key, while_another_process_writes_it)
+    assert second.tokens.tolist() == [0, 1, 2] and len(list(tmp_path.iterdir())) == 1
 
 
 # blocks

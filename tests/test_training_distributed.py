@@ -16,6 +16,7 @@ FSDP = {"fsdp": "true", "fsdp_config": "{version: 2, transformer_layer_cls_to_wr
 WHOLE_PARTS = {"fsdp": "true", "fsdp_config": "{version: 2}"}  # head and autoencoder are sharded as units, too
 ON_CPU = transformers.__version__ >= "5"
 WHY_NOT = "Trainer 4.57 neither shards on CPUs nor loads the optimizer of several CPU processes; on GPUs it does both"
+SHARDS = pytest.mark.skipif(not ON_CPU, reason=WHY_NOT)
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +38,18 @@ def losses(folder: Path) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    "sharding, auxiliary_weight",
+    "sharding, own",
     [
-        pytest.param({}, 0.5, id="ddp"),
-        pytest.param(FSDP, 0.5, id="fsdp2-auxiliary", marks=pytest.mark.skipif(not ON_CPU, reason=WHY_NOT)),
-        pytest.param(WHOLE_PARTS, 0.0, id="fsdp2", marks=pytest.mark.skipif(not ON_CPU, reason=WHY_NOT)),
+        pytest.param({}, {"auxiliary_weight": 0.5}, id="ddp"),
+        pytest.param({}, {"ema_decay": 0.5}, id="ddp-average"),
+        pytest.param(FSDP, {"auxiliary_weight": 0.5}, id="fsdp2-auxiliary", marks=SHARDS),
+        pytest.param(WHOLE_PARTS, {"head_learning_rate": 1e-2}, id="fsdp2", marks=SHARDS),
     ],
 )
 def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(
-    workshop, tmp_path, monkeypatch, sharding, auxiliary_weight
+    workshop, tmp_path, monkeypatch, sharding, own
 ):
-    fields = {**workshop, **PLAIN, "auxiliary_weight": auxiliary_weight}
+    fields = {**workshop, **PLAIN, **own}
     same_draws_for_every_patch(monkeypatch)
     one_process = tmp_path / "one"
     assert train("calm", **fields, per_device_train_batch_size=4, output_dir=str(one_process)) == 0

@@ -23,6 +23,8 @@ CHANGES = {
 }
 OWN_CHANGES = [
     ("autoencoder", {"ae_dropout": 0.16}),
+    ("autoencoder", {"token_dropout": 0.16}),
+    ("autoencoder", {"latent_dropout": 0.16}),
     ("autoencoder", {"kl_weight": 0.101}),
     ("energy", {"beta": 1.01}),
     ("energy", {"num_posterior_samples": 11}),

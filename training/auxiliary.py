@@ -53,14 +53,16 @@ class WithAuxiliary(nn.Module):
         calm: the model.
         weight: of the auxiliary loss.
         head_weight: of the head's own loss; 0 leaves the head out, to train the backbone alone first.
+        decay: share of the steps over which the weight falls linearly to 0; 0 keeps it.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
-    def __init__(self, calm: CALMForCausalLM, weight: float, head_weight: float = 1.0):
+    def __init__(self, calm: CALMForCausalLM, weight: float, head_weight: float = 1.0, decay: float = 0.0):
         super().__init__()
         config = calm.config
         self.calm, self.config, self.weight, self.head_weight = calm, config, weight, head_weight
+        self.decay = decay
         self.auxiliary = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         self._no_split_modules = calm._no_split_modules
 
@@ -70,13 +72,21 @@ class WithAuxiliary(nn.Module):
     def activation_checkpointing_enable(self, **kwargs) -> None:  # its name in transformers 5
         self.calm.activation_checkpointing_enable(**kwargs)
 
-    def forward(self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs):
+    def forward(
+        self,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        progress: float = 0.0,
+        **inputs,
+    ):
+        """As the model's, and in `loss` the auxiliary one too; `progress` is the share of the steps that are done."""
         head_labels = labels if self.head_weight else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
             auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch)
             head_loss = self.head_weight * outputs.loss if self.head_weight else 0
-            outputs["loss"] = head_loss + self.weight * auxiliary_loss  # 4.57 takes no attribute that was None
+            weight = self.weight * max(0.0, 1 - progress / self.decay) if self.decay else self.weight
+            outputs["loss"] = head_loss + weight * auxiliary_loss  # 4.57 takes no attribute that was None
             outputs["auxiliary_loss"] = auxiliary_loss.detach()
         return outputs
 

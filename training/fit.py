@@ -9,6 +9,7 @@ import transformers
 from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
+from calm.training.average import WeightAverage
 from calm.training.configuration import config_of, tokenizer_of
 from calm.training.data import Length, PatchCollator, data_sets
 from calm.training.recipe import Recipe, RecipeError
@@ -59,8 +60,9 @@ def begin(recipe: Recipe) -> TrainingArguments:
         Trainer's arguments as stated.
 
     Raises:
-        RecipeError: Trainer refuses a value, or the folder cannot be made.
+        RecipeError: Trainer refuses a value, fields contradict each other, or the folder cannot be made.
     """
+    check_fields(recipe)
     args = training_arguments(recipe)
     check_schedule(args)
     transformers.logging.set_verbosity_warning()
@@ -87,6 +89,20 @@ def check_schedule(args: TrainingArguments) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}") from error
+
+
+def check_fields(recipe: Recipe) -> None:
+    """Raises `RecipeError` where there can be no moving average, or no rate for the head, as the recipe asks."""
+    if recipe.head_learning_rate is not None and recipe.kind != "calm":
+        raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head.")
+    if recipe.head_learning_rate is not None and recipe.head_learning_rate < 0:
+        raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: must not be negative.")
+    if not 0 <= recipe.ema_decay < 1:
+        raise RecipeError(f"ema_decay={recipe.ema_decay}: must lie in [0, 1).")
+    if recipe.ema_decay and recipe.training.get("fsdp"):
+        raise RecipeError("ema_decay averages whole weights, and fsdp shards them: leave one of the two out.")
+    if recipe.ema_decay and recipe.training.get("load_best_model_at_end"):
+        raise RecipeError("ema_decay exports the last average, load_best_model_at_end the best weights: name one.")
 
 
 def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
@@ -145,6 +161,8 @@ def fit(
         eval_dataset=data.validation,
         data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
         keep_checkpoints=recipe.training.get("save_total_limit", 2),
+        average=WeightAverage(recipe.ema_decay, last) if recipe.ema_decay else None,
+        head_learning_rate=recipe.head_learning_rate,
     )
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")

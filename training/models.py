@@ -79,6 +79,10 @@ def for_training(model: CALMForCausalLM, recipe: Recipe):
     """
     if recipe.head_weight != 1 and not recipe.auxiliary_weight:
         raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
+    if recipe.auxiliary_decay and not recipe.auxiliary_weight:
+        raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay} has no meaning without auxiliary_weight.")
+    if not 0 <= recipe.auxiliary_decay <= 1:
+        raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps.")
     if recipe.lora_rank and (recipe.auxiliary_weight or recipe.freeze_backbone or not recipe.init_from):
         raise RecipeError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
     if recipe.lora_rank:
@@ -86,5 +90,5 @@ def for_training(model: CALMForCausalLM, recipe: Recipe):
     if recipe.freeze_backbone:
         model.model.requires_grad_(False)
     if recipe.auxiliary_weight:
-        return WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight)
+        return WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, recipe.auxiliary_decay)
     return model

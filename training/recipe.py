@@ -79,8 +79,13 @@ class Recipe:
             another head_type, whose weights are then new.
         lora_rank: with `init_from`, train a LoRA adapter of this rank on the backbone and the head; 0 trains all.
         auxiliary_weight: weight of the training-only multi-token loss (calm only, see auxiliary.py).
+        auxiliary_decay: share of the steps over which that weight falls linearly to 0; 0 keeps it.
         head_weight: weight of the head's loss beside it; 0 trains the backbone alone.
+        head_learning_rate: learning rate of the head and its context layers, on the schedule of `learning_rate`, which
+            it takes by default (calm only).
         freeze_backbone: train the head alone, on the backbone of `init_from` (calm only).
+        ema_decay: evaluate and export an exponential moving average of the weights, of which each step keeps this
+            share; 0 is the weights themselves.
         data, model, training: the sections.
     """
 
@@ -91,8 +96,11 @@ class Recipe:
     init_from: str | None = None
     lora_rank: int = 0
     auxiliary_weight: float = 0.0
+    auxiliary_decay: float = 0.0
     head_weight: float = 1.0
+    head_learning_rate: float | None = None
     freeze_backbone: bool = False
+    ema_decay: float = 0.0
     data: DataOptions = field(default_factory=DataOptions)
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)

@@ -91,7 +91,11 @@ def cached_tokens(folder: Path, key: dict, write: Callable[[], Iterable[np.ndarr
                     file.write(ids.tobytes())
             np.save(unfinished / "document_starts.npy", np.asarray(starts, dtype=np.int64))
             (unfinished / "key.json").write_text(json.dumps(key, indent=1))
-            os.replace(unfinished, target)
+            try:
+                os.replace(unfinished, target)
+            except OSError:  # another process wrote the same tokens meanwhile, and was first
+                if not target.exists():
+                    raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     if not (target / "tokens.bin").stat().st_size:

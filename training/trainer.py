@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
+from calm.training.average import WeightAverage
 from calm.training.diagnostics import diagnose
 from calm.training.tokenizer import save_tokenizer
 
@@ -37,12 +38,30 @@ class CALMTrainer(Trainer):
     The order of the data is the dataset's own (see `PackedBlocks`). The logs have, beside Trainer's, each loss term,
     the diagnostics of diagnostics.py, the tokens per second of all processes together, and those per second of
     this process's CPU time, which other work on the machine moves less.
+
+    Args:
+        model: trained in place.
+        *args: Trainer's.
+        keep_checkpoints: only the last so many; `None` keeps all.
+        average: of the weights, to be evaluated and exported in their place.
+        head_learning_rate: that of a CALM's head, where it is another than the rest's.
+        **kwargs: Trainer's.
     """
 
-    def __init__(self, model, *args, keep_checkpoints: int | None = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        *args,
+        keep_checkpoints: int | None = None,
+        average: WeightAverage | None = None,
+        head_learning_rate: float | None = None,
+        **kwargs,
+    ):
         with keeping_use_cache(model.config):
             super().__init__(model, *args, **kwargs)
-        self.keep_checkpoints = keep_checkpoints
+        self.keep_checkpoints, self.average, self.head_learning_rate = keep_checkpoints, average, head_learning_rate
+        if average is not None:
+            self.add_callback(average)
         self._unfinished: str | None = None
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
         self._no_cache = {"use_cache": False} if has_cache else {}
@@ -56,11 +75,20 @@ class CALMTrainer(Trainer):
         assert isinstance(self.train_dataset, Sized), "Trainer asks for a sampler only then"
         return SequentialSampler(self.train_dataset)
 
+    def create_optimizer(self, *args, **kwargs):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.head_learning_rate is not None:
+            set_apart(bare(self.model).head.parameters(), optimizer, self.head_learning_rate)
+        return optimizer
+
     # loss and logs
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, **self._no_cache}
         block_ids = inputs.pop("block_ids", None)
+        if isinstance(self.model, WithAuxiliary) and self.model.decay:
+            inputs["progress"] = self.state.global_step / self.state.max_steps
         both = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         assert isinstance(both, tuple), "return_outputs asks for both"
         loss, outputs = both
@@ -112,6 +140,10 @@ class CALMTrainer(Trainer):
         """
         return 1 if self.model_accepts_loss_kwargs else self.args.gradient_accumulation_steps * self.args.world_size
 
+    def evaluate(self, *args, **kwargs):
+        with self.average.in_place_of_weights(self.model) if self.average else contextlib.nullcontext():
+            return super().evaluate(*args, **kwargs)
+
     # checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -155,6 +187,8 @@ class CALMTrainer(Trainer):
                 state = state_dict or self.model.state_dict()
                 auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
                 safetensors.torch.save_file(auxiliary, folder / AUXILIARY_FILE)
+            if self.average is not None:
+                self.average.save(folder)
             torch.save(self.args, folder / "training_args.bin")
 
     def _write_model(self, folder: Path, state_dict: dict | None) -> None:
@@ -197,9 +231,12 @@ class CALMTrainer(Trainer):
     def export(self, tokenizer) -> None:
         """Writes the model to `output_dir` as a repository that loads by itself: weights, code, tokenizer.
 
-        A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`.
+        A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`. Where there is an
+        average of the weights, it goes before them.
         """
         folder = folder_of(self.args)
+        if self.average is not None:
+            self.average.put_into(self.model)
         merge = getattr(self.model, "merge_and_unload", None)
         if merge is not None:
             if self.args.should_save:
@@ -235,6 +272,16 @@ def bare(model: torch.nn.Module) -> torch.nn.Module:
     model = without_auxiliary(model)
     base_of = getattr(model, "get_base_model", None)
     return model if base_of is None else base_of()
+
+
+def set_apart(parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives the parameters a learning rate of their own; all else stays as their groups have it."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
 
 
 def unsharded(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:

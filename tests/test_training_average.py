@@ -1,0 +1,113 @@
+"""The moving average of the weights: what is exported and evaluated, also after a resume, and when it is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import make_workshop, train
+
+from calm.training.average import WeightAverage
+
+DECAY, STEPS = 0.7, 4
+EVERY_STEP = {"max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS, "eval_strategy": "no"}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def averaged(folder: Path, name: str) -> dict:
+    """By hand: the average of the weights that the checkpoints hold."""
+    average = load_file(folder / "checkpoint-1" / name)
+    for step in range(2, STEPS + 1):
+        weights = load_file(folder / f"checkpoint-{step}" / name)
+        average = {key: DECAY * average[key] + (1 - DECAY) * weights[key] for key in average}
+    return average
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    assert max((found[key] - expected[key]).abs().max() for key in found) < 1e-6
+
+
+def log_of(folder: Path, name: str) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+@pytest.mark.parametrize("kind, own", [("calm", {"auxiliary_weight": 0.5}), ("autoencoder", {}), ("ar", {})])
+def test_the_export_is_the_average_also_through_a_resume(workshop, tmp_path, kind, own):
+    if kind != "calm":
+        own |= {"autoencoder": None}
+    fields = {key: value for key, value in {**workshop, **EVERY_STEP, **own}.items() if value is not None}
+    fields |= {"ema_decay": DECAY, "output_dir": str(tmp_path)}
+    assert train(kind, **fields) == 0
+    whole, last = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert_close(whole, averaged(tmp_path, "model.safetensors"))
+    assert any((whole[key] - last[key]).abs().max() > 1e-4 for key in whole)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert train(kind, **fields) == 0
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_the_evaluations_are_those_of_the_average_and_the_training_goes_its_way(workshop, tmp_path):
+    fields = {**workshop, **EVERY_STEP, "eval_strategy": "steps", "eval_steps": 2}
+    assert train("calm", **fields, output_dir=str(tmp_path / "plain")) == 0
+    assert train("calm", **fields, ema_decay=DECAY, output_dir=str(tmp_path / "average")) == 0
+    plain, average = (log_of(tmp_path / name, "loss") for name in ("plain", "average"))
+    assert plain == average
+    plain, average = (log_of(tmp_path / name, "eval_loss") for name in ("plain", "average"))
+    assert len(plain) == len(average) == 2 and plain != average
+
+
+def test_the_adapter_is_averaged_too(workshop, tmp_path):
+    assert train("calm", **workshop, output_dir=str(tmp_path / "start")) == 0
+    (tmp_path / "adapter.yaml").write_text("kind: calm")
+    data = {key: workshop[key] for key in ("train_files", "cache_dir", "tokenizer")}
+    fields = {**data, **EVERY_STEP, "block_size": 32, "warmup_steps": 0, "learning_rate": 1e-2, "ema_decay": DECAY}
+    own = {"init_from": str(tmp_path / "start"), "lora_rank": 2, "output_dir": str(tmp_path / "run")}
+    assert train("calm", str(tmp_path / "adapter.yaml"), **fields, **own) == 0
+    found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert_close(found, averaged(tmp_path / "run", "adapter_model.safetensors"))
+
+
+def test_the_average_of_half_precision_weights_is_float32():
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    callback = WeightAverage(0.99)
+    for value in (None, 1.0, 2.0):
+        if value is None:
+            callback.on_train_begin(None, None, None, model=model)
+            continue
+        torch.nn.init.constant_(model.weight, value)
+        callback.on_step_end(None, None, None, model=model)
+    (average,) = callback.average.module.parameters()
+    assert average.dtype == torch.float32 and average.item() == pytest.approx(0.99 * 1 + 0.01 * 2)
+    with callback.in_place_of_weights(model):
+        assert model.weight.item() == 1.0078125  # the nearest in bfloat16
+    assert model.weight.item() == 2 and model.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"ema_decay": 1.0}, "ema_decay=1.0: must lie in [0, 1)"),
+        ({"ema_decay": 0.9, "fsdp": "true"}, "ema_decay averages whole weights, and fsdp shards them"),
+        ({"ema_decay": 0.9, "load_best_model_at_end": "true"}, "load_best_model_at_end the best weights: name one"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(workshop, tmp_path, capsys, fields, sentence):
+    assert train("calm", **{**workshop, "save_steps": 2, "eval_steps": 2, **fields}, output_dir=str(tmp_path)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_an_average_is_refused(workshop, tmp_path, capsys):
+    fields = {**workshop, **EVERY_STEP, "output_dir": str(tmp_path)}
+    assert train("calm", **fields | {"max_steps": 1}) == 0
+    assert train("calm", **fields, ema_decay=DECAY) == 2
+    assert "checkpoint-1 was made without ema_decay" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""A learning rate of the head's own, and an auxiliary weight that falls; both go on where a checkpoint ends."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import make_workshop, train
+from transformers import get_scheduler
+
+from calm.training.trainer import set_apart
+
+FIELDS = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4, "eval_strategy": "no", "weight_decay": 1.0}
+FALLING = {"auxiliary_weight": 0.5, "auxiliary_decay": 0.75, "head_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture
+def run(workshop, tmp_path):
+    """Trains; the weights and the log."""
+
+    def run(name, **fields):
+        folder = tmp_path / name
+        assert train("calm", **{**workshop, **FIELDS, **fields}, output_dir=str(folder)) == 0
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return load_file(folder / "model.safetensors"), [entry for entry in log if "loss" in entry]
+
+    return run
+
+
+def differing(one: dict, other: dict) -> set[str]:
+    """The parts of the model that do."""
+    return {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])}
+
+
+@pytest.mark.parametrize("auxiliary_weight", [0.0, 0.5])
+def test_the_head_learns_at_a_rate_of_its_own(run, tmp_path, auxiliary_weight):
+    own = {"auxiliary_weight": auxiliary_weight, "learning_rate": 1e-3}
+    plain, _ = run("plain", **own)
+    same, _ = run("same", **own, head_learning_rate=1e-3)
+    assert differing(plain, same) == set()
+    still, _ = run("still", **own, head_learning_rate=0.0)
+    assert differing(still, load_file(tmp_path / "still" / "checkpoint-1" / "model.safetensors")) == {"model"}
+    alone, _ = run("alone", **own | {"learning_rate": 0.0}, head_learning_rate=1e-3)
+    assert differing(alone, load_file(tmp_path / "alone" / "checkpoint-1" / "model.safetensors")) == {"head"}
+
+
+def test_groups_keep_their_weight_decay_and_follow_one_schedule():
+    a, b, c, d = (torch.nn.Parameter(torch.ones(1)) for _ in range(4))
+    decayed, others = {"params": [a, b], "weight_decay": 0.1}, {"params": [c, d], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, others], lr=1e-3)
+    set_apart([b, c], optimizer, rate=1e-2)
+    groups = [({id(p) for p in g["params"]}, g["weight_decay"], g["lr"]) for g in optimizer.param_groups]
+    expected = [([a], 0.1, 1e-3), ([d], 0.0, 1e-3), ([b], 0.1, 1e-2), ([c], 0.0, 1e-2)]
+    assert groups == [({id(p) for p in parameters}, *rest) for parameters, *rest in expected]
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=4)
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([0.75e-3, 0.75e-3, 0.75e-2, 0.75e-2])
+
+
+def test_the_auxiliary_weight_falls_over_its_share_of_the_steps(run):
+    _, log = run("falling", **FALLING)
+    weights = [entry["loss"] / entry["auxiliary_loss"] for entry in log]
+    assert weights == pytest.approx([0.5, 0.5 * 2 / 3, 0.5 / 3, 0.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("own", [{"head_learning_rate": 1e-2}, FALLING], ids=["rate", "falling"])
+def test_a_resumed_run_ends_where_the_whole_one_does(run, tmp_path, own):
+    whole, _ = run("run", **own)
+    for step in (2, 3, 4):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    resumed, log = run("run", **own)
+    assert differing(whole, resumed) == set() and [entry["step"] for entry in log] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no meaning without auxiliary_weight"),
+        ({"auxiliary_decay": 2, "auxiliary_weight": 0.1}, "auxiliary_decay=2: must lie in [0, 1]"),
+        ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1: must not be negative"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(workshop, tmp_path, capsys, fields, sentence):
+    assert train("calm", **workshop, **fields, output_dir=str(tmp_path)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_only_a_calm_has_a_head(workshop, tmp_path, capsys):
+    fields = {key: value for key, value in workshop.items() if key != "autoencoder"}
+    assert train("ar", **fields, head_learning_rate=1e-3, output_dir=str(tmp_path)) == 2
+    assert "only a CALM has a head" in capsys.readouterr().err
