@@ -3,8 +3,8 @@ fits them.
 
 The Llama read tokens, the CALM reads patches: positions count patches from now on, RoPE's parameters stay. So that the
 first layer sees at once what it knows, the patch embedding starts as a mean of the tokens' embeddings, by default the
-last one's alone: silu(x) − silu(−x) = x makes its two linear layers any linear map. Its LayerNorm gets the scale of the
-embeddings, which is that of what the first layers add to them.
+last one's alone: silu(x) − silu(−x) = x makes its two linear layers any linear map. Its LayerNorm gets the scale of
+the embeddings, which is that of what the first layers add to them.
 
 Axes: K tokens per patch, D hidden size, V vocabulary.
 """

@@ -175,8 +175,6 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
             tokenizer, or a value that makes no sense.
     """
     config_class = CONFIGS[recipe.kind]
-    if recipe.init_backbone and (recipe.init_from or recipe.kind != "calm"):
-        raise RecipeError("init_backbone begins a new CALM: it needs train_calm, and no init_from.")
     if recipe.init_from:
         before = config_before(recipe)
         return changed_config(recipe, before) if recipe.kind == "calm" else before

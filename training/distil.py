@@ -1,5 +1,5 @@
-"""A Llama teaches the multi-token loss: its probabilities of each token given the true ones before take the place of the
-text's own token, or share it.
+"""A Llama teaches the multi-token loss: its probabilities of each token given the true ones before take the place of
+the text's own token, or share it.
 
 Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, V vocabulary, U what the teacher knows of it, U ≤ V.
 """

@@ -167,7 +167,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
 
     Raises:
         RecipeError: no such recipe or base, an unknown field or kind, a section that is no mapping, a value of another
-            type than its field's.
+            type than its field's, two beginnings.
     """
     path = _find(name_or_file, Path())
     if not path.exists():
@@ -189,6 +189,8 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
             raise RecipeError(_unknown(key, everything, ""))
         sections[section][key] = value
     if sections[""].get("init_backbone"):
+        if sections[""].get("init_from") or kind != "calm":
+            raise RecipeError("init_backbone begins a new CALM: it needs train_calm, and no init_from.")
         left_out = set(BACKBONE_FIELDS) - set(overrides or {})
         sections["model"] = {key: value for key, value in sections["model"].items() if key not in left_out}
     own, data = {"name": path.stem, **sections[""]}, sections["data"]
