@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calm.modeling_calm import CALMForCausalLM, next_patches
 from calm.token_flow_head_calm import TokenChain
+from calm.training.distil import Lesson, Teacher
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights
 
@@ -31,17 +32,27 @@ class MultiTokenLoss(TokenChain):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)  # as Llama's
 
-    def forward(self, hidden_BPD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_BPD: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        lesson: Lesson | None = None,
+    ) -> Tensor:
         """Mean nats per counted token, or their sum / `num_items_in_batch`.
 
         Args:
             hidden_BPD: hidden states; the one at patch p predicts patch p + 1.
             labels (`(B, L)`): the ids at the same positions as the hidden states' patches; −100 is left out.
             num_items_in_batch: number of counted labels in the whole accumulated batch.
+            lesson: what a teacher expects of the same tokens.
         """
         labels_BPK = next_patches(labels, self.patch_size)
-        logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0))
-        total = F.cross_entropy(logits.flatten(0, 2).float(), labels_BPK.flatten(), reduction="sum")
+        logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0)).float()
+        if lesson is None:
+            total = F.cross_entropy(logits.flatten(0, 2), labels_BPK.flatten(), reduction="sum")
+        else:
+            total = lesson.cross_entropy(logits, labels_BPK).sum()
         count = (labels_BPK != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -54,15 +65,23 @@ class WithAuxiliary(nn.Module):
         weight: of the auxiliary loss.
         head_weight: of the head's own loss; 0 leaves the head out, to train the backbone alone first.
         decay: share of the steps over which the weight falls linearly to 0; 0 keeps it.
+        teacher: what the auxiliary loss learns from beside the labels.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
-    def __init__(self, calm: CALMForCausalLM, weight: float, head_weight: float = 1.0, decay: float = 0.0):
+    def __init__(
+        self,
+        calm: CALMForCausalLM,
+        weight: float,
+        head_weight: float = 1.0,
+        decay: float = 0.0,
+        teacher: Teacher | None = None,
+    ):
         super().__init__()
         config = calm.config
         self.calm, self.config, self.weight, self.head_weight = calm, config, weight, head_weight
-        self.decay = decay
+        self.decay, self.teacher = decay, teacher
         self.auxiliary = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         self._no_split_modules = calm._no_split_modules
 
@@ -83,7 +102,8 @@ class WithAuxiliary(nn.Module):
         head_labels = labels if self.head_weight else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
-            auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch)
+            lesson = self.teacher and self.teacher.lesson(inputs["input_ids"], inputs.get("attention_mask"))
+            auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch, lesson)
             head_loss = self.head_weight * outputs.loss if self.head_weight else 0
             weight = self.weight * max(0.0, 1 - progress / self.decay) if self.decay else self.weight
             outputs["loss"] = head_loss + weight * auxiliary_loss  # 4.57 takes no attribute that was None

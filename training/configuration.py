@@ -1,13 +1,14 @@
 """A recipe with the tokenizer and the autoencoder that it names → the configuration of the model, run or dry run."""
 
+import os
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.training.recipe import CONFIGS, Recipe, RecipeError
-from calm.training.tokenizer import filler_token_id, load_tokenizer
+from calm.training.recipe import BACKBONE_FIELDS, CONFIGS, PATCH_EMBEDDINGS, Recipe, RecipeError
+from calm.training.tokenizer import filler_token_id, first_difference, load_tokenizer
 
 
 class NotThere(RecipeError):
@@ -51,12 +52,77 @@ def config_before(recipe: Recipe):
         RecipeError: there is none, it cannot be read, or it is of another kind than the recipe.
     """
     config_class = CONFIGS[recipe.kind]
-    where, maker = recipe.init_from, f"train_{recipe.kind}"
-    fields, _ = read("init_from", where, maker, PretrainedConfig.get_config_dict)
+    return config_class.from_dict(_fields("init_from", recipe.init_from, f"train_{recipe.kind}", config_class))
+
+
+def llama_config_of(what: str, where: str | None) -> LlamaConfig:
+    """The configuration of a Llama that the recipe names.
+
+    Args:
+        what: the recipe's field.
+        where: folder or Hub id.
+
+    Raises:
+        RecipeError: there is none, it cannot be read, or it is of another family.
+    """
+    fields = _fields(what, where, "train_ar", LlamaConfig)
+    # transformers 5 writes only rope_parameters, which 4.57 doesn't read: it would fall back to the defaults.
+    rope = fields.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        fields.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        fields.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    return LlamaConfig.from_dict(fields)
+
+
+def _fields(what: str, where: str | None, maker: str, config_class) -> dict:
+    fields, _ = read(what, where, maker, PretrainedConfig.get_config_dict)
     if fields.get("model_type") != config_class.model_type:
         found = fields.get("model_type")
-        raise RecipeError(f"init_from {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
-    return config_class.from_dict(fields)
+        raise RecipeError(f"{what} {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
+    return fields
+
+
+def check_tokens(what: str, where: str, llama: LlamaConfig, tokenizer) -> None:
+    """Compares the tokenizer beside a Llama with ours, which may have more special tokens at its end.
+
+    Where there is none to be read, it says so and compares the numbers of tokens.
+
+    Args:
+        what: the recipe's field that names the Llama.
+        where: folder or Hub id.
+        llama: its configuration.
+        tokenizer: the autoencoder's.
+
+    Raises:
+        RecipeError: a token differs, or the Llama has more of them.
+    """
+    try:
+        theirs = load_tokenizer(where)
+    except (OSError, ValueError):
+        if llama.vocab_size > len(tokenizer):
+            raise RecipeError(
+                f"{what} {where}: knows {llama.vocab_size:,} tokens, the autoencoder {len(tokenizer):,}."
+            ) from None
+        say(
+            f"{what} {where}: no tokenizer can be read there, so only the numbers of tokens were compared, "
+            f"{llama.vocab_size:,} and the autoencoder's {len(tokenizer):,}"
+        )
+        return
+    difference = first_difference(theirs, tokenizer, llama.vocab_size)
+    if difference:
+        token_id, *tokens = difference
+        their, our = ("none" if token is None else repr(token) for token in tokens)
+        raise RecipeError(
+            f"{what} {where}: token {token_id} is {their} in its tokenizer and {our} in the autoencoder's, "
+            "so that the two read text differently."
+        )
+
+
+def say(line: str) -> None:
+    """Prints it once, however many processes train."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def read(what: str, where: str | None, maker: str, reader):
@@ -105,8 +171,8 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
         autoencoder: its configuration; `None` as for the tokenizer, and for what is no CALM.
 
     Raises:
-        RecipeError: no model to go on from, an autoencoder with another vocabulary than the tokenizer, or a value that
-            makes no sense.
+        RecipeError: no model to go on from or to take the backbone of, an autoencoder with another vocabulary than the
+            tokenizer, or a value that makes no sense.
     """
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
@@ -135,6 +201,8 @@ def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig |
             f"{len(tokenizer)}: both must be the ones it was trained with."
         )
     values = dict(recipe.model)
+    if recipe.init_backbone:
+        values |= _backbone_values(recipe, tokenizer)
     if autoencoder:
         values = {
             "max_position_embeddings": recipe.data.block_size // autoencoder.patch_size,
@@ -147,6 +215,32 @@ def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig |
     if tokenizer:
         values |= {**tokenizer_fields(tokenizer), "prompt_filler_token_id": filler_token_id(tokenizer)}
     return values
+
+
+def _backbone_values(recipe: Recipe, tokenizer) -> dict:
+    """What a CALM takes from the configuration of the Llama that it begins with."""
+    llama = llama_config_of("init_backbone", recipe.init_backbone)
+    given = llama.to_dict()
+    values = {name: given[name] for name in BACKBONE_FIELDS if name in given}
+    whole = make_config(CALMConfig, values).to_dict()
+    for name in BACKBONE_FIELDS:
+        if name in recipe.model and recipe.model[name] != whole.get(name):
+            raise RecipeError(
+                f"{name}={recipe.model[name]!r}: init_backbone {recipe.init_backbone} has {whole.get(name)!r}, which "
+                "cannot be changed."
+            )
+    if recipe.patch_embedding_init not in PATCH_EMBEDDINGS:
+        allowed = ", ".join(PATCH_EMBEDDINGS)
+        raise RecipeError(f"patch_embedding_init={recipe.patch_embedding_init!r}: must be one of {allowed}.")
+    if tokenizer:
+        check_tokens("init_backbone", str(recipe.init_backbone), llama, tokenizer)
+    return values
+
+
+def backbone_note(recipe: Recipe, config: CALMConfig) -> str:
+    """The sizes that come from `init_backbone`, whatever the recipe's file states."""
+    sizes = ", ".join(f"{name} {getattr(config, name):,}" for name in BACKBONE_FIELDS[:7])
+    return f"{sizes}: of the Llama {recipe.init_backbone}"
 
 
 def tokenizer_fields(tokenizer) -> dict:
@@ -190,8 +284,10 @@ def config_and_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
         sizes = ["patch_size", "latent_size"]
         autoencoder = _if_there(autoencoder_config_of, recipe, recipe.autoencoder, sizes, notes)
     tokenizer = _if_there(tokenizer_of, recipe, recipe.tokenizer, ["vocab_size"], vocabulary)
-    # The autoencoder's vocabulary is the tokenizer's.
-    return config_of(recipe, tokenizer, autoencoder), notes + ([] if autoencoder else vocabulary)
+    config = config_of(recipe, tokenizer, autoencoder)
+    if recipe.init_backbone:
+        notes.append(backbone_note(recipe, config))
+    return config, notes + ([] if autoencoder else vocabulary)  # the autoencoder's vocabulary is the tokenizer's
 
 
 def _if_there(load, recipe: Recipe, named: str | None, fields: list[str], notes: list[str]):

@@ -23,6 +23,7 @@ from calm.heads_calm import GenerativeHead, PatchTarget
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import MultiTokenLoss
+from calm.training.configuration import llama_config_of
 from calm.training.recipe import CONFIGS, Recipe
 
 PAPER_TOKENS = 5e11  # 250,000 steps of 2 million tokens; paper 4.1
@@ -188,11 +189,15 @@ def recipe_cost(recipe: Recipe, config=None) -> Cost:
 
 
 def as_trained(cost: Cost, recipe: Recipe, config) -> Cost:
-    """The cost of a CALM with what the recipe adds (auxiliary loss) and leaves out (head, backbone's gradients)."""
+    """The cost of a CALM with what the recipe adds (auxiliary loss, teacher) and leaves out (head, gradients)."""
     flops_of = cost.train_flops
     if recipe.auxiliary_weight:
         flops_of["auxiliary loss"] = 3 * auxiliary_flops(config) / config.patch_size
         cost.inference_flops["auxiliary loss"] = 0
+    if recipe.distil:
+        teacher = ar_cost(llama_config_of("distil", recipe.distil), recipe.data.block_size)
+        cost.parameters["teacher (frozen)"] = sum(teacher.parameters.values())
+        flops_of["teacher"], cost.inference_flops["teacher"] = sum(teacher.inference_flops.values()), 0
     if not recipe.head_weight:
         flops_of["head"] = flops_of["autoencoder"] = 0
     if recipe.freeze_backbone:

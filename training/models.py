@@ -11,16 +11,19 @@ from calm.configuration_calm import HEADS, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
+from calm.training.backbone import begin_with_llama
 from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of
+from calm.training.distil import teacher_of
 from calm.training.extras import need
+from calm.training.fit import last_checkpoint
 from calm.training.recipe import Recipe, RecipeError
 
 
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
-    """A model to go on from, or a new one around the trained autoencoder.
+    """A model to go on from, or a new one around the trained autoencoder, with the backbone of a Llama or without.
 
     Raises:
-        RecipeError: as `config_of`, or no autoencoder.
+        RecipeError: as `config_of` and `begin_with_llama`, or no autoencoder.
     """
     if recipe.init_from:
         before = config_before(recipe)
@@ -31,6 +34,8 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
     model.autoencoder.load_state_dict(CALMAutoencoder.from_pretrained(recipe.autoencoder).state_dict())
+    if recipe.init_backbone and not last_checkpoint(Path(recipe.output_dir), "auto"):  # which holds all weights
+        begin_with_llama(model, recipe)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
     fit_head(model)
     return model
@@ -71,11 +76,11 @@ def with_lora(model: CALMForCausalLM, rank: int):
     return get_peft_model(model, lora)
 
 
-def for_training(model: CALMForCausalLM, recipe: Recipe):
+def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says.
 
     Raises:
-        RecipeError: fields that contradict each other.
+        RecipeError: fields that contradict each other, or as `teacher_of`.
     """
     if recipe.head_weight != 1 and not recipe.auxiliary_weight:
         raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
@@ -83,6 +88,12 @@ def for_training(model: CALMForCausalLM, recipe: Recipe):
         raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay} has no meaning without auxiliary_weight.")
     if not 0 <= recipe.auxiliary_decay <= 1:
         raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps.")
+    if recipe.distil and not recipe.auxiliary_weight:
+        raise RecipeError(
+            f"distil {recipe.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0."
+        )
+    if not 0 < recipe.distil_weight <= 1 or (recipe.distil_weight < 1 and not recipe.distil):
+        raise RecipeError(f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil.")
     if recipe.lora_rank and (recipe.auxiliary_weight or recipe.freeze_backbone or not recipe.init_from):
         raise RecipeError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
     if recipe.lora_rank:
@@ -90,5 +101,7 @@ def for_training(model: CALMForCausalLM, recipe: Recipe):
     if recipe.freeze_backbone:
         model.model.requires_grad_(False)
     if recipe.auxiliary_weight:
-        return WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, recipe.auxiliary_decay)
+        sizes = model.config.vocab_size, model.config.patch_size
+        teacher = teacher_of(recipe, tokenizer, *sizes) if recipe.distil else None
+        return WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, recipe.auxiliary_decay, teacher)
     return model

@@ -23,6 +23,15 @@ from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 CONFIGS = {"calm": CALMConfig, "autoencoder": CALMAutoencoderConfig, "ar": LlamaConfig}
+# What `init_backbone` decides in place of the model section. RoPE is kept as it is, and with it the longest sequence,
+# from which some of its scalings are made.
+BACKBONE_FIELDS = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "initializer_range"),
+)
+# How a patch looks to the backbone at first → how much less each of its tokens counts than the one behind it.
+PATCH_EMBEDDINGS = {"last": 0.0, "mix": 0.5, "mean": 1.0}
 
 
 class RecipeError(ValueError):
@@ -77,15 +86,21 @@ class Recipe:
         autoencoder: folder or Hub id of the trained autoencoder (calm only).
         init_from: folder or Hub id of a model to go on from; the model section changes its configuration, as to
             another head_type, whose weights are then new.
+        init_backbone: folder or Hub id of a Llama whose layers, final norm and token embeddings a new model begins
+            with (calm only, see backbone.py); its sizes take the place of the model section's.
+        patch_embedding_init: with `init_backbone`, what a patch looks like to the first layer at the start: "last",
+            its last token's embedding; "mean" of all; "mix", a mean in which each counts half as much as the next.
         lora_rank: with `init_from`, train a LoRA adapter of this rank on the backbone and the head; 0 trains all.
         auxiliary_weight: weight of the training-only multi-token loss (calm only, see auxiliary.py).
         auxiliary_decay: share of the steps over which that weight falls linearly to 0; 0 keeps it.
         head_weight: weight of the head's loss beside it; 0 trains the backbone alone.
         head_learning_rate: learning rate of the head and its context layers, on the schedule of `learning_rate`, which
             it takes by default (calm only).
-        freeze_backbone: train the head alone, on the backbone of `init_from` (calm only).
         ema_decay: evaluate and export an exponential moving average of the weights, of which each step keeps this
             share; 0 is the weights themselves.
+        distil: folder or Hub id of a Llama whose token probabilities the multi-token loss learns (see distil.py).
+        distil_weight: their share in that loss, in (0, 1]; the rest is the text's own tokens.
+        freeze_backbone: train the head alone, on the backbone of `init_from` or `init_backbone` (calm only).
         data, model, training: the sections.
     """
 
@@ -94,11 +109,15 @@ class Recipe:
     tokenizer: str | None = None
     autoencoder: str | None = None
     init_from: str | None = None
+    init_backbone: str | None = None
+    patch_embedding_init: str = "last"
     lora_rank: int = 0
     auxiliary_weight: float = 0.0
     auxiliary_decay: float = 0.0
     head_weight: float = 1.0
     head_learning_rate: float | None = None
+    distil: str | None = None
+    distil_weight: float = 1.0
     freeze_backbone: bool = False
     ema_decay: float = 0.0
     data: DataOptions = field(default_factory=DataOptions)
@@ -148,13 +167,15 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     """Reads a recipe by name or from a YAML file, on top of its base, and lays the overrides over it.
 
+    With `init_backbone` the file's own `BACKBONE_FIELDS` are left out; overrides stay, to be checked against it.
+
     Args:
         name_or_file: a name in `recipe_names()` or the path of a .yaml file.
         overrides: field → value, without sections.
 
     Raises:
         RecipeError: no such recipe or base, an unknown field or kind, a section that is no mapping, a value of another
-            type than its field's.
+            type than its field's, two beginnings.
     """
     path = _find(name_or_file, Path())
     if not path.exists():
@@ -175,6 +196,11 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
         if section is None:
             raise RecipeError(_unknown(key, everything, ""))
         sections[section][key] = value
+    if sections[""].get("init_backbone"):
+        if sections[""].get("init_from") or kind != "calm":
+            raise RecipeError("init_backbone begins a new CALM: it needs train_calm, and no init_from.")
+        left_out = set(BACKBONE_FIELDS) - set(overrides or {})
+        sections["model"] = {key: value for key, value in sections["model"].items() if key not in left_out}
     own, data = {"name": path.stem, **sections[""]}, sections["data"]
     for key in ("train_files", "validation_files"):
         if isinstance(data.get(key), str):

@@ -81,7 +81,34 @@ def load_tokenizer(where: str | Path):
         model_type = None
     ours = {config.model_type: config for config in (CALMConfig, CALMAutoencoderConfig)}
     given = {"config": ours[model_type]()} if model_type in ours else {}
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **given)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **given)
+    except AttributeError as error:  # transformers 4.57, beside a Llama
+        raise OSError(f"{where}: no tokenizer can be read there.") from error
+
+
+def first_difference(theirs, ours, num_known: int) -> tuple[int, str | None, str | None] | None:
+    """The first id at which two tokenizers have different tokens, with their token and ours; `None` where all agree.
+
+    Ours may have special tokens that theirs lacks, and special tokens that neither begins or ends a text with may be
+    called otherwise, as the reserved ones of Llama 3 and 3.1: no text contains them.
+
+    Args:
+        theirs: of the model whose weights are to be used.
+        ours: the autoencoder's.
+        num_known: number of tokens that the model knows; what its tokenizer has above is of no account.
+    """
+    marks = {mark for t in (theirs, ours) for mark in (t.bos_token_id, t.eos_token_id)}
+    vocabularies = [{token_id: token for token, token_id in t.get_vocab().items()} for t in (theirs, ours)]
+    specials = [{i for i, token in t.added_tokens_decoder.items() if token.special} for t in (theirs, ours)]
+    for token_id in sorted(vocabularies[0].keys() | vocabularies[1].keys()):
+        their, our = (vocabulary.get(token_id) for vocabulary in vocabularies)
+        if token_id >= num_known:
+            their = None
+        may_differ = token_id in specials[1] and (their is None or (token_id in specials[0] and token_id not in marks))
+        if their != our and not may_differ:
+            return token_id, their, our
+    return None
 
 
 def filler_token_id(tokenizer) -> int | None:

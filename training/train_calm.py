@@ -13,7 +13,7 @@ def train(recipe: Recipe, resume: str) -> None:
     tokenizer = tokenizer_of(recipe)
     stated = begin(recipe)
     model = build(recipe, tokenizer)
-    fit(recipe, stated, for_training(model, recipe), tokenizer, model.config.patch_size, resume)
+    fit(recipe, stated, for_training(model, recipe, tokenizer), tokenizer, model.config.patch_size, resume)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,459 @@
+"""A CALM begins with the backbone of a Llama, and its multi-token loss learns from one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from test_training_dry_run import values
+from training_helpers import RECIPES, train, write_corpus
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from calm.configuration_calm import CALMConfig
+from calm.modeling_calm import CALMForCausalLM
+from calm.training.auxiliary import MultiTokenLoss
+from calm.training.configuration import config_and_notes, llama_config_of
+from calm.training.distil import Lesson, Teacher
+from calm.training.models import build, for_training
+from calm.training.recipe import load_recipe
+from calm.training.tokenizer import first_difference, load_tokenizer, save_tokenizer
+
+K = 4
+NUM_KNOWN = 300  # tokens of the Llama; the autoencoder's tokenizer has one more
+SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+SCALED = {"factor": 4.0, "original_max_position_embeddings": 16}
+LLAMAS = {
+    "plain": {},
+    "grouped queries": {"num_key_value_heads": 2},
+    "wide heads": {"head_dim": 16},
+    "biases": {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2, "hidden_act": "gelu"},
+    "tied": {"tie_word_embeddings": True},
+    "base of RoPE": {"rope_theta": 500.0},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", **SCALED}},
+    "llama3": {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED}},
+}
+
+
+def make_llama(folder: Path, tokenizer: str | None, dtype=torch.float32, **changes) -> Path:
+    torch.manual_seed(1)
+    fields = {"vocab_size": NUM_KNOWN, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, **SIZES}
+    llama = LlamaForCausalLM(LlamaConfig(**{**fields, **changes}))
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)  # biases and norms that are no constants
+    llama.to(dtype).save_pretrained(folder)
+    if tokenizer:
+        save_tokenizer(load_tokenizer(tokenizer), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """The fields of a CALM's training; its tokenizer is the Llama's, `theirs`, with one more pad token."""
+    folder = tmp_path_factory.mktemp("workshop")
+    corpus, theirs, ours = str(write_corpus(folder / "corpus.jsonl")), str(folder / "theirs"), str(folder / "ours")
+    assert train("tokenizer", train_files=corpus, output_dir=theirs) == 0
+    tokenizer = load_tokenizer(theirs)
+    tokenizer.add_special_tokens({"pad_token": "<|one more|>"})
+    assert tokenizer.pad_token_id == NUM_KNOWN
+    save_tokenizer(tokenizer, ours)
+    data = {"train_files": corpus, "cache_dir": str(folder / "tokens"), "tokenizer": ours}
+    autoencoder = str(folder / "autoencoder")
+    assert train("autoencoder", **data, max_steps=2, output_dir=autoencoder) == 0
+    return {**data, "autoencoder": autoencoder}
+
+
+@pytest.fixture(scope="module")
+def theirs(workshop):
+    return str(Path(workshop["tokenizer"]).with_name("theirs"))
+
+
+@pytest.fixture(scope="module")
+def llama(theirs, tmp_path_factory):
+    return str(make_llama(tmp_path_factory.mktemp("llama"), theirs, **LLAMAS["grouped queries"]))
+
+
+def recipe_of(workshop, **fields):
+    return load_recipe(str(RECIPES / "calm.yaml"), {"output_dir": "runs/none", **workshop, **fields})
+
+
+def built(workshop, llama, **fields) -> CALMForCausalLM:
+    torch.manual_seed(2)
+    return build(recipe_of(workshop, init_backbone=str(llama), **fields), load_tokenizer(workshop["tokenizer"]))
+
+
+# weights
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_the_backbone_computes_what_the_llama_does(name, workshop, theirs, tmp_path):
+    folder = make_llama(tmp_path, theirs, **LLAMAS[name])
+    before, model = LlamaForCausalLM.from_pretrained(folder).model.eval(), built(workshop, folder).eval()
+    embeds = before.embed_tokens(torch.randint(NUM_KNOWN, (2, 80)))  # longer than the Llama's, for dynamic RoPE
+    after = LlamaModel.forward(model.model, inputs_embeds=embeds).last_hidden_state
+    assert torch.equal(after, before(inputs_embeds=embeds).last_hidden_state)
+    with torch.no_grad():  # and it does after it was saved and loaded
+        model.save_pretrained(tmp_path / "calm")
+    again = CALMForCausalLM.from_pretrained(tmp_path / "calm").model.eval()
+    assert torch.equal(LlamaModel.forward(again, inputs_embeds=embeds).last_hidden_state, after)
+
+
+@pytest.mark.parametrize("name", ["base of RoPE", "llama3"])
+def test_rope_is_read_as_either_version_of_transformers_writes_it(name, tmp_path):
+    """5 writes rope_parameters alone, which 4.57 doesn't read by itself."""
+    rope_theta, scaling = LLAMAS[name].get("rope_theta", 1000.0), LLAMAS[name].get("rope_scaling", {})
+    both = {
+        "old": {"rope_theta": rope_theta, "rope_scaling": scaling or None},
+        "new": {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, **scaling}},
+    }
+    frequencies = []
+    for writer, rope in both.items():
+        (tmp_path / writer).mkdir()
+        (tmp_path / writer / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, **rope}))
+        config = llama_config_of("init_backbone", str(tmp_path / writer))
+        frequencies.append(LlamaRotaryEmbedding(config).inv_freq)
+    assert torch.equal(*frequencies)
+    assert frequencies[0][1] == pytest.approx(rope_theta ** (-2 / 8), abs=1e-3) or scaling
+
+
+def test_embeddings_are_taken_and_new_tokens_get_their_mean(workshop, theirs, tmp_path):
+    folder = make_llama(tmp_path, theirs, dtype=torch.bfloat16)
+    known = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].float()
+    model = built(workshop, folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    embeddings = model.model.embed_tokens.weight
+    assert embeddings.shape == (NUM_KNOWN + 1, 32)
+    assert torch.equal(embeddings[:NUM_KNOWN], known)
+    assert torch.allclose(embeddings[NUM_KNOWN], known.mean(0), atol=1e-7)
+
+
+def test_rows_that_no_token_has_are_left_behind(workshop, theirs, tmp_path):
+    """As of Llamas whose vocabulary is filled up to a round number."""
+    model = built(workshop, make_llama(tmp_path, theirs, vocab_size=320))
+    known = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.model.embed_tokens.weight, known[: NUM_KNOWN + 1])
+
+
+WEIGHTS = {"last": [0, 0, 0, 1], "mean": [0.25] * 4, "mix": [1 / 15, 2 / 15, 4 / 15, 8 / 15]}
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+def test_a_patch_begins_as_the_mean_of_its_tokens(how, workshop, llama):
+    model = built(workshop, llama, patch_embedding_init=how).model
+    embeddings = model.embed_tokens.weight[:NUM_KNOWN]
+    tokens = torch.randn(3, 2 * K, 32)
+    mean = (tokens.unflatten(1, (2, K)) * torch.tensor(WEIGHTS[how])[:, None]).sum(2)
+    centred = embeddings - embeddings.mean(-1, keepdim=True)
+    expected = F.layer_norm(mean, (32,), eps=1e-6) * centred.square().mean().sqrt()
+    assert torch.allclose(model.embed_patches(tokens), expected, atol=1e-6)
+
+
+def test_the_last_token_is_all_that_counts_until_the_others_are_learnt(workshop, llama):
+    model = built(workshop, llama)
+    ids = torch.randint(NUM_KNOWN, (2, 3 * K))
+    other = torch.where(torch.arange(3 * K) % K == K - 1, ids, torch.randint(NUM_KNOWN, (2, 3 * K)))
+    assert torch.equal(model(input_ids=ids).last_hidden_state, model(input_ids=other).last_hidden_state)
+    model(input_ids=ids).last_hidden_state[..., 0].sum().backward()
+    gradient = model.model.embed_proj[0].weight.grad.unflatten(1, (K, -1))
+    assert (gradient.abs().amax((0, 2)) > 0).all()
+
+
+# the command
+
+
+def test_a_training_begins_with_a_llama_and_resumes_without_its_weights(workshop, theirs, tmp_path, capsys):
+    folder = make_llama(tmp_path / "llama", theirs, **LLAMAS["grouped queries"])
+    fields = {**workshop, "init_backbone": str(folder), "eval_strategy": "no", "save_steps": 2, "warmup_steps": 0}
+    fields |= {"lr_scheduler_type": "constant"}
+    assert train("calm", **fields, max_steps=4, output_dir=str(tmp_path / "whole")) == 0
+    assert (
+        "num_hidden_layers 2, hidden_size 32, intermediate_size 40, num_attention_heads 4, num_key_value_heads 2, "
+        f"head_dim 8, max_position_embeddings 64: of the Llama {folder}; 1 more tokens begin with the mean embedding"
+    ) in capsys.readouterr().out
+
+    assert train("calm", **fields, max_steps=2, output_dir=str(tmp_path / "parts")) == 0
+    (folder / "model.safetensors").unlink()
+    assert train("calm", **fields, max_steps=4, output_dir=str(tmp_path / "parts")) == 0
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+    # The run's own recipe begins it again.
+    again = {"recipe": str(tmp_path / "whole" / "recipe.yaml"), "dry_run": []}
+    assert train("calm", **again) == 0
+
+
+def test_a_frozen_backbone_is_the_llamas(workshop, llama, tmp_path):
+    fields = {**workshop, "init_backbone": llama, "freeze_backbone": "true", "eval_strategy": "no"}
+    assert train("calm", **fields, output_dir=str(tmp_path)) == 0
+    before, after = load_file(Path(llama) / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    taken = [key for key in before if key.startswith(("model.layers", "model.norm"))]
+    assert len(taken) == 2 * 9 + 1
+    assert all(torch.equal(before[key], after[key]) for key in taken)
+
+
+@pytest.mark.parametrize("name", ["biases", "llama3"])
+def test_a_dry_run_has_the_configuration_of_the_run(name, workshop, theirs, tmp_path):
+    folder = make_llama(tmp_path / "llama", theirs, **LLAMAS[name])
+    fields = {**workshop, "init_backbone": str(folder), "eval_strategy": "no", "max_steps": 1}
+    assert train("calm", **fields, output_dir=str(tmp_path / "run")) == 0
+    config, notes = config_and_notes(recipe_of(workshop, init_backbone=str(folder)))
+    assert values(config) == values(CALMConfig.from_pretrained(tmp_path / "run"))
+    assert len(notes) == 1 and "hidden_size 32, intermediate_size 40" in notes[0]
+
+
+def test_a_dry_run_counts_the_llamas_sizes(workshop, llama, capsys):
+    assert train("calm", "calm-m", init_backbone=llama, latent_size=8, dry_run=[], **workshop) == 0
+    counted = {line[2:24].strip(): line.split()[-2] for line in capsys.readouterr().out.splitlines() if " M" in line}
+    before = LlamaForCausalLM.from_pretrained(llama).model
+    backbone = sum(p.numel() for part in (before.layers, before.norm) for p in part.parameters())
+    assert counted["backbone"] == f"{backbone / 1e6:.2f}"
+    assert counted["token embedding"] == f"{(NUM_KNOWN + 1) * 32 / 1e6:.2f}"
+
+
+def refusal(capsys, **fields) -> str:
+    assert train("calm", **fields) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("error: ")
+
+
+def test_what_contradicts_the_llama_is_refused(workshop, llama, tmp_path, capsys):
+    fields = {**workshop, "init_backbone": llama, "output_dir": str(tmp_path / "run")}
+    assert refusal(capsys, **fields, hidden_size=64) == (
+        f"hidden_size=64: init_backbone {llama} has 32, which cannot be changed."
+    )
+    assert "rope_theta=500.0: " in refusal(capsys, **fields, rope_theta=500.0)
+    assert "max_position_embeddings=8: " in refusal(capsys, **fields, max_position_embeddings=8)
+    assert "it needs train_calm, and no init_from" in refusal(capsys, **fields, init_from=llama)
+    assert "patch_embedding_init='first': must be one of last, mix, mean" in refusal(
+        capsys, **fields, patch_embedding_init="first"
+    )
+    assert "init_backbone runs/nowhere: no such folder" in refusal(
+        capsys, **fields | {"init_backbone": "runs/nowhere"}
+    )
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    data = {key: workshop[key] for key in ("train_files", "cache_dir", "tokenizer")}
+    assert train("ar", **data, init_backbone=llama, output_dir=str(tmp_path / "run")) == 2
+    same = {"hidden_size": 32, "rope_theta": 10000.0, "num_key_value_heads": 2}
+    assert train("calm", **fields, **same, dry_run=[]) == 0
+
+
+def test_another_family_and_what_is_not_whole_are_refused(workshop, theirs, llama, tmp_path, capsys):
+    fields = {**workshop, "output_dir": str(tmp_path / "run")}
+    MistralConfig(hidden_size=32).save_pretrained(tmp_path / "mistral")
+    for field in ("init_backbone", "distil"):
+        assert refusal(capsys, **fields, auxiliary_weight=1.0, **{field: str(tmp_path / "mistral")}) == (
+            f"{field} {tmp_path / 'mistral'}: is a model of type 'mistral', not 'llama'."
+        )
+    assert "is a model of type 'calm_autoencoder'" in refusal(capsys, **fields, init_backbone=fields["autoencoder"])
+
+    broken = Path(shutil.copytree(llama, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    changes = {
+        "misses model.norm.weight": {key: value for key, value in weights.items() if key != "model.norm.weight"},
+        "has no place for model.layers.0.self_attn.q_proj.bias": weights
+        | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
+    }
+    for message, changed in changes.items():
+        save_file(changed, broken / "model.safetensors", {"format": "pt"})
+        assert message in refusal(capsys, **fields, init_backbone=str(broken))
+    (broken / "model.safetensors").unlink()
+    assert "its weights cannot be read: " in refusal(capsys, **fields, init_backbone=str(broken))
+    config = json.loads((broken / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "its weights are quantised" in refusal(capsys, **fields, init_backbone=str(broken))
+
+
+# tokenizers
+
+
+def with_tokens(tokenizer: str, folder: Path, changed: dict[str, str]) -> str:
+    """A copy of a folder whose tokenizer calls some tokens otherwise."""
+    shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("tokens"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {changed.get(token, token): token_id for token, token_id in vocabulary.items()}
+    for token in content["added_tokens"]:
+        token["content"] = changed.get(token["content"], token["content"])
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("field", ["init_backbone", "distil"])
+def test_a_tokenizer_that_differs_is_refused_naming_the_token(field, workshop, theirs, llama, tmp_path, capsys):
+    tokens = load_tokenizer(theirs).convert_ids_to_tokens(range(NUM_KNOWN))
+    swapped = with_tokens(llama, tmp_path / "other", {tokens[290]: tokens[295], tokens[295]: tokens[290]})
+    fields = {**workshop, "auxiliary_weight": 0.5, "output_dir": str(tmp_path / "run")}
+    assert refusal(capsys, **fields, **{field: swapped}) == (
+        f"{field} {swapped}: token 290 is {tokens[295]!r} in its tokenizer and {tokens[290]!r} in the autoencoder's, "
+        "so that the two read text differently."
+    )
+
+
+def test_special_tokens_that_no_text_has_may_differ_but_no_others(workshop, theirs, tmp_path):
+    ours = load_tokenizer(workshop["tokenizer"])
+    plain = load_tokenizer(theirs)
+    assert first_difference(plain, ours, NUM_KNOWN) is None
+    # The other way round the Llama has a token that the autoencoder lacks.
+    assert first_difference(ours, plain, NUM_KNOWN + 1) == (NUM_KNOWN, "<|one more|>", None)
+    assert first_difference(ours, plain, NUM_KNOWN) is None  # and no embedding of it
+    reserved = load_tokenizer(with_tokens(theirs, tmp_path / "reserved", {"<|filler|>": "<|reserved|>"}))
+    assert reserved.convert_ids_to_tokens(0) == "<|reserved|>"
+    assert first_difference(reserved, ours, NUM_KNOWN) is None
+    end = load_tokenizer(theirs)
+    end.eos_token = "<|filler|>"
+    assert first_difference(end, ours, NUM_KNOWN) is None
+    changed = load_tokenizer(with_tokens(theirs, tmp_path / "end", {"<|filler|>": "<|end|>"}))
+    changed.eos_token = "<|end|>"
+    assert first_difference(changed, ours, NUM_KNOWN) == (0, "<|end|>", "<|filler|>")
+    shorter = load_tokenizer(theirs)
+    assert first_difference(shorter, ours, 290)[:2] == (290, None)
+
+
+def test_without_a_tokenizer_the_numbers_of_tokens_are_compared(workshop, tmp_path, capsys):
+    built(workshop, make_llama(tmp_path / "small", tokenizer=None))
+    assert (
+        f"init_backbone {tmp_path / 'small'}: no tokenizer can be read there, so only the numbers of tokens were "
+        "compared, 300 and the autoencoder's 301"
+    ) in capsys.readouterr().out
+    large = str(make_llama(tmp_path / "large", tokenizer=None, vocab_size=302))
+    assert refusal(capsys, **workshop, init_backbone=large, output_dir=str(tmp_path / "run")) == (
+        f"init_backbone {large}: knows 302 tokens, the autoencoder 301."
+    )
+
+
+# distillation
+
+
+def auxiliary_loss(seed: int = 0) -> MultiTokenLoss:
+    torch.manual_seed(seed)
+    return MultiTokenLoss(hidden_size=16, vocab_size=12, patch_size=K)
+
+
+def example():
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(10, (2, 5 * K), generator=generator)
+    labels[:, :K] = labels[1, -3:] = -100
+    return torch.randn(2, 5, 16, generator=generator), labels
+
+
+def truth_of(labels, size: int = 12):
+    return F.one_hot(labels.unflatten(1, (-1, K))[:, 1:].clamp(min=0), size).float()
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_a_teacher_that_knows_the_text_changes_nothing(share, num_items):
+    loss, (hidden, labels) = auxiliary_loss(), example()
+    plain = loss(hidden, labels, num_items)
+    assert torch.allclose(loss(hidden, labels, num_items, Lesson(truth_of(labels), share)), plain)
+
+
+def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    probabilities = torch.rand(3, 10, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([4, -100, 11])  # the last one is unknown to the teacher
+    losses = Lesson(probabilities, 0.25).cross_entropy(logits, labels)
+    log_q = logits.log_softmax(-1)
+    soft = -sum(probabilities[0, v] * log_q[0, v] for v in range(10))
+    assert torch.allclose(
+        losses, torch.stack([-0.75 * log_q[0, 4] + 0.25 * soft, losses.new_zeros(()), -log_q[2, 11]])
+    )
+
+
+def test_no_loss_is_below_the_teachers_entropy_and_its_own_law_reaches_it():
+    probabilities = torch.rand(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    labels, entropy = torch.zeros(6, dtype=torch.long), -(probabilities * probabilities.log()).sum(-1)
+    lesson = Lesson(probabilities, 1.0)
+    assert torch.allclose(lesson.cross_entropy(probabilities.log(), labels), entropy)
+    assert (lesson.cross_entropy(probabilities.log() + torch.randn(6, 12), labels) > entropy).all()
+
+
+def test_a_lesson_is_the_llamas_law_of_each_true_prefix(llama):
+    before = LlamaForCausalLM.from_pretrained(llama).eval()
+    ids = torch.randint(NUM_KNOWN, (2, 3 * K))
+    expected = Teacher(before, NUM_KNOWN + 1, K, 0.5).lesson(ids).probabilities
+    assert expected.shape == (2, 2, K, NUM_KNOWN)
+    for p in range(2):
+        for k in range(K):
+            logits = before(ids[:, : (p + 1) * K + k]).logits[:, -1]
+            assert torch.allclose(expected[:, p, k], logits.softmax(-1), atol=1e-6)
+
+
+def test_unknown_tokens_are_hidden_from_the_teacher(llama):
+    teacher = Teacher(LlamaForCausalLM.from_pretrained(llama), NUM_KNOWN + 1, K, 1.0)
+    ids = torch.randint(NUM_KNOWN, (1, 3 * K))
+    filled = torch.cat([torch.full((1, 2), NUM_KNOWN), ids[:, :-2]], dim=1)
+    shifted = teacher.lesson(filled).probabilities.flatten(1, 2)
+    plain = teacher.lesson(ids).probabilities.flatten(1, 2)
+    assert torch.allclose(shifted[:, 2:], plain[:, :-2], atol=1e-6)
+    assert torch.isfinite(shifted).all()
+    fewer = Teacher(teacher.llama, NUM_KNOWN - 5, K, 1.0).lesson(ids.clamp(max=290)).probabilities
+    assert fewer.shape[-1] == NUM_KNOWN - 5
+    assert torch.allclose(fewer.sum(-1), torch.ones(()))
+
+
+def test_the_teacher_is_neither_trained_nor_saved(workshop, llama, tmp_path):
+    tokenizer = load_tokenizer(workshop["tokenizer"])
+    recipe = recipe_of(workshop, distil=llama, auxiliary_weight=0.5)
+    model = for_training(build(recipe, tokenizer), recipe, tokenizer)
+    model.train()
+    assert not model.teacher.llama.training
+    assert not any(p.requires_grad for p in model.teacher.llama.parameters())
+    plain = for_training(build(recipe_of(workshop), tokenizer), recipe_of(workshop, auxiliary_weight=0.5), tokenizer)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+def test_distillation_trains_accumulates_and_resumes(workshop, llama, tmp_path):
+    """Two micro-batches of two rows and one of four are the same step: the backbone alone, for a head draws."""
+    fields = {**workshop, "distil": llama, "distil_weight": 0.5, "auxiliary_weight": 1.0, "head_weight": 0.0}
+    fields |= {"eval_strategy": "no", "save_steps": 2, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    fields |= {"adam_epsilon": 0.01}
+
+    def weights(name, steps=4, **changes):
+        assert train("calm", **fields | changes, max_steps=steps, output_dir=str(tmp_path / name)) == 0
+        return load_file(tmp_path / name / "model.safetensors")
+
+    whole = weights("whole")
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": "true"}
+    accumulated = weights("accumulated", **halves)
+    weights("parts", steps=2)
+    resumed = weights("parts")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert all(torch.allclose(whole[key], accumulated[key], atol=1e-6) for key in whole)
+    untaught = weights("untaught", distil_weight=1.0)
+    assert not all(torch.equal(whole[key], untaught[key]) for key in whole)
+    assert not [
+        key for key in load_file(tmp_path / "whole" / "checkpoint-2" / "auxiliary.safetensors") if "llama" in key
+    ]
+
+
+def test_a_dry_run_counts_the_teacher(workshop, llama, capsys):
+    assert train("calm", **workshop, distil=llama, auxiliary_weight=0.5, dry_run=[]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (flops,) = [float(line.split()[1]) for line in lines if line.startswith("  teacher") and "trained" in line]
+    before = LlamaForCausalLM.from_pretrained(llama)
+    linear = sum(m.weight.numel() for m in before.modules() if isinstance(m, torch.nn.Linear))
+    assert flops == pytest.approx(2 * linear + 2 * 4 * 32 * 32, rel=0.01)  # attention over 32 tokens, 2 layers of 32
+
+
+def test_distil_needs_the_loss_that_it_teaches(workshop, llama, tmp_path, capsys):
+    fields = {**workshop, "output_dir": str(tmp_path / "run")}
+    assert "whose auxiliary_weight is 0" in refusal(capsys, **fields, distil=llama)
+    weight = {"auxiliary_weight": 0.5}
+    assert "distil_weight=0.5: must lie in (0, 1], and needs distil" in refusal(
+        capsys, **fields, **weight, distil_weight=0.5
+    )
+    assert "distil_weight=1.5" in refusal(capsys, **fields, **weight, distil=llama, distil_weight=1.5)
+    assert f"distil {llama}: reads 64 tokens, block_size is 128." in refusal(
+        capsys, **fields, **weight, distil=llama, block_size=128
+    )

@@ -1,0 +1,89 @@
+"""A new CALM begins with a Llama that exists: its layers, final norm and token embeddings, and a patch embedding that
+fits them.
+
+The Llama read tokens, the CALM reads patches: positions count patches from now on, RoPE's parameters stay. So that the
+first layer sees at once what it knows, the patch embedding starts as a mean of the tokens' embeddings, by default the
+last one's alone: silu(x) − silu(−x) = x makes its two linear layers any linear map. Its LayerNorm gets the scale of
+the embeddings, which is that of what the first layers add to them.
+
+Axes: K tokens per patch, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.modeling_calm import CALMForCausalLM
+from calm.training.configuration import backbone_note, llama_config_of, say
+from calm.training.recipe import PATCH_EMBEDDINGS, Recipe, RecipeError
+
+
+def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
+    """A Llama with its output matrix, in the dtype of its checkpoint.
+
+    Args:
+        what: the recipe's field that names it.
+        where: folder or Hub id.
+        config: its configuration.
+
+    Raises:
+        RecipeError: its weights are quantised, cannot be read, or are not what its configuration says.
+    """
+    if getattr(config, "quantization_config", None):
+        raise RecipeError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
+    try:
+        llama, info = LlamaForCausalLM.from_pretrained(where, config=config, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{what} {where}: its weights cannot be read: {' '.join(str(error).split())}") from error
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]  # of old Llamas
+    for kind, keys in (("misses", info["missing_keys"]), ("has no place for", unexpected)):
+        if keys:
+            raise RecipeError(f"{what} {where}: is not what its configuration says, which {kind} {min(keys)}.")
+    return llama
+
+
+@torch.no_grad()
+def begin_with_llama(model: CALMForCausalLM, recipe: Recipe) -> None:
+    """Fills the backbone of a new model with the weights of `init_backbone`, whose sizes it has.
+
+    Tokens that the Llama doesn't know, at the end of the vocabulary, get the mean of those that it knows.
+
+    Raises:
+        RecipeError: as `load_llama`.
+    """
+    where = str(recipe.init_backbone)
+    llama = load_llama("init_backbone", where, llama_config_of("init_backbone", where)).model
+    backbone = model.model
+    backbone.layers.load_state_dict(llama.layers.state_dict())
+    backbone.norm.load_state_dict(llama.norm.state_dict())
+    ours_VD, theirs_VD = backbone.embed_tokens.weight, llama.embed_tokens.weight
+    num_known = min(len(ours_VD), len(theirs_VD))
+    known_VD = ours_VD[:num_known]
+    known_VD.copy_(theirs_VD[:num_known])
+    ours_VD[num_known:] = known_VD.mean(0)
+    scale = known_VD.var(-1, unbiased=False).mean().sqrt()
+    begin_patch_embedding(backbone.embed_proj, PATCH_EMBEDDINGS[recipe.patch_embedding_init], scale)
+    new = len(ours_VD) - num_known
+    say(backbone_note(recipe, model.config) + (f"; {new} more tokens begin with the mean embedding" if new else ""))
+
+
+@torch.no_grad()
+def begin_patch_embedding(embed_proj: nn.Sequential, decay: float, scale: Tensor | float) -> None:
+    """Makes the patch embedding the LayerNorm of a weighted mean of its tokens' embeddings, times a scale.
+
+    Args:
+        embed_proj: `CALMModel`'s.
+        decay: how much less a token counts than the one behind it, from 0, the last alone, to 1, all alike.
+        scale: root mean square of the outputs.
+    """
+    expand, _, reduce, norm = embed_proj
+    assert isinstance(expand, nn.Linear) and isinstance(reduce, nn.Linear) and isinstance(norm, nn.LayerNorm)
+    size = reduce.out_features
+    weights_K = decay ** torch.arange(expand.in_features // size - 1, -1, -1.0)
+    identity = torch.eye(size)
+    mean = torch.kron(weights_K / weights_K.sum(), identity)  # (D, K·D)
+    expand.weight.copy_(torch.cat([mean, -mean]))
+    reduce.weight.copy_(torch.cat([identity, -identity], dim=1))
+    for bias in (expand.bias, reduce.bias, norm.bias):
+        bias.zero_()
+    norm.weight.fill_(scale)

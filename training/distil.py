@@ -1,0 +1,97 @@
+"""A Llama teaches the multi-token loss: its probabilities of each token given the true ones before take the place of
+the text's own token, or share it.
+
+Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, V vocabulary, U what the teacher knows of it, U ≤ V.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from calm.training.backbone import load_llama
+from calm.training.configuration import check_tokens, llama_config_of
+from calm.training.recipe import Recipe, RecipeError
+
+
+@dataclass
+class Lesson:
+    """What a teacher expects of the tokens of a batch.
+
+    Args:
+        probabilities: of the tokens that it knows, the vocabulary's first, `(…, U)`; of all others 0.
+        share: in the loss; the rest is the labels'.
+    """
+
+    probabilities: Tensor
+    share: float
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(1 − share) · −log q(label) + share · −Σ p log q, nats; 0 where there is no label.
+
+        A label that the teacher doesn't know counts alone.
+
+        Args:
+            logits: of q, `(…, V)`.
+            labels (`(…)`): −100 for none.
+        """
+        log_q = logits.log_softmax(-1)
+        hard = F.nll_loss(log_q.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+        num_known = self.probabilities.shape[-1]
+        soft = -(self.probabilities * log_q[..., :num_known]).sum(-1)
+        share = self.share * ((labels >= 0) & (labels < num_known))
+        return (1 - share) * hard + share * soft
+
+
+class Teacher:
+    """A frozen Llama that reads the same blocks. No module: nothing saves, trains or wraps it with the model.
+
+    Args:
+        llama: the Llama.
+        vocab_size: V.
+        patch_size: K.
+        share: see `Lesson`.
+    """
+
+    def __init__(self, llama: LlamaForCausalLM, vocab_size: int, patch_size: int, share: float):
+        self.llama = llama.eval().requires_grad_(False)
+        self.num_known = min(vocab_size, llama.config.vocab_size)
+        self.vocab_size, self.patch_size, self.share = vocab_size, patch_size, share
+
+    @torch.no_grad()
+    def lesson(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Lesson:
+        """The probabilities of each patch but the first, `(B, P − 1, K, U)`, as `next_patches` has the labels.
+
+        Args:
+            input_ids (`(B, L)`): the model's; tokens that the teacher doesn't know are hidden from it.
+            attention_mask (`(B, L)`): the model's.
+        """
+        if self.llama.device != input_ids.device:  # Trainer moves only what is in the model
+            self.llama.to(input_ids.device)
+        if self.num_known < self.vocab_size:
+            is_known = input_ids < self.num_known
+            attention_mask = is_known.long() if attention_mask is None else attention_mask * is_known
+            input_ids = input_ids.where(is_known, 0)
+        outputs = self.llama(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        # The logits at a token are of the one behind it.
+        logits = outputs.logits[:, self.patch_size - 1 : -1, : self.num_known]
+        return Lesson(logits.float().softmax(-1).unflatten(1, (-1, self.patch_size)), self.share)
+
+
+def teacher_of(recipe: Recipe, tokenizer, vocab_size: int, patch_size: int) -> Teacher:
+    """The teacher that the recipe names.
+
+    Raises:
+        RecipeError: it is no Llama, cannot be read, has other tokens, or reads no blocks of the recipe's size.
+    """
+    where = str(recipe.distil)
+    config = llama_config_of("distil", where)
+    if config.max_position_embeddings < recipe.data.block_size:
+        raise RecipeError(
+            f"distil {where}: reads {config.max_position_embeddings:,} tokens, block_size is "
+            f"{recipe.data.block_size:,}."
+        )
+    check_tokens("distil", where, config, tokenizer)
+    return Teacher(load_llama("distil", where, config), vocab_size, patch_size, recipe.distil_weight)
