@@ -206,7 +206,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=positive, default=64)
     parser.add_argument("--seed", type=int, default=39, help="of the laws; default: 39, see docs/experiments.md")
     parser.add_argument("--train_documents", type=positive, default=256, help="of 65,536 tokens")
-    parser.add_argument("--validation_documents", type=positive, default=1600, help="of 256 tokens")
+    parser.add_argument("--validation_documents", type=positive, default=3300, help="of 256 tokens")
     return parser.parse_args(argv)
 
 
