@@ -136,7 +136,8 @@ class CALMConfig(LlamaConfig):
         num_samples: N, samples per patch in the training loss (energy: head samples; flow and diffusion: targets;
             token flow: noisy copies of the one target).
         num_posterior_samples: S, posterior draws per patch in the energy loss.
-        beta: exponent of the energy score, 1 ≤ β < 2.
+        beta: exponent of the energy score, 0 < β < 2; published models have 1, the least whose gradient is bounded
+            where samples nearly coincide.
         flow_time_logit_mean: in training the flow head draws times sigmoid(Normal(this, 1)); `None` is the published
             uniform law. Below 0 it spends more on the early times, at which it is decided what a draw becomes.
         sampling_steps: solver steps of the flow heads, respaced steps of the diffusion head; `None` is 10 and 100.
@@ -216,9 +217,7 @@ class CALMConfig(LlamaConfig):
         if HEADS:
             require(self.head_type in HEADS, f"head_type={self.head_type!r}: must be one of {tuple(HEADS)}.")
             HEADS[self.head_type].check(self)
-        require(
-            1 <= self.beta < 2, f"beta={self.beta}: must lie in [1, 2), where the energy score is strictly proper."
-        )
+        require(0 < self.beta < 2, f"beta={self.beta}: must lie in (0, 2), where the energy score is strictly proper.")
         require(
             self.sampling_steps is None or self.sampling_steps >= 1,
             f"sampling_steps={self.sampling_steps}: must be at least 1, or None for the head's own number.",

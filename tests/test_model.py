@@ -246,8 +246,8 @@ def test_config_survives_a_save(tmp_path):
     "fields, sentence",
     [
         ({"num_samples": 1}, "num_samples=1: the pairwise term needs at least 2 samples"),
-        ({"beta": 2.0}, r"beta=2.0: must lie in \[1, 2\)"),
-        ({"beta": 0.5}, "beta=0.5"),
+        ({"beta": 2.0}, r"beta=2.0: must lie in \(0, 2\)"),
+        ({"beta": 0.0}, "beta=0.0"),
         ({"head_type": "gan"}, "head_type='gan': must be one of"),
         ({"patch_size": 8, "autoencoder_config": {"patch_size": 4}}, "patch_size=8, but the autoencoder's is 4"),
         ({"latent_size": 8, "autoencoder_config": {"latent_size": 16}}, "latent_size=8, but the autoencoder's is 16"),

@@ -36,7 +36,7 @@ def value_and_gradient(score, samples, targets, beta):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("beta", [1.0, 1.25, 1.5, 1.9])
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 1.25, 1.5, 1.9])
 @pytest.mark.parametrize("num_samples", [2, 3, 8])
 @pytest.mark.parametrize("spread", [1.0, 0.05], ids=["wide posterior", "narrow posterior"])
 def test_agrees_with_the_loop_twin(dtype, tolerance, beta, num_samples, spread):
@@ -86,7 +86,7 @@ def test_order_of_samples_shift_and_scale():
     torch.testing.assert_close(energy_score(3 * samples, 3 * targets, beta=1.5), 3**1.5 * score)
 
 
-@pytest.mark.parametrize("beta", [1.0, 1.01, 1.5, 1.99])
+@pytest.mark.parametrize("beta", [0.01, 0.5, 1.0, 1.01, 1.5, 1.99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_finite_where_samples_coincide(beta, dtype):
     point = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -95,6 +95,7 @@ def test_finite_where_samples_coincide(beta, dtype):
         (point.expand(5, -1, -1), torch.randn(6, 4, 8).to(dtype)),  # a collapsed head
         (torch.randn(5, 4, 8).to(dtype), point.expand(6, -1, -1)),  # a posterior of no width
         (1e-20 * point.expand(5, -1, -1), torch.zeros(6, 4, 8, dtype=dtype)),  # squares underflow
+        (1e-18 * point.expand(5, -1, -1) * torch.arange(5)[:, None, None], torch.randn(6, 4, 8).to(dtype)),  # nearly
     ]:
         value, gradient = value_and_gradient(energy_score, samples, targets, beta)
         assert value.isfinite().all() and gradient.isfinite().all()
@@ -140,6 +141,7 @@ def test_never_builds_the_difference_tensor():
     [
         (((1, 3, 4), (5, 3, 4)), 1.0, "at least 2"),
         (((2, 3, 4), (5, 3, 4)), 2.0, "beta=2.0"),
+        (((2, 3, 4), (5, 3, 4)), 0.0, "beta=0.0"),
         (((2, 3, 4), (5, 2, 4)), 1.0, "must agree"),
     ],
 )
