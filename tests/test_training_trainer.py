@@ -80,6 +80,15 @@ def test_the_backbone_can_be_trained_without_the_head(workshop, tmp_path):
     assert all(entry["loss"] == pytest.approx(0.5 * entry["auxiliary_loss"], rel=1e-3) for entry in steps)
 
 
+@pytest.mark.parametrize("beta", [0.1, 1.9])
+def test_the_energy_score_trains_near_both_ends_of_its_exponents(workshop, tmp_path, beta):
+    """A new head's samples all coincide."""
+    fields = {**workshop, "beta": beta, "max_steps": 30, "learning_rate": 3e-3, "eval_strategy": "no"}
+    assert train("calm", **fields, output_dir=str(tmp_path)) == 0
+    losses = [entry["loss"] for entry in log_of(tmp_path) if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
 def test_the_autoencoder_stays_frozen(trained, workshop):
     model = load_file(trained / "model.safetensors")
     autoencoder = load_file(f"{workshop['autoencoder']}/model.safetensors")
