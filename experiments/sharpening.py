@@ -335,7 +335,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM trained on the language")
     parser.add_argument("--language", required=True, type=Path, help="folder of calm.experiments.language")
     parser.add_argument("--contexts", type=positive, default=16, help="two at least (default: 16)")
-    parser.add_argument("--draws", type=positive, default=2000, help="patches chosen after each (default: 2,000)")
+    parser.add_argument("--draws", type=positive, default=1000, help="patches chosen after each (default: 1,000)")
     parser.add_argument(
         "--recorded", type=positive, default=2**15, help="draws of the model after each, a power of 2 (default: 2^15)"
     )
