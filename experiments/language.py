@@ -10,27 +10,31 @@ the laws can say of every position how probable each continuation is, and no mod
 
 (evaluation/brier.py: 2 P(y) - sum P(x)^2, of which the mean over y is this where the law is the true one).
 
-Axes: S hidden states, V symbols, B blocks or documents, L tokens, n = 1..4 tokens of a continuation. "..." stands for
-any leading axes.
+Axes: S hidden states, V symbols, B blocks or documents, L tokens, n = 1..4 tokens of a continuation, X continuations.
+"..." stands for any leading axes.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calm.command_line import Parser, command, positive
-from calm.evaluation.brier import MAX_N
+from calm.command_line import Parser, command, known_errors, positive
+from calm.evaluation.brier import MAX_N, brierlm
 from calm.training.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, save_tokenizer
 
 FIRST_SYMBOL = 0x4E00  # the symbols are CJK ideographs in order: 20,000 characters that no normalisation touches
+LANGUAGE_FILE = "language.json"  # which language a folder holds; written last, so that the folder is complete with it
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,18 @@ class HiddenMarkovLanguage:
         for _ in range(length - 1):
             joint = (joint @ moves)[..., None, :] * emissions.T
         return joint.sum(-1)
+
+    def likely_continuations(self, belief: np.ndarray, length: int, least: float) -> tuple[np.ndarray, np.ndarray]:
+        """Those continuations of a belief (S,) that are at least so probable, in order: symbols (X, length) and
+        probabilities (X,). The others are never made, so that X and not V^length is what it costs."""
+        moves, emissions = self.laws
+        symbols_Xn, places_XS, probability_X = np.empty((1, 0), dtype=np.int64), belief[None], np.ones(1)
+        for _ in range(length):
+            probability_XV = places_XS @ emissions
+            kept, symbol = np.nonzero(probability_XV >= least)
+            symbols_Xn, probability_X = np.column_stack([symbols_Xn[kept], symbol]), probability_XV[kept, symbol]
+            places_XS = (places_XS[kept] * emissions.T[symbol]) @ moves
+        return symbols_Xn, probability_X
 
     def probability(self, belief: np.ndarray, symbols: np.ndarray) -> np.ndarray:
         """(..., n): probability of the first 1 … n symbols (..., n) after beliefs (..., S)."""
@@ -174,29 +190,83 @@ def _drawn(cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (cumulative <= chance).sum(1)
 
 
-def load(folder: Path) -> HiddenMarkovLanguage:
-    """The language that `write` wrote there."""
-    return HiddenMarkovLanguage(**json.loads((folder / "language.json").read_text()))
+def best_scores(
+    language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_size: int | None
+) -> tuple[list[float], float]:
+    """The highest Brier-1..4, and their BrierLM × 100, that a model has on average at the positions that are scored.
+
+    These are the ends of patches as in evaluation/calm_estimator.py, or every token as in ar_estimator.py, without the
+    last ones, whose continuation would end in the next block.
+
+    Args:
+        language: of the blocks.
+        ids_BL: blocks of token ids, each out of one text: a model that reads a block knows nothing before it.
+        patch_size: K, or `None` for a model that reads token by token.
+
+    Raises:
+        ValueError: the blocks are no text of the language, are no whole number of patches, or too short.
+    """
+    step, length = patch_size or 1, ids_BL.shape[1]
+    last = length - ceil(MAX_N / step) * step
+    if length % step or last < step:
+        raise ValueError(
+            f"blocks of {length} tokens: must be whole patches of {step}, and hold {MAX_N} tokens after one."
+        )
+    symbols_BL = language.symbols(ids_BL.numpy())
+    if symbols_BL.min() < 0 or symbols_BL.max() >= language.vocab_size:
+        raise ValueError("the blocks hold tokens that are no symbols of the language.")
+    with np.errstate(invalid="ignore"):
+        beliefs = language.beliefs(symbols_BL)[:, step : last + 1 : step]
+    if np.isnan(beliefs).any():
+        raise ValueError("the blocks are no text of this language: it never says what stands there.")
+    best_4 = language.best_brier(beliefs).mean((0, 1))
+    return best_4.tolist(), brierlm(torch.from_numpy(best_4)).item()
 
 
 def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[int, int]]) -> None:
-    """The language's tokenizer and text: a file PART.jsonl for each part, written aside and renamed.
+    """The language's tokenizer, its text, a file PART.jsonl for each part, and language.json, which says what it is.
+
+    Each file but the tokenizer's is written aside and renamed, language.json last: a folder that has it is complete
+    and stays as it is.
 
     Args:
         language: which.
         folder: made.
         parts: name → documents, and tokens of each.
+
+    Raises:
+        ValueError: the folder holds another language, or other parts of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    contents = json.dumps({**asdict(language), "parts": parts}, indent=2) + "\n"
+    marker = folder / LANGUAGE_FILE
+    if marker.exists():
+        if marker.read_text(encoding="utf-8") != contents:
+            raise ValueError(f"{folder} holds another language or other parts of it: remove it, or choose another.")
+        return
     for seed, (name, (number, length)) in enumerate(parts.items()):
-        path = folder / f"{name}.jsonl"
-        unfinished = path.with_name(path.name + ".unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            for row in language.sample(number, length, seed):
-                file.write(json.dumps({"text": language.text(row)}, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
-    (folder / "language.json").write_text(json.dumps(asdict(language)) + "\n")
+        texts = map(language.text, language.sample(number, length, seed))
+        _write_aside(folder / f"{name}.jsonl", (json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
     save_tokenizer(language.tokenizer(), folder)
+    _write_aside(marker, [contents])
+
+
+def _write_aside(path: Path, pieces: Iterable[str]) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(pieces)
+    os.replace(unfinished, path)
+
+
+def load(folder: Path) -> HiddenMarkovLanguage:
+    """The language of a folder that `write` made.
+
+    Raises:
+        OSError: it has no language.json.
+    """
+    fields = json.loads((folder / LANGUAGE_FILE).read_text(encoding="utf-8"))
+    fields.pop("parts")
+    return HiddenMarkovLanguage(**fields)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -214,11 +284,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     language = HiddenMarkovLanguage(args.num_states, args.vocab_size, seed=args.seed)
-    write(
-        language,
-        args.output,
-        {"train": (args.train_documents, 2**16), "validation": (args.validation_documents, 2**8)},
-    )
+    parts = {"train": (args.train_documents, 2**16), "validation": (args.validation_documents, 2**8)}
+    with known_errors(ValueError, OSError):
+        write(language, args.output, parts)
     print(f"{args.output}: a tokenizer, train.jsonl and validation.jsonl")
 
 

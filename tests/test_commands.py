@@ -28,6 +28,8 @@ WRONG_PATHS = {
     "calm.evaluation.plot": [NOWHERE],
     "calm.evaluation.prompt_alignment": ["--model", NOWHERE, *DATA[:2]],
     "calm.experiments": ["--corpus", NOWHERE, "--output", "{tmp}"],
+    "calm.experiments.language": ["--output", f"/dev/null/{NOWHERE}"],  # it makes folders, but not in a file
+    "calm.experiments.sharpening": ["--model", NOWHERE, "--language", NOWHERE],
     "calm.serve": [NOWHERE],
     "calm.training.demo_corpus": ["--corpus", NOWHERE, "--output", "{tmp}"],
     "calm.training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
