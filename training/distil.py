@@ -56,7 +56,7 @@ class Teacher:
     """
 
     def __init__(self, llama: LlamaForCausalLM, vocab_size: int, patch_size: int, share: float):
-        self.llama = llama.eval().requires_grad_(False)
+        self.llama = llama.eval()
         self.num_known = min(vocab_size, llama.config.vocab_size)
         self.vocab_size, self.patch_size, self.share = vocab_size, patch_size, share
 

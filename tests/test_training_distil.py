@@ -1,0 +1,157 @@
+"""A Llama teaches the multi-token loss of a CALM, and is neither trained nor saved with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llama_workshop import NUM_KNOWN, make_llama, make_workshop_of_one_more_token, recipe_of, refusal
+from safetensors.torch import load_file
+from training_helpers import train
+from transformers import LlamaForCausalLM
+
+from calm.training.auxiliary import MultiTokenLoss
+from calm.training.distil import Lesson, Teacher
+from calm.training.models import build, for_training
+from calm.training.tokenizer import load_tokenizer
+
+K = 4
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return make_workshop_of_one_more_token(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def llama(workshop, tmp_path_factory):
+    theirs = str(Path(workshop["tokenizer"]).with_name("theirs"))
+    return str(make_llama(tmp_path_factory.mktemp("llama"), theirs, num_key_value_heads=2))
+
+
+def auxiliary_loss(seed: int = 0) -> MultiTokenLoss:
+    torch.manual_seed(seed)
+    return MultiTokenLoss(hidden_size=16, vocab_size=12, patch_size=K)
+
+
+def example():
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(10, (2, 5 * K), generator=generator)
+    labels[:, :K] = labels[1, -3:] = -100
+    return torch.randn(2, 5, 16, generator=generator), labels
+
+
+def truth_of(labels, size: int = 12):
+    return F.one_hot(labels.unflatten(1, (-1, K))[:, 1:].clamp(min=0), size).float()
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_a_teacher_that_knows_the_text_changes_nothing(share, num_items):
+    loss, (hidden, labels) = auxiliary_loss(), example()
+    plain = loss(hidden, labels, num_items)
+    assert torch.allclose(loss(hidden, labels, num_items, Lesson(truth_of(labels), share)), plain)
+
+
+def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    probabilities = torch.rand(3, 10, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([4, -100, 11])  # the last one is unknown to the teacher
+    losses = Lesson(probabilities, 0.25).cross_entropy(logits, labels)
+    log_q = logits.log_softmax(-1)
+    soft = -sum(probabilities[0, v] * log_q[0, v] for v in range(10))
+    assert torch.allclose(
+        losses, torch.stack([-0.75 * log_q[0, 4] + 0.25 * soft, losses.new_zeros(()), -log_q[2, 11]])
+    )
+
+
+def test_no_loss_is_below_the_teachers_entropy_and_its_own_law_reaches_it():
+    probabilities = torch.rand(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    labels, entropy = torch.zeros(6, dtype=torch.long), -(probabilities * probabilities.log()).sum(-1)
+    lesson = Lesson(probabilities, 1.0)
+    assert torch.allclose(lesson.cross_entropy(probabilities.log(), labels), entropy)
+    assert (lesson.cross_entropy(probabilities.log() + torch.randn(6, 12), labels) > entropy).all()
+
+
+def test_a_lesson_is_the_llamas_law_of_each_true_prefix(llama):
+    before = LlamaForCausalLM.from_pretrained(llama).train()
+    ids = torch.randint(NUM_KNOWN, (2, 3 * K))
+    expected = Teacher(before, NUM_KNOWN + 1, K, 0.5).lesson(ids).probabilities
+    assert expected.shape == (2, 2, K, NUM_KNOWN)
+    assert not expected.requires_grad and not before.training
+    for p in range(2):
+        for k in range(K):
+            logits = before(ids[:, : (p + 1) * K + k]).logits[:, -1]
+            assert torch.allclose(expected[:, p, k], logits.softmax(-1), atol=1e-6)
+
+
+def test_unknown_tokens_are_hidden_from_the_teacher(llama):
+    teacher = Teacher(LlamaForCausalLM.from_pretrained(llama), NUM_KNOWN + 1, K, 1.0)
+    ids = torch.randint(NUM_KNOWN, (1, 3 * K))
+    filled = torch.cat([torch.full((1, 2), NUM_KNOWN), ids[:, :-2]], dim=1)
+    shifted = teacher.lesson(filled).probabilities.flatten(1, 2)
+    plain = teacher.lesson(ids).probabilities.flatten(1, 2)
+    assert torch.allclose(shifted[:, 2:], plain[:, :-2], atol=1e-6)
+    assert torch.isfinite(shifted).all()
+    fewer = Teacher(teacher.llama, NUM_KNOWN - 5, K, 1.0).lesson(ids.clamp(max=290)).probabilities
+    assert fewer.shape[-1] == NUM_KNOWN - 5
+    assert torch.allclose(fewer.sum(-1), torch.ones(()))
+
+
+def test_the_teacher_is_neither_trained_nor_saved(workshop, llama, tmp_path):
+    tokenizer = load_tokenizer(workshop["tokenizer"])
+    recipe = recipe_of(workshop, distil=llama, auxiliary_weight=0.5)
+    model = for_training(build(recipe, tokenizer), recipe, tokenizer)
+    model.train()
+    assert not model.teacher.llama.training
+    plain = for_training(build(recipe_of(workshop), tokenizer), recipe_of(workshop, auxiliary_weight=0.5), tokenizer)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+def test_distillation_trains_accumulates_and_resumes(workshop, llama, tmp_path):
+    """Two micro-batches of two rows and one of four are the same step: the backbone alone, for a head draws."""
+    fields = {**workshop, "distil": llama, "distil_weight": 0.5, "auxiliary_weight": 1.0, "head_weight": 0.0}
+    fields |= {"eval_strategy": "no", "save_steps": 2, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    fields |= {"adam_epsilon": 0.01}
+
+    def weights(name, steps=4, **changes):
+        assert train("calm", **fields | changes, max_steps=steps, output_dir=str(tmp_path / name)) == 0
+        return load_file(tmp_path / name / "model.safetensors")
+
+    whole = weights("whole")
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": "true"}
+    accumulated = weights("accumulated", **halves)
+    weights("parts", steps=2)
+    resumed = weights("parts")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert all(torch.allclose(whole[key], accumulated[key], atol=1e-6) for key in whole)
+    untaught = weights("untaught", distil_weight=1.0)
+    assert not all(torch.equal(whole[key], untaught[key]) for key in whole)
+    assert not [
+        key for key in load_file(tmp_path / "whole" / "checkpoint-2" / "auxiliary.safetensors") if "llama" in key
+    ]
+
+
+def test_a_dry_run_counts_the_teacher(workshop, llama, capsys):
+    assert train("calm", **workshop, distil=llama, auxiliary_weight=0.5, dry_run=[]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (flops,) = [float(line.split()[1]) for line in lines if line.startswith("  teacher") and "trained" in line]
+    before = LlamaForCausalLM.from_pretrained(llama)
+    linear = sum(m.weight.numel() for m in before.modules() if isinstance(m, torch.nn.Linear))
+    assert flops == pytest.approx(2 * linear + 2 * 4 * 32 * 32, rel=0.01)  # attention over 32 tokens, 2 layers of 32
+
+
+def test_distil_needs_the_loss_that_it_teaches(workshop, llama, tmp_path, capsys):
+    fields = {**workshop, "output_dir": str(tmp_path / "run")}
+    assert "whose auxiliary_weight is 0" in refusal(capsys, **fields, distil=llama)
+    weight = {"auxiliary_weight": 0.5}
+    assert "distil_weight=0.5: must lie in (0, 1], and needs distil" in refusal(
+        capsys, **fields, **weight, distil_weight=0.5
+    )
+    assert "distil_weight=1.5" in refusal(capsys, **fields, **weight, distil=llama, distil_weight=1.5)
+    assert f"distil {llama}: reads 64 tokens, block_size is 128." in refusal(
+        capsys, **fields, **weight, distil=llama, block_size=128
+    )
