@@ -265,7 +265,7 @@ def load(folder: Path) -> HiddenMarkovLanguage:
         OSError: it has no language.json.
     """
     fields = json.loads((folder / LANGUAGE_FILE).read_text(encoding="utf-8"))
-    fields.pop("parts")
+    fields.pop("parts", None)
     return HiddenMarkovLanguage(**fields)
 
 
