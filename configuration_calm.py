@@ -34,6 +34,8 @@ class CALMAutoencoderConfig(PretrainedConfig):
             the expansion (decoder), the others after it. At least 1 each.
         patch_size: K tokens per latent vector.
         latent_size: Z.
+        encoder_context: number of patches before its own that the encoder sees as well; the decoder sees the latent
+            vector alone. Published: 0.
         hidden_act, mlp_bias, rms_norm_eps, initializer_range: as in Llama.
         ae_dropout: probability in training both of replacing an input token by id 0 and of dropping a latent
             dimension (paper 2.2).
@@ -64,6 +66,7 @@ class CALMAutoencoderConfig(PretrainedConfig):
         ae_dropout=0.15,
         token_dropout=None,
         latent_dropout=None,
+        encoder_context=0,
         kl_clamp=0.5,
         kl_weight=1e-3,
         pad_token_id=None,
@@ -85,6 +88,7 @@ class CALMAutoencoderConfig(PretrainedConfig):
         self.ae_dropout = ae_dropout
         self.token_dropout = token_dropout
         self.latent_dropout = latent_dropout
+        self.encoder_context = encoder_context
         self.kl_clamp = kl_clamp
         self.kl_weight = kl_weight
         self.check()
@@ -99,6 +103,7 @@ class CALMAutoencoderConfig(PretrainedConfig):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("num_encoder_layers", "num_decoder_layers"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: the autoencoder needs at least 1 layer.")
+        require(self.encoder_context >= 0, f"encoder_context={self.encoder_context}: must not be negative.")
         for name in ("ae_dropout", "token_dropout", "latent_dropout"):
             rate = getattr(self, name)
             require(rate is None or 0 <= rate < 1, f"{name}={rate}: must lie in [0, 1).")
@@ -114,9 +119,9 @@ class CALMAutoencoderConfig(PretrainedConfig):
         return self.ae_dropout if self.latent_dropout is None else self.latent_dropout
 
     def to_diff_dict(self):
-        """What config.json holds: the two rates apart only where they are given."""
-        apart = ("token_dropout", "latent_dropout")
-        return {key: value for key, value in super().to_diff_dict().items() if key not in apart or value is not None}
+        """What config.json holds; of what published autoencoders lack, only what is set."""
+        unset = {"token_dropout": None, "latent_dropout": None, "encoder_context": 0}
+        return {k: value for k, value in super().to_diff_dict().items() if k not in unset or value != unset[k]}
 
 
 class CALMConfig(LlamaConfig):

@@ -250,7 +250,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         )
         loss = None
         if labels is not None:
-            loss = self.patch_loss(outputs.last_hidden_state, labels, num_items_in_batch, generator)
+            loss = self.patch_loss(outputs.last_hidden_state, labels, num_items_in_batch, generator, input_ids)
         return CALMOutputWithPast(
             loss=loss,
             last_hidden_state=outputs.last_hidden_state,
@@ -265,13 +265,16 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
+        input_ids: Tensor | None = None,
         **draws: Tensor,
     ) -> Tensor:
         """Head loss of the targets in labels (B, L) given hidden states (B, P, D): their mean, or, given
         `num_items_in_batch`, their sum · K / num_items_in_batch. `draws` are recorded draws for the head.
 
+        `input_ids` (B, L) are asked for where the encoder sees patches before the targets.
+
         Raises:
-            ValueError: labels of another length than the input.
+            ValueError: labels of another length than the input, or no `input_ids` where they are asked for.
         """
         patch_size = self.config.patch_size
         if labels.shape[1] != patch_size * hidden_BPD.shape[1]:
@@ -281,9 +284,24 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         labels_BPK = next_patches(labels.long().to(hidden_BPD.device), patch_size)
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
-        losses = self.head.loss(context, PatchTarget(tokens, self.autoencoder), generator=generator, **draws)
+        posterior = (
+            self.posterior_in_context(input_ids, is_target) if self.autoencoder.config.encoder_context else None
+        )
+        target = PatchTarget(tokens, self.autoencoder, posterior)
+        losses = self.head.loss(context, target, generator=generator, **draws)
         count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
         return losses.sum() / count
+
+    @torch.no_grad()
+    def posterior_in_context(self, input_ids: Tensor | None, is_target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log_std, (M, Z) each, of the M targets marked in (B, P − 1), each encoded within its row."""
+        if input_ids is None:
+            raise ValueError(
+                f"The autoencoder's encoder_context is {self.autoencoder.config.encoder_context}: a loss needs "
+                "input_ids, for the patches before the targets."
+            )
+        mean, log_std = self.autoencoder.encode(input_ids)
+        return mean[:, 1:][is_target.to(mean.device)], log_std[:, 1:][is_target.to(log_std.device)]
 
 
 def next_patches(labels_BL: Tensor, patch_size: int) -> Tensor:

@@ -58,15 +58,21 @@ class AutoencoderLayer(nn.Module):
 
 
 class AutoencoderEncoder(nn.Module):
-    """Token ids (B, L) → mean and log standard deviation of the posterior, each (B, P, Z)."""
+    """Token ids (B, L) → mean and log standard deviation of the posterior, each (B, P, Z).
+
+    With `encoder_context` a patch's posterior depends on the patches before it in its row as well.
+    """
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__()
-        self.patch_size = config.patch_size
+        self.patch_size, self.num_before = config.patch_size, config.encoder_context
         self.num_token_layers = config.num_encoder_layers // 2
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(AutoencoderLayer(config) for _ in range(config.num_encoder_layers))
-        self.squeeze_layer = nn.Linear(config.patch_size * config.hidden_size, config.hidden_size)
+        patch_width = config.patch_size * config.hidden_size
+        self.squeeze_layer = nn.Linear(patch_width, config.hidden_size)
+        if self.num_before:
+            self.context_layer = nn.Linear(self.num_before * patch_width, config.hidden_size, bias=False)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_to_latent = nn.Linear(config.hidden_size, 2 * config.latent_size)
 
@@ -80,8 +86,12 @@ class AutoencoderEncoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers[: self.num_token_layers]:
             hidden = layer(hidden)
-        hidden = hidden.reshape(batch_size, length // self.patch_size, self.squeeze_layer.in_features)
-        hidden = self.squeeze_layer(hidden)
+        patches = hidden.reshape(batch_size, length // self.patch_size, self.squeeze_layer.in_features)
+        hidden = self.squeeze_layer(patches)
+        if self.num_before:
+            num_patches = patches.shape[1]
+            before = [F.pad(patches, (0, 0, n, 0))[:, :num_patches] for n in range(1, self.num_before + 1)]
+            hidden = hidden + self.context_layer(torch.cat(before, dim=-1))
         for layer in self.layers[self.num_token_layers :]:
             hidden = layer(hidden)
         mean, log_std = self.hidden_to_latent(self.norm(hidden)).chunk(2, dim=-1)
@@ -303,7 +313,7 @@ class CALMAutoencoder(PreTrainedModel):
         )
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) → (mean, log_std), each (B, P, Z)."""
+        """Ids (B, L) → (mean, log_std), each (B, P, Z); with `encoder_context` L counts from the row's beginning."""
         outputs = self(input_ids, output_logits=False)
         return outputs.mean, outputs.log_std
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_calm import CALMConfig
+from .configuration_calm import CALMConfig, require
 from .flow_head_calm import FlowMatchingHead, ModulatedMLP
 from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
@@ -121,6 +121,12 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
         # No buffer: transformers 4 doesn't load those of an offloaded module.
         codes = torch.zeros(config.patch_size, config.vocab_size, config.latent_size)
         self.codes = nn.Parameter(codes, requires_grad=False)
+
+    @classmethod
+    def check(cls, config: CALMConfig) -> None:
+        super().check(config)
+        context = config.autoencoder_config.encoder_context
+        require(context == 0, f"encoder_context={context}: the codes of the token_flow head are of patches alone.")
 
     def train(self, mode: bool = True):
         """As in torch, but the codes stay frozen: `from_pretrained` creates parameters anew and calls this last."""

@@ -43,6 +43,20 @@ def test_patches_are_encoded_on_their_own():
     assert difference[1] > 0 and (difference[[0, 2, 3, 4, 5]] == 0).all()
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_an_encoder_with_context_sees_the_patches_before_in_its_row(num_layers):
+    model, ids = autoencoder(encoder_context=2, num_encoder_layers=num_layers), some_ids()
+    mean = model.encode(ids)[0]
+    changed = ids.clone()
+    changed[0, 5] = 3 if ids[0, 5] != 3 else 4
+    difference = (model.encode(changed)[0] - mean).abs().sum(-1)
+    assert (difference[0, 1:4] > 0).all() and (difference[0, [0, 4, 5]] == 0).all() and (difference[1] == 0).all()
+    torch.testing.assert_close(model.encode(ids[:, :4])[0], mean[:, :1])  # in a row shorter than the context
+    del model.encoder.context_layer
+    model.encoder.num_before = 0
+    torch.testing.assert_close(model.encode(ids)[0][:, 0], mean[:, 0])  # nothing is before a row's first patch
+
+
 def test_loss_by_its_definition():
     model, ids = autoencoder(kl_clamp=0.5, kl_weight=0.1), some_ids()
     noise = torch.randn(2, 6, 16)
@@ -99,13 +113,14 @@ def test_each_dropout_has_a_rate_of_its_own():
     assert encoded_and_decoded(ae_dropout=0.5, latent_dropout=0.0) == (True, False)
 
 
-def test_a_config_without_own_rates_is_written_as_before(tmp_path):
+def test_a_config_that_sets_nothing_new_is_written_as_before(tmp_path):
     CALMAutoencoderConfig().save_pretrained(tmp_path / "before")
     written = json.loads((tmp_path / "before" / "config.json").read_text())
-    assert {name for name in written if "dropout" in name} == {"ae_dropout"}
-    CALMAutoencoderConfig(token_dropout=0.1, latent_dropout=0.0).save_pretrained(tmp_path / "own")
+    assert {name for name in written if "dropout" in name or "context" in name} == {"ae_dropout"}
+    CALMAutoencoderConfig(token_dropout=0.1, latent_dropout=0.0, encoder_context=1).save_pretrained(tmp_path / "own")
     own = CALMAutoencoderConfig.from_pretrained(tmp_path / "own")
     assert (own.token_dropout_rate, own.latent_dropout_rate, own.ae_dropout) == (0.1, 0.0, 0.15)
+    assert own.encoder_context == 1
 
 
 def test_same_generator_same_draw():
@@ -144,6 +159,7 @@ def test_save_and_load_keeps_the_tie(tmp_path):
         ({"ae_dropout": 1.0}, "ae_dropout=1.0"),
         ({"token_dropout": -0.1}, "token_dropout=-0.1"),
         ({"latent_dropout": 1.0}, "latent_dropout=1.0"),
+        ({"encoder_context": -1}, "encoder_context=-1"),
         ({"kl_clamp": -1}, "kl_clamp=-1"),
         ({"kl_weight": -1}, "kl_weight=-1"),
     ],

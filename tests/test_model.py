@@ -129,6 +129,20 @@ def test_loss_counts_whole_later_patches(head_type):
     torch.testing.assert_close(items, expected.sum() * 4 / 100)
 
 
+@torch.no_grad()
+def test_targets_are_encoded_within_their_rows_where_the_encoder_sees_patches_before():
+    model, ids = tiny_model(autoencoder_config={"encoder_context": 1}), some_ids()
+    labels = ids.clone()
+    labels[0, :9] = -100  # patch 3, the first target of row 0, is encoded after patch 2 all the same
+    outputs = model(ids, labels=labels, generator=generator())
+    mean, log_std = (torch.cat([x[0, 3:6], x[1, 1:6]]) for x in model.autoencoder.encode(ids))
+    context = torch.cat([outputs.last_hidden_state[0, 2:5], outputs.last_hidden_state[1, 0:5]])
+    expected = model.head.loss(context, PatchTarget(posterior=(mean, log_std)), generator=generator())
+    torch.testing.assert_close(outputs.loss, expected.mean())
+    with pytest.raises(ValueError, match="encoder_context is 1: a loss needs input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), labels=labels)
+
+
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_loss_without_targets_is_zero_and_differentiable(head_type):
     model, ids = tiny_model(head_type).train(), some_ids(1, 4)
@@ -257,6 +271,10 @@ def test_config_survives_a_save(tmp_path):
         ({"num_mlp_layers": 0}, "num_mlp_layers=0"),
         ({"num_context_layers": -1}, "num_context_layers=-1"),
         ({"sampling_steps": 0}, "sampling_steps=0"),
+        (
+            {"head_type": "token_flow", "autoencoder_config": {"encoder_context": 1}},
+            "encoder_context=1: the codes of the token_flow head are of patches alone",
+        ),
         ({"sampling_steps": 1001, "head_type": "diffusion"}, "sampling_steps=1001: the diffusion head has 1000"),
     ],
 )

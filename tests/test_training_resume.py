@@ -18,8 +18,10 @@ def workshop(tmp_path_factory):
 
 
 def fields_of_run(workshop: dict, folder: Path) -> dict:
-    # Everything that carries state: two epochs of data, a learning rate schedule, Adam, noise, the auxiliary loss.
+    # Everything that carries state: two epochs of data, a learning rate schedule, Adam, noise, the auxiliary loss, the
+    # average of the weights.
     own = {"max_steps": STEPS, "save_steps": 1, "auxiliary_weight": 0.5, "seed": 3, "lr_scheduler_type": "cosine"}
+    own |= {"ema_decay": 0.9, "head_learning_rate": 3e-3}
     return {**workshop, **own, "eval_strategy": "no", "output_dir": str(folder)}
 
 

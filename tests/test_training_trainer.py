@@ -80,6 +80,16 @@ def test_the_backbone_can_be_trained_without_the_head(workshop, tmp_path):
     assert all(entry["loss"] == pytest.approx(0.5 * entry["auxiliary_loss"], rel=1e-3) for entry in steps)
 
 
+def test_a_calm_over_an_encoder_that_sees_the_patch_before(tmp_path):
+    workshop = make_workshop(tmp_path, encoder_context=1)
+    assert train("calm", **workshop, auxiliary_weight=0.5, output_dir=str(tmp_path / "run")) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    ids = torch.randint(20, (1, 8))
+    trained = load_file(f"{workshop['autoencoder']}/model.safetensors")["encoder.context_layer.weight"]
+    assert torch.equal(model.autoencoder.encoder.context_layer.weight, trained)
+    assert model.generate(ids, max_new_tokens=4, num_candidates=4).shape[1] <= 12
+
+
 @pytest.mark.parametrize("beta", [0.1, 1.9])
 def test_the_energy_score_trains_near_both_ends_of_its_exponents(workshop, tmp_path, beta):
     """A new head's samples all coincide."""
