@@ -243,24 +243,29 @@ def results(figures_CJA2: np.ndarray, entropies_CJ: np.ndarray, own_C22: np.ndar
     """
     rows = []
     for j, sampling in enumerate(SETTINGS):
-        of_column = {name: _mean_and_error(figures_CJA2[:, j, a]) for a, name in enumerate(COLUMNS)}
+        variation, difference = (
+            {name: _mean_and_error(figures_CJA2[:, j, a, i]) for a, name in enumerate(COLUMNS)} for i in range(2)
+        )
         rows.append(
             {
                 "temperature": sampling.temperature,
                 "method": sampling.sampling_method if sampling.temperature < 1 else None,
                 "num_candidates": sampling.num_candidates if sampling.temperature < 1 else None,
                 "exact_entropy": _mean_and_error(entropies_CJ[:, j]),
-                "total_variation": {name: (mean[0], error[0]) for name, (mean, error) in of_column.items()},
-                "entropy_difference": {name: (mean[1], error[1]) for name, (mean, error) in of_column.items()},
+                "total_variation": variation,
+                "entropy_difference": difference,
             }
         )
-    own = {name: _mean_and_error(own_C22[:, i]) for i, name in enumerate(("exact draws", "model"))}
+    own = {
+        figure: {name: _mean_and_error(own_C22[:, a, i]) for a, name in enumerate(("exact draws", "model"))}
+        for i, figure in enumerate(("total_variation", "entropy_difference"))
+    }
     return {"settings": rows, "own_law": own}
 
 
-def _mean_and_error(values_C: np.ndarray) -> tuple[list | float, list | float]:
-    """Over the first axis, which has two entries at least."""
-    return values_C.mean(0).tolist(), (values_C.std(0, ddof=1) / len(values_C) ** 0.5).tolist()
+def _mean_and_error(values_C: np.ndarray) -> tuple[float, float]:
+    """Over two contexts at least."""
+    return values_C.mean().item(), (values_C.std(ddof=1) / len(values_C) ** 0.5).item()
 
 
 def report(result: dict) -> str:
@@ -279,11 +284,16 @@ def report(result: dict) -> str:
         *_table(result["settings"], "entropy_difference", "{:+.2f} ± {:.2f}"),
         "",
     ]
-    (exact, _), (model, error) = result["own_law"]["exact draws"], result["own_law"]["model"]
+    variation, difference = result["own_law"]["total_variation"], result["own_law"]["entropy_difference"]
     lines.append(
-        f"The model's own law at T = 1, of all {result['recorded']:,} draws: total variation {model[0]:.3f} ± "
-        f"{error[0]:.3f} (of as many exact draws {exact[0]:.3f}), entropy {model[1]:+.2f} ± {error[1]:.2f} nats "
-        f"({exact[1]:+.2f})."
+        "The model's own law at T = 1, of all {:,} draws: total variation {:.3f} ± {:.3f} (of as many exact draws "
+        "{:.3f}), entropy {:+.2f} ± {:.2f} nats ({:+.2f}).".format(
+            result["recorded"],
+            *variation["model"],
+            variation["exact draws"][0],
+            *difference["model"],
+            difference["exact draws"][0],
+        )
     )
     return "\n".join(lines)
 
