@@ -37,6 +37,8 @@ class PatchTarget:
         tokens (`(..., K)`, *optional*): ids.
         autoencoder (*optional*): whose posterior it is; encodes at the first request.
         posterior (*optional*): mean and log_std, `(..., Z)` each, where they are known.
+        further (`(A, ..., K)`, *optional*): ids of patches that might as well have followed; latents are drawn from
+            all 1 + A in turn.
     """
 
     def __init__(
@@ -44,17 +46,18 @@ class PatchTarget:
         tokens: Tensor | None = None,
         autoencoder: CALMAutoencoder | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
+        further: Tensor | None = None,
     ):
-        self._tokens, self._autoencoder, self._posterior = tokens, autoencoder, posterior
+        self._tokens, self._autoencoder, self._posterior, self._further = tokens, autoencoder, posterior, further
 
     def to(self, device: torch.device, **kwargs) -> "PatchTarget":
         """On another device; offloading hooks call it, as they call a tensor's."""
-        tokens = None if self._tokens is None else self._tokens.to(device, **kwargs)
+        tokens, further = (t if t is None else t.to(device, **kwargs) for t in (self._tokens, self._further))
         posterior = None
         if self._posterior is not None:
             mean, log_std = self._posterior
             posterior = mean.to(device, **kwargs), log_std.to(device, **kwargs)
-        return PatchTarget(tokens, self._autoencoder, posterior)
+        return PatchTarget(tokens, self._autoencoder, posterior, further)
 
     @property
     def tokens(self) -> Tensor:
@@ -65,13 +68,16 @@ class PatchTarget:
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Mean and natural logarithm of the standard deviation, (..., Z) each, on the tokens' device."""
         if self._posterior is None:
-            if self._autoencoder is None:
-                raise ValueError("This target has tokens alone; the head asks for their posterior.")
-            with torch.no_grad():
-                parts = self._autoencoder.encode(self.tokens.reshape(1, -1))
-            mean, log_std = (part.view(*self.tokens.shape[:-1], part.shape[-1]) for part in parts)
-            self._posterior = mean.to(self.tokens.device), log_std.to(self.tokens.device)
+            self._posterior = self._encode(self.tokens)
         return self._posterior
+
+    def _encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        if self._autoencoder is None:
+            raise ValueError("This target has tokens alone; the head asks for their posterior.")
+        with torch.no_grad():
+            parts = self._autoencoder.encode(tokens.reshape(1, -1))
+        mean, log_std = (part.view(*tokens.shape[:-1], part.shape[-1]).to(tokens.device) for part in parts)
+        return mean, log_std
 
     def draw_latents(
         self, num_draws: int, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -80,6 +86,10 @@ class PatchTarget:
         mean, log_std = self.posterior()
         if noise is None:
             noise = standard_normal((num_draws, *mean.shape), mean, generator)
+        if self._further is not None:
+            pairs = zip((mean, log_std), self._encode(self._further), strict=True)
+            turns = torch.arange(len(noise), device=mean.device) % (1 + len(self._further))
+            mean, log_std = (torch.cat([own[None], others])[turns] for own, others in pairs)
         return torch.addcmul(mean, log_std.exp(), noise)
 
 

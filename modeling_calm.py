@@ -4,6 +4,7 @@ Read `CALMForCausalLM.forward` first. Axes: B batch, L tokens, P patches (L = P�
 Z latent size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,12 +267,19 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
         input_ids: Tensor | None = None,
+        further: Callable[[Tensor], Tensor] | None = None,
         **draws: Tensor,
     ) -> Tensor:
-        """Head loss of the targets in labels (B, L) given hidden states (B, P, D): their mean, or, given
-        `num_items_in_batch`, their sum · K / num_items_in_batch. `draws` are recorded draws for the head.
+        """Head loss of the targets in labels: their mean, or, given `num_items_in_batch`, their sum · K / that.
 
-        `input_ids` (B, L) are asked for where the encoder sees patches before the targets.
+        Args:
+            hidden_BPD: hidden states of the input.
+            labels (`(B, L)`): as in `forward`.
+            num_items_in_batch: as in `forward`.
+            generator: randomness of the loss.
+            input_ids (`(B, L)`): asked for where the encoder sees patches before the targets.
+            further: hidden states (..., D) → ids (A, ..., K) of patches that are targets beside the labels'.
+            **draws: recorded draws for the head.
 
         Raises:
             ValueError: labels of another length than the input, or no `input_ids` where they are asked for.
@@ -287,7 +295,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         posterior = (
             self.posterior_in_context(input_ids, is_target) if self.autoencoder.config.encoder_context else None
         )
-        target = PatchTarget(tokens, self.autoencoder, posterior)
+        target = PatchTarget(tokens, self.autoencoder, posterior, further and further(context))
         losses = self.head.loss(context, target, generator=generator, **draws)
         count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
         return losses.sum() / count

@@ -30,7 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from calm.command_line import Parser, command, known_errors, positive
-from calm.evaluation.brier import MAX_N, brierlm
+from calm.evaluation.brier import MAX_N
 from calm.training.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, save_tokenizer
 
 FIRST_SYMBOL = 0x4E00  # the symbols are CJK ideographs in order: 20,000 characters that no normalisation touches
@@ -190,37 +190,33 @@ def _drawn(cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (cumulative <= chance).sum(1)
 
 
-def best_scores(
-    language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_size: int | None
-) -> tuple[list[float], float]:
-    """The highest Brier-1..4, and their BrierLM × 100, that a model has on average at the positions that are scored.
+def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_size: int) -> np.ndarray:
+    """(B, M, S): the beliefs at the positions of blocks at which `calm.evaluation` scores a model.
 
-    These are the ends of patches as in evaluation/calm_estimator.py, or every token as in ar_estimator.py, without the
-    last ones, whose continuation would end in the next block.
+    These are the ends of patches, without the last ones, whose continuation would end in the next block.
 
     Args:
         language: of the blocks.
         ids_BL: blocks of token ids, each out of one text: a model that reads a block knows nothing before it.
-        patch_size: K, or `None` for a model that reads token by token.
+        patch_size: K; 1 for a model that reads token by token.
 
     Raises:
         ValueError: the blocks are no text of the language, are no whole number of patches, or too short.
     """
-    step, length = patch_size or 1, ids_BL.shape[1]
-    last = length - ceil(MAX_N / step) * step
-    if length % step or last < step:
+    length = ids_BL.shape[1]
+    last = length - ceil(MAX_N / patch_size) * patch_size
+    if length % patch_size or last < patch_size:
         raise ValueError(
-            f"blocks of {length} tokens: must be whole patches of {step}, and hold {MAX_N} tokens after one."
+            f"blocks of {length} tokens: must be whole patches of {patch_size}, and hold {MAX_N} tokens after one."
         )
     symbols_BL = language.symbols(ids_BL.numpy())
     if symbols_BL.min() < 0 or symbols_BL.max() >= language.vocab_size:
         raise ValueError("the blocks hold tokens that are no symbols of the language.")
     with np.errstate(invalid="ignore"):
-        beliefs = language.beliefs(symbols_BL)[:, step : last + 1 : step]
-    if np.isnan(beliefs).any():
+        beliefs_BMS = language.beliefs(symbols_BL)[:, patch_size : last + 1 : patch_size]
+    if np.isnan(beliefs_BMS).any():
         raise ValueError("the blocks are no text of this language: it never says what stands there.")
-    best_4 = language.best_brier(beliefs).mean((0, 1))
-    return best_4.tolist(), brierlm(torch.from_numpy(best_4)).item()
+    return beliefs_BMS
 
 
 def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[int, int]]) -> None:

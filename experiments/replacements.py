@@ -41,17 +41,8 @@ class ChainReader(CalmReader):
         super().__init__(model)
         self.chain = chain
 
-    @torch.no_grad()
     def draw(self, states_D: Tensor, num_samples: int, generator=None) -> Tensor:
-        states = self.chain.states(states_D).expand(num_samples, *states_D.shape[:-1], -1, -1)
-        given, tokens = torch.zeros_like(states[..., 0, :]), []
-        for k in range(self.chain.patch_size):
-            probs = self.chain.logits(states[..., k, :] + given).softmax(-1)
-            ids = probs.flatten(0, -2).multinomial(1, generator=generator).view(probs.shape[:-1])
-            tokens.append(ids)
-            if k < self.chain.patch_size - 1:
-                given = given + self.chain.embeddings[k](ids)
-        return torch.stack(tokens, dim=-1)
+        return self.chain.draw(states_D, num_samples, generator)
 
 
 class TruthReader:

@@ -27,7 +27,7 @@ from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.branching import CalmReader, CausalLMReader
 from calm.evaluation.brier import MAX_N, brierlm, prefix_matches
 from calm.evaluation.models import is_calm, load_causal_lm, positions_per_block
-from calm.experiments.language import HiddenMarkovLanguage, load
+from calm.experiments.language import HiddenMarkovLanguage, load, scored_beliefs
 from calm.training.documents import read_documents
 from calm.training.tokenizer import load_tokenizer
 
@@ -74,8 +74,7 @@ def brier_terms(
 
     Brier-n is estimated without bias by 2 · mean P(x_i) − mean 1{x_i = x_j} over the draws, and i ≠ j.
     """
-    symbols = language.symbols(tokens_BL.numpy())
-    beliefs_BMS = language.beliefs(symbols)[:, patch_size : -MAX_N + 1 or None : patch_size][:, : drawn_BMN4.shape[1]]
+    beliefs_BMS = scored_beliefs(language, tokens_BL, patch_size)
     num_draws = drawn_BMN4.shape[2]
     drawn = language.symbols(drawn_BMN4.numpy())
     # A special token is no symbol: from there on the continuation has no chance.

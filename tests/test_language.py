@@ -14,7 +14,7 @@ from language_oracle import LANGUAGE, OTHER, Oracle, S, V
 from calm.evaluation.ar_estimator import count_ar
 from calm.evaluation.brier import brierlm
 from calm.evaluation.calm_estimator import count_calm
-from calm.experiments.language import HiddenMarkovLanguage, best_scores, load, main, write
+from calm.experiments.language import HiddenMarkovLanguage, load, main, scored_beliefs, write
 from calm.training.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 PREFIX = [2, 3, 2]
@@ -174,14 +174,18 @@ def counts_of(oracle, ids_BL):
     return count_calm(oracle, ids_BL, oracle.patch_size, generator)
 
 
+def best_of(ids_BL, patch_size):
+    return LANGUAGE.best_brier(scored_beliefs(LANGUAGE, ids_BL, patch_size or 1)).mean((0, 1))
+
+
 @pytest.mark.parametrize("patch_size", [None, 1, 2, 3, 4, 8])
 def test_an_oracle_reaches_the_best_scores(patch_size):
     ids_BL = ids_of(2000, 48)
     score = counts_of(Oracle(LANGUAGE, patch_size), ids_BL).score()
-    best, best_lm = best_scores(LANGUAGE, ids_BL, patch_size)
+    best = best_of(ids_BL, patch_size)
     for value, expected, (low, high) in zip(score.brier, best, score.brier_intervals, strict=True):
         assert abs(value - expected) < high - low  # four standard errors
-    assert score.brierlm.low < best_lm < score.brierlm.high < 1.15 * score.brierlm.low
+    assert score.brierlm.low < brierlm(torch.tensor(best)) < score.brierlm.high < 1.15 * score.brierlm.low
 
 
 @pytest.mark.parametrize("patch_size", [None, 1, 2, 3, 4, 8])
@@ -192,21 +196,19 @@ def test_best_scores_are_of_the_positions_that_are_scored(patch_size):
     assert counts.positions_B.tolist() == [len(oracle.asked)] * 3
     ends = (np.array(oracle.asked) + 1) * (patch_size or 1)
     expected = LANGUAGE.best_brier(LANGUAGE.beliefs(LANGUAGE.symbols(ids_BL.numpy()))[:, ends]).mean((0, 1))
-    best, best_lm = best_scores(LANGUAGE, ids_BL, patch_size)
-    np.testing.assert_allclose(best, expected, rtol=1e-12)
-    assert best_lm == pytest.approx(brierlm(torch.tensor(best)).item())
+    np.testing.assert_allclose(best_of(ids_BL, patch_size), expected, rtol=1e-12)
 
 
-def test_best_scores_refuse_what_they_cannot_be_of():
+def test_positions_of_what_is_no_text_are_refused():
     with pytest.raises(ValueError, match="whole patches of 4"):
-        best_scores(LANGUAGE, ids_of(1, 10), 4)
+        scored_beliefs(LANGUAGE, ids_of(1, 10), 4)
     with pytest.raises(ValueError, match="hold 4 tokens after one"):
-        best_scores(LANGUAGE, ids_of(1, 4), None)
+        scored_beliefs(LANGUAGE, ids_of(1, 4), 1)
     with pytest.raises(ValueError, match="no symbols of the language"):
-        best_scores(LANGUAGE, torch.zeros(1, 8, dtype=torch.long), 4)
+        scored_beliefs(LANGUAGE, torch.zeros(1, 8, dtype=torch.long), 4)
     sparse = HiddenMarkovLanguage(S, V, transition_concentration=0.001, emission_concentration=0.001)
     with pytest.raises(ValueError, match="never says"):
-        best_scores(sparse, ids_of(50, 24), 4)
+        scored_beliefs(sparse, ids_of(50, 24), 4)
 
 
 # as text

@@ -84,6 +84,8 @@ def test_a_resumed_run_ends_where_the_whole_one_does(run, tmp_path, own):
     [
         ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no meaning without auxiliary_weight"),
         ({"auxiliary_decay": 2, "auxiliary_weight": 0.1}, "auxiliary_decay=2: must lie in [0, 1]"),
+        ({"auxiliary_targets": 2}, "auxiliary_targets=2 has no meaning without auxiliary_weight"),
+        ({"auxiliary_targets": -2, "auxiliary_weight": 0.1}, "auxiliary_targets=-2: must not be negative"),
         ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1: must not be negative"),
     ],
 )

@@ -3,6 +3,8 @@
 Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, D hidden size, V vocabulary.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +58,20 @@ class MultiTokenLoss(TokenChain):
         count = (labels_BPK != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
+    @torch.no_grad()
+    def draw(self, hidden: Tensor, num_draws: int, generator: torch.Generator | None = None) -> Tensor:
+        """Patches by this law: hidden states (..., D) → ids (A, ..., K)."""
+        states = self.states(hidden).expand(num_draws, *hidden.shape[:-1], -1, -1)
+        tokens: list[Tensor] = []
+        given = torch.zeros_like(states[..., 0, :])
+        for k in range(self.patch_size):
+            logits = self.logits(states[..., k, :] + given).float()
+            # The largest of logits with Gumbel noise is a draw; unlike multinomial it takes any number of rows.
+            tokens.append((logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1))
+            if k < self.patch_size - 1:
+                given = given + self.embeddings[k](tokens[-1])
+        return torch.stack(tokens, dim=-1)
+
 
 class WithAuxiliary(nn.Module):
     """A CALM model with the auxiliary loss added to its own, as one module, so that DDP and FSDP see all parameters.
@@ -65,6 +81,7 @@ class WithAuxiliary(nn.Module):
         weight: of the auxiliary loss.
         head_weight: of the head's own loss; 0 leaves the head out, to train the backbone alone first.
         decay: share of the steps over which the weight falls linearly to 0; 0 keeps it.
+        num_targets: A, patches that the auxiliary loss draws as targets of the head, beside each of the text's.
         teacher: what the auxiliary loss learns from beside the labels.
     """
 
@@ -76,12 +93,13 @@ class WithAuxiliary(nn.Module):
         weight: float,
         head_weight: float = 1.0,
         decay: float = 0.0,
+        num_targets: int = 0,
         teacher: Teacher | None = None,
     ):
         super().__init__()
         config = calm.config
         self.calm, self.config, self.weight, self.head_weight = calm, config, weight, head_weight
-        self.decay, self.teacher = decay, teacher
+        self.decay, self.num_targets, self.teacher = decay, num_targets, teacher
         self.auxiliary = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         self._no_split_modules = calm._no_split_modules
 
@@ -99,9 +117,13 @@ class WithAuxiliary(nn.Module):
         **inputs,
     ):
         """As the model's, and in `loss` the auxiliary one too; `progress` is the share of the steps that are done."""
-        head_labels = labels if self.head_weight else None
+        head_labels = labels if self.head_weight and not self.num_targets else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
+            if self.head_weight and self.num_targets:
+                further = partial(self.auxiliary.draw, num_draws=self.num_targets)
+                hidden = outputs.last_hidden_state
+                outputs["loss"] = self.calm.patch_loss(hidden, labels, num_items_in_batch, further=further)
             lesson = self.teacher and self.teacher.lesson(inputs["input_ids"], inputs.get("attention_mask"))
             auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch, lesson)
             head_loss = self.head_weight * outputs.loss if self.head_weight else 0

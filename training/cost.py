@@ -192,8 +192,10 @@ def as_trained(cost: Cost, recipe: Recipe, config) -> Cost:
     """The cost of a CALM with what the recipe adds (auxiliary loss, teacher) and leaves out (head, gradients)."""
     flops_of = cost.train_flops
     if recipe.auxiliary_weight:
-        flops_of["auxiliary loss"] = 3 * auxiliary_flops(config) / config.patch_size
+        scored, drawn = auxiliary_flops(config)
+        flops_of["auxiliary loss"] = (3 * scored + recipe.auxiliary_targets * drawn) / config.patch_size
         cost.inference_flops["auxiliary loss"] = 0
+        flops_of["autoencoder"] *= 1 + recipe.auxiliary_targets
     if recipe.distil:
         teacher = ar_cost(llama_config_of("distil", recipe.distil), recipe.data.block_size)
         cost.parameters["teacher (frozen)"] = sum(teacher.parameters.values())
@@ -205,12 +207,13 @@ def as_trained(cost: Cost, recipe: Recipe, config) -> Cost:
     return cost
 
 
-def auxiliary_flops(config) -> int:
-    """One patch through the auxiliary loss, forward."""
+def auxiliary_flops(config) -> tuple[int, int]:
+    """One patch through the auxiliary loss, forward, and one patch drawn by it."""
     with torch.device("meta"):
         loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
     hidden = torch.zeros(1, 2, config.hidden_size, device="meta")
-    return work_of(loss, hidden, torch.zeros(1, 2 * config.patch_size, dtype=torch.long, device="meta")).flops
+    scored = work_of(loss, hidden, torch.zeros(1, 2 * config.patch_size, dtype=torch.long, device="meta")).flops
+    return scored, work_of(loss.draw, hidden[:, 0], num_draws=1).flops
 
 
 def print_cost(recipe: Recipe, config, notes: Iterable[str] = ()) -> None:

@@ -86,6 +86,13 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
         raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
     if recipe.auxiliary_decay and not recipe.auxiliary_weight:
         raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay} has no meaning without auxiliary_weight.")
+    if recipe.auxiliary_targets and not recipe.auxiliary_weight:
+        raise RecipeError(f"auxiliary_targets={recipe.auxiliary_targets} has no meaning without auxiliary_weight.")
+    if recipe.auxiliary_targets < 0 or (recipe.auxiliary_targets and model.autoencoder.config.encoder_context):
+        raise RecipeError(
+            f"auxiliary_targets={recipe.auxiliary_targets}: must not be negative, nor stand beside an autoencoder "
+            "whose encoder sees the patches before (encoder_context)."
+        )
     if not 0 <= recipe.auxiliary_decay <= 1:
         raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps.")
     if recipe.distil and not recipe.auxiliary_weight:
@@ -103,5 +110,12 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     if recipe.auxiliary_weight:
         sizes = model.config.vocab_size, model.config.patch_size
         teacher = teacher_of(recipe, tokenizer, *sizes) if recipe.distil else None
-        return WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, recipe.auxiliary_decay, teacher)
+        return WithAuxiliary(
+            model,
+            recipe.auxiliary_weight,
+            recipe.head_weight,
+            decay=recipe.auxiliary_decay,
+            num_targets=recipe.auxiliary_targets,
+            teacher=teacher,
+        )
     return model

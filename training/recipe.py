@@ -93,6 +93,8 @@ class Recipe:
         lora_rank: with `init_from`, train a LoRA adapter of this rank on the backbone and the head; 0 trains all.
         auxiliary_weight: weight of the training-only multi-token loss (calm only, see auxiliary.py).
         auxiliary_decay: share of the steps over which that weight falls linearly to 0; 0 keeps it.
+        auxiliary_targets: patches that the multi-token loss draws, beside each of the text's, for the head to learn
+            from; 0 is the text's alone.
         head_weight: weight of the head's loss beside it; 0 trains the backbone alone.
         head_learning_rate: learning rate of the head and its context layers, on the schedule of `learning_rate`, which
             it takes by default (calm only).
@@ -114,6 +116,7 @@ class Recipe:
     lora_rank: int = 0
     auxiliary_weight: float = 0.0
     auxiliary_decay: float = 0.0
+    auxiliary_targets: int = 0
     head_weight: float = 1.0
     head_learning_rate: float | None = None
     distil: str | None = None

@@ -1,0 +1,86 @@
+"""Targets that the multi-token loss draws for the head: they follow its law, stand beside the text's, and train."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from enumerable_laws import chi_square_p_value
+from tiny import tiny_model
+
+from calm.heads_calm import PatchTarget
+from calm.training.auxiliary import MultiTokenLoss, WithAuxiliary
+
+V, K = 5, 3
+
+
+@pytest.fixture(scope="module")
+def loss():
+    """With weights large enough that the places depend on each other."""
+    torch.manual_seed(0)
+    loss = MultiTokenLoss(16, V, K)
+    for parameter in loss.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return loss
+
+
+def law_of(loss, hidden):
+    """Probabilities of all patches, in their order as numbers, from the teacher-forced logits."""
+    patches = torch.tensor(list(itertools.product(range(V), repeat=K)))
+    log_probs = loss.teacher_forced(hidden.expand(len(patches), -1), patches).double().log_softmax(-1)
+    return log_probs.gather(-1, patches[..., None]).sum((-1, -2)).exp().detach()
+
+
+def test_draws_follow_the_law(loss):
+    hidden = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    drawn = loss.draw(hidden, 20_000, torch.Generator().manual_seed(2))
+    assert drawn.shape == (20_000, 2, K)
+    numbers = (drawn * torch.tensor([V * V, V, 1])).sum(-1)
+    laws = [law_of(loss, row) for row in hidden]
+    assert chi_square_p_value(numbers[:, 0], laws[0]) > 1e-4
+    assert chi_square_p_value(numbers[:, 1], laws[1]) > 1e-4
+    assert chi_square_p_value(numbers[:, 0], laws[1]) < 1e-9
+
+
+def test_latents_are_drawn_from_all_targets_in_turn():
+    model = tiny_model()
+    own, further = torch.randint(90, (7, 4)), torch.randint(90, (2, 7, 4))
+    target = PatchTarget(own, model.autoencoder, further=further)
+    noise = torch.randn(6, 7, 16)
+    latents = target.draw_latents(6, noise=noise)
+    for i, patch in enumerate([own, *further] * 2):
+        alone = PatchTarget(patch, model.autoencoder).draw_latents(1, noise=noise[i : i + 1])
+        torch.testing.assert_close(latents[i], alone[0])
+    assert target.tokens is own
+
+
+@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+def test_a_target_like_the_text_s_own_changes_nothing(head_type):
+    model = tiny_model(head_type)
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+    hidden = model(input_ids=ids).last_hidden_state
+    plain = model.patch_loss(hidden, ids, generator=torch.Generator().manual_seed(1))
+    own = ids.unflatten(1, (-1, 4))[:, 1:].flatten(0, 1)
+    same = model.patch_loss(
+        hidden, ids, generator=torch.Generator().manual_seed(1), further=lambda context: own.expand(3, -1, -1)
+    )
+    torch.testing.assert_close(same, plain)
+    other = model.patch_loss(
+        hidden, ids, generator=torch.Generator().manual_seed(1), further=lambda context: own.flip(0).expand(3, -1, -1)
+    )
+    assert (other - plain).abs() > 1e-3
+
+
+def test_the_loss_is_the_head_s_on_drawn_targets_and_the_auxiliary_one():
+    model = tiny_model()
+    wrapped = WithAuxiliary(model, weight=0.5, head_weight=2.0, num_targets=3)
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    outputs = wrapped(labels=ids, input_ids=ids)
+    torch.manual_seed(3)
+    hidden = model(input_ids=ids).last_hidden_state
+    head = model.patch_loss(hidden, ids, further=partial(wrapped.auxiliary.draw, num_draws=3))
+    torch.testing.assert_close(outputs.loss, 2.0 * head + 0.5 * wrapped.auxiliary(hidden, ids))
+    assert all(p.grad is None for p in wrapped.parameters())
+    outputs.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)
