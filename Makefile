@@ -4,7 +4,7 @@
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
 # make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; goes on where it was stopped
-# make experiments CORPUS=DIR   the paper's tables in miniature: hours; goes on where it was stopped
+# make experiments   the paper's tables in miniature: hours; goes on where it was stopped. CORPUS=DIR adds stories
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
@@ -36,7 +36,7 @@ demo-model: .venv/.full
 	$(BIN)/python -m calm.training.demo_model --corpus "$(CORPUS)" --output .
 
 experiments: .venv/.full
-	$(BIN)/python -m calm.experiments --corpus "$(CORPUS)" --document docs/experiments.md
+	$(BIN)/python -m calm.experiments $(if $(CORPUS),--corpus "$(CORPUS)")
 
 clean:
 	rm -rf .venv .venv-compat *.egg-info
