@@ -16,7 +16,7 @@ from calm.command_line import Parser, command, known_errors, positive
 from calm.experiments.plan import FOLDER, UNFINISHED, Plan, PlanError, Stage
 from calm.experiments.report import document, trainings
 from calm.experiments.results import Results
-from calm.experiments.stages import run
+from calm.experiments.stages import check, run
 from calm.training.recipe import RecipeError
 
 
@@ -51,7 +51,7 @@ def chosen(plans: list[Plan], groups: list[str] | None) -> list[tuple[Plan, list
     Raises:
         PlanError: a group that no plan has.
     """
-    known = [table.group for plan in plans for table in plan.tables]
+    known = [group for plan in plans for group in plan.groups]
     unknown = [group for group in groups or [] if group not in known]
     if unknown:
         raise PlanError(f"no group {unknown[0]!r}: the groups are {', '.join(known)}.")
@@ -82,13 +82,16 @@ def main(argv: list[str] | None = None) -> int:
                 print("\n".join(f"{i}/{len(stages)} {stage.name}" for i, stage in enumerate(stages, start=1)))
             return 0
         results = Results(plans, args.reuse)
-        for plan, stages in [] if args.report else work:
+        work = [] if args.report else [(plan, results.missing(plan, stages)) for plan, stages in work]
+        for plan, stages in work:  # of all of them, before hours of work with the first one
+            check(plan, stages)
+        for plan, stages in work:
 
             def after_each(stage: Stage, plan: Plan = plan) -> None:
                 results.add(plan, stage)
                 write(plans, results, path)
 
-            failed += run(plan, results.missing(plan, stages), args.threads, args.jobs, after_each)
+            failed += run(plan, stages, args.threads, args.jobs, after_each)
         write(plans, results, path)
     print(f"wrote {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.brier import MAX_N
 from calm.experiments.language import HiddenMarkovLanguage
+from calm.training.auxiliary import AUXILIARY_FILE
 from calm.training.configuration import make_config
 from calm.training.cost import Cost, recipe_cost
 from calm.training.recipe import Recipe, load_recipe, parse_command_line
@@ -24,6 +25,7 @@ from calm.training.recipe import Recipe, load_recipe, parse_command_line
 FOLDER = Path(__file__).parent
 UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete
 LANGUAGE = "language"
+STUDIES = ("replacements", "sharpening")  # of single models of the language
 BEFORE = ("init_from", "init_backbone")  # fields that name the model whose training went before
 
 
@@ -38,8 +40,8 @@ class Stage:
     Args:
         name: as in "models/calm-k4" or "models/calm-k4/score"; also its place under the output folder.
         kind: "language" (text of language.py); "tokenizer", "autoencoder", "calm", "ar" (trained by
-            calm.training.train_KIND); "score" (BrierLM), "share" (of the language's best BrierLM) or "noise" (the
-            autoencoder's accuracy).
+            calm.training.train_KIND); "score" (BrierLM), "share" (of the language's best BrierLM), "replacements",
+            "sharpening" (the commands of that name) or "noise" (the autoencoder's accuracy).
         needs: names of the stages that must be finished first.
         recipe: file of the recipe (trainings).
         fields: what differs from the recipe, given on the command line.
@@ -114,9 +116,10 @@ class Plan:
         self.stages: dict[str, Stage] = {}
         self._costs: dict[str, Cost] = {}
         self.tables = [self._table(**table) for table in self.content["tables"]]
+        self.studies = {kind: self._studies(kind, self.content.get(kind, [])) for kind in STUDIES}
 
     def of_groups(self, groups: list[str] | None) -> list[Stage]:
-        """Stages that the tables of these groups need, each once, in an order in which they can run."""
+        """Stages that these tables and studies need, each once, in an order in which they can run."""
         ordered: dict[str, Stage] = {}
 
         def add(name: str) -> None:
@@ -131,7 +134,15 @@ class Plan:
                 add(f"models/{model}/score")
                 for stage in [s for s in ordered.values() if s.kind == "autoencoder"]:
                     add(f"{stage.name}/noise")
+        for kind, studies in self.studies.items():
+            for study in studies if not groups or kind in groups else []:
+                add(study.name)
         return list(ordered.values())
+
+    @property
+    def groups(self) -> list[str]:
+        """Of tables and studies."""
+        return [*(table.group for table in self.tables), *(kind for kind, studies in self.studies.items() if studies)]
 
     def folder(self, stage: Stage) -> Path:
         return self.output / stage.name
@@ -241,6 +252,18 @@ class Plan:
         options |= {"language": self.output / LANGUAGE} if self.is_language else {"data": self.text("validation")}
         kind = "share" if self.is_language else "score"
         self._put(Stage(f"{trained.name}/score", kind, [trained.name], options=options))
+
+    def _studies(self, kind: str, models: list[str]) -> list[Stage]:
+        """Of each model's first seed."""
+        stages = []
+        for name in models:
+            trained = self.stages[f"models/{self._row('', name).models[0]}"]
+            options = {"model": self.folder(trained), "language": self.output / LANGUAGE}
+            if kind == "replacements":
+                last = self.folder(trained) / f"checkpoint-{trained.resolved().training['max_steps']}"
+                options |= {"auxiliary": last / AUXILIARY_FILE, "max_positions": self.evaluation["positions"]}
+            stages.append(self._put(Stage(f"{trained.name}/{kind}", kind, [trained.name], options=options)))
+        return stages
 
     def _put(self, stage: Stage) -> Stage:
         self.stages[stage.name] = stage

@@ -6,8 +6,10 @@ from statistics import mean
 
 from calm.experiments.plan import Plan, Row, Stage, Table
 from calm.experiments.results import Results
+from calm.experiments.sharpening import report
 
 TEMPLATE = Path(__file__).parent / "report.md"
+PARTS = ("nothing", "solver", "head", "head and backbone")
 
 
 def document(plans: list[Plan], results: Results) -> str:
@@ -17,6 +19,7 @@ def document(plans: list[Plan], results: Results) -> str:
     """
     text = TEMPLATE.read_text()
     parts = {table.group: comparison(plan, table, results) for plan in plans for table in plan.tables}
+    parts |= {name: part for plan in plans if plan.is_language for name, part in studies(plan, results).items()}
     parts |= {f"{plan.name}.trainings": trainings(plan, results) for plan in plans}
     parts |= {f"{plan.name}.autoencoders": autoencoders(plan, results) for plan in plans}
     for name, part in parts.items():
@@ -111,6 +114,32 @@ def direction(found: Measured, reference: Measured | None, paper: float | None, 
     if paper is None or paper_reference is None:
         return side
     return f"{side}: {'agrees' if (side == 'above') == (paper > paper_reference) else 'against the paper'}"
+
+
+# studies of single models
+
+
+def studies(plan: Plan, results: Results) -> dict[str, str]:
+    """Markdown of each kind of study."""
+    found = {
+        kind: {stage.needs[0].partition("/")[2]: results.get(plan, stage) for stage in stages}
+        for kind, stages in plan.studies.items()
+    }
+    header = ["model", *(f"{part} replaced" for part in PARTS)]
+    rows = [[name, *_shares(record)] for name, record in found["replacements"].items()]
+    tables = [
+        f"{name}: " + (report(record) if record else "not run yet") for name, record in found["sharpening"].items()
+    ]
+    return {"replacements": markdown(header, rows), "sharpening": "\n\n".join(tables)}
+
+
+def _shares(record: dict | None) -> list[str]:
+    cells = []
+    for part in PARTS:
+        result = (record or {}).get(part)
+        low, high = result["share_interval"] if result else (0.0, 0.0)
+        cells.append(f"{result['share']:.1%} ({low:.1%} to {high:.1%})" if result else "")
+    return cells
 
 
 # all of them

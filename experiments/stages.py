@@ -16,6 +16,8 @@ from calm.training.recipe import load_recipe
 EVALUATIONS = {
     "score": "calm.evaluation.brier_lm",
     "share": "calm.experiments.share",
+    "replacements": "calm.experiments.replacements",
+    "sharpening": "calm.experiments.sharpening",
     "noise": "calm.evaluation.autoencoder_report",
 }
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -25,7 +27,7 @@ def result_file(plan: Plan, stage: Stage) -> Path:
     """What stands there only when the stage is finished."""
     folder = plan.folder(stage)
     if stage.kind in EVALUATIONS:
-        return folder.parent / ("noise.json" if stage.kind == "noise" else "brier.json")
+        return folder.parent / (f"{stage.kind}.json" if stage.kind not in ("score", "share") else "brier.json")
     return folder / (
         "trainer_state.json" if stage.is_training and stage.kind != "tokenizer" else "tokenizer_config.json"
     )
@@ -47,19 +49,15 @@ def read_score(path: Path) -> dict:
     return score[0] if isinstance(score, list) else score
 
 
-def check_corpus(plan: Plan) -> None:
-    """Raises `PlanError` where the corpus is not what the plan reads."""
+def check(plan: Plan, stages: list[Stage]) -> None:
+    """The corpus is there, and nothing that was trained by another recipe is taken for this one.
+
+    Raises:
+        PlanError: that is not so.
+    """
     missing = [plan.text(part) for part in ("train", "validation") if not plan.text(part).is_file()]
     if missing and not plan.is_language:
         raise PlanError(f"{missing[0]}: no such file. Give --corpus (make: CORPUS=) the folder that holds it.")
-
-
-def check_recipes(plan: Plan, stages: list[Stage]) -> None:
-    """Nothing that was trained by another recipe is taken for this one.
-
-    Raises:
-        PlanError: the first such training.
-    """
     for stage in stages:
         saved = plan.folder(stage) / "recipe.yaml"
         if stage.is_training and saved.exists() and load_recipe(str(saved)) != stage.resolved():
@@ -144,10 +142,9 @@ def run(
         after_each: called after each evaluation.
 
     Raises:
-        PlanError: as `check_corpus` and `check_recipes`, or another run works in the folder.
+        PlanError: as `check`, or another run works in the folder.
     """
-    check_corpus(plan)
-    check_recipes(plan, stages)
+    check(plan, stages)
     failed: list[str] = []
     numbers = {stage.name: f"{number}/{len(stages)} {stage.name}" for number, stage in enumerate(stages, start=1)}
     waiting, running = list(stages), list[Running]()

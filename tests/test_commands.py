@@ -29,6 +29,8 @@ WRONG_PATHS = {
     "calm.evaluation.prompt_alignment": ["--model", NOWHERE, *DATA[:2]],
     "calm.experiments": ["--corpus", NOWHERE, "--output", "{tmp}"],
     "calm.experiments.language": ["--output", f"/dev/null/{NOWHERE}"],  # it makes folders, but not in a file
+    "calm.experiments.replacements": ["--model", NOWHERE, "--language", NOWHERE],
+    "calm.experiments.share": ["--model", NOWHERE, "--language", NOWHERE],
     "calm.experiments.sharpening": ["--model", NOWHERE, "--language", NOWHERE],
     "calm.serve": [NOWHERE],
     "calm.training.demo_corpus": ["--corpus", NOWHERE, "--output", "{tmp}"],

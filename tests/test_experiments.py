@@ -101,7 +101,7 @@ def test_the_real_files_are_plans(corpus, tmp_path, name):
     """Every recipe and configuration in them is accepted, and every table has its place in the document."""
     plan = plan_in(corpus, tmp_path, max_steps=None, file=FOLDER / f"{name}.yaml")
     assert all(plan.cost(s).trainable > 0 for s in plan.stages.values() if s.kind in ("autoencoder", "calm", "ar"))
-    assert all(f"{{{table.group}}}" in TEMPLATE.read_text() for table in plan.tables)
+    assert all(f"{{{group}}}" in TEMPLATE.read_text() for group in plan.groups)
     assert f"{{{name}.trainings}}" not in document([plan], Results([plan]))
 
 
