@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from calm.command_line import CommandError, Parser, command, known_errors, positive, writable
+from calm.configuration_calm import CALMConfig
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N
 from calm.evaluation.models import is_calm, load_causal_lm, positions_per_block
@@ -31,7 +32,7 @@ from calm.experiments.share import measure, validation_blocks
 from calm.modeling_calm import CALMForCausalLM
 from calm.training.auxiliary import MultiTokenLoss
 
-MORE_STEPS = 50  # the published solver takes 10
+STEPS_PER_CALL = 5 / 2  # of a finer solver for a network call of the model's: five times a flow head's steps
 
 
 class ChainReader(CalmReader):
@@ -75,10 +76,17 @@ class TruthReader:
         return self.autoencoder.decode_tokens(latents[0]).view(ids.shape)
 
 
-def readers(model: CALMForCausalLM, language: HiddenMarkovLanguage, auxiliary: Path | None) -> dict:
+def readers(
+    model: CALMForCausalLM, language: HiddenMarkovLanguage, auxiliary: Path | None
+) -> dict[str, CalmReader | TruthReader]:
     """Replaced part → reader; the model as it is comes first."""
     config = model.config
-    found = {"nothing": CalmReader(model)}
+    found: dict[str, CalmReader | TruthReader] = {"nothing": CalmReader(model)}
+    if model.head.network_calls > 1:
+        finer = {"sampling_steps": int(STEPS_PER_CALL * model.head.network_calls)}
+        fine = CALMForCausalLM(CALMConfig(**{**config.to_dict(), **finer})).eval()
+        fine.load_state_dict(model.state_dict())
+        found["solver"] = CalmReader(fine)
     if auxiliary is not None:
         chain = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         weights = safetensors.torch.load_file(auxiliary)
@@ -114,12 +122,6 @@ def main(argv: list[str] | None = None) -> None:
         results = {}
         for name, reader in readers(model, language, args.auxiliary).items():
             results[name] = measure(reader, model.config.patch_size, language, blocks_BL, args.draws, args.batch_size)
-        if model.head.network_calls > 1:
-            fine = load_causal_lm(args.model)
-            fine.head.num_steps = MORE_STEPS
-            results["solver"] = measure(
-                CalmReader(fine), model.config.patch_size, language, blocks_BL, args.draws, args.batch_size
-            )
     for name, result in results.items():
         low, high = result["share_interval"]
         print(f"{name} replaced: {result['share']:.1%} ({low:.1%} to {high:.1%})")

@@ -35,12 +35,12 @@ class WeightAverage(TrainerCallback):
             raise RecipeError(f"{checkpoint} was made without ema_decay, so there is no average to go on with.")
         self._average: AveragedModel | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs):
         self._average = AveragedModel(in_float32(model), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         if self._path is not None:
             self._average.load_state_dict(safetensors.torch.load_file(self._path))
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, *, model: nn.Module, **kwargs):
         self.average.update_parameters(in_float32(model))
 
     @property

@@ -32,7 +32,9 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
     if getattr(config, "quantization_config", None):
         raise RecipeError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
     try:
-        llama, info = LlamaForCausalLM.from_pretrained(where, config=config, dtype="auto", output_loading_info=True)
+        llama, info = LlamaForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair by this:
+            where, config=config, dtype="auto", output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{what} {where}: its weights cannot be read: {' '.join(str(error).split())}") from error
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]  # of old Llamas

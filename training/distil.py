@@ -69,7 +69,7 @@ class Teacher:
             attention_mask (`(B, L)`): the model's.
         """
         if self.llama.device != input_ids.device:  # Trainer moves only what is in the model
-            self.llama.to(input_ids.device)
+            self.llama.to(input_ids.device)  # pyright: ignore[reportArgumentType]  # upstream's wrapper loses `self`
         if self.num_known < self.vocab_size:
             is_known = input_ids < self.num_known
             attention_mask = is_known.long() if attention_mask is None else attention_mask * is_known

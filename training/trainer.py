@@ -79,7 +79,7 @@ class CALMTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.head_learning_rate is not None:
-            set_apart(bare(self.model).head.parameters(), optimizer, self.head_learning_rate)
+            set_apart(bare(self.model).get_submodule("head").parameters(), optimizer, self.head_learning_rate)
         return optimizer
 
     # loss and logs
