@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 from calm.command_line import Parser, command, known_errors, positive
+from calm.experiments.curves import draw
 from calm.experiments.plan import FOLDER, UNFINISHED, Plan, PlanError, Stage
 from calm.experiments.report import document, trainings
 from calm.experiments.results import Results
 from calm.experiments.stages import check, run
+from calm.training.extras import MissingPackage, need
 from calm.training.recipe import RecipeError
 
 
@@ -59,9 +61,10 @@ def chosen(plans: list[Plan], groups: list[str] | None) -> list[tuple[Plan, list
 
 
 def write(plans: list[Plan], results: Results, path: Path) -> None:
-    """The document, and the records that it was written from beside it."""
+    """The document, and beside it the records that it was written from and its picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     results.write(path.with_suffix(".json"))
+    draw(plans, results, path.with_suffix(".png"))
     unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.write_text(document(plans, results))
     os.replace(unfinished, path)
@@ -73,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     path = args.document or args.output / "experiments.md"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trainings of the moment end too
     failed = []
-    with known_errors(PlanError, RecipeError, OSError):
+    with known_errors(PlanError, RecipeError, MissingPackage, OSError):
+        need("matplotlib", "eval", "the learning curves")
         plans = make_plans(args)
         work = chosen(plans, args.only)
         if args.dry_run:

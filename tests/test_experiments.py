@@ -14,6 +14,7 @@ import pytest
 from training_helpers import write_corpus
 
 from calm.experiments.__main__ import main
+from calm.experiments.curves import GROUP, curves, draw
 from calm.experiments.plan import FOLDER, Plan, PlanError
 from calm.experiments.report import TEMPLATE, Measured, comparison, direction, document
 from calm.experiments.results import Results, digest, totals
@@ -265,6 +266,24 @@ def test_direction(interval, verdict):
     row, reference = (Measured(0.0, *bounds, 0.0, 1, {}) for bounds in (interval, [0.1, 0.3]))
     assert direction(row, reference, 5.72, 6.05) == verdict
     assert direction(row, None, 5.72, 6.05) == ""
+
+
+def test_rows_of_one_label_are_a_curve(finished, corpus, tmp_path):
+    """With several seeds the lowest and the highest are its error bars; the picture is written."""
+    plan = plan_in(corpus, finished)
+    results, table = Results([plan]), plan.tables[0]
+    for row in table.rows:
+        row.label = "one"
+    for name, value, tokens in (("ar", 1.0, 2e6), ("calm", 3.0, 1e6), ("calm-k2-seed1", 2.0, 3e6)):
+        record = {"brierlm": {"value": value, "low": value - 1, "high": value + 1}}
+        record["cost"] = {"tokens": tokens, "flops": 1e9, "cpu_seconds": 7.0}
+        results.records[f"experiments/models/{name}/score"] = record
+    [(label, points)] = curves(plan, table, results).items()
+    assert (label, [point.score for point in points]) == ("one", [3.0, 1.0, 2.0])
+    table.group = GROUP
+    draw([plan], results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [tmp_path / "curves.png"]
 
 
 # records
