@@ -1,5 +1,6 @@
 """experiments.md from what was measured: the tables are made here, the words stand in report.md."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -9,13 +10,15 @@ from calm.experiments.results import Results
 from calm.experiments.sharpening import report
 
 TEMPLATE = Path(__file__).parent / "report.md"
+NOT_ASKED = "*Not asked for in this run: the corpus (`--corpus`) was not given.*"
 PARTS = ("nothing", "solver", "head", "head and backbone")
 
 
 def document(plans: list[Plan], results: Results) -> str:
     """The template with each `{name}` in it replaced.
 
-    `{GROUP}` is that group's table, `{trainings}` sizes and costs, `{autoencoders}` what comes back of noisy latents.
+    `{GROUP}` is that group's table or studies, `{PLAN.trainings}` sizes and costs, `{PLAN.autoencoders}` what comes back
+    of noisy latents.
     """
     text = TEMPLATE.read_text()
     parts = {table.group: comparison(plan, table, results) for plan in plans for table in plan.tables}
@@ -24,7 +27,7 @@ def document(plans: list[Plan], results: Results) -> str:
     parts |= {f"{plan.name}.autoencoders": autoencoders(plan, results) for plan in plans}
     for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part)
-    return text
+    return re.sub(r"^\{[\w.]+\}$", NOT_ASKED, text, flags=re.MULTILINE)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
