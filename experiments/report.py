@@ -17,8 +17,8 @@ PARTS = ("nothing", "solver", "head", "head and backbone")
 def document(plans: list[Plan], results: Results) -> str:
     """The template with each `{name}` in it replaced.
 
-    `{GROUP}` is that group's table or studies, `{PLAN.trainings}` sizes and costs, `{PLAN.autoencoders}` what comes back
-    of noisy latents.
+    `{GROUP}` is that group's table or studies, `{PLAN.trainings}` sizes and costs, `{PLAN.autoencoders}` what comes
+    back of noisy latents.
     """
     text = TEMPLATE.read_text()
     parts = {table.group: comparison(plan, table, results) for plan in plans for table in plan.tables}
