@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calm.command_line import Parser, command, known_errors, positive
 from calm.evaluation.brier import MAX_N
-from calm.training.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, save_tokenizer
+from calm.training.tokenizer import PAD, SPECIAL_TOKENS, save_tokenizer, with_special_tokens
 
 FIRST_SYMBOL = 0x4E00  # the symbols are CJK ideographs in order: 20,000 characters that no normalisation touches
 LANGUAGE_FILE = "language.json"  # which language a folder holds; written last, so that the folder is complete with it
@@ -91,14 +91,6 @@ class HiddenMarkovLanguage:
             beliefs[:, t + 1] = joint / joint.sum(-1, keepdims=True) @ moves
         return beliefs
 
-    def continuations(self, belief: np.ndarray, length: int) -> np.ndarray:
-        """Probabilities of all continuations of a belief (S,), an array of `length` axes of V."""
-        moves, emissions = self.laws
-        joint = belief * emissions.T  # (V, S): the symbol, and the place that emitted it
-        for _ in range(length - 1):
-            joint = (joint @ moves)[..., None, :] * emissions.T
-        return joint.sum(-1)
-
     def likely_continuations(self, belief: np.ndarray, length: int, least: float) -> tuple[np.ndarray, np.ndarray]:
         """Those continuations of a belief (S,) that are at least so probable, in order: symbols (X, length) and
         probabilities (X,). The others are never made, so that X and not V^length is what it costs."""
@@ -138,11 +130,6 @@ class HiddenMarkovLanguage:
         """(..., 4): the highest Brier-1..4 that any law has on average after beliefs (..., S), sum_x P(x)²."""
         return np.stack([(belief @ u * belief).sum(-1) for u in self.pair_operators], axis=-1)
 
-    def sharpened(self, belief: np.ndarray, length: int, temperature: float) -> np.ndarray:
-        """P^(1/T) / Z over all continuations of a belief (S,), an array of `length` axes of V."""
-        powers = self.continuations(belief, length) ** (1 / temperature)
-        return powers / powers.sum()
-
     # as text
 
     def text(self, symbols: np.ndarray) -> str:
@@ -157,15 +144,7 @@ class HiddenMarkovLanguage:
         words.add_special_tokens(list(SPECIAL_TOKENS))
         words.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
         words.decoder = decoders.Fuse()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=words,
-            bos_token=BOS,
-            eos_token=EOS,
-            pad_token=PAD,
-            padding_side="left",
-            model_input_names=["input_ids", "attention_mask"],
-            clean_up_tokenization_spaces=False,
-        )
+        return with_special_tokens(words)
 
     def symbols(self, ids):
         """Token ids of the tokenizer → symbols; negative where the token is none. Arrays or tensors."""
@@ -261,7 +240,7 @@ def load(folder: Path) -> HiddenMarkovLanguage:
         OSError: it has no language.json.
     """
     fields = json.loads((folder / LANGUAGE_FILE).read_text(encoding="utf-8"))
-    fields.pop("parts", None)
+    fields.pop("parts")
     return HiddenMarkovLanguage(**fields)
 
 

@@ -11,10 +11,8 @@
 Axes: B blocks, M positions, N draws, K tokens per patch, D hidden size, V vocabulary, S hidden states of the language.
 """
 
-import argparse
 import json
 import sys
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +20,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive, writable
+from calm.command_line import CommandError, command, known_errors
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N
-from calm.evaluation.models import is_calm, load_causal_lm, positions_per_block
-from calm.experiments.language import HiddenMarkovLanguage, load
-from calm.experiments.share import measure, validation_blocks
+from calm.evaluation.models import is_calm, load_causal_lm
+from calm.experiments.language import HiddenMarkovLanguage
+from calm.experiments.share import measure, parser_of, text_of
 from calm.modeling_calm import CALMForCausalLM
 from calm.training.auxiliary import MultiTokenLoss
 
@@ -97,31 +95,20 @@ def readers(
     return found
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("python -m calm.experiments.replacements", __doc__)
-    parser.add_argument("--model", required=True, help="folder of a CALM")
-    parser.add_argument("--language", required=True, type=Path, help="folder that calm.experiments.language wrote")
-    parser.add_argument("--auxiliary", type=Path, help="auxiliary.safetensors of the model's last checkpoint")
-    parser.add_argument("--block_size", type=positive, default=256)
-    parser.add_argument("--max_positions", type=positive, default=100_000)
-    parser.add_argument("--draws", type=positive, default=4, help="of each position")
-    parser.add_argument("--batch_size", type=positive, default=16, help="blocks at a time")
-    parser.add_argument("--json", type=writable, help="write the result")
-    return parser.parse_args(argv)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = parser_of("python -m calm.experiments.replacements", __doc__)
+    parser.add_argument("--auxiliary", type=Path, help="auxiliary.safetensors of the model's last checkpoint")
+    args = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
-        model, language = load_causal_lm(args.model), load(args.language)
+        model = load_causal_lm(args.model)
         if not is_calm(model):
             raise CommandError(f"{args.model}: is no CALM, so there is nothing to replace.")
-        blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
-        blocks_BL = validation_blocks(args.language, args.block_size, blocks)
-        results = {}
-        for name, reader in readers(model, language, args.auxiliary).items():
-            results[name] = measure(reader, model.config.patch_size, language, blocks_BL, args.draws, args.batch_size)
+        language, blocks_BL = text_of(model, args)
+        results = {
+            name: measure(reader, model.config.patch_size, language, blocks_BL, args.draws, args.batch_size)
+            for name, reader in readers(model, language, args.auxiliary).items()
+        }
     for name, result in results.items():
         low, high = result["share_interval"]
         print(f"{name} replaced: {result['share']:.1%} ({low:.1%} to {high:.1%})")

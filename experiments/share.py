@@ -89,19 +89,17 @@ def summary(sums_B4: np.ndarray, best_B4: np.ndarray, positions: int, resamples:
     """Means over all positions, and the share of the best, with 95 % intervals from resampled blocks."""
     rng, blocks = np.random.default_rng(0), len(sums_B4)
     times_RB = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
-    model_R4, best_R4 = (times_RB @ sums / (positions / blocks) / blocks for sums in (sums_B4, best_B4))
+    model_R4, best_R4 = (times_RB @ sums / positions for sums in (sums_B4, best_B4))
 
     def score(brier):
         return brierlm(torch.as_tensor(brier)).numpy()
 
     model, best = sums_B4.sum(0) / positions, best_B4.sum(0) / positions
+    low, high = _intervals(score(model_R4))
     return {
         "brier": model.tolist(),
         "brier_intervals": _intervals(model_R4),
-        "brierlm": {
-            "value": float(score(model)),
-            **dict(zip(("low", "high"), _intervals(score(model_R4)), strict=True)),
-        },
+        "brierlm": {"value": float(score(model)), "low": low, "high": high},
         "best_brier": best.tolist(),
         "best_brierlm": float(score(best)),
         "share": float(score(model) / score(best)),
@@ -151,14 +149,9 @@ def measure(
     return summary(np.concatenate(sums), np.concatenate(best), positions)
 
 
-def validation_blocks(folder: Path, block_size: int, max_blocks: int) -> Tensor:
-    """(B, L) ids of the text that nothing was trained on."""
-    texts = read_documents([folder / "validation.jsonl"])
-    return pack_blocks(texts, load_tokenizer(folder), block_size, max_blocks)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("python -m calm.experiments.share", __doc__)
+def parser_of(prog: str, description: str | None) -> Parser:
+    """The options that say what is measured, and where."""
+    parser = Parser(prog, description)
     parser.add_argument("--model", required=True, help="folder")
     parser.add_argument("--language", required=True, type=Path, help="folder that calm.experiments.language wrote")
     parser.add_argument("--block_size", type=positive, default=256)
@@ -166,16 +159,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draws", type=positive, default=4, help="of each position")
     parser.add_argument("--batch_size", type=positive, default=16, help="blocks at a time")
     parser.add_argument("--json", type=writable, help="write the result")
-    return parser.parse_args(argv)
+    return parser
+
+
+def text_of(model, args: argparse.Namespace) -> tuple[HiddenMarkovLanguage, Tensor]:
+    """The language, and blocks (B, L) of its validation text with as many positions as the options ask for.
+
+    Raises:
+        ValueError: the model can't read such blocks, or there is less text.
+        OSError: there is no language.
+    """
+    language = load(args.language)
+    num_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
+    texts = read_documents([args.language / "validation.jsonl"])
+    blocks_BL = pack_blocks(texts, load_tokenizer(args.language), args.block_size, num_blocks)
+    if len(blocks_BL) < num_blocks:
+        raise ValueError(
+            f"{args.language}: its validation text has {len(blocks_BL):,} blocks of {args.block_size} tokens, "
+            f"{args.max_positions:,} positions are in {num_blocks:,}."
+        )
+    return language, blocks_BL
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser_of("python -m calm.experiments.share", __doc__).parse_args(argv)
     with known_errors(ValueError, OSError):
-        model, language = load_causal_lm(args.model), load(args.language)
-        blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
-        blocks_BL = validation_blocks(args.language, args.block_size, blocks)
+        model = load_causal_lm(args.model)
+        language, blocks_BL = text_of(model, args)
         result = measure(*reader_of(model), language, blocks_BL, args.draws, args.batch_size)
     result = {"model": args.model, "block_size": args.block_size, "draws": args.draws, **result}
     if args.json:

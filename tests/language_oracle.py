@@ -13,6 +13,13 @@ LANGUAGE = HiddenMarkovLanguage(S, V, transition_concentration=0.3, emission_con
 OTHER = HiddenMarkovLanguage(S, V, transition_concentration=0.3, emission_concentration=0.3, seed=5)
 
 
+def continuations(language, belief, length):
+    """Probabilities of all continuations of a belief, an array of `length` axes of V."""
+    symbols_Xn, probability_X = language.likely_continuations(belief, length, least=0.0)
+    assert len(symbols_Xn) == language.vocab_size**length
+    return probability_X.reshape((language.vocab_size,) * length)
+
+
 class Oracle:
     """A model that knows the language: its state is the belief about the next place, or (K None) the law of the next
     token as logits. Remembers at which positions it was asked to continue."""

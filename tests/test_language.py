@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import refusal
 from enumerable_laws import chi_square_p_value
-from language_oracle import LANGUAGE, OTHER, Oracle, S, V
+from language_oracle import LANGUAGE, OTHER, Oracle, S, V, continuations
 
 from calm.evaluation.ar_estimator import count_ar
 from calm.evaluation.brier import brierlm
@@ -74,7 +74,7 @@ def test_the_stationary_law_stays_as_it_is():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_continuations(belief, enumerated, n):
-    found = LANGUAGE.continuations(belief, n)
+    found = continuations(LANGUAGE, belief, n)
     assert found.sum() == pytest.approx(1)
     np.testing.assert_allclose(found, enumerated[n], rtol=1e-12)
 
@@ -122,13 +122,6 @@ def test_pair_operators_are_agreements_of_two_places():
         np.testing.assert_allclose(LANGUAGE.pair_operators[n - 1], np.array(law_of) @ np.array(law_of).T, rtol=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.5, 1 / 3])
-def test_sharpened_are_powers_normalised(belief, enumerated, temperature):
-    powers = {word: enumerated[2][word] ** (1 / temperature) for word in words(2)}
-    expected = [[powers[a, b] / sum(powers.values()) for b in range(V)] for a in range(V)]
-    np.testing.assert_allclose(LANGUAGE.sharpened(belief, 2, temperature), expected, rtol=1e-12)
-
-
 # samples
 
 
@@ -156,7 +149,7 @@ def test_what_follows_a_prefix_is_as_frequent_as_the_enumeration_says(texts, enu
     assert len(follows) > 4000
     outcomes = follows[:, 0] * V + follows[:, 1]
     assert chi_square_p_value(outcomes, torch.from_numpy(enumerated[2]).flatten()) > 1e-3
-    without_prefix = torch.from_numpy(LANGUAGE.continuations(LANGUAGE.stationary, 2)).flatten()
+    without_prefix = torch.from_numpy(continuations(LANGUAGE, LANGUAGE.stationary, 2)).flatten()
     assert chi_square_p_value(outcomes, without_prefix) < 1e-9
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from language_oracle import LANGUAGE, OTHER, Oracle, S, V
+from language_oracle import LANGUAGE, OTHER, Oracle, S, V, continuations
 from tiny import tiny_model
 
 from calm.evaluation.brier import brierlm
@@ -27,7 +27,7 @@ def exact_brier(ids_BL, patch_size, other):
     beliefs = [scored_beliefs(language, ids_BL, patch_size).reshape(-1, S) for language in (LANGUAGE, other)]
     scores = []
     for mine, its in zip(*beliefs, strict=True):
-        laws = [(LANGUAGE.continuations(mine, n), other.continuations(its, n)) for n in (1, 2, 3, 4)]
+        laws = [(continuations(LANGUAGE, mine, n), continuations(other, its, n)) for n in (1, 2, 3, 4)]
         scores.append([2 * (p * q).sum() - (q * q).sum() for p, q in laws])
     return np.mean(scores, axis=0)
 
@@ -108,3 +108,5 @@ def test_the_command_scores_a_calm(tmp_path, capsys):
     result = json.loads((tmp_path / "share.json").read_text())
     assert (result["positions"], result["blocks"]) == (70, 10)
     assert "at 70 positions" in capsys.readouterr().out
+    assert share.main([*words, "--max_positions", "141"]) == 2
+    assert "has 20 blocks of 32 tokens, 141 positions are in 21" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import refusal
 from enumerable_laws import chi_square_p_value
-from language_oracle import LANGUAGE, Oracle, V
+from language_oracle import LANGUAGE, Oracle, V, continuations
 from tiny import tiny_model
 
 from calm.experiments import sharpening
@@ -58,10 +58,11 @@ def test_a_patch_is_one_number_in_the_order_of_patches():
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1 / 3])
 def test_the_law_is_the_languages_sharpened(temperature):
     belief = LANGUAGE.beliefs(LANGUAGE.symbols(CONTEXT.numpy())[None])[0, -1]
-    expected = torch.from_numpy(LANGUAGE.sharpened(belief, 3, temperature))
+    powers = [p ** (1 / temperature) for p in continuations(LANGUAGE, belief, 3).flatten()]
+    expected = torch.tensor([power / sum(powers) for power in powers], dtype=torch.float64)
     ids = torch.cartesian_prod(*[torch.arange(4, VOCAB_SIZE)] * 3)
     law = law_after().sharpened(temperature)
-    torch.testing.assert_close(law.probability(as_numbers(ids, VOCAB_SIZE)), expected.flatten(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(law.probability(as_numbers(ids, VOCAB_SIZE)), expected, rtol=0, atol=1e-7)
     assert law.entropy == pytest.approx(-(expected * expected.log()).sum().item(), abs=1e-5)
 
 
