@@ -261,7 +261,8 @@ class Plan:
             options = {"model": self.folder(trained), "language": self.output / LANGUAGE}
             if kind == "replacements":
                 last = self.folder(trained) / f"checkpoint-{trained.resolved().training['max_steps']}"
-                options |= {"auxiliary": last / AUXILIARY_FILE, "max_positions": self.evaluation["positions"]}
+                text = {"max_positions": self.evaluation["positions"], "block_size": self.evaluation["block_size"]}
+                options |= {"auxiliary": last / AUXILIARY_FILE, **text}
             stages.append(self._put(Stage(f"{trained.name}/{kind}", kind, [trained.name], options=options)))
         return stages
 
@@ -290,13 +291,14 @@ class Plan:
 
     def _vocab_size(self, tokenizer: Stage) -> int:
         if tokenizer.kind == LANGUAGE:
-            return len(HiddenMarkovLanguage(**tokenizer.options).tokenizer())
+            return len(HiddenMarkovLanguage(vocab_size=tokenizer.options["vocab_size"]).tokenizer())
         return tokenizer.resolved().model["vocab_size"]
 
     def cost(self, stage: Stage) -> Cost:
-        if stage.name not in self._costs:
-            self._costs[stage.name] = recipe_cost(stage.resolved(), self.config(stage))
-        return self._costs[stage.name]
+        name = stage.name.partition("-seed")[0]  # the seeds cost the same
+        if name not in self._costs:
+            self._costs[name] = recipe_cost(stage.resolved(), self.config(stage))
+        return self._costs[name]
 
     def phases(self, stage: Stage) -> list[Stage]:
         """The trainings that made the model, the first one first: itself and what it goes on from."""

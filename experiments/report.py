@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from calm.experiments import sharpening
 from calm.experiments.plan import Plan, Row, Stage, Table
 from calm.experiments.results import Results
-from calm.experiments.sharpening import report
 
 TEMPLATE = Path(__file__).parent / "report.md"
 NOT_ASKED = "*Not asked for in this run: the corpus (`--corpus`) was not given.*"
@@ -124,25 +124,28 @@ def direction(found: Measured, reference: Measured | None, paper: float | None, 
 
 def studies(plan: Plan, results: Results) -> dict[str, str]:
     """Markdown of each kind of study."""
-    found = {
-        kind: {stage.needs[0].partition("/")[2]: results.get(plan, stage) for stage in stages}
-        for kind, stages in plan.studies.items()
-    }
-    header = ["model", *(f"{part} replaced" for part in PARTS)]
-    rows = [[name, *_shares(record)] for name, record in found["replacements"].items()]
-    tables = [
-        f"{name}: " + (report(record) if record else "not run yet") for name, record in found["sharpening"].items()
-    ]
-    return {"replacements": markdown(header, rows), "sharpening": "\n\n".join(tables)}
+    rows, texts = [], []
+    for stage in plan.studies["replacements"]:
+        record = results.get(plan, stage)
+        cells = ["not run yet", "", "", ""] if record is None else [_share(record.get(part)) for part in PARTS]
+        rows.append([_model_of(stage), *cells])
+    for stage in plan.studies["sharpening"]:
+        record = results.get(plan, stage)
+        texts.append(f"**{_model_of(stage)}**: {'not run yet' if record is None else sharpening.report(record)}")
+    replaced = markdown(["model", *(f"{part} replaced" for part in PARTS)], rows)
+    return {"replacements": replaced, "sharpening": "\n\n".join(texts)}
 
 
-def _shares(record: dict | None) -> list[str]:
-    cells = []
-    for part in PARTS:
-        result = (record or {}).get(part)
-        low, high = result["share_interval"] if result else (0.0, 0.0)
-        cells.append(f"{result['share']:.1%} ({low:.1%} to {high:.1%})" if result else "")
-    return cells
+def _model_of(stage: Stage) -> str:
+    return stage.needs[0].partition("/")[2]
+
+
+def _share(result: dict | None) -> str:
+    """Of a part that the model has."""
+    if result is None:
+        return ""
+    low, high = result["share_interval"]
+    return f"{result['share']:.1%} ({low:.1%} to {high:.1%})"
 
 
 # all of them

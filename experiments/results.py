@@ -72,8 +72,10 @@ def digest(plan: Plan, stage: Stage) -> str:
         stated = changed(stage.resolved()) if stage.is_training else stage.options
         return [stage.kind, stated, [content(plan.stages[name]) for name in stage.needs]]
 
-    text = json.dumps(content(stage), sort_keys=True, default=str).replace(str(plan.output), "")
-    return hashlib.sha256(text.replace(str(plan.corpus), "").encode()).hexdigest()[:12]
+    text = json.dumps(content(stage), sort_keys=True, default=str)
+    for place in filter(None, (plan.output, plan.corpus)):
+        text = text.replace(str(place), "")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def changed(options) -> dict:
@@ -100,8 +102,9 @@ def totals(plan: Plan, stage: Stage) -> dict[str, float]:
     return {"tokens": sum(tokens), "flops": sum(flops), "cpu_seconds": sum(seconds)}
 
 
-def speed(plan: Plan, stage: Stage, key: str = "tokens_per_cpu_second") -> float:
-    """Tokens of one training per second of CPU time, or another of its log's rates, over all of its log."""
+def speed(plan: Plan, stage: Stage) -> float:
+    """Tokens of one training per second of CPU time, over all of its log."""
     state = json.loads((plan.folder(stage) / "trainer_state.json").read_text())
+    key = "tokens_per_cpu_second"
     rates = [entry[key] for entry in state["log_history"] if key in entry]
     return 1 / mean(1 / rate for rate in rates)  # each entry is over equally many tokens

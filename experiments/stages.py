@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+from calm.experiments.language import LANGUAGE_FILE
 from calm.experiments.plan import LANGUAGE, UNFINISHED, Plan, PlanError, Stage
 from calm.training.recipe import load_recipe
 
@@ -28,9 +29,8 @@ def result_file(plan: Plan, stage: Stage) -> Path:
     folder = plan.folder(stage)
     if stage.kind in EVALUATIONS:
         return folder.parent / (f"{stage.kind}.json" if stage.kind not in ("score", "share") else "brier.json")
-    return folder / (
-        "trainer_state.json" if stage.is_training and stage.kind != "tokenizer" else "tokenizer_config.json"
-    )
+    written_last = {LANGUAGE: LANGUAGE_FILE, "tokenizer": "tokenizer_config.json"}
+    return folder / written_last.get(stage.kind, "trainer_state.json")
 
 
 def is_finished(plan: Plan, stage: Stage) -> bool:

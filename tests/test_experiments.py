@@ -16,7 +16,7 @@ from training_helpers import write_corpus
 from calm.experiments.__main__ import main
 from calm.experiments.curves import GROUP, curves, draw
 from calm.experiments.plan import FOLDER, Plan, PlanError
-from calm.experiments.report import NOT_ASKED, TEMPLATE, Measured, comparison, direction, document
+from calm.experiments.report import NOT_ASKED, TEMPLATE, Measured, comparison, direction, document, studies
 from calm.experiments.results import Results, digest, totals
 from calm.experiments.stages import command, is_finished, read_score, result_file, run
 from calm.training.recipe import RecipeError
@@ -285,6 +285,45 @@ def test_rows_of_one_label_are_a_curve(finished, corpus, tmp_path):
     draw([plan], results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [tmp_path / "curves.png"]
+
+
+# the language
+
+
+@pytest.fixture(scope="module")
+def language_run(tmp_path_factory):
+    """All of a tiny plan on a language, from nothing. Slow: a dozen processes, each of which imports transformers."""
+    output = tmp_path_factory.mktemp("language")
+    words = ["--experiments", str(FILE.with_name("language.yaml")), "--output", str(output), "--max_steps", "2"]
+    assert main(words) == 0
+    return output
+
+
+def test_the_tables_on_a_language_need_no_corpus(language_run):
+    plan = Plan(FILE.with_name("language.yaml"), language_run / "language", max_steps=2)
+    results = Results([plan])
+    assert results.missing(plan, plan.of_groups(None)) == []
+    ar, calm, begun = comparison(plan, plan.tables[0], results).splitlines()[2:]
+    record = results.get(plan, plan.stages["models/calm-seed1/score"])
+    assert record is not None and record["positions"] == 63 and 0 < record["best_brierlm"] < 100
+    low, high = record["share_interval"]
+    assert f"| {record['share']:.1%} ({low:.1%} to {high:.1%}) | 5.72 | " in calm
+    assert ar.startswith("| AR | 0.00 M |") and begun.startswith("| K = 4, begun with AR | 0.00 M |")
+    costs = [results.records[f"language/models/{name}-seed1/score"]["cost"]["tokens"] for name in ("ar", "begun")]
+    assert costs == [2 * 4 * 32, 2 * 2 * 4 * 32]
+    [line] = studies(plan, results)["replacements"].splitlines()[2:]
+    assert line.startswith("| calm-seed1 | ") and line.count("%") == 9  # as it is, head, head and backbone
+
+
+def test_a_language_that_is_half_written_is_written_again(language_run):
+    """Its tokenizer is there before language.json is."""
+    plan = Plan(FILE.with_name("language.yaml"), language_run / "language", max_steps=2)
+    marker = result_file(plan, plan.stages["language"])
+    before = marker.read_bytes()
+    marker.unlink()
+    assert (marker.parent / "tokenizer_config.json").exists() and not is_finished(plan, plan.stages["language"])
+    assert run(plan, [plan.stages["language"]]) == []
+    assert marker.read_bytes() == before
 
 
 # records
