@@ -112,6 +112,7 @@ class GenerativeHead(nn.Module):
     """
 
     network_calls = 1  # of the head's net, for one draw
+    learns_from_latents = True  # of the target, or else from its tokens alone
     is_fitted = True  # whether `fit` has been called, in heads that need it
 
     def __init_subclass__(cls, head_type: str | None = None, **kwargs):

@@ -113,6 +113,8 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
     Its codes come from the autoencoder, by `fit`, and are saved with the weights.
     """
 
+    learns_from_latents = False
+
     def __init__(self, config: CALMConfig):
         super().__init__(config)
         self.patch_size = config.patch_size

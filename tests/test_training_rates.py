@@ -86,12 +86,28 @@ def test_a_resumed_run_ends_where_the_whole_one_does(run, tmp_path, own):
         ({"auxiliary_decay": 2, "auxiliary_weight": 0.1}, "auxiliary_decay=2: must lie in [0, 1]"),
         ({"auxiliary_targets": 2}, "auxiliary_targets=2 has no meaning without auxiliary_weight"),
         ({"auxiliary_targets": -2, "auxiliary_weight": 0.1}, "auxiliary_targets=-2: must not be negative"),
+        (
+            {"auxiliary_targets": 2, "auxiliary_weight": 0.1, "head_type": "token_flow"},
+            "auxiliary_targets=2: the token_flow head learns from tokens",
+        ),
         ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1: must not be negative"),
     ],
 )
 def test_what_makes_no_sense_is_refused(workshop, tmp_path, capsys, fields, sentence):
     assert train("calm", **workshop, **fields, output_dir=str(tmp_path)) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_drawn_targets_need_an_encoder_that_sees_them_alone(tmp_path, capsys):
+    """And are learnt from where it does."""
+    fields = {**FIELDS, "auxiliary_weight": 0.5, "auxiliary_targets": 2}
+    for name in ("alone", "within"):
+        (tmp_path / name).mkdir()
+    alone = make_workshop(tmp_path / "alone", max_steps=2)
+    assert train("calm", **alone, **fields, output_dir=str(tmp_path / "one")) == 0
+    within = make_workshop(tmp_path / "within", max_steps=2, encoder_context=1)
+    assert train("calm", **within, **fields, output_dir=str(tmp_path / "other")) == 2
+    assert "auxiliary_targets=2: the autoencoder's encoder sees the patches before" in capsys.readouterr().err
 
 
 def test_only_a_calm_has_a_head(workshop, tmp_path, capsys):

@@ -92,7 +92,10 @@ def check_schedule(args: TrainingArguments) -> None:
 
 
 def check_fields(recipe: Recipe) -> None:
-    """Raises `RecipeError` where there can be no moving average, or no rate for the head, as the recipe asks."""
+    """Raises `RecipeError` where fields contradict each other, before a model is made or read."""
+    check_auxiliary(recipe)
+    if recipe.lora_rank and (recipe.auxiliary_weight or recipe.freeze_backbone or not recipe.init_from):
+        raise RecipeError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
     if recipe.head_learning_rate is not None and recipe.kind != "calm":
         raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head.")
     if recipe.head_learning_rate is not None and recipe.head_learning_rate < 0:
@@ -103,6 +106,25 @@ def check_fields(recipe: Recipe) -> None:
         raise RecipeError("ema_decay averages whole weights, and fsdp shards them: leave one of the two out.")
     if recipe.ema_decay and recipe.training.get("load_best_model_at_end"):
         raise RecipeError("ema_decay exports the last average, load_best_model_at_end the best weights: name one.")
+
+
+def check_auxiliary(recipe: Recipe) -> None:
+    """Raises `RecipeError` where what belongs to the multi-token loss makes no sense, or there is no such loss."""
+    needs_it = {"auxiliary_decay": 0.0, "auxiliary_targets": 0, "head_weight": 1.0}
+    for name, default in needs_it.items():
+        value = getattr(recipe, name)
+        if value != default and not recipe.auxiliary_weight:
+            raise RecipeError(f"{name}={value} has no meaning without auxiliary_weight.")
+    if recipe.distil and not recipe.auxiliary_weight:
+        raise RecipeError(
+            f"distil {recipe.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0."
+        )
+    if not 0 <= recipe.auxiliary_decay <= 1:
+        raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps.")
+    if recipe.auxiliary_targets < 0:
+        raise RecipeError(f"auxiliary_targets={recipe.auxiliary_targets}: must not be negative.")
+    if not 0 < recipe.distil_weight <= 1 or (recipe.distil_weight < 1 and not recipe.distil):
+        raise RecipeError(f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil.")
 
 
 def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:

@@ -80,29 +80,18 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says.
 
     Raises:
-        RecipeError: fields that contradict each other, or as `teacher_of`.
+        RecipeError: drawn targets that the head or the autoencoder has no use for, or as `teacher_of`.
     """
-    if recipe.head_weight != 1 and not recipe.auxiliary_weight:
-        raise RecipeError(f"head_weight={recipe.head_weight} has no meaning without auxiliary_weight.")
-    if recipe.auxiliary_decay and not recipe.auxiliary_weight:
-        raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay} has no meaning without auxiliary_weight.")
-    if recipe.auxiliary_targets and not recipe.auxiliary_weight:
-        raise RecipeError(f"auxiliary_targets={recipe.auxiliary_targets} has no meaning without auxiliary_weight.")
-    if recipe.auxiliary_targets < 0 or (recipe.auxiliary_targets and model.autoencoder.config.encoder_context):
+    if recipe.auxiliary_targets and model.autoencoder.config.encoder_context:
         raise RecipeError(
-            f"auxiliary_targets={recipe.auxiliary_targets}: must not be negative, nor stand beside an autoencoder "
-            "whose encoder sees the patches before (encoder_context)."
+            f"auxiliary_targets={recipe.auxiliary_targets}: the autoencoder's encoder sees the patches before "
+            "(encoder_context), and drawn ones have none."
         )
-    if not 0 <= recipe.auxiliary_decay <= 1:
-        raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps.")
-    if recipe.distil and not recipe.auxiliary_weight:
+    if recipe.auxiliary_targets and not model.head.learns_from_latents:
         raise RecipeError(
-            f"distil {recipe.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0."
+            f"auxiliary_targets={recipe.auxiliary_targets}: the {model.config.head_type} head learns from tokens, the "
+            "text's own."
         )
-    if not 0 < recipe.distil_weight <= 1 or (recipe.distil_weight < 1 and not recipe.distil):
-        raise RecipeError(f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil.")
-    if recipe.lora_rank and (recipe.auxiliary_weight or recipe.freeze_backbone or not recipe.init_from):
-        raise RecipeError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
     if recipe.lora_rank:
         return with_lora(model, recipe.lora_rank)
     if recipe.freeze_backbone:
