@@ -20,7 +20,7 @@ from calm.experiments.language import HiddenMarkovLanguage
 from calm.training.auxiliary import AUXILIARY_FILE
 from calm.training.configuration import make_config
 from calm.training.cost import Cost, recipe_cost
-from calm.training.recipe import Recipe, load_recipe, parse_command_line
+from calm.training.recipe import BACKBONE_FIELDS, Recipe, load_recipe, parse_command_line
 
 FOLDER = Path(__file__).parent
 UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete
@@ -45,7 +45,7 @@ class Stage:
         needs: names of the stages that must be finished first.
         recipe: file of the recipe (trainings).
         fields: what differs from the recipe, given on the command line.
-        options: command line of an evaluation.
+        options: command line of an evaluation; None is the value of a flag.
     """
 
     name: str
@@ -249,6 +249,8 @@ class Plan:
             "max_positions": self.evaluation.get("positions") or self.evaluation["blocks"] * per_block,
             "batch_size": self.evaluation["batch_size"],
         }
+        if self.evaluation.get("append_eos"):
+            options["append_eos"] = None
         options |= {"language": self.output / LANGUAGE} if self.is_language else {"data": self.text("validation")}
         kind = "share" if self.is_language else "score"
         self._put(Stage(f"{trained.name}/score", kind, [trained.name], options=options))
@@ -282,6 +284,9 @@ class Plan:
             while first.fields.get("init_from"):
                 first = self.stages[_place(first.fields["init_from"], self.output)]
                 values = {**first.resolved().model, **values}
+            if first.fields.get("init_backbone"):
+                llama = self.config(self.stages[_place(first.fields["init_backbone"], self.output)])
+                values = {name: getattr(llama, name) for name in BACKBONE_FIELDS if hasattr(llama, name)} | values
             autoencoder = self.config(self.stages[_place(first.fields["autoencoder"], self.output)])
             values |= {"patch_size": autoencoder.patch_size, "latent_size": autoencoder.latent_size}
             return make_config(CALMConfig, {**values, "autoencoder_config": autoencoder.to_dict()})

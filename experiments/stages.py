@@ -76,7 +76,7 @@ def command(plan: Plan, stage: Stage) -> list[str]:
         module, options["output"] = "calm.experiments.language", plan.folder(stage)
     else:
         module, options["json"] = EVALUATIONS[stage.kind], _unfinished(result_file(plan, stage))
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value) if word is not None]
     return [*python, module, *words]
 
 

@@ -89,6 +89,21 @@ def test_a_second_phase_counts_what_came_before(corpus, tmp_path):
     assert (config.hidden_size, config.beta, config.vocab_size, config.latent_size) == (32, 1.5, 300, 8)
 
 
+def test_a_model_begun_with_a_llama_costs_what_the_same_from_nothing_costs(corpus, tmp_path):
+    plan = plan_in(corpus, tmp_path, max_steps=None, file=FOLDER / "stories.yaml")
+    begun, plain = plan.stages["models/begun-flow-seed1"], plan.stages["models/flow-quarter-seed1"]
+    assert [phase.name for phase in plan.phases(begun)] == ["models/ar-seed1", "models/begun-flow-seed1"]
+    assert plan.cost(begun) == plan.cost(plain)
+    assert plan.config(begun).hidden_size == 128
+
+
+def test_documents_end_in_the_scores_where_they_end_in_the_training(corpus, tmp_path):
+    plan = plan_in(corpus, tmp_path, max_steps=None, file=FOLDER / "stories.yaml")
+    assert plan.stages["models/ar-seed1"].resolved().data.append_eos
+    words = command(plan, plan.stages["models/ar-seed1/score"])
+    assert "--append_eos" in words and "None" not in words
+
+
 def test_the_commands_are_the_training_commands(corpus, tmp_path):
     plan = plan_in(corpus, tmp_path)
     words = command(plan, plan.stages["models/calm"])
