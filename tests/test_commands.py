@@ -33,7 +33,6 @@ WRONG_PATHS = {
     "calm.experiments.share": ["--model", NOWHERE, "--language", NOWHERE],
     "calm.experiments.sharpening": ["--model", NOWHERE, "--language", NOWHERE],
     "calm.serve": [NOWHERE],
-    "calm.training.demo_corpus": ["--corpus", NOWHERE, "--output", "{tmp}"],
     "calm.training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
     "calm.training.train_ar": ["--recipe", "demo-transformer", *TOKENIZER],
     "calm.training.train_autoencoder": ["--recipe", "demo-autoencoder", *TOKENIZER],

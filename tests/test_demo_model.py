@@ -1,6 +1,7 @@
 """The demo model made anew, in miniature: every phase runs, a run that was killed goes on, every file is written."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import lzma
@@ -18,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from calm.configuration_calm import CALMConfig
 from calm.training import demo_model
-from calm.training.demo_corpus import REPEATS
 from calm.training.demo_model import FILES, UNFINISHED, WEIGHTS, main, phases, write
 
 STEPS = 2
@@ -28,12 +28,11 @@ STEPS = 2
 def corpus(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     letters = list("abcdefghijklmnopqrstuvwxyz")
-    words = ["".join(rng.choice(letters, size=rng.integers(2, 8))) for _ in range(60)]
-    for name in REPEATS:
-        for part in ("train", "validation"):
-            texts = (" ".join(rng.choice(words, size=30)) for _ in range(20))
-            lines = "".join(json.dumps({"text": text, "lvl": n % 2}) + "\n" for n, text in enumerate(texts))
-            (folder / f"{name}-{part}.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    words = ["".join(rng.choice(letters, size=rng.integers(2, 8))) for _ in range(600)]
+    for part in ("train", "validation"):
+        texts = (" ".join(rng.choice(words, size=30)) for _ in range(80))
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"tinystories-{part}.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     return folder
 
 
@@ -67,7 +66,7 @@ def made(corpus, tmp_path_factory):
 
 def test_a_killed_run_goes_on_where_it_was(made):
     _, _, printed = made
-    assert printed.count("finished before") == 3  # corpus, tokenizer, autoencoder
+    assert printed.count("finished before") == 2  # tokenizer, autoencoder
     assert "resuming from checkpoint-1" in printed
     assert printed.splitlines()[-1].endswith(f"{', '.join(FILES)}")
 
@@ -78,9 +77,9 @@ def test_every_file_is_there_and_makes_a_model_that_writes(made):
     assert set(FILES) <= {path.name for path in output.iterdir()}
     assert not list(output.glob(f"*{UNFINISHED}"))
     settings = GenerationConfig.from_pretrained(output)
-    assert (settings.temperature, settings.num_candidates, settings.sampling_method) == (0.5, 1000, "adaptive")
+    assert (settings.temperature, settings.num_candidates, settings.sampling_method) == (0.5, 200, "adaptive")
     config = CALMConfig.from_pretrained(output)
-    assert (config.head_type, config.vocab_size, config.repetition_radius is None) == ("token_flow", 320, False)
+    assert (config.head_type, config.vocab_size, config.repetition_radius is None) == ("token_flow", 1024, False)
     tokenizer = AutoTokenizer.from_pretrained(output)
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
     ids = tokenizer("abc", return_tensors="pt")
@@ -94,7 +93,7 @@ def test_a_finished_run_does_nothing(made, capsys):
     folder, words, _ = made
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert main(words) == 0
-    assert capsys.readouterr().out.count("finished before") == 6
+    assert capsys.readouterr().out.count("finished before") == 5
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
 
 
@@ -107,8 +106,8 @@ def test_what_another_recipe_trained_is_refused(made, capsys):
 def test_a_dry_run_lists_the_phases_and_makes_nothing(corpus, tmp_path, capsys):
     assert main(["--corpus", str(corpus), "--runs", str(tmp_path / "runs"), "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and all(line.endswith(": to do") for line in lines[:6])
-    assert "train_calm --recipe demo-backbone" in lines[3] and "checkpoint-6500" in lines[4]
+    assert len(lines) == 6 and all(line.endswith(": to do") for line in lines[:5])
+    assert "train_calm --recipe demo-backbone" in lines[2] and "--init_from" in lines[3] and "checkpoint-" in lines[3]
     assert not (tmp_path / "runs").exists()
 
 
@@ -129,8 +128,9 @@ def test_a_failed_phase_ends_the_run(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--corpus", str(tmp_path / "nowhere"), "--runs", str(tmp_path / "runs")]) == 2
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1].startswith("1/6 python -m calm.training.demo_corpus")
-    assert printed.err.endswith("tinystories-mini-train.jsonl.xz: no such file.\n") and printed.err.count("\n") == 1
+    assert printed.out.splitlines()[-1].startswith("1/5 python -m calm.training.train_tokenizer")
+    assert printed.err.endswith("tinystories-train.jsonl.xz: no such file or folder.\n")
+    assert printed.err.count("\n") == 1
 
 
 def test_the_weights_come_last_and_each_file_whole(tmp_path, monkeypatch):
@@ -159,9 +159,10 @@ def test_the_weights_come_last_and_each_file_whole(tmp_path, monkeypatch):
 
 
 def test_the_phases_by_hand_are_the_recipes_own(tmp_path):
-    """With the default folder a phase says nothing that its recipe doesn't say."""
+    """With the default folder a phase says nothing that its recipe doesn't say, but for the text."""
     for phase in phases(tmp_path, demo_model.Path("runs")):
         recipe = phase.recipe()
         if recipe and recipe.kind != "tokenizer":
             stated = demo_model.load_recipe(recipe.name)
-            assert (recipe.data, recipe.model, recipe.training) == (stated.data, stated.model, stated.training)
+            data = dataclasses.replace(recipe.data, train_files=[], validation_files=[])
+            assert (data, recipe.model, recipe.training) == (stated.data, stated.model, stated.training)

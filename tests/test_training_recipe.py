@@ -31,10 +31,11 @@ from calm.training.recipe import (
 )
 
 NAMES = (
-    "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl "
+    "autoencoder calm-fast calm-l calm-m calm-m-diffusion calm-m-fast calm-m-flow calm-xl "
     "demo demo-autoencoder demo-backbone demo-tokenizer demo-transformer transformer-l transformer-m transformer-s"
 ).split()
 MODELS = [name for name in NAMES if name != "demo-tokenizer"]
+AS_PUBLISHED = [name for name in MODELS if not name.startswith("demo") and not name.endswith("fast")]
 RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.json").read_text())
 
 
@@ -75,7 +76,7 @@ PUBLISHED_OPTIMISER = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("demo")])
+@pytest.mark.parametrize("name", AS_PUBLISHED)
 def test_published_recipes_have_the_constants_of_the_published_scripts(name):
     recipe = load_recipe(name)
     block_size, rows, accumulated, sequences, steps, warmup = PUBLISHED[recipe.kind]
@@ -97,7 +98,7 @@ def test_published_recipes_name_their_sources_and_the_number_of_processes():
         constants = text.partition("\ntraining:")[2].splitlines()[1:]
         assert constants and all("# published script" in line for line in constants)
     assert "8 / n" in (RECIPE_FOLDER / "bases" / "published.yaml").read_text()
-    for name in [name for name in MODELS if not name.startswith("demo") and name not in stating]:
+    for name in [name for name in AS_PUBLISHED if name not in stating]:
         assert "training:" not in (RECIPE_FOLDER / f"{name}.yaml").read_text()
 
 
@@ -228,7 +229,7 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path):
         ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
         ("kind: transformer", "field kind, one of tokenizer, calm, autoencoder, ar"),
         ("base: bases/published", "field kind, one of tokenizer, calm, autoencoder, ar"),
-        ("base: calm-s", "no recipe 'calm-s' to be its base: name a .yaml file or one of autoencoder, calm-l"),
+        ("base: calm-s", "no recipe 'calm-s' to be its base: name a .yaml file or one of autoencoder, calm-fast"),
         ("base: other.yaml", "no recipe 'other.yaml' to be its base"),
         ("base: mine.yaml", "its bases lead back to it (mine.yaml -> mine.yaml)"),
         ("base: calm-m\nwithout: [kl_weight]", "without 'kl_weight': its base has no such field"),
@@ -277,7 +278,7 @@ def test_bases_in_a_circle_are_refused(tmp_path):
 def test_a_mistaken_override_or_name_is_refused():
     with pytest.raises(RecipeError, match="unknown field 'lerning_rate': did you mean learning_rate"):
         load_recipe("calm-m", {"lerning_rate": 1})
-    with pytest.raises(RecipeError, match="no recipe 'calm-s': name a .yaml file or one of autoencoder, calm-l"):
+    with pytest.raises(RecipeError, match="no recipe 'calm-s': name a .yaml file or one of autoencoder, calm-fast"):
         load_recipe("calm-s")
     with pytest.raises(RecipeError, match="num_samples=1: the pairwise term needs at least 2 samples"):
         make_config(CONFIGS["calm"], {"num_samples": 1})

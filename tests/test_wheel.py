@@ -69,7 +69,6 @@ def missing_packages(tmp_path_factory):
     data = ["--data", "text", "--block_size", "8"]
     tokenizer = ["calm.training.train_tokenizer", "--recipe", "demo-tokenizer"]
     return [
-        (["calm.training.demo_corpus", "--corpus", str(folder)], "train"),
         ([*tokenizer, "--train_files", str(folder / "text.jsonl.zst")], "train"),
         ([*tokenizer, "--train_files", str(folder / "text.parquet")], "train"),
         ([*tokenizer, "--train_files=[]", "--dataset", "some/texts"], "train"),

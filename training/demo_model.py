@@ -3,14 +3,11 @@
     python -m calm.training.demo_model --corpus DIR
 
 It can be stopped at any moment; the same command goes on where it was. `--dry_run` prints the phases, each a command
-that can be given by hand. DIR holds, one document {"text": ...} a line,
+that can be given by hand. DIR holds stories for children, one document {"text": ...} a line:
 
-    tinystories-mini-train.jsonl.xz  tinystories-mini-validation.jsonl.xz   stories for children
-    storybooks-train.jsonl.xz        storybooks-validation.jsonl.xz         storybooks
-    books-train.jsonl.xz             books-validation.jsonl.xz              books; "lvl" is a book's reading level
+    tinystories-train.jsonl.xz  tinystories-validation.jsonl.xz
 
-and of the books only those of level 0 are taken. How often each source is repeated stands in demo_corpus.py, every
-constant of the trainings in the recipes demo-tokenizer, demo-autoencoder, demo-backbone and demo.
+Every constant of the trainings stands in the recipes demo-tokenizer, demo-autoencoder, demo-backbone and demo.
 """
 
 import argparse
@@ -25,19 +22,15 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from transformers import GenerationConfig
-
 from calm import calibrate_radius
-from calm.bundle_files import code_files, generation_defaults
+from calm.bundle_files import code_files
 from calm.command_line import CommandError, Parser, command, known_errors, positive
-from calm.configuration_calm import CALMConfig
-from calm.training import demo_corpus, train_autoencoder, train_calm, train_tokenizer
+from calm.training import train_autoencoder, train_calm, train_tokenizer
 from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line
 
 UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
-DEMO_CANDIDATES = 1000  # of the demo's generation_config.json; docs/log.md, 2026-11-23, the first demo model
 RADIUS_STEPS = 64  # docs/speed.md
 PACKAGE = Path(__file__).parents[1]
 
@@ -95,11 +88,11 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[Phase
         runs: folder of everything that is made on the way.
         max_steps: at most so many steps of each training, to try the whole thing out.
     """
-    text = runs / "demo-corpus"
+    files = {part: corpus / f"tinystories-{part}.jsonl.xz" for part in ("train", "validation")}
     folders = {name: runs / name for name in ("demo-tokenizer", "demo-autoencoder", "demo-backbone", "demo")}
     calibrated = runs / "demo-calibrated"
-    train = ["--train_files", str(text / "train.jsonl")]
-    data = [*train, "--validation_files", str(text / "validation.jsonl"), "--cache_dir", str(runs / "tokens")]
+    train = ["--train_files", str(files["train"])]
+    data = [*train, "--validation_files", str(files["validation"]), "--cache_dir", str(runs / "tokens")]
     data += ["--tokenizer", str(folders["demo-tokenizer"])]
 
     def training(module, recipe: str, *words: str) -> Phase:
@@ -110,12 +103,10 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[Phase
         return Phase(module, fields, folders[recipe] / "trainer_state.json")
 
     before = folders["demo-backbone"] / f"checkpoint-{_steps('demo-backbone', max_steps)}"
-    read = ["--corpus", str(corpus), "--output", str(text)]
     tokenizer = ["--recipe", "demo-tokenizer", *train, "--output_dir", str(_unfinished(folders["demo-tokenizer"]))]
     radius_steps = min(max(max_steps or RADIUS_STEPS, 2), RADIUS_STEPS)  # one half measures, the other checks
     measure = ["--model", str(_unfinished(calibrated)), "--steps", str(radius_steps)]
     return [
-        Phase(demo_corpus, read, text / "validation.jsonl"),
         Phase(train_tokenizer, tokenizer, folders["demo-tokenizer"]),
         training(train_autoencoder, "demo-autoencoder"),
         training(train_calm, "demo-backbone", "--autoencoder", str(folders["demo-autoencoder"])),
@@ -148,10 +139,8 @@ def check_recipes(all_phases: Iterable[Phase]) -> None:
 
 
 def bundle(trained: Path, folder: Path) -> None:
-    """Copies a trained model, without code and log, to the new folder, with the demo's settings of generation."""
+    """Copies a trained model, without code and log, to the new folder."""
     shutil.copytree(trained, folder, ignore=lambda _, names: [name for name in names if name not in FILES])
-    settings = generation_defaults(CALMConfig.from_pretrained(trained)) | {"num_candidates": DEMO_CANDIDATES}
-    GenerationConfig(**settings).save_pretrained(folder)
 
 
 def write(model: Path, output: Path) -> list[str]:
