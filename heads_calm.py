@@ -37,8 +37,8 @@ class PatchTarget:
         tokens (`(..., K)`, *optional*): ids.
         autoencoder (*optional*): whose posterior it is; encodes at the first request.
         posterior (*optional*): mean and log_std, `(..., Z)` each, where they are known.
-        further (`(A, ..., K)`, *optional*): ids of patches that might as well have followed; latents are drawn from
-            all 1 + A in turn.
+        further (`(A, ..., K)`, *optional*): ids of patches that might as well have followed; draws take all 1 + A in
+            turn.
     """
 
     def __init__(
@@ -64,6 +64,13 @@ class PatchTarget:
         if self._tokens is None:
             raise ValueError("This target has a posterior alone; the head asks for its tokens.")
         return self._tokens
+
+    def draw_tokens(self, num_draws: int) -> Tensor:
+        """Ids (N, ..., K): the tokens, and those of the further patches, in turn."""
+        tokens = self.tokens[None]
+        if self._further is not None:
+            tokens = torch.cat([tokens, self._further])
+        return tokens[torch.arange(num_draws, device=tokens.device) % len(tokens)]
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Mean and natural logarithm of the standard deviation, (..., Z) each, on the tokens' device."""
@@ -112,7 +119,6 @@ class GenerativeHead(nn.Module):
     """
 
     network_calls = 1  # of the head's net, for one draw
-    learns_from_latents = True  # of the target, or else from its tokens alone
     is_fitted = True  # whether `fit` has been called, in heads that need it
 
     def __init_subclass__(cls, head_type: str | None = None, **kwargs):

@@ -113,8 +113,6 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
     Its codes come from the autoencoder, by `fit`, and are saved with the weights.
     """
 
-    learns_from_latents = False
-
     def __init__(self, config: CALMConfig):
         super().__init__(config)
         self.patch_size = config.patch_size
@@ -170,15 +168,14 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
         time: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy, nats a token, of the target patches' tokens (..., K) seen through noise.
+        """Cross-entropy, nats a token, of the target patches' tokens (N, ..., K) seen through noise.
 
         Draws: noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
         """
-        tokens = target.tokens
+        tokens = target.draw_tokens(self.num_samples)
         places = torch.arange(self.patch_size, device=tokens.device)
-        end = self.codes[places, tokens].sum(-2).to(context.dtype).expand(self.num_samples, *context.shape[:-1], -1)
+        end = self.codes[places, tokens].sum(-2).to(context.dtype)
         x, time, _ = self._on_the_way(end, generator, time, noise)
         logits, _ = self._expectation(x, (time * 1000).long(), context)
-        tokens = tokens.expand(self.num_samples, *tokens.shape)
         losses = F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction="none")
         return losses.view(tokens.shape).mean(-1).mean(0)

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import safetensors.torch
 import torch
 from goldens import relative_error
 from tiny import tiny_config, tiny_model
@@ -12,7 +11,7 @@ from torch import nn
 from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM
 from calm.token_flow_head_calm import TokenFlowHead, token_codes
-from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss
+from calm.training.auxiliary import MultiTokenLoss
 from calm.training.models import fit_head
 
 K, V, Z = 4, 96, 16
@@ -118,6 +117,20 @@ def test_it_learns_which_tokens_go_together():
     assert (distance.argmin(-1) == 1).float().mean() == pytest.approx(0.25, abs=0.06)
 
 
+def test_further_patches_are_targets_in_turn():
+    head, generator = tiny_model("token_flow").head, torch.Generator().manual_seed(0)
+    context, tokens = torch.randn(5, 48, generator=generator), torch.randint(V, (3, 5, K), generator=generator)
+    draws = {"time": torch.rand(3, 5, generator=generator), "noise": torch.randn(3, 5, Z, generator=generator)}
+    head.num_samples = 3
+    loss = head.loss(context, PatchTarget(tokens[0], further=tokens[1:]), **draws)
+    head.num_samples = 1
+    alone = [
+        head.loss(context, PatchTarget(tokens[n]), **{name: draw[n : n + 1] for name, draw in draws.items()})
+        for n in range(3)
+    ]
+    torch.testing.assert_close(loss, torch.stack(alone).mean(0))
+
+
 def test_the_posterior_is_not_asked_for(monkeypatch):
     model, ids = tiny_model("token_flow"), torch.randint(3, 90, (2, 24))
     monkeypatch.setattr(model.autoencoder, "encode", lambda *_: pytest.fail("the encoder has nothing to add"))
@@ -149,8 +162,6 @@ def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
     model = CALMForCausalLM.from_pretrained(tmp_path, head_type="token_flow", ignore_mismatched_sizes=True)
     assert not model.head.codes.any()
     loss = MultiTokenLoss(48, V, K)
-    state = {f"auxiliary.{name}": value for name, value in loss.state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / AUXILIARY_FILE)
-    fit_head(model, tmp_path / AUXILIARY_FILE)
+    fit_head(model, loss.state_dict())
     assert torch.equal(model.head.codes, token_codes(model.autoencoder))
     assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)

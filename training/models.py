@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
@@ -30,7 +30,7 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         config = changed_config(recipe, before)
         load = CALMForCausalLM.from_pretrained if config.head_type == before.head_type else with_new_head
         model = load(recipe.init_from, config=config)
-        fit_head(model, Path(recipe.init_from) / AUXILIARY_FILE)
+        fit_head(model, auxiliary_before(recipe))
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
     model.autoencoder.load_state_dict(CALMAutoencoder.from_pretrained(recipe.autoencoder).state_dict())
@@ -54,15 +54,10 @@ def with_new_head(name: str, config: CALMConfig) -> CALMForCausalLM:
     return model
 
 
-def fit_head(model: CALMForCausalLM, auxiliary: Path | None = None) -> None:
-    """Fits a head that needs it: to the autoencoder and, where its checkpoint lies, to the multi-token loss."""
-    if model.head.is_fitted:
-        return
-    state = None
-    if auxiliary is not None and auxiliary.is_file():
-        weights = safetensors.torch.load_file(auxiliary)
-        state = {name.removeprefix("auxiliary."): value for name, value in weights.items()}
-    model.head.fit(model.autoencoder, state)
+def fit_head(model: CALMForCausalLM, multi_token_loss: dict[str, Tensor] | None = None) -> None:
+    """Fits a head that needs it: to the autoencoder and to the multi-token loss, where there is one."""
+    if not model.head.is_fitted:
+        model.head.fit(model.autoencoder, multi_token_loss)
 
 
 def with_lora(model: CALMForCausalLM, rank: int):
@@ -80,17 +75,12 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says.
 
     Raises:
-        RecipeError: drawn targets that the head or the autoencoder has no use for, or as `teacher_of`.
+        RecipeError: drawn targets that the autoencoder has no use for, or as `teacher_of`.
     """
     if recipe.auxiliary_targets and model.autoencoder.config.encoder_context:
         raise RecipeError(
             f"auxiliary_targets={recipe.auxiliary_targets}: the autoencoder's encoder sees the patches before "
             "(encoder_context), and drawn ones have none."
-        )
-    if recipe.auxiliary_targets and not model.head.learns_from_latents:
-        raise RecipeError(
-            f"auxiliary_targets={recipe.auxiliary_targets}: the {model.config.head_type} head learns from tokens, the "
-            "text's own."
         )
     if recipe.lora_rank:
         return with_lora(model, recipe.lora_rank)
@@ -99,7 +89,7 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     if recipe.auxiliary_weight:
         sizes = model.config.vocab_size, model.config.patch_size
         teacher = teacher_of(recipe, tokenizer, *sizes) if recipe.distil else None
-        return WithAuxiliary(
+        with_loss = WithAuxiliary(
             model,
             recipe.auxiliary_weight,
             recipe.head_weight,
@@ -107,4 +97,15 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
             num_targets=recipe.auxiliary_targets,
             teacher=teacher,
         )
+        if state := auxiliary_before(recipe):
+            with_loss.auxiliary.load_state_dict(state)
+        return with_loss
     return model
+
+
+def auxiliary_before(recipe: Recipe) -> dict[str, Tensor] | None:
+    """Weights of the multi-token loss that lie beside those of `init_from`, as a checkpoint has them."""
+    path = Path(recipe.init_from or "") / AUXILIARY_FILE
+    if not (recipe.init_from and path.is_file()):
+        return None
+    return {name.removeprefix("auxiliary."): value for name, value in safetensors.torch.load_file(path).items()}
