@@ -100,7 +100,10 @@ class Benchmark:
         if "real" in options.workload and not is_trained(shape):
             demo = shape_config("demo", options.demo)
             if demo.patch_size != K or demo.vocab_size > config.vocab_size:
-                raise BenchmarkError(f"the demo's patches are not {shape}'s: it has K={demo.patch_size}, not {K}.")
+                raise BenchmarkError(
+                    f"the demo's patches are not {shape}'s: it has K={demo.patch_size} and a vocabulary of "
+                    f"{demo.vocab_size}, {shape} K={K} and {config.vocab_size}. Name a model that fits with --demo."
+                )
 
     def rows(self) -> Iterator[dict]:
         for shape in self.options.shape:
