@@ -2,6 +2,7 @@
 
 import pytest
 from commands import refusal
+from transformers import GenerationConfig
 
 from calm import demo
 
@@ -23,7 +24,8 @@ def test_what_cannot_be_sampled_is_refused_before_the_model_is_loaded(capsys, mo
 
 def test_a_temperature_that_the_model_s_candidates_are_too_few_for_is_refused(capsys):
     error = refusal(capsys, demo.main, "--temperature", "0.0005")
-    assert error.startswith("num_candidates=1000 is too few for temperature=0.0005")
+    stated = GenerationConfig.from_pretrained(demo.MODEL).num_candidates
+    assert error.startswith(f"num_candidates={stated} is too few for temperature=0.0005")
 
 
 def test_it_continues_the_prompt(capsys):

@@ -209,7 +209,7 @@ def test_the_demo_model_is_served_and_continuous_batching_falls_back(tmp_path):
     with running_server(".", tmp_path / "home", "--continuous-batching", cwd=ROOT) as (client, log):
         assert [model.id for model in client.models.list()] == ["."]
         answer = client.completions.create(model=".", prompt=PROMPT, max_tokens=40, seed=0)
-        assert answer.choices[0].text.startswith(", ") and answer.usage.completion_tokens == 40
+        assert answer.choices[0].text.strip() and answer.usage.completion_tokens == 40
         assert "does not support continuous batching" in log.read_text()
         with pytest.raises(openai.BadRequestError, match="chat_template is not set"):
             client.chat.completions.create(model=".", messages=chat("Hello"))
