@@ -105,7 +105,6 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
 
 def auxiliary_before(recipe: Recipe) -> dict[str, Tensor] | None:
     """Weights of the multi-token loss that lie beside those of `init_from`, as a checkpoint has them."""
-    path = Path(recipe.init_from or "") / AUXILIARY_FILE
-    if not (recipe.init_from and path.is_file()):
+    if not recipe.init_from or not (path := Path(recipe.init_from) / AUXILIARY_FILE).is_file():
         return None
     return {name.removeprefix("auxiliary."): value for name, value in safetensors.torch.load_file(path).items()}
