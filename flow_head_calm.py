@@ -91,11 +91,18 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         return torch.tensor([(1000 * i // steps, 500 * (2 * i + 1) // steps) for i in range(steps)], device=device)
 
     def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
-        x, step = noise.float(), 1 / self.num_steps  # the state stays in float32: steps would be lost in bfloat16
+        x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
         for start, middle in self._thousandths(context.device):
-            halfway = x + step / 2 * self._velocity(x, start, context)
-            x = x + step * self._velocity(halfway, middle, context)
+            x = self._step(x, start, middle, context)
         return x.to(context.dtype)
+
+    def _step(self, x: Tensor, start: Tensor, middle: Tensor, context: Tensor) -> Tensor:
+        """(..., Z) a step on."""
+        return x + self._velocity(self._halfway(x, start, context), middle, context) / self.num_steps
+
+    def _halfway(self, x: Tensor, start: Tensor, context: Tensor) -> Tensor:
+        """(..., Z) half a step on."""
+        return x + self._velocity(x, start, context) / (2 * self.num_steps)
 
     def compute_loss(
         self,

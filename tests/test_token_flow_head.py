@@ -88,6 +88,19 @@ def test_a_net_that_is_certain_leads_to_the_sum_of_its_tokens_codes(num_steps):
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@torch.no_grad()
+def test_a_draw_is_a_mean_of_tokens_points(num_steps):
+    """Where the net changes its mind in the last step, the midpoint rule alone would end beyond the tokens' points."""
+    head = tiny_model("token_flow", sampling_steps=num_steps).head
+    head.codes.copy_(nn.functional.one_hot(torch.arange(V) % Z, Z).float().expand(K, V, Z))
+    for layer in (head.net.out_proj, head.net.out_modulation):
+        nn.init.normal_(layer.weight)
+    drawn = head.sample(torch.randn(50, 48), num_samples=20)  # its Z values are then the probabilities of Z groups
+    torch.testing.assert_close(drawn.sum(-1), torch.full((20, 50), float(K)), rtol=1e-4, atol=1e-4)
+    assert (drawn >= 0).all()
+
+
 @torch.no_grad()
 def test_velocity_is_finite_at_the_end():
     head = tiny_model("token_flow").head
