@@ -161,9 +161,10 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
         So a draw is a mean of tokens' points; the rule itself would go on beyond them where the net changes its mind.
         """
         x = noise.float()
-        *steps, (start, middle) = self._thousandths(context.device)
-        for step in steps:
-            x = self._step(x, *step, context)
+        times = self._thousandths(context.device)
+        for start, middle in times[:-1]:
+            x = self._step(x, start, middle, context)
+        start, middle = times[-1]
         return self._expectation(self._halfway(x, start, context), middle, context)[1].to(context.dtype)
 
     def _velocity(self, x: Tensor, thousandths: Tensor, context: Tensor) -> Tensor:
