@@ -178,8 +178,8 @@ def test_rows_that_have_stopped_draw_no_more(monkeypatch, model):
 
 
 def test_num_return_sequences(model):
-    output = generate(model, num_return_sequences=3, max_new_tokens=8, **NO_EOS)
-    assert output.shape == (3, 14) and len({tuple(row) for row in output.tolist()}) > 1
+    output = generate(model, num_return_sequences=3, max_new_tokens=24, **NO_EOS)
+    assert output.shape == (3, 30) and len({tuple(row) for row in output.tolist()}) > 1
 
 
 def test_return_dict(model):
