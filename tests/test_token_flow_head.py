@@ -12,7 +12,6 @@ from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM
 from calm.token_flow_head_calm import TokenFlowHead, token_codes
 from calm.training.auxiliary import MultiTokenLoss
-from calm.training.models import fit_head
 
 K, V, Z = 4, 96, 16
 
@@ -175,6 +174,6 @@ def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
     model = CALMForCausalLM.from_pretrained(tmp_path, head_type="token_flow", ignore_mismatched_sizes=True)
     assert not model.head.codes.any()
     loss = MultiTokenLoss(48, V, K)
-    fit_head(model, loss.state_dict())
+    model.head.fit(model.autoencoder, loss.state_dict())
     assert torch.equal(model.head.codes, token_codes(model.autoencoder))
     assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from calm.configuration_calm import CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.training.configuration import config_and_notes, llama_config_of
-from calm.training.models import build
+from calm.training.models import build, for_training
 from calm.training.tokenizer import first_difference, load_tokenizer
 
 K = 4
@@ -132,13 +132,38 @@ def test_the_last_token_is_all_that_counts_until_the_others_are_learnt(workshop,
     assert (gradient.abs().amax((0, 2)) > 0).all()
 
 
+@pytest.mark.parametrize("where", ["multi-token loss", "token-flow head"])
+@torch.no_grad()
+def test_every_place_of_a_patch_begins_with_what_the_llama_expects_next(where, workshop, llama):
+    fields = {"auxiliary_weight": 1.0} if where == "multi-token loss" else {"head_type": "token_flow"}
+    recipe = recipe_of(workshop, init_backbone=llama, **fields)
+    tokenizer = load_tokenizer(workshop["tokenizer"])
+    model = build(recipe, tokenizer)
+    chain = model.head.chain if where == "token-flow head" else for_training(model, recipe, tokenizer).auxiliary
+    before = LlamaForCausalLM.from_pretrained(llama).eval()
+    ids = torch.randint(NUM_KNOWN, (4, 40))
+    expected = before(ids).logits.log_softmax(-1)
+    logits = chain.logits(chain.states(before.model(ids).last_hidden_state))
+    found = logits[..., :NUM_KNOWN].log_softmax(-1)
+    divergence = F.kl_div(found, expected.unsqueeze(-2).expand_as(found), log_target=True, reduction="none").sum(-1)
+    untrained = F.kl_div(torch.zeros_like(expected).log_softmax(-1), expected, log_target=True, reduction="none").sum(
+        -1
+    )
+    assert divergence.mean() < 0.1 * untrained.mean()
+    for matrix, theirs in zip(
+        (chain.lm_head, *chain.embeddings), (before.lm_head, *[before.model.embed_tokens] * (K - 1)), strict=True
+    ):
+        assert torch.equal(matrix.weight[:NUM_KNOWN], theirs.weight)
+        assert torch.allclose(matrix.weight[NUM_KNOWN], theirs.weight.mean(0), atol=1e-6)
+
+
 # the command
 
 
 def test_a_training_begins_with_a_llama_and_resumes_without_its_weights(workshop, theirs, tmp_path, capsys):
     folder = make_llama(tmp_path / "llama", theirs, **LLAMAS["grouped queries"])
     fields = {**workshop, "init_backbone": str(folder), "eval_strategy": "no", "save_steps": 2, "warmup_steps": 0}
-    fields |= {"lr_scheduler_type": "constant"}
+    fields |= {"lr_scheduler_type": "constant", "auxiliary_weight": 1.0}
     assert train("calm", **fields, max_steps=4, output_dir=str(tmp_path / "whole")) == 0
     assert (
         "num_hidden_layers 2, hidden_size 32, intermediate_size 40, num_attention_heads 4, num_key_value_heads 2, "

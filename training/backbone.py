@@ -4,7 +4,8 @@ fits them.
 The Llama read tokens, the CALM reads patches: positions count patches from now on, RoPE's parameters stay. So that the
 first layer sees at once what it knows, the patch embedding starts as a mean of the tokens' embeddings, by default the
 last one's alone: silu(x) − silu(−x) = x makes its two linear layers any linear map. Its LayerNorm gets the scale of
-the embeddings, which is that of what the first layers add to them.
+the embeddings, which is that of what the first layers add to them. The multi-token loss begins with the Llama's output
+matrix: what the backbone knows would else have to wait until a new one is learnt.
 
 Axes: K tokens per patch, D hidden size, V vocabulary.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.modeling_calm import CALMForCausalLM
+from calm.token_flow_head_calm import TokenChain
 from calm.training.configuration import backbone_note, llama_config_of, say
 from calm.training.recipe import PATCH_EMBEDDINGS, Recipe, RecipeError
 
@@ -58,15 +60,43 @@ def begin_with_llama(model: CALMForCausalLM, recipe: Recipe) -> None:
     backbone = model.model
     backbone.layers.load_state_dict(llama.layers.state_dict())
     backbone.norm.load_state_dict(llama.norm.state_dict())
-    ours_VD, theirs_VD = backbone.embed_tokens.weight, llama.embed_tokens.weight
-    num_known = min(len(ours_VD), len(theirs_VD))
-    known_VD = ours_VD[:num_known]
-    known_VD.copy_(theirs_VD[:num_known])
-    ours_VD[num_known:] = known_VD.mean(0)
+    known_VD = take_rows(backbone.embed_tokens.weight, llama.embed_tokens.weight)
     scale = known_VD.var(-1, unbiased=False).mean().sqrt()
     begin_patch_embedding(backbone.embed_proj, PATCH_EMBEDDINGS[recipe.patch_embedding_init], scale)
-    new = len(ours_VD) - num_known
+    new = model.config.vocab_size - len(known_VD)
     say(backbone_note(recipe, model.config) + (f"; {new} more tokens begin with the mean embedding" if new else ""))
+
+
+@torch.no_grad()
+def begin_chain(chain: TokenChain, recipe: Recipe) -> None:
+    """Gives a patch's chain of tokens what `init_backbone` has: at first each place expects the Llama's next token.
+
+    Raises:
+        RecipeError: as `load_llama`.
+    """
+    where = str(recipe.init_backbone)
+    llama = load_llama("init_backbone", where, llama_config_of("init_backbone", where))
+    take_rows(chain.lm_head.weight, llama.lm_head.weight)
+    for embedding in chain.embeddings:
+        assert isinstance(embedding, nn.Embedding)
+        take_rows(embedding.weight, llama.model.embed_tokens.weight)
+    size = chain.context_proj.in_features
+    chain.context_proj.weight.copy_(torch.eye(size).repeat(chain.patch_size, 1))
+    chain.context_proj.bias.zero_()
+    # The chain takes the scale of the Llama's final norm off its hidden states.
+    chain.norm_out.weight.fill_(llama.model.norm.weight.float().square().mean().sqrt())
+
+
+def take_rows(ours_VD: Tensor, theirs_VD: Tensor) -> Tensor:
+    """Fills a matrix with the Llama's rows, those of tokens that it doesn't know with their mean.
+
+    Returns:
+        the rows of the tokens that it knows, in place.
+    """
+    known_VD = ours_VD[: len(theirs_VD)]
+    known_VD.copy_(theirs_VD[: len(ours_VD)])
+    ours_VD[len(known_VD) :] = known_VD.mean(0)
+    return known_VD
 
 
 @torch.no_grad()

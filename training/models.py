@@ -10,8 +10,8 @@ from calm.bundle_files import generation_defaults
 from calm.configuration_calm import HEADS, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary
-from calm.training.backbone import begin_with_llama
+from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
+from calm.training.backbone import begin_chain, begin_with_llama
 from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of
 from calm.training.distil import teacher_of
 from calm.training.extras import need
@@ -30,15 +30,20 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         config = changed_config(recipe, before)
         load = CALMForCausalLM.from_pretrained if config.head_type == before.head_type else with_new_head
         model = load(recipe.init_from, config=config)
-        fit_head(model, auxiliary_before(recipe))
+        fit_head(model, recipe)
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
     model.autoencoder.load_state_dict(CALMAutoencoder.from_pretrained(recipe.autoencoder).state_dict())
-    if recipe.init_backbone and not last_checkpoint(Path(recipe.output_dir), "auto"):  # which holds all weights
+    if begins_with_llama(recipe):
         begin_with_llama(model, recipe)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
-    fit_head(model)
+    fit_head(model, recipe)
     return model
+
+
+def begins_with_llama(recipe: Recipe) -> bool:
+    """Unless the run goes on from a checkpoint of its own, which holds all weights."""
+    return bool(recipe.init_backbone) and not last_checkpoint(Path(recipe.output_dir), "auto")
 
 
 def with_new_head(name: str, config: CALMConfig) -> CALMForCausalLM:
@@ -54,10 +59,10 @@ def with_new_head(name: str, config: CALMConfig) -> CALMForCausalLM:
     return model
 
 
-def fit_head(model: CALMForCausalLM, multi_token_loss: dict[str, Tensor] | None = None) -> None:
+def fit_head(model: CALMForCausalLM, recipe: Recipe) -> None:
     """Fits a head that needs it: to the autoencoder and to the multi-token loss, where there is one."""
     if not model.head.is_fitted:
-        model.head.fit(model.autoencoder, multi_token_loss)
+        model.head.fit(model.autoencoder, multi_token_loss_before(recipe, model.config))
 
 
 def with_lora(model: CALMForCausalLM, rank: int):
@@ -97,14 +102,23 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
             num_targets=recipe.auxiliary_targets,
             teacher=teacher,
         )
-        if state := auxiliary_before(recipe):
+        if state := multi_token_loss_before(recipe, model.config):
             with_loss.auxiliary.load_state_dict(state)
         return with_loss
     return model
 
 
-def auxiliary_before(recipe: Recipe) -> dict[str, Tensor] | None:
-    """Weights of the multi-token loss that lie beside those of `init_from`, as a checkpoint has them."""
+def multi_token_loss_before(recipe: Recipe, config: CALMConfig) -> dict[str, Tensor] | None:
+    """Weights that the multi-token loss begins with: those beside `init_from`, as a checkpoint has them, or
+    `init_backbone`'s output matrix and embeddings.
+
+    Raises:
+        RecipeError: as `begin_chain`.
+    """
+    if begins_with_llama(recipe):
+        loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
+        begin_chain(loss, recipe)
+        return loss.state_dict()
     if not recipe.init_from or not (path := Path(recipe.init_from) / AUXILIARY_FILE).is_file():
         return None
     return {name.removeprefix("auxiliary."): value for name, value in safetensors.torch.load_file(path).items()}
