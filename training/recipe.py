@@ -87,7 +87,8 @@ class Recipe:
         init_from: folder or Hub id of a model to go on from; the model section changes its configuration, as to
             another head_type, whose weights are then new.
         init_backbone: folder or Hub id of a Llama whose layers, final norm and token embeddings a new model begins
-            with (calm only, see backbone.py); its sizes take the place of the model section's.
+            with, and its multi-token loss with the output matrix (calm only, see backbone.py); its sizes take the
+            place of the model section's.
         patch_embedding_init: with `init_backbone`, what a patch looks like to the first layer at the start: "last",
             its last token's embedding; "mean" of all; "mix", a mean in which each counts half as much as the next.
         lora_rank: with `init_from`, train a LoRA adapter of this rank on the backbone and the head; 0 trains all.
