@@ -124,16 +124,17 @@ def direction(found: Measured, reference: Measured | None, paper: float | None, 
 
 def studies(plan: Plan, results: Results) -> dict[str, str]:
     """Markdown of each kind of study."""
-    rows, texts = [], []
+    rows, sharpened = [], {}
     for stage in plan.studies["replacements"]:
         record = results.get(plan, stage)
         cells = ["not run yet", "", "", ""] if record is None else [_share(record.get(part)) for part in PARTS]
         rows.append([_model_of(stage), *cells])
     for stage in plan.studies["sharpening"]:
         record = results.get(plan, stage)
-        texts.append(f"**{_model_of(stage)}**: {'not run yet' if record is None else sharpening.report(record)}")
+        if record is not None:
+            sharpened[_model_of(stage)] = record
     replaced = markdown(["model", *(f"{part} replaced" for part in PARTS)], rows)
-    return {"replacements": replaced, "sharpening": "\n\n".join(texts)}
+    return {"replacements": replaced, "sharpening": sharpening.report(sharpened) if sharpened else "Not run yet."}
 
 
 def _model_of(stage: Stage) -> str:

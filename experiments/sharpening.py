@@ -268,43 +268,53 @@ def _mean_and_error(values_C: np.ndarray) -> tuple[float, float]:
     return values_C.mean().item(), (values_C.std(ddof=1) / len(values_C) ** 0.5).item()
 
 
-def report(result: dict) -> str:
-    """Markdown: both tables, and the model's own law."""
-    contexts = f"{result['contexts']} contexts of {result['context_length']} tokens"
+def report(results: dict[str, dict]) -> str:
+    """Markdown: both tables and the models' own laws.
+
+    Args:
+        results: by the models' names; what has nothing to do with a model is the first one's.
+    """
+    first = next(iter(results.values()))
+    own = [result["own_law"] for result in results.values()]
     lines = [
-        f"{result['draws']:,} patches after each of {contexts}; records of {result['recorded']:,} draws; "
-        "means ± a standard error over the contexts.",
+        f"{first['draws']:,} patches after each of {first['contexts']} contexts of {first['context_length']} tokens; "
+        f"records of {first['recorded']:,} draws; means ± a standard error over the contexts.",
         "",
         "Total variation from the sharpened law:",
         "",
-        *_table(result["settings"], "total_variation", "{:.3f} ± {:.3f}"),
+        *_table(results, "total_variation", "{:.3f} ± {:.3f}"),
         "",
         "Entropy less the sharpened law's, nats (the exact draws show what so few patches lose):",
         "",
-        *_table(result["settings"], "entropy_difference", "{:+.2f} ± {:.2f}"),
+        *_table(results, "entropy_difference", "{:+.2f} ± {:.2f}"),
         "",
+        f"The laws themselves at T = 1, of all {first['recorded']:,} draws:",
+        "",
+        *_lines(["", COLUMNS[0], *results]),
     ]
-    variation, difference = result["own_law"]["total_variation"], result["own_law"]["entropy_difference"]
-    lines.append(
-        "The model's own law at T = 1, of all {:,} draws: total variation {:.3f} ± {:.3f} (of as many exact draws "
-        "{:.3f}), entropy {:+.2f} ± {:.2f} nats ({:+.2f}).".format(
-            result["recorded"],
-            *variation["model"],
-            variation["exact draws"][0],
-            *difference["model"],
-            difference["exact draws"][0],
-        )
-    )
+    for figure, label, form in (
+        ("total_variation", "total variation", "{:.3f} ± {:.3f}"),
+        ("entropy_difference", "entropy less the law's", "{:+.2f} ± {:.2f}"),
+    ):
+        cells = [own[0][figure]["exact draws"], *(laws[figure]["model"] for laws in own)]
+        lines += _lines([label, *(form.format(*cell) for cell in cells)], heading=False)
     return "\n".join(lines)
 
 
-def _table(rows: list[dict], figure: str, form: str) -> list[str]:
-    lines = [f"| T | method | N | entropy | {' | '.join(COLUMNS)} |", "|" + " --- |" * (4 + len(COLUMNS))]
-    for row in rows:
-        cells = [f"{row['temperature']:.2g}", row["method"] or "–", f"{row['num_candidates'] or '–'}"]
-        cells += [f"{row['exact_entropy'][0]:.2f}", *(form.format(*row[figure][name]) for name in COLUMNS)]
-        lines.append(f"| {' | '.join(cells)} |")
+def _table(results: dict[str, dict], figure: str, form: str) -> list[str]:
+    *law, model = COLUMNS
+    lines = _lines(["T", "method", "N", "entropy", *law, *results])
+    for rows in zip(*(result["settings"] for result in results.values()), strict=True):
+        first = rows[0]
+        cells = [*(first[figure][name] for name in law), *(row[figure][model] for row in rows)]
+        setting = [f"{first['temperature']:.2g}", first["method"] or "–", f"{first['num_candidates'] or '–'}"]
+        setting.append(f"{first['exact_entropy'][0]:.2f}")
+        lines += _lines([*setting, *(form.format(*cell) for cell in cells)], heading=False)
     return lines
+
+
+def _lines(cells: list[str], heading: bool = True) -> list[str]:
+    return [f"| {' | '.join(cells)} |"] + ["|" + " --- |" * len(cells)] * heading
 
 
 def read_contexts(folder: Path, num_contexts: int, patch_size: int) -> Tensor:
@@ -368,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
         ids_CL = read_contexts(args.language, args.contexts, model.config.patch_size)
     patch_size = model.config.patch_size
     result = measure_model(CalmReader(model), language, ids_CL, patch_size, args.draws, args.recorded, args.seed)
-    print(report(result))
+    print(report({args.model: result}))
     if args.json:
         args.json.write_text(json.dumps({"model": args.model, **result}, indent=2) + "\n")
 

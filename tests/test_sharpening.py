@@ -218,10 +218,14 @@ def test_the_command_writes_a_table_and_figures(folders, tmp_path, capsys):
     words = [str(word) for word in ["--model", folders / "model", *words, "--json", tmp_path / "figures.json"]]
     assert main(words) == 0
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
-    assert printed.count("\n| ") == 2 * (2 + len(SETTINGS))  # head and rule
+    assert printed.count("\n| ") == 2 * (2 + len(SETTINGS)) + 4  # heads and rules; the laws themselves
     assert figures["draws"] == 10 and figures["recorded"] == 2**14 and figures["context_length"] == 64
     [variation] = {row["total_variation"]["model"][0] for row in figures["settings"][:1]}
     assert f"{variation:.3f}" in printed and variation > 0.9
+    two = sharpening.report({"a": figures, "b": figures | {"settings": list(reversed(figures["settings"]))}})
+    rows = [line.strip(" |").split(" | ") for line in two.splitlines() if line.startswith("| ")]
+    first, last = rows[2], rows[1 + len(SETTINGS)]
+    assert first[-2:] == last[:-3:-1] and len(first) == 9  # each model has a column of its own
 
 
 @pytest.mark.parametrize(
