@@ -132,8 +132,8 @@ class CALMConfig(LlamaConfig):
     Args:
         patch_size: K tokens per patch.
         latent_size: Z, size of the vector that the head predicts.
-        head_type: "energy", "flow" or "diffusion", as published; "token_flow" is a flow head that predicts tokens,
-            for small vocabularies (see token_flow_head_calm.py).
+        head_type: "energy", "flow" or "diffusion", as published; "token_chain" draws the patch's tokens and hands on
+            their point, "token_flow" is a flow that predicts them: both for small vocabularies (see their files).
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
         num_context_layers: residual MLPs that the hidden state passes first, once for all draws; published heads have

@@ -65,6 +65,11 @@ class PatchTarget:
             raise ValueError("This target has a posterior alone; the head asks for its tokens.")
         return self._tokens
 
+    @property
+    def num_patches(self) -> int:
+        """1 + A."""
+        return 1 if self._further is None else 1 + len(self._further)
+
     def draw_tokens(self, num_draws: int) -> Tensor:
         """Ids (N, ..., K): the tokens, and those of the further patches, in turn."""
         tokens = self.tokens[None]

@@ -12,142 +12,22 @@ axes.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .configuration_calm import CALMConfig, require
+from .configuration_calm import CALMConfig
 from .flow_head_calm import FlowMatchingHead, ModulatedMLP
 from .heads_calm import PatchTarget
-from .modeling_calm_autoencoder import CALMAutoencoder
+from .token_chain_head_calm import TokenHead
 
-CODE_CONTEXTS = 64  # random patches over which a token's point is averaged
-CODE_CHUNK = 8192  # patches encoded at once
 LEAST_TIME_LEFT = 1e-3  # the velocity at t = 1 is a difference over no time
 
 
-class MeanEmbedding(nn.Embedding):
-    """An embedding of ids (...) or, for tokens that are not known yet, of probabilities (..., V): (..., D).
-
-    Both pass through `forward`, where offloading hooks fire.
-    """
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens @ self.weight if tokens.is_floating_point() else super().forward(tokens)
-
-
-class TokenChain(nn.Module):
-    """A patch's tokens one after the other: p(x_k | state_k, x_<k), the same small MLP at every place.
-
-    Args:
-        hidden_size: D.
-        vocab_size: V.
-        patch_size: K.
-    """
-
-    def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.context_proj = nn.Linear(hidden_size, patch_size * hidden_size)
-        self.embeddings = nn.ModuleList(MeanEmbedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
-        self.norm_in, self.norm_out = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size)
-        )
-        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
-
-    def states(self, context: Tensor) -> Tensor:
-        """Hidden states (..., D) → what each place knows of them, (..., K, D)."""
-        return self.context_proj(context).unflatten(-1, (self.patch_size, -1))
-
-    def logits(self, state: Tensor) -> Tensor:
-        """state_k, the tokens before included, (..., D) → (..., V)."""
-        return self.lm_head(self.norm_out(state + self.mlp(self.norm_in(state))))
-
-    def teacher_forced(self, context: Tensor, tokens: Tensor) -> Tensor:
-        """Logits (..., K, V) given hidden states (..., D) and the patch's own tokens (..., K)."""
-        given = [embed(tokens[..., k]) for k, embed in enumerate(self.embeddings)]
-        state = self.states(context)
-        if given:
-            state = state + F.pad(torch.stack(given, dim=-2).cumsum(-2), (0, 0, 1, 0))
-        return self.logits(state)
-
-    def probabilities(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities (..., K, V) from states (..., K, D), each place seeing the mean embedding of the
-        tokens that the places before it expect."""
-        logits, probabilities, given = [], [], 0
-        for k in range(self.patch_size):
-            logits.append(self.logits(state[..., k, :] + given))
-            probabilities.append(logits[-1].softmax(-1))
-            if k < self.patch_size - 1:
-                given = given + self.embeddings[k](probabilities[-1])
-        return torch.stack(logits, dim=-2), torch.stack(probabilities, dim=-2)
-
-
-@torch.no_grad()
-def token_codes(autoencoder: CALMAutoencoder, num_contexts: int = CODE_CONTEXTS) -> Tensor:
-    """The point of every token at every place of a patch, (K, V, Z): the mean latent of random patches that have it
-    there, less what the other places add. A patch's points sum to about the mean of its posterior.
-
-    Args:
-        autoencoder: one whose latents are nearly additive in the tokens.
-        num_contexts: random patches that each token is put into; always the same ones.
-    """
-    config = autoencoder.config
-    K, V, Z = config.patch_size, config.vocab_size, config.latent_size
-    device = autoencoder.device
-    contexts = torch.randint(V, (num_contexts, K), generator=torch.Generator().manual_seed(0)).to(device)
-    codes = torch.empty(K, V, Z, device=device)
-    per_chunk = max(1, CODE_CHUNK // num_contexts)
-    for k in range(K):
-        for tokens in torch.arange(V, device=device).split(per_chunk):
-            patches = contexts.repeat(len(tokens), 1, 1)
-            patches[:, :, k] = tokens[:, None]
-            mean = autoencoder.encode(patches.view(1, -1))[0][0].float()
-            codes[k, tokens] = mean.view(len(tokens), num_contexts, Z).mean(1)
-    overall = autoencoder.encode(contexts.view(1, -1))[0][0].float().mean(0)
-    return codes - overall * (K - 1) / K  # summed over the places, what the contexts add is counted once
-
-
-class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
-    """A flow head whose velocity points to the tokens that the net expects; see the top of this file.
-
-    Its codes come from the autoencoder, by `fit`, and are saved with the weights.
-    """
+class TokenFlowHead(TokenHead, FlowMatchingHead, head_type="token_flow"):
+    """A flow head whose velocity points to the tokens that the net expects; see the top of this file."""
 
     def __init__(self, config: CALMConfig):
         super().__init__(config)
-        self.patch_size = config.patch_size
         self.net = ModulatedMLP(config, config.patch_size * config.hidden_size)
-        self.chain = TokenChain(config.hidden_size, config.vocab_size, config.patch_size)
-        # No buffer: transformers 4 doesn't load those of an offloaded module.
-        codes = torch.zeros(config.patch_size, config.vocab_size, config.latent_size)
-        self.codes = nn.Parameter(codes, requires_grad=False)
-
-    @classmethod
-    def check(cls, config: CALMConfig) -> None:
-        super().check(config)
-        context = config.autoencoder_config.encoder_context
-        require(context == 0, f"encoder_context={context}: the codes of the token_flow head are of patches alone.")
-
-    def train(self, mode: bool = True):
-        """As in torch, but the codes stay frozen: `from_pretrained` creates parameters anew and calls this last."""
-        super().train(mode)
-        self.codes.requires_grad_(False)
-        return self
-
-    @property
-    def is_fitted(self) -> bool:
-        return bool(self.codes.any())
-
-    def fit(self, autoencoder: CALMAutoencoder, multi_token_loss: dict[str, Tensor] | None = None) -> None:
-        """Computes the codes, and takes over the chain of the backbone's multi-token loss."""
-        self.codes.copy_(token_codes(autoencoder))
-        if multi_token_loss is not None:
-            self.chain.load_state_dict(multi_token_loss)
-
-    @torch.no_grad()
-    def init_own_weights(self) -> None:
-        """Codes that aren't fitted are zeros, no chance memory."""
-        nn.init.zeros_(self.codes)
 
     def _expectation(self, x: Tensor, thousandths: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents (..., Z) → logits (..., K, V) of the tokens, and the end point expected, (..., Z)."""
@@ -185,8 +65,7 @@ class TokenFlowHead(FlowMatchingHead, head_type="token_flow"):
         Draws: noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
         """
         tokens = target.draw_tokens(self.num_samples)
-        places = torch.arange(self.patch_size, device=tokens.device)
-        end = self.codes[places, tokens].sum(-2).to(context.dtype)
+        end = self.points(tokens).to(context.dtype)
         x, time, _ = self._on_the_way(end, generator, time, noise)
         logits, _ = self._expectation(x, (time * 1000).long(), context)
         losses = F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction="none")

@@ -79,7 +79,7 @@ def test_every_file_is_there_and_makes_a_model_that_writes(made):
     settings = GenerationConfig.from_pretrained(output)
     assert (settings.temperature, settings.num_candidates, settings.sampling_method) == (0.5, 200, "adaptive")
     config = CALMConfig.from_pretrained(output)
-    assert (config.head_type, config.vocab_size, config.repetition_radius is None) == ("token_flow", 1024, False)
+    assert (config.head_type, config.vocab_size, config.repetition_radius is None) == ("token_chain", 1024, False)
     tokenizer = AutoTokenizer.from_pretrained(output)
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
     ids = tokenizer("abc", return_tensors="pt")

@@ -1,44 +1,16 @@
-"""The token-flow head: its codes, its loss against a loop, its flow where the end is known, a law that it learns."""
+"""The token-flow head: its loss against a loop, its flow where the end is known, a law that it learns."""
 
 import math
 
 import pytest
 import torch
-from goldens import relative_error
-from tiny import tiny_config, tiny_model
+from tiny import tiny_model
 from torch import nn
 
 from calm.heads_calm import PatchTarget
-from calm.modeling_calm import CALMForCausalLM
-from calm.token_flow_head_calm import TokenFlowHead, token_codes
-from calm.training.auxiliary import MultiTokenLoss
+from calm.token_flow_head_calm import TokenFlowHead
 
 K, V, Z = 4, 96, 16
-
-
-class AdditiveAutoencoder(nn.Module):
-    """The mean is a sum of one vector per token and a constant."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = tiny_config().autoencoder_config
-        self.points = torch.randn(K, V, Z, generator=torch.Generator().manual_seed(0))
-        self.constant = torch.full((Z,), 3.0)
-        self.device = torch.device("cpu")
-
-    def encode(self, input_ids):
-        patches = input_ids.unflatten(1, (-1, K))
-        mean = self.points[torch.arange(K), patches].sum(-2) + self.constant
-        return mean, torch.zeros_like(mean)
-
-
-def test_codes_of_an_additive_autoencoder_sum_to_its_means():
-    autoencoder = AdditiveAutoencoder()
-    codes = token_codes(autoencoder)
-    patches = torch.randint(V, (1, 50 * K))
-    summed = codes[torch.arange(K), patches.view(50, K)].sum(1)
-    torch.testing.assert_close(summed, autoencoder.encode(patches)[0][0], atol=1e-4, rtol=1e-4)
-    assert torch.equal(codes, token_codes(autoencoder))
 
 
 def loop_loss(head, context, tokens, time, noise):
@@ -151,29 +123,3 @@ def test_the_posterior_is_not_asked_for(monkeypatch):
     tokens = ids.view(2, -1, K)[:, 1:].flatten(0, 1)
     expected = model.head.loss(context, PatchTarget(tokens), generator=torch.Generator().manual_seed(0)).mean()
     torch.testing.assert_close(loss, expected)
-
-
-def test_codes_are_saved_and_loaded(tmp_path):
-    model = tiny_model("token_flow")
-    assert model.head.codes.any()
-    model.save_pretrained(tmp_path)
-    for dtype in (torch.float32, torch.bfloat16):
-        loaded = CALMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-        assert torch.equal(loaded.head.codes, model.head.codes.to(dtype))
-        assert not loaded.head.codes.requires_grad and not loaded.train().head.codes.requires_grad
-        context = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
-        noise = torch.randn(3, 2, Z, generator=torch.Generator().manual_seed(1))
-        drawn = [m.head.sample(context.to(m.dtype), noise=noise).float() for m in (loaded, model)]
-        assert relative_error(*drawn) < (1e-6 if dtype == torch.float32 else 5e-2)
-
-
-def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
-    """Loading a checkpoint without them leaves zeros, no chance memory; then a multi-token loss's chain goes in."""
-    flow = tiny_model("flow")
-    flow.save_pretrained(tmp_path)
-    model = CALMForCausalLM.from_pretrained(tmp_path, head_type="token_flow", ignore_mismatched_sizes=True)
-    assert not model.head.codes.any()
-    loss = MultiTokenLoss(48, V, K)
-    model.head.fit(model.autoencoder, loss.state_dict())
-    assert torch.equal(model.head.codes, token_codes(model.autoencoder))
-    assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm.modeling_calm import CALMForCausalLM, next_patches
-from calm.token_flow_head_calm import TokenChain
+from calm.token_chain_head_calm import TokenChain
 from calm.training.distil import Lesson, Teacher
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.modeling_calm import CALMForCausalLM
-from calm.token_flow_head_calm import TokenChain
+from calm.token_chain_head_calm import TokenChain
 from calm.training.configuration import backbone_note, llama_config_of, say
 from calm.training.recipe import PATCH_EMBEDDINGS, Recipe, RecipeError
 

@@ -101,12 +101,14 @@ def decoding(autoencoder: CALMAutoencoder) -> Work:
     return work_of(autoencoder.decode, torch.zeros(1, autoencoder.config.latent_size, device="meta"))
 
 
-def scoring(head: GenerativeHead, config) -> Work:
-    """One patch through the head's loss."""
+def scoring(model: CALMForCausalLM) -> tuple[Work, int]:
+    """One patch through the head's loss, and the FLOPs of the autoencoder where the head asks for the posterior."""
+    config = model.config
     context = torch.zeros(1, config.hidden_size, device="meta")
     latent = torch.zeros(1, config.latent_size, device="meta")
     tokens = torch.zeros(1, config.patch_size, dtype=torch.long, device="meta")
-    return work_of(head.loss, context, PatchTarget(tokens, posterior=(latent, latent)))
+    work = work_of(model.head.loss, context, PatchTarget(tokens, posterior=(latent, latent)))
+    return work, work_of(model.head.loss, context, PatchTarget(tokens, model.autoencoder)).flops - work.flops
 
 
 def drawing(head: GenerativeHead, config) -> Work:
@@ -119,7 +121,8 @@ def calm_cost(config, block_size: int) -> Cost:
     with torch.device("meta"):
         model = CALMForCausalLM(config)
     K, head, backbone = config.patch_size, model.head, model.model
-    embedding, layers, head_work = once(backbone.embed_proj), once(backbone.layers), scoring(head, config)
+    embedding, layers = once(backbone.embed_proj), once(backbone.layers)
+    head_work, encoding_flops = scoring(model)
     layer_flops = layers.flops + attention_flops(config, block_size // K)
     parameters = {
         "token embedding": count(backbone.embed_tokens),
@@ -133,7 +136,7 @@ def calm_cost(config, block_size: int) -> Cost:
             "patch embedding": 3 * embedding.flops / K,
             "backbone": 3 * layer_flops / K,
             "head": 3 * head_work.flops / K,
-            "autoencoder": encoding(model.autoencoder).flops / K,
+            "autoencoder": encoding_flops / K,
         },
         {
             "patch embedding": embedding.flops / K,

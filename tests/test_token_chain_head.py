@@ -1,0 +1,164 @@
+"""The token-chain head and its base: codes, loss against a loop and the multi-token loss, draws against their law."""
+
+import math
+
+import pytest
+import torch
+from enumerable_laws import chi_square_p_value
+from goldens import relative_error
+from tiny import tiny_config, tiny_model
+from torch import nn
+
+from calm.heads_calm import PatchTarget
+from calm.modeling_calm import CALMForCausalLM
+from calm.token_chain_head_calm import token_codes
+from calm.training.auxiliary import MultiTokenLoss
+
+K, V, Z = 4, 96, 16
+SIGNIFICANCE = 1e-4
+
+
+class AdditiveAutoencoder(nn.Module):
+    """The mean is a sum of one vector per token and a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_config().autoencoder_config
+        self.points = torch.randn(K, V, Z, generator=torch.Generator().manual_seed(0))
+        self.constant = torch.full((Z,), 3.0)
+        self.device = torch.device("cpu")
+
+    def encode(self, input_ids):
+        patches = input_ids.unflatten(1, (-1, K))
+        mean = self.points[torch.arange(K), patches].sum(-2) + self.constant
+        return mean, torch.zeros_like(mean)
+
+
+def test_codes_of_an_additive_autoencoder_sum_to_its_means():
+    autoencoder = AdditiveAutoencoder()
+    codes = token_codes(autoencoder)
+    patches = torch.randint(V, (1, 50 * K))
+    summed = codes[torch.arange(K), patches.view(50, K)].sum(1)
+    torch.testing.assert_close(summed, autoencoder.encode(patches)[0][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(codes, token_codes(autoencoder))
+
+
+@torch.no_grad()
+def log_probability(head, context, tokens):
+    """Of one patch, token by token, in nats."""
+    chain, size, given, total = head.chain, context.shape[-1], torch.zeros_like(context), 0.0
+    for k, token in enumerate(tokens):
+        weight, bias = (p[k * size : (k + 1) * size] for p in (chain.context_proj.weight, chain.context_proj.bias))
+        state = weight @ context + bias + given
+        logits = chain.lm_head.weight @ chain.norm_out(state + chain.mlp(chain.norm_in(state)))
+        total += logits[token].item() - math.log(sum(math.exp(value) for value in logits.tolist()))
+        if k < len(tokens) - 1:
+            given = given + chain.embeddings[k].weight[token]
+    return total
+
+
+@torch.no_grad()
+def test_loss_agrees_with_a_loop():
+    head = tiny_model("token_chain").head.double()
+    context, tokens = torch.randn(3, 48).double(), torch.randint(V, (3, 3, K))
+    expected = [[-log_probability(head, context[row], patch[row]) / K for row in range(3)] for patch in tokens]
+    torch.testing.assert_close(head.loss(context, PatchTarget(tokens[0])), torch.tensor(expected[0]))
+    further = head.loss(context, PatchTarget(tokens[0], further=tokens[1:]))
+    torch.testing.assert_close(further, torch.tensor(expected).mean(0))
+
+
+def test_the_model_s_loss_is_the_multi_token_loss():
+    """So a backbone trained by the one goes on with the other; the autoencoder's posterior is not asked for."""
+    model, ids = tiny_model("token_chain"), torch.randint(3, 90, (2, 24))
+    auxiliary = MultiTokenLoss(48, V, K)
+    auxiliary.load_state_dict(model.head.chain.state_dict())
+    model.autoencoder.encode = lambda *_: pytest.fail("the encoder has nothing to add")
+    outputs = model(ids, labels=ids)
+    torch.testing.assert_close(outputs.loss, auxiliary(outputs.last_hidden_state, ids))
+
+
+def tokens_of(head, monkeypatch):
+    """Makes the head hand on tokens in place of their points."""
+    monkeypatch.setattr(head, "points", lambda tokens: tokens.double())
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@torch.no_grad()
+def test_draws_have_the_chain_s_law(is_shared, monkeypatch):
+    """All V² patches: chi-square against their enumerated probabilities, and against those of another context."""
+    head = tiny_model("token_chain", patch_size=2).head.double()
+    head.chain.lm_head.weight.mul_(0.3)
+    contexts = torch.randn(2, 48, generator=torch.Generator().manual_seed(3)).double()
+    generator = torch.Generator().manual_seed(0)
+    laws = torch.tensor(
+        [
+            [math.exp(log_probability(head, context, (i, j))) for i in range(V) for j in range(V)]
+            for context in contexts
+        ]
+    ).double()
+    tokens_of(head, monkeypatch)
+    draws = head.shared_draws(20000, contexts, generator) if is_shared else {}
+    drawn = head.sample(contexts, num_samples=20000, generator=generator, **draws).long()
+    patches = drawn[..., 0] * V + drawn[..., 1]
+    assert chi_square_p_value(patches[:, 0], laws[0]) > SIGNIFICANCE
+    assert chi_square_p_value(patches[:, 1], laws[1]) > SIGNIFICANCE
+    assert chi_square_p_value(patches[:, 0], laws[1]) < 1e-6
+
+
+@torch.no_grad()
+def test_a_token_without_probability_is_never_drawn(monkeypatch):
+    head = tiny_model("token_chain").head
+    tokens_of(head, monkeypatch)
+    head.chain.logits = lambda state: torch.full((*state.shape[:-1], V), -math.inf).index_fill(
+        -1, torch.tensor([7]), 0
+    )
+    noise = torch.tensor([0.0, 1e-30, 0.5, 1 - 2**-24])[:, None].expand(4, K)
+    assert (head.sample(torch.randn(48), noise=noise) == 7).all()
+
+
+def test_a_draw_is_the_sum_of_its_tokens_points(monkeypatch):
+    head, context = tiny_model("token_chain").head, torch.randn(3, 48)
+    noise = head.initial_noise((5, 3), context, torch.Generator().manual_seed(0))
+    latents = head.sample(context, noise=noise)
+    tokens_of(head, monkeypatch)
+    tokens = head.sample(context, noise=noise).long()
+    assert len(tokens.unique()) > 10
+    torch.testing.assert_close(latents, sum(head.codes[k, tokens[..., k]] for k in range(K)))
+
+
+def test_noise_keeps_its_precision_in_bfloat16():
+    head = tiny_model("token_chain").head.bfloat16()
+    noise = head.initial_noise((1000,), torch.zeros(1, dtype=torch.bfloat16), torch.Generator().manual_seed(0))
+    assert noise.dtype == torch.float32 and len(noise.unique()) > 3990
+    assert head.sample(torch.zeros(48, dtype=torch.bfloat16), noise=noise).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head_type", ["token_chain", "token_flow"])
+def test_codes_are_saved_and_loaded(head_type, tmp_path):
+    model = tiny_model(head_type)
+    assert model.head.codes.any()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = CALMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert torch.equal(loaded.head.codes, model.head.codes.to(dtype))
+        assert not loaded.head.codes.requires_grad and not loaded.train().head.codes.requires_grad
+        context = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
+        noise = model.head.initial_noise((3, 2), context, torch.Generator().manual_seed(1))
+        drawn = [m.head.sample(context.to(m.dtype), noise=noise).float() for m in (loaded, model)]
+        if (
+            dtype == torch.float32 or head_type == "token_flow"
+        ):  # rounding makes other tokens of some, not nearly the same
+            assert relative_error(*drawn) < (1e-6 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("head_type", ["token_chain", "token_flow"])
+def test_a_new_head_has_no_codes_until_they_are_fitted(head_type, tmp_path):
+    """Loading a checkpoint without them leaves zeros, no chance memory; then a multi-token loss's chain goes in."""
+    flow = tiny_model("flow")
+    flow.save_pretrained(tmp_path)
+    model = CALMForCausalLM.from_pretrained(tmp_path, head_type=head_type, ignore_mismatched_sizes=True)
+    assert not model.head.codes.any()
+    loss = MultiTokenLoss(48, V, K)
+    model.head.fit(model.autoencoder, loss.state_dict())
+    assert torch.equal(model.head.codes, token_codes(model.autoencoder))
+    assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)
