@@ -31,6 +31,9 @@ from calm.modeling_calm import CALMForCausalLM
 from calm.samplers_calm import check_num_candidates, patch_classes
 
 MARGIN = 1.5
+# Of the latent vectors' length: some twenty times what cdist in float32 is wrong by. A head that draws the same point
+# for the same tokens would else get a radius of rounding errors, which other sizes and processors exceed.
+LEAST_SHARE = 1e-2
 NUM_TEXTS = 8
 
 
@@ -114,12 +117,14 @@ def calibrated_radius(recording: Recording) -> float | None:
     first, second = (largest_distance(half) for half in recording.halves())
     if first == 0:
         return None
-    if second > MARGIN * first:
+    length = float(recording.latents_CNZ.float().norm(dim=-1).max())
+    radius = max(MARGIN * first, LEAST_SHARE * length)
+    if second > radius:
         raise CalibrationError(
             f"the same patch was found {second:.3g} apart in the second half of the steps, where the first half gives "
-            f"a radius of {MARGIN * first:.3g}: take more --steps."
+            f"a radius of {radius:.3g}: take more --steps."
         )
-    return MARGIN * first
+    return radius
 
 
 def load(name: str, device: str, dtype: torch.dtype | str = "auto", **changes) -> CALMForCausalLM:

@@ -60,6 +60,14 @@ def test_the_radius_by_hand():
         calibrated_radius(recording(last=4.6))
 
 
+def test_distances_of_rounding_errors_alone_make_no_radius():
+    """Equal patches have one point, of length 10, but for 1e-3: a hundredth of the length is the radius."""
+    points = torch.tensor([[6.0, 8.0], [6.0, 8.0], [0.0, 0.0]]).expand(4, -1, -1).clone()
+    points[:, 1] += torch.tensor([6e-4, 8e-4])
+    patches = torch.tensor([[1, 2], [1, 2], [1, 3]]).expand(4, -1, -1)
+    assert calibrated_radius(Recording(patches, points)) == pytest.approx(0.1, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_recording_holds_the_candidates_that_the_texts_were_chosen_from(monkeypatch, dtype):
     model, texts = repeating_model().to(dtype), []
