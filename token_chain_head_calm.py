@@ -179,7 +179,9 @@ class TokenChainHead(TokenHead, head_type="token_chain"):
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:
         """Cross-entropy, nats a token, of the target patches' tokens, further ones too: one pass, whatever N."""
         tokens = target.draw_tokens(target.num_patches)
-        logits = self.chain.teacher_forced(context.expand(len(tokens), *context.shape), tokens)
+        contexts = context.expand(len(tokens), *context.shape)
+        # In rows: bitsandbytes' 8-bit layers refuse more axes than four.
+        logits = self.chain.teacher_forced(contexts.flatten(0, -2), tokens.flatten(0, -2))
         losses = F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction="none")
         return losses.view(tokens.shape).mean(-1).mean(0)
 
