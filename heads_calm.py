@@ -67,7 +67,7 @@ class PatchTarget:
 
     @property
     def num_patches(self) -> int:
-        """1 + A."""
+        """Patches that draws take in turn, 1 + A."""
         return 1 if self._further is None else 1 + len(self._further)
 
     def draw_tokens(self, num_draws: int) -> Tensor:

@@ -10,6 +10,8 @@ Axes: N samples per patch, A further targets, D hidden size, Z latent size, K to
 stands for any leading axes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,16 +70,31 @@ class TokenChain(nn.Module):
             state = state + F.pad(torch.stack(given, dim=-2).cumsum(-2), (0, 0, 1, 0))
         return self.logits(state)
 
-    def probabilities(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities (..., K, V) from states (..., K, D), each place seeing the mean embedding of the
-        tokens that the places before it expect."""
-        logits, probabilities, given = [], [], 0
+    def unroll(self, state: Tensor, choose: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """What is chosen at each place, given what was chosen at the places before it.
+
+        Args:
+            state: `states` of them all, (..., K, D).
+            choose: place k and its logits (..., V) → ids (...), or probabilities (..., V) of tokens that stay unknown,
+                whose mean embedding the next place then sees.
+        """
+        chosen, given = [], 0
         for k in range(self.patch_size):
-            logits.append(self.logits(state[..., k, :] + given))
-            probabilities.append(logits[-1].softmax(-1))
+            chosen.append(choose(k, self.logits(state[..., k, :] + given)))
             if k < self.patch_size - 1:
-                given = given + self.embeddings[k](probabilities[-1])
-        return torch.stack(logits, dim=-2), torch.stack(probabilities, dim=-2)
+                given = given + self.embeddings[k](chosen[-1])
+        return chosen
+
+    def probabilities(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities (..., K, V) from states (..., K, D), no token being known."""
+        logits = []
+
+        def soften(_: int, logits_V: Tensor) -> Tensor:
+            logits.append(logits_V)
+            return logits_V.softmax(-1)
+
+        probabilities = torch.stack(self.unroll(state, soften), dim=-2)
+        return torch.stack(logits, dim=-2), probabilities
 
 
 @torch.no_grad()
@@ -167,13 +184,12 @@ class TokenChainHead(TokenHead, head_type="token_chain"):
 
     def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
         """Each token where its number of `noise` (N, ..., K) falls in the cumulated probabilities."""
-        states, tokens = self.chain.states(context), []
-        given = torch.zeros_like(states[..., 0, :])  # the first token's law is the same for all draws
-        for k in range(self.patch_size):
-            reached = self.chain.logits(states[..., k, :] + given).float().softmax(-1).cumsum(-1)
-            tokens.append(_first_above(reached, noise[..., k] * reached[..., -1]))
-            if k < self.patch_size - 1:
-                given = given + self.chain.embeddings[k](tokens[-1])
+
+        def invert(k: int, logits: Tensor) -> Tensor:
+            reached = logits.float().softmax(-1).cumsum(-1)  # (..., V), the same for all draws, where k = 0
+            return _first_above(reached, noise[..., k] * reached[..., -1])
+
+        tokens = self.chain.unroll(self.chain.states(context), invert)
         return self.points(torch.stack(tokens, dim=-1)).to(context.dtype)
 
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:

@@ -145,10 +145,10 @@ def test_codes_are_saved_and_loaded(head_type, tmp_path):
         context = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
         noise = model.head.initial_noise((3, 2), context, torch.Generator().manual_seed(1))
         drawn = [m.head.sample(context.to(m.dtype), noise=noise).float() for m in (loaded, model)]
-        if (
-            dtype == torch.float32 or head_type == "token_flow"
-        ):  # rounding makes other tokens of some, not nearly the same
-            assert relative_error(*drawn) < (1e-6 if dtype == torch.float32 else 5e-2)
+        if dtype == torch.float32:
+            assert relative_error(*drawn) < 1e-6
+        elif head_type == "token_flow":  # the chain's draws are other tokens or the same ones, not nearly the same
+            assert relative_error(*drawn) < 5e-2
 
 
 @pytest.mark.parametrize("head_type", ["token_chain", "token_flow"])

@@ -61,16 +61,14 @@ class MultiTokenLoss(TokenChain):
     @torch.no_grad()
     def draw(self, hidden: Tensor, num_draws: int, generator: torch.Generator | None = None) -> Tensor:
         """Patches by this law: hidden states (..., D) → ids (A, ..., K)."""
-        states = self.states(hidden).expand(num_draws, *hidden.shape[:-1], -1, -1)
-        tokens: list[Tensor] = []
-        given = torch.zeros_like(states[..., 0, :])
-        for k in range(self.patch_size):
-            logits = self.logits(states[..., k, :] + given).float()
+
+        def draw(_: int, logits: Tensor) -> Tensor:
             # The largest of logits with Gumbel noise is a draw; unlike multinomial it takes any number of rows.
-            tokens.append((logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1))
-            if k < self.patch_size - 1:
-                given = given + self.embeddings[k](tokens[-1])
-        return torch.stack(tokens, dim=-1)
+            gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
+            return (logits.float() + gumbel).argmax(-1)
+
+        states = self.states(hidden).expand(num_draws, *hidden.shape[:-1], -1, -1)
+        return torch.stack(self.unroll(states, draw), dim=-1)
 
 
 class WithAuxiliary(nn.Module):
