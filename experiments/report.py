@@ -124,17 +124,20 @@ def direction(found: Measured, reference: Measured | None, paper: float | None, 
 
 def studies(plan: Plan, results: Results) -> dict[str, str]:
     """Markdown of each kind of study."""
-    rows, sharpened = [], {}
+    rows, sharpened, missing = [], {}, []
     for stage in plan.studies["replacements"]:
         record = results.get(plan, stage)
         cells = ["not run yet", "", "", ""] if record is None else [_share(record.get(part)) for part in PARTS]
         rows.append([_model_of(stage), *cells])
     for stage in plan.studies["sharpening"]:
         record = results.get(plan, stage)
-        if record is not None:
+        if record is None:
+            missing.append(f"{_model_of(stage)}: not run yet.")
+        else:
             sharpened[_model_of(stage)] = record
+    tables = [sharpening.report(sharpened)] if sharpened else []
     replaced = markdown(["model", *(f"{part} replaced" for part in PARTS)], rows)
-    return {"replacements": replaced, "sharpening": sharpening.report(sharpened) if sharpened else "Not run yet."}
+    return {"replacements": replaced, "sharpening": "\n\n".join([*tables, *missing])}
 
 
 def _model_of(stage: Stage) -> str:

@@ -259,6 +259,17 @@ def test_what_was_not_run_is_said(finished, corpus):
     assert lines[3].startswith("| K = 3 | not asked for |")
 
 
+def test_of_the_sharpening_studies_those_not_run_are_named(tmp_path):
+    plan = Plan(FOLDER / "language.yaml", tmp_path, None)
+    results = Results([plan])
+    assert studies(plan, results)["sharpening"].split("\n\n")[0] == "k4-seed1: not run yet."
+    name = "language/models/flow-seed1/sharpening"
+    results.records[name] = json.loads((FOLDER.parent / "docs" / "experiments.json").read_text())[name]
+    text = studies(plan, results)["sharpening"]
+    assert "| true law, recorded | flow-seed1 |" in text
+    assert text.endswith("k4-seed1: not run yet.\n\ntargets-seed1: not run yet.")
+
+
 def test_seeds_are_averaged(finished, corpus):
     plan = plan_in(corpus, finished)
     results = Results([plan])
