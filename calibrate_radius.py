@@ -4,9 +4,10 @@
     python -m calm.calibrate_radius --model FOLDER --steps 64 --save
 
 The model writes texts, and every candidate of every step is decoded in full. The radius is the largest distance
-between two candidates of one step that were the same patch, in the first half of the steps, times a margin of 1.5. The
-second half must hold no such two further apart, or the measurement is refused. `--save` writes the radius to the
-model's config.json, and what it was measured at: a model with other weights doesn't use it.
+between two candidates of one step that were the same patch, in the first half of the steps, times a margin of 1.5, and
+at least a hundredth of the longest latent vector. The second half must hold no such two further apart, or the
+measurement is refused. `--save` writes the radius to the model's config.json, and what it was measured at: a model
+with other weights doesn't use it.
 """
 
 # B texts, C recorded steps of all texts, N candidates, K tokens per patch, Z latent size
