@@ -6,8 +6,9 @@ V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import compress
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from .candidates_calm import LazyPool, PlainPool, trusted_radius
 from .configuration_calm import PROMPT_ALIGNMENTS
 from .heads_calm import GenerativeHead
 from .modeling_calm_autoencoder import CALMAutoencoder
+from .randomness_calm import Randomness, StepRandomness
 from .samplers_calm import (
     BlockPlan,
     Pool,
@@ -89,7 +91,7 @@ class PatchSampling:
             settings["temperature"] = None  # has no meaning then
         return cls(**{name: value for name, value in settings.items() if value is not None})
 
-    def choose(self, pool: Pool, generator: torch.Generator | None = None, plan: BlockPlan | None = None) -> Tensor:
+    def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | None = None) -> Tensor:
         """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,)."""
         if not self.do_sample:
             return most_frequent_patch(pool, self.num_candidates)
@@ -179,7 +181,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         Args:
             input_ids: the prompts.
             prompt_alignment: "left" or "right", see `CALMConfig`.
-            generator: a `torch.Generator` on the model's device in place of the global one.
+            generator: a `torch.Generator` on the model's device in place of the global one; or a list of them, on any
+                device, one a row of the result: each row is then written as it would be alone.
             kwargs: inputs, and the options of `PatchSampling`.
         """
         inputs = {name: value for name, value in kwargs.items() if name not in PatchSampling.option_names()}
@@ -198,6 +201,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """
         sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
         generator = model_kwargs.get("generator")
+        if isinstance(generator, Sequence) and len(generator) != len(input_ids):
+            raise ValueError(
+                f"generator is a list of {len(generator)}, but {len(input_ids)} rows are generated: pass one generator "
+                "a row (num_return_sequences counts), or a single one for all."
+            )
         prompt_length = input_ids.shape[1]
         min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
         inputs = self._pack_for_generation(input_ids, call, model_kwargs)
@@ -229,11 +237,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
             # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
             drawing = torch.full_like(unfinished, True) if finished else unfinished
             hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
-            patches_RK = self.next_patches(hidden_RD, sampling, generator, forbidden_KV, plan, radius).to(
-                input_ids.device
-            )
+            generators = generator if not isinstance(generator, Sequence) else list(compress(generator, drawing))
+            patches_RK = self.next_patches(hidden_RD, sampling, generators, forbidden_KV, plan, radius)
             patches_BK = input_ids.new_zeros(len(input_ids), self.config.patch_size)
-            patches_BK[drawing] = patches_RK
+            patches_BK[drawing] = patches_RK.to(input_ids.device)
             for tokens in patches_BK.unbind(1):
                 if finished:  # the patch's other tokens; or only kept running for the other processes
                     break
@@ -257,7 +264,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         self,
         hidden_RD: Tensor,
         sampling: PatchSampling,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         forbidden_KV: Tensor | None = None,
         plan: BlockPlan | None = None,
         radius: float | None = None,
@@ -267,7 +274,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         Args:
             hidden_RD (`(R, D)`): hidden states.
             sampling: the law.
-            generator: randomness; not used when `sampling.do_sample` is False.
+            generator: randomness, or a generator a row; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
             plan: of the sizes of blocks, handed from step to step.
             radius: as in `LazyPool`.
@@ -275,17 +282,18 @@ class CALMGenerationMixin(PatchGenerationMixin):
         Returns:
             `(R, K)`: token ids.
         """
-        noise = {}
+        randomness, fixed_noise = StepRandomness.of(generator if sampling.do_sample else None), None
         if not sampling.do_sample:
             fixed = torch.Generator(hidden_RD.device).manual_seed(GREEDY_SEED)
-            noise = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
+            fixed_noise = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
 
         def draw(rows: Tensor, num_draws: int) -> Tensor:
-            return self.head.sample(hidden_RD[rows], num_samples=num_draws, generator=generator, **noise)
+            noise = fixed_noise or randomness.for_head(self.head, hidden_RD, rows, num_draws)
+            return self.head.sample(hidden_RD[rows], num_samples=num_draws, **noise)
 
         rows_R = torch.arange(len(hidden_RD), device=hidden_RD.device)
         pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius)
-        return pool.tokens(rows_R, sampling.choose(pool, generator, plan))
+        return pool.tokens(rows_R, sampling.choose(pool, randomness, plan))
 
     def new_pool(
         self,

@@ -25,6 +25,7 @@ from .flow_head_calm import FlowMatchingHead  # noqa: F401
 from .generation_calm import CALMGenerationMixin
 from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
+from .randomness_calm import StepRandomness  # noqa: F401
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 from .screening_calm import VocabularyScreen  # noqa: F401

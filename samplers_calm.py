@@ -14,9 +14,10 @@ returns which draw of each row it chose; none knows a token:
 The exact one asks only which draws are equal: where 1/T is whole, only of the pairs that its attempts compare. And it
 draws the choice among distinct ones before it asks. So a pool need not decode everything.
 
-Rows are independent, and all randomness but the pool's comes from `generator`. What depends on draws stays on their
-device; the host reads from there which rows are done after each block, and how many draws they needed. Tables of the
-counts alone (weights, restarts) are made on the CPU in float64 and copied.
+Rows are independent, and all randomness but the pool's comes from `generator` (or from one a row, see
+randomness_calm.py). What depends on draws stays on their device; the host reads from there which rows are done after
+each block, and how many draws they needed. Tables of the counts alone (weights, restarts) are made on the CPU in
+float64 and copied.
 """
 
 import math
@@ -29,6 +30,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .randomness_calm import Randomness, StepRandomness
 
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6
@@ -135,9 +138,7 @@ def most_frequent_patch(pool: Pool, num_draws: int) -> Tensor:
     return (sizes_BN * num_draws + earliness_N).argmax(-1)
 
 
-def batch_temperature_select(
-    pool: Pool, temperature: float, num_draws: int, generator: torch.Generator | None = None
-) -> Tensor:
+def batch_temperature_select(pool: Pool, temperature: float, num_draws: int, generator: Randomness = None) -> Tensor:
     """Chooses one of N draws of each row, approximately by P^(1/T)/Z (paper, Algorithm 2); index (B,).
 
     The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
@@ -145,15 +146,15 @@ def batch_temperature_select(
     """
     check_num_candidates(num_draws, temperature)
     pool.extend(pool.rows_B, num_draws)
-    class_BN = pool.classes(pool.rows_B)
-    return choose_by_weight(class_BN, exponential_noise(class_BN, generator), temperature)
+    noise_BN = StepRandomness.of(generator).exponential(pool.rows_B, num_draws)
+    return choose_by_weight(pool.classes(pool.rows_B), noise_BN, temperature)
 
 
 def exact_temperature_sample(
     pool: Pool,
     temperature: float,
     max_draws: int,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     plan: "BlockPlan | None" = None,
 ) -> ExactSample:
     """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_draws` draws a row.
@@ -169,12 +170,12 @@ def exact_temperature_sample(
     """
     check_num_candidates(max_draws, temperature)
     pairs, attempt_length = compared_pairs(temperature), math.ceil(inverse_temperature(temperature))
-    plan = BlockPlan() if plan is None else plan
+    plan, randomness = BlockPlan() if plan is None else plan, StepRandomness.of(generator)
     first_block = plan.first_block(min(max(LEAST_BLOCK, attempt_length), max_draws), len(pool.rows_B), max_draws)
     rows_R, chances, chosen = pool.rows_B, Chances.none(pool.rows_B), ExactSample.none(pool.rows_B)
     for size in block_sizes(first_block, max_draws):
         pool.extend(rows_R, size)
-        chances = chances.extend(size, generator)
+        chances = chances.extend(rows_R, size, randomness)
         likely_R = chances.likely(temperature) if chances.num_draws == max_draws else None
         class_RN = pool.classes(rows_R, pairs, likely_R)
         start_R, accepted_R = first_accepted_attempt(class_RN, chances.uniform_RN, temperature)
@@ -211,9 +212,8 @@ class Chances(NamedTuple):
     def num_draws(self) -> int:
         return self.uniform_RN.shape[1]
 
-    def extend(self, num_draws: int, generator: torch.Generator | None) -> "Chances":
-        uniform_RN = torch.rand(len(self.uniform_RN), num_draws, generator=generator, device=self.uniform_RN.device)
-        new = uniform_RN, exponential_noise(uniform_RN, generator)
+    def extend(self, rows_R: Tensor, num_draws: int, randomness: StepRandomness) -> "Chances":
+        new = randomness.uniform(rows_R, num_draws), randomness.exponential(rows_R, num_draws)
         return Chances(*(torch.cat(parts, dim=1) for parts in zip(self, new, strict=True)))
 
     def of(self, is_kept_R: Tensor) -> "Chances":
@@ -348,11 +348,6 @@ def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> 
     with the smallest is chosen, which is each in proportion to its weight.
     """
     return (draw_log_weights(class_BN, temperature).softmax(-1) / noise_BN).argmax(-1)
-
-
-def exponential_noise(like_BN: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard exponential variates, float32, in the shape and on the device of the given tensor."""
-    return torch.empty_like(like_BN, dtype=torch.float32).exponential_(generator=generator)
 
 
 def first_accepted_attempt(

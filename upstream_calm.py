@@ -288,10 +288,11 @@ class PatchGenerationMixin(_Base):
                 "LoRA instead."
             )
         generator = model_kwargs.get("generator")
-        if generator is not None and not isinstance(generator, torch.Generator):
+        generators = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
+        if not all(isinstance(each, torch.Generator) for each in generators):
             raise ValueError(
                 f"generator={generator!r}: must be a torch.Generator on the model's device, as "
-                "torch.Generator(device).manual_seed(0)."
+                "torch.Generator(device).manual_seed(0), or a list of them, one a row."
             )
         self._upstream._validate_model_kwargs(model_kwargs)
 

@@ -21,7 +21,8 @@ from calm.benchmarks.workloads import distinct_share
 from calm.calibrate_radius import NUM_TEXTS, Recording, load, record_candidates
 from calm.candidates_calm import LazyPool, trusted_radius
 from calm.command_line import Parser, command, known_errors
-from calm.samplers_calm import check_num_candidates, choose_by_weight, exponential_noise, patch_classes
+from calm.randomness_calm import StepRandomness
+from calm.samplers_calm import check_num_candidates, choose_by_weight, patch_classes
 from calm.screening_calm import VocabularyScreen
 
 SEED = 1  # the radius is measured with 0
@@ -54,7 +55,8 @@ def compare(model, recording: Recording, temperature: float, radius: float | Non
         pool = LazyPool(lambda *_, drawn=latents_N1Z: drawn, row, model.autoencoder, radius=radius)
         pool.extend(row, len(patches_NK))
         lazy_1N, plain_1N = pool.classes(row), patch_classes(patches_NK[None])
-        noise_1N = exponential_noise(plain_1N, torch.Generator(row.device).manual_seed(seed))
+        seeded = torch.Generator(row.device).manual_seed(seed)
+        noise_1N = StepRandomness(seeded).exponential(row, len(patches_NK))
         chosen, expected = (choose_by_weight(classes, noise_1N, temperature) for classes in (lazy_1N, plain_1N))
         total.other_choices += int(not torch.equal(pool.tokens(row, chosen), patches_NK[expected]))
         total.missed += int((lazy_1N != plain_1N).sum())

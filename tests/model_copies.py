@@ -22,6 +22,7 @@ CODE_FILES = {
     "token_flow_head_calm.py",
     "modeling_calm.py",
     "modeling_calm_autoencoder.py",
+    "randomness_calm.py",
     "samplers_calm.py",
     "scores_calm.py",
     "upstream_calm.py",

@@ -1,0 +1,147 @@
+"""A generator for each row: its numbers don't depend on blocks or on the rows beside it, and have the right laws."""
+
+import pytest
+import torch
+from enumerable_laws import StubPool, chi_square_p_value, flat, peaked, seeded, sharpened, zipf
+from scipy.stats import kstest
+from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
+
+from calm.generation_calm import SAMPLING_METHODS, PatchSampling
+from calm.randomness_calm import FIRST_PAGE, RowRandomness, StepRandomness
+from calm.samplers_calm import BlockPlan, batch_temperature_select, exact_temperature_sample
+
+KINDS = ("uniform", "exponential")
+
+
+def rows_of(*numbers):
+    return torch.tensor(numbers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_of_a_row_are_the_same_in_any_blocks_and_any_company(kind):
+    alone = getattr(RowRandomness([seeded(7)]), kind)(rows_of(0), 200)
+    many = RowRandomness([seeded(3), seeded(7), seeded(4)])
+    blocks = [getattr(many, kind)(rows_of(0, 1, 2), size)[1:2] for size in (1, 4, 5, 60)]
+    blocks += [getattr(many, kind)(rows_of(1), 130)]  # the others have stopped
+    assert torch.equal(torch.cat(blocks, dim=1), alone)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_so_are_the_draws_of_a_head(head_type):
+    model, context = tiny_model(head_type).double(), torch.randn(3, 48, generator=seeded(), dtype=torch.float64)
+
+    def draws(randomness, rows, num_draws):
+        noise = randomness.for_head(model.head, context, rows, num_draws)
+        return model.head.sample(context[[1] * len(rows)], num_samples=num_draws, **noise)
+
+    alone = draws(RowRandomness([seeded(7)]), rows_of(0), 2 * FIRST_PAGE + 5)
+    many = RowRandomness([seeded(3), seeded(7)])
+    blocks = [draws(many, rows_of(0, 1), size)[:, 1:] for size in (1, FIRST_PAGE, 2)]
+    blocks += [draws(many, rows_of(1), FIRST_PAGE + 2)]
+    torch.testing.assert_close(torch.cat(blocks), alone)
+
+
+@pytest.mark.parametrize("kind, law", zip(KINDS, ("uniform", "expon"), strict=True))
+def test_the_numbers_have_their_law_along_a_row_and_across_rows_and_steps(kind, law):
+    along = getattr(RowRandomness([seeded(0)]), kind)(rows_of(0), 20_000)[0]
+    assert kstest(along.numpy(), law).pvalue > 1e-3
+    generators = [seeded(seed) for seed in range(500)]
+    steps = [getattr(RowRandomness(generators), kind)(torch.arange(500), 1)[:, 0] for _ in range(20)]
+    assert kstest(torch.stack(steps).flatten().numpy(), law).pvalue > 1e-3
+    assert len(torch.stack(steps).unique()) > 9_900  # no two rows, and no two steps, have the same
+
+
+def test_the_kinds_of_one_row_are_independent():
+    randomness, row = RowRandomness([seeded(0)]), rows_of(0)
+    uniform, exponential = randomness.uniform(row, 5000)[0], randomness.exponential(row, 5000)[0]
+    assert torch.corrcoef(torch.stack([uniform, exponential]))[0, 1].abs() < 0.05
+    assert torch.corrcoef(torch.stack([uniform[1:], uniform[:-1]]))[0, 1].abs() < 0.05
+
+
+@pytest.mark.parametrize("law_V", [peaked(6), flat(5), zipf(30)], ids=["peaked", "flat", "zipf"])
+@pytest.mark.parametrize("temperature", [0.5, 0.4])
+def test_the_exact_sampler_keeps_its_law_with_a_generator_a_row(law_V, temperature):
+    num_rows, outcomes = 2000, []
+    for start in range(0, 6000, num_rows):
+        pool = StubPool(law_V.expand(num_rows, -1), seeded(start))
+        randomness = RowRandomness([seeded(start + row) for row in range(num_rows)])
+        chosen = exact_temperature_sample(pool, temperature, 4000, randomness)
+        assert chosen.is_exact_B.all()
+        outcomes.append(pool.outcomes(chosen.index_B))
+    assert chi_square_p_value(torch.cat(outcomes), sharpened(law_V, temperature)) > 1e-3
+    assert chi_square_p_value(torch.cat(outcomes), sharpened(law_V, 0.9 * temperature)) < 1e-3 or len(law_V) == 5
+
+
+def test_the_batch_sampler_weighs_alike_with_one_generator_and_with_many():
+    law_V, num_rows = zipf(12), 6000
+
+    def outcomes(generator):
+        pool = StubPool(law_V.expand(num_rows, -1), seeded(1))
+        return pool.outcomes(batch_temperature_select(pool, 0.5, 20, generator))
+
+    shared, by_row = (outcomes(g) for g in (seeded(2), [seeded(row) for row in range(num_rows)]))
+    counts = torch.bincount(shared, minlength=12).double() / num_rows  # estimates the law of twenty draws
+    assert chi_square_p_value(by_row, counts) > 1e-6 and not torch.equal(shared, by_row)
+
+
+class Blocks(BlockPlan):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def first_block(self, *_):
+        return self.size
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.4, 1 / 3, 0.7])
+def test_the_choice_does_not_depend_on_the_size_of_blocks(temperature):
+    stream_BN = torch.multinomial(zipf(40), 50 * 64, True, generator=seeded(5)).view(50, 64)
+
+    def choose(size):
+        randomness = RowRandomness([seeded(row) for row in range(50)])
+        return exact_temperature_sample(StubPool(stream_BN=stream_BN), temperature, 64, randomness, Blocks(size))
+
+    first, *others = (choose(size) for size in (4, 7, 32, 64))
+    assert all(torch.equal(first.index_B, other.index_B) for other in others)
+
+
+# In `generate`
+
+PROMPTS = torch.tensor([[PAD, PAD, PAD, BOS, 10, 11], [BOS, 20, 21, 22, 23, 24], [PAD, BOS, 30, 31, 32, 33]])
+SETTINGS = [{"temperature": 1.0}, {"do_sample": False}]
+SETTINGS += [{"temperature": t, "sampling_method": m} for t in (0.5, 0.7) for m in SAMPLING_METHODS]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_with_a_generator_a_row_a_text_is_the_same_alone_and_in_a_batch(head_type, settings):
+    model = tiny_model(head_type).double()
+    settings = {"do_sample": True, "num_candidates": 20, "max_new_tokens": 22, "eos_token_id": EOS, **settings}
+    together = model.generate(
+        PROMPTS, attention_mask=(PROMPTS != PAD).long(), generator=[seeded(r) for r in range(3)], **settings
+    )
+    for row, prompt in enumerate(PROMPTS):
+        own = prompt[prompt != PAD][None]
+        alone = model.generate(own, generator=[seeded(row)], **settings)[0, own.shape[1] :]
+        assert torch.equal(together[row, PROMPTS.shape[1] :][: len(alone)], alone)
+        assert (together[row, PROMPTS.shape[1] + len(alone) :] == PAD).all()
+
+
+def test_generators_of_rows_are_counted_before_any_work():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="generator is a list of 2, but 3 rows are generated"):
+        model.generate(PROMPTS, generator=[seeded(0), seeded(1)], do_sample=True)
+    with pytest.raises(ValueError, match="or a list of them, one a row"):
+        model.generate(PROMPTS, generator=[0, 1, 2], do_sample=True)
+    texts = model.generate(
+        PROMPTS[1:2], generator=[seeded(0), seeded(0)], num_return_sequences=2, do_sample=True, max_new_tokens=8
+    )
+    assert torch.equal(texts[0], texts[1])
+
+
+def test_a_single_generator_goes_on_as_it_did():
+    expected = torch.rand(3, 5, generator=seeded(0))
+    randomness = StepRandomness.of(seeded(0))
+    assert torch.equal(randomness.uniform(torch.arange(3), 5), expected)
+    assert StepRandomness.of(randomness) is randomness
+    assert PatchSampling().choose(StubPool(flat(3).expand(2, -1), seeded()), seeded()).tolist() == [0, 0]
