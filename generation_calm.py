@@ -203,12 +203,18 @@ class CALMGenerationMixin(PatchGenerationMixin):
         generator = model_kwargs.get("generator")
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
             raise ValueError(
-                f"generator is a list of {len(generator)}, but {len(input_ids)} rows are generated: pass one generator "
-                "a row (num_return_sequences counts), or a single one for all."
+                f"generator is a list of {len(generator)}, but {len(input_ids)} rows are generated: pass one "
+                "generator a row (num_return_sequences counts), or a single one for all."
             )
         prompt_length = input_ids.shape[1]
         min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
-        inputs = self._pack_for_generation(input_ids, call, model_kwargs)
+        inputs = self.pack_for_generation(
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            model_kwargs.get("prompt_alignment"),
+            call.pad_token,
+            call.bos_token,
+        )
         cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
         outputs_wanted = {
             name: bool(getattr(generation_config, f"output_{name}"))
@@ -222,8 +228,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         finished, plan = False, BlockPlan()
-        compares = not sampling.do_sample or sampling.temperature < 1
-        radius = trusted_radius(self) if compares and self._decodes_lazily(sampling) else None
+        radius = trusted_radius(self) if self.compares_lazily(sampling) else None
         while call.goes_on(finished, input_ids.device):
             outputs = self(
                 **inputs,
@@ -233,7 +238,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             )
             for name in collected:
                 collected[name] += (getattr(outputs, name),)
-            forbidden_KV = self._forbidden_tokens(min_length - input_ids.shape[1], call.eos_tokens, input_ids.device)
+            forbidden_KV = self.forbidden_tokens(min_length - input_ids.shape[1], call.eos_tokens, input_ids.device)
             # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
             drawing = torch.full_like(unfinished, True) if finished else unfinished
             hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
@@ -288,7 +293,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             fixed_noise = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
 
         def draw(rows: Tensor, num_draws: int) -> Tensor:
-            noise = fixed_noise or randomness.for_head(self.head, hidden_RD, rows, num_draws)
+            noise: dict[str, Any] = fixed_noise or randomness.for_head(self.head, hidden_RD, rows, num_draws)
             return self.head.sample(hidden_RD[rows], num_samples=num_draws, **noise)
 
         rows_R = torch.arange(len(hidden_RD), device=hidden_RD.device)
@@ -312,12 +317,38 @@ class CALMGenerationMixin(PatchGenerationMixin):
         lazy = sampling.lazy_decoding
         return self.autoencoder.device.type == "cpu" if lazy is None else lazy
 
-    def _pack_for_generation(self, input_ids: Tensor, call: GenerateCall, model_kwargs: dict) -> dict:
-        mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask.long()
+    def compares_lazily(self, sampling: PatchSampling) -> bool:
+        """Whether steps of this law ask which candidates are equal before they are decoded, so a radius helps."""
+        compares = not sampling.do_sample or sampling.temperature < 1
+        return compares and self._decodes_lazily(sampling)
+
+    def pack_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_alignment: str | None = None,
+        pad_token: Tensor | int | None = None,
+        bos_token: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Prompts as the first forward pass takes them.
+
+        Args:
+            input_ids (`(B, L)`): prompts, padded anywhere.
+            attention_mask (`(B, L)`, *optional*): 1 where a token is the prompt's own.
+            prompt_alignment: see `CALMConfig`, whose value is the default.
+            pad_token: the id to fill patches with where the configuration has none.
+            bos_token: the id that starts empty prompts.
+
+        Returns:
+            `input_ids` (B, P·K) and, by patch, `attention_mask` (B, P).
+
+        Raises:
+            ValueError: an empty prompt without a `bos_token`.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if input_ids.shape[1] == 0 or not bool(mask.any(-1).all()):
-            input_ids, mask = self._start_empty_rows(input_ids, mask, call.bos_token)
-        pad = 0 if call.pad_token is None else int(call.pad_token)
+            input_ids, mask = self._start_empty_rows(input_ids, mask, bos_token)
+        pad = 0 if pad_token is None else int(pad_token)
         # The left padding is the model's: a pad token given to this call only marks where rows have ended.
         left_padding = self.config.prompt_filler_token_id
         left_padding = self.config.pad_token_id if left_padding is None else left_padding
@@ -326,7 +357,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             mask,
             self.config.patch_size,
             left_padding_token_id=pad if left_padding is None else left_padding,
-            alignment=model_kwargs.get("prompt_alignment") or self.config.prompt_alignment,
+            alignment=prompt_alignment or self.config.prompt_alignment,
             right_padding_token_id=pad,
         )
         return {"input_ids": packed, "attention_mask": patch_mask}
@@ -342,15 +373,15 @@ class CALMGenerationMixin(PatchGenerationMixin):
         return {**inputs, "input_ids": last}
 
     @staticmethod
-    def _start_empty_rows(input_ids: Tensor, mask: Tensor, bos_token: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _start_empty_rows(input_ids: Tensor, mask: Tensor, bos_token: Tensor | int | None) -> tuple[Tensor, Tensor]:
         """Gives rows without any token a BOS to start from."""
         if bos_token is None:
             raise ValueError("generate() got an empty prompt, and bos_token_id, which would start it, is not set.")
         empty = ~mask.any(-1, keepdim=True)
-        input_ids = torch.cat([input_ids, bos_token.expand(len(input_ids), 1).to(input_ids)], dim=1)
+        input_ids = torch.cat([input_ids, input_ids.new_full((len(input_ids), 1), int(bos_token))], dim=1)
         return input_ids, torch.cat([mask, empty.to(mask)], dim=1)
 
-    def _forbidden_tokens(self, num_left: int, eos_tokens: Tensor | None, device) -> Tensor | None:
+    def forbidden_tokens(self, num_left: int, eos_tokens: Tensor | None, device) -> Tensor | None:
         """(K, V) mask that keeps EOS out of the next `num_left` tokens; None when it would be empty."""
         if num_left <= 0 or eos_tokens is None:
             return None

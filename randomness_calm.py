@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .heads_calm import GenerativeHead
 
 FIRST_PAGE = 32  # draws
-KINDS = ("uniform", "exponential", "head")
+KINDS: tuple[str, ...] = ("uniform", "exponential", "head")
 
 MakePage = Callable[[int, torch.Generator], dict[str, Tensor]]  # of so many draws, tensors (..., N, 1, size)
 
