@@ -1,156 +1,143 @@
-"""Serves a CALM over the OpenAI API: `python -m calm.serve MODEL [options of transformers serve]`.
+"""Serves a CALM over the OpenAI API: `python -m calm.serve MODEL`, then any client of that API.
 
-`transformers serve` looks the architecture up among its own classes. Here the installed package's are put there first,
-so no code out of the model's repository runs.
+Requests that arrive together are written together (serving/batcher.py). The model runs with this package's code; none
+out of its repository is loaded.
 """
 
-import argparse
-import functools
 import importlib.util
+import os
+import socket
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from calm.command_line import Parser, command, known_errors
+from calm.command_line import CommandError, Parser, command, known_errors, positive
 
 PROGRAM = "python -m calm.serve"
-ARCHITECTURE = "CALMForCausalLM"
-SERVING_PACKAGES = ("fastapi", "openai", "pydantic", "uvicorn")
+SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+KEY_VARIABLE = "CALM_API_KEY"
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Checks, registers CALM's classes and runs upstream's server until it is stopped.
+    """Loads the model and serves it until the process is told to stop."""
+    options = parse(argv)
+    check_environment()
+    with known_errors(OSError, OverflowError):
+        listening = listen(options.host, options.port)
+    with listening:
+        from calm.serving.app import ServerOptions, create_app
 
-    Raises:
-        SystemExit: with upstream's code once its server has ended.
-    """
-    usage = f"{PROGRAM} MODEL [options of transformers serve]"
-    parser = Parser(PROGRAM, "Serves a CALM over the OpenAI API.", usage=usage)
-    parser.add_argument("model", help="folder or Hub id, ID@REVISION too; `.` is the demo model in this repository")
-    options = parser.add_argument(
-        "options",
-        nargs=argparse.REMAINDER,
-        help=f"those of `transformers serve`: --host, --port, --device, …; `{PROGRAM} MODEL --help` lists them",
+        batcher = load_batcher(options)
+        app = create_app(
+            batcher,
+            ServerOptions(
+                model_name=options.model_name or options.model,
+                api_key=options.api_key or os.environ.get(KEY_VARIABLE),
+                max_request_bytes=options.max_request_bytes,
+                timeout_s=options.timeout or None,
+                allowed_origins=tuple(options.allow_origin),
+            ),
+        )
+        run(app, listening, options)
+
+
+def parse(argv: list[str] | None):
+    parser = Parser(PROGRAM, __doc__)
+    parser.add_argument("model", help="folder or Hub id; `.` is the demo model in this repository")
+    parser.add_argument("--model_name", help="the id that clients ask for (default: MODEL as it is written)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: as saved)")
+    parser.add_argument("--max_rows", type=positive, default=16, help="texts written at a time (default: 16)")
+    parser.add_argument(
+        "--max_waiting", type=positive, default=64, help="texts that wait; others get 429 (default: 64)"
     )
-    options.required = False  # argparse would name it beside a missing model
-    parsed = parser.parse_args(argv)
-    wants_help = "--help" in parsed.options
-    with known_errors(ServeError):
-        check_environment()
-        if not wants_help:
-            check_model(parsed.model)
-    if not wants_help:
-        register_classes()
-    start_upstream([parsed.model, *parsed.options])
-
-
-class ServeError(Exception):
-    """Why nothing can be served, in one sentence."""
+    parser.add_argument(
+        "--max_length", type=positive, help="tokens of prompt and text (default: the model's positions)"
+    )
+    parser.add_argument("--prefill_chunk_size", type=positive, default=512, help="prompt tokens a step (default: 512)")
+    parser.add_argument(
+        "--max_request_bytes", type=positive, default=2**20, help="larger ones get 413 (default: 1 MiB)"
+    )
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for a request, 0: any (default: 600)")
+    parser.add_argument("--grace", type=positive, default=30, help="seconds to finish in when stopped (default: 30)")
+    parser.add_argument("--api_key", help=f"clients must send it (default: ${KEY_VARIABLE}, or none)")
+    parser.add_argument("--chat_template", type=Path, help="a Jinja file, for models that have none or another")
+    parser.add_argument(
+        "--allow_origin", action="append", default=[], help="of web pages that may ask, * for any (repeatable)"
+    )
+    return parser.parse_args(argv)
 
 
 def check_environment() -> None:
     """
     Raises:
-        ServeError: transformers has no server that completes text, or a package that its server needs is missing.
+        CommandError: a package that the server needs is missing.
     """
-    try:
-        has_server = importlib.util.find_spec("transformers.cli.serving.completion") is not None
-    except ModuleNotFoundError:  # of a parent: transformers 4 keeps its server elsewhere
-        has_server = False
-    if not has_server:
-        import transformers
-
-        raise ServeError(
-            f"transformers {transformers.__version__} has no server with text completions, which CALM needs: install "
-            "a newer one (5.23.0 is tested)."
-        )
     missing = [package for package in SERVING_PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise ServeError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
+        raise CommandError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
 
 
-def check_model(model: str) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound before the model is loaded, so that a port in use is known at once.
+
+    Raises:
+        OSError, OverflowError: it can't be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise OSError(f"{host}:{port} can't be listened on ({error.strerror})") from None
+    return listening
+
+
+def load_batcher(options):
     """
     Raises:
-        ServeError: it is no folder and no Hub id that can be reached, or what is there is no `CALMForCausalLM`.
+        CommandError: no CALM, no tokenizer, no such device, or a template that can't be read.
     """
-    from transformers import PretrainedConfig
+    import torch
 
-    is_folder = Path(model).is_dir()
-    if is_folder and "@" in model:
-        raise ServeError(f"{model}: upstream's server takes what follows an @ for a revision; rename the folder.")
-    if not is_folder and looks_like_a_path(model):
-        raise ServeError(f"{model} is no folder.")
-    name, _, revision = model.partition("@")
-    if is_folder and not (Path(model) / "config.json").is_file():
-        raise ServeError(f"{model} has no config.json.")
-    try:
-        config, _ = PretrainedConfig.get_config_dict(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        where = "has no readable config.json" if is_folder else "is no folder, and no model on the Hub within reach"
-        raise ServeError(f"{model} {where} ({reason}).") from None
-    architectures = config.get("architectures") or [f"nothing (model_type {config.get('model_type')!r})"]
-    if config.get("model_type") != "calm" or architectures[0] != ARCHITECTURE:
-        raise ServeError(f"{model} is no {ARCHITECTURE}: its config.json names {architectures[0]}.")
+    from calm.evaluation.models import is_calm, load_causal_lm
+    from calm.serving.batcher import Batcher
+    from calm.training.tokenizer import load_tokenizer
 
-
-def looks_like_a_path(model: str) -> bool:
-    """Whether this can't be a Hub id, NAME or OWNER/NAME, so that nobody is asked about it."""
-    return model.startswith((".", "/", "~")) or model.endswith("/") or "\\" in model or model.count("/") > 1
-
-
-def register_classes() -> None:
-    """Makes this process's transformers take CALM for one of its own models."""
-    import transformers
-
-    from calm.configuration_calm import CALMConfig
-    from calm.modeling_calm import CALMForCausalLM, CALMModel
-
-    transformers.AutoConfig.register(CALMConfig.model_type, CALMConfig, exist_ok=True)
-    transformers.AutoModel.register(CALMConfig, CALMModel, exist_ok=True)
-    transformers.AutoModelForCausalLM.register(CALMConfig, CALMForCausalLM, exist_ok=True)
-    # Upstream's server asks for an attribute of this name.
-    transformers.CALMForCausalLM = CALMForCausalLM  # pyright: ignore[reportAttributeAccessIssue]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with known_errors(ValueError, OSError, RuntimeError):
+        template = None if options.chat_template is None else options.chat_template.read_text(encoding="utf-8")
+        tokenizer = load_tokenizer(options.model)
+        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
+        if dtype != "auto" and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"--dtype {options.dtype}: must be auto or a type of torch, as float32 or bfloat16.")
+        model = load_causal_lm(options.model, dtype, torch.device(device))
+        if not is_calm(model):
+            raise ValueError(f"{options.model} is no CALM: its model_type is {model.config.model_type!r}.")
+        if template is not None:
+            tokenizer.chat_template = template
+        return Batcher(
+            model,
+            tokenizer,
+            max_rows=options.max_rows,
+            max_waiting=options.max_waiting,
+            max_length=options.max_length,
+            prefill_chunk_size=options.prefill_chunk_size,
+        )
 
 
-def start_upstream(arguments: list[str]) -> None:
-    """Runs `transformers serve` with these arguments, in this process."""
-    import typer
-    from transformers.cli.serve import Serve
-    from transformers.cli.serving import server
+def run(app, listening: socket.socket, options) -> None:
+    """Serves until SIGINT or SIGTERM: then takes no more requests, and ends when those begun have ended."""
+    import uvicorn
 
-    server.build_server = with_client_errors(server.build_server)
-    app = typer.Typer(add_completion=False)
-    app.command()(Serve)
-    app(args=arguments, prog_name=PROGRAM)
-
-
-def with_client_errors(build_server: Callable) -> Callable:
-    """Upstream's `build_server` with two answers changed that would be "500 Internal Server Error".
-
-    A ValueError, which is how CALM refuses what acts on token probabilities and how a tokenizer says that it has no
-    chat template, becomes a 400 with its sentence. The list of models names the one that is served: upstream looks for
-    its own architectures in the Hub's cache, and fails where there is no cache.
-    """
-
-    @functools.wraps(build_server)
-    def build(model_manager, *args, **kwargs):
-        from fastapi.responses import JSONResponse
-
-        app = build_server(model_manager, *args, **kwargs)
-
-        @app.exception_handler(ValueError)
-        async def refused(_request, error):
-            return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
-
-        model = {"id": model_manager.force_model, "object": "model", "created": int(time.time()), "owned_by": "calm"}
-        model_manager.get_gen_models = lambda: [model]
-        return app
-
-    return build
+    host, port = listening.getsockname()[:2]
+    print(f"Serving {options.model} at http://{host}:{port}/v1", flush=True)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=options.grace, log_level="info")
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ class Batcher:
         self._plans: dict[PatchSampling, BlockPlan] = {}
         self._rows: list[Row] = []  # of slot 0, 1, …; the thread's alone
         self._waiting: deque[Row] = deque()
+        self._tokenizing = threading.Lock()
         self._changed = threading.Condition()  # guards what waits, the state below, and the stats
         self._closing = False
         self._stats = Stats()
@@ -242,7 +243,9 @@ class Batcher:
             if self._closing:
                 raise BatcherClosed("The batcher is closed: no more texts are taken.")
             if self._num_open() >= self.max_rows + self.max_waiting:
-                raise QueueFull(f"{self.max_rows} texts are being written and {self.max_waiting} wait: try again later.")
+                raise QueueFull(
+                    f"{self.max_rows} texts are being written and {self.max_waiting} wait: try again later."
+                )
             self._waiting.append(row)
             self._changed.notify_all()
         return row.future
@@ -259,9 +262,52 @@ class Batcher:
         finally:
             future.cancel()
 
+    def encode(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
+        """The ids of a prompt, as `submit` takes them.
+
+        Raises:
+            ValueError: text without a tokenizer, or ids outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("A prompt as text needs a tokenizer: Batcher(model, tokenizer).")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"The prompt is no text at character {error.start}: half of a surrogate pair."
+                ) from None
+            with self._tokenizing:  # a fast tokenizer is changed by calls with other settings
+                ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+        assert isinstance(ids, list)
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"The prompt holds {token!r}: ids are whole numbers in 0 … {self.config.vocab_size - 1}."
+                )
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids of a conversation, ready for the assistant's answer, by the tokenizer's chat template.
+
+        Raises:
+            ValueError: there is no template; or whatever the template raises.
+        """
+        if self.tokenizer is None:
+            raise ValueError("A conversation needs a tokenizer: Batcher(model, tokenizer).")
+        with self._tokenizing:
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return self.encode(encoded["input_ids"])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+
     def stats(self) -> Stats:
         with self._changed:
             return replace(self._stats, running=len(self._rows), waiting=len(self._waiting))
+
+    @property
+    def is_open(self) -> bool:
+        return self._thread.is_alive() and not self._closing
 
     def close(self, cancel: bool = False) -> None:
         """Takes no more texts, and returns when those that were taken are written, or have been cancelled."""
@@ -302,7 +348,7 @@ class Batcher:
         stated = self.model.generation_config
         assert stated is not None, "a model that generates has one"
         sampling = PatchSampling.from_generation_config(stated, **options)
-        ids = self._ids(prompt)
+        ids = self.encode(prompt)
         room = self.max_length - len(ids)
         if max_new_tokens is None:
             max_new_tokens = getattr(stated, "max_new_tokens", None) or max(room, 1)
@@ -338,19 +384,6 @@ class Batcher:
             assembler=None if self.tokenizer is None else TextAssembler(self.tokenizer, stop),
             on_piece=on_piece,
         )
-
-    def _ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("A prompt as text needs a tokenizer: Batcher(model, tokenizer).")
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-        assert isinstance(ids, list)
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"The prompt holds {token!r}: ids are whole numbers in 0 … {self.config.vocab_size - 1}.")
-        return ids
 
     def _eos_tokens(self) -> Tensor:
         stated = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]

@@ -41,7 +41,9 @@ class SlotCache(Cache):
     def get_seq_length(self, *args, **kwargs) -> int:
         return 0  # positions and mask are given with each pass
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Keeps (B, H, P, d), and returns all places read (B, H, C read, d); later ones than a row's own hold anything."""
         device = key_states.device
         rows_B, places_BP = self.rows_B.to(device), self.places_BP.to(device)

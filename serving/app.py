@@ -1,0 +1,574 @@
+"""The HTTP side: OpenAI's API over a `Batcher`, as an ASGI application.
+
+    batcher = Batcher(model, tokenizer)
+    uvicorn.run(create_app(batcher, ServerOptions(model_name="my-calm")))
+
+An answer and a stream are made of the same events: a text's pieces, and its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from calm.serving.batcher import Batcher, BatcherClosed, Piece, QueueFull, Written
+from calm.serving.metrics import Metrics
+from calm.serving.openai_api import BadRequest, ChatRequest, CompletionRequest, GenerationRequest
+
+PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/health",
+    "/metrics",
+)
+SEED_RANGE = 2**63
+RETRY_AFTER_SECONDS = 1
+CLIENT_LEFT = 499  # nginx's number; nobody reads it
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """
+    Args:
+        model_name: the id that clients ask for.
+        api_key: when set, requests under /v1 need `Authorization: Bearer KEY`.
+        max_request_bytes: larger bodies are refused.
+        timeout_s: a request that takes longer, waiting included, is ended; `None`: none is.
+        allowed_origins: of web pages that may ask (CORS); "*" for any.
+    """
+
+    model_name: str
+    api_key: str | None = None
+    max_request_bytes: int = 2**20
+    timeout_s: float | None = 600
+    allowed_origins: tuple[str, ...] = ()
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        headers = {429: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
+        return JSONResponse(self.body(), self.status, headers=headers.get(self.status))
+
+
+@dataclass
+class Prompt:
+    """One prompt of a request, as ids, and the text that `echo` puts before what is written."""
+
+    ids: list[int]
+    echo: str = ""
+
+
+@dataclass
+class Job:
+    """The texts of one request: `num_choices` of each prompt, in this order."""
+
+    request: GenerationRequest
+    prompts: list[Prompt]
+    futures: list[Future[Written]] = field(default_factory=list)
+    # (text, what happened to it): a piece, or None when it has ended
+    events: asyncio.Queue[tuple[int, Piece | None]] = field(default_factory=asyncio.Queue)
+    started: float = field(default_factory=time.perf_counter)
+
+    def cancel(self) -> None:
+        for future in self.futures:
+            future.cancel()
+
+    def echo(self, choice: int) -> str:
+        return self.prompts[choice // self.request.num_choices].echo
+
+    def usage(self) -> dict[str, int]:
+        prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        new = sum(len(future.result().tokens) for future in self.futures)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+class JobStream(StreamingResponse):
+    """A stream of server-sent events; when its client leaves, so do the texts."""
+
+    def __init__(self, job: Job, events: AsyncIterator[str]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.job = job
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.cancel()
+
+
+class Form:
+    """The shape of one endpoint's answers."""
+
+    request_type: type[GenerationRequest]
+    prefix: str
+    answer: str
+    chunk: str
+
+    def prompts(self, server: Server, request: Any) -> list[Prompt]:
+        raise NotImplementedError
+
+    def choice(self, text: str) -> dict[str, Any]:
+        """The text's part of a choice of an answer."""
+        raise NotImplementedError
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        """The text's part of a stream's first chunk of a choice."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> dict[str, Any]:
+        """The text's part of a choice of a chunk."""
+        raise NotImplementedError
+
+
+class Completions(Form):
+    request_type, prefix, answer, chunk = CompletionRequest, "cmpl", "text_completion", "text_completion"
+
+    def prompts(self, server: Server, request: CompletionRequest) -> list[Prompt]:
+        prompts = []
+        for prompt in request.prompts:
+            ids = server.encode(prompt, "prompt")
+            text = (prompt if isinstance(prompt, str) else server.decode(ids)) if request.echo else ""
+            prompts.append(Prompt(ids, text))
+        return prompts
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"text": text, "logprobs": None}
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        return self.choice(echo) if echo else None
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return self.choice(text)
+
+
+class Chat(Form):
+    request_type, prefix, answer, chunk = ChatRequest, "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def prompts(self, server: Server, request: ChatRequest) -> list[Prompt]:
+        return [Prompt(server.encode_chat([message.as_template_reads_it() for message in request.messages]))]
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}, "logprobs": None}
+
+
+class Server:
+    """Requests in, events of a batcher out.
+
+    Args:
+        batcher: with a tokenizer.
+        options: see `ServerOptions`.
+    """
+
+    def __init__(self, batcher: Batcher, options: ServerOptions):
+        if batcher.tokenizer is None:
+            raise ValueError("A server needs text: Batcher(model, tokenizer).")
+        self.batcher, self.tokenizer, self.options = batcher, batcher.tokenizer, options
+        self.metrics = Metrics(batcher)
+        self.created = int(time.time())
+
+    # endpoints
+
+    async def completions(self, request: Request) -> Response:
+        return await self.generate(request, Completions())
+
+    async def chat(self, request: Request) -> Response:
+        return await self.generate(request, Chat())
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["model"])
+        return JSONResponse(self._model())
+
+    async def health(self, request: Request) -> Response:
+        is_open = self.batcher.is_open
+        return JSONResponse({"status": "ok" if is_open else "stopping"}, 200 if is_open else 503)
+
+    async def metrics_page(self, request: Request) -> Response:
+        return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.options.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "calm",
+            "max_model_len": self.batcher.max_length,
+        }
+
+    # a request
+
+    async def generate(self, http: Request, form: Form) -> Response:
+        request = form.request_type.parse(await http.body())
+        self._check_model(request.model)
+        job = await run_in_threadpool(self._prepare, form, request)
+        self._submit(job)
+        head = {
+            "id": f"{form.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self.options.model_name,
+        }
+        if request.stream:
+            return JobStream(job, self._stream(job, form, head | {"object": form.chunk}))
+        try:
+            await self._finish_or_leave(job, http)
+        finally:
+            job.cancel()
+        choices = []
+        for index, future in enumerate(job.futures):
+            written = future.result()
+            text = form.choice(job.echo(index) + (written.text or ""))
+            choices.append({"index": index, **text, "finish_reason": written.finish_reason})
+        return JSONResponse(head | {"object": form.answer, "choices": choices, "usage": job.usage()})
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.options.model_name:
+            raise ApiError(
+                404,
+                f"There is no model {name!r} here: ask for {self.options.model_name!r}.",
+                "model",
+                "model_not_found",
+            )
+
+    def _prepare(self, form: Form, request: GenerationRequest) -> Job:
+        job = Job(request, form.prompts(self, request))
+        room = min(self.batcher.max_length - len(prompt.ids) for prompt in job.prompts)
+        where, wanted = ("messages" if isinstance(form, Chat) else "prompt"), request.max_tokens
+        if room < 1 or (wanted or 0) > room:
+            asked = f" and max_tokens is {wanted}" if wanted else ""
+            raise BadRequest(
+                f"{'max_tokens' if room > 0 else where}: the prompt has {self.batcher.max_length - room} tokens{asked}, "
+                f"but the model's context holds {self.batcher.max_length} together.",
+                "max_tokens" if room > 0 else where,
+                "context_length_exceeded",
+            )
+        job.request.max_tokens = wanted or min(request.default_max_tokens or room, room)
+        return job
+
+    def _submit(self, job: Job) -> None:
+        """Submits all texts, or none. The seed of a prompt's choice i is the request's + i."""
+        request, loop = job.request, asyncio.get_running_loop()
+        num_texts = len(job.prompts) * request.num_choices
+        most = self.batcher.max_rows + self.batcher.max_waiting
+        if num_texts > most:
+            raise BadRequest(f"n: {num_texts} texts are asked for at once, and {most} may be.", "n")
+        seed = secrets.randbelow(SEED_RANGE) if request.seed is None else request.seed
+
+        def tell(index: int, event: Piece | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(job.events.put_nowait, (index, event))
+
+        def listener(index: int) -> Callable[[Piece], None]:
+            is_told = False
+
+            def on_piece(piece: Piece) -> None:
+                nonlocal is_told
+                if request.stream or not is_told:
+                    tell(index, piece)
+                is_told = True
+
+            return on_piece
+
+        try:
+            for index in range(num_texts):
+                future = self.batcher.submit(
+                    job.prompts[index // request.num_choices].ids,
+                    max_new_tokens=request.max_tokens,
+                    min_new_tokens=request.min_tokens or 0,
+                    stop=request.stop_strings,
+                    ignore_eos=bool(request.ignore_eos),
+                    seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
+                    on_piece=listener(index),
+                    **request.sampling(),
+                )
+                job.futures.append(future)
+                future.add_done_callback(lambda _, index=index: tell(index, None))
+        except ValueError as error:
+            job.cancel()
+            raise BadRequest.of(error, request) from None
+        except (QueueFull, BatcherClosed):
+            job.cancel()
+            raise
+
+    async def _events(self, job: Job) -> AsyncIterator[tuple[int, Piece | None]]:
+        """What happens to the texts until all have ended.
+
+        Raises:
+            ApiError: a text ended with an error, or the time is over.
+        """
+        num_open, is_first = len(job.futures), True
+        deadline = None if self.options.timeout_s is None else job.started + self.options.timeout_s
+        while num_open:
+            left = None if deadline is None else deadline - time.perf_counter()
+            try:
+                index, event = await asyncio.wait_for(job.events.get(), left)
+            except TimeoutError:
+                raise ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.") from None
+            if is_first and event is not None:
+                self.metrics.first_piece.observe(time.perf_counter() - job.started)
+                is_first = False
+            if event is None:
+                num_open -= 1
+                self._check_end(job.futures[index])
+            yield index, event
+        self.metrics.whole.observe(time.perf_counter() - job.started)
+
+    @staticmethod
+    def _check_end(future: Future[Written]) -> None:
+        if future.cancelled():
+            raise ApiError(503, "The server is stopping.")
+        error = future.exception()
+        if error is not None:
+            raise ApiError(500, f"The text could not be written: {type(error).__name__}: {error}".rstrip(".") + ".")
+
+    async def _finish_or_leave(self, job: Job, http: Request) -> None:
+        """Waits for all texts; leaves as soon as the client has.
+
+        Raises:
+            ClientDisconnect: it has.
+        """
+
+        async def finish() -> None:
+            async for _ in self._events(job):
+                pass
+
+        async def until_client_leaves() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = finished, _ = asyncio.create_task(finish()), asyncio.create_task(until_client_leaves())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                if not task.done():
+                    task.cancel()
+        if not finished.done():
+            raise ClientDisconnect
+        finished.result()
+
+    async def _stream(self, job: Job, form: Form, head: dict[str, Any]) -> AsyncIterator[str]:
+        """Server-sent events, ended by [DONE]. What goes wrong now that the status is sent is an event, too."""
+        usage = {"usage": None} if job.request.includes_usage else {}
+
+        def chunk(index: int, text: dict[str, Any], reason: str | None = None) -> str:
+            return event(head | {"choices": [{"index": index, **text, "finish_reason": reason}]} | usage)
+
+        try:
+            for index in range(len(job.futures)):
+                opening = form.opening(job.echo(index))
+                if opening is not None:
+                    yield chunk(index, opening)
+            async for index, piece in self._events(job):
+                if piece is None:
+                    yield chunk(index, form.delta(""), job.futures[index].result().finish_reason)
+                elif piece.text:
+                    yield chunk(index, form.delta(piece.text))
+            if job.request.includes_usage:
+                yield event(head | {"choices": [], "usage": job.usage()})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield event(error.body())
+
+    # text
+
+    def encode(self, prompt: str | list[int], field: str) -> list[int]:
+        try:
+            return self.batcher.encode(prompt)
+        except ValueError as error:
+            raise BadRequest(f"{field}: {error}", field) from None
+
+    def decode(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise BadRequest(
+                "messages: this model has no chat template; use /v1/completions, or start the server with "
+                "--chat_template FILE.",
+                "messages",
+            )
+        try:
+            return self.batcher.encode_chat(messages)
+        except Exception as error:  # a template is a program; what it raises is about the messages
+            raise BadRequest(f"messages: the chat template refuses them: {error}", "messages") from None
+
+
+def event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+# around the endpoints
+
+
+class Gate:
+    """Middleware: the API key, the size of bodies, the count of answers."""
+
+    def __init__(self, app: Callable, server: Server):
+        self.app, self.server, self.options = app, server, server.options
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = CLIENT_LEFT
+
+        async def send_and_note(message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check(Request(scope))
+            await self.app(scope, self._limited(receive), send_and_note)
+        except ApiError as error:
+            await error.response()(scope, receive, send_and_note)
+        finally:
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self.server.metrics.requests.labels(path, str(status)).inc()
+
+    def _check(self, request: Request) -> None:
+        key = self.options.api_key
+        if key is not None and request.url.path.startswith("/v1"):
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+            if not secrets.compare_digest(given.encode(), key.encode()):
+                raise ApiError(
+                    401, "The request needs the API key: Authorization: Bearer KEY.", code="invalid_api_key"
+                )
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self.options.max_request_bytes:
+            raise self._too_large()
+
+    def _limited(self, receive: Callable) -> Callable:
+        num_bytes = 0
+
+        async def limited():
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.options.max_request_bytes:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"The body is larger than {self.options.max_request_bytes} bytes, the most that is taken."
+        )
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_bad_request(_: Request, error: Exception) -> Response:
+    assert isinstance(error, BadRequest)
+    return ApiError(400, str(error), error.param, error.code).response()
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
+
+
+async def on_full_queue(_: Request, error: Exception) -> Response:
+    return ApiError(429, str(error), code="queue_full").response()
+
+
+async def on_closed(_: Request, error: Exception) -> Response:
+    return ApiError(503, "The server is stopping.").response()
+
+
+async def on_client_left(_: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
+async def on_any_error(_: Request, error: Exception) -> Response:
+    return ApiError(500, f"The server failed: {type(error).__name__}.").response()
+
+
+def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
+    """The application. It closes the batcher when it is shut down; texts that are still being written are cancelled.
+
+    Raises:
+        ValueError: a batcher without a tokenizer.
+    """
+    server = Server(batcher, options)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(batcher.close, cancel=True)
+
+    middleware = [Middleware(Gate, server=server)]
+    if options.allowed_origins:
+        cors: Any = CORSMiddleware  # pyright: ignore[reportAssignmentType]
+        middleware.insert(
+            0, Middleware(cors, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        )
+    return Starlette(
+        routes=[
+            Route(COMPLETIONS, server.completions, methods=["POST"]),
+            Route(CHAT, server.chat, methods=["POST"]),
+            Route(MODELS, server.models),
+            Route(MODELS + "/{model:path}", server.model),
+            Route(HEALTH, server.health),
+            Route(METRICS, server.metrics_page),
+        ],
+        middleware=middleware,
+        exception_handlers={
+            ApiError: on_api_error,
+            BadRequest: on_bad_request,
+            HTTPException: on_http_error,
+            QueueFull: on_full_queue,
+            BatcherClosed: on_closed,
+            ClientDisconnect: on_client_left,
+            Exception: on_any_error,
+        },
+        lifespan=lifespan,
+    )

@@ -1,0 +1,238 @@
+"""OpenAI's requests for completions and chat completions: which fields there are, and what each comes to here.
+
+A field either works, or asks for nothing at its value, or is refused with its name in one sentence. Fields that act on
+token probabilities are of the last kind, but for the values at which they do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from calm.generation_calm import SamplingMethod
+from calm.upstream_calm import TOKENS
+
+MOST_CHOICES = 128
+MOST_CANDIDATES = 1000
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+
+NO_LOGPROBS = "CALM has no token probabilities to return."
+NO_TOOLS = "tools are not called here."
+# Field → the values besides null at which it asks for nothing, and why others are refused.
+WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
+    "top_p": ((1,), TOKENS),
+    "top_k": ((0, -1), TOKENS),
+    "min_p": ((0,), TOKENS),
+    "frequency_penalty": ((0,), TOKENS),
+    "presence_penalty": ((0,), TOKENS),
+    "repetition_penalty": ((1,), TOKENS),
+    "logit_bias": (({},), TOKENS),
+    "logprobs": ((False,), NO_LOGPROBS),
+    "top_logprobs": ((0,), NO_LOGPROBS),
+    "best_of": ((1,), "CALM has no token probabilities to rank texts by; ask for n texts."),
+    "suffix": (("",), "CALM writes on from a prompt and fills nothing in."),
+    "response_format": (({"type": "text"},), "only text can be asked for."),
+    "modalities": ((["text"],), "only text can be asked for."),
+    "tools": (([],), NO_TOOLS),
+    "tool_choice": (("none", "auto"), NO_TOOLS),
+    "functions": (([],), NO_TOOLS),
+    "function_call": (("none", "auto"), NO_TOOLS),
+}
+# Fields of a client's own, which change no text.
+NOT_READ = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+)
+
+
+class BadRequest(Exception):
+    """What is wrong with a request.
+
+    Args:
+        message: one sentence.
+        param: the field.
+        code: OpenAI's name for the error, where it has one.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.param, self.code = param, code
+
+    @classmethod
+    def of(cls, error: ValueError, request: GenerationRequest) -> BadRequest:
+        """A refusal of the batcher's, in the API's words."""
+        message = re.sub(r"\bmax_new_tokens\b", "max_tokens", str(error)).replace("use do_sample=False", "send 0")
+        named = [name for name in re.findall(r"(\w+)=", message) if name in request.model_fields_set]
+        return cls(message, named[0] if named else None)
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Fields):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(_Fields):
+    """What both endpoints take. The last four fields are not OpenAI's."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    num_candidates: int | None = Field(None, ge=1, le=MOST_CANDIDATES)
+    sampling_method: SamplingMethod | None = None
+
+    default_max_tokens: ClassVar[int | None] = None  # None: what the context leaves
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """
+        Raises:
+            BadRequest: no JSON, or a field that is unknown, missing, of another type or refused.
+        """
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"The body is no JSON: {error}.") from None
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise sentence_of(error) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_what_asks_for_nothing(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        kept = {}
+        for name, value in fields.items():
+            if name in NOT_READ:
+                continue
+            if name in WITHOUT_EFFECT:
+                neutral, why = WITHOUT_EFFECT[name]
+                if value is not None and not any(_same(value, each) for each in neutral):
+                    raise BadRequest(f"{name}: {why}", name)
+                continue
+            kept[name] = value
+        return kept
+
+    @property
+    def stop_strings(self) -> list[str]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if not all(stop):
+            raise BadRequest("stop: holds an empty string; every stop string needs a character at least.", "stop")
+        return stop
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self) -> dict[str, Any]:
+        """The options of a text's law. Temperature 0 is OpenAI's way to ask for the most frequent patch."""
+        options: dict[str, Any] = {"num_candidates": self.num_candidates, "sampling_method": self.sampling_method}
+        if self.temperature == 0:
+            options["do_sample"] = False
+        elif self.temperature is not None:
+            options |= {"do_sample": True, "temperature": self.temperature}
+        return options
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+
+    default_max_tokens: ClassVar[int | None] = COMPLETION_TOKENS
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise BadRequest("prompt: is an empty list; give a text, a list of texts, or token ids.", "prompt")
+        if isinstance(prompt[0], int):
+            return [prompt]  # pyright: ignore[reportReturnType]
+        return list(prompt)  # pyright: ignore[reportReturnType]
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """Of its other fields some clients send a few, all null; templates may read them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+
+    def as_template_reads_it(self) -> dict[str, Any]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+        return {
+            **{k: v for k, v in (self.model_extra or {}).items() if v is not None},
+            "role": self.role,
+            "content": text,
+        }
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def take_the_newer_name(self) -> ChatRequest:
+        if self.max_completion_tokens is not None:
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def sentence_of(error: ValidationError) -> BadRequest:
+    """The first thing that is wrong, with the field's name."""
+    problems = error.errors()
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    problem = (unknown or problems)[0]
+    place = [str(part) for part in problem["loc"]]
+    name = place[0] if place else None
+    if problem["type"] == "extra_forbidden":
+        return BadRequest(f"{'.'.join(place)}: there is no such field.", name)
+    if problem["type"] == "missing":
+        return BadRequest(f"{'.'.join(place)}: is missing.", name)
+    if name in ("prompt", "stop") and len({tuple(p["loc"][:1]) for p in problems}) == 1:  # a field of several types
+        kinds = "a text, a list of texts, or token ids" if name == "prompt" else "a text or a list of texts"
+        return BadRequest(f"{name}: must be {kinds}.", name)
+    if name is None:
+        return BadRequest("The body must be a JSON object.")
+    numbers = [part for part in place if part.isdecimal() or part.isidentifier() and part.islower()]
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return BadRequest(f"{'.'.join(numbers)}: {message}.", name)
