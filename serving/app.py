@@ -30,9 +30,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from calm.serving.batcher import Batcher, BatcherClosed, Piece, QueueFull, Written
+from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm.serving.metrics import Metrics
 from calm.serving.openai_api import BadRequest, ChatRequest, CompletionRequest, GenerationRequest
+from calm.serving.rows import Piece, Written
 
 PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
     "/v1/completions",
@@ -276,10 +277,10 @@ class Server:
         where, wanted = ("messages" if isinstance(form, Chat) else "prompt"), request.max_tokens
         if room < 1 or (wanted or 0) > room:
             asked = f" and max_tokens is {wanted}" if wanted else ""
+            name, context = ("max_tokens" if room > 0 else where), self.batcher.max_length
             raise BadRequest(
-                f"{'max_tokens' if room > 0 else where}: the prompt has {self.batcher.max_length - room} tokens{asked}, "
-                f"but the model's context holds {self.batcher.max_length} together.",
-                "max_tokens" if room > 0 else where,
+                f"{name}: the prompt has {context - room} tokens{asked}, but the context holds {context} of both.",
+                name,
                 "context_length_exceeded",
             )
         job.request.max_tokens = wanted or min(request.default_max_tokens or room, room)

@@ -4,18 +4,16 @@
         future = batcher.submit("Once upon a time", max_new_tokens=60, temperature=0.5, seed=0)
         print(future.result().text)
 
-One thread owns the model. At each step it lets the rows whose client has left go, takes in rows that wait, reads a
-piece of the prompts not yet read, lets every other row read the patch it wrote last, and draws each row's next one. A
+One thread owns the model (engine.py). Between its steps rows whose client has left go, and rows that wait come in. A
 row has its own length, law of sampling, seed and stop rules, and its text is the one that it would have alone:
-`model.generate(ids, generator=[torch.Generator().manual_seed(seed)], …)` writes the same, up to rounding, which differs
-between batch shapes.
+`model.generate(ids, generator=[torch.Generator().manual_seed(seed)], …)` writes the same, up to rounding, which
+differs between shapes.
 
-Axes: R rows, L tokens of a prompt, P patches, K tokens per patch, D hidden size.
+Axes: L tokens of a prompt.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import secrets
@@ -23,25 +21,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from calm.candidates_calm import trusted_radius
 from calm.generation_calm import PatchSampling
-from calm.samplers_calm import BlockPlan
-from calm.serving.slots import SlotCache
+from calm.serving.engine import Engine
+from calm.serving.rows import FinishReason, Piece, Row, Written
 from calm.serving.text import TextAssembler
 
-FinishReason = Literal["stop", "length"]
+if TYPE_CHECKING:
+    from calm.modeling_calm import CALMForCausalLM
+
 SEED_BITS = 63
-PLANS_KEPT = 64  # block plans of laws that were sampled lately
-MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take the mask of a `SlotCache`
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 
 logger = logging.getLogger(__name__)
 
@@ -55,35 +51,8 @@ class BatcherClosed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Written:
-    """A finished text.
-
-    Args:
-        tokens: the new ones, the EOS that ended it included.
-        text: of them, without special tokens and from a stop string on; `None` without a tokenizer.
-        finish_reason: "stop" after an EOS or a stop string, "length" after `max_new_tokens`.
-        num_prompt_tokens: of the prompt, after which it was written.
-        seed: with which the same text comes again; `None` where a generator was given.
-    """
-
-    tokens: list[int]
-    text: str | None
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-    seed: int | None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step adds to a text: its tokens, and the text that they complete (`None` without a tokenizer)."""
-
-    tokens: list[int]
-    text: str | None
-
-
-@dataclass(frozen=True)
 class Stats:
-    """What a batcher has done and is doing."""
+    """What a batcher is doing, and what it has done."""
 
     running: int = 0
     waiting: int = 0
@@ -97,66 +66,10 @@ class Stats:
     busy_seconds: float = 0.0
 
 
-@dataclass(eq=False)
-class Row:
-    """A text that waits, or is being written."""
-
-    prompt_PK: Tensor
-    num_prompt_tokens: int
-    sampling: PatchSampling
-    max_new_tokens: int
-    min_new_tokens: int
-    eos_tokens: frozenset[int]
-    generator: torch.Generator
-    seed: int | None
-    assembler: TextAssembler | None
-    on_piece: Callable[[Piece], None] | None
-    future: Future[Written] = field(default_factory=Future)
-    tokens: list[int] = field(default_factory=list)
-    num_read: int = 0  # patches in the cache
-    unread: list[int] | None = None  # the patch written last
-    hidden_D: Tensor | None = None  # the context of the next patch
-
-    @property
-    def is_prompt_read(self) -> bool:
-        return self.num_read >= len(self.prompt_PK)
-
-    @property
-    def num_eos_free(self) -> int:
-        """How many of the next patch's tokens can't be EOS, at most K."""
-        return min(max(self.min_new_tokens - len(self.tokens), 0), self.prompt_PK.shape[1])
-
-    def take(self, patch: list[int]) -> FinishReason | None:
-        """Adds a patch, up to the token at which the text ends; returns why it does."""
-        num_before = len(self.tokens)
-        reason = self._append(patch)
-        if self.on_piece is not None:
-            text = None if self.assembler is None else self.assembler.take(is_last=reason is not None)
-            self.on_piece(Piece(self.tokens[num_before:], text))
-        elif self.assembler is not None and reason is not None:
-            self.assembler.take(is_last=True)
-        return reason
-
-    def _append(self, patch: list[int]) -> FinishReason | None:
-        for token in patch:
-            self.tokens.append(token)
-            if token in self.eos_tokens:
-                return "stop"
-            if self.assembler is not None and self.assembler.push(token):
-                return "stop"
-            if len(self.tokens) >= self.max_new_tokens:
-                return "length"
-        return None
-
-    def written(self, reason: FinishReason) -> Written:
-        text = None if self.assembler is None else self.assembler.text
-        return Written(self.tokens, text, reason, self.num_prompt_tokens, self.seed)
-
-
 class Batcher:
     """Writes texts together. Ends with its `with` block, or with `close`.
 
-    Its model must not be changed or used for training while it is open; `model.generate` in other threads is harmless.
+    Its model must not be changed or trained while it is open; `model.generate` in other threads is harmless.
 
     Args:
         model: a `CALMForCausalLM`, on any devices; a PEFT model around one, too.
@@ -172,7 +85,7 @@ class Batcher:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CALMForCausalLM,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_rows: int = 16,
@@ -180,30 +93,27 @@ class Batcher:
         max_length: int | None = None,
         prefill_chunk_size: int = 512,
     ):
-        model = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-        check_model(model)
-        for name, value, least in (("max_rows", max_rows, 1), ("max_waiting", max_waiting, 0)):
-            if value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}.")
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # pyright: ignore[reportCallIssue]  # whose layers are PEFT's now
+        limits = {"max_rows": max_rows, "prefill_chunk_size": prefill_chunk_size, "max_length": max_length or 1}
+        for name, value in limits.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1.")
+        if max_waiting < 0:
+            raise ValueError(f"max_waiting={max_waiting}: must not be negative.")
+        config = model.config
+        self.model, self.tokenizer, self.patch_size = model.eval(), tokenizer, getattr(config, "patch_size", 1)
         self.max_rows, self.max_waiting = max_rows, max_waiting
-        longest = self.config.max_position_embeddings * self.config.patch_size
+        self._engine = Engine(model, max(1, prefill_chunk_size // self.patch_size))
+        longest = config.max_position_embeddings * self.patch_size
         self.max_length = min(max_length or longest, longest)
-        self.prefill_patches = max(1, prefill_chunk_size // self.config.patch_size)
-        self.device = model.get_input_embeddings().weight.device
-        self.radius = trusted_radius(model)
-        self._cache = SlotCache()
-        self._plans: dict[PatchSampling, BlockPlan] = {}
-        self._rows: list[Row] = []  # of slot 0, 1, …; the thread's alone
         self._waiting: deque[Row] = deque()
         self._tokenizing = threading.Lock()
-        self._changed = threading.Condition()  # guards what waits, the state below, and the stats
+        self._changed = threading.Condition()  # guards what waits, the engine's list of rows, and the stats
         self._closing = False
         self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="calm-batcher", daemon=True)
         self._thread.start()
-
-    # what callers use
 
     def submit(
         self,
@@ -236,8 +146,34 @@ class Batcher:
             QueueFull: as many texts wait as may.
             BatcherClosed: it is closed.
         """
-        row = self._new_row(
-            prompt, max_new_tokens, min_new_tokens, stop, ignore_eos, seed, generator, on_piece, sampling
+        stated = self.model.generation_config
+        assert stated is not None, "a model that generates has one"
+        unknown = set(sampling) - set(PatchSampling.option_names())
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: no option of a text; see Batcher.submit.")
+        if generator is not None and seed is not None:
+            raise ValueError("A text has a seed or a generator, not both.")
+        if generator is None:
+            seed = secrets.randbits(SEED_BITS) if seed is None else seed
+            if not -(2**SEED_BITS) <= seed < 2**SEED_BITS:
+                raise ValueError(f"seed={seed}: must be a whole number of 64 bits.")
+            generator = torch.Generator().manual_seed(seed)
+        ids = self.encode(prompt)
+        packed = self.model.pack_for_generation(
+            torch.tensor([ids], dtype=torch.long), pad_token=stated.pad_token_id, bos_token=stated.bos_token_id
+        )
+        eos = [] if ignore_eos or stated.eos_token_id is None else stated.eos_token_id
+        row = Row(
+            prompt_PK=packed["input_ids"].view(-1, self.patch_size),
+            num_prompt_tokens=len(ids),
+            sampling=PatchSampling.from_generation_config(stated, **sampling),
+            max_new_tokens=self._num_new_tokens(len(ids), max_new_tokens, stated.max_new_tokens),
+            min_new_tokens=min_new_tokens,
+            eos_tokens=frozenset([eos] if isinstance(eos, int) else eos),
+            generator=generator,
+            seed=seed,
+            assembler=self._new_assembler([stop] if isinstance(stop, str) else stop),
+            on_piece=on_piece,
         )
         with self._changed:
             if self._closing:
@@ -266,7 +202,7 @@ class Batcher:
         """The ids of a prompt, as `submit` takes them.
 
         Raises:
-            ValueError: text without a tokenizer, or ids outside the vocabulary.
+            ValueError: text without a tokenizer, half of a surrogate pair, or ids outside the vocabulary.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -274,19 +210,14 @@ class Batcher:
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"The prompt is no text at character {error.start}: half of a surrogate pair."
-                ) from None
+                raise ValueError(f"The prompt is no text at character {error.start}: half a surrogate pair.") from None
             with self._tokenizing:  # a fast tokenizer is changed by calls with other settings
-                ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-        assert isinstance(ids, list)
+                prompt = self.tokenizer(prompt)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        ids: list[int] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)  # pyright: ignore
+        last = self.model.config.vocab_size - 1
         for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"The prompt holds {token!r}: ids are whole numbers in 0 … {self.config.vocab_size - 1}."
-                )
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= last:
+                raise ValueError(f"The prompt holds {token!r}: ids are whole numbers in 0 … {last}.")
         return ids
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -298,12 +229,12 @@ class Batcher:
         if self.tokenizer is None:
             raise ValueError("A conversation needs a tokenizer: Batcher(model, tokenizer).")
         with self._tokenizing:
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return self.encode(encoded["input_ids"])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+            encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return self.encode(encoded["input_ids"])
 
     def stats(self) -> Stats:
         with self._changed:
-            return replace(self._stats, running=len(self._rows), waiting=len(self._waiting))
+            return replace(self._stats, running=len(self._engine.rows), waiting=len(self._waiting))
 
     @property
     def is_open(self) -> bool:
@@ -313,10 +244,11 @@ class Batcher:
         """Takes no more texts, and returns when those that were taken are written, or have been cancelled."""
         with self._changed:
             self._closing = True
-            if cancel:
-                for row in [*self._waiting, *self._rows]:
-                    row.future.cancel()
+            taken = [*self._waiting, *self._engine.rows]
             self._changed.notify_all()
+        if cancel:
+            for row in taken:
+                row.future.cancel()
         self._thread.join()
 
     def __enter__(self) -> Batcher:
@@ -325,244 +257,98 @@ class Batcher:
     def __exit__(self, error_type, *_) -> None:
         self.close(cancel=error_type is not None)
 
-    # taking in
+    # checks of what is submitted
 
-    def _num_open(self) -> int:
-        return len(self._rows) + len(self._waiting)
-
-    def _new_row(
-        self,
-        prompt: str | Sequence[int] | Tensor,
-        max_new_tokens: int | None,
-        min_new_tokens: int,
-        stop: str | Sequence[str],
-        ignore_eos: bool,
-        seed: int | None,
-        generator: torch.Generator | None,
-        on_piece: Callable[[Piece], None] | None,
-        options: dict[str, Any],
-    ) -> Row:
-        unknown = set(options) - set(PatchSampling.option_names())
-        if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no option of a text; see Batcher.submit.")
-        stated = self.model.generation_config
-        assert stated is not None, "a model that generates has one"
-        sampling = PatchSampling.from_generation_config(stated, **options)
-        ids = self.encode(prompt)
-        room = self.max_length - len(ids)
-        if max_new_tokens is None:
-            max_new_tokens = getattr(stated, "max_new_tokens", None) or max(room, 1)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
-        if max_new_tokens > room:
+    def _num_new_tokens(self, num_prompt_tokens: int, asked: int | None, stated: int | None) -> int:
+        room = self.max_length - num_prompt_tokens
+        num = max(room, 1) if asked is None and stated is None else stated if asked is None else asked
+        assert num is not None
+        if num < 1:
+            raise ValueError(f"max_new_tokens={num}: must be at least 1.")
+        if num > room:
             raise ValueError(
-                f"The prompt has {len(ids)} tokens, and max_new_tokens is {max_new_tokens}: together they may be "
+                f"The prompt has {num_prompt_tokens} tokens, and max_new_tokens={num}: together they may be "
                 f"{self.max_length}."
             )
-        if generator is not None and seed is not None:
-            raise ValueError("A text has a seed or a generator, not both.")
-        if generator is None:
-            seed = secrets.randbits(SEED_BITS) if seed is None else seed
-            if not -(2**SEED_BITS) <= seed < 2**SEED_BITS:
-                raise ValueError(f"seed={seed}: must be a whole number of 64 bits.")
-            generator = torch.Generator().manual_seed(seed)
-        stop = [stop] if isinstance(stop, str) else list(stop)
-        if stop and self.tokenizer is None:
-            raise ValueError("Stop strings need a tokenizer: Batcher(model, tokenizer).")
-        packed = self.model.pack_for_generation(
-            torch.tensor([ids], dtype=torch.long), pad_token=stated.pad_token_id, bos_token=stated.bos_token_id
-        )
-        return Row(
-            prompt_PK=packed["input_ids"].view(-1, self.config.patch_size),
-            num_prompt_tokens=len(ids),
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            eos_tokens=frozenset() if ignore_eos else frozenset(self._eos_tokens().tolist()),
-            generator=generator,
-            seed=seed,
-            assembler=None if self.tokenizer is None else TextAssembler(self.tokenizer, stop),
-            on_piece=on_piece,
-        )
+        return num
 
-    def _eos_tokens(self) -> Tensor:
-        stated = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
-        return torch.tensor([] if stated is None else stated, dtype=torch.long).flatten()
+    def _new_assembler(self, stop: Sequence[str]) -> TextAssembler | None:
+        if self.tokenizer is not None:
+            return TextAssembler(self.tokenizer, stop)
+        if stop:
+            raise ValueError("Stop strings need a tokenizer: Batcher(model, tokenizer).")
+        return None
 
     # the thread
 
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait_for_work():
-                started = time.perf_counter()
-                try:
-                    self._step()
-                except Exception as error:  # of the model: whatever it was, the next texts may fare better
-                    logger.exception("A step failed; its %d texts end with this error.", len(self._rows))
-                    self._fail_all(error)
-                self._count(steps=1, busy_seconds=time.perf_counter() - started)
+    def _num_open(self) -> int:
+        return len(self._engine.rows) + len(self._waiting)
 
-    def _wait_for_work(self) -> bool:
-        """Blocks until there is a row to write; False when there never will be."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_open() or self._closing)
-            return bool(self._num_open())
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._num_open() or self._closing)
+                if not self._num_open():
+                    return
+                self._let_cancelled_go()
+                self._let_waiting_in()
+            started = time.perf_counter()
+            try:
+                self._step()
+            except Exception as error:  # of the model: whatever it was, the next texts may fare better
+                logger.exception("A step failed; its texts end with this error.")
+                self._fail_all(error)
+            self._count(steps=1, busy_seconds=time.perf_counter() - started)
+
+    def _let_cancelled_go(self) -> None:
+        gone = [row for row in [*self._engine.rows, *self._waiting] if row.future.cancelled()]
+        for row in gone:
+            if row in self._engine.rows:
+                self._engine.remove(row)
+            else:
+                self._waiting.remove(row)
+        self._count(cancelled=len(gone))
+
+    def _let_waiting_in(self) -> None:
+        while self._waiting and len(self._engine.rows) < self.max_rows:
+            self._engine.add(self._waiting.popleft())
 
     def _step(self) -> None:
-        self._drop_cancelled()
-        self._admit()
-        self._read_patches()
-        self._read_prompts()
-        self._write_patches()
+        rows = list(self._engine.rows)
+        before = [(len(row.tokens), row.is_prompt_read) for row in rows]
+        ended = self._engine.step()
+        num_new = [len(row.tokens) - num for row, (num, _) in zip(rows, before, strict=True)]
+        just_read = [
+            row for row, (_, was_read) in zip(rows, before, strict=True) if row.is_prompt_read and not was_read
+        ]
+        self._count(
+            patches=sum(num > 0 for num in num_new),
+            new_tokens=sum(num_new),
+            prompt_tokens=sum(row.num_prompt_tokens for row in just_read),
+        )
+        for row, reason in ended:
+            self._end(row, reason)
 
-    def _drop_cancelled(self) -> None:
-        for row in [row for row in self._rows if row.future.cancelled()]:
-            self._leave(row)
+    def _end(self, row: Row, reason: FinishReason | Exception) -> None:
+        try:
+            if isinstance(reason, Exception):
+                row.future.set_exception(reason)
+                self._count(failed=1)
+            else:
+                row.future.set_result(row.written(reason))
+                self._count(finished=1)
+        except InvalidStateError:  # its client left meanwhile
             self._count(cancelled=1)
-        with self._changed:
-            kept = deque(row for row in self._waiting if not row.future.cancelled())
-            num_cancelled, self._waiting = len(self._waiting) - len(kept), kept
-        self._count(cancelled=num_cancelled)
-
-    def _admit(self) -> None:
-        with self._changed:
-            while self._waiting and len(self._rows) < self.max_rows:
-                self._rows.append(self._waiting.popleft())
-
-    def _leave(self, row: Row) -> None:
-        """Frees a row's slot; the last row moves there."""
-        slot, last = self._rows.index(row), self._rows[-1]
-        with self._changed:
-            if last is not row:
-                self._cache.move(len(self._rows) - 1, slot, last.num_read)
-                self._rows[slot] = last
-            self._rows.pop()
 
     def _fail_all(self, error: Exception) -> None:
-        for row in list(self._rows):
-            self._fail(row, error)
-
-    def _fail(self, row: Row, error: Exception) -> None:
-        self._leave(row)
-        self._count(failed=1)
-        with contextlib.suppress(Exception):  # cancelled meanwhile
-            row.future.set_exception(error)
+        with self._changed:
+            rows = list(self._engine.rows)
+            for row in rows:
+                self._engine.remove(row)
+        for row in rows:
+            self._end(row, error)
 
     def _count(self, **more: float) -> None:
         with self._changed:
-            self._stats = replace(
-                self._stats, **{name: getattr(self._stats, name) + value for name, value in more.items()}
-            )
-
-    # reading
-
-    def _forward(self, slots: list[int], patches_RPK: Tensor, starts: list[int]) -> Tensor:
-        """Lets the rows of these slots read patches from their places `starts` on: hidden states (R, P, D)."""
-        patches_RPK = patches_RPK.to(self.device)
-        places_RP = self._cache.aim(slots, starts, patches_RPK.shape[1], self.device)
-        return self.model(
-            input_ids=patches_RPK.flatten(1),
-            attention_mask=self._cache.mask(self.model.dtype),
-            position_ids=places_RP,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
-
-    def _read_patches(self) -> None:
-        """Every row reads the patch that it wrote last.
-
-        Rows whose prompt is not read yet take part, so that slots need no copying: what they read is overwritten.
-        """
-        if all(row.unread is None for row in self._rows):
-            return
-        nothing = [0] * self.config.patch_size
-        patches_R1K = torch.tensor([[row.unread or nothing] for row in self._rows])
-        hidden_R1D = self._forward(list(range(len(self._rows))), patches_R1K, [row.num_read for row in self._rows])
-        for row, hidden_1D in zip(self._rows, hidden_R1D, strict=True):
-            if row.unread is not None:
-                row.hidden_D, row.unread, row.num_read = hidden_1D[0], None, row.num_read + 1
-
-    def _read_prompts(self) -> None:
-        """Rows that have begun first read on in their prompts, as many patches together as one step may read."""
-        reading, longest = [], 0
-        for slot, row in enumerate(self._rows):
-            if row.is_prompt_read:
-                continue
-            length = min(len(row.prompt_PK) - row.num_read, self.prefill_patches)
-            if reading and (len(reading) + 1) * max(length, longest) > self.prefill_patches:
-                break
-            reading.append((slot, row, length))
-            longest = max(length, longest)
-        if not reading:
-            return
-        patches_RPK = torch.zeros(len(reading), longest, self.config.patch_size, dtype=torch.long)
-        for patches_PK, (_, row, length) in zip(patches_RPK, reading, strict=True):
-            patches_PK[:length] = row.prompt_PK[row.num_read : row.num_read + length]
-        slots, starts = [slot for slot, _, _ in reading], [row.num_read for _, row, _ in reading]
-        hidden_RPD = self._forward(slots, patches_RPK, starts)
-        for hidden_PD, (_, row, length) in zip(hidden_RPD, reading, strict=True):
-            row.num_read += length
-            if row.is_prompt_read:
-                row.hidden_D = hidden_PD[length - 1]
-                self._count(prompt_tokens=row.num_prompt_tokens)
-
-    # writing
-
-    def _write_patches(self) -> None:
-        """Draws the next patch of each row that has a context: rows of one law together."""
-        ready = [row for row in self._rows if row.hidden_D is not None]
-        laws = list(dict.fromkeys((row.sampling, row.num_eos_free) for row in ready))
-        for sampling, num_eos_free in laws:
-            rows = [row for row in ready if (row.sampling, row.num_eos_free) == (sampling, num_eos_free)]
-            for row, patch in zip(rows, self._draw(rows, sampling, num_eos_free), strict=True):
-                self._take(row, patch)
-
-    def _draw(self, rows: list[Row], sampling: PatchSampling, num_eos_free: int) -> list[list[int]]:
-        hidden_RD = torch.stack([row.hidden_D for row in rows if row.hidden_D is not None])
-        if len(self._plans) > PLANS_KEPT:
-            self._plans.clear()
-        return self.model.next_patches(
-            hidden_RD,
-            sampling,
-            [row.generator for row in rows],
-            self.model.forbidden_tokens(num_eos_free, self._eos_tokens(), hidden_RD.device),
-            self._plans.setdefault(sampling, BlockPlan()),
-            self.radius if self.model.compares_lazily(sampling) else None,
-        ).tolist()
-
-    def _take(self, row: Row, patch: list[int]) -> None:
-        num_before, row.hidden_D, row.unread = len(row.tokens), None, patch
-        try:
-            reason = row.take(patch)
-        except Exception as error:  # of `on_piece`
-            self._fail(row, error)
-            return
-        self._count(patches=1, new_tokens=len(row.tokens) - num_before)
-        if reason is not None:
-            self._leave(row)
-            if row.future.set_running_or_notify_cancel():
-                self._count(finished=1)
-                row.future.set_result(row.written(reason))
-            else:
-                self._count(cancelled=1)
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """
-    Raises:
-        ValueError: it is no CALM, or its attention or rotations depend on the other rows of a pass.
-    """
-    if not hasattr(model, "next_patches") or not hasattr(model, "pack_for_generation"):
-        raise ValueError(f"{type(model).__name__} can't be batched: a Batcher takes a CALMForCausalLM.")
-    attention = model.config._attn_implementation
-    if attention not in MASKED_ATTENTION:
-        raise ValueError(
-            f"attn_implementation={attention!r}: rows of different lengths need one of {MASKED_ATTENTION}; load the "
-            "model with it."
-        )
-    rotation = model.model.rotary_emb.rope_type
-    if rotation not in FIXED_ROTATIONS:
-        raise ValueError(
-            f"rope_type={rotation!r}: its rotations depend on the longest row of a batch, so a text would change with "
-            f"its company; a Batcher takes {FIXED_ROTATIONS}."
-        )
+            new = {name: getattr(self._stats, name) + value for name, value in more.items()}
+            self._stats = replace(self._stats, **new)

@@ -1,7 +1,7 @@
 """A key-value cache for rows of different lengths, which come and go.
 
-Row r of the batch has slot r, and its patch p the place p of that slot. So rows need no padding between each other, and
-a row that leaves is replaced by copying the last one into its slot.
+Row r of the batch has slot r, and its patch p the place p of that slot. So rows need no padding between each other,
+and where a row leaves the last one is copied into its slot.
 
 Axes: B rows of a pass, P patches of a pass, H key-value heads, C places of a slot, d size of a head.
 """
@@ -44,7 +44,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Keeps (B, H, P, d), and returns all places read (B, H, C read, d); later ones than a row's own hold anything."""
+        """Keeps (B, H, P, d); returns the places read (B, H, C, d), of which those after a row's own hold anything."""
         device = key_states.device
         rows_B, places_BP = self.rows_B.to(device), self.places_BP.to(device)
         stores = self._grown(layer_idx, key_states, value_states)
@@ -66,7 +66,8 @@ class SlotCache(Cache):
         slots = slots if slots >= needed else max(needed, 2 * slots)
         while capacity < self.num_read:
             capacity *= 2
-        new = tuple(s.new_zeros(slots, s.shape[1], capacity, s.shape[3]) for s in states)
+        keys, values = (s.new_zeros(slots, s.shape[1], capacity, s.shape[3]) for s in states)
+        new = keys, values
         if old is not None:
             for store, kept in zip(new, old, strict=True):
                 store[: len(kept), :, : kept.shape[2]] = kept

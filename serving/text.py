@@ -6,6 +6,7 @@ decided. The string itself is not part of the text.
 
 from collections.abc import Sequence
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ class TextAssembler:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: text is assembled by its library.")
         self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self.text = ""  # all that is decoded, up to a stop string
@@ -36,7 +38,7 @@ class TextAssembler:
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether a stop string is complete, after which there is no more to take."""
         self._ids.append(token)
-        piece = self._stream.step(self.tokenizer.backend_tokenizer, token)  # pyright: ignore[reportAttributeAccessIssue]
+        piece = self._stream.step(self._backend, token)
         if piece:
             self._append(piece)
         return self.has_stopped

@@ -1,0 +1,177 @@
+"""The steps of continuous batching: rows of different lengths and laws read and write together, a patch a step.
+
+A step lets every row read the patch that it wrote last, reads a piece of the prompts that are not read yet, and draws
+the next patch of each row that has a context. Between steps rows may be added and removed. There are no threads in
+here and no clocks: what a row writes is a function of the row alone, up to rounding, which differs between shapes.
+
+Axes: R rows, P patches, K tokens per patch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from calm.candidates_calm import trusted_radius
+from calm.generation_calm import PatchSampling
+from calm.samplers_calm import BlockPlan
+from calm.serving.rows import FinishReason, Row
+from calm.serving.slots import SlotCache
+
+if TYPE_CHECKING:
+    from calm.modeling_calm import CALMForCausalLM
+
+PLANS_KEPT = 64  # block plans of laws that were sampled lately
+MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take the mask of a `SlotCache`
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
+
+
+class Engine:
+    """
+    Args:
+        model: in eval mode; it stays as it is.
+        prefill_patches: patches of prompts that a step reads at most, so that long ones don't keep rows waiting.
+
+    Raises:
+        ValueError: it is no CALM, or its attention or rotations depend on the other rows of a pass.
+    """
+
+    def __init__(self, model: CALMForCausalLM, prefill_patches: int):
+        check_model(model)
+        self.model, self.prefill_patches = model, prefill_patches
+        self.rows: list[Row] = []  # of slot 0, 1, …
+        self.radius = trusted_radius(model)
+        self.device: torch.device = model.get_parameter("model.embed_tokens.weight").device
+        self._cache = SlotCache()
+        self._plans: dict[PatchSampling, BlockPlan] = {}
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def remove(self, row: Row) -> None:
+        """Frees a row's slot; the last row moves there."""
+        slot, last = self.rows.index(row), self.rows.pop()
+        if last is not row:
+            self._cache.move(len(self.rows), slot, last.num_read)
+            self.rows[slot] = last
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, FinishReason | Exception]]:
+        """Takes all rows a step on; removes those that have ended, and returns them with the reason.
+
+        An exception as the reason is one of the row's `on_piece`. One of the model is raised, and no row is removed.
+        """
+        self._read_patches()
+        self._read_prompts()
+        ended = []
+        for row, patch in self._write_patches():
+            row.hidden_D, row.unread = None, patch
+            try:
+                reason = row.take(patch)
+            except Exception as error:
+                reason = error
+            if reason is not None:
+                self.remove(row)
+                ended.append((row, reason))
+        return ended
+
+    # reading
+
+    def _forward(self, slots: list[int], patches_RPK: Tensor, starts: list[int]) -> Tensor:
+        """Lets the rows of these slots read patches, each from its place in `starts` on: hidden states (R, P, D)."""
+        places_RP = self._cache.aim(slots, starts, patches_RPK.shape[1], self.device)
+        return self.model(
+            input_ids=patches_RPK.flatten(1).to(self.device),
+            attention_mask=self._cache.mask(self.model.dtype),
+            position_ids=places_RP,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _read_patches(self) -> None:
+        """Every row reads the patch that it wrote last.
+
+        Rows whose prompt is not read yet take part, so that slots need no copying: what they read is overwritten.
+        """
+        if all(row.unread is None for row in self.rows):
+            return
+        nothing = [0] * self.model.config.patch_size
+        patches_R1K = torch.tensor([[row.unread or nothing] for row in self.rows])
+        hidden_R1D = self._forward(list(range(len(self.rows))), patches_R1K, [row.num_read for row in self.rows])
+        for row, hidden_1D in zip(self.rows, hidden_R1D, strict=True):
+            if row.unread is not None:
+                row.hidden_D, row.unread, row.num_read = hidden_1D[0], None, row.num_read + 1
+
+    def _read_prompts(self) -> None:
+        """Rows that came first read on in their prompts, as many patches together as a step may read."""
+        reading: list[tuple[int, Row, int]] = []
+        longest = 0
+        for slot, row in enumerate(self.rows):
+            if row.is_prompt_read:
+                continue
+            length = min(len(row.prompt_PK) - row.num_read, self.prefill_patches)
+            if reading and (len(reading) + 1) * max(length, longest) > self.prefill_patches:
+                break
+            reading.append((slot, row, length))
+            longest = max(length, longest)
+        if not reading:
+            return
+        patches_RPK = torch.zeros(len(reading), longest, self.model.config.patch_size, dtype=torch.long)
+        for patches_PK, (_, row, length) in zip(patches_RPK, reading, strict=True):
+            patches_PK[:length] = row.prompt_PK[row.num_read : row.num_read + length]
+        slots, starts = [slot for slot, _, _ in reading], [row.num_read for _, row, _ in reading]
+        hidden_RPD = self._forward(slots, patches_RPK, starts)
+        for hidden_PD, (_, row, length) in zip(hidden_RPD, reading, strict=True):
+            row.num_read += length
+            if row.is_prompt_read:
+                row.hidden_D = hidden_PD[length - 1]
+
+    # writing
+
+    def _write_patches(self) -> list[tuple[Row, list[int]]]:
+        """Draws the next patch of each row that has a context: rows of one law together."""
+        laws: dict[tuple, list[Row]] = {}
+        for row in self.rows:
+            if row.hidden_D is not None:
+                laws.setdefault((row.sampling, row.num_eos_free, row.eos_tokens), []).append(row)
+        written = []
+        for (sampling, num_eos_free, eos_tokens), rows in laws.items():
+            patches_RK = self._draw(rows, sampling, num_eos_free, torch.tensor(sorted(eos_tokens), dtype=torch.long))
+            written += zip(rows, patches_RK.tolist(), strict=True)
+        return written
+
+    def _draw(self, rows: list[Row], sampling: PatchSampling, num_eos_free: int, eos_tokens: Tensor) -> Tensor:
+        hidden_RD = torch.stack([row.hidden_D for row in rows if row.hidden_D is not None])
+        if len(self._plans) >= PLANS_KEPT:
+            self._plans.clear()
+        return self.model.next_patches(
+            hidden_RD,
+            sampling,
+            [row.generator for row in rows],
+            self.model.forbidden_tokens(num_eos_free, eos_tokens, hidden_RD.device),
+            self._plans.setdefault(sampling, BlockPlan()),
+            self.radius if self.model.compares_lazily(sampling) else None,
+        )
+
+
+def check_model(model: CALMForCausalLM) -> None:
+    """
+    Raises:
+        ValueError: it is no CALM, or its attention or rotations depend on the other rows of a pass.
+    """
+    if not hasattr(model, "next_patches") or not hasattr(model, "pack_for_generation"):
+        raise ValueError(f"{type(model).__name__} can't be batched: a Batcher takes a CALMForCausalLM.")
+    attention = model.config._attn_implementation
+    if attention not in MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={attention!r}: rows of different lengths need one of {MASKED_ATTENTION}; load the "
+            "model with it."
+        )
+    rotation = model.model.rotary_emb.rope_type
+    if rotation not in FIXED_ROTATIONS:
+        raise ValueError(
+            f"rope_type={rotation!r}: its rotations depend on the longest row of a batch, so a text would change with "
+            f"its company; a Batcher takes {FIXED_ROTATIONS}."
+        )
