@@ -43,7 +43,8 @@ class Engine:
         self.model, self.prefill_patches = model, prefill_patches
         self.rows: list[Row] = []  # of slot 0, 1, …
         self.radius = trusted_radius(model)
-        self.device: torch.device = model.get_parameter("model.embed_tokens.weight").device
+        device = model.get_parameter("model.embed_tokens.weight").device
+        self.device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move the inputs
         self._cache = SlotCache()
         self._plans: dict[PatchSampling, BlockPlan] = {}
 

@@ -1,0 +1,260 @@
+"""A chat web client that was not made for this server, deep-chat, talks to it from a page of another origin.
+
+Its reply streamed and whole, an error, the stop button, and the browser's refusal without --allow_origin.
+"""
+
+import contextlib
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from urllib.parse import urlencode
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+CLIENT = "deep-chat@2.4.2"
+BUNDLE = "node_modules/deep-chat/dist/deepChat.bundle.js"
+NPM, BROWSER, DRIVER = (shutil.which(program) for program in ("npm", "chromium", "chromedriver"))
+NPM_SECONDS, SECONDS = 120, 120
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+SYSTEM, QUESTION = "Be brief.", "Hello there"
+SHORT = {"max_tokens": 240, "temperature": 0.5, "seed": 1, "ignore_eos": True}
+LONG = {**SHORT, "max_tokens": 6000}  # written for seconds
+PAGE = """<!DOCTYPE html>
+<meta charset="utf-8"><link rel="icon" href="data:,">
+<script type="module" src="deepChat.bundle.js"></script>
+<script type="module">
+    const {url, stream, fields} = JSON.parse(new URLSearchParams(location.search).get("options"));
+    await customElements.whenDefined("deep-chat");
+    const chat = document.createElement("deep-chat");
+    chat.directConnection = {mistral: {key: "none", model: "tiny", system_prompt: SYSTEM}};
+    chat.connect = {url: url + "/v1/chat/completions", stream, additionalBodyProps: fields};
+    chat.errorMessages = {displayServiceErrorMessages: true};
+    chat.onComponentRender = () => {
+        window.chat = chat;
+        window.shown = [];
+        new MutationObserver(() => {
+            const reply = chat.shadowRoot.querySelector(".ai-message-text:not(.deep-chat-loading-message-bubble)");
+            if (reply && reply.textContent !== shown.at(-1)) shown.push(reply.textContent);
+        }).observe(chat.shadowRoot, {childList: true, subtree: true, characterData: true});
+    };
+    document.body.append(chat);
+</script>
+""".replace("SYSTEM", json.dumps(SYSTEM))
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+pytestmark = [
+    pytest.mark.skipif(NPM is None, reason="npm is not installed"),
+    pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("npm")
+    command = [NPM, "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", CLIENT]
+    try:
+        done = subprocess.run(
+            [*command, "--fetch-retries=0"], capture_output=True, text=True, timeout=NPM_SECONDS, cwd=folder
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"npm fetched no {CLIENT} within {NPM_SECONDS} s")
+    code = re.search(r"code (E(?!404)\w+)", done.stderr)
+    if done.returncode and code:
+        pytest.skip(f"npm can't reach its registry: {code[1]}")
+    assert done.returncode == 0, done.stderr
+    return folder / BUNDLE
+
+
+@pytest.fixture(scope="module")
+def page(bundle, tmp_path_factory):
+    """The address of a page with the client, on a port of its own: another origin than the server's."""
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copy(bundle, folder)
+    (folder / "index.html").write_text(PAGE, encoding="utf-8")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def wait_for(what, is_so, seconds=SECONDS):
+    """Returns what `is_so` returns when that is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if result := is_so():
+                return result
+        time.sleep(0.02)
+    raise AssertionError(f"not after {seconds} s: {what}")
+
+
+@contextlib.contextmanager
+def running_server(folder, log, *options):
+    command = [sys.executable, "-m", "calm.serve", str(folder), "--model_name", "tiny", "--port", "0", *options]
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def address():
+        assert process.poll() is None, log.read_text()
+        return re.search(r" at (http://\S+)/v1$", log.read_text(), re.MULTILINE)
+
+    try:
+        url = wait_for("the server starts", address)[1]
+        wait_for("the server answers", lambda: get(f"{url}/health"))
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+        return answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = ("--allow_origin", "*", "--chat_template", str(tiny_folder / "template.jinja"))
+    with running_server(tiny_folder, log, *options) as url:
+        yield url
+
+
+def ask(driver, page, server, fields, stream=True):
+    """Opens the page, and sends a message as a visitor does."""
+    from selenium.webdriver.common.keys import Keys
+
+    driver.get_log("browser")  # the last page's
+    driver.get(f"{page}?{urlencode({'options': json.dumps({'url': server, 'stream': stream, 'fields': fields})})}")
+    wait_for("the page is ready", lambda: driver.execute_script("return !!window.chat"))
+    element(driver, "#text-input").send_keys(QUESTION, Keys.ENTER)
+
+
+def element(driver, selector):
+    return driver.execute_script("return chat.shadowRoot.querySelector(arguments[0])", selector)
+
+
+def reply(driver):
+    """The whole reply, when it is there: what the client keeps of it, and all texts that its page has shown."""
+
+    def messages():
+        return driver.execute_script("return chat.getMessages().filter(message => message.role === 'ai')")
+
+    wait_for("a reply", messages)
+    wait_for("its end", lambda: not element(driver, ".loading-button, #stop-icon"))
+    (message,) = messages()
+    return message["text"], driver.execute_script("return shown")
+
+
+def error(driver):
+    return wait_for("an error", lambda: element(driver, ".error-message-text")).text
+
+
+def console(driver):
+    return [entry["message"] for entry in driver.get_log("browser") if "fonts.googleapis" not in entry["message"]]
+
+
+@pytest.fixture(scope="module")
+def expected(server):
+    """What the client should have been told, asked without it."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions",
+        json.dumps({"messages": messages, **SHORT}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
+
+
+def test_a_reply_grows_while_it_is_written(driver, page, server, expected):
+    ask(driver, page, server, SHORT)
+    text, shown = reply(driver)
+    assert text == expected
+    assert len(shown) > 3 and len(shown[0]) < len(shown[-1]) / 2
+    assert console(driver) == []
+
+
+def test_a_reply_that_is_not_streamed(driver, page, server, expected):
+    ask(driver, page, server, SHORT, stream=False)
+    text, shown = reply(driver)
+    assert text == expected and len(shown) == 1
+    assert console(driver) == []
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_error_reaches_the_page(driver, page, server, stream):
+    ask(driver, page, server, {"top_p": 0.5}, stream)
+    assert error(driver).startswith("top_p: ")
+    assert "CORS" not in "".join(console(driver))
+
+
+def test_the_stop_button_frees_the_row(driver, page, server):
+    def metric(name):
+        return float(re.search(rf"^calm_{name} (\S+)$", get(f"{server}/metrics"), re.MULTILINE)[1])
+
+    before = metric("cancelled_total")
+    ask(driver, page, server, LONG)
+    wait_for("the reply begins", lambda: len(driver.execute_script("return shown")) > 1)
+    assert metric("running") == 1
+    element(driver, "#stop-icon").click()
+    wait_for("the row is free", lambda: metric("running") == 0, seconds=2)
+    assert metric("cancelled_total") == before + 1
+
+
+def test_the_browser_refuses_a_server_that_allows_no_origin(driver, page, tiny_folder, tmp_path):
+    with running_server(tiny_folder, tmp_path / "log", "--chat_template", str(tiny_folder / "template.jinja")) as url:
+        ask(driver, page, url, SHORT)
+        assert error(driver) == "Failed to fetch"
+        assert "blocked by CORS policy" in "".join(console(driver))
