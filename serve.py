@@ -8,9 +8,11 @@ import importlib.util
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive
+from calm.command_line import CommandError, Parser, command, known_errors, positive, sentence
 
 PROGRAM = "python -m calm.serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -109,7 +111,7 @@ def load_batcher(options):
     from calm.training.tokenizer import load_tokenizer
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with known_errors(ValueError, OSError, RuntimeError):
+    with errors_about(options.model):
         template = None if options.chat_template is None else options.chat_template.read_text(encoding="utf-8")
         tokenizer = load_tokenizer(options.model)
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
@@ -130,6 +132,16 @@ def load_batcher(options):
         )
 
 
+@contextmanager
+def errors_about(model: str) -> Iterator[None]:
+    """Turns what loading a model raises into one sentence, which names the model."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        said = sentence(error)
+        raise CommandError(said if model in said else f"{model}: {said}") from error
+
+
 def run(app, listening: socket.socket, options) -> None:
     """Serves until SIGINT or SIGTERM: then takes no more requests, and ends when those begun have ended."""
     import uvicorn
@@ -137,7 +149,8 @@ def run(app, listening: socket.socket, options) -> None:
     host, port = listening.getsockname()[:2]
     print(f"Serving {options.model} at http://{host}:{port}/v1", flush=True)
     config = uvicorn.Config(app, timeout_graceful_shutdown=options.grace, log_level="info")
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

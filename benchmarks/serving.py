@@ -84,8 +84,10 @@ def save_model(name: str, folder: Path) -> Path:
     import torch
 
     from calm.benchmarks.workloads import is_trained, random_model, shape_config
+    from calm.evaluation.models import load_config
 
     if is_trained(name):
+        load_config(name)
         return Path(name)
     config = shape_config(name)
     model = random_model(config, torch.device("cpu"), torch.float32)
@@ -132,7 +134,8 @@ def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
         deadline = time.monotonic() + START_SECONDS
         while not is_healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise CommandError(f"{' '.join(arguments)} did not start:\n{log.read_text()[-2000:]}")
+                said = " ".join(log.read_text().split())[-500:]
+                raise CommandError(f"{' '.join(arguments)} did not start: … {said}")
             time.sleep(0.5)
         yield
     finally:

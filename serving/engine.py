@@ -58,7 +58,7 @@ class Engine:
             self._cache.move(len(self.rows), slot, last.num_read)
             self.rows[slot] = last
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[tuple[Row, FinishReason | Exception]]:
         """Takes all rows a step on; removes those that have ended, and returns them with the reason.
 

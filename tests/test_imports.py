@@ -5,7 +5,7 @@ from pathlib import Path
 import fresh_process
 from model_copies import ROOT
 
-PACKAGES = ("", "training", "evaluation", "benchmarks", "experiments")
+PACKAGES = ("", "training", "evaluation", "benchmarks", "experiments", "serving")
 MODULES = [
     ".".join(filter(None, ("calm", package, path.stem)))
     for package in PACKAGES

@@ -1,104 +1,50 @@
-"""Two replicas of a server behind nginx, as docs/nginx.conf sets it up: one address, and either may go.
+"""Two replicas of a server behind one address, by nginx with docs/nginx.conf.
 
-The text of a seed, the spread of requests, streams in pieces, clients that leave, a replica that dies.
+The text of a seed, the spread of requests, streams in pieces, clients that leave, a replica that stops or dies.
 """
 
 import contextlib
 import http.client
 import json
-import os
-import re
 import shutil
+import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
+from server_process import running_server, save_tiny_model
 
 CONFIG = Path(__file__).parents[1] / "docs" / "nginx.conf"
 NGINX = shutil.which("nginx")
 SECONDS = 120  # for whatever should happen at all
-SHORT = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0.5, "ignore_eos": True}
-LONG = {**SHORT, "max_tokens": 6000}  # written for seconds, so a test can act meanwhile
+PROMPT = "Once upon a time"
+SHORT = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0.5, "ignore_eos": True}
+LONG = {**SHORT, "max_tokens": 2000}  # written for seconds, so that a test can act meanwhile
 
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
 
-@dataclass
-class Replica:
-    process: subprocess.Popen
-    address: str  # host:port
-
-    def metric(self, name: str) -> float:
-        page = get(f"http://{self.address}/metrics")
-        found = re.search(rf"^{name} (\S+)$", page, re.MULTILINE)
-        assert found, f"no {name} in:\n{page}"
-        return float(found[1])
-
-    @property
-    def running(self) -> float:
-        return self.metric("calm_running")
-
-
-def get(url):
-    with urllib.request.urlopen(url, timeout=SECONDS) as answer:
-        return answer.read().decode()
-
-
-def post(address, body):
+def ask(url, seed, **options):
     request = urllib.request.Request(
-        f"http://{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}/v1/completions", json.dumps({**options, "seed": seed}).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=SECONDS) as answer:
         return json.load(answer)["choices"][0]["text"]
 
 
-def wait_for(what, is_so, process=None, seconds=SECONDS):
+def wait_for(what, is_so):
     """Returns what `is_so` returns when that is true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        assert process is None or process.poll() is None, f"{what}: the process has ended with {process.returncode}"
         with contextlib.suppress(OSError):
             if result := is_so():
                 return result
         time.sleep(0.02)
-    raise AssertionError(f"not after {seconds} s: {what}")
-
-
-@contextlib.contextmanager
-def ended(process):
-    """Ends a process with its block."""
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def running_replica(model, log):
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "calm.serve", str(model), "--model_name", "tiny", "--port", "0", "--grace", "5"],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    with ended(process):
-        found = wait_for(log, lambda: re.search(r"at http://(\S+)/v1$", log.read_text(), re.MULTILINE), process)
-        wait_for(log, lambda: get(f"http://{found[1]}/health"), process)
-        yield Replica(process, found[1])
+    raise AssertionError(f"not after {SECONDS} s: {what}")
 
 
 @contextlib.contextmanager
@@ -106,111 +52,132 @@ def running_nginx(folder, replicas):
     """nginx with the documented configuration, ports apart: its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
     text = CONFIG.read_text(encoding="utf-8")
-    addresses = [f"127.0.0.1:{port}", *(replica.address for replica in replicas)]
+    addresses = (address, *(replica.address for replica in replicas))
     for documented, actual in zip(("127.0.0.1:8000;", "127.0.0.1:8001;", "127.0.0.1:8002;"), addresses, strict=True):
         assert text.count(documented) == 1
         text = text.replace(documented, f"{actual};")
-    config = folder / "nginx.conf"
+    config, output = folder / "nginx.conf", folder / "output"
     config.write_text(text, encoding="utf-8")
     command = [NGINX, "-p", str(folder), "-c", str(config), "-e", "stderr", "-g", "daemon off;"]
-    with open(folder / "output", "w") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-    with ended(process):
-        wait_for(folder / "output", lambda: get(f"http://{addresses[0]}/health"), process)
-        yield addresses[0]
+    with open(output, "w") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+
+    def is_up():
+        assert process.poll() is None, output.read_text()
+        return urllib.request.urlopen(f"http://{address}/health", timeout=SECONDS).status == 200
+
+    try:
+        wait_for("nginx answers", is_up)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def replicas(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("replicas")
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+@contextlib.contextmanager
+def running_pair(model, folder):
+    """Two replicas, and the address of nginx before them."""
     with contextlib.ExitStack() as stack:
-        with ThreadPoolExecutor() as pool:
-            managers = [running_replica(folder, folder / f"log_{i}") for i in range(2)]
-            yield_from = list(pool.map(stack.enter_context, managers))
-        yield yield_from
+        with ThreadPoolExecutor(2) as pool:
+            starting = [running_server(model, folder / name, "--model_name", "tiny") for name in ("first", "second")]
+            replicas = list(pool.map(stack.enter_context, starting))
+        yield replicas, stack.enter_context(running_nginx(folder, replicas))
 
 
 @pytest.fixture(scope="module")
-def balancer(replicas, tmp_path_factory):
-    with running_nginx(tmp_path_factory.mktemp("nginx"), replicas) as address:
-        yield address
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def pair(model, tmp_path_factory):
+    with running_pair(model, tmp_path_factory.mktemp("pair")) as pair:
+        yield pair
 
 
 @pytest.fixture
-def client(balancer):
+def client(pair):
     from openai import OpenAI
 
-    with OpenAI(base_url=f"http://{balancer}/v1", api_key="none", max_retries=0, timeout=SECONDS) as client:
+    _, balancer = pair
+    with OpenAI(base_url=f"{balancer}/v1", api_key="none", max_retries=0, timeout=SECONDS) as client:
         yield client
 
 
 def the_one_that_writes(replicas):
-    def find():
-        return [replica for replica in replicas if replica.running]
-
-    (replica,) = wait_for("a replica writes", find)
+    (replica,) = wait_for("a replica writes", lambda: [each for each in replicas if each.metric("calm_running")])
     return replica
 
 
-def test_a_seed_gives_the_same_text_through_either_replica_and_the_balancer(replicas, balancer, client):
-    texts = [post(address, {**SHORT, "seed": 3}) for address in (*(r.address for r in replicas), *[balancer] * 4)]
-    extra = {"ignore_eos": True}
-    options = {**{k: v for k, v in SHORT.items() if k != "ignore_eos"}, "model": "tiny", "extra_body": extra}
-    texts.append(client.completions.create(**options, seed=3).choices[0].text)
-    assert len(texts[0]) > 20 and set(texts) == {texts[0]}
-    assert client.completions.create(**options, seed=4).choices[0].text != texts[0]
+def num_texts(replica):
+    """How many texts it has begun; BOS is part of a prompt."""
+    return replica.metric("calm_prompt_tokens_total") / (1 + len(PROMPT))
 
 
-def test_requests_at_the_same_time_go_to_both(replicas, balancer):
-    before = [replica.metric("calm_finished_total") for replica in replicas]
+def test_a_seed_gives_the_same_text_through_either_replica_and_nginx(pair, client):
+    replicas, balancer = pair
+    texts = [ask(url, 3, **SHORT) for url in (*(replica.url for replica in replicas), *[balancer] * 4)]
+    of_client, other = (
+        client.completions.create(model="tiny", prompt=PROMPT, extra_body={**SHORT, "seed": seed}).choices[0].text
+        for seed in (3, 4)
+    )
+    assert len(of_client) > 20 and set(texts) == {of_client}
+    assert other != of_client
+
+
+def test_requests_at_the_same_time_go_to_both(pair):
+    replicas, balancer = pair
+    before = [num_texts(replica) for replica in replicas]
     with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(lambda seed: post(balancer, {**SHORT, "seed": seed}), range(8)))
-    gained = [replica.metric("calm_finished_total") - b for replica, b in zip(replicas, before, strict=True)]
-    assert all(texts) and sum(gained) == 8 and min(gained) >= 2
+        texts = list(pool.map(lambda seed: ask(balancer, seed, **SHORT), range(8)))
+    shares = [num_texts(replica) - num for replica, num in zip(replicas, before, strict=True)]
+    assert all(texts) and sum(shares) == 8 and min(shares) >= 2
 
 
-def test_a_stream_comes_while_it_is_written(replicas, client):
-    extra = {"ignore_eos": True}
-    options = {**{k: v for k, v in LONG.items() if k != "ignore_eos"}, "model": "tiny", "extra_body": extra}
-    with client.completions.create(**options, seed=3, stream=True) as stream:
+def test_a_stream_comes_while_it_is_written(pair, client):
+    replicas, _ = pair
+    with client.completions.create(model="tiny", prompt=PROMPT, extra_body=LONG, stream=True) as stream:
         first = next(iter(stream)).choices[0].text
-        replica = the_one_that_writes(replicas)
+        replica = the_one_that_writes(replicas)  # it still does
         rest = [chunk.choices[0].text for chunk in stream]
-    assert first and len(rest) > 100 and not replica.running
+    assert first and len(rest) > 100
+    replica.wait_for_metric("calm_running", 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_row(replicas, balancer, stream):
-    connection = http.client.HTTPConnection(balancer, timeout=SECONDS)
+def test_a_client_that_leaves_frees_its_row(pair, stream):
+    replicas, balancer = pair
+    before = [replica.metric("calm_cancelled_total") for replica in replicas]
+    connection = http.client.HTTPConnection(balancer.removeprefix("http://"), timeout=SECONDS)
     body = json.dumps({**LONG, "stream": stream})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    if stream:
-        answer = connection.getresponse()
-        assert answer.readline().startswith(b"data: {")
-    replica = the_one_that_writes(replicas)
-    before = replica.metric("calm_cancelled_total")
-    if stream:
-        answer.close()
+    with contextlib.ExitStack() as answer:
+        if stream:
+            assert answer.enter_context(connection.getresponse()).readline().startswith(b"data: {")
+        replica = the_one_that_writes(replicas)
     connection.close()
-    wait_for("the row is free", lambda: not replica.running, seconds=2)
-    assert replica.metric("calm_cancelled_total") == before + 1
+    replica.wait_for_metric("calm_running", 0)
+    replica.wait_for_metric("calm_cancelled_total", before[replicas.index(replica)] + 1)
 
 
-def test_the_other_replica_answers_when_one_dies(replicas, balancer):
-    """The last test: it leaves one replica."""
-    expected = post(balancer, {**LONG, "seed": 5})
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(post, balancer, {**LONG, "seed": 5})
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_the_other_replica_answers_when_one_goes(model, tmp_path, how):
+    def is_deaf():
+        with socket.socket() as probe:
+            host, port = gone.address.split(":")
+            return probe.connect_ex((host, int(port))) != 0
+
+    with running_pair(model, tmp_path) as (replicas, balancer), ThreadPoolExecutor(1) as pool:
+        expected = ask(balancer, 3, **SHORT)
+        begun = pool.submit(ask, balancer, 5, **LONG)
         gone = the_one_that_writes(replicas)
         (other,) = [replica for replica in replicas if replica is not gone]
-        before = other.metric("calm_finished_total")
-        gone.process.kill()
-        gone.process.wait(30)
-        assert asked.result() == expected  # written anew
-    texts = [post(balancer, {**SHORT, "seed": 3}) for _ in range(6)]
-    assert set(texts) == {texts[0]}
-    assert other.metric("calm_finished_total") == before + 7
+        gone.process.send_signal(how)
+        wait_for("it takes no more requests", is_deaf)
+        before = num_texts(other)
+        assert [ask(balancer, 3, **SHORT) for _ in range(6)] == [expected] * 6
+        # A replica that is stopped ends what it has begun; what a dead one has begun, the other writes anew.
+        assert begun.result() == ask(other.url, 5, **LONG)
+        assert num_texts(other) == before + (7 if how == signal.SIGTERM else 8)

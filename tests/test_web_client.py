@@ -7,24 +7,20 @@ import contextlib
 import functools
 import http.server
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from urllib.parse import urlencode
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
+from server_process import running_server, save_tiny_model
 
 CLIENT = "deep-chat@2.4.2"
 BUNDLE = "node_modules/deep-chat/dist/deepChat.bundle.js"
 NPM, BROWSER, DRIVER = (shutil.which(program) for program in ("npm", "chromium", "chromedriver"))
 NPM_SECONDS, SECONDS = 120, 120
-TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SYSTEM, QUESTION = "Be brief.", "Hello there"
 SHORT = {"max_tokens": 240, "temperature": 0.5, "seed": 1, "ignore_eos": True}
 LONG = {**SHORT, "max_tokens": 6000}  # written for seconds
@@ -113,62 +109,27 @@ def driver(tmp_path_factory):
     driver.quit()
 
 
-def wait_for(what, is_so, seconds=SECONDS):
+def wait_for(what, is_so):
     """Returns what `is_so` returns when that is true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if result := is_so():
                 return result
         time.sleep(0.02)
-    raise AssertionError(f"not after {seconds} s: {what}")
-
-
-@contextlib.contextmanager
-def running_server(folder, log, *options):
-    command = [sys.executable, "-m", "calm.serve", str(folder), "--model_name", "tiny", "--port", "0", *options]
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-
-    def address():
-        assert process.poll() is None, log.read_text()
-        return re.search(r" at (http://\S+)/v1$", log.read_text(), re.MULTILINE)
-
-    try:
-        url = wait_for("the server starts", address)[1]
-        wait_for("the server answers", lambda: get(f"{url}/health"))
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def get(url):
-    with urllib.request.urlopen(url, timeout=SECONDS) as answer:
-        return answer.read().decode()
+    raise AssertionError(f"not after {SECONDS} s: {what}")
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    (folder / "template.jinja").write_text(TEMPLATE)
-    return folder
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def server(tiny_folder, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
-    options = ("--allow_origin", "*", "--chat_template", str(tiny_folder / "template.jinja"))
-    with running_server(tiny_folder, log, *options) as url:
-        yield url
+def server(model, tmp_path_factory):
+    options = ("--model_name", "tiny", "--allow_origin", "*")
+    with running_server(model, tmp_path_factory.mktemp("server"), *options) as server:
+        yield server
 
 
 def ask(driver, page, server, fields, stream=True):
@@ -176,7 +137,7 @@ def ask(driver, page, server, fields, stream=True):
     from selenium.webdriver.common.keys import Keys
 
     driver.get_log("browser")  # the last page's
-    driver.get(f"{page}?{urlencode({'options': json.dumps({'url': server, 'stream': stream, 'fields': fields})})}")
+    driver.get(f"{page}?{urlencode({'options': json.dumps({'url': server.url, 'stream': stream, 'fields': fields})})}")
     wait_for("the page is ready", lambda: driver.execute_script("return !!window.chat"))
     element(driver, "#text-input").send_keys(QUESTION, Keys.ENTER)
 
@@ -209,13 +170,9 @@ def console(driver):
 def expected(server):
     """What the client should have been told, asked without it."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
-    request = urllib.request.Request(
-        f"{server}/v1/chat/completions",
-        json.dumps({"messages": messages, **SHORT}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-        return json.load(answer)["choices"][0]["message"]["content"]
+    status, answer = server.post("/v1/chat/completions", {"messages": messages, **SHORT})
+    assert status == 200, answer
+    return answer["choices"][0]["message"]["content"]
 
 
 def test_a_reply_grows_while_it_is_written(driver, page, server, expected):
@@ -241,20 +198,17 @@ def test_an_error_reaches_the_page(driver, page, server, stream):
 
 
 def test_the_stop_button_frees_the_row(driver, page, server):
-    def metric(name):
-        return float(re.search(rf"^calm_{name} (\S+)$", get(f"{server}/metrics"), re.MULTILINE)[1])
-
-    before = metric("cancelled_total")
+    before = server.metric("calm_cancelled_total")
     ask(driver, page, server, LONG)
     wait_for("the reply begins", lambda: len(driver.execute_script("return shown")) > 1)
-    assert metric("running") == 1
+    assert server.metric("calm_running") == 1
     element(driver, "#stop-icon").click()
-    wait_for("the row is free", lambda: metric("running") == 0, seconds=2)
-    assert metric("cancelled_total") == before + 1
+    server.wait_for_metric("calm_running", 0, seconds=5)
+    assert server.metric("calm_cancelled_total") == before + 1
 
 
-def test_the_browser_refuses_a_server_that_allows_no_origin(driver, page, tiny_folder, tmp_path):
-    with running_server(tiny_folder, tmp_path / "log", "--chat_template", str(tiny_folder / "template.jinja")) as url:
-        ask(driver, page, url, SHORT)
+def test_the_browser_refuses_a_server_that_allows_no_origin(driver, page, model, tmp_path):
+    with running_server(model, tmp_path, "--model_name", "tiny") as server:
+        ask(driver, page, server, SHORT)
         assert error(driver) == "Failed to fetch"
         assert "blocked by CORS policy" in "".join(console(driver))

@@ -3,8 +3,8 @@
     python tests/upstream_contacts.py      records the installed version in upstream_contacts.json
 
 A contact is (1) an attribute that one of our classes defines over a class of transformers, (2) a name with a leading
-underscore that our code reads and transformers defines, (3) a function that we import from one of its submodules or,
-while serving, replace, or (4) the fields of `GenerationConfig`. Of each, the signature (names, kinds, defaults; the
+underscore that our code reads and transformers defines, (3) a function that we import from one of its submodules, or
+(4) the fields of `GenerationConfig`. Of each, the signature (names, kinds, defaults; the
 value of a plain attribute) and the places in transformers' source that use it are found: those that call it, read it,
 import it, or name it in a string.
 """
@@ -45,11 +45,6 @@ OTHER_FRAMEWORKS = ("tf_", "flax_", "modeling_tf", "modeling_flax", "_tf", "_fla
 COMMON_NAMES = {
     *("__init__", "__getitem__", "forward", "train", "log", "to_dict"),
     *("config_class", "base_model_prefix", "model_type", "main_input_name"),
-}
-# Replaced while serving (serve.py). Read out of the source, for the server's packages may be missing.
-SERVING = {
-    "cli/serving/server.py": ("build_server",),
-    "cli/serving/model_manager.py": ("ModelManager.get_gen_models", "ModelManager.__init__"),
 }
 
 
@@ -234,9 +229,6 @@ def found_contacts() -> dict[str, dict]:
     for contact, value in imported_functions(sources).items():
         contacts[contact] = {"signature": "is not there" if value is None else signature(value), "used by": []}
     note("GenerationConfig", ", ".join(generation_fields()), "__init__")
-    for file, functions in SERVING.items():
-        for function in functions if (UPSTREAM / file).exists() else ():
-            note(function, uses.signatures.get(f"{file}: {function}", "is not there"), function.rpartition(".")[2])
     return dict(sorted(contacts.items()))
 
 

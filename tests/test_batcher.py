@@ -1,0 +1,374 @@
+"""Continuous batching as laws: a row's text is its own in any company; rows come, go, fail and are counted."""
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import peft
+import pytest
+import torch
+from enumerable_laws import chi_square_p_value
+from tiny import BOS, EOS, HEAD_TYPES, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.generation_calm import PatchSampling
+from calm.modeling_calm import CALMForCausalLM
+from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
+from calm.serving.engine import Engine
+from calm.serving.rows import Row
+
+LAWS = [
+    {"temperature": 1.0},
+    {"temperature": 0.5},
+    {"temperature": 0.7},
+    {"do_sample": False},
+    {"temperature": 0.5, "sampling_method": "batch"},
+    {"temperature": 0.4, "sampling_method": "exact"},
+]
+PROMPTS = ["Hello you", "a", "the quick brown fox jumps over the lazy dog", "zz z", ""]
+
+
+def exact_model(head_type="energy", patch_size=4, **overrides):
+    """In float64, where the shape of a batch changes no token."""
+    model = tiny_model(head_type, patch_size, **overrides).double()
+    model.generation_config.update(do_sample=True)
+    model.generation_config.num_candidates = 20
+    return model
+
+
+def alone(model, prompt, seed, **settings):
+    """The ids that `generate` writes after a prompt, with a generator for its row."""
+    ids = tiny_tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    texts = model.generate(ids, generator=[torch.Generator().manual_seed(seed)], **settings)
+    return texts[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return exact_model()
+
+
+@pytest.fixture
+def batcher(model):
+    with Batcher(model, tiny_tokenizer(), max_rows=3, max_waiting=4) as batcher:
+        yield batcher
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.002)
+
+
+# A row's text
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_rows_of_many_laws_write_what_generate_writes_for_each_alone(head_type, patch_size):
+    model, tokenizer = exact_model(head_type, patch_size), tiny_tokenizer()
+    asked = [
+        (PROMPTS[i % len(PROMPTS)], i, {**LAWS[i % len(LAWS)], "max_new_tokens": 3 + 4 * (i % 5)}) for i in range(15)
+    ]
+    with Batcher(model, tokenizer, max_rows=4, max_waiting=20, prefill_chunk_size=8) as batcher:
+        futures = [batcher.submit(prompt, seed=seed, **settings) for prompt, seed, settings in asked]
+        for (prompt, seed, settings), future in zip(asked, futures, strict=True):
+            written = future.result(60)
+            assert written.tokens == alone(model, prompt, seed, **settings)
+            assert written.text == tokenizer.decode(written.tokens, skip_special_tokens=True)
+            assert written.finish_reason == ("stop" if written.tokens[-1] == EOS else "length")
+        assert batcher.stats().finished == 15 and batcher.stats().running == 0
+
+
+def new_row(model, prompt, seed, num_tokens, **sampling):
+    ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
+    return Row(
+        prompt_PK=model.pack_for_generation(ids)["input_ids"].view(-1, model.config.patch_size),
+        num_prompt_tokens=ids.shape[1],
+        sampling=PatchSampling(num_candidates=20, **sampling),
+        max_new_tokens=num_tokens,
+        min_new_tokens=0,
+        eos_tokens=frozenset(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@pytest.mark.parametrize("prefill_patches", [1, 3, 100])
+def test_rows_may_join_and_leave_between_any_two_steps(model, prefill_patches):
+    """One leaves from the middle, so that the last moves to its slot; others come while prompts are read."""
+    engine, length = Engine(model, prefill_patches), 24
+    rows = [new_row(model, PROMPTS[i % 4], i, length, temperature=0.5) for i in range(6)]
+    engine.add(rows[0]), engine.add(rows[1]), engine.add(rows[2])
+    engine.step()
+    engine.add(rows[3])
+    engine.step()
+    engine.remove(rows[1])
+    assert [engine.rows.index(row) for row in (rows[0], rows[3], rows[2])] == [0, 1, 2]
+    engine.step()
+    engine.remove(rows[2]), engine.add(rows[4]), engine.add(rows[5])
+    for _ in range(40):
+        engine.step()
+    assert engine.rows == []
+    for i in (0, 3, 4, 5):
+        expected = alone(model, PROMPTS[i % 4], i, temperature=0.5, max_new_tokens=length, eos_token_id=None)
+        assert rows[i].tokens == expected
+    assert len(rows[1].tokens) < length and len(rows[2].tokens) < length
+
+
+def test_a_row_that_is_removed_before_its_first_step_leaves_no_trace(model):
+    engine = Engine(model, 100)
+    rows = [new_row(model, PROMPTS[i], i, 8, temperature=1.0) for i in range(3)]
+    engine.add(rows[0])
+    engine.step()
+    engine.add(rows[1]), engine.add(rows[2])
+    engine.remove(rows[1])
+    for _ in range(5):
+        engine.step()
+    assert rows[2].tokens == alone(model, PROMPTS[2], 2, temperature=1.0, max_new_tokens=8, eos_token_id=None)
+
+
+def test_a_long_prompt_is_read_in_pieces_while_others_write(model):
+    engine = Engine(model, 2)
+    short, long = new_row(model, "ab", 0, 40, temperature=1.0), new_row(model, "x" * 79, 1, 4, temperature=1.0)
+    engine.add(short)
+    engine.step()
+    engine.add(long)
+    for step in range(1, 10):
+        engine.step()
+        assert long.num_read == min(2 * step, 20) and len(short.tokens) == 4 * (step + 1)
+
+
+def test_many_rows_follow_the_law_of_one(model):
+    """The first patch of 3,000 texts with seeds of their own, against 20,000 draws of the head."""
+    ids = tiny_tokenizer()("ab", return_tensors="pt")["input_ids"]
+    packed = model.pack_for_generation(ids)["input_ids"]
+    hidden = model(packed).last_hidden_state[:, -1]
+    drawn = model.autoencoder.decode_tokens(model.head.sample(hidden, 20_000, torch.Generator().manual_seed(0)))[:, 0]
+    counts = torch.bincount(drawn[:, 0], minlength=VOCAB_SIZE).double() + 0.5  # of the first token
+    with Batcher(model, max_rows=64, max_waiting=4000) as batcher:
+        futures = [batcher.submit(ids[0], seed=i, temperature=1.0, max_new_tokens=4) for i in range(3000)]
+        first = torch.tensor([future.result(120).tokens[0] for future in futures])
+    assert chi_square_p_value(first, counts / counts.sum()) > 1e-4
+
+
+def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(batcher):
+    settings = {"max_new_tokens": 40, "temperature": 0.5, "ignore_eos": True}
+    first = batcher.submit("once", seed=7, **settings).result(60)
+    others = [batcher.submit("upon a time", temperature=1.0, max_new_tokens=60) for _ in range(2)]
+    again, another = batcher.submit("once", seed=7, **settings), batcher.submit("once", seed=8, **settings)
+    assert again.result(60).text == first.text != another.result(60).text
+    generator = torch.Generator().manual_seed(7)
+    assert batcher.submit("once", generator=generator, **settings).result(60).text == first.text
+    unseeded = [batcher.submit("once", **settings).result(60) for _ in range(2)]
+    assert unseeded[0].text != unseeded[1].text
+    assert batcher.submit("once", seed=unseeded[0].seed, **settings).result(60).text == unseeded[0].text
+    [future.result(60) for future in others]
+
+
+# Where a text ends
+
+
+def test_stop_strings_end_a_text_before_them_and_eos_within_a_patch(batcher, model):
+    settings = {"max_new_tokens": 60, "temperature": 0.5, "seed": 3}
+    whole = batcher.submit("once", ignore_eos=True, **settings).result(60)
+    stop = whole.text[9:12]
+    for given in (stop, [stop], ["nowhere to be found", stop]):
+        cut = batcher.submit("once", stop=given, ignore_eos=True, **settings).result(60)
+        assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+        assert len(cut.tokens) < len(whole.tokens)
+    ended = batcher.submit("once", min_new_tokens=30, max_new_tokens=60, seed=3, temperature=1.0).result(60)
+    assert EOS not in ended.tokens[:30]
+    assert ended.tokens == alone(model, "once", 3, min_new_tokens=30, max_new_tokens=60, temperature=1.0)
+
+
+def test_pieces_are_the_text_patch_by_patch(batcher):
+    settings = {"max_new_tokens": 23, "seed": 1, "ignore_eos": True}
+    whole = batcher.submit("once", **settings).result(60)
+    pieces = list(batcher.stream("once", **settings))
+    assert [len(piece.tokens) for piece in pieces] == [4] * 5 + [3]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert sum((piece.tokens for piece in pieces), []) == whole.tokens
+
+
+# Clients that leave
+
+
+def test_a_cancelled_text_frees_its_row_within_a_patch(batcher):
+    steps = []
+    future = batcher.submit("once", max_new_tokens=4000, ignore_eos=True, on_piece=steps.append)
+    wait_until(lambda: len(steps) > 3)
+    future.cancel()
+    seen = len(steps)
+    wait_until(lambda: batcher.stats().running == 0)
+    assert len(steps) <= seen + 1 and batcher.stats().cancelled == 1
+    with pytest.raises(CancelledError):
+        future.result()
+    assert batcher.submit("once", max_new_tokens=4).result(60).tokens
+
+
+def test_leaving_a_stream_cancels_it_and_so_does_cancelling_what_waits(batcher):
+    stream = batcher.stream("once", max_new_tokens=4000, ignore_eos=True)
+    next(stream)
+    stream.close()
+    wait_until(lambda: batcher.stats().running == 0)
+    running = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(3)]
+    waiting = batcher.submit("once", max_new_tokens=4000)
+    wait_until(lambda: batcher.stats().waiting == 1)
+    waiting.cancel()
+    wait_until(lambda: batcher.stats().waiting == 0)
+    assert batcher.stats().running == 3
+    [future.cancel() for future in running]
+    wait_until(lambda: batcher.stats().running == 0)
+    assert batcher.stats().cancelled == 5
+
+
+def test_the_queue_is_bounded(batcher):
+    futures = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(7)]
+    with pytest.raises(QueueFull, match="3 texts are being written and 4 wait"):
+        batcher.submit("once", max_new_tokens=4)
+    futures[0].cancel()
+    wait_until(lambda: batcher.stats().waiting == 3)
+    last = batcher.submit("once", max_new_tokens=4)
+    [future.cancel() for future in futures]
+    assert len(last.result(60).tokens) <= 4
+
+
+# What goes wrong
+
+
+def test_a_listener_that_raises_ends_its_own_text_alone(batcher):
+    def listen(_):
+        raise RuntimeError("no thanks")
+
+    other = batcher.submit("once", max_new_tokens=20, seed=5, ignore_eos=True)
+    with pytest.raises(RuntimeError, match="no thanks"):
+        batcher.submit("once", max_new_tokens=20, on_piece=listen).result(60)
+    assert len(other.result(60).tokens) == 20 and batcher.stats().failed == 1
+
+
+def test_a_step_that_fails_ends_its_texts_and_the_next_are_written(monkeypatch, batcher):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_read_patches", fail)
+        futures = [batcher.submit("once", max_new_tokens=20) for _ in range(2)]
+        for future in futures:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                future.result(60)
+    assert len(batcher.submit("once", max_new_tokens=20, ignore_eos=True).result(60).tokens) == 20
+
+
+REFUSALS = [
+    ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+    ({"max_new_tokens": 10**6}, "The prompt has 5 tokens, and max_new_tokens=1000000: together they may be"),
+    ({"temperature": 1.5}, "temperature=1.5: sampling needs a temperature in"),
+    ({"seed": 2**64}, "must be a whole number of 64 bits"),
+    ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
+    ({"stop": ["a", ""]}, "stop holds an empty string"),
+    ({"top_p": 0.5}, "top_p: no option of a text"),
+    ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: ids are whole numbers in 0 … {VOCAB_SIZE - 1}"),
+    ({"prompt": [1.5]}, "holds 1.5: ids are whole numbers"),
+    ({"prompt": "\ud800"}, "no text at character 0"),
+    ({"prompt": "x" * 100_000}, "The prompt has 100001 tokens"),
+]
+
+
+@pytest.mark.parametrize("settings, sentence", REFUSALS, ids=[sentence for _, sentence in REFUSALS])
+def test_what_makes_no_sense_is_refused_in_a_sentence(batcher, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        batcher.submit(settings.pop("prompt", "once"), **settings)
+    assert batcher.submit("once", max_new_tokens=4).result(60).tokens
+
+
+def test_without_a_tokenizer_ids_come_and_go(model):
+    with Batcher(model) as batcher:
+        written = batcher.submit(torch.tensor([BOS, 40, 41]), max_new_tokens=8, seed=0).result(60)
+        assert (
+            written.text is None
+            and written.tokens == batcher.submit([BOS, 40, 41], max_new_tokens=8, seed=0).result().tokens
+        )
+        assert [piece.text for piece in batcher.stream([BOS], max_new_tokens=4, ignore_eos=True)] == [None]
+        for settings in ({"prompt": "text"}, {"prompt": [BOS], "stop": "a"}):
+            with pytest.raises(ValueError, match="tokenizer: Batcher"):
+                batcher.submit(**settings)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"max_rows": 0}, "max_rows=0: must be at least 1"),
+        ({"max_waiting": -1}, "max_waiting=-1: must not be negative"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: must be at least 1"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(model, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Batcher(model, **options)
+
+
+def test_models_whose_rows_would_depend_on_each_other_are_refused():
+    llama = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    )
+    with pytest.raises(ValueError, match="LlamaForCausalLM can't be batched"):
+        Batcher(llama)
+    model = tiny_model()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attn_implementation='flex_attention'"):
+        Batcher(model)
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    dynamic = CALMForCausalLM(tiny_config(rope_scaling=scaling)).eval()
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        Batcher(dynamic)
+
+
+# Its life
+
+
+def test_closing_writes_what_was_taken_or_cancels_it(model):
+    batcher = Batcher(model, tiny_tokenizer())
+    futures = [batcher.submit("once", max_new_tokens=20, ignore_eos=True) for _ in range(3)]
+    batcher.close()
+    assert all(len(future.result().tokens) == 20 for future in futures) and not batcher.is_open
+    with pytest.raises(BatcherClosed):
+        batcher.submit("once")
+    batcher = Batcher(model, tiny_tokenizer())
+    future = batcher.submit("once", max_new_tokens=4000, ignore_eos=True)
+    batcher.close(cancel=True)
+    assert future.cancelled()
+    with pytest.raises(ZeroDivisionError), Batcher(model, tiny_tokenizer()) as batcher:
+        future = batcher.submit("once", max_new_tokens=4000, ignore_eos=True)
+        1 / 0  # noqa: B018
+    assert future.cancelled()
+
+
+def test_many_threads_may_submit_at_once(model):
+    with Batcher(model, tiny_tokenizer(), max_rows=4, max_waiting=100) as batcher:
+        texts = {}
+
+        def ask(seed):
+            texts[seed] = batcher.submit("once", seed=seed, max_new_tokens=12).result(60).tokens
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        stats = batcher.stats()
+    for seed in range(20):
+        assert texts[seed] == alone(model, "once", seed, max_new_tokens=12)
+    assert stats.finished == 20 and stats.new_tokens == sum(map(len, texts.values()))
+    assert stats.prompt_tokens == 20 * 5 and stats.steps < sum(map(len, texts.values())) and stats.busy_seconds > 0
+
+
+def test_its_model_may_have_an_adapter(model):
+    adapted = peft.get_peft_model(
+        exact_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    ids = torch.tensor([[BOS, 40, 41, 42]])
+    settings = {"max_new_tokens": 16, "eos_token_id": None}
+    expected = adapted.generate(input_ids=ids, generator=[torch.Generator().manual_seed(0)], **settings)[0, 4:]
+    with Batcher(adapted) as batcher:
+        written = batcher.submit(ids[0], seed=0, max_new_tokens=16, ignore_eos=True).result(60)
+    assert written.tokens == expected.tolist()
+    assert written.tokens != alone(model, "", 0, **settings)

@@ -1,0 +1,76 @@
+"""Text as it comes: whole characters, and nothing that may still become a stop string."""
+
+import pytest
+from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertTokenizer, PreTrainedTokenizerFast
+
+from calm.serving.text import TextAssembler
+
+
+def byte_tokenizer():
+    """A token for each byte, so that most characters outside ASCII take several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def pieces_of(tokenizer, text, stop=(), num_tokens=None):
+    assembler, pieces = TextAssembler(tokenizer, stop), []
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens]:
+        ended = assembler.push(token)
+        pieces.append(assembler.take())
+        if ended:
+            break
+    return [*pieces, assembler.take(is_last=True)], assembler
+
+
+@pytest.mark.parametrize("text", ["Once upon", "naïve 日本 🙂!", "🙂"])
+def test_pieces_are_whole_characters_and_together_the_text(text):
+    pieces, assembler = pieces_of(byte_tokenizer(), text)
+    assert "".join(pieces) == text == assembler.text and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_incomplete_character_at_the_end_is_what_the_tokenizer_makes_of_it():
+    tokenizer, ids = byte_tokenizer(), byte_tokenizer()("ab日")["input_ids"]
+    pieces, _ = pieces_of(tokenizer, "ab日", num_tokens=len(ids) - 1)
+    assert "".join(pieces) == tokenizer.decode(ids[:-1]) == "ab\ufffd" and "\ufffd" not in "".join(pieces[:-1])
+
+
+def test_a_stop_string_over_several_tokens_never_shows():
+    pieces, assembler = pieces_of(tiny_tokenizer(), "one END two", ["END"])
+    assert pieces == ["o", "n", "e", " ", "", "", "", ""] and assembler.has_stopped and assembler.text == "one "
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_as_soon_as_that_is_known():
+    pieces, _ = pieces_of(tiny_tokenizer(), "a ENx EN", ["END"])
+    assert pieces == ["a", " ", "", "", "ENx", " ", "", "", "EN"]
+
+
+def test_overlapping_beginnings_are_held_back():
+    assert "".join(pieces_of(tiny_tokenizer(), "xaabaabaac", ["aabaac"])[0]) == "xaab"
+    assert "".join(pieces_of(tiny_tokenizer(), "xaab", ["aabaac"])[0]) == "xaab"
+
+
+def test_the_earliest_of_several_stop_strings_counts():
+    tokenizer = byte_tokenizer()
+    assembler = TextAssembler(tokenizer, ["cd", "bc", "nowhere", *map(str, range(100))])
+    assert [assembler.push(token) for token in tokenizer("abc")["input_ids"]] == [False, False, True]
+    assert assembler.take(is_last=True) == "a"
+
+
+def test_special_tokens_are_not_text():
+    assembler = TextAssembler(tiny_tokenizer())
+    [assembler.push(token) for token in tiny_tokenizer()("ab")["input_ids"] + [2]]
+    assert assembler.take(is_last=True) == "ab"
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="holds an empty string"):
+        TextAssembler(tiny_tokenizer(), ["a", ""])
+    (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
+    slow = BertTokenizer(str(tmp_path / "vocab.txt"))
+    if not slow.is_fast:  # transformers 5 has fast ones alone
+        with pytest.raises(ValueError, match="BertTokenizer is no fast tokenizer"):
+            TextAssembler(slow)
