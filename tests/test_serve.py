@@ -28,7 +28,7 @@ from calm.serving.openai_api import WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"
-LONG = {"prompt": PROMPT, "max_tokens": 3000, "ignore_eos": True}
+LONG = {"prompt": PROMPT, "max_tokens": 8000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def test_a_client_that_leaves_frees_its_row_within_a_patch(server, stream):
     if stream:
         connection.sock = None
     server.wait_for_metric("calm_running", 0)
-    assert time.monotonic() - left < 2 and server.metric("calm_new_tokens_total") - before < 2 * 3000
+    assert time.monotonic() - left < 2 and server.metric("calm_new_tokens_total") - before < 2 * 8000
 
 
 def test_metrics_count_requests_and_times(server):
@@ -371,7 +371,7 @@ def test_key_time_out_template_and_graceful_stop(tiny_folder, tmp_path):
     template.write_text(
         "{{ raise_exception('only users here') if messages[0].role != 'user' else messages[0].content }}"
     )
-    options = ("--timeout", "1.5", "--chat_template", str(template), "--prefill_chunk_size", "8")
+    options = ("--timeout", "3", "--chat_template", str(template), "--prefill_chunk_size", "8")
     with running_server(tiny_folder, tmp_path / "home", *options, CALM_API_KEY="secret") as server:
         assert server.post("/v1/completions", {"prompt": "a"})[0] == 401
         assert server.post("/v1/completions", {"prompt": "a"}, Authorization="Bearer wrong")[0] == 401
@@ -380,18 +380,18 @@ def test_key_time_out_template_and_graceful_stop(tiny_folder, tmp_path):
         status, answer = server.post("/v1/chat/completions", {"messages": [{"role": "system", "content": "a"}]}, **key)
         assert status == 400 and "the chat template refuses them: only users here" in answer["error"]["message"]
         status, answer = server.post("/v1/completions", LONG, **key)
-        assert status == 504 and "took more than 1.5 seconds" in answer["error"]["message"]
+        assert status == 504 and "took more than 3 seconds" in answer["error"]["message"]
         server.wait_for_metric("calm_running", 0)
 
         answers = []
         client = threading.Thread(
-            target=lambda: answers.append(server.post("/v1/completions", {**LONG, "max_tokens": 400}, **key))
+            target=lambda: answers.append(server.post("/v1/completions", {**LONG, "max_tokens": 120}, **key))
         )
         client.start()
         server.wait_for_metric("calm_running", 1)
         assert server.stop() in (0, -signal.SIGTERM)
         client.join()
-        assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 400
+        assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 120
     assert "Traceback" not in server.log.read_text()
 
 
@@ -399,7 +399,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(tiny_folder, tmp_
     with running_server(tiny_folder, tmp_path / "home", "--timeout", "1", "--grace", "1") as server:
         client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIError, match="took more than 1 seconds"):
-            fields = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}}
+            fields = {"max_tokens": 8000, "extra_body": {"ignore_eos": True}}
             list(client.completions.create(model=str(tiny_folder), prompt=PROMPT, stream=True, **fields))
         connection = server.connect(LONG)
         server.wait_for_metric("calm_running", 1)
