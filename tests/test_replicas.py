@@ -174,9 +174,9 @@ def test_the_other_replica_answers_when_one_goes(model, tmp_path, how):
         begun = pool.submit(ask, balancer, 5, **LONG)
         gone = the_one_that_writes(replicas)
         (other,) = [replica for replica in replicas if replica is not gone]
+        before = num_texts(other)
         gone.process.send_signal(how)
         wait_for("it takes no more requests", is_deaf)
-        before = num_texts(other)
         assert [ask(balancer, 3, **SHORT) for _ in range(6)] == [expected] * 6
         # A replica that is stopped ends what it has begun; what a dead one has begun, the other writes anew.
         assert begun.result() == ask(other.url, 5, **LONG)
