@@ -139,7 +139,8 @@ class Batcher:
             seed: fixes the text; a random one by default.
             generator: in place of a seed, on any device.
             on_piece: called in the batcher's thread after each patch; it must be quick. What it raises ends its text.
-            **sampling: the fields of `PatchSampling`; by default the generation configuration's.
+            **sampling: the fields of `PatchSampling`; by default the generation configuration's. A temperature asks
+                for sampling.
 
         Raises:
             ValueError: something makes no sense, or the prompt is too long.
@@ -151,6 +152,8 @@ class Batcher:
         unknown = set(sampling) - set(PatchSampling.option_names())
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: no option of a text; see Batcher.submit.")
+        if sampling.get("temperature") is not None and sampling.get("do_sample") is None:
+            sampling["do_sample"] = True
         if generator is not None and seed is not None:
             raise ValueError("A text has a seed or a generator, not both.")
         if generator is None:
@@ -176,7 +179,7 @@ class Batcher:
             on_piece=on_piece,
         )
         with self._changed:
-            if self._closing:
+            if not self.is_open:
                 raise BatcherClosed("The batcher is closed: no more texts are taken.")
             if self._num_open() >= self.max_rows + self.max_waiting:
                 raise QueueFull(

@@ -166,6 +166,16 @@ def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(batcher):
     [future.result(60) for future in others]
 
 
+def test_a_temperature_asks_for_sampling():
+    model = tiny_model()  # whose generation configuration doesn't
+    with Batcher(model) as batcher:
+        texts = [
+            batcher.submit([BOS], seed=seed, temperature=1.0, max_new_tokens=20).result().tokens for seed in (0, 1)
+        ]
+        greedy = [batcher.submit([BOS], seed=seed, max_new_tokens=20).result().tokens for seed in (0, 1)]
+    assert texts[0] != texts[1] and greedy[0] == greedy[1]
+
+
 # Where a text ends
 
 
