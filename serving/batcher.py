@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -333,15 +333,14 @@ class Batcher:
             self._end(row, reason)
 
     def _end(self, row: Row, reason: FinishReason | Exception) -> None:
-        try:
-            if isinstance(reason, Exception):
-                row.future.set_exception(reason)
-                self._count(failed=1)
-            else:
-                row.future.set_result(row.written(reason))
-                self._count(finished=1)
-        except InvalidStateError:  # its client left meanwhile
+        if not row.future.set_running_or_notify_cancel():  # its client left meanwhile
             self._count(cancelled=1)
+        elif isinstance(reason, Exception):
+            self._count(failed=1)
+            row.future.set_exception(reason)
+        else:
+            self._count(finished=1)
+            row.future.set_result(row.written(reason))
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
