@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
@@ -30,9 +29,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from calm.serving.answers import ApiError, Chat, Completions, Form, Prompt, event
 from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm.serving.metrics import Metrics
-from calm.serving.openai_api import BadRequest, ChatRequest, CompletionRequest, GenerationRequest
+from calm.serving.openai_api import BadRequest, GenerationRequest
 from calm.serving.rows import Piece, Written
 
 PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
@@ -43,9 +43,7 @@ PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
     "/metrics",
 )
 SEED_RANGE = 2**63
-RETRY_AFTER_SECONDS = 1
 CLIENT_LEFT = 499  # nginx's number; nobody reads it
-ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 logger = logging.getLogger(__name__)
 
@@ -66,30 +64,6 @@ class ServerOptions:
     max_request_bytes: int = 2**20
     timeout_s: float | None = 600
     allowed_origins: tuple[str, ...] = ()
-
-
-class ApiError(Exception):
-    """An answer other than 200, in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def body(self) -> dict[str, Any]:
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        headers = {429: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
-        return JSONResponse(self.body(), self.status, headers=headers.get(self.status))
-
-
-@dataclass
-class Prompt:
-    """One prompt of a request, as ids, and the text that `echo` puts before what is written."""
-
-    ids: list[int]
-    echo: str = ""
 
 
 @dataclass
@@ -130,67 +104,6 @@ class JobStream(StreamingResponse):
             self.job.cancel()
 
 
-class Form:
-    """The shape of one endpoint's answers."""
-
-    request_type: type[GenerationRequest]
-    prefix: str
-    answer: str
-    chunk: str
-
-    def prompts(self, server: Server, request: Any) -> list[Prompt]:
-        raise NotImplementedError
-
-    def choice(self, text: str) -> dict[str, Any]:
-        """The text's part of a choice of an answer."""
-        raise NotImplementedError
-
-    def opening(self, echo: str) -> dict[str, Any] | None:
-        """The text's part of a stream's first chunk of a choice."""
-        raise NotImplementedError
-
-    def delta(self, text: str) -> dict[str, Any]:
-        """The text's part of a choice of a chunk."""
-        raise NotImplementedError
-
-
-class Completions(Form):
-    request_type, prefix, answer, chunk = CompletionRequest, "cmpl", "text_completion", "text_completion"
-
-    def prompts(self, server: Server, request: CompletionRequest) -> list[Prompt]:
-        prompts = []
-        for prompt in request.prompts:
-            ids = server.encode(prompt, "prompt")
-            text = (prompt if isinstance(prompt, str) else server.decode(ids)) if request.echo else ""
-            prompts.append(Prompt(ids, text))
-        return prompts
-
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"text": text, "logprobs": None}
-
-    def opening(self, echo: str) -> dict[str, Any] | None:
-        return self.choice(echo) if echo else None
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return self.choice(text)
-
-
-class Chat(Form):
-    request_type, prefix, answer, chunk = ChatRequest, "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def prompts(self, server: Server, request: ChatRequest) -> list[Prompt]:
-        return [Prompt(server.encode_chat([message.as_template_reads_it() for message in request.messages]))]
-
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
-
-    def opening(self, echo: str) -> dict[str, Any] | None:
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}, "logprobs": None}
-
-
 class Server:
     """Requests in, events of a batcher out.
 
@@ -202,7 +115,7 @@ class Server:
     def __init__(self, batcher: Batcher, options: ServerOptions):
         if batcher.tokenizer is None:
             raise ValueError("A server needs text: Batcher(model, tokenizer).")
-        self.batcher, self.tokenizer, self.options = batcher, batcher.tokenizer, options
+        self.batcher, self.options = batcher, options
         self.metrics = Metrics(batcher)
         self.created = int(time.time())
 
@@ -272,12 +185,12 @@ class Server:
             )
 
     def _prepare(self, form: Form, request: GenerationRequest) -> Job:
-        job = Job(request, form.prompts(self, request))
+        job = Job(request, form.prompts(self.batcher, request))
         room = min(self.batcher.max_length - len(prompt.ids) for prompt in job.prompts)
-        where, wanted = ("messages" if isinstance(form, Chat) else "prompt"), request.max_tokens
+        wanted = request.max_tokens
         if room < 1 or (wanted or 0) > room:
             asked = f" and max_tokens is {wanted}" if wanted else ""
-            name, context = ("max_tokens" if room > 0 else where), self.batcher.max_length
+            name, context = ("max_tokens" if room > 0 else form.prompt_field), self.batcher.max_length
             raise BadRequest(
                 f"{name}: the prompt has {context - room} tokens{asked}, but the context holds {context} of both.",
                 name,
@@ -410,35 +323,6 @@ class Server:
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield event(error.body())
-
-    # text
-
-    def encode(self, prompt: str | list[int], field: str) -> list[int]:
-        try:
-            return self.batcher.encode(prompt)
-        except ValueError as error:
-            raise BadRequest(f"{field}: {error}", field) from None
-
-    def decode(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            raise BadRequest(
-                "messages: this model has no chat template; use /v1/completions, or start the server with "
-                "--chat_template FILE.",
-                "messages",
-            )
-        try:
-            return self.batcher.encode_chat(messages)
-        except Exception as error:  # a template is a program; what it raises is about the messages
-            raise BadRequest(f"messages: the chat template refuses them: {error}", "messages") from None
-
-
-def event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 # around the endpoints

@@ -223,6 +223,11 @@ class Batcher:
                 raise ValueError(f"The prompt holds {token!r}: ids are whole numbers in 0 … {last}.")
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Their text, without special tokens."""
+        assert self.tokenizer is not None, "there is a tokenizer where there is text"
+        return self.tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType, reportArgumentType]
+
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids of a conversation, ready for the assistant's answer, by the tokenizer's chat template.
 
