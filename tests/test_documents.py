@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("", "training", "evaluation", "benchmarks", "experiments", "docs")
+FOLDERS = ("", "training", "serving", "evaluation", "benchmarks", "experiments", "docs")
 
 
 def tree() -> str:

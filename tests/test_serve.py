@@ -5,6 +5,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -417,6 +418,16 @@ def test_the_demo_model_is_served(tmp_path):
         assert answer.choices[0].text.strip() and answer.usage.completion_tokens == 40
         with pytest.raises(openai.BadRequestError, match="this model has no chat template; use /v1/completions"):
             client.chat.completions.create(model=".", messages=[{"role": "user", "content": "Hello"}])
+
+
+@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
+def test_the_example_of_the_documents_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\w.* (stop|length)\n.*\w", done.stdout, re.DOTALL)
 
 
 # The command
