@@ -188,6 +188,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
         inputs = {name: value for name, value in kwargs.items() if name not in PatchSampling.option_names()}
         return {"input_ids": input_ids, **inputs}
 
+    def patch_sampling(self, **options) -> PatchSampling:
+        """How patches are chosen with these options; those not given are the generation configuration's."""
+        assert self.generation_config is not None, "a model that generates has one"
+        return PatchSampling.from_generation_config(self.generation_config, **options)
+
     def check_settings(self, generation_config: GenerationConfig) -> None:
         PatchSampling.from_generation_config(generation_config)
 

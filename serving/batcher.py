@@ -169,7 +169,7 @@ class Batcher:
         row = Row(
             prompt_PK=packed["input_ids"].view(-1, self.patch_size),
             num_prompt_tokens=len(ids),
-            sampling=PatchSampling.from_generation_config(stated, **sampling),
+            sampling=self.model.patch_sampling(**sampling),  # of the model's own code, wherever that is
             max_new_tokens=self._num_new_tokens(len(ids), max_new_tokens, stated.max_new_tokens),
             min_new_tokens=min_new_tokens,
             eos_tokens=frozenset([eos] if isinstance(eos, int) else eos),

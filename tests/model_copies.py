@@ -33,6 +33,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_calm.CALMForCausalLM",
 }
 PROMPT = "The key to life is"
+LAWS = [{"temperature": 0.5}, {"temperature": 0.7}, {"temperature": 1.0}, {"sampling_method": "batch"}]
 
 
 def code_digests(folder):
@@ -110,3 +111,16 @@ def assert_carries_its_code(folder):
     """The folder's code is the root's, and its config.json names classes in it, not in the place it came from."""
     assert code_digests(folder) == root_code(), f"{folder} lacks code files, holds others, or they differ"
     assert json.loads((Path(folder) / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def texts_of_a_batcher(folder):
+    """In a fresh process: what a model writes that was loaded with the code in its folder."""
+    from transformers import AutoModelForCausalLM
+
+    from calm.serving.batcher import Batcher
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+    with Batcher(model) as batcher:
+        futures = [batcher.submit([1, 40], seed=7, max_new_tokens=20, num_candidates=20, **law) for law in LAWS]
+        return [future.result().tokens for future in futures]

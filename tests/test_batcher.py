@@ -4,6 +4,8 @@ import threading
 import time
 from concurrent.futures import CancelledError
 
+import fresh_process
+import model_copies
 import peft
 import pytest
 import torch
@@ -382,3 +384,19 @@ def test_its_model_may_have_an_adapter(model):
         written = batcher.submit(ids[0], seed=0, max_new_tokens=16, ignore_eos=True).result(60)
     assert written.tokens == expected.tolist()
     assert written.tokens != alone(model, "", 0, **settings)
+
+
+def test_a_model_with_the_code_of_its_folder_writes_the_same(tmp_path):
+    model = tiny_model()
+    model.generation_config.update(do_sample=True)
+    model.save_pretrained(tmp_path / "model")
+    texts = fresh_process.call(
+        model_copies.texts_of_a_batcher, tmp_path / "home", folder=str(tmp_path / "model")
+    ).result
+    ids = torch.tensor([[BOS, 40]])
+    for text, law in zip(
+        texts, [{"temperature": t} for t in (0.5, 0.7, 1.0)] + [{"sampling_method": "batch"}], strict=True
+    ):
+        generator = [torch.Generator().manual_seed(7)]
+        expected = model.generate(ids, generator=generator, max_new_tokens=20, num_candidates=20, **law)
+        assert text == expected[0, 2:].tolist()
