@@ -394,9 +394,7 @@ def test_a_model_with_the_code_of_its_folder_writes_the_same(tmp_path):
         model_copies.texts_of_a_batcher, tmp_path / "home", folder=str(tmp_path / "model")
     ).result
     ids = torch.tensor([[BOS, 40]])
-    for text, law in zip(
-        texts, [{"temperature": t} for t in (0.5, 0.7, 1.0)] + [{"sampling_method": "batch"}], strict=True
-    ):
+    for text, law in zip(texts, model_copies.LAWS, strict=True):
         generator = [torch.Generator().manual_seed(7)]
         expected = model.generate(ids, generator=generator, max_new_tokens=20, num_candidates=20, **law)
         assert text == expected[0, 2:].tolist()
