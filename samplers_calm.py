@@ -107,8 +107,9 @@ def check_num_candidates(num_candidates: int, temperature: float) -> None:
     check_temperature(temperature)
     if not isinstance(num_candidates, numbers.Integral) or isinstance(num_candidates, bool) or num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates}: it must be a positive whole number.")
-    if num_candidates < inverse_temperature(temperature):
-        least = math.ceil(inverse_temperature(temperature))
+    exponent = 1.0 / float(temperature)
+    if num_candidates < exponent * (1 - WHOLE_TOLERANCE):
+        least = math.ceil(inverse_temperature(temperature)) if exponent < 1e9 else f"{exponent:.1g}"
         raise ValueError(
             f"num_candidates={num_candidates} is too few for temperature={temperature}: "
             f"a patch must be drawn 1/temperature times to count, so use at least {least}."

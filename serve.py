@@ -4,8 +4,10 @@ Requests that arrive together are written together (serving/batcher.py). The mod
 out of its repository is loaded.
 """
 
+import asyncio
 import importlib.util
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from calm.command_line import CommandError, Parser, command, known_errors, posit
 PROGRAM = "python -m calm.serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 KEY_VARIABLE = "CALM_API_KEY"
+SECONDS_TO_TELL = 5  # clients that their texts are cancelled
 
 
 @command
@@ -30,17 +33,20 @@ def main(argv: list[str] | None = None) -> None:
         from calm.serving.app import ServerOptions, create_app
 
         batcher = load_batcher(options)
-        app = create_app(
-            batcher,
-            ServerOptions(
-                model_name=options.model_name or options.model,
-                api_key=options.api_key or os.environ.get(KEY_VARIABLE),
-                max_request_bytes=options.max_request_bytes,
-                timeout_s=options.timeout or None,
-                allowed_origins=tuple(options.allow_origin),
-            ),
-        )
-        run(app, listening, options)
+        try:
+            app = create_app(
+                batcher,
+                ServerOptions(
+                    model_name=options.model_name or options.model,
+                    api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
+                    max_request_bytes=options.max_request_bytes,
+                    timeout_s=options.timeout or None,
+                    allowed_origins=tuple(options.allow_origin),
+                ),
+            )
+            run(app, batcher, listening, options)
+        finally:
+            batcher.close(cancel=True)
 
 
 def parse(argv: list[str] | None):
@@ -57,6 +63,9 @@ def parse(argv: list[str] | None):
     )
     parser.add_argument(
         "--max_length", type=positive, help="tokens of prompt and text (default: the model's positions)"
+    )
+    parser.add_argument(
+        "--max_draws", type=positive, default=1000, help="candidates that a text may ask for a step (default: 1000)"
     )
     parser.add_argument("--prefill_chunk_size", type=positive, default=512, help="prompt tokens a step (default: 512)")
     parser.add_argument(
@@ -122,14 +131,33 @@ def load_batcher(options):
             raise ValueError(f"{options.model} is no CALM: its model_type is {model.config.model_type!r}.")
         if template is not None:
             tokenizer.chat_template = template
+        check_chat_template(tokenizer)
         return Batcher(
             model,
             tokenizer,
             max_rows=options.max_rows,
             max_waiting=options.max_waiting,
             max_length=options.max_length,
+            max_draws=options.max_draws,
             prefill_chunk_size=options.prefill_chunk_size,
         )
+
+
+def check_chat_template(tokenizer) -> None:
+    """
+    Raises:
+        ValueError: it is no Jinja.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is no Jinja, in line {error.lineno}: {error.message}") from None
+    except Exception:  # a template is a program: it may take other conversations
+        pass
 
 
 @contextmanager
@@ -142,16 +170,26 @@ def errors_about(model: str) -> Iterator[None]:
         raise CommandError(said if model in said else f"{model}: {said}") from error
 
 
-def run(app, listening: socket.socket, options) -> None:
-    """Serves until SIGINT or SIGTERM: then takes no more requests, and ends when those begun have ended."""
+def run(app, batcher, listening: socket.socket, options) -> None:
+    """Serves until SIGINT or SIGTERM: then takes no more requests, and ends when those begun have ended.
+
+    What isn't written `--grace` seconds later is cancelled: its clients are told so.
+    """
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None) -> None:
+            asyncio.get_running_loop().call_later(options.grace, batcher.close, True, False)
+            await super().shutdown(sockets)
+
     host, port = listening.getsockname()[:2]
-    print(f"Serving {options.model} at http://{host}:{port}/v1", flush=True)
-    config = uvicorn.Config(app, timeout_graceful_shutdown=options.grace, log_level="info")
+    print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=options.grace + SECONDS_TO_TELL, log_level="info")
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":
+    # While the model loads, too, and as the first process of a container, which has no default.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     sys.exit(main())

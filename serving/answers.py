@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +12,29 @@ from starlette.responses import JSONResponse
 from calm.serving.batcher import Batcher
 from calm.serving.openai_api import BadRequest, ChatRequest, CompletionRequest, GenerationRequest
 
-RETRY_AFTER_SECONDS = 1
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
     """An answer other than 200, in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.headers = status, param, code, dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {429: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
-        return JSONResponse(self.body(), self.status, headers=headers.get(self.status))
+        return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Completions(Form):
 
     def prompts(self, batcher: Batcher, request: CompletionRequest) -> list[Prompt]:
         prompts = []
-        for prompt in request.prompts:
+        for prompt in request.prompt:
             try:
                 ids = batcher.encode(prompt)
             except ValueError as error:

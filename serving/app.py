@@ -22,6 +22,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -43,6 +44,7 @@ PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
     "/metrics",
 )
 SEED_RANGE = 2**63
+RETRY_AFTER_SECONDS = "1"
 CLIENT_LEFT = 499  # nginx's number; nobody reads it
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class ServerOptions:
     """
     Args:
         model_name: the id that clients ask for.
-        api_key: when set, requests under /v1 need `Authorization: Bearer KEY`.
+        api_key: when set, requests need `Authorization: Bearer KEY`, but those for /health and /metrics.
         max_request_bytes: larger bodies are refused.
         timeout_s: a request that takes longer, waiting included, is ended; `None`: none is.
         allowed_origins: of web pages that may ask (CORS); "*" for any.
@@ -72,10 +74,10 @@ class Job:
 
     request: GenerationRequest
     prompts: list[Prompt]
+    started: float  # perf_counter when the request came
     futures: list[Future[Written]] = field(default_factory=list)
     # (text, what happened to it): a piece, or None when it has ended
     events: asyncio.Queue[tuple[int, Piece | None]] = field(default_factory=asyncio.Queue)
-    started: float = field(default_factory=time.perf_counter)
 
     def cancel(self) -> None:
         for future in self.futures:
@@ -136,7 +138,7 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         is_open = self.batcher.is_open
-        return JSONResponse({"status": "ok" if is_open else "stopping"}, 200 if is_open else 503)
+        return JSONResponse({"status": "ok" if is_open else "ended"}, 200 if is_open else 503)
 
     async def metrics_page(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
@@ -153,9 +155,15 @@ class Server:
     # a request
 
     async def generate(self, http: Request, form: Form) -> Response:
-        request = form.request_type.parse(await http.body())
+        started = time.perf_counter()
+        try:
+            body = await asyncio.wait_for(http.body(), self.options.timeout_s)
+        except TimeoutError:
+            raise self._too_long() from None
+        request = form.request_type.parse(body)
         self._check_model(request.model)
-        job = await run_in_threadpool(self._prepare, form, request)
+        self._check_number(request)
+        job = await run_in_threadpool(self._prepare, form, request, started)
         self._submit(job)
         head = {
             "id": f"{form.prefix}-{uuid.uuid4().hex}",
@@ -184,13 +192,19 @@ class Server:
                 "model_not_found",
             )
 
-    def _prepare(self, form: Form, request: GenerationRequest) -> Job:
-        job = Job(request, form.prompts(self.batcher, request))
+    def _check_number(self, request: GenerationRequest) -> None:
+        num_texts, most = request.num_prompts * request.num_choices, self.batcher.max_rows + self.batcher.max_waiting
+        if num_texts > most:
+            name = "n" if request.num_choices > 1 else "prompt"
+            raise BadRequest(f"{name}: {num_texts} texts are asked for at once, and {most} may be.", name)
+
+    def _prepare(self, form: Form, request: GenerationRequest, started: float) -> Job:
+        job = Job(request, form.prompts(self.batcher, request), started)
         room = min(self.batcher.max_length - len(prompt.ids) for prompt in job.prompts)
         wanted = request.max_tokens
         if room < 1 or (wanted or 0) > room:
-            asked = f" and max_tokens is {wanted}" if wanted else ""
-            name, context = ("max_tokens" if room > 0 else form.prompt_field), self.batcher.max_length
+            asked = f" and {request.length_field} is {wanted}" if wanted else ""
+            name, context = (request.length_field if room > 0 else form.prompt_field), self.batcher.max_length
             raise BadRequest(
                 f"{name}: the prompt has {context - room} tokens{asked}, but the context holds {context} of both.",
                 name,
@@ -200,12 +214,9 @@ class Server:
         return job
 
     def _submit(self, job: Job) -> None:
-        """Submits all texts, or none. The seed of a prompt's choice i is the request's + i."""
+        """Submits all texts, or cancels those submitted. The seed of a prompt's choice i is the request's + i."""
         request, loop = job.request, asyncio.get_running_loop()
         num_texts = len(job.prompts) * request.num_choices
-        most = self.batcher.max_rows + self.batcher.max_waiting
-        if num_texts > most:
-            raise BadRequest(f"n: {num_texts} texts are asked for at once, and {most} may be.", "n")
         seed = secrets.randbelow(SEED_RANGE) if request.seed is None else request.seed
 
         def tell(index: int, event: Piece | None) -> None:
@@ -229,7 +240,7 @@ class Server:
                     job.prompts[index // request.num_choices].ids,
                     max_new_tokens=request.max_tokens,
                     min_new_tokens=request.min_tokens or 0,
-                    stop=request.stop_strings,
+                    stop=request.stop or (),
                     ignore_eos=bool(request.ignore_eos),
                     seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
                     on_piece=listener(index),
@@ -257,7 +268,7 @@ class Server:
             try:
                 index, event = await asyncio.wait_for(job.events.get(), left)
             except TimeoutError:
-                raise ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.") from None
+                raise self._too_long() from None
             if is_first and event is not None:
                 self.metrics.first_piece.observe(time.perf_counter() - job.started)
                 is_first = False
@@ -266,6 +277,9 @@ class Server:
                 self._check_end(job.futures[index])
             yield index, event
         self.metrics.whole.observe(time.perf_counter() - job.started)
+
+    def _too_long(self) -> ApiError:
+        return ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.")
 
     @staticmethod
     def _check_end(future: Future[Written]) -> None:
@@ -338,7 +352,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = CLIENT_LEFT
+        status = CLIENT_LEFT  # until an answer has begun
 
         async def send_and_note(message) -> None:
             nonlocal status
@@ -347,23 +361,27 @@ class Gate:
             await send(message)
 
         try:
-            self._check(Request(scope))
+            self._check(scope["path"], Request(scope).headers)
             await self.app(scope, self._limited(receive), send_and_note)
         except ApiError as error:
             await error.response()(scope, receive, send_and_note)
+        except Exception as error:  # a fault of ours; answered here, where it is counted and has CORS headers
+            logger.exception("A request failed.")
+            if status == CLIENT_LEFT:
+                failed = ApiError(500, f"The server failed: {type(error).__name__}.")
+                await failed.response()(scope, receive, send_and_note)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.server.metrics.requests.labels(path, str(status)).inc()
 
-    def _check(self, request: Request) -> None:
+    def _check(self, path: str, headers: Headers) -> None:
         key = self.options.api_key
-        if key is not None and request.url.path.startswith("/v1"):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if key is not None and path not in (HEALTH, METRICS):
+            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
             if not secrets.compare_digest(given.encode(), key.encode()):
-                raise ApiError(
-                    401, "The request needs the API key: Authorization: Bearer KEY.", code="invalid_api_key"
-                )
-        length = request.headers.get("content-length", "0")
+                sentence = "The request needs the API key: Authorization: Bearer KEY."
+                raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.options.max_request_bytes:
             raise self._too_large()
 
@@ -398,11 +416,12 @@ async def on_bad_request(_: Request, error: Exception) -> Response:
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
+    sentence = f"{request.method} {request.scope['path']}: {error.detail}."
+    return ApiError(error.status_code, sentence, headers=error.headers).response()
 
 
 async def on_full_queue(_: Request, error: Exception) -> Response:
-    return ApiError(429, str(error), code="queue_full").response()
+    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_AFTER_SECONDS}).response()
 
 
 async def on_closed(_: Request, error: Exception) -> Response:
@@ -411,10 +430,6 @@ async def on_closed(_: Request, error: Exception) -> Response:
 
 async def on_client_left(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_LEFT)
-
-
-async def on_any_error(_: Request, error: Exception) -> Response:
-    return ApiError(500, f"The server failed: {type(error).__name__}.").response()
 
 
 def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
@@ -453,7 +468,6 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
             QueueFull: on_full_queue,
             BatcherClosed: on_closed,
             ClientDisconnect: on_client_left,
-            Exception: on_any_error,
         },
         lifespan=lifespan,
     )

@@ -20,7 +20,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ class Batcher:
         max_rows: texts written at a time; others wait. Memory for their keys and values grows with them.
         max_waiting: texts that may wait; a further one is refused.
         max_length: tokens of prompt and text together, at most; by default what the model's positions allow.
+        max_draws: candidates that a row may ask for in one step; `None`: any number. A step ends for all rows at once.
         prefill_chunk_size: prompt tokens read in one step, so that a long prompt doesn't keep other rows waiting.
 
     Raises:
@@ -91,9 +92,12 @@ class Batcher:
         max_rows: int = 16,
         max_waiting: int = 64,
         max_length: int | None = None,
+        max_draws: int | None = None,
         prefill_chunk_size: int = 512,
     ):
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            if any(config.is_prompt_learning for config in model.peft_config.values()):  # pyright: ignore
+                raise ValueError("A Batcher would leave out virtual tokens, as of prompt tuning: use LoRA instead.")
             model = model.get_base_model()  # pyright: ignore[reportCallIssue]  # whose layers are PEFT's now
         limits = {"max_rows": max_rows, "prefill_chunk_size": prefill_chunk_size, "max_length": max_length or 1}
         for name, value in limits.items():
@@ -103,7 +107,7 @@ class Batcher:
             raise ValueError(f"max_waiting={max_waiting}: must not be negative.")
         config = model.config
         self.model, self.tokenizer, self.patch_size = model.eval(), tokenizer, getattr(config, "patch_size", 1)
-        self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.max_rows, self.max_waiting, self.max_draws = max_rows, max_waiting, max_draws
         self._engine = Engine(model, max(1, prefill_chunk_size // self.patch_size))
         longest = config.max_position_embeddings * self.patch_size
         self.max_length = min(max_length or longest, longest)
@@ -158,9 +162,17 @@ class Batcher:
             raise ValueError("A text has a seed or a generator, not both.")
         if generator is None:
             seed = secrets.randbits(SEED_BITS) if seed is None else seed
-            if not -(2**SEED_BITS) <= seed < 2**SEED_BITS:
+            if not isinstance(seed, int) or not -(2**SEED_BITS) <= seed < 2**SEED_BITS:
                 raise ValueError(f"seed={seed}: must be a whole number of 64 bits.")
             generator = torch.Generator().manual_seed(seed)
+        if not isinstance(min_new_tokens, int) or min_new_tokens < 0:
+            raise ValueError(f"min_new_tokens={min_new_tokens!r}: must be a whole number, and not negative.")
+        law = self.model.patch_sampling(**sampling)  # of the model's own code, wherever that is
+        if self.max_draws is not None and law.most_draws > self.max_draws:
+            raise ValueError(
+                f"num_candidates={law.num_candidates} with sampling_method={law.sampling_method!r} may draw "
+                f"{law.most_draws} patches in a step: {self.max_draws} are allowed here."
+            )
         ids = self.encode(prompt)
         packed = self.model.pack_for_generation(
             torch.tensor([ids], dtype=torch.long), pad_token=stated.pad_token_id, bos_token=stated.bos_token_id
@@ -169,13 +181,13 @@ class Batcher:
         row = Row(
             prompt_PK=packed["input_ids"].view(-1, self.patch_size),
             num_prompt_tokens=len(ids),
-            sampling=self.model.patch_sampling(**sampling),  # of the model's own code, wherever that is
+            sampling=law,
             max_new_tokens=self._num_new_tokens(len(ids), max_new_tokens, stated.max_new_tokens),
             min_new_tokens=min_new_tokens,
             eos_tokens=frozenset([eos] if isinstance(eos, int) else eos),
             generator=generator,
             seed=seed,
-            assembler=self._new_assembler([stop] if isinstance(stop, str) else stop),
+            assembler=self._new_assembler(stop),
             on_piece=on_piece,
         )
         with self._changed:
@@ -190,7 +202,10 @@ class Batcher:
         return row.future
 
     def stream(self, prompt: str | Sequence[int] | Tensor, **options) -> Iterator[Piece]:
-        """The pieces of a text as they are written; leaving the loop cancels it. Options as in `submit`."""
+        """The pieces of a text as they are written; leaving the loop cancels it. Options as in `submit`.
+
+        As of any generator, nothing happens before the first piece is asked for, refusals included.
+        """
         pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         future = self.submit(prompt, on_piece=pieces.put, **options)
         future.add_done_callback(lambda _: pieces.put(None))
@@ -201,7 +216,7 @@ class Batcher:
         finally:
             future.cancel()
 
-    def encode(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
+    def encode(self, prompt: str | Sequence[int] | Tensor, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, as `submit` takes them.
 
         Raises:
@@ -215,7 +230,7 @@ class Batcher:
             except UnicodeEncodeError as error:
                 raise ValueError(f"The prompt is no text at character {error.start}: half a surrogate pair.") from None
             with self._tokenizing:  # a fast tokenizer is changed by calls with other settings
-                prompt = self.tokenizer(prompt)["input_ids"]  # pyright: ignore[reportAssignmentType]
+                prompt = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]  # pyright: ignore[reportAssignmentType]
         ids: list[int] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)  # pyright: ignore
         last = self.model.config.vocab_size - 1
         for token in ids:
@@ -236,9 +251,8 @@ class Batcher:
         """
         if self.tokenizer is None:
             raise ValueError("A conversation needs a tokenizer: Batcher(model, tokenizer).")
-        with self._tokenizing:
-            encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return self.encode(encoded["input_ids"])
+        text: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.encode(text, add_special_tokens=False)  # the template writes those that it wants
 
     def stats(self) -> Stats:
         with self._changed:
@@ -248,16 +262,21 @@ class Batcher:
     def is_open(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    def close(self, cancel: bool = False) -> None:
-        """Takes no more texts, and returns when those that were taken are written, or have been cancelled."""
+    def close(self, cancel: bool = False, wait: bool = True) -> None:
+        """Takes no more texts; returns when those that were taken are written, or have been cancelled.
+
+        Args:
+            cancel: in place of writing them.
+            wait: False returns at once.
+        """
         with self._changed:
             self._closing = True
-            taken = [*self._waiting, *self._engine.rows]
+            taken = [*self._waiting, *self._engine.rows] if cancel else []
             self._changed.notify_all()
-        if cancel:
-            for row in taken:
-                row.future.cancel()
-        self._thread.join()
+        for row in taken:
+            row.future.cancel()
+        if wait:
+            self._thread.join()
 
     def __enter__(self) -> Batcher:
         return self
@@ -280,7 +299,10 @@ class Batcher:
             )
         return num
 
-    def _new_assembler(self, stop: Sequence[str]) -> TextAssembler | None:
+    def _new_assembler(self, stop: str | Sequence[str]) -> TextAssembler | None:
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, Sequence) or not all(isinstance(each, str) for each in stop):
+            raise ValueError(f"stop={stop!r}: must be a text, or a list of texts.")
         if self.tokenizer is not None:
             return TextAssembler(self.tokenizer, stop)
         if stop:
@@ -293,29 +315,38 @@ class Batcher:
         return len(self._engine.rows) + len(self._waiting)
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._prepare_step():
+                started = time.perf_counter()
+                try:
+                    self._step()
+                except Exception as error:  # of the model: whatever it was, the next texts may fare better
+                    logger.exception("A step failed; its texts end with this error.")
+                    self._fail(self._engine.rows, error)
+                self._count(steps=1, busy_seconds=time.perf_counter() - started)
+        except BaseException as error:
+            logger.exception("The batcher ends with this error, and so do all texts.")
             with self._changed:
-                self._changed.wait_for(lambda: self._num_open() or self._closing)
-                if not self._num_open():
-                    return
-                self._let_cancelled_go()
-                self._let_waiting_in()
-            started = time.perf_counter()
-            try:
-                self._step()
-            except Exception as error:  # of the model: whatever it was, the next texts may fare better
-                logger.exception("A step failed; its texts end with this error.")
-                self._fail_all(error)
-            self._count(steps=1, busy_seconds=time.perf_counter() - started)
+                self._closing = True
+            self._fail([*self._engine.rows, *self._waiting], error)
+
+    def _prepare_step(self) -> bool:
+        """Waits until there is a row, and lets rows go and come; False when there is none and never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_open() or self._closing)
+            if not self._num_open():
+                return False
+            self._let_cancelled_go()
+            self._let_waiting_in()
+            return True
 
     def _let_cancelled_go(self) -> None:
-        gone = [row for row in [*self._engine.rows, *self._waiting] if row.future.cancelled()]
-        for row in gone:
+        for row in [row for row in [*self._engine.rows, *self._waiting] if row.future.cancelled()]:
             if row in self._engine.rows:
                 self._engine.remove(row)
             else:
                 self._waiting.remove(row)
-        self._count(cancelled=len(gone))
+            self._end(row, None)
 
     def _let_waiting_in(self) -> None:
         while self._waiting and len(self._engine.rows) < self.max_rows:
@@ -334,24 +365,28 @@ class Batcher:
             new_tokens=sum(num_new),
             prompt_tokens=sum(row.num_prompt_tokens for row in just_read),
         )
+        with self._changed:
+            for row, _ in ended:
+                self._engine.remove(row)
         for row, reason in ended:
             self._end(row, reason)
 
-    def _end(self, row: Row, reason: FinishReason | Exception) -> None:
-        if not row.future.set_running_or_notify_cancel():  # its client left meanwhile
+    def _end(self, row: Row, reason: FinishReason | BaseException | None) -> None:
+        """Tells those who wait; without a reason, its client has left."""
+        if not row.future.set_running_or_notify_cancel() or reason is None:
             self._count(cancelled=1)
-        elif isinstance(reason, Exception):
+        elif isinstance(reason, BaseException):
             self._count(failed=1)
             row.future.set_exception(reason)
         else:
             self._count(finished=1)
             row.future.set_result(row.written(reason))
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
+        rows = list(rows)
         with self._changed:
-            rows = list(self._engine.rows)
-            for row in rows:
-                self._engine.remove(row)
+            self._engine.clear()
+            self._waiting = deque(row for row in self._waiting if row not in rows)
         for row in rows:
             self._end(row, error)
 

@@ -42,6 +42,7 @@ class Engine:
         check_model(model)
         self.model, self.prefill_patches = model, prefill_patches
         self.rows: list[Row] = []  # of slot 0, 1, …
+        self._num_added = 0
         self.radius = trusted_radius(model)
         device = model.get_parameter("model.embed_tokens.weight").device
         self.device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move the inputs
@@ -49,6 +50,8 @@ class Engine:
         self._plans: dict[PatchSampling, BlockPlan] = {}
 
     def add(self, row: Row) -> None:
+        row.number = self._num_added
+        self._num_added += 1
         self.rows.append(row)
 
     def remove(self, row: Row) -> None:
@@ -58,24 +61,29 @@ class Engine:
             self._cache.move(len(self.rows), slot, last.num_read)
             self.rows[slot] = last
 
+    def clear(self) -> None:
+        """Removes all rows."""
+        self.rows.clear()
+
     @torch.no_grad()
     def step(self) -> list[tuple[Row, FinishReason | Exception]]:
-        """Takes all rows a step on; removes those that have ended, and returns them with the reason.
+        """Takes all rows a step on; returns those that have ended and are to be removed, with the reason.
 
-        An exception as the reason is one of the row's `on_piece`. One of the model is raised, and no row is removed.
+        An exception as the reason is one of the row's `on_piece`, or one of its law. Others are raised.
         """
         self._read_patches()
         self._read_prompts()
-        ended = []
+        ended: list[tuple[Row, FinishReason | Exception]] = []
         for row, patch in self._write_patches():
-            row.hidden_D, row.unread = None, patch
+            row.hidden_D = None
             try:
-                reason = row.take(patch)
+                reason = patch if isinstance(patch, Exception) else row.take(patch)
             except Exception as error:
                 reason = error
             if reason is not None:
-                self.remove(row)
                 ended.append((row, reason))
+            elif isinstance(patch, list):
+                row.unread = patch
         return ended
 
     # reading
@@ -109,9 +117,8 @@ class Engine:
         """Rows that came first read on in their prompts, as many patches together as a step may read."""
         reading: list[tuple[int, Row, int]] = []
         longest = 0
-        for slot, row in enumerate(self.rows):
-            if row.is_prompt_read:
-                continue
+        unread = [(row.number, slot, row) for slot, row in enumerate(self.rows) if not row.is_prompt_read]
+        for _, slot, row in sorted(unread):
             length = min(len(row.prompt_PK) - row.num_read, self.prefill_patches)
             if reading and (len(reading) + 1) * max(length, longest) > self.prefill_patches:
                 break
@@ -119,6 +126,7 @@ class Engine:
             longest = max(length, longest)
         if not reading:
             return
+        reading.sort(key=lambda each: each[0])  # neighbouring slots need no copying
         patches_RPK = torch.zeros(len(reading), longest, self.model.config.patch_size, dtype=torch.long)
         for patches_PK, (_, row, length) in zip(patches_RPK, reading, strict=True):
             patches_PK[:length] = row.prompt_PK[row.num_read : row.num_read + length]
@@ -131,19 +139,23 @@ class Engine:
 
     # writing
 
-    def _write_patches(self) -> list[tuple[Row, list[int]]]:
-        """Draws the next patch of each row that has a context: rows of one law together."""
+    def _write_patches(self) -> list[tuple[Row, list[int] | Exception]]:
+        """Draws the next patch of each row that has a context: rows of one law together, which may fail alone."""
         laws: dict[tuple, list[Row]] = {}
         for row in self.rows:
             if row.hidden_D is not None:
                 laws.setdefault((row.sampling, row.num_eos_free, row.eos_tokens), []).append(row)
-        written = []
-        for (sampling, num_eos_free, eos_tokens), rows in laws.items():
-            patches_RK = self._draw(rows, sampling, num_eos_free, torch.tensor(sorted(eos_tokens), dtype=torch.long))
-            written += zip(rows, patches_RK.tolist(), strict=True)
+        written: list[tuple[Row, list[int] | Exception]] = []
+        for law, rows in laws.items():
+            try:
+                patches = self._draw(rows, law)
+            except Exception as error:
+                patches = [error] * len(rows)
+            written += zip(rows, patches, strict=True)
         return written
 
-    def _draw(self, rows: list[Row], sampling: PatchSampling, num_eos_free: int, eos_tokens: Tensor) -> Tensor:
+    def _draw(self, rows: list[Row], law: tuple[PatchSampling, int, frozenset[int]]) -> list[list[int]]:
+        sampling, num_eos_free, eos_tokens = law
         hidden_RD = torch.stack([row.hidden_D for row in rows if row.hidden_D is not None])
         if len(self._plans) >= PLANS_KEPT:
             self._plans.clear()
@@ -151,10 +163,12 @@ class Engine:
             hidden_RD,
             sampling,
             [row.generator for row in rows],
-            self.model.forbidden_tokens(num_eos_free, eos_tokens, hidden_RD.device),
+            self.model.forbidden_tokens(
+                num_eos_free, torch.tensor(sorted(eos_tokens), dtype=torch.long), hidden_RD.device
+            ),
             self._plans.setdefault(sampling, BlockPlan()),
             self.radius if self.model.compares_lazily(sampling) else None,
-        )
+        ).tolist()
 
 
 def check_model(model: CALMForCausalLM) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from calm.generation_calm import SamplingMethod
 from calm.upstream_calm import TOKENS
 
 MOST_CHOICES = 128
-MOST_CANDIDATES = 1000
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 NO_LOGPROBS = "CALM has no token probabilities to return."
@@ -69,8 +68,8 @@ class BadRequest(Exception):
     @classmethod
     def of(cls, error: ValueError, request: GenerationRequest) -> BadRequest:
         """A refusal of the batcher's, in the API's words."""
-        message = re.sub(r"\bmax_new_tokens\b", "max_tokens", str(error)).replace("use do_sample=False", "send 0")
-        named = [name for name in re.findall(r"(\w+)=", message) if name in request.model_fields_set]
+        message = str(error).replace("use do_sample=False", "send 0")
+        named = [name for name in re.findall(r"(\w+)[=:]", message) if name in request.model_fields_set]
         return cls(message, named[0] if named else None)
 
 
@@ -91,12 +90,12 @@ class GenerationRequest(_Fields):
     temperature: float | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Any = None  # a text or a list of texts
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
-    num_candidates: int | None = Field(None, ge=1, le=MOST_CANDIDATES)
+    num_candidates: int | None = Field(None, ge=1)
     sampling_method: SamplingMethod | None = None
 
     default_max_tokens: ClassVar[int | None] = None  # None: what the context leaves
@@ -133,12 +132,22 @@ class GenerationRequest(_Fields):
             kept[name] = value
         return kept
 
-    @property
-    def stop_strings(self) -> list[str]:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if not all(stop):
-            raise BadRequest("stop: holds an empty string; every stop string needs a character at least.", "stop")
+    @field_validator("stop")
+    @classmethod
+    def check_stop(cls, stop: Any) -> Any:
+        stop = [stop] if isinstance(stop, str) else stop
+        if stop is not None and not (isinstance(stop, list) and all(isinstance(each, str) for each in stop)):
+            raise ValueError("must be a text or a list of texts")
         return stop
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def length_field(self) -> str:
+        """The name by which the client asked for a length."""
+        return "max_tokens"
 
     @property
     def num_choices(self) -> int:
@@ -161,26 +170,29 @@ class GenerationRequest(_Fields):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any  # a text, ids, or a list of either
     echo: bool | None = None
 
     default_max_tokens: ClassVar[int | None] = COMPLETION_TOKENS
 
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        prompt = self.prompt
+    @field_validator("prompt")
+    @classmethod
+    def check_prompt(cls, prompt: Any) -> Any:
+        """Texts, or lists that should be ids, of one kind; the batcher looks at each id."""
         if isinstance(prompt, str):
             return [prompt]
+        if not isinstance(prompt, list):
+            raise ValueError("must be a text, a list of texts, or token ids")
         if not prompt:
-            raise BadRequest("prompt: is an empty list; give a text, a list of texts, or token ids.", "prompt")
-        if isinstance(prompt[0], int):
-            return [prompt]  # pyright: ignore[reportReturnType]
-        return list(prompt)  # pyright: ignore[reportReturnType]
+            raise ValueError("is an empty list; give a text, a list of texts, or token ids")
+        kind = type(prompt[0])
+        if kind not in (str, int, list) or not all(type(each) is kind for each in prompt):
+            raise ValueError("must be a text, a list of texts, or token ids")
+        return [prompt] if kind is int else prompt
 
-
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt)
 
 
 class Message(BaseModel):
@@ -189,21 +201,29 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Any = None  # a text, or a list of text parts
+
+    @field_validator("content")
+    @classmethod
+    def join_parts(cls, content: Any) -> str:
+        if content is None or isinstance(content, str):
+            return content or ""
+        if not isinstance(content, list):
+            raise ValueError("must be a text or a list of text parts")
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError('must be a text or a list of parts {"type": "text", "text": ...}')
+        return "".join(part["text"] for part in content)
 
     def as_template_reads_it(self) -> dict[str, Any]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return {
-            **{k: v for k, v in (self.model_extra or {}).items() if v is not None},
-            "role": self.role,
-            "content": text,
-        }
+        others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        return others | {"role": self.role, "content": self.content}
 
 
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -212,6 +232,10 @@ class ChatRequest(GenerationRequest):
             self.max_tokens = self.max_completion_tokens
         return self
 
+    @property
+    def length_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
 
 def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
@@ -219,20 +243,16 @@ def _same(value: Any, neutral: Any) -> bool:
 
 def sentence_of(error: ValidationError) -> BadRequest:
     """The first thing that is wrong, with the field's name."""
-    problems = error.errors()
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
+    problems = error.errors(include_url=False, include_input=False)
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     place = [str(part) for part in problem["loc"]]
-    name = place[0] if place else None
-    if problem["type"] == "extra_forbidden":
-        return BadRequest(f"{'.'.join(place)}: there is no such field.", name)
-    if problem["type"] == "missing":
-        return BadRequest(f"{'.'.join(place)}: is missing.", name)
-    if name in ("prompt", "stop") and len({tuple(p["loc"][:1]) for p in problems}) == 1:  # a field of several types
-        kinds = "a text, a list of texts, or token ids" if name == "prompt" else "a text or a list of texts"
-        return BadRequest(f"{name}: must be {kinds}.", name)
-    if name is None:
+    if not place:
         return BadRequest("The body must be a JSON object.")
-    numbers = [part for part in place if part.isdecimal() or part.isidentifier() and part.islower()]
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return BadRequest(f"{'.'.join(numbers)}: {message}.", name)
+    if problem["type"] == "extra_forbidden":
+        what = "there is no such field"
+    elif problem["type"] == "missing":
+        what = "is missing"
+    else:
+        what = problem["msg"].removeprefix("Value error, ")
+        what = what[0].lower() + what[1:]
+    return BadRequest(f"{'.'.join(place)}: {what}.", place[0])

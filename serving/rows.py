@@ -62,6 +62,7 @@ class Row:
     on_piece: Callable[[Piece], None] | None = None
     future: Future[Written] = field(default_factory=Future)
     tokens: list[int] = field(default_factory=list)
+    number: int = 0  # of arrival
     num_read: int = 0  # patches in the cache
     unread: list[int] | None = None  # the patch written last
     hidden_D: Tensor | None = None  # the context of the next patch

@@ -10,6 +10,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+REPLACEMENT = "\ufffd"
+LONGEST_STOP = 256  # characters
+MOST_STOPS = 256
+
 
 class TextAssembler:
     """The text of one row.
@@ -24,12 +28,15 @@ class TextAssembler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
         if not all(stop):
-            raise ValueError("stop holds an empty string: every stop string needs a character at least.")
+            raise ValueError("stop: holds an empty string; every stop string needs a character at least.")
+        if len(stop) > MOST_STOPS or max(map(len, stop), default=0) > LONGEST_STOP:
+            raise ValueError(f"stop: may hold {MOST_STOPS} strings of {LONGEST_STOP} characters each, at most.")
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: text is assembled by its library.")
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._beginnings = {string[:length] for string in stop for length in range(1, len(string))}
         self._ids: list[int] = []
         self.text = ""  # all that is decoded, up to a stop string
         self.num_taken = 0  # characters handed out
@@ -38,7 +45,11 @@ class TextAssembler:
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether a stop string is complete, after which there is no more to take."""
         self._ids.append(token)
-        piece = self._stream.step(self._backend, token)
+        try:
+            piece = self._stream.step(self._backend, token)
+        except Exception:  # a byte that turns out to be no character's; the stream can't go on from there
+            self._stream = DecodeStream(skip_special_tokens=True)
+            piece = REPLACEMENT + (self._stream.step(self._backend, token) or "")
         if piece:
             self._append(piece)
         return self.has_stopped
@@ -67,10 +78,7 @@ class TextAssembler:
 
     def _num_undecided(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
-        longest = 0
-        for stop in self.stop:
-            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
-                if stop.startswith(self.text[-length:]):
-                    longest = length
-                    break
-        return longest
+        for length in range(min(LONGEST_STOP - 1, len(self.text)) if self.stop else 0, 0, -1):
+            if self.text[-length:] in self._beginnings:
+                return length
+        return 0

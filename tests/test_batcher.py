@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 
 import fresh_process
 import model_copies
@@ -52,7 +52,7 @@ def model():
 
 @pytest.fixture
 def batcher(model):
-    with Batcher(model, tiny_tokenizer(), max_rows=3, max_waiting=4) as batcher:
+    with Batcher(model, tiny_tokenizer(), max_rows=3, max_waiting=4, max_draws=100) as batcher:
         yield batcher
 
 
@@ -96,21 +96,26 @@ def new_row(model, prompt, seed, num_tokens, **sampling):
     )
 
 
+def take_step(engine):
+    for row, _ in engine.step():
+        engine.remove(row)
+
+
 @pytest.mark.parametrize("prefill_patches", [1, 3, 100])
 def test_rows_may_join_and_leave_between_any_two_steps(model, prefill_patches):
     """One leaves from the middle, so that the last moves to its slot; others come while prompts are read."""
     engine, length = Engine(model, prefill_patches), 24
     rows = [new_row(model, PROMPTS[i % 4], i, length, temperature=0.5) for i in range(6)]
     engine.add(rows[0]), engine.add(rows[1]), engine.add(rows[2])
-    engine.step()
+    take_step(engine)
     engine.add(rows[3])
-    engine.step()
+    take_step(engine)
     engine.remove(rows[1])
     assert [engine.rows.index(row) for row in (rows[0], rows[3], rows[2])] == [0, 1, 2]
-    engine.step()
+    take_step(engine)
     engine.remove(rows[2]), engine.add(rows[4]), engine.add(rows[5])
     for _ in range(40):
-        engine.step()
+        take_step(engine)
     assert engine.rows == []
     for i in (0, 3, 4, 5):
         expected = alone(model, PROMPTS[i % 4], i, temperature=0.5, max_new_tokens=length, eos_token_id=None)
@@ -122,11 +127,11 @@ def test_a_row_that_is_removed_before_its_first_step_leaves_no_trace(model):
     engine = Engine(model, 100)
     rows = [new_row(model, PROMPTS[i], i, 8, temperature=1.0) for i in range(3)]
     engine.add(rows[0])
-    engine.step()
+    take_step(engine)
     engine.add(rows[1]), engine.add(rows[2])
     engine.remove(rows[1])
     for _ in range(5):
-        engine.step()
+        take_step(engine)
     assert rows[2].tokens == alone(model, PROMPTS[2], 2, temperature=1.0, max_new_tokens=8, eos_token_id=None)
 
 
@@ -134,11 +139,24 @@ def test_a_long_prompt_is_read_in_pieces_while_others_write(model):
     engine = Engine(model, 2)
     short, long = new_row(model, "ab", 0, 40, temperature=1.0), new_row(model, "x" * 79, 1, 4, temperature=1.0)
     engine.add(short)
-    engine.step()
+    take_step(engine)
     engine.add(long)
     for step in range(1, 10):
-        engine.step()
+        take_step(engine)
         assert long.num_read == min(2 * step, 20) and len(short.tokens) == 4 * (step + 1)
+
+
+def test_prompts_are_read_in_the_order_of_arrival_whatever_slot_they_are_in(model):
+    engine = Engine(model, 2)
+    rows = [new_row(model, "x" * length, 0, 40, temperature=1.0) for length in (3, 39, 39, 39)]
+    for row in rows:
+        engine.add(row)
+    engine.step()
+    engine.remove(rows[0])  # the last moves to the first slot
+    for _ in range(4):
+        engine.step()
+    assert engine.rows[0] is rows[3] and rows[1].num_read > 0
+    assert rows[1].num_read >= rows[2].num_read >= rows[3].num_read == 0
 
 
 def test_many_rows_follow_the_law_of_one(model):
@@ -235,6 +253,14 @@ def test_leaving_a_stream_cancels_it_and_so_does_cancelling_what_waits(batcher):
     assert batcher.stats().cancelled == 5
 
 
+def test_who_waits_for_cancelled_texts_is_told(batcher):
+    running = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(3)]
+    waiting = batcher.submit("once", max_new_tokens=4000)
+    [future.cancel() for future in [*running, waiting]]
+    done, left = wait([*running, waiting], timeout=20)
+    assert len(done) == 4 and not left
+
+
 def test_the_queue_is_bounded(batcher):
     futures = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(7)]
     with pytest.raises(QueueFull, match="3 texts are being written and 4 wait"):
@@ -272,13 +298,52 @@ def test_a_step_that_fails_ends_its_texts_and_the_next_are_written(monkeypatch, 
     assert len(batcher.submit("once", max_new_tokens=20, ignore_eos=True).result(60).tokens) == 20
 
 
+def test_a_law_that_fails_ends_its_own_texts_alone(monkeypatch, model, batcher):
+    next_patches = model.next_patches
+
+    def fail(hidden, sampling, *others):
+        if sampling.temperature == 1:
+            raise RuntimeError("no such patch")
+        return next_patches(hidden, sampling, *others)
+
+    monkeypatch.setattr(model, "next_patches", fail)
+    settings = {"max_new_tokens": 20, "seed": 3, "ignore_eos": True}
+    other = batcher.submit("once", temperature=0.5, **settings)
+    with pytest.raises(RuntimeError, match="no such patch"):
+        batcher.submit("once", temperature=1.0, **settings).result(60)
+    assert len(other.result(60).tokens) == 20 and batcher.stats().failed == 1
+
+
+def test_when_its_thread_dies_so_do_all_texts_and_it_says_so(monkeypatch, model):
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Engine, "remove", fail)
+    batcher = Batcher(model, tiny_tokenizer(), max_rows=1)
+    first, *others = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(3)]
+    first.cancel()
+    for future in others:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            future.result(20)
+    assert not batcher.is_open
+    with pytest.raises(BatcherClosed):
+        batcher.submit("once")
+    batcher.close()
+
+
 REFUSALS = [
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
     ({"max_new_tokens": 10**6}, "The prompt has 5 tokens, and max_new_tokens=1000000: together they may be"),
     ({"temperature": 1.5}, "temperature=1.5: sampling needs a temperature in"),
+    ({"temperature": 1e-320}, "is too few for temperature=1e-320"),
+    ({"num_candidates": 10**6}, "may draw 1000000 patches in a step: 100 are allowed here"),
+    ({"min_new_tokens": -1}, "min_new_tokens=-1: must be a whole number, and not negative"),
+    ({"stop": 5}, "stop=5: must be a text, or a list of texts"),
+    ({"stop": [5]}, "must be a text, or a list of texts"),
+    ({"seed": 0.5}, "seed=0.5: must be a whole number of 64 bits"),
     ({"seed": 2**64}, "must be a whole number of 64 bits"),
     ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
-    ({"stop": ["a", ""]}, "stop holds an empty string"),
+    ({"stop": ["a", ""]}, "stop: holds an empty string"),
     ({"top_p": 0.5}, "top_p: no option of a text"),
     ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: ids are whole numbers in 0 … {VOCAB_SIZE - 1}"),
     ({"prompt": [1.5]}, "holds 1.5: ids are whole numbers"),
@@ -346,10 +411,11 @@ def test_closing_writes_what_was_taken_or_cancels_it(model):
     assert all(len(future.result().tokens) == 20 for future in futures) and not batcher.is_open
     with pytest.raises(BatcherClosed):
         batcher.submit("once")
-    batcher = Batcher(model, tiny_tokenizer())
-    future = batcher.submit("once", max_new_tokens=4000, ignore_eos=True)
-    batcher.close(cancel=True)
-    assert future.cancelled()
+    batcher = Batcher(model, tiny_tokenizer(), max_rows=2)
+    futures = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(4)]
+    batcher.close(cancel=True, wait=False)
+    assert all(future.cancelled() for future in futures)
+    batcher.close()
     with pytest.raises(ZeroDivisionError), Batcher(model, tiny_tokenizer()) as batcher:
         future = batcher.submit("once", max_new_tokens=4000, ignore_eos=True)
         1 / 0  # noqa: B018
@@ -384,6 +450,14 @@ def test_its_model_may_have_an_adapter(model):
         written = batcher.submit(ids[0], seed=0, max_new_tokens=16, ignore_eos=True).result(60)
     assert written.tokens == expected.tolist()
     assert written.tokens != alone(model, "", 0, **settings)
+
+
+def test_virtual_tokens_are_refused():
+    adapted = peft.get_peft_model(
+        exact_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2)
+    )
+    with pytest.raises(ValueError, match="would leave out virtual tokens"):
+        Batcher(adapted)
 
 
 def test_a_model_with_the_code_of_its_folder_writes_the_same(tmp_path):

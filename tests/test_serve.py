@@ -21,11 +21,15 @@ import pytest
 import torch
 from openai import OpenAI
 from server_process import START_SECONDS, running_server, save_tiny_model
+from starlette.testclient import TestClient
 from tiny import tiny_tokenizer
 
 from calm import serve
 from calm.modeling_calm import CALMForCausalLM
-from calm.serving.openai_api import WITHOUT_EFFECT
+from calm.serving.app import ServerOptions, create_app
+from calm.serving.batcher import Batcher
+from calm.serving.engine import Engine
+from calm.serving.openai_api import WITHOUT_EFFECT, BadRequest, ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"
@@ -198,7 +202,7 @@ BAD = {
     "max_tokens as text": ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "valid integer"),
     "prompt too long": ({"prompt": "x" * 17_000}, "prompt", "the prompt has 17001 tokens"),
     "prompt a number": ({"prompt": 5}, "prompt", "must be a text, a list of texts, or token ids"),
-    "prompt nested": ({"prompt": [["a"]]}, "prompt", "must be a text, a list of texts, or token ids"),
+    "prompt nested": ({"prompt": [["a"]]}, "prompt", "holds 'a': ids are whole numbers"),
     "prompt an empty list": ({"prompt": []}, "prompt", "is an empty list"),
     "ids outside": ({"prompt": [5, 4000]}, "prompt", "holds 4000: ids are whole numbers in 0 … 95"),
     "half a character": (b'{"prompt": "\\ud800"}', "prompt", "half a surrogate pair"),
@@ -206,13 +210,20 @@ BAD = {
     "temperature negative": ({"prompt": "a", "temperature": -1}, "temperature", "sampling needs a temperature in"),
     "temperature NaN": (b'{"prompt": "a", "temperature": NaN}', "temperature", "sampling needs a temperature in"),
     "temperature tiny": ({"prompt": "a", "temperature": 1e-4}, "temperature", "is too few for temperature=0.0001"),
+    "temperature all but 0": ({"prompt": "a", "temperature": 1e-320}, "temperature", "temperature=1e-320"),
     "temperature as text": ({"prompt": "a", "temperature": "1"}, "temperature", "valid number"),
     "seed too large": ({"prompt": "a", "seed": 2**63}, "seed", "less than"),
     "stop a number": ({"prompt": "a", "stop": 5}, "stop", "must be a text or a list of texts"),
     "stop empty": ({"prompt": "a", "stop": ["a", ""]}, "stop", "holds an empty string"),
+    "stop too many": ({"prompt": "a", "stop": ["b"] * 257}, "stop", "stop: may hold 256 strings of 256 characters"),
+    "stop too long": ({"prompt": "a", "stop": "b" * 257}, "stop", "stop: may hold 256 strings of 256 characters"),
     "n 0": ({"prompt": "a", "n": 0}, "n", "greater than or equal to 1"),
     "n more than fit": ({"prompt": "a", "n": 9}, "n", "9 texts are asked for at once, and 8 may be"),
-    "num_candidates": ({"prompt": "a", "num_candidates": 10**9}, "num_candidates", "less than or equal to 1000"),
+    "num_candidates": (
+        {"prompt": "a", "num_candidates": 10**9},
+        "num_candidates",
+        "patches in a step: 1000 are allowed here",
+    ),
     "sampling_method": ({"prompt": "a", "sampling_method": "best"}, "sampling_method", "'batch'"),
 }
 ACTIVE = {
@@ -331,12 +342,12 @@ def test_a_client_that_leaves_frees_its_row_within_a_patch(server, stream):
     if stream:
         assert connection.getresponse().readline().startswith(b"data: ")
     server.wait_for_metric("calm_running", 2)
-    left, before = time.monotonic(), server.metric("calm_new_tokens_total")
+    left = time.monotonic()
     connection.close()
     if stream:
         connection.sock = None
     server.wait_for_metric("calm_running", 0)
-    assert time.monotonic() - left < 2 and server.metric("calm_new_tokens_total") - before < 2 * 8000
+    assert time.monotonic() - left < 2
 
 
 def test_metrics_count_requests_and_times(server):
@@ -376,6 +387,9 @@ def test_key_time_out_template_and_graceful_stop(tiny_folder, tmp_path):
     with running_server(tiny_folder, tmp_path / "home", *options, CALM_API_KEY="secret") as server:
         assert server.post("/v1/completions", {"prompt": "a"})[0] == 401
         assert server.post("/v1/completions", {"prompt": "a"}, Authorization="Bearer wrong")[0] == 401
+        connection = http.client.HTTPConnection(server.address, timeout=30)
+        connection.request("GET", "/v1/models", headers={"Host": "a/health?"})  # no path but the request's own counts
+        assert connection.getresponse().status == 401 and server.get("/health").status == 200
         key = {"Authorization": "Bearer secret"}
         assert server.post("/v1/completions", {"prompt": "a", "model": str(tiny_folder)}, **key)[0] == 200
         status, answer = server.post("/v1/chat/completions", {"messages": [{"role": "system", "content": "a"}]}, **key)
@@ -390,22 +404,32 @@ def test_key_time_out_template_and_graceful_stop(tiny_folder, tmp_path):
         )
         client.start()
         server.wait_for_metric("calm_running", 1)
-        assert server.stop() in (0, -signal.SIGTERM)
+        assert server.stop() == 0
         client.join()
         assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 120
     assert "Traceback" not in server.log.read_text()
 
 
+def test_a_server_may_be_stopped_while_it_loads(tiny_folder):
+    process = subprocess.Popen([sys.executable, "-m", "calm.serve", str(tiny_folder), "--port", "0"])
+    time.sleep(1)  # torch alone takes longer to be imported
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+
+
 def test_a_stream_that_takes_too_long_ends_with_an_error_event(tiny_folder, tmp_path):
-    with running_server(tiny_folder, tmp_path / "home", "--timeout", "1", "--grace", "1") as server:
+    with running_server(
+        tiny_folder, tmp_path / "home", "--timeout", "3", "--grace", "1", CALM_API_KEY=""
+    ) as server:  # an empty key is none
         client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.APIError, match="took more than 1 seconds"):
+        with pytest.raises(openai.APIError, match="took more than 3 seconds"):
             fields = {"max_tokens": 8000, "extra_body": {"ignore_eos": True}}
             list(client.completions.create(model=str(tiny_folder), prompt=PROMPT, stream=True, **fields))
-        connection = server.connect(LONG)
-        server.wait_for_metric("calm_running", 1)
-        assert server.stop(signal.SIGINT) == 0  # a second later, with the text cancelled
-        connection.close()
+        answer, stream = server.connect(LONG), server.connect({**LONG, "stream": True})
+        server.wait_for_metric("calm_running", 2)
+        assert server.stop(signal.SIGINT) == 0  # a second later, with the texts cancelled
+        assert (answer := answer.getresponse()).status == 503 and b"The server is stopping" in answer.read()
+        assert b"The server is stopping" in stream.getresponse().read().splitlines()[-2]
     assert "Traceback" not in server.log.read_text()
 
 
@@ -428,6 +452,61 @@ def test_the_example_of_the_documents_runs():
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"\w.* (stop|length)\n.*\w", done.stdout, re.DOTALL)
+
+
+# The application in this process
+
+
+@pytest.fixture
+def app_client(tiny_folder):
+    """A client of the application with a batcher whose methods a test may replace."""
+    with Batcher(CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()) as batcher:
+        app = create_app(batcher, ServerOptions(model_name="tiny", allowed_origins=("http://page.example",)))
+        with TestClient(app) as client:
+            client.batcher = batcher
+            yield client
+
+
+def test_a_fault_is_an_answer_that_is_counted_and_that_pages_can_read(app_client, monkeypatch):
+    def fail(*_, **__):
+        raise LookupError("a fault")
+
+    monkeypatch.setattr(app_client.batcher, "submit", fail)
+    answer = app_client.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "http://page.example"})
+    assert answer.status_code == 500 and answer.json()["error"]["message"] == "The server failed: LookupError."
+    assert answer.headers["access-control-allow-origin"] == "http://page.example"
+    assert 'calm_requests_total{path="/v1/completions",status="500"} 1.0' in app_client.get("/metrics").text
+
+
+def test_a_text_that_fails_is_a_500_that_says_why_and_health_tells_when_no_more_are_written(app_client, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_read_patches", fail)
+        answer = app_client.post("/v1/completions", json={"prompt": "a"})
+        assert answer.status_code == 500 and "RuntimeError: out of memory" in answer.json()["error"]["message"]
+    assert app_client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+    app_client.batcher.close()
+    assert app_client.get("/health").status_code == 503
+    answer = app_client.post("/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
+
+
+@pytest.mark.parametrize(
+    "request_type, fields",
+    [
+        (CompletionRequest, {"prompt": [1] * 200_000 + ["a"]}),
+        (CompletionRequest, {"prompt": "a", "stop": ["a"] * 200_000 + [1]}),
+        (ChatRequest, {"messages": [{"role": "robot"}] * 50_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 50_000}]}),
+    ],
+)
+def test_a_long_list_of_mistakes_takes_no_longer_than_one(request_type, fields):
+    body, begin = json.dumps(fields).encode(), time.process_time()
+    with pytest.raises(BadRequest):
+        request_type.parse(body)
+    assert time.process_time() - begin < 1
 
 
 # The command
@@ -480,6 +559,10 @@ def test_folders_devices_types_and_templates_that_are_wrong_are_refused(refusal,
     assert "--dtype float33: must be auto or a type of torch" in refusal(tiny_folder, "--dtype", "float33")
     assert "nowhere" in refusal(tiny_folder, "--device", "nowhere")
     assert "none.jinja" in refusal(tiny_folder, "--chat_template", tmp_path / "none.jinja")
+    (tmp_path / "bad.jinja").write_text("{{ messages\n{% if %}")
+    assert "the chat template is no Jinja, in line 2" in refusal(
+        tiny_folder, "--chat_template", tmp_path / "bad.jinja"
+    )
 
 
 def test_another_model_is_refused(refusal, tmp_path):

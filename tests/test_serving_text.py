@@ -38,6 +38,15 @@ def test_an_incomplete_character_at_the_end_is_what_the_tokenizer_makes_of_it():
     assert "".join(pieces) == tokenizer.decode(ids[:-1]) == "ab\ufffd" and "\ufffd" not in "".join(pieces[:-1])
 
 
+def test_bytes_that_are_no_character_are_no_error():
+    """As sentencepiece's tokenizers spell them: the first of three bytes, and then a letter."""
+    backend = Tokenizer(models.BPE({"<0x0A>": 0, "<0xE2>": 1, "x": 2, "▁y": 3}, []))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    assembler = TextAssembler(PreTrainedTokenizerFast(tokenizer_object=backend))
+    [assembler.push(token) for token in (0, 1, 2, 3)]
+    assert assembler.take(is_last=True) == "\n\ufffdx y"
+
+
 def test_a_stop_string_over_several_tokens_never_shows():
     pieces, assembler = pieces_of(tiny_tokenizer(), "one END two", ["END"])
     assert pieces == ["o", "n", "e", " ", "", "", "", ""] and assembler.has_stopped and assembler.text == "one "
@@ -67,8 +76,11 @@ def test_special_tokens_are_not_text():
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="holds an empty string"):
+    with pytest.raises(ValueError, match="stop: holds an empty string"):
         TextAssembler(tiny_tokenizer(), ["a", ""])
+    for stop in (["a"] * 257, ["a" * 257]):
+        with pytest.raises(ValueError, match="stop: may hold 256 strings of 256 characters each"):
+            TextAssembler(tiny_tokenizer(), stop)
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
     slow = BertTokenizer(str(tmp_path / "vocab.txt"))
     if not slow.is_fast:  # transformers 5 has fast ones alone

@@ -105,7 +105,7 @@ def installed(wheel, commands, missing_packages, tmp_path_factory):
 def test_it_holds_the_packages_with_their_data_and_no_tests(names):
     modules = {f"calm/{path.name}" for path in ROOT.glob("*.py")}
     assert {name for name in names if name.endswith(".py") and name.count("/") == 1} == modules
-    folders = {"training", "evaluation", "benchmarks", "experiments"}
+    folders = {"training", "evaluation", "benchmarks", "experiments", "serving"}
     assert {name.split("/")[1] for name in names if name.startswith("calm/") and name.count("/") > 1} == folders
     for folder, pattern in WITH_DATA.items():
         assert {f"calm/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= names
