@@ -321,6 +321,7 @@ def test_when_its_thread_dies_so_do_all_texts_and_it_says_so(monkeypatch, model)
     monkeypatch.setattr(Engine, "remove", fail)
     batcher = Batcher(model, tiny_tokenizer(), max_rows=1)
     first, *others = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(3)]
+    wait_until(lambda: batcher.stats().running == 1)
     first.cancel()
     for future in others:
         with pytest.raises(RuntimeError, match="the device is gone"):
