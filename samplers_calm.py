@@ -107,9 +107,9 @@ def check_num_candidates(num_candidates: int, temperature: float) -> None:
     check_temperature(temperature)
     if not isinstance(num_candidates, numbers.Integral) or isinstance(num_candidates, bool) or num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates}: it must be a positive whole number.")
-    exponent = 1.0 / float(temperature)
-    if num_candidates < exponent * (1 - WHOLE_TOLERANCE):
-        least = math.ceil(inverse_temperature(temperature)) if exponent < 1e9 else f"{exponent:.1g}"
+    exponent = inverse_temperature(temperature)
+    if num_candidates < exponent:
+        least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
         raise ValueError(
             f"num_candidates={num_candidates} is too few for temperature={temperature}: "
             f"a patch must be drawn 1/temperature times to count, so use at least {least}."
@@ -119,6 +119,8 @@ def check_num_candidates(num_candidates: int, temperature: float) -> None:
 def inverse_temperature(temperature: float) -> float:
     """The exponent s = 1/T, exactly whole where T is 1/n up to rounding."""
     exponent = 1.0 / float(temperature)
+    if math.isinf(exponent):
+        return exponent
     return float(round(exponent)) if abs(exponent - round(exponent)) <= WHOLE_TOLERANCE * exponent else exponent
 
 

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from calm.command_line import CommandError, Parser, command, known_errors, positive, sentence
@@ -179,7 +180,8 @@ def run(app, batcher, listening: socket.socket, options) -> None:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None) -> None:
-            asyncio.get_running_loop().call_later(options.grace, batcher.close, True, False)
+            cancel = partial(batcher.close, cancel=True, wait=False)
+            asyncio.get_running_loop().call_later(options.grace, cancel)
             await super().shutdown(sockets)
 
     host, port = listening.getsockname()[:2]

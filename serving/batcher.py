@@ -331,14 +331,14 @@ class Batcher:
             self._fail([*self._engine.rows, *self._waiting], error)
 
     def _prepare_step(self) -> bool:
-        """Waits until there is a row, and lets rows go and come; False when there is none and never will be."""
+        """Lets rows go and come, and waits until there is one; False when there never will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_open() or self._closing)
-            if not self._num_open():
-                return False
-            self._let_cancelled_go()
-            self._let_waiting_in()
-            return True
+            while True:
+                self._let_cancelled_go()
+                self._let_waiting_in()
+                if self._engine.rows or self._closing:
+                    return bool(self._engine.rows)
+                self._changed.wait()
 
     def _let_cancelled_go(self) -> None:
         for row in [row for row in [*self._engine.rows, *self._waiting] if row.future.cancelled()]:
@@ -365,10 +365,9 @@ class Batcher:
             new_tokens=sum(num_new),
             prompt_tokens=sum(row.num_prompt_tokens for row in just_read),
         )
-        with self._changed:
-            for row, _ in ended:
-                self._engine.remove(row)
         for row, reason in ended:
+            with self._changed:
+                self._engine.remove(row)
             self._end(row, reason)
 
     def _end(self, row: Row, reason: FinishReason | BaseException | None) -> None:

@@ -56,10 +56,11 @@ class Engine:
 
     def remove(self, row: Row) -> None:
         """Frees a row's slot; the last row moves there."""
-        slot, last = self.rows.index(row), self.rows.pop()
-        if last is not row:
-            self._cache.move(len(self.rows), slot, last.num_read)
-            self.rows[slot] = last
+        slot, last_slot = self.rows.index(row), len(self.rows) - 1
+        if slot != last_slot:
+            self._cache.move(last_slot, slot, self.rows[last_slot].num_read)
+        self.rows[slot] = self.rows[last_slot]
+        self.rows.pop()
 
     def clear(self) -> None:
         """Removes all rows."""

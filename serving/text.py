@@ -37,6 +37,7 @@ class TextAssembler:
         self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         self._stream = DecodeStream(skip_special_tokens=True)
         self._beginnings = {string[:length] for string in stop for length in range(1, len(string))}
+        self._longest_beginning = max(map(len, self._beginnings), default=0)
         self._ids: list[int] = []
         self.text = ""  # all that is decoded, up to a stop string
         self.num_taken = 0  # characters handed out
@@ -78,7 +79,7 @@ class TextAssembler:
 
     def _num_undecided(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
-        for length in range(min(LONGEST_STOP - 1, len(self.text)) if self.stop else 0, 0, -1):
+        for length in range(min(self._longest_beginning, len(self.text)), 0, -1):
             if self.text[-length:] in self._beginnings:
                 return length
         return 0

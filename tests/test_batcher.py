@@ -18,6 +18,7 @@ from calm.modeling_calm import CALMForCausalLM
 from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm.serving.engine import Engine
 from calm.serving.rows import Row
+from calm.serving.slots import SlotCache
 
 LAWS = [
     {"temperature": 1.0},
@@ -318,10 +319,10 @@ def test_when_its_thread_dies_so_do_all_texts_and_it_says_so(monkeypatch, model)
     def fail(*_):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(Engine, "remove", fail)
-    batcher = Batcher(model, tiny_tokenizer(), max_rows=1)
-    first, *others = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(3)]
-    wait_until(lambda: batcher.stats().running == 1)
+    monkeypatch.setattr(SlotCache, "move", fail)
+    batcher = Batcher(model, tiny_tokenizer(), max_rows=2)
+    first, *others = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(4)]
+    wait_until(lambda: batcher.stats().running == 2)
     first.cancel()
     for future in others:
         with pytest.raises(RuntimeError, match="the device is gone"):
@@ -330,6 +331,20 @@ def test_when_its_thread_dies_so_do_all_texts_and_it_says_so(monkeypatch, model)
     with pytest.raises(BatcherClosed):
         batcher.submit("once")
     batcher.close()
+
+
+def test_texts_that_end_in_a_step_that_fails_are_told(monkeypatch, model):
+    """Two end together, and the device fails when the first leaves its slot to another row."""
+
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    with Batcher(model, tiny_tokenizer(), max_rows=3) as batcher:
+        monkeypatch.setattr(SlotCache, "move", fail)
+        lengths = (400, 400, 4000)
+        futures = [batcher.submit("once", max_new_tokens=n, ignore_eos=True, temperature=1.0) for n in lengths]
+        done, left = wait(futures, timeout=60)
+    assert len(done) == 3 and not left and batcher.stats().running == 0
 
 
 REFUSALS = [

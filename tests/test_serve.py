@@ -410,11 +410,14 @@ def test_key_time_out_template_and_graceful_stop(tiny_folder, tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_server_may_be_stopped_while_it_loads(tiny_folder):
-    process = subprocess.Popen([sys.executable, "-m", "calm.serve", str(tiny_folder), "--port", "0"])
-    time.sleep(1)  # torch alone takes longer to be imported
-    process.terminate()
-    assert process.wait(timeout=60) == 0
+def test_a_server_may_be_stopped_while_it_loads(tiny_folder, tmp_path):
+    template = tmp_path / "template.jinja"
+    os.mkfifo(template)
+    arguments = (str(tiny_folder), "--port", "0", "--chat_template", str(template))
+    process = subprocess.Popen([sys.executable, "-m", "calm.serve", *arguments])
+    with open(template, "w"):  # waits until the server reads it, which then waits for a template
+        process.terminate()
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error_event(tiny_folder, tmp_path):
