@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import secrets
 import time
 import uuid
@@ -22,8 +21,6 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -32,6 +29,7 @@ from starlette.routing import Route
 
 from calm.serving.answers import ApiError, Chat, Completions, Form, Prompt, event
 from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
+from calm.serving.gate import HANDLERS, Gate
 from calm.serving.metrics import Metrics
 from calm.serving.openai_api import BadRequest, GenerationRequest
 from calm.serving.rows import Piece, Written
@@ -44,10 +42,6 @@ PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
     "/metrics",
 )
 SEED_RANGE = 2**63
-RETRY_AFTER_SECONDS = "1"
-CLIENT_LEFT = 499  # nginx's number; nobody reads it
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -339,99 +333,6 @@ class Server:
             yield event(error.body())
 
 
-# around the endpoints
-
-
-class Gate:
-    """Middleware: the API key, the size of bodies, the count of answers."""
-
-    def __init__(self, app: Callable, server: Server):
-        self.app, self.server, self.options = app, server, server.options
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = CLIENT_LEFT  # until an answer has begun
-
-        async def send_and_note(message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            self._check(scope["path"], Request(scope).headers)
-            await self.app(scope, self._limited(receive), send_and_note)
-        except ApiError as error:
-            await error.response()(scope, receive, send_and_note)
-        except Exception as error:  # a fault of ours; answered here, where it is counted and has CORS headers
-            logger.exception("A request failed.")
-            if status == CLIENT_LEFT:
-                failed = ApiError(500, f"The server failed: {type(error).__name__}.")
-                await failed.response()(scope, receive, send_and_note)
-        finally:
-            path = scope["path"] if scope["path"] in PATHS else "other"
-            self.server.metrics.requests.labels(path, str(status)).inc()
-
-    def _check(self, path: str, headers: Headers) -> None:
-        key = self.options.api_key
-        if key is not None and path not in (HEALTH, METRICS):
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not secrets.compare_digest(given.encode(), key.encode()):
-                sentence = "The request needs the API key: Authorization: Bearer KEY."
-                raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.options.max_request_bytes:
-            raise self._too_large()
-
-    def _limited(self, receive: Callable) -> Callable:
-        num_bytes = 0
-
-        async def limited():
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.options.max_request_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"The body is larger than {self.options.max_request_bytes} bytes, the most that is taken."
-        )
-
-
-async def on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def on_bad_request(_: Request, error: Exception) -> Response:
-    assert isinstance(error, BadRequest)
-    return ApiError(400, str(error), error.param, error.code).response()
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    sentence = f"{request.method} {request.scope['path']}: {error.detail}."
-    return ApiError(error.status_code, sentence, headers=error.headers).response()
-
-
-async def on_full_queue(_: Request, error: Exception) -> Response:
-    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_AFTER_SECONDS}).response()
-
-
-async def on_closed(_: Request, error: Exception) -> Response:
-    return ApiError(503, "The server is stopping.").response()
-
-
-async def on_client_left(_: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_LEFT)
-
-
 def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
     """The application. It closes the batcher when it is shut down; texts that are still being written are cancelled.
 
@@ -445,7 +346,8 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
         yield
         await run_in_threadpool(batcher.close, cancel=True)
 
-    middleware = [Middleware(Gate, server=server)]
+    gate = {"options": options, "metrics": server.metrics, "paths": PATHS, "keyless": (HEALTH, METRICS)}
+    middleware = [Middleware(Gate, **gate)]
     if options.allowed_origins:
         cors: Any = CORSMiddleware  # pyright: ignore[reportAssignmentType]
         middleware.insert(
@@ -461,13 +363,6 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
             Route(METRICS, server.metrics_page),
         ],
         middleware=middleware,
-        exception_handlers={
-            ApiError: on_api_error,
-            BadRequest: on_bad_request,
-            HTTPException: on_http_error,
-            QueueFull: on_full_queue,
-            BatcherClosed: on_closed,
-            ClientDisconnect: on_client_left,
-        },
+        exception_handlers=HANDLERS,
         lifespan=lifespan,
     )
