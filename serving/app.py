@@ -13,7 +13,7 @@ import contextlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive
 
 from calm.serving.answers import ApiError, Chat, Completions, Form, Prompt, event
 from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
@@ -94,10 +95,29 @@ class JobStream(StreamingResponse):
         self.job = job
 
     async def __call__(self, scope, receive, send) -> None:
+        # Starlette leaves this to the server from ASGI 2.4 on, which not all that say so do.
         try:
-            await super().__call__(scope, receive, send)
+            await client_stays(self.stream_response(send), receive)
         finally:
             self.job.cancel()
+
+
+async def client_stays(work: Coroutine, receive: Receive) -> bool:
+    """Lets the work go on until it ends (True), or the client of the request has left."""
+
+    async def until_client_leaves() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = done, _ = asyncio.create_task(work), asyncio.create_task(until_client_leaves())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    if done.done():
+        done.result()
+    return done.done()
 
 
 class Server:
@@ -167,7 +187,8 @@ class Server:
         if request.stream:
             return JobStream(job, self._stream(job, form, head | {"object": form.chunk}))
         try:
-            await self._finish_or_leave(job, http)
+            if not await client_stays(self._finish(job), http.receive):
+                raise ClientDisconnect
         finally:
             job.cancel()
         choices = []
@@ -272,6 +293,10 @@ class Server:
             yield index, event
         self.metrics.whole.observe(time.perf_counter() - job.started)
 
+    async def _finish(self, job: Job) -> None:
+        async for _ in self._events(job):
+            pass
+
     def _too_long(self) -> ApiError:
         return ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.")
 
@@ -282,32 +307,6 @@ class Server:
         error = future.exception()
         if error is not None:
             raise ApiError(500, f"The text could not be written: {type(error).__name__}: {error}".rstrip(".") + ".")
-
-    async def _finish_or_leave(self, job: Job, http: Request) -> None:
-        """Waits for all texts; leaves as soon as the client has.
-
-        Raises:
-            ClientDisconnect: it has.
-        """
-
-        async def finish() -> None:
-            async for _ in self._events(job):
-                pass
-
-        async def until_client_leaves() -> None:
-            while (await http.receive())["type"] != "http.disconnect":
-                pass
-
-        tasks = finished, _ = asyncio.create_task(finish()), asyncio.create_task(until_client_leaves())
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                if not task.done():
-                    task.cancel()
-        if not finished.done():
-            raise ClientDisconnect
-        finished.result()
 
     async def _stream(self, job: Job, form: Form, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events, ended by [DONE]. What goes wrong now that the status is sent is an event, too."""

@@ -1,5 +1,6 @@
 """What `calm.serve` refuses, in which words, that the next request is served, and what a fault becomes."""
 
+import asyncio
 import http.client
 import json
 import time
@@ -176,6 +177,32 @@ def test_a_text_that_fails_is_a_500_that_says_why_and_health_tells_when_no_more_
     assert app_client.get("/health").status_code == 503
     answer = app_client.post("/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+def test_a_client_that_leaves_is_noticed_whatever_its_server_says_of_itself(tiny_folder, spec_version):
+    body = json.dumps({"prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}).encode()
+
+    async def ask(app):
+        has_begun, messages = asyncio.Event(), [{"type": "http.request", "body": body}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await has_begun.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):  # goes nowhere, without an error, when the client has left
+            if message.get("body"):
+                has_begun.set()
+
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": spec_version}, "http_version": "1.1"}
+        scope |= {"method": "POST", "path": "/v1/completions", "query_string": b"", "headers": [], "scheme": "http"}
+        await app(scope, receive, send)
+
+    with Batcher(CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()) as batcher:
+        asyncio.run(ask(create_app(batcher, ServerOptions(model_name="tiny"))))
+    assert batcher.stats().cancelled == 1
 
 
 @pytest.mark.parametrize(
