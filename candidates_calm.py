@@ -20,11 +20,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .modeling_calm_autoencoder import CALMAutoencoder
-from .samplers_calm import Pairs, class_sizes, patch_classes
+from .samplers_calm import Pairs, class_sizes, numbers_up_to, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
 TOKENS_AT_ONCE = 1000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
 PAIRS_AT_ONCE = 2**21  # distances made at a time
+NOTHING = torch.empty(0)  # is known of what is not drawn
 UNKNOWN = -1  # id of a token that isn't decoded yet
 FINGERPRINT_VALUES = 64  # of each parameter
 
@@ -50,12 +51,14 @@ class PlainPool:
     ):
         self.draw, self.rows_B, self.autoencoder, self.forbidden_KV = draw, rows_B, autoencoder, forbidden_KV
         self.num_drawn = 0
-        self.tokens_BNK = torch.empty(len(rows_B), 0)  # nothing is known of what is not drawn
+        self.tokens_BNK: Tensor = NOTHING
+        self._classes: tuple[Tensor, Tensor] | None = None  # rows, and the class ids of all their draws
 
     def extend(self, rows_R: Tensor, num_draws: int) -> None:
         """Draws so many more for each of these rows, which must have drawn in every call before."""
         self._keep(rows_R, self.draw(rows_R, num_draws))
         self.num_drawn += num_draws
+        self._classes = None
 
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
         tokens_nRK = self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
@@ -63,19 +66,27 @@ class PlainPool:
 
     def _grown(self, old_BN: Tensor, rows_R: Tensor, new_nR: Tensor) -> Tensor:
         """What is known of each candidate, and the same of new ones; zero for rows that don't draw."""
-        num_old = old_BN.shape[1]
-        grown_BN = new_nR.new_zeros(len(self.rows_B), num_old + len(new_nR), *new_nR.shape[2:])
-        if num_old:
-            grown_BN[:, :num_old] = old_BN
-        grown_BN[rows_R.to(new_nR.device), num_old:] = new_nR.transpose(0, 1)
-        return grown_BN
+        new_Rn = new_nR.transpose(0, 1)
+        if rows_R is not self.rows_B:
+            drawn_Rn = new_Rn
+            new_Rn = drawn_Rn.new_zeros(len(self.rows_B), *drawn_Rn.shape[1:])
+            new_Rn[rows_R.to(new_Rn.device)] = drawn_Rn
+        return new_Rn if old_BN is NOTHING else torch.cat([old_BN, new_Rn], dim=1)
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
+    def _of(self, rows_R: Tensor, values_B: Tensor) -> Tensor:
+        """The values of these rows, of values by row."""
+        return values_B if rows_R is self.rows_B else values_B[rows_R.to(values_B.device)]
+
+    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Class ids of all candidates of these rows so far, (R, N); those of every pair, for all tokens are known."""
-        return patch_classes(self.tokens_BNK[rows_R])
+        if self._classes is None or self._classes[0] is not rows_R:
+            self._classes = rows_R, patch_classes(self._of(rows_R, self.tokens_BNK))
+        return self._classes[1]
 
     def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
         """The patches of one candidate of each of these rows, (R, K)."""
+        if self.num_drawn == 1:
+            return self._of(rows_R, self.tokens_BNK)[:, 0]
         return self.tokens_BNK[rows_R, index_R]
 
 
@@ -106,7 +117,7 @@ class LazyPool(PlainPool):
         self.latents_BNZ = self._grown(self.latents_BNZ, rows_R, latents_nRZ)
         self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, unknown_nRK)
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
+    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Class ids of the candidates of these rows so far, (R, N): see `samplers_calm.Pool`.
 
         The likely ones are decoded in full, in the same product with the vocabulary as the first tokens of the others.
@@ -117,7 +128,7 @@ class LazyPool(PlainPool):
             equal = EqualInRow(shape, rows_R.device, latents_RNZ, self.radius)
         else:
             equal = EqualNeighbours(shape, rows_R.device, latents_RNZ, self.radius, disjoint=pairs == "disjoint")
-        wanted_RNK = self._whole_patches(rows_R, likely_R)
+        wanted_RNK = self._whole_patches(rows_R, None if noise_RN is None else noise_RN.argmin(-1))
         positions = list(range(self.tokens_BNK.shape[-1]))
         while positions:
             is_open_RN1 = equal.has_partner_RN[..., None]
@@ -126,7 +137,7 @@ class LazyPool(PlainPool):
             positions = positions[: -len(at_once)]
             wanted_RNK[..., at_once] |= is_open_RN1
             self._decode(rows_R, wanted_RNK)
-            equal.narrow(self.tokens_BNK[rows_R][..., at_once])
+            equal.narrow(self._of(rows_R, self.tokens_BNK)[..., at_once])
         return equal.classes()
 
     def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
@@ -136,19 +147,21 @@ class LazyPool(PlainPool):
 
     def places(self, rows_R: Tensor) -> Tensor:
         """The latent vectors whose distances the radius is compared with, (R, N, Z)."""
-        return self.latents_BNZ[rows_R.to(self.latents_BNZ.device)].to(rows_R.device)
+        return self._of(rows_R, self.latents_BNZ).to(rows_R.device)
 
     def _whole_patches(self, rows_R: Tensor, index_R: Tensor | None) -> Tensor:
         """Marks all tokens of one candidate of each row, or none, (R, N, K)."""
-        marked_RNK = torch.zeros_like(self.tokens_BNK[rows_R], dtype=torch.bool)
+        marked_RNK = torch.zeros(len(rows_R), *self.tokens_BNK.shape[1:], dtype=torch.bool, device=rows_R.device)
         if index_R is not None:
-            marked_RNK[torch.arange(len(rows_R), device=rows_R.device), index_R] = True
+            marked_RNK[numbers_up_to(len(rows_R), rows_R.device), index_R] = True
         return marked_RNK
 
     def _decode(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
         """Makes these tokens known."""
-        row, candidate, position = (wanted_RNK & (self.tokens_BNK[rows_R] == UNKNOWN)).nonzero().unbind(-1)
-        for index in zip(*(index.split(TOKENS_AT_ONCE) for index in (rows_R[row], candidate, position)), strict=True):
+        is_unknown_RNK = self._of(rows_R, self.tokens_BNK) == UNKNOWN
+        row, candidate, position = (wanted_RNK & is_unknown_RNK).nonzero().unbind(-1)
+        row = row if rows_R is self.rows_B else rows_R[row]
+        for index in zip(*(index.split(TOKENS_AT_ONCE) for index in (row, candidate, position)), strict=True):
             if len(index[0]):
                 self.tokens_BNK[index] = self.read(*index)
 
@@ -196,7 +209,7 @@ class EqualNeighbours:
     def classes(self) -> Tensor:
         """The first candidate of each run of equal ones, (R, N)."""
         is_linked_RN = F.pad(self.links_RL, (1, 0))
-        index_N = torch.arange(is_linked_RN.shape[1], device=is_linked_RN.device)
+        index_N = numbers_up_to(is_linked_RN.shape[1], is_linked_RN.device)
         return index_N.masked_fill(is_linked_RN, 0).cummax(-1).values
 
 
@@ -225,7 +238,7 @@ class EqualInRow:
 
     def narrow(self, tokens_RNk: Tensor) -> None:
         """Takes some more tokens of all candidates into account; of those without a partner they don't matter."""
-        index_N = torch.arange(self.class_RN.shape[1], device=tokens_RNk.device)
+        index_N = numbers_up_to(self.class_RN.shape[1], tokens_RNk.device)
         alone_RN = (1 + index_N).masked_fill(self.has_partner_RN, 0)
         # Equal by their tokens, not by the pairs: of three equal ones two may be close to the third alone.
         known_RNk = tokens_RNk.masked_fill(~self.has_partner_RN[..., None], 0)
@@ -241,7 +254,7 @@ class EqualInRow:
         if self.latents_RNZ is None or self.radius is None:
             return class_sizes(self.class_RN) > 1
         num_rows, num_candidates = self.class_RN.shape
-        index_N = torch.arange(num_candidates, device=self.class_RN.device)
+        index_N = numbers_up_to(num_candidates, self.class_RN.device)
         found_RN = torch.empty_like(self.class_RN, dtype=torch.bool)
         for index_C in index_N.split(max(1, PAIRS_AT_ONCE // max(1, num_rows * num_candidates))):
             near_RCN = torch.cdist(self.latents_RNZ[:, index_C], self.latents_RNZ) <= self.radius

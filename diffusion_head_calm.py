@@ -53,15 +53,14 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         """step_noise (T, N, ..., Z): standard normal noise of the steps, in the order they are taken."""
         schedule = diffusion_schedule(self.num_steps, context.device)
         x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
-        for index, step in enumerate(reversed(range(self.num_steps))):
-            epsilon, variance = (
-                self.net(x.to(context.dtype), schedule.timesteps[step], context).float().chunk(2, dim=-1)
-            )
-            mean = schedule.posterior_mean(x, schedule.denoise(x, epsilon, step), step)
+        all_conditions = self.net.conditions_at(schedule.timesteps.flip(0), context)
+        for index, conditions in enumerate(all_conditions):
+            step = self.num_steps - 1 - index
+            epsilon, variance = self.net.given(conditions, x.to(context.dtype)).float().chunk(2, dim=-1)
+            x = torch.addcmul(schedule.of_x[step] * x, schedule.of_epsilon[step], epsilon)
             if step > 0:
                 fresh = standard_normal(x.shape, x, generator) if step_noise is None else step_noise[index]
-                mean = mean + (0.5 * schedule.log_variance(variance, step)).exp() * fresh
-            x = mean
+                x = torch.addcmul(x, (0.5 * schedule.log_variance(variance, step)).exp(), fresh)
         return x.to(context.dtype)
 
     def compute_loss(
@@ -110,8 +109,12 @@ class DiffusionSchedule:
         self.timesteps = kept.to(device)
         self.signal, self.noise = table(cumulative.sqrt()), table((1 - cumulative).sqrt())
         self.inverse_signal, self.noise_to_signal = table(cumulative.rsqrt()), table((1 / cumulative - 1).sqrt())
-        self.weight_x0 = table(betas * previous.sqrt() / (1 - cumulative))
-        self.weight_xt = table((1 - previous) * (1 - betas).sqrt() / (1 - cumulative))
+        weight_x0 = betas * previous.sqrt() / (1 - cumulative)
+        weight_xt = (1 - previous) * (1 - betas).sqrt() / (1 - cumulative)
+        self.weight_x0, self.weight_xt = table(weight_x0), table(weight_xt)
+        # The mean of a solver's step, `posterior_mean` of `denoise`, is linear in both.
+        self.of_x = table(weight_xt + weight_x0 * cumulative.rsqrt())
+        self.of_epsilon = table(-weight_x0 * (1 / cumulative - 1).sqrt())
         self.log_betas = table(betas.log())
         # The first step's variance is 0: the published code takes the second's for it.
         self.log_posterior = table(torch.cat([variance[1:2], variance[1:]]).log() if num_steps > 1 else betas.log())
@@ -127,8 +130,7 @@ class DiffusionSchedule:
 
     def log_variance(self, raw: Tensor, step) -> Tensor:
         """Learned range: raw −1 … 1 interpolates between the posterior's log variance and log β."""
-        share = (raw + 1) / 2
-        return share * self._at(self.log_betas, step) + (1 - share) * self._at(self.log_posterior, step)
+        return torch.lerp(self._at(self.log_posterior, step), self._at(self.log_betas, step), (raw + 1) / 2)
 
     def variational_bound(self, x0: Tensor, x: Tensor, epsilon: Tensor, raw_variance: Tensor, step: Tensor) -> Tensor:
         """KL of the model's step from the true posterior; at t = 0 the discretised likelihood. Bits per dimension."""

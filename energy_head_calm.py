@@ -30,7 +30,9 @@ class EnergyBlock(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, samples: Tensor, context: Tensor) -> Tensor:
-        hidden = self.act(self.sample_proj(self.norm(samples)) + self.context_proj(context))
+        # In rows: a linear layer without bias then needs no second view.
+        projected = self.sample_proj(self.norm(samples).flatten(0, -2)).view(samples.shape)
+        hidden = self.act(projected + self.context_proj(context))
         gate, up = self.gate_up_proj(self.act(self.hidden_proj(hidden))).chunk(2, dim=-1)
         return samples + self.down_proj(self.act(gate) * up)
 
@@ -64,7 +66,7 @@ class EnergyHead(GenerativeHead, head_type="energy"):
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Uniform(−0.5, 0.5) in each of `noise_size` dimensions (published code)."""
         noise = torch.empty((*shape, self.noise_size), dtype=like.dtype, device=like.device)
-        return noise.uniform_(generator=generator) - 0.5
+        return noise.uniform_(-0.5, 0.5, generator=generator)
 
     def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
         samples = self.norm_noise(self.noise_embed(noise))

@@ -4,7 +4,10 @@ Axes: N samples per patch, T solver steps, D hidden size, Z latent size. "..." s
 Samples come first: (N, ..., Z).
 """
 
+import functools
 import math
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, standard_no
 
 TIME_FEATURES = 256  # width of the sinusoidal embedding of time; published code
 FLOW_STEPS = 10  # midpoint steps; published code
+CONDITIONS_AT_ONCE = 1024  # of a solver's times and contexts: some 50 MB at D = 1024
 
 
 class ModulatedBlock(nn.Module):
@@ -25,13 +29,24 @@ class ModulatedBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
         self.modulation = zero_linear(size, 3 * size)
 
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, shift: Tensor, factor: Tensor, gate: Tensor) -> Tensor:
+        return torch.addcmul(hidden, gate, self.mlp(torch.addcmul(shift, self.norm(hidden), factor)))
+
+    def condition(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift, factor and gate of `forward` from the condition (..., D)."""
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
-        return hidden + gate * self.mlp(self.norm(hidden) * (1 + scale) + shift)
+        return shift, 1 + scale, gate
+
+
+Conditions = list[tuple[Tensor, ...]]  # what a net's blocks and its output know of time and context
 
 
 class ModulatedMLP(nn.Module):
-    """The net of the flow and the diffusion head: (x (..., Z), time, context (..., D)) → (..., out_size)."""
+    """The net of the flow and the diffusion head: (x (..., Z), time, context (..., D)) → (..., out_size).
+
+    Time and context act through each layer's modulation, which knows nothing of x: a solver has those of all its times
+    made at once, before its first step, and reads the weights for it once.
+    """
 
     def __init__(self, config: CALMConfig, out_size: int):
         super().__init__()
@@ -47,22 +62,45 @@ class ModulatedMLP(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """time: integer steps, broadcastable to x's leading axes."""
+        return self.given(self.conditions(time, context), x)
+
+    def conditions(self, time: Tensor, context: Tensor) -> Conditions:
+        """Of `given`, for integer steps and contexts (..., D) whose axes broadcast."""
         # In rows, for a solver's time is one number, and quantised layers take no single vectors.
-        features = self._time_features(time, x.dtype).view(-1, TIME_FEATURES)
-        hidden = self.input_proj(x)
-        embedded = self.time_embed(features).view(*time.shape, hidden.shape[-1])
+        features = self._time_features(time.flatten(), context.dtype)
+        embedded = self.time_embed(features).view(*time.shape, context.shape[-1])
         condition = self.act(embedded + self.context_embed(context))
-        for block in self.blocks:
-            hidden = block(hidden, condition)
         shift, scale = self.out_modulation(condition).chunk(2, dim=-1)
-        return self.out_proj(self.out_norm(hidden) * (1 + scale) + shift)
+        blocks = cast(Iterable[ModulatedBlock], self.blocks)
+        return [*(block.condition(condition) for block in blocks), (shift, 1 + scale)]
+
+    def conditions_at(self, times_T: Tensor, context: Tensor) -> Iterator[Conditions]:
+        """Those of one time after the other, for contexts (..., D)."""
+        num_contexts = max(1, context[..., 0].numel())
+        for chunk in times_T.split(max(1, CONDITIONS_AT_ONCE // num_contexts)):
+            of_chunk = self.conditions(chunk.view(-1, *[1] * (context.dim() - 1)), context)
+            for index in range(len(chunk)):
+                yield [tuple(values[index] for values in layer) for layer in of_chunk]
+
+    def given(self, conditions: Conditions, x: Tensor) -> Tensor:
+        """x (..., Z) → (..., out_size)."""
+        hidden = self.input_proj(x)
+        *of_blocks, (shift, factor) = conditions
+        for block, of_block in zip(self.blocks, of_blocks, strict=True):
+            hidden = block(hidden, *of_block)
+        return self.out_proj(torch.addcmul(shift, self.out_norm(hidden), factor))
 
     @staticmethod
-    def _time_features(time: Tensor, dtype: torch.dtype) -> Tensor:
-        half = TIME_FEATURES // 2
-        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=time.device, dtype=torch.float32))
-        angles = time.float().unsqueeze(-1) * frequencies
+    def _time_features(times: Tensor, dtype: torch.dtype) -> Tensor:
+        angles = times.float().unsqueeze(-1) * _time_frequencies(times.device)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+@functools.lru_cache
+def _time_frequencies(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a table made in inference mode could not be used in training
+        half = TIME_FEATURES // 2
+        return torch.exp(-math.log(10000) / half * torch.arange(half, device=device, dtype=torch.float32))
 
 
 class FlowMatchingHead(GenerativeHead, head_type="flow"):
@@ -80,29 +118,20 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
 
     def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """v(x, t, c) in x's dtype for t in [0, 1]; the net sees ⌊1000·t⌋, as the published one does."""
-        return self._velocity(x, (time * 1000).long(), context)
-
-    def _velocity(self, x: Tensor, thousandths: Tensor, context: Tensor) -> Tensor:
-        return self.net(x.to(context.dtype), thousandths, context).to(x.dtype)
-
-    def _thousandths(self, device: torch.device) -> Tensor:
-        """⌊1000·t⌋ at the start and the middle of each step, (T, 2), in integers: no rounding can lower them."""
-        steps = self.num_steps
-        return torch.tensor([(1000 * i // steps, 500 * (2 * i + 1) // steps) for i in range(steps)], device=device)
+        return self.net(x.to(context.dtype), (time * 1000).long(), context).to(x.dtype)
 
     def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
-        x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
-        for start, middle in self._thousandths(context.device):
-            x = self._step(x, start, middle, context)
+        x = begin = noise.float()  # the state stays in float32: steps would be lost in bfloat16
+        times = solver_times(self.num_steps, context.device)
+        for index, conditions in enumerate(self.net.conditions_at(times, context)):
+            velocity = self.net.given(conditions, x.to(context.dtype)).to(x.dtype)
+            x = self._midpoint_rule(begin, velocity, index)
+            begin = x if index % 2 else begin
         return x.to(context.dtype)
 
-    def _step(self, x: Tensor, start: Tensor, middle: Tensor, context: Tensor) -> Tensor:
-        """(..., Z) a step on."""
-        return x + self._velocity(self._halfway(x, start, context), middle, context) / self.num_steps
-
-    def _halfway(self, x: Tensor, start: Tensor, context: Tensor) -> Tensor:
-        """(..., Z) half a step on."""
-        return x + self._velocity(x, start, context) / (2 * self.num_steps)
+    def _midpoint_rule(self, begin: Tensor, velocity: Tensor, index: int) -> Tensor:
+        """From where a step begins, half of it on by an even velocity, the whole by the odd one after it."""
+        return begin + velocity / (self.num_steps if index % 2 else 2 * self.num_steps)
 
     def compute_loss(
         self,
@@ -136,3 +165,11 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         if self.time_logit_mean is None:
             return times.uniform_(generator=generator)
         return torch.sigmoid(times.normal_(self.time_logit_mean, generator=generator))
+
+
+@functools.lru_cache
+def solver_times(num_steps: int, device: torch.device) -> Tensor:
+    """⌊1000·t⌋ at the start and the middle of each step, (2·T,), in integers: no rounding can lower them."""
+    times = [(1000 * i // num_steps, 500 * (2 * i + 1) // num_steps) for i in range(num_steps)]
+    with torch.inference_mode(False):
+        return torch.tensor(times, device=device).flatten()

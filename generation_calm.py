@@ -8,7 +8,6 @@ V vocabulary.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import compress
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,8 +29,10 @@ from .samplers_calm import (
     check_temperature,
     exact_temperature_sample,
     most_frequent_patch,
+    numbers_up_to,
     single_draw,
 )
+from .texts_calm import GrowingTexts
 from .upstream_calm import GenerateCall, PatchGenerationMixin
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
@@ -199,7 +200,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def write_patches(
         self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Generates patch by patch and appends token by token, so that every stopping rule sees each token.
+        """Generates patch by patch; every stopping rule sees each token (see texts_calm.py).
 
         Returns the prompts as they came, padding included, followed by the new tokens; a row that has stopped gets
         padding, also after an EOS within a patch.
@@ -213,13 +214,15 @@ class CALMGenerationMixin(PatchGenerationMixin):
             )
         prompt_length = input_ids.shape[1]
         min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
-        inputs = self.pack_for_generation(
+        inputs: dict[str, Any] = self.pack_for_generation(
             input_ids,
             model_kwargs.get("attention_mask"),
             model_kwargs.get("prompt_alignment"),
             call.pad_token,
             call.bos_token,
         )
+        if bool(inputs["attention_mask"].all()):
+            inputs["attention_mask"] = None  # a mask that hides nothing takes operations in every step
         cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
         outputs_wanted = {
             name: bool(getattr(generation_config, f"output_{name}"))
@@ -231,10 +234,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
-        unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        finished, plan = False, BlockPlan()
+        texts, plan = GrowingTexts(input_ids, call), BlockPlan()
         radius = trusted_radius(self) if self.compares_lazily(sampling) else None
-        while call.goes_on(finished, input_ids.device):
+        while call.goes_on(texts.is_finished, input_ids.device):
             outputs = self(
                 **inputs,
                 past_key_values=cache,
@@ -243,31 +245,17 @@ class CALMGenerationMixin(PatchGenerationMixin):
             )
             for name in collected:
                 collected[name] += (getattr(outputs, name),)
-            forbidden_KV = self.forbidden_tokens(min_length - input_ids.shape[1], call.eos_tokens, input_ids.device)
-            # Rows that have stopped draw no more; when all have, this process only keeps up with the others.
-            drawing = torch.full_like(unfinished, True) if finished else unfinished
-            hidden_RD = outputs.last_hidden_state[:, -1][drawing.to(outputs.last_hidden_state.device)]
-            generators = generator if not isinstance(generator, Sequence) else list(compress(generator, drawing))
+            forbidden_KV = self.forbidden_tokens(min_length - texts.length, call.eos_tokens, input_ids.device)
+            hidden_RD = texts.rows(outputs.last_hidden_state[:, -1])
+            generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
             patches_RK = self.next_patches(hidden_RD, sampling, generators, forbidden_KV, plan, radius)
-            patches_BK = input_ids.new_zeros(len(input_ids), self.config.patch_size)
-            patches_BK[drawing] = patches_RK.to(input_ids.device)
-            for tokens in patches_BK.unbind(1):
-                if finished:  # the patch's other tokens; or only kept running for the other processes
-                    break
-                if call.pad_token is not None:
-                    tokens = torch.where(unfinished, tokens, call.pad_token)
-                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-                if call.streamer is not None:
-                    call.streamer.put(tokens.cpu())
-                unfinished = unfinished & ~call.stopping_criteria(input_ids, None).to(unfinished.device)
-                finished = not bool(unfinished.any())
-            inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
+            inputs = self._extend_inputs(inputs, texts.append(patches_RK), keep_past=cache is None)
 
         if call.streamer is not None:
             call.streamer.end()
         if not generation_config.return_dict_in_generate:
-            return input_ids
-        collected |= {"sequences": input_ids, "past_key_values": cache}
+            return texts.ids_BL
+        collected |= {"sequences": texts.ids_BL, "past_key_values": cache}
         return GenerateDecoderOnlyOutput(**collected)
 
     def next_patches(
@@ -299,9 +287,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
 
         def draw(rows: Tensor, num_draws: int) -> Tensor:
             noise: dict[str, Any] = fixed_noise or randomness.for_head(self.head, hidden_RD, rows, num_draws)
-            return self.head.sample(hidden_RD[rows], num_samples=num_draws, **noise)
+            context = hidden_RD if rows is rows_R else hidden_RD[rows]
+            return self.head.sample(context, num_samples=num_draws, **noise)
 
-        rows_R = torch.arange(len(hidden_RD), device=hidden_RD.device)
+        rows_R = numbers_up_to(len(hidden_RD), hidden_RD.device)
         pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius)
         return pool.tokens(rows_R, sampling.choose(pool, randomness, plan))
 
@@ -373,7 +362,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         patches = max(1, chunk_size // self.config.patch_size)
         *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
         for i, chunk in enumerate(chunks, start=1):
-            mask = inputs["attention_mask"][:, : i * patches]
+            mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : i * patches]
             self(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
         return {**inputs, "input_ids": last}
 
@@ -400,5 +389,5 @@ class CALMGenerationMixin(PatchGenerationMixin):
         ids, mask = patches_BK.to(inputs["input_ids"].device), inputs["attention_mask"]
         return {
             "input_ids": torch.cat([inputs["input_ids"], ids], dim=1) if keep_past else ids,
-            "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+            "attention_mask": None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
         }

@@ -29,6 +29,7 @@ from .randomness_calm import StepRandomness  # noqa: F401
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 from .screening_calm import VocabularyScreen  # noqa: F401
+from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401
 from .upstream_calm import PatchGenerationMixin  # noqa: F401

@@ -196,7 +196,9 @@ class AutoencoderDecoder(nn.Module):
         return torch.cat(ids)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.lm_head(self.finish(self.expand(latents)))
+        # In rows: linear layers without bias then need no second view.
+        states = self.expand(latents)
+        return self.lm_head(self.finish(states.flatten(0, -2))).unflatten(0, states.shape[:-1])
 
 
 def logits_at_once(device: torch.device) -> int:
@@ -355,7 +357,7 @@ class CALMAutoencoder(PreTrainedModel):
             if forbidden_KV is not None:
                 logits = logits.masked_fill(forbidden_KV.to(logits.device), -torch.inf)
             ids.append(logits.argmax(-1))
-        ids = torch.cat(ids)
+        ids = torch.cat(ids) if len(ids) > 1 else ids[0]
         return ids.reshape(*latents.shape[:-1], self.config.patch_size)
 
     def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:

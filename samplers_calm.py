@@ -15,20 +15,23 @@ The exact one asks only which draws are equal: where 1/T is whole, only of the p
 draws the choice among distinct ones before it asks. So a pool need not decode everything.
 
 Rows are independent, and all randomness but the pool's comes from `generator` (or from one a row, see
-randomness_calm.py). What depends on draws stays on their device; the host reads from there which rows are done after
-each block, and how many draws they needed. Tables of the counts alone (weights, restarts) are made on the CPU in
-float64 and copied.
+randomness_calm.py). What depends on draws stays on their device, but that after each block of the exact one the host
+reads, once, which rows are done. Tables that depend on no draw (weights, restarts) are made once, on the CPU in
+float64, and copied.
 """
 
+from __future__ import annotations
+
+import functools
 import math
 import numbers
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .randomness_calm import Randomness, StepRandomness
@@ -39,6 +42,10 @@ LEAST_BLOCK = 4  # draws of the exact sampler's first block, at least; the pool 
 BLOCK_COST = 15  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
 FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
+# Comparisons of pairs of draws, B·N²·K, up to which all are made at once: few operations, where these are what costs.
+PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
+TABLES_KEPT = 64
+NO_WEIGHT = 1000.0  # nats: e^-1000 is 0 in float32
 
 Pairs = Literal["all", "adjacent", "disjoint"]
 
@@ -56,14 +63,14 @@ class Pool(Protocol):
         """Draws so many more for each of these rows, which must have drawn in every call before."""
         ...
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
+    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Class ids of all draws of these rows so far, (R, N): a draw's is the index of the first one equal to it.
 
         Args:
             rows_R: numbers of the rows.
             pairs: of which pairs the ids must be equal exactly where the patches are: draws 2i and 2i + 1
                 ("disjoint"), i and i + 1 ("adjacent"), or all. Other equal draws may have two ids.
-            likely_R: of each row the draw that will be chosen if all are distinct: its tokens may be read on this
+            noise_RN: the draw with the least will be chosen if all are distinct: its tokens may be read on this
                 occasion.
         """
         ...
@@ -77,19 +84,14 @@ class ExactSample(NamedTuple):
     """What `exact_temperature_sample` chose.
 
     Args:
-        index_B: the draw chosen.
-        is_exact_B: whether an attempt was accepted, so that its law is exact.
-        num_draws_B: how many draws were made.
+        index_B: the draw chosen, on the pool's device.
+        is_exact_B: whether an attempt was accepted, so that its law is exact; on the CPU.
+        num_draws_B: how many draws were made; on the CPU.
     """
 
     index_B: Tensor
     is_exact_B: Tensor
     num_draws_B: Tensor
-
-    @classmethod
-    def none(cls, rows_B: Tensor) -> "ExactSample":
-        """Before anything is drawn."""
-        return cls(torch.zeros_like(rows_B), torch.zeros_like(rows_B, dtype=torch.bool), torch.zeros_like(rows_B))
 
 
 def check_temperature(temperature: float) -> None:
@@ -158,7 +160,7 @@ def exact_temperature_sample(
     temperature: float,
     max_draws: int,
     generator: Randomness = None,
-    plan: "BlockPlan | None" = None,
+    plan: BlockPlan | None = None,
 ) -> ExactSample:
     """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_draws` draws a row.
 
@@ -172,72 +174,64 @@ def exact_temperature_sample(
     Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
     """
     check_num_candidates(max_draws, temperature)
-    pairs, attempt_length = compared_pairs(temperature), math.ceil(inverse_temperature(temperature))
+    exponent, pairs = inverse_temperature(temperature), compared_pairs(temperature)
+    attempt_length, num_rows = math.ceil(exponent), len(pool.rows_B)
     plan, randomness = BlockPlan() if plan is None else plan, StepRandomness.of(generator)
-    first_block = plan.first_block(min(max(LEAST_BLOCK, attempt_length), max_draws), len(pool.rows_B), max_draws)
-    rows_R, chances, chosen = pool.rows_B, Chances.none(pool.rows_B), ExactSample.none(pool.rows_B)
-    for size in block_sizes(first_block, max_draws):
+    first_block = plan.first_block(min(max(LEAST_BLOCK, attempt_length), max_draws), num_rows, max_draws)
+    chosen, num_draws = [0] * num_rows, [max_draws] * num_rows
+    left, rows_R = list(range(num_rows)), pool.rows_B  # rows that draw, on the host and on the pool's device
+    uniform_RN = noise_RN = None
+    for num_drawn, size in block_sizes(first_block, max_draws):
         pool.extend(rows_R, size)
-        chances = chances.extend(rows_R, size, randomness)
-        likely_R = chances.likely(temperature) if chances.num_draws == max_draws else None
-        class_RN = pool.classes(rows_R, pairs, likely_R)
-        start_R, accepted_R = first_accepted_attempt(class_RN, chances.uniform_RN, temperature)
-        chosen.index_B[rows_R], chosen.is_exact_B[rows_R] = start_R, accepted_R
-        chosen.num_draws_B[rows_R] = chances.num_draws
-        plan.note((start_R + attempt_length)[accepted_R])
-        rows_R, chances = rows_R[~accepted_R], chances.of(~accepted_R)
-        if len(rows_R) == 0:
-            return chosen
+        if not exponent.is_integer():
+            new_RN = randomness.uniform(rows_R, size)
+            uniform_RN = new_RN if uniform_RN is None else torch.cat([uniform_RN, new_RN], dim=1)
+        if num_drawn == max_draws:
+            noise_RN = randomness.exponential(rows_R, max_draws)
+        class_RN = pool.classes(rows_R, pairs, None if pairs == "all" else noise_RN)
+        starts = first_accepted_attempt(class_RN, uniform_RN, temperature).tolist()
+        kept = [i for i, start in enumerate(starts) if start == num_drawn]
+        for row, start in zip(left, starts, strict=True):
+            if start < num_drawn:
+                chosen[row], num_draws[row] = start, num_drawn
+        plan.note(start + attempt_length for start in starts if start < num_drawn)
+        if len(kept) < len(left):
+            left, kept_R = [left[i] for i in kept], to_device(kept, rows_R.device)
+            if not left:
+                break
+            rows_R = rows_R[kept_R]
+            uniform_RN, noise_RN = (x if x is None else x[kept_R] for x in (uniform_RN, noise_RN))
 
-    plan.note(chosen.num_draws_B[rows_R])
-    chosen.index_B[rows_R] = choose_from_full_pool(pool.classes(rows_R), chances, temperature)
-    return chosen
-
-
-class Chances(NamedTuple):
-    """The random numbers that go with the draws of some rows, one of each kind for a draw.
-
-    Args:
-        uniform_RN: on [0, 1): when an attempt that starts at this draw gives up.
-        noise_RN: standard exponential: the draw's luck in the choice among all.
-    """
-
-    uniform_RN: Tensor
-    noise_RN: Tensor
-
-    @classmethod
-    def none(cls, rows_R: Tensor) -> "Chances":
-        """Of rows without draws."""
-        nothing_RN = torch.empty(len(rows_R), 0, device=rows_R.device, dtype=torch.float32)
-        return cls(nothing_RN, nothing_RN)
-
-    @property
-    def num_draws(self) -> int:
-        return self.uniform_RN.shape[1]
-
-    def extend(self, rows_R: Tensor, num_draws: int, randomness: StepRandomness) -> "Chances":
-        new = randomness.uniform(rows_R, num_draws), randomness.exponential(rows_R, num_draws)
-        return Chances(*(torch.cat(parts, dim=1) for parts in zip(self, new, strict=True)))
-
-    def of(self, is_kept_R: Tensor) -> "Chances":
-        return Chances(self.uniform_RN[is_kept_R], self.noise_RN[is_kept_R])
-
-    def likely(self, temperature: float) -> Tensor | None:
-        """The draw of each row that `choose_from_full_pool` takes if all are distinct; None where that isn't known."""
-        return self.noise_RN.argmin(-1) if compared_pairs(temperature) != "all" else None
+    plan.note([max_draws] * len(left))
+    index_B = to_device(chosen, rows_R.device)
+    if left and noise_RN is not None:
+        index_R = choose_from_full_pool(pool.classes(rows_R), uniform_RN, noise_RN, temperature)
+        index_B = index_R if len(left) == num_rows else index_B.index_copy(0, rows_R, index_R)
+    fell_back = set(left)
+    is_exact = [row not in fell_back for row in range(num_rows)]
+    return ExactSample(index_B, torch.tensor(is_exact), torch.tensor(num_draws))
 
 
-def choose_from_full_pool(class_RN: Tensor, chances: Chances, temperature: float) -> Tensor:
-    """Algorithm 1 when no more draws may be made; index (R,).
+def choose_from_full_pool(class_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor, temperature: float) -> Tensor:
+    """Algorithm 1 when no more draws may be made, in rows where none was accepted; index (R,).
 
     An attempt that was waiting for its patch to come again reads the pool's earlier draws as if they came next, and
     accepts when it has read them all without a restart. Averaged over the orders of a pool, this accepts a patch in
     proportion to its batch weight C(c, 1/T). Dropping such attempts instead would discriminate against rare patches
     (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
     at 1/T a whole number all of them: nothing waits there.
+
+    Args:
+        class_RN: class ids of all pairs.
+        uniform_RN: as in `first_accepted_attempt`.
+        noise_RN: as in `choose_by_weight`.
+        temperature: T.
     """
-    start_R, accepted_R = first_accepted_attempt(class_RN, chances.uniform_RN, temperature, circular=True)
-    return torch.where(accepted_R, start_R, choose_by_weight(class_RN, chances.noise_RN, temperature))
+    by_weight_R = choose_by_weight(class_RN, noise_RN, temperature)
+    if uniform_RN is None:
+        return by_weight_R
+    start_R = first_accepted_attempt(class_RN, uniform_RN, temperature, circular=True)
+    return torch.where(start_R < class_RN.shape[1], start_R, by_weight_R)
 
 
 # The plan of the exact method
@@ -255,13 +249,13 @@ def compared_pairs(temperature: float) -> Pairs:
     return "disjoint" if exponent == 2 else "adjacent"
 
 
-def block_sizes(first: int, max_draws: int) -> Iterator[int]:
-    """How many draws to make at a time: each block after the first doubles their number, up to `max_draws`."""
+def block_sizes(first: int, max_draws: int) -> Iterator[tuple[int, int]]:
+    """(Draws after the block, its size): each after the first doubles their number, up to `max_draws`."""
     num_drawn = 0
     while num_drawn < max_draws:
         size = min(num_drawn or first, max_draws - num_drawn)
         num_drawn += size
-        yield size
+        yield num_drawn, size
 
 
 class BlockPlan:
@@ -273,15 +267,15 @@ class BlockPlan:
     def __init__(self):
         self.needed = deque(maxlen=STEPS_REMEMBERED)
 
-    def note(self, num_draws: Tensor) -> None:
+    def note(self, num_draws: Iterable[int]) -> None:
         """Remembers after how many draws rows had their patch."""
-        self.needed.extend(num_draws.tolist())
+        self.needed.extend(num_draws)
 
     def first_block(self, least: int, num_rows: int, max_draws: int) -> int:
         """The size, of `least` times powers of 2 and `max_draws`, that would have cost least in the steps before."""
 
         def cost(size: int) -> float:
-            pool_sizes = list(accumulate(block_sizes(size, max_draws)))
+            pool_sizes = [num_drawn for num_drawn, _ in block_sizes(size, max_draws)]
             last_blocks = [bisect_left(pool_sizes, min(needed, max_draws)) for needed in self.needed or [FIRST_GUESS]]
             return sum(pool_sizes[last] + (last + 1) * BLOCK_COST / num_rows for last in last_blocks)
 
@@ -297,6 +291,22 @@ def patch_classes(patches_BNK: Tensor) -> Tensor:
 
     Token ids must lie in [0, 2^32).
     """
+    if 0 < patches_BNK.numel() * patches_BNK.shape[1] <= _pairs_at_once(patches_BNK.device):
+        return _classes_by_pairs(patches_BNK)
+    return _classes_by_sorting(patches_BNK)
+
+
+def _pairs_at_once(device: torch.device) -> int:
+    return PAIRS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
+
+
+def _classes_by_pairs(patches_BNK: Tensor) -> Tensor:
+    patches_KBN = patches_BNK.movedim(-1, 0)
+    equal_BNN = (patches_KBN[..., None] == patches_KBN[..., None, :]).all(0)
+    return equal_BNN.view(torch.uint8).argmax(-1)
+
+
+def _classes_by_sorting(patches_BNK: Tensor) -> Tensor:
     rank_BN = torch.zeros_like(patches_BNK[..., 0], dtype=torch.long)
     for ids_BN in patches_BNK.unbind(-1):  # rank the prefixes, one token longer each time: no overflow at any K
         key_BN, order_BN = torch.sort((rank_BN << 32) | ids_BN, dim=-1, stable=True)
@@ -304,14 +314,28 @@ def patch_classes(patches_BNK: Tensor) -> Tensor:
         is_new_BN[:, 1:] = key_BN[:, 1:] != key_BN[:, :-1]
         rank_BN = torch.empty_like(rank_BN).scatter_(-1, order_BN, is_new_BN.cumsum(-1))
 
-    index_BN = torch.arange(rank_BN.shape[-1], device=rank_BN.device).expand_as(rank_BN)
+    index_BN = numbers_up_to(rank_BN.shape[-1], rank_BN.device).expand_as(rank_BN)
     first_of_rank_BN = torch.zeros_like(rank_BN).scatter_reduce_(-1, rank_BN, index_BN, "amin", include_self=False)
     return first_of_rank_BN.gather(-1, rank_BN)
 
 
 def class_sizes(class_BN: Tensor) -> Tensor:
     """How many draws of the row have the same class id, (B, N)."""
+    if class_BN.numel() * class_BN.shape[1] <= _pairs_at_once(class_BN.device):
+        return (class_BN[..., None] == class_BN[..., None, :]).sum(-1)
     return torch.zeros_like(class_BN).scatter_add_(-1, class_BN, torch.ones_like(class_BN)).gather(-1, class_BN)
+
+
+def to_device(values: list[int], device: torch.device) -> Tensor:
+    """A tensor of them, without waiting for the device."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+
+@functools.lru_cache(TABLES_KEPT)
+def numbers_up_to(end: int, device: torch.device) -> Tensor:
+    """0 … end − 1, made once a device."""
+    with torch.inference_mode(False):  # a table made in inference mode could not be used outside of it
+        return torch.arange(end, device=device)
 
 
 def repetition_log_weights(num_draws: int, exponent: float) -> Tensor:
@@ -333,15 +357,20 @@ def draw_log_weights(class_BN: Tensor, temperature: float) -> Tensor:
     A patch seen c times weighs C(c, 1/T), all of it on its first occurrence. A row in which that leaves nothing falls
     back to smaller exponents n-1, n-2, ..., which ends at equal weights for the patches seen most often.
     """
-    sizes_BN, num_draws = class_sizes(class_BN), class_BN.shape[1]
-    log_weights = repetition_log_weights(num_draws, inverse_temperature(temperature))
-    log_weights_BN = log_weights.to(class_BN.device, torch.float32)[sizes_BN]
+    num_draws = class_BN.shape[1]
+    log_weights_BN = _log_weight_table(num_draws, temperature, class_BN.device)[class_sizes(class_BN)]
+    is_later_BN = class_BN != numbers_up_to(num_draws, class_BN.device)
+    return log_weights_BN.masked_fill(is_later_BN, -math.inf)
 
-    most_B1 = sizes_BN.amax(-1, keepdim=True)
-    none_counts_B1 = log_weights_BN.amax(-1, keepdim=True) == -math.inf
-    log_weights_BN = log_weights_BN.masked_fill(none_counts_B1 & (sizes_BN == most_B1), 0.0)
-    is_first_BN = class_BN == torch.arange(num_draws, device=class_BN.device)
-    return log_weights_BN.masked_fill(~is_first_BN, -math.inf)
+
+@functools.lru_cache(TABLES_KEPT)
+def _log_weight_table(num_draws: int, temperature: float, device: torch.device) -> Tensor:
+    """Log weights of 0 … N repetitions, float32. Where C(c, 1/T) is 0 they are so low, and the lower the smaller c is,
+    that beside any larger count the weight is 0 in float32: alone, the largest counts weigh 1."""
+    with torch.inference_mode(False):
+        log_weights = repetition_log_weights(num_draws, inverse_temperature(temperature))
+        steps_down = torch.arange(-num_draws - 1, 0, dtype=torch.float64) * NO_WEIGHT
+        return torch.where(log_weights == -math.inf, steps_down, log_weights).to(device, torch.float32)
 
 
 def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> Tensor:
@@ -354,28 +383,32 @@ def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> 
 
 
 def first_accepted_attempt(
-    class_BN: Tensor, uniform_BN: Tensor, temperature: float, circular: bool = False
-) -> tuple[Tensor, Tensor]:
+    class_BN: Tensor, uniform_BN: Tensor | None, temperature: float, circular: bool = False
+) -> Tensor:
     """Run Algorithm 1 along each row's draws, attempt after attempt, and find the first that accepts.
 
     With n = floor(1/T) and alpha = 1/T - n, an attempt reads draws until one differs from its first, or until n are
     equal. Then, if alpha > 0, it reads on: at further draw i it accepts if that equals the n, and otherwise restarts
     with probability alpha / i. The next attempt begins at the first unread draw, so every attempt sees fresh draws.
 
-    `uniform_BN` is uniform on [0, 1), one for the attempt that starts at a draw.
+    `uniform_BN` is uniform on [0, 1), one for the attempt that starts at a draw; None where 1/T is whole.
     `circular`: an attempt that runs out of draws reads on from the first draw of the pool, up to its own start.
-    Returns where the accepted attempt starts (B,), 0 where there is none, and whether there is one (B,).
+    Returns where the accepted attempt starts (B,), N where there is none.
     """
     exponent = inverse_temperature(temperature)
     whole = math.floor(exponent)
     fraction = exponent - whole
     num_draws = class_BN.shape[-1]
-    start_N = torch.arange(num_draws, device=class_BN.device)
+    start_N = numbers_up_to(num_draws, class_BN.device)
+    if exponent == 2 and num_draws > 1:  # each attempt reads two draws, whatever they are
+        differs_BP = class_BN[:, :-1:2] != class_BN[:, 1::2]
+        return start_N[:-1:2].expand_as(differs_BP).masked_fill(differs_BP, num_draws).amin(-1)
 
     differs_BN = _next_different(class_BN)
     accepts_BN = differs_BN - start_N >= whole
     next_start_BN = differs_BN + 1
     if fraction > 0:
+        assert uniform_BN is not None, "attempts restart by chance where 1/T is not whole"
         last_N = (start_N + whole - 1).clamp(max=num_draws - 1)
         gives_up_BN = last_N + _restart_times(uniform_BN, fraction)
         next_start_BN = torch.where(accepts_BN, gives_up_BN + 1, next_start_BN)
@@ -385,28 +418,32 @@ def first_accepted_attempt(
     # An accepting attempt points at itself, any other at its successor, index N stands for "ran out of draws".
     # Squaring the pointers log2(N) times walks every row to the end of its chain without a loop over draws.
     points_to_BN = torch.where(accepts_BN, start_N, next_start_BN.clamp(max=num_draws))
-    points_to_BN = torch.nn.functional.pad(points_to_BN, (0, 1), value=num_draws)
+    points_to_BN = F.pad(points_to_BN, (0, 1), value=num_draws)
     for _ in range(num_draws.bit_length()):
         points_to_BN = points_to_BN.gather(-1, points_to_BN)
-    end_B = points_to_BN[:, 0]
-    accepted_B = end_B < num_draws
-    return end_B * accepted_B, accepted_B
+    return points_to_BN[:, 0]
 
 
 def _restart_times(uniform_BN: Tensor, fraction: float) -> Tensor:
     """Turn uniforms into the i >= 1 of the first restart, each with probability alpha / i; N + 1 for later."""
-    num_draws = uniform_BN.shape[-1]
-    further_N = torch.arange(1, num_draws + 1, dtype=torch.float64)
-    restarted_by_N = 1 - torch.cumprod(1 - fraction / further_N, dim=0)
-    return 1 + torch.searchsorted(restarted_by_N.to(uniform_BN), uniform_BN.contiguous(), right=True)
+    restarted_by_N = _restart_table(uniform_BN.shape[-1], fraction, uniform_BN.device)
+    return 1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True)
+
+
+@functools.lru_cache(TABLES_KEPT)
+def _restart_table(num_draws: int, fraction: float, device: torch.device) -> Tensor:
+    """The probability of a restart by the i-th further draw, i = 1 … N, float32."""
+    with torch.inference_mode(False):
+        further_N = torch.arange(1, num_draws + 1, dtype=torch.float64)
+        return (1 - torch.cumprod(1 - fraction / further_N, dim=0)).to(device, torch.float32)
 
 
 def _next_different(class_BN: Tensor) -> Tensor:
     """For each draw, the index of the first later draw that differs from it; N where there is none."""
     num_draws = class_BN.shape[-1]
-    index_N = torch.arange(num_draws, device=class_BN.device)
-    changes_BN = torch.full_like(class_BN, num_draws)
-    changes_BN[:, :-1] = torch.where(class_BN[:, 1:] != class_BN[:, :-1], index_N[1:], num_draws)
+    changed_BN = class_BN[:, 1:] != class_BN[:, :-1]
+    next_index_N = numbers_up_to(num_draws, class_BN.device)[1:]
+    changes_BN = F.pad(torch.where(changed_BN, next_index_N, num_draws), (0, 1), value=num_draws)
     return changes_BN.flip(-1).cummin(-1).values.flip(-1)
 
 

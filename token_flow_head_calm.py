@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_calm import CALMConfig
-from .flow_head_calm import FlowMatchingHead, ModulatedMLP
+from .flow_head_calm import Conditions, FlowMatchingHead, ModulatedMLP, solver_times
 from .heads_calm import PatchTarget
 from .token_chain_head_calm import TokenHead
 
@@ -29,10 +29,16 @@ class TokenFlowHead(TokenHead, FlowMatchingHead, head_type="token_flow"):
         super().__init__(config)
         self.net = ModulatedMLP(config, config.patch_size * config.hidden_size)
 
-    def _expectation(self, x: Tensor, thousandths: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents (..., Z) → logits (..., K, V) of the tokens, and the end point expected, (..., Z)."""
-        evidence = self.net(x.to(context.dtype), thousandths, context).unflatten(-1, (self.patch_size, -1))
-        logits, probabilities = self.chain.probabilities(self.chain.states(context) + evidence)
+    def _expectation(self, x: Tensor, conditions: Conditions, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents (..., Z) → logits (..., K, V) of the tokens, and the end point expected, (..., Z).
+
+        Args:
+            x: the latents.
+            conditions: of the net.
+            states: the chain's, of the contexts, (..., K, D).
+        """
+        evidence = self.net.given(conditions, x.to(states.dtype)).unflatten(-1, (self.patch_size, -1))
+        logits, probabilities = self.chain.probabilities(states + evidence)
         return logits, probabilities.flatten(-2) @ self.codes.flatten(0, 1)
 
     def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -40,15 +46,21 @@ class TokenFlowHead(TokenHead, FlowMatchingHead, head_type="token_flow"):
 
         So a draw is a mean of tokens' points; the rule itself would go on beyond them where the net changes its mind.
         """
-        x = noise.float()
-        times = self._thousandths(context.device)
-        for start, middle in times[:-1]:
-            x = self._step(x, start, middle, context)
-        start, middle = times[-1]
-        return self._expectation(self._halfway(x, start, context), middle, context)[1].to(context.dtype)
+        x = begin = end = noise.float()
+        times, states = solver_times(self.num_steps, context.device), self.chain.states(context)
+        for index, conditions in enumerate(self.net.conditions_at(times, context)):
+            end = self._expectation(x, conditions, states)[1].to(x.dtype)
+            x = self._midpoint_rule(begin, self._towards(end, x, times[index]), index)
+            begin = x if index % 2 else begin
+        return end.to(context.dtype)
 
-    def _velocity(self, x: Tensor, thousandths: Tensor, context: Tensor) -> Tensor:
-        end = self._expectation(x, thousandths, context)[1].to(x.dtype)
+    def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        thousandths = (time * 1000).long()
+        end = self._expectation(x, self.net.conditions(thousandths, context), self.chain.states(context))[1]
+        return self._towards(end.to(x.dtype), x, thousandths)
+
+    @staticmethod
+    def _towards(end: Tensor, x: Tensor, thousandths: Tensor) -> Tensor:
         left = (1 - thousandths / 1000).clamp(min=LEAST_TIME_LEFT).to(x.dtype)
         return (end - x) / left.unsqueeze(-1)
 
@@ -67,6 +79,7 @@ class TokenFlowHead(TokenHead, FlowMatchingHead, head_type="token_flow"):
         tokens = target.draw_tokens(self.num_samples)
         end = self.points(tokens).to(context.dtype)
         x, time, _ = self._on_the_way(end, generator, time, noise)
-        logits, _ = self._expectation(x, (time * 1000).long(), context)
+        conditions = self.net.conditions((time * 1000).long(), context)
+        logits, _ = self._expectation(x, conditions, self.chain.states(context))
         losses = F.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction="none")
         return losses.view(tokens.shape).mean(-1).mean(0)

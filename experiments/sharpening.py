@@ -131,7 +131,7 @@ class RecordedPool:
         if self.num_drawn > len(self.record_M):
             raise ValueError(f"{self.num_drawn} draws of a record of {len(self.record_M)}.")
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", likely_R: Tensor | None = None) -> Tensor:
+    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Class ids of the draws of these rows so far, (R, N): where only neighbours are compared, of each run."""
         index_N = torch.arange(self.num_drawn)
         patches_RN = self.read(rows_R, index_N)

@@ -40,7 +40,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 class StubPool:
     """A pool of outcomes: row b's law is law_BV[b], or its draws are those of `stream_BN`, in order.
 
-    What was asked of it is kept: (rows, number of draws) of each `extend`, (pairs, likely draw) of each `classes`.
+    What was asked of it is kept: (rows, number of draws) of each `extend`, (pairs, noise) of each `classes`.
     """
 
     def __init__(self, law_BV=None, generator=None, stream_BN=None):
@@ -58,8 +58,8 @@ class StubPool:
             new_BN[rows_R] = self.stream_BN[rows_R, start : start + num_draws]
         self.outcomes_BN = torch.cat((self.outcomes_BN, new_BN), dim=1)
 
-    def classes(self, rows_R, pairs="all", likely_R=None):
-        self.asked.append((pairs, likely_R))
+    def classes(self, rows_R, pairs="all", noise_RN=None):
+        self.asked.append((pairs, noise_RN))
         assert (self.outcomes_BN[rows_R] >= 0).all(), "a row that had stopped draws again"
         return patch_classes(self.outcomes_BN[rows_R, :, None])
 

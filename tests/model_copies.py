@@ -25,6 +25,7 @@ CODE_FILES = {
     "randomness_calm.py",
     "samplers_calm.py",
     "scores_calm.py",
+    "texts_calm.py",
     "upstream_calm.py",
 }
 AUTO_MAP = {

@@ -195,7 +195,7 @@ def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder,
     for kind in (LazyPool, PlainPool):
         pool = pool_of(kind, autoencoder, latents)
         plan = BlockPlan()
-        plan.note(torch.tensor([4]))
+        plan.note([4])
         generator = torch.Generator().manual_seed(0)
         index, exact, num_draws = exact_temperature_sample(pool, temperature, 8, generator, plan)
         results.append((index, pool.tokens(pool.rows_B, index), exact, num_draws))
@@ -394,7 +394,7 @@ def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatc
     monkeypatch.setattr(LazyPool, "read", distinct)
     sampling = PatchSampling(temperature=0.5, num_candidates=30)
     plan = BlockPlan()
-    plan.note(torch.tensor([30]))
+    plan.note([30])
     patches_RK = model.next_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), plan=plan)
     assert work == [2 * (30 + K - 1)]
     assert torch.equal(patches_RK - patches_RK[:, :1], 40 * torch.arange(K).expand(2, -1))

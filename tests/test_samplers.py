@@ -239,7 +239,8 @@ class TestAlgorithm1:
     def test_equals_algorithm_1_draw_by_draw(self, exponent, circular):
         draws = torch.multinomial(zipf(6), 300 * 40, replacement=True, generator=seeded()).view(300, 40)
         uniforms = torch.rand(300, 40, generator=seeded(1))
-        start, accepted = first_accepted_attempt(classes_of(draws), uniforms, 1 / exponent, circular)
+        start = first_accepted_attempt(classes_of(draws), uniforms, 1 / exponent, circular)
+        accepted = start < 40
         for b in range(300):
             expected = first_attempt_by_loops(draws[b].tolist(), uniforms[b].tolist(), exponent, circular)
             assert (int(start[b]) if accepted[b] else None) == expected
@@ -302,14 +303,14 @@ class TestAlgorithm1:
         assert torch.equal(sample(first_block), sample(4))
 
     def test_blocks_double_the_pool(self):
-        assert list(block_sizes(3, 20)) == [3, 3, 6, 8] and list(block_sizes(5, 5)) == [5]
+        assert list(block_sizes(3, 20)) == [(3, 3), (6, 3), (12, 6), (20, 8)] and list(block_sizes(5, 5)) == [(5, 5)]
 
 
 class TestBlockPlan:
     @staticmethod
     def plan(*needed):
         plan = BlockPlan()
-        plan.note(torch.tensor(needed, dtype=torch.long))
+        plan.note(needed)
         return plan
 
     def test_sizes_by_hand(self, monkeypatch):
@@ -361,9 +362,10 @@ class TestFallback:
     def test_total_variation_over_every_sequence_of_draws(self, num_outcomes, num_draws, n):
         sequences = torch.tensor(list(itertools.product(range(num_outcomes), repeat=num_draws)))
         uniforms = torch.zeros_like(sequences).float()
-        start, accepted = first_accepted_attempt(classes_of(sequences), uniforms, 1 / n)
+        start = first_accepted_attempt(classes_of(sequences), uniforms, 1 / n)
         batch = choice_probabilities(sequences, 1 / n)
-        bounded = torch.where(accepted[:, None], torch.nn.functional.one_hot(start, num_draws).double(), batch)
+        first = torch.nn.functional.one_hot(start, num_draws + 1)[:, :num_draws].double()
+        bounded = torch.where((start < num_draws)[:, None], first, batch)
         for law in (peaked(num_outcomes), zipf(num_outcomes), peaked(num_outcomes, 0.9)):
             sequence_weight = law[sequences].prod(-1, keepdim=True)
             errors = []
@@ -399,8 +401,7 @@ class TestFallback:
         classes = classes_of(orders).repeat(num_uniforms, 1)
         uniforms = ((torch.arange(num_uniforms) + 0.5) / num_uniforms).repeat_interleave(len(orders))
         uniforms = uniforms[:, None].expand_as(classes)
-        start, accepted = first_accepted_attempt(classes, uniforms, 1 / exponent, circular=True)
-        from_start = accepted & (start == 0)
+        from_start = first_accepted_attempt(classes, uniforms, 1 / exponent, circular=True) == 0
         weights = repetition_log_weights(6, exponent).exp()
         for patch, count in Counter(pool).items():
             share = (from_start & (orders.repeat(num_uniforms, 1)[:, 0] == patch)).double().mean()
@@ -417,7 +418,7 @@ class TestFallback:
         """Also where the pool comes in blocks; at other T nothing is promised."""
         pool = StubPool(stream_BN=torch.arange(20).expand(500, -1))
         index, exact, _ = exact_temperature_sample(pool, temperature, 20, seeded())
-        promised = [likely for _, likely in pool.asked if likely is not None]
+        promised = [noise.argmin(-1) for _, noise in pool.asked if noise is not None]
         assert len(promised) == is_promised
         if is_promised:
             assert not exact.any() and torch.equal(promised[0], index)
@@ -448,7 +449,7 @@ class TestComparedPairs:
 class PoolOfPairs(StubPool):
     """Tells equal only the draws that are compared, and those that follow from them."""
 
-    def classes(self, rows_R, pairs="all", likely_R=None):
+    def classes(self, rows_R, pairs="all", noise_RN=None):
         outcomes = self.outcomes_BN[rows_R]
         linked = (outcomes[:, :, None] == outcomes[:, None]) & table_of_pairs(pairs, outcomes.shape[1])
         for _ in range(outcomes.shape[1].bit_length()):  # equal to one that is equal to a third
