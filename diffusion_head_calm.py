@@ -4,8 +4,8 @@ Axes: N samples per patch, T solver steps, D hidden size, Z latent size. "..." s
 Samples come first: (N, ..., Z).
 """
 
-import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from .configuration_calm import CALMConfig, require
 from .flow_head_calm import ModulatedMLP
 from .heads_calm import GenerativeHead, PatchTarget, standard_normal
+from .tables_calm import made_once, where_float64_is
 
 DIFFUSION_TRAIN_STEPS = 1000  # published code
 DIFFUSION_SAMPLING_STEPS = 100  # published code
@@ -39,9 +40,11 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
     def network_calls(self) -> int:
         return self.num_steps
 
-    def shared_draws(self, num_samples: int, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        draws = super().shared_draws(num_samples, like, generator)
-        return draws | {"step_noise": self.initial_noise((self.num_steps, num_samples, 1), like, generator)}
+    def recorded_draws(
+        self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        draws = super().recorded_draws(num_samples, num_rows, like, generator)
+        return draws | {"step_noise": self.initial_noise((self.num_steps, num_samples, num_rows), like, generator)}
 
     def draw(
         self,
@@ -93,12 +96,14 @@ class DiffusionSchedule:
     """Cosine noise schedule of 1000 steps, respaced to `num_steps`; tables in float64, arithmetic in float32."""
 
     def __init__(self, num_steps: int, device: torch.device):
-        full = torch.arange(DIFFUSION_TRAIN_STEPS + 1, dtype=torch.float64) / DIFFUSION_TRAIN_STEPS
+        # Tables are of float64, so that the last steps' are right.
+        float64: dict[str, Any] = {"dtype": torch.float64, "device": where_float64_is(device)}
+        full = torch.arange(DIFFUSION_TRAIN_STEPS + 1, **float64) / DIFFUSION_TRAIN_STEPS
         alpha_bar = ((full + 0.008) / 1.008 * math.pi / 2).cos().square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-        kept = torch.linspace(0, DIFFUSION_TRAIN_STEPS - 1, num_steps, dtype=torch.float64).round().long()
+        kept = torch.linspace(0, DIFFUSION_TRAIN_STEPS - 1, num_steps, **float64).round().long()
         cumulative = (1 - betas).cumprod(0)[kept]
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])
+        previous = torch.cat([torch.ones(1, **float64), cumulative[:-1]])
         betas = 1 - cumulative / previous
         variance = betas * (1 - previous) / (1 - cumulative)
 
@@ -149,11 +154,10 @@ class DiffusionSchedule:
         return picked.unsqueeze(-1) if picked.dim() else picked
 
 
-@functools.lru_cache
+@made_once
 def diffusion_schedule(num_steps: int, device: torch.device) -> DiffusionSchedule:
-    """The schedule of so many steps, made once a device."""
-    with torch.inference_mode(False):  # tables made in inference mode could not be used in training
-        return DiffusionSchedule(num_steps, device)
+    """The schedule of so many steps."""
+    return DiffusionSchedule(num_steps, device)
 
 
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

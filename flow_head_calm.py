@@ -4,7 +4,6 @@ Axes: N samples per patch, T solver steps, D hidden size, Z latent size. "..." s
 Samples come first: (N, ..., Z).
 """
 
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import cast
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .configuration_calm import CALMConfig
 from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, standard_normal, zero_linear
+from .tables_calm import made_once
 
 TIME_FEATURES = 256  # width of the sinusoidal embedding of time; published code
 FLOW_STEPS = 10  # midpoint steps; published code
@@ -96,11 +96,10 @@ class ModulatedMLP(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
-@functools.lru_cache
+@made_once
 def _time_frequencies(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a table made in inference mode could not be used in training
-        half = TIME_FEATURES // 2
-        return torch.exp(-math.log(10000) / half * torch.arange(half, device=device, dtype=torch.float32))
+    half = TIME_FEATURES // 2
+    return torch.exp(-math.log(10000) / half * torch.arange(half, device=device, dtype=torch.float32))
 
 
 class FlowMatchingHead(GenerativeHead, head_type="flow"):
@@ -167,9 +166,8 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         return torch.sigmoid(times.normal_(self.time_logit_mean, generator=generator))
 
 
-@functools.lru_cache
+@made_once
 def solver_times(num_steps: int, device: torch.device) -> Tensor:
     """⌊1000·t⌋ at the start and the middle of each step, (2·T,), in integers: no rounding can lower them."""
-    times = [(1000 * i // num_steps, 500 * (2 * i + 1) // num_steps) for i in range(num_steps)]
-    with torch.inference_mode(False):
-        return torch.tensor(times, device=device).flatten()
+    index_T = torch.arange(num_steps, device=device)
+    return (torch.stack([1000 * index_T, 500 * (2 * index_T + 1)], dim=-1) // num_steps).flatten()

@@ -17,21 +17,25 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .candidates_calm import LazyPool, PlainPool, trusted_radius
+from .compiled_calm import CompiledSteps
 from .configuration_calm import PROMPT_ALIGNMENTS
 from .heads_calm import GenerativeHead
 from .modeling_calm_autoencoder import CALMAutoencoder
-from .randomness_calm import Randomness, StepRandomness
+from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
 from .samplers_calm import (
+    ONE_BLOCK,
     BlockPlan,
+    OneBlock,
     Pool,
     batch_temperature_select,
     check_num_candidates,
     check_temperature,
     exact_temperature_sample,
     most_frequent_patch,
-    numbers_up_to,
+    one_block_temperature_sample,
     single_draw,
 )
+from .tables_calm import numbers_up_to
 from .texts_calm import GrowingTexts
 from .upstream_calm import GenerateCall, PatchGenerationMixin
 
@@ -92,15 +96,27 @@ class PatchSampling:
             settings["temperature"] = None  # has no meaning then
         return cls(**{name: value for name, value in settings.items() if value is not None})
 
-    def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | None = None) -> Tensor:
-        """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,)."""
+    def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | OneBlock | None = None) -> Tensor:
+        """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,).
+
+        `ONE_BLOCK` for a plan draws as much at once as the method draws at most, and lets the host read nothing.
+        """
         if not self.do_sample:
             return most_frequent_patch(pool, self.num_candidates)
         if self.temperature == 1:
             return single_draw(pool)
         if self.sampling_method == "batch":
             return batch_temperature_select(pool, self.temperature, self.num_candidates, generator)
+        if plan == ONE_BLOCK:
+            return one_block_temperature_sample(pool, self.temperature, self.most_draws, generator)
         return exact_temperature_sample(pool, self.temperature, self.most_draws, generator, plan).index_B
+
+    @property
+    def num_draws_at_once(self) -> int:
+        """The patches that `choose` draws with the plan `ONE_BLOCK`."""
+        if not self.do_sample:
+            return self.num_candidates
+        return 1 if self.temperature == 1 else self.most_draws
 
     @property
     def most_draws(self) -> int:
@@ -234,9 +250,20 @@ class CALMGenerationMixin(PatchGenerationMixin):
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
-        texts, plan = GrowingTexts(input_ids, call), BlockPlan()
+        steps = None
+        if call.compile_config is not None:
+            if collected:
+                raise ValueError(
+                    f"compile_config: compiled steps return no {' and no '.join(collected)}; leave one out."
+                )
+            steps = CompiledSteps(self, cache, sampling, call.compile_config, inputs, min_length > prompt_length)
+        texts, plan = GrowingTexts(input_ids, call), BlockPlan() if steps is None else ONE_BLOCK
         radius = trusted_radius(self) if self.compares_lazily(sampling) else None
         while call.goes_on(texts.is_finished, input_ids.device):
+            forbidden_KV = self.forbidden_tokens(min_length - texts.length, call.eos_tokens, input_ids.device)
+            if steps is not None and steps.has_begun:
+                steps.read(texts.append(steps.next_patches(generator, forbidden_KV)))
+                continue
             outputs = self(
                 **inputs,
                 past_key_values=cache,
@@ -245,11 +272,13 @@ class CALMGenerationMixin(PatchGenerationMixin):
             )
             for name in collected:
                 collected[name] += (getattr(outputs, name),)
-            forbidden_KV = self.forbidden_tokens(min_length - texts.length, call.eos_tokens, input_ids.device)
             hidden_RD = texts.rows(outputs.last_hidden_state[:, -1])
             generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
             patches_RK = self.next_patches(hidden_RD, sampling, generators, forbidden_KV, plan, radius)
-            inputs = self._extend_inputs(inputs, texts.append(patches_RK), keep_past=cache is None)
+            patches_BK = texts.append(patches_RK)
+            inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
+            if steps is not None:
+                steps.read(patches_BK)
 
         if call.streamer is not None:
             call.streamer.end()
@@ -264,7 +293,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         sampling: PatchSampling,
         generator: Randomness = None,
         forbidden_KV: Tensor | None = None,
-        plan: BlockPlan | None = None,
+        plan: BlockPlan | OneBlock | None = None,
         radius: float | None = None,
     ) -> Tensor:
         """Chooses the next patch of each row given its last hidden state.
@@ -274,25 +303,29 @@ class CALMGenerationMixin(PatchGenerationMixin):
             sampling: the law.
             generator: randomness, or a generator a row; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
-            plan: of the sizes of blocks, handed from step to step.
+            plan: of the sizes of blocks, handed from step to step, or `ONE_BLOCK`.
             radius: as in `LazyPool`.
 
         Returns:
             `(R, K)`: token ids.
         """
-        randomness, fixed_noise = StepRandomness.of(generator if sampling.do_sample else None), None
-        if not sampling.do_sample:
-            fixed = torch.Generator(hidden_RD.device).manual_seed(GREEDY_SEED)
-            fixed_noise = self.head.shared_draws(sampling.num_candidates, hidden_RD, fixed)
+        if not sampling.do_sample and not isinstance(generator, StepRandomness):
+            generator = self.greedy_randomness(sampling, hidden_RD)
+        randomness = StepRandomness.of(generator)
 
         def draw(rows: Tensor, num_draws: int) -> Tensor:
-            noise: dict[str, Any] = fixed_noise or randomness.for_head(self.head, hidden_RD, rows, num_draws)
+            noise = randomness.for_head(self.head, hidden_RD, rows, num_draws)
             context = hidden_RD if rows is rows_R else hidden_RD[rows]
             return self.head.sample(context, num_samples=num_draws, **noise)
 
         rows_R = numbers_up_to(len(hidden_RD), hidden_RD.device)
         pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius)
         return pool.tokens(rows_R, sampling.choose(pool, randomness, plan))
+
+    def greedy_randomness(self, sampling: PatchSampling, like: Tensor) -> RecordedRandomness:
+        """The draws that are the same in every step and row when `do_sample` is False."""
+        fixed = torch.Generator(like.device).manual_seed(GREEDY_SEED)
+        return RecordedRandomness(self.head.recorded_draws(sampling.num_candidates, 1, like, fixed))
 
     def new_pool(
         self,
@@ -308,6 +341,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV)
 
     def _decodes_lazily(self, sampling: PatchSampling) -> bool:
+        if torch.compiler.is_compiling():  # how much is left to decode depends on the draws
+            return False
         lazy = sampling.lazy_decoding
         return self.autoencoder.device.type == "cpu" if lazy is None else lazy
 

@@ -206,15 +206,18 @@ class GenerativeHead(nn.Module):
         """
         return self(context, target, generator=generator, **draws)
 
-    def shared_draws(self, num_samples: int, like: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draws for `sample` that every context (R, D) shares, so that a row's samples don't depend on its batch.
+    def recorded_draws(
+        self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Draws for `sample`, of as many contexts (R, D) as rows; one row's can be shared by any number of contexts.
 
         Args:
             num_samples: N.
+            num_rows: R.
             like: tensor whose dtype and device the draws take.
             generator: their source.
         """
-        return {"noise": self.initial_noise((num_samples, 1), like, generator)}
+        return {"noise": self.initial_noise((num_samples, num_rows), like, generator)}
 
     def forward(self, context: Tensor, target: PatchTarget | None = None, **kwargs) -> Tensor:
         context = self.context_layers(context)

@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 # transformers 4.57 copies only the files named in this one when it loads a local folder. A head is known once it is
 # imported here.
 from .candidates_calm import LazyPool  # noqa: F401
+from .compiled_calm import CompiledSteps  # noqa: F401
 from .configuration_calm import HEADS, CALMConfig
 from .diffusion_head_calm import DiffusionHead  # noqa: F401
 from .energy_head_calm import EnergyHead  # noqa: F401
@@ -29,6 +30,7 @@ from .randomness_calm import StepRandomness  # noqa: F401
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 from .screening_calm import VocabularyScreen  # noqa: F401
+from .tables_calm import numbers_up_to  # noqa: F401
 from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401

@@ -53,6 +53,38 @@ class StepRandomness:
         """What `head.sample` is given beside the contexts of these rows; otherwise as `uniform`."""
         return {"generator": self.generator}
 
+    def recorded_for_head(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
+    ) -> dict[str, Tensor]:
+        """The same as tensors, drawn now."""
+        return head.recorded_draws(num_draws, len(rows_R), context_RD, self.generator)
+
+
+class RecordedRandomness(StepRandomness):
+    """Random numbers that are drawn already, as many as one step takes.
+
+    Args:
+        draws: "uniform" and "exponential" (R, N), where they are asked for; the others are the head's.
+    """
+
+    def __init__(self, draws: dict[str, Tensor]):
+        super().__init__()
+        self.draws = draws
+
+    def uniform(self, rows_R: Tensor, num_draws: int) -> Tensor:
+        return self.draws["uniform"]
+
+    def exponential(self, rows_R: Tensor, num_draws: int) -> Tensor:
+        return self.draws["exponential"]
+
+    def for_head(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
+        return {"generator": None} | {name: x for name, x in self.draws.items() if name not in KINDS}
+
+    def recorded_for_head(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
+    ) -> dict[str, Tensor]:
+        return {name: x for name, x in self.draws.items() if name not in KINDS}
+
 
 class RowRandomness(StepRandomness):
     """Random numbers of one step, each row's from its own generator, which gives three seeds a step and no more.
@@ -79,11 +111,16 @@ class RowRandomness(StepRandomness):
 
         return self._take("exponential", rows_R, num_draws, rows_R.device, make)["values"][..., 0].T
 
-    def for_head(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
+    def recorded_for_head(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
+    ) -> dict[str, Tensor]:
         def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-            return head.shared_draws(size, context_RD, generator)
+            return head.recorded_draws(size, 1, context_RD, generator)
 
-        return {"generator": None} | self._take("head", rows_R, num_draws, context_RD.device, make)
+        return self._take("head", rows_R, num_draws, context_RD.device, make)
+
+    def for_head(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
+        return {"generator": None} | self.recorded_for_head(head, context_RD, rows_R, num_draws)
 
     def _take(self, kind: str, rows_R: Tensor, num_draws: int, device: torch.device, make: MakePage) -> dict:
         """Tensors (..., N, R, size) of the next draws of these rows."""

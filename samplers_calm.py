@@ -16,13 +16,11 @@ draws the choice among distinct ones before it asks. So a pool need not decode e
 
 Rows are independent, and all randomness but the pool's comes from `generator` (or from one a row, see
 randomness_calm.py). What depends on draws stays on their device, but that after each block of the exact one the host
-reads, once, which rows are done. Tables that depend on no draw (weights, restarts) are made once, on the CPU in
-float64, and copied.
+reads, once, which rows are done. Tables that depend on no draw (weights, restarts) are made once, in float64.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 from bisect import bisect_left
@@ -35,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .randomness_calm import Randomness, StepRandomness
+from .tables_calm import made_once, numbers_up_to, to_device, where_float64_is
 
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6
@@ -44,10 +43,10 @@ FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
 # Comparisons of pairs of draws, B·N²·K, up to which all are made at once: few operations, where these are what costs.
 PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
-TABLES_KEPT = 64
 NO_WEIGHT = 1000.0  # nats: e^-1000 is 0 in float32
 
 Pairs = Literal["all", "adjacent", "disjoint"]
+OneBlock = Literal["one block"]
 
 
 class Pool(Protocol):
@@ -212,6 +211,25 @@ def exact_temperature_sample(
     return ExactSample(index_B, torch.tensor(is_exact), torch.tensor(num_draws))
 
 
+def one_block_temperature_sample(
+    pool: Pool, temperature: float, num_draws: int, generator: Randomness = None
+) -> Tensor:
+    """`exact_temperature_sample` with all draws in one block, and nothing for the host to read; index (B,).
+
+    More draws, fewer waits; a step's law depends on no block size, so it is the same.
+    """
+    check_num_candidates(num_draws, temperature)
+    randomness, uniform_BN = StepRandomness.of(generator), None
+    pool.extend(pool.rows_B, num_draws)
+    if not inverse_temperature(temperature).is_integer():
+        uniform_BN = randomness.uniform(pool.rows_B, num_draws)
+    noise_BN = randomness.exponential(pool.rows_B, num_draws)
+    class_BN = pool.classes(pool.rows_B)
+    start_B = first_accepted_attempt(class_BN, uniform_BN, temperature)
+    fallback_B = choose_from_full_pool(class_BN, uniform_BN, noise_BN, temperature)
+    return torch.where(start_B < num_draws, start_B, fallback_B)
+
+
 def choose_from_full_pool(class_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor, temperature: float) -> Tensor:
     """Algorithm 1 when no more draws may be made, in rows where none was accepted; index (R,).
 
@@ -256,6 +274,9 @@ def block_sizes(first: int, max_draws: int) -> Iterator[tuple[int, int]]:
         size = min(num_drawn or first, max_draws - num_drawn)
         num_drawn += size
         yield num_drawn, size
+
+
+ONE_BLOCK: OneBlock = "one block"
 
 
 class BlockPlan:
@@ -326,27 +347,15 @@ def class_sizes(class_BN: Tensor) -> Tensor:
     return torch.zeros_like(class_BN).scatter_add_(-1, class_BN, torch.ones_like(class_BN)).gather(-1, class_BN)
 
 
-def to_device(values: list[int], device: torch.device) -> Tensor:
-    """A tensor of them, without waiting for the device."""
-    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
-
-
-@functools.lru_cache(TABLES_KEPT)
-def numbers_up_to(end: int, device: torch.device) -> Tensor:
-    """0 … end − 1, made once a device."""
-    with torch.inference_mode(False):  # a table made in inference mode could not be used outside of it
-        return torch.arange(end, device=device)
-
-
-def repetition_log_weights(num_draws: int, exponent: float) -> Tensor:
-    """log C(c, s) for c = 0 .. num_draws repetitions at the exponent s = 1/T; shape (num_draws + 1,), float64, CPU.
+def repetition_log_weights(num_draws: int, exponent: float, device: torch.device | None = None) -> Tensor:
+    """log C(c, s) for c = 0 .. num_draws repetitions at the exponent s = 1/T; shape (num_draws + 1,), float64.
 
     C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)), and zero (log: -inf) for c <= s - 1. For a whole s = n these are
     the binomials of the paper's Algorithm 2. Between whole numbers they are what Algorithm 1 says about a pool: from c
     hits in N draws, C(c, s) / C(N, s) is the unbiased estimate of the series p^s = p^n sum_k a_k (1-p)^k that
     Algorithm 1 sums by its restarts, cut off at k = N - n. The weights are continuous in s.
     """
-    count = torch.arange(num_draws + 1, dtype=torch.float64)
+    count = torch.arange(num_draws + 1, dtype=torch.float64, device=device)
     log_weights = torch.lgamma(count + 1) - math.lgamma(exponent + 1) - torch.lgamma(count - exponent + 1)
     return log_weights.masked_fill(count <= exponent - 1, -math.inf)
 
@@ -363,14 +372,13 @@ def draw_log_weights(class_BN: Tensor, temperature: float) -> Tensor:
     return log_weights_BN.masked_fill(is_later_BN, -math.inf)
 
 
-@functools.lru_cache(TABLES_KEPT)
+@made_once
 def _log_weight_table(num_draws: int, temperature: float, device: torch.device) -> Tensor:
     """Log weights of 0 … N repetitions, float32. Where C(c, 1/T) is 0 they are so low, and the lower the smaller c is,
     that beside any larger count the weight is 0 in float32: alone, the largest counts weigh 1."""
-    with torch.inference_mode(False):
-        log_weights = repetition_log_weights(num_draws, inverse_temperature(temperature))
-        steps_down = torch.arange(-num_draws - 1, 0, dtype=torch.float64) * NO_WEIGHT
-        return torch.where(log_weights == -math.inf, steps_down, log_weights).to(device, torch.float32)
+    log_weights = repetition_log_weights(num_draws, inverse_temperature(temperature), where_float64_is(device))
+    steps_down = torch.arange(-num_draws - 1, 0, dtype=torch.float64, device=log_weights.device) * NO_WEIGHT
+    return torch.where(log_weights == -math.inf, steps_down, log_weights).to(device, torch.float32)
 
 
 def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> Tensor:
@@ -430,12 +438,11 @@ def _restart_times(uniform_BN: Tensor, fraction: float) -> Tensor:
     return 1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True)
 
 
-@functools.lru_cache(TABLES_KEPT)
+@made_once
 def _restart_table(num_draws: int, fraction: float, device: torch.device) -> Tensor:
     """The probability of a restart by the i-th further draw, i = 1 … N, float32."""
-    with torch.inference_mode(False):
-        further_N = torch.arange(1, num_draws + 1, dtype=torch.float64)
-        return (1 - torch.cumprod(1 - fraction / further_N, dim=0)).to(device, torch.float32)
+    further_N = torch.arange(1, num_draws + 1, dtype=torch.float64, device=where_float64_is(device))
+    return (1 - torch.cumprod(1 - fraction / further_N, dim=0)).to(device, torch.float32)
 
 
 def _next_different(class_BN: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from .samplers_calm import numbers_up_to, to_device
+from .tables_calm import numbers_up_to, to_device
 
 if TYPE_CHECKING:
     from .upstream_calm import GenerateCall
@@ -55,13 +55,13 @@ class GrowingTexts:
         """Appends a patch to each row that isn't finished, up to its end, and to the others padding.
 
         Args:
-            patches_RK: of the rows `drawing`.
+            patches_RK: of the rows `drawing`, or of all.
 
         Returns:
-            The patches of all rows (B, K), as the model is to read them: zeros for rows that were finished before.
+            The patches of all rows (B, K), as the model is to read them: zeros for rows that were not drawn.
         """
         patches_BK = patches_RK.to(self.ids_BL.device)
-        if len(self.drawing) < len(self.ids_BL):
+        if len(patches_BK) < len(self.ids_BL):
             index_R = to_device(self.drawing, patches_BK.device)
             patches_BK = patches_BK.new_zeros(len(self.ids_BL), patches_BK.shape[1]).index_copy(0, index_R, patches_BK)
         if not self.is_finished:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.configuration_utils import CompileConfig, GenerationConfig, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
@@ -61,6 +61,7 @@ def _refused(why: str, *off) -> Setting:
 CHOICE = "choice of a patch"
 LENGTH = "upstream's lengths and stopping criteria"
 CACHE = "upstream's caches"
+COMPILE = "compilation of the steps"
 OUTPUT = "what is returned"
 TOKENS = "CALM has no token probabilities for it to act on; sharpen the text with temperature < 1."
 MODES = (
@@ -95,7 +96,8 @@ GENERATION_SETTINGS = {
     "return_dict_in_generate": _used(OUTPUT),
     "return_legacy_cache": _used(OUTPUT),
     "renormalize_logits": _harmless("changes no argmax, and there are no processors before it"),
-    "disable_compile": _harmless("nothing is compiled"),
+    "compile_config": _used(COMPILE),
+    "disable_compile": _used(COMPILE),
     "continuous_batching_config": _harmless("continuous batching alone reads it, and that is refused"),
     "decoder_start_token_id": _harmless("models with an encoder alone read it"),
     "early_stopping": _harmless(BEAMS),
@@ -147,7 +149,6 @@ GENERATION_SETTINGS = {
     "use_mtp": _refused(MODES, False),
     "output_scores": _refused(SCORES, False),
     "output_logits": _refused(SCORES, False),
-    "compile_config": _refused("CALM's steps are not compiled, so leave it out."),
 }
 CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
 
@@ -163,6 +164,7 @@ class GenerateCall:
         pad_token, bos_token (scalars), eos_tokens (`(E,)`): ids, or `None`.
         streamer: gets each token.
         synced_gpus: whether other processes wait for this one's forward passes.
+        compile_config: how steps are compiled; `None` leaves them as they are.
     """
 
     stopping_criteria: Callable[[Tensor, None], Tensor]
@@ -172,6 +174,7 @@ class GenerateCall:
     eos_tokens: Tensor | None = None
     streamer: BaseStreamer | None = None
     synced_gpus: bool = False
+    compile_config: CompileConfig | None = None
 
 
 class _ViewForUpstream:
@@ -276,6 +279,7 @@ class PatchGenerationMixin(_Base):
             eos_tokens=generation_config._eos_token_tensor,
             streamer=streamer,
             synced_gpus=synced_gpus,
+            compile_config=None if generation_config.disable_compile else generation_config.compile_config,
         )
         return self.write_patches(input_ids, generation_config, call, model_kwargs)
 

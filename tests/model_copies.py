@@ -13,6 +13,7 @@ CODE_FILES = {
     "configuration_calm.py",
     "candidates_calm.py",
     "generation_calm.py",
+    "compiled_calm.py",
     "diffusion_head_calm.py",
     "energy_head_calm.py",
     "flow_head_calm.py",
@@ -25,6 +26,7 @@ CODE_FILES = {
     "randomness_calm.py",
     "samplers_calm.py",
     "scores_calm.py",
+    "tables_calm.py",
     "texts_calm.py",
     "upstream_calm.py",
 }

@@ -176,7 +176,7 @@ def test_head_randomness_is_an_argument(head_type):
     losses = [head.loss(context, target, generator=generator(seed)) for seed in (1, 1, 2)]
     assert losses[0].shape == (3,)
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
-    shared = head.shared_draws(5, context, generator())
+    shared = head.recorded_draws(5, 1, context, generator())
     alone, together = (head.sample(c, num_samples=5, **shared) for c in (context[1:2], context))
     assert relative_error(together[:, 1:2], alone) < 1e-4
 

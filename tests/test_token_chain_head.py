@@ -97,7 +97,7 @@ def test_draws_have_the_chain_s_law(is_shared, monkeypatch):
         ]
     ).double()
     tokens_of(head, monkeypatch)
-    draws = head.shared_draws(20000, contexts, generator) if is_shared else {}
+    draws = head.recorded_draws(20000, 1, contexts, generator) if is_shared else {}
     drawn = head.sample(contexts, num_samples=20000, generator=generator, **draws).long()
     patches = drawn[..., 0] * V + drawn[..., 1]
     assert chi_square_p_value(patches[:, 0], laws[0]) > SIGNIFICANCE

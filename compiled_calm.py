@@ -1,0 +1,174 @@
+"""A step of `generate` as one graph: backbone, head, decoding and the choice of a patch, compiled together.
+
+`generate(..., cache_implementation="static", compile_config=CompileConfig(...))` asks for it. The graph has fixed
+shapes: all rows draw in every step, finished ones too, and each row draws at once what the method draws at most. So it
+is compiled once for a batch size, a cache length and a law, and holds nothing that waits for the device. Its random
+numbers are drawn before it, in the order in which the uncompiled step draws them.
+
+Axes: B batch, P patches that the cache has room for, K tokens per patch, D hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import CompileConfig
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
+from .samplers_calm import ONE_BLOCK, inverse_temperature
+from .tables_calm import numbers_up_to
+
+if TYPE_CHECKING:
+    from .generation_calm import CALMGenerationMixin, PatchSampling
+
+# Compiled once a model and configuration. Not kept in the model, which is pickled and copied.
+COMPILED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+TAKES_CACHE_POSITION = "cache_position" in inspect.signature(LlamaModel.forward).parameters  # transformers 4
+
+
+class CompiledSteps:
+    """The steps of one call after its first, which reads the prompt.
+
+    Args:
+        model: that writes.
+        cache: a static one.
+        sampling: how patches are chosen.
+        config: of `torch.compile`.
+        prompt: what the first step reads, `input_ids` and the `attention_mask` by patch or `None`.
+        forbids: whether tokens may be forbidden in any step: the graph then always asks which.
+
+    Raises:
+        ValueError: a model or a cache that can't be compiled.
+    """
+
+    def __init__(
+        self,
+        model: CALMGenerationMixin,
+        cache: Cache | None,
+        sampling: PatchSampling,
+        config: CompileConfig,
+        prompt: dict[str, Any],
+        forbids: bool = False,
+    ):
+        if cache is None or not getattr(cache, "is_compileable", False):
+            raise ValueError(
+                'compile_config: steps are compiled with a cache of fixed size; add cache_implementation="static".'
+            )
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ValueError("compile_config: a model that is offloaded or on several devices can't be compiled.")
+        self.model, self.cache, self.sampling = model, cache, sampling
+        self.step = _compiled(model, config)
+        (num_rows, num_tokens), device = prompt["input_ids"].shape, prompt["input_ids"].device
+        num_patches, mask_BP = num_tokens // model.config.patch_size, prompt["attention_mask"]
+        no_padding_B = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.padding_B = no_padding_B if mask_BP is None else num_patches - mask_BP.sum(-1)
+        self.place_1 = torch.full((1,), num_patches, device=device)
+        self.places_P = numbers_up_to(cache.layers[0].max_cache_len, device)
+        shape = model.config.patch_size, model.config.vocab_size
+        self.nothing_forbidden_KV = torch.zeros(shape, dtype=torch.bool, device=device) if forbids else None
+        self.unread_BK: Tensor | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self.unread_BK is not None
+
+    def read(self, patches_BK: Tensor) -> None:
+        """Gives the next step what it is to read, each row's last patch."""
+        self.unread_BK = patches_BK
+
+    def next_patches(self, generator: Randomness, forbidden_KV: Tensor | None) -> Tensor:
+        """Reads each row's last patch, and chooses its next, (B, K)."""
+        assert self.unread_BK is not None
+        draws = drawn_before(self.model, self.sampling, len(self.unread_BK), generator)
+        forbidden_KV = self.nothing_forbidden_KV if forbidden_KV is None else forbidden_KV
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch._dynamo.config.patch(specialize_float=True):  # the law is the graph's own, T and all
+            patches_BK = self.step(
+                self.unread_BK,
+                self.place_1,
+                self.places_P,
+                self.padding_B,
+                self.cache,
+                self.sampling,
+                forbidden_KV,
+                draws,
+            )
+        self.place_1 = self.place_1 + 1
+        return patches_BK.clone()  # a graph's outputs are overwritten by its next run
+
+
+def _compiled(model: CALMGenerationMixin, config: CompileConfig):
+    by_config = COMPILED.setdefault(model, {})
+    key = repr(sorted(config.to_dict().items(), key=str))
+    if key not in by_config:
+        by_config[key] = torch.compile(_step_of(model), **config.to_dict() | {"fullgraph": True})
+    return by_config[key]
+
+
+def drawn_before(
+    model: CALMGenerationMixin, sampling: PatchSampling, num_rows: int, generator: Randomness
+) -> dict[str, Tensor]:
+    """The random numbers of one step, for so many rows, as tensors that `RecordedRandomness` takes."""
+    context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    if not sampling.do_sample:
+        generator = model.greedy_randomness(sampling, context_BD)
+    randomness, num_draws = StepRandomness.of(generator), sampling.num_draws_at_once
+    rows_B = numbers_up_to(num_rows, context_BD.device)
+    draws = dict(randomness.recorded_for_head(model.head, context_BD, rows_B, num_draws))
+    if sampling.do_sample and sampling.temperature < 1:
+        is_exact = sampling.sampling_method != "batch"
+        if is_exact and not inverse_temperature(sampling.temperature).is_integer():
+            draws["uniform"] = randomness.uniform(rows_B, num_draws)
+        draws["exponential"] = randomness.exponential(rows_B, num_draws)
+    return draws
+
+
+def _step_of(model: CALMGenerationMixin):
+    """The function that is compiled. It holds the model weakly, as `COMPILED` does."""
+    reference = weakref.ref(model)
+
+    def step(
+        patches_BK: Tensor,
+        place_1: Tensor,
+        places_P: Tensor,
+        padding_B: Tensor,
+        cache: Cache,
+        sampling: PatchSampling,
+        forbidden_KV: Tensor | None,
+        draws: dict[str, Tensor],
+    ) -> Tensor:
+        calm = reference()
+        assert calm is not None
+        hidden_BD = read_patch(calm, patches_BK, place_1, places_P, padding_B, cache)
+        return calm.next_patches(hidden_BD, sampling, RecordedRandomness(draws), forbidden_KV, ONE_BLOCK)
+
+    return step
+
+
+def read_patch(
+    model: CALMGenerationMixin,
+    patches_BK: Tensor,
+    place_1: Tensor,
+    places_P: Tensor,
+    padding_B: Tensor,
+    cache: Cache,
+) -> Tensor:
+    """The hidden states (B, D) after one more patch of each row, at a place in the cache that is a tensor."""
+    is_seen_BP = (places_P <= place_1) & (places_P >= padding_B[:, None])
+    hidden = torch.finfo(model.dtype).min
+    mask_B11P = torch.zeros_like(is_seen_BP, dtype=model.dtype).masked_fill(~is_seen_BP, hidden)[:, None, None]
+    outputs = model(
+        input_ids=patches_BK,
+        attention_mask=mask_B11P,
+        position_ids=(place_1 - padding_B)[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        **({"cache_position": place_1} if TAKES_CACHE_POSITION else {}),
+    )
+    return outputs.last_hidden_state[:, -1]
