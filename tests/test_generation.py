@@ -419,7 +419,7 @@ REFUSED = [
         for size in (0, -1, 2.5, "4")
     ),
     ({"remove_invalid_values": True}, "remove_invalid_values=True"),
-    ({"compile_config": CompileConfig()}, "compile_config: CALM's steps are not compiled"),
+    ({"compile_config": CompileConfig()}, 'compiled with a cache of fixed size; add cache_implementation="static"'),
 ]
 
 

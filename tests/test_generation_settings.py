@@ -89,6 +89,8 @@ OTHER_EFFECTS = {
     "stop_strings",
     "cache_config",
     "prefill_chunk_size",
+    "compile_config",  # test_compiled.py
+    "disable_compile",
 }
 
 

@@ -1,0 +1,147 @@
+"""A compiled step is one graph, compiled once, and writes what the uncompiled step writes."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import CompileConfig
+
+from calm import compiled_calm
+
+HEADS = ["energy", "flow", "diffusion", "token_chain", "token_flow"]
+LAWS = {
+    "T = 1": {"temperature": 1.0},
+    "batch": {"temperature": 0.5, "sampling_method": "batch"},
+    "adaptive": {"temperature": 0.5},
+    "1/T not whole": {"temperature": 0.4},
+    "exact": {"temperature": 0.5, "sampling_method": "exact"},
+    "greedy": {"do_sample": False},
+}
+PROMPT = torch.randint(10, 60, (2, 17), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(PROMPT)
+MASK[0, :9] = 0
+NEW_TOKENS = 16
+STATIC = {"cache_implementation": "static"}
+
+
+def config(backend="aot_eager"):
+    return CompileConfig(backend=backend, mode=None)
+
+
+def write(model, seeds=(1, 2), **settings):
+    """With a generator a row, whose random numbers are the same however many are drawn at a time."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    defaults = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "num_candidates": 12, "eos_token_id": None}
+    return model.generate(PROMPT, attention_mask=MASK, generator=generators, **STATIC, **defaults | settings)
+
+
+@pytest.fixture
+def graphs():
+    """A backend that counts what it is given, and refuses a graph that is no whole step."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    backend.made = made
+    return backend
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("law", LAWS)
+def test_the_same_text_as_uncompiled(head, law):
+    model = tiny_model(head_type=head)
+    assert torch.equal(write(model, **LAWS[law], compile_config=config()), write(model, **LAWS[law]))
+
+
+@pytest.mark.parametrize("law", ["T = 1", "adaptive"])
+def test_the_same_text_with_the_inductor(law):
+    model = tiny_model()
+    assert torch.equal(write(model, **LAWS[law], compile_config=config("inductor")), write(model, **LAWS[law]))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_one_graph_for_all_steps_of_all_texts(graphs, law):
+    model = tiny_model()
+    settings = LAWS[law] | {"compile_config": config(graphs)}
+    first = write(model, **settings)
+    assert len(graphs.made) == 1 and first.shape[1] > PROMPT.shape[1] + 2 * model.config.patch_size
+    again = write(model, seeds=(3, 4), **settings)
+    assert len(graphs.made) == 1 and (law == "greedy") == torch.equal(first, again)
+
+
+def test_many_laws_each_have_their_graph(graphs):
+    model = tiny_model()
+    for number in range(2, 14):
+        write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
+    assert len(graphs.made) == 12
+
+
+def test_the_global_generator_gives_the_draws_of_uncompiled_steps():
+    """Of the batch method, which draws as many at once."""
+    texts = []
+    for settings in ({}, {"compile_config": config()}):
+        torch.manual_seed(0)
+        text = tiny_model().generate(
+            PROMPT, attention_mask=MASK, do_sample=True, max_new_tokens=NEW_TOKENS, num_candidates=12, **STATIC,
+            **LAWS["batch"], **settings,
+        )  # fmt: skip
+        texts.append(text)
+    assert torch.equal(*texts)
+
+
+def test_rows_that_end_and_tokens_that_may_not_stand(graphs):
+    """EOS ends a row and is kept out of the first tokens: the graph stays one, and the text the uncompiled one's."""
+    model = tiny_model()
+    free = write(model, temperature=0.5)
+    eos = int(free[0, PROMPT.shape[1] + 1])
+    for settings in ({}, {"min_new_tokens": 9}):
+        settings = {"temperature": 0.5, "eos_token_id": eos, "pad_token_id": 0} | settings
+        graphs.made.clear()
+        compiled = write(model, compile_config=config(graphs), **settings)
+        assert torch.equal(compiled, write(model, **settings)) and len(graphs.made) <= 1
+    assert eos not in compiled[:, PROMPT.shape[1] : PROMPT.shape[1] + 9]
+
+
+def test_disable_compile_leaves_steps_as_they_are(graphs):
+    write(tiny_model(), temperature=0.5, compile_config=config(graphs), disable_compile=True)
+    assert not graphs.made
+
+
+def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
+    model = tiny_model()
+    text = write(model, temperature=0.5, compile_config=config("eager"))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(write(again, temperature=0.5), text)
+    reference = weakref.ref(model)
+    assert model in compiled_calm.COMPILED
+    del model, again
+    torch._dynamo.reset()
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"cache_implementation": "dynamic"}, 'add cache_implementation="static"'),
+        ({"use_cache": False}, 'add cache_implementation="static"'),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "return no hidden_states"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(settings, message):
+    settings = STATIC | {"compile_config": config(), "max_new_tokens": 8} | settings
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(PROMPT, **settings)
+
+
+def test_an_offloaded_model_is_refused():
+    model = tiny_model()
+    model.head._hf_hook = object()  # as accelerate leaves it there
+    with pytest.raises(ValueError, match="offloaded"):
+        write(model, compile_config=config())
