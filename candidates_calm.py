@@ -86,7 +86,7 @@ class PlainPool:
 
     def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
         """The patches of one candidate of each of these rows, (R, K)."""
-        if self.num_drawn == 1:
+        if self.num_drawn == 1:  # T = 1: there is nothing to choose
             return self._of(rows_R, self.tokens_BNK)[:, 0]
         return self.tokens_BNK[rows_R, index_R]
 

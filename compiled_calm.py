@@ -25,12 +25,14 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
 from .samplers_calm import ONE_BLOCK, inverse_temperature
 from .tables_calm import numbers_up_to
+from .upstream_calm import FIXED_ROTATIONS, MASKED_ATTENTION
 
 if TYPE_CHECKING:
     from .generation_calm import CALMGenerationMixin, PatchSampling
 
-# Compiled once a model and configuration. Not kept in the model, which is pickled and copied.
+# Of each model its compiled steps, by law and configuration. Not kept in the model, which is pickled and copied.
 COMPILED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+LAWS_KEPT = 64
 TAKES_CACHE_POSITION = "cache_position" in inspect.signature(LlamaModel.forward).parameters  # transformers 4
 
 
@@ -64,6 +66,12 @@ class CompiledSteps:
             )
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise ValueError("compile_config: a model that is offloaded or on several devices can't be compiled.")
+        attention, rotation = model.config._attn_implementation, model.model.rotary_emb.rope_type
+        if attention not in MASKED_ATTENTION or rotation not in FIXED_ROTATIONS:
+            raise ValueError(
+                f"compile_config: attn_implementation={attention!r} with rope_type={rotation!r} can't be compiled; it "
+                f"takes one of {MASKED_ATTENTION} with one of {FIXED_ROTATIONS}."
+            )
         self.model, self.cache, self.sampling = model, cache, sampling
         self.step = _compiled(model, config, sampling)
         (num_rows, num_tokens), device = prompt["input_ids"].shape, prompt["input_ids"].device
@@ -110,6 +118,8 @@ def _compiled(model: CALMGenerationMixin, config: CompileConfig, sampling: Patch
     steps = COMPILED.setdefault(model, {})
     key = sampling, repr(sorted(settings.items()))
     if key not in steps:
+        if len(steps) >= LAWS_KEPT:
+            steps.clear()
         step = _step_of(model)
         # PyTorch counts what it compiles by code object, and refuses a ninth: each law has its own.
         code = step.__code__.replace(co_name=f"step_{len(steps)}")
@@ -122,8 +132,6 @@ def drawn_before(
 ) -> dict[str, Tensor]:
     """The random numbers of one step, for so many rows, as tensors that `RecordedRandomness` takes."""
     context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    if not sampling.do_sample:
-        generator = model.greedy_randomness(sampling, context_BD)
     randomness, num_draws = StepRandomness.of(generator), sampling.num_draws_at_once
     rows_B = numbers_up_to(num_rows, context_BD.device)
     draws = dict(randomness.recorded_for_head(model.head, context_BD, rows_B, num_draws))

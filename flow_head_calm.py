@@ -17,7 +17,7 @@ from .tables_calm import made_once
 
 TIME_FEATURES = 256  # width of the sinusoidal embedding of time; published code
 FLOW_STEPS = 10  # midpoint steps; published code
-CONDITIONS_AT_ONCE = 1024  # of a solver's times and contexts: some 50 MB at D = 1024
+CONDITIONS_AT_ONCE = 1024  # of a solver's times and contexts; at D = 1024 with 4 blocks, in float32, 80 MB
 
 
 class ModulatedBlock(nn.Module):

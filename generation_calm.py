@@ -247,16 +247,16 @@ class CALMGenerationMixin(PatchGenerationMixin):
         }
         collected: dict[str, Any] = {name: () for name, wanted in outputs_wanted.items() if wanted}
 
-        chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
-            inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         steps = None
         if call.compile_config is not None:
             if collected:
                 raise ValueError(
-                    f"compile_config: compiled steps return no {' and no '.join(collected)}; leave one out."
+                    f"compile_config: compiled steps return no {' and no '.join(collected)}; leave it out."
                 )
             steps = CompiledSteps(self, cache, sampling, call.compile_config, inputs, min_length > prompt_length)
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
+            inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         texts, plan = GrowingTexts(input_ids, call), BlockPlan() if steps is None else ONE_BLOCK
         radius = trusted_radius(self) if self.compares_lazily(sampling) else None
         while call.goes_on(texts.is_finished, input_ids.device):
@@ -273,6 +273,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
             for name in collected:
                 collected[name] += (getattr(outputs, name),)
             hidden_RD = texts.rows(outputs.last_hidden_state[:, -1])
+            if not sampling.do_sample and not isinstance(generator, StepRandomness):
+                generator = self.greedy_randomness(sampling, hidden_RD)
             generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
             patches_RK = self.next_patches(hidden_RD, sampling, generators, forbidden_KV, plan, radius)
             patches_BK = texts.append(patches_RK)

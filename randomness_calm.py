@@ -78,7 +78,7 @@ class RecordedRandomness(StepRandomness):
         return self.draws["exponential"]
 
     def for_head(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
-        return {"generator": None} | {name: x for name, x in self.draws.items() if name not in KINDS}
+        return {"generator": None} | self.recorded_for_head(head, context_RD, rows_R, num_draws)
 
     def recorded_for_head(
         self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int

@@ -42,7 +42,7 @@ BLOCK_COST = 15  # what a block costs beside its draws, in draws: the weights of
 FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
 # Comparisons of pairs of draws, B·N²·K, up to which all are made at once: few operations, where these are what costs.
-PAIRS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
+COMPARISONS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
 NO_WEIGHT = 1000.0  # nats: e^-1000 is 0 in float32
 
 Pairs = Literal["all", "adjacent", "disjoint"]
@@ -312,13 +312,13 @@ def patch_classes(patches_BNK: Tensor) -> Tensor:
 
     Token ids must lie in [0, 2^32).
     """
-    if 0 < patches_BNK.numel() * patches_BNK.shape[1] <= _pairs_at_once(patches_BNK.device):
+    if 0 < patches_BNK.numel() * patches_BNK.shape[1] <= _comparisons_at_once(patches_BNK.device):
         return _classes_by_pairs(patches_BNK)
     return _classes_by_sorting(patches_BNK)
 
 
-def _pairs_at_once(device: torch.device) -> int:
-    return PAIRS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
+def _comparisons_at_once(device: torch.device) -> int:
+    return COMPARISONS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
 
 
 def _classes_by_pairs(patches_BNK: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ def _classes_by_sorting(patches_BNK: Tensor) -> Tensor:
 
 def class_sizes(class_BN: Tensor) -> Tensor:
     """How many draws of the row have the same class id, (B, N)."""
-    if class_BN.numel() * class_BN.shape[1] <= _pairs_at_once(class_BN.device):
+    if class_BN.numel() * class_BN.shape[1] <= _comparisons_at_once(class_BN.device):
         return (class_BN[..., None] == class_BN[..., None, :]).sum(-1)
     return torch.zeros_like(class_BN).scatter_add_(-1, class_BN, torch.ones_like(class_BN)).gather(-1, class_BN)
 

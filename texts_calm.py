@@ -22,7 +22,8 @@ RULES_OF_IDS = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 
 
 class GrowingTexts:
-    """
+    """Prompts and what was written after them, row by row.
+
     Args:
         prompts_BL: ids where the texts begin.
         call: whose stopping criteria, padding and streamer are used.
@@ -106,7 +107,7 @@ class GrowingTexts:
         for rule in self.rules or ():
             longest = getattr(rule, "max_position_embeddings", None)
             if longest is not None and self.length > longest:
-                self.call.stopping_criteria(self.ids_BL, None)
+                rule(self.ids_BL, None)
 
     def _ends(self, rule: Any, patches_BK: Tensor) -> Tensor:
         """Whether the text would end with each of a patch's tokens, (B, K)."""

@@ -150,6 +150,8 @@ GENERATION_SETTINGS = {
     "output_scores": _refused(SCORES, False),
     "output_logits": _refused(SCORES, False),
 }
+MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
 
 

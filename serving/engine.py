@@ -19,13 +19,12 @@ from calm.generation_calm import PatchSampling
 from calm.samplers_calm import BlockPlan
 from calm.serving.rows import FinishReason, Row
 from calm.serving.slots import SlotCache
+from calm.upstream_calm import FIXED_ROTATIONS, MASKED_ATTENTION
 
 if TYPE_CHECKING:
     from calm.modeling_calm import CALMForCausalLM
 
 PLANS_KEPT = 64  # block plans of laws that were sampled lately
-MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take the mask of a `SlotCache`
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 
 
 class Engine:

@@ -78,7 +78,13 @@ def sample_exactly(law_BV, temperature, max_draws, seed):
     return pool.outcomes(chosen.index_B), chosen.is_exact_B, chosen.num_draws_B
 
 
+@pytest.mark.parametrize("way", ["all pairs at once", "sorted"])
 class TestClasses:
+    @pytest.fixture(autouse=True)
+    def size_that_is_compared_at_once(self, way, monkeypatch):
+        most = 2**30 if way == "all pairs at once" else 0
+        monkeypatch.setattr(samplers_calm, "COMPARISONS_AT_ONCE", {"cpu": most, "other": most})
+
     def test_hand_worked(self):
         patches = torch.tensor([[[1, 2], [2, 1], [1, 2], [1, 3], [1, 2], [2, 1]]])
         classes = patch_classes(patches)
