@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .configuration_calm import HEADS, CALMConfig, require
 from .modeling_calm_autoencoder import CALMAutoencoder
+from .products_calm import fast_products
 
 LAYER_NORM_EPS = 1e-6  # published code
 
@@ -188,7 +189,9 @@ class GenerativeHead(nn.Module):
         Returns:
             `(N, ..., Z)`: independent latent vectors.
         """
-        return self(context, num_samples=num_samples, generator=generator, noise=noise, **draws)
+        num_draws = (num_samples if noise is None else len(noise)) * context[..., 0].numel()
+        with fast_products(num_draws, context.shape[-1]):
+            return self(context, num_samples=num_samples, generator=generator, noise=noise, **draws)
 
     def loss(
         self, context: Tensor, target: PatchTarget, generator: torch.Generator | None = None, **draws: Tensor

@@ -26,6 +26,7 @@ from .flow_head_calm import FlowMatchingHead  # noqa: F401
 from .generation_calm import CALMGenerationMixin
 from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
+from .products_calm import fast_products
 from .randomness_calm import StepRandomness  # noqa: F401
 from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
@@ -149,14 +150,15 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             raise ValueError(
                 f"position_ids has length {position_ids.shape[-1]}, but positions count patches: {patches.shape[1]}."
             )
-        return super().forward(
-            inputs_embeds=patches,
-            attention_mask=attention_mask,
-            position_ids=position_ids,  # pyright: ignore[reportArgumentType] (upstream: LongTensor)
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        with fast_products(patches[..., 0].numel(), patches.shape[-1]):
+            return super().forward(
+                inputs_embeds=patches,
+                attention_mask=attention_mask,
+                position_ids=position_ids,  # pyright: ignore[reportArgumentType] (upstream: LongTensor)
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
 
     def embed_patches(self, inputs_embeds: Tensor) -> Tensor:
         """Token embeddings (B, L, D) → the backbone's inputs (B, P, D)."""

@@ -4,6 +4,7 @@ Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, d hidden size
 states of any patches (m of a chunk), T rows of a tile of the vocabulary.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils.generic import ModelOutput
 
 from .configuration_calm import CALMAutoencoderConfig
+from .products_calm import fast_products
 from .scores_calm import clipped_kl
 from .screening_calm import VocabularyScreen
 
@@ -321,12 +323,14 @@ class CALMAutoencoder(PreTrainedModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latent vectors (..., Z) → logits (..., K, V)."""
-        return self(latents=latents).logits
+        with self._fast_products(latents):
+            return self(latents=latents).logits
 
     @torch.no_grad()
     def decode_states(self, latents: Tensor) -> Tensor:
         """Latent vectors (..., Z) → a state for each token (..., K, d), from which `read_tokens` goes on."""
-        return self.decoder.expand(latents)
+        with self._fast_products(latents):
+            return self.decoder.expand(latents)
 
     @torch.no_grad()
     def read_tokens(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
@@ -337,7 +341,8 @@ class CALMAutoencoder(PreTrainedModel):
             positions_M: at which of the K positions each stands.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
-        return self.decoder.most_probable_tokens(states_Md, positions_M, forbidden_KV)
+        with self._fast_products(states_Md):
+            return self.decoder.most_probable_tokens(states_Md, positions_M, forbidden_KV)
 
     @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
@@ -359,6 +364,9 @@ class CALMAutoencoder(PreTrainedModel):
             ids.append(logits.argmax(-1))
         ids = torch.cat(ids) if len(ids) > 1 else ids[0]
         return ids.reshape(*latents.shape[:-1], self.config.patch_size)
+
+    def _fast_products(self, rows: Tensor) -> AbstractContextManager:
+        return fast_products(rows[..., 0].numel(), self.config.hidden_size)
 
     def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
         chance = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)

@@ -18,6 +18,7 @@ CODE_FILES = {
     "energy_head_calm.py",
     "flow_head_calm.py",
     "heads_calm.py",
+    "products_calm.py",
     "screening_calm.py",
     "token_chain_head_calm.py",
     "token_flow_head_calm.py",
