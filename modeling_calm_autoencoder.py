@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from .configuration_calm import CALMAutoencoderConfig
 from .products_calm import fast_products
 from .scores_calm import clipped_kl
-from .screening_calm import VocabularyScreen
+from .screening_calm import LEAST_STATES, VocabularyScreen
 
 # Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
@@ -132,50 +132,52 @@ class AutoencoderDecoder(nn.Module):
     ) -> Tensor:
         """The most probable tokens, (M,), of single states from `expand`, without ever holding all their logits.
 
-        On a CPU, rows of a large vocabulary are screened (`VocabularyScreen`), in float32 and where no token is
-        forbidden. Otherwise works through tiles of the vocabulary with a running maximum; where the output matrix
-        can't be cut, as it is quantised, offloaded or adapted, through the layer itself, a few states at a time. Of
-        equal logits the lowest id wins, as in argmax.
+        On a CPU the rows are screened (`VocabularyScreen`) where that is faster. Otherwise works through tiles of the
+        vocabulary with a running maximum; where the output matrix can't be cut, as it is quantised, offloaded or
+        adapted, through the layer itself, a few states at a time. Of equal logits the lowest id wins, as in argmax.
         """
         states_Md = self.finish(states_Md)
         positions_M = positions_M.to(states_Md.device)
         if not is_plain_linear(self.lm_head):
             return self._argmax_of_layer(states_Md, positions_M, forbidden_KV)
-        kind = "cpu" if states_Md.device.type == "cpu" else "other"
-        chunks = zip(states_Md.split(STATES_AT_ONCE[kind]), positions_M.split(STATES_AT_ONCE[kind]), strict=True)
-        screen = self._current_screen() if forbidden_KV is None else None
-        ids = []
-        for states_md, positions_m in chunks:
-            ids_m = screen and screen.argmax(states_md, self.lm_head.weight)
-            ids.append(
-                self._argmax(states_md, positions_m, forbidden_KV, VOCABULARY_TILE[kind]) if ids_m is None else ids_m
-            )
-        return torch.cat(ids)
+        forbidden_KV = None if forbidden_KV is None else forbidden_KV.to(states_Md.device)
+        at_once = STATES_AT_ONCE["cpu" if states_Md.device.type == "cpu" else "other"]
+        chunks = zip(states_Md.split(at_once), positions_M.split(at_once), strict=True)
+        return torch.cat([self._argmax_of_rows(*chunk, forbidden_KV) for chunk in chunks])
 
-    def _current_screen(self) -> VocabularyScreen | None:
+    def _argmax_of_rows(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
+        weight_Vd, screen = self.lm_head.weight, self._current_screen(len(states_Md))
+
+        def plain() -> Tensor:
+            return self._argmax(states_Md, positions_M, forbidden_KV)
+
+        def screened() -> Tensor | None:
+            return screen and screen.argmax(states_Md, weight_Vd, forbidden_KV, positions_M)
+
+        if screen is not None and screen.pays is None:
+            screen.measure(screened, plain)
+        ids_M = screened() if screen is not None and screen.pays else None
+        return plain() if ids_M is None else ids_M
+
+    def _current_screen(self, num_states: int) -> VocabularyScreen | None:
+        """The screen of the weights as they are now; None where there can be none, or it isn't known if it pays."""
         weight_Vd = self.lm_head.weight
-        if weight_Vd.dtype != torch.float32 or weight_Vd.device.type != "cpu":
-            self.screen = None  # of the matrix before it was cast or moved
-        if not VocabularyScreen.is_worthwhile(weight_Vd):
-            return None
-        if self.screen is None or not self.screen.is_of(weight_Vd):
-            try:
-                self.screen = VocabularyScreen(weight_Vd)
-            except (AttributeError, RuntimeError):  # no int8 products in this PyTorch
-                return None
+        if not VocabularyScreen.is_possible(weight_Vd):
+            self.screen = None
+        elif self.screen is None or not self.screen.is_of(weight_Vd):
+            self.screen = VocabularyScreen(weight_Vd) if num_states >= LEAST_STATES else None
         return self.screen
 
-    def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None, tile: int) -> Tensor:
-        num_states = len(states_Md)
+    def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
+        num_states, tile = len(states_Md), VOCABULARY_TILE["cpu" if states_Md.device.type == "cpu" else "other"]
         if 1 < num_states < STATES_AT_LEAST:
             states_Md = F.pad(states_Md, (0, 0, 0, STATES_AT_LEAST - num_states))
             positions_M = F.pad(positions_M, (0, STATES_AT_LEAST - num_states))
-        states_dM = states_Md.T.contiguous()
         best_M = ids_M = None
         for start in range(0, self.lm_head.out_features, tile):
-            logits_TM = self.lm_head.weight[start : start + tile] @ states_dM
+            logits_TM = F.linear(self.lm_head.weight[start : start + tile], states_Md)
             if forbidden_KV is not None:
-                forbidden_TK = forbidden_KV[:, start : start + tile].T.to(logits_TM.device)
+                forbidden_TK = forbidden_KV[:, start : start + tile].T
                 logits_TM = logits_TM.masked_fill(forbidden_TK[:, positions_M], -torch.inf)
             top_M, index_M = logits_TM.max(0)
             if best_M is None or ids_M is None:

@@ -1,137 +1,161 @@
-"""The most probable tokens of many states without the full product with a large vocabulary: int8 first, then float32.
+"""The most probable tokens of many states without the full product with a large vocabulary: int8 first.
 
 The product with the vocabulary is most of what generation at T < 1 computes, and only its argmax is wanted. A product
-of whole numbers takes an eighth to a half of its time and errs by no more than a known amount, so that it shows which
-rows of the matrix can't be the argmax. The few that remain are multiplied in float32, and the best of them is chosen.
+of whole numbers takes a quarter to a half of its time and errs by no more than a known amount, so that it shows which
+rows of the matrix can't be the argmax. The few that remain are multiplied as they are, and the best of them is chosen.
 
 With w = ŵ + e and x = x̂ + r, the hats rounded, |w·x − ŵ·x̂| = |w·r + e·x̂| <= ‖w‖·‖r‖ + ‖e‖·‖x̂‖ (Cauchy–Schwarz). Rows
-are judged in groups, by the largest product in the group.
+are judged in groups, by the largest product in the group. Rows of about the same largest weight make a group, so that
+it can share the step that its weights are whole multiples of.
 
-Axes: M states, d their width, V vocabulary, T rows of a tile, G groups, I rows of a group, S survivors (pairs of a
-state and a group).
+Axes: M states, d their width, V vocabulary, K tokens per patch, T rows of a tile, G groups, I rows of a group, S
+survivors (pairs of a state and a group).
 """
 
-import threading
-import warnings
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-TILE = 2**13  # rows multiplied at a time: the products stay in the cache
+from .products_calm import plain_products
+from .tables_calm import numbers_up_to
+
+TILE = 2**12  # rows multiplied at a time: the products stay in the cache
 GROUP_SIZE = 8  # rows judged together
-LEAST_WEIGHTS = 2**22  # of smaller matrices the full product is fast, too
-LARGEST_WEIGHT = 127  # int8
-LARGEST_STATE = 63  # 7 bits: with 8, AVX2's sums of two products overflow
+LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63  # without, sums of two products need the last bit
+LARGEST_STATE = 127
 MOST_SURVIVORS = 2**14  # with more, the full product is better
 SURVIVORS_AT_ONCE = 2**10
 SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
-ENGINE_LOCK = threading.Lock()  # PyTorch's engine is one for all threads
+LEAST_STATES = 16  # by which it can be measured whether screening pays
 
 
 class VocabularyScreen:
-    """An output matrix (V, d), rounded to int8 and packed for `argmax`; takes a quarter of its memory.
+    """An output matrix (V, d), float32 or bfloat16, rounded to int8 for `argmax`; takes V·d bytes.
 
-    Raises RuntimeError where PyTorch can't multiply int8 in this way (it takes fbgemm, which is for x86).
+    Args:
+        weight_Vd: the matrix, on a CPU.
     """
 
     def __init__(self, weight_Vd: Tensor):
-        if "fbgemm" not in torch.backends.quantized.supported_engines:
-            raise RuntimeError("This build of PyTorch has no fbgemm.")
         self.key = _key(weight_Vd)
-        self.packed, rows_GI, norms_G, errors_G = [], [], [], []
-        for start in range(0, len(weight_Vd), TILE):
-            # The last tile is filled up with the last row, which is as good as itself and never better.
-            rows_T = torch.arange(start, min(start + TILE, _round_up(len(weight_Vd))))
-            rows_T = rows_T.clamp_max(len(weight_Vd) - 1)
-            tile_Td = weight_Vd.detach()[rows_T]
-            step_T = tile_Td.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_WEIGHT
-            whole_Td = (tile_Td / step_T[:, None]).round()
-            self.packed.append(_pack(whole_Td.to(torch.int8), step_T))
-            rows_GI.append(rows_T.view(GROUP_SIZE, -1).T)
-            norms_G.append(_largest_of_groups(tile_Td.norm(dim=-1)))
-            errors_G.append(_largest_of_groups((tile_Td - whole_Td * step_T[:, None]).norm(dim=-1)))
-        self.rows_GI, self.norm_G, self.error_G = torch.cat(rows_GI), torch.cat(norms_G), torch.cat(errors_G)
+        self.pays: bool | None = None  # None: not measured yet
+        weight_Vd = weight_Vd.detach()
+        order_V = weight_Vd.abs().amax(-1).float().argsort()
+        # The last group is filled up with its last row, which is as good as itself and never better.
+        order_V = torch.cat([order_V, order_V[-1:].expand(-len(order_V) % GROUP_SIZE)])
+        self.rows_GI = order_V.view(-1, GROUP_SIZE)
+        self.tiles: list[Tensor] = []
+        steps_G, bounds_2G = [], []
+        for rows_GI in self.rows_GI.split(TILE // GROUP_SIZE):
+            tile_GId = weight_Vd[rows_GI].float()
+            step_G = tile_GId.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_WEIGHT
+            whole_GId = (tile_GId / step_G[:, None, None]).round()
+            error_GId = tile_GId - whole_GId * step_G[:, None, None]
+            # A group's rows lie an eighth of the tile apart: so its largest product is a maximum of long vectors.
+            self.tiles.append(whole_GId.to(torch.int8).transpose(0, 1).flatten(0, 1))
+            steps_G.append(step_G)
+            bounds_2G.append(torch.stack([values.norm(dim=-1).amax(-1) for values in (tile_GId, error_GId)]))
+        self.step_G, self.bound_2G = torch.cat(steps_G), torch.cat(bounds_2G, dim=-1)
 
     @staticmethod
-    def is_worthwhile(weight_Vd: Tensor) -> bool:
-        """Whether the matrix is one that can be screened, and so large that it pays."""
-        is_plain = weight_Vd.device.type == "cpu" and weight_Vd.dtype == torch.float32 and not weight_Vd.is_inference()
+    def is_possible(weight_Vd: Tensor) -> bool:
+        """Whether the matrix is one that can be screened here."""
+        is_plain = weight_Vd.device.type == "cpu" and not weight_Vd.is_inference()
+        is_known = weight_Vd.dtype in (torch.float32, torch.bfloat16) and len(weight_Vd) > 0
         is_exact = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-        return is_plain and is_exact and weight_Vd.numel() >= LEAST_WEIGHTS
+        return is_plain and is_known and is_exact and not plain_products() and hasattr(torch, "_int_mm")
 
     def is_of(self, weight_Vd: Tensor) -> bool:
-        """Whether the matrix is still as it was packed, judged by its version and a sample of its values.
+        """Whether the matrix is still as it was rounded, judged by its version and a sample of its values.
 
         A change of few values that goes past autograd (`weight.data[i] = …`) is not seen.
         """
         version, sample = _key(weight_Vd)
-        return version == self.key[0] and torch.equal(sample, self.key[1])
+        return version == self.key[0] and sample.dtype == self.key[1].dtype and torch.equal(sample, self.key[1])
 
-    def argmax(self, states_Md: Tensor, weight_Vd: Tensor) -> Tensor | None:
+    def measure(self, screened: Callable[[], object], plain: Callable[[], object]) -> None:
+        """Finds out whether screening pays, by the time that both take; where not, forgets the rounded matrix."""
+        self.pays = _seconds(screened) < _seconds(plain)
+        if not self.pays:
+            self.tiles = []
+
+    def argmax(
+        self,
+        states_Md: Tensor,
+        weight_Vd: Tensor,
+        forbidden_KV: Tensor | None = None,
+        positions_M: Tensor | None = None,
+    ) -> Tensor | None:
         """The rows of the matrix with the largest products, (M,), of equals the first.
 
-        Returns None where it can't say, or not at less cost than the full product.
-        """
-        largest_M1 = states_Md.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        states_Md = states_Md / largest_M1
-        rounded_Md = (states_Md * LARGEST_STATE).round() / LARGEST_STATE
-        product_MG = torch.cat([_largest_of_groups(_multiply(rounded_Md, packed)) for packed in self.packed], dim=-1)
+        Args:
+            states_Md: in the matrix's dtype, in which products are rounded.
+            weight_Vd: the matrix.
+            forbidden_KV (`(K, V)` bool, *optional*): rows that may not be chosen at a position.
+            positions_M: of the states, where rows are forbidden.
 
+        Returns:
+            None where it can't say, or not at less cost than the full product.
+        """
+        states, tiny = states_Md.float(), torch.finfo(torch.float32).tiny
+        step_M1 = states.abs().amax(-1, keepdim=True).clamp_min(tiny) / LARGEST_STATE
+        whole_Md = (states / step_M1).round()
         # What summing d products in float32 may add to the error, here and below.
-        summing_M1 = 2 * states_Md.shape[-1] * torch.finfo(torch.float32).eps * states_Md.norm(dim=-1, keepdim=True)
-        residue_M1 = (states_Md - rounded_Md).norm(dim=-1, keepdim=True) + summing_M1
-        bound_MG = self.norm_G * residue_M1 + self.error_G * rounded_Md.norm(dim=-1, keepdim=True)
-        likely_MI = _products(weight_Vd, self.rows_GI[product_MG.argmax(-1)], states_Md)
-        state_S, group_S = (product_MG + bound_MG >= likely_MI.amax(-1, keepdim=True)).nonzero().unbind(-1)
+        summing_M1 = 2 * states.shape[-1] * torch.finfo(torch.float32).eps * states.norm(dim=-1, keepdim=True)
+        residue_M1 = (states - whole_Md * step_M1).norm(dim=-1, keepdim=True) + summing_M1
+        error_M2 = torch.cat([residue_M1 / step_M1, whole_Md.norm(dim=-1, keepdim=True)], dim=-1)
+        tiles = self.tiles
+        if not tiles:
+            return None
+        most_MG = self._most(tiles, whole_Md.to(torch.int8), error_M2)  # in steps of the state
+
+        def logits(state_S: Tensor, group_S: Tensor) -> Tensor:
+            """Of states with the rows of groups, (S, I), in the matrix's dtype; −inf for forbidden ones."""
+            rows_SI = self.rows_GI[group_S]
+            rows_SId = weight_Vd.index_select(0, rows_SI.flatten()).view(*rows_SI.shape, weight_Vd.shape[1])
+            logits_SI = torch.bmm(rows_SId, states_Md[state_S, :, None])[..., 0]
+            if forbidden_KV is None or positions_M is None:
+                return logits_SI
+            return logits_SI.masked_fill(forbidden_KV[positions_M[state_S, None], rows_SI], -torch.inf)
+
+        likely_M = most_MG.argmax(-1)
+        if forbidden_KV is not None and positions_M is not None:
+            has_forbidden_MG = forbidden_KV[:, self.rows_GI].any(-1)[positions_M]
+            likely_M = most_MG.masked_fill(has_forbidden_MG, -torch.inf).argmax(-1)
+        likely_M = logits(numbers_up_to(len(states_Md), states_Md.device), likely_M).amax(-1).float()
+        # A product below the likely one may be rounded up to it.
+        least_M = likely_M - torch.finfo(weight_Vd.dtype).eps * likely_M.abs()
+        state_S, group_S = (most_MG >= (least_M / step_M1[:, 0])[:, None]).nonzero().unbind(-1)
         if len(state_S) > MOST_SURVIVORS:
             return None
 
-        chunks = zip(state_S.split(SURVIVORS_AT_ONCE), self.rows_GI[group_S].split(SURVIVORS_AT_ONCE), strict=True)
-        logits_SI = torch.cat([_products(weight_Vd, rows_SI, states_Md[state_S]) for state_S, rows_SI in chunks])
-        best_M = states_Md.new_full((len(states_Md),), -torch.inf)
+        chunks = zip(state_S.split(SURVIVORS_AT_ONCE), group_S.split(SURVIVORS_AT_ONCE), strict=True)
+        logits_SI = torch.cat([logits(*chunk) for chunk in chunks])
+        best_M = logits_SI.new_full((len(states_Md),), -torch.inf)
         best_M = best_M.scatter_reduce(0, state_S, logits_SI.amax(-1), "amax")
         unknown = len(weight_Vd)
         ids_S = self.rows_GI[group_S].masked_fill(logits_SI < best_M[state_S, None], unknown).amin(-1)
         ids_M = torch.full_like(best_M, unknown, dtype=torch.long).scatter_reduce(0, state_S, ids_S, "amin")
-        return None if (ids_M == unknown).any() else ids_M  # where a state is NaN
+        is_known_M = (ids_M < unknown) & (best_M > -torch.inf)
+        return ids_M if is_known_M.all() else None  # not where a state is NaN, or no row is allowed
+
+    def _most(self, tiles: list[Tensor], whole_Md: Tensor, error_M2: Tensor) -> Tensor:
+        """The most that the largest product of each group can be, (M, G)."""
+        parts, widths = [], [len(tile) // GROUP_SIZE for tile in tiles]
+        tables = zip(tiles, self.step_G.split(widths), self.bound_2G.split(widths, dim=-1), strict=True)
+        for tile, step_G, bound_2G in tables:
+            product_MG = torch._int_mm(whole_Md, tile.T).unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
+            parts.append(torch.addmm(product_MG * step_G, error_M2, bound_2G))
+        return torch.cat(parts, dim=-1)
 
 
-def _products(weight_Vd: Tensor, rows_SI: Tensor, states_Sd: Tensor) -> Tensor:
-    """Of each state with its own rows of the matrix: (S, I)."""
-    rows_SId = weight_Vd.index_select(0, rows_SI.flatten()).view(*rows_SI.shape, weight_Vd.shape[1])
-    return torch.bmm(rows_SId, states_Sd[..., None])[..., 0]
-
-
-def _round_up(num_rows: int) -> int:
-    return -(-num_rows // GROUP_SIZE) * GROUP_SIZE
-
-
-def _largest_of_groups(values_T: Tensor) -> Tensor:
-    """(..., T) → (..., G). A group's rows lie an eighth of the tile apart: so this is a maximum of long vectors."""
-    return values_T.unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
-
-
-def _pack(whole_Td: Tensor, step_T: Tensor) -> torch.ScriptObject:
-    """int8 rows and the steps that they count, in fbgemm's layout."""
-    with ENGINE_LOCK:
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # PyTorch will drop its quantized tensors
-                no_offset_T = torch.zeros(len(step_T), dtype=torch.long)
-                # No public function makes one of values that are whole already.
-                make = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
-                tile_Td = make(whole_Td, step_T, no_offset_T, 0)
-                return torch.ops.quantized.linear_prepack(tile_Td, None)
-        finally:
-            torch.backends.quantized.engine = engine
-
-
-def _multiply(rounded_Md: Tensor, packed: torch.ScriptObject) -> Tensor:
-    """States, whole multiples of 1/63, times one tile: (M, T)."""
-    step, offset = 1 / LARGEST_STATE, LARGEST_STATE + 1
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rounded_Md, step, offset, packed)
+def _seconds(work: Callable[[], object]) -> float:
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def _key(weight_Vd: Tensor) -> tuple[int, Tensor]:

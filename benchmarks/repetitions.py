@@ -70,11 +70,9 @@ def other_tokens(model, recording: Recording) -> int | None:
     """How many tokens the int8 screen reads otherwise than the full product; None where PyTorch can't screen."""
     decoder = model.autoencoder.decoder
     weight_Vd = decoder.lm_head.weight
-    try:
-        screen = VocabularyScreen(weight_Vd)
-    except (AttributeError, RuntimeError):
+    if not VocabularyScreen.is_possible(weight_Vd):
         return None
-    total = 0
+    screen, total = VocabularyScreen(weight_Vd), 0
     with torch.no_grad():
         for patches_NK, latents_NZ in zip(recording.patches_CNK, recording.latents_CNZ, strict=True):
             states_Md = decoder.finish(decoder.expand(latents_NZ)).flatten(0, 1)

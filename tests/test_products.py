@@ -178,7 +178,8 @@ def test_the_model_is_the_same_function(monkeypatch, always):
 
 def test_backbone_head_and_decoder_all_gain(calls):
     model = tiny_model()
-    model.generate(torch.tensor([[BOS, 5, 6, 7]]), do_sample=True, max_new_tokens=8, temperature=0.5, num_candidates=20)
+    prompt, settings = torch.tensor([[BOS, 5, 6, 7]]), {"temperature": 0.5, "num_candidates": 20}
+    model.generate(prompt, do_sample=True, max_new_tokens=8, **settings)
     sizes: set[int | None] = {model.config.hidden_size, model.config.noise_size, model.autoencoder.config.latent_size}
     assert sizes <= {shape[-1] for shape in calls}
 

@@ -6,17 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from model_copies import ROOT
 from tiny import BOS, tiny_model
+from transformers import PreTrainedTokenizerFast
 
 from calm import screening_calm
+from calm.modeling_calm import CALMForCausalLM
 from calm.screening_calm import VocabularyScreen
 
-pytestmark = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this PyTorch has no fbgemm"
-)
-
 # One tile; several with a last one that is no whole number of groups; fewer rows than a group has.
-NUM_ROWS = [5, 512, 8192, 16390, 20001]
+NUM_ROWS = [5, 512, 4096, 16390, 20001]
 
 
 def matrix(num_rows, width=48, seed=0):
@@ -110,17 +109,16 @@ def test_of_equal_rows_the_first():
     assert (ids_M < 3000).all()
 
 
+@torch.no_grad()
 def test_few_rows_are_left_to_rescore(monkeypatch):
     """Random rows are the worst case: even there int8 leaves less than one in a hundred."""
-    rescored, products = [], screening_calm._products
+    rescored, product = [], torch.bmm
     monkeypatch.setattr(
-        screening_calm,
-        "_products",
-        lambda weight, rows, states: rescored.append(rows.numel()) or products(weight, rows, states),
+        torch, "bmm", lambda rows, states: rescored.append(rows[..., 0].numel()) or product(rows, states)
     )
     weight_Vd = matrix(30_000, 512)
     VocabularyScreen(weight_Vd).argmax(matrix(100, 512, seed=1), weight_Vd)
-    assert sum(rescored) < 0.01 * 100 * 30_000
+    assert 0 < sum(rescored) < 0.01 * 100 * 30_000
 
 
 @pytest.mark.parametrize("states", [torch.zeros(3, 48), torch.full((3, 48), torch.nan)])
@@ -142,8 +140,12 @@ def test_rows_all_alike_are_left_to_the_full_product():
 @pytest.fixture
 def autoencoder(monkeypatch):
     """A small vocabulary, screened all the same."""
-    monkeypatch.setattr(screening_calm, "LEAST_WEIGHTS", 0)
+    screen_always(monkeypatch)
     return tiny_model().autoencoder
+
+
+def screen_always(monkeypatch):
+    monkeypatch.setattr(VocabularyScreen, "measure", lambda screen, *_: setattr(screen, "pays", True))
 
 
 def some_states(num_states=40):
@@ -162,29 +164,64 @@ def test_tokens_are_read_through_the_screen(monkeypatch, autoencoder):
     assert seen
 
 
-def test_a_small_vocabulary_is_not_screened():
+@pytest.mark.parametrize("screened, plain", [(1.0, 2.0), (2.0, 1.0)])
+def test_whether_it_pays_is_measured_once(monkeypatch, screened, plain):
+    seconds, seen, argmax = [screened, plain], [], VocabularyScreen.argmax
+    monkeypatch.setattr(screening_calm, "_seconds", lambda work: (work(), seconds.pop(0))[1])
+    monkeypatch.setattr(VocabularyScreen, "argmax", lambda self, *args: seen.append(1) or argmax(self, *args))
+    autoencoder, (states, positions) = tiny_model().autoencoder, some_states()
+    for _ in range(3):
+        assert torch.equal(autoencoder.read_tokens(states, positions), read_with_full_product(autoencoder, states))
+    assert autoencoder.decoder.screen.pays == (screened < plain)
+    assert len(seen) == (4 if screened < plain else 1) and not seconds
+    assert bool(autoencoder.decoder.screen.tiles) == (screened < plain)
+
+
+def test_few_states_alone_are_read_with_the_full_product():
+    """They say too little about whether screening pays."""
     autoencoder = tiny_model().autoencoder
-    autoencoder.read_tokens(*some_states())
+    autoencoder.read_tokens(*some_states(4))
     assert autoencoder.decoder.screen is None
 
 
-@pytest.mark.parametrize("prepare", ["bfloat16", "forbidden", "no engine", "offloaded", "undecided"])
+@pytest.mark.parametrize("prepare", ["float16", "switched off", "offloaded", "undecided", "dropped by another thread"])
 def test_the_full_product_where_it_cannot_be_screened(monkeypatch, autoencoder, prepare):
     states, positions = some_states()
-    forbidden_KV = None
-    if prepare == "bfloat16":
-        autoencoder, states = autoencoder.bfloat16(), states.bfloat16()
-    elif prepare == "forbidden":
-        forbidden_KV = torch.zeros(4, autoencoder.config.vocab_size, dtype=torch.bool)
-    elif prepare == "no engine":
-        monkeypatch.setattr(screening_calm, "_pack", lambda *args: (_ for _ in ()).throw(AttributeError("gone")))
+    if prepare == "float16":
+        autoencoder, states = autoencoder.half(), states.half()
+    elif prepare == "switched off":
+        monkeypatch.setenv("CALM_PRODUCTS", "plain")
     elif prepare == "offloaded":
         autoencoder.decoder.lm_head.forward = autoencoder.decoder.lm_head.forward  # as hooks are put there
     elif prepare == "undecided":
         monkeypatch.setattr(screening_calm, "MOST_SURVIVORS", 0)
-    ids = autoencoder.read_tokens(states, positions, forbidden_KV)
+    elif prepare == "dropped by another thread":
+        autoencoder.read_tokens(states, positions)
+        autoencoder.decoder.screen.tiles = []
+    ids = autoencoder.read_tokens(states, positions)
     assert torch.equal(ids, read_with_full_product(autoencoder, states))
-    assert (autoencoder.decoder.screen is None) == (prepare != "undecided")
+    assert (autoencoder.decoder.screen is None) == (prepare in ("float16", "switched off", "offloaded"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forbidden_tokens_are_not_read(autoencoder, dtype):
+    autoencoder, (states, positions) = autoencoder.to(dtype), some_states(400)
+    states = states.to(dtype)
+    favourites = read_with_full_product(autoencoder, states)
+    forbidden_KV = torch.zeros(4, autoencoder.config.vocab_size, dtype=torch.bool)
+    for position in range(4):  # those that it would choose most often
+        forbidden_KV[position, favourites[positions == position].mode().values] = True
+    forbidden_KV[3] |= torch.rand(autoencoder.config.vocab_size, generator=torch.Generator().manual_seed(0)) < 0.5
+    ids = autoencoder.read_tokens(states, positions, forbidden_KV)
+    logits = autoencoder.decoder.lm_head(autoencoder.decoder.finish(states))
+    assert torch.equal(ids, logits.masked_fill(forbidden_KV[positions], -torch.inf).argmax(-1))
+    assert (ids != favourites).any() and autoencoder.decoder.screen is not None
+
+
+def test_where_every_token_is_forbidden_the_full_product_answers(autoencoder):
+    states, positions = some_states()
+    forbidden_KV = torch.ones(4, autoencoder.config.vocab_size, dtype=torch.bool)
+    assert (autoencoder.read_tokens(states, positions, forbidden_KV) == 0).all()
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -217,15 +254,18 @@ def test_the_text_is_the_same_with_and_without(monkeypatch):
         torch.manual_seed(0)
         return model.generate(prompt, max_new_tokens=24, do_sample=True, temperature=0.5, num_candidates=20)
 
+    monkeypatch.setenv("CALM_PRODUCTS", "plain")
     plain = text()
-    monkeypatch.setattr(screening_calm, "LEAST_WEIGHTS", 0)
+    assert model.autoencoder.decoder.screen is None
+    monkeypatch.delenv("CALM_PRODUCTS")
+    screen_always(monkeypatch)
     assert torch.equal(text(), plain)
     assert model.autoencoder.decoder.screen is not None
 
 
 def test_autocast_takes_the_full_product(monkeypatch):
     """Its products are in bfloat16, of which the bound knows nothing."""
-    monkeypatch.setattr(screening_calm, "LEAST_WEIGHTS", 0)
+    screen_always(monkeypatch)
     model, texts = tiny_model(), []
     for lazy in (True, False):
         torch.manual_seed(0)
@@ -235,22 +275,73 @@ def test_autocast_takes_the_full_product(monkeypatch):
     assert torch.equal(*texts) and model.autoencoder.decoder.screen is None
 
 
-def test_a_cast_model_carries_no_screen(autoencoder):
-    autoencoder.read_tokens(*some_states())
-    assert autoencoder.decoder.screen is not None
+def test_a_cast_model_is_screened_anew(autoencoder):
     states, positions = some_states()
-    autoencoder.bfloat16().read_tokens(states.bfloat16(), positions)
-    assert autoencoder.decoder.screen is None
+    autoencoder.read_tokens(states, positions)
+    before = autoencoder.decoder.screen
+    ids = autoencoder.bfloat16().read_tokens(states.bfloat16(), positions)
+    assert autoencoder.decoder.screen not in (None, before)
+    assert torch.equal(ids, read_with_full_product(autoencoder, states.bfloat16()))
 
 
-def test_threads_that_pack_at_once_leave_the_engine_as_it_was():
-    before = torch.backends.quantized.engine
+def test_threads_that_read_at_once_read_the_same():
+    autoencoder, (states, positions) = tiny_model().autoencoder, some_states()
+    expected = read_with_full_product(autoencoder, states)
     with ThreadPoolExecutor(8) as threads:
-        screens = list(threads.map(lambda seed: VocabularyScreen(matrix(2000, seed=seed)), range(32)))
-    assert torch.backends.quantized.engine == before and len(screens) == 32
+        assert all(
+            torch.equal(ids, expected)
+            for ids in threads.map(lambda _: autoencoder.read_tokens(states, positions), range(64))
+        )
 
 
-def test_the_engine_that_the_user_chose_stays():
-    before = torch.backends.quantized.engine
-    VocabularyScreen(matrix(100))
-    assert torch.backends.quantized.engine == before
+# On many states
+
+
+NUM_STATES, STATES_AT_ONCE = 100_000, 2_000
+
+
+def real_decoder_and_states():
+    """The demo's decoder, and its states for this repository's texts, with the posterior's noise."""
+    model = CALMForCausalLM.from_pretrained(ROOT).eval()
+    tokenizer, autoencoder = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tokenizer.json")), model.autoencoder
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    K = model.config.patch_size
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    mean, log_std = autoencoder.encode(ids[: len(ids) // K * K][None])
+    draws = -(-NUM_STATES // (len(ids) // K * K))
+    noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
+    latents = mean + log_std.exp() * noise
+    states_Nd = torch.cat(
+        [autoencoder.decoder.finish(autoencoder.decode_states(part)).flatten(0, 2) for part in latents.split(1)]
+    )
+    return autoencoder.decoder, states_Nd[:NUM_STATES]
+
+
+def random_states(decoder):
+    """Random ones, and such as lie between two rows, or next to one."""
+    generator = torch.Generator().manual_seed(1)
+    weight_Vd = decoder.lm_head.weight
+    rows = weight_Vd[torch.randint(len(weight_Vd), (2, NUM_STATES), generator=generator)]
+    noise = torch.randn(rows[0].shape, generator=generator) * weight_Vd.std()
+    kind = torch.arange(NUM_STATES)[:, None] % 3
+    return torch.where(kind == 0, noise, torch.where(kind == 1, rows[0] + 0.3 * noise, rows[0] + rows[1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_tokens_on_200_000_states(dtype):
+    """With rows that come twice, or are zero, and with tokens that are forbidden at some positions."""
+    decoder, real_Nd = real_decoder_and_states()
+    states_Nd = torch.cat([real_Nd, random_states(decoder)])
+    decoder.to(dtype)
+    weight_Vd = decoder.lm_head.weight
+    weight_Vd[500:600], weight_Vd[600:650] = weight_Vd[200:300], 0
+    forbidden_KV = torch.rand(4, len(weight_Vd), generator=torch.Generator().manual_seed(2)) < 0.01
+    screen, compared = VocabularyScreen(weight_Vd), 0
+    for i, states_Md in enumerate(states_Nd.to(dtype).split(STATES_AT_ONCE)):
+        positions_M = torch.arange(len(states_Md)) % 4
+        forbidden = forbidden_KV if i % 2 else None
+        ids_M = screen.argmax(states_Md, weight_Vd, forbidden, positions_M)
+        assert ids_M is not None and torch.equal(ids_M, decoder._argmax(states_Md, positions_M, forbidden))
+        compared += len(ids_M)
+    assert compared == 200_000
