@@ -40,7 +40,8 @@ def fast_products(num_rows: int, width: int) -> AbstractContextManager:
         num_rows: that the layers are given.
         width: of the layers.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if torch.compiler.is_compiling() or is_traced or torch.is_grad_enabled():
         return nullcontext()
     is_large = num_rows >= LEAST_ROWS and num_rows * width * width >= LEAST_WORK
     is_watched = _get_current_dispatch_mode() is not None

@@ -26,7 +26,7 @@ GROUP_SIZE = 8  # rows judged together
 LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63  # without, sums of two products need the last bit
 LARGEST_STATE = 127
 MOST_SURVIVORS = 2**14  # with more, the full product is better
-SURVIVORS_AT_ONCE = 2**10
+SURVIVORS_AT_ONCE = 2**9
 SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
 LEAST_STATES = 16  # by which it can be measured whether screening pays
 
@@ -65,7 +65,7 @@ class VocabularyScreen:
         is_plain = weight_Vd.device.type == "cpu" and not weight_Vd.is_inference()
         is_known = weight_Vd.dtype in (torch.float32, torch.bfloat16) and len(weight_Vd) > 0
         is_exact = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-        return is_plain and is_known and is_exact and not plain_products() and hasattr(torch, "_int_mm")
+        return is_plain and is_known and is_exact and not plain_products()
 
     def is_of(self, weight_Vd: Tensor) -> bool:
         """Whether the matrix is still as it was rounded, judged by its version and a sample of its values.
@@ -146,7 +146,7 @@ class VocabularyScreen:
         parts, widths = [], [len(tile) // GROUP_SIZE for tile in tiles]
         tables = zip(tiles, self.step_G.split(widths), self.bound_2G.split(widths, dim=-1), strict=True)
         for tile, step_G, bound_2G in tables:
-            product_MG = torch._int_mm(whole_Md, tile.T).unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
+            product_MG = torch.ops.aten._int_mm(whole_Md, tile.T).unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
             parts.append(torch.addmm(product_MG * step_G, error_M2, bound_2G))
         return torch.cat(parts, dim=-1)
 

@@ -35,7 +35,7 @@ def memory_of_draws(num_draws, temperature, radius):
         pool.classes(pool.rows_B)
 
     with torch.inference_mode():
-        sample(16)  # what PyTorch sets up once
+        sample(64)  # what is set up once
         with PeakMemory(torch.device("cpu")) as memory:
             sample(num_draws)
     return None if memory.extra is None else (memory.extra - latents_NZ.nbytes) / 1e6
