@@ -15,6 +15,8 @@ workloads.py.
 - × floor: a step's ms ÷ the sum over backbone, head and decoding of the larger of the bytes of its weights ÷ the
   measured bandwidth and its FLOPs ÷ the measured rate of a large matrix product.
 - Memory ÷ weights: what the worst run needed, weights included.
+- In float32 on a CPU the CALM's large products are oneDNN's where that is faster than PyTorch's own; with
+  `--fast_baseline` the baseline's are, too.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
 
 from calm.benchmarks.meters import Machine
-from calm.benchmarks.runs import PARTS, Subject, compare
+from calm.benchmarks.runs import PARTS, Subject, compare, lent_products
 from calm.benchmarks.workloads import (
     DEMO_FOLDER,
     BenchmarkError,
@@ -157,11 +160,12 @@ class Benchmark:
     def _compare(self, calm: Subject, temperature: float, batch_size: int) -> dict:
         options = self.options
         prompts = random_prompts(self.baseline, batch_size, options.prompt_length)
-        baseline = Subject(self.baseline, prompts, {"temperature": temperature, "top_k": 0})
+        products = lent_products if options.fast_baseline else nullcontext
+        baseline = Subject(self.baseline, prompts, {"temperature": temperature, "top_k": 0}, products=products)
         return compare(calm, baseline, options.output_length, options.repetitions, self.machine)
 
     def _row(self, shape: str, workload: str, temperature: float, batch_size: int, figures: dict) -> dict:
-        names = ("baseline", "device", "dtype", *SAMPLING_OPTIONS)
+        names = ("baseline", "fast_baseline", "device", "dtype", *SAMPLING_OPTIONS)
         lengths = ("prompt_length", "output_length", "repetitions")
         return {
             "shape": shape,
@@ -263,6 +267,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="adaptive")
     parser.add_argument(
         "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
+    )
+    parser.add_argument(
+        "--fast_baseline", action="store_true", help="lend the baseline CALM's float32 products (products_calm.py)"
     )
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens a row")

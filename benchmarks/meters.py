@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from calm.products_calm import fast_products
 
 LIMIT_REPETITIONS = 5  # the machine's limits are the best of so many tries
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far larger than any cache
@@ -154,10 +157,9 @@ class Machine:
         number, size = BANDWIDTH_BYTES[device.type] // 4, MATMUL_SIZE[device.type]
         values = torch.ones(number, device=device)
         matrix = torch.ones(size, size, device=device, dtype=dtype)
-        return cls(
-            bandwidth=4 * number / _best_seconds(lambda: values.sum(), device),
-            flop_rate=2 * size**3 / _best_seconds(lambda: matrix @ matrix, device),
-        )
+        with torch.no_grad(), fast_products(size, size):
+            seconds = _best_seconds(lambda: F.linear(matrix, matrix), device)
+        return cls(bandwidth=4 * number / _best_seconds(lambda: values.sum(), device), flop_rate=2 * size**3 / seconds)
 
     def floor_seconds(self, weight_bytes: float, flops: float) -> float:
         """The least time for reading so many bytes once and computing so much."""

@@ -5,8 +5,9 @@ Axes: B batch, L prompt tokens, R rows that draw, K tokens per patch, N candidat
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm.benchmarks.workloads import Replay, write
 from calm.evaluation.models import is_calm
+from calm.products_calm import OneDNNProducts, one_dnn_is_faster
 
 PARTS = ("backbone", "head", "decode", "selection", "other")
 DECODING = ("decode_tokens", "decode_states", "read_tokens")
@@ -31,12 +33,14 @@ class Subject:
         prompts_BL: where its texts begin.
         settings: arguments of `generate`.
         replay: candidates to impose on a CALM.
+        products: a context for the whole call, see `lent_products`.
     """
 
     model: PreTrainedModel
     prompts_BL: torch.Tensor
     settings: dict
     replay: Replay | None = None
+    products: Callable[[], AbstractContextManager] = nullcontext
 
     def num_steps(self, length: int) -> int:
         return -(-length // self.tokens_per_step)
@@ -85,10 +89,16 @@ class Subject:
             if self.replay is not None:
                 stack.enter_context(self.replay.on(self.model))
             stack.enter_context(parts.measured())
+            stack.enter_context(self.products())
             if is_calm(self.model):
                 stack.enter_context(wrapped(self.model.head, "sample", count))
             write(self.model, self.prompts_BL, length, **self.settings)
         return sum(draws)
+
+
+def lent_products() -> AbstractContextManager:
+    """For an ordinary language model: the products of linear layers that a CALM makes by itself (products_calm.py)."""
+    return OneDNNProducts() if one_dnn_is_faster() else nullcontext()
 
 
 @dataclass
@@ -133,6 +143,7 @@ def timed_run(subject: Subject, length: int, seed: int) -> Run:
 
 def count_flops(subject: Subject) -> dict[str, float]:
     """FLOPs by part: the backbone's of a step, the head's and the decoder's of a draw. Warms up, too."""
+    subject = replace(subject, products=nullcontext)  # of operators that are counted
     with FlopCounterMode(display=False) as counter:
         parts = Parts(Meter.flops(counter), subject.methods())
         draws = subject.write(WARM_UP_STEPS * subject.tokens_per_step, parts)
