@@ -57,7 +57,10 @@ def model_folder(name: str, demo: str | Path) -> str:
 
 
 def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | LlamaConfig:
-    """The configuration of a recipe, of the demo, or of a model by its folder or Hub id."""
+    """The configuration of a recipe, of the demo, or of a model by its folder or Hub id.
+
+    A recipe of an ordinary model that names no vocabulary has the demo's.
+    """
     if is_trained(name):
         try:
             config = load_config(model_folder(name, demo))
@@ -67,10 +70,11 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
             raise BenchmarkError(f"{name} is neither a CALM nor a Llama: its model_type is {config.model_type!r}.")
         return config
     recipe = load_recipe(name)
-    if recipe.kind not in ("calm", "ar") or "vocab_size" not in recipe.model:
-        raise BenchmarkError(f"the recipe {name} does not say the shape of a whole language model.")
     if recipe.kind == "ar":
-        return LlamaConfig(**recipe.model)
+        vocab_size = recipe.model.get("vocab_size") or shape_config("demo", demo).vocab_size
+        return LlamaConfig(**recipe.model | {"vocab_size": vocab_size})
+    if recipe.kind != "calm" or "vocab_size" not in recipe.model:
+        raise BenchmarkError(f"the recipe {name} does not say the shape of a whole language model.")
     return CALMConfig(**recipe.model, autoencoder_config=load_recipe("autoencoder").model)
 
 

@@ -17,6 +17,7 @@ WRONG_PATHS = {
     "calm.benchmarks.prefill": ["--shape", NOWHERE],
     "calm.benchmarks.repetitions": ["--model", NOWHERE],
     "calm.benchmarks.serving": ["--model", NOWHERE],
+    "calm.benchmarks.speed": ["--demo", NOWHERE],
     "calm.benchmarks.training_step": ["--shape", NOWHERE],
     "calm.calibrate_radius": ["--model", NOWHERE],
     "calm.convert_checkpoint": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
