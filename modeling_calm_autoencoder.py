@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from .configuration_calm import CALMAutoencoderConfig
 from .products_calm import fast_products
 from .scores_calm import clipped_kl
-from .screening_calm import LEAST_STATES, VocabularyScreen
+from .screening_calm import VocabularyScreen
 
 # Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
@@ -146,7 +146,7 @@ class AutoencoderDecoder(nn.Module):
         return torch.cat([self._argmax_of_rows(*chunk, forbidden_KV) for chunk in chunks])
 
     def _argmax_of_rows(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
-        weight_Vd, screen = self.lm_head.weight, self._current_screen(len(states_Md))
+        weight_Vd, screen = self.lm_head.weight, self._current_screen()
 
         def plain() -> Tensor:
             return self._argmax(states_Md, positions_M, forbidden_KV)
@@ -159,13 +159,13 @@ class AutoencoderDecoder(nn.Module):
         ids_M = screened() if screen is not None and screen.pays else None
         return plain() if ids_M is None else ids_M
 
-    def _current_screen(self, num_states: int) -> VocabularyScreen | None:
-        """The screen of the weights as they are now; None where there can be none, or it isn't known if it pays."""
+    def _current_screen(self) -> VocabularyScreen | None:
+        """The screen of the weights as they are now; None where there can be none."""
         weight_Vd = self.lm_head.weight
         if not VocabularyScreen.is_possible(weight_Vd):
             self.screen = None
         elif self.screen is None or not self.screen.is_of(weight_Vd):
-            self.screen = VocabularyScreen(weight_Vd) if num_states >= LEAST_STATES else None
+            self.screen = VocabularyScreen(weight_Vd)
         return self.screen
 
     def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:

@@ -5,8 +5,9 @@ of whole numbers takes a quarter to a half of its time and errs by no more than 
 rows of the matrix can't be the argmax. The few that remain are multiplied as they are, and the best of them is chosen.
 
 With w = ŵ + e and x = x̂ + r, the hats rounded, |w·x − ŵ·x̂| = |w·r + e·x̂| <= ‖w‖·‖r‖ + ‖e‖·‖x̂‖ (Cauchy–Schwarz). Rows
-are judged in groups, by the largest product in the group. Rows of about the same largest weight make a group, so that
-it can share the step that its weights are whole multiples of.
+are judged in groups, by the largest product in the group. Rows of about the same length make a group, so that
+it can share the step that its weights are whole multiples of. Before they are rounded, rows and states are rotated
+alike, which changes no product, and leaves no column that is so wide that the others round to nothing.
 
 Axes: M states, d their width, V vocabulary, K tokens per patch, T rows of a tile, G groups, I rows of a group, S
 survivors (pairs of a state and a group).
@@ -28,7 +29,6 @@ LARGEST_STATE = 127
 MOST_SURVIVORS = 2**14  # with more, the full product is better
 SURVIVORS_AT_ONCE = 2**9
 SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
-LEAST_STATES = 16  # by which it can be measured whether screening pays
 
 
 class VocabularyScreen:
@@ -42,14 +42,15 @@ class VocabularyScreen:
         self.key = _key(weight_Vd)
         self.pays: bool | None = None  # None: not measured yet
         weight_Vd = weight_Vd.detach()
-        order_V = weight_Vd.abs().amax(-1).float().argsort()
+        order_V = torch.linalg.vector_norm(weight_Vd, dim=-1, dtype=torch.float32).argsort()
         # The last group is filled up with its last row, which is as good as itself and never better.
         order_V = torch.cat([order_V, order_V[-1:].expand(-len(order_V) % GROUP_SIZE)])
         self.rows_GI = order_V.view(-1, GROUP_SIZE)
+        self.rotation_dd = _rotation(weight_Vd.shape[1])
         self.tiles: list[Tensor] = []
         steps_G, bounds_2G = [], []
         for rows_GI in self.rows_GI.split(TILE // GROUP_SIZE):
-            tile_GId = weight_Vd[rows_GI].float()
+            tile_GId = weight_Vd[rows_GI].float() @ self.rotation_dd
             step_G = tile_GId.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_WEIGHT
             whole_GId = (tile_GId / step_G[:, None, None]).round()
             error_GId = tile_GId - whole_GId * step_G[:, None, None]
@@ -99,11 +100,11 @@ class VocabularyScreen:
         Returns:
             None where it can't say, or not at less cost than the full product.
         """
-        states, tiny = states_Md.float(), torch.finfo(torch.float32).tiny
+        states, tiny = states_Md.float() @ self.rotation_dd, torch.finfo(torch.float32).tiny
         step_M1 = states.abs().amax(-1, keepdim=True).clamp_min(tiny) / LARGEST_STATE
         whole_Md = (states / step_M1).round()
-        # What summing d products in float32 may add to the error, here and below.
-        summing_M1 = 2 * states.shape[-1] * torch.finfo(torch.float32).eps * states.norm(dim=-1, keepdim=True)
+        # What summing d products in float32 may add to the error: here, below, and in either rotation.
+        summing_M1 = 6 * states.shape[-1] * torch.finfo(torch.float32).eps * states.norm(dim=-1, keepdim=True)
         residue_M1 = (states - whole_Md * step_M1).norm(dim=-1, keepdim=True) + summing_M1
         error_M2 = torch.cat([residue_M1 / step_M1, whole_Md.norm(dim=-1, keepdim=True)], dim=-1)
         tiles = self.tiles
@@ -149,6 +150,12 @@ class VocabularyScreen:
             product_MG = torch.ops.aten._int_mm(whole_Md, tile.T).unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
             parts.append(torch.addmm(product_MG * step_G, error_M2, bound_2G))
         return torch.cat(parts, dim=-1)
+
+
+def _rotation(width: int) -> Tensor:
+    """A random orthogonal matrix, always the same one of its size."""
+    random_dd = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(random_dd)[0].float()
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,8 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
         return config
     recipe = load_recipe(name)
     if recipe.kind == "ar":
-        vocab_size = recipe.model.get("vocab_size") or shape_config("demo", demo).vocab_size
-        return LlamaConfig(**recipe.model | {"vocab_size": vocab_size})
+        fields: dict[str, Any] = {"vocab_size": shape_config("demo", demo).vocab_size} | recipe.model
+        return LlamaConfig(**fields)
     if recipe.kind != "calm" or "vocab_size" not in recipe.model:
         raise BenchmarkError(f"the recipe {name} does not say the shape of a whole language model.")
     return CALMConfig(**recipe.model, autoencoder_config=load_recipe("autoencoder").model)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 
 import fresh_process
+import goldens
 import pytest
 import torch
 from evaluation_folder import folder  # noqa: F401 (a fixture)
@@ -56,6 +57,21 @@ def test_hidden_states_and_patches_are_those_of_the_cpu(models):
     torch.testing.assert_close(hidden[1], hidden[0], **CLOSE)
     torch.testing.assert_close(posterior[1], posterior[0], **CLOSE)
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("head_type", goldens.HEAD_TYPES)
+@torch.no_grad()
+def test_golden_outputs_are_reproduced(head_type, dtype, tolerance):
+    golden, model = goldens.golden_tensors(head_type), copy.deepcopy(goldens.golden_model(head_type)).to(DEVICE, dtype)
+    ids = golden["input_ids"].to(DEVICE)
+    found = {
+        "calm.hidden_states": model(ids).last_hidden_state,
+        "ae.mean": model.autoencoder.encode(ids)[0],
+        "ae.logits": model.autoencoder.decode(golden["ae.latents"].to(DEVICE, dtype)).flatten(1, 2),
+    }
+    for name, value in found.items():
+        assert goldens.relative_error(value.cpu(), golden[name]) <= tolerance, name
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("flash_attn"), reason="flash-attn is not installed")

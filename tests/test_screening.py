@@ -81,10 +81,8 @@ def test_weights_made_to_mislead(weights, scale):
     weight_Vd = weights(9001, 64)
     states_Md = scale * matrix(100, 64, seed=1).abs()
     ids_M = VocabularyScreen(weight_Vd).argmax(states_Md, weight_Vd)
-    if ids_M is None:  # too many to rescore is allowed only where int8 says nothing
-        assert weights is rows_with_one_large_weight
-    else:
-        assert_is_argmax(ids_M, weight_Vd, states_Md)
+    assert ids_M is not None
+    assert_is_argmax(ids_M, weight_Vd, states_Md)
 
 
 def test_states_with_one_large_value():
@@ -109,14 +107,15 @@ def test_of_equal_rows_the_first():
     assert (ids_M < 3000).all()
 
 
-@torch.no_grad()
-def test_few_rows_are_left_to_rescore(monkeypatch):
-    """Random rows are the worst case: even there int8 leaves less than one in a hundred."""
+@pytest.mark.parametrize("widest", [1, 20])
+def test_few_rows_are_left_to_rescore(monkeypatch, widest):
+    """Random rows are the worst case: even there int8 leaves less than one in a hundred, also with a wide column."""
     rescored, product = [], torch.bmm
     monkeypatch.setattr(
         torch, "bmm", lambda rows, states: rescored.append(rows[..., 0].numel()) or product(rows, states)
     )
     weight_Vd = matrix(30_000, 512)
+    weight_Vd[:, 7] *= widest
     VocabularyScreen(weight_Vd).argmax(matrix(100, 512, seed=1), weight_Vd)
     assert 0 < sum(rescored) < 0.01 * 100 * 30_000
 
@@ -175,13 +174,6 @@ def test_whether_it_pays_is_measured_once(monkeypatch, screened, plain):
     assert autoencoder.decoder.screen.pays == (screened < plain)
     assert len(seen) == (4 if screened < plain else 1) and not seconds
     assert bool(autoencoder.decoder.screen.tiles) == (screened < plain)
-
-
-def test_few_states_alone_are_read_with_the_full_product():
-    """They say too little about whether screening pays."""
-    autoencoder = tiny_model().autoencoder
-    autoencoder.read_tokens(*some_states(4))
-    assert autoencoder.decoder.screen is None
 
 
 @pytest.mark.parametrize("prepare", ["float16", "switched off", "offloaded", "undecided", "dropped by another thread"])

@@ -1,0 +1,264 @@
+"""Every figure that this project wants from a GPU, by one command of at most eight minutes.
+
+    python -m calm.benchmarks.gpu --json gpu.json
+
+- checks: the tests that need a GPU and compare with the published outputs (`pytest -m gpu -k golden`), float32 and
+  bfloat16, where pytest is installed;
+- demo: a text of the bundled model, in bfloat16;
+- generation: tokens a second (medians) of each CALM at T = 1 and 0.5 and of its Transformer, batch 1, 8 and 32, in
+  bfloat16, step by step as `generate` does it ("eager");
+- training: a step of CALM-M and of Transformer-S, with its MFU (calm.benchmarks.training_step);
+- compiled: the first pair again, each step one graph (`cache_implementation="static"` and a `compile_config`); the
+  time to compile is not counted.
+
+Parts come in this order. None begins when `--minutes` are over; those left out are named, and the same command with
+the same file goes on with them. The file is written after each part; the tables are printed in the end.
+
+With `--device cpu`, small `--pairs` and `--backend aot_eager` it is a dry run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.configuration_utils import CompileConfig
+
+from calm.benchmarks import training_step
+from calm.benchmarks.generation import device_name
+from calm.benchmarks.meters import synchronise
+from calm.benchmarks.workloads import (
+    DEMO_FOLDER,
+    BenchmarkError,
+    random_model,
+    random_prompts,
+    shape_config,
+    trained_model,
+    write,
+)
+from calm.command_line import CommandError, Parser, command, known_errors, positive, writable
+from calm.configuration_calm import CALMConfig
+from calm.evaluation.models import is_calm
+from calm.training.tokenizer import load_tokenizer
+
+PAIRS = ["calm-m:transformer-s", "calm-l:transformer-m", "calm-xl:transformer-l"]
+TEMPERATURES = (1.0, 0.5)
+NUM_CANDIDATES = 200
+PROMPT = "Once upon a time, there was a little girl named Lily."
+KIND_COLUMNS = {
+    "checks": ["outcome"],
+    "demo": ["text"],
+    "generation": ["shape", "mode", "temperature", "batch_size", "tokens_per_second", "low", "high"],
+    "training": ["shape", "batch_size", "block_size", "step_ms", "tokens_per_second", "mfu"],
+}
+
+
+class Report:
+    """The figures by part, in a file that is written after each.
+
+    Args:
+        path: of the file; parts that it holds of the same machine and versions are not measured again.
+        machine: what the figures depend on beside the code.
+
+    Raises:
+        ValueError: the file is no report, or one of another machine or other versions.
+    """
+
+    def __init__(self, path: Path, machine: dict):
+        self.path, self.machine, self.parts = path, machine, {}
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text())
+            before, self.parts = found["machine"], found["parts"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no report of this command: name another file.") from error
+        if before != machine:
+            raise ValueError(f"{path} was measured with {before}, this is {machine}: name another file.")
+
+    def add(self, name: str, rows: list[dict]) -> None:
+        self.parts[name] = rows
+        aside = self.path.with_name(f".{self.path.name}.new")
+        aside.write_text(json.dumps({"machine": self.machine, "parts": self.parts}, indent=2) + "\n")
+        aside.rename(self.path)
+
+    def tables(self) -> Iterator[str]:
+        for kind, columns in KIND_COLUMNS.items():
+            rows = [row for name, rows in self.parts.items() if name.partition(" ")[0] == kind for row in rows]
+            if rows:
+                yield f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}"
+                yield from (f"| {' | '.join(_text(row[column]) for column in columns)} |" for row in rows)
+                yield ""
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Models:
+    """One model at a time on the device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.name, self.model = "", None
+
+    def get(self, name: str):
+        if name != self.name:
+            self.drop()
+            self.name, self.model = name, random_model(shape_config(name), self.device, self.dtype)
+        return self.model
+
+    def drop(self) -> None:
+        self.name, self.model = "", None
+        gc.collect()
+        torch._dynamo.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run_checks() -> list[dict]:
+    """What pytest says in its last line."""
+    if not importlib.util.find_spec("pytest"):
+        return [{"outcome": "not run: pytest is not installed"}]
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", "golden", "-o", "addopts=", "-q", "tests/test_gpu.py"]
+    result = subprocess.run(words, cwd=DEMO_FOLDER, capture_output=True, text=True)
+    return [{"outcome": (result.stdout.strip().splitlines() or [result.stderr[-200:]])[-1]}]
+
+
+def demo_text(device: torch.device, dtype: torch.dtype, length: int) -> list[dict]:
+    model, tokenizer = trained_model("demo", device, dtype), load_tokenizer(DEMO_FOLDER)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device)
+    torch.manual_seed(0)
+    ids = write(model, ids, length, temperature=0.5, num_candidates=NUM_CANDIDATES)
+    return [{"text": " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())}]
+
+
+def generation_row(
+    models: Models, shape: str, temperature: float, batch_size: int, options: argparse.Namespace, compiled: bool
+):
+    """Tokens a second of one model, one law and one batch size: the median of several calls, and their range."""
+    model = models.get(shape)
+    prompts = random_prompts(model, batch_size, options.prompt_length)
+    settings: dict[str, Any] = {"temperature": temperature} | (
+        {"num_candidates": NUM_CANDIDATES} if is_calm(model) else {"top_k": 0}
+    )
+    if compiled:
+        graphs = {"mode": "reduce-overhead"} if options.backend == "inductor" else {"mode": None}
+        settings["cache_implementation"] = "static"
+        settings["compile_config"] = CompileConfig(backend=options.backend, **graphs)  # pyright: ignore[reportArgumentType]
+    seconds = []
+    for repetition in range(1 + options.repetitions):  # the first compiles, and isn't counted
+        torch.manual_seed(repetition)
+        synchronise(models.device)
+        start = time.perf_counter()
+        write(model, prompts, options.output_length, **settings)
+        synchronise(models.device)
+        seconds.append(time.perf_counter() - start)
+    speeds = [batch_size * options.output_length / each for each in seconds[1:]]
+    return {
+        **{"shape": shape, "mode": "compiled" if compiled else "eager", "temperature": temperature},
+        **{"batch_size": batch_size, "prompt_length": options.prompt_length, "output_length": options.output_length},
+        **{"num_candidates": NUM_CANDIDATES if is_calm(model) and temperature < 1 else 1},
+        **{"tokens_per_second": median(speeds), "low": min(speeds), "high": max(speeds), "first_seconds": seconds[0]},
+    }
+
+
+def training_rows(shapes: list[str], options: argparse.Namespace) -> list[dict]:
+    words = ["--shape", *shapes, "--device", options.device, "--dtype", options.dtype, "--block_size"]
+    words += [str(options.block_size), "--batch_size", str(options.train_batch_size)]
+    return training_step.measure(training_step.parse_options(words))["steps"]
+
+
+def parts(options: argparse.Namespace, models: Models) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """Name, beginning with the kind, and work of each part, the most telling first."""
+    pairs = [pair.split(":") for pair in options.pairs]
+    yield "checks", run_checks
+    yield "demo", lambda: demo_text(models.device, models.dtype, options.output_length)
+    for compiled in (False, True):
+        for calm, llama in pairs[:1] if compiled else pairs:
+            for shape, temperatures in ((calm, TEMPERATURES), (llama, TEMPERATURES[:1])):
+                for batch_size in options.batch_size:
+                    for T in temperatures:
+                        name = (
+                            f"generation {shape}, {'compiled' if compiled else 'eager'}, T={T:g}, batch {batch_size}"
+                        )
+                        arguments = (models, shape, T, batch_size, options, compiled)
+                        yield name, lambda arguments=arguments: [generation_row(*arguments)]
+        if not compiled:
+            yield "training " + " ".join(pairs[0]), lambda: training_rows(pairs[0], options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises BenchmarkError for what can't be measured."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--device cuda: PyTorch finds no GPU here; a dry run takes --device cpu.")
+    for pair in options.pairs:
+        names = pair.split(":")
+        is_pair = len(names) == 2 and [isinstance(shape_config(name), CALMConfig) for name in names] == [True, False]
+        if not is_pair:
+            raise BenchmarkError(f"--pairs {pair}: must be CALM:TRANSFORMER, as in {PAIRS[0]}.")
+    training_step.check(argparse.Namespace(**vars(options) | {"shape": options.pairs[0].split(":"), "batch_size": 1}))
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m calm.benchmarks.gpu", __doc__)
+    parser.add_argument(
+        "--json", type=writable, default=Path("gpu.json"), help="where the figures go, and are continued"
+    )
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no part begins")
+    parser.add_argument(
+        "--pairs", nargs="+", default=PAIRS, help="CALM:TRANSFORMER, recipes; the first is compiled, too"
+    )
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt_length", type=positive, default=64)
+    parser.add_argument("--output_length", type=positive, default=64)
+    parser.add_argument("--repetitions", type=positive, default=3)
+    parser.add_argument("--block_size", type=positive, default=2048, help="tokens a row of a training step")
+    parser.add_argument("--train_batch_size", type=positive, default=8, help="rows of a training step")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    options, start = parser.parse_args(argv), time.monotonic()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with known_errors(ValueError, OSError):
+        check(options)
+        device = torch.device(options.device)
+        machine = {"device": device_name(device), "dtype": options.dtype, "torch": torch.__version__}
+        report = Report(options.json, machine | {"transformers": transformers.__version__})
+    models, failed, left_out = Models(device, getattr(torch, options.dtype)), [], []
+    for name, work in parts(options, models):
+        if name in report.parts:
+            continue
+        if time.monotonic() - start > 60 * options.minutes:
+            left_out.append(name)
+            continue
+        if not name.startswith("generation"):
+            models.drop()
+        try:
+            report.add(name, work())
+        except Exception as error:  # one part's failure must not cost the others: the device is lent for minutes
+            failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            continue
+        print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
+    print("", *report.tables(), sep="\n")
+    print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    print(*(f"left out, as the time was over: {name}" for name in left_out), sep="\n")
+    if failed:
+        raise CommandError("; ".join(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

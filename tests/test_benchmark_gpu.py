@@ -1,0 +1,95 @@
+"""The command for a lent GPU, as a dry run on the CPU: all parts, resumed, and never over its time."""
+
+import json
+
+import pytest
+from commands import refusal
+from test_benchmark_generation import demo  # noqa: F401 (a fixture)
+
+from calm.benchmarks import gpu
+
+# ruff: noqa: F811 (pytest hands the fixture over under its own name)
+
+LAWS = [("calm-tiny", 1.0), ("calm-tiny", 0.5), ("transformer-tiny", 1.0)]
+
+
+@pytest.fixture
+def run(demo, monkeypatch):
+    """Runs the command on tiny shapes, and returns what its file holds."""
+    monkeypatch.setattr(gpu, "NUM_CANDIDATES", 8)
+    small = ["--pairs", "calm-tiny:transformer-tiny", "--batch_size", "1", "2", "--prompt_length", "8"]
+    small += ["--output_length", "8", "--repetitions", "1", "--block_size", "16", "--train_batch_size", "2"]
+    words = [
+        *small,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--backend",
+        "aot_eager",
+        "--json",
+        str(demo / "gpu.json"),
+    ]
+
+    def call(*more):
+        assert gpu.main([*words, *more]) == 0
+        return json.loads((demo / "gpu.json").read_text())["parts"]
+
+    call.words = words
+    return call
+
+
+def test_a_dry_run_makes_every_part(run, capsys):
+    parts = run()
+    rows = [row for name, rows in parts.items() if name.startswith("generation") for row in rows]
+    found = {(row["mode"], row["batch_size"], row["shape"], row["temperature"]) for row in rows}
+    assert found == {(mode, size, *law) for mode in ("eager", "compiled") for size in (1, 2) for law in LAWS}
+    assert len(rows) == 12 and all(row["low"] == row["tokens_per_second"] == row["high"] > 0 for row in rows)
+    calm, llama = parts["training calm-tiny transformer-tiny"]
+    (text,), (outcome,) = parts["demo"], parts["checks"]
+    assert (calm["shape"], llama["shape"]) == ("calm-tiny", "transformer-tiny") and calm["mfu"] > 0
+    assert text["text"].startswith(gpu.PROMPT) and "skipped" in outcome["outcome"]
+    printed = capsys.readouterr().out
+    assert printed.count("\n| calm-tiny |") == 8 + 2 and "left out" not in printed
+
+
+def test_what_the_time_does_not_allow_is_named_and_made_by_the_next_run(run, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "run_checks", lambda: [{"outcome": "1 passed"}])
+    assert not gpu.main([*run.words, "--minutes", "0"])
+    left_out = capsys.readouterr().out.count("left out, as the time was over")
+    assert left_out == 15
+    assert len(run()) == 15
+    monkeypatch.setattr(gpu, "generation_row", lambda *_: pytest.fail("it was measured already"))
+    assert len(run()) == 15
+
+
+def test_a_part_that_fails_costs_no_other(run, capsys, monkeypatch):
+    def fails():
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(gpu, "run_checks", fails)
+    assert "checks: RuntimeError: out of memory" in refusal(capsys, gpu.main, *run.words)
+    monkeypatch.setattr(gpu, "run_checks", lambda: [{"outcome": "1 passed"}])
+    assert len(run()) == 15
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{}", "is no report of this command"),
+        ('{"machine": {"device": "another"}, "parts": {}}', "was measured with {'device': 'another'}"),
+    ],
+)
+def test_a_file_that_cannot_be_continued_is_left_alone(run, demo, capsys, text, message):
+    (demo / "gpu.json").write_text(text)
+    assert message in refusal(capsys, gpu.main, *run.words)
+    assert (demo / "gpu.json").read_text() == text
+
+
+@pytest.mark.parametrize("pair", ["calm-tiny", "transformer-tiny:calm-tiny", "calm-tiny:calm-tiny"])
+def test_a_pair_must_be_one(run, capsys, pair):
+    assert "must be CALM:TRANSFORMER" in refusal(capsys, gpu.main, *run.words, "--pairs", pair)
+
+
+def test_without_a_gpu_it_says_so(run, capsys):
+    assert "finds no GPU" in refusal(capsys, gpu.main, *run.words, "--device", "cuda")
