@@ -13,7 +13,7 @@ TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", 
 WRONG_PATHS = {
     "calm.benchmarks.convert_memory": ["--size", NOWHERE],  # it reads no file
     "calm.benchmarks.generation": ["--json", f"{NOWHERE}/rows.json"],
-    "calm.benchmarks.gpu": ["--json", f"{NOWHERE}/gpu.json"],
+    "calm.benchmarks.gpu": ["--device", "cpu", "--pairs", NOWHERE],
     "calm.benchmarks.operations": ["--shape", NOWHERE],
     "calm.benchmarks.prefill": ["--shape", NOWHERE],
     "calm.benchmarks.repetitions": ["--model", NOWHERE],
