@@ -13,6 +13,7 @@ Axes: M states, d their width, V vocabulary, K tokens per patch, T rows of a til
 survivors (pairs of a state and a group).
 """
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -24,10 +25,11 @@ from .tables_calm import numbers_up_to
 
 TILE = 2**12  # rows multiplied at a time: the products stay in the cache
 GROUP_SIZE = 8  # rows judged together
-LARGEST_WEIGHT = 127 if torch.cpu._is_vnni_supported() else 63  # without, sums of two products need the last bit
 LARGEST_STATE = 127
+LARGEST_WEIGHTS = 127, 63  # without VNNI, sums of two products overflow with 8 bits on both sides
 MOST_SURVIVORS = 2**14  # with more, the full product is better
 SURVIVORS_AT_ONCE = 2**9
+TRIAL_SIZE = 64
 SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
 
 
@@ -42,6 +44,8 @@ class VocabularyScreen:
         self.key = _key(weight_Vd)
         self.pays: bool | None = None  # None: not measured yet
         weight_Vd = weight_Vd.detach()
+        largest = largest_weight()
+        assert largest is not None, "see is_possible"
         order_V = torch.linalg.vector_norm(weight_Vd, dim=-1, dtype=torch.float32).argsort()
         # The last group is filled up with its last row, which is as good as itself and never better.
         order_V = torch.cat([order_V, order_V[-1:].expand(-len(order_V) % GROUP_SIZE)])
@@ -51,7 +55,7 @@ class VocabularyScreen:
         steps_G, bounds_2G = [], []
         for rows_GI in self.rows_GI.split(TILE // GROUP_SIZE):
             tile_GId = weight_Vd[rows_GI].float() @ self.rotation_dd
-            step_G = tile_GId.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_WEIGHT
+            step_G = tile_GId.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / largest
             whole_GId = (tile_GId / step_G[:, None, None]).round()
             error_GId = tile_GId - whole_GId * step_G[:, None, None]
             # A group's rows lie an eighth of the tile apart: so its largest product is a maximum of long vectors.
@@ -66,7 +70,7 @@ class VocabularyScreen:
         is_plain = weight_Vd.device.type == "cpu" and not weight_Vd.is_inference()
         is_known = weight_Vd.dtype in (torch.float32, torch.bfloat16) and len(weight_Vd) > 0
         is_exact = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-        return is_plain and is_known and is_exact and not plain_products()
+        return is_plain and is_known and is_exact and not plain_products() and largest_weight() is not None
 
     def is_of(self, weight_Vd: Tensor) -> bool:
         """Whether the matrix is still as it was rounded, judged by its version and a sample of its values.
@@ -150,6 +154,22 @@ class VocabularyScreen:
             product_MG = torch.ops.aten._int_mm(whole_Md, tile.T).unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
             parts.append(torch.addmm(product_MG * step_G, error_M2, bound_2G))
         return torch.cat(parts, dim=-1)
+
+
+@functools.cache
+def largest_weight() -> int | None:
+    """The largest whole number that rows may hold; None where products are wrong. Tried, for an overflow is silent."""
+    for largest in LARGEST_WEIGHTS:
+        state_Md, row_Td = (
+            torch.full((TRIAL_SIZE, TRIAL_SIZE), x, dtype=torch.int8) for x in (LARGEST_STATE, largest)
+        )
+        try:
+            product_MT = torch.ops.aten._int_mm(state_Md, row_Td.T)
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return None
+        if bool((product_MT == TRIAL_SIZE * LARGEST_STATE * largest).all()):
+            return largest
+    return None
 
 
 def _rotation(width: int) -> Tensor:
