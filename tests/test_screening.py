@@ -339,7 +339,7 @@ def random_states(decoder):
 
 
 def shapes_agree(states_Md, weight_Vd):
-    """Whether a logit is the same in products of two shapes; in bfloat16 not on every CPU without instructions for it."""
+    """Whether a logit is the same in products of two shapes; in bfloat16 not on every CPU without instructions."""
     one_by_one = torch.cat([torch.bmm(weight_Vd[None], state_d[None, :, None])[..., 0] for state_d in states_Md])
     return torch.equal(torch.nn.functional.linear(states_Md, weight_Vd), one_by_one)
 
