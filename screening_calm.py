@@ -55,7 +55,7 @@ class VocabularyScreen:
         steps_G, bounds_2G = [], []
         for rows_GI in self.rows_GI.split(TILE // GROUP_SIZE):
             tile_GId = weight_Vd[rows_GI].float() @ self.rotation_dd
-            step_G = tile_GId.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny) / largest
+            step_G = (tile_GId.abs().amax((1, 2)) / largest).clamp_min(torch.finfo(torch.float32).tiny)
             whole_GId = (tile_GId / step_G[:, None, None]).round()
             error_GId = tile_GId - whole_GId * step_G[:, None, None]
             # A group's rows lie an eighth of the tile apart: so its largest product is a maximum of long vectors.
@@ -105,7 +105,7 @@ class VocabularyScreen:
             None where it can't say, or not at less cost than the full product.
         """
         states, tiny = states_Md.float() @ self.rotation_dd, torch.finfo(torch.float32).tiny
-        step_M1 = states.abs().amax(-1, keepdim=True).clamp_min(tiny) / LARGEST_STATE
+        step_M1 = (states.abs().amax(-1, keepdim=True) / LARGEST_STATE).clamp_min(tiny)
         whole_Md = (states / step_M1).round()
         # What summing d products in float32 may add to the error: here, below, and in either rotation.
         summing_M1 = 6 * states.shape[-1] * torch.finfo(torch.float32).eps * states.norm(dim=-1, keepdim=True)
