@@ -29,12 +29,20 @@ def plain_products() -> bool:
     return os.environ.get(SWITCH) == "plain"
 
 
+def float32_is_exact() -> bool:
+    """Whether products of float32 are float32's on a CPU; `torch.set_float32_matmul_precision` can make them less."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    precision = getattr(matmul, "fp32_precision", None)  # not in older PyTorch
+    return precision in ("ieee", "none") if precision else torch.get_float32_matmul_precision() == "highest"
+
+
 def fast_products(num_rows: int, width: int) -> AbstractContextManager:
     """A context in which linear layers multiply by oneDNN, in float32 on a CPU and without gradients, if that pays.
 
     The values differ by rounding alone. Other layers, quantised ones, other dtypes and other devices are left as they
-    are; so is everything under autocast, in a graph that is compiled or traced, and where operators are watched, as a
-    counter of FLOPs does, which doesn't know this one.
+    are; so is everything under autocast, in a graph that is compiled or traced, where less than float32 was asked for
+    (PyTorch then takes oneDNN itself), and where operators are watched, as a counter of FLOPs does, which doesn't know
+    this one.
 
     Args:
         num_rows: that the layers are given.
@@ -45,7 +53,7 @@ def fast_products(num_rows: int, width: int) -> AbstractContextManager:
         return nullcontext()
     is_large = num_rows >= LEAST_ROWS and num_rows * width * width >= LEAST_WORK
     is_watched = _get_current_dispatch_mode() is not None
-    pays = is_large and not is_watched and not plain_products() and one_dnn_is_faster()
+    pays = is_large and not is_watched and float32_is_exact() and not plain_products() and one_dnn_is_faster()
     return OneDNNProducts() if pays else nullcontext()
 
 

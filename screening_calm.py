@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .products_calm import plain_products
+from .products_calm import float32_is_exact, plain_products
 from .tables_calm import numbers_up_to
 
 TILE = 2**12  # rows multiplied at a time: the products stay in the cache
@@ -69,8 +69,9 @@ class VocabularyScreen:
         """Whether the matrix is one that can be screened here."""
         is_plain = weight_Vd.device.type == "cpu" and not weight_Vd.is_inference()
         is_known = weight_Vd.dtype in (torch.float32, torch.bfloat16) and len(weight_Vd) > 0
-        is_exact = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-        return is_plain and is_known and is_exact and not plain_products() and largest_weight() is not None
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not float32_is_exact():
+            return False
+        return is_plain and is_known and not plain_products() and largest_weight() is not None
 
     def is_of(self, weight_Vd: Tensor) -> bool:
         """Whether the matrix is still as it was rounded, judged by its version and a sample of its values.

@@ -2,8 +2,8 @@
 
     python -m calm.benchmarks.gpu --json gpu.json
 
-- checks: the tests that need a GPU and compare with the published outputs (`pytest -m gpu -k golden`), float32 and
-  bfloat16, where pytest is installed;
+- goldens: how far the outputs are from those recorded of the published implementation (golden.py), in float32 and
+  bfloat16;
 - demo: a text of the bundled model, in bfloat16;
 - generation: tokens a second (medians) of each CALM at T = 1 and 0.5 and of its Transformer, batch 1, 8 and 32, in
   bfloat16, step by step as `generate` does it ("eager");
@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +35,8 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from calm.benchmarks import training_step
 from calm.benchmarks.generation import device_name
-from calm.benchmarks.meters import synchronise
+from calm.benchmarks.golden import HEAD_TYPES, golden_errors
+from calm.benchmarks.meters import code_fingerprint, synchronise
 from calm.benchmarks.workloads import (
     DEMO_FOLDER,
     BenchmarkError,
@@ -56,8 +55,9 @@ PAIRS = ["calm-m:transformer-s", "calm-l:transformer-m", "calm-xl:transformer-l"
 TEMPERATURES = (1.0, 0.5)
 NUM_CANDIDATES = 200
 PROMPT = "Once upon a time, there was a little girl named Lily."
+GOLDEN_OUTPUTS = ["calm.hidden_states", "ae.mean", "ae.logits"]
 KIND_COLUMNS = {
-    "checks": ["outcome"],
+    "goldens": ["head", "dtype", *GOLDEN_OUTPUTS],
     "demo": ["text"],
     "generation": ["shape", "mode", "temperature", "batch_size", "tokens_per_second", "low", "high"],
     "training": ["shape", "batch_size", "block_size", "step_ms", "tokens_per_second", "mfu"],
@@ -68,11 +68,11 @@ class Report:
     """The figures by part, in a file that is written after each.
 
     Args:
-        path: of the file; parts that it holds of the same machine and versions are not measured again.
-        machine: what the figures depend on beside the code.
+        path: of the file; parts that it holds of the same machine and code are not measured again.
+        machine: what the figures depend on.
 
     Raises:
-        ValueError: the file is no report, or one of another machine or other versions.
+        ValueError: the file is no report, or one of another machine, versions or code.
     """
 
     def __init__(self, path: Path, machine: dict):
@@ -127,13 +127,12 @@ class Models:
             torch.cuda.empty_cache()
 
 
-def run_checks() -> list[dict]:
-    """What pytest says in its last line."""
-    if not importlib.util.find_spec("pytest"):
-        return [{"outcome": "not run: pytest is not installed"}]
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", "golden", "-o", "addopts=", "-q", "tests/test_gpu.py"]
-    result = subprocess.run(words, cwd=DEMO_FOLDER, capture_output=True, text=True)
-    return [{"outcome": (result.stdout.strip().splitlines() or [result.stderr[-200:]])[-1]}]
+def golden_rows(device: torch.device) -> list[dict]:
+    return [
+        {"head": head_type, "dtype": str(dtype).removeprefix("torch."), **golden_errors(head_type, device, dtype)}
+        for head_type in HEAD_TYPES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
 
 
 def demo_text(device: torch.device, dtype: torch.dtype, length: int) -> list[dict]:
@@ -154,9 +153,9 @@ def generation_row(
         {"num_candidates": NUM_CANDIDATES} if is_calm(model) else {"top_k": 0}
     )
     if compiled:
-        graphs = {"mode": "reduce-overhead"} if options.backend == "inductor" else {"mode": None}
+        mode: Any = "reduce-overhead" if options.backend == "inductor" else None
         settings["cache_implementation"] = "static"
-        settings["compile_config"] = CompileConfig(backend=options.backend, **graphs)  # pyright: ignore[reportArgumentType]
+        settings["compile_config"] = CompileConfig(backend=options.backend, mode=mode)
     seconds = []
     for repetition in range(1 + options.repetitions):  # the first compiles, and isn't counted
         torch.manual_seed(repetition)
@@ -183,7 +182,7 @@ def training_rows(shapes: list[str], options: argparse.Namespace) -> list[dict]:
 def parts(options: argparse.Namespace, models: Models) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     """Name, beginning with the kind, and work of each part, the most telling first."""
     pairs = [pair.split(":") for pair in options.pairs]
-    yield "checks", run_checks
+    yield "goldens", lambda: golden_rows(models.device)
     yield "demo", lambda: demo_text(models.device, models.dtype, options.output_length)
     for compiled in (False, True):
         for calm, llama in pairs[:1] if compiled else pairs:
@@ -237,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
         check(options)
         device = torch.device(options.device)
         machine = {"device": device_name(device), "dtype": options.dtype, "torch": torch.__version__}
-        report = Report(options.json, machine | {"transformers": transformers.__version__})
+        versions = {"transformers": transformers.__version__, "code": code_fingerprint()}
+        report = Report(options.json, machine | versions)
     models, failed, left_out = Models(device, getattr(torch, options.dtype)), [], []
     for name, work in parts(options, models):
         if name in report.parts:

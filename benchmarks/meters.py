@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,13 @@ class Parts:
     def calls(self, part: str) -> list[float]:
         """The reading of each call, in order. On a GPU only after it was synchronised."""
         return [self.meter.difference(*reading) for reading in self.readings[part]]
+
+
+def code_fingerprint() -> str:
+    """A short name for the code whose speed is measured: that which travels with a model, and the benchmarks."""
+    root = Path(__file__).parent.parent
+    files = sorted([*root.glob("*_calm*.py"), *root.glob("benchmarks/*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def synchronise(device: torch.device) -> None:

@@ -5,7 +5,8 @@
 CALM-M against Transformer-S in float32, against a Transformer-S that is lent CALM's products (`--fast_baseline`) and
 in bfloat16, and the bundled model against a Llama of demo-transformer's shape. A part is one run of
 calm.benchmarks.generation. What is measured is kept in the folder, so that the same command goes on where it was
-stopped; when all parts are there, the tables are written between their marks in both documents.
+stopped, and measured anew where the code or a version is another by now; when all parts are there, the tables are
+written between their marks in both documents.
 
 `--demo` is a trained model with CALM-M's K = 4, whose candidates "real" imposes; the bundled one has K = 2.
 """
@@ -18,7 +19,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import transformers
+
 from calm.benchmarks import generation
+from calm.benchmarks.meters import code_fingerprint
 from calm.command_line import CommandError, Parser, command, known_errors
 
 ROOT = Path(__file__).parent.parent
@@ -51,13 +56,13 @@ class Part:
         return folder / f"{self.kind}-T{self.temperature}-batch{self.batch_size}.json"
 
     def measure(self, folder: Path, demo: str) -> None:
-        """Runs the benchmark, unless its rows are there.
+        """Runs the benchmark, unless its rows are there, of today's code and versions.
 
         Raises:
             CommandError: the benchmark refused.
         """
         path = self.path(folder)
-        if path.exists():
+        if path.exists() and json.loads(path.read_text())["measured"] == measured_with():
             return
         unfinished = path.with_suffix(".part")
         demo_option = [] if self.kind == DEMO else ["--demo", demo]
@@ -66,10 +71,13 @@ class Part:
         if generation.main([*words, "--temperature", self.temperature, "--batch_size", self.batch_size]):
             raise CommandError(f"{path.stem} could not be measured.")
         date = datetime.date.today().isoformat()
-        unfinished.write_text(
-            json.dumps([{**row, "date": date} for row in json.loads(unfinished.read_text())], indent=2)
-        )
+        rows = [{**row, "date": date} for row in json.loads(unfinished.read_text())]
+        unfinished.write_text(json.dumps({"measured": measured_with(), "rows": rows}, indent=2))
         unfinished.rename(path)
+
+
+def measured_with() -> dict[str, str]:
+    return {"code": code_fingerprint(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 PARTS = [Part(kind, T, size) for kind in OPTIONS for T in TEMPERATURES for size in BATCH_SIZES]
@@ -77,7 +85,7 @@ PARTS = [Part(kind, T, size) for kind in OPTIONS for T in TEMPERATURES for size 
 
 def rows_of(kind: str, folder: Path) -> list[dict]:
     """All rows of a kind, in the tables' order."""
-    rows = [row for part in PARTS if part.kind == kind for row in json.loads(part.path(folder).read_text())]
+    rows = [row for part in PARTS if part.kind == kind for row in json.loads(part.path(folder).read_text())["rows"]]
     return sorted(rows, key=lambda row: (row["temperature"], row["batch_size"], row["workload"] == "real"))
 
 

@@ -1,15 +1,18 @@
 """The command for a lent GPU, as a dry run on the CPU: all parts, resumed, and never over its time."""
 
 import json
+from itertools import product
 
 import pytest
 from commands import refusal
 from test_benchmark_generation import demo  # noqa: F401 (a fixture)
 
 from calm.benchmarks import gpu
+from calm.benchmarks.golden import HEAD_TYPES
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 LAWS = [("calm-tiny", 1.0), ("calm-tiny", 0.5), ("transformer-tiny", 1.0)]
 
 
@@ -46,15 +49,17 @@ def test_a_dry_run_makes_every_part(run, capsys):
     assert found == {(mode, size, *law) for mode in ("eager", "compiled") for size in (1, 2) for law in LAWS}
     assert len(rows) == 12 and all(row["low"] == row["tokens_per_second"] == row["high"] > 0 for row in rows)
     calm, llama = parts["training calm-tiny transformer-tiny"]
-    (text,), (outcome,) = parts["demo"], parts["checks"]
+    (text,), goldens = parts["demo"], parts["goldens"]
     assert (calm["shape"], llama["shape"]) == ("calm-tiny", "transformer-tiny") and calm["mfu"] > 0
-    assert text["text"].startswith(gpu.PROMPT) and "skipped" in outcome["outcome"]
+    assert text["text"].startswith(gpu.PROMPT)
+    assert {(row["head"], row["dtype"]) for row in goldens} == set(product(HEAD_TYPES, TOLERANCES))
+    assert all(0 <= row[name] <= TOLERANCES[row["dtype"]] for row in goldens for name in gpu.GOLDEN_OUTPUTS)
     printed = capsys.readouterr().out
     assert printed.count("\n| calm-tiny |") == 8 + 2 and "left out" not in printed
 
 
 def test_what_the_time_does_not_allow_is_named_and_made_by_the_next_run(run, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "run_checks", lambda: [{"outcome": "1 passed"}])
+    monkeypatch.setattr(gpu, "golden_rows", lambda device: [])
     assert not gpu.main([*run.words, "--minutes", "0"])
     left_out = capsys.readouterr().out.count("left out, as the time was over")
     assert left_out == 15
@@ -64,12 +69,12 @@ def test_what_the_time_does_not_allow_is_named_and_made_by_the_next_run(run, cap
 
 
 def test_a_part_that_fails_costs_no_other(run, capsys, monkeypatch):
-    def fails():
+    def fails(device):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(gpu, "run_checks", fails)
-    assert "checks: RuntimeError: out of memory" in refusal(capsys, gpu.main, *run.words)
-    monkeypatch.setattr(gpu, "run_checks", lambda: [{"outcome": "1 passed"}])
+    monkeypatch.setattr(gpu, "golden_rows", fails)
+    assert "goldens: RuntimeError: out of memory" in refusal(capsys, gpu.main, *run.words)
+    monkeypatch.setattr(gpu, "golden_rows", lambda device: [])
     assert len(run()) == 15
 
 

@@ -121,6 +121,17 @@ def test_the_environment_turns_it_off(monkeypatch, always):
 
 
 @torch.no_grad()
+def test_less_than_float32_is_left_to_pytorch(always):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert isinstance(fast_products(100, 100), nullcontext)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert isinstance(fast_products(100, 100), OneDNNProducts)
+
+
+@torch.no_grad()
 def test_flops_are_counted_as_ever(always):
     def flops(context):
         with FlopCounterMode(display=False) as counter, context():

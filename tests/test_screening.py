@@ -286,6 +286,21 @@ def test_autocast_takes_the_full_product(monkeypatch):
     assert torch.equal(*texts) and model.autoencoder.decoder.screen is None
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_less_than_float32_takes_the_full_product(autoencoder, precision):
+    """The bound counts on products that are exact to float32."""
+    states, positions = some_states()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        autoencoder.read_tokens(states, positions)
+        assert autoencoder.decoder.screen is None
+    finally:
+        torch.set_float32_matmul_precision(before)
+    autoencoder.read_tokens(states, positions)
+    assert autoencoder.decoder.screen is not None
+
+
 def test_a_cast_model_is_screened_anew(autoencoder):
     states, positions = some_states()
     autoencoder.read_tokens(states, positions)
