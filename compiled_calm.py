@@ -135,9 +135,8 @@ def drawn_before(
     randomness, num_draws = StepRandomness.of(generator), sampling.num_draws_at_once
     rows_B = numbers_up_to(num_rows, context_BD.device)
     draws = dict(randomness.recorded_for_head(model.head, context_BD, rows_B, num_draws))
-    if sampling.do_sample and sampling.temperature < 1:
-        is_exact = sampling.sampling_method != "batch"
-        if is_exact and not inverse_temperature(sampling.temperature).is_integer():
+    if sampling.do_sample and not sampling.draws_once:
+        if not sampling.weighs_all and not inverse_temperature(sampling.temperature).is_integer():
             draws["uniform"] = randomness.uniform(rows_B, num_draws)
         draws["exponential"] = randomness.exponential(rows_B, num_draws)
     return draws

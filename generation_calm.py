@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .candidate_scores_calm import CandidateScores, RecordedPool, compute_patch_scores
 from .candidates_calm import LazyPool, PlainPool, trusted_radius
 from .compiled_calm import CompiledSteps
 from .configuration_calm import PROMPT_ALIGNMENTS
@@ -27,9 +28,11 @@ from .samplers_calm import (
     BlockPlan,
     OneBlock,
     Pool,
+    Truncation,
     batch_temperature_select,
     check_num_candidates,
     check_temperature,
+    draw_weights,
     exact_temperature_sample,
     most_frequent_patch,
     one_block_temperature_sample,
@@ -37,7 +40,8 @@ from .samplers_calm import (
 )
 from .tables_calm import numbers_up_to
 from .texts_calm import GrowingTexts
-from .upstream_calm import GenerateCall, PatchGenerationMixin
+from .token_rules_calm import RulesOfTexts, TokenRules
+from .upstream_calm import GenerateCall, PatchGenerationMixin, with_stated_top_k
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
@@ -54,12 +58,13 @@ class PatchSampling:
 
     Args:
         do_sample: False takes the most frequent of the candidates, drawn with a fixed seed.
-        temperature: T in (0, 1]; the law is P(patch)^(1/T), normalised.
-        num_candidates: N, patches drawn per step when T < 1 or not do_sample.
+        temperature: T in (0, 2]; the law is P(patch)^(1/T), normalised.
+        num_candidates: N, patches drawn per step unless T = 1 and nothing else is asked for.
+        top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`.
         sampling_method: "batch" draws all N and weighs them (paper, Algorithm 2). "exact" draws in growing blocks
             until Algorithm 1 has a result, and takes the batch result after 10·N draws without one. "adaptive" is
             the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
-            patches repeat.
+            patches repeat. At T > 1, or with a truncation, all three are "batch".
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
             are the same (see candidates_calm.py, and `CALMConfig.repetition_radius`). `None` is True on a CPU.
 
@@ -72,12 +77,16 @@ class PatchSampling:
     num_candidates: int = 200  # published setting of the batch algorithm
     sampling_method: SamplingMethod = "adaptive"
     lazy_decoding: bool | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self):
         if self.sampling_method not in SAMPLING_METHODS:
             raise ValueError(f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.")
         check_temperature(self.temperature)
         check_num_candidates(self.num_candidates, self.temperature)
+        self.truncation.check()
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -92,8 +101,8 @@ class PatchSampling:
             override = overrides.get(name)
             settings[name] = getattr(config, name, None) if override is None else override
         settings["do_sample"] = bool(settings["do_sample"])  # not set: off, as upstream takes it
-        if not settings["do_sample"]:
-            settings["temperature"] = None  # has no meaning then
+        if not settings["do_sample"]:  # these have no meaning then
+            settings |= dict.fromkeys(("temperature", *Truncation._fields))
         return cls(**{name: value for name, value in settings.items() if value is not None})
 
     def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | OneBlock | None = None) -> Tensor:
@@ -103,25 +112,46 @@ class PatchSampling:
         """
         if not self.do_sample:
             return most_frequent_patch(pool, self.num_candidates)
-        if self.temperature == 1:
+        if self.draws_once:
             return single_draw(pool)
-        if self.sampling_method == "batch":
-            return batch_temperature_select(pool, self.temperature, self.num_candidates, generator)
+        if self.weighs_all:
+            return batch_temperature_select(pool, self.temperature, self.num_candidates, generator, self.truncation)
         if plan == ONE_BLOCK:
             return one_block_temperature_sample(pool, self.temperature, self.most_draws, generator)
         return exact_temperature_sample(pool, self.temperature, self.most_draws, generator, plan).index_B
+
+    def weigh(self, class_BN: Tensor) -> Tensor:
+        """How much each draw weighs in the choice, all of it on the first of equal ones, each row's sum 1; (B, N)."""
+        if self.do_sample:
+            return draw_weights(class_BN, self.temperature, self.truncation)
+        return draw_weights(class_BN, 1.0)
 
     @property
     def num_draws_at_once(self) -> int:
         """The patches that `choose` draws with the plan `ONE_BLOCK`."""
         if not self.do_sample:
             return self.num_candidates
-        return 1 if self.temperature == 1 else self.most_draws
+        return 1 if self.draws_once else self.most_draws
 
     @property
     def most_draws(self) -> int:
-        """The most patches that are drawn for one row in one step at T < 1."""
-        return self.num_candidates * (EXACT_DRAWS_PER_CANDIDATE if self.sampling_method == "exact" else 1)
+        """The most patches that are drawn for one row in one step where more than one is."""
+        is_exact = self.sampling_method == "exact" and not self.weighs_all
+        return self.num_candidates * (EXACT_DRAWS_PER_CANDIDATE if is_exact else 1)
+
+    @property
+    def draws_once(self) -> bool:
+        """Whether a step draws one patch and takes it."""
+        return self.do_sample and self.temperature == 1 and self.truncation.keeps_all
+
+    @property
+    def weighs_all(self) -> bool:
+        """Whether a step draws all candidates and weighs them, whatever the first of them are."""
+        return self.sampling_method == "batch" or self.temperature > 1 or not self.truncation.keeps_all
+
+    @property
+    def truncation(self) -> Truncation:
+        return Truncation(self.top_k, self.top_p, self.min_p)
 
 
 def takes_sampling_options(method):
@@ -208,7 +238,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def patch_sampling(self, **options) -> PatchSampling:
         """How patches are chosen with these options; those not given are the generation configuration's."""
         assert self.generation_config is not None, "a model that generates has one"
-        return PatchSampling.from_generation_config(self.generation_config, **options)
+        return PatchSampling.from_generation_config(with_stated_top_k(self.generation_config), **options)
+
+    compute_patch_scores = staticmethod(compute_patch_scores)
 
     def check_settings(self, generation_config: GenerationConfig) -> None:
         PatchSampling.from_generation_config(generation_config)
@@ -246,13 +278,23 @@ class CALMGenerationMixin(PatchGenerationMixin):
             for name in ("hidden_states", "attentions")
         }
         collected: dict[str, Any] = {name: () for name, wanted in outputs_wanted.items() if wanted}
+        scores: list[CandidateScores] | None = None
+        if generation_config.output_scores and generation_config.return_dict_in_generate:
+            scores = []
+        rules = None
+        if call.processors is not None:
+            mask = model_kwargs.get("attention_mask")
+            rules = RulesOfTexts(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
 
         steps = None
         if call.compile_config is not None:
-            if collected:
+            unreturned = [*collected, *(["scores"] if scores is not None else [])]
+            if unreturned:
                 raise ValueError(
-                    f"compile_config: compiled steps return no {' and no '.join(collected)}; leave it out."
+                    f"compile_config: compiled steps return no {' and no '.join(unreturned)}; leave it out."
                 )
+            if call.processors is not None:
+                raise ValueError("compile_config: compiled steps ask no logits processors; leave it out.")
             steps = CompiledSteps(self, cache, sampling, call.compile_config, inputs, min_length > prompt_length)
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
@@ -276,7 +318,13 @@ class CALMGenerationMixin(PatchGenerationMixin):
             if not sampling.do_sample and not isinstance(generator, StepRandomness):
                 generator = self.greedy_randomness(sampling, hidden_RD)
             generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
-            patches_RK = self.next_patches(hidden_RD, sampling, generators, forbidden_KV, plan, radius)
+            token_rules = None if rules is None else rules.of_rows(texts.drawing, texts.ids_BL)
+            pool, index_R = self.choose_patches(
+                hidden_RD, sampling, generators, forbidden_KV, plan, radius, token_rules, scores is not None
+            )
+            patches_RK = pool.tokens(pool.rows_B, index_R)
+            if isinstance(pool, RecordedPool) and scores is not None:
+                scores.append(pool.scores(index_R, sampling.weigh).in_rows(texts.drawing, len(input_ids)))
             patches_BK = texts.append(patches_RK)
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
             if steps is not None:
@@ -286,6 +334,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
             call.streamer.end()
         if not generation_config.return_dict_in_generate:
             return texts.ids_BL
+        if scores is not None:
+            collected["scores"] = tuple(scores)
         collected |= {"sequences": texts.ids_BL, "past_key_values": cache}
         return GenerateDecoderOnlyOutput(**collected)
 
@@ -297,8 +347,24 @@ class CALMGenerationMixin(PatchGenerationMixin):
         forbidden_KV: Tensor | None = None,
         plan: BlockPlan | OneBlock | None = None,
         radius: float | None = None,
+        rules: TokenRules | None = None,
     ) -> Tensor:
-        """Chooses the next patch of each row given its last hidden state.
+        """Chooses the next patch of each row given its last hidden state: token ids (R, K). See `choose_patches`."""
+        pool, index_R = self.choose_patches(hidden_RD, sampling, generator, forbidden_KV, plan, radius, rules)
+        return pool.tokens(pool.rows_B, index_R)
+
+    def choose_patches(
+        self,
+        hidden_RD: Tensor,
+        sampling: PatchSampling,
+        generator: Randomness = None,
+        forbidden_KV: Tensor | None = None,
+        plan: BlockPlan | OneBlock | None = None,
+        radius: float | None = None,
+        rules: TokenRules | None = None,
+        is_recorded: bool = False,
+    ) -> tuple[PlainPool, Tensor]:
+        """Draws candidates for the next patch of each row given its last hidden state, and chooses one.
 
         Args:
             hidden_RD (`(R, D)`): hidden states.
@@ -307,9 +373,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
             plan: of the sizes of blocks, handed from step to step, or `ONE_BLOCK`.
             radius: as in `LazyPool`.
+            rules: of these rows' tokens.
+            is_recorded: for a `RecordedPool`.
 
         Returns:
-            `(R, K)`: token ids.
+            The candidates, and the index of the one chosen (R,).
         """
         if not sampling.do_sample and not isinstance(generator, StepRandomness):
             generator = self.greedy_randomness(sampling, hidden_RD)
@@ -321,8 +389,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
             return self.head.sample(context, num_samples=num_draws, **noise)
 
         rows_R = numbers_up_to(len(hidden_RD), hidden_RD.device)
-        pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius)
-        return pool.tokens(rows_R, sampling.choose(pool, randomness, plan))
+        if is_recorded:
+            pool = RecordedPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
+        else:
+            pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius, rules)
+        return pool, sampling.choose(pool, randomness, plan)
 
     def greedy_randomness(self, sampling: PatchSampling, like: Tensor) -> RecordedRandomness:
         """The draws that are the same in every step and row when `do_sample` is False."""
@@ -336,11 +407,12 @@ class CALMGenerationMixin(PatchGenerationMixin):
         sampling: PatchSampling,
         forbidden_KV: Tensor | None = None,
         radius: float | None = None,
+        rules: TokenRules | None = None,
     ) -> PlainPool:
         """The candidates of one step, none drawn yet; for `draw` and `radius` see `PlainPool` and `LazyPool`."""
         if self._decodes_lazily(sampling):
-            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, radius)
-        return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV)
+            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, radius, rules)
+        return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
 
     def _decodes_lazily(self, sampling: PatchSampling) -> bool:
         if torch.compiler.is_compiling():  # how much is left to decode depends on the draws
@@ -350,8 +422,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
 
     def compares_lazily(self, sampling: PatchSampling) -> bool:
         """Whether steps of this law ask which candidates are equal before they are decoded, so a radius helps."""
-        compares = not sampling.do_sample or sampling.temperature < 1
-        return compares and self._decodes_lazily(sampling)
+        return not sampling.draws_once and self._decodes_lazily(sampling)
 
     def pack_for_generation(
         self,

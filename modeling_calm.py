@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 # transformers 4.57 copies only the files named in this one when it loads a local folder. A head is known once it is
 # imported here.
+from .candidate_scores_calm import RecordedPool  # noqa: F401
 from .candidates_calm import LazyPool  # noqa: F401
 from .compiled_calm import CompiledSteps  # noqa: F401
 from .configuration_calm import HEADS, CALMConfig
@@ -35,6 +36,7 @@ from .tables_calm import numbers_up_to  # noqa: F401
 from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401
+from .token_rules_calm import TokenRules  # noqa: F401
 from .upstream_calm import PatchGenerationMixin  # noqa: F401
 
 NO_LOGITS = (

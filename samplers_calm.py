@@ -2,12 +2,13 @@
 
 Axes: B rows of a pool, R rows that still draw, N draws of a row, K tokens per patch.
 
-The target at temperature T is P(x)^s / Z with the exponent s = 1/T >= 1, over whole patches x, when all one can do is
-draw patches from P. A `Pool` draws, and knows which of its draws are the same patch. Each method makes it draw, and
-returns which draw of each row it chose; none knows a token:
+The target at temperature T is P(x)^s / Z with the exponent s = 1/T, over whole patches x, when all one can do is draw
+patches from P. A `Pool` draws, and knows which of its draws are the same patch. Each method makes it draw, and returns
+which draw of each row it chose; none knows a token:
 
 - `single_draw`                T = 1;
-- `batch_temperature_select`   weighs the distinct patches among N draws (paper, Algorithm 2, extended to every T);
+- `batch_temperature_select`   weighs the distinct patches among N draws (paper, Algorithm 2, extended to every T), and
+                               truncates what it weighed (top-k, top-p, min-p);
 - `exact_temperature_sample`   the paper's Algorithm 1, drawing in growing blocks up to a bound, then the batch rule;
 - `most_frequent_patch`        the mode of N draws, for `do_sample=False`.
 
@@ -44,6 +45,7 @@ STEPS_REMEMBERED = 32
 # Comparisons of pairs of draws, B·N²·K, up to which all are made at once: few operations, where these are what costs.
 COMPARISONS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
 NO_WEIGHT = 1000.0  # nats: e^-1000 is 0 in float32
+HIGHEST_TEMPERATURE = 2.0  # above, most of the law is patches that no pool has seen
 
 Pairs = Literal["all", "adjacent", "disjoint"]
 OneBlock = Literal["one block"]
@@ -93,13 +95,45 @@ class ExactSample(NamedTuple):
     num_draws_B: Tensor
 
 
+class Truncation(NamedTuple):
+    """Which of the distinct patches of a row's draws may be chosen, by their weights; all three may be asked for.
+
+    Args:
+        top_k: the so many with most weight; 0 is all.
+        top_p: the fewest, of most weight, that together have this share of it; 1 is all.
+        min_p: those with at least this share of the largest weight; 0 is all.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def keeps_all(self) -> bool:
+        return self == KEEP_ALL
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        if not isinstance(self.top_k, numbers.Integral) or isinstance(self.top_k, bool) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
+        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name}={value}: must be a share, in [0, 1].")
+
+
+KEEP_ALL = Truncation()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless 0 < temperature <= 1."""
-    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
-    if not (is_number and 0 < temperature <= 1):
+    """Raise ValueError unless 0 < temperature <= 2."""
+    if not (_is_number(temperature) and 0 < temperature <= HIGHEST_TEMPERATURE):
         raise ValueError(
-            f"temperature={temperature}: sampling needs a temperature in (0, 1], because draws of patches can be made "
-            "sharper but not flatter; for the most frequent patch use do_sample=False."
+            f"temperature={temperature}: sampling needs a temperature in (0, {HIGHEST_TEMPERATURE:g}]; for the most "
+            "frequent patch use do_sample=False."
         )
 
 
@@ -142,16 +176,22 @@ def most_frequent_patch(pool: Pool, num_draws: int) -> Tensor:
     return (sizes_BN * num_draws + earliness_N).argmax(-1)
 
 
-def batch_temperature_select(pool: Pool, temperature: float, num_draws: int, generator: Randomness = None) -> Tensor:
+def batch_temperature_select(
+    pool: Pool,
+    temperature: float,
+    num_draws: int,
+    generator: Randomness = None,
+    truncation: Truncation = KEEP_ALL,
+) -> Tensor:
     """Chooses one of N draws of each row, approximately by P^(1/T)/Z (paper, Algorithm 2); index (B,).
 
     The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
-    `repetition_log_weights` extends it to every T in (0, 1]. Raises ValueError for T outside it and for N < 1/T.
+    `repetition_log_weights` extends it to every T. Raises ValueError for T outside (0, 2] and for N < 1/T.
     """
     check_num_candidates(num_draws, temperature)
     pool.extend(pool.rows_B, num_draws)
     noise_BN = StepRandomness.of(generator).exponential(pool.rows_B, num_draws)
-    return choose_by_weight(pool.classes(pool.rows_B), noise_BN, temperature)
+    return choose_by_weight(pool.classes(pool.rows_B), noise_BN, temperature, truncation)
 
 
 def exact_temperature_sample(
@@ -173,6 +213,8 @@ def exact_temperature_sample(
     Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
     """
     check_num_candidates(max_draws, temperature)
+    if temperature > 1:
+        raise ValueError(f"temperature={temperature}: Algorithm 1 sharpens; above 1 patches are chosen by weight.")
     exponent, pairs = inverse_temperature(temperature), compared_pairs(temperature)
     attempt_length, num_rows = math.ceil(exponent), len(pool.rows_B)
     plan, randomness = BlockPlan() if plan is None else plan, StepRandomness.of(generator)
@@ -353,7 +395,8 @@ def repetition_log_weights(num_draws: int, exponent: float, device: torch.device
     C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)), and zero (log: -inf) for c <= s - 1. For a whole s = n these are
     the binomials of the paper's Algorithm 2. Between whole numbers they are what Algorithm 1 says about a pool: from c
     hits in N draws, C(c, s) / C(N, s) is the unbiased estimate of the series p^s = p^n sum_k a_k (1-p)^k that
-    Algorithm 1 sums by its restarts, cut off at k = N - n. The weights are continuous in s.
+    Algorithm 1 sums by its restarts, cut off at k = N - n. The weights are continuous in s. Below s = 1 a patch that
+    was never seen has a weight, too.
     """
     count = torch.arange(num_draws + 1, dtype=torch.float64, device=device)
     log_weights = torch.lgamma(count + 1) - math.lgamma(exponent + 1) - torch.lgamma(count - exponent + 1)
@@ -364,12 +407,30 @@ def draw_log_weights(class_BN: Tensor, temperature: float) -> Tensor:
     """Unnormalised log probability of choosing each draw by the batch rule; shape (B, N), float32.
 
     A patch seen c times weighs C(c, 1/T), all of it on its first occurrence. A row in which that leaves nothing falls
-    back to smaller exponents n-1, n-2, ..., which ends at equal weights for the patches seen most often.
+    back to smaller exponents n-1, n-2, ..., which ends at equal weights for the patches seen most often. At T > 1 the
+    patches seen once also have the weight of those that were not seen, see `log_weight_of_unseen`.
     """
     num_draws = class_BN.shape[1]
-    log_weights_BN = _log_weight_table(num_draws, temperature, class_BN.device)[class_sizes(class_BN)]
+    sizes_BN = class_sizes(class_BN)
+    log_weights_BN = _log_weight_table(num_draws, temperature, class_BN.device)[sizes_BN]
+    if temperature > 1:
+        unseen_B1 = log_weight_of_unseen(sizes_BN, temperature)
+        log_weights_BN = torch.where(sizes_BN == 1, log_weights_BN.logaddexp(unseen_B1), log_weights_BN)
     is_later_BN = class_BN != numbers_up_to(num_draws, class_BN.device)
     return log_weights_BN.masked_fill(is_later_BN, -math.inf)
+
+
+def log_weight_of_unseen(sizes_BN: Tensor, temperature: float) -> Tensor:
+    """At T > 1, the log weight of all patches that were not seen, per patch seen once; (B, 1), float32.
+
+    From f1 patches seen once and f2 seen twice, f1 (f1 - 1) / (2 (f2 + 1)) is Chao's estimate (1984) of how many were
+    not seen, each of which weighs C(0, 1/T). Those seen once are most like them, and stand for them: where a patch is
+    as rare as that, which one it is is the least part of the error.
+    """
+    once_B1 = (sizes_BN == 1).sum(-1, keepdim=True)
+    twice_B1 = (sizes_BN == 2).sum(-1, keepdim=True) / 2
+    unseen_B1 = (once_B1 - 1).clamp(min=0) / (2 * (twice_B1 + 1))
+    return unseen_B1.log() + _log_weight_table(1, temperature, sizes_BN.device)[0]
 
 
 @made_once
@@ -381,13 +442,46 @@ def _log_weight_table(num_draws: int, temperature: float, device: torch.device) 
     return torch.where(log_weights == -math.inf, steps_down, log_weights).to(device, torch.float32)
 
 
-def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> Tensor:
+def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
+    """Weights, of each row's sum 1, with those that `truncation` leaves out at 0; of equal weights the earlier stays.
+
+    In upstream's order: top-k, then top-p of what is left, then min-p; at least one is left.
+    """
+    top_k, top_p, min_p = truncation
+    sorted_BN, order_BN = weights_BN.sort(dim=-1, descending=True, stable=True)
+    rank_N = numbers_up_to(weights_BN.shape[-1], weights_BN.device)
+    if top_k > 0:
+        sorted_BN = sorted_BN.masked_fill(rank_N >= top_k, 0)
+    if top_p < 1:
+        before_BN = sorted_BN.cumsum(-1) - sorted_BN
+        is_left_out_BN = before_BN >= top_p * sorted_BN.sum(-1, keepdim=True)
+        sorted_BN = sorted_BN.masked_fill(is_left_out_BN & (rank_N > 0), 0)
+    if min_p > 0:
+        sorted_BN = sorted_BN.masked_fill(sorted_BN < min_p * sorted_BN[:, :1], 0)
+    return torch.empty_like(weights_BN).scatter_(-1, order_BN, sorted_BN)
+
+
+def draw_weights(class_BN: Tensor, temperature: float, truncation: Truncation = KEEP_ALL) -> Tensor:
+    """The probability of choosing each draw by the batch rule, on the first of equal ones; (B, N), float32."""
+    weights_BN = draw_log_weights(class_BN, temperature).softmax(-1)
+    if truncation.keeps_all:
+        return weights_BN
+    weights_BN = truncated(weights_BN, truncation)
+    return weights_BN / weights_BN.sum(-1, keepdim=True)
+
+
+def choose_by_weight(
+    class_BN: Tensor,
+    noise_BN: Tensor,
+    temperature: float,
+    truncation: Truncation = KEEP_ALL,
+) -> Tensor:
     """The batch rule's choice; index (B,).
 
     Each draw's exponential noise ÷ its weight is an exponential variate too, with the weight for its rate; the draw
     with the smallest is chosen, which is each in proportion to its weight.
     """
-    return (draw_log_weights(class_BN, temperature).softmax(-1) / noise_BN).argmax(-1)
+    return (draw_weights(class_BN, temperature, truncation) / noise_BN).argmax(-1)
 
 
 def first_accepted_attempt(

@@ -63,11 +63,15 @@ LENGTH = "upstream's lengths and stopping criteria"
 CACHE = "upstream's caches"
 COMPILE = "compilation of the steps"
 OUTPUT = "what is returned"
-TOKENS = "CALM has no token probabilities for it to act on; sharpen the text with temperature < 1."
+TOKENS = (
+    "CALM has no token probabilities for it to act on; temperature, top_k, top_p and min_p act on candidates, "
+    "penalties and bans of tokens on the decoder's logits."
+)
 MODES = (
     "CALM draws whole patches and decodes in no other way; use do_sample=True with a temperature, or do_sample=False."
 )
-SCORES = "CALM has no token scores to return, so it must be False."
+SCORES = "CALM has no token logits to return; output_scores=True returns each step's candidates."
+RULES = "the decoder's logits, position by position"
 BEAMS = "beam search alone reads it, and that is refused"
 ASSISTANTS = "assisted generation alone reads it, and that is refused"
 METADATA = "says where the configuration comes from"
@@ -95,7 +99,7 @@ GENERATION_SETTINGS = {
     "output_hidden_states": _used(OUTPUT),
     "return_dict_in_generate": _used(OUTPUT),
     "return_legacy_cache": _used(OUTPUT),
-    "renormalize_logits": _harmless("changes no argmax, and there are no processors before it"),
+    "renormalize_logits": _harmless("changes no argmax"),
     "compile_config": _used(COMPILE),
     "disable_compile": _used(COMPILE),
     "continuous_batching_config": _harmless("continuous batching alone reads it, and that is refused"),
@@ -115,28 +119,28 @@ GENERATION_SETTINGS = {
     "transformers_version": _harmless(METADATA),
     "_from_model_config": _harmless(METADATA),
     "_commit_hash": _harmless(METADATA),
-    "top_k": _refused(TOKENS, 0, 50),  # 50 is GenerationConfig's default in transformers 4, and generate's in 5
-    "top_p": _refused(TOKENS, 1.0),
-    "min_p": _refused(TOKENS),
+    "top_k": _used(CHOICE),
+    "top_p": _used(CHOICE),
+    "min_p": _used(CHOICE),
     "top_h": _refused(TOKENS),
     "typical_p": _refused(TOKENS, 1.0),
     "epsilon_cutoff": _refused(TOKENS, 0.0),
     "eta_cutoff": _refused(TOKENS, 0.0),
-    "repetition_penalty": _refused(TOKENS, 1.0),
+    "repetition_penalty": _used(RULES),
     "encoder_repetition_penalty": _refused(TOKENS, 1.0),
-    "no_repeat_ngram_size": _refused(TOKENS, 0),
+    "no_repeat_ngram_size": _used(RULES),
     "encoder_no_repeat_ngram_size": _refused(TOKENS, 0),
-    "bad_words_ids": _refused(TOKENS),
-    "sequence_bias": _refused(TOKENS),
-    "suppress_tokens": _refused(TOKENS),
-    "begin_suppress_tokens": _refused(TOKENS),
-    "forced_bos_token_id": _refused(TOKENS),
-    "forced_eos_token_id": _refused(TOKENS),
-    "exponential_decay_length_penalty": _refused(TOKENS),
+    "bad_words_ids": _used(RULES),
+    "sequence_bias": _used(RULES),
+    "suppress_tokens": _used(RULES),
+    "begin_suppress_tokens": _used(RULES),
+    "forced_bos_token_id": _used(RULES),
+    "forced_eos_token_id": _used(RULES),
+    "exponential_decay_length_penalty": _used(RULES),
     "guidance_scale": _refused(TOKENS, 1.0),
     "watermarking_config": _refused(TOKENS),
     "token_healing": _refused(TOKENS, False),
-    "remove_invalid_values": _refused(TOKENS, False),
+    "remove_invalid_values": _used(RULES),
     "num_beams": _refused(MODES, 1),
     "num_beam_groups": _refused(MODES, 1),
     "constraints": _refused(MODES),
@@ -147,9 +151,11 @@ GENERATION_SETTINGS = {
     "prompt_lookup_num_tokens": _refused(MODES),
     "assistant_early_exit": _refused(MODES),
     "use_mtp": _refused(MODES, False),
-    "output_scores": _refused(SCORES, False),
+    "output_scores": _used(OUTPUT),
     "output_logits": _refused(SCORES, False),
 }
+# GenerationConfig's default in transformers 4, and generate's in 5: in a configuration it asks for nothing.
+UNSTATED_TOP_K = 50
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
@@ -163,6 +169,8 @@ class GenerateCall:
         stopping_criteria: asked after each token.
         goes_on: given whether this process has finished and a device, whether a further step must be taken: under
             FSDP and ZeRO all processes take the same number.
+        processors: the number of a row and the length of its prompt → its logits processors; `None` where there are
+            none.
         pad_token, bos_token (scalars), eos_tokens (`(E,)`): ids, or `None`.
         streamer: gets each token.
         synced_gpus: whether other processes wait for this one's forward passes.
@@ -171,6 +179,7 @@ class GenerateCall:
 
     stopping_criteria: Callable[[Tensor, None], Tensor]
     goes_on: Callable[[bool, torch.device], bool]
+    processors: Callable[[int, int], LogitsProcessorList] | None = None
     pad_token: Tensor | None = None
     bos_token: Tensor | None = None
     eos_tokens: Tensor | None = None
@@ -191,6 +200,15 @@ class _ViewForUpstream:
         attribute = getattr(self.model, name)
         is_own_method = inspect.ismethod(attribute) and attribute.__self__ is self.model
         return types.MethodType(attribute.__func__, self) if is_own_method else attribute
+
+
+def with_stated_top_k(config: GenerationConfig) -> GenerationConfig:
+    """The same, without a top-k that nobody asked for."""
+    if config.top_k not in (None, UNSTATED_TOP_K):
+        return config
+    config = copy.copy(config)
+    config.top_k = None
+    return config
 
 
 def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
@@ -266,7 +284,7 @@ class PatchGenerationMixin(_Base):
     def _sample(
         self,
         input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
+        logits_processor: Callable[[int, int], LogitsProcessorList] | None,
         stopping_criteria: Callable[[Tensor, None], Tensor],
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
@@ -276,6 +294,7 @@ class PatchGenerationMixin(_Base):
         call = GenerateCall(
             stopping_criteria=stopping_criteria,
             goes_on=lambda finished, device: self._has_unfinished_sequences(finished, synced_gpus, device=device),
+            processors=logits_processor,
             pad_token=generation_config._pad_token_tensor,
             bos_token=generation_config._bos_token_tensor,
             eos_tokens=generation_config._eos_token_tensor,
@@ -356,12 +375,41 @@ class PatchGenerationMixin(_Base):
         check_cache_package(generation_config)
         self.check_settings(generation_config)
 
-    def _get_logits_processor(self, *args, logits_processor=None, prefix_allowed_tokens_fn=None, **kwargs):
-        if prefix_allowed_tokens_fn is not None:
-            raise ValueError("prefix_allowed_tokens_fn: CALM has no token logits to constrain while it generates.")
-        if logits_processor:
-            raise ValueError("logits_processor: CALM has no token logits to process while it generates.")
-        return LogitsProcessorList()
+    def _prepare_generation_config(self, generation_config, *args, **kwargs):
+        prepared, model_kwargs = self._upstream._prepare_generation_config(generation_config, *args, **kwargs)
+        return (prepared if "top_k" in kwargs else with_stated_top_k(prepared)), model_kwargs
+
+    def _get_logits_processor(  # type: ignore[override]  # handed to `_sample` alone
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        device: torch.device | None = None,
+        **kwargs,
+    ) -> Callable[[int, int], LogitsProcessorList] | None:
+        """The processors of each row as upstream would make them if the row were alone; `None` if there are none.
+
+        Sampling and lengths are none of theirs: what acts on a distribution acts on candidates, see `PatchSampling`.
+        """
+        settings = copy.copy(generation_config)
+        settings.do_sample, settings.min_length, settings.min_new_tokens, settings.renormalize_logits = (False,) * 4
+        make, allows = self._upstream._get_logits_processor, prefix_allowed_tokens_fn
+
+        def of_row(row: int, length: int) -> LogitsProcessorList:
+            own = copy.copy(settings)
+            own.max_length += length - input_ids_seq_length
+            allowed = None if allows is None else lambda _, ids: allows(row, ids)
+            return make(own, length, None, allowed, logits_processor, device)
+
+        return of_row if of_row(0, input_ids_seq_length) else None
+
+    def compute_transition_scores(self, *args, **kwargs):
+        """Refused: there is no score a token."""
+        raise ValueError(
+            "compute_transition_scores: CALM has no token probabilities; model.compute_patch_scores(outputs.scores) "
+            "gives the logarithm of each written patch's weight among its step's candidates."
+        )
 
     def _prepare_generated_length(self, *args, **kwargs):
         return self._upstream._prepare_generated_length.__func__(_ViewForUpstream(self), *args, **kwargs)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Everything that modeling_calm.py needs, and nothing else, travels with the weights.
 CODE_FILES = {
     "configuration_calm.py",
+    "candidate_scores_calm.py",
     "candidates_calm.py",
     "generation_calm.py",
     "compiled_calm.py",
@@ -28,6 +29,7 @@ CODE_FILES = {
     "samplers_calm.py",
     "scores_calm.py",
     "tables_calm.py",
+    "token_rules_calm.py",
     "texts_calm.py",
     "upstream_calm.py",
 }
