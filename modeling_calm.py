@@ -25,6 +25,7 @@ from .diffusion_head_calm import DiffusionHead  # noqa: F401
 from .energy_head_calm import EnergyHead  # noqa: F401
 from .flow_head_calm import FlowMatchingHead  # noqa: F401
 from .generation_calm import CALMGenerationMixin
+from .grammars_calm import Grammar
 from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .products_calm import fast_products
@@ -33,6 +34,7 @@ from .samplers_calm import check_temperature  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 from .screening_calm import VocabularyScreen  # noqa: F401
 from .tables_calm import numbers_up_to  # noqa: F401
+from .text_scores_calm import TextScores, score_texts
 from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401
@@ -268,6 +270,14 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def grammar(self, tokenizer, *, json_schema: dict | str | None = None, regex: str | None = None) -> Grammar:
+        """A logits processor with which `generate` writes what matches a JSON schema or a regular expression."""
+        return Grammar(tokenizer, json_schema=json_schema, regex=regex)
+
+    def score(self, texts, tokenizer=None, **options) -> TextScores:
+        """How well the model foresaw each patch of texts: energy score and Brier scores. See `score_texts`."""
+        return score_texts(self, texts, tokenizer, **options)
 
     def patch_loss(
         self,

@@ -11,6 +11,7 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -202,6 +203,16 @@ class _ViewForUpstream:
         return types.MethodType(attribute.__func__, self) if is_own_method else attribute
 
 
+def _allowed_in_row(allows: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:
+    """What `prefix_allowed_tokens_fn` allows in a row, for upstream, which numbers a row's candidates."""
+    return allows(row, ids)
+
+
+def _of_text(processor, prompt_length: int):
+    """A processor that has a method `after_prompt` is asked for the one of texts with a prompt so long."""
+    return processor.after_prompt(prompt_length) if hasattr(processor, "after_prompt") else processor
+
+
 def with_stated_top_k(config: GenerationConfig) -> GenerationConfig:
     """The same, without a top-k that nobody asked for."""
     if config.top_k not in (None, UNSTATED_TOP_K):
@@ -211,7 +222,7 @@ def with_stated_top_k(config: GenerationConfig) -> GenerationConfig:
     return config
 
 
-def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: str = "generate()") -> Tensor:
     """The prompts' ids (B, L), int64.
 
     Raises:
@@ -219,24 +230,24 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
     """
     if not isinstance(inputs, Tensor) or inputs.dim() != 2:
         what = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(f"generate() got {what}: it takes ids as a tensor of shape (batch, length).")
+        raise ValueError(f"{method} got {what}: it takes ids as a tensor of shape (batch, length).")
     if inputs.shape[0] == 0:
-        raise ValueError("generate() got an empty batch: pass at least one prompt.")
+        raise ValueError(f"{method} got an empty batch: pass at least one prompt.")
     is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
     if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
-        raise ValueError(f"generate() got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
+        raise ValueError(f"{method} got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
     if mask is not None and not isinstance(mask, Tensor):
-        raise ValueError(f"generate() got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
+        raise ValueError(f"{method} got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
     if mask is not None and mask.shape != inputs.shape:
         raise ValueError(
-            f"generate() got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
+            f"{method} got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
             f"{tuple(inputs.shape)}: they must be equal."
         )
     inputs = inputs.long()
     ids = inputs if mask is None else inputs[mask.bool()]
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         bad = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
-        raise ValueError(f"generate() got token id {bad}, outside the vocabulary 0 … {vocab_size - 1}.")
+        raise ValueError(f"{method} got token id {bad}, outside the vocabulary 0 … {vocab_size - 1}.")
     return inputs
 
 
@@ -399,8 +410,9 @@ class PatchGenerationMixin(_Base):
         def of_row(row: int, length: int) -> LogitsProcessorList:
             own = copy.copy(settings)
             own.max_length += length - input_ids_seq_length
-            allowed = None if allows is None else lambda _, ids: allows(row, ids)
-            return make(own, length, None, allowed, logits_processor, device)
+            allowed = None if allows is None else partial(_allowed_in_row, allows, row)
+            custom = [_of_text(each, length) for each in logits_processor or []]
+            return make(own, length, None, allowed, LogitsProcessorList(custom), device)
 
         return of_row if of_row(0, input_ids_seq_length) else None
 

@@ -18,6 +18,7 @@ CODE_FILES = {
     "diffusion_head_calm.py",
     "energy_head_calm.py",
     "flow_head_calm.py",
+    "grammars_calm.py",
     "heads_calm.py",
     "products_calm.py",
     "screening_calm.py",
@@ -30,6 +31,7 @@ CODE_FILES = {
     "scores_calm.py",
     "tables_calm.py",
     "token_rules_calm.py",
+    "text_scores_calm.py",
     "texts_calm.py",
     "upstream_calm.py",
 }
