@@ -155,6 +155,7 @@ GENERATION_SETTINGS = {
     "output_scores": _used(OUTPUT),
     "output_logits": _refused(SCORES, False),
 }
+RULE_SETTINGS = tuple(name for name, setting in GENERATION_SETTINGS.items() if setting.why == RULES)
 # GenerationConfig's default in transformers 4, and generate's in 5: in a configuration it asks for nothing.
 UNSTATED_TOP_K = 50
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
@@ -415,6 +416,35 @@ class PatchGenerationMixin(_Base):
             return make(own, length, None, allowed, LogitsProcessorList(custom), device)
 
         return of_row if of_row(0, input_ids_seq_length) else None
+
+    def processors_of_text(
+        self, prompt_length: int, max_new_tokens: int, logits_processor: list | None = None, **settings
+    ) -> LogitsProcessorList | None:
+        """The logits processors of one text, as `generate` makes them; `None` if there are none.
+
+        Args:
+            prompt_length: tokens of its prompt.
+            max_new_tokens: that may follow.
+            logits_processor: the caller's own.
+            **settings: those of `RULE_SETTINGS` that are not to be the generation configuration's.
+
+        Raises:
+            ValueError: a setting makes no sense.
+        """
+        assert self.generation_config is not None, "a model that generates has one"
+        config = copy.copy(self.generation_config)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        config.max_length = prompt_length + max_new_tokens
+        eos = config.eos_token_id
+        config._eos_token_tensor = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else eos)  # pyright: ignore[reportAttributeAccessIssue]
+        of_row = self._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=prompt_length,
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            device=torch.device("cpu") if self.device.type == "meta" else self.device,
+        )
+        return None if of_row is None else of_row(0, prompt_length)
 
     def compute_transition_scores(self, *args, **kwargs):
         """Refused: there is no score a token."""

@@ -249,6 +249,8 @@ class Server:
 
             return on_piece
 
+        assert self.batcher.tokenizer is not None, "see create_app"
+        rules = request.rules(self.batcher.tokenizer)
         try:
             for index in range(num_texts):
                 future = self.batcher.submit(
@@ -260,6 +262,7 @@ class Server:
                     seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
                     on_piece=listener(index),
                     **request.sampling(),
+                    **rules,
                 )
                 job.futures.append(future)
                 future.add_done_callback(lambda _, index=index: tell(index, None))

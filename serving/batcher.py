@@ -33,6 +33,8 @@ from calm.generation_calm import PatchSampling
 from calm.serving.engine import Engine
 from calm.serving.rows import FinishReason, Piece, Row, Written
 from calm.serving.text import TextAssembler
+from calm.token_rules_calm import Processors
+from calm.upstream_calm import RULE_SETTINGS
 
 if TYPE_CHECKING:
     from calm.modeling_calm import CALMForCausalLM
@@ -130,7 +132,8 @@ class Batcher:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         on_piece: Callable[[Piece], None] | None = None,
-        **sampling,
+        logits_processor: Sequence[Processors] = (),
+        **options,
     ) -> Future[Written]:
         """Asks for a text. `cancel()` of what is returned lets its row go within a patch, at any time.
 
@@ -143,8 +146,9 @@ class Batcher:
             seed: fixes the text; a random one by default.
             generator: in place of a seed, on any device.
             on_piece: called in the batcher's thread after each patch; it must be quick. What it raises ends its text.
-            **sampling: the fields of `PatchSampling`; by default the generation configuration's. A temperature asks
-                for sampling.
+            logits_processor: upstream's or one's own, each a function of ids and logits alone, as a `Grammar` is.
+            **options: the fields of `PatchSampling`, and `RULE_SETTINGS` as penalties and bans of tokens; by default
+                the generation configuration's. A temperature asks for sampling.
 
         Raises:
             ValueError: something makes no sense, or the prompt is too long.
@@ -153,7 +157,8 @@ class Batcher:
         """
         stated = self.model.generation_config
         assert stated is not None, "a model that generates has one"
-        unknown = set(sampling) - set(PatchSampling.option_names())
+        rules = {name: options.pop(name) for name in RULE_SETTINGS if name in options}
+        sampling, unknown = options, set(options) - set(PatchSampling.option_names())
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: no option of a text; see Batcher.submit.")
         if sampling.get("temperature") is not None and sampling.get("do_sample") is None:
@@ -177,16 +182,20 @@ class Batcher:
         packed = self.model.pack_for_generation(
             torch.tensor([ids], dtype=torch.long), pad_token=stated.pad_token_id, bos_token=stated.bos_token_id
         )
+        num_new_tokens = self._num_new_tokens(len(ids), max_new_tokens, stated.max_new_tokens)
+        own_ids = torch.tensor(ids or [stated.bos_token_id], dtype=torch.long)
         eos = [] if ignore_eos or stated.eos_token_id is None else stated.eos_token_id
         row = Row(
             prompt_PK=packed["input_ids"].view(-1, self.patch_size),
+            prompt_L=own_ids,
             num_prompt_tokens=len(ids),
             sampling=law,
-            max_new_tokens=self._num_new_tokens(len(ids), max_new_tokens, stated.max_new_tokens),
+            max_new_tokens=num_new_tokens,
             min_new_tokens=min_new_tokens,
             eos_tokens=frozenset([eos] if isinstance(eos, int) else eos),
             generator=generator,
             seed=seed,
+            processors=self.model.processors_of_text(len(own_ids), num_new_tokens, list(logits_processor), **rules),
             assembler=self._new_assembler(stop),
             on_piece=on_piece,
         )

@@ -19,6 +19,7 @@ from calm.generation_calm import PatchSampling
 from calm.samplers_calm import BlockPlan
 from calm.serving.rows import FinishReason, Row
 from calm.serving.slots import SlotCache
+from calm.token_rules_calm import TokenRules
 from calm.upstream_calm import FIXED_ROTATIONS, MASKED_ATTENTION
 
 if TYPE_CHECKING:
@@ -140,11 +141,13 @@ class Engine:
     # writing
 
     def _write_patches(self) -> list[tuple[Row, list[int] | Exception]]:
-        """Draws the next patch of each row that has a context: rows of one law together, which may fail alone."""
+        """Draws the next patch of each row that has a context: rows of one law together, which may fail alone, and
+        each that has logits processors for itself."""
         laws: dict[tuple, list[Row]] = {}
         for row in self.rows:
             if row.hidden_D is not None:
-                laws.setdefault((row.sampling, row.num_eos_free, row.eos_tokens), []).append(row)
+                own = None if row.processors is None else row.number
+                laws.setdefault((row.sampling, row.num_eos_free, row.eos_tokens, own), []).append(row)
         written: list[tuple[Row, list[int] | Exception]] = []
         for law, rows in laws.items():
             try:
@@ -154,8 +157,9 @@ class Engine:
             written += zip(rows, patches, strict=True)
         return written
 
-    def _draw(self, rows: list[Row], law: tuple[PatchSampling, int, frozenset[int]]) -> list[list[int]]:
-        sampling, num_eos_free, eos_tokens = law
+    def _draw(self, rows: list[Row], law: tuple[PatchSampling, int, frozenset[int], int | None]) -> list[list[int]]:
+        sampling, num_eos_free, eos_tokens, _ = law
+        eos_E = torch.tensor(sorted(eos_tokens), dtype=torch.long)
         hidden_RD = torch.stack([row.hidden_D for row in rows if row.hidden_D is not None])
         if len(self._plans) >= PLANS_KEPT:
             self._plans.clear()
@@ -163,12 +167,18 @@ class Engine:
             hidden_RD,
             sampling,
             [row.generator for row in rows],
-            self.model.forbidden_tokens(
-                num_eos_free, torch.tensor(sorted(eos_tokens), dtype=torch.long), hidden_RD.device
-            ),
+            self.model.forbidden_tokens(num_eos_free, eos_E, hidden_RD.device),
             self._plans.setdefault(sampling, BlockPlan()),
             self.radius if self.model.compares_lazily(sampling) else None,
+            rules_of(rows, eos_E),
         ).tolist()
+
+
+def rules_of(rows: list[Row], eos_E: Tensor) -> TokenRules | None:
+    """Those of rows that are drawn together: of one row alone, or none."""
+    processors = [row.processors for row in rows if row.processors is not None]
+    texts = [torch.cat([row.prompt_L, torch.tensor(row.tokens, dtype=torch.long)]) for row in rows]
+    return TokenRules(processors, texts, eos_E) if processors else None
 
 
 def check_model(model: CALMForCausalLM) -> None:

@@ -1,7 +1,7 @@
 """OpenAI's requests for completions and chat completions: which fields there are, and what each comes to here.
 
 A field either works, or asks for nothing at its value, or is refused with its name in one sentence. Fields that act on
-token probabilities are of the last kind, but for the values at which they do nothing.
+a distribution act on a step's candidates, those that act on logits on the decoder's.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from calm.generation_calm import SamplingMethod
-from calm.upstream_calm import TOKENS
+from calm.grammars_calm import Grammar
 
 MOST_CHOICES = 128
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
@@ -22,18 +25,10 @@ NO_LOGPROBS = "CALM has no token probabilities to return."
 NO_TOOLS = "tools are not called here."
 # Field → the values besides null at which it asks for nothing, and why others are refused.
 WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
-    "top_p": ((1,), TOKENS),
-    "top_k": ((0, -1), TOKENS),
-    "min_p": ((0,), TOKENS),
-    "frequency_penalty": ((0,), TOKENS),
-    "presence_penalty": ((0,), TOKENS),
-    "repetition_penalty": ((1,), TOKENS),
-    "logit_bias": (({},), TOKENS),
     "logprobs": ((False,), NO_LOGPROBS),
     "top_logprobs": ((0,), NO_LOGPROBS),
     "best_of": ((1,), "CALM has no token probabilities to rank texts by; ask for n texts."),
     "suffix": (("",), "CALM writes on from a prompt and fills nothing in."),
-    "response_format": (({"type": "text"},), "only text can be asked for."),
     "modalities": ((["text"],), "only text can be asked for."),
     "tools": (([],), NO_TOOLS),
     "tool_choice": (("none", "auto"), NO_TOOLS),
@@ -82,8 +77,48 @@ class StreamOptions(_Fields):
     include_obfuscation: bool | None = None
 
 
+class ResponseFormat(_Fields):
+    """{"type": "text"}, or {"type": "json_schema", "json_schema": {"schema": ...}}."""
+
+    type: Literal["text", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and not isinstance((self.json_schema or {}).get("schema"), dict):
+            raise ValueError('must hold {"json_schema": {"schema": ...}}')
+        return self
+
+    @property
+    def schema_of(self) -> dict[str, Any] | None:
+        return self.json_schema["schema"] if self.type == "json_schema" and self.json_schema else None
+
+
+class CountPenalty:
+    """OpenAI's penalties as a logits processor: of tokens that a text has, by how often and by that alone.
+
+    logit − frequency · count − presence · [count > 0]; the prompt doesn't count.
+
+    Args:
+        frequency, presence: in [−2, 2].
+        prompt_length: tokens of the prompt.
+    """
+
+    def __init__(self, frequency: float, presence: float, prompt_length: int = 0):
+        self.frequency, self.presence, self.prompt_length = frequency, presence, prompt_length
+
+    def after_prompt(self, length: int) -> CountPenalty:
+        return CountPenalty(self.frequency, self.presence, length)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (M, V) after ids (M, L)."""
+        new_ML = input_ids[:, self.prompt_length :]
+        counts_MV = torch.zeros_like(scores).scatter_add_(1, new_ML, torch.ones_like(new_ML, dtype=scores.dtype))
+        return scores - self.frequency * counts_MV - self.presence * (counts_MV > 0)
+
+
 class GenerationRequest(_Fields):
-    """What both endpoints take. The last four fields are not OpenAI's."""
+    """What both endpoints take. Those after `response_format` are not OpenAI's."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -93,6 +128,14 @@ class GenerationRequest(_Fields):
     stop: Any = None  # a text or a list of texts
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    top_p: float | None = Field(None, ge=0, le=1)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    top_k: int | None = Field(None, ge=-1)  # -1, as vLLM has it, is all
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     num_candidates: int | None = Field(None, ge=1)
@@ -160,11 +203,42 @@ class GenerationRequest(_Fields):
     def sampling(self) -> dict[str, Any]:
         """The options of a text's law. Temperature 0 is OpenAI's way to ask for the most frequent patch."""
         options: dict[str, Any] = {"num_candidates": self.num_candidates, "sampling_method": self.sampling_method}
+        options |= {"top_p": self.top_p, "min_p": self.min_p}
+        options["top_k"] = 0 if self.top_k == -1 else self.top_k
         if self.temperature == 0:
             options["do_sample"] = False
         elif self.temperature is not None:
             options |= {"do_sample": True, "temperature": self.temperature}
         return options
+
+    def rules(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The options of a text that act on logits.
+
+        Raises:
+            BadRequest: a bias of what is no token, or a format that can't be written here.
+        """
+        options: dict[str, Any] = {}
+        if self.repetition_penalty is not None:
+            options["repetition_penalty"] = self.repetition_penalty
+        if self.logit_bias:
+            options["sequence_bias"] = {
+                (self._token(name, tokenizer),): bias for name, bias in self.logit_bias.items()
+            }
+        processors = []
+        if self.frequency_penalty or self.presence_penalty:
+            processors.append(CountPenalty(self.frequency_penalty or 0.0, self.presence_penalty or 0.0))
+        if self.response_format is not None and self.response_format.schema_of is not None:
+            try:
+                processors.append(Grammar(tokenizer, json_schema=self.response_format.schema_of))
+            except (ImportError, ValueError) as error:
+                raise BadRequest(f"response_format: {error}", "response_format") from None
+        return options | {"logits_processor": processors}
+
+    @staticmethod
+    def _token(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        if not name.isascii() or not name.isdigit() or int(name) >= len(tokenizer):
+            raise BadRequest(f"logit_bias: {name!r} is no token id in 0 … {len(tokenizer) - 1}.", "logit_bias")
+        return int(name)
 
 
 class CompletionRequest(GenerationRequest):

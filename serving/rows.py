@@ -1,6 +1,6 @@
 """One text that is asked for: what it is to be, how far it is, and what comes of it.
 
-Axes: P patches of the prompt, K tokens per patch, D hidden size.
+Axes: P patches of the prompt, L tokens of it, K tokens per patch, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calm.generation_calm import PatchSampling
 from calm.serving.text import TextAssembler
+from calm.token_rules_calm import Processors
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,6 +52,7 @@ class Row:
     """A text that waits, or is being written."""
 
     prompt_PK: Tensor
+    prompt_L: Tensor  # the same as ids, without what fills it up; BOS where it is empty
     num_prompt_tokens: int
     sampling: PatchSampling
     max_new_tokens: int
@@ -58,6 +60,7 @@ class Row:
     eos_tokens: frozenset[int]
     generator: torch.Generator
     seed: int | None = None
+    processors: Processors | None = None
     assembler: TextAssembler | None = None
     on_piece: Callable[[Piece], None] | None = None
     future: Future[Written] = field(default_factory=Future)
