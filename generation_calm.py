@@ -269,6 +269,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             call.pad_token,
             call.bos_token,
         )
+        inputs = {name: x.to(self.device) for name, x in inputs.items()}  # an offloaded model returns what it is given
         if bool(inputs["attention_mask"].all()):
             inputs["attention_mask"] = None  # a mask that hides nothing takes operations in every step
         cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None

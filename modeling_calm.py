@@ -39,7 +39,7 @@ from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401
 from .token_rules_calm import TokenRules  # noqa: F401
-from .upstream_calm import PatchGenerationMixin  # noqa: F401
+from .upstream_calm import OffloadableModel
 
 NO_LOGITS = (
     "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
@@ -75,7 +75,7 @@ class CALMOutputWithPast(ModelOutput):
         return super().__getitem__(key)
 
 
-class CALMPreTrainedModel(LlamaPreTrainedModel):
+class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
     config: CALMConfig
     config_class = CALMConfig
     base_model_prefix = "model"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils.generic import ModelOutput
 
@@ -18,6 +17,7 @@ from .configuration_calm import CALMAutoencoderConfig
 from .products_calm import fast_products
 from .scores_calm import clipped_kl
 from .screening_calm import VocabularyScreen
+from .upstream_calm import OffloadableModel
 
 # Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
@@ -224,7 +224,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
     )
 
 
-class CALMAutoencoder(PreTrainedModel):
+class CALMAutoencoder(OffloadableModel):
     """Maps patches of K tokens to Gaussian posteriors over one latent vector, and latent vectors back to tokens.
 
     Trained on its own first, then frozen inside `CALMForCausalLM`, which calls `encode`, `decode` and `decode_tokens`:

@@ -15,17 +15,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.configuration_utils import CompileConfig, GenerationConfig, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 from .configuration_calm import CALMConfig
 
 if TYPE_CHECKING:  # the class that the hooks are mixed into is a model, too
-    from transformers.modeling_utils import PreTrainedModel
 
     class _Base(PreTrainedModel, GenerationMixin): ...
 else:
@@ -188,6 +188,44 @@ class GenerateCall:
     streamer: BaseStreamer | None = None
     synced_gpus: bool = False
     compile_config: CompileConfig | None = None
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device that accelerate's hooks move a module's weights to, of the first that have such a hook."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):  # several are one that holds them
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
+class OffloadableModel(PreTrainedModel):
+    """A model that knows what upstream's doesn't when weights are offloaded."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where inputs belong. Offloaded weights are on "meta" between their layers' forwards; pipelines, and callers
+        that write `ids.to(model.device)`, need a device that holds values."""
+        device = super().device
+        return execution_device(self) or device if device.type == "meta" else device
+
+    @classmethod
+    def _load_pretrained_model(cls, model, *args, **kwargs):
+        """As upstream. But transformers 4 takes "disk" for a device if all is there, and of the weights that stay on
+        disk it leaves out tied ones when it notes which file they are in: they are there under another name."""
+        if kwargs.get("device_map") == {"": "disk"}:
+            kwargs["device_map"] = {name: "disk" for name, _ in model.named_children()}
+        outputs = super()._load_pretrained_model(model, *args, **kwargs)  # type: ignore[misc]
+        places: dict = outputs[4] or {} if len(outputs) == 6 else {}  # transformers 4's index
+        for prefix, part in model.named_modules() if places else ():
+            tied = getattr(part, "_tied_weights_keys", None)
+            for pair in tied.items() if isinstance(tied, dict) else ():
+                name, source = (f"{prefix}.{end}".removeprefix(".") for end in pair)
+                if source in places:
+                    places[name] = places[source]
+        return outputs
 
 
 class _ViewForUpstream:

@@ -44,8 +44,7 @@ class Engine:
         self.rows: list[Row] = []  # of slot 0, 1, …
         self._num_added = 0
         self.radius = trusted_radius(model)
-        device = model.get_parameter("model.embed_tokens.weight").device
-        self.device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move the inputs
+        self.device = model.device
         self._cache = SlotCache()
         self._plans: dict[PatchSampling, BlockPlan] = {}
 

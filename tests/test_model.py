@@ -1,27 +1,19 @@
 """The language model: every K and head, attention backends, cache, padding, loss, what is frozen, what is refused."""
 
-import copy
 import json
-import logging
-import warnings
 
-import accelerate
 import pytest
 import torch
 import transformers
 from goldens import relative_error
-from tiny import BOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
-from transformers import BitsAndBytesConfig
+from text_and_loss import some_ids
+from tiny import HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
 from calm.configuration_calm import CALMConfig
 from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM, CALMModel
 
 POSTERIOR_HEADS = ("energy", "flow", "diffusion")  # those whose loss takes the posterior
-
-
-def some_ids(batch_size=2, length=24, seed=0):
-    return torch.randint(3, PAD, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
 def generator(seed=0):
@@ -315,94 +307,6 @@ def test_compiled_loss_with_a_varying_number_of_targets(head_type):
             losses.append(loss(context, target))
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
-
-
-def text_and_loss(model, **settings):
-    """A sampled text and a loss, the same of two models that compute the same."""
-    torch.manual_seed(0)
-    settings = {"temperature": 0.5, "num_candidates": 20, "max_new_tokens": 24, "eos_token_id": None, **settings}
-    ids = model.generate(torch.tensor([[BOS, 10, 11, 12, 13]]), do_sample=True, **settings)
-    return ids.tolist(), model(some_ids(), labels=some_ids(), generator=generator()).loss.item()
-
-
-offloads_tied_weights = pytest.mark.skipif(
-    transformers.__version__ < "5", reason="transformers 4 can't offload tied weights to disk"
-)
-
-
-@offloads_tied_weights
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
-def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
-    """`device_map="auto"` keeps head and autoencoder whole; what doesn't fit is offloaded to disk, and computes what
-    it computes in memory."""
-    model = tiny_model(head_type)
-    model.save_pretrained(tmp_path / "model")
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    placed = CALMForCausalLM.from_pretrained(
-        tmp_path / "model", device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path / "disk"
-    )
-    assert "disk" in placed.hf_device_map.values()
-    whole = {"head", "autoencoder"}
-    assert not any(name.split(".")[0] in whole and "." in name for name in placed.hf_device_map)
-    assert text_and_loss(placed) == text_and_loss(model)
-
-
-@offloads_tied_weights
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize("lazy", [True, False])
-def test_head_and_autoencoder_offloaded_compute_the_same(tmp_path, head_type, lazy):
-    model = tiny_model(head_type)
-    model.save_pretrained(tmp_path / "model")
-    placed = CALMForCausalLM.from_pretrained(
-        tmp_path / "model",
-        device_map={"model": "cpu", "head": "disk", "autoencoder": "disk"},
-        offload_folder=tmp_path / "disk",
-    )
-    assert {p.device.type for p in placed.head.parameters()} == {"meta"}
-    assert text_and_loss(placed, lazy_decoding=lazy) == text_and_loss(model, lazy_decoding=lazy)
-
-
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_a_head_loaded_from_disk_as_needed_computes_the_same(tmp_path, head_type):
-    model = tiny_model(head_type)
-    model.save_pretrained(tmp_path / "model")
-    places = {"model": "cpu", "head": "disk", "autoencoder": "cpu"}
-    placed = CALMForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
-    assert text_and_loss(placed) == text_and_loss(model)
-
-
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_a_head_offloaded_by_accelerate_computes_the_same(tmp_path, head_type):
-    model, placed = tiny_model(head_type), tiny_model(head_type)
-    accelerate.disk_offload(placed.head, tmp_path, execution_device=torch.device("cpu"))
-    assert {p.device.type for p in placed.head.parameters()} == {"meta"}
-    assert text_and_loss(placed) == text_and_loss(model)
-
-
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_dynamically_quantised_linear_layers(head_type):
-    model = tiny_model(head_type)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that PyTorch will move it elsewhere
-        quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, torch.qint8)
-    assert not any(type(m) is torch.nn.Linear for m in quantised.modules())
-    (lazy, loss), (plain, _) = (text_and_loss(quantised, lazy_decoding=choice) for choice in (True, False))
-    assert lazy == plain and loss == pytest.approx(text_and_loss(model)[1], rel=0.3)
-
-
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_bitsandbytes_in_8_bits(tmp_path, head_type):
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes (extra [clients]) is not installed")
-    model = tiny_model(head_type)
-    model.save_pretrained(tmp_path)
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each float32 product
-    quantised = CALMForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
-    )
-    assert any(isinstance(m, bitsandbytes.nn.Linear8bitLt) for m in quantised.head.modules())
-    (lazy, loss), (plain, _) = (text_and_loss(quantised, lazy_decoding=choice) for choice in (True, False))
-    assert lazy == plain and loss == pytest.approx(text_and_loss(model)[1], rel=0.3)
 
 
 def test_logits_are_absent_and_say_why():

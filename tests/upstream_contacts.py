@@ -45,6 +45,7 @@ OTHER_FRAMEWORKS = ("tf_", "flax_", "modeling_tf", "modeling_flax", "_tf", "_fla
 COMMON_NAMES = {
     *("__init__", "__getitem__", "forward", "train", "log", "to_dict"),
     *("config_class", "base_model_prefix", "model_type", "main_input_name"),
+    "device",
 }
 
 

@@ -1,0 +1,122 @@
+"""Offloaded weights: every head, autoencoder and backbone, on the CPU and on disk, compute what they do in memory.
+
+PyTorch answers `cpu @ meta` with a CPU tensor of no meaning and no error, so texts and losses are compared exactly: a
+weight that is read past its module's forward shows in them.
+"""
+
+import accelerate
+import pytest
+import torch
+import transformers
+from text_and_loss import some_ids, text_and_loss
+from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
+
+from calm.modeling_calm import CALMForCausalLM, CALMModel
+from calm.serving.engine import Engine
+from calm.upstream_calm import execution_device
+
+CPU = torch.device("cpu")
+PARTS = ("model", "head", "autoencoder")
+
+
+def offload(module, how, folder):
+    if how == "cpu":
+        accelerate.cpu_offload(module, execution_device=CPU)
+    else:
+        accelerate.disk_offload(module, folder, execution_device=CPU)
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+@pytest.mark.parametrize("part", ["", *PARTS])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_offloaded_by_accelerate(tmp_path, head_type, part, how):
+    """The whole model, or a part of it."""
+    model, placed = (tiny_model(head_type, num_context_layers=1) for _ in range(2))
+    offload(placed.get_submodule(part), how, tmp_path)
+    for lazy in (True, False):
+        assert text_and_loss(placed, lazy_decoding=lazy) == text_and_loss(model, lazy_decoding=lazy)
+    assert {p.device.type for p in placed.get_submodule(part).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("parts", [*([part] for part in PARTS), PARTS], ids="+".join)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_loaded_from_disk_as_needed(tmp_path, head_type, parts):
+    """The autoencoder's tied matrix is in the file once; transformers 4 knows of one of its names."""
+    model = tiny_model(head_type)
+    model.save_pretrained(tmp_path / "model")
+    places = {part: "disk" if part in parts else "cpu" for part in PARTS}
+    placed = CALMForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    for part in PARTS:
+        kinds = {p.device.type for p in placed.get_submodule(part).parameters()}
+        assert kinds == ({"meta"} if part in parts else {"cpu"})
+    for lazy in (True, False):
+        assert text_and_loss(placed, lazy_decoding=lazy) == text_and_loss(model, lazy_decoding=lazy)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
+    """`device_map="auto"` keeps head and autoencoder whole; what doesn't fit is offloaded to disk."""
+    model = tiny_model(head_type)
+    model.save_pretrained(tmp_path / "model")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    placed = CALMForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path / "disk"
+    )
+    assert "disk" in placed.hf_device_map.values()
+    whole = {"head", "autoencoder"}
+    assert not any(name.split(".")[0] in whole and "." in name for name in placed.hf_device_map)
+    assert text_and_loss(placed) == text_and_loss(model)
+
+
+def test_an_encoder_that_sees_patches_before(tmp_path):
+    model, placed = (tiny_model(autoencoder_config={"encoder_context": 1}) for _ in range(2))
+    offload(placed, "disk", tmp_path)
+    assert text_and_loss(placed) == text_and_loss(model)
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+@torch.no_grad()
+def test_the_backbone_alone(tmp_path, how):
+    tiny_model().save_pretrained(tmp_path / "model")
+    model, placed = (CALMModel.from_pretrained(tmp_path / "model") for _ in range(2))
+    offload(placed, how, tmp_path / "disk")
+    assert torch.equal(placed(some_ids()).last_hidden_state, model(some_ids()).last_hidden_state)
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+@torch.no_grad()
+def test_the_autoencoder_reconstructs(tmp_path, how):
+    model, placed = (tiny_model().autoencoder for _ in range(2))
+    offload(placed, how, tmp_path)
+    outputs = [x(some_ids(), labels=some_ids(), generator=torch.Generator().manual_seed(0)) for x in (placed, model)]
+    assert torch.equal(outputs[0].loss, outputs[1].loss) and torch.equal(outputs[0].logits, outputs[1].logits)
+
+
+def test_inputs_belong_where_weights_are_moved_to(tmp_path):
+    """`model.device`, which pipelines, tokenizers' users and our server put inputs on, is no "meta"."""
+    model, placed = tiny_model(), tiny_model()
+    offload(placed, "cpu", tmp_path)
+    assert placed.device == placed.model.device == placed.autoencoder.device == Engine(placed, 8).device == CPU
+    ids = torch.tensor([[BOS, 10, 11]])
+    torch.manual_seed(0)
+    expected = model.generate(ids, do_sample=True, max_new_tokens=8)
+    torch.manual_seed(0)
+    assert torch.equal(placed.generate(ids.to(placed.device), do_sample=True, max_new_tokens=8), expected)
+    generate = transformers.pipeline("text-generation", model=placed, tokenizer=tiny_tokenizer())
+    torch.manual_seed(0)
+    text = generate("a fox", max_new_tokens=8, do_sample=True)[0]["generated_text"]
+    in_memory = transformers.pipeline("text-generation", model=model, tokenizer=tiny_tokenizer())
+    torch.manual_seed(0)
+    assert text == in_memory("a fox", max_new_tokens=8, do_sample=True)[0]["generated_text"]
+
+
+def test_the_device_of_a_model_without_hooks():
+    with torch.device("meta"):
+        assert CALMForCausalLM(tiny_model().config).device.type == "meta"
+    model = tiny_model()
+    assert model.device == CPU and execution_device(model) is None
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook(io_same_device=True))
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu"), append=True)
+    assert execution_device(model) == CPU and not hasattr(model._hf_hook, "execution_device")
