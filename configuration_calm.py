@@ -118,6 +118,11 @@ class CALMAutoencoderConfig(PretrainedConfig):
     def latent_dropout_rate(self) -> float:
         return self.ae_dropout if self.latent_dropout is None else self.latent_dropout
 
+    def to_dict(self):
+        output = super().to_dict()
+        output.pop("_pre_quantization_dtype", None)  # upstream leaves out its own alone, and json takes no torch.dtype
+        return output
+
     def to_diff_dict(self):
         """What config.json holds; of what published autoencoders lack, only what is set."""
         unset = {"token_dropout": None, "latent_dropout": None, "encoder_context": 0}

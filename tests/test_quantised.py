@@ -1,0 +1,117 @@
+"""Quantised models: each method writes a text and has a loss; they are saved and loaded; the benchmark's table."""
+
+import copy
+import logging
+import warnings
+
+import pytest
+import torch
+from commands import refusal
+from text_and_loss import text_and_loss
+from tiny import HEAD_TYPES, tiny_model
+from transformers import BitsAndBytesConfig
+
+from calm.benchmarks import quantised
+from calm.modeling_calm import CALMForCausalLM
+
+# bitsandbytes' 4-bit blocks are of 64 values.
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "latent_size": 64, "noise_size": 64}
+WIDE_AUTOENCODER = {"hidden_size": 64, "intermediate_size": 64, "latent_size": 64}
+
+
+def check(quantised_model, model, rel=0.3, by_row=True):
+    """Texts are written, and the loss is near the whole model's.
+
+    Decoded lazily or not, the text is the same where a row's values don't depend on the rows beside it (`by_row`), as
+    they do where activations are rounded by the range, or split by the outliers, of all rows together.
+    """
+    with torch.no_grad():
+        (lazy, loss), (plain, _) = (text_and_loss(quantised_model, lazy_decoding=choice) for choice in (True, False))
+        assert loss == pytest.approx(text_and_loss(model)[1], rel=rel)
+    assert lazy == plain if by_row else [len(row) for row in lazy] == [len(row) for row in plain]
+
+
+def load_in_bits(folder, **settings):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes (extra [clients]) is not installed")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each float32 product
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
+    loaded = CALMForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=torch.float32)
+    kind = bitsandbytes.nn.Linear4bit if "load_in_4bit" in settings else bitsandbytes.nn.Linear8bitLt
+    assert any(isinstance(m, kind) for m in loaded.head.modules())
+    return loaded
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_dynamically_quantised_linear_layers(head_type):
+    model = tiny_model(head_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that PyTorch will move it elsewhere
+        small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, torch.qint8)
+    assert not any(type(m) is torch.nn.Linear for m in small.modules())
+    check(small, model, by_row=False)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_bitsandbytes_in_8_bits(tmp_path, head_type):
+    model = tiny_model(head_type)
+    model.save_pretrained(tmp_path)
+    check(load_in_bits(tmp_path, load_in_8bit=True), model, by_row=False)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_bitsandbytes_in_4_bits(tmp_path, head_type):
+    model = tiny_model(head_type, autoencoder_config=dict(WIDE_AUTOENCODER), **WIDE)
+    model.save_pretrained(tmp_path)
+    check(load_in_bits(tmp_path, load_in_4bit=True), model, rel=0.5)
+
+
+def test_a_model_in_8_bits_is_saved(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = load_in_bits(tmp_path / "model", load_in_8bit=True)
+    model.save_pretrained(tmp_path / "small")
+    loaded = CALMForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
+    assert text_and_loss(loaded) == text_and_loss(model)
+
+
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_torchao(tmp_path, head_type, config):
+    """By `quantize_`, and by transformers when it loads."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao (extra [clients]) is not installed")
+    from transformers import TorchAoConfig
+
+    model = tiny_model(head_type)
+    model.save_pretrained(tmp_path)
+    small, config = copy.deepcopy(model), getattr(quantization, config)()
+    quantization.quantize_(small, config)
+    assert type(small.head.get_submodule(first_linear(small.head)).weight) is not torch.nn.Parameter
+    check(small, model)
+    loaded = CALMForCausalLM.from_pretrained(
+        tmp_path, quantization_config=TorchAoConfig(config), device_map="cpu", dtype=torch.float32
+    )
+    check(loaded, model)
+
+
+def first_linear(module):
+    return next(name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear))
+
+
+def test_the_table(tmp_path, capsys, monkeypatch):
+    """The model itself agrees with itself, another one doesn't, and a missing package is said."""
+
+    def missing(_):
+        import a_package_that_is_not_there  # noqa: F401
+
+    methods = {quantised.FULL: quantised.METHODS[quantised.FULL]}
+    methods |= {"same": methods[quantised.FULL], "other": lambda _: tiny_model(seed=1), "none": missing}
+    monkeypatch.setattr(quantised.table, "__defaults__", (methods,))
+    tiny_model().save_pretrained(tmp_path)
+    assert quantised.main([str(tmp_path), "--tokens", "24", "--rounds", "1"]) == 0
+    full, same, other, none = capsys.readouterr().out.splitlines()[2:]
+    assert full.startswith("| float32 | 100.0 % | ") and same.startswith("| same | 100.0 % | ")
+    assert float(other.split("|")[2].split("%")[0]) < 60
+    assert none == "| none | – | – | No module named 'a_package_that_is_not_there' |"
+
+
+def test_refusal(capsys):
+    assert "--rounds at least 1" in refusal(capsys, quantised.main, ".", "--rounds", "0")
