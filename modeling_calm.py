@@ -171,7 +171,8 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             raise ValueError(
                 f"The model got {length} tokens a row, no multiple of patch_size={self.config.patch_size}: pad with "
                 f"pad_to_multiple_of={self.config.patch_size} (an argument of tokenizers and data collators; "
-                "an adapter's virtual tokens count, too; generate() fills prompts by itself)."
+                "an adapter's virtual tokens count, too; generate() fills prompts by itself). For likelihoods no "
+                "length is right: CALM has no logits."
             )
         num_patches, size = length // self.config.patch_size, self.config.patch_size * inputs_embeds.shape[-1]
         return self.embed_proj(inputs_embeds.reshape(batch_size, num_patches, size))

@@ -278,3 +278,19 @@ def test_a_stream_depends_on_the_seed_alone():
 def test_a_stream_without_text_is_an_error():
     with pytest.raises(DataError, match="holds no text"):
         next(iter(StreamedBlocks(lambda epoch: iter([]), block_size=4)))
+
+
+def test_a_rows_own_labels_count_where_a_whole_patch_has_them():
+    """A prompt of 6 tokens and a completion of 7: the patch across their border is no target."""
+    row = {"input_ids": list(range(10, 23)), "labels": [-100] * 6 + list(range(16, 23))}
+    batch = PatchCollator(4, pad_token_id=0)([row])
+    assert batch["input_ids"].tolist() == [[*range(10, 23), 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100] * 8 + [18, 19, 20, 21] + [-100] * 4]
+
+
+def test_an_end_token_completes_the_last_patch_and_is_learnt():
+    rows = [{"input_ids": list(range(10, 16))}, {"input_ids": [30, 31, 32, 33], "labels": [30, 31, 32, 33]}]
+    batch = PatchCollator(4, pad_token_id=0, end_token_id=2)(rows)
+    assert batch["input_ids"].tolist() == [[*range(10, 16), 2, 2], [30, 31, 32, 33, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [14, 15, 2, 2], [-100] * 8]
+    assert batch["attention_mask"].tolist() == [[1] * 8, [1] * 4 + [0] * 4]

@@ -262,19 +262,31 @@ class PatchCollator:
     """Rows of ids → a batch whose labels count exactly the tokens that the loss predicts: Trainer divides by them.
 
     Rows of unequal length are padded on the right to whole patches; a patch that is not complete carries no label, nor
-    does filling.
+    does filling. A row may bring `labels` of its own, −100 where none is (a prompt, say): then a patch carries labels
+    where all of it does.
 
     Args:
         patch_size: K.
         first_patch_is_given: only `next_patches` carry labels, as no hidden state predicts the first one (CALM, AR
             with K = 1). False for the autoencoder, which reconstructs every token.
         pad_token_id: needed only for rows of unequal length.
+        end_token_id: completes the last patch of each row, and is learnt. Without it, a row's last tokens, the end
+            among them, are no target where they are no whole patch.
     """
 
-    def __init__(self, patch_size: int, first_patch_is_given: bool = True, pad_token_id: int | None = None):
+    def __init__(
+        self,
+        patch_size: int,
+        first_patch_is_given: bool = True,
+        pad_token_id: int | None = None,
+        end_token_id: int | None = None,
+    ):
         self.patch_size, self.first_patch_is_given, self.pad_token_id = patch_size, first_patch_is_given, pad_token_id
+        self.end_token_id = end_token_id
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if self.end_token_id is not None:
+            rows = [self._completed(row, self.end_token_id) for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
         longest = max(lengths) + -max(lengths) % self.patch_size
         ragged = min(lengths) < longest
@@ -287,7 +299,10 @@ class PatchCollator:
             whole = length - length % self.patch_size
             filling, ids = row.get("filling", 0), torch.as_tensor(row["input_ids"])
             input_ids[b, :length] = ids
-            labels[b, filling:whole] = ids[filling:whole]
+            labels[b, filling:whole] = torch.as_tensor(row.get("labels", ids))[filling:whole]
+        if any("labels" in row for row in rows):
+            patches = labels.unflatten(1, (-1, self.patch_size))
+            patches.masked_fill_((patches == -100).any(-1, keepdim=True), -100)
         if self.first_patch_is_given:
             every = labels
             labels = torch.full_like(every, -100)
@@ -298,3 +313,9 @@ class PatchCollator:
         if all("block_id" in row for row in rows):
             batch["block_ids"] = torch.tensor([row["block_id"] for row in rows])
         return batch
+
+    def _completed(self, row: dict, end: int) -> dict:
+        """The row, whole patches long."""
+        missing = -len(row["input_ids"]) % self.patch_size
+        ended = {name: [*row[name], *[end] * missing] for name in ("input_ids", "labels") if name in row}
+        return {**row, **ended}

@@ -1,0 +1,104 @@
+"""lm-evaluation-harness: a generate_until task from end to end; tasks by likelihood are answered with a sentence."""
+
+import functools
+import json
+
+import pytest
+import torch
+from model_copies import ROOT
+from tiny import tiny_model, tiny_tokenizer
+
+pytest.importorskip("lm_eval", reason="lm_eval (extra [clients]) is not installed")
+
+COMMON = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+GENERATES = {
+    **COMMON,
+    "task": "continues",
+    "output_type": "generate_until",
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 16, "do_sample": False, "num_candidates": 20},
+    "metric_list": [{"metric": "exact_match"}],
+}
+CHOOSES = {
+    **COMMON,
+    "task": "chooses",
+    "output_type": "multiple_choice",
+    "doc_to_choice": ["yes", "no"],
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+@functools.cache
+def task_manager():
+    """Without the harness's thousands of tasks, whose files take seconds to list."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)
+
+
+def evaluate(model, task: dict, folder, answers: dict[str, str], **kwargs):
+    import lm_eval
+
+    rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in answers.items())
+    (folder / "test.jsonl").write_text(rows)
+    task = {**task, "dataset_kwargs": {"data_files": {"test": str(folder / "test.jsonl")}}}
+    return lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0, task_manager=task_manager(), **kwargs)
+
+
+def wrapped(model, tokenizer, batch_size: int):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_texts_are_the_models_own_and_are_scored(batch_size, tmp_path):
+    """Prompts of several lengths: with batches of 2 they are padded. One answer is made wrong, so the score is 2/3."""
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+    questions, settings = ("once", "a longer question", "the dog"), GENERATES["generation_kwargs"]
+    answers = {}
+    for question in questions:
+        ids = tokenizer(question, return_tensors="pt")
+        law = {"do_sample": False, "num_candidates": settings["num_candidates"]}
+        text = model.generate(**ids, max_new_tokens=settings["max_gen_toks"], **law)[0, ids.input_ids.shape[1] :]
+        answers[question] = tokenizer.decode(text, skip_special_tokens=True).split(".")[0]
+    answers["the dog"] += "not"
+    results = evaluate(wrapped(model, tokenizer, batch_size), GENERATES, tmp_path, answers)
+    assert results["results"]["continues"]["exact_match,none"] == pytest.approx(2 / 3)
+    assert {s["doc"]["question"]: s["filtered_resps"][0] for s in results["samples"]["continues"]} == {
+        **answers,
+        "the dog": answers["the dog"].removesuffix("not"),
+    }
+
+
+def test_by_name_with_trust_remote_code(tmp_path):
+    """The snippet of docs/clients.md on the bundled model."""
+    answers = {"Once upon a time, there was a little": "girl", "The dog": "nothing of the kind"}
+    results = evaluate(
+        "hf",
+        GENERATES,
+        tmp_path,
+        answers,
+        model_args={"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"},
+        batch_size=2,
+        device="cpu",
+    )
+    written = [sample["filtered_resps"][0] for sample in results["samples"]["continues"]]
+    assert all(len(text) > 3 and "." not in text for text in written), written
+    assert results["results"]["continues"]["exact_match,none"] <= 0.5
+
+
+def test_sampled_at_a_temperature(tmp_path):
+    task = {
+        **GENERATES,
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 8, "do_sample": True, "temperature": 0.5},
+    }
+    torch.manual_seed(0)
+    results = evaluate(wrapped(tiny_model(), tiny_tokenizer(), 2), task, tmp_path, {"once": "a", "the dog": "b"})
+    assert "continues" in results["results"]
+
+
+@pytest.mark.parametrize("question", ["a dog?", "a do?", "a d?", "is it a dog?"])
+def test_likelihoods_are_refused_in_a_sentence(question, tmp_path):
+    """Whatever the prompt's length, whole patches or not."""
+    with pytest.raises((AttributeError, ValueError), match="CALM has no logits"):
+        evaluate(wrapped(tiny_model(), tiny_tokenizer(), 1), CHOOSES, tmp_path, {question: "yes"})
