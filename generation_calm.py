@@ -42,6 +42,7 @@ from .tables_calm import numbers_up_to
 from .texts_calm import GrowingTexts
 from .token_rules_calm import RulesOfTexts, TokenRules
 from .upstream_calm import GenerateCall, PatchGenerationMixin, with_stated_top_k
+from .virtual_tokens_calm import read_virtual_tokens
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
@@ -286,6 +287,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if call.processors is not None:
             mask = model_kwargs.get("attention_mask")
             rules = RulesOfTexts(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
+        compiles = call.compile_config is not None
+        inputs = read_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
 
         steps = None
         if call.compile_config is not None:
@@ -468,10 +471,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def _read_all_but_last_chunk(self, inputs: dict, cache: Cache, chunk_size: int) -> dict:
         """Reads a packed prompt into the cache, `chunk_size` tokens (whole patches, at least one) at a time, but for
         the last chunk; returns the inputs of that one."""
-        patches = max(1, chunk_size // self.config.patch_size)
+        patches, past = max(1, chunk_size // self.config.patch_size), cache.get_seq_length()
         *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
         for i, chunk in enumerate(chunks, start=1):
-            mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : i * patches]
+            mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : past + i * patches]
             self(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
         return {**inputs, "input_ids": last}
 

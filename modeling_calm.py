@@ -40,6 +40,7 @@ from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401
 from .token_rules_calm import TokenRules  # noqa: F401
 from .upstream_calm import OffloadableModel
+from .virtual_tokens_calm import read_virtual_tokens  # noqa: F401
 
 NO_LOGITS = (
     "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
@@ -129,7 +130,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         Args:
             input_ids (`(B, L)`): whole patches.
             attention_mask (`(B, L)` or `(B, P)`, past included): by token or by patch; a patch is attended to when
-                any of its tokens is.
+                any of its tokens is. The cached part alone may be by patch, as prefix tuning's virtual tokens are.
             position_ids (`(B, P)`): positions of patches; by default they count the patches attended to.
             past_key_values: cache over patches.
             inputs_embeds (`(B, L, D)`): token embeddings in place of ids.
@@ -147,7 +148,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             )
         patches = self.embed_patches(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        attention_mask = self.patch_mask(attention_mask, past + patches.shape[1])
+        attention_mask = self.patch_mask(attention_mask, past + patches.shape[1], past)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         if position_ids is not None and position_ids.shape[-1] != patches.shape[1]:
@@ -177,14 +178,18 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         num_patches, size = length // self.config.patch_size, self.config.patch_size * inputs_embeds.shape[-1]
         return self.embed_proj(inputs_embeds.reshape(batch_size, num_patches, size))
 
-    def patch_mask(self, attention_mask: Tensor | None, num_patches: int) -> Tensor | None:
-        """A mask by token or by patch → one by patch, (B, num_patches); others than 2-D pass through."""
+    def patch_mask(self, attention_mask: Tensor | None, num_patches: int, past: int = 0) -> Tensor | None:
+        """A mask by token or by patch, or of `past` by patch and the rest by token → one by patch, (B, num_patches);
+        others than 2-D pass through."""
         if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             return attention_mask
         if attention_mask.shape[1] == num_patches:
             return attention_mask
         if attention_mask.shape[1] == num_patches * self.config.patch_size:
             return attention_mask.unflatten(1, (num_patches, -1)).amax(-1)
+        if attention_mask.shape[1] == past + (num_patches - past) * self.config.patch_size:
+            new = attention_mask[:, past:].unflatten(1, (num_patches - past, -1)).amax(-1)
+            return torch.cat([attention_mask[:, :past], new], dim=1)
         raise ValueError(
             f"attention_mask has length {attention_mask.shape[1]}: it must count {num_patches} patches or "
             f"{num_patches * self.config.patch_size} tokens, those in the cache included."

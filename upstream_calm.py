@@ -24,6 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 from .configuration_calm import CALMConfig
+from .virtual_tokens_calm import num_virtual_patches
 
 if TYPE_CHECKING:  # the class that the hooks are mixed into is a model, too
 
@@ -355,13 +356,6 @@ class PatchGenerationMixin(_Base):
         return self.write_patches(input_ids, generation_config, call, model_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        replacement = vars(self).get("prepare_inputs_for_generation")
-        if replacement is not None and getattr(replacement, "__self__", None) is not self:  # PEFT puts it back so
-            raise ValueError(
-                "prepare_inputs_for_generation of this model was replaced, as PEFT's prompt tuning, p-tuning and "
-                "prefix tuning do: CALM's generate() packs patches itself and would ignore the virtual tokens; use "
-                "LoRA instead."
-            )
         generator = model_kwargs.get("generator")
         generators = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
         if not all(isinstance(each, torch.Generator) for each in generators):
@@ -369,6 +363,9 @@ class PatchGenerationMixin(_Base):
                 f"generator={generator!r}: must be a torch.Generator on the model's device, as "
                 "torch.Generator(device).manual_seed(0), or a list of them, one a row."
             )
+        if num_virtual_patches(self):  # then upstream would look for our own arguments in PEFT's method
+            own = inspect.signature(type(self).prepare_inputs_for_generation).parameters
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
         self._upstream._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict[str, Any]):
@@ -508,7 +505,7 @@ class PatchGenerationMixin(_Base):
         return prepare(_ViewForUpstream(self), generation_config, model_kwargs, generation_mode, batch_size, patches)
 
     def _cached_patches(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.patch_size) + 1
+        return num_virtual_patches(self) + -(-num_tokens // self.config.patch_size) + 1
 
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")

@@ -34,6 +34,7 @@ CODE_FILES = {
     "text_scores_calm.py",
     "texts_calm.py",
     "upstream_calm.py",
+    "virtual_tokens_calm.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",

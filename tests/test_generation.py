@@ -457,25 +457,6 @@ def test_servers_that_ask_for_continuous_batching_hear_that_there_is_none(model)
     assert not hasattr(model, "continuous_batching_context_manager")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    ],
-    ids=["prompt tuning", "p-tuning", "prefix tuning"],
-)
-def test_virtual_tokens_are_refused_and_not_ignored(config):
-    model = peft.get_peft_model(tiny_model(), config)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="would ignore the virtual tokens; use LoRA"):
-            generate(model, input_ids=PROMPT)
-    # After the refusal PEFT puts the model's own method back: alone, it generates as before.
-    alone = generate(model.get_base_model(), max_new_tokens=6, **NO_EOS)
-    assert torch.equal(alone, generate(tiny_model(), max_new_tokens=6, **NO_EOS))
-
-
 def test_a_lora_adapter_is_not_ignored():
     plain = generate(tiny_model(), max_new_tokens=12, **NO_EOS)
     adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj", "out_hidden"], init_lora_weights=False)

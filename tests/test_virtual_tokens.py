@@ -1,0 +1,208 @@
+"""PEFT's prompt tuning, p-tuning and prefix tuning on a CALM: whole patches of virtual tokens, read and trained."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from tiny import BOS, PAD, tiny_model
+from transformers import CompileConfig
+
+K = 4
+ROWS = [[BOS, 40, 41, 42, 43, 44, 45, 46, 47, 48], [BOS, 50, 51, 52], [BOS, 60, 61, 62, 63, 64, 65]]
+LAW = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 12, "eos_token_id": None}
+KINDS = ["prompt", "p-tuning", "prefix", "projected prefix"]
+
+
+def config_of(kind: str, num_virtual_tokens: int = 8):
+    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": num_virtual_tokens}
+    return {
+        "prompt": lambda: peft.PromptTuningConfig(**common),
+        "p-tuning": lambda: peft.PromptEncoderConfig(**common, encoder_hidden_size=16),
+        "prefix": lambda: peft.PrefixTuningConfig(**common),
+        "projected prefix": lambda: peft.PrefixTuningConfig(**common, prefix_projection=True, encoder_hidden_size=16),
+    }[kind]()
+
+
+def exact(**overrides):
+    """In float64: what a step reads at once or in parts differs by rounding alone, which no draw notices."""
+    return tiny_model(**overrides).double()
+
+
+def adapted(kind: str, num_virtual_tokens: int = 8, **overrides) -> peft.PeftModel:
+    torch.manual_seed(1)
+    model = peft.get_peft_model(exact(**overrides), config_of(kind, num_virtual_tokens)).double().eval()
+    with torch.no_grad():
+        [p.normal_(std=0.5) for p in model.prompt_encoder.parameters()]
+    return model
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def text_of(model, row: list[int] = ROWS[0], **kwargs) -> list:
+    settings = {**LAW, "generator": generators(1), **kwargs}
+    return model.generate(input_ids=torch.tensor([row]), **settings)[:, len(row) :].tolist()
+
+
+def batch_of(rows) -> dict:
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def text_by_hand(adapter: peft.PeftModel, row: list[int]) -> list:
+    """No cache and no generate: each step reads the virtual tokens and all the rest anew."""
+    model, (generator,) = adapter.get_base_model(), generators(1)
+    ids = torch.tensor([[PAD] * (-len(row) % K) + row])
+    width = ids.shape[1]
+    sampling = model.patch_sampling(do_sample=True, temperature=0.5, num_candidates=20)
+    while ids.shape[1] < width + LAW["max_new_tokens"]:
+        virtual = adapter.get_prompt(1)
+        if isinstance(virtual, torch.Tensor):
+            embeds = torch.cat([virtual, model.get_input_embeddings()(ids)], dim=1)
+            hidden = model(inputs_embeds=embeds).last_hidden_state
+        else:
+            hidden = model(ids, past_key_values=virtual).last_hidden_state
+        ids = torch.cat([ids, model.next_patches(hidden[:, -1], sampling, [generator])], dim=1)
+    return ids[:, width:].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestGeneration:
+    def test_the_text_is_that_of_a_loop_by_hand(self, kind):
+        model = adapted(kind)
+        for row in ROWS:
+            assert text_of(model, row) == text_by_hand(model, row)
+        assert text_of(model) != text_of(exact())
+        with model.disable_adapter():
+            assert text_of(model) == text_of(exact())
+
+    def test_a_row_in_a_batch_is_what_it_is_alone(self, kind):
+        model = adapted(kind)
+        together = model.generate(**batch_of(ROWS), **LAW, generator=generators(3))[:, 10:].tolist()
+        for b, row in enumerate(ROWS):
+            assert together[b] == text_of(model, row, generator=[generators(3)[b]])[0]
+
+    @pytest.mark.parametrize("settings", [{"prefill_chunk_size": K}, {"cache_implementation": "static"}], ids=str)
+    def test_other_ways_of_reading_come_to_the_same(self, kind, settings):
+        model = adapted(kind)
+        plain = model.generate(**batch_of(ROWS), **LAW, generator=generators(3))
+        assert torch.equal(model.generate(**batch_of(ROWS), **LAW, **settings, generator=generators(3)), plain)
+
+    def test_several_texts_of_a_prompt(self, kind):
+        model, batch = adapted(kind), batch_of(ROWS[:2])
+        texts = model.generate(**batch, **LAW, num_return_sequences=2, generator=generators(4))[:, 10:].tolist()
+        for b, text in enumerate(texts):
+            assert text == text_of(model, ROWS[b // 2], generator=[generators(4)[b]])[0]
+
+    def test_greedy_text(self, kind):
+        model = adapted(kind)
+        greedy = {"do_sample": False, "temperature": None, "generator": None}
+        text = text_of(model, **greedy)
+        assert text == text_of(model, **greedy) != text_of(exact(), **greedy)
+
+    def test_saved_and_loaded_it_writes_the_same(self, kind, tmp_path):
+        model = adapted(kind)
+        text = text_of(model)
+        model.save_pretrained(tmp_path)
+        assert text_of(peft.PeftModel.from_pretrained(exact(), tmp_path).double()) == text
+
+    def test_what_cannot_work_is_refused_and_the_model_stays_whole(self, kind):
+        model = adapted(kind)
+        for settings, sentence in [
+            ({"use_cache": False}, "use_cache=False: virtual tokens"),
+            ({"cache_implementation": "static", "compile_config": CompileConfig()}, "compile_config: virtual tokens"),
+            ({"num_candidate": 3}, "num_candidate"),
+        ]:
+            with pytest.raises(ValueError, match=sentence):
+                text_of(model, **settings)
+        assert text_of(model.get_base_model()) == text_of(exact())
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+def test_virtual_tokens_must_be_whole_patches(kind):
+    model = adapted(kind, num_virtual_tokens=6)
+    with pytest.raises(ValueError, match="num_virtual_tokens=6: must be a multiple of patch_size=4"):
+        text_of(model)
+    ids = torch.tensor([ROWS[0][:8]])
+    with pytest.raises(ValueError, match="got 14 tokens a row.*virtual tokens count, too"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_those_of_a_prefix_need_not_be():
+    """Each is a patch of its own in the cache."""
+    model = adapted("prefix", num_virtual_tokens=3)
+    assert text_of(model) == text_by_hand(model, ROWS[0])
+
+
+def test_keys_and_values_shared_by_heads():
+    model = adapted("prefix", num_key_value_heads=2)
+    assert text_of(model) == text_by_hand(model, ROWS[0])
+
+
+def test_each_task_has_its_own():
+    config = peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=K, num_tasks=2, prompt_tuning_init="RANDOM"
+    )
+    model = peft.get_peft_model(exact(), config).double().eval()
+    with torch.no_grad():
+        [p.normal_(std=0.5) for p in model.prompt_encoder.parameters()]
+    both = model.generate(**batch_of([ROWS[0]] * 2), task_ids=torch.tensor([0, 1]), **LAW, generator=generators(2))
+    for task in (0, 1):
+        alone = text_of(model, task_ids=torch.tensor([task]), generator=[generators(2)[task]])
+        assert both[task, 10:].tolist() == alone[0]
+    assert text_of(model, task_ids=torch.tensor([0])) != text_of(model, task_ids=torch.tensor([1]))
+
+
+def test_another_replacement_is_refused():
+    model = tiny_model()
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: {}
+    with pytest.raises(ValueError, match="was replaced"):
+        text_of(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestTraining:
+    def test_the_loss_is_that_of_the_same_inputs_by_hand(self, kind):
+        """Rows of unequal length. With virtual tokens before it, a row's first patch is a target."""
+        adapter, ids = adapted(kind, head_type="token_chain"), torch.randint(3, 95, (2, 12))
+        mask = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
+        labels = ids.masked_fill(mask == 0, -100)
+        loss = adapter(input_ids=ids, attention_mask=mask, labels=labels).loss
+        model, virtual, terms = adapter.get_base_model(), adapter.get_prompt(1), []
+        for b, length in enumerate((12, 8)):
+            row = ids[b : b + 1, :length]
+            if isinstance(virtual, torch.Tensor):
+                embeds = torch.cat([virtual, model.get_input_embeddings()(row)], dim=1)
+                own = torch.cat([row.new_full((1, 8), -100), row], dim=1)
+                terms.append(model(inputs_embeds=embeds, labels=own).loss * (length // K))
+            else:
+                own = model(row, past_key_values=adapter.get_prompt(1), labels=row).loss
+                terms.append(own * (length // K - 1))
+        count = 5 if isinstance(virtual, torch.Tensor) else 3
+        assert torch.allclose(loss, torch.stack(terms).sum() / count)
+
+    def test_training_moves_the_virtual_tokens_alone_and_the_loss_falls(self, kind):
+        torch.manual_seed(1)
+        model, ids = (
+            peft.get_peft_model(tiny_model("token_chain"), config_of(kind)).train(),
+            torch.randint(3, 95, (4, 16)),
+        )
+        before = copy.deepcopy(model.state_dict())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+        def loss_of():
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+
+        first = loss_of().item()
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss_of().backward()
+            optimizer.step()
+        assert loss_of().item() < 0.9 * first
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert moved and all(name.startswith("prompt_encoder.") for name in moved)
