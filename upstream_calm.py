@@ -364,7 +364,7 @@ class PatchGenerationMixin(_Base):
                 "torch.Generator(device).manual_seed(0), or a list of them, one a row."
             )
         if num_virtual_patches(self):  # then upstream would look for our own arguments in PEFT's method
-            own = inspect.signature(type(self).prepare_inputs_for_generation).parameters
+            own = inspect.signature(getattr(type(self), "prepare_inputs_for_generation")).parameters  # noqa: B009
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
         self._upstream._validate_model_kwargs(model_kwargs)
 
