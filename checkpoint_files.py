@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from tqdm import tqdm
+
+from calm.progress import progress_bar
 
 SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TAGS}
@@ -235,7 +236,7 @@ def write_safetensors(
     current = "its header"
     try:
         # Unbuffered, so that a full disk is met at the tensor it is full at.
-        with open(path, "wb", buffering=0) as file, tqdm(total=end, unit="B", unit_scale=True, disable=None) as bar:
+        with open(path, "wb", buffering=0) as file, progress_bar(None, "Converting", "B", end) as bar:
             _write_all(file, struct.pack("<Q", len(encoded)) + encoded)
             for current in shapes:
                 tensor = make(current)
