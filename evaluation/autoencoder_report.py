@@ -20,6 +20,7 @@ from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
 from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.progress import load_with_bar, progress_bar
 from calm.training.diagnostics import ACTIVE_NATS
 from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ def noise_accuracy(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor, sigma
     generator = torch.Generator(mean_PZ.device).manual_seed(seed)
     noise_PZ = torch.randn(mean_PZ.shape, generator=generator, device=mean_PZ.device, dtype=mean_PZ.dtype)
     rows = []
-    for sigma in sigmas:
+    for sigma in progress_bar(sigmas, "Decoding", "noise level"):
         right_PK = autoencoder.decode_tokens(mean_PZ + sigma * noise_PZ) == patches_PK
         rows.append(
             {
@@ -75,7 +76,7 @@ def load_autoencoder(name: str) -> CALMAutoencoder:
         autoencoder = load_causal_lm(name).autoencoder
         assert isinstance(autoencoder, CALMAutoencoder), "every CALM has one"
         return autoencoder
-    return CALMAutoencoder.from_pretrained(name, dtype="auto").eval()
+    return load_with_bar(CALMAutoencoder.from_pretrained, name, dtype="auto").eval()
 
 
 def report(rows: list[dict], statistics: dict, num_patches: int) -> str:

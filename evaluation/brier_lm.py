@@ -63,7 +63,7 @@ def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierS
         raise ValueError(f"{len(blocks_BL)} blocks for {state.num_processes} processes: start fewer processes")
     own_blocks = blocks_BL[state.process_index :: state.num_processes]
     seed = args.seed + state.process_index
-    return count_model(model, own_blocks, args.batch_size, seed, state.is_main_process).gather().score()
+    return count_model(model, own_blocks, args.batch_size, seed).gather().score()
 
 
 def table(scores: dict[str, BrierScore], block_size: int) -> str:

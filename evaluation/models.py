@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -21,6 +22,7 @@ from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N, BrierCounts
 from calm.evaluation.calm_estimator import count_calm
 from calm.modeling_calm import CALMForCausalLM
+from calm.progress import load_with_bar, progress_bar
 from calm.training.extras import need
 
 
@@ -68,7 +70,7 @@ def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.d
     if isinstance(config, CALMAutoencoderConfig):
         raise ValueError(f"{name}: is an autoencoder, not a language model")
     model_class = CALMForCausalLM if isinstance(config, CALMConfig) else AutoModelForCausalLM
-    model = model_class.from_pretrained(name, dtype=dtype)
+    model = load_with_bar(model_class.from_pretrained, name, dtype=dtype)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 
@@ -92,9 +94,11 @@ def positions_per_block(model, block_size: int) -> int:
 
 @torch.no_grad()
 def count_model(
-    model, blocks_BL: torch.Tensor, batch_size: int = 1, seed: int = 0, progress: bool = False
+    model, blocks_BL: torch.Tensor, batch_size: int = 1, seed: int = 0, bar: tqdm | None = None
 ) -> BrierCounts:
     """Counts of Brier-1..4 of a CALM or another causal LM on blocks (B, L) of its own tokens.
+
+    Shows a bar of the blocks, or advances the one that it is given.
 
     Raises ValueError for blocks that the model cannot read and for ids outside its vocabulary.
     """
@@ -110,5 +114,9 @@ def count_model(
     else:
         reader = causal_lm_reader(model, blocks_BL)
         count = partial(count_ar, reader, generator=generator)
-    batches = tqdm(blocks_BL.split(batch_size), desc="BrierLM", unit="batch", disable=not progress)
-    return sum((count(tokens_BL=batch_BL) for batch_BL in batches), BrierCounts.empty())
+    counts = BrierCounts.empty()
+    with progress_bar(None, "BrierLM", "block", len(blocks_BL)) if bar is None else nullcontext(bar) as bar:
+        for batch_BL in blocks_BL.split(batch_size):
+            counts += count(tokens_BL=batch_BL)
+            bar.update(len(batch_BL))
+    return counts

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.modeling_calm import CALMForCausalLM
+from calm.progress import load_with_bar
 from calm.token_chain_head_calm import TokenChain
 from calm.training.configuration import backbone_note, llama_config_of, say
 from calm.training.recipe import PATCH_EMBEDDINGS, Recipe, RecipeError
@@ -34,8 +35,8 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
     if getattr(config, "quantization_config", None):
         raise RecipeError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
     try:
-        llama, info = LlamaForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair by this:
-            where, config=config, dtype="auto", output_loading_info=True
+        llama, info = load_with_bar(
+            LlamaForCausalLM.from_pretrained, where, config=config, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{what} {where}: its weights cannot be read: {' '.join(str(error).split())}") from error

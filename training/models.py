@@ -10,6 +10,7 @@ from calm.bundle_files import generation_defaults
 from calm.configuration_calm import HEADS, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.progress import load_with_bar
 from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
 from calm.training.backbone import begin_chain, begin_with_llama
 from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of
@@ -29,11 +30,11 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         before = config_before(recipe)
         config = changed_config(recipe, before)
         load = CALMForCausalLM.from_pretrained if config.head_type == before.head_type else with_new_head
-        model = load(recipe.init_from, config=config)
+        model = load_with_bar(load, recipe.init_from, config=config)
         fit_head(model, recipe)
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
-    model.autoencoder.load_state_dict(CALMAutoencoder.from_pretrained(recipe.autoencoder).state_dict())
+    model.autoencoder.load_state_dict(load_with_bar(CALMAutoencoder.from_pretrained, recipe.autoencoder).state_dict())
     if begins_with_llama(recipe):
         begin_with_llama(model, recipe)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
