@@ -12,9 +12,15 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import IO
 
+from tqdm import tqdm
+
+from calm.progress import progress_bar, shows_bars
 from calm.training.extras import need
 from calm.training.recipe import DataOptions
 
@@ -78,24 +84,41 @@ def _format(path: Path) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
-def _open(path: Path):
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdFile(path))
-    return open(path, "rb")
+@contextmanager
+def _open(path: Path, bar: tqdm | None) -> Iterator[IO[bytes]]:
+    with io.BufferedReader(_CountedFile(path, bar), buffer_size=1 << 16) as file:
+        if path.suffix == ".xz":
+            yield lzma.open(file)
+        elif path.suffix == ".gz":
+            yield gzip.open(file)
+        elif path.suffix == ".zst":
+            yield io.BufferedReader(_ZstdFile(path, file))
+        else:
+            yield file
+
+
+class _CountedFile(io.FileIO):
+    """A file whose bytes a bar counts as they are read."""
+
+    def __init__(self, path: Path, bar: tqdm | None):
+        super().__init__(path)
+        self.bar = bar
+
+    def readinto(self, buffer) -> int | None:
+        count = super().readinto(buffer)
+        if self.bar is not None:
+            self.bar.update(count or 0)
+        return count
 
 
 class _ZstdFile(io.RawIOBase):
     """Decompressed bytes of a .zst file of one or more frames. The library's own reader takes a cut file for whole."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, file: io.BufferedReader):
         need("zstandard", "train", str(path))
         import zstandard
 
-        self.file = open(path, "rb")
+        self.file = file
         self.decompressor, self.error = zstandard.ZstdDecompressor(), zstandard.ZstdError
         self.frame, self.ready = None, b""
 
@@ -125,7 +148,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 def read_documents(
-    files: Iterable[Path], text_column: str = "text", bad_lines: BadLines | None = None
+    files: Iterable[Path], text_column: str = "text", bad_lines: BadLines | None = None, bar: tqdm | None = None
 ) -> Iterator[str]:
     """Documents of the files, in order.
 
@@ -133,6 +156,7 @@ def read_documents(
         files: as `expand_paths` gives them.
         text_column: field of a .jsonl line, or column of a .parquet file, that holds the text.
         bad_lines: counts what is skipped; `None` stops at the first bad line.
+        bar: advances by the files' bytes, compressed as they are.
 
     Raises:
         DataError: a bad line when they are not skipped; a damaged file, or one without the column, always.
@@ -142,22 +166,22 @@ def read_documents(
     for path in files:
         suffix = _format(path)
         assert suffix is not None, f"{path}: expand_paths gives files of a known format only"
-        yield from readers[suffix](path, text_column, bad_lines)
+        yield from readers[suffix](path, text_column, bad_lines, bar)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
     number = 0
     try:
-        with _open(path) as file:
+        with _open(path, bar) as file:
             for number, line in enumerate(file, 1):  # noqa: B007 - the number stands in the error
                 yield line
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}, after line {number}: the file is damaged or cut short ({error}).") from error
 
 
-def _read_txt(path, text_column, bad_lines):
+def _read_txt(path, text_column, bad_lines, bar):
     lines = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_lines(path, bar), 1):
         try:
             lines.append(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -165,8 +189,8 @@ def _read_txt(path, text_column, bad_lines):
     yield "".join(lines)
 
 
-def _read_jsonl(path, text_column, bad_lines):
-    for number, line in enumerate(_lines(path), 1):
+def _read_jsonl(path, text_column, bad_lines, bar):
+    for number, line in enumerate(_lines(path, bar), 1):
         if not line.strip():
             continue
         try:
@@ -183,12 +207,13 @@ def _read_jsonl(path, text_column, bad_lines):
         yield row[text_column]
 
 
-def _read_parquet(path, text_column, bad_lines):
+def _read_parquet(path, text_column, bad_lines, bar):
     need("pyarrow", "train", path)
     import pyarrow
     import pyarrow.parquet
 
-    source = str(path) if path.suffix == ".parquet" else io.BytesIO(b"".join(_lines(path)))
+    is_plain = path.suffix == ".parquet"
+    source = str(path) if is_plain else io.BytesIO(b"".join(_lines(path, bar)))
     try:
         table = pyarrow.parquet.ParquetFile(source)
     except pyarrow.ArrowInvalid as error:
@@ -204,6 +229,8 @@ def _read_parquet(path, text_column, bad_lines):
                 yield text
             else:
                 bad_lines.report(path, number, f'no string in the column "{text_column}"')
+        if bar is not None and is_plain:
+            bar.update(path.stat().st_size * batch.num_rows / table.metadata.num_rows)
 
 
 def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | None = None) -> Iterator[str]:
@@ -230,43 +257,72 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
         DataError: there is none within reach.
     """
     need("datasets", extra, "a Hub data set")
+    import datasets
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    if not shows_bars():
+        datasets.disable_progress_bars()
     try:
         return load_dataset(name, config, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError, ValueError, DatasetNotFoundError) as error:
         raise DataError(f"{name}: neither a file here nor a Hub dataset within reach ({error}).") from error
 
 
-def documents(options: DataOptions, part: str) -> tuple[Iterator[str], list]:
+def documents(options: DataOptions, part: str, what: str | None = None) -> tuple[Iterator[str], list]:
     """Documents of the "train" or "validation" part, and where they come from (JSON, for the key of the token cache).
 
     What was skipped is said on stderr when all are read.
+
+    Args:
+        options: where they are.
+        part: which.
+        what: is done with them, for a bar that shows how many are read; `None` for none.
 
     Raises:
         DataError: no data named, or as `expand_paths` and `open_hub_dataset`; while reading, as `read_documents`.
     """
     paths = options.train_files if part == "train" else options.validation_files
-    bad_lines = BadLines(options.skip_bad_lines)
+    bad_lines, limit = BadLines(options.skip_bad_lines), options.max_documents
     if paths:
         files = expand_paths(paths)
         source = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        texts = read_documents(files, options.text_column, bad_lines)
+        read = partial(read_documents, files, options.text_column, bad_lines)
+        unit, total = "B", size_of(files)
     elif options.dataset:
         split = options.dataset_split if part == "train" else options.validation_split
         stream = options.streaming and part == "train"
         dataset = open_hub_dataset(options.dataset, options.dataset_config, split, stream, "train")
         source = [options.dataset, options.dataset_config, split, getattr(dataset, "_fingerprint", None)]
-        texts = read_hub_dataset(dataset, options.text_column, bad_lines)
+        read = partial(read_hub_dataset, dataset, options.text_column, bad_lines)
+        unit, total = "document", len(dataset) if isinstance(dataset, Sized) else None
     elif part == "train":
         raise DataError("no data: give --train_files files or folders, or --dataset a Hub data set.")
     else:
         raise DataError("no held-out data: give --validation_files, or --eval_strategy no.")
-    return _limited(texts, options.max_documents, bad_lines), source
+    if limit is not None:
+        unit, total = "document", min(limit, total) if unit == "document" and total is not None else limit
+    return _read(read, limit, bad_lines, what, unit, total), source
 
 
-def _limited(texts: Iterator[str], limit: int | None, bad_lines: BadLines) -> Iterator[str]:
-    yield from itertools.islice(texts, limit)
+def size_of(files: Iterable[Path]) -> int:
+    """In bytes, compressed as they are."""
+    return sum(file.stat().st_size for file in files)
+
+
+def _read(
+    read: Callable[..., Iterator[str]],
+    limit: int | None,
+    bad_lines: BadLines,
+    what: str | None,
+    unit: str,
+    total: int | None,
+) -> Iterator[str]:
+    with progress_bar(None, what, unit, total) if what else nullcontext() as bar:
+        counts_bytes = bar is not None and unit == "B"
+        for text in itertools.islice(read(bar=bar) if counts_bytes else read(), limit):
+            yield text
+            if bar is not None and not counts_bytes:
+                bar.update()
     if bad_lines.count:
         print(f"warning: {bad_lines.summary()}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """A model and a recipe → the trained model in the run's folder: data, steps, Trainer's arguments, training, export."""
 
 import copy
-import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ import transformers
 from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
+from calm.progress import load_with_bar, shows_bars, unbroken
 from calm.training.average import WeightAverage
 from calm.training.configuration import config_of, tokenizer_of
 from calm.training.data import Length, PatchCollator, data_sets
@@ -26,7 +26,7 @@ def defaults() -> dict:
         "logging_steps": 10,
         "save_steps": 500,
         "eval_steps": 500,
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": not shows_bars(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
     }
@@ -66,7 +66,7 @@ def begin(recipe: Recipe) -> TrainingArguments:
     args = training_arguments(recipe)
     check_schedule(args)
     transformers.logging.set_verbosity_warning()
-    transformers.logging.disable_progress_bar()  # of loading and saving; training has its own
+    transformers.logging.disable_progress_bar()  # of saving; loading and training have ours
     try:
         folder_of(args).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,7 +141,8 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
     tokenizer = tokenizer_of(recipe)
     config = config_of(recipe, tokenizer)
     stated = begin(recipe)
-    model = model_class.from_pretrained(recipe.init_from) if recipe.init_from else model_class(config)
+    load = model_class.from_pretrained
+    model = load_with_bar(load, recipe.init_from) if recipe.init_from else model_class(config)
     fit(recipe, stated, model, tokenizer, getattr(config, "patch_size", 1), resume)
 
 
@@ -191,7 +192,8 @@ def fit(
         state = f"resuming from {last.name}" if last else "from the start"
         print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
     torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with unbroken():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.export(tokenizer)
     return trainer
 

@@ -1,7 +1,6 @@
 """A byte-level BPE tokenizer trained on text, and saving one so that every supported transformers version reads it."""
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,  # its bars know neither rate nor time left
     )
     bpe.train_from_iterator(documents, trainer)
     if bpe.get_vocab_size() < vocab_size:

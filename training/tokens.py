@@ -122,7 +122,7 @@ def token_file(options: DataOptions, part: str, tokenizer, patch_size: int, fold
         DataError: as `documents` and `tokenize_documents`, or there is no text.
     """
     separation = separation_of(options, patch_size)
-    texts, source = documents(options, part)
+    texts, source = documents(options, part, f"Tokenising, {part}")
     key = {
         "source": source,
         "text_column": options.text_column,

@@ -12,7 +12,7 @@ VOCAB_SIZE = 4096  # where a recipe states none
 
 def train(recipe: Recipe, resume: str) -> None:
     """From the start, whatever `resume` says: it takes seconds."""
-    texts, _ = documents(recipe.data, "train")
+    texts, _ = documents(recipe.data, "train", "Counting words")
     try:
         tokenizer = train_bpe(texts, recipe.model.get("vocab_size", VOCAB_SIZE))
         save_tokenizer(tokenizer, recipe.output_dir)

@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from calm.progress import progress_bar
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
 from calm.training.average import WeightAverage
 from calm.training.diagnostics import diagnose
@@ -59,6 +60,8 @@ class CALMTrainer(Trainer):
     ):
         with keeping_use_cache(model.config):
             super().__init__(model, *args, **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(TrainingBar())
         self.keep_checkpoints, self.average, self.head_learning_rate = keep_checkpoints, average, head_learning_rate
         if average is not None:
             self.add_callback(average)
@@ -248,6 +251,32 @@ class CALMTrainer(Trainer):
             save_tokenizer(tokenizer, folder)
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
+
+
+class TrainingBar(ProgressCallback):
+    """One bar of the training's steps, which begins where a resumed run does, and says how far an evaluation is.
+
+    Upstream's counts the steps of before as done now, and shows a second bar for each evaluation.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = progress_bar(None, "Training", "step", state.max_steps, done=state.global_step)
+        self.num_evaluated = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            self.training_bar.update(state.global_step - self.training_bar.n)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader: Sized | None = None, **kwargs):
+        self.num_evaluated += 1
+        if self.training_bar is not None and eval_dataloader is not None:
+            self.training_bar.set_postfix_str(f"evaluating {self.num_evaluated}/{len(eval_dataloader)}")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.num_evaluated = 0
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str("")
 
 
 def folder_of(args: TrainingArguments) -> Path:
