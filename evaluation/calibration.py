@@ -19,10 +19,12 @@ from math import ceil
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from calm.command_line import Parser, command, known_errors, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
+from calm.progress import progress_bar
 from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
 
@@ -44,9 +46,13 @@ def tokenizer_folder(run: Path) -> Path:
 
 
 @torch.no_grad()
-def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1) -> float:
-    """Nats per predicted token."""
-    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in blocks_BL.split(batch_size)]
+def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1, bar: tqdm | None = None) -> float:
+    """Nats per predicted token; a bar advances by the blocks."""
+    losses = []
+    for batch in blocks_BL.split(batch_size):
+        losses.append(model(input_ids=batch, labels=batch).loss * len(batch))
+        if bar is not None:
+            bar.update(len(batch))
     return (torch.stack(losses).sum() / len(blocks_BL)).item()
 
 
@@ -60,16 +66,22 @@ def correlations(first: Sequence[float], second: Sequence[float]) -> dict[str, f
 def measure(run: Path, args: argparse.Namespace) -> list[dict]:
     """One row a checkpoint: step, cross_entropy, brier, brierlm."""
     rows, blocks_BL = [], None
-    for step, folder in checkpoints(run).items():
-        model = load_causal_lm(str(folder))
-        if is_calm(model):
-            raise ValueError(f"{folder}: a CALM has no cross-entropy; calibration takes an ordinary language model")
-        if blocks_BL is None:
-            tokenizer = load_tokenizer(args.tokenizer or tokenizer_folder(run))
-            max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
-            blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
-        score = count_model(model, blocks_BL, args.batch_size, args.seed).score()
-        rows.append({"step": step, "cross_entropy": cross_entropy(model, blocks_BL, args.batch_size), **asdict(score)})
+    folders = checkpoints(run)
+    with progress_bar(None, "Checkpoints", "block") as bar:
+        for step, folder in folders.items():
+            model = load_causal_lm(str(folder))
+            if is_calm(model):
+                raise ValueError(
+                    f"{folder}: a CALM has no cross-entropy; calibration takes an ordinary language model"
+                )
+            if blocks_BL is None:
+                tokenizer = load_tokenizer(args.tokenizer or tokenizer_folder(run))
+                max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
+                blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
+                bar.reset(2 * len(folders) * len(blocks_BL))  # each for both figures
+            score = count_model(model, blocks_BL, args.batch_size, args.seed, bar).score()
+            entropy = cross_entropy(model, blocks_BL, args.batch_size, bar)
+            rows.append({"step": step, "cross_entropy": entropy, **asdict(score)})
     return rows
 
 

@@ -12,7 +12,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from math import ceil
 
 import torch
 from transformers import set_seed
@@ -21,8 +23,9 @@ from calm.command_line import Parser, command, known_errors, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
 from calm.generation_calm import PatchSampling
+from calm.progress import progress_bar, say
 from calm.samplers_calm import check_num_candidates, check_temperature
-from calm.training.documents import expand_paths, read_documents
+from calm.training.documents import expand_paths, read_documents, size_of
 from calm.training.tokenizer import load_tokenizer
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
@@ -41,6 +44,27 @@ def invented(texts: list[str], known: set[str]) -> tuple[list[str], int]:
     """The words of the texts that are not known, in order, and how many words there are."""
     words = [word for text in texts for word in words_of(text)[:-1]]
     return [word for word in words if word not in known], len(words)
+
+
+@contextmanager
+def counted_steps(model, num_steps: int, times: int) -> Iterator[Callable[[], None]]:
+    """A bar of the steps in which the model writes texts, so many times; call what it gives when one time is over."""
+    finished = 0
+
+    def count(*_) -> None:
+        bar.update(min(1, finished + num_steps - bar.n))
+
+    def finish() -> None:
+        nonlocal finished
+        finished += num_steps
+        bar.update(finished - bar.n)  # the texts may have ended before
+
+    hook = model.get_input_embeddings().register_forward_hook(count)
+    try:
+        with progress_bar(None, "Writing", "step", times * num_steps) as bar:
+            yield finish
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -93,7 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with known_errors(ValueError, OSError):
         model, tokenizer = load(args)
-        known = vocabulary_of(read_documents(expand_paths(args.text)))
+        files = expand_paths(args.text)
+        with progress_bar(None, "Reading", "B", size_of(files)) as bar:
+            known = vocabulary_of(read_documents(files, bar=bar))
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     if is_calm(model) and args.num_candidates:
         options["num_candidates"] = args.num_candidates
@@ -101,14 +127,17 @@ def main(argv: list[str] | None = None) -> None:
         options |= {"top_k": 0, "top_p": 1.0}  # plain sampling
     rows = []
     print("| T | words | invented | share | the first of them |\n| --- | --- | --- | --- | --- |")
-    for temperature in args.temperature:
-        texts = continuations(
-            model, tokenizer, args.prompt, args.num_texts, args.seed, temperature=temperature, **options
-        )
-        new, count = invented(texts, known)
-        rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
-        share = f"{len(new) / max(count, 1):.1%}"
-        print(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |", flush=True)
+    num_steps = ceil(args.max_new_tokens / (model.config.patch_size if is_calm(model) else 1))
+    with counted_steps(model, num_steps, len(args.temperature)) as finish:
+        for temperature in args.temperature:
+            texts = continuations(
+                model, tokenizer, args.prompt, args.num_texts, args.seed, temperature=temperature, **options
+            )
+            finish()
+            new, count = invented(texts, known)
+            rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
+            share = f"{len(new) / max(count, 1):.1%}"
+            say(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -19,9 +19,11 @@ from calm.command_line import Parser, command, known_errors, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.progress import progress_bar
 from calm.training.tokenizer import load_tokenizer
 
 CASES = ("left", "left with PAD", "right")
+PROMPTS_AT_ONCE = 250
 
 METHOD = """\
 - "left", the default, fills the *first* patch on its left, with a filler that the model may have met in training.
@@ -65,12 +67,15 @@ def fill_on_the_left(prompts_NL: torch.Tensor, patch_size: int, token_id: int) -
 
 @torch.no_grad()
 def count_continuations(
-    model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, alignment: str, seed: int = 0, batch_size: int = 250
+    model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, alignment: str, bar: tqdm, seed: int = 0
 ) -> BrierCounts:
-    """Counts of two continuations of each prompt by generate() at T = 1; every prompt is a block of its own."""
+    """Counts of two continuations of each prompt by generate() at T = 1; every prompt is a block of its own.
+
+    The bar advances by the prompts.
+    """
     generator = torch.Generator(model.device).manual_seed(seed)
     counts = BrierCounts.empty()
-    for prompts, targets in zip(prompts_NL.split(batch_size), targets_N4.split(batch_size), strict=True):
+    for prompts, targets in zip(prompts_NL.split(PROMPTS_AT_ONCE), targets_N4.split(PROMPTS_AT_ONCE), strict=True):
         texts = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -84,6 +89,7 @@ def count_continuations(
         )
         first, second = texts[:, -MAX_N:].unflatten(0, (-1, 2)).unsqueeze(2).unbind(1)
         counts += BrierCounts.from_draws(first, second, targets.unsqueeze(1))
+        bar.update(len(prompts))
     return counts
 
 
@@ -93,15 +99,16 @@ def measure(
     """Scores by case, one row for each length mod K: prompts of length, length + 1, ... length + K - 1 tokens."""
     windows_NL = windows_NL.to(model.device)
     targets_N4 = windows_NL[:, -MAX_N:]
-    rows = []
-    for extra in tqdm(range(model.config.patch_size), desc="length mod K"):
-        prompts_NL = cut_prompts(windows_NL, length + extra, bos_token_id)
-        rows.append({})
-        for case in CASES:
-            prompts = prompts_NL
-            if case == "left with PAD":
-                prompts = fill_on_the_left(prompts_NL, model.config.patch_size, pad_token_id)
-            rows[-1][case] = count_continuations(model, prompts, targets_N4, case.split()[0], seed).score()
+    rows, patch_size = [], model.config.patch_size
+    with progress_bar(None, "Continuing", "prompt", patch_size * len(CASES) * len(windows_NL)) as bar:
+        for extra in range(patch_size):
+            prompts_NL = cut_prompts(windows_NL, length + extra, bos_token_id)
+            rows.append({})
+            for case in CASES:
+                prompts = prompts_NL
+                if case == "left with PAD":
+                    prompts = fill_on_the_left(prompts_NL, patch_size, pad_token_id)
+                rows[-1][case] = count_continuations(model, prompts, targets_N4, case.split()[0], bar, seed).score()
     return rows
 
 
