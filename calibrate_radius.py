@@ -29,6 +29,7 @@ from calm.candidates_calm import weights_fingerprint
 from calm.checkpoint_files import DTYPES, first_line
 from calm.command_line import Parser, command, known_errors
 from calm.modeling_calm import CALMForCausalLM
+from calm.progress import load_with_bar, progress_bar
 from calm.samplers_calm import check_num_candidates, patch_classes
 
 MARGIN = 1.5
@@ -76,26 +77,32 @@ def record_candidates(
     """
     if model.config.bos_token_id is None:
         raise CalibrationError("the model's config.json has no bos_token_id, with which its texts would begin.")
-    recorded = []
-    hook = model.head.register_forward_hook(lambda _, __, latents_NBZ: recorded.append(latents_NBZ.transpose(0, 1)))
+    latents, patches = [], []
+
+    def record(_, __, latents_NBZ: Tensor) -> None:
+        latents.append(latents_NBZ.transpose(0, 1))
+        patches.append(model.autoencoder.decode_tokens(latents[-1]))
+        bar.update()
+
+    hook = model.head.register_forward_hook(record)
     start = torch.full((num_texts, 1), model.config.bos_token_id, device=model.device)
     try:
-        model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            temperature=temperature,
-            num_candidates=num_candidates,
-            sampling_method="batch",
-            generator=torch.Generator(model.device).manual_seed(seed),
-            max_new_tokens=steps * model.config.patch_size,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        with progress_bar(None, "Writing", "step", steps) as bar:
+            model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                temperature=temperature,
+                num_candidates=num_candidates,
+                sampling_method="batch",
+                generator=torch.Generator(model.device).manual_seed(seed),
+                max_new_tokens=steps * model.config.patch_size,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
     finally:
         hook.remove()
-    latents_CNZ = torch.cat(recorded)
-    return Recording(model.autoencoder.decode_tokens(latents_CNZ), latents_CNZ)
+    return Recording(torch.cat(patches), torch.cat(latents))
 
 
 def largest_distance(recording: Recording) -> float:
@@ -141,7 +148,7 @@ def load(name: str, device: str, dtype: torch.dtype | str = "auto", **changes) -
         raise ValueError(f"--device {device}: {first_line(error)}") from error
     if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
         raise ValueError(f"--model {name} is no CALM.")
-    model = CALMForCausalLM.from_pretrained(name, dtype=dtype, **changes)
+    model = load_with_bar(CALMForCausalLM.from_pretrained, name, dtype=dtype, **changes)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 
