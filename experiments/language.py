@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calm.command_line import Parser, command, known_errors, positive
 from calm.evaluation.brier import MAX_N
+from calm.progress import progress_bar
 from calm.training.tokenizer import PAD, SPECIAL_TOKENS, save_tokenizer, with_special_tokens
 
 FIRST_SYMBOL = 0x4E00  # the symbols are CJK ideographs in order: 20,000 characters that no normalisation touches
@@ -76,7 +77,7 @@ class HiddenMarkovLanguage:
         rng = np.random.default_rng([self.seed, 1, seed])
         state = _drawn(np.cumsum(self.stationary)[None].repeat(num_documents, 0), rng)
         symbols = np.empty((num_documents, length), dtype=np.int64)
-        for t in range(length):
+        for t in progress_bar(range(length), f"Writing {num_documents} texts", "token"):
             symbols[:, t] = _drawn(emissions[state], rng)
             state = _drawn(moves[state], rng)
         return symbols

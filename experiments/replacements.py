@@ -106,7 +106,10 @@ def main(argv: list[str] | None = None) -> None:
             raise CommandError(f"{args.model}: is no CALM, so there is nothing to replace.")
         language, blocks_BL = text_of(model, args)
         results = {
-            name: measure(reader, model.config.patch_size, language, blocks_BL, args.draws, args.batch_size)
+            name: measure(
+                *(reader, model.config.patch_size, language, blocks_BL, args.draws, args.batch_size),
+                what=f"{name} replaced",
+            )
             for name, reader in readers(model, language, args.auxiliary).items()
         }
     for name, result in results.items():

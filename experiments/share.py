@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from calm.command_line import Parser, command, known_errors, positive, writable
 from calm.evaluation.blocks import pack_blocks
@@ -28,6 +27,7 @@ from calm.evaluation.branching import CalmReader, CausalLMReader
 from calm.evaluation.brier import MAX_N, brierlm, prefix_matches
 from calm.evaluation.models import is_calm, load_causal_lm, positions_per_block
 from calm.experiments.language import HiddenMarkovLanguage, load, scored_beliefs
+from calm.progress import progress_bar
 from calm.training.documents import read_documents
 from calm.training.tokenizer import load_tokenizer
 
@@ -127,6 +127,7 @@ def measure(
     num_draws: int,
     batch_size: int,
     seed: int = 0,
+    what: str = "Share",
 ) -> dict:
     """`summary` of a model on blocks (B, L) of the language's tokens.
 
@@ -138,10 +139,11 @@ def measure(
         num_draws: of every position.
         batch_size: blocks at a time.
         seed: of the draws.
+        what: stands before the progress bar.
     """
     generator = torch.Generator().manual_seed(seed)
     sums, best, positions = [], [], 0
-    for batch_BL in tqdm(blocks_BL.split(batch_size), desc="share", disable=not sys.stderr.isatty()):
+    for batch_BL in progress_bar(blocks_BL.split(batch_size), what, "batch"):
         drawn = continuations(reader, batch_BL, patch_size, num_draws, generator)
         for terms, kept in zip(brier_terms(language, batch_BL, drawn, patch_size), (sums, best), strict=True):
             kept.append(terms)

@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from calm.command_line import Parser, command, known_errors, positive, writable
 from calm.evaluation.branching import CalmReader
@@ -37,6 +36,7 @@ from calm.evaluation.models import is_calm, load_causal_lm
 from calm.experiments.language import HiddenMarkovLanguage, load
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 from calm.modeling_calm import CALMForCausalLM
+from calm.progress import progress_bar
 from calm.samplers_calm import BlockPlan, Pairs, patch_classes
 from calm.training.documents import read_documents
 from calm.training.tokenizer import load_tokenizer
@@ -218,7 +218,7 @@ def measure_model(
     vocab_size = int(language.ids(np.array(language.vocab_size)))
     states_CD = reader.read(ids_CL.unflatten(1, (-1, patch_size)))[:, -1]
     figures, entropies, own = [], [], []
-    for ids_L, state_D in zip(tqdm(ids_CL, desc="contexts", disable=None), states_CD, strict=True):
+    for ids_L, state_D in zip(progress_bar(ids_CL, "Sampling", "context"), states_CD, strict=True):
         law = next_patch_law(language, ids_L, patch_size, vocab_size)
         model_M = record(reader, state_D, num_recorded, vocab_size, generator)
         own.append([law.compare(law.draw(num_recorded, generator)), law.compare(model_M)])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from calm.experiments.language import LANGUAGE_FILE
 from calm.experiments.plan import LANGUAGE, UNFINISHED, Plan, PlanError, Stage
+from calm.progress import progress_bar, say
 from calm.training.recipe import load_recipe
 
 EVALUATIONS = {
@@ -117,7 +118,7 @@ class Running:
         if code == 0 and stage.kind in EVALUATIONS:
             os.replace(_unfinished(result_file(self.plan, stage)), result_file(self.plan, stage))
         if code:
-            print(f"  {stage.name} failed with exit code {code}, see {self.log}", file=sys.stderr, flush=True)
+            say(f"  {stage.name} failed with exit code {code}, see {self.log}", file=sys.stderr)
         return code == 0
 
     def stop(self) -> None:
@@ -148,7 +149,8 @@ def run(
     failed: list[str] = []
     numbers = {stage.name: f"{number}/{len(stages)} {stage.name}" for number, stage in enumerate(stages, start=1)}
     waiting, running = list(stages), list[Running]()
-    with _alone(plan.output):
+    done = sum(is_finished(plan, stage) for stage in stages)
+    with _alone(plan.output), progress_bar(None, plan.name, "stage", len(stages), done) as bar:
         try:
             while waiting or running:
                 busy = {one.stage.name for one in running}
@@ -157,17 +159,20 @@ def run(
                     waiting.remove(stage)
                     unmet = [name for name in stage.needs if name in failed]
                     if is_finished(plan, stage):
-                        print(f"{numbers[stage.name]}: finished before", flush=True)
+                        say(f"{numbers[stage.name]}: finished before")
                     elif unmet:
-                        print(f"{numbers[stage.name]}: left out, for {', '.join(unmet)} failed", flush=True)
+                        say(f"{numbers[stage.name]}: left out, for {', '.join(unmet)} failed")
+                        bar.update()
                         failed.append(stage.name)
                     else:
-                        print(f"{numbers[stage.name]} ...", flush=True)
+                        say(f"{numbers[stage.name]} ...")
                         running.append(Running(plan, stage, threads))
                     continue
                 time.sleep(SECONDS_BETWEEN_LOOKS)
+                bar.refresh()  # the time goes on
                 for one in [one for one in running if one.has_ended]:
                     running.remove(one)
+                    bar.update()
                     if not one.conclude():
                         failed.append(one.stage.name)
                     elif one.stage.kind in EVALUATIONS:
