@@ -35,7 +35,7 @@ def noise_accuracy(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor, sigma
     generator = torch.Generator(mean_PZ.device).manual_seed(seed)
     noise_PZ = torch.randn(mean_PZ.shape, generator=generator, device=mean_PZ.device, dtype=mean_PZ.dtype)
     rows = []
-    for sigma in progress_bar(sigmas, "Decoding", "noise level"):
+    for sigma in progress_bar(sigmas, "Decoding", "level"):
         right_PK = autoencoder.decode_tokens(mean_PZ + sigma * noise_PZ) == patches_PK
         rows.append(
             {
