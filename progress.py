@@ -44,6 +44,7 @@ def progress_bar(work: Iterable | None, what: str, unit: str, total: float | Non
         total: how many there are; by default the length of `work`, if it has one.
         done: how many were done before, by a run that goes on now: they count for neither rate nor time.
     """
+    has_size = terminal_has_size()
     is_inside = any(not bar.disable for bar in _bars)  # a bar that has ended is disabled
     bar = tqdm(
         work,
@@ -53,26 +54,27 @@ def progress_bar(work: Iterable | None, what: str, unit: str, total: float | Non
         total=total,
         initial=done,
         disable=True if is_inside or not is_first_process() else None,  # None: by whether stderr is a terminal
-        **_size(),
+        dynamic_ncols=has_size,
+        ncols=None if has_size else 80,
+        nrows=None if has_size else 24,
     )
     _bars.add(bar)
     return bar
 
 
-def _size() -> dict[str, int | bool]:
-    """A terminal that says it has no columns, as a new pseudo-terminal does, would be shown none of the bar."""
+def terminal_has_size() -> bool:
+    """A new pseudo-terminal says that it has no columns, and would be shown nothing of a bar."""
     try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # stderr is no file of the system's
-        columns = 0
-    return {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
+        return False
 
 
 def say(line: str, file: TextIO | None = None) -> None:
     """Prints a line, to stdout by default, above the bar that may be there."""
-    file = file or sys.stdout
-    tqdm.write(line, file=file)
-    file.flush()
+    stream = sys.stdout if file is None else file
+    tqdm.write(line, file=stream)
+    stream.flush()
 
 
 @contextmanager

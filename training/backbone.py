@@ -35,7 +35,7 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
     if getattr(config, "quantization_config", None):
         raise RecipeError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
     try:
-        llama, info = load_with_bar(
+        llama, info = load_with_bar(  # pyright: ignore[reportGeneralTypeIssues]  # a pair by the last setting
             LlamaForCausalLM.from_pretrained, where, config=config, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -85,7 +85,7 @@ def _format(path: Path) -> str | None:
 
 
 @contextmanager
-def _open(path: Path, bar: tqdm | None) -> Iterator[IO[bytes]]:
+def _open(path: Path, bar: tqdm | None) -> Iterator[Iterable[bytes]]:
     with io.BufferedReader(_CountedFile(path, bar), buffer_size=1 << 16) as file:
         if path.suffix == ".xz":
             yield lzma.open(file)
@@ -114,7 +114,7 @@ class _CountedFile(io.FileIO):
 class _ZstdFile(io.RawIOBase):
     """Decompressed bytes of a .zst file of one or more frames. The library's own reader takes a cut file for whole."""
 
-    def __init__(self, path: Path, file: io.BufferedReader):
+    def __init__(self, path: Path, file: BinaryIO):
         need("zstandard", "train", str(path))
         import zstandard
 

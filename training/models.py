@@ -34,7 +34,9 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         fit_head(model, recipe)
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
-    model.autoencoder.load_state_dict(load_with_bar(CALMAutoencoder.from_pretrained, recipe.autoencoder).state_dict())
+    model.autoencoder.load_state_dict(
+        load_with_bar(CALMAutoencoder.from_pretrained, str(recipe.autoencoder)).state_dict()
+    )
     if begins_with_llama(recipe):
         begin_with_llama(model, recipe)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
