@@ -1,0 +1,497 @@
+"""Exports a CALM to ONNX: a folder that onnxruntime generates text from, without torch and transformers.
+
+    python -m calm.export_onnx MODEL --output FOLDER
+    python FOLDER/generate.py "Once upon a time" --max_new_tokens 40 --temperature 0.5 --seed 0
+
+FOLDER holds backbone.onnx (over patches, with the cache as inputs and outputs), head.onnx (draws, from a hidden state
+and noise that is an input), decoder.onnx (latent vectors to tokens), each with its float32 weights beside it in
+.onnx.data, calm.json, tokenizer.json, and generate.py, which says at its top what the graphs take. Every graph is
+compared with the model at random inputs of other sizes than those it was traced at. A failure is one sentence on
+stderr and exit code 2, and leaves no file behind.
+"""
+
+# B batch, P patches read, S patches read before, K tokens per patch, D hidden size, N draws, Z latent size,
+# V vocabulary, M latent vectors
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache
+
+from calm import diffusion_head_calm, flow_head_calm, generate_onnx, token_flow_head_calm
+from calm.checkpoint_files import first_line
+from calm.command_line import CommandError, Parser, command, known_errors, positive
+from calm.flow_head_calm import Conditions, ModulatedMLP
+from calm.generation_calm import PatchSampling
+from calm.heads_calm import GenerativeHead
+from calm.modeling_calm import CALMForCausalLM
+from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.training.extras import MissingPackage, need
+from calm.training.tokenizer import load_tokenizer
+from calm.upstream_calm import FIXED_ROTATIONS
+
+TOLERANCE = 1e-4  # of the largest output
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LEAST_OPSET = 18  # torch's exporter knows none below
+DYNAMIC = torch.export.Dim.DYNAMIC
+UNIFORM, NORMAL = "uniform", "normal"
+# The laws of the noises that a head is given, as its `recorded_draws` names them.
+NOISE_LAWS: dict[str, dict[str, dict[str, Any]]] = {
+    "energy": {"noise": {"law": UNIFORM, "range": [-0.5, 0.5]}},
+    "flow": {"noise": {"law": NORMAL}},
+    "diffusion": {"noise": {"law": NORMAL}, "step_noise": {"law": NORMAL}},
+    "token_chain": {"noise": {"law": UNIFORM, "range": [0.0, 1.0]}},
+    "token_flow": {"noise": {"law": NORMAL}},
+}
+
+
+class ExportError(ValueError):
+    """Why a model can't be exported, in one sentence."""
+
+
+# The graphs
+
+
+@dataclass
+class Graph:
+    """What torch.onnx.export is given for one file, and what it is then compared with.
+
+    Args:
+        module: whose `forward` is traced.
+        example: its arguments.
+        dynamic: of each argument the axes that any size may have.
+        inputs, outputs: names.
+        cases: other inputs, by name, and what the model itself makes of them; an output may be None, where its
+            values mean nothing.
+    """
+
+    module: nn.Module
+    example: tuple
+    dynamic: tuple
+    inputs: list[str]
+    outputs: list[str]
+    cases: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=list)
+
+
+class Backbone(nn.Module):
+    """Patches (B, P, K), the mask (B, S + P) and a cache of S patches → hidden states (B, P, D), the cache of S + P.
+
+    The causal mask is made here, for upstream makes it by control flow that can't be traced.
+    """
+
+    def __init__(self, model: CALMForCausalLM):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, tokens: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        num_patches, num_past = tokens.shape[1], past[0].shape[2]
+        cache = cache_of(past)
+        place_P = torch.arange(num_patches) + num_past
+        is_before_PT = torch.arange(num_past + num_patches) <= place_P[:, None]
+        is_seen_B1PT = is_before_PT[None, None] & (mask[:, None, None, :] > 0)
+        bias = torch.zeros(is_seen_B1PT.shape).masked_fill(~is_seen_B1PT, torch.finfo(torch.float32).min)
+        positions_BT = (mask.cumsum(-1) - 1).clamp(min=0)
+        outputs = self.model(
+            input_ids=tokens.flatten(1),
+            attention_mask=bias,
+            position_ids=positions_BT.index_select(1, place_P),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return outputs.last_hidden_state, tensors_of(cache)
+
+
+def cache_of(tensors: list[Tensor]) -> DynamicCache:
+    """A cache of key and value of each layer in turn."""
+    cache = DynamicCache()
+    for layer in range(len(tensors) // 2):
+        cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
+    return cache
+
+
+def tensors_of(cache: DynamicCache) -> list[Tensor]:
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return [tensor for pair in pairs for tensor in pair if tensor is not None]
+
+
+class Head(nn.Module):
+    """Hidden states (B, D) and noises → latent vectors (N, B, Z)."""
+
+    def __init__(self, head: GenerativeHead, names: list[str]):
+        super().__init__()
+        self.head, self.names = head, names
+
+    def forward(self, hidden: Tensor, noises: list[Tensor]) -> Tensor:
+        return self.head.sample(hidden, **dict(zip(self.names, noises, strict=True)))
+
+
+class Decoder(nn.Module):
+    """Latent vectors (M, Z) → their most probable tokens (M, K), and the logits (M, K, V)."""
+
+    def __init__(self, autoencoder: CALMAutoencoder):
+        super().__init__()
+        self.decoder = autoencoder.decoder
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.decoder(latents)
+        return logits.argmax(-1), logits
+
+
+def backbone_graph(model: CALMForCausalLM) -> Graph:
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    names = [f"{kind}.{layer}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
+
+    def example(batch: int, patches: int, past: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        tokens = torch.randint(config.vocab_size, (batch, patches, config.patch_size), generator=generator)
+        mask = torch.ones(batch, past + patches, dtype=torch.long)
+        shape = batch, config.num_key_value_heads, past, head_size(model)
+        return tokens, mask, [torch.randn(shape, generator=generator) for _ in names]
+
+    axes = {0: DYNAMIC, 1: DYNAMIC}
+    graph = Graph(
+        Backbone(model),
+        example(2, 3, 5),
+        (axes, axes, [{0: DYNAMIC, 2: DYNAMIC} for _ in names]),
+        ["tokens", "mask", *(f"past_{name}" for name in names)],
+        ["hidden", *(f"present_{name}" for name in names)],
+    )
+    for sizes, num_hidden in (((1, 4, 0), 0), ((1, 1, 7), 0), ((3, 2, 4), 2)):
+        tokens, mask, past = example(*sizes)
+        mask[0, :num_hidden] = 0  # as of a shorter text beside longer ones
+        cache = cache_of(past)
+        hidden = model.model(
+            input_ids=tokens.flatten(1), attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        made = dict(zip(graph.outputs, [hidden, *tensors_of(cache)], strict=True))
+        graph.cases.append((dict(zip(graph.inputs, [tokens, mask, *past], strict=True)), made))
+    return graph
+
+
+def head_size(model: CALMForCausalLM) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def head_graph(model: CALMForCausalLM) -> Graph:
+    head, size, generator = model.head, model.config.hidden_size, torch.Generator().manual_seed(1)
+
+    def example(num_draws: int, num_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = torch.randn(num_rows, size, generator=generator)
+        return hidden, head.recorded_draws(num_draws, num_rows, hidden, generator)
+
+    hidden, draws = example(5, 2)
+    axes = [{noise.dim() - 3: DYNAMIC, noise.dim() - 2: DYNAMIC} for noise in draws.values()]
+    names = list(draws)
+    graph = Graph(
+        Head(head, names), (hidden, list(draws.values())), ({0: DYNAMIC}, axes), ["hidden", *names], ["latents"]
+    )
+    for sizes in ((1, 1), (7, 3), (64, 1)):
+        hidden, draws = example(*sizes)
+        graph.cases.append(({"hidden": hidden, **draws}, {"latents": head.sample(hidden, **draws)}))
+    return graph
+
+
+def decoder_graph(model: CALMForCausalLM) -> Graph:
+    generator, size = torch.Generator().manual_seed(2), model.config.latent_size
+    graph = Graph(
+        Decoder(model.autoencoder),
+        (torch.randn(3, size, generator=generator),),
+        ({0: DYNAMIC},),
+        ["latents"],
+        ["tokens", "logits"],
+    )
+    for num_latents in (1, 17):
+        latents = torch.randn(num_latents, size, generator=generator)
+        logits = model.autoencoder.decode(latents)
+        graph.cases.append(({"latents": latents}, {"tokens": logits.argmax(-1), "logits": logits}))
+    return graph
+
+
+GRAPHS = {"backbone": backbone_graph, "head": head_graph, "decoder": decoder_graph}
+
+
+# Tracing
+
+
+@contextmanager
+def traceable(head: GenerativeHead) -> Iterator[None]:
+    """Lets the heads that solve an equation be traced.
+
+    Their tables become constants, which a graph would else make anew in each step, and by operators that ONNX lacks;
+    and the conditions of all times are made at once, where the number of pieces would depend on the batch.
+    """
+    num_steps, device = getattr(head, "num_steps", 1), torch.device("cpu")
+    times = flow_head_calm.solver_times(num_steps, device)
+    schedule = diffusion_head_calm.diffusion_schedule(num_steps, device)
+
+    def conditions_at(net: ModulatedMLP, times_T: Tensor, context: Tensor) -> Iterator[Conditions]:
+        of_all = net.conditions(times_T.view(-1, *[1] * (context.dim() - 1)), context)
+        for index in range(len(times_T)):
+            yield [tuple(values[index] for values in layer) for layer in of_all]
+
+    with ExitStack() as stack:
+        for module in (flow_head_calm, token_flow_head_calm):
+            stack.enter_context(mock.patch.object(module, "solver_times", lambda *_: times))
+        stack.enter_context(mock.patch.object(diffusion_head_calm, "diffusion_schedule", lambda *_: schedule))
+        stack.enter_context(mock.patch.object(ModulatedMLP, "conditions_at", conditions_at))
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's notes on packages that are not there and on its own inner parts."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def translations() -> dict:
+    """Operators of PyTorch that the exporter has no translation of → ours."""
+    from onnxscript import opset18 as op
+
+    def searchsorted(ordered, values, out_int32=False, right=False, side=None, sorter=None):
+        """How many of the ascending values (..., V) are below each of (..., N), or not above it."""
+        is_below = (op.LessOrEqual if right else op.Less)(op.Unsqueeze(ordered, [-2]), op.Unsqueeze(values, [-1]))
+        return op.ReduceSum(op.Cast(is_below, to=7), [-1], keepdims=0)  # 7 is int64
+
+    return {torch.ops.aten.searchsorted.Tensor: searchsorted}
+
+
+def write_graph(name: str, graph: Graph, path: Path, opset: int | None) -> None:
+    """Traces a graph and writes it, its weights in a file of their own.
+
+    Raises:
+        ExportError: it can't be traced, or not to this opset.
+    """
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                graph.module.eval(),
+                graph.example,
+                dynamo=True,
+                dynamic_shapes=graph.dynamic,
+                input_names=graph.inputs,
+                output_names=graph.outputs,
+                opset_version=opset,
+                custom_translation_table=translations(),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"the {name} can't be exported by torch.onnx.export: {first_line(error)}") from error
+    assert program is not None, "the exporter of dynamo returns one"
+    made = program.model.opset_imports[""]
+    if opset is not None and made != opset:
+        raise ExportError(f"--opset {opset}: the {name} could only be exported to opset {made}.")
+    for part in (program.model.graph, *program.model.functions.values()):
+        for node in part.all_nodes():  # where in this computer's files each was traced
+            node.metadata_props.clear()
+    program.save(path, external_data=True)
+
+
+def largest_difference(path: Path, graph: Graph) -> float:
+    """Between onnxruntime and the model, as a share of the largest value of the same output; of all cases.
+
+    Of tokens, it is what their logits lack to the largest ones. Not a number where one of them isn't.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    largest = [0.0]
+    for inputs, expected in graph.cases:
+        given = {name: tensor.numpy() for name, tensor in inputs.items()}
+        found = dict(zip(graph.outputs, map(torch.from_numpy, session.run(graph.outputs, given)), strict=True))
+        for name, value in expected.items():
+            if found[name].shape != value.shape:
+                raise ExportError(f"{path.name} returns {name} {tuple(found[name].shape)}, not {tuple(value.shape)}.")
+            error, scale = (found[name] - value).abs(), value.abs().max()
+            if name == "hidden":  # a patch that is masked means nothing
+                error = error[inputs["mask"][:, -value.shape[1] :] > 0]
+            elif name == "tokens":
+                logits = expected["logits"]
+                chosen = logits.gather(-1, found[name].unsqueeze(-1)).squeeze(-1)
+                error, scale = logits.amax(-1) - chosen, logits.abs().max()
+            largest.append(float(error.max() / scale.clamp(min=torch.finfo(torch.float32).tiny)))
+    return float(np.max(largest))  # unlike max, passes on what is not a number
+
+
+# The folder
+
+
+def facts(model: CALMForCausalLM) -> dict[str, Any]:
+    """Contents of calm.json."""
+    config, generation = model.config, model.generation_config
+    assert generation is not None, "a model that generates has one"
+    sampling = PatchSampling.from_generation_config(generation, do_sample=True)
+    eos = generation.eos_token_id
+    pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
+    pad = 0 if pad is None else pad
+    fillers = (config.prompt_filler_token_id, config.pad_token_id, pad)
+    draws = model.head.recorded_draws(1, 1, torch.zeros(1, config.hidden_size), None)
+    return {
+        "patch_size": config.patch_size,
+        "latent_size": config.latent_size,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_size": head_size(model),
+        "head_type": config.head_type,
+        "noises": [
+            {
+                "name": name,
+                "shape": [*noise.shape[:-3], "draws", "rows", noise.shape[-1]],
+                **NOISE_LAWS[config.head_type][name],
+            }
+            for name, noise in draws.items()
+        ],
+        "prompt_alignment": config.prompt_alignment,
+        "filler_token_id": next(token for token in fillers if token is not None),
+        "pad_token_id": pad,
+        "bos_token_id": generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id,
+        "eos_token_ids": [] if eos is None else eos if isinstance(eos, list) else [eos],
+        "temperature": sampling.temperature,
+        "num_candidates": sampling.num_candidates,
+    }
+
+
+def check_exportable(config: dict[str, Any], name: str) -> None:
+    """
+    Raises:
+        ExportError: a model with this config.json can't be exported.
+    """
+    if config.get("model_type") != "calm":
+        raise ExportError(f"{name} is no CALM.")
+    head_type = config.get("head_type", "energy")
+    if head_type not in NOISE_LAWS:
+        raise ExportError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
+
+
+def load(name: str) -> CALMForCausalLM:
+    """A CALM in float32.
+
+    Raises:
+        ExportError: its rotation depends on the longest row of a pass, or its weights are quantised.
+    """
+    model = CALMForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="eager")
+    rotation = model.model.rotary_emb.rope_type
+    if rotation not in FIXED_ROTATIONS:
+        raise ExportError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
+    if getattr(model, "is_quantized", False):
+        raise ExportError(f"{name} is quantised: export the model that it was made of.")
+    return model.eval()
+
+
+def write_folder(model: CALMForCausalLM, folder: Path, opset: int | None, tolerance: float) -> None:
+    """Writes the graphs, compares each with the model, and writes what else is needed; a line on stdout for each."""
+    for name, make in GRAPHS.items():
+        print(f"{name}: ", end="", flush=True)
+        start, path = time.perf_counter(), folder / f"{name}.onnx"
+        with torch.no_grad():
+            graph = make(model)
+            with traceable(model.head):
+                write_graph(name, graph, path, opset)
+        difference = largest_difference(path, graph)
+        size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*"))
+        seconds = time.perf_counter() - start
+        print(f"{size / 1e6:.1f} MB in {seconds:.0f} s, largest relative difference {difference:.1e}")
+        if not difference <= tolerance:
+            raise ExportError(
+                f"{name}.onnx differs from the model by {difference:.1e} of the largest output, more than the "
+                f"{tolerance:.1e} of --tolerance."
+            )
+    (folder / "calm.json").write_text(json.dumps(facts(model), indent=2) + "\n", encoding="utf-8")
+    shutil.copy(generate_onnx.__file__, folder / "generate.py")
+
+
+def export(name: str, output: Path, opset: int | None = None, tolerance: float = TOLERANCE) -> None:
+    """Writes the new folder `output`.
+
+    Args:
+        name: folder or Hub id of the model.
+        output: new, or an empty folder.
+        opset: of ONNX; `None` is torch's default.
+        tolerance: the largest relative difference that is accepted.
+
+    Raises:
+        ExportError, MissingPackage, OSError, ValueError: it can't be exported, or read, or written; no file is left
+            behind.
+    """
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.partial")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ExportError(f"{output} exists already and is not an empty folder.")
+    if not output.parent.is_dir():
+        raise ExportError(f"{output.parent} is not a folder.")
+    if partial.exists():
+        raise ExportError(f"{partial} exists: remove it, unless another export is writing it right now.")
+    check_exportable(PretrainedConfig.get_config_dict(name)[0], name)
+    for package in PACKAGES:
+        need(package, "clients", "python -m calm.export_onnx")
+    tokenizer = load_tokenizer(name)
+    model = load(name)
+
+    partial.mkdir()
+    try:
+        tokenizer.backend_tokenizer.save(str(partial / "tokenizer.json"))
+        write_folder(model, partial, opset, tolerance)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("python -m calm.export_onnx", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a CALM; `.` is the demo model")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the new folder to write")
+    parser.add_argument(
+        "--opset", type=positive, metavar="N", help=f"of ONNX, at least {LEAST_OPSET} (default: torch's)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"largest difference from the model, as a share of the largest output (default: {TOLERANCE})",
+    )
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(argv)
+    if options.opset is not None and options.opset < LEAST_OPSET:
+        raise CommandError(f"--opset {options.opset}: torch exports to opset {LEAST_OPSET} at least.")
+    with known_errors(ExportError, MissingPackage, OSError):
+        export(options.model, options.output, options.opset, options.tolerance)
+    size = sum(file.stat().st_size for file in options.output.iterdir())
+    print(f'Wrote {options.output} ({size / 1e6:.1f} MB): python {options.output / "generate.py"} "Once upon a time"')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""Continues a prompt with a CALM that `python -m calm.export_onnx` wrote, by onnxruntime: numpy, onnxruntime and
+tokenizers are all it needs. In an exported folder this file is generate.py.
+
+    python FOLDER/generate.py "Once upon a time" --max_new_tokens 40 --temperature 0.5 --num_candidates 200 --seed 0
+
+The same from Python, with FOLDER in `sys.path`:
+
+    from generate import ExportedCALM, Randomness
+    for piece in ExportedCALM("FOLDER").write("Once upon a time", 40, Randomness(seed=0), temperature=0.5): ...
+
+A step reads a patch of K tokens, draws latent vectors of the next, decodes them, and chooses one by temperature: at
+T = 1 there is one, at T < 1 the batch rule of the paper's Algorithm 2, extended to every T, weighs the distinct ones.
+
+Axes: B batch, P patches read, S patches read before, K tokens per patch, D hidden size, N draws, Z latent size, V
+vocabulary, M latent vectors. The graphs, all of float32 and int64, with any B, P, S, N and M:
+
+- backbone.onnx: tokens (B, P, K), mask (B, S + P), of patches, 1 where one is attended to, and for each layer
+  past_key.i and past_value.i (B, heads, S, head size) → hidden (B, P, D), and present_key.i and present_value.i, of
+  S + P patches;
+- head.onnx: hidden (B, D) and the noises that calm.json lists → latents (N, B, Z);
+- decoder.onnx: latents (M, Z) → tokens (M, K), the most probable, and logits (M, K, V).
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WRONG = 2  # exit code for what the user can put right
+LOGITS_AT_ONCE = 2**24  # 64 MiB
+WHOLE_TOLERANCE = 1e-6  # 1/T this close (relatively) to a whole number counts as whole
+NO_WEIGHT = 1000.0  # nats
+UNFINISHED = "\ufffd"  # what a decoder writes for a part of a character
+
+
+class Refusal(Exception):
+    """Why a text can't be written, in one sentence."""
+
+
+class Randomness:
+    """Where random numbers come from: numpy's generator.
+
+    Args:
+        seed: `None` takes another each time.
+    """
+
+    def __init__(self, seed: int | None = None):
+        self.generator = np.random.default_rng(seed)
+
+    def noise(self, spec: dict, shape: tuple[int, ...]) -> np.ndarray:
+        """The head's noise of one kind, float32.
+
+        Args:
+            spec: what calm.json says of it.
+            shape: of the array.
+        """
+        if spec["law"] == "normal":
+            return self.generator.standard_normal(shape, dtype=np.float32)
+        low, high = spec["range"]
+        return low + (high - low) * self.generator.random(shape, dtype=np.float32)
+
+    def exponential(self, num_draws: int) -> np.ndarray:
+        """Standard exponential variates (N,), by which one of the draws is chosen."""
+        return self.generator.standard_exponential(num_draws)
+
+
+class ExportedCALM:
+    """The graphs of a folder, its tokenizer, and what calm.json says of them (`facts`).
+
+    Args:
+        folder: that `python -m calm.export_onnx` wrote.
+        num_threads: `None` leaves their number to onnxruntime.
+
+    Raises:
+        Refusal: a file or a package is missing.
+    """
+
+    def __init__(self, folder: str | Path, num_threads: int | None = None):
+        folder = Path(folder)
+        try:
+            import onnxruntime
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise Refusal(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
+        for name in ("calm.json", "tokenizer.json", "backbone.onnx", "head.onnx", "decoder.onnx"):
+            if not (folder / name).is_file():
+                raise Refusal(
+                    f"{folder / name} does not exist: name a folder that `python -m calm.export_onnx` wrote."
+                )
+        self.facts: dict[str, Any] = json.loads((folder / "calm.json").read_text(encoding="utf-8"))
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.num_written = 0  # tokens, of all texts
+        options = onnxruntime.SessionOptions()
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        self.backbone, self.head, self.decoder = (
+            onnxruntime.InferenceSession(str(folder / f"{part}.onnx"), options, providers=["CPUExecutionProvider"])
+            for part in ("backbone", "head", "decoder")
+        )
+
+    def write(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        randomness: Randomness,
+        temperature: float | None = None,
+        num_candidates: int | None = None,
+    ) -> Iterator[str]:
+        """Pieces of the text that follows a prompt, as they are known; the arguments are those of `tokens`."""
+        ids = self.tokenizer.encode(prompt).ids
+        written, shown = list(ids), self.tokenizer.decode(ids)
+        for token in self.tokens(ids, max_new_tokens, randomness, temperature, num_candidates):
+            written.append(token)
+            text = self.tokenizer.decode(written)
+            if not text.endswith(UNFINISHED):  # a character of several tokens waits for the last
+                yield text[len(shown) :]
+                shown = text
+        if rest := self.tokenizer.decode(written)[len(shown) :]:
+            yield rest
+
+    def tokens(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        randomness: Randomness,
+        temperature: float | None = None,
+        num_candidates: int | None = None,
+    ) -> Iterator[int]:
+        """Ids that follow those of a prompt, up to an EOS (the last) or `max_new_tokens`, in a patch's midst, too.
+
+        Args:
+            prompt_ids: of the prompt; without any the text begins with BOS.
+            max_new_tokens: the most that are written.
+            randomness: of all draws.
+            temperature: T in (0, 1]; `None` is the model's.
+            num_candidates: N, patches drawn a step at T < 1; `None` is the model's.
+
+        Raises:
+            Refusal: a temperature outside (0, 1], fewer than 1/T candidates, or nothing to begin with.
+        """
+        temperature = self.facts["temperature"] if temperature is None else temperature
+        num_candidates = self.facts["num_candidates"] if num_candidates is None else num_candidates
+        check_sampling(temperature, num_candidates)
+        patches_PK, cache = self._packed(prompt_ids), self._empty_cache()
+        num_left = max_new_tokens
+        while num_left > 0:
+            hidden_1D, cache = self._read(patches_PK, cache)
+            patch_K = self._next_patch(hidden_1D, randomness, temperature, num_candidates)
+            for token in patch_K[:num_left].tolist():
+                self.num_written += 1
+                yield token
+                if token in self.facts["eos_token_ids"]:
+                    return
+            num_left -= len(patch_K)
+            patches_PK = patch_K[None]
+
+    def _packed(self, prompt_ids: list[int]) -> np.ndarray:
+        """A prompt as patches (P, K): the first is filled on its left, or, as published, the last on its right."""
+        bos = self.facts["bos_token_id"]
+        if not prompt_ids and bos is None:
+            raise Refusal("the prompt is empty, and the model has no bos_token_id, which would start it.")
+        ids, patch_size = list(prompt_ids) or [bos], self.facts["patch_size"]
+        num_missing = -len(ids) % patch_size
+        if self.facts["prompt_alignment"] == "right":
+            ids = ids + num_missing * [self.facts["pad_token_id"]]
+        else:
+            ids = num_missing * [self.facts["filler_token_id"]] + ids
+        return np.array(ids, dtype=np.int64).reshape(-1, patch_size)
+
+    def _empty_cache(self) -> list[np.ndarray]:
+        shape = 1, self.facts["num_key_value_heads"], 0, self.facts["head_size"]
+        return [np.zeros(shape, dtype=np.float32) for _ in range(2 * self.facts["num_layers"])]
+
+    def _read(self, patches_PK: np.ndarray, cache: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Reads further patches: the last one's hidden state (1, D), and the cache with them."""
+        num_patches = cache[0].shape[2] + len(patches_PK)
+        feed = {"tokens": patches_PK[None], "mask": np.ones((1, num_patches), dtype=np.int64)}
+        names = [f"past_{kind}.{layer}" for layer in range(self.facts["num_layers"]) for kind in ("key", "value")]
+        hidden_1PD, *cache = self.backbone.run(None, feed | dict(zip(names, cache, strict=True)))
+        return hidden_1PD[:, -1], cache
+
+    def _next_patch(
+        self, hidden_1D: np.ndarray, randomness: Randomness, temperature: float, num_candidates: int
+    ) -> np.ndarray:
+        """The patch (K,) chosen after a hidden state."""
+        num_draws = 1 if temperature == 1 else num_candidates
+        sizes = {"draws": num_draws, "rows": 1}
+        noises = {
+            spec["name"]: randomness.noise(spec, tuple(sizes.get(size, size) for size in spec["shape"]))
+            for spec in self.facts["noises"]
+        }
+        (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noises})
+        patches_NK = self._decode(latents_N1Z[:, 0])
+        if num_draws == 1:
+            return patches_NK[0]
+        class_N = patch_classes(patches_NK)
+        return patches_NK[choose_by_weight(class_N, randomness.exponential(num_draws), temperature)]
+
+    def _decode(self, latents_NZ: np.ndarray) -> np.ndarray:
+        """The most probable tokens (N, K), so many latent vectors at a time that their logits stay few."""
+        at_once = max(1, LOGITS_AT_ONCE // (self.facts["patch_size"] * self.facts["vocab_size"]))
+        chunks = [latents_NZ[start : start + at_once] for start in range(0, len(latents_NZ), at_once)]
+        return np.concatenate([self.decoder.run(["tokens"], {"latents": chunk})[0] for chunk in chunks])
+
+
+# The choice by temperature
+
+
+def check_sampling(temperature: float, num_candidates: int) -> None:
+    """Raises `Refusal` unless 0 < T <= 1 and there are at least 1/T candidates."""
+    if not 0 < temperature <= 1:
+        raise Refusal(f"temperature={temperature}: must lie in (0, 1].")
+    exponent = inverse_temperature(temperature)
+    if num_candidates < exponent:
+        least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
+        raise Refusal(
+            f"num_candidates={num_candidates} is too few for temperature={temperature}: use at least {least}."
+        )
+
+
+def inverse_temperature(temperature: float) -> float:
+    """The exponent 1/T, exactly whole where T is 1/n up to rounding."""
+    exponent = 1 / temperature
+    if math.isinf(exponent):
+        return exponent
+    return float(round(exponent)) if abs(exponent - round(exponent)) <= WHOLE_TOLERANCE * exponent else exponent
+
+
+def patch_classes(patches_NK: np.ndarray) -> np.ndarray:
+    """For each patch the index of the first one that equals it, (N,)."""
+    _, first, inverse = np.unique(patches_NK, axis=0, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
+
+
+def draw_log_weights(class_N: np.ndarray, temperature: float) -> np.ndarray:
+    """Unnormalised log probability of choosing each draw, (N,).
+
+    A patch seen c times weighs C(c, s), s = 1/T, all of it on its first occurrence; with the gamma function for
+    factorials that is a weight for every T. Nothing is left of it where c <= s − 1: such counts weigh so little that
+    they have no say beside a larger one, and where there is none, the largest of them are chosen from evenly.
+    """
+    num_draws, exponent = len(class_N), inverse_temperature(temperature)
+    table = [
+        math.lgamma(count + 1) - math.lgamma(exponent + 1) - math.lgamma(count - exponent + 1)
+        if count > exponent - 1
+        else (count - num_draws - 1) * NO_WEIGHT
+        for count in range(num_draws + 1)
+    ]
+    sizes_N = np.bincount(class_N, minlength=num_draws)[class_N]
+    return np.where(class_N == np.arange(num_draws), np.array(table)[sizes_N], -np.inf)
+
+
+def choose_by_weight(class_N: np.ndarray, noise_N: np.ndarray, temperature: float) -> int:
+    """The draw with the smallest of exponential variates whose rates are the weights: so each has its own chance."""
+    log_weights_N = draw_log_weights(class_N, temperature)
+    weights_N = np.exp(log_weights_N - log_weights_N.max())
+    return int((weights_N / np.maximum(noise_N, np.finfo(np.float32).tiny)).argmax())
+
+
+# The command
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Refusal(f"{message.removesuffix('.')} (see {self.prog} --help).")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1.")
+    return int(text)
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    here = Path(__file__)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(f"python {here.name}", description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("prompt", help="text to go on from")
+    parser.add_argument("--folder", type=Path, default=here.parent, help="the exported model (default: this one's)")
+    parser.add_argument("--max_new_tokens", type=positive, default=160)
+    parser.add_argument("--temperature", type=float, help="in (0, 1]; the lower, the surer (default: the model's)")
+    parser.add_argument("--num_candidates", type=positive, help="patches drawn a step at T < 1 (default: the model's)")
+    parser.add_argument("--seed", type=int, help="a whole number: the same one, the same text")
+    parser.add_argument("--num_threads", type=positive, help="of the processor (default: onnxruntime's choice)")
+    parser.add_argument("--speed", action="store_true", help="tokens per second, on stderr, at the end")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.seed is not None and options.seed < 0:
+        raise Refusal(f"--seed {options.seed}: must not be negative.")
+    model, randomness = ExportedCALM(options.folder, options.num_threads), Randomness(options.seed)
+    choice = options.temperature, options.num_candidates
+    check_sampling(
+        model.facts["temperature"] if choice[0] is None else choice[0],
+        model.facts["num_candidates"] if choice[1] is None else choice[1],
+    )
+    start = time.perf_counter()
+    print(options.prompt, end="", flush=True)
+    for piece in model.write(options.prompt, options.max_new_tokens, randomness, *choice):
+        print(piece, end="", flush=True)
+    print()
+    if options.speed:
+        seconds = time.perf_counter() - start
+        number = model.num_written
+        print(f"{number} tokens in {seconds:.2f} s: {number / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse_options(argv))
+    except Refusal as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""Export to ONNX: graphs of any size as the model, texts by onnxruntime where torch is missing, the choice by T."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import refusal
+from model_copies import ROOT
+from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
+from torch import nn
+
+from calm import export_onnx, generate_onnx, samplers_calm
+from calm.randomness_calm import RowRandomness
+from calm.samplers_calm import patch_classes
+from calm.training.tokenizer import save_tokenizer
+
+K, PROMPT = 4, "Once upon"
+EXTRA = "is not installed (extra [clients])"
+
+# What a process runs in which torch and transformers can't be imported: tokens from recorded noise.
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+folder, recorded, *arguments = sys.argv[1:]
+sys.path.insert(0, folder)
+import json
+import numpy as np
+from generate import ExportedCALM, Randomness
+
+class Recorded(Randomness):
+    def __init__(self):
+        super().__init__()
+        self.values, self.asked = np.load(recorded), {}
+    def take(self, name):
+        self.asked[name] = self.asked.get(name, -1) + 1
+        return self.values[f"{name}.{self.asked[name]}"]
+    def noise(self, spec, shape):
+        noise = self.take(spec["name"])
+        assert noise.shape == shape and noise.dtype == np.float32, (noise.shape, shape)
+        return noise
+    def exponential(self, num_draws):
+        return self.take("exponential")
+
+prompt, length, temperature, num_candidates = json.loads(arguments[0])
+model = ExportedCALM(folder, num_threads=1)
+ids = model.tokenizer.encode(prompt).ids
+print(json.dumps(list(model.tokens(ids, length, Recorded(), temperature, num_candidates))))
+"""
+
+
+@pytest.fixture(scope="module")
+def exporter():
+    for package in export_onnx.PACKAGES:
+        pytest.importorskip(package, reason=f"{package} {EXTRA}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_model(head_type: str = "energy"):
+    """Of every head type the same backbone and autoencoder; candidates that repeat."""
+    reference, model = tiny_model(), tiny_model(head_type)
+    model.model.load_state_dict(reference.model.state_dict())
+    model.autoencoder.load_state_dict(reference.autoencoder.state_dict())
+    with torch.no_grad():
+        if head_type == "energy":
+            model.head.out_proj.weight.mul_(0.1)
+            model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
+        if head_type in ("token_chain", "token_flow"):
+            model.head.fit(model.autoencoder)
+    model.generation_config.temperature, model.generation_config.num_candidates = 0.5, 12
+    return model
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    save_tokenizer(tiny_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(exporter, tmp_path_factory):
+    """Folders: the model with the energy head as the command exports it, others with its parts; and what it printed."""
+    base = tmp_path_factory.mktemp("onnx")
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+        model = save(small_model(), base / "model")
+        assert export_onnx.main([str(model), "--output", str(base / "energy")]) == 0
+    return base, lines
+
+
+def folder_of(exported, head_type: str) -> Path:
+    base, _ = exported
+    folder = base / head_type
+    if not folder.exists():
+        shutil.copytree(base / "energy", folder)
+        model = small_model(head_type)
+        (folder / "calm.json").write_text(json.dumps(export_onnx.facts(model)))
+        with torch.no_grad(), export_onnx.traceable(model.head):
+            graph = export_onnx.head_graph(model)
+            export_onnx.write_graph("head", graph, folder / "head.onnx", None)
+    return folder
+
+
+# The folder
+
+
+def test_the_command_writes_a_folder_and_tells_of_each_part(exported):
+    base, lines = exported
+    graphs = {f"{part}.onnx{end}" for part in ("backbone", "head", "decoder") for end in ("", ".data")}
+    assert {path.name for path in (base / "energy").iterdir()} == graphs | {
+        "calm.json",
+        "tokenizer.json",
+        "generate.py",
+    }
+    assert not [path for path in base.iterdir() if path.name.startswith(".")]
+    told = "".join(lines)
+    for part in export_onnx.GRAPHS:
+        assert f"{part}: " in told
+    assert told.count("largest relative difference") == 3 and "Wrote" in told
+    assert str(ROOT).encode() not in (base / "energy" / "backbone.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("part", export_onnx.GRAPHS)
+def test_graphs_are_the_model_at_other_sizes(exported, part):
+    base, _ = exported
+    model = small_model()
+    with torch.no_grad():
+        graph = export_onnx.GRAPHS[part](model)
+    assert len({inputs[graph.inputs[0]].shape for inputs, _ in graph.cases}) >= 2
+    path = base / "energy" / f"{part}.onnx"
+    assert export_onnx.largest_difference(path, graph) <= 1e-4
+    for _, outputs in graph.cases:  # a difference would be seen
+        outputs[graph.outputs[-1]].add_(0.01)
+    assert export_onnx.largest_difference(path, graph) > 1e-4
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_heads_are_the_models_at_other_sizes(exported, head_type):
+    folder, model = folder_of(exported, head_type), small_model(head_type)
+    with torch.no_grad():
+        graph = export_onnx.head_graph(model)
+    assert [inputs["noise"].shape[-3:-1] for inputs, _ in graph.cases] == [(1, 1), (7, 3), (64, 1)]
+    assert export_onnx.largest_difference(folder / "head.onnx", graph) <= 1e-4
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_the_laws_of_noise_are_the_heads(head_type):
+    model = small_model(head_type)
+    like, generator = torch.zeros(1, model.config.hidden_size), torch.Generator().manual_seed(0)
+    facts, draws = export_onnx.facts(model), model.head.recorded_draws(4000, 1, like, generator)
+    assert [spec["name"] for spec in facts["noises"]] == list(draws)
+    for spec, theirs in zip(facts["noises"], draws.values(), strict=True):
+        shape = tuple({"draws": 4000, "rows": 1}.get(size, size) for size in spec["shape"])
+        ours = generate_onnx.Randomness(0).noise(spec, shape)
+        assert shape == tuple(theirs.shape) and ours.dtype == np.float32
+        levels = np.linspace(0, 1, 21)[1:-1]
+        assert np.quantile(ours, levels) == pytest.approx(np.quantile(theirs.numpy(), levels), abs=0.05)
+
+
+# Texts
+
+
+def recorded_text(model, folder: Path, monkeypatch, temperature: float, length: int, num_candidates: int) -> list[int]:
+    """Tokens that the model writes; the random numbers of each step are saved as `noise.0`, `exponential.0`, …"""
+    recorded = {}
+
+    def keep(name, values):
+        step = sum(key.startswith(f"{name}.") for key in recorded)
+        recorded[f"{name}.{step}"] = values.numpy()
+
+    def keep_noise(_, __, given):
+        for name in model.head.recorded_draws(1, 1, torch.zeros(1, model.config.hidden_size), None):
+            keep(name, given[name])
+
+    exponential = RowRandomness.exponential
+
+    def keep_exponential(self, *args):
+        noise_RN = exponential(self, *args)
+        keep("exponential", noise_RN[0])
+        return noise_RN
+
+    monkeypatch.setattr(RowRandomness, "exponential", keep_exponential)
+    hook = model.head.register_forward_pre_hook(keep_noise, with_kwargs=True)
+    ids = torch.tensor([tiny_tokenizer()(PROMPT)["input_ids"]])
+    settings = {"temperature": temperature, "num_candidates": num_candidates, "sampling_method": "batch"}
+    generators = [torch.Generator().manual_seed(3)]
+    text = model.generate(ids, do_sample=True, max_new_tokens=length, generator=generators, **settings)
+    hook.remove()
+    np.savez(folder / "recorded.npz", **recorded)
+    return text[0, ids.shape[1] :].tolist()
+
+
+def text_without_torch(folder: Path, *arguments) -> list[int]:
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(folder), str(folder / "recorded.npz"), json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_texts_are_the_models_of_the_same_noise(exported, monkeypatch, head_type, temperature):
+    """The length ends within a patch; the prompt, with BOS, is no whole number of them."""
+    folder, model = folder_of(exported, head_type), small_model(head_type)
+    model.generation_config.eos_token_id = None
+    theirs = recorded_text(model, folder, monkeypatch, temperature, 22, 12)
+    facts = json.loads((folder / "calm.json").read_text())
+    (folder / "calm.json").write_text(json.dumps(facts | {"eos_token_ids": []}))
+    try:
+        ours = text_without_torch(folder, PROMPT, 22, temperature, 12)
+    finally:
+        (folder / "calm.json").write_text(json.dumps(facts))
+    assert len(theirs) == 22 and len(set(theirs)) > 4 and ours == theirs
+
+
+def test_an_eos_within_a_patch_is_the_last_token(exported):
+    folder = folder_of(exported, "token_chain")
+    model = generate_onnx.ExportedCALM(folder, num_threads=1)
+
+    def text(eos, **settings):
+        model.facts["eos_token_ids"] = [eos]
+        return list(model.tokens([BOS, 5, 6], 40, generate_onnx.Randomness(1), **settings))
+
+    whole = text(-1, temperature=1.0)
+    place = next(i for i, token in enumerate(whole) if i > 4 and i % K == 1 and token not in whole[:i])
+    assert len(whole) == 40 and text(whole[place], temperature=1.0) == whole[: place + 1]
+
+
+def test_pieces_are_the_text(exported):
+    base, _ = exported
+    model = generate_onnx.ExportedCALM(base / "energy", num_threads=1)
+    model.facts["eos_token_ids"] = []
+    ids = model.tokenizer.encode(PROMPT).ids
+    tokens = list(model.tokens(ids, 9, generate_onnx.Randomness(2)))
+    pieces = list(model.write(PROMPT, 9, generate_onnx.Randomness(2)))
+    assert PROMPT + "".join(pieces) == model.tokenizer.decode(ids + tokens)
+    assert list(model.tokens(ids, 9, generate_onnx.Randomness(3))) != tokens
+
+
+@pytest.mark.parametrize("alignment", ["left", "right"])
+@pytest.mark.parametrize("length", [0, 3, 4, 5])
+def test_prompts_are_packed_as_generate_does(exported, alignment, length):
+    base, _ = exported
+    exported_model, model = generate_onnx.ExportedCALM(base / "energy"), small_model()
+    exported_model.facts["prompt_alignment"] = alignment
+    ids = list(range(10, 10 + length))
+    packed = model.pack_for_generation(
+        torch.tensor([ids], dtype=torch.long), None, alignment, exported_model.facts["pad_token_id"], BOS
+    )
+    assert exported_model._packed(ids).flatten().tolist() == packed["input_ids"][0].tolist()
+
+
+def test_the_folders_own_command(exported):
+    base, _ = exported
+
+    def run(*words):
+        blocked = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        started = f"import runpy; sys.argv = {[str(base / 'energy' / 'generate.py'), *words]}; "
+        return subprocess.run(
+            [sys.executable, "-c", blocked + started + "runpy.run_path(sys.argv[0], run_name='__main__')"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    seeded = [PROMPT, "--max_new_tokens", "6", "--seed", "0", "--num_threads", "1"]
+    first, again = run(*seeded, "--speed"), run(*seeded)
+    assert first.returncode == 0 and first.stdout.startswith(PROMPT) and first.stdout == again.stdout
+    assert "tokens/s" in first.stderr and not again.stderr
+    refused = run(PROMPT, "--temperature", "1.5")
+    assert refused.returncode == 2 and refused.stderr == "error: temperature=1.5: must lie in (0, 1].\n"
+
+
+# The choice by temperature, without onnxruntime
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.9, 0.7, 0.5, 1 / 3, 0.3333333, 0.21, 0.05])
+def test_weights_are_the_samplers(temperature):
+    generator = torch.Generator().manual_seed(0)
+    for num_kinds in (1, 3, 20, 2000):
+        patches = torch.randint(num_kinds, (60, 1), generator=generator).expand(-1, K).contiguous()
+        class_N = generate_onnx.patch_classes(patches.numpy())
+        theirs_N = patch_classes(patches[None])[0]
+        assert class_N.tolist() == theirs_N.tolist()
+        weights_N = generate_onnx.draw_log_weights(class_N, temperature)
+        expected_N = samplers_calm.draw_log_weights(theirs_N[None], temperature)[0]
+        assert np.array_equal(np.isinf(weights_N), expected_N.isinf().numpy())
+        finite = np.isfinite(weights_N)
+        assert weights_N[finite] == pytest.approx(expected_N.numpy()[finite], rel=1e-5, abs=1e-5)
+        noise_N = torch.empty(60).exponential_(generator=generator)
+        chosen = samplers_calm.choose_by_weight(theirs_N[None], noise_N[None], temperature)
+        assert generate_onnx.choose_by_weight(class_N, noise_N.numpy(), temperature) == int(chosen)
+
+
+def test_weights_by_hand():
+    """Four draws a, a, b, a at T = 1/2: C(3, 2) = 3 for a, nothing for b."""
+    weights_N = np.exp(generate_onnx.draw_log_weights(np.array([0, 0, 2, 0]), 0.5))
+    assert weights_N == pytest.approx([3, 0, 0, 0])
+
+
+@pytest.mark.parametrize("temperature, num_candidates", [(0, 9), (1.01, 9), (float("nan"), 9), (0.1, 9), (1e-320, 9)])
+def test_settings_that_samplers_refuse_are_refused(temperature, num_candidates):
+    with pytest.raises(generate_onnx.Refusal, match="^(temperature|num_candidates)="):
+        generate_onnx.check_sampling(temperature, num_candidates)
+    with pytest.raises(ValueError):
+        samplers_calm.check_num_candidates(num_candidates, temperature)
+
+
+# What is refused
+
+
+def refused(capsys, *words) -> str:
+    return refusal(capsys, export_onnx.main, *words)
+
+
+def test_models_that_cannot_be_exported_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "no/such/folder" in refused(capsys, "./no/such/folder", "--output", tmp_path / "new")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    assert refused(capsys, other, "--output", tmp_path / "new") == f"{other} is no CALM.\n".strip()
+    (other / "config.json").write_text('{"model_type": "calm", "head_type": "mine"}')
+    assert "head of type 'mine': those exported are energy, flow" in refused(capsys, other, "--output", tmp_path / "n")
+    assert sorted(tmp_path.iterdir()) == [other]
+
+
+def test_outputs_that_are_in_the_way_are_refused(capsys, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert "exists already" in refused(capsys, ".", "--output", tmp_path / "full")
+    assert "is not a folder" in refused(capsys, ".", "--output", tmp_path / "nowhere" / "new")
+    (tmp_path / ".new.partial").mkdir()
+    assert "another export" in refused(capsys, ".", "--output", tmp_path / "new")
+    assert "--opset 9" in refused(capsys, ".", "--output", tmp_path / "other", "--opset", "9")
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_a_missing_package_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, "PACKAGES", ("no_such_package",))
+    assert "needs no_such_package: pip install" in refused(capsys, ROOT, "--output", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_differs_leaves_nothing(exporter, capsys, tmp_path, monkeypatch):
+    """The tokenizer lacks, then the decoder, the only graph here, differs."""
+    model = small_model()
+    model.save_pretrained(tmp_path / "model")
+    assert "tokenizer" in refused(capsys, tmp_path / "model", "--output", tmp_path / "new")
+    save(model, tmp_path / "model")
+
+    class Wrong(nn.Module):
+        def forward(self, latents):
+            logits = 1.001 * model.autoencoder.decode(latents)
+            return logits.argmax(-1), logits
+
+    def wrong_graph(model):
+        graph = export_onnx.decoder_graph(model)
+        graph.module = Wrong()
+        return graph
+
+    monkeypatch.setattr(export_onnx, "GRAPHS", {"decoder": wrong_graph})
+    message = refused(capsys, tmp_path / "model", "--output", tmp_path / "new")
+    assert message.startswith("decoder.onnx differs from the model by 1.0e-03 of the largest output")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_is_none_is_refused_by_generate(capsys, tmp_path):
+    pytest.importorskip("onnxruntime", reason=f"onnxruntime {EXTRA}")
+    message = refusal(capsys, generate_onnx.main, PROMPT, "--folder", tmp_path)
+    assert message.startswith(f"{tmp_path / 'calm.json'} does not exist")
+    assert "must not be negative" in refusal(capsys, generate_onnx.main, PROMPT, "--seed", "-1")
