@@ -16,6 +16,7 @@ stderr and exit code 2, and leaves no file behind.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -44,7 +45,7 @@ from calm.generation_calm import PatchSampling
 from calm.heads_calm import GenerativeHead
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.extras import MissingPackage, need
+from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
 from calm.upstream_calm import FIXED_ROTATIONS
 
@@ -128,8 +129,8 @@ def cache_of(tensors: list[Tensor]) -> DynamicCache:
 
 
 def tensors_of(cache: DynamicCache) -> list[Tensor]:
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    return [tensor for pair in pairs for tensor in pair if tensor is not None]
+    layers: list[Any] = cache.layers
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 class Head(nn.Module):
@@ -140,7 +141,8 @@ class Head(nn.Module):
         self.head, self.names = head, names
 
     def forward(self, hidden: Tensor, noises: list[Tensor]) -> Tensor:
-        return self.head.sample(hidden, **dict(zip(self.names, noises, strict=True)))
+        draws: dict[str, Any] = dict(zip(self.names, noises, strict=True))
+        return self.head.sample(hidden, **draws)
 
 
 class Decoder(nn.Module):
@@ -162,7 +164,7 @@ def backbone_graph(model: CALMForCausalLM) -> Graph:
     def example(batch: int, patches: int, past: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         tokens = torch.randint(config.vocab_size, (batch, patches, config.patch_size), generator=generator)
         mask = torch.ones(batch, past + patches, dtype=torch.long)
-        shape = batch, config.num_key_value_heads, past, head_size(model)
+        shape = batch, config.num_key_value_heads or config.num_attention_heads, past, head_size(model)
         return tokens, mask, [torch.randn(shape, generator=generator) for _ in names]
 
     axes = {0: DYNAMIC, 1: DYNAMIC}
@@ -193,7 +195,7 @@ def head_size(model: CALMForCausalLM) -> int:
 def head_graph(model: CALMForCausalLM) -> Graph:
     head, size, generator = model.head, model.config.hidden_size, torch.Generator().manual_seed(1)
 
-    def example(num_draws: int, num_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def example(num_draws: int, num_rows: int) -> tuple[Tensor, dict[str, Any]]:
         hidden = torch.randn(num_rows, size, generator=generator)
         return hidden, head.recorded_draws(num_draws, num_rows, hidden, generator)
 
@@ -271,7 +273,7 @@ def quiet() -> Iterator[None]:
 
 def translations() -> dict:
     """Operators of PyTorch that the exporter has no translation of → ours."""
-    from onnxscript import opset18 as op
+    op: Any = importlib.import_module("onnxscript").opset18
 
     def searchsorted(ordered, values, out_int32=False, right=False, side=None, sorter=None):
         """How many of the ascending values (..., V) are below each of (..., N), or not above it."""
@@ -317,7 +319,7 @@ def largest_difference(path: Path, graph: Graph) -> float:
 
     Of tokens, it is what their logits lack to the largest ones. Not a number where one of them isn't.
     """
-    import onnxruntime
+    onnxruntime: Any = importlib.import_module("onnxruntime")
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -392,19 +394,24 @@ def check_exportable(config: dict[str, Any], name: str) -> None:
         raise ExportError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
 
 
-def load(name: str) -> CALMForCausalLM:
-    """A CALM in float32.
+def load(name: str) -> tuple[CALMForCausalLM, Any]:
+    """A CALM in float32, and its tokenizer.
 
     Raises:
-        ExportError: its rotation depends on the longest row of a pass, or its weights are quantised.
+        ExportError: no tokenizer, a rotation that depends on the longest row of a pass, or quantised weights.
+        OSError, ValueError: no model.
     """
+    try:
+        tokenizer = load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{name} has no tokenizer that can be read, and texts need one.") from error
     model = CALMForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
     if rotation not in FIXED_ROTATIONS:
         raise ExportError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
     if getattr(model, "is_quantized", False):
         raise ExportError(f"{name} is quantised: export the model that it was made of.")
-    return model.eval()
+    return model.eval(), tokenizer
 
 
 def write_folder(model: CALMForCausalLM, folder: Path, opset: int | None, tolerance: float) -> None:
@@ -429,20 +436,12 @@ def write_folder(model: CALMForCausalLM, folder: Path, opset: int | None, tolera
     shutil.copy(generate_onnx.__file__, folder / "generate.py")
 
 
-def export(name: str, output: Path, opset: int | None = None, tolerance: float = TOLERANCE) -> None:
-    """Writes the new folder `output`.
-
-    Args:
-        name: folder or Hub id of the model.
-        output: new, or an empty folder.
-        opset: of ONNX; `None` is torch's default.
-        tolerance: the largest relative difference that is accepted.
+def new_folder(output: Path) -> Path:
+    """Where the folder is written before it is renamed to `output`; neither is made yet.
 
     Raises:
-        ExportError, MissingPackage, OSError, ValueError: it can't be exported, or read, or written; no file is left
-            behind.
+        ExportError: something is in the way.
     """
-    output = output.absolute()
     partial = output.with_name(f".{output.name}.partial")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ExportError(f"{output} exists already and is not an empty folder.")
@@ -450,12 +449,24 @@ def export(name: str, output: Path, opset: int | None = None, tolerance: float =
         raise ExportError(f"{output.parent} is not a folder.")
     if partial.exists():
         raise ExportError(f"{partial} exists: remove it, unless another export is writing it right now.")
-    check_exportable(PretrainedConfig.get_config_dict(name)[0], name)
-    for package in PACKAGES:
-        need(package, "clients", "python -m calm.export_onnx")
-    tokenizer = load_tokenizer(name)
-    model = load(name)
+    return partial
 
+
+def export(model: CALMForCausalLM, tokenizer, output: Path, opset: int | None, tolerance: float) -> None:
+    """Writes the new folder `output`.
+
+    Args:
+        model: from `load`.
+        tokenizer: its tokenizer.
+        output: new, or an empty folder.
+        opset: of ONNX; `None` is torch's default.
+        tolerance: the largest relative difference that is accepted.
+
+    Raises:
+        ExportError, OSError: a graph can't be made or differs, or the disk is full; no file is left behind.
+    """
+    output = output.absolute()
+    partial = new_folder(output)
     partial.mkdir()
     try:
         tokenizer.backend_tokenizer.save(str(partial / "tokenizer.json"))
@@ -487,8 +498,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     if options.opset is not None and options.opset < LEAST_OPSET:
         raise CommandError(f"--opset {options.opset}: torch exports to opset {LEAST_OPSET} at least.")
-    with known_errors(ExportError, MissingPackage, OSError):
-        export(options.model, options.output, options.opset, options.tolerance)
+    with known_errors(ValueError, OSError):
+        new_folder(options.output.absolute())
+        check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)
+        for package in PACKAGES:
+            need(package, "clients", "python -m calm.export_onnx")
+        model, tokenizer = load(options.model)
+    with known_errors(ExportError, OSError):
+        export(model, tokenizer, options.output, options.opset, options.tolerance)
     size = sum(file.stat().st_size for file in options.output.iterdir())
     print(f'Wrote {options.output} ({size / 1e6:.1f} MB): python {options.output / "generate.py"} "Once upon a time"')
 

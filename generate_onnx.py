@@ -22,6 +22,7 @@ vocabulary, M latent vectors. The graphs, all of float32 and int64, with any B, 
 """
 
 import argparse
+import importlib
 import json
 import math
 import sys
@@ -83,16 +84,16 @@ class ExportedCALM:
 
     def __init__(self, folder: str | Path, num_threads: int | None = None):
         folder = Path(folder)
-        try:
-            import onnxruntime
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise Refusal(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
         for name in ("calm.json", "tokenizer.json", "backbone.onnx", "head.onnx", "decoder.onnx"):
             if not (folder / name).is_file():
                 raise Refusal(
                     f"{folder / name} does not exist: name a folder that `python -m calm.export_onnx` wrote."
                 )
+        try:
+            onnxruntime: Any = importlib.import_module("onnxruntime")
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise Refusal(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
         self.facts: dict[str, Any] = json.loads((folder / "calm.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -146,14 +147,12 @@ class ExportedCALM:
         Raises:
             Refusal: a temperature outside (0, 1], fewer than 1/T candidates, or nothing to begin with.
         """
-        temperature = self.facts["temperature"] if temperature is None else temperature
-        num_candidates = self.facts["num_candidates"] if num_candidates is None else num_candidates
-        check_sampling(temperature, num_candidates)
+        law = self.sampling(temperature, num_candidates)
         patches_PK, cache = self._packed(prompt_ids), self._empty_cache()
         num_left = max_new_tokens
         while num_left > 0:
             hidden_1D, cache = self._read(patches_PK, cache)
-            patch_K = self._next_patch(hidden_1D, randomness, temperature, num_candidates)
+            patch_K = self._next_patch(hidden_1D, randomness, *law)
             for token in patch_K[:num_left].tolist():
                 self.num_written += 1
                 yield token
@@ -161,6 +160,13 @@ class ExportedCALM:
                     return
             num_left -= len(patch_K)
             patches_PK = patch_K[None]
+
+    def sampling(self, temperature: float | None, num_candidates: int | None) -> tuple[float, int]:
+        """T and N, the model's in place of None; raises as `tokens` does."""
+        temperature = float(self.facts["temperature"] if temperature is None else temperature)
+        num_candidates = int(self.facts["num_candidates"] if num_candidates is None else num_candidates)
+        check_sampling(temperature, num_candidates)
+        return temperature, num_candidates
 
     def _packed(self, prompt_ids: list[int]) -> np.ndarray:
         """A prompt as patches (P, K): the first is filled on its left, or, as published, the last on its right."""
@@ -192,9 +198,9 @@ class ExportedCALM:
     ) -> np.ndarray:
         """The patch (K,) chosen after a hidden state."""
         num_draws = 1 if temperature == 1 else num_candidates
-        sizes = {"draws": num_draws, "rows": 1}
+        sizes = {"draws": num_draws, "rows": 1}  # of the axes that have no number
         noises = {
-            spec["name"]: randomness.noise(spec, tuple(sizes.get(size, size) for size in spec["shape"]))
+            spec["name"]: randomness.noise(spec, tuple(sizes[x] if x in sizes else x for x in spec["shape"]))
             for spec in self.facts["noises"]
         }
         (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noises})
@@ -299,10 +305,7 @@ def run(options: argparse.Namespace) -> None:
         raise Refusal(f"--seed {options.seed}: must not be negative.")
     model, randomness = ExportedCALM(options.folder, options.num_threads), Randomness(options.seed)
     choice = options.temperature, options.num_candidates
-    check_sampling(
-        model.facts["temperature"] if choice[0] is None else choice[0],
-        model.facts["num_candidates"] if choice[1] is None else choice[1],
-    )
+    model.sampling(*choice)
     start = time.perf_counter()
     print(options.prompt, end="", flush=True)
     for piece in model.write(options.prompt, options.max_new_tokens, randomness, *choice):
