@@ -39,7 +39,7 @@ from transformers.cache_utils import DynamicCache
 
 from calm import diffusion_head_calm, flow_head_calm, generate_onnx, token_flow_head_calm
 from calm.checkpoint_files import first_line
-from calm.command_line import CommandError, Parser, command, known_errors, positive
+from calm.command_line import Parser, command, known_errors, positive
 from calm.flow_head_calm import Conditions, ModulatedMLP
 from calm.generation_calm import PatchSampling
 from calm.heads_calm import GenerativeHead
@@ -260,15 +260,17 @@ def traceable(head: GenerativeHead) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's notes on packages that are not there and on its own inner parts."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def translations() -> dict:
@@ -394,6 +396,16 @@ def check_exportable(config: dict[str, Any], name: str) -> None:
         raise ExportError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
 
 
+def check_opset(opset: int | None) -> None:
+    """Raises `ExportError` for an opset of ONNX that torch doesn't export to, or that the installed onnx lacks."""
+    onnx: Any = importlib.import_module("onnx")
+    most = onnx.defs.onnx_opset_version()
+    if opset is not None and not LEAST_OPSET <= opset <= most:
+        raise ExportError(
+            f"--opset {opset}: must be at least {LEAST_OPSET}, and {most} at most with the installed onnx."
+        )
+
+
 def load(name: str) -> tuple[CALMForCausalLM, Any]:
     """A CALM in float32, and its tokenizer.
 
@@ -417,7 +429,7 @@ def load(name: str) -> tuple[CALMForCausalLM, Any]:
 def write_folder(model: CALMForCausalLM, folder: Path, opset: int | None, tolerance: float) -> None:
     """Writes the graphs, compares each with the model, and writes what else is needed; a line on stdout for each."""
     for name, make in GRAPHS.items():
-        print(f"{name}: ", end="", flush=True)
+        print(f"{name}: traced, written and compared …", flush=True)
         start, path = time.perf_counter(), folder / f"{name}.onnx"
         with torch.no_grad():
             graph = make(model)
@@ -426,7 +438,7 @@ def write_folder(model: CALMForCausalLM, folder: Path, opset: int | None, tolera
         difference = largest_difference(path, graph)
         size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*"))
         seconds = time.perf_counter() - start
-        print(f"{size / 1e6:.1f} MB in {seconds:.0f} s, largest relative difference {difference:.1e}")
+        print(f"{name}: {size / 1e6:.1f} MB in {seconds:.0f} s, largest relative difference {difference:.1e}")
         if not difference <= tolerance:
             raise ExportError(
                 f"{name}.onnx differs from the model by {difference:.1e} of the largest output, more than the "
@@ -496,13 +508,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    if options.opset is not None and options.opset < LEAST_OPSET:
-        raise CommandError(f"--opset {options.opset}: torch exports to opset {LEAST_OPSET} at least.")
     with known_errors(ValueError, OSError):
         new_folder(options.output.absolute())
         check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)
         for package in PACKAGES:
             need(package, "clients", "python -m calm.export_onnx")
+        check_opset(options.opset)
         model, tokenizer = load(options.model)
     with known_errors(ExportError, OSError):
         export(model, tokenizer, options.output, options.opset, options.tolerance)

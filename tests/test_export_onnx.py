@@ -337,12 +337,17 @@ def test_models_that_cannot_be_exported_are_refused(capsys, tmp_path, monkeypatc
 def test_outputs_that_are_in_the_way_are_refused(capsys, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    assert "exists already" in refused(capsys, ".", "--output", tmp_path / "full")
-    assert "is not a folder" in refused(capsys, ".", "--output", tmp_path / "nowhere" / "new")
+    assert "exists already" in refused(capsys, ROOT, "--output", tmp_path / "full")
+    assert "is not a folder" in refused(capsys, ROOT, "--output", tmp_path / "nowhere" / "new")
     (tmp_path / ".new.partial").mkdir()
-    assert "another export" in refused(capsys, ".", "--output", tmp_path / "new")
-    assert "--opset 9" in refused(capsys, ".", "--output", tmp_path / "other", "--opset", "9")
+    assert "another export" in refused(capsys, ROOT, "--output", tmp_path / "new")
     assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("opset", [9, 999])
+def test_opsets_that_there_are_not_are_refused(exporter, capsys, tmp_path, opset):
+    message = refused(capsys, ROOT, "--output", tmp_path / "new", "--opset", opset)
+    assert message.startswith(f"--opset {opset}: must be at least 18, and ")
 
 
 def test_a_missing_package_is_named(capsys, tmp_path, monkeypatch):
