@@ -323,11 +323,13 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 generator = self.greedy_randomness(sampling, hidden_RD)
             generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
             token_rules = None if rules is None else rules.of_rows(texts.drawing, texts.ids_BL)
-            pool, index_R = self.choose_patches(
-                hidden_RD, sampling, generators, forbidden_KV, plan, radius, token_rules, scores is not None
-            )
-            patches_RK = pool.tokens(pool.rows_B, index_R)
-            if isinstance(pool, RecordedPool) and scores is not None:
+            arguments = hidden_RD, sampling, generators, forbidden_KV, plan, radius, token_rules
+            if scores is None:
+                patches_RK = self.next_patches(*arguments)
+            else:
+                pool, index_R = self.choose_patches(*arguments, is_recorded=True)
+                assert isinstance(pool, RecordedPool)
+                patches_RK = pool.tokens(pool.rows_B, index_R)
                 scores.append(pool.scores(index_R, sampling.weigh).in_rows(texts.drawing, len(input_ids)))
             patches_BK = texts.append(patches_RK)
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)

@@ -183,8 +183,8 @@ def count(model, case: Case) -> dict:
 
 
 def _with_plan(next_patches, plan: BlockPlan):
-    def call(hidden_RD, sampling, generator, forbidden_KV, _, radius):
-        return next_patches(hidden_RD, sampling, generator, forbidden_KV, plan, radius)
+    def call(hidden_RD, sampling, generator, forbidden_KV, _, *others):
+        return next_patches(hidden_RD, sampling, generator, forbidden_KV, plan, *others)
 
     return call
 

@@ -36,7 +36,7 @@ def bitsandbytes(**settings) -> Callable[[str], CALMForCausalLM]:
     """Loads the linear layers in the bits of `BitsAndBytesConfig`."""
 
     def make(name: str) -> CALMForCausalLM:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
         from transformers import BitsAndBytesConfig
 
         # A line of its own for each product in float32.
@@ -66,7 +66,7 @@ def torchao(config_name: str) -> Callable[[str], CALMForCausalLM]:
     """Quantises the linear layers of a loaded model by `torchao.quantization.quantize_`."""
 
     def make(name: str) -> CALMForCausalLM:
-        import torchao.quantization
+        import torchao.quantization  # pyright: ignore[reportMissingImports]
 
         model = load(name, "cpu", torch.float32)
         torchao.quantization.quantize_(model, getattr(torchao.quantization, config_name)())
@@ -94,7 +94,7 @@ METHODS: dict[str, Callable[[str], CALMForCausalLM]] = {
 
 def write(model: CALMForCausalLM, num_tokens: int, seed: int = 0) -> Tensor:
     """A text of one row from BOS on, (1, L), at T = 0.5."""
-    start = torch.full((1, 1), model.config.bos_token_id)
+    start = torch.full((1, 1), model.config.bos_token_id or 0)
     return model.generate(
         start,
         attention_mask=torch.ones_like(start),

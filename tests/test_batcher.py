@@ -350,7 +350,7 @@ def test_texts_that_end_in_a_step_that_fails_are_told(monkeypatch, model):
 REFUSALS = [
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
     ({"max_new_tokens": 10**6}, "The prompt has 5 tokens, and max_new_tokens=1000000: together they may be"),
-    ({"temperature": 1.5}, "temperature=1.5: sampling needs a temperature in"),
+    ({"temperature": 2.5}, "temperature=2.5: sampling needs a temperature in"),
     ({"temperature": 1e-320}, "is too few for temperature=1e-320"),
     ({"num_candidates": 10**6}, "may draw 1000000 patches in a step: 100 are allowed here"),
     ({"min_new_tokens": -1}, "min_new_tokens=-1: must be a whole number, and not negative"),
@@ -360,7 +360,7 @@ REFUSALS = [
     ({"seed": 2**64}, "must be a whole number of 64 bits"),
     ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
     ({"stop": ["a", ""]}, "stop: holds an empty string"),
-    ({"top_p": 0.5}, "top_p: no option of a text"),
+    ({"typical_p": 0.5}, "typical_p: no option of a text"),
     ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: ids are whole numbers in 0 … {VOCAB_SIZE - 1}"),
     ({"prompt": [1.5]}, "holds 1.5: ids are whole numbers"),
     ({"prompt": "\ud800"}, "no text at character 0"),

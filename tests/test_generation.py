@@ -382,20 +382,21 @@ REFUSED = [
     ({"prompt_lookup_num_tokens": 3}, "no assisted generation"),
     ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
     ({"watermarking_config": WatermarkingConfig()}, "watermarking_config"),
-    ({"top_p": 0.9}, "top_p=0.9"),
-    ({"top_k": 10}, "top_k=10"),
-    ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-    ({"bad_words_ids": [[5]]}, "bad_words_ids"),
-    ({"output_scores": True, "return_dict_in_generate": True}, "no token scores"),
-    ({"temperature": 0.0}, r"temperature=0.0.*\(0, 1\]"),
-    ({"temperature": -1.0}, r"temperature=-1.0.*\(0, 1\]"),
-    ({"temperature": 1.5}, r"temperature=1.5.*\(0, 1\]"),
+    ({"top_p": 1.5}, r"top_p=1.5: must be a share, in \[0, 1\]"),
+    ({"top_k": -1}, "top_k=-1: must be a whole number"),
+    ({"min_p": -0.1}, "min_p=-0.1: must be a share"),
+    ({"typical_p": 0.5}, "typical_p=0.5: CALM has no token probabilities.*top_k, top_p and min_p"),
+    ({"output_logits": True, "return_dict_in_generate": True}, "no token logits.*output_scores=True"),
+    ({"bad_words_ids": [5]}, "bad_words_ids"),
+    ({"repetition_penalty": -1.0}, "penalty"),
+    ({"temperature": 0.0}, r"temperature=0.0.*\(0, 2\]"),
+    ({"temperature": -1.0}, r"temperature=-1.0.*\(0, 2\]"),
+    ({"temperature": 2.5}, r"temperature=2.5.*\(0, 2\]"),
     ({"temperature": 0.2, "num_candidates": 4}, "num_candidates=4 is too few for temperature=0.2.*at least 5"),
     ({"num_candidates": 0}, "num_candidates=0"),
     ({"sampling_method": "best"}, "sampling_method='best'"),
     ({"prompt_alignment": "middle"}, "prompt_alignment='middle'"),
     ({"inputs_embeds": torch.zeros(1, 6, 48)}, "inputs_embeds.*pass input_ids instead"),
-    ({"prefix_allowed_tokens_fn": lambda row, ids: [7]}, "prefix_allowed_tokens_fn"),
     ({"attention_mask": torch.ones(1, 5)}, r"attention_mask of shape \(1, 5\)"),
     ({"candidates": 5}, "candidates"),
     ({"inputs": PROMPT[0]}, r"a tensor of shape \(6,\): it takes ids as a tensor of shape \(batch, length\)"),
@@ -418,7 +419,6 @@ REFUSED = [
         ({"prefill_chunk_size": size}, f"prefill_chunk_size={size!r}: must be a positive")
         for size in (0, -1, 2.5, "4")
     ),
-    ({"remove_invalid_values": True}, "remove_invalid_values=True"),
     ({"compile_config": CompileConfig()}, 'compiled with a cache of fixed size; add cache_implementation="static"'),
 ]
 
@@ -439,8 +439,6 @@ def test_more_refusals(monkeypatch, model):
             generate(model, torch.tensor([[10, bad]]))
     with pytest.raises(ValueError, match="no assisted generation"):
         generate(model, assistant_model=model)
-    with pytest.raises(ValueError, match="no token logits"):
-        generate(model, logits_processor=[lambda ids, scores: scores])
     cache = model(PROMPT[:, :4], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled past_key_values"):
         generate(model, past_key_values=cache)

@@ -79,6 +79,18 @@ EFFECTS = {
     "output_hidden_states": ([True, False], DICT, has("hidden_states")),
     "return_dict_in_generate": ([True, False], {}, kind),
     "return_legacy_cache": ([True, False], DICT, cache),
+    "output_scores": ([True, False], DICT, has("scores")),
+    "top_k": ([1, 0], {}, ids),
+    "top_p": ([0.1, 1.0], {}, ids),
+    "min_p": ([1.0, 0.0], {}, ids),
+    "repetition_penalty": ([5.0, 1.0], {}, ids),
+    "no_repeat_ngram_size": ([1, 0], {}, ids),
+    "bad_words_ids": ([[[token] for token in range(48)], [[5]]], {}, ids),
+    "suppress_tokens": ([list(range(48)), [5]], {}, ids),
+    "begin_suppress_tokens": ([list(range(95)), list(range(48))], {}, ids),
+    "sequence_bias": ([[[[50], 100.0]], [[[51], 100.0]]], {}, ids),
+    "forced_eos_token_id": ([7, 8], {}, ids),
+    "exponential_decay_length_penalty": ([(1, 50.0), None], {"eos_token_id": 7}, shape),
 }
 # Those whose two values depend on what is generated, or that do something besides the result.
 OTHER_EFFECTS = {
@@ -90,6 +102,8 @@ OTHER_EFFECTS = {
     "cache_config",
     "prefill_chunk_size",
     "compile_config",  # test_compiled.py
+    "forced_bos_token_id",
+    "remove_invalid_values",
     "disable_compile",
 }
 
@@ -121,6 +135,29 @@ def test_lengths_at_least(model, minimum):
     eos = first_new(generate(model))
     assert shape(generate(model, eos_token_id=eos)) == [1, 7]
     assert shape(generate(model, eos_token_id=eos, **minimum))[1] >= 11
+
+
+def test_a_first_token_is_forced_after_one(model):
+    rows = [generate(model, inputs=PROMPT[:, :1], forced_bos_token_id=token) for token in (7, 8)]
+    assert [row[0, 1].item() for row in rows] == [7, 8]
+
+
+def test_logits_that_are_no_numbers_are_put_right(model):
+    def spoil(input_ids, scores):
+        return scores.index_fill(1, torch.tensor([9]), torch.nan)
+
+    with_nan = generate(model, logits_processor=[spoil])
+    assert set(with_nan[0, 6:].tolist()) == {9}  # of NaN and numbers, torch's maximum is NaN
+    kept = model._get_logits_processor(
+        generation_config=settings_of(model, remove_invalid_values=True), input_ids_seq_length=6
+    )
+    assert [type(processor).__name__ for processor in kept(0, 6)] == ["InfNanRemoveLogitsProcessor"]
+
+
+def settings_of(model, **settings):
+    config, _ = model._prepare_generation_config(None, max_length=20, **settings)
+    config._eos_token_tensor = None
+    return config
 
 
 def test_stop_strings(model):
@@ -181,26 +218,17 @@ def test_a_harmless_field_changes_nothing(model, name):
 # Refused
 
 REFUSED_VALUES = {
-    "bad_words_ids": [[5]],
-    "sequence_bias": [[[5], 2.0]],
-    "suppress_tokens": [5],
-    "begin_suppress_tokens": [5],
-    "exponential_decay_length_penalty": (5, 1.1),
     "force_words_ids": [[5]],
     "constraints": [object()],
     "dola_layers": "low",
     "watermarking_config": WatermarkingConfig(),
     "compile_config": CompileConfig(),
-    "no_repeat_ngram_size": 3,
     "encoder_no_repeat_ngram_size": 3,
-    "top_k": 7,
     "num_beams": 2,
     "num_beam_groups": 2,
     "prompt_lookup_num_tokens": 3,
-    "forced_bos_token_id": 5,
-    "forced_eos_token_id": 5,
     "assistant_early_exit": 1,
-    **dict.fromkeys(("output_scores", "output_logits", "token_healing", "remove_invalid_values"), True),
+    **dict.fromkeys(("output_logits", "token_healing"), True),
     **dict.fromkeys(("is_assistant", "use_mtp"), True),
 }
 

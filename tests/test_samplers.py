@@ -500,9 +500,9 @@ class TestRandomness:
 
 
 class TestChecks:
-    @pytest.mark.parametrize("temperature", [0, -1, 1.0001, float("nan"), float("inf"), None, "0.5", True])
+    @pytest.mark.parametrize("temperature", [0, -1, 2.0001, float("nan"), float("inf"), None, "0.5", True])
     def test_temperatures_outside_the_range(self, temperature):
-        with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"in \(0, 2\]"):
             check_temperature(temperature)
 
     @pytest.mark.parametrize("num_candidates, temperature, least", [(1, 0.9, 2), (2, 0.4, 3), (99, 0.01, 100)])

@@ -195,7 +195,7 @@ def test_a_reply_that_is_not_streamed(driver, page, server, expected):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_error_reaches_the_page(driver, page, server, stream):
-    ask(driver, page, server, {"top_p": 0.5}, stream)
+    ask(driver, page, server, {"top_p": 1.5}, stream)
     assert error(driver).startswith("top_p: ")
     assert "CORS" not in "".join(console(driver))
 
