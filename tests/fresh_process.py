@@ -28,6 +28,7 @@ NOT_OURS = re.compile(
     r"|^Device set to use"  # the pipeline
     r"|`torch_dtype` is deprecated"  # an argument of the model card's snippet
     r"|^Failed to load CPU gemm_4bit_forward"  # bitsandbytes, which peft imports where it is installed
+    r"|^Failed to load \S*/torchao/|^W\d+ .*torch/utils/_pytree\.py"  # torchao, which transformers imports where it is
 )
 
 
