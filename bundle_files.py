@@ -8,11 +8,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from calm.checkpoint_files import ConversionError, Repository, first_line
+from calm.checkpoint_files import ConversionError, Repository, first_line, read_json
 from calm.configuration_calm import CALMConfig
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE]
 MODEL_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -64,7 +66,8 @@ def generation_defaults(config: CALMConfig) -> dict:
 
 
 def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
-    """tokenizer.json, with the pad token of the configuration, and the tokenizer_config.json for it.
+    """tokenizer.json, with the pad token of the configuration, the tokenizer_config.json for it, and the chat template
+    where there is one.
 
     Raises:
         ConversionError: there is no tokenizer.json, or its ids are not those of the configuration.
@@ -95,7 +98,20 @@ def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(tokenizer_config, indent=2)}
+    texts = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(tokenizer_config, indent=2)}
+    template = chat_template(folder)
+    return texts if template is None else {**texts, CHAT_TEMPLATE: template}
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer: a file of its own or, as older repositories have it, in its configuration."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):  # of several, by name
+        template = {each.get("name"): each.get("template") for each in template}.get("default")
+    return template if isinstance(template, str) else None
 
 
 def model_card(name: str, config: CALMConfig, language_model: Repository, autoencoder: Repository) -> str:

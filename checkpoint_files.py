@@ -126,10 +126,10 @@ class Repository:
     """
 
     def __init__(self, id_or_folder: str):
-        self.folder = fetch(id_or_folder, ["*.json", "model*.safetensors"])
+        self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"])
         self.is_on_hub = not Path(id_or_folder).is_dir()
         if self.is_on_hub and not any(self.folder.glob("*.safetensors")):
-            self.folder = fetch(id_or_folder, ["*.json", "pytorch_model*.bin"])
+            self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"])
         self.name = id_or_folder if self.is_on_hub else self.folder.resolve().name
         self.config_path = self.folder / "config.json"
         self.config = read_json(self.config_path)

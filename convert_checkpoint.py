@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import HfApi
 
-from calm.bundle_files import bundle_texts, code_files
+from calm.bundle_files import TOKENIZER_FILES, bundle_texts, code_files
 from calm.checkpoint_files import (
     DTYPES,
     ConversionError,
@@ -291,7 +291,7 @@ def convert(
     places = place(*sources, shapes)
     written_dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
     config.dtype = written_dtype
-    tokenizer_folder = fetch(tokenizer, ["tokenizer.json"]) if tokenizer else sources[0].folder
+    tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES) if tokenizer else sources[0].folder
     texts = bundle_texts(name or output.name, config, tokenizer_folder, *sources)
 
     partial.mkdir()

@@ -279,6 +279,31 @@ def test_the_tokenizer_may_stand_elsewhere(shop):
     shop.convert("--tokenizer", str(elsewhere))
 
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"chat_template.jinja": TEMPLATE},
+        {"tokenizer_config.json": json.dumps({"chat_template": TEMPLATE})},
+        {"tokenizer_config.json": json.dumps({"chat_template": [{"name": "default", "template": TEMPLATE}]})},
+    ],
+    ids=["file", "field", "by name"],
+)
+def test_a_chat_template_goes_with_the_tokenizer(shop, stated):
+    for name, text in stated.items():
+        (shop.calm.folder / name).write_text(text)
+    shop.convert()
+    tokenizer = AutoTokenizer.from_pretrained(shop.output, trust_remote_code=True)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+def test_without_a_chat_template_there_is_none(shop):
+    shop.convert()
+    assert not list(shop.output.glob("*.jinja"))
+
+
 def test_a_tokenizer_that_is_not_the_models_is_refused(shop):
     write_tokenizer(shop.calm.folder, size=97)
     shop.refuse(shop.calm.folder / "tokenizer.json", "97 tokens", "96")
