@@ -83,6 +83,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
     parser.add_argument("--num_candidates", type=positive, help="of a CALM (default: the model's own)")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--repetition_penalty", type=float)
+    parser.add_argument("--no_repeat_ngram_size", type=positive)
     parser.add_argument("--num_texts", type=positive, default=16)
     parser.add_argument("--max_new_tokens", type=positive, default=160)
     parser.add_argument("--seed", type=int, default=0)
@@ -125,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         options["num_candidates"] = args.num_candidates
     if not is_calm(model):
         options |= {"top_k": 0, "top_p": 1.0}  # plain sampling
+    asked = {name: getattr(args, name) for name in ("top_p", "repetition_penalty", "no_repeat_ngram_size")}
+    options |= {name: value for name, value in asked.items() if value is not None}
     rows = []
     print("| T | words | invented | share | the first of them |\n| --- | --- | --- | --- | --- |")
     num_steps = ceil(args.max_new_tokens / (model.config.patch_size if is_calm(model) else 1))
