@@ -19,6 +19,7 @@ from .samplers_calm import class_sizes, patch_classes
 from .tables_calm import numbers_up_to
 
 NO_TOKEN = -1
+Weigh = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class CandidateScores(NamedTuple):
@@ -59,11 +60,11 @@ class RecordedPool(PlainPool):
         super().extend(rows_R, num_draws)
         self.num_draws_B[rows_R] += num_draws
 
-    def scores(self, index_B: Tensor, weigh: Callable[[Tensor], Tensor]) -> CandidateScores:
+    def scores(self, index_B: Tensor, weigh: Weigh) -> CandidateScores:
         """
         Args:
             index_B: the draw that was chosen.
-            weigh: class ids (1, N) → the weight of each draw, all of it on the first of equal ones.
+            weigh: class ids and log factors (1, N) → the weight of each draw, all of it on the first of equal ones.
         """
         by_row = [self._of_row(row, index, weigh) for row, index in enumerate(index_B.tolist())]
         patches, counts, weights, chosen = (list(values) for values in zip(*by_row, strict=True))
@@ -74,13 +75,17 @@ class RecordedPool(PlainPool):
             torch.stack(chosen),
         )
 
-    def _of_row(self, row: int, index: int, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        tokens_NK = self.tokens_BNK[row, : self.num_draws_B[row]]
+    def _of_row(self, row: int, index: int, weigh: Weigh) -> tuple[Tensor, ...]:
+        num_draws = int(self.num_draws_B[row])
+        tokens_NK = self.tokens_BNK[row, :num_draws]
         class_1N = patch_classes(tokens_NK[None])
-        first_M = (class_1N[0] == numbers_up_to(len(tokens_NK), class_1N.device)).nonzero()[:, 0]
-        first_M = first_M[weigh(class_1N)[0, first_M].sort(descending=True, stable=True).indices]
+        weights_N = weigh(
+            class_1N, None if self.log_factors_BN is None else self.log_factors_BN[row, :num_draws][None]
+        )[0]
+        first_M = (class_1N[0] == numbers_up_to(num_draws, class_1N.device)).nonzero()[:, 0]
+        first_M = first_M[weights_N[first_M].sort(descending=True, stable=True).indices]
         chosen = (first_M == class_1N[0, index]).nonzero()[0, 0]
-        return tokens_NK[first_M], class_sizes(class_1N)[0, first_M], weigh(class_1N)[0, first_M], chosen
+        return tokens_NK[first_M], class_sizes(class_1N)[0, first_M], weights_N[first_M], chosen
 
 
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:

@@ -42,7 +42,7 @@ class PlainPool:
         rows_B: 0 … B − 1, on the device that the rows and ids are on.
         autoencoder: decodes.
         forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
-        rules (*optional*): what else may not.
+        rules (*optional*): what else may not, or should less.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class PlainPool:
     ):
         self.draw, self.rows_B, self.autoencoder = draw, rows_B, autoencoder
         self.forbidden_KV, self.rules = forbidden_KV, rules
+        self.has_factors = rules is not None
+        self.log_factors_BN: Tensor | None = None
         self.num_drawn = 0
         self.tokens_BNK: Tensor = NOTHING
         self._classes: tuple[Tensor, Tensor] | None = None  # rows, and the class ids of all their draws
@@ -66,37 +68,49 @@ class PlainPool:
         self._classes = None
 
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
-        if self.rules is None:
-            tokens_nRK = self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
-        else:
-            rows_C = rows_R.repeat(len(latents_nRZ))
-            tokens_nRK = self._decode_by_rules(latents_nRZ.flatten(0, 1), rows_C).unflatten(0, latents_nRZ.shape[:2])
+        tokens_nRK = self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
+        if self.rules is not None:
+            by_row = [
+                self._judged(row, latents_nZ, tokens_nK)
+                for row, latents_nZ, tokens_nK in zip(
+                    rows_R.tolist(), latents_nRZ.unbind(1), tokens_nRK.unbind(1), strict=True
+                )
+            ]
+            tokens_nRK, factors_nR = (torch.stack(parts, dim=1) for parts in zip(*by_row, strict=True))
+            old_BN = NOTHING if self.log_factors_BN is None else self.log_factors_BN
+            self.log_factors_BN = self._grown(old_BN, rows_R, factors_nR)
         self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, tokens_nRK)
 
-    def _decode_by_rules(self, latents_CZ: Tensor, rows_C: Tensor) -> Tensor:
-        """The patches (C, K) of latent vectors of these rows, a position at a time."""
-        chunk, patches = self._candidates_at_once(latents_CZ.device), []
-        for latents_cZ, rows_c in zip(latents_CZ.split(chunk), rows_C.split(chunk), strict=True):
-            states_cKd = self.autoencoder.decode_states(latents_cZ)
-            tokens_ck = rows_c[:, None][:, :0]
-            for position in range(states_cKd.shape[-2]):
-                ids_c = self._read_by_rules(states_cKd[:, position], rows_c, tokens_ck)
-                tokens_ck = torch.cat([tokens_ck, ids_c[:, None]], dim=-1)
-            patches.append(tokens_ck)
-        return torch.cat(patches)
+    def _judged(self, row: int, latents_nZ: Tensor, tokens_nK: Tensor) -> tuple[Tensor, Tensor]:
+        """What the rules make of one row's new candidates: tokens (n, K), and what their weights are multiplied by.
+
+        Candidates that the rules forbid weigh nothing. If they forbid all, each is decoded anew, obeying them.
+        """
+        assert self.rules is not None
+        class_n = patch_classes(tokens_nK[None])[0]
+        first_C, place_n = class_n.unique(return_inverse=True)
+        factors_C = torch.cat(
+            [
+                self.rules.log_factors(row, self._logits(latents_nZ[first_c]), tokens_nK[first_c])
+                for first_c in first_C.split(self._candidates_at_once(latents_nZ.device))
+            ]
+        )
+        if bool((factors_C > -torch.inf).any()):
+            return tokens_nK, factors_C.to(tokens_nK.device)[place_n]
+        chunks = latents_nZ.split(self._candidates_at_once(latents_nZ.device))
+        obeying_nK = torch.cat([self.rules.obeying(row, self._logits(latents_cZ)) for latents_cZ in chunks])
+        return obeying_nK.to(tokens_nK.device), torch.zeros(len(tokens_nK), device=tokens_nK.device)
+
+    def _logits(self, latents_CZ: Tensor) -> Tensor:
+        """(C, K, V), float32, −inf for forbidden tokens."""
+        logits_CKV = self.autoencoder.decode(latents_CZ).float()
+        if self.forbidden_KV is None:
+            return logits_CKV
+        return logits_CKV.masked_fill(self.forbidden_KV.to(logits_CKV.device), -torch.inf)
 
     def _candidates_at_once(self, device: torch.device) -> int:
-        return max(1, logits_at_once(device) // self.autoencoder.config.vocab_size)
-
-    def _read_by_rules(self, states_Cd: Tensor, rows_C: Tensor, before_Ck: Tensor) -> Tensor:
-        """The tokens (C,) after those before, of their states at that position."""
-        assert self.rules is not None
-        logits_CV = self.autoencoder.read_logits(states_Cd)
-        if self.forbidden_KV is not None:
-            forbidden_V = self.forbidden_KV[before_Ck.shape[1]]
-            logits_CV = logits_CV.masked_fill(forbidden_V.to(logits_CV.device), -torch.inf)
-        rows_C, before_Ck = rows_C.to(logits_CV.device), before_Ck.to(logits_CV.device)
-        return self.rules.choose(logits_CV, rows_C, before_Ck).to(self.rows_B.device)
+        config = self.autoencoder.config
+        return max(1, logits_at_once(device) // (config.patch_size * config.vocab_size))
 
     def _grown(self, old_BN: Tensor, rows_R: Tensor, new_nR: Tensor) -> Tensor:
         """What is known of each candidate, and the same of new ones; zero for rows that don't draw."""
@@ -128,7 +142,7 @@ class LazyPool(PlainPool):
     """Decodes only the tokens that decide which candidates of a row are the same patch. Same results, less work.
 
     Args:
-        draw, rows_B, autoencoder, forbidden_KV, rules: as in `PlainPool`.
+        draw, rows_B, autoencoder, forbidden_KV: as in `PlainPool`.
         radius (*optional*): latent vectors further apart than this are taken for different patches undecoded, see
             `CALMConfig.repetition_radius`. `None` takes nothing for granted.
     """
@@ -140,10 +154,9 @@ class LazyPool(PlainPool):
         autoencoder: CALMAutoencoder,
         forbidden_KV: Tensor | None = None,
         radius: float | None = None,
-        rules: TokenRules | None = None,
     ):
-        super().__init__(draw, rows_B, autoencoder, forbidden_KV, rules)
-        self.radius = None if rules is not None else radius  # rules make equal patches of different ones
+        super().__init__(draw, rows_B, autoencoder, forbidden_KV)
+        self.radius = radius
         self.latents_BNZ = self.tokens_BNK
 
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
@@ -167,11 +180,9 @@ class LazyPool(PlainPool):
         positions = list(range(self.tokens_BNK.shape[-1]))
         while positions:
             is_open_RN1 = equal.has_partner_RN[..., None]
-            # The last token is the one that most often tells patches apart: the context says least about it. Rules
-            # take them from the first on.
-            next_one = positions[-1:] if self.rules is None else positions[:1]
-            at_once = positions if is_open_RN1.sum() * len(positions) <= FEW_TOKENS else next_one
-            positions = [position for position in positions if position not in at_once]
+            # The last token is the one that most often tells patches apart: the context says least about it.
+            at_once = positions if is_open_RN1.sum() * len(positions) <= FEW_TOKENS else positions[-1:]
+            positions = positions[: -len(at_once)]
             wanted_RNK[..., at_once] |= is_open_RN1
             self._decode(rows_R, wanted_RNK)
             equal.narrow(self._of(rows_R, self.tokens_BNK)[..., at_once])
@@ -194,29 +205,13 @@ class LazyPool(PlainPool):
         return marked_RNK
 
     def _decode(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
-        """Makes these tokens known, with rules also those before them in their patches."""
-        if self.rules is not None:
-            return self._decode_in_order(rows_R, wanted_RNK)
+        """Makes these tokens known."""
         is_unknown_RNK = self._of(rows_R, self.tokens_BNK) == UNKNOWN
         row, candidate, position = (wanted_RNK & is_unknown_RNK).nonzero().unbind(-1)
         row = row if rows_R is self.rows_B else rows_R[row]
         for index in zip(*(index.split(TOKENS_AT_ONCE) for index in (row, candidate, position)), strict=True):
             if len(index[0]):
                 self.tokens_BNK[index] = self.read(*index)
-
-    def _decode_in_order(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
-        wanted_RNK = wanted_RNK.flip(-1).cummax(-1).values.flip(-1)
-        wanted_RNK &= self._of(rows_R, self.tokens_BNK) == UNKNOWN
-        for position in range(wanted_RNK.shape[-1]):
-            row, draw = wanted_RNK[..., position].nonzero().unbind(-1)
-            row, at_once = rows_R[row], self._candidates_at_once(self.latents_BNZ.device)
-            for row_C, draw_C in zip(row.split(at_once), draw.split(at_once), strict=True):
-                if not len(row_C):
-                    continue
-                latents_CZ = self.latents_BNZ[row_C.to(self.latents_BNZ.device), draw_C.to(self.latents_BNZ.device)]
-                states_Cd = self.autoencoder.decode_states(latents_CZ)[:, position]
-                before_Ck = self.tokens_BNK[row_C, draw_C, :position]
-                self.tokens_BNK[row_C, draw_C, position] = self._read_by_rules(states_Cd, row_C, before_Ck)
 
     def read(self, rows_M: Tensor, draws_M: Tensor, positions_M: Tensor) -> Tensor:
         """The ids (M,) of tokens, each given by its row, the index of its candidate and its position."""

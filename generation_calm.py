@@ -67,7 +67,8 @@ class PatchSampling:
             the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
             patches repeat. At T > 1, or with a truncation, all three are "batch".
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
-            are the same (see candidates_calm.py, and `CALMConfig.repetition_radius`). `None` is True on a CPU.
+            are the same (see candidates_calm.py, and `CALMConfig.repetition_radius`). `None` is True on a CPU. With
+            logits processors every candidate is drawn, decoded in full and weighed.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
@@ -113,19 +114,19 @@ class PatchSampling:
         """
         if not self.do_sample:
             return most_frequent_patch(pool, self.num_candidates)
-        if self.draws_once:
+        if self.draws_once and not pool.has_factors:
             return single_draw(pool)
-        if self.weighs_all:
+        if self.weighs_all or pool.has_factors:
             return batch_temperature_select(pool, self.temperature, self.num_candidates, generator, self.truncation)
         if plan == ONE_BLOCK:
             return one_block_temperature_sample(pool, self.temperature, self.most_draws, generator)
         return exact_temperature_sample(pool, self.temperature, self.most_draws, generator, plan).index_B
 
-    def weigh(self, class_BN: Tensor) -> Tensor:
+    def weigh(self, class_BN: Tensor, log_factors_BN: Tensor | None = None) -> Tensor:
         """How much each draw weighs in the choice, all of it on the first of equal ones, each row's sum 1; (B, N)."""
         if self.do_sample:
-            return draw_weights(class_BN, self.temperature, self.truncation)
-        return draw_weights(class_BN, 1.0)
+            return draw_weights(class_BN, self.temperature, self.truncation, log_factors_BN)
+        return draw_weights(class_BN, 1.0, log_factors_BN=log_factors_BN)
 
     @property
     def num_draws_at_once(self) -> int:
@@ -416,8 +417,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         rules: TokenRules | None = None,
     ) -> PlainPool:
         """The candidates of one step, none drawn yet; for `draw` and `radius` see `PlainPool` and `LazyPool`."""
-        if self._decodes_lazily(sampling):
-            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, radius, rules)
+        if rules is None and self._decodes_lazily(sampling):
+            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, radius)
         return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
 
     def _decodes_lazily(self, sampling: PatchSampling) -> bool:

@@ -347,12 +347,6 @@ class CALMAutoencoder(OffloadableModel):
             return self.decoder.most_probable_tokens(states_Md, positions_M, forbidden_KV)
 
     @torch.no_grad()
-    def read_logits(self, states_Md: Tensor) -> Tensor:
-        """Logits (M, V) of single states from `decode_states`."""
-        with self._fast_products(states_Md):
-            return self.decoder.lm_head(self.decoder.finish(states_Md))
-
-    @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
         """The most probable tokens of each latent vector: (..., Z) → ids (..., K).
 

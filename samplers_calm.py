@@ -56,9 +56,14 @@ class Pool(Protocol):
 
     Args:
         rows_B: the numbers of its rows, 0 … B − 1, on the device on which it answers.
+        has_factors: whether draws weigh differently, by what they are: then all must be weighed.
+        log_factors_BN: then, by what each draw's probability is to be multiplied, the natural logarithm; equal draws
+            have equal ones.
     """
 
     rows_B: Tensor
+    has_factors: bool
+    log_factors_BN: Tensor | None
 
     def extend(self, rows_R: Tensor, num_draws: int) -> None:
         """Draws so many more for each of these rows, which must have drawn in every call before."""
@@ -171,7 +176,10 @@ def single_draw(pool: Pool) -> Tensor:
 def most_frequent_patch(pool: Pool, num_draws: int) -> Tensor:
     """The patch seen most often in each row's draws, of equals the one seen first; index (B,)."""
     pool.extend(pool.rows_B, num_draws)
-    sizes_BN = class_sizes(pool.classes(pool.rows_B))
+    class_BN = pool.classes(pool.rows_B)
+    if pool.log_factors_BN is not None:
+        return draw_weights(class_BN, 1.0, log_factors_BN=pool.log_factors_BN).argmax(-1)
+    sizes_BN = class_sizes(class_BN)
     earliness_N = torch.arange(num_draws - 1, -1, -1, device=sizes_BN.device)
     return (sizes_BN * num_draws + earliness_N).argmax(-1)
 
@@ -191,7 +199,8 @@ def batch_temperature_select(
     check_num_candidates(num_draws, temperature)
     pool.extend(pool.rows_B, num_draws)
     noise_BN = StepRandomness.of(generator).exponential(pool.rows_B, num_draws)
-    return choose_by_weight(pool.classes(pool.rows_B), noise_BN, temperature, truncation)
+    weights_BN = draw_weights(pool.classes(pool.rows_B), temperature, truncation, pool.log_factors_BN)
+    return (weights_BN / noise_BN).argmax(-1)
 
 
 def exact_temperature_sample(
@@ -461,27 +470,33 @@ def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
     return torch.empty_like(weights_BN).scatter_(-1, order_BN, sorted_BN)
 
 
-def draw_weights(class_BN: Tensor, temperature: float, truncation: Truncation = KEEP_ALL) -> Tensor:
-    """The probability of choosing each draw by the batch rule, on the first of equal ones; (B, N), float32."""
-    weights_BN = draw_log_weights(class_BN, temperature).softmax(-1)
+def draw_weights(
+    class_BN: Tensor,
+    temperature: float,
+    truncation: Truncation = KEEP_ALL,
+    log_factors_BN: Tensor | None = None,
+) -> Tensor:
+    """The probability of choosing each draw by the batch rule, on the first of equal ones; (B, N), float32.
+
+    With factors the law is (P · factor)^(1/T) / Z; `truncation` then sees what they leave.
+    """
+    log_weights_BN = draw_log_weights(class_BN, temperature)
+    if log_factors_BN is not None:
+        log_weights_BN = log_weights_BN + log_factors_BN / temperature
+    weights_BN = log_weights_BN.softmax(-1)
     if truncation.keeps_all:
         return weights_BN
     weights_BN = truncated(weights_BN, truncation)
     return weights_BN / weights_BN.sum(-1, keepdim=True)
 
 
-def choose_by_weight(
-    class_BN: Tensor,
-    noise_BN: Tensor,
-    temperature: float,
-    truncation: Truncation = KEEP_ALL,
-) -> Tensor:
+def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> Tensor:
     """The batch rule's choice; index (B,).
 
     Each draw's exponential noise ÷ its weight is an exponential variate too, with the weight for its rate; the draw
     with the smallest is chosen, which is each in proportion to its weight.
     """
-    return (draw_weights(class_BN, temperature, truncation) / noise_BN).argmax(-1)
+    return (draw_weights(class_BN, temperature) / noise_BN).argmax(-1)
 
 
 def first_accepted_attempt(

@@ -1,11 +1,12 @@
 """Logits processors on the decoder's logits: what may stand at a position, given the text and the patch before it.
 
-Upstream asks its processors once a token, with the text so far and the model's logits. Here a candidate patch is
-decoded in the same way, position after position, so that a rule about tokens holds within patches too. It acts on what
-a latent vector says, after that was drawn: where the most probable token of a position is forbidden, the next one
-stands there, and the positions after it are decoded as they would be anyway.
+Upstream asks its processors once a token, with the text so far and the model's logits, and changes the law of the next
+token: P(token) · e^(change of its logit). Here they are asked about each token of a candidate patch, with the
+decoder's logits, and change the law of patches in the same way: a candidate's weight is multiplied by e^(changes of
+its tokens' logits), so one with a forbidden token weighs nothing. Where that forbids all of a step's candidates, each
+is decoded position after position, with the most probable token that is left.
 
-Axes: R rows, L tokens of a row's text, C candidates, M those of one row, k positions decoded so far, V vocabulary.
+Axes: R rows, L tokens of a row's text, C candidates of one row, k positions, K tokens per patch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,37 +34,59 @@ class TokenRules:
     def __init__(self, processors_R: list[Processors], texts_R: list[Tensor], eos_tokens: Tensor | None = None):
         self.processors_R, self.texts_R, self.eos_tokens = processors_R, texts_R, eos_tokens
 
-    def choose(self, logits_CV: Tensor, rows_C: Tensor, before_Ck: Tensor) -> Tensor:
-        """The tokens (C,) that stand next in candidates.
+    def log_factors(self, row: int, logits_CKV: Tensor, patches_CK: Tensor) -> Tensor:
+        """By what the weights of candidates of one row are multiplied, natural logarithms (C,); −inf: forbidden.
 
         Args:
-            logits_CV: of the decoder.
-            rows_C: the row of each candidate.
-            before_Ck: its tokens at the positions before.
+            row: its number among these rows.
+            logits_CKV: of the decoder.
+            patches_CK: the candidates.
+        """
+        factors_C = torch.zeros(len(patches_CK), device=logits_CKV.device)
+        for position, logits_CV in enumerate(logits_CKV.unbind(1)):
+            index_M = self._going_on(patches_CK[:, :position]).nonzero()[:, 0].to(logits_CV.device)
+            if len(index_M):
+                tokens_M1 = patches_CK[index_M, position, None].to(logits_CV.device)
+                after_MV = self._ask(row, logits_CV[index_M], patches_CK[index_M, :position])
+                after_M = after_MV.gather(1, tokens_M1)[:, 0]
+                change_M = after_M - logits_CV[index_M].gather(1, tokens_M1)[:, 0]
+                is_forced_M = (after_MV > -torch.inf).sum(-1) == 1  # the one that is left has any number for a logit
+                change_M = torch.where(is_forced_M & (after_M > -torch.inf), 0, change_M)
+                factors_C[index_M] += torch.where(change_M.isnan(), -torch.inf, change_M)
+        return factors_C
+
+    def obeying(self, row: int, logits_CKV: Tensor) -> Tensor:
+        """The most probable patches (C, K) that the rules leave, decoded from the first position on.
 
         Raises:
             ValueError: the processors leave no token.
         """
-        ids_C = logits_CV.argmax(-1)
-        is_open_C = torch.ones_like(ids_C, dtype=torch.bool)
-        if self.eos_tokens is not None:
-            is_open_C = ~torch.isin(before_Ck, self.eos_tokens.to(before_Ck.device)).any(-1)
-        for row in rows_C.unique().tolist():
-            index_M = ((rows_C == row) & is_open_C).nonzero()[:, 0]
+        patches_Ck = torch.empty(len(logits_CKV), 0, dtype=torch.long, device=logits_CKV.device)
+        for logits_CV in logits_CKV.unbind(1):
+            tokens_C = logits_CV.argmax(-1)
+            index_M = self._going_on(patches_Ck).nonzero()[:, 0]
             if len(index_M):
-                ids_C[index_M] = self._choose_in_row(row, logits_CV[index_M], before_Ck[index_M])
-        return ids_C
+                best_M, tokens_C[index_M] = self._ask(row, logits_CV[index_M], patches_Ck[index_M]).max(-1)
+                if bool((best_M == -torch.inf).any()):
+                    raise ValueError(
+                        f"The logits processors leave no token to write in row {row}, after "
+                        f"{len(self.texts_R[row]) + patches_Ck.shape[1]} tokens: loosen one of bad_words_ids, "
+                        "suppress_tokens, prefix_allowed_tokens_fn or your own."
+                    )
+            patches_Ck = torch.cat([patches_Ck, tokens_C[:, None]], dim=1)
+        return patches_Ck
 
-    def _choose_in_row(self, row: int, logits_MV: Tensor, before_Mk: Tensor) -> Tensor:
+    def _going_on(self, before_Ck: Tensor) -> Tensor:
+        """Which candidates' texts have not ended before a position, (C,) bool."""
+        if self.eos_tokens is None:
+            return torch.ones(len(before_Ck), dtype=torch.bool, device=before_Ck.device)
+        return ~torch.isin(before_Ck, self.eos_tokens.to(before_Ck.device)).any(-1)
+
+    def _ask(self, row: int, logits_MV: Tensor, before_Mk: Tensor) -> Tensor:
+        """What the row's processors make of logits (M, V) after these tokens of candidates."""
         text_L = self.texts_R[row].to(logits_MV.device)
         ids_ML = torch.cat([text_L.expand(len(before_Mk), -1), before_Mk.to(text_L.device)], dim=-1)
-        best_M, ids_M = self.processors_R[row](ids_ML, logits_MV.float()).max(-1)
-        if bool((best_M == -torch.inf).any()):
-            raise ValueError(
-                f"The logits processors leave no token to write after {ids_ML.shape[1]} tokens of row {row}: loosen "
-                "one of bad_words_ids, suppress_tokens, prefix_allowed_tokens_fn or your own."
-            )
-        return ids_M
+        return self.processors_R[row](ids_ML, logits_MV.clone())
 
 
 class RulesOfTexts:

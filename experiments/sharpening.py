@@ -118,6 +118,8 @@ class RecordedPool:
     def __init__(self, record_M: Tensor, num_rows: int, generator: torch.Generator):
         size = len(record_M)
         self.record_M, self.rows_B, self.num_drawn = record_M, torch.arange(num_rows), 0
+        self.has_factors: bool = False
+        self.log_factors_BN: Tensor | None = None
         self.start_B = torch.randint(size, (num_rows,), generator=generator)
         self.stride_B = 1 + 2 * torch.randint(size, (num_rows,), generator=generator)  # odd: M steps meet every draw
 

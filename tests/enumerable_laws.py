@@ -43,6 +43,8 @@ class StubPool:
     What was asked of it is kept: (rows, number of draws) of each `extend`, (pairs, noise) of each `classes`.
     """
 
+    has_factors, log_factors_BN = False, None
+
     def __init__(self, law_BV=None, generator=None, stream_BN=None):
         self.law_BV, self.generator, self.stream_BN = law_BV, generator, stream_BN
         self.rows_B = torch.arange(len(law_BV if stream_BN is None else stream_BN))
