@@ -253,7 +253,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """Generates patch by patch; every stopping rule sees each token (see texts_calm.py).
 
         Returns the prompts as they came, padding included, followed by the new tokens; a row that has stopped gets
-        padding, also after an EOS within a patch.
+        padding, also after an EOS within a patch. Where scores are returned, a streamer that has a method
+        `put_scores` is handed each step's `CandidateScores` before its tokens.
         """
         sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
         generator = model_kwargs.get("generator")
@@ -284,6 +285,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         scores: list[CandidateScores] | None = None
         if generation_config.output_scores and generation_config.return_dict_in_generate:
             scores = []
+        put_scores = getattr(call.streamer, "put_scores", None)
         rules = None
         if call.processors is not None:
             mask = model_kwargs.get("attention_mask")
@@ -332,6 +334,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 assert isinstance(pool, RecordedPool)
                 patches_RK = pool.tokens(pool.rows_B, index_R)
                 scores.append(pool.scores(index_R, sampling.weigh).in_rows(texts.drawing, len(input_ids)))
+                if put_scores is not None:
+                    put_scores(scores[-1])
             patches_BK = texts.append(patches_RK)
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
             if steps is not None:

@@ -1,0 +1,67 @@
+"""A headless Chromium for tests of pages, which reaches nothing but this machine and says what it asked for."""
+
+import contextlib
+import json
+import shutil
+import time
+
+import pytest
+
+BROWSER, DRIVER = (shutil.which(program) for program in ("chromium", "chromedriver"))
+SECONDS = 60
+needs_browser = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed"
+)
+
+
+@contextlib.contextmanager
+def headless_browser(profile):
+    """A driver of a browser that keeps its things in the folder `profile`."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium (extra [clients]) is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+        "--window-size=1200,900",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def requests(driver) -> list[str]:
+    """Addresses that pages asked for since the last call, but those that name their own content."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return [one["request"]["url"] for one in sent if not one["request"]["url"].startswith(("data:", "blob:"))]
+
+
+def complaints(driver) -> list[str]:
+    """What the browser's console has called errors since the last call."""
+    return [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def set_width(driver, width: int, height: int) -> None:
+    """The window as a phone's; the driver's own window has a least width."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def wait_for(what, is_so, seconds=SECONDS):
+    """Returns what `is_so` returns when that is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := is_so():
+            return result
+        time.sleep(0.02)
+    raise AssertionError(f"not after {seconds} s: {what}")

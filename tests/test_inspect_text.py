@@ -1,0 +1,287 @@
+"""Inspecting a text: what each patch was chosen from, its weights at every T, the listing, the page in a browser."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from browser import complaints, headless_browser, needs_browser, requests, set_width
+from commands import refusal
+from server_process import save_tiny_model
+from tiny import BOS, tiny_model, tiny_tokenizer
+
+from calm import inspect_page, inspect_text
+from calm.samplers_calm import Truncation, draw_weights
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return inspect_text.load(str(ROOT), "cpu")
+
+
+@pytest.fixture(scope="module")
+def story(demo):
+    """A text of the demo model, and what generate writes of its own with the same seed."""
+    model, tokenizer = demo
+    inspection = inspect_text.inspect_text(model, tokenizer, PROMPT, 15, seed=3, temperature=0.5)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(
+        **prompt,
+        max_new_tokens=15,
+        do_sample=True,
+        temperature=0.5,
+        sampling_method="batch",
+        generator=torch.Generator().manual_seed(3),
+    )
+    return inspection, tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+class Listener:
+    def __init__(self):
+        self.heard = []
+
+    def put(self, tokens):
+        self.heard.append(tokens.tolist())
+
+    def put_scores(self, scores):
+        self.heard.append(scores)
+
+    def end(self):
+        self.heard.append("end")
+
+
+@pytest.mark.parametrize("output_scores", [True, False])
+def test_a_streamer_is_handed_each_step_s_scores_before_its_tokens(output_scores):
+    model, listener = tiny_model(), Listener()
+    output = model.generate(
+        torch.tensor([[BOS, 5, 6, 7]]),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=True,
+        temperature=0.5,
+        num_candidates=20,
+        return_dict_in_generate=True,
+        output_scores=output_scores,
+        streamer=listener,
+    )
+    tokens = [[token] for token in output.sequences[0, 4:].tolist()]
+    prompt, *heard = listener.heard
+    assert prompt == [[BOS, 5, 6, 7]]
+    if not output_scores:
+        assert heard == [*tokens, "end"]
+        return
+    first, second = output.scores
+    assert heard[0] is first and heard[1:5] == tokens[:4]
+    assert heard[5] is second and heard[6:] == [*tokens[4:], "end"]
+
+
+def test_the_text_is_generate_s_and_each_patch_is_among_its_candidates(story):
+    inspection, expected = story
+    assert inspection.text == expected
+    written = [patch for patch in inspection.patches if not patch.is_prompt]
+    assert len(written) == 8 and len(written[-1].tokens) == 1
+    for patch in written[:-1]:
+        assert patch.candidates[patch.chosen].text == patch.text
+        assert sum(candidate.count for candidate in patch.candidates) == inspection.settings["num_candidates"]
+        assert sum(candidate.weight for candidate in patch.candidates) == pytest.approx(1, abs=1e-5)
+        weights = [candidate.weight for candidate in patch.candidates]
+        assert weights == sorted(weights, reverse=True)
+
+
+def test_the_prompt_s_patches_have_the_draws_after_what_stands_before_them(story):
+    first, *others = [patch for patch in story[0].patches if patch.is_prompt]
+    assert first.candidates == [] and first.chosen is None
+    last = others[-1]  # stories begin like that
+    assert last.candidates[last.chosen].text == last.text
+    assert last.candidates[last.chosen].count > 150
+
+
+def test_time_by_part_is_within_the_call_s(story):
+    steps = [patch.seconds for patch in story[0].patches if not patch.is_prompt]
+    assert all(set(step) == {"backbone", "head", "decoding", "selection"} for step in steps)
+    assert all(value > 0 for step in steps for value in step.values())
+    assert sum(value for step in steps for value in step.values()) < story[0].seconds
+
+
+def test_at_temperature_1_all_candidates_are_drawn(demo):
+    inspection = inspect_text.inspect_text(*demo, PROMPT, 4, seed=0, temperature=1.0, num_candidates=30)
+    for patch in inspection.patches[1:]:
+        assert sum(candidate.count for candidate in patch.candidates) == 30
+        for candidate in patch.candidates:
+            assert candidate.weight == pytest.approx(candidate.count / 30, abs=1e-6)
+    assert inspection.settings["top_k"] == 0
+
+
+def test_weights_of_counts():
+    keep_all = Truncation()
+    assert inspect_text.weights_at([5, 3, 1], 0.5, keep_all) == pytest.approx([10 / 13, 3 / 13, 0])  # C(c, 2)
+    assert inspect_text.weights_at([5, 3, 1], 1 / 3, keep_all) == pytest.approx([10 / 11, 1 / 11, 0])  # C(c, 3)
+    assert inspect_text.weights_at([1, 1], 0.5, keep_all) == pytest.approx([0.5, 0.5])
+    assert inspect_text.weights_at([5, 3, 1], 0.5, Truncation(top_k=1)) == pytest.approx([1, 0, 0])
+
+
+def test_a_character_waits_for_its_last_byte(demo):
+    tokenizer = demo[1]
+    ids = tokenizer("a é ☃ b", add_special_tokens=False).input_ids
+    pieces = inspect_text.TextPieces(tokenizer, ids).in_turn([1] * len(ids))
+    assert len(ids) > len("a é ☃ b") - 3 and "" in pieces
+    assert "".join(pieces) == "a é ☃ b" and "\ufffd" not in "".join(pieces)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def test_an_empty_prompt_begins_with_bos_or_is_refused(demo):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(ValueError, match="empty prompt"):
+        model.generation_config.bos_token_id = None
+        inspect_text.inspect_text(model, tokenizer, "", 4, seed=0, num_candidates=4)
+    model.generation_config.bos_token_id = BOS
+    inspection = inspect_text.inspect_text(model, tokenizer, "", 4, seed=0, num_candidates=4, temperature=0.5)
+    assert [patch.is_prompt for patch in inspection.patches] == [True, False]
+
+
+def test_the_command_lists_patches_with_the_weights_at_several_temperatures(tiny, capsys):
+    options = ["--max_new_tokens", "8", "--num_candidates", "20", "--temperature", "0.7", "--show", "2"]
+    assert inspect_text.main([str(tiny), "Hello", *options]) == 0
+    listed = capsys.readouterr().out
+    assert "temperature = 0.7, num_candidates = 20" in listed
+    assert all(name in listed for name in ("T=1", "T=0.7*", "T=0.5", "T=0.333"))
+    assert listed.count("    > ") >= 2 and "… and " in listed and " ms: backbone " in listed
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--temperature", "3"], "temperature=3.0: sampling needs a temperature in (0, 2]"),
+        (["--compare", "0"], "temperature=0.0: sampling needs"),
+        (["--top_p", "1.5"], "top_p=1.5: must be a share"),
+        (["--seed", "-1"], "--seed -1: must be in"),
+        (["--max_new_tokens", "0"], "argument --max_new_tokens: 0: must be"),
+        (
+            ["--max_new_tokens", "5000000"],
+            "the prompt has 6 tokens and 5000000 are to be written, but the model takes",
+        ),
+        (["--device", "nowhere"], ": Expected one of cpu"),
+        (["--html", "no/such/folder/x.html"], "argument --html: no/such/folder/x.html: its folder does not exist"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tiny, capsys, options, message):
+    assert message in refusal(capsys, inspect_text.main, tiny, "Hello", *options)
+
+
+def test_a_page_that_fails_leaves_the_old_one(story, tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    inspect_text.write_page(path, story[0])
+    before = path.read_text(encoding="utf-8")
+
+    def fails(_):
+        raise OSError("no")
+
+    monkeypatch.setattr(inspect_page, "page", fails)
+    with pytest.raises(OSError):
+        inspect_text.write_page(path, story[0])
+    assert path.read_text(encoding="utf-8") == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    with headless_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(driver, story, tmp_path):
+    """The page of the story, opened."""
+    path = tmp_path / "story.html"
+    inspect_text.write_page(path, story[0])
+    set_width(driver, 1200, 900)
+    requests(driver), complaints(driver)
+    driver.get(path.as_uri())
+    return path
+
+
+def hover(driver, number):
+    from selenium.webdriver import ActionChains
+
+    spans = driver.find_elements("css selector", "#text .patch")
+    ActionChains(driver).move_to_element(spans[number]).perform()
+    return spans[number]
+
+
+@needs_browser
+class TestPage:
+    def test_it_asks_for_nothing_but_itself(self, driver, page):
+        assert requests(driver) == [page.as_uri()]
+        assert complaints(driver) == []
+        assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+    def test_it_shows_the_patches_and_on_hover_their_candidates(self, driver, page, story):
+        patches = story[0].patches
+        spans = driver.find_elements("css selector", "#text .patch")
+        assert [span.get_property("textContent") for span in spans] == [patch.text or "⏹" for patch in patches]
+        for number in (2, len(patches) - 2):
+            hover(driver, number)
+            first = driver.find_element("css selector", "#panel tbody code").get_property("textContent")
+            assert first == patches[number].candidates[0].text
+            chosen = driver.find_elements("css selector", "#panel tr.chosen code")
+            assert [code.get_property("textContent") for code in chosen] == [patches[number].text]
+
+    def test_the_slider_weighs_anew(self, driver, page, story):
+        number = next(
+            i for i, patch in enumerate(story[0].patches) if patch.candidates and patch.candidates[0].weight < 0.99
+        )
+        span = hover(driver, number)
+        slide = (
+            "const slider = document.getElementById('slider'); slider.value = arguments[0];"
+            "slider.dispatchEvent(new Event('input'));"
+        )
+        seen = set()
+        for temperature in (0.2, 0.5, 1.0):
+            driver.execute_script(slide, temperature)
+            cells = driver.find_elements("css selector", "#panel .weight")
+            counts = [candidate.count for candidate in story[0].patches[number].candidates]
+            expected = inspect_text.weights_at(counts, temperature, Truncation())[0]
+            assert float(cells[0].text.removesuffix(" %")) == pytest.approx(100 * expected, abs=0.051)
+            seen.add((cells[0].text, span.value_of_css_property("--weight")))
+        assert len(seen) == 3
+
+    @pytest.mark.parametrize("temperature", [2.0, 1.3, 1.0, 0.7, 0.5, 1 / 3, 0.1])
+    @pytest.mark.parametrize("truncation", [Truncation(), Truncation(3, 0.9, 0.05), Truncation(top_p=0.6)])
+    def test_its_weights_are_the_sampler_s(self, driver, page, temperature, truncation):
+        for counts in ([40, 20, 7, 3, 2, 2, 1, 1, 1, 1], [1, 1, 1], [12], [3, 3, 2]):
+            weights = driver.execute_script("return weigh(...arguments)", counts, temperature, truncation._asdict())
+            expected = inspect_text.weights_at(counts, temperature, truncation)
+            assert weights == pytest.approx(expected, abs=2e-5), counts
+
+    def test_it_fits_a_phone(self, driver, page):
+        set_width(driver, 360, 740)
+        driver.refresh()
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert driver.execute_script("return getComputedStyle(document.getElementById('panel')).position") == "fixed"
+
+    def test_no_text_ends_its_script(self, driver, story, tmp_path):
+        data = asdict(story[0])
+        data["patches"][1]["text"] = "</script><script>document.title = 'broken out'</script><b>"
+        path = tmp_path / "odd.html"
+        path.write_text(inspect_page.page(data), encoding="utf-8")
+        driver.get(path.as_uri())
+        spans = driver.find_elements("css selector", "#text .patch")
+        assert spans[1].get_property("textContent") == data["patches"][1]["text"]
+        assert driver.title != "broken out"
+
+
+def test_the_page_s_data_is_the_inspection(story):
+    text = inspect_page.page(asdict(story[0]))
+    data = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    assert json.loads(data) == json.loads(json.dumps(asdict(story[0])))
+    assert math.isclose(float(draw_weights(torch.tensor([[0, 0, 2]]), 1.0)[0, 0]), 2 / 3, rel_tol=1e-6)
