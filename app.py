@@ -1,0 +1,223 @@
+"""A page on which a CALM writes patch by patch: `make app`, or `python -m calm.app MODEL`.
+
+It shows what each patch was chosen from. `--baseline` puts an ordinary language model beside it. `--space FOLDER`
+writes a folder for a Space of the Hugging Face Hub in place of serving: the page, what it needs, and the model,
+named (a Hub id) or copied in (a folder).
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from calm.command_line import CommandError, Parser, command, known_errors
+
+PROGRAM = "python -m calm.app"
+SDK_VERSION = "6.17.3"  # of gradio, with which the page is tested
+REQUIREMENTS = ("torch>=2.6", "transformers>=4.57.6,<6", "safetensors>=0.4.3", "accelerate>=1.1")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "LICENSE*")
+
+SPACE_APP = '''"""The page of this Space; page.py is the whole of it."""
+
+from pathlib import Path
+
+from page import Writer, create_page, launch
+
+HERE = Path(__file__).parent
+MODEL, BASELINE = {model!r}, {baseline!r}
+
+
+def load(name, **options):
+    """A Hub id, or a folder beside this file."""
+    folder = HERE / name
+    writer = Writer.load(str(folder) if folder.is_dir() else name, **options)
+    writer.name = {names!r}.get(name, name)
+    return writer
+
+
+if __name__ == "__main__":
+    writers = [load(MODEL, trust_remote_code=True)]  # a CALM brings its own code
+    if BASELINE:
+        writers.append(load(BASELINE))
+    launch(create_page(writers))
+'''
+
+SPACE_CARD = """---
+title: {title}
+emoji: 🧩
+colorFrom: blue
+colorTo: yellow
+sdk: gradio
+sdk_version: {sdk_version}
+app_file: app.py
+pinned: false
+short_description: A language model that writes several tokens at a time
+{models}---
+
+# {title}
+
+A CALM, a continuous autoregressive language model ([arXiv 2510.27688](https://arxiv.org/abs/2510.27688)), writes a
+patch of several tokens in one step. Point at a patch, or tap it, to see what it was chosen from.
+
+On a machine of your own: `pip install -r requirements.txt gradio=={sdk_version}`, then `python app.py`.
+"""
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    if options.space is not None:
+        with known_errors(OSError):
+            write_space(options.space, options.model, options.baseline)
+        print(
+            f"{options.space}: app.py runs the page; upload the folder with: hf upload NAME {options.space} "
+            "--repo-type space"
+        )
+        return
+    serve(options)
+
+
+def parse(argv: list[str] | None):
+    parser = Parser(PROGRAM, __doc__)
+    parser.add_argument("model", nargs="?", default=".", help="folder or Hub id of a CALM (default: this folder)")
+    parser.add_argument("--baseline", help="folder or Hub id of an ordinary language model, which writes beside it")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--space", type=Path, metavar="FOLDER", help="write a Space in this new folder, and end")
+    return parser.parse_args(argv)
+
+
+def serve(options) -> None:
+    """Loads the models and shows the page until the process is told to stop."""
+    if importlib.util.find_spec("gradio") is None:
+        raise CommandError('the page needs gradio: pip install "calm-transformers[app]".')
+    from calm.serve import listen
+
+    with known_errors(OSError, OverflowError), listen(options.host, options.port) as listening:
+        port = listening.getsockname()[1]  # known to be free before models are loaded
+    writers = load_writers(options.model, options.baseline, options.device)
+    from calm.app_page import create_page, launch
+
+    page = create_page(writers)
+    print(f"{options.model} writes at http://{options.host}:{port}", flush=True)
+    with known_errors(OSError):
+        launch(page, server_name=options.host, server_port=port, quiet=True)
+
+
+def load_writers(model: str, baseline: str | None, device: str | None) -> list:
+    """
+    Raises:
+        CommandError: one can't be loaded, or is not of its kind.
+    """
+    import torch
+
+    from calm.app_page import Writer
+    from calm.evaluation.models import is_calm
+    from calm.inspect_text import load
+    from calm.serve import errors_about
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    writers = [Writer("CALM" if model == "." else model, *load(model, device))]
+    if baseline is not None:
+        with errors_about(baseline):
+            writers.append(Writer.load(baseline, device=device))
+            if is_calm(writers[1].model):
+                raise ValueError(f"--baseline {baseline} is a CALM: name an ordinary language model.")
+    return writers
+
+
+def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
+    """Writes a folder for a Space, aside, and renames it.
+
+    Args:
+        folder: which must be new, or empty.
+        model: a Hub id, or a folder, which is copied in.
+        baseline: the same of an ordinary language model.
+
+    Raises:
+        CommandError: the folder holds something, or the model is neither.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CommandError(f"--space {folder}: is not empty; name a new folder.")
+    if not folder.absolute().parent.is_dir():
+        raise CommandError(f"--space {folder}: the folder that it would be in does not exist.")
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    try:
+        sources = {"model": model, "baseline": baseline}
+        inside = {name: put_model(source, aside / name) for name, source in sources.items() if source}
+        names = {name: display_name(source) for name, source in sources.items() if source and inside[name] == name}
+        text = SPACE_APP.format(model=inside["model"], baseline=inside.get("baseline"), names=names)
+        (aside / "app.py").write_text(text, encoding="utf-8")
+        shutil.copyfile(Path(__file__).with_name("app_page.py"), aside / "page.py")
+        (aside / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+        on_hub = [source for name, source in sources.items() if source and inside[name] == source]
+        models = "models:\n" + "".join(f"- {name}\n" for name in on_hub) if on_hub else ""
+        title = f"{display_name(model)} writes"
+        card = SPACE_CARD.format(title=json.dumps(title)[1:-1], sdk_version=SDK_VERSION, models=models)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        (aside / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8")
+        aside.chmod(0o755)
+        aside.replace(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def display_name(model: str) -> str:
+    return "CALM" if model in (".", "..") else Path(model).name
+
+
+def put_model(model: str, target: Path) -> str:
+    """Copies a model's folder to `target` and returns that folder's name; of a Hub id just the id.
+
+    Raises:
+        CommandError: it is neither, or the folder's model would not load elsewhere.
+    """
+    source = Path(model)
+    if not source.is_dir():
+        if HUB_ID.fullmatch(model):
+            return model
+        raise CommandError(f"{model}: there is no such folder, and it is no Hub id.")
+    if not (source / "config.json").is_file():
+        raise CommandError(f"{model}: holds no model, for there is no config.json.")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    target.mkdir()
+    for pattern in MODEL_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+    for file in code_files(source, config):
+        shutil.copyfile(file, target / file.name)
+    if not list(target.glob("*.safetensors")):
+        raise CommandError(f"{model}: holds no weights, for there is no .safetensors file.")
+    return target.name
+
+
+def code_files(folder: Path, config: dict) -> list[Path]:
+    """The files of code that a model's configuration names, and those that they import.
+
+    Raises:
+        CommandError: a CALM's are missing.
+    """
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    names = {value.split(".")[0] for value in config.get("auto_map", {}).values() if "--" not in value}
+    if config.get("model_type") == "calm" and not names:
+        raise CommandError(f"{folder}: has no code beside the weights, without which a Space can't run a CALM.")
+    found = [folder / f"{name}.py" for name in sorted(names)]
+    missing = [file for file in found if not file.is_file()]
+    if missing:
+        raise CommandError(f"{missing[0]}: is named in config.json, but does not exist.")
+    imported = [Path(file) for name in found for file in get_relative_import_files(str(name))]
+    return sorted({*found, *imported})
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    sys.exit(main())
