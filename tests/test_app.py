@@ -1,0 +1,503 @@
+"""The page on which a CALM writes: its texts and errors, the page in a browser, and the folder of a Space."""
+
+import configparser
+import contextlib
+import html
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from browser import complaints, headless_browser, needs_browser, requests, set_width, wait_for
+from commands import refusal
+from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm import app, app_page
+from calm.app_page import Settings, Writer, view, views
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 120
+NEEDS = dict(reason="gradio (extra [app]) is not installed")
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, **NEEDS)
+SHORT = Settings(num_candidates=30, max_new_tokens=10, seed=3)
+# A Space's own process: without this package, and noting whom it asks for.
+SPACE = """
+import runpy, socket, sys
+
+def noting(host, *arguments, **named):
+    if host not in (None, "localhost", "127.0.0.1"):
+        print("asked for", host, flush=True)
+    return lookup(host, *arguments, **named)
+
+lookup, socket.getaddrinfo = socket.getaddrinfo, noting
+sys.modules["calm"] = None
+runpy.run_path("app.py", run_name="__main__")
+"""
+
+
+def tiny_llama():
+    """Of as many positions as the page's longest text needs."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=2048, initializer_range=0.5, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def calm():
+    return Writer("tiny", tiny_model(), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Writer("llama", tiny_llama(), tiny_tokenizer())
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Every step is shown."""
+    monkeypatch.setattr(app_page, "SECONDS_BETWEEN_VIEWS", 0)
+
+
+def seen_texts(writer, prompt, settings):
+    """The text at each view, and the last view."""
+    texts = []
+    for written in writer.write(prompt, settings):
+        texts.append("".join(step.text for step in written.steps))
+    return texts, written
+
+
+def test_a_calm_s_text_grows_to_what_generate_writes(calm, eager):
+    texts, written = seen_texts(calm, "Hello", SHORT)
+    ids = torch.tensor([calm.tokenizer("Hello").input_ids])
+    expected = calm.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=10,
+        do_sample=True,
+        temperature=0.5,
+        num_candidates=30,
+        sampling_method="batch",
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert texts[-1] == calm.tokenizer.decode(expected[0], skip_special_tokens=True).removeprefix("Hello")
+    assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
+    assert len(set(texts)) > 3
+    assert written.is_done and written.num_tokens == expected.shape[1] - ids.shape[1]
+    assert len(written.steps) == -(-written.num_tokens // 4)
+
+
+def test_each_patch_has_its_likeliest_candidates_and_the_one_written(calm):
+    _, written = seen_texts(calm, "Hello", SHORT)
+    for step in written.steps:
+        assert 1 <= len(step.candidates) <= app_page.SHOWN and step.num_candidates >= len(step.candidates)
+        assert sum(candidate.is_chosen for candidate in step.candidates) == 1
+        weights = [candidate.weight for candidate in step.candidates if not candidate.is_chosen]
+        assert weights == sorted(weights, reverse=True) and all(candidate.count for candidate in step.candidates)
+    whole = [step for step in written.steps if len(step.text) == 4]
+    chosen = [candidate.text for step in whole for candidate in step.candidates if candidate.is_chosen]
+    assert whole and chosen == [step.text for step in whole]
+
+
+def test_at_temperature_1_there_are_candidates_too(calm):
+    _, written = seen_texts(calm, "Hello", Settings(1.0, 30, 4))
+    assert written.steps[0].num_candidates > 1
+
+
+def test_without_candidates_the_model_s_own_method_writes(calm):
+    _, written = seen_texts(calm, "Hello", Settings(0.5, 30, 8, shows_candidates=False))
+    assert written.steps and all(step.candidates == [] for step in written.steps)
+
+
+def test_an_ordinary_model_shows_its_tokens_shares(llama, eager):
+    texts, written = seen_texts(llama, "Hello", Settings(0.7, max_new_tokens=6, top_p=0.8, seed=1))
+    ids = torch.tensor([llama.tokenizer("Hello").input_ids])
+    torch.manual_seed(1)
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 0}
+    expected = llama.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    assert texts[-1] == llama.tokenizer.decode(expected[0], skip_special_tokens=True).removeprefix("Hello")
+    assert len(written.steps) == written.num_tokens == expected.shape[1] - ids.shape[1]
+    with torch.no_grad():
+        logits_V = llama.model(ids).logits[0, -1] / 0.7
+    first = written.steps[0].candidates[0]
+    kept_V = logits_V.softmax(-1).sort(descending=True).values
+    kept_V = kept_V[: int((kept_V.cumsum(-1) < 0.8).sum()) + 1]
+    assert first.weight == pytest.approx(float(kept_V[0] / kept_V.sum()), rel=1e-4)
+    assert written.steps[0].num_candidates == len(kept_V)
+    for step in written.steps:
+        (chosen,) = [candidate.text for candidate in step.candidates if candidate.is_chosen]
+        assert step.text in (chosen, "")  # a special token has no text
+
+
+def test_closing_ends_the_writing_and_frees_the_model(calm, eager):
+    writing = calm.write("Hello", Settings(0.5, 30, 4000))
+    next(writing)
+    writing.close()
+    assert not [thread for thread in threading.enumerate() if "_generate" in thread.name]
+    texts, _ = seen_texts(calm, "Hello", SHORT)
+    assert texts[-1]
+
+
+WRONG = [
+    ("Hello", Settings(temperature=None), "Temperature: must be a number between 0.05 and 2.0."),
+    ("Hello", Settings(temperature=3), "Temperature: must be a number between 0.05 and 2.0."),
+    ("Hello", Settings(num_candidates="many"), "Candidates: must be a number between 1 and 1000."),
+    ("Hello", Settings(max_new_tokens=0), "Tokens: must be a number at least 1."),
+    ("Hello", Settings(seed=None), "Seed: must be a number between"),
+    ("Hello", Settings(temperature=0.1, num_candidates=5), "num_candidates=5 is too few for temperature=0.1"),
+    ("Hello", Settings(max_new_tokens=9_000_000), "The prompt has 6 tokens and 9000000 are to be written, but tiny"),
+]
+
+
+@pytest.mark.parametrize("prompt, settings, message", WRONG)
+def test_what_is_wrong_is_a_sentence_where_the_text_would_be(calm, prompt, settings, message):
+    *_, (shown,) = views([calm], prompt, settings)
+    (said,) = re.findall('<p class="error" role="alert">(.*?)</p>', shown)
+    assert html.unescape(said).startswith(message) and "Traceback" not in said
+
+
+def test_an_empty_prompt_needs_a_token_to_begin_with():
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    tokenizer.backend_tokenizer.post_processor = None
+    writer = Writer("tiny", model, tokenizer)
+    model.generation_config.bos_token_id = None
+    *_, (shown,) = views([writer], "", SHORT)
+    assert "tiny needs a prompt: it has no token" in shown
+    model.generation_config.bos_token_id = BOS
+    texts, _ = seen_texts(writer, "", SHORT)
+    assert texts[-1]
+
+
+def test_a_fault_of_one_model_is_a_sentence_and_the_other_writes(calm, llama, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(calm.model, "generate", fails)
+    *_, (ours, other) = views([calm, llama], "Hello", SHORT)
+    assert "tiny could not write this: RuntimeError." in ours and "out of something" not in ours
+    assert "out of something" in caplog.text
+    assert "tokens/s" in other and "error" not in other
+
+
+def test_what_is_written_is_no_html(calm):
+    step = app_page.Step("<b>&", [app_page.Candidate("<i>\n", 1.0, 3, True)], 1)
+    shown = view(calm, app_page.Written("<script>", [step], 4, 1.0))
+    assert "<script>" not in shown and "<b>&" not in shown and "<i>" not in shown.replace('<i style="', "")
+    assert "&lt;b&gt;&amp;" in shown and "&lt;i&gt;⏎" in shown
+
+
+def test_a_character_is_shown_when_it_is_whole(monkeypatch):
+    tokenizer = app_page.AutoTokenizer.from_pretrained(ROOT)
+    ids = tokenizer("a ☃ b", add_special_tokens=False).input_ids
+    reader = app_page._Reader(tokenizer, [], 1)
+    for token in ids:
+        reader.read("token", token)
+    reader.read("end", None)
+    assert len(ids) > 5 and [step.text for step in reader.steps if step.text][:2] == ["a", " "]
+    assert "".join(step.text for step in reader.steps) == "a ☃ b"
+
+
+# The command and the Space
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["no/such/place"], "no/such/place"),
+        ([".", "--space", "no/such/place"], "--space no/such/place: the folder that it would be in does not exist"),
+        ([".", "--space", str(ROOT)], "is not empty; name a new folder"),
+        (["no/such/place", "--space", "{tmp}/s"], "no/such/place: there is no such folder, and it is no Hub id"),
+        (["{tmp}", "--space", "{tmp}/s"], "holds no model, for there is no config.json"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # gradio is asked for before the model
+    words = [word.format(tmp=tmp_path) for word in options]
+    assert message in refusal(capsys, app.main, *words, "--port", "0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refusal(capsys, app.main, ".").startswith("the page needs gradio: pip install")
+
+
+def test_a_port_in_use_is_known_before_the_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port} can't be listened on" in refusal(capsys, app.main, "no/such/place", "--port", port)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """A Space with the bundled model and a baseline."""
+    folder = tmp_path_factory.mktemp("spaces")
+    tiny_llama().save_pretrained(folder / "llama")
+    tiny_tokenizer().save_pretrained(folder / "llama")
+    app.write_space(folder / "space", str(ROOT), str(folder / "llama"))
+    return folder / "space"
+
+
+def test_a_space_holds_the_page_the_model_and_its_code(space):
+    from calm.bundle_files import code_files
+
+    found = {str(path.relative_to(space)) for path in space.rglob("*") if path.is_file()}
+    code = {f"model/{Path(name).name}" for name in code_files()}
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    page = {"app.py", "page.py", "requirements.txt", "README.md", ".gitattributes"}
+    assert found >= code | {f"model/{name}" for name in model} | page
+    assert {name for name in found if name.startswith("model/") and name.endswith(".py")} == code
+    assert "baseline/model.safetensors" in found
+    assert list(space.parent.glob(".*")) == []
+
+
+def test_a_space_s_card_and_requirements(space):
+    yaml = pytest.importorskip("yaml")
+    _, header, text = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    fields = yaml.safe_load(header)
+    assert fields["sdk"] == "gradio" and fields["app_file"] == "app.py" and len(fields["short_description"]) <= 60
+    assert fields["sdk_version"] == app.SDK_VERSION and app.SDK_VERSION in text
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    ours = setup["options"]["install_requires"].split()
+    assert set((space / "requirements.txt").read_text().split()) == set(ours) - {"tqdm"}
+
+
+@needs_gradio
+def test_the_space_asks_for_the_gradio_that_the_page_is_tested_with():
+    import gradio
+
+    assert app.SDK_VERSION == gradio.__version__
+
+
+def test_a_space_may_name_models_of_the_hub(tmp_path):
+    app.write_space(tmp_path / "space", "someone/CALM-M", "someone/Llama")
+    assert "'someone/CALM-M', 'someone/Llama'" in (tmp_path / "space" / "app.py").read_text()
+    assert "models:\n- someone/CALM-M\n- someone/Llama\n" in (tmp_path / "space" / "README.md").read_text()
+    assert not (tmp_path / "space" / "model").exists()
+
+
+def test_a_model_without_code_is_refused(capsys, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    config = tmp_path / "tiny" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {}}))
+    assert "has no code beside the weights" in refusal(
+        capsys, app.main, tmp_path / "tiny", "--space", tmp_path / "space"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+# Pages that run
+
+
+@contextlib.contextmanager
+def running(command, folder, log, **environment):
+    """A process that serves the page; yields its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    words = [word.format(port=port) for word in command]
+    environment = {name: value.format(port=port) for name, value in environment.items()}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            words, cwd=folder, stdout=file, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        )
+    url = f"http://127.0.0.1:{port}/"
+    deadline = time.monotonic() + START_SECONDS
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(url, timeout=10).read()
+                break
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield url
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    with headless_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def address(driver, space, tmp_path_factory):
+    command = [sys.executable, "-m", "calm.app", str(ROOT), "--baseline", str(space / "baseline"), "--port", "{port}"]
+    with running(command, tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("log") / "app.log") as url:
+        yield url
+
+
+@pytest.fixture
+def page(driver, address):
+    set_width(driver, 1200, 900)
+    requests(driver), complaints(driver)
+    driver.get(address)
+    wait_for("the page is ready", lambda: driver.find_elements("id", "write"))
+    time.sleep(0.3)  # its handlers
+    return driver
+
+
+def put(page, name, value):
+    """Types into the field of a control."""
+    from selenium.webdriver import Keys
+
+    (entry,) = page.find_elements("css selector", f"#{name} input[type=number], #{name} textarea")
+    entry.send_keys(Keys.CONTROL, "a")
+    entry.send_keys(Keys.DELETE, str(value), Keys.TAB)
+
+
+def text_of(page, number=0):
+    """The patches without their cards."""
+    return page.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(span => span.firstChild.textContent).join('')",
+        f"#text{number} .patch",
+    )
+
+
+def press_write(page, button="write"):
+    """Presses a button, and waits until both models have written."""
+    page.execute_script("document.querySelector('#text1 .calm').replaceChildren()")  # the last answer
+    page.find_element("id", button).click()
+    wait_for("an answer", lambda: "tokens/s" in figures(page, 1) or errors(page))
+    wait_for("its end", lambda: is_still(page))
+
+
+def is_still(page):
+    before = figures(page, 1)
+    time.sleep(0.4)
+    return figures(page, 1) == before
+
+
+def texts_of(page, selector):
+    """What elements say; asked at once, for the page is made anew while it is read."""
+    return page.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)", selector)
+
+
+def figures(page, number):
+    return " ".join(texts_of(page, f"#text{number} .name"))
+
+
+def errors(page):
+    return texts_of(page, ".calm .error")
+
+
+@needs_gradio
+@needs_browser
+class TestPage:
+    def test_a_text_appears_patch_by_patch(self, page):
+        page.execute_script(
+            "window.seen = []; new MutationObserver(() => {"
+            "const count = document.querySelectorAll('#text0 .patch').length;"
+            "if (count !== seen.at(-1)) seen.push(count);"
+            "}).observe(document.body, {childList: true, subtree: true, characterData: true});"
+        )
+        put(page, "max_new_tokens", 120)
+        press_write(page)
+        seen = page.execute_script("return seen")
+        assert seen[-1] == 60 and len(seen) >= 4 and 0 < seen[1] < 60 and seen == sorted(seen)
+        assert re.search(r"120 tokens in 60 patches · [\d.]+ s · \d+ tokens/s", figures(page, 0))
+        assert text_of(page, 1)
+
+    def test_it_asks_nobody_but_its_server(self, page, address):
+        put(page, "max_new_tokens", 4)
+        press_write(page)
+        asked = requests(page)
+        assert asked and [url for url in asked if not url.startswith(address)] == []
+        assert [line for line in complaints(page) if "manifest" not in line] == []
+
+    def test_candidates_appear_on_hover(self, page):
+        from selenium.webdriver import ActionChains
+
+        put(page, "max_new_tokens", 12)
+        press_write(page)
+        for number in (0, 1):
+            span = page.find_elements("css selector", f"#text{number} .patch")[2]
+            card = span.find_element("css selector", ".card")
+            assert not card.is_displayed()
+            ActionChains(page).move_to_element(span).perform()
+            assert card.is_displayed()
+            chosen = card.find_elements("css selector", ".chosen code")
+            assert len(chosen) == 1 and "%" in card.text
+        background = [
+            span.value_of_css_property("background-color")
+            for span in page.find_elements("css selector", "#text0 .patch")[:3]
+        ]
+        assert background[0] == background[2] != background[1]
+
+    def test_the_temperature_changes_the_text_and_a_seed_repeats_it(self, page):
+        texts = []
+        for temperature in (0.3, 1.5, 0.3):
+            put(page, "temperature", temperature)
+            put(page, "max_new_tokens", 24)
+            press_write(page)
+            texts.append((text_of(page), text_of(page, 1)))
+        assert texts[0] == texts[2]
+        assert texts[0][0] != texts[1][0] and texts[0][1] != texts[1][1]
+        press_write(page, "again")
+        assert text_of(page) != texts[2][0]
+
+    def test_what_is_wrong_is_a_sentence(self, page):
+        put(page, "temperature", 0.1)
+        put(page, "num_candidates", 5)
+        page.find_element("id", "write").click()
+        said = wait_for("an error", lambda: errors(page))
+        assert said[0].startswith("num_candidates=5 is too few for temperature=0.1")
+        put(page, "num_candidates", 50)
+        put(page, "max_new_tokens", 1000)
+        put(page, "prompt", "a long prompt " * 20)
+        page.find_element("id", "write").click()
+        said = wait_for("another", lambda: [line for line in errors(page) if line.startswith("The prompt has")])
+        assert "takes 1024 together: shorten the prompt" in said[0]
+
+    def test_stop_ends_the_writing(self, page):
+        put(page, "max_new_tokens", 1000)
+        page.find_element("id", "write").click()
+        wait_for("some text", lambda: len(texts_of(page, "#text0 .patch")) > 3)
+        page.find_element("id", "stop").click()
+        time.sleep(0.5)
+        before = text_of(page)
+        time.sleep(0.7)
+        assert text_of(page) == before
+        put(page, "max_new_tokens", 8)
+        page.find_element("id", "write").click()
+        wait_for("a short text", lambda: "8 tokens in 4 patches" in figures(page, 0))
+
+    def test_it_fits_a_phone(self, page):
+        set_width(page, 360, 740)
+        put(page, "max_new_tokens", 40)
+        press_write(page)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+@needs_gradio
+def test_a_space_runs_without_this_package_and_asks_nobody(space, tmp_path):
+    from gradio_client import Client
+
+    environment = {"GRADIO_SERVER_PORT": "{port}", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    with running([sys.executable, "-c", SPACE], space, tmp_path / "space.log", **environment) as url:
+        client = Client(url, verbose=False, analytics_enabled=False)
+        ours, other = client.predict("Once upon a time", 0.5, 50, 12, 1, 0, True, api_name="/write")
+        assert "12 tokens in 6 patches" in ours and 'class="card"' in ours
+        assert "tokens/s" in other and "error" not in ours + other
+        (error, _) = client.predict("Once upon a time", None, 50, 12, 1, 0, True, api_name="/write")
+        assert "Temperature: must be a number" in error
+    assert "asked for" not in (tmp_path / "space.log").read_text()
