@@ -189,8 +189,11 @@ class TokenScores(StoppingCriteria):
             tokens, shares = best.indices.tolist(), best.values.tolist()
             if chosen not in tokens:
                 tokens[-1], shares[-1] = chosen, float(shares_V[chosen])
-            found = [(token, share) for token, share in zip(tokens, shares, strict=True) if share > 0]
-            self.sending._send("shares", (found, int((shares_V > 0).sum())))
+            found = [
+                (token, share) for token, share in zip(tokens, shares, strict=True) if share > 0 or token == chosen
+            ]
+            index = [token for token, _ in found].index(chosen)
+            self.sending._send("shares", (found, int((shares_V > 0).sum()), index, input_ids.shape[1] - 1))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -317,26 +320,26 @@ class _Reader:
     def read(self, kind: str, value: Any) -> None:
         if kind == "scores":
             patches, counts, weights, chosen = value
-            self.pending = (
-                self._candidates(patches, weights, counts, chosen),
-                sum(1 for count in counts if count),
-            )
-        elif kind == "shares":  # these come after their token
-            found, number = value
-            token = self.ids.pop()
-            index = [token for token, _ in found].index(token)
-            step = self.steps[-1]
-            step.candidates = self._candidates([[t] for t, _ in found], [share for _, share in found], None, index)
-            step.num_candidates = number
-            self.ids.append(token)
+            number = sum(1 for count in counts if count)
+            self.pending = (self._candidates(patches, weights, counts, chosen, self.ids), number)
+        elif kind == "shares":  # of the token at this place: some versions of transformers put it before, some after
+            found, number, index, place = value
+            tokens, shares = [[token] for token, _ in found], [share for _, share in found]
+            self.pending = (self._candidates(tokens, shares, None, index, self.ids[:place]), number)
+            if place < len(self.ids):
+                self._give_candidates(self.steps[-1])
         elif kind == "token":
             if self.num_tokens % self.step_size == 0:
-                self.steps.append(Step("", *self.pending))
-                self.pending = ([], 0)
+                self.steps.append(Step(""))
+                self._give_candidates(self.steps[-1])
             self.ids.append(value)
             self._extend(is_end=False)
         elif self.steps:
             self._extend(is_end=True)
+
+    def _give_candidates(self, step: Step) -> None:
+        step.candidates, step.num_candidates = self.pending
+        self.pending = ([], 0)
 
     def _extend(self, is_end: bool) -> None:
         text = self._text()
@@ -348,11 +351,11 @@ class _Reader:
     def _text(self) -> str:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
-    def _candidates(self, patches, weights, counts, chosen: int) -> list[Candidate]:
+    def _candidates(self, patches, weights, counts, chosen: int, ids: Sequence[int]) -> list[Candidate]:
         shown = list(range(min(SHOWN, len(patches))))
         if chosen not in shown and chosen >= 0:
             shown[-1] = chosen
-        context = self.ids[-CONTEXT:]
+        context = list(ids[-CONTEXT:])
         before = self.tokenizer.decode(context)
         found = []
         for i in shown:
@@ -478,11 +481,13 @@ def _controls(gr, default: Settings, longest: int) -> list:
         "max_new_tokens": (1, max(min(longest, 2000) - 1, 1), 1),
         "top_p": (0.05, 1, 0.05),
     }
+    found = []
+    for name, (least, most, step) in sliders.items():
+        slider = gr.Slider(least, most, getattr(default, name), step=step, label=LABELS[name], elem_id=name)
+        slider.preprocess = lambda typed: typed  # Settings.check says more of what is wrong
+        found.append(slider)
     return [
-        *(
-            gr.Slider(least, most, getattr(default, name), step=step, label=LABELS[name], elem_id=name)
-            for name, (least, most, step) in sliders.items()
-        ),
+        *found,
         gr.Number(default.seed, precision=0, label=LABELS["seed"], elem_id="seed"),
         gr.Checkbox(
             default.shows_candidates,
