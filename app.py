@@ -123,10 +123,11 @@ def load_writers(model: str, baseline: str | None, device: str | None) -> list:
     from calm.serve import errors_about
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    writers = [Writer("CALM" if model == "." else model, *load(model, device))]
+    writers = [Writer(display_name(model), *load(model, device))]
     if baseline is not None:
         with errors_about(baseline):
             writers.append(Writer.load(baseline, device=device))
+            writers[1].name = display_name(baseline)
             if is_calm(writers[1].model):
                 raise ValueError(f"--baseline {baseline} is a CALM: name an ordinary language model.")
     return writers
@@ -170,7 +171,10 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
 
 
 def display_name(model: str) -> str:
-    return "CALM" if model in (".", "..") else Path(model).name
+    """Of a folder its name, of a Hub id all of it."""
+    if model == ".":
+        return "CALM"
+    return Path(model).absolute().name if Path(model).is_dir() else model
 
 
 def put_model(model: str, target: Path) -> str:

@@ -32,7 +32,8 @@ PROMPT = "Once upon a time, there was a little girl named Lily."
 
 STYLE = """
 .calm { --even: #e4eefb; --odd: #fdeed9; --ink: #1d1f24; --soft: #686c76; --card: #ffffff; --line: #dedbd4;
-  --bar: #3671c6; --chosen: #c05f14; --error: #a8231b; position: relative; color: var(--ink); }
+  --bar: #3671c6; --chosen: #c05f14; --error: #a8231b; position: relative; color: var(--ink);
+  max-width: 54rem; }
 .dark .calm { --even: #22344c; --odd: #45351e; --ink: #e7e6e2; --soft: #9aa0ab; --card: #1e2127; --line: #3a404a;
   --bar: #6da6f2; --chosen: #f0a35b; --error: #ff9c94; }
 .calm .name { display: flex; flex-wrap: wrap; gap: 0 1rem; justify-content: space-between; font-weight: 600;
@@ -64,8 +65,6 @@ STYLE = """
   color-mix(in srgb, var(--ink) 9%, transparent); }
 .calm .error { color: var(--error); margin: .6rem 0; }
 .calm-view { overflow: visible !important; }
-.gradio-container main { max-width: 84rem; margin: 0 auto; }
-@media (max-width: 40rem) { .gradio-container .main { padding: .75rem !important; } }
 #again, #stop { white-space: nowrap; padding-inline: .4rem; }
 """
 
@@ -448,10 +447,11 @@ def create_page(writers: Sequence[Writer], prompt: str = PROMPT):
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=280), gr.Row(equal_height=False):
-                outputs = [
-                    gr.HTML(view(writer), min_height=360, min_width=280, elem_id=f"text{i}", elem_classes="calm-view")
-                    for i, writer in enumerate(writers)
-                ]
+                outputs = []
+                for i, writer in enumerate(writers):
+                    with gr.Column(min_width=280):
+                        shown = gr.HTML(view(writer), min_height=320, elem_id=f"text{i}", elem_classes="calm-view")
+                    outputs.append(shown)
             with gr.Column(scale=1, min_width=240):
                 controls = _controls(gr, default, calm.longest)
 
