@@ -40,10 +40,14 @@ def headless_browser(profile):
 
 
 def requests(driver) -> list[str]:
-    """Addresses that pages asked for since the last call, but those that name their own content."""
+    """Addresses that pages asked for since the last call, but those that name their own content.
+
+    What the browser's own pages ask for counts for nothing.
+    """
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    return [one["request"]["url"] for one in sent if not one["request"]["url"].startswith(("data:", "blob:"))]
+    addresses = [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome")]
+    return [address for address in addresses if not address.startswith(("data:", "blob:", "chrome"))]
 
 
 def complaints(driver) -> list[str]:
