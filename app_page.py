@@ -429,7 +429,7 @@ def views(writers: Sequence[Writer], prompt: str, settings: Settings) -> Iterato
 def create_page(writers: Sequence[Writer], prompt: str = PROMPT):
     """The page, a `gradio.Blocks`, of a CALM and, if there are two, of a model beside it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra [app]
 
     calm = writers[0]
     stated = calm.model.generation_config
@@ -457,7 +457,7 @@ def create_page(writers: Sequence[Writer], prompt: str = PROMPT):
 
         def write(prompt, *values):
             for shown in views(writers, prompt or "", Settings(*values)):
-                yield shown if len(shown) > 1 else shown[0]
+                yield shown if len(writers) > 1 else shown[0]
 
         asked = {"fn": write, "inputs": [text, *controls], "outputs": outputs, "show_progress": "hidden"}
         asked |= {"concurrency_id": "write", "concurrency_limit": 1}
@@ -509,7 +509,7 @@ def launch(page, **options) -> None:
         page: of `create_page`.
         options: of `gradio.Blocks.launch`.
     """
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra [app]
 
     theme = gr.themes.Base(
         primary_hue="blue",
