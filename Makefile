@@ -1,4 +1,5 @@
 # make demo          set up, and continue a story with the bundled model
+# make app           set up, and a page on which the bundled model writes, at http://127.0.0.1:7860
 # make test          set up, and run every test
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
 # make test-gpu      set up, and run the tests that need a GPU
@@ -11,10 +12,13 @@ BIN := .venv/bin
 COMPAT := .venv-compat/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo test test-compat test-gpu style figures demo-model experiments speed clean
+.PHONY: demo app test test-compat test-gpu style figures demo-model experiments speed clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
+
+app: .venv/.app
+	$(BIN)/python -m calm.app .
 
 test: .venv/.full
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
@@ -57,6 +61,10 @@ clean:
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	mkdir -p .venv/packages
 	ln -sfn ../.. .venv/packages/calm
+	touch $@
+
+.venv/.app: .venv/.base
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[app]"
 	touch $@
 
 .venv/.full: .venv/.base

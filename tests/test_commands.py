@@ -11,6 +11,7 @@ from calm.command_line import CommandError, Parser, command, known_errors
 NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]
 WRONG_PATHS = {
+    "calm.app": [NOWHERE, "--space", "{tmp}"],  # without it gradio is asked for first
     "calm.benchmarks.convert_memory": ["--size", NOWHERE],  # it reads no file
     "calm.benchmarks.generation": ["--json", f"{NOWHERE}/rows.json"],
     "calm.benchmarks.gpu": ["--device", "cpu", "--pairs", NOWHERE],
@@ -26,6 +27,7 @@ WRONG_PATHS = {
     "calm.export_onnx": [NOWHERE, "--output", "{tmp}"],
     "calm.generate_onnx": ["Once", "--folder", NOWHERE],
     "calm.evaluation.ranking": ["--model", NOWHERE, "--data", NOWHERE],
+    "calm.inspect_text": [NOWHERE],
     "calm.demo": ["--model", NOWHERE],
     "calm.docs.draw_architecture": [NOWHERE],  # these two read no file that one names
     "calm.docs.stale_figures": [NOWHERE],
