@@ -28,6 +28,7 @@ FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs
 TOKENS_AT_ONCE = 1000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
 PAIRS_AT_ONCE = 2**21  # distances made at a time
 NOTHING = torch.empty(0)  # is known of what is not drawn
+LEAST_FACTOR = 10.0  # nats: candidates that rules make so much lighter than a row's heaviest are left out
 UNKNOWN = -1  # id of a token that isn't decoded yet
 FINGERPRINT_VALUES = 64  # of each parameter
 
@@ -70,36 +71,29 @@ class PlainPool:
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
         tokens_nRK = self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
         if self.rules is not None:
-            by_row = [
-                self._judged(row, latents_nZ, tokens_nK)
-                for row, latents_nZ, tokens_nK in zip(
-                    rows_R.tolist(), latents_nRZ.unbind(1), tokens_nRK.unbind(1), strict=True
-                )
-            ]
-            tokens_nRK, factors_nR = (torch.stack(parts, dim=1) for parts in zip(*by_row, strict=True))
+            by_row = zip(rows_R.tolist(), latents_nRZ.unbind(1), tokens_nRK.unbind(1), strict=True)
+            ruled = [self._by_rules(self.rules, *row) for row in by_row]
+            tokens_nRK, factors_nR = (torch.stack(parts, dim=1) for parts in zip(*ruled, strict=True))
             old_BN = NOTHING if self.log_factors_BN is None else self.log_factors_BN
             self.log_factors_BN = self._grown(old_BN, rows_R, factors_nR)
         self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, tokens_nRK)
 
-    def _judged(self, row: int, latents_nZ: Tensor, tokens_nK: Tensor) -> tuple[Tensor, Tensor]:
-        """What the rules make of one row's new candidates: tokens (n, K), and what their weights are multiplied by.
+    def _by_rules(self, rules: TokenRules, row: int, latents_nZ: Tensor, tokens_nK: Tensor) -> tuple[Tensor, Tensor]:
+        """One row's new candidates as its rules leave them: tokens (n, K), and the logarithm of what each weighs (n,).
 
-        Candidates that the rules forbid weigh nothing. If they forbid all, each is decoded anew, obeying them.
+        Of those that are the same patch without rules the first stands for all.
         """
-        assert self.rules is not None
-        class_n = patch_classes(tokens_nK[None])[0]
-        first_C, place_n = class_n.unique(return_inverse=True)
-        factors_C = torch.cat(
-            [
-                self.rules.log_factors(row, self._logits(latents_nZ[first_c]), tokens_nK[first_c])
-                for first_c in first_C.split(self._candidates_at_once(latents_nZ.device))
-            ]
-        )
-        if bool((factors_C > -torch.inf).any()):
-            return tokens_nK, factors_C.to(tokens_nK.device)[place_n]
-        chunks = latents_nZ.split(self._candidates_at_once(latents_nZ.device))
-        obeying_nK = torch.cat([self.rules.obeying(row, self._logits(latents_cZ)) for latents_cZ in chunks])
-        return obeying_nK.to(tokens_nK.device), torch.zeros(len(tokens_nK), device=tokens_nK.device)
+        first_C, place_n = patch_classes(tokens_nK[None])[0].unique(return_inverse=True)
+        chunks = latents_nZ[first_C.to(latents_nZ.device)].split(self._candidates_at_once(latents_nZ.device))
+        decoded = [rules.decode(row, self._logits(latents_cZ)) for latents_cZ in chunks]
+        patches_CK, factors_C = (torch.cat(parts).to(tokens_nK.device) for parts in zip(*decoded, strict=True))
+        patches_nK, factors_n = patches_CK[place_n], factors_C[place_n]
+        # Draws that are the same patch now weigh what they weigh on average.
+        class_n = patch_classes(patches_nK[None])[0]
+        largest = factors_n.amax()
+        sums_n = torch.zeros_like(factors_n).scatter_add(0, class_n, (factors_n - largest).exp())
+        means_n = (sums_n / class_n.bincount(minlength=len(class_n)).clamp(min=1)).log()[class_n]
+        return patches_nK, means_n.masked_fill(means_n < means_n.amax() - LEAST_FACTOR, -torch.inf)
 
     def _logits(self, latents_CZ: Tensor) -> Tensor:
         """(C, K, V), float32, −inf for forbidden tokens."""

@@ -104,7 +104,7 @@ class PatchSampling:
             settings[name] = getattr(config, name, None) if override is None else override
         settings["do_sample"] = bool(settings["do_sample"])  # not set: off, as upstream takes it
         if not settings["do_sample"]:  # these have no meaning then
-            settings |= dict.fromkeys(("temperature", *Truncation._fields))
+            settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
         return cls(**{name: value for name, value in settings.items() if value is not None})
 
     def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | OneBlock | None = None) -> Tensor:
@@ -478,7 +478,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def _read_all_but_last_chunk(self, inputs: dict, cache: Cache, chunk_size: int) -> dict:
         """Reads a packed prompt into the cache, `chunk_size` tokens (whole patches, at least one) at a time, but for
         the last chunk; returns the inputs of that one."""
-        patches, past = max(1, chunk_size // self.config.patch_size), cache.get_seq_length()
+        patches = max(1, chunk_size // self.config.patch_size)
+        past = int(cache.get_seq_length())  # a static cache's is a tensor, which changes
         *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
         for i, chunk in enumerate(chunks, start=1):
             mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : past + i * patches]

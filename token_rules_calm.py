@@ -1,10 +1,12 @@
 """Logits processors on the decoder's logits: what may stand at a position, given the text and the patch before it.
 
-Upstream asks its processors once a token, with the text so far and the model's logits, and changes the law of the next
-token: P(token) · e^(change of its logit). Here they are asked about each token of a candidate patch, with the
-decoder's logits, and change the law of patches in the same way: a candidate's weight is multiplied by e^(changes of
-its tokens' logits), so one with a forbidden token weighs nothing. Where that forbids all of a step's candidates, each
-is decoded position after position, with the most probable token that is left.
+Upstream asks its processors once a token, with the text so far and the model's logits, and the law of the next token
+is what they make of these. Here a latent vector is drawn, and the decoder's logits say which tokens it might be,
+position after position. So processors see these, with the text and the patch before; the most probable token that
+they leave stands there; and the vector weighs as much more or less as that token is more or less probable than the
+one that stood there before them (e^(difference of the two logits)). A candidate that obeys the rules as it is keeps
+its weight, one whose tokens a penalty touches weighs less, and one that had to be bent against the decoder's certainty
+next to nothing, unless a step has no others.
 
 Axes: R rows, L tokens of a row's text, C candidates of one row, k positions, K tokens per patch, V vocabulary.
 """
@@ -34,47 +36,37 @@ class TokenRules:
     def __init__(self, processors_R: list[Processors], texts_R: list[Tensor], eos_tokens: Tensor | None = None):
         self.processors_R, self.texts_R, self.eos_tokens = processors_R, texts_R, eos_tokens
 
-    def log_factors(self, row: int, logits_CKV: Tensor, patches_CK: Tensor) -> Tensor:
-        """By what the weights of candidates of one row are multiplied, natural logarithms (C,); −inf: forbidden.
+    def decode(self, row: int, logits_CKV: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches (C, K) of candidates of one row, and the logarithm of what each weighs (C,), 0 where it obeys.
 
         Args:
             row: its number among these rows.
-            logits_CKV: of the decoder.
-            patches_CK: the candidates.
-        """
-        factors_C = torch.zeros(len(patches_CK), device=logits_CKV.device)
-        for position, logits_CV in enumerate(logits_CKV.unbind(1)):
-            index_M = self._going_on(patches_CK[:, :position]).nonzero()[:, 0].to(logits_CV.device)
-            if len(index_M):
-                tokens_M1 = patches_CK[index_M, position, None].to(logits_CV.device)
-                after_MV = self._ask(row, logits_CV[index_M], patches_CK[index_M, :position])
-                after_M = after_MV.gather(1, tokens_M1)[:, 0]
-                change_M = after_M - logits_CV[index_M].gather(1, tokens_M1)[:, 0]
-                is_forced_M = (after_MV > -torch.inf).sum(-1) == 1  # the one that is left has any number for a logit
-                change_M = torch.where(is_forced_M & (after_M > -torch.inf), 0, change_M)
-                factors_C[index_M] += torch.where(change_M.isnan(), -torch.inf, change_M)
-        return factors_C
-
-    def obeying(self, row: int, logits_CKV: Tensor) -> Tensor:
-        """The most probable patches (C, K) that the rules leave, decoded from the first position on.
+            logits_CKV: of the decoder, float32.
 
         Raises:
             ValueError: the processors leave no token.
         """
         patches_Ck = torch.empty(len(logits_CKV), 0, dtype=torch.long, device=logits_CKV.device)
+        factors_C = torch.zeros(len(logits_CKV), device=logits_CKV.device)
         for logits_CV in logits_CKV.unbind(1):
-            tokens_C = logits_CV.argmax(-1)
+            before_C, tokens_C = logits_CV.max(-1)
             index_M = self._going_on(patches_Ck).nonzero()[:, 0]
             if len(index_M):
-                best_M, tokens_C[index_M] = self._ask(row, logits_CV[index_M], patches_Ck[index_M]).max(-1)
-                if bool((best_M == -torch.inf).any()):
+                after_MV = self._ask(row, logits_CV[index_M], patches_Ck[index_M])
+                after_M, tokens_C[index_M] = after_MV.max(-1)
+                if bool((after_M == -torch.inf).any()):
                     raise ValueError(
                         f"The logits processors leave no token to write in row {row}, after "
                         f"{len(self.texts_R[row]) + patches_Ck.shape[1]} tokens: loosen one of bad_words_ids, "
                         "suppress_tokens, prefix_allowed_tokens_fn or your own."
                     )
+                # A token that is forced may have been given any number.
+                is_forced_M = (after_MV > -torch.inf).sum(-1) == 1
+                own_M = logits_CV[index_M].gather(1, tokens_C[index_M, None])[:, 0]
+                change_M = torch.where(is_forced_M, own_M, after_M) - before_C[index_M]
+                factors_C[index_M] += change_M.nan_to_num()
             patches_Ck = torch.cat([patches_Ck, tokens_C[:, None]], dim=1)
-        return patches_Ck
+        return patches_Ck, factors_C
 
     def _going_on(self, before_Ck: Tensor) -> Tensor:
         """Which candidates' texts have not ended before a position, (C,) bool."""

@@ -220,7 +220,7 @@ class PlainReplay(PlainPool):
     """
 
     def __init__(self, pool: PlainPool, patches_BMK: Tensor, latents_BMZ: Tensor, radius: float | None = None):
-        super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV)
+        super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV, pool.rules)
         self.patches_BMK = patches_BMK
 
     def extend(self, rows_R: Tensor, num_draws: int) -> None:

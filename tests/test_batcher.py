@@ -88,6 +88,7 @@ def new_row(model, prompt, seed, num_tokens, **sampling):
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
     return Row(
         prompt_PK=model.pack_for_generation(ids)["input_ids"].view(-1, model.config.patch_size),
+        prompt_L=ids[0],
         num_prompt_tokens=ids.shape[1],
         sampling=PatchSampling(num_candidates=20, **sampling),
         max_new_tokens=num_tokens,

@@ -134,7 +134,7 @@ def test_exact_sampling_is_recorded_far_enough(demo):
         (["--baseline", "calm-tiny"], "--baseline calm-tiny is a CALM"),
         (["--output_length", "7"], "--output_length of 8"),
         (["--prompt_length", "3"], "--prompt_length of at least 4"),
-        (["--temperature", "1.5"], "temperature=1.5"),
+        (["--temperature", "2.5"], "temperature=2.5"),
         (["--temperature", "0.1"], "num_candidates=8 is too few"),
         (["--batch_size", "0"], "--batch_size [0]: must be at least 1"),
         (["--json", "nowhere/rows.json"], "nowhere/rows.json: its folder does not exist"),

@@ -10,8 +10,8 @@ from calm import demo
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--temperature", "2"], "temperature=2.0: sampling needs a temperature in (0, 1]"),
-        (["--temperature", "0"], "temperature=0.0: sampling needs a temperature in (0, 1]"),
+        (["--temperature", "3"], "temperature=3.0: sampling needs a temperature in (0, 2]"),
+        (["--temperature", "0"], "temperature=0.0: sampling needs a temperature in (0, 2]"),
         (["--max_new_tokens", "0"], "argument --max_new_tokens: 0: must be a whole number of at least 1"),
         (["--max_new_tokens", "-3"], "argument --max_new_tokens: -3: must be a whole number of at least 1"),
         (["--max_new_tokens", "many"], "argument --max_new_tokens: many: must be a whole number of at least 1"),

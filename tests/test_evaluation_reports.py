@@ -181,7 +181,7 @@ def test_invented_words_of_a_text_that_is_not_there(folder, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--temperature", "0.5", "2"], "temperature=2.0: sampling needs a temperature in (0, 1]"),
+        (["--temperature", "0.5", "3"], "temperature=3.0: sampling needs a temperature in (0, 2]"),
         (["--temperature", "0"], "--temperature 0: must be more than 0"),
         (["--num_candidates", "1", "--temperature", "0.5"], "num_candidates=1 is too few for temperature=0.5"),
         (["--num_candidates", "0"], "argument --num_candidates: 0: must be a whole number of at least 1"),

@@ -61,6 +61,7 @@ def has(name):
     return lambda result: getattr(result, name) is not None
 
 
+MANY = {"temperature": 1.0, "max_new_tokens": 24}
 DICT = {"return_dict_in_generate": True}
 EMPTY = {"inputs": torch.empty(1, 0, dtype=torch.long), "do_sample": False}
 TWO_ROWS = {"inputs": PROMPT.repeat(2, 1)}
@@ -80,17 +81,17 @@ EFFECTS = {
     "return_dict_in_generate": ([True, False], {}, kind),
     "return_legacy_cache": ([True, False], DICT, cache),
     "output_scores": ([True, False], DICT, has("scores")),
-    "top_k": ([1, 0], {}, ids),
-    "top_p": ([0.1, 1.0], {}, ids),
-    "min_p": ([1.0, 0.0], {}, ids),
+    "top_k": ([1, 0], MANY, ids),
+    "top_p": ([0.01, 1.0], MANY, ids),
+    "min_p": ([1.0, 0.0], MANY, ids),
     "repetition_penalty": ([5.0, 1.0], {}, ids),
     "no_repeat_ngram_size": ([1, 0], {}, ids),
     "bad_words_ids": ([[[token] for token in range(48)], [[5]]], {}, ids),
     "suppress_tokens": ([list(range(48)), [5]], {}, ids),
     "begin_suppress_tokens": ([list(range(95)), list(range(48))], {}, ids),
-    "sequence_bias": ([[[[50], 100.0]], [[[51], 100.0]]], {}, ids),
+    "sequence_bias": ([[[[token], 50.0] for token in range(50)], [[[51], 0.1]]], {}, ids),
     "forced_eos_token_id": ([7, 8], {}, ids),
-    "exponential_decay_length_penalty": ([(1, 50.0), None], {"eos_token_id": 7}, shape),
+    "exponential_decay_length_penalty": ([(1, 1e6), (500, 1.1)], {"eos_token_id": 7, "max_new_tokens": 40}, shape),
 }
 # Those whose two values depend on what is generated, or that do something besides the result.
 OTHER_EFFECTS = {

@@ -22,7 +22,9 @@ def another_value(option):
         return not option.default
     if typing.get_origin(kind) is typing.Literal:
         return next(value for value in typing.get_args(kind) if value != option.default)
-    return option.default / 2 if kind is float else option.default - 1
+    if kind is int:
+        return option.default - 1 if option.default else 7
+    return option.default / 2 if option.default else 0.25
 
 
 def sampling_used(monkeypatch, model, **arguments):
