@@ -56,7 +56,8 @@ from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 
 WORKLOADS = ("worst", "real")
 # The benchmark's own options beside the temperature, of which it takes several.
-SAMPLING_OPTIONS = tuple(name for name in PatchSampling.option_names() if name not in ("do_sample", "temperature"))
+NOT_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+SAMPLING_OPTIONS = tuple(name for name in PatchSampling.option_names() if name not in NOT_OPTIONS)
 
 
 class Benchmark:

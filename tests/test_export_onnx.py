@@ -307,7 +307,7 @@ def test_weights_by_hand():
     assert weights_N == pytest.approx([3, 0, 0, 0])
 
 
-@pytest.mark.parametrize("temperature, num_candidates", [(0, 9), (1.01, 9), (float("nan"), 9), (0.1, 9), (1e-320, 9)])
+@pytest.mark.parametrize("temperature, num_candidates", [(0, 9), (2.01, 9), (float("nan"), 9), (0.1, 9), (1e-320, 9)])
 def test_settings_that_samplers_refuse_are_refused(temperature, num_candidates):
     with pytest.raises(generate_onnx.Refusal, match="^(temperature|num_candidates)="):
         generate_onnx.check_sampling(temperature, num_candidates)
