@@ -91,8 +91,8 @@ class RecordedPool(PlainPool):
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:
     """The natural logarithm of the chosen patches' weights, (B, S); 0 for rows that have ended, as upstream has it.
 
-    This is the place of `compute_transition_scores`, with a value a patch. It is an estimate from N draws: at T = 1
-    and a top-p of 1 with `num_candidates` draws, the log of a patch's share of them.
+    This is the place of `compute_transition_scores`, with a value a patch. It is an estimate from the draws made:
+    without do_sample the log of the patch's share of them, and 0 at T = 1, where one patch is drawn and taken.
 
     Args:
         scores: of the S steps, as `generate` returns them.

@@ -346,7 +346,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if not generation_config.return_dict_in_generate:
             return texts.ids_BL
         if scores is not None:
-            collected["scores"] = tuple(scores)
+            collected["scores"] = scores  # upstream's pipeline would stack a tuple in a batch of 4, a step's fields
         collected |= {"sequences": texts.ids_BL, "past_key_values": cache}
         return GenerateDecoderOnlyOutput(**collected)
 

@@ -6,16 +6,17 @@ patches that are scored (m of a chunk).
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import ModelOutput
 
 from .heads_calm import PatchTarget
 from .samplers_calm import class_sizes, patch_classes
-from .scores_calm import energy_score
 from .upstream_calm import checked_ids
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class TextScores(ModelOutput):
             most 1. Compares models with one tokenizer and K, too.
         hits (`(B, P, K)`): the share of samples whose first n tokens are the text's: an estimate of P(y).
         patches (`(B, P, K)`): the tokens.
-        is_scored (`(B, P)`): False for a text's first patch, which nothing predicts, and for what fills rows up.
+        is_scored (`(B, P)`): False for a text's first patch, which nothing predicts, for what fills rows up, and for a
+            last patch that prompt_alignment="right" fills up.
     """
 
     energy: Tensor | None = None
@@ -76,31 +78,31 @@ def score_texts(
         generator: of all randomness.
 
     Raises:
-        ValueError: texts without a tokenizer, ids that are none of the vocabulary, or fewer than 2 samples.
+        ValueError: neither texts nor ids of the vocabulary, texts without a tokenizer, an empty text that no BOS can
+            start, or fewer than 2 samples.
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples={num_samples}: a score needs at least 2 samples of each patch.")
-    if isinstance(texts, Tensor):
-        ids_BL = texts
-    elif tokenizer is None:
-        raise ValueError("score() got text: pass tokenizer=..., or ids of shape (batch, length).")
-    else:
-        batch = tokenizer([texts] if isinstance(texts, str) else list(texts), return_tensors="pt", padding=True)
-        ids_BL, attention_mask = batch["input_ids"].long(), batch["attention_mask"]
-    ids_BL = checked_ids(ids_BL, attention_mask, model.config.vocab_size, "score()").to(model.device)
-    inputs = model.pack_for_generation(
-        ids_BL,
-        None if attention_mask is None else attention_mask.to(ids_BL.device),
-        bos_token=None if model.generation_config is None else model.generation_config.bos_token_id,
-    )
+    is_whole = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
+    if not is_whole or num_samples < 2:
+        raise ValueError(f"num_samples={num_samples}: must be a whole number of at least 2, for scores compare pairs.")
+    if not isinstance(texts, Tensor):
+        texts, attention_mask = _tokenized(texts, tokenizer)
+    ids_BL = checked_ids(texts, attention_mask, model.config.vocab_size, "score()").to(model.device)
+    mask_BL = torch.ones_like(ids_BL) if attention_mask is None else attention_mask.to(ids_BL.device).long()
+    bos_token = None if model.generation_config is None else model.generation_config.bos_token_id
+    if bos_token is None and not mask_BL.any(-1).all():
+        raise ValueError("score() got an empty text, and the model has no bos_token_id that would start it.")
+    inputs = model.pack_for_generation(ids_BL, mask_BL, bos_token=bos_token)
     patch_size = model.config.patch_size
     patches_BPK = inputs["input_ids"].unflatten(1, (-1, patch_size))
     mask_BP = inputs["attention_mask"].bool()
     is_scored_BP = mask_BP & (mask_BP.cumsum(-1) > 1)
+    if model.config.prompt_alignment == "right":
+        is_scored_BP[:, -1] &= mask_BL.sum(-1) % patch_size == 0
     hidden_BPD = model(**inputs, use_cache=False).last_hidden_state
     context_MD, target_MK = hidden_BPD[:, :-1][is_scored_BP[:, 1:]], patches_BPK[is_scored_BP]
-    posterior_BPZ = model.autoencoder.encode(inputs["input_ids"])
-    mean_MZ, log_std_MZ = (part.to(context_MD.device)[is_scored_BP] for part in posterior_BPZ)
+    mean_MZ, log_std_MZ = (
+        part.to(context_MD.device) for part in _posterior(model, patches_BPK, mask_BP, is_scored_BP)
+    )
 
     energy_BP = hidden_BPD.new_zeros(is_scored_BP.shape, dtype=torch.float32)
     brier_BPK, hits_BPK = (energy_BP[..., None].repeat(1, 1, patch_size) for _ in range(2))
@@ -116,6 +118,30 @@ def score_texts(
     return TextScores(energy_BP, brier_BPK, hits_BPK, patches_BPK, is_scored_BP)
 
 
+def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, L) of texts; a tokenizer without a pad token will do."""
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("score() takes a text, a list of at least one text, or ids as a tensor (batch, length).")
+    if tokenizer is None:
+        raise ValueError("score() got text: pass tokenizer=..., or ids of shape (batch, length).")
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(list(texts))["input_ids"]]
+    masks = [torch.ones_like(ids_L) for ids_L in rows]
+    return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)
+
+
+def _posterior(
+    model: CALMForCausalLM, patches_BPK: Tensor, mask_BP: Tensor, is_scored_BP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and log_std (M, Z) of the scored patches. An encoder that looks at the patches before sees no padding: each
+    row's own patches are moved to its front."""
+    order_BP = mask_BP.long().sort(dim=1, descending=True, stable=True).indices
+    front_BPK = patches_BPK.gather(1, order_BP[..., None].expand_as(patches_BPK))
+    mean_BPZ, log_std_BPZ = model.autoencoder.encode(front_BPK.flatten(1))
+    is_scored_BP = is_scored_BP.gather(1, order_BP).to(mean_BPZ.device)
+    return mean_BPZ[is_scored_BP], log_std_BPZ[is_scored_BP]
+
+
 def _score_patches(
     model: CALMForCausalLM,
     context_mD: Tensor,
@@ -129,7 +155,7 @@ def _score_patches(
     target = PatchTarget(target_mK, posterior=(mean_mZ, log_std_mZ))
     samples_NmZ = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
     targets_SmZ = target.draw_latents(model.config.num_posterior_samples, generator)
-    energy_m = energy_score(samples_NmZ.float(), targets_SmZ.float(), model.config.beta)
+    energy_m = _energy(samples_NmZ.float(), targets_SmZ.float(), model.config.beta)
     tokens_mNK = model.autoencoder.decode_tokens(samples_NmZ).movedim(0, 1)
     hits_mK = (tokens_mNK == target_mK[:, None]).cumprod(-1).float().mean(1)
     collisions_mK = torch.stack(
@@ -140,3 +166,12 @@ def _score_patches(
         dim=-1,
     )
     return energy_m, 2 * hits_mK - collisions_mK, hits_mK
+
+
+def _energy(samples_NmZ: Tensor, targets_SmZ: Tensor, beta: float) -> Tensor:
+    """`scores_calm.energy_score` (m,) without what a gradient takes, N·Z numbers for each sample."""
+    samples_mNZ, targets_mSZ = samples_NmZ.transpose(0, 1), targets_SmZ.transpose(0, 1)
+    num_samples, exactly = len(samples_NmZ), "donot_use_mm_for_euclid_dist"
+    repulsion_mNN = torch.cdist(samples_mNZ, samples_mNZ, compute_mode=exactly).pow_(beta)
+    attraction_mNS = torch.cdist(samples_mNZ, targets_mSZ, compute_mode=exactly).pow_(beta)
+    return repulsion_mNN.sum((1, 2)) / (num_samples * (num_samples - 1)) - 2 * attraction_mNS.mean((1, 2))
