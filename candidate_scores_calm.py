@@ -27,7 +27,8 @@ class CandidateScores(NamedTuple):
 
     Args:
         patches (`(B, M, K)`): ids of the distinct patches among the draws; −1 where a row has no more.
-        counts (`(B, M)`): how often each was drawn; their sum is the number of draws, 0 in a row that has ended.
+        counts (`(B, M)`): how often each was drawn; their sum is the number of draws, 0 in a row that has ended. The
+            exact algorithm draws in blocks, whose sizes are the batch's and change no text.
         weights (`(B, M)`): the batch rule's estimate of P(patch)^(1/T)/Z after truncation, by which the method
             chooses or, where Algorithm 1 accepted an attempt, would have. Without do_sample: counts ÷ draws.
         chosen (`(B,)`): the index of the patch that was written; −1 in a row that has ended.
