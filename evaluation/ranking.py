@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,32 +19,38 @@ from tqdm import tqdm
 from calm.command_line import Parser, command, known_errors, positive
 from calm.evaluation.blocks import add_data_arguments, open_documents
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.progress import progress_bar, say
 from calm.training.tokenizer import load_tokenizer
+from calm.training.tokens import Separation, tokenize_documents
 
 TEXTS_AT_ONCE = 32
 
 
-def pairs_of(documents, tokenizer, num_before: int, num_after: int, num_pairs: int) -> tuple[Tensor, Tensor]:
-    """Beginnings with the true continuations and with those of the next document, ids (B, L) each.
+def long_documents(documents: Iterable[str], tokenizer, num_tokens: int, most: int, append_eos: bool) -> Tensor:
+    """The beginnings (B, L) of the first documents that have so many tokens; no more are read.
 
     Raises:
-        ValueError: fewer than two documents are long enough.
+        ValueError: fewer than two have.
     """
     rows = []
-    for document in documents:
-        ids = tokenizer(document)["input_ids"]
-        if len(ids) >= num_before + num_after:
-            rows.append(ids[: num_before + num_after])
-        if len(rows) == num_pairs:
+    for ids in tokenize_documents(documents, tokenizer, Separation(append_eos=append_eos)):
+        if len(ids) >= num_tokens:
+            rows.append(ids[:num_tokens].tolist())
+        if len(rows) == most:
             break
     if len(rows) < 2:
-        raise ValueError(f"Fewer than two documents have {num_before + num_after} tokens: ask for shorter texts.")
-    true_BL = torch.tensor(rows)
+        raise ValueError(f"Fewer than two documents have {num_tokens} tokens: ask for shorter texts.")
+    return torch.tensor(rows)
+
+
+def pairs_of(ids_BL: Tensor, num_before: int, num_after: int) -> tuple[Tensor, Tensor]:
+    """Beginnings with the true continuations and with those of the next document, ids (B, num_before + num_after)."""
+    true_BL = ids_BL[:, : num_before + num_after]
     return true_BL, torch.cat([true_BL[:, :num_before], true_BL.roll(-1, 0)[:, num_before:]], dim=1)
 
 
 def scores_of(
-    model, ids_BL: Tensor, num_after: int, num_samples: int, seed: int, batch: int = 32
+    model, ids_BL: Tensor, num_after: int, num_samples: int, seed: int, bar: tqdm | None = None
 ) -> dict[str, Tensor]:
     """Of each text the means over the patches of its continuation, (B,): "energy", "Brier-1", "Brier-K"."""
     patch_size, parts = model.config.patch_size, []
@@ -53,8 +60,9 @@ def scores_of(
         last = slice(-(num_after // patch_size), None)
         brier_BK = scores.brier[:, last].mean(1)
         parts.append(torch.stack([scores.energy[:, last].mean(1), brier_BK[:, 0], brier_BK[:, -1]]))
-    names = ("energy", "Brier-1", f"Brier-{patch_size}")
-    return dict(zip(names, torch.cat(parts, dim=1), strict=True))
+        if bar is not None:
+            bar.update(len(chunk_BL))
+    return dict(zip(("energy", "Brier-1", "Brier-K"), torch.cat(parts, dim=1), strict=True))
 
 
 def share_ranked_rightly(true_B: Tensor, wrong_B: Tensor) -> float:
@@ -65,12 +73,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("python -m calm.evaluation.ranking", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM")
     add_data_arguments(parser)
-    parser.add_argument("--num_samples", type=positive, nargs="+", default=[100])
+    parser.add_argument("--num_samples", type=several, nargs="+", default=[100], help="of each patch")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[8, 32], help="of a continuation")
     parser.add_argument("--tokens_before", type=positive, default=32)
-    parser.add_argument("--num_pairs", type=positive, default=200)
+    parser.add_argument("--num_pairs", type=several, default=200, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
+
+
+def several(text: str) -> int:
+    """For `type=` of an option that says how many of what is compared in pairs."""
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 2.")
+    return int(text)
+
+
+def check_lengths(config, num_before: int, nums_after: list[int]) -> None:
+    """
+    Raises:
+        ValueError: tokens that are no whole patches, or more than the model reads.
+    """
+    for tokens in (*nums_after, num_before):
+        if tokens % config.patch_size:
+            raise ValueError(f"{tokens} tokens are no whole number of patches of {config.patch_size}.")
+    total, most = num_before + max(nums_after), config.max_position_embeddings * config.patch_size
+    if total > most:
+        raise ValueError(f"{num_before} + {max(nums_after)} tokens: the model reads at most {most}.")
 
 
 @command
@@ -80,18 +108,17 @@ def main(argv: list[str] | None = None) -> None:
         model = load_causal_lm(args.model)
         if not is_calm(model):
             raise ValueError(f"{args.model}: is no CALM; other models rank texts by their likelihood.")
-        for tokens in (*args.tokens, args.tokens_before):
-            if tokens % model.config.patch_size:
-                raise ValueError(f"{tokens} tokens are no whole number of patches of {model.config.patch_size}.")
-        documents = list(open_documents(args))
-        tokenizer = load_tokenizer(args.model)
-        pairs = {t: pairs_of(documents, tokenizer, args.tokens_before, t, args.num_pairs) for t in args.tokens}
+        check_lengths(model.config, args.tokens_before, args.tokens)
+        tokenizer, num_tokens = load_tokenizer(args.model), args.tokens_before + max(args.tokens)
+        ids_BL = long_documents(open_documents(args), tokenizer, num_tokens, args.num_pairs, args.append_eos)
     rows = [(tokens, num) for tokens in args.tokens for num in args.num_samples]
-    print("| tokens | samples N | pairs | " + " | ".join(("energy", "Brier-1", "Brier-K")) + " |\n|" + " --- |" * 6)
-    for tokens, num_samples in tqdm(rows, unit="row", disable=None):
-        true, wrong = (scores_of(model, ids, tokens, num_samples, args.seed) for ids in pairs[tokens])
-        shares = " | ".join(f"{share_ranked_rightly(true[name], wrong[name]):.1%}" for name in true)
-        tqdm.write(f"| {tokens} | {num_samples} | {len(pairs[tokens][0])} | {shares} |", file=sys.stdout)
+    print("| tokens | samples N | pairs | energy | Brier-1 | Brier-K |\n|" + " --- |" * 6)
+    with progress_bar(None, "Scoring", "text", total=2 * len(ids_BL) * len(rows)) as bar:
+        for tokens, num_samples in rows:
+            pairs = pairs_of(ids_BL, args.tokens_before, tokens)
+            true, wrong = (scores_of(model, ids, tokens, num_samples, args.seed, bar) for ids in pairs)
+            shares = " | ".join(f"{share_ranked_rightly(true[name], wrong[name]):.1%}" for name in true)
+            say(f"| {tokens} | {num_samples} | {len(ids_BL)} | {shares} |")
 
 
 if __name__ == "__main__":

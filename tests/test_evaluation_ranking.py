@@ -1,0 +1,149 @@
+"""The ranking of true and wrong continuations: all rightly where a model knows the text, by chance where it doesn't."""
+
+import json
+
+import pytest
+import torch
+from commands import refusal
+from evaluation_folder import folder  # noqa: F401 (a fixture)
+from test_progress import LOADING, shown
+from tiny import tiny_model, tiny_tokenizer
+
+from calm.evaluation import ranking
+from calm.evaluation.ranking import long_documents, pairs_of, scores_of, share_ranked_rightly
+from calm.modeling_calm import CALMOutputWithPast
+
+# ruff: noqa: F811 (pytest hands the fixture over under its own name)
+
+LETTERS = "abcdefghijkl"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Each document is one letter, again and again; the fifth is too short for 24 tokens."""
+    documents = [letter * (9 if i == 4 else 40) for i, letter in enumerate(LETTERS)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return tmp_path / "text.jsonl"
+
+
+def knowing(model, step=0):
+    """A model whose next patch is surely its last token again, or one so many letters on."""
+    model.forward = lambda input_ids, **_: CALMOutputWithPast(
+        last_hidden_state=input_ids[:, 1::2, None] * torch.ones(1, 1, 48)
+    )
+    model.head.sample = lambda context_mD, num_samples, generator: (context_mD[:, :16] + step).expand(
+        num_samples, -1, -1
+    )
+    model.autoencoder.decode_tokens = lambda latents: latents[..., :2].long()
+
+    def encode(input_ids):
+        mean_BPZ = input_ids[:, 1::2, None] * torch.ones(1, 1, 16)
+        return mean_BPZ, torch.full_like(mean_BPZ, -40)
+
+    model.autoencoder.encode = encode
+    return model
+
+
+def table(capsys, *words):
+    capsys.readouterr()
+    assert ranking.main([str(word) for word in words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| tokens | samples N | pairs | energy | Brier-1 | Brier-K |"
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def test_a_model_that_knows_the_text_ranks_all_rightly(monkeypatch, capsys, folder, texts):
+    monkeypatch.setattr(ranking, "load_causal_lm", lambda name: knowing(tiny_model(patch_size=2)))
+    sizes = ["--tokens", 4, 8, "--tokens_before", 16, "--num_samples", 2, 5]
+    rows = table(capsys, "--model", folder / "calm", "--data", texts, *sizes)
+    assert rows == [[t, n, "11", *["100.0%"] * 3] for t in ("4", "8") for n in ("2", "5")]
+
+
+def test_a_model_that_knows_the_wrong_text_ranks_none(monkeypatch, capsys, folder, texts):
+    """It foresees the next letter, with which the wrong continuation begins; of one patch each."""
+    monkeypatch.setattr(ranking, "load_causal_lm", lambda name: knowing(tiny_model(patch_size=2), step=1))
+    sizes = ["--tokens", 2, "--tokens_before", 6, "--num_samples", 3, "--num_pairs", 4]
+    ((*_, pairs, energy, brier_1, brier_k),) = table(capsys, "--model", folder / "calm", "--data", texts, *sizes)
+    # Of the four the last is followed by the first, three letters back: foreseen no better than itself by Brier.
+    assert (pairs, energy, brier_1, brier_k) == ("4", "25.0%", "12.5%", "12.5%")
+
+
+def test_a_random_model_is_at_chance(capsys, folder):
+    sizes = ["--tokens", 4, "--tokens_before", 8, "--num_samples", 20]
+    arguments = ["--model", folder / "calm", "--data", folder / "text.jsonl.xz", *sizes]
+    ((_, _, pairs, *shares),) = table(capsys, *arguments)
+    assert pairs == "60" and all(20 < float(share.removesuffix("%")) < 80 for share in shares)
+    assert table(capsys, *arguments) == [["4", "20", pairs, *shares]]
+    assert table(capsys, *arguments, "--seed", 1) != [["4", "20", pairs, *shares]]
+
+
+def test_pairs_by_hand():
+    ids_BL = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15]])
+    true_BL, wrong_BL = pairs_of(ids_BL, num_before=2, num_after=2)
+    assert true_BL.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9], [11, 12, 13, 14]]
+    assert wrong_BL.tolist() == [[1, 2, 8, 9], [6, 7, 13, 14], [11, 12, 3, 4]]
+
+
+def test_ties_count_half():
+    true_B, wrong_B = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, 0.0])
+    assert share_ranked_rightly(true_B, wrong_B) == 0.5
+    assert share_ranked_rightly(true_B, true_B - 1) == 1
+
+
+def test_scores_are_means_over_the_continuation(monkeypatch):
+    monkeypatch.setattr(ranking, "TEXTS_AT_ONCE", 2)
+    model, ids_BL = tiny_model(), torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
+    found = scores_of(model, ids_BL, num_after=8, num_samples=6, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    parts = [model.score(ids, num_samples=6, generator=generator) for ids in ids_BL.split(2)]
+    torch.testing.assert_close(found["energy"], torch.cat([part.energy for part in parts])[:, 4:].mean(1))
+    brier_BPK = torch.cat([part.brier for part in parts])[:, 4:]
+    torch.testing.assert_close(found["Brier-1"], brier_BPK[..., 0].mean(1))
+    torch.testing.assert_close(found["Brier-K"], brier_BPK[..., 3].mean(1))
+
+
+def test_no_more_documents_are_read_than_pairs_need(monkeypatch):
+    monkeypatch.setattr("calm.training.tokens.CHARACTERS_PER_BATCH", 10)
+    read = []
+
+    def documents():
+        for letter in LETTERS:
+            read.append(letter)
+            yield letter * 11
+
+    ids_BL = long_documents(documents(), tiny_tokenizer(), num_tokens=12, most=3, append_eos=False)
+    assert ids_BL.shape == (3, 12) and read == ["a", "b", "c"]
+    with_end = long_documents(documents(), tiny_tokenizer(), num_tokens=13, most=3, append_eos=True)
+    assert (with_end[:, -1] == tiny_tokenizer().eos_token_id).all()
+
+
+def test_it_shows_its_progress(monkeypatch, capsys, folder):
+    sizes = ["--tokens", 2, 4, "--tokens_before", 8, "--num_samples", 3]
+    bars, printed = shown(
+        monkeypatch, capsys, ranking.main, "--model", folder / "calm", "--data", folder / "text.jsonl.xz", *sizes
+    )
+    assert bars == [LOADING, "Scoring"] and printed.count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tokens", 3], "3 tokens are no whole number of patches of 2."),
+        (["--tokens_before", 5], "5 tokens are no whole number of patches of 2."),
+        (["--tokens", 8, 100], "Fewer than two documents have 132 tokens: ask for shorter texts."),
+        (["--tokens", 10**6], "32 + 1000000 tokens: the model reads at most "),
+        (["--num_samples", 1], "argument --num_samples: 1: must be at least 2"),
+        (["--num_pairs", 1], "argument --num_pairs: 1: must be at least 2"),
+        (["--num_samples", "many"], "argument --num_samples: many: must be a whole number of at least 1"),
+        (["--text_column", "story"], None),
+    ],
+)
+def test_refusals(capsys, folder, options, message):
+    words = ["--model", folder / "calm", "--data", folder / "text.jsonl.xz", *options]
+    error = refusal(capsys, ranking.main, *words)
+    assert error.startswith(message) if message else "story" in error
+
+
+def test_other_models_are_refused(capsys, folder):
+    words = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz"]
+    assert "is no CALM; other models rank texts by their likelihood" in refusal(capsys, ranking.main, *words)
