@@ -1,4 +1,4 @@
-"""The ranking of true and wrong continuations: all rightly where a model knows the text, by chance where it doesn't."""
+"""The ranking of true and wrong continuations: right where a model knows the text, chance where it does not."""
 
 import json
 
