@@ -45,6 +45,7 @@ STEPS_REMEMBERED = 32
 # Comparisons of pairs of draws, B·N²·K, up to which all are made at once: few operations, where these are what costs.
 COMPARISONS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
 NO_WEIGHT = 1000.0  # nats: e^-1000 is 0 in float32
+ROUNDING = 1e-5  # of shares: counts are whole, so that many of them lie exactly on the edge of a truncation
 HIGHEST_TEMPERATURE = 2.0  # above, most of the law is patches that no pool has seen
 
 Pairs = Literal["all", "adjacent", "disjoint"]
@@ -463,10 +464,10 @@ def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
         sorted_BN = sorted_BN.masked_fill(rank_N >= top_k, 0)
     if top_p < 1:
         before_BN = sorted_BN.cumsum(-1) - sorted_BN
-        is_left_out_BN = before_BN >= top_p * sorted_BN.sum(-1, keepdim=True)
+        is_left_out_BN = before_BN >= (top_p - ROUNDING) * sorted_BN.sum(-1, keepdim=True)
         sorted_BN = sorted_BN.masked_fill(is_left_out_BN & (rank_N > 0), 0)
     if min_p > 0:
-        sorted_BN = sorted_BN.masked_fill(sorted_BN < min_p * sorted_BN[:, :1], 0)
+        sorted_BN = sorted_BN.masked_fill(sorted_BN < (1 - ROUNDING) * min_p * sorted_BN[:, :1], 0)
     return torch.empty_like(weights_BN).scatter_(-1, order_BN, sorted_BN)
 
 

@@ -1,0 +1,402 @@
+"""Truncations and T > 1: hand values, upstream's warpers, compiled and eager, and the laws that choices come to."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from enumerable_laws import StubPool, chi_square_p_value, peaked, seeded, sharpened, total_variation, zipf
+from tiny import tiny_model
+from transformers import CompileConfig
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from calm.benchmarks import truncation as report
+from calm.benchmarks.truncation import LAWS, Pools, meant_law, plug_in_weights
+from calm.samplers_calm import (
+    KEEP_ALL,
+    Truncation,
+    batch_temperature_select,
+    check_temperature,
+    choose_by_weight,
+    draw_log_weights,
+    draw_weights,
+    exact_temperature_sample,
+    log_weight_of_unseen,
+    patch_classes,
+    truncated,
+)
+
+TRUNCATIONS = [
+    Truncation(top_k=1),
+    Truncation(top_k=5),
+    Truncation(top_p=0.0),
+    Truncation(top_p=0.3),
+    Truncation(top_p=0.95),
+    Truncation(min_p=0.05),
+    Truncation(min_p=1.0),
+    Truncation(top_k=7, top_p=0.8),
+    Truncation(top_k=30, top_p=0.9, min_p=0.1),
+    Truncation(top_p=0.5, min_p=0.5),
+    KEEP_ALL,
+]
+C_0_AT_2 = 1 / (math.gamma(1.5) * math.gamma(0.5))  # C(0, 1/2) = 2/π
+
+
+def classes_of(*counts):
+    """Class ids (1, N) of draws that repeat so often."""
+    return torch.cat([torch.full((count,), sum(counts[:i])) for i, count in enumerate(counts)])[None]
+
+
+def by_patch(weights_1N, counts):
+    """The weight of each patch of `classes_of(*counts)`."""
+    return [float(weights_1N[0, sum(counts[:i])]) for i in range(len(counts))]
+
+
+class TestTruncated:
+    @pytest.mark.parametrize("truncation", TRUNCATIONS)
+    @pytest.mark.parametrize("size", [1, 2, 40, 500])
+    def test_keeps_what_upstream_s_warpers_keep(self, truncation, size):
+        logits_BN = 3 * torch.randn(20, size, generator=seeded(size))
+        warped_BN = logits_BN
+        if truncation.top_k:
+            warped_BN = TopKLogitsWarper(truncation.top_k)(None, warped_BN)
+        if truncation.top_p < 1:
+            warped_BN = TopPLogitsWarper(truncation.top_p)(None, warped_BN)
+        if truncation.min_p > 0:
+            warped_BN = MinPLogitsWarper(truncation.min_p)(None, warped_BN)
+        kept_BN = truncated(logits_BN.softmax(-1), truncation)
+        assert torch.equal(kept_BN > 0, warped_BN > -math.inf)
+        assert (kept_BN > 0).any(-1).all()
+        torch.testing.assert_close(kept_BN / kept_BN.sum(-1, keepdim=True), warped_BN.softmax(-1))
+
+    WEIGHTS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])
+
+    @pytest.mark.parametrize(
+        "truncation, kept",
+        [
+            (Truncation(top_k=2), [1, 3]),
+            (Truncation(top_k=9), [0, 1, 2, 3, 4]),
+            (Truncation(top_p=0.4), [1]),
+            (Truncation(top_p=0.41), [1, 3]),
+            (Truncation(top_p=0.7), [1, 3]),
+            (Truncation(top_p=0.95), [0, 1, 3, 4]),
+            (Truncation(top_p=0.0), [1]),
+            (Truncation(min_p=0.25), [0, 1, 3, 4]),
+            (Truncation(min_p=0.26), [1, 3, 4]),
+            (Truncation(min_p=1.0), [1]),
+            (Truncation(top_k=2, top_p=0.5), [1]),  # 0.4 of the 0.7 that top-k leaves
+            (Truncation(top_k=3, min_p=0.3), [1, 3, 4]),
+        ],
+    )
+    def test_hand_values(self, truncation, kept):
+        result = truncated(self.WEIGHTS, truncation)
+        assert (result[0] > 0).nonzero()[:, 0].tolist() == kept
+        assert torch.equal(result[0, kept], self.WEIGHTS[0, kept])
+
+    def test_rows_are_independent(self):
+        weights_BN = torch.rand(6, 30, generator=seeded()).softmax(-1)
+        truncation = Truncation(top_k=20, top_p=0.7, min_p=0.2)
+        together = truncated(weights_BN, truncation)
+        assert torch.equal(together, torch.cat([truncated(row[None], truncation) for row in weights_BN]))
+
+    def test_of_equal_weights_the_earlier_stay(self):
+        equal = torch.full((1, 10), 0.1)
+        for truncation in (Truncation(top_k=3), Truncation(top_p=0.3), Truncation(top_p=0.21)):
+            assert (truncated(equal, truncation)[0] > 0).tolist() == [True] * 3 + [False] * 7
+        assert (truncated(equal, Truncation(min_p=1.0)) > 0).all()
+
+    @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9])
+    def test_what_lies_exactly_on_an_edge(self, share):
+        """Of n·20 equal ones n·20·share are the fewest; and a count of exactly that share of the largest stays."""
+        for size in range(20, 201, 20):
+            weights = draw_weights(torch.arange(size)[None], 1.0, Truncation(top_p=share))
+            assert int((weights > 0).sum()) == round(share * size)
+            counts = (size, round(share * size), round(share * size) - 1)
+            weights = draw_weights(classes_of(*counts[: 3 if counts[2] else 2]), 1.0, Truncation(min_p=share))
+            assert int((weights > 0).sum()) == 2
+
+    @pytest.mark.parametrize(
+        "truncation, message",
+        [
+            (Truncation(top_k=-1), "top_k=-1: must be a whole number of patches"),
+            (Truncation(top_k=2.5), "top_k=2.5: must be a whole"),
+            (Truncation(top_k=True), "top_k=True: must be a whole"),
+            (Truncation(top_p=1.5), r"top_p=1.5: must be a share, in \[0, 1\]"),
+            (Truncation(top_p="all"), "top_p=all: must be a share"),
+            (Truncation(min_p=-0.1), "min_p=-0.1: must be a share"),
+            (Truncation(min_p=math.nan), "min_p=nan: must be a share"),
+        ],
+    )
+    def test_values_outside_the_range(self, truncation, message):
+        with pytest.raises(ValueError, match=message):
+            truncation.check()
+
+    def test_what_keeps_all(self):
+        assert KEEP_ALL.keeps_all and Truncation(0, 1, 0).keeps_all
+        for truncation in TRUNCATIONS[:-1]:
+            truncation.check()
+            assert not truncation.keeps_all
+
+
+class TestDrawWeights:
+    def test_at_one_half_by_hand(self):
+        """Counts 4, 3, 2, 1 weigh C(c, 2) = 6, 3, 1, 0."""
+        class_1N = classes_of(1, 4, 2, 3)
+        assert by_patch(draw_weights(class_1N, 0.5), (1, 4, 2, 3)) == pytest.approx([0, 0.6, 0.1, 0.3], abs=1e-6)
+        of_two = draw_weights(class_1N, 0.5, Truncation(top_k=2))
+        assert by_patch(of_two, (1, 4, 2, 3)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=1e-6)
+        of_share = draw_weights(class_1N, 0.5, Truncation(top_p=0.6))
+        assert by_patch(of_share, (1, 4, 2, 3)) == pytest.approx([0, 1, 0, 0], abs=1e-6)
+
+    def test_at_one_weights_are_counts(self):
+        counts = (1, 5, 3, 1)
+        assert by_patch(draw_weights(classes_of(*counts), 1.0), counts) == pytest.approx(
+            [0.1, 0.5, 0.3, 0.1], abs=1e-6
+        )
+
+    @pytest.mark.parametrize("temperature", [0.3, 0.5, 0.7, 1.0, 1.5, 2.0])
+    @pytest.mark.parametrize("truncation", TRUNCATIONS)
+    def test_each_row_sums_to_1_on_first_occurrences(self, temperature, truncation):
+        class_BN = patch_classes(torch.randint(12, (8, 60, 1), generator=seeded()))
+        weights_BN = draw_weights(class_BN, temperature, truncation)
+        torch.testing.assert_close(weights_BN.sum(-1), torch.ones(8))
+        assert not weights_BN[class_BN != torch.arange(60)].any()
+        alone = torch.cat([draw_weights(class_N[None], temperature, truncation) for class_N in class_BN])
+        torch.testing.assert_close(weights_BN, alone)
+
+    def test_without_truncation_is_the_softmax_of_the_log_weights(self):
+        class_BN = patch_classes(torch.randint(5, (4, 30, 1), generator=seeded()))
+        assert torch.equal(draw_weights(class_BN, 0.7), draw_log_weights(class_BN, 0.7).softmax(-1))
+
+    @pytest.mark.parametrize(
+        "temperature, truncation", [(0.5, Truncation(top_k=2)), (1.5, KEEP_ALL), (1.0, Truncation(top_p=0.7))]
+    )
+    def test_the_choice_follows_them(self, temperature, truncation):
+        class_1N = classes_of(1, 4, 2, 3, 2, 1, 2)
+        weights_1N = draw_weights(class_1N, temperature, truncation)
+        noise_BN = torch.empty(20_000, class_1N.shape[1]).exponential_(generator=seeded())
+        chosen = choose_by_weight(class_1N.expand(20_000, -1), noise_BN, temperature, truncation)
+        assert not (weights_1N[0, chosen] == 0).any()
+        kept = weights_1N[0].nonzero()[:, 0]
+        number, law = torch.searchsorted(kept, chosen), weights_1N[0, kept].double()
+        assert chi_square_p_value(number, law / law.sum()) > 1e-3
+
+    def test_noise_alone_decides(self):
+        """The smallest of noise ÷ weight."""
+        class_1N, noise_1N = classes_of(1, 1, 1), torch.tensor([[1.0, 0.3, 0.6]])
+        assert choose_by_weight(class_1N, noise_1N, 1.0).tolist() == [1]
+        assert choose_by_weight(classes_of(3, 1), torch.tensor([[0.9, 9.0, 9.0, 0.4]]), 1.0).tolist() == [0]
+        assert choose_by_weight(classes_of(3, 1), torch.tensor([[1.3, 9.0, 9.0, 0.4]]), 1.0).tolist() == [3]
+        top = Truncation(top_k=1)
+        assert choose_by_weight(classes_of(3, 1), torch.tensor([[1.3, 9.0, 9.0, 1e-6]]), 1.0, top).tolist() == [0]
+
+
+class TestUnseen:
+    @pytest.mark.parametrize(
+        "counts, f1, f2",
+        [((1, 1, 1, 2, 5), 3, 1), ((1, 1, 1, 1), 4, 0), ((2, 2, 1, 1, 3), 2, 2), ((1, 2, 2), 1, 2), ((3, 4), 0, 0)],
+    )
+    @pytest.mark.parametrize("temperature", [1.25, 1.5, 2.0])
+    def test_by_hand(self, counts, f1, f2, temperature):
+        """Chao's f1 (f1 − 1) / (2 (f2 + 1)) patches that were not seen, of weight C(0, 1/T), over the f1."""
+        s = 1 / temperature
+        weight_0 = 1 / (math.gamma(s + 1) * math.gamma(1 - s))
+        unseen = f1 * (f1 - 1) / (2 * (f2 + 1))
+        sizes_1N = torch.cat([torch.full((count,), count) for count in counts])[None]
+        weight = log_weight_of_unseen(sizes_1N, temperature).exp().item()
+        assert weight == pytest.approx(unseen * weight_0 / f1 if f1 else 0, rel=1e-5)
+
+        plain = [math.gamma(c + 1) / (math.gamma(s + 1) * math.gamma(c - s + 1)) for c in counts]
+        expected = [w + (weight if c == 1 else 0) for w, c in zip(plain, counts, strict=True)]
+        found = by_patch(draw_weights(classes_of(*counts), temperature), counts)
+        assert found == pytest.approx([w / sum(expected) for w in expected], rel=1e-5)
+        together = sum(expected) - sum(plain)
+        assert together == pytest.approx(unseen * weight_0, rel=1e-5, abs=1e-9)
+
+    def test_numbers_at_two(self):
+        """T = 2, draws a, b, c, d, d: C(1, 1/2) = 4/π, C(2, 1/2) = 16/(3π), and 1.5 unseen of 2/π, half on each."""
+        assert C_0_AT_2 == pytest.approx(2 / math.pi)
+        once, twice = 4 / math.pi + 0.5 * 2 / math.pi, 16 / (3 * math.pi)
+        total = 3 * once + twice
+        found = by_patch(draw_weights(classes_of(1, 1, 1, 2), 2.0), (1, 1, 1, 2))
+        assert found == pytest.approx([once / total] * 3 + [twice / total], rel=1e-5)
+
+    def test_is_continuous_at_1(self):
+        class_BN = patch_classes(torch.randint(20, (4, 30, 1), generator=seeded()))
+        torch.testing.assert_close(draw_weights(class_BN, 1 + 1e-5), draw_weights(class_BN, 1.0), rtol=0, atol=1e-4)
+
+    def test_flatter_with_each_temperature(self):
+        class_1N = classes_of(1, 5, 20)
+        rare = [by_patch(draw_weights(class_1N, t), (1, 5, 20))[0] for t in (0.5, 1.0, 1.25, 1.5, 2.0)]
+        assert rare == sorted(rare) and len(set(rare)) == 5
+
+    @pytest.mark.parametrize("temperature", [2.01, 3, 0, -1, math.inf, True, "2"])
+    def test_temperatures_outside_the_range(self, temperature):
+        with pytest.raises(ValueError, match=r"needs a temperature in \(0, 2\]"):
+            check_temperature(temperature)
+
+    def test_algorithm_1_only_sharpens(self):
+        with pytest.raises(ValueError, match="Algorithm 1 sharpens; above 1 patches are chosen by weight"):
+            exact_temperature_sample(StubPool(zipf(5)[None], seeded()), 1.5, 10)
+
+
+class TestCompiled:
+    @pytest.mark.parametrize(
+        "backend, temperature, truncation",
+        [
+            *(
+                ("aot_eager", temperature, truncation)
+                for temperature in (0.5, 1.0, 1.5)
+                for truncation in (Truncation(5, 0.9, 0.05), Truncation(top_p=0.9), KEEP_ALL)
+            ),
+            ("inductor", 1.5, Truncation(5, 0.9, 0.05)),
+        ],
+    )
+    def test_the_choice_equals_the_eager_one(self, backend, temperature, truncation):
+        class_BN = patch_classes(torch.randint(30, (16, 60, 1), generator=seeded()))
+        noise_BN = torch.empty(16, 60).exponential_(generator=seeded(1))
+        choose = partial(choose_by_weight, temperature=temperature, truncation=truncation)
+        torch._dynamo.reset()  # it counts compilations by code
+        compiled = torch.compile(choose, fullgraph=True, backend=backend)
+        with torch._dynamo.config.patch(specialize_float=True):  # as compiled_calm.py does
+            chosen_B = compiled(class_BN, noise_BN)
+        assert torch.equal(chosen_B, choose(class_BN, noise_BN))
+
+    @pytest.mark.parametrize(
+        "settings", [{"top_p": 0.9}, {"temperature": 1.5}, {"temperature": 0.5, "top_k": 3, "min_p": 0.1}], ids=str
+    )
+    def test_text_of_compiled_steps(self, settings):
+        model, prompt = tiny_model(), torch.randint(10, 60, (2, 17), generator=seeded())
+        settings = settings | {"do_sample": True, "num_candidates": 12, "max_new_tokens": 16, "eos_token_id": None}
+        texts = []
+        for compiled in ({}, {"compile_config": CompileConfig(backend="aot_eager", mode=None)}):
+            generators = [seeded(1), seeded(2)]
+            texts.append(
+                model.generate(prompt, generator=generators, cache_implementation="static", **settings, **compiled)
+            )
+        assert torch.equal(*texts) and texts[0].shape == (2, 33)
+
+
+CHOSEN = 2000  # pools
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """Of each law and N, made once."""
+    made = {}
+
+    def get(name, num_draws):
+        if (name, num_draws) not in made:
+            made[name, num_draws] = Pools(LAWS[name], CHOSEN, num_draws)
+        return made[name, num_draws]
+
+    return get
+
+
+class TestLaws:
+    """Total variation of the choice's law to the law meant, below bounds that a wrong rule exceeds."""
+
+    @pytest.mark.parametrize(
+        "name, num_draws, temperature, bound",
+        [
+            ("zipf(20)", 50, 1.5, 0.012),
+            ("zipf(20)", 50, 2.0, 0.025),
+            ("zipf(100)", 200, 1.25, 0.015),
+            ("zipf(100)", 200, 2.0, 0.04),
+            ("zipf(1000)", 200, 1.5, 0.12),
+            ("zipf(1000)", 1000, 2.0, 0.09),
+            ("peaked(50)", 50, 1.5, 0.04),
+            ("peaked(50)", 200, 2.0, 0.012),
+        ],
+    )
+    def test_flattened(self, pools, name, num_draws, temperature, bound):
+        law, meant = pools(name, num_draws), meant_law(LAWS[name], temperature)
+
+        def distance(weigh):
+            return total_variation(law.law_of_choice(weigh), meant)
+
+        assert distance(partial(draw_weights, temperature=temperature)) < bound
+        assert distance(partial(plug_in_weights, temperature=temperature)) > bound
+        assert distance(partial(draw_weights, temperature=1.0)) > bound  # not flattened
+
+    @pytest.mark.parametrize(
+        "name, num_draws, temperature, truncation, bound",
+        [
+            ("zipf(20)", 200, 1.0, Truncation(top_k=5), 0.08),
+            ("zipf(100)", 1000, 1.0, Truncation(top_k=5), 0.04),
+            ("zipf(1000)", 200, 0.5, Truncation(top_k=5), 0.05),
+            ("zipf(20)", 1000, 1.0, Truncation(top_p=0.9), 0.04),
+            ("zipf(100)", 200, 0.5, Truncation(top_p=0.9), 0.035),
+            ("zipf(100)", 200, 1.0, Truncation(min_p=0.1), 0.15),
+            ("peaked(50)", 200, 1.0, Truncation(min_p=0.1), 0.01),
+            ("zipf(100)", 1000, 1.5, Truncation(top_k=5), 0.06),
+        ],
+    )
+    def test_truncated(self, pools, name, num_draws, temperature, truncation, bound):
+        law, meant = pools(name, num_draws), meant_law(LAWS[name], temperature, truncation)
+
+        def distance(**settings):
+            return total_variation(law.law_of_choice(partial(draw_weights, **settings)), meant)
+
+        assert distance(temperature=temperature, truncation=truncation) < bound
+        assert distance(temperature=temperature) > bound  # not truncated
+        other = 1.0 if temperature != 1 else 0.5
+        assert distance(temperature=other, truncation=truncation) > bound or name == "peaked(50)"
+
+    def test_drawn_choices_have_it_too(self):
+        """From the pool to the draw chosen, with noise, rows of different laws beside one another."""
+        laws = torch.stack([zipf(20), zipf(20).flip(0)]).repeat(4000, 1)
+        pool = StubPool(laws, seeded())
+        truncation = Truncation(top_k=3)
+        outcomes = pool.outcomes(batch_temperature_select(pool, 1.0, 200, seeded(1), truncation))
+        for first, law in ((0, zipf(20)), (1, zipf(20).flip(0))):
+            found = torch.bincount(outcomes[first::2], minlength=20).double() / 4000
+            assert total_variation(found, meant_law(law, 1.0, truncation)) < 0.08
+            assert total_variation(found, law) > 0.4
+
+    def test_a_generator_fixes_the_choice(self):
+        chosen = []
+        for seed in (1, 1, 2):
+            pool = StubPool(zipf(100).expand(50, -1), seeded())
+            chosen.append(batch_temperature_select(pool, 1.5, 40, seeded(seed), Truncation(top_p=0.9)))
+        assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
+
+
+class TestReport:
+    def test_laws_meant_by_hand(self):
+        law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+        torch.testing.assert_close(
+            meant_law(law, 1.0, Truncation(top_k=2)), torch.tensor([0.625, 0.375, 0.0]).double()
+        )
+        torch.testing.assert_close(meant_law(law, 0.5), (law**2 / 0.38))
+        torch.testing.assert_close(meant_law(law, 2.0), sharpened(law, 2.0))
+        ties = torch.tensor([0.4, 0.2, 0.2, 0.2], dtype=torch.float64)  # one of the three stays, each as often
+        torch.testing.assert_close(meant_law(ties, 1.0, Truncation(top_k=2)), torch.tensor([6, 1, 1, 1]).double() / 9)
+
+    def test_plug_in_by_hand(self):
+        assert by_patch(plug_in_weights(classes_of(4, 1), 2.0), (4, 1)) == pytest.approx([2 / 3, 1 / 3])
+
+    def test_law_of_choice_by_loops(self):
+        pools, law = Pools(zipf(5), 30, 7), torch.zeros(5, dtype=torch.float64)
+        for outcomes in pools.outcomes_BN.tolist():
+            weights = draw_weights(patch_classes(torch.tensor(outcomes)[None, :, None]), 0.5)[0].tolist()
+            for outcome, weight in zip(outcomes, weights, strict=True):
+                law[outcome] += weight / 30
+        torch.testing.assert_close(pools.law_of_choice(partial(draw_weights, temperature=0.5)), law)
+
+    def test_its_laws_are_those_of_the_other_tests(self):
+        torch.testing.assert_close(LAWS["zipf(20)"], zipf(20))
+        torch.testing.assert_close(LAWS["peaked(50)"], peaked(50))
+
+    def test_command(self, monkeypatch, capsys):
+        monkeypatch.setattr(report, "LAWS", {name: LAWS[name] for name in ("zipf(20)", "flat(100)")})
+        assert report.main(["--pools", "20"]) == 0
+        printed = capsys.readouterr().out
+        assert report.main(["--pools", "20"]) == 0 and capsys.readouterr().out == printed
+        first, second = (table.splitlines() for table in printed.strip().split("\n\n"))
+        for table, columns in ((first, 12), (second, 14)):
+            assert len(table) == 2 + 2 * 3 and {line.count("|") for line in table} == {columns + 1}
+        cells = [float(cell) for line in (*first[2:], *second[2:]) for cell in line.strip("| ").split(" | ")[2:]]
+        assert all(0 <= cell <= 1 for cell in cells)
+        assert report.main(["--pools", "0"]) == 2
+        assert "--pools: 0: must be a whole number of at least 1" in capsys.readouterr().err
