@@ -236,6 +236,15 @@ class TestPool:
         scores = pool.scores(torch.tensor([5]), partial(draw_weights, temperature=1.0))
         assert scores.patches.tolist() == [[self.C, self.A, self.B, self.D]] and scores.chosen.tolist() == [3]
 
+        many = torch.arange(400).view(1, 200, 2)
+        scores = self.pool(*many.tolist()).scores(torch.tensor([7]), partial(draw_weights, temperature=1.0))
+        assert torch.equal(scores.patches, many) and scores.chosen.tolist() == [7]
+
+    def test_without_sampling_neither_temperature_nor_truncation_weighs(self):
+        pool = self.pool([self.A, self.B, self.A, self.C])
+        scores = pool.scores(torch.tensor([0]), PatchSampling(do_sample=False, temperature=0.5, top_k=1).weigh)
+        torch.testing.assert_close(scores.weights, torch.tensor([[0.5, 0.25, 0.25]]))
+
     def test_rows_with_fewer_candidates_are_filled_up(self):
         pool = self.pool([self.A, self.A, self.A], [self.B, self.C, self.B])
         scores = pool.scores(torch.tensor([2, 0]), PatchSampling(do_sample=False).weigh)
