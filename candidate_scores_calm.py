@@ -44,7 +44,8 @@ class CandidateScores(NamedTuple):
         if len(rows) == num_rows:
             return self
         empty = CandidateScores(*(values[:1].new_full((num_rows, *values.shape[1:]), NO_TOKEN) for values in self))
-        empty.counts.zero_(), empty.weights.zero_()
+        empty.counts.zero_()
+        empty.weights.zero_()
         for whole, values in zip(empty, self, strict=True):
             whole[list(rows)] = values
         return empty
