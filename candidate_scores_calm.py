@@ -19,7 +19,7 @@ from .samplers_calm import class_sizes, patch_classes
 from .tables_calm import numbers_up_to
 
 NO_TOKEN = -1
-Weigh = Callable[[Tensor, Tensor | None], Tensor]
+Weigh = Callable[..., Tensor]  # (class ids (1, N), log_factors_BN=...)
 
 
 class CandidateScores(NamedTuple):
@@ -81,9 +81,10 @@ class RecordedPool(PlainPool):
         num_draws = int(self.num_draws_B[row])
         tokens_NK = self.tokens_BNK[row, :num_draws]
         class_1N = patch_classes(tokens_NK[None])
-        weights_N = weigh(
-            class_1N, None if self.log_factors_BN is None else self.log_factors_BN[row, :num_draws][None]
-        )[0]
+        factors_BN = self.log_factors_BN
+        weights_N = weigh(class_1N, log_factors_BN=None if factors_BN is None else factors_BN[row, None, :num_draws])[
+            0
+        ]
         first_M = (class_1N[0] == numbers_up_to(num_draws, class_1N.device)).nonzero()[:, 0]
         first_M = first_M[weights_N[first_M].sort(descending=True, stable=True).indices]
         chosen = (first_M == class_1N[0, index]).nonzero()[0, 0]

@@ -200,8 +200,8 @@ def batch_temperature_select(
     check_num_candidates(num_draws, temperature)
     pool.extend(pool.rows_B, num_draws)
     noise_BN = StepRandomness.of(generator).exponential(pool.rows_B, num_draws)
-    weights_BN = draw_weights(pool.classes(pool.rows_B), temperature, truncation, pool.log_factors_BN)
-    return (weights_BN / noise_BN).argmax(-1)
+    class_BN = pool.classes(pool.rows_B)
+    return choose_by_weight(class_BN, noise_BN, temperature, truncation, pool.log_factors_BN)
 
 
 def exact_temperature_sample(
@@ -491,13 +491,19 @@ def draw_weights(
     return weights_BN / weights_BN.sum(-1, keepdim=True)
 
 
-def choose_by_weight(class_BN: Tensor, noise_BN: Tensor, temperature: float) -> Tensor:
+def choose_by_weight(
+    class_BN: Tensor,
+    noise_BN: Tensor,
+    temperature: float,
+    truncation: Truncation = KEEP_ALL,
+    log_factors_BN: Tensor | None = None,
+) -> Tensor:
     """The batch rule's choice; index (B,).
 
     Each draw's exponential noise ÷ its weight is an exponential variate too, with the weight for its rate; the draw
     with the smallest is chosen, which is each in proportion to its weight.
     """
-    return (draw_weights(class_BN, temperature) / noise_BN).argmax(-1)
+    return (draw_weights(class_BN, temperature, truncation, log_factors_BN) / noise_BN).argmax(-1)
 
 
 def first_accepted_attempt(

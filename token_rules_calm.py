@@ -49,11 +49,13 @@ class TokenRules:
         patches_Ck = torch.empty(len(logits_CKV), 0, dtype=torch.long, device=logits_CKV.device)
         factors_C = torch.zeros(len(logits_CKV), device=logits_CKV.device)
         for logits_CV in logits_CKV.unbind(1):
-            before_C, tokens_C = logits_CV.max(-1)
+            tokens_C = logits_CV.argmax(-1)  # the first of equal ones, as without rules
+            before_C = logits_CV.gather(1, tokens_C[:, None])[:, 0]
             index_M = self._going_on(patches_Ck).nonzero()[:, 0]
             if len(index_M):
                 after_MV = self._ask(row, logits_CV[index_M], patches_Ck[index_M])
-                after_M, tokens_C[index_M] = after_MV.max(-1)
+                tokens_M1 = after_MV.argmax(-1, keepdim=True)
+                after_M, tokens_C[index_M] = after_MV.gather(1, tokens_M1)[:, 0], tokens_M1[:, 0]
                 if bool((after_M == -torch.inf).any()):
                     raise ValueError(
                         f"The logits processors leave no token to write in row {row}, after "
@@ -62,7 +64,7 @@ class TokenRules:
                     )
                 # A token that is forced may have been given any number.
                 is_forced_M = (after_MV > -torch.inf).sum(-1) == 1
-                own_M = logits_CV[index_M].gather(1, tokens_C[index_M, None])[:, 0]
+                own_M = logits_CV[index_M].gather(1, tokens_M1)[:, 0]
                 change_M = torch.where(is_forced_M, own_M, after_M) - before_C[index_M]
                 factors_C[index_M] += change_M.nan_to_num()
             patches_Ck = torch.cat([patches_Ck, tokens_C[:, None]], dim=1)

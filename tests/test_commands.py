@@ -21,6 +21,7 @@ WRONG_PATHS = {
     "calm.benchmarks.repetitions": ["--model", NOWHERE],
     "calm.benchmarks.serving": ["--model", NOWHERE],
     "calm.benchmarks.speed": ["--demo", NOWHERE],
+    "calm.benchmarks.truncation": ["--pools", NOWHERE],
     "calm.benchmarks.training_step": ["--shape", NOWHERE],
     "calm.calibrate_radius": ["--model", NOWHERE],
     "calm.convert_checkpoint": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
@@ -52,6 +53,7 @@ WRONG_PATHS = {
 REFUSED_WHILE_PARSING = (  # these need no option
     "calm.benchmarks.convert_memory",
     "calm.benchmarks.generation",
+    "calm.benchmarks.truncation",
     "calm.docs.draw_architecture",
     "calm.docs.stale_figures",
 )
