@@ -325,6 +325,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
             if not sampling.do_sample and not isinstance(generator, StepRandomness):
                 generator = self.greedy_randomness(sampling, hidden_RD)
             generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
+            # Of texts that have ended, where this process only keeps up with others, no rule is asked.
+            if texts.is_finished:
+                rules = None
             token_rules = None if rules is None else rules.of_rows(texts.drawing, texts.ids_BL)
             arguments = hidden_RD, sampling, generators, forbidden_KV, plan, radius, token_rules
             if scores is None:

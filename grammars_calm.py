@@ -8,6 +8,10 @@ any candidate. Axes: M candidates, L tokens of a text, V vocabulary.
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,9 +24,19 @@ except ImportError:
     outlines_core = None
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
-STATES_KEPT = 2**16
 MASKS_KEPT = 2**8
-Tokens = tuple[int, ...]
+BUILD_SECONDS = 20
+# Where a string may hold \" outlines-core 0.2.14 takes twice as long for each character more that it may have.
+BUILD = r"""
+import pickle, sys, outlines_core
+schema, regex, eos, ids = pickle.load(sys.stdin.buffer)
+try:
+    if schema is not None:
+        regex = outlines_core.json_schema.build_regex_from_schema(schema).replace('|\\["', '|\\[')
+    pickle.dump(outlines_core.Index(regex, outlines_core.Vocabulary(eos, ids)), sys.stdout.buffer)
+except (TypeError, ValueError) as error:
+    sys.exit(" ".join(str(error).split()))
+"""
 
 
 class Grammar:
@@ -33,7 +47,7 @@ class Grammar:
 
     Args:
         tokenizer: the model's, a fast one; it has an EOS.
-        json_schema: a schema, as a dictionary or as JSON.
+        json_schema: a schema, as a dictionary or as JSON. Strings will hold no \\" escape.
         regex: in place of a schema.
 
     Raises:
@@ -48,61 +62,88 @@ class Grammar:
             raise ValueError("A grammar is a json_schema or a regex: pass one of them.")
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no eos_token, with which a text that obeys a grammar ends.")
+        schema = json_schema if isinstance(json_schema, str) or json_schema is None else json.dumps(json_schema)
         try:
-            if json_schema is not None:
-                schema = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-                regex = outlines_core.json_schema.build_regex_from_schema(schema)
-            vocabulary = outlines_core.Vocabulary(tokenizer.eos_token_id, token_bytes(tokenizer))
-            self.index: Any = outlines_core.Index(regex, vocabulary)
-        except (TypeError, ValueError) as error:
+            self.index: Any = _build_index(schema, regex, tokenizer.eos_token_id, token_bytes(tokenizer))
+        except ValueError as error:
             what = "json_schema" if json_schema is not None else "regex"
             raise ValueError(f"The {what} can't be made a grammar of this tokenizer's tokens: {error}") from error
         self.eos_token_id = tokenizer.eos_token_id
-        self._states: dict[Tokens, int | None] = {}
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple, Tensor] = {}
 
     def after_prompt(self, length: int) -> GrammarOfText:
         """The processor of a text whose prompt has so many tokens."""
         return GrammarOfText(self, length)
 
-    def state(self, tokens: Tokens) -> int | None:
-        """Where the automaton is after these tokens; `None` where they don't match."""
-        if not tokens:
-            return self.index.get_initial_state()
-        if tokens not in self._states:
-            if len(self._states) >= STATES_KEPT:
-                self._states.clear()
-            known = max((n for n in range(len(tokens)) if tokens[:n] in self._states), default=0)
-            state = self._states.get(tokens[:known], self.index.get_initial_state())
-            for n in range(known, len(tokens)):
-                state = None if state is None else self.index.get_next_state(state, tokens[n])
-                self._states[tokens[: n + 1]] = state
-        return self._states[tokens]
+    def state_after(self, state: int | None, token: int) -> int | None:
+        """Where the automaton goes from a state; `None` where the text doesn't match."""
+        return None if state is None else self.index.get_next_state(state, token)
 
-    def forbidden(self, tokens: Tokens, vocab_size: int, device: torch.device) -> Tensor:
-        """Which tokens may not follow, (V,) bool. After the end of what matches EOS alone may."""
-        state = self.state(tokens)
-        if state not in self._masks:
-            if len(self._masks) >= MASKS_KEPT:
-                self._masks.clear()
+    def forbidden(self, state: int | None, vocab_size: int, device: torch.device) -> Tensor:
+        """Which tokens may not follow in a state, (V,) bool. After the end of what matches EOS alone may."""
+        forbidden_V = self._masks.get((state, vocab_size, device))
+        if forbidden_V is None:
             allowed = [] if state is None else self.index.get_allowed_tokens(state)
             forbidden_V = torch.ones(vocab_size, dtype=torch.bool)
-            forbidden_V[torch.tensor(allowed or [self.eos_token_id])] = False
-            self._masks[state] = forbidden_V
-        return self._masks[state].to(device)
+            forbidden_V[[token for token in allowed or [self.eos_token_id] if token < vocab_size]] = False
+            forbidden_V = forbidden_V.to(device)
+            if len(self._masks) >= MASKS_KEPT:
+                self._masks.clear()
+            self._masks[state, vocab_size, device] = forbidden_V
+        return forbidden_V
 
 
 class GrammarOfText:
-    """A `Grammar` as a logits processor, in texts whose prompt has so many tokens."""
+    """A `Grammar` as a logits processor, in texts whose prompt has so many tokens.
+
+    It remembers the states of the text that it saw last, for the next one mostly goes on from there.
+    """
 
     def __init__(self, grammar: Grammar, prompt_length: int):
         self.grammar, self.prompt_length = grammar, prompt_length
+        self._tokens: list[int] = []
+        self._states: list[int | None] = [grammar.index.get_initial_state()]  # before and after each of them
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (M, V) of the token after ids (M, L) → the same, −inf for tokens that can't stand there."""
-        texts = [tuple(ids) for ids in input_ids[:, self.prompt_length :].tolist()]
-        masks = {text: self.grammar.forbidden(text, scores.shape[-1], scores.device) for text in set(texts)}
-        return scores.masked_fill(torch.stack([masks[text] for text in texts]), -torch.inf)
+        new_ML = input_ids[:, self.prompt_length :]
+        num_common = int((new_ML == new_ML[:1]).all(0).cumprod(0).sum())
+        start = self._state_of(new_ML[0, :num_common].tolist())
+        ends = [tuple(end) for end in new_ML[:, num_common:].tolist()]
+        states = {end: reduce(self.grammar.state_after, end, start) for end in set(ends)}
+        place = {state: i for i, state in enumerate(set(states.values()))}
+        masks_SV = torch.stack([self.grammar.forbidden(state, scores.shape[-1], scores.device) for state in place])
+        if len(masks_SV) > 1:
+            masks_SV = masks_SV[torch.tensor([place[states[end]] for end in ends], device=scores.device)]
+        return scores.masked_fill(masks_SV, -torch.inf)
+
+    def _state_of(self, tokens: list[int]) -> int | None:
+        pairs = enumerate(zip(tokens, self._tokens, strict=False))
+        num_same = next((i for i, (new, old) in pairs if new != old), min(len(tokens), len(self._tokens)))
+        del self._tokens[num_same:], self._states[num_same + 1 :]
+        for token in tokens[num_same:]:
+            self._tokens.append(token)
+            self._states.append(self.grammar.state_after(self._states[-1], token))
+        return self._states[-1]
+
+
+def _build_index(schema: str | None, regex: str | None, eos_token_id: int, ids: dict[bytes, list[int]]) -> Any:
+    """The automaton, built in a process of its own: some take outlines-core for ever, and keep all threads waiting.
+
+    Raises:
+        ValueError: it can't be built, or not soon enough.
+    """
+    asked = pickle.dumps((schema, regex, eos_token_id, ids))
+    try:
+        done = subprocess.run([sys.executable, "-c", BUILD], input=asked, capture_output=True, timeout=BUILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"it takes more than {BUILD_SECONDS} seconds; state what objects hold, and simplify"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise ValueError(lines[-1] if lines else f"outlines-core ended with code {done.returncode}")
+    return pickle.loads(done.stdout)
 
 
 def token_bytes(tokenizer: Any) -> dict[bytes, list[int]]:

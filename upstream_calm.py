@@ -450,7 +450,7 @@ class PatchGenerationMixin(_Base):
             custom = [_of_text(each, length) for each in logits_processor or []]
             return make(own, length, None, allowed, LogitsProcessorList(custom), device)
 
-        return of_row if of_row(0, input_ids_seq_length) else None
+        return of_row if of_row(0, max(input_ids_seq_length, 1)) else None  # an empty prompt begins with BOS
 
     def processors_of_text(
         self, prompt_length: int, max_new_tokens: int, logits_processor: list | None = None, **settings

@@ -70,6 +70,7 @@ class Job:
     request: GenerationRequest
     prompts: list[Prompt]
     started: float  # perf_counter when the request came
+    rules: dict[str, Any]  # the options of its texts that act on logits
     futures: list[Future[Written]] = field(default_factory=list)
     # (text, what happened to it): a piece, or None when it has ended
     events: asyncio.Queue[tuple[int, Piece | None]] = field(default_factory=asyncio.Queue)
@@ -214,7 +215,9 @@ class Server:
             raise BadRequest(f"{name}: {num_texts} texts are asked for at once, and {most} may be.", name)
 
     def _prepare(self, form: Form, request: GenerationRequest, started: float) -> Job:
-        job = Job(request, form.prompts(self.batcher, request), started)
+        assert self.batcher.tokenizer is not None, "see create_app"
+        rules = request.rules(self.batcher.tokenizer, self.batcher.model.config.vocab_size)
+        job = Job(request, form.prompts(self.batcher, request), started, rules)
         room = min(self.batcher.max_length - len(prompt.ids) for prompt in job.prompts)
         wanted = request.max_tokens
         if room < 1 or (wanted or 0) > room:
@@ -249,8 +252,6 @@ class Server:
 
             return on_piece
 
-        assert self.batcher.tokenizer is not None, "see create_app"
-        rules = request.rules(self.batcher.tokenizer)
         try:
             for index in range(num_texts):
                 future = self.batcher.submit(
@@ -262,7 +263,7 @@ class Server:
                     seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
                     on_piece=listener(index),
                     **request.sampling(),
-                    **rules,
+                    **job.rules,
                 )
                 job.futures.append(future)
                 future.add_done_callback(lambda _, index=index: tell(index, None))

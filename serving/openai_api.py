@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -19,6 +20,8 @@ from calm.generation_calm import SamplingMethod
 from calm.grammars_calm import Grammar
 
 MOST_CHOICES = 128
+MOST_DIGITS = 18  # of a token id
+GRAMMARS_KEPT = 16
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 NO_LOGPROBS = "CALM has no token probabilities to return."
@@ -131,11 +134,11 @@ class GenerationRequest(_Fields):
     top_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     top_k: int | None = Field(None, ge=-1)  # -1, as vLLM has it, is all
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     num_candidates: int | None = Field(None, ge=1)
@@ -211,7 +214,7 @@ class GenerationRequest(_Fields):
             options |= {"do_sample": True, "temperature": self.temperature}
         return options
 
-    def rules(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def rules(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
         """The options of a text that act on logits.
 
         Raises:
@@ -222,22 +225,22 @@ class GenerationRequest(_Fields):
             options["repetition_penalty"] = self.repetition_penalty
         if self.logit_bias:
             options["sequence_bias"] = {
-                (self._token(name, tokenizer),): bias for name, bias in self.logit_bias.items()
+                (self._token(name, vocab_size),): bias for name, bias in self.logit_bias.items()
             }
         processors = []
         if self.frequency_penalty or self.presence_penalty:
             processors.append(CountPenalty(self.frequency_penalty or 0.0, self.presence_penalty or 0.0))
         if self.response_format is not None and self.response_format.schema_of is not None:
             try:
-                processors.append(Grammar(tokenizer, json_schema=self.response_format.schema_of))
+                processors.append(grammar_of(tokenizer, json.dumps(self.response_format.schema_of)))
             except (ImportError, ValueError) as error:
                 raise BadRequest(f"response_format: {error}", "response_format") from None
         return options | {"logits_processor": processors}
 
     @staticmethod
-    def _token(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
-        if not name.isascii() or not name.isdigit() or int(name) >= len(tokenizer):
-            raise BadRequest(f"logit_bias: {name!r} is no token id in 0 … {len(tokenizer) - 1}.", "logit_bias")
+    def _token(name: str, vocab_size: int) -> int:
+        if not name.isascii() or not name.isdigit() or len(name) > MOST_DIGITS or int(name) >= vocab_size:
+            raise BadRequest(f"logit_bias: {name!r} is no token id in 0 … {vocab_size - 1}.", "logit_bias")
         return int(name)
 
 
@@ -309,6 +312,12 @@ class ChatRequest(GenerationRequest):
     @property
     def length_field(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+
+@lru_cache(GRAMMARS_KEPT)
+def grammar_of(tokenizer: PreTrainedTokenizerBase, json_schema: str) -> Grammar:
+    """The same for requests of the same format."""
+    return Grammar(tokenizer, json_schema=json_schema)
 
 
 def _same(value: Any, neutral: Any) -> bool:
