@@ -1,4 +1,6 @@
-"""Logits processors within patches: a twin that decodes candidates by hand, rows alone and in company, and refusals."""
+"""Logits processors within patches: a twin that decodes candidates by hand, rows alone and in company; refusals."""
+
+import math
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from calm.modeling_calm import CALMForCausalLM
 from calm.randomness_calm import StepRandomness
 from calm.samplers_calm import BlockPlan
 from calm.serving.batcher import Batcher
+from calm.token_rules_calm import TokenRules
 
 NUM_NEW = 11
 PROMPT = [BOS, 20, 21, 22, 20, 30, 9]
@@ -53,25 +56,59 @@ def write(model, prompt=PROMPT, seed=0, **settings):
 
 
 class PoolByHand:
-    """A pool of patches that are decoded as upstream decodes a text: logits, processors, argmax."""
+    """A pool of patches that are decoded as upstream decodes a text: logits, processors, argmax.
+
+    Each weighs e^(what its tokens' logits lost by the processors); of equal patches without rules, the first stands
+    for all, equal ones with rules weigh what they weigh on average, and those far below the heaviest nothing.
+    """
+
+    has_factors = True
 
     def __init__(self, model, hidden_1D, randomness, text, processors):
         self.model, self.hidden_1D, self.randomness = model, hidden_1D, randomness
         self.text, self.processors = text, processors
-        self.rows_B, self.patches = torch.tensor([0]), []
+        self.rows_B, self.patches, self.log_factors_BN = torch.tensor([0]), [], None
 
     def extend(self, rows_R, num_draws):
+        assert not self.patches, "with rules all are drawn at once"
         noise = self.randomness.for_head(self.model.head, self.hidden_1D, self.rows_B, num_draws)
         latents_N1Z = self.model.head.sample(self.hidden_1D, num_samples=num_draws, **noise)
-        self.patches += [self.decode(latent_Z) for latent_Z in latents_N1Z[:, 0]]
+        ruled, factors = {}, []
+        for latent_Z in latents_N1Z[:, 0]:
+            logits_KV = self.model.autoencoder.decode(latent_Z[None])[0].float()
+            plain = self.plain(logits_KV)
+            ruled.setdefault(plain, self.decode(logits_KV))
+            patch, factor = ruled[plain]
+            self.patches.append(patch)
+            factors.append(factor)
+        means = []
+        for patch in self.patches:
+            own = [math.exp(f) for p, f in zip(self.patches, factors, strict=True) if p == patch]
+            means.append(math.log(sum(own) / len(own)) if sum(own) else -math.inf)
+        self.log_factors_BN = torch.tensor([[f if f >= max(means) - 10 else -math.inf for f in means]])
 
-    def decode(self, latent_Z):
-        patch = []
-        for logits_V in self.model.autoencoder.decode(latent_Z[None])[0]:
+    def plain(self, logits_KV):
+        ids = list(self.text)
+        for logits_V in logits_KV:
+            ids.append(int(self.before_rules(ids, logits_V).argmax()))
+        return tuple(ids[len(self.text) :])
+
+    def before_rules(self, ids, logits_V):
+        """A least length is no rule of the decoder's: it comes before."""
+        least = [each for each in self.processors if isinstance(each, upstream.MinNewTokensLengthLogitsProcessor)]
+        return upstream.LogitsProcessorList(least)(torch.tensor([ids]), logits_V[None].clone())[0]
+
+    def decode(self, logits_KV):
+        patch, factor = [], 0.0
+        for logits_V in logits_KV:
+            before_V = after_V = self.before_rules(self.text + patch, logits_V)
             if EOS not in patch:
-                logits_V = self.processors(torch.tensor([self.text + patch]), logits_V[None].float())[0]
-            patch.append(int(logits_V.argmax()))
-        return tuple(patch)
+                after_V = self.processors(torch.tensor([self.text + patch]), before_V[None].clone())[0]
+            token = int(after_V.argmax())
+            is_forced = int((after_V > -torch.inf).sum()) == 1
+            factor += float((before_V if is_forced else after_V)[token] - before_V.max())
+            patch.append(token)
+        return tuple(patch), factor
 
     def classes(self, rows_R, pairs="all", noise_RN=None):
         return torch.tensor([[self.patches.index(patch) for patch in self.patches]])
@@ -217,9 +254,12 @@ def test_one_generator_for_all_rows_and_lazy_or_not(model):
     )
 
 
-def test_a_rule_that_says_nothing_changes_nothing(model):
-    for law in LAWS.values():
-        assert write(model, **law, logits_processor=[lambda ids, scores: scores]) == write(model, **law)
+def test_a_rule_that_says_nothing_leaves_the_batch_rule(model):
+    """With rules all candidates are weighed, whatever the method."""
+    for name, law in LAWS.items():
+        law_by_weight = law if name == "T = 1" else {**law, "sampling_method": "batch"}
+        expected = write(model, **law_by_weight, **({"top_k": 12} if name == "T = 1" else {}))
+        assert write(model, **law, logits_processor=[lambda ids, scores: scores]) == expected
 
 
 def test_a_first_token_is_forced_after_a_prompt_of_one_only(model):
@@ -228,7 +268,8 @@ def test_a_first_token_is_forced_after_a_prompt_of_one_only(model):
     assert expected[0] == 44 == write(model, [BOS], temperature=0.5, forced_bos_token_id=44)[0]
     assert write(model, [BOS], temperature=0.5, forced_bos_token_id=44) == expected
     assert write(model, [], temperature=0.5, forced_bos_token_id=44) == expected
-    assert write(model, temperature=0.5, forced_bos_token_id=44) == write(model, temperature=0.5)
+    batch = {"temperature": 0.5, "sampling_method": "batch"}
+    assert write(model, **batch, forced_bos_token_id=44) == write(model, **batch)
 
 
 # Rows in company
@@ -320,7 +361,7 @@ def test_no_rule_is_asked_about_what_follows_an_end(model, monkeypatch):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_rules_that_leave_nothing_are_refused(model, law):
-    with pytest.raises(ValueError, match="leave no token to write after 8 tokens of row 0: loosen one of"):
+    with pytest.raises(ValueError, match="leave no token to write in row 0, after 8 tokens: loosen one of"):
         nothing_after_one = lambda ids, scores: scores.masked_fill(  # noqa: E731
             torch.tensor(ids.shape[1] > len(PROMPT)), -torch.inf
         )
@@ -348,7 +389,7 @@ def test_without_rules_the_candidates_are_decoded_as_before(model, monkeypatch):
         return choose(self, *arguments, **options)
 
     monkeypatch.setattr(CALMGenerationMixin, "choose_patches", spy)
-    monkeypatch.setattr(type(model.autoencoder), "read_logits", lambda *_: pytest.fail("read all logits"))
+    monkeypatch.setattr(TokenRules, "decode", lambda *_: pytest.fail("asked rules"))
     write(model, temperature=0.5, min_new_tokens=3)
     assert seen and set(seen) == {None}
 
