@@ -26,17 +26,37 @@ except ImportError:
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 MASKS_KEPT = 2**8
 BUILD_SECONDS = 20
-# Where a string may hold \" outlines-core 0.2.14 takes twice as long for each character more that it may have.
+# A text stands between two characters that no text holds. Without the first the automaton of outlines-core 0.2.14, made
+# for a search, would also begin in the middle of a text, and be exponential where its beginning, as a quotation mark,
+# may come again. Without the last it would leave out how a text goes on from where it may end, as 1.5 after 1.
 BUILD = r"""
 import pickle, sys, outlines_core
-schema, regex, eos, ids = pickle.load(sys.stdin.buffer)
+schema, regex, eos, ids, border = pickle.load(sys.stdin.buffer)
+ids = {spelt: numbers for spelt, numbers in ids.items() if 0 not in spelt} | {b"\0": [border]}
 try:
     if schema is not None:
-        regex = outlines_core.json_schema.build_regex_from_schema(schema).replace('|\\["', '|\\[')
+        regex = outlines_core.json_schema.build_regex_from_schema(schema)
+    regex = rf"\x00(?:{regex})\x00"
     pickle.dump(outlines_core.Index(regex, outlines_core.Vocabulary(eos, ids)), sys.stdout.buffer)
 except (TypeError, ValueError) as error:
     sys.exit(" ".join(str(error).split()))
 """
+BORDER = 2**31  # stands for that character, and is no token
+# Of JSON schemas: what outlines-core 0.2.14 reads over.
+NOT_HEEDED = {
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+    "uniqueItems",
+    "contains",
+    "patternProperties",
+    "propertyNames",
+    "dependentRequired",
+    "not",
+    "if",
+}
 
 
 class Grammar:
@@ -47,7 +67,7 @@ class Grammar:
 
     Args:
         tokenizer: the model's, a fast one; it has an EOS.
-        json_schema: a schema, as a dictionary or as JSON. Strings will hold no \\" escape.
+        json_schema: a schema, as a dictionary or as JSON.
         regex: in place of a schema.
 
     Raises:
@@ -60,15 +80,26 @@ class Grammar:
             raise ImportError("A grammar needs outlines-core: pip install outlines_core.")
         if (json_schema is None) == (regex is None):
             raise ValueError("A grammar is a json_schema or a regex: pass one of them.")
+        if not isinstance(regex, str | None):
+            raise ValueError(f"regex={regex!r}: must be a text.")
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no eos_token, with which a text that obeys a grammar ends.")
-        schema = json_schema if isinstance(json_schema, str) or json_schema is None else json.dumps(json_schema)
+        try:
+            json_schema = json.loads(json_schema) if isinstance(json_schema, str) else json_schema
+            schema = None if json_schema is None else json.dumps(json_schema)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The json_schema is no JSON: {error}.") from error
+        unheeded = sorted(_keywords(json_schema) & NOT_HEEDED)
+        if unheeded:
+            names = ", ".join(unheeded)
+            raise ValueError(f"The json_schema has {names}, which outlines-core doesn't heed: leave it out.")
         try:
             self.index: Any = _build_index(schema, regex, tokenizer.eos_token_id, token_bytes(tokenizer))
         except ValueError as error:
             what = "json_schema" if json_schema is not None else "regex"
             raise ValueError(f"The {what} can't be made a grammar of this tokenizer's tokens: {error}") from error
         self.eos_token_id = tokenizer.eos_token_id
+        self.first_state: int = self.index.get_next_state(self.index.get_initial_state(), BORDER)
         self._masks: dict[tuple, Tensor] = {}
 
     def after_prompt(self, length: int) -> GrammarOfText:
@@ -79,13 +110,17 @@ class Grammar:
         """Where the automaton goes from a state; `None` where the text doesn't match."""
         return None if state is None else self.index.get_next_state(state, token)
 
+    def allowed(self, state: int | None) -> list[int]:
+        """The tokens that may follow in a state; after what doesn't match, or has ended, EOS alone."""
+        allowed = [] if state is None else self.index.get_allowed_tokens(state)
+        return sorted({self.eos_token_id if token == BORDER else token for token in allowed} or [self.eos_token_id])
+
     def forbidden(self, state: int | None, vocab_size: int, device: torch.device) -> Tensor:
-        """Which tokens may not follow in a state, (V,) bool. After the end of what matches EOS alone may."""
+        """Which tokens may not follow in a state, (V,) bool."""
         forbidden_V = self._masks.get((state, vocab_size, device))
         if forbidden_V is None:
-            allowed = [] if state is None else self.index.get_allowed_tokens(state)
             forbidden_V = torch.ones(vocab_size, dtype=torch.bool)
-            forbidden_V[[token for token in allowed or [self.eos_token_id] if token < vocab_size]] = False
+            forbidden_V[[token for token in self.allowed(state) if token < vocab_size]] = False
             forbidden_V = forbidden_V.to(device)
             if len(self._masks) >= MASKS_KEPT:
                 self._masks.clear()
@@ -102,7 +137,7 @@ class GrammarOfText:
     def __init__(self, grammar: Grammar, prompt_length: int):
         self.grammar, self.prompt_length = grammar, prompt_length
         self._tokens: list[int] = []
-        self._states: list[int | None] = [grammar.index.get_initial_state()]  # before and after each of them
+        self._states: list[int | None] = [grammar.first_state]  # before and after each of them
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (M, V) of the token after ids (M, L) → the same, −inf for tokens that can't stand there."""
@@ -127,13 +162,28 @@ class GrammarOfText:
         return self._states[-1]
 
 
+def _keywords(schema: Any) -> set[str]:
+    """The keywords of a schema and of those in it; names of properties and values are none."""
+    if isinstance(schema, list):
+        return set().union(*map(_keywords, schema))
+    if not isinstance(schema, dict):
+        return set()
+    found = set(schema)
+    for name, value in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            found |= _keywords(list(value.values()))
+        elif name not in ("enum", "const", "default", "examples"):
+            found |= _keywords(value)
+    return found
+
+
 def _build_index(schema: str | None, regex: str | None, eos_token_id: int, ids: dict[bytes, list[int]]) -> Any:
     """The automaton, built in a process of its own: some take outlines-core for ever, and keep all threads waiting.
 
     Raises:
         ValueError: it can't be built, or not soon enough.
     """
-    asked = pickle.dumps((schema, regex, eos_token_id, ids))
+    asked = pickle.dumps((schema, regex, eos_token_id, ids, BORDER))
     try:
         done = subprocess.run([sys.executable, "-c", BUILD], input=asked, capture_output=True, timeout=BUILD_SECONDS)
     except subprocess.TimeoutExpired:

@@ -25,6 +25,7 @@ from tiny import tiny_tokenizer
 
 from calm import serve
 from calm.modeling_calm import CALMForCausalLM
+from calm.serving.openai_api import CountPenalty
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"
@@ -166,6 +167,57 @@ def test_own_fields_reach_the_sampler(completions, tiny_folder):
     text = tiny_tokenizer().decode(text[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     answer = completions(seed=3, temperature=0.4, extra_body={**own, "min_tokens": 20})
     assert answer.choices[0].text == text and answer.usage.completion_tokens >= 20
+
+
+SHAPED = {
+    "top_p": ({"top_p": 0.3, "temperature": 1}, {"top_p": 0.3, "temperature": 1.0}),
+    "top_k": ({"top_k": 3, "temperature": 1}, {"top_k": 3, "temperature": 1.0}),
+    "min_p": ({"min_p": 0.5, "temperature": 1}, {"min_p": 0.5, "temperature": 1.0}),
+    "temperature": ({"temperature": 1.5}, {"temperature": 1.5}),
+    "repetition_penalty": ({"repetition_penalty": 4.0}, {"repetition_penalty": 4.0}),
+    "logit_bias": ({"logit_bias": {"40": 100, "50": -100}}, {"sequence_bias": {(40,): 100.0, (50,): -100.0}}),
+    "penalties": (
+        {"frequency_penalty": 2, "presence_penalty": 1.5},
+        {"logits_processor": [CountPenalty(2.0, 1.5)]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_fields_that_shape_a_text_do_what_generate_does(completions, tiny_folder, name):
+    fields, settings = SHAPED[name]
+    model, ids = CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()(PROMPT, return_tensors="pt")
+    model.generation_config.do_sample = True
+    generator = [torch.Generator().manual_seed(3)]
+    text = model.generate(**ids, generator=generator, max_new_tokens=24, min_new_tokens=24, **settings)
+    text = tiny_tokenizer().decode(text[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    ask = {"seed": 3, "extra_body": {"min_tokens": 24}}
+    assert completions(**ask | {"extra_body": {"min_tokens": 24, **fields}}).choices[0].text == text
+    assert completions(**ask).choices[0].text != text
+    if name == "logit_bias":
+        assert set(text) == {tiny_tokenizer().decode([40])}
+
+
+def test_a_top_k_of_minus_1_is_all(completions):
+    ask = {"seed": 3, "temperature": 1}
+    everything = completions(**ask).choices[0].text
+    assert completions(**ask, extra_body={"top_k": -1, "min_p": 0}).choices[0].text == everything
+
+
+def test_count_penalties_by_hand():
+    """Prompt [5, 5]; of what follows, 7 stands twice and 5 once."""
+    penalty = CountPenalty(frequency=0.5, presence=0.25).after_prompt(2)
+    scores = penalty(torch.tensor([[5, 5, 7, 5, 7], [5, 5, 6, 6, 6]]), torch.ones(2, 9))
+    assert scores[0].tolist() == [1, 1, 1, 1, 1, 1 - 0.75, 1, 1 - 1.25, 1]
+    assert scores[1].tolist() == [1, 1, 1, 1, 1, 1, 1 - 1.75, 1, 1]
+    assert torch.equal(CountPenalty(-1.0, 0.0, 2)(torch.tensor([[5, 5, 7]]), torch.zeros(1, 9))[0, 7:8], torch.ones(1))
+    assert torch.equal(penalty(torch.tensor([[5, 5]]), torch.ones(1, 9)), torch.ones(1, 9))
+
+
+def test_a_rule_that_leaves_nothing_fails_its_own_text(server, completions):
+    body = {"prompt": PROMPT, "max_tokens": 8, "logit_bias": {str(token): -100 for token in range(96)}}
+    assert server.post("/v1/completions", body)[0] == 200  # 100 less for all is nothing
+    assert completions(max_tokens=4).choices[0].text
 
 
 def test_models(client):
@@ -321,6 +373,27 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(tiny_folder, tmp_
     assert "Traceback" not in server.log.read_text()
 
 
+def check_formats(client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 9}, "pet": {"enum": ["cat", "dog"]}},
+        "required": ["name", "pet"],
+    }
+    asked = {"type": "json_schema", "json_schema": {"name": "child", "strict": True, "schema": schema}}
+    ask = {"model": ".", "prompt": PROMPT, "max_tokens": 80, "n": 3, "seed": 0}
+    if importlib.util.find_spec("outlines_core") is None:
+        with pytest.raises(openai.BadRequestError, match="response_format: A grammar needs outlines-core"):
+            client.completions.create(**ask, extra_body={"response_format": asked})
+        return
+    for choice in client.completions.create(**ask, extra_body={"response_format": asked}).choices:
+        answer = json.loads(choice.text)
+        assert len(answer["name"]) <= 9 and answer["pet"] in ("cat", "dog") and choice.finish_reason == "stop"
+    asked["json_schema"]["schema"] = {"type": "integer", "minimum": 3}
+    with pytest.raises(openai.BadRequestError, match="has minimum, which outlines-core doesn't heed") as refused:
+        client.completions.create(**ask, extra_body={"response_format": asked})
+    assert refused.value.param == "response_format"
+
+
 @pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
 def test_the_demo_model_is_served(tmp_path):
     with running_server(".", tmp_path / "home", cwd=ROOT) as server:
@@ -328,6 +401,7 @@ def test_the_demo_model_is_served(tmp_path):
         assert [model.id for model in client.models.list()] == ["."]
         answer = client.completions.create(model=".", prompt=PROMPT, max_tokens=40, seed=0)
         assert answer.choices[0].text.strip() and answer.usage.completion_tokens == 40
+        check_formats(client)
         with pytest.raises(openai.BadRequestError, match="this model has no chat template; use /v1/completions"):
             client.chat.completions.create(model=".", messages=[{"role": "user", "content": "Hello"}])
 
