@@ -26,9 +26,9 @@ except ImportError:
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 MASKS_KEPT = 2**8
 BUILD_SECONDS = 20
-# A text stands between two characters that no text holds. Without the first the automaton of outlines-core 0.2.14, made
-# for a search, would also begin in the middle of a text, and be exponential where its beginning, as a quotation mark,
-# may come again. Without the last it would leave out how a text goes on from where it may end, as 1.5 after 1.
+# A text stands between two characters that no text holds. Without the first the automaton of outlines-core 0.2.14,
+# made for a search, would also begin in the middle of a text, and be exponential where its beginning, as a quotation
+# mark, may come again. Without the last it would leave out how a text goes on from where it may end, as 1.5 after 1.
 BUILD = r"""
 import pickle, sys, outlines_core
 schema, regex, eos, ids, border = pickle.load(sys.stdin.buffer)

@@ -231,6 +231,10 @@ class GenerationRequest(_Fields):
         if self.frequency_penalty or self.presence_penalty:
             processors.append(CountPenalty(self.frequency_penalty or 0.0, self.presence_penalty or 0.0))
         if self.response_format is not None and self.response_format.schema_of is not None:
+            for name in ("min_tokens", "ignore_eos"):
+                if getattr(self, name):
+                    why = "a text of a response_format ends where its schema does; leave it out."
+                    raise BadRequest(f"{name}: {why}", name)
             try:
                 processors.append(grammar_of(tokenizer, json.dumps(self.response_format.schema_of)))
             except (ImportError, ValueError) as error:

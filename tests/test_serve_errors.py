@@ -87,6 +87,11 @@ BAD = {
     "penalty infinite": (b'{"prompt": "a", "repetition_penalty": Infinity}', "repetition_penalty", "finite number"),
     "format": ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "'json_schema'"),
     "no schema": ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", '{"schema": ...}'),
+    "schema and min_tokens": (
+        {"prompt": "a", "min_tokens": 3, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        "min_tokens",
+        "min_tokens: a text of a response_format ends where its schema does; leave it out",
+    ),
     "sampling_method": ({"prompt": "a", "sampling_method": "best"}, "sampling_method", "'batch'"),
 }
 ACTIVE = {
