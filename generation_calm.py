@@ -41,7 +41,7 @@ from .samplers_calm import (
 from .tables_calm import numbers_up_to
 from .texts_calm import GrowingTexts
 from .token_rules_calm import RulesOfTexts, TokenRules
-from .upstream_calm import GenerateCall, PatchGenerationMixin, with_stated_top_k
+from .upstream_calm import GenerateCall, PatchGenerationMixin, stated_top_k
 from .virtual_tokens_calm import read_virtual_tokens
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
@@ -101,7 +101,8 @@ class PatchSampling:
         settings = {}
         for name in cls.option_names():
             override = overrides.get(name)
-            settings[name] = getattr(config, name, None) if override is None else override
+            stated = stated_top_k(config) if name == "top_k" else getattr(config, name, None)
+            settings[name] = stated if override is None else override
         settings["do_sample"] = bool(settings["do_sample"])  # not set: off, as upstream takes it
         if not settings["do_sample"]:  # these have no meaning then
             settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
@@ -240,7 +241,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def patch_sampling(self, **options) -> PatchSampling:
         """How patches are chosen with these options; those not given are the generation configuration's."""
         assert self.generation_config is not None, "a model that generates has one"
-        return PatchSampling.from_generation_config(with_stated_top_k(self.generation_config), **options)
+        return PatchSampling.from_generation_config(self.generation_config, **options)
 
     compute_patch_scores = staticmethod(compute_patch_scores)
 
@@ -325,10 +326,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
             if not sampling.do_sample and not isinstance(generator, StepRandomness):
                 generator = self.greedy_randomness(sampling, hidden_RD)
             generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
-            # Of texts that have ended, where this process only keeps up with others, no rule is asked.
-            if texts.is_finished:
-                rules = None
-            token_rules = None if rules is None else rules.of_rows(texts.drawing, texts.ids_BL)
+            token_rules = None
+            if rules is not None and not texts.is_finished:  # if it is, this process only keeps up with others
+                num_left = max(generation_config.max_length - texts.length, 1)
+                token_rules = rules.of_rows(texts.drawing, texts.ids_BL, num_left)
             arguments = hidden_RD, sampling, generators, forbidden_KV, plan, radius, token_rules
             if scores is None:
                 patches_RK = self.next_patches(*arguments)

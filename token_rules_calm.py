@@ -31,10 +31,18 @@ class TokenRules:
         processors_R: of each row, upstream's `LogitsProcessorList` or any such function.
         texts_R: of each row the ids (L,) so far, without padding.
         eos_tokens (`(E,)`, *optional*): after one of these a candidate's text has ended, and no rule is asked.
+        num_left (*optional*): tokens after which all texts end.
     """
 
-    def __init__(self, processors_R: list[Processors], texts_R: list[Tensor], eos_tokens: Tensor | None = None):
-        self.processors_R, self.texts_R, self.eos_tokens = processors_R, texts_R, eos_tokens
+    def __init__(
+        self,
+        processors_R: list[Processors],
+        texts_R: list[Tensor],
+        eos_tokens: Tensor | None = None,
+        num_left: int | None = None,
+    ):
+        self.processors_R, self.texts_R = processors_R, texts_R
+        self.eos_tokens, self.num_left = eos_tokens, num_left
 
     def decode(self, row: int, logits_CKV: Tensor) -> tuple[Tensor, Tensor]:
         """The patches (C, K) of candidates of one row, and the logarithm of what each weighs (C,), 0 where it obeys.
@@ -72,6 +80,8 @@ class TokenRules:
 
     def _going_on(self, before_Ck: Tensor) -> Tensor:
         """Which candidates' texts have not ended before a position, (C,) bool."""
+        if self.num_left is not None and before_Ck.shape[1] >= self.num_left:
+            return torch.zeros(len(before_Ck), dtype=torch.bool, device=before_Ck.device)
         if self.eos_tokens is None:
             return torch.ones(len(before_Ck), dtype=torch.bool, device=before_Ck.device)
         return ~torch.isin(before_Ck, self.eos_tokens.to(before_Ck.device)).any(-1)
@@ -80,7 +90,8 @@ class TokenRules:
         """What the row's processors make of logits (M, V) after these tokens of candidates."""
         text_L = self.texts_R[row].to(logits_MV.device)
         ids_ML = torch.cat([text_L.expand(len(before_Mk), -1), before_Mk.to(text_L.device)], dim=-1)
-        return self.processors_R[row](ids_ML, logits_MV.clone())
+        after_MV = self.processors_R[row](ids_ML, logits_MV.clone())
+        return after_MV.masked_fill(logits_MV == -torch.inf, -torch.inf)  # some make NaN of it
 
 
 class RulesOfTexts:
@@ -109,7 +120,7 @@ class RulesOfTexts:
         self.processors_B = [make_processors(row, len(ids_L)) for row, ids_L in enumerate(self.prompts_B)]
         self.prompt_length, self.eos_tokens = prompts_BL.shape[1], eos_tokens
 
-    def of_rows(self, rows: Sequence[int], ids_BL: Tensor) -> TokenRules:
-        """Those of rows that go on, whose prompts and texts so far are `ids_BL`."""
+    def of_rows(self, rows: Sequence[int], ids_BL: Tensor, num_left: int) -> TokenRules:
+        """Those of rows that go on, whose prompts and texts so far are `ids_BL`, with so many tokens left to write."""
         texts = [torch.cat([self.prompts_B[row], ids_BL[row, self.prompt_length :]]) for row in rows]
-        return TokenRules([self.processors_B[row] for row in rows], texts, self.eos_tokens)
+        return TokenRules([self.processors_B[row] for row in rows], texts, self.eos_tokens, num_left)

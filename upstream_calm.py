@@ -253,13 +253,10 @@ def _of_text(processor, prompt_length: int):
     return processor.after_prompt(prompt_length) if hasattr(processor, "after_prompt") else processor
 
 
-def with_stated_top_k(config: GenerationConfig) -> GenerationConfig:
-    """The same, without a top-k that nobody asked for."""
-    if config.top_k not in (None, UNSTATED_TOP_K):
-        return config
-    config = copy.copy(config)
-    config.top_k = None
-    return config
+def stated_top_k(config: GenerationConfig) -> int | None:
+    """A configuration's top-k; `None` where it is the default that nobody asked for."""
+    is_asked_for = config.top_k != UNSTATED_TOP_K or getattr(config, "_asks_for_top_k", False)
+    return config.top_k if is_asked_for else None
 
 
 def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: str = "generate()") -> Tensor:
@@ -424,7 +421,8 @@ class PatchGenerationMixin(_Base):
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         prepared, model_kwargs = self._upstream._prepare_generation_config(generation_config, *args, **kwargs)
-        return (prepared if "top_k" in kwargs else with_stated_top_k(prepared)), model_kwargs
+        prepared._asks_for_top_k = "top_k" in kwargs
+        return prepared, model_kwargs
 
     def _get_logits_processor(  # type: ignore[override]  # handed to `_sample` alone
         self,

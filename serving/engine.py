@@ -177,7 +177,8 @@ def rules_of(rows: list[Row], eos_E: Tensor) -> TokenRules | None:
     """Those of rows that are drawn together: of one row alone, or none."""
     processors = [row.processors for row in rows if row.processors is not None]
     texts = [torch.cat([row.prompt_L, torch.tensor(row.tokens, dtype=torch.long)]) for row in rows]
-    return TokenRules(processors, texts, eos_E) if processors else None
+    num_left = max(row.max_new_tokens - len(row.tokens) for row in rows)
+    return TokenRules(processors, texts, eos_E, num_left) if processors else None
 
 
 def check_model(model: CALMForCausalLM) -> None:

@@ -89,7 +89,7 @@ EFFECTS = {
     "bad_words_ids": ([[[token] for token in range(48)], [[5]]], {}, ids),
     "suppress_tokens": ([list(range(48)), [5]], {}, ids),
     "begin_suppress_tokens": ([list(range(95)), list(range(48))], {}, ids),
-    "sequence_bias": ([[[[token], 50.0] for token in range(50)], [[[51], 0.1]]], {}, ids),
+    "sequence_bias": ([[[[token], 50.0] for token in range(1, 51)], [[[51], 0.1]]], {}, ids),
     "forced_eos_token_id": ([7, 8], {}, ids),
     "exponential_decay_length_penalty": ([(1, 1e6), (500, 1.1)], {"eos_token_id": 7, "max_new_tokens": 40}, shape),
 }

@@ -64,9 +64,9 @@ class PoolByHand:
 
     has_factors = True
 
-    def __init__(self, model, hidden_1D, randomness, text, processors):
+    def __init__(self, model, hidden_1D, randomness, text, processors, num_left):
         self.model, self.hidden_1D, self.randomness = model, hidden_1D, randomness
-        self.text, self.processors = text, processors
+        self.text, self.processors, self.num_left = text, processors, num_left
         self.rows_B, self.patches, self.log_factors_BN = torch.tensor([0]), [], None
 
     def extend(self, rows_R, num_draws):
@@ -102,8 +102,9 @@ class PoolByHand:
         patch, factor = [], 0.0
         for logits_V in logits_KV:
             before_V = after_V = self.before_rules(self.text + patch, logits_V)
-            if EOS not in patch:
+            if EOS not in patch and len(patch) < self.num_left:
                 after_V = self.processors(torch.tensor([self.text + patch]), before_V[None].clone())[0]
+                after_V = after_V.masked_fill(before_V == -torch.inf, -torch.inf)
             token = int(after_V.argmax())
             is_forced = int((after_V > -torch.inf).sum()) == 1
             factor += float((before_V if is_forced else after_V)[token] - before_V.max())
@@ -124,7 +125,7 @@ def write_by_hand(model, processors, prompt=PROMPT, seed=0, num_new=NUM_NEW, **l
         randomness = StepRandomness.of(generators)
         if not sampling.do_sample:
             randomness = model.greedy_randomness(sampling, hidden_1D)
-        pool = PoolByHand(model, hidden_1D, randomness, prompt + new, processors)
+        pool = PoolByHand(model, hidden_1D, randomness, prompt + new, processors, num_new - len(new))
         patch = pool.patches[int(sampling.choose(pool, randomness, plan)[0])]
         for token in patch:
             new.append(token)
