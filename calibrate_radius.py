@@ -30,7 +30,7 @@ from calm.checkpoint_files import DTYPES, first_line
 from calm.command_line import Parser, command, known_errors
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import load_with_bar, progress_bar
-from calm.samplers_calm import check_num_candidates, patch_classes
+from calm.weights_calm import check_num_candidates, patch_classes
 
 MARGIN = 1.5
 # Of the latent vectors' length: some twenty times what cdist in float32 is wrong by. A head that draws the same point

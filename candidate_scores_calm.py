@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .candidates_calm import PlainPool
-from .samplers_calm import class_sizes, patch_classes
 from .tables_calm import numbers_up_to
+from .weights_calm import class_sizes, patch_classes
 
 NO_TOKEN = -1
 Weigh = Callable[..., Tensor]  # (class ids (1, N), log_factors_BN=...)

@@ -20,9 +20,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .modeling_calm_autoencoder import CALMAutoencoder, logits_at_once
-from .samplers_calm import Pairs, class_sizes, patch_classes
+from .samplers_calm import Pairs
 from .tables_calm import numbers_up_to
 from .token_rules_calm import TokenRules
+from .weights_calm import class_sizes, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
 TOKENS_AT_ONCE = 1000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N

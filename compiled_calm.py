@@ -23,9 +23,10 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
-from .samplers_calm import ONE_BLOCK, inverse_temperature
+from .samplers_calm import ONE_BLOCK
 from .tables_calm import numbers_up_to
 from .upstream_calm import FIXED_ROTATIONS, MASKED_ATTENTION
+from .weights_calm import inverse_temperature
 
 if TYPE_CHECKING:
     from .generation_calm import CALMGenerationMixin, PatchSampling

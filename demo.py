@@ -9,7 +9,7 @@ from transformers import TextStreamer, pipeline, set_seed
 from calm.command_line import CommandError, Parser, command, known_errors, positive
 from calm.generation_calm import PatchSampling
 from calm.progress import loading_bar
-from calm.samplers_calm import check_temperature
+from calm.weights_calm import check_temperature
 
 MODEL = Path(__file__).parent
 

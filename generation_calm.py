@@ -28,11 +28,7 @@ from .samplers_calm import (
     BlockPlan,
     OneBlock,
     Pool,
-    Truncation,
     batch_temperature_select,
-    check_num_candidates,
-    check_temperature,
-    draw_weights,
     exact_temperature_sample,
     most_frequent_patch,
     one_block_temperature_sample,
@@ -43,6 +39,7 @@ from .texts_calm import GrowingTexts
 from .token_rules_calm import RulesOfTexts, TokenRules
 from .upstream_calm import GenerateCall, PatchGenerationMixin, stated_top_k
 from .virtual_tokens_calm import read_virtual_tokens
+from .weights_calm import Truncation, check_num_candidates, check_temperature, draw_weights
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)

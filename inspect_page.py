@@ -68,7 +68,7 @@ section.time h2 { font-size: .95rem; margin: 0; }
 }
 """
 
-# `weigh` is samplers_calm.py's draw_weights and truncated, on counts.
+# `weigh` is weights_calm.py's draw_weights and truncated, on counts.
 SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);

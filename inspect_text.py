@@ -293,7 +293,7 @@ def weights_at(counts: Sequence[int], temperature: float, truncation) -> list[fl
     """What distinct patches that were drawn so often weigh at a temperature: C(count, 1/T), truncated, of sum 1."""
     import torch
 
-    from calm.samplers_calm import draw_weights
+    from calm.weights_calm import draw_weights
 
     counts_M = torch.tensor(counts)
     first_M = counts_M.cumsum(0) - counts_M
@@ -305,7 +305,7 @@ def weights_at(counts: Sequence[int], temperature: float, truncation) -> list[fl
 
 def listing(inspection: Inspection, temperatures: Sequence[float], num_shown: int) -> str:
     """The inspection as plain text: a line a patch, below it its candidates and their weights at each temperature."""
-    from calm.samplers_calm import Truncation
+    from calm.weights_calm import Truncation
 
     settings = inspection.settings
     truncation = Truncation(settings["top_k"], settings["top_p"], settings["min_p"])
@@ -413,7 +413,7 @@ def parse(argv: list[str] | None):
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    from calm.samplers_calm import check_temperature
+    from calm.weights_calm import check_temperature
 
     with known_errors(ValueError):
         for temperature in options.compare:

@@ -30,7 +30,7 @@ from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .products_calm import fast_products
 from .randomness_calm import StepRandomness  # noqa: F401
-from .samplers_calm import check_temperature  # noqa: F401
+from .samplers_calm import BlockPlan  # noqa: F401
 from .scores_calm import clipped_kl  # noqa: F401
 from .screening_calm import VocabularyScreen  # noqa: F401
 from .tables_calm import numbers_up_to  # noqa: F401
@@ -41,6 +41,7 @@ from .token_flow_head_calm import TokenFlowHead  # noqa: F401
 from .token_rules_calm import TokenRules  # noqa: F401
 from .upstream_calm import OffloadableModel
 from .virtual_tokens_calm import read_virtual_tokens  # noqa: F401
+from .weights_calm import check_temperature  # noqa: F401
 
 NO_LOGITS = (
     "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import ModelOutput
 
 from .heads_calm import PatchTarget
-from .samplers_calm import class_sizes, patch_classes
 from .upstream_calm import checked_ids
+from .weights_calm import class_sizes, patch_classes
 
 if TYPE_CHECKING:
     from .modeling_calm import CALMForCausalLM

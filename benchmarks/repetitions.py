@@ -22,8 +22,8 @@ from calm.calibrate_radius import NUM_TEXTS, Recording, load, record_candidates
 from calm.candidates_calm import LazyPool, trusted_radius
 from calm.command_line import Parser, command, known_errors
 from calm.randomness_calm import StepRandomness
-from calm.samplers_calm import check_num_candidates, choose_by_weight, patch_classes
 from calm.screening_calm import VocabularyScreen
+from calm.weights_calm import check_num_candidates, choose_by_weight, patch_classes
 
 SEED = 1  # the radius is measured with 0
 

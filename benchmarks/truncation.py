@@ -2,7 +2,7 @@
 
     python -m calm.benchmarks.truncation
 
-A law P over V patches is known exactly; of each pool of N draws one patch is chosen by `samplers_calm.draw_weights`.
+A law P over V patches is known exactly; of each pool of N draws one patch is chosen by `weights_calm.draw_weights`.
 The figures are total variations between the law of that choice, the mean over the pools, and the law that is meant:
 P^(1/T)/Z, truncated. Where equal probabilities meet at the edge of a truncation, each of them is meant equally often.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from calm.command_line import Parser, command, positive
 from calm.progress import progress_bar, say
-from calm.samplers_calm import KEEP_ALL, Truncation, class_sizes, draw_weights, patch_classes, truncated
+from calm.weights_calm import KEEP_ALL, Truncation, class_sizes, draw_weights, patch_classes, truncated
 
 NUM_DRAWS = (50, 200, 1000)
 TEMPERATURES = (1.25, 1.5, 2.0)

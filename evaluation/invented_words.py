@@ -24,9 +24,9 @@ from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
 from calm.generation_calm import PatchSampling
 from calm.progress import progress_bar, say
-from calm.samplers_calm import check_num_candidates, check_temperature
 from calm.training.documents import expand_paths, read_documents, size_of
 from calm.training.tokenizer import load_tokenizer
+from calm.weights_calm import check_num_candidates, check_temperature
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")

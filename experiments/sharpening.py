@@ -37,9 +37,10 @@ from calm.experiments.language import HiddenMarkovLanguage, load
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import progress_bar
-from calm.samplers_calm import BlockPlan, Pairs, patch_classes
+from calm.samplers_calm import BlockPlan, Pairs
 from calm.training.documents import read_documents
 from calm.training.tokenizer import load_tokenizer
+from calm.weights_calm import patch_classes
 
 TEMPERATURES = (0.7, 1 / 2, 1 / 3)  # beside 1
 CANDIDATES = (50, 200, 1000)

@@ -5,7 +5,7 @@
 import torch
 from scipy.stats import chisquare
 
-from calm.samplers_calm import patch_classes
+from calm.weights_calm import patch_classes
 
 TOKENS = 40  # outcome v is the patch (v // TOKENS, v % TOKENS)
 

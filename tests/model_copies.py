@@ -35,6 +35,7 @@ CODE_FILES = {
     "texts_calm.py",
     "upstream_calm.py",
     "virtual_tokens_calm.py",
+    "weights_calm.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",

@@ -12,7 +12,7 @@ from transformers import CompileConfig, pipeline
 
 from calm.candidate_scores_calm import NO_TOKEN, CandidateScores, RecordedPool, compute_patch_scores
 from calm.generation_calm import PatchSampling
-from calm.samplers_calm import draw_weights
+from calm.weights_calm import draw_weights
 
 PROMPT = torch.tensor([[BOS, 5, 6, 7, 8], [PAD, PAD, BOS, 9, 10], [BOS, 7, 7, 8, 9]])
 MASK = (PROMPT != PAD).long()

@@ -14,10 +14,10 @@ from model_copies import ROOT
 from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 from torch import nn
 
-from calm import export_onnx, generate_onnx, samplers_calm
+from calm import export_onnx, generate_onnx, weights_calm
 from calm.randomness_calm import RowRandomness
-from calm.samplers_calm import patch_classes
 from calm.training.tokenizer import save_tokenizer
+from calm.weights_calm import patch_classes
 
 K, PROMPT = 4, "Once upon"
 EXTRA = "is not installed (extra [clients])"
@@ -292,12 +292,12 @@ def test_weights_are_the_samplers(temperature):
         theirs_N = patch_classes(patches[None])[0]
         assert class_N.tolist() == theirs_N.tolist()
         weights_N = generate_onnx.draw_log_weights(class_N, temperature)
-        expected_N = samplers_calm.draw_log_weights(theirs_N[None], temperature)[0]
+        expected_N = weights_calm.draw_log_weights(theirs_N[None], temperature)[0]
         assert np.array_equal(np.isinf(weights_N), expected_N.isinf().numpy())
         finite = np.isfinite(weights_N)
         assert weights_N[finite] == pytest.approx(expected_N.numpy()[finite], rel=1e-5, abs=1e-5)
         noise_N = torch.empty(60).exponential_(generator=generator)
-        chosen = samplers_calm.choose_by_weight(theirs_N[None], noise_N[None], temperature)
+        chosen = weights_calm.choose_by_weight(theirs_N[None], noise_N[None], temperature)
         assert generate_onnx.choose_by_weight(class_N, noise_N.numpy(), temperature) == int(chosen)
 
 
@@ -312,7 +312,7 @@ def test_settings_that_samplers_refuse_are_refused(temperature, num_candidates):
     with pytest.raises(generate_onnx.Refusal, match="^(temperature|num_candidates)="):
         generate_onnx.check_sampling(temperature, num_candidates)
     with pytest.raises(ValueError):
-        samplers_calm.check_num_candidates(num_candidates, temperature)
+        weights_calm.check_num_candidates(num_candidates, temperature)
 
 
 # What is refused

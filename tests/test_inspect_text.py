@@ -13,7 +13,7 @@ from server_process import save_tiny_model
 from tiny import BOS, tiny_model, tiny_tokenizer
 
 from calm import inspect_page, inspect_text
-from calm.samplers_calm import Truncation, draw_weights
+from calm.weights_calm import Truncation, draw_weights
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"

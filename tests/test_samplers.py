@@ -22,23 +22,25 @@ from enumerable_laws import (
 )
 from sampler_twins import first_attempt_by_loops, published_laws_by_loops, table_of_pairs
 
-from calm import samplers_calm
+from calm import samplers_calm, weights_calm
 from calm.samplers_calm import (
     BlockPlan,
     batch_temperature_select,
     block_sizes,
+    compared_pairs,
+    exact_temperature_sample,
+    first_accepted_attempt,
+    most_frequent_patch,
+    single_draw,
+)
+from calm.weights_calm import (
     check_num_candidates,
     check_temperature,
     class_sizes,
-    compared_pairs,
     draw_log_weights,
-    exact_temperature_sample,
-    first_accepted_attempt,
     inverse_temperature,
-    most_frequent_patch,
     patch_classes,
     repetition_log_weights,
-    single_draw,
 )
 
 TEMPERATURES = (1.0, 0.9, 0.7, 0.5, 0.4, 1 / 3, 0.25)
@@ -83,7 +85,7 @@ class TestClasses:
     @pytest.fixture(autouse=True)
     def size_that_is_compared_at_once(self, way, monkeypatch):
         most = 2**30 if way == "all pairs at once" else 0
-        monkeypatch.setattr(samplers_calm, "COMPARISONS_AT_ONCE", {"cpu": most, "other": most})
+        monkeypatch.setattr(weights_calm, "COMPARISONS_AT_ONCE", {"cpu": most, "other": most})
 
     def test_hand_worked(self):
         patches = torch.tensor([[[1, 2], [2, 1], [1, 2], [1, 3], [1, 2], [2, 1]]])

@@ -25,7 +25,7 @@ from calm.experiments.sharpening import (
     next_patch_law,
 )
 from calm.generation_calm import PatchSampling
-from calm.samplers_calm import patch_classes
+from calm.weights_calm import patch_classes
 
 VOCAB_SIZE = V + 4  # with the special tokens
 CONTEXT = torch.from_numpy(LANGUAGE.ids(np.array([2, 3, 2, 2])))

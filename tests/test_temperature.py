@@ -9,7 +9,7 @@ from goldens import golden_model, golden_tensors
 from tiny import HEAD_TYPES, tiny_model
 
 from calm.generation_calm import PatchSampling
-from calm.samplers_calm import patch_classes
+from calm.weights_calm import patch_classes
 
 HISTOGRAMS = {"T1": 1.0, "T1_2": 1 / 2, "T1_3": 1 / 3}
 

@@ -12,15 +12,14 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from calm.benchmarks import truncation as report
 from calm.benchmarks.truncation import LAWS, Pools, meant_law, plug_in_weights
-from calm.samplers_calm import (
+from calm.samplers_calm import batch_temperature_select, exact_temperature_sample
+from calm.weights_calm import (
     KEEP_ALL,
     Truncation,
-    batch_temperature_select,
     check_temperature,
     choose_by_weight,
     draw_log_weights,
     draw_weights,
-    exact_temperature_sample,
     log_weight_of_unseen,
     patch_classes,
     truncated,
