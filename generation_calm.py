@@ -215,6 +215,38 @@ def pack_prompts(
     return packed, (patch_index >= num_patches - patches_B1).long()
 
 
+class Returned:
+    """What a call of `generate` returns beside ids, as far as its configuration asks for it."""
+
+    def __init__(self, config: GenerationConfig):
+        self.is_dict = bool(config.return_dict_in_generate)
+        names = [n for n in ("hidden_states", "attentions") if self.is_dict and getattr(config, f"output_{n}")]
+        self.states: dict[str, tuple] = {name: () for name in names}
+        # A list, for upstream's pipeline would try to stack a tuple of them.
+        self.scores: list[CandidateScores] | None = [] if self.is_dict and config.output_scores else None
+
+    def check_compiled(self, call: GenerateCall) -> None:
+        """
+        Raises:
+            ValueError: it asks for what compiled steps don't return, or for logits processors.
+        """
+        unreturned = [*self.states, *([] if self.scores is None else ["scores"])]
+        if unreturned:
+            raise ValueError(f"compile_config: compiled steps return no {' and no '.join(unreturned)}; leave it out.")
+        if call.processors is not None:
+            raise ValueError("compile_config: compiled steps ask no logits processors; leave it out.")
+
+    def take(self, outputs: Any) -> None:
+        """Keeps what a forward pass returned."""
+        self.states = {name: (*steps, getattr(outputs, name)) for name, steps in self.states.items()}
+
+    def result(self, ids_BL: Tensor, cache: Cache | None) -> GenerateDecoderOnlyOutput | Tensor:
+        if not self.is_dict:
+            return ids_BL
+        fields: dict[str, Any] = {"sequences": ids_BL, "past_key_values": cache, "scores": self.scores, **self.states}
+        return GenerateDecoderOnlyOutput(**fields)
+
+
 class CALMGenerationMixin(PatchGenerationMixin):
     """`generate` for CALM: upstream_calm.py receives its calls, here is what they come to."""
 
@@ -274,15 +306,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if bool(inputs["attention_mask"].all()):
             inputs["attention_mask"] = None  # a mask that hides nothing takes operations in every step
         cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
-        outputs_wanted = {
-            name: bool(getattr(generation_config, f"output_{name}"))
-            and bool(generation_config.return_dict_in_generate)
-            for name in ("hidden_states", "attentions")
-        }
-        collected: dict[str, Any] = {name: () for name, wanted in outputs_wanted.items() if wanted}
-        scores: list[CandidateScores] | None = None
-        if generation_config.output_scores and generation_config.return_dict_in_generate:
-            scores = []
+        returned = Returned(generation_config)
         put_scores = getattr(call.streamer, "put_scores", None)
         rules = None
         if call.processors is not None:
@@ -293,16 +317,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
 
         steps = None
         if call.compile_config is not None:
-            unreturned = [*collected, *(["scores"] if scores is not None else [])]
-            if unreturned:
-                raise ValueError(
-                    f"compile_config: compiled steps return no {' and no '.join(unreturned)}; leave it out."
-                )
-            if call.processors is not None:
-                raise ValueError("compile_config: compiled steps ask no logits processors; leave it out.")
+            returned.check_compiled(call)
             steps = CompiledSteps(self, cache, sampling, call.compile_config, inputs, min_length > prompt_length)
         chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None and cache is not None and not collected and not call.synced_gpus:
+        if chunk_size is not None and cache is not None and not returned.states and not call.synced_gpus:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
         texts, plan = GrowingTexts(input_ids, call), BlockPlan() if steps is None else ONE_BLOCK
         radius = trusted_radius(self) if self.compares_lazily(sampling) else None
@@ -315,10 +333,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 **inputs,
                 past_key_values=cache,
                 use_cache=cache is not None,
-                **{f"output_{name}": True for name in collected},
+                **{f"output_{name}": True for name in returned.states},
             )
-            for name in collected:
-                collected[name] += (getattr(outputs, name),)
+            returned.take(outputs)
             hidden_RD = texts.rows(outputs.last_hidden_state[:, -1])
             if not sampling.do_sample and not isinstance(generator, StepRandomness):
                 generator = self.greedy_randomness(sampling, hidden_RD)
@@ -328,15 +345,15 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 num_left = max(generation_config.max_length - texts.length, 1)
                 token_rules = rules.of_rows(texts.drawing, texts.ids_BL, num_left)
             arguments = hidden_RD, sampling, generators, forbidden_KV, plan, radius, token_rules
-            if scores is None:
+            if returned.scores is None:
                 patches_RK = self.next_patches(*arguments)
             else:
                 pool, index_R = self.choose_patches(*arguments, is_recorded=True)
                 assert isinstance(pool, RecordedPool)
                 patches_RK = pool.tokens(pool.rows_B, index_R)
-                scores.append(pool.scores(index_R, sampling.weigh).in_rows(texts.drawing, len(input_ids)))
+                returned.scores.append(pool.scores(index_R, sampling.weigh).in_rows(texts.drawing, len(input_ids)))
                 if put_scores is not None:
-                    put_scores(scores[-1])
+                    put_scores(returned.scores[-1])
             patches_BK = texts.append(patches_RK)
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
             if steps is not None:
@@ -344,12 +361,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
 
         if call.streamer is not None:
             call.streamer.end()
-        if not generation_config.return_dict_in_generate:
-            return texts.ids_BL
-        if scores is not None:
-            collected["scores"] = scores  # upstream's pipeline would stack a tuple in a batch of 4, a step's fields
-        collected |= {"sequences": texts.ids_BL, "past_key_values": cache}
-        return GenerateDecoderOnlyOutput(**collected)
+        return returned.result(texts.ids_BL, cache)
 
     def next_patches(
         self,
