@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -56,12 +55,12 @@ beside them is under the MIT licence.
 def generation_defaults(config: CALMConfig) -> dict:
     """Contents of generation_config.json: sampled as published, at T = 0.5 over N = 200 candidates, but by the default
     method, which draws fewer where patches repeat."""
-    sampling = asdict(PatchSampling(temperature=0.5))
+    names = ("do_sample", "temperature", "num_candidates", "sampling_method")
     return {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
-        **{name: value for name, value in sampling.items() if value is not None},
+        **{name: getattr(PatchSampling(temperature=0.5), name) for name in names},
     }
 
 

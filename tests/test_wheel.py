@@ -25,7 +25,7 @@ WITH_DATA = {
     "experiments/recipes/bases": "*.yaml",
 }
 # Imported by the extras' packages themselves, and what transformers and torch install anyway isn't hidden.
-HIDDEN = "datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy fastapi openai uvicorn starlette".split()
+HIDDEN = "sklearn datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy fastapi openai uvicorn starlette".split()
 
 
 def pip(*arguments) -> None:
