@@ -25,7 +25,8 @@ WITH_DATA = {
     "experiments/recipes/bases": "*.yaml",
 }
 # Imported by the extras' packages themselves, and what transformers and torch install anyway isn't hidden.
-HIDDEN = "sklearn datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy fastapi openai uvicorn starlette".split()
+HIDDEN = "datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy sklearn fastapi openai uvicorn".split()
+HIDDEN += ["starlette"]
 
 
 def pip(*arguments) -> None:
