@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("python demo.py", "Continues a story with a CALM.")
     parser.add_argument("prompt", nargs="?", default="Once upon a time, there was a little girl named Lily.")
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id (default: the bundled demo model)")
-    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 1]; the lower, the surer")
+    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 2]; the lower, the surer")
     parser.add_argument("--max_new_tokens", type=positive, default=160)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

@@ -66,7 +66,7 @@ class TokenRules:
                 after_M, tokens_C[index_M] = after_MV.gather(1, tokens_M1)[:, 0], tokens_M1[:, 0]
                 if bool((after_M == -torch.inf).any()):
                     raise ValueError(
-                        f"The logits processors leave no token to write in row {row}, after "
+                        "The logits processors leave no token to write after a text of "
                         f"{len(self.texts_R[row]) + patches_Ck.shape[1]} tokens: loosen one of bad_words_ids, "
                         "suppress_tokens, prefix_allowed_tokens_fn or your own."
                     )

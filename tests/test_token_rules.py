@@ -362,7 +362,7 @@ def test_no_rule_is_asked_about_what_follows_an_end(model, monkeypatch):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_rules_that_leave_nothing_are_refused(model, law):
-    with pytest.raises(ValueError, match="leave no token to write in row 0, after 8 tokens: loosen one of"):
+    with pytest.raises(ValueError, match="leave no token to write after a text of 8 tokens: loosen one of"):
         nothing_after_one = lambda ids, scores: scores.masked_fill(  # noqa: E731
             torch.tensor(ids.shape[1] > len(PROMPT)), -torch.inf
         )
