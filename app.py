@@ -200,6 +200,8 @@ def put_model(model: str, target: Path) -> str:
         shutil.copyfile(file, target / file.name)
     if not list(target.glob("*.safetensors")):
         raise CommandError(f"{model}: holds no weights, for there is no .safetensors file.")
+    if not any((target / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise CommandError(f"{model}: holds no tokenizer, for there is no tokenizer.json.")
     return target.name
 
 

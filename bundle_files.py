@@ -34,7 +34,7 @@ import torch
 from transformers import pipeline
 
 pipe = pipeline(
-    "text-generation", model="{name}", torch_dtype=torch.bfloat16, device_map="auto", trust_remote_code=True
+    "text-generation", model="{name}", dtype=torch.bfloat16, device_map="auto", trust_remote_code=True
 )
 print(pipe("The key to life is", max_new_tokens=20, do_sample=True)[0]["generated_text"])
 ```

@@ -99,7 +99,15 @@ def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:
 
     Args:
         scores: of the S steps, as `generate` returns them.
+
+    Raises:
+        ValueError: it is something else, as the whole output, or there are none.
     """
+    if not isinstance(scores, list | tuple) or not scores or not all(hasattr(step, "chosen") for step in scores):
+        raise ValueError(
+            "compute_patch_scores() takes outputs.scores of generate(..., return_dict_in_generate=True, "
+            "output_scores=True)."
+        )
     chosen_BS = torch.stack([step.chosen for step in scores], dim=1)
     weights_BS = torch.stack([step.weights.gather(1, step.chosen.clamp(min=0)[:, None])[:, 0] for step in scores], 1)
     return weights_BS.log().masked_fill(chosen_BS < 0, 0)

@@ -45,9 +45,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def writable(path: str) -> Path:
-    """For `type=` of an option that names a file to write: refused before any work where its folder is not there."""
+    """For `type=` of an option that names a file to write: refused before any work where it is a folder or has none to be in."""
     if not Path(path).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: its folder does not exist.")
+    if Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: is a folder; name a file.")
     return Path(path)
 
 

@@ -82,6 +82,8 @@ class Grammar:
             raise ValueError("A grammar is a json_schema or a regex: pass one of them.")
         if not isinstance(regex, str | None):
             raise ValueError(f"regex={regex!r}: must be a text.")
+        if not callable(tokenizer):
+            raise ValueError(f"tokenizer={tokenizer!r}: must be the model's tokenizer, as AutoTokenizer loads it.")
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no eos_token, with which a text that obeys a grammar ends.")
         try:

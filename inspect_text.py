@@ -361,8 +361,9 @@ def time_line(inspection: Inspection) -> str:
     total = inspection.seconds
     shares = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in by_part.items())
     other = 1 - sum(by_part.values()) / total
+    num_steps = "1 patch" if len(steps) == 1 else f"{len(steps)} patches"
     return (
-        f"{len(steps)} patches in {total:.2f} s: {shares}, other (this record among it) {other:.0%}. All candidates"
+        f"{num_steps} in {total:.2f} s: {shares}, other (this record among it) {other:.0%}. All candidates"
         " are decoded here: generate without scores is faster."
     )
 

@@ -123,8 +123,8 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("score() takes a text, a list of at least one text, or ids as a tensor (batch, length).")
-    if tokenizer is None:
-        raise ValueError("score() got text: pass tokenizer=..., or ids of shape (batch, length).")
+    if not callable(tokenizer):
+        raise ValueError("score() got text: pass tokenizer=..., the model's own, or ids of shape (batch, length).")
     rows = [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(list(texts))["input_ids"]]
     masks = [torch.ones_like(ids_L) for ids_L in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)

@@ -253,6 +253,22 @@ def _of_text(processor, prompt_length: int):
     return processor.after_prompt(prompt_length) if hasattr(processor, "after_prompt") else processor
 
 
+def checked_processors(processors) -> list:
+    """A caller's `logits_processor` as a list.
+
+    Raises:
+        ValueError: it is a single processor, or holds something that is none.
+    """
+    is_list = processors is None or isinstance(processors, list | tuple)
+    given = list(processors or []) if is_list else []
+    wrong = [each for each in given if not (callable(each) or hasattr(each, "after_prompt"))]
+    if not is_list or wrong:
+        raise ValueError(
+            f"logits_processor={processors!r}: must be a list of processors, as logits_processor=[processor]."
+        )
+    return given
+
+
 def stated_top_k(config: GenerationConfig) -> int | None:
     """A configuration's top-k; `None` where it is the default that nobody asked for."""
     is_asked_for = config.top_k != UNSTATED_TOP_K or getattr(config, "_asks_for_top_k", False)
@@ -440,12 +456,13 @@ class PatchGenerationMixin(_Base):
         settings = copy.copy(generation_config)
         settings.do_sample, settings.min_length, settings.min_new_tokens, settings.renormalize_logits = (False,) * 4
         make, allows = self._upstream._get_logits_processor, prefix_allowed_tokens_fn
+        given = checked_processors(logits_processor)
 
         def of_row(row: int, length: int) -> LogitsProcessorList:
             own = copy.copy(settings)
             own.max_length += length - input_ids_seq_length
             allowed = None if allows is None else partial(_allowed_in_row, allows, row)
-            custom = [_of_text(each, length) for each in logits_processor or []]
+            custom = [_of_text(each, length) for each in given]
             return make(own, length, None, allowed, LogitsProcessorList(custom), device)
 
         return of_row if of_row(0, max(input_ids_seq_length, 1)) else None  # an empty prompt begins with BOS
@@ -474,7 +491,7 @@ class PatchGenerationMixin(_Base):
         of_row = self._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=prompt_length,
-            logits_processor=LogitsProcessorList(logits_processor or []),
+            logits_processor=LogitsProcessorList(checked_processors(logits_processor)),
             device=torch.device("cpu") if self.device.type == "meta" else self.device,
         )
         return None if of_row is None else of_row(0, prompt_length)

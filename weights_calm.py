@@ -47,10 +47,10 @@ class Truncation(NamedTuple):
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         if not isinstance(self.top_k, numbers.Integral) or isinstance(self.top_k, bool) or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
+            raise ValueError(f"top_k={self.top_k!r}: must be a whole number of patches to keep, or 0 for all.")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if not (_is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name}={value}: must be a share, in [0, 1].")
+                raise ValueError(f"{name}={value!r}: must be a share, in [0, 1].")
 
 
 KEEP_ALL = Truncation()
@@ -64,7 +64,7 @@ def check_temperature(temperature: float) -> None:
     """Raise ValueError unless 0 < temperature <= 2."""
     if not (_is_number(temperature) and 0 < temperature <= HIGHEST_TEMPERATURE):
         raise ValueError(
-            f"temperature={temperature}: sampling needs a temperature in (0, {HIGHEST_TEMPERATURE:g}]; for the most "
+            f"temperature={temperature!r}: sampling needs a temperature in (0, {HIGHEST_TEMPERATURE:g}]; for the most "
             "frequent patch use do_sample=False."
         )
 
@@ -73,7 +73,7 @@ def check_num_candidates(num_candidates: int, temperature: float) -> None:
     """Raise ValueError unless `num_candidates` is a whole number of at least 1/temperature."""
     check_temperature(temperature)
     if not isinstance(num_candidates, numbers.Integral) or isinstance(num_candidates, bool) or num_candidates < 1:
-        raise ValueError(f"num_candidates={num_candidates}: it must be a positive whole number.")
+        raise ValueError(f"num_candidates={num_candidates!r}: it must be a positive whole number.")
     exponent = inverse_temperature(temperature)
     if num_candidates < exponent:
         least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"

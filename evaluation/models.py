@@ -38,7 +38,7 @@ def load_config(name: str) -> PretrainedConfig:
     Raises:
         OSError: there is none.
         MissingPackage: it is an adapter, and PEFT is not installed.
-        ValueError: it is an adapter that names no base.
+        ValueError: it is an adapter that names no base, or a configuration without model_type.
     """
     fields, _ = PretrainedConfig.get_config_dict(name)
     if not fields and (adapter := find_adapter_config_file(name)):
@@ -47,7 +47,12 @@ def load_config(name: str) -> PretrainedConfig:
     for config_class in (CALMConfig, CALMAutoencoderConfig):
         if fields.get("model_type") == config_class.model_type:
             return config_class.from_dict(fields)
-    return AutoConfig.from_pretrained(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except ValueError as error:
+        if "model_type" in fields or not str(error).startswith("Unrecognized model"):
+            raise
+        raise ValueError(f"{name}: its config.json names no model_type.") from error  # upstream names every one it has
 
 
 def _base_of(name: str, adapter: Path) -> str:

@@ -195,7 +195,7 @@ class Batcher:
             eos_tokens=frozenset([eos] if isinstance(eos, int) else eos),
             generator=generator,
             seed=seed,
-            processors=self.model.processors_of_text(len(own_ids), num_new_tokens, list(logits_processor), **rules),
+            processors=self.model.processors_of_text(len(own_ids), num_new_tokens, logits_processor, **rules),
             assembler=self._new_assembler(stop),
             on_piece=on_piece,
         )
@@ -240,6 +240,8 @@ class Batcher:
                 raise ValueError(f"The prompt is no text at character {error.start}: half a surrogate pair.") from None
             with self._tokenizing:  # a fast tokenizer is changed by calls with other settings
                 prompt = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        if not isinstance(prompt, Sequence | Tensor):
+            raise ValueError(f"prompt={prompt!r}: must be a text, or its ids.")
         ids: list[int] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)  # pyright: ignore
         last = self.model.config.vocab_size - 1
         for token in ids:
@@ -299,8 +301,8 @@ class Batcher:
         room = self.max_length - num_prompt_tokens
         num = max(room, 1) if asked is None and stated is None else stated if asked is None else asked
         assert num is not None
-        if num < 1:
-            raise ValueError(f"max_new_tokens={num}: must be at least 1.")
+        if not isinstance(num, int) or num < 1:
+            raise ValueError(f"max_new_tokens={num!r}: must be a whole number of at least 1.")
         if num > room:
             raise ValueError(
                 f"The prompt has {num_prompt_tokens} tokens, and max_new_tokens={num}: together they may be "

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -281,6 +282,14 @@ def test_the_space_asks_for_the_gradio_that_the_page_is_tested_with():
     import gradio
 
     assert app.SDK_VERSION == gradio.__version__
+
+
+def test_a_space_needs_the_model_s_tokenizer(tmp_path):
+    for file in [*ROOT.glob("*_calm*.py"), ROOT / "config.json", ROOT / "model.safetensors"]:
+        shutil.copyfile(file, tmp_path / file.name)
+    with pytest.raises(app.CommandError, match="holds no tokenizer"):
+        app.write_space(tmp_path / "space", str(tmp_path))
+    assert not (tmp_path / "space").exists()
 
 
 def test_a_space_may_name_models_of_the_hub(tmp_path):

@@ -349,7 +349,13 @@ def test_texts_that_end_in_a_step_that_fails_are_told(monkeypatch, model):
 
 
 REFUSALS = [
-    ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0: must be a whole number of at least 1"),
+    ({"max_new_tokens": "9"}, "max_new_tokens='9': must be a whole number of at least 1"),
+    ({"temperature": "0.5"}, "temperature='0.5': sampling needs a temperature in"),
+    ({"logits_processor": max}, "max.*: must be a list of processors, as"),
+    ({"logits_processor": ["x"]}, "logits_processor=.'x'.: must be a list of processors, as"),
+    ({"prompt": 3}, "prompt=3: must be a text, or its ids"),
+    ({"prompt": None}, "prompt=None: must be a text, or its ids"),
     ({"max_new_tokens": 10**6}, "The prompt has 5 tokens, and max_new_tokens=1000000: together they may be"),
     ({"temperature": 2.5}, "temperature=2.5: sampling needs a temperature in"),
     ({"temperature": 1e-320}, "is too few for temperature=1e-320"),

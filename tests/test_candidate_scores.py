@@ -312,6 +312,12 @@ class TestPatchScores:
                 elif number < num - 1:
                     assert torch.equal(step.patches[row, step.chosen[row]], written_BSK[row, number])
 
+    def test_of_something_else_it_says_what_it_takes(self, model):
+        outputs = write(model)
+        for wrong in (outputs, outputs.scores[0], None, ()):
+            with pytest.raises(ValueError, match="takes outputs.scores of generate"):
+                model.compute_patch_scores(wrong)
+
     def test_of_tokens_there_are_none(self, model):
         outputs = write(model)
         with pytest.raises(ValueError, match="model.compute_patch_scores") as error:

@@ -293,6 +293,9 @@ def test_what_the_vocabulary_cannot_spell_is_refused():
 
 
 def test_tokenizers_that_do_not_fit_are_refused(some_tokenizer):
+    for none in (".", None):
+        with pytest.raises(ValueError, match="tokenizer=.*: must be the model's tokenizer, as AutoTokenizer loads it"):
+            Grammar(none, regex="a")
     with pytest.raises(ValueError, match="its decoder is unknown here .*Fuse"):
         Grammar(tiny_tokenizer(), regex="a")
     without_end = PreTrainedTokenizerFast(tokenizer_object=some_tokenizer.backend_tokenizer)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -188,6 +189,17 @@ def test_the_command_lists_patches_with_the_weights_at_several_temperatures(tiny
 )
 def test_what_is_wrong_is_one_sentence(tiny, capsys, options, message):
     assert message in refusal(capsys, inspect_text.main, tiny, "Hello", *options)
+
+
+def test_folders_in_place_of_a_file_or_a_model_are_refused(tiny, tmp_path, capsys):
+    assert "is a folder; name a file" in refusal(capsys, inspect_text.main, tiny, "--html", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    said = refusal(capsys, inspect_text.main, str(tmp_path))
+    assert said.strip() == f"{tmp_path}: its config.json names no model_type."
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    said = refusal(capsys, inspect_text.main, str(tmp_path))
+    assert said.strip() == f"{tmp_path}: no tokenizer can be read there."
 
 
 def test_a_page_that_fails_leaves_the_old_one(story, tmp_path, monkeypatch):

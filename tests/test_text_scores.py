@@ -325,7 +325,8 @@ def test_too_few_samples(num_samples):
 @pytest.mark.parametrize(
     "texts, options, message",
     [
-        (TEXT, {"tokenizer": None}, r"got text: pass tokenizer=\.\.\., or ids"),
+        (TEXT, {"tokenizer": None}, r"got text: pass tokenizer=\.\.\., the model's own, or ids"),
+        (TEXT, {"tokenizer": "."}, r"got text: pass tokenizer=\.\.\., the model's own, or ids"),
         ([], {}, "at least one text"),
         (None, {}, "takes a text"),
         ([TEXT, None], {}, "takes a text"),

@@ -501,3 +501,9 @@ def test_a_stop_string_and_a_rule_in_one_text(model):
         assert all(token < 30 for token in whole.tokens)
         stop = whole.text[9:11]
         assert batcher.submit("Hello", stop=stop, **ask).result(30).text == whole.text[: whole.text.index(stop)]
+
+
+@pytest.mark.parametrize("wrong", [lambda ids, scores: scores, ["x"], "x"], ids=["a function", "a list", "a text"])
+def test_what_is_no_list_of_processors_is_refused(model, wrong):
+    with pytest.raises(ValueError, match="logits_processor=.*: must be a list of processors, as logits_processor="):
+        model.generate(torch.tensor([PROMPT]), max_new_tokens=4, logits_processor=wrong)

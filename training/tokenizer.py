@@ -89,6 +89,10 @@ def load_tokenizer(where: str | Path):
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **given)
     except AttributeError as error:  # transformers 4.57, beside a Llama
         raise OSError(f"{where}: no tokenizer can be read there.") from error
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):  # which names every class there is
+            raise
+        raise OSError(f"{where}: no tokenizer can be read there.") from error
 
 
 def first_difference(theirs, ours, num_known: int) -> tuple[int, str | None, str | None] | None:
