@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def writable(path: str) -> Path:
-    """For `type=` of an option that names a file to write: refused before any work where it is a folder or has none to be in."""
+    """For `type=` of an option that names a file to write: refused before any work where it can be none."""
     if not Path(path).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: its folder does not exist.")
     if Path(path).is_dir():
