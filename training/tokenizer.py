@@ -90,7 +90,8 @@ def load_tokenizer(where: str | Path):
     except AttributeError as error:  # transformers 4.57, beside a Llama
         raise OSError(f"{where}: no tokenizer can be read there.") from error
     except ValueError as error:
-        if not str(error).startswith("Unrecognized configuration class"):  # which names every class there is
+        said = ("Unrecognized configuration class", "Couldn't instantiate the backend tokenizer")  # transformers 4, 5
+        if not str(error).startswith(said):
             raise
         raise OSError(f"{where}: no tokenizer can be read there.") from error
 
