@@ -125,7 +125,8 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("score() takes a text, a list of at least one text, or ids as a tensor (batch, length).")
     if not callable(tokenizer):
         raise ValueError("score() got text: pass tokenizer=..., the model's own, or ids of shape (batch, length).")
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(list(texts))["input_ids"]]
+    batch: Any = tokenizer(list(texts))
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in batch["input_ids"]]
     masks = [torch.ones_like(ids_L) for ids_L in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)
 

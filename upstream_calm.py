@@ -9,7 +9,7 @@ with those recorded for the supported versions. Axes: B batch, L tokens.
 import copy
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -468,7 +468,7 @@ class PatchGenerationMixin(_Base):
         return of_row if of_row(0, max(input_ids_seq_length, 1)) else None  # an empty prompt begins with BOS
 
     def processors_of_text(
-        self, prompt_length: int, max_new_tokens: int, logits_processor: list | None = None, **settings
+        self, prompt_length: int, max_new_tokens: int, logits_processor: Sequence | None = None, **settings
     ) -> LogitsProcessorList | None:
         """The logits processors of one text, as `generate` makes them; `None` if there are none.
 
