@@ -121,7 +121,7 @@ class TestTruncated:
             (Truncation(top_k=2.5), "top_k=2.5: must be a whole"),
             (Truncation(top_k=True), "top_k=True: must be a whole"),
             (Truncation(top_p=1.5), r"top_p=1.5: must be a share, in \[0, 1\]"),
-            (Truncation(top_p="all"), "top_p=all: must be a share"),
+            (Truncation(top_p="all"), "top_p='all': must be a share"),
             (Truncation(min_p=-0.1), "min_p=-0.1: must be a share"),
             (Truncation(min_p=math.nan), "min_p=nan: must be a share"),
         ],
