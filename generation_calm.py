@@ -363,18 +363,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
             call.streamer.end()
         return returned.result(texts.ids_BL, cache)
 
-    def next_patches(
-        self,
-        hidden_RD: Tensor,
-        sampling: PatchSampling,
-        generator: Randomness = None,
-        forbidden_KV: Tensor | None = None,
-        plan: BlockPlan | OneBlock | None = None,
-        radius: float | None = None,
-        rules: TokenRules | None = None,
-    ) -> Tensor:
+    def next_patches(self, hidden_RD: Tensor, sampling: PatchSampling, *options, **named_options) -> Tensor:
         """Chooses the next patch of each row given its last hidden state: token ids (R, K). See `choose_patches`."""
-        pool, index_R = self.choose_patches(hidden_RD, sampling, generator, forbidden_KV, plan, radius, rules)
+        pool, index_R = self.choose_patches(hidden_RD, sampling, *options, **named_options)
         return pool.tokens(pool.rows_B, index_R)
 
     def choose_patches(

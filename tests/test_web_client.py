@@ -11,15 +11,16 @@ import re
 import shutil
 import subprocess
 import threading
-import time
 from urllib.parse import urlencode
 
+import browser
 import pytest
+from browser import headless_browser, needs_browser
 from server_process import running_server, save_tiny_model
 
 CLIENT = "deep-chat@2.4.2"
 BUNDLE = "node_modules/deep-chat/dist/deepChat.bundle.js"
-NPM, BROWSER, DRIVER = (shutil.which(program) for program in ("npm", "chromium", "chromedriver"))
+NPM = shutil.which("npm")
 NPM_SECONDS, SECONDS = 120, 120
 UNREACHABLE = r"E(AI_AGAIN|NOTFOUND|CONN\w+|TIMEDOUT|NETUNREACH|HOSTUNREACH|RR_SOCKET_TIMEOUT|403|407|5\d\d)\b"
 SYSTEM, QUESTION = "Be brief.", "Hello there"
@@ -50,7 +51,7 @@ PAGE = """<!DOCTYPE html>
 pytest.importorskip("selenium", reason="selenium is not installed")
 pytestmark = [
     pytest.mark.skipif(NPM is None, reason="npm is not installed"),
-    pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed"),
+    needs_browser,
 ]
 
 
@@ -90,35 +91,18 @@ def page(bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with headless_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 def wait_for(what, is_so):
-    """Returns what `is_so` returns when that is true."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
+    """Returns what `is_so` returns when that is true; a connection that isn't there yet is waited for, too."""
+
+    def is_so_by_now():
         with contextlib.suppress(OSError):
-            if result := is_so():
-                return result
-        time.sleep(0.02)
-    raise AssertionError(f"not after {SECONDS} s: {what}")
+            return is_so()
+
+    return browser.wait_for(what, is_so_by_now, SECONDS)
 
 
 @pytest.fixture(scope="module")
