@@ -2,6 +2,7 @@
 # make app           set up, and a page on which the bundled model writes, at http://127.0.0.1:7860
 # make test          set up, and run every test
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
+# make test-newest   an installation without constraints, as users make it, and what they do first with it
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
 # make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; goes on where it was stopped
@@ -10,9 +11,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
+NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-compat test-gpu style figures demo-model experiments speed clean
+.PHONY: demo app test test-compat test-newest test-gpu style figures demo-model experiments speed clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -25,6 +27,13 @@ test: .venv/.full
 
 test-compat: .venv-compat/.full
 	$(COMPAT)/python -m pytest
+
+# Always from scratch, for what pip finds changes. torch alone is pinned: its default build is gigabytes.
+test-newest:
+	rm -rf build .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python -m pip install -q "$$(grep ^torch== constraints.txt)" ".[eval,serve,onnx]" pytest
+	$(NEWEST)/python -m pytest -o addopts=-q tests/test_plain_install.py
 
 test-gpu: .venv/.full
 	$(BIN)/python -m pytest -m gpu -n 0
@@ -53,7 +62,7 @@ speed: .venv/.full runs/k4-demo
 	$(BIN)/python -m calm.benchmarks.speed --demo runs/k4-demo --folder runs/speed
 
 clean:
-	rm -rf .venv .venv-compat *.egg-info
+	rm -rf .venv .venv-compat .venv-newest build *.egg-info
 
 # pyright, in an editor too, follows paths and not the import hook of an editable install: extraPaths names this link.
 .venv/.base: $(SOURCES) constraints.txt

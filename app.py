@@ -15,10 +15,11 @@ import tempfile
 from pathlib import Path
 
 from calm.command_line import CommandError, Parser, command, known_errors
+from calm.configuration_calm import TRANSFORMERS
 
 PROGRAM = "python -m calm.app"
 SDK_VERSION = "6.17.3"  # of gradio, with which the page is tested
-REQUIREMENTS = ("torch>=2.6", "transformers>=4.57.6,<6", "safetensors>=0.4.3", "accelerate>=1.1")
+REQUIREMENTS = ("torch>=2.6", TRANSFORMERS, "safetensors>=0.4.3", "accelerate>=1.1")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "LICENSE*")
 

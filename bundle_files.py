@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from calm.checkpoint_files import ConversionError, Repository, first_line, read_json
-from calm.configuration_calm import CALMConfig
+from calm.configuration_calm import TRANSFORMERS, CALMConfig
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 
@@ -38,6 +38,8 @@ pipe = pipeline(
 )
 print(pipe("The key to life is", max_new_tokens=20, do_sample=True)[0]["generated_text"])
 ```
+
+Needs `pip install "{transformers}" torch accelerate`.
 
 ## Where it comes from
 
@@ -91,7 +93,7 @@ def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
         if tokens[field] is None:
             raise ConversionError(f"{path} has no token for {field}_id {ids}.")
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # what both transformers 4.57 and 5 load
+        "tokenizer_class": "PreTrainedTokenizerFast",  # what every transformers loads
         **tokens,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -119,6 +121,7 @@ def model_card(name: str, config: CALMConfig, language_model: Repository, autoen
     links = [f"[{s.name}](https://huggingface.co/{s.name})" if s.is_on_hub else f"`{s.name}`" for s in sources]
     return MODEL_CARD.format(
         name=name,
+        transformers=TRANSFORMERS,
         base_models=f"base_model:\n{on_hub}" if on_hub else "",
         patch_size=config.patch_size,
         head_type=config.head_type,

@@ -181,7 +181,7 @@ def read_patch(
         input_ids=patches_BK,
         attention_mask=mask_B11P,
         position_ids=(place_1 - padding_B)[:, None],
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         **({"cache_position": place_1} if TAKES_CACHE_POSITION else {}),
     )

@@ -5,7 +5,10 @@ Numbers without another source are the published CALM ones (arXiv 2510.27688 and
 
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.utils import logging
+from transformers.utils.versions import require_version
 
+TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
 # head_type → class of the head. The heads enter themselves when modeling_calm.py imports them; until then nothing is
 # known of them here, and their rules are checked when the model is made.
 HEADS: dict[str, type] = {}
@@ -15,6 +18,24 @@ AUTO_MAP = {
     "AutoModel": "modeling_calm.CALMModel",
     "AutoModelForCausalLM": "modeling_calm.CALMForCausalLM",
 }
+
+
+def check_transformers() -> None:
+    """Warns once where transformers is newer than any that was tested.
+
+    Raises:
+        ImportError: it is older.
+    """
+    require_version(TRANSFORMERS.partition(",")[0], f'For CALM: pip install "{TRANSFORMERS}".')
+    try:
+        require_version(TRANSFORMERS)
+    except ImportError:
+        logging.get_logger(__name__).warning_once(
+            f'CALM is not tested with a transformers so new; if something fails: pip install "{TRANSFORMERS}".'
+        )
+
+
+check_transformers()
 
 
 def require(condition: bool, message: str) -> None:
@@ -169,7 +190,7 @@ class CALMConfig(LlamaConfig):
     model_type = "calm"
     # Upstream declares a property of the class, and its own models assign to it as here.
     sub_configs = {"autoencoder_config": CALMAutoencoderConfig}  # pyright: ignore[reportAssignmentType]
-    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state", "hidden_states", "attentions"]
     # Llama's plans would split the backbone alone, which is not tested here.
     base_model_tp_plan = None
     base_model_pp_plan = None

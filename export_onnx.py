@@ -114,7 +114,7 @@ class Backbone(nn.Module):
             input_ids=tokens.flatten(1),
             attention_mask=bias,
             position_ids=positions_BT.index_select(1, place_P),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return outputs.last_hidden_state, tensors_of(cache)
@@ -180,7 +180,7 @@ def backbone_graph(model: CALMForCausalLM) -> Graph:
         mask[0, :num_hidden] = 0  # as of a shorter text beside longer ones
         cache = cache_of(past)
         hidden = model.model(
-            input_ids=tokens.flatten(1), attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=tokens.flatten(1), attention_mask=mask, cache=cache, use_cache=True
         ).last_hidden_state
         made = dict(zip(graph.outputs, [hidden, *tensors_of(cache)], strict=True))
         graph.cases.append((dict(zip(graph.inputs, [tokens, mask, *past], strict=True)), made))

@@ -37,7 +37,7 @@ from .samplers_calm import (
 from .tables_calm import numbers_up_to
 from .texts_calm import GrowingTexts
 from .token_rules_calm import RulesOfTexts, TokenRules
-from .upstream_calm import GenerateCall, PatchGenerationMixin, stated_top_k
+from .upstream_calm import CACHE_ARGUMENT, GenerateCall, PatchGenerationMixin, stated_top_k
 from .virtual_tokens_calm import read_virtual_tokens
 from .weights_calm import Truncation, check_num_candidates, check_temperature, draw_weights
 
@@ -243,7 +243,7 @@ class Returned:
     def result(self, ids_BL: Tensor, cache: Cache | None) -> GenerateDecoderOnlyOutput | Tensor:
         if not self.is_dict:
             return ids_BL
-        fields: dict[str, Any] = {"sequences": ids_BL, "past_key_values": cache, "scores": self.scores, **self.states}
+        fields: dict[str, Any] = {"sequences": ids_BL, CACHE_ARGUMENT: cache, "scores": self.scores, **self.states}
         return GenerateDecoderOnlyOutput(**fields)
 
 
@@ -305,7 +305,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         inputs = {name: x.to(self.device) for name, x in inputs.items()}  # an offloaded model returns what it is given
         if bool(inputs["attention_mask"].all()):
             inputs["attention_mask"] = None  # a mask that hides nothing takes operations in every step
-        cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
+        cache = model_kwargs.get(CACHE_ARGUMENT) if model_kwargs.get("use_cache", True) else None
         returned = Returned(generation_config)
         put_scores = getattr(call.streamer, "put_scores", None)
         rules = None
@@ -331,7 +331,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 continue
             outputs = self(
                 **inputs,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=cache is not None,
                 **{f"output_{name}": True for name in returned.states},
             )
@@ -487,7 +487,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
         for i, chunk in enumerate(chunks, start=1):
             mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : past + i * patches]
-            self(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
+            self(input_ids=chunk, attention_mask=mask, cache=cache, use_cache=True)
         return {**inputs, "input_ids": last}
 
     @staticmethod

@@ -39,7 +39,7 @@ from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .token_flow_head_calm import TokenFlowHead  # noqa: F401
 from .token_rules_calm import TokenRules  # noqa: F401
-from .upstream_calm import OffloadableModel
+from .upstream_calm import CACHE_ARGUMENT, OffloadableModel
 from .virtual_tokens_calm import read_virtual_tokens  # noqa: F401
 from .weights_calm import check_temperature  # noqa: F401
 
@@ -56,15 +56,19 @@ class CALMOutputWithPast(ModelOutput):
     Args:
         loss: mean head loss over the counted target patches.
         last_hidden_state (`(B, P, D)`): position p is the context of patch p + 1.
-        past_key_values: cache over patches.
+        cache: over patches; `past_key_values` is its name before transformers 5.24.
         hidden_states, attentions: of every layer, on request.
     """
 
     loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        return self.cache
 
     @property
     def logits(self):
@@ -74,7 +78,7 @@ class CALMOutputWithPast(ModelOutput):
     def __getitem__(self, key):
         if key == "logits":
             raise KeyError(NO_LOGITS)
-        return super().__getitem__(key)
+        return super().__getitem__("cache" if key == "past_key_values" else key)
 
 
 class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
@@ -122,9 +126,10 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -133,12 +138,13 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             attention_mask (`(B, L)` or `(B, P)`, past included): by token or by patch; a patch is attended to when
                 any of its tokens is. The cached part alone may be by patch, as prefix tuning's virtual tokens are.
             position_ids (`(B, P)`): positions of patches; by default they count the patches attended to.
-            past_key_values: cache over patches.
+            cache: over patches.
             inputs_embeds (`(B, L, D)`): token embeddings in place of ids.
             use_cache: whether to make a cache where none is given, as in Llama.
+            past_key_values: the cache by its name before transformers 5.24.
 
         Raises:
-            ValueError: L is no multiple of K, or a mask or positions of another length.
+            ValueError: two caches, L is no multiple of K, or a mask or positions of another length.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
@@ -148,7 +154,11 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
                 "whole numbers of shape (batch, length)."
             )
         patches = self.embed_patches(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past_key_values is not None:
+            if cache is not None:
+                raise ValueError("cache and past_key_values are one argument: pass one of them.")
+            cache = past_key_values
+        past = cache.get_seq_length() if cache is not None else 0
         attention_mask = self.patch_mask(attention_mask, past + patches.shape[1], past)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -161,8 +171,8 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
                 inputs_embeds=patches,
                 attention_mask=attention_mask,
                 position_ids=position_ids,  # pyright: ignore[reportArgumentType] (upstream: LongTensor)
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_ARGUMENT: cache},
                 **kwargs,
             )
 
@@ -235,12 +245,13 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CALMOutputWithPast:
         """Embeds patches, runs the backbone, and with labels scores the head against the next patches.
@@ -249,7 +260,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             input_ids: as in `CALMModel`, like the next four.
             attention_mask: by token or by patch.
             position_ids: of patches.
-            past_key_values: cache over patches.
+            cache: over patches.
             inputs_embeds: token embeddings in place of ids.
             labels (`(B, L)`): the ids at the same positions as the input (they are shifted here, by one patch). A
                 patch is a target when it isn't the first and none of its labels is −100.
@@ -257,11 +268,13 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             num_items_in_batch: number of labels that are not −100 in the whole accumulated batch. Exact when the
                 collator sets each row's first patch and its partial patches to −100.
             generator: randomness of the loss.
+            past_key_values: the cache by its name before transformers 5.24.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if use_cache is None and labels is not None else use_cache,
@@ -273,7 +286,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         return CALMOutputWithPast(
             loss=loss,
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            cache=getattr(outputs, CACHE_ARGUMENT),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 from .configuration_calm import CALMConfig
@@ -31,6 +32,14 @@ if TYPE_CHECKING:  # the class that the hooks are mixed into is a model, too
     class _Base(PreTrainedModel, GenerationMixin): ...
 else:
     _Base = GenerationMixin
+
+
+def cache_argument(forward: Callable) -> str:
+    """The name of a forward's argument for its cache: "cache", or "past_key_values" before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+CACHE_ARGUMENT = cache_argument(LlamaModel.forward)  # upstream's, in calls, outputs and the arguments of generate()
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ BEAMS = "beam search alone reads it, and that is refused"
 ASSISTANTS = "assisted generation alone reads it, and that is refused"
 METADATA = "says where the configuration comes from"
 
-# Every field in transformers 4.57.6 and 5.23.0.
+# Every field in transformers 5.17.0 and 5.24.0.
 GENERATION_SETTINGS = {
     "do_sample": _used(CHOICE),
     "temperature": _used(CHOICE),
@@ -100,7 +109,6 @@ GENERATION_SETTINGS = {
     "output_attentions": _used(OUTPUT),
     "output_hidden_states": _used(OUTPUT),
     "return_dict_in_generate": _used(OUTPUT),
-    "return_legacy_cache": _used(OUTPUT),
     "renormalize_logits": _harmless("changes no argmax"),
     "compile_config": _used(COMPILE),
     "disable_compile": _used(COMPILE),
@@ -204,6 +212,8 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 class OffloadableModel(PreTrainedModel):
     """A model that knows what upstream's doesn't when weights are offloaded."""
+
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # its layers place it
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -387,11 +397,11 @@ class PatchGenerationMixin(_Base):
                 "generate() got inputs_embeds: CALM packs token ids into patches and feeds generated ids back, so "
                 "pass input_ids instead."
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_ARGUMENT)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                "generate() got a filled past_key_values: how a prompt is cut into patches depends on its whole "
-                "length, so pass the whole prompt without a cache."
+                "generate() got a filled cache: how a prompt is cut into patches depends on its whole "
+                "length, so pass the whole prompt without it."
             )
         inputs, name, model_kwargs = self._upstream._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         inputs = checked_ids(inputs, model_kwargs.get("attention_mask"), self.config.vocab_size)
@@ -438,6 +448,8 @@ class PatchGenerationMixin(_Base):
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         prepared, model_kwargs = self._upstream._prepare_generation_config(generation_config, *args, **kwargs)
         prepared._asks_for_top_k = "top_k" in kwargs
+        if "cache" in model_kwargs:  # before 5.24, upstream would make another
+            model_kwargs[CACHE_ARGUMENT] = model_kwargs.pop("cache")
         return prepared, model_kwargs
 
     def _get_logits_processor(  # type: ignore[override]  # handed to `_sample` alone

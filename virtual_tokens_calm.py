@@ -81,7 +81,7 @@ def read_virtual_tokens(
         raise ValueError(f"compile_config: {NEEDS_CACHE} before the padding, which compiled steps don't know.")
     prompt = adapter_of(model).get_prompt(batch_size=len(inputs["input_ids"]), task_ids=task_ids)
     if isinstance(prompt, Tensor):
-        model(inputs_embeds=prompt.to(model.dtype), past_key_values=cache, use_cache=True)
+        model(inputs_embeds=prompt.to(model.dtype), cache=cache, use_cache=True)
     else:
         place = torch.arange(num_patches, device=inputs["input_ids"].device)
         for index, layer in enumerate(prompt.layers):

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache
 
+from calm.upstream_calm import cache_argument
+
 
 class BlockReader(Protocol):
     """What an estimator needs from a model.
@@ -79,10 +81,8 @@ class CausalLMReader(TreeReader):
     """Any Hugging Face causal LM whose attention takes a 4D mask; units are tokens, states are logits."""
 
     def _forward(self, tokens_BN, mask, position_ids, cache):
-        out = self.model(
-            input_ids=tokens_BN, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
-        return out.logits
+        inputs = {"attention_mask": mask, "position_ids": position_ids, cache_argument(self.model.forward): cache}
+        return self.model(input_ids=tokens_BN, use_cache=True, **inputs).logits
 
 
 class CalmReader(TreeReader):
@@ -93,7 +93,7 @@ class CalmReader(TreeReader):
             input_ids=tokens_BNK.flatten(1),
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return out.last_hidden_state

@@ -95,7 +95,7 @@ class Engine:
             input_ids=patches_RPK.flatten(1).to(self.device),
             attention_mask=self._cache.mask(self.model.dtype),
             position_ids=places_RP,
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
         ).last_hidden_state
 

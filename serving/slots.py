@@ -14,7 +14,7 @@ FIRST_CAPACITY = 64  # patches a slot; doubled as it is needed
 
 
 class SlotCache(Cache):
-    """Say which rows and places a forward pass is for with `aim`, then hand it over as `past_key_values`."""
+    """Say which rows and places a forward pass is for with `aim`, then hand it over as `cache`."""
 
     def __init__(self):
         super().__init__(layers=[])

@@ -27,6 +27,7 @@ NOT_OURS = re.compile(
     r"(it|B)/s\]"  # progress bars
     r"|^Device set to use"  # the pipeline
     r"|`torch_dtype` is deprecated"  # an argument of the model card's snippet
+    r"|Passing `generation_config` together with"  # the pipeline of transformers 5.17
     r"|^Failed to load CPU gemm_4bit_forward"  # bitsandbytes, which peft imports where it is installed
     r"|^Failed to load \S*/torchao/|^W\d+ .*torch/utils/_pytree\.py"  # torchao, which transformers imports where it is
 )

@@ -266,7 +266,6 @@ def test_the_tokenizer_pads_on_the_left_with_the_models_pad_token(shop):
     assert batch["input_ids"][0].tolist() == [95, 95, *batch["input_ids"][1, :3].tolist()]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 95)
     assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "abc"
-    # transformers 5 would name a class that 4.57 does not know
     written = json.loads((shop.output / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
 

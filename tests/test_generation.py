@@ -440,7 +440,7 @@ def test_more_refusals(monkeypatch, model):
     with pytest.raises(ValueError, match="no assisted generation"):
         generate(model, assistant_model=model)
     cache = model(PROMPT[:, :4], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="filled past_key_values"):
+    with pytest.raises(ValueError, match="filled cache"):
         generate(model, past_key_values=cache)
     with pytest.raises(NotImplementedError, match="no continuous batching"):
         model.generate_batch([[1, 2]])

@@ -8,17 +8,22 @@ version than those recorded is compared with the nearest older one: what it name
 import ast
 import re
 
+import pytest
 import transformers
 import upstream_contacts
 from model_copies import ROOT
 from packaging.version import Version
 from transformers import GenerationMixin, Trainer
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.utils import logging
 from upstream_contacts import differences, found_contacts, inner_names, overrides, read_records
 
+from calm.configuration_calm import TRANSFORMERS, check_transformers
 from calm.generation_calm import CALMGenerationMixin
 from calm.modeling_calm import CALMForCausalLM
 from calm.upstream_calm import GENERATION_SETTINGS, PatchGenerationMixin
+
+RANGE = re.compile(r"transformers>=[\d.]+,<[\d.]+")
 
 
 def nearest(versions, installed):
@@ -44,9 +49,9 @@ def test_both_supported_versions_are_recorded():
 
 
 def test_the_nearest_record():
-    versions = ["4.57.6", "5.23.0"]
-    found = [nearest(versions, installed) for installed in ("4.56.0", "4.57.6", "5.9.1", "5.23.0", "5.24.0")]
-    assert found == ["4.57.6", "4.57.6", "4.57.6", "5.23.0", "5.23.0"]
+    versions = ["5.9.0", "5.10.0"]
+    found = [nearest(versions, installed) for installed in ("5.8.0", "5.9.0", "5.9.1", "5.10.0", "5.11.0")]
+    assert found == ["5.9.0", "5.9.0", "5.9.0", "5.10.0", "5.10.0"]
 
 
 def test_a_change_is_named():
@@ -114,7 +119,7 @@ def test_the_loop_s_file_has_no_inner_parts_of_upstream():
 
 
 def test_the_model_is_one_that_generates():
-    """transformers 4.57 looks for "GenerationMixin" among the names of the bases, and would add it where it isn't."""
+    """transformers looks for "GenerationMixin" among the names of the bases, and would add it where it isn't."""
     assert CALMForCausalLM.can_generate() and issubclass(CALMForCausalLM, GenerationMixin)
     assert add_generation_mixin_to_remote_model(CALMForCausalLM) is CALMForCausalLM
 
@@ -124,3 +129,41 @@ def test_the_table_of_settings_has_no_field_that_neither_version_has():
         name for contacts in read_records().values() for name in contacts["GenerationConfig"]["signature"].split(", ")
     }
     assert set(GENERATION_SETTINGS) == recorded
+
+
+class TestRange:
+    def test_it_ends_where_the_tests_end(self):
+        oldest, newest = sorted(map(Version, read_records()))
+        assert f"transformers>={oldest.major}.{oldest.minor},<{newest.major}.{newest.minor + 1}" == TRANSFORMERS
+
+    def test_it_is_the_same_wherever_it_is_stated(self):
+        stated = {path.name: RANGE.findall(path.read_text()) for path in (ROOT / "setup.cfg", *ROOT.glob("*.md"))}
+        assert stated["setup.cfg"] and stated["README.md"]
+        assert {each for found in stated.values() for each in found} == {TRANSFORMERS}
+
+    @pytest.mark.parametrize("version", ["4.57.6", "5.16.1"])
+    def test_an_older_version_is_an_error(self, version, monkeypatch):
+        monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+        with pytest.raises(ImportError, match=f'found transformers=={version}.\n.*pip install "{TRANSFORMERS}"'):
+            check_transformers()
+
+    @pytest.mark.parametrize("version, warnings", [("5.17.0", 0), ("5.24.9", 0), ("5.25.0", 1), ("6.0.0", 1)])
+    def test_a_newer_version_is_warned_of(self, version, warnings, monkeypatch):
+        heard = []
+        monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+        monkeypatch.setattr(logging.get_logger("calm.configuration_calm"), "warning_once", heard.append, raising=False)
+        check_transformers()
+        assert len(heard) == warnings and all(TRANSFORMERS in text for text in heard)
+
+
+def test_the_cache_s_new_name_would_have_been_named():
+    """transformers 5.24 renamed an argument and a field that no override has: what we import has a record, too."""
+    records = read_records()
+    old, new = (records[version] for version in sorted(records, key=Version))
+    changed = [name for name in old if name in new and "past_key_values" in old[name]["signature"]]
+    assert {
+        "transformers.models.llama.modeling_llama.LlamaModel.forward",
+        "transformers.modeling_outputs.BaseModelOutputWithPast.__init__",
+        "transformers.generation.utils.GenerateDecoderOnlyOutput.__init__",
+    } <= set(changed)
+    assert len(differences({name: old[name] for name in changed}, new)) >= len(changed)

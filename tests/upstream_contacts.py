@@ -3,10 +3,10 @@
     python tests/upstream_contacts.py      records the installed version in upstream_contacts.json
 
 A contact is (1) an attribute that one of our classes defines over a class of transformers, (2) a name with a leading
-underscore that our code reads and transformers defines, (3) a function that we import from one of its submodules, or
-(4) the fields of `GenerationConfig`. Of each, the signature (names, kinds, defaults; the
-value of a plain attribute) and the places in transformers' source that use it are found: those that call it, read it,
-import it, or name it in a string.
+underscore that our code reads and transformers defines, (3) what our code imports: a function, the `__init__` of a
+class (an output's has its fields), the `forward` of a module, or (4) the fields of `GenerationConfig`. Of each, the
+signature (names, kinds, defaults; the value of a plain attribute) is found, and of (1) and (2) the places in
+transformers' source that use it: those that call it, read it, import it, or name it in a string.
 """
 
 import ast
@@ -16,6 +16,7 @@ import inspect
 import json
 import textwrap
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -182,15 +183,23 @@ def inner_names(sources: list[ast.Module]) -> set[str]:
     return {name for name in inner if not hasattr(torch.nn.Module(), name)}  # torch's
 
 
-def imported_functions(sources: list[ast.Module]) -> dict[str, object]:
-    """Functions that we import from a submodule of transformers, by their whole names."""
+def imported_callables(sources: list[ast.Module]) -> dict[str, object]:
+    """What we import from transformers, by whole name: functions; of classes `__init__`, of modules `forward` too."""
     found = {}
     for node in (node for tree in sources for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
-        if (node.module or "").startswith("transformers.") and not node.module.startswith("transformers.cli."):
-            for alias in node.names:
-                value = inspect.unwrap(getattr(importlib.import_module(node.module), alias.name, None))
-                if inspect.isfunction(value) or value is None:
-                    found[f"{node.module}.{alias.name}"] = value
+        root, _, rest = (node.module or "").partition(".")
+        if root != "transformers" or rest.startswith("cli."):
+            continue
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"
+            value = getattr(importlib.import_module(node.module), alias.name, None)
+            if isinstance(value, type) and not issubclass(value, Enum):
+                for part in ("__init__", "forward"):
+                    base = next((base for base in value.__mro__ if is_upstream(base) and part in vars(base)), None)
+                    if base is not None:
+                        found[f"{name}.{part}"] = vars(base)[part]
+            elif callable(value) or value is None:
+                found[name] = value
     return found
 
 
@@ -200,6 +209,8 @@ def signature(value) -> str:
         return "a property"
     if isinstance(value, staticmethod | classmethod):
         return f"{type(value).__name__} {signature(value.__func__)}"
+    if callable(value):
+        value = inspect.unwrap(value)
     if not inspect.isfunction(value):
         return repr(value)
     given, nothing = inspect.signature(value), inspect.Parameter.empty
@@ -227,7 +238,7 @@ def found_contacts() -> dict[str, dict]:
     for name in inner_names(sources) & uses.defined:
         base = next((base for base in bases if name in vars(base)), None)
         note(name if base is None else f"{base.__name__}.{name}", signature(vars(base)[name]) if base else "", name)
-    for contact, value in imported_functions(sources).items():
+    for contact, value in imported_callables(sources).items():
         contacts[contact] = {"signature": "is not there" if value is None else signature(value), "used by": []}
     note("GenerationConfig", ", ".join(generation_fields()), "__init__")
     return dict(sorted(contacts.items()))

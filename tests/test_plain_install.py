@@ -1,0 +1,131 @@
+"""What a user does first with an installed package, outside the checkout, on the bundled model.
+
+`make test-newest` runs this file in an environment that pip made without constraints, torch's apart; the other test
+commands run it with the newest and the oldest transformers that are supported. A name that upstream has deprecated
+may not be used: it says so on stderr.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import fresh_process
+import pytest
+from model_copies import PROMPT, ROOT
+from server_process import running_server
+
+PROMPTS = ["Once upon a time", "The dog ran"]  # of different lengths: the second is padded in a batch
+
+
+def deprecations(printed):
+    return [line for line in fresh_process.FreshCall(None, printed).complaints if "deprecated" in line]
+
+
+def text_of_snippet(snippet):
+    """In a fresh process: runs a snippet that prints the outputs of a pipeline, and returns their text."""
+    printed = []
+    exec(snippet, {"print": printed.append})
+    ((output,),) = printed
+    return output["generated_text"]
+
+
+def test_pipeline_of_the_readme(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import torch\nfrom transformers import pipeline\n.*?)```", text, re.DOTALL)
+    assert snippet.count('MODEL = "."') == 1
+    snippet = snippet.replace('MODEL = "."', f"MODEL = {str(ROOT)!r}")
+    called = fresh_process.call(text_of_snippet, tmp_path, snippet=snippet)
+    assert called.result.startswith(PROMPT) and len(called.result) > len(PROMPT)
+    assert deprecations(called.stderr) == []
+
+
+def calls_of_a_model(folder, prompts):
+    """In a fresh process: a model's greedy texts, each obtained in several ways, hidden states and a loss."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+    class Streamed(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.text += text
+
+    def write(*texts, **settings):
+        inputs = tokenizer(list(texts), return_tensors="pt", padding=True)
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, **settings)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    streamer = Streamed(tokenizer, skip_special_tokens=True)
+    write(prompts[0], streamer=streamer)
+    ids = tokenizer(prompts[0], return_tensors="pt").input_ids[:, :4]
+
+    def in_two_parts(argument, read):
+        first = model(ids[:, :2], use_cache=True)
+        rest = model(ids[:, 2:], **{argument: read(first)})
+        return torch.cat([first.last_hidden_state, rest.last_hidden_state], dim=1)
+
+    whole = model(ids, labels=ids, generator=torch.Generator().manual_seed(0))
+    parts = [
+        in_two_parts("cache", lambda output: output.cache),
+        in_two_parts("past_key_values", lambda output: output.past_key_values),
+        in_two_parts("past_key_values", lambda output: output["past_key_values"]),
+    ]
+    return {
+        "alone": [write(prompt)[0] for prompt in prompts],
+        "together": write(*prompts),
+        "static cache": write(*prompts, cache_implementation="static"),
+        "streamed": streamer.text,
+        "loss": whole.loss.item(),
+        "distances": [(part - whole.last_hidden_state).abs().max().item() for part in parts],
+    }
+
+
+def test_a_model_s_calls(tmp_path):
+    called = fresh_process.call(calls_of_a_model, tmp_path, folder=str(ROOT), prompts=PROMPTS)
+    result = called.result
+    assert all(len(text) > len(prompt) + 12 for text, prompt in zip(result["alone"], PROMPTS, strict=True))
+    assert result["together"] == result["static cache"] == result["alone"]
+    assert result["streamed"] == result["alone"][0]
+    assert math.isfinite(result["loss"])
+    assert max(result["distances"]) < 1e-4
+    assert called.complaints == []
+
+
+def run(folder, module, *arguments):
+    """Runs a command of the installed package in a folder outside the checkout."""
+    words = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert deprecations(done.stderr) == []
+
+
+def test_brierlm(tmp_path):
+    pytest.importorskip("datasets", reason="datasets (extra [eval]) is not installed")
+    story = "Once upon a time there was a little girl named Lily. She loved to play with her toys."
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": story}) for _ in range(8)))
+    command = "calm.evaluation.brier_lm", "--model", ROOT, "--data", "text.jsonl", "--block_size", 32
+    run(tmp_path, *command, "--json", "scores.json")
+    (scores,) = json.loads((tmp_path / "scores.json").read_text())
+    assert 0.1 < scores["brier"][0] < 1  # in training's style, so the demo foresees its tokens
+
+
+def test_server(tmp_path):
+    with running_server(ROOT, tmp_path) as server:
+        status, answer = server.post("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 8, "seed": 0})
+        assert status == 200 and answer["usage"]["completion_tokens"] == 8 and answer["choices"][0]["text"]
+    assert deprecations(server.log.read_text()) == []
+
+
+def test_onnx_export(tmp_path):
+    """The command compares the graphs with the model by itself."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} (extra [onnx]) is not installed")
+    run(tmp_path, "calm.export_onnx", ROOT, "--output", "exported")
+    words = [sys.executable, "exported/generate.py", PROMPTS[0], "--max_new_tokens", "8"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith(PROMPTS[0]), done.stderr
