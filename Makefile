@@ -2,7 +2,7 @@
 # make app           set up, and a page on which the bundled model writes, at http://127.0.0.1:7860
 # make test          set up, and run every test
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
-# make test-newest   an installation without constraints, as users make it, and what they do first with it
+# make test-newest   a plain installation without constraints, and what users do first with it
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
 # make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; goes on where it was stopped

@@ -12,6 +12,7 @@ from transformers import CompileConfig, pipeline
 
 from calm.candidate_scores_calm import NO_TOKEN, CandidateScores, RecordedPool, compute_patch_scores
 from calm.generation_calm import PatchSampling
+from calm.upstream_calm import CACHE_ARGUMENT
 from calm.weights_calm import draw_weights
 
 PROMPT = torch.tensor([[BOS, 5, 6, 7, 8], [PAD, PAD, BOS, 9, 10], [BOS, 7, 7, 8, 9]])
@@ -329,7 +330,7 @@ class TestPatchScores:
 class TestReturned:
     def test_like_upstream_s_outputs(self, model):
         outputs = write(model)
-        assert list(outputs.keys()) == ["sequences", "scores", "past_key_values"]
+        assert list(outputs.keys()) == ["sequences", "scores", CACHE_ARGUMENT]
         assert outputs[0] is outputs.sequences is outputs["sequences"] and outputs[1] is outputs.scores
         assert outputs.logits is None and outputs.to_tuple()[1] is outputs.scores
         assert isinstance(outputs.scores[0], CandidateScores) and outputs.scores[0].patches.dtype == torch.long
