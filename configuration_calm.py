@@ -31,7 +31,7 @@ def check_transformers() -> None:
         require_version(TRANSFORMERS)
     except ImportError:
         logging.get_logger(__name__).warning_once(
-            f'CALM is not tested with a transformers so new; if something fails: pip install "{TRANSFORMERS}".'
+            f'CALM has not been tested with a transformers so new. If something fails: pip install "{TRANSFORMERS}".'
         )
 
 

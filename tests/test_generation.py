@@ -12,6 +12,7 @@ import transformers
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model, tiny_tokenizer
 from transformers import (
     CompileConfig,
+    DynamicCache,
     GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -429,6 +430,13 @@ def test_generate_refuses_before_any_work(monkeypatch, model, kwargs, sentence):
     inputs = {} if "inputs_embeds" in kwargs else {"inputs": PROMPT}
     with pytest.raises(ValueError, match=sentence):
         model.generate(**{**inputs, **FAST, "max_new_tokens": 4, **kwargs})
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_an_empty_cache_is_filled(model, name):
+    settings, cache = {"max_new_tokens": 8, **NO_EOS}, DynamicCache()
+    assert torch.equal(generate(model, **settings, **{name: cache}), generate(model, **settings))
+    assert cache.get_seq_length() == 3  # two patches of prompt and the first new one
 
 
 def test_more_refusals(monkeypatch, model):

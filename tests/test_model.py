@@ -55,16 +55,26 @@ def test_attention_backends_agree_with_eager(attention):
     torch.testing.assert_close(hidden[attention][1], hidden["eager"][1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
-def test_cache_equals_no_cache():
+def test_cache_equals_no_cache(name):
     model, ids = tiny_model(), some_ids()
     whole = model(ids).last_hidden_state
     first = model(ids[:, :16], use_cache=True)
-    cache, parts = first.past_key_values, [first.last_hidden_state]
+    cache, parts = getattr(first, name), [first.last_hidden_state]
+    assert first[name] is cache
     for start in (16, 20):
-        output = model(ids[:, start : start + 4], past_key_values=cache, use_cache=True)
+        output = model(ids[:, start : start + 4], **{name: cache}, use_cache=True)
         parts.append(output.last_hidden_state)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_two_caches_are_an_error():
+    model, ids = tiny_model(), some_ids()
+    cache = model(ids, use_cache=True).cache
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="pass one of them"):
+            part(ids, cache=cache, past_key_values=cache)
 
 
 @torch.no_grad()
