@@ -27,7 +27,8 @@ NOT_OURS = re.compile(
     r"(it|B)/s\]"  # progress bars
     r"|^Device set to use"  # the pipeline
     r"|`torch_dtype` is deprecated"  # an argument of the model card's snippet
-    r"|Passing `generation_config` together with"  # the pipeline of transformers 5.17
+    r"|Passing `generation_config` together with|Both `max_new_tokens`"  # the pipeline of transformers 5.17
+    r"|Ignoring clean_up_tokenization_spaces=True"  # the same
     r"|^Failed to load CPU gemm_4bit_forward"  # bitsandbytes, which peft imports where it is installed
     r"|^Failed to load \S*/torchao/|^W\d+ .*torch/utils/_pytree\.py"  # torchao, which transformers imports where it is
 )

@@ -157,7 +157,7 @@ class TestRange:
 
 
 def test_the_cache_s_new_name_would_have_been_named():
-    """transformers 5.24 renamed an argument and a field that no override has: what we import has a record, too."""
+    """transformers 5.24 renamed an argument and two fields of outputs: the records name each of them."""
     records = read_records()
     old, new = (records[version] for version in sorted(records, key=Version))
     changed = [name for name in old if name in new and "past_key_values" in old[name]["signature"]]
