@@ -184,22 +184,21 @@ def inner_names(sources: list[ast.Module]) -> set[str]:
 
 
 def imported_callables(sources: list[ast.Module]) -> dict[str, object]:
-    """What we import from transformers, by whole name: functions; of classes `__init__`, of modules `forward` too."""
+    """What we import from transformers: functions by whole name, and "Class.__init__", "Class.forward" of classes."""
     found = {}
     for node in (node for tree in sources for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
         root, _, rest = (node.module or "").partition(".")
         if root != "transformers" or rest.startswith("cli."):
             continue
         for alias in node.names:
-            name = f"{node.module}.{alias.name}"
             value = getattr(importlib.import_module(node.module), alias.name, None)
             if isinstance(value, type) and not issubclass(value, Enum):
                 for part in ("__init__", "forward"):
                     base = next((base for base in value.__mro__ if is_upstream(base) and part in vars(base)), None)
                     if base is not None:
-                        found[f"{name}.{part}"] = vars(base)[part]
+                        found[f"{base.__name__}.{part}"] = vars(base)[part]
             elif callable(value) or value is None:
-                found[name] = value
+                found[f"{node.module}.{alias.name}"] = value
     return found
 
 
@@ -239,7 +238,8 @@ def found_contacts() -> dict[str, dict]:
         base = next((base for base in bases if name in vars(base)), None)
         note(name if base is None else f"{base.__name__}.{name}", signature(vars(base)[name]) if base else "", name)
     for contact, value in imported_callables(sources).items():
-        contacts[contact] = {"signature": "is not there" if value is None else signature(value), "used by": []}
+        shape = "is not there" if value is None else signature(value)
+        contacts.setdefault(contact, {"signature": shape, "used by": []})
     note("GenerationConfig", ", ".join(generation_fields()), "__init__")
     return dict(sorted(contacts.items()))
 
