@@ -213,8 +213,6 @@ def execution_device(module: nn.Module) -> torch.device | None:
 class OffloadableModel(PreTrainedModel):
     """A model that knows what upstream's doesn't when weights are offloaded."""
 
-    _skip_keys_device_placement = ["cache", "past_key_values"]  # its layers place it
-
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """Where inputs belong. Offloaded weights are on "meta" between their layers' forwards; pipelines, and callers

@@ -80,8 +80,12 @@ class TreeReader:
 class CausalLMReader(TreeReader):
     """Any Hugging Face causal LM whose attention takes a 4D mask; units are tokens, states are logits."""
 
+    def __init__(self, model):
+        super().__init__(model)
+        self.cache_argument = cache_argument(model.forward)
+
     def _forward(self, tokens_BN, mask, position_ids, cache):
-        inputs = {"attention_mask": mask, "position_ids": position_ids, cache_argument(self.model.forward): cache}
+        inputs = {"attention_mask": mask, "position_ids": position_ids, self.cache_argument: cache}
         return self.model(input_ids=tokens_BN, use_cache=True, **inputs).logits
 
 
