@@ -90,6 +90,9 @@ def test_torchao(tmp_path, head_type, config):
         tmp_path, quantization_config=TorchAoConfig(config), device_map="cpu", dtype=torch.float32
     )
     check(loaded, model)
+    loaded.save_pretrained(tmp_path / "small")
+    again = CALMForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
+    assert text_and_loss(again) == text_and_loss(loaded)
 
 
 def first_linear(module):
