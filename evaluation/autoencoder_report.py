@@ -133,7 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     statistics = posterior_statistics(*posterior(autoencoder, patches_PK))
     print(report(rows, statistics, len(patches_PK)))
     if args.json:
-        args.json.write_text(json.dumps({**statistics, "patches": len(patches_PK), "noise": rows}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({**statistics, "patches": len(patches_PK), "noise": rows}, indent=2) + "\n", encoding="utf-8"
+        )
     if args.plot:
         write_plot(args.plot, rows, statistics["posterior_sigma"])
 

@@ -82,7 +82,7 @@ def table(scores: dict[str, BrierScore], block_size: int) -> str:
 
 def write_json(path: Path, scores: dict[str, BrierScore], block_size: int) -> None:
     objects = [{"model": name, **asdict(score), "block_size": block_size} for name, score in scores.items()]
-    path.write_text(json.dumps(objects, indent=2) + "\n")
+    path.write_text(json.dumps(objects, indent=2) + "\n", encoding="utf-8")
 
 
 def write_plot(path: Path, scores: dict[str, BrierScore], block_size: int) -> None:

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     correlation = correlations(entropies, scores)
     print(report(rows, correlation))
     if args.json:
-        args.json.write_text(json.dumps({**correlation, "checkpoints": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({**correlation, "checkpoints": rows}, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         write_plot(args.plot, rows)
 

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             share = f"{len(new) / max(count, 1):.1%}"
             say(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def read_log(run: Path) -> list[dict]:
     checkpoints = sorted(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     for folder in [run, *reversed(checkpoints)]:
         if (folder / "trainer_state.json").exists():
-            return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+            return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     raise ValueError(f"{run}: no trainer_state.json, neither there nor in a checkpoint.")
 
 

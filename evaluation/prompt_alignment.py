@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         words = sys.argv[1:] if argv is None else argv
         command = shlex.join(["python", "-m", "calm.evaluation.prompt_alignment", *words])
-        args.output.write_text(document(rows, args, length, command))
+        args.output.write_text(document(rows, args, length, command), encoding="utf-8")
 
 
 if __name__ == "__main__":
