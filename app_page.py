@@ -318,7 +318,7 @@ class _Reader:
 
     def read(self, kind: str, value: Any) -> None:
         if kind == "scores":
-            patches, counts, weights, chosen = value
+            patches, counts, weights, chosen, *_ = value
             number = sum(1 for count in counts if count)
             self.pending = (self._candidates(patches, weights, counts, chosen, self.ids), number)
         elif kind == "shares":  # of the token at this place: some versions of transformers put it before, some after

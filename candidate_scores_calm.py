@@ -32,12 +32,15 @@ class CandidateScores(NamedTuple):
         weights (`(B, M)`): the batch rule's estimate of P(patch)^(1/T)/Z after truncation, by which the method
             chooses or, where Algorithm 1 accepted an attempt, would have. Without do_sample: counts ÷ draws.
         chosen (`(B,)`): the index of the patch that was written; −1 in a row that has ended.
+        is_exact (`(B,)`): whether it is a sample of P(patch)^(1/T)/Z: Algorithm 1 accepted an attempt, or T = 1 and
+            nothing else was asked for. False where it was chosen by weight or frequency, and in a row that has ended.
     """
 
     patches: Tensor
     counts: Tensor
     weights: Tensor
     chosen: Tensor
+    is_exact: Tensor
 
     def in_rows(self, rows: Sequence[int], num_rows: int) -> CandidateScores:
         """The same, of these rows among so many."""
@@ -46,6 +49,7 @@ class CandidateScores(NamedTuple):
         empty = CandidateScores(*(values[:1].new_full((num_rows, *values.shape[1:]), NO_TOKEN) for values in self))
         empty.counts.zero_()
         empty.weights.zero_()
+        empty.is_exact.zero_()
         for whole, values in zip(empty, self, strict=True):
             whole[list(rows)] = values
         return empty
@@ -62,11 +66,12 @@ class RecordedPool(PlainPool):
         super().extend(rows_R, num_draws)
         self.num_draws_B[rows_R] += num_draws
 
-    def scores(self, index_B: Tensor, weigh: Weigh) -> CandidateScores:
+    def scores(self, index_B: Tensor, weigh: Weigh, is_exact_B: Tensor | None = None) -> CandidateScores:
         """
         Args:
             index_B: the draw that was chosen.
             weigh: class ids and log factors (1, N) → the weight of each draw, all of it on the first of equal ones.
+            is_exact_B: see `CandidateScores`; by default nowhere.
         """
         by_row = [self._of_row(row, index, weigh) for row, index in enumerate(index_B.tolist())]
         patches, counts, weights, chosen = (list(values) for values in zip(*by_row, strict=True))
@@ -75,6 +80,7 @@ class RecordedPool(PlainPool):
             pad_sequence(counts, batch_first=True),
             pad_sequence(weights, batch_first=True),
             torch.stack(chosen),
+            torch.zeros_like(index_B, dtype=torch.bool) if is_exact_B is None else is_exact_B.to(index_B.device),
         )
 
     def _of_row(self, row: int, index: int, weigh: Weigh) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
-from .samplers_calm import ONE_BLOCK
+from .samplers_calm import BlockPlan, OneBlock
 from .tables_calm import numbers_up_to
 from .upstream_calm import FIXED_ROTATIONS, MASKED_ATTENTION
 from .weights_calm import inverse_temperature
@@ -93,14 +93,14 @@ class CompiledSteps:
         """Gives the next step what it is to read, each row's last patch."""
         self.unread_BK = patches_BK
 
-    def next_patches(self, generator: Randomness, forbidden_KV: Tensor | None) -> Tensor:
-        """Reads each row's last patch, and chooses its next, (B, K)."""
+    def next_patches(self, generator: Randomness, forbidden_KV: Tensor | None, plan: BlockPlan | OneBlock) -> Tensor:
+        """Reads each row's last patch, and chooses its next, (B, K); tells the plan where it is exact."""
         assert self.unread_BK is not None
         draws = drawn_before(self.model, self.sampling, len(self.unread_BK), generator)
         forbidden_KV = self.nothing_forbidden_KV if forbidden_KV is None else forbidden_KV
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(specialize_float=True):  # the law is the graph's own, T and all
-            patches_BK = self.step(
+            patches_BK, is_exact_B = self.step(
                 self.unread_BK,
                 self.place_1,
                 self.places_P,
@@ -111,10 +111,11 @@ class CompiledSteps:
                 draws,
             )
         self.place_1 = self.place_1 + 1
+        plan.is_exact_B = None if is_exact_B is None else is_exact_B.clone()
         return patches_BK.clone()  # a graph's outputs are overwritten by its next run
 
 
-def _compiled(model: CALMGenerationMixin, config: CompileConfig, sampling: PatchSampling) -> Callable[..., Tensor]:
+def _compiled(model: CALMGenerationMixin, config: CompileConfig, sampling: PatchSampling) -> Callable[..., Any]:
     settings: dict[str, Any] = config.to_dict() | {"fullgraph": True}
     steps = COMPILED.setdefault(model, {})
     key = sampling, repr(sorted(settings.items()))
@@ -156,11 +157,13 @@ def _step_of(model: CALMGenerationMixin):
         sampling: PatchSampling,
         forbidden_KV: Tensor | None,
         draws: dict[str, Tensor],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         calm = reference()
         assert calm is not None
         hidden_BD = read_patch(calm, patches_BK, place_1, places_P, padding_B, cache)
-        return calm.next_patches(hidden_BD, sampling, RecordedRandomness(draws), forbidden_KV, ONE_BLOCK)
+        plan = OneBlock()
+        patches_BK = calm.next_patches(hidden_BD, sampling, RecordedRandomness(draws), forbidden_KV, plan)
+        return patches_BK, plan.is_exact_B if sampling.sampling_method == "exact" else None
 
     return step
 

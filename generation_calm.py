@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
 from .candidate_scores_calm import CandidateScores, RecordedPool, compute_patch_scores
 from .candidates_calm import LazyPool, PlainPool, trusted_radius
@@ -24,7 +25,6 @@ from .heads_calm import GenerativeHead
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
 from .samplers_calm import (
-    ONE_BLOCK,
     BlockPlan,
     OneBlock,
     Pool,
@@ -45,6 +45,8 @@ SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class PatchSampling:
     def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | OneBlock | None = None) -> Tensor:
         """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,).
 
-        `ONE_BLOCK` for a plan draws as much at once as the method draws at most, and lets the host read nothing.
+        A plan is told in which rows Algorithm 1 chose.
         """
         if not self.do_sample:
             return most_frequent_patch(pool, self.num_candidates)
@@ -116,9 +118,20 @@ class PatchSampling:
             return single_draw(pool)
         if self.weighs_all or pool.has_factors:
             return batch_temperature_select(pool, self.temperature, self.num_candidates, generator, self.truncation)
-        if plan == ONE_BLOCK:
-            return one_block_temperature_sample(pool, self.temperature, self.most_draws, generator)
-        return exact_temperature_sample(pool, self.temperature, self.most_draws, generator, plan).index_B
+        sampler = (pool, self.temperature, self.most_draws, generator)
+        if isinstance(plan, OneBlock):
+            index_B, plan.is_exact_B = one_block_temperature_sample(*sampler)
+            return index_B
+        chosen = exact_temperature_sample(*sampler, plan)
+        if plan is not None:
+            plan.is_exact_B = chosen.is_exact_B
+        return chosen.index_B
+
+    def is_exact(self, plan: BlockPlan | OneBlock, num_rows: int, has_rules: bool) -> Tensor:
+        """In which of the rows that `choose` was given last the patch is a sample of P(patch)^(1/T)/Z, (B,) bool."""
+        if plan.is_exact_B is not None:
+            return plan.is_exact_B
+        return torch.full((num_rows,), self.draws_once and not has_rules)
 
     def weigh(self, class_BN: Tensor, log_factors_BN: Tensor | None = None) -> Tensor:
         """How much each draw weighs in the choice, all of it on the first of equal ones, each row's sum 1; (B, N)."""
@@ -128,7 +141,7 @@ class PatchSampling:
 
     @property
     def num_draws_at_once(self) -> int:
-        """The patches that `choose` draws with the plan `ONE_BLOCK`."""
+        """The patches that `choose` draws with the plan `OneBlock`."""
         if not self.do_sample:
             return self.num_candidates
         return 1 if self.draws_once else self.most_draws
@@ -247,6 +260,32 @@ class Returned:
         return GenerateDecoderOnlyOutput(**fields)
 
 
+class Fallbacks:
+    """Counts the patches of one call that `sampling_method="exact"` left to the batch rule, to warn of them once."""
+
+    def __init__(self, sampling: PatchSampling, has_rules: bool):
+        self.sampling, self.has_rules = sampling, has_rules
+        self.is_exact_asked_for = sampling.do_sample and sampling.sampling_method == "exact"
+        self.num_patches = 0
+        self.num_fallbacks: Tensor | int = 0  # on the device until the end
+
+    def count(self, is_exact_R: Tensor) -> None:
+        self.num_patches += len(is_exact_R)
+        self.num_fallbacks = self.num_fallbacks + (~is_exact_R).sum()
+
+    def warn(self) -> None:
+        if not int(self.num_fallbacks):
+            return
+        sampling = self.sampling
+        why = f"as {sampling.most_draws} candidates held no accepted attempt; raise num_candidates or the temperature"
+        if self.has_rules or sampling.weighs_all:
+            why = "which logits processors, top_k, top_p, min_p and a temperature above 1 ask for"
+        logger.warning(
+            f'sampling_method="exact": {int(self.num_fallbacks)} of {self.num_patches} patches were chosen by the '
+            f"batch rule, {why}. `is_exact` in the scores (output_scores=True) tells which."
+        )
+
+
 class CALMGenerationMixin(PatchGenerationMixin):
     """`generate` for CALM: upstream_calm.py receives its calls, here is what they come to."""
 
@@ -322,12 +361,16 @@ class CALMGenerationMixin(PatchGenerationMixin):
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not returned.states and not call.synced_gpus:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
-        texts, plan = GrowingTexts(input_ids, call), BlockPlan() if steps is None else ONE_BLOCK
+        texts, plan = GrowingTexts(input_ids, call), BlockPlan() if steps is None else OneBlock()
+        fallbacks = Fallbacks(sampling, rules is not None)
         radius = trusted_radius(self) if self.compares_lazily(sampling) else None
         while call.goes_on(texts.is_finished, input_ids.device):
             forbidden_KV = self.forbidden_tokens(min_length - texts.length, call.eos_tokens, input_ids.device)
             if steps is not None and steps.has_begun:
-                steps.read(texts.append(steps.next_patches(generator, forbidden_KV)))
+                patches_BK = steps.next_patches(generator, forbidden_KV, plan)
+                if fallbacks.is_exact_asked_for:
+                    fallbacks.count(texts.rows(sampling.is_exact(plan, len(patches_BK), has_rules=False)))
+                steps.read(texts.append(patches_BK))
                 continue
             outputs = self(
                 **inputs,
@@ -351,14 +394,19 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 pool, index_R = self.choose_patches(*arguments, is_recorded=True)
                 assert isinstance(pool, RecordedPool)
                 patches_RK = pool.tokens(pool.rows_B, index_R)
-                returned.scores.append(pool.scores(index_R, sampling.weigh).in_rows(texts.drawing, len(input_ids)))
+                is_exact_R = sampling.is_exact(plan, len(index_R), token_rules is not None)
+                scores = pool.scores(index_R, sampling.weigh, is_exact_R)
+                returned.scores.append(scores.in_rows(texts.drawing, len(input_ids)))
                 if put_scores is not None:
                     put_scores(returned.scores[-1])
+            if fallbacks.is_exact_asked_for and not texts.is_finished:
+                fallbacks.count(sampling.is_exact(plan, len(patches_RK), token_rules is not None))
             patches_BK = texts.append(patches_RK)
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
             if steps is not None:
                 steps.read(patches_BK)
 
+        fallbacks.warn()
         if call.streamer is not None:
             call.streamer.end()
         return returned.result(texts.ids_BL, cache)
@@ -386,7 +434,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             sampling: the law.
             generator: randomness, or a generator a row; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
-            plan: of the sizes of blocks, handed from step to step, or `ONE_BLOCK`.
+            plan: of the sizes of blocks, handed from step to step, or a `OneBlock`.
             radius: as in `LazyPool`.
             rules: of these rows' tokens.
             is_recorded: for a `RecordedPool`.

@@ -50,7 +50,6 @@ FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
 
 Pairs = Literal["all", "adjacent", "disjoint"]
-OneBlock = Literal["one block"]
 
 
 class Pool(Protocol):
@@ -202,10 +201,11 @@ def exact_temperature_sample(
 
 def one_block_temperature_sample(
     pool: Pool, temperature: float, num_draws: int, generator: Randomness = None
-) -> Tensor:
-    """`exact_temperature_sample` with all draws in one block, and nothing for the host to read; index (B,).
+) -> tuple[Tensor, Tensor]:
+    """`exact_temperature_sample` with all draws in one block, and nothing for the host to read.
 
-    More draws, fewer waits; a step's law depends on no block size, so it is the same.
+    More draws, fewer waits; a step's law depends on no block size, so it is the same. Returns the index of the draw
+    chosen (B,), and whether an attempt was accepted (B,), on the pool's device.
     """
     check_num_candidates(num_draws, temperature)
     randomness, uniform_BN = StepRandomness.of(generator), None
@@ -216,7 +216,8 @@ def one_block_temperature_sample(
     class_BN = pool.classes(pool.rows_B)
     start_B = first_accepted_attempt(class_BN, uniform_BN, temperature)
     fallback_B = choose_from_full_pool(class_BN, uniform_BN, noise_BN, temperature)
-    return torch.where(start_B < num_draws, start_B, fallback_B)
+    is_exact_B = start_B < num_draws
+    return torch.where(is_exact_B, start_B, fallback_B), is_exact_B
 
 
 def choose_from_full_pool(class_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor, temperature: float) -> Tensor:
@@ -265,17 +266,28 @@ def block_sizes(first: int, max_draws: int) -> Iterator[tuple[int, int]]:
         yield num_drawn, size
 
 
-ONE_BLOCK: OneBlock = "one block"
+class OneBlock:
+    """In the place of a `BlockPlan`: as much is drawn at once as the method draws at most, and the host reads nothing.
+
+    Attributes:
+        is_exact_B: of the last step, whether Algorithm 1 accepted an attempt (B,); `None` where it was not asked.
+    """
+
+    is_exact_B: Tensor | None = None
 
 
 class BlockPlan:
     """How large the first block of `exact_temperature_sample` should be, judged by what the steps before needed.
 
     Small blocks waste no draws, large ones read the weights less often. What is drawn has the same law either way.
+
+    Attributes:
+        is_exact_B: as in `OneBlock`.
     """
 
     def __init__(self):
         self.needed = deque(maxlen=STEPS_REMEMBERED)
+        self.is_exact_B: Tensor | None = None
 
     def note(self, num_draws: Iterable[int]) -> None:
         """Remembers after how many draws rows had their patch."""

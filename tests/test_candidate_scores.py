@@ -10,6 +10,7 @@ from enumerable_laws import seeded
 from tiny import BOS, PAD, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
+from calm import generation_calm, samplers_calm
 from calm.candidate_scores_calm import NO_TOKEN, CandidateScores, RecordedPool, compute_patch_scores
 from calm.generation_calm import PatchSampling
 from calm.upstream_calm import CACHE_ARGUMENT
@@ -136,9 +137,10 @@ class TestText:
 class TestCandidates:
     @pytest.mark.parametrize("law", LAWS)
     def test_shapes_order_padding_and_sums(self, model, law):
-        for patches_BMK, counts_BM, weights_BM, chosen_B in write(model, **LAWS[law]).scores:
+        for patches_BMK, counts_BM, weights_BM, chosen_B, is_exact_B in write(model, **LAWS[law]).scores:
             num_rows, most, _ = patches_BMK.shape
-            assert counts_BM.shape == weights_BM.shape == (num_rows, most) and chosen_B.shape == (num_rows,)
+            assert counts_BM.shape == weights_BM.shape == (num_rows, most)
+            assert chosen_B.shape == is_exact_B.shape == (num_rows,) and is_exact_B.dtype == torch.bool
             torch.testing.assert_close(weights_BM.sum(-1), torch.ones(num_rows))
             assert (weights_BM.diff(dim=-1) <= 0).all()
             is_none_BM = counts_BM == 0
@@ -255,24 +257,25 @@ class TestPool:
 
     def test_rows_that_are_not_drawn(self):
         scores = self.pool([self.A, self.B], [self.C, self.C]).scores(
-            torch.tensor([0, 1]), partial(draw_weights, temperature=1.0)
+            torch.tensor([0, 1]), partial(draw_weights, temperature=1.0), torch.tensor([True, True])
         )
         assert scores.in_rows([0, 1], 2) is scores
         spread = scores.in_rows([2, 0], 4)
         assert spread.chosen.tolist() == [0, -1, 0, -1]
         assert spread.patches.tolist() == [[self.C, [-1, -1]], [[-1, -1]] * 2, [self.A, self.B], [[-1, -1]] * 2]
         assert spread.counts.tolist() == [[2, 0], [0, 0], [1, 1], [0, 0]]
+        assert spread.is_exact.tolist() == [True, False, True, False]
         assert spread.weights.tolist() == [[1, 0], [0, 0], [0.5, 0.5], [0, 0]]
 
 
 class TestPatchScores:
     def test_by_hand(self):
-        patches = torch.zeros(2, 2, 1, dtype=torch.long)
+        patches, is_exact = torch.zeros(2, 2, 1, dtype=torch.long), torch.tensor([True, True])
         first = CandidateScores(
-            patches, torch.ones(2, 2), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([1, 0])
+            patches, torch.ones(2, 2), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([1, 0]), is_exact
         )
         last = CandidateScores(
-            patches, torch.ones(2, 2), torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([-1, 0])
+            patches, torch.ones(2, 2), torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([-1, 0]), is_exact
         )
         expected = torch.tensor([[math.log(0.25), 0], [math.log(0.5), 0]])
         torch.testing.assert_close(compute_patch_scores([first, last]), expected)
@@ -327,6 +330,60 @@ class TestPatchScores:
         assert "\n" not in str(error.value)
 
 
+class TestExact:
+    """`sampling_method="exact"` says where it was not."""
+
+    SETTINGS = {"temperature": 0.25, "sampling_method": "exact", "num_candidates": 4, "max_new_tokens": 20}
+
+    @pytest.fixture
+    def warnings(self, monkeypatch):
+        found = []
+        monkeypatch.setattr(generation_calm.logger, "warning", found.append)
+        return found
+
+    def test_each_row_and_step_tells_and_a_call_warns_once(self, monkeypatch, warnings, model):
+        fell_back, choose = [], samplers_calm.choose_from_full_pool
+
+        def note(class_RN, *args):
+            fell_back.append(len(class_RN))
+            return choose(class_RN, *args)
+
+        monkeypatch.setattr(samplers_calm, "choose_from_full_pool", note)
+        is_exact_SB = torch.stack([step.is_exact for step in write(model, **self.SETTINGS).scores])
+        assert is_exact_SB.shape == (10, 3) and is_exact_SB.any() and not is_exact_SB.all()
+        assert (~is_exact_SB).sum() == sum(fell_back)
+        (warning,) = warnings
+        assert warning.startswith(f'sampling_method="exact": {sum(fell_back)} of 30 patches were chosen by the batch')
+        assert "40 candidates held no accepted attempt; raise num_candidates" in warning
+
+        monkeypatch.setattr(samplers_calm, "choose_from_full_pool", choose)
+        write(model, output_scores=False, **self.SETTINGS)
+        compiled = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode=None)}
+        write(model, output_scores=False, **self.SETTINGS, **compiled)
+        assert warnings[1] == warning and len(warnings) == 3
+        assert 0 < int(warnings[2].split()[1]) < 30 and warnings[2].split()[3] == "30"
+
+    @pytest.mark.parametrize("asked", [{"temperature": 1.5}, {"top_k": 2}, {"repetition_penalty": 1.5}], ids=str)
+    def test_what_weighs_all_candidates_is_never_exact(self, warnings, model, asked):
+        outputs = write(model, sampling_method="exact", **asked)
+        assert not any(step.is_exact.any() for step in outputs.scores)
+        (warning,) = warnings
+        assert "12 of 12 patches were chosen by the batch rule, which logits processors, top_k" in warning
+
+    @pytest.mark.parametrize("law", LAWS)
+    def test_other_methods_tell_and_do_not_warn(self, warnings, model, law):
+        is_exact_SB = torch.stack([step.is_exact for step in write(model, **LAWS[law]).scores])
+        if law == "T = 1":
+            assert is_exact_SB.all()
+        elif law not in ("adaptive", "exact", "1/T not whole"):
+            assert not is_exact_SB.any()
+        assert not warnings or law == "exact"
+
+    def test_an_exact_text_needs_no_warning(self, warnings, model):
+        outputs = write(model, temperature=0.5, sampling_method="exact", num_candidates=200)
+        assert all(step.is_exact.all() for step in outputs.scores) and not warnings
+
+
 class TestReturned:
     def test_like_upstream_s_outputs(self, model):
         outputs = write(model)
@@ -360,7 +417,7 @@ class TestReturned:
 
     @pytest.mark.parametrize("num_texts", [1, 2, 4, 5])
     def test_pipelines_are_unaffected(self, model, num_texts):
-        """Four texts are as many as a candidate has fields."""
+        """Five texts are as many as a candidate has fields."""
         writer = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer())
         settings = {"num_return_sequences": num_texts, "do_sample": True, "max_new_tokens": 6, "eos_token_id": None}
         texts = []
