@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 WRONG = 2  # exit code for what the user can put right, as argparse's own
+INTERRUPTED = 130  # as shells say of Ctrl-C
 
 
 class CommandError(Exception):
@@ -61,7 +62,8 @@ def positive(text: str) -> int:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """`main`, which from now on returns an exit code: its own, 0 for None, or 2 after one line on a `CommandError`."""
+    """`main`, which from now on returns an exit code: its own, 0 for None, or after one line on stderr 2 for a
+    `CommandError` and 130 for Ctrl-C."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -70,6 +72,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except CommandError as error:
             print(f"error: {error}", file=sys.stderr)
             return WRONG
+        except KeyboardInterrupt:
+            print("error: interrupted.", file=sys.stderr)
+            return INTERRUPTED
 
     return run
 
