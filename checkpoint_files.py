@@ -1,20 +1,27 @@
-"""Reads published repositories and writes safetensors, for `convert_checkpoint.py`.
+"""Reads published repositories and writes new ones, for `convert_checkpoint.py` and `export_onnx.py`.
 
 Values are read and written one tensor at a time, so that memory holds one tensor and not the model.
 """
 
 import json
+import os
 import pickle
 import re
+import shutil
 import struct
-from collections.abc import Callable
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from calm.command_line import CommandError
 from calm.progress import progress_bar
 
 SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -37,12 +44,14 @@ class WeightsFile:
     What has been read of a mapping stays in memory until it is closed, so after some reading the file is mapped anew.
 
     Raises:
-        ConversionError: the file is truncated, or holds anything but tensors.
+        ConversionError: the file is truncated or damaged, or holds anything but tensors.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._map()
+        if path.suffix == ".bin" and zipfile.is_zipfile(path):  # other formats have no checksums
+            check_archive(path)
 
     def _map(self) -> None:
         self._bytes_read = 0
@@ -98,6 +107,22 @@ class StoredTensor(NamedTuple):
         return self.file.read(self.name)
 
 
+def check_archive(path: Path) -> None:
+    """Compares a zip archive with its checksums, which reading it mapped to memory doesn't.
+
+    Raises:
+        ConversionError: a member is not what was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    while member.CRC and file.read(2**20):  # 0 where torch.save was told to compute none
+                        pass
+    except zipfile.BadZipFile as error:
+        raise ConversionError(f"{path} is damaged, fetch it anew: {error}.") from None
+
+
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that torch.save wrote, mapped to memory; nothing else in it is executed or created.
 
@@ -121,17 +146,23 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
 class Repository:
     """A published repository, a folder or on the Hub: its `config` and `tensors` (name → `StoredTensor`).
 
+    Args:
+        id_or_folder: its Hub id or folder.
+        what: it should hold, for messages: "language model" or "autoencoder".
+
     Raises:
         ConversionError: a file is missing, unreadable or truncated.
     """
 
-    def __init__(self, id_or_folder: str):
-        self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"])
+    def __init__(self, id_or_folder: str, what: str):
+        self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"], what)
         self.is_on_hub = not Path(id_or_folder).is_dir()
         if self.is_on_hub and not any(self.folder.glob("*.safetensors")):
-            self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"])
+            self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"], what)
         self.name = id_or_folder if self.is_on_hub else self.folder.resolve().name
         self.config_path = self.folder / "config.json"
+        if not self.config_path.is_file():
+            raise ConversionError(f"{self.config_path} does not exist: name the repository that holds the {what}.")
         self.config = read_json(self.config_path)
         self.weights, files = find_weights(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
@@ -159,22 +190,36 @@ class Repository:
         return max(layers) + 1, layers[max(layers)]
 
 
-def fetch(id_or_folder: str, patterns: list[str]) -> Path:
-    """The folder itself, or one into which the matching files of a Hub repository were downloaded."""
-    if Path(id_or_folder).is_dir():
-        return Path(id_or_folder)
+def fetch(id_or_folder: str, patterns: list[str], what: str) -> Path:
+    """The folder itself, or one into which the matching files of a Hub repository were downloaded.
+
+    Args:
+        id_or_folder: a folder, or a Hub id, which begins with no dot, tilde or slash.
+        patterns: of the files.
+        what: it should hold, for messages.
+
+    Raises:
+        ConversionError: there is neither.
+    """
+    path = Path(id_or_folder)
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or id_or_folder.startswith((".", "~")):
+        raise ConversionError(f"{id_or_folder} is no folder: name the one that holds the {what}, or a Hub id.")
     try:
         return Path(snapshot_download(id_or_folder, allow_patterns=patterns))
     except Exception as error:  # the client's exceptions differ between its versions
-        reason = first_line(error)
-        raise ConversionError(f"{id_or_folder} is no folder, and no Hub repository within reach: {reason}") from None
+        raise ConversionError(
+            f"{id_or_folder} is no folder, and no Hub repository within reach, that holds the {what}: "
+            f"{first_line(error)}"
+        ) from None
 
 
 def find_weights(folder: Path) -> tuple[Path, list[Path]]:
     """The weights of a repository, safetensors before .bin: the file that lists or is them, and the files they are in.
 
     Raises:
-        ConversionError: there are none, or a shard is missing.
+        ConversionError: there are none, a shard is missing, or one is named outside the folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -184,12 +229,55 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
                 raise ConversionError(f"{index} holds no weight_map.")
             shards = [folder / shard for shard in sorted(set(map(str, weight_map.values())))]
             for shard in shards:
+                if shard.parent != folder:  # by its name: a file of the Hub's cache is a link to another folder
+                    raise ConversionError(f"{index} names {shard}, which is not in the same folder.")
                 if not shard.is_file():
                     raise ConversionError(f"{shard} does not exist, but {index.name} names it.")
             return index, shards
         if (folder / name).is_file():
             return folder / name, [folder / name]
     raise ConversionError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards.")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yields a folder to write to, which becomes `output` at the end, and is removed where anything fails.
+
+    A lock beside it, which a process loses when it ends, however it ends, tells a run that goes on from the remains of
+    one that was killed; those are removed.
+
+    Args:
+        output: new, or an empty folder.
+
+    Raises:
+        CommandError: something is in the way, or another process is writing there.
+        OSError: the disk is full or cannot be written to.
+    """
+    output = output.absolute()
+    partial, lock = (output.with_name(f".{output.name}.{end}") for end in ("partial", "lock"))
+    if not output.parent.is_dir():
+        raise CommandError(f"{output.parent} is not a folder.")
+    held = FileLock(lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise CommandError(f"{output} is being written by another process: wait for it, or name another.") from None
+    try:
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise CommandError(f"{output} exists already and is not an empty folder.")
+        if partial.exists():
+            print(f"Removing {partial}, which a run that was stopped has left.", file=sys.stderr)
+            shutil.rmtree(partial)
+        partial.mkdir()
+        yield partial
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            lock.unlink()
+        held.release()
 
 
 def read_json(path: Path) -> dict:

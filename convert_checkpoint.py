@@ -11,7 +11,7 @@ every place its tensor. Tensors pass through memory one at a time, so the peak i
 A failure is one sentence on stderr and exit code 2, and leaves no file behind.
 """
 
-import os
+import functools
 import re
 import shutil
 import sys
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import HfApi
+from transformers import PretrainedConfig
 
 from calm.bundle_files import TOKENIZER_FILES, bundle_texts, code_files
 from calm.checkpoint_files import (
@@ -29,6 +30,7 @@ from calm.checkpoint_files import (
     StoredTensor,
     fetch,
     first_line,
+    new_folder,
     write_safetensors,
 )
 from calm.command_line import CommandError, Parser, command, known_errors
@@ -78,9 +80,16 @@ LANGUAGE_MODEL_TABLE = (
 )
 
 # What a published config.json says about files and classes, not about the model; our autoencoder is always tied.
-NOT_ARCHITECTURE = {
-    "architectures", "auto_map", "dtype", "model_type", "tie_word_embeddings", "torch_dtype", "transformers_version",
-}  # fmt: skip
+NOT_ARCHITECTURE = {*PretrainedConfig().to_dict(), "ae_path", "auto_map", "tie_word_embeddings", "torch_dtype"}
+# What no tensor tells, and a default would get wrong without a word. Of other fields the defaults are checked against
+# the tensors, or concern training alone.
+REQUIRED = {
+    CALMConfig: (
+        *("num_attention_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps", "hidden_act"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    ),
+    CALMAutoencoderConfig: ("rms_norm_eps", "hidden_act"),
+}
 TIED = {f"autoencoder.{name}" for name in CALMAutoencoder._tied_weights_keys}  # not stored
 
 
@@ -152,15 +161,29 @@ def quotient(stored: StoredTensor, axis: int, divisor: int) -> int:
 def config_fields(repository: Repository, facts: Facts, config_class: type) -> dict:
     """What config.json and the tensors say together; fields that are in neither keep our defaults, the published ones.
 
+    An unknown field may change what the model computes, as a soft cap of its logits would, so it is not left out.
+
     Raises:
-        ConversionError: config.json contradicts a tensor.
+        ConversionError: config.json contradicts a tensor, or has a field too many or too few.
     """
     for field, (value, stored) in facts.items():
         if repository.config.get(field) not in (None, value):
             said = repository.config[field]
             raise ConversionError(f"{repository.config_path} says {field} is {said}, but {stored} makes it {value}.")
-    known = (set(config_class().to_dict()) | {"rope_theta", "rope_scaling"}) - NOT_ARCHITECTURE
-    fields = {field: value for field, value in repository.config.items() if field in known and value is not None}
+    stated = {field: value for field, value in repository.config.items() if value is not None}
+    of_classes = {each: {*each().to_dict()} - {"autoencoder_config"} for each in REQUIRED}
+    of_classes[CALMConfig] |= {"rope_scaling"}
+    # A published autoencoder's has fields of Llama's, whose attention it lacks.
+    known = NOT_ARCHITECTURE.union(*of_classes.values())
+    if unknown := [field for field in stated if field not in known and not field.startswith("_")]:
+        raise ConversionError(
+            f"{repository.config_path} has fields that this conversion doesn't know: {', '.join(unknown)}; it would "
+            "drop them, so remove those that don't change what the model computes."
+        )
+    fields = {field: value for field, value in stated.items() if field in of_classes[config_class] - NOT_ARCHITECTURE}
+    for field in REQUIRED[config_class]:
+        if field not in fields and not (field == "rope_theta" and "rope_parameters" in fields):
+            raise ConversionError(f"{repository.config_path} lacks {field}, which no tensor tells.")
     return fields | {field: value for field, (value, _) in facts.items()}
 
 
@@ -170,6 +193,11 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
     Raises:
         ConversionError: config.json contradicts the tensors, or the two repositories are no pair.
     """
+    if "encoder.embed_tokens.weight" in language_model.tensors and "embed_proj.0.weight" in autoencoder.tensors:
+        raise ConversionError(
+            f"--calm and --autoencoder look swapped: {language_model.weights} holds an autoencoder, and "
+            f"{autoencoder.weights} a language model."
+        )
     facts, nested_facts = language_model_facts(language_model), autoencoder_facts(autoencoder)
     for field in ("patch_size", "latent_size", "vocab_size"):
         (value, stored), (nested_value, nested_stored) = facts[field], nested_facts[field]
@@ -178,9 +206,6 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
                 f"The repositories are no pair: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
             )
     fields = config_fields(language_model, facts, CALMConfig)
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if field not in fields:
-            raise ConversionError(f"{language_model.config_path} lacks {field}.")
     nested_fields = config_fields(autoencoder, nested_facts, CALMAutoencoderConfig)
     try:
         config = CALMConfig(**{**fields, "autoencoder_config": nested_fields})
@@ -243,22 +268,29 @@ def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> 
 
 
 def merge(pieces: list[Piece], dtype: torch.dtype) -> torch.Tensor:
-    """Reads the first piece, compares the others with it in the narrower of their types, and casts.
+    """Reads the piece of the widest type, compares the others with it in theirs, and casts.
 
     Raises:
         ConversionError: two pieces differ, or a value is not finite.
     """
-    first, *others = pieces
+    first, *others = sorted(pieces, key=lambda piece: -piece.stored.dtype.itemsize)
     tensor = first.read()
+    check_finite(tensor, first)
     for other in others:
-        narrower = min(first.stored.dtype, other.stored.dtype, key=lambda dtype: dtype.itemsize)
-        if not torch.equal(tensor.to(narrower), other.read().to(narrower)):
+        theirs = other.read()
+        check_finite(theirs, other)
+        if not torch.equal(tensor.to(theirs.dtype), theirs):
             raise ConversionError(f"The {first.stored} and the {other.stored} should be equal.")
     tensor = tensor.to(dtype)
+    check_finite(tensor, first)
+    return tensor
+
+
+def check_finite(tensor: torch.Tensor, piece: Piece) -> None:
+    """Raises `ConversionError` for a value that is infinite or not a number, maybe by a cast since it was read."""
     extremes = torch.stack(tensor.aminmax())  # unlike isfinite of all, makes no copies; a NaN comes through
     if not extremes.isfinite().all():
-        raise ConversionError(f"The {first.stored} holds values that are infinite or not numbers in {dtype}.")
-    return tensor
+        raise ConversionError(f"The {piece.stored} holds values that are infinite or not numbers in {tensor.dtype}.")
 
 
 def convert(
@@ -271,42 +303,28 @@ def convert(
         autoencoder: the published autoencoder, a Hub id or folder.
         output: the bundle's folder, new or empty.
         tokenizer: Hub id or folder with tokenizer.json; `None` takes the language model's.
-        dtype: "float32", "bfloat16" or "float16"; `None` takes that of the language model's embedding matrix.
+        dtype: "float32", "bfloat16" or "float16"; `None` takes the one that holds every published tensor exactly.
         name: what the model card calls the model; the folder's name by default.
 
     Raises:
-        ConversionError: see the module's description; no file is left behind.
+        ConversionError, CommandError: see the module's description; no file is left behind.
         OSError: the disk is full or cannot be written to; no file is left behind.
     """
-    output = output.absolute()
-    partial = output.with_name(f".{output.name}.partial")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConversionError(f"{output} exists already and is not an empty folder.")
-    if not output.parent.is_dir():
-        raise ConversionError(f"{output.parent} is not a folder.")
-    if partial.exists():
-        raise ConversionError(f"{partial} exists: remove it, unless another conversion is writing it right now.")
-    sources = Repository(calm), Repository(autoencoder)
-    config, shapes = build_config(*sources)
-    places = place(*sources, shapes)
-    written_dtype = DTYPES[dtype] if dtype else places["model.embed_tokens.weight"][0].stored.dtype
-    config.dtype = written_dtype
-    tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES) if tokenizer else sources[0].folder
-    texts = bundle_texts(name or output.name, config, tokenizer_folder, *sources)
-
-    partial.mkdir()
-    try:
+    with new_folder(output) as folder:
+        sources = Repository(calm, "language model"), Repository(autoencoder, "autoencoder")
+        config, shapes = build_config(*sources)
+        places = place(*sources, shapes)
+        published = (piece.stored.dtype for pieces in places.values() for piece in pieces)
+        config.dtype = written_dtype = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, published)
+        tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else sources[0].folder
+        texts = bundle_texts(name or output.absolute().name, config, tokenizer_folder, *sources)
         for file, text in texts.items():
-            (partial / file).write_text(text, encoding="utf-8")
+            (folder / file).write_text(text, encoding="utf-8")
         for file in code_files():
-            shutil.copy(file, partial)
+            shutil.copy(file, folder)
         write_safetensors(
-            partial / "model.safetensors", shapes, written_dtype, lambda key: merge(places[key], written_dtype)
+            folder / "model.safetensors", shapes, written_dtype, lambda key: merge(places[key], written_dtype)
         )
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def push(folder: Path, repo_id: str) -> None:
@@ -329,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--autoencoder", required=True, metavar="ID_OR_DIR", help="the published autoencoder")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder to write")
     parser.add_argument("--tokenizer", metavar="ID_OR_DIR", help="where tokenizer.json is (default: where --calm is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as the language model's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the widest published one)")
     parser.add_argument(
         "--push_to_hub", "--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository"
     )

@@ -42,7 +42,7 @@ CONVERT = """
 import sys
 from calm.convert_checkpoint import main
 code = main(sys.argv[1:])
-print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+print(open("/proc/self/status", encoding="utf-8").read().split("VmHWM:")[1].split()[0])
 sys.exit(code)
 """
 
@@ -106,7 +106,7 @@ def autoencoder_shapes() -> Shapes:
 def write_checkpoint(folder: Path, shapes: Shapes, config: dict, dtype: torch.dtype, suffix: str) -> None:
     """Writes random weights, a shard at a time."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shards, size = [[]], 0
     for name, shape in shapes.items():
         size += torch.Size(shape).numel() * dtype.itemsize
@@ -119,7 +119,8 @@ def write_checkpoint(folder: Path, shapes: Shapes, config: dict, dtype: torch.dt
         shard = f"{stem}-{number:05}-of-{len(shards):05}.{suffix}"
         save({name: torch.empty(shapes[name], dtype=dtype).uniform_(-0.1, 0.1) for name in names}, folder / shard)
         weight_map |= dict.fromkeys(names, shard)
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = json.dumps({"weight_map": weight_map})
+    (folder / f"{stem}.{suffix}.index.json").write_text(index, encoding="utf-8")
 
 
 def measure(size: str, input_dtype: str, dtype: str, suffix: str, folder: Path) -> dict:
@@ -127,9 +128,11 @@ def measure(size: str, input_dtype: str, dtype: str, suffix: str, folder: Path) 
     hidden, intermediate = SIZES[size]
     shapes = language_model_shapes(hidden, intermediate)
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = {"num_attention_heads": 16, "num_key_value_heads": 16, **tokens}
+    both = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
+    positions = {"max_position_embeddings": 2048, "rope_theta": 10000.0}
+    config = {"num_attention_heads": 16, "num_key_value_heads": 16, **both, **positions, **tokens}
     write_checkpoint(folder / "calm", shapes, config, getattr(torch, input_dtype), suffix)
-    write_checkpoint(folder / "autoencoder", autoencoder_shapes(), {}, getattr(torch, input_dtype), suffix)
+    write_checkpoint(folder / "autoencoder", autoencoder_shapes(), both, getattr(torch, input_dtype), suffix)
     Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>")).save(
         f"{folder}/calm/tokenizer.json"
     )

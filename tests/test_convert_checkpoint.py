@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import fresh_process
@@ -19,6 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from calm.configuration_calm import CALMConfig
 from calm.convert_checkpoint import main
+from calm.modeling_calm import CALMForCausalLM
 
 OTHER_FILES = {
     "README.md",
@@ -215,19 +219,49 @@ def test_repeated_tensors_that_differ_are_refused(shop, repository, name):
     shop.refuse(name, source.weights, "should be equal")
 
 
-def test_dtype_converts_and_is_the_language_models_by_default(shop):
-    shop.calm.tensors = {name: tensor.bfloat16() for name, tensor in shop.calm.tensors.items()}
-    shop.calm.write()
-    embedding = shop.autoencoder.tensors["encoder.embed_tokens.weight"]  # float32: compared in the narrower type
+@pytest.mark.parametrize("narrow", ["calm", "autoencoder"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_widest_type_is_written_so_that_auto_loads_every_value_exactly(shop, narrow, dtype):
+    """Of a tensor that both files hold, the wider copy counts; they are compared in the narrower type."""
+    source = getattr(shop, narrow)
+    source.tensors = {name: tensor.to(dtype) for name, tensor in source.tensors.items()}
+    source.write()
     weights = shop.convert()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32} and shop.config()["dtype"] == "float32"
+    model = CALMForCausalLM.from_pretrained(shop.output, dtype="auto")
+    published = shop.calm.tensors["transformer.embed_tokens.weight"].float()
+    assert torch.equal(model.model.embed_tokens.weight, published)
+    name = "encoder.embed_tokens.weight"
+    in_full = shop.autoencoder.tensors[name] if narrow == "calm" else shop.calm.tensors[f"ae_model.{name}"]
+    assert in_full.dtype == torch.float32 and torch.equal(model.autoencoder.encoder.embed_tokens.weight, in_full)
+
+
+def test_two_narrow_types_that_differ_are_written_in_one_that_holds_both(shop):
+    shop.calm.tensors = {
+        name: tensor.bfloat16() for name, tensor in shop.calm.tensors.items() if not name.startswith("ae_model.")
+    }
+    shop.autoencoder.tensors = {name: tensor.half() for name, tensor in shop.autoencoder.tensors.items()}
+    shop.calm.write()
+    shop.autoencoder.write()
+    weights = shop.convert()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32} and shop.config()["dtype"] == "float32"
+    assert torch.equal(weights["model.norm.weight"], shop.calm.tensors["transformer.norm.weight"].float())
+    name = "encoder.squeeze_layer.weight"
+    assert torch.equal(weights[f"autoencoder.{name}"], shop.autoencoder.tensors[name].float())
+
+
+def test_dtype_goes_before_the_published_types(shop):
+    embedding = shop.autoencoder.tensors["encoder.embed_tokens.weight"]
+    weights = shop.convert("--dtype", "bfloat16")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert torch.equal(weights["autoencoder.encoder.embed_tokens.weight"], embedding.bfloat16())
     assert shop.config()["dtype"] == "bfloat16"
+    for source in (shop.calm, shop.autoencoder):
+        source.tensors = {name: tensor.bfloat16() for name, tensor in source.tensors.items()}
+        source.write()
     shop.output = shop.folder / "again"
-    weights = shop.convert("--dtype", "float32")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert torch.equal(weights["autoencoder.encoder.embed_tokens.weight"], embedding)
-    assert shop.config()["dtype"] == "float32"
+    shop.convert()
+    assert shop.config()["dtype"] == "bfloat16"
 
 
 def peak_memory():
@@ -339,6 +373,48 @@ def test_a_config_that_contradicts_the_tensors_is_refused(shop, repository, fiel
     shop.refuse(source.folder / "config.json", f"{field} is {source.config[field]}", tensor, source.weights)
 
 
+@pytest.mark.parametrize("repository", ["calm", "autoencoder"])
+def test_a_field_that_is_not_known_is_refused_unless_it_computes_nothing(shop, repository):
+    source = getattr(shop, repository)
+    harmless = {"_name_or_path": "x", "torch_dtype": "float32", "id2label": {}, "ae_path": "/x"}
+    source.config |= {**harmless, "sliding_window": None}
+    source.write()
+    shop.convert()
+    assert not harmless.keys() & shop.config().keys()
+    shop.output = shop.folder / "again"
+    source.config |= {"attn_logit_softcapping": 50.0, "qk_norm": True}
+    source.write()
+    shop.refuse(source.folder / "config.json", "attn_logit_softcapping, qk_norm", "remove")
+
+
+@pytest.mark.parametrize(
+    ("repository", "field"),
+    [
+        ("calm", "num_attention_heads"),
+        ("calm", "max_position_embeddings"),
+        ("calm", "rope_theta"),
+        ("calm", "rms_norm_eps"),
+        ("calm", "hidden_act"),
+        ("calm", "pad_token_id"),
+        ("autoencoder", "rms_norm_eps"),
+        ("autoencoder", "hidden_act"),
+    ],
+)
+def test_a_field_that_no_tensor_tells_must_be_there(shop, repository, field):
+    source = getattr(shop, repository)
+    del source.config[field]
+    source.write()
+    shop.refuse(f"{source.folder / 'config.json'} lacks {field}")
+
+
+def test_rotations_may_be_stated_as_newer_versions_do(shop):
+    del shop.calm.config["rope_theta"]
+    shop.calm.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    shop.calm.write()
+    shop.convert()
+    assert shop.config()["rope_theta"] == 5e5
+
+
 def make_patch_size_2(tensors):
     tensors["encoder.squeeze_layer.weight"] = torch.zeros(32, 64)
     tensors["decoder.expand_layer.weight"] = torch.zeros(64, 32)
@@ -364,6 +440,11 @@ def test_repositories_that_are_no_pair_are_refused(shop, change):
     del shop.autoencoder.config[field]
     shop.autoencoder.write()
     shop.refuse("no pair", field, *tensors, shop.calm.weights, shop.autoencoder.weights)
+
+
+def test_repositories_that_are_exchanged_are_recognised(shop):
+    shop.calm.folder, shop.autoencoder.folder = shop.autoencoder.folder, shop.calm.folder
+    shop.refuse("look swapped", shop.calm.weights, shop.autoencoder.weights)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +523,17 @@ def test_a_tensor_that_is_no_weight_is_named(shop, name, tensor):
     shop.refuse(name, shop.calm.weights)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["mlp_generator.out.bias", "generative_head.out.bias"])
+def test_a_value_that_is_no_number_is_named_wherever_it_is(shop, name, bad):
+    """In one of two copies, too, which then differ."""
+    name = name.replace("out", "final_layer.linears.2")
+    shop.calm.tensors[name] = shop.calm.tensors[name].clone()
+    shop.calm.tensors[name][3] = bad
+    shop.calm.write()
+    shop.refuse(name, shop.calm.weights, "infinite or not numbers")
+
+
 def test_values_too_large_for_the_type_are_refused(shop):
     shop.calm.tensors["embed_proj.3.bias"] = torch.full((48,), 1e6)
     shop.calm.write()
@@ -458,6 +550,27 @@ def test_a_truncated_file_is_refused(shop, layout, kept):
     content = shop.calm.weights.read_bytes()
     shop.calm.weights.write_bytes(content[: int(kept * len(content))])
     shop.refuse(shop.calm.weights)
+
+
+@pytest.mark.parametrize("member", ["data/3", "data.pkl"])
+def test_a_flipped_bit_that_the_archive_knows_of_is_refused(shop, member):
+    with zipfile.ZipFile(shop.calm.weights) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith(f"/{member}"))
+        content = archive.read(info)
+    damaged = bytearray(shop.calm.weights.read_bytes())
+    place = damaged.index(content) + (0 if member == "data/3" else damaged[damaged.index(content) :].index(b"bias"))
+    damaged[place] ^= 1
+    shop.calm.weights.write_bytes(damaged)
+    shop.refuse(shop.calm.weights, member)
+
+
+def test_an_archive_without_checksums_is_read(shop):
+    torch.serialization.set_crc32_options(False)
+    try:
+        shop.calm.write()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    shop.convert()
 
 
 class Malicious:
@@ -504,6 +617,29 @@ def test_an_index_without_its_map_is_refused(shop):
     shop.refuse(index, "weight_map")
 
 
+@pytest.mark.parametrize("layout", ["sharded bin", "sharded safetensors"])
+@pytest.mark.parametrize("place", ["../elsewhere", "{folder}/elsewhere", "within"])
+def test_an_index_that_names_a_file_of_another_folder_is_refused(shop, layout, place):
+    shop.calm.write(layout)
+    (index,) = shop.calm.folder.glob("*.index.json")
+    shard = sorted(set(json.loads(index.read_text())["weight_map"].values()))[0]
+    moved = shop.calm.folder / place.format(folder=shop.folder) / shard
+    moved.parent.mkdir()
+    (shop.calm.folder / shard).rename(moved)
+    index.write_text(index.read_text().replace(shard, f"{place.format(folder=shop.folder)}/{shard}"))
+    shop.refuse(index, shard, "not in the same folder")
+
+
+def test_the_files_of_a_hub_cache_are_links_to_another_folder(shop):
+    shop.calm.write("sharded safetensors")
+    blobs = shop.folder / "blobs"
+    blobs.mkdir()
+    for path in list(shop.calm.folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("..") / "blobs" / path.name)
+    shop.convert()
+
+
 def test_a_tensor_in_two_shards_is_refused(shop):
     shop.calm.write("sharded safetensors")
     first, second = sorted(shop.calm.folder.glob("*.safetensors"))
@@ -523,10 +659,23 @@ def test_a_value_that_the_architecture_refuses_is_refused(shop):
     shop.refuse(shop.calm.folder / "config.json", "beta=3.0")
 
 
+@pytest.mark.parametrize("path", ["./calm-m", "../calm-m", "{folder}/calm-m", "~/calm-m", "{folder}/calm/config.json"])
+@pytest.mark.parametrize("option", ["--calm", "--autoencoder", "--tokenizer"])
+def test_a_path_is_not_asked_of_the_hub(shop, monkeypatch, path, option):
+    monkeypatch.setattr("calm.checkpoint_files.snapshot_download", None)
+    what = {"--calm": "language model"}.get(option, option.strip("-"))
+    path = path.format(folder=shop.folder)
+    shop.refuse(f"{path} is no folder: name the one that holds the {what}, or a Hub id", more=(option, path))
+
+
 def test_an_id_that_is_neither_folder_nor_repository_is_named(shop, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    shop.calm.folder = shop.folder / "nowhere"
-    shop.refuse("nowhere is no folder")
+    shop.refuse("some/where is no folder, and no Hub repository within reach", more=("--calm", "some/where"))
+
+
+def test_a_folder_without_a_config_is_named(shop):
+    path = shop.folder / "config.json"
+    shop.refuse(f"{path} does not exist", "holds the autoencoder", more=("--autoencoder", str(shop.folder)))
 
 
 # ------------------------------------------------------------------------------------------------ the disk
@@ -544,7 +693,7 @@ def test_a_full_disk_leaves_nothing(shop):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_refuses_the_folder_is_one_sentence(shop, monkeypatch, number):
-    def refuse(path, *_):
+    def refuse(path, *_, **__):
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
@@ -569,9 +718,45 @@ def test_the_output_must_be_new(shop):
     shop.refuse(shop.output, "not an empty folder")
     shop.output = shop.calm.weights / "bundle"
     shop.refuse(shop.calm.weights)
-    shop.output = shop.folder / "other"
-    (shop.folder / ".other.partial").mkdir()
-    shop.refuse(shop.folder / ".other.partial")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from calm.checkpoint_files import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "model.safetensors").write_text("half of it", encoding="utf-8")
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_that_goes_on_is_not_disturbed_and_one_that_was_killed_not_in_the_way(shop):
+    # Slow because a fresh process imports torch anew.
+    run = subprocess.Popen([sys.executable, "-c", HOLD, str(shop.output)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout.readline() == "begun\n"
+        shop.refuse(shop.output, "is being written by another process")
+    finally:
+        run.kill()
+        run.wait()
+    partial = shop.folder / ".bundle.partial"
+    assert [path.name for path in partial.iterdir()] == ["model.safetensors"]
+    weights = shop.convert()
+    assert f"Removing {partial}" in shop.capsys.readouterr().err and weights
+    assert [path.name for path in shop.folder.glob(".*")] == []
+
+
+@pytest.mark.parametrize("where", ["calm.convert_checkpoint.build_config", "calm.convert_checkpoint.merge"])
+def test_an_interrupted_conversion_is_one_sentence_and_leaves_nothing(shop, monkeypatch, where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    before = sorted(shop.folder.rglob("*"))
+    assert shop.run() == 130
+    assert shop.capsys.readouterr().err == "error: interrupted.\n"
+    assert sorted(shop.folder.rglob("*")) == before
 
 
 # ------------------------------------------------------------------------------------------------ the Hub
