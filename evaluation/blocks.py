@@ -5,12 +5,18 @@
 from __future__ import annotations
 
 import argparse
-import glob
 
 import numpy as np
 import torch
 
-from calm.training.documents import DataError, expand_paths, open_hub_dataset, read_documents, read_hub_dataset
+from calm.training.documents import (
+    DataError,
+    expand_paths,
+    find_paths,
+    open_hub_dataset,
+    read_documents,
+    read_hub_dataset,
+)
 from calm.training.tokens import Separation, tokenize_documents
 
 
@@ -25,7 +31,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_documents(args: argparse.Namespace):
     """Iterator of documents: of a file, folder or glob pattern of files, else of a Hub dataset (streamed)."""
-    if glob.glob(args.data):
+    if find_paths(args.data):
         return read_documents(expand_paths(args.data), args.text_column)
     return read_hub_dataset(open_hub_dataset(args.data, args.subset, args.split, True, "eval"), args.text_column)
 
@@ -40,8 +46,10 @@ def pack_blocks(
 ) -> torch.Tensor:
     """(B, L) token ids: documents one after another (BOS by the tokenizer), cut into blocks, the rest left out.
 
-    Raises DataError when there are fewer tokens than one block.
+    Raises DataError when there are fewer tokens than one block, or a block is none.
     """
+    if block_size < 1:
+        raise DataError(f"block_size={block_size}: must be at least 1.")
     pieces, length = [], 0
     for ids in tokenize_documents(documents, tokenizer, Separation(append_eos=append_eos)):
         pieces.append(ids.astype(np.int64))

@@ -3,6 +3,7 @@
 Files are .txt (one document each), .jsonl or .parquet (one document a row), plain or compressed as .xz, .zst or .gz.
 """
 
+import codecs
 import glob
 import gzip
 import io
@@ -14,10 +15,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from calm.progress import progress_bar, shows_bars
@@ -26,10 +29,18 @@ from calm.training.recipe import DataOptions
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".xz", ".zst", ".gz")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+MAX_ZSTD_WINDOW = 2**31  # bytes; what `zstd --long=31` writes, and the most that the library reads
 
 
 class DataError(ValueError):
-    """Text that cannot be read; the message names file and line."""
+    """Text that cannot be read; the message names file and line.
+
+    PyTorch puts the traceback before what a worker of a DataLoader raises: it is left out again.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{__name__}.DataError: ")[2].strip())
 
 
 class BadLines:
@@ -53,26 +64,46 @@ class BadLines:
         return f"{self.count} bad line(s) skipped, the first: {self.first}" if self.count else None
 
 
+def find_paths(path: str | Path) -> list[Path]:
+    """The file or folder of that name, or else those that match it as a glob pattern, in a fixed order."""
+    return [Path(p) for p in ([path] if os.path.lexists(path) else sorted(glob.glob(str(path), recursive=True)))]
+
+
 def expand_paths(paths: str | Iterable[str]) -> list[Path]:
     """Files, folders (searched for every readable format) and glob patterns → files, in a fixed order.
 
+    Hidden files and folders within a folder are left out.
+
     Raises:
-        DataError: a path that is not there, a folder without text, an unknown file format.
+        DataError: a path that is not there, a folder without text, an unknown file format, a file that cannot be
+            opened or is a Git LFS pointer.
     """
     files = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))] or [Path(path)]
+        found = find_paths(path)
+        if not found:
+            raise DataError(f"{path}: no such file or folder.")
         for entry in found:
-            if not entry.exists():
-                raise DataError(f"{entry}: no such file or folder.")
-            inside = [f for f in sorted(entry.rglob("*")) if _format(f)] if entry.is_dir() else [entry]
+            inside = _files_of(entry) if entry.is_dir() else [entry]
             if not inside:
                 raise DataError(f"{entry}: the folder holds no file of a readable format ({_readable()}).")
             files += inside
     for file in files:
         if _format(file) is None:
             raise DataError(f"{file}: unknown format; readable are {_readable()}.")
+        try:
+            with open(file, "rb") as opened:
+                is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}.") from error
+        if is_pointer:
+            raise DataError(f"{file}: is a Git LFS pointer in place of the text; run git lfs pull.")
     return files
+
+
+def _files_of(folder: Path) -> list[Path]:
+    files = [f for f in sorted(folder.rglob("*")) if _format(f) and not f.is_dir()]
+    return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
 def _readable() -> str:
@@ -119,7 +150,8 @@ class _ZstdFile(io.RawIOBase):
         import zstandard
 
         self.file = file
-        self.decompressor, self.error = zstandard.ZstdDecompressor(), zstandard.ZstdError
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+        self.error = zstandard.ZstdError
         self.frame, self.ready = None, b""
 
     def readable(self) -> bool:
@@ -173,10 +205,37 @@ def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
     number = 0
     try:
         with _open(path, bar) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007 - the number stands in the error
-                yield line
+            for number, line in enumerate(file, 1):
+                yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:  # of the operating system, not of a decompressor
+            raise DataError(f"{path}: {error.strerror}.") from error
         raise DataError(f"{path}, after line {number}: the file is damaged or cut short ({error}).") from error
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a line, in words, for what its decoding, `json` and `_document` raise."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return f"no text: character {error.start + 1} is half of a surrogate pair"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deeply"
+    return str(error)
+
+
+def _document(text, missing: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        ValueError: it is no string (`missing` says so), or one that is no Unicode text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(missing)
+    text.encode()  # half of a surrogate pair is UTF-8 for no tokenizer
+    return text
 
 
 def _read_txt(path, text_column, bad_lines, bar):
@@ -185,7 +244,7 @@ def _read_txt(path, text_column, bad_lines, bar):
         try:
             lines.append(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            bad_lines.report(path, number, f"not UTF-8 ({error.reason} at byte {error.start})")
+            bad_lines.report(path, number, _why(error))
     yield "".join(lines)
 
 
@@ -194,17 +253,12 @@ def _read_jsonl(path, text_column, bad_lines, bar):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            bad_lines.report(path, number, f"not UTF-8 ({error.reason} at byte {error.start})")
-            continue
-        except json.JSONDecodeError as error:
-            bad_lines.report(path, number, f"not JSON ({error.msg} at column {error.colno})")
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            bad_lines.report(path, number, f'no string under the key "{text_column}"')
-            continue
-        yield row[text_column]
+            row = json.loads(line.decode("utf-8"), parse_int=float)  # Python refuses integers of 4301 digits
+            has = f"; it has {', '.join(row)}" if isinstance(row, dict) and text_column not in row else ""
+            text = row.get(text_column) if isinstance(row, dict) else None
+            yield _document(text, f'no string under the key "{text_column}"{has}')
+        except (ValueError, RecursionError) as error:
+            bad_lines.report(path, number, _why(error))
 
 
 def _read_parquet(path, text_column, bad_lines, bar):
@@ -214,33 +268,55 @@ def _read_parquet(path, text_column, bad_lines, bar):
 
     is_plain = path.suffix == ".parquet"
     source = str(path) if is_plain else io.BytesIO(b"".join(_lines(path, bar)))
+    number = 0
     try:
         table = pyarrow.parquet.ParquetFile(source)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable parquet file ({error}).") from error
-    if text_column not in table.schema_arrow.names:
-        columns = ", ".join(table.schema_arrow.names)
-        raise DataError(f'{path}: no column "{text_column}"; it has {columns} (text_column names the right one).')
-    number = 0
-    for batch in table.iter_batches(columns=[text_column], batch_size=1024):
-        for text in batch.column(0).to_pylist():
-            number += 1
-            if isinstance(text, str):
-                yield text
-            else:
-                bad_lines.report(path, number, f'no string in the column "{text_column}"')
-        if bar is not None and is_plain:
-            bar.update(path.stat().st_size * batch.num_rows / table.metadata.num_rows)
+        columns = table.schema_arrow.names
+        if text_column not in columns:
+            raise DataError(
+                f'{path}: no column "{text_column}"; it has {", ".join(columns)} (text_column names the right one).'
+            )
+        kind = table.schema_arrow.types[columns.index(text_column)]
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise DataError(f'{path}: the column "{text_column}" holds {kind}, not strings.')
+        for batch in table.iter_batches(columns=[text_column], batch_size=1024):
+            for value in batch.column(0):
+                number += 1
+                try:
+                    yield _document(value.as_py(), f'no string in the column "{text_column}"')
+                except ValueError as error:
+                    bad_lines.report(path, number, _why(error))
+            if bar is not None and is_plain:
+                bar.update(path.stat().st_size * batch.num_rows / table.metadata.num_rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}, after row {number}: not a readable parquet file ({error}).") from error
 
 
 def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | None = None) -> Iterator[str]:
-    """Documents of a `datasets.Dataset` or `IterableDataset`, in order; errors as in `read_documents`."""
-    bad_lines = bad_lines or BadLines()
-    for number, row in enumerate(dataset, 1):
-        if isinstance(row.get(text_column), str):
-            yield row[text_column]
-        else:
-            bad_lines.report("dataset", number, f'no string in the column "{text_column}"; it has {", ".join(row)}')
+    """Documents of a `datasets.Dataset` or `IterableDataset`, in order.
+
+    In a worker of a DataLoader these are all of them, too: `iter` doesn't divide them, as a loop over rows would.
+
+    Raises:
+        DataError: a bad row when they are not skipped; no such column, or what `datasets` raises, always.
+    """
+    bad_lines, number = bad_lines or BadLines(), 0
+    try:
+        for batch in dataset.iter(batch_size=256):
+            if text_column not in batch:
+                has = ", ".join(batch)
+                raise DataError(f'dataset: no column "{text_column}"; it has {has} (text_column names the right one).')
+            for text in batch[text_column]:
+                number += 1
+                try:
+                    yield _document(text, f'no string in the column "{text_column}"')
+                except ValueError as error:
+                    bad_lines.report("dataset", number, _why(error))
+    except DataError:
+        raise
+    except Exception as error:  # of whatever package reads files of this kind, or the network
+        raise DataError(f"dataset, after row {number}: cannot be read ({error}).") from error
 
 
 def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
@@ -258,21 +334,62 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
     """
     need("datasets", extra, "a Hub data set")
     import datasets
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     if not shows_bars():
         datasets.disable_progress_bars()
     try:
-        return load_dataset(name, config, split=split, streaming=streaming)
-    except (ConnectionError, FileNotFoundError, ValueError, DatasetNotFoundError) as error:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # of the network, the Hub's client, or whatever package reads files of this kind
         raise DataError(f"{name}: neither a file here nor a Hub dataset within reach ({error}).") from error
 
 
-def documents(options: DataOptions, part: str, what: str | None = None) -> tuple[Iterator[str], list]:
-    """Documents of the "train" or "validation" part, and where they come from (JSON, for the key of the token cache).
+@dataclass
+class Documents:
+    """Documents of one part of the data, read anew by each loop over them.
 
-    What was skipped is said on stderr when all are read.
+    What was skipped is said on stderr when all are read, once.
+
+    Args:
+        read: (bad_lines, and bar where bytes are counted) → the documents.
+        where: they come from, for messages.
+        limit: read only the first so many; `None` for all.
+        skip_bad_lines: skip and count lines that hold no document.
+        what: is done with them, for a bar that shows how many are read; `None` for none.
+        unit, total: of the bar.
+
+    Raises:
+        DataError: from a loop, there is no text, or as `read`.
+    """
+
+    read: Callable[..., Iterator[str]]
+    where: str
+    limit: int | None = None
+    skip_bad_lines: bool = False
+    what: str | None = None
+    unit: str = "B"
+    total: int | None = None
+    is_reported: bool = False
+
+    def __iter__(self) -> Iterator[str]:
+        bad_lines, is_empty = BadLines(self.skip_bad_lines), True
+        with progress_bar(None, self.what, self.unit, self.total) if self.what else nullcontext() as bar:
+            counts_bytes = bar is not None and self.unit == "B"
+            texts = self.read(bad_lines=bad_lines, bar=bar) if counts_bytes else self.read(bad_lines=bad_lines)
+            for text in itertools.islice(texts, self.limit):
+                is_empty = is_empty and not text
+                yield text
+                if bar is not None and not counts_bytes:
+                    bar.update()
+        if is_empty:
+            raise DataError(f"{self.where}: no text there{f' ({bad_lines.summary()})' if bad_lines.count else ''}.")
+        worker = get_worker_info()
+        if bad_lines.count and not self.is_reported and (worker is None or worker.id == 0):
+            self.is_reported = True
+            print(f"warning: {bad_lines.summary()}", file=sys.stderr)
+
+
+def documents(options: DataOptions, part: str, what: str | None = None) -> tuple[Documents, list]:
+    """Documents of the "train" or "validation" part, and where they come from (JSON, for the key of the token cache).
 
     Args:
         options: where they are.
@@ -280,49 +397,33 @@ def documents(options: DataOptions, part: str, what: str | None = None) -> tuple
         what: is done with them, for a bar that shows how many are read; `None` for none.
 
     Raises:
-        DataError: no data named, or as `expand_paths` and `open_hub_dataset`; while reading, as `read_documents`.
+        DataError: no data named, or none of them to be read, or as `expand_paths` and `open_hub_dataset`.
     """
-    paths = options.train_files if part == "train" else options.validation_files
-    bad_lines, limit = BadLines(options.skip_bad_lines), options.max_documents
+    paths, limit = options.train_files if part == "train" else options.validation_files, options.max_documents
+    split = options.dataset_split if part == "train" else options.validation_split
+    if limit is not None and limit < 1:
+        raise DataError(f"max_documents={limit}: must be at least 1.")
     if paths:
         files = expand_paths(paths)
         source = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        read = partial(read_documents, files, options.text_column, bad_lines)
+        read = partial(read_documents, files, options.text_column)
+        where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         unit, total = "B", size_of(files)
-    elif options.dataset:
-        split = options.dataset_split if part == "train" else options.validation_split
+    elif options.dataset and split:
         stream = options.streaming and part == "train"
         dataset = open_hub_dataset(options.dataset, options.dataset_config, split, stream, "train")
         source = [options.dataset, options.dataset_config, split, getattr(dataset, "_fingerprint", None)]
-        read = partial(read_hub_dataset, dataset, options.text_column, bad_lines)
+        read, where = partial(read_hub_dataset, dataset, options.text_column), options.dataset
         unit, total = "document", len(dataset) if isinstance(dataset, Sized) else None
     elif part == "train":
         raise DataError("no data: give --train_files files or folders, or --dataset a Hub data set.")
     else:
-        raise DataError("no held-out data: give --validation_files, or --eval_strategy no.")
+        raise DataError("no held-out data: give --validation_files or --validation_split, or --eval_strategy no.")
     if limit is not None:
         unit, total = "document", min(limit, total) if unit == "document" and total is not None else limit
-    return _read(read, limit, bad_lines, what, unit, total), source
+    return Documents(read, where, limit, options.skip_bad_lines, what, unit, total), source
 
 
 def size_of(files: Iterable[Path]) -> int:
     """In bytes, compressed as they are."""
     return sum(file.stat().st_size for file in files)
-
-
-def _read(
-    read: Callable[..., Iterator[str]],
-    limit: int | None,
-    bad_lines: BadLines,
-    what: str | None,
-    unit: str,
-    total: int | None,
-) -> Iterator[str]:
-    with progress_bar(None, what, unit, total) if what else nullcontext() as bar:
-        counts_bytes = bar is not None and unit == "B"
-        for text in itertools.islice(read(bar=bar) if counts_bytes else read(), limit):
-            yield text
-            if bar is not None and not counts_bytes:
-                bar.update()
-    if bad_lines.count:
-        print(f"warning: {bad_lines.summary()}", file=sys.stderr)

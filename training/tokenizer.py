@@ -29,8 +29,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         ValueError: `vocab_size` too small to hold the special tokens and all bytes, or text too short for it.
     """
     smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size={vocab_size}: must be at least {smallest}, the special tokens and all bytes.")
+    if not isinstance(vocab_size, int) or vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size!r}: must be at least {smallest}, the special tokens and all bytes.")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -132,10 +132,10 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("backend", "is_local", "local_files_only"):  # of the machine and version that saved it
         settings.pop(key, None)
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
