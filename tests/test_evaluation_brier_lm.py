@@ -139,7 +139,8 @@ def test_bad_option_is_refused(folder, capsys):
 
 def test_blocks_are_the_documents_in_order(folder):
     class Letters:
-        eos_token_id, pad_token_id = 0, None
+        eos_token_id, pad_token_id, unk_token_id, added_tokens_decoder = 0, None, None, {}
+        num_special_tokens_to_add = staticmethod(lambda: 0)
 
         def __call__(self, batch, **kwargs):
             return {"input_ids": [[ord(c) for c in text] for text in batch]}

@@ -1,9 +1,12 @@
 """Documents to one array of tokens on disk, written once for what it depends on."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,13 @@ from calm.training.recipe import DataOptions
 
 # Documents are tokenised in batches of about this many characters.
 CHARACTERS_PER_BATCH = 4_000_000
+# Of the key of a cache: 2, since documents that spell a special token are text.
+CACHE_FORMAT = 2
+# Options on which tokens don't depend, or only by what `documents` says of where they come from.
+NOT_IN_TOKENS = {
+    *("train_files", "validation_files", "dataset", "dataset_config", "dataset_split", "validation_split"),
+    *("streaming", "validation_blocks", "block_size", "random_phase", "left_fill", "cache_dir"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,23 @@ class Separation:
 
 
 def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separation) -> Iterator[np.ndarray]:
-    """Token ids of each document, ends as `separation` says; empty documents are left out."""
+    """Token ids of each document, ends as `separation` says; empty documents are left out.
+
+    Special tokens come from the tokenizer and the separation alone: a document that spells one is text there as
+    elsewhere. Documents with which the tokenizer can't do that are counted on stderr.
+    """
     if separation.append_eos and tokenizer.eos_token_id is None:
         raise DataError("append_eos needs a tokenizer with an EOS token.")
     if separation.pad_to_patch and tokenizer.pad_token_id is None:
         raise DataError("pad_to_patch needs a tokenizer with a pad token.")
+    special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
+    num_added, num_spelled = tokenizer.num_special_tokens_to_add(), 0
 
     def flush(batch):
-        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
+        nonlocal num_spelled
+        encoded = tokenizer(batch, return_attention_mask=False, split_special_tokens=True, verbose=False)
+        for ids in encoded["input_ids"]:
+            num_spelled += int(np.isin(ids, special).sum()) > num_added
             if separation.append_eos:
                 ids.append(tokenizer.eos_token_id)
             if separation.pad_to_patch:
@@ -55,6 +74,9 @@ def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separati
             batch, size = [], 0
     if batch:
         yield from flush(batch)
+    if num_spelled:
+        what = "spell special tokens, which this tokenizer doesn't read as text"
+        print(f"warning: {num_spelled} document(s) {what}", file=sys.stderr)
 
 
 @dataclass
@@ -66,42 +88,65 @@ class TokenFile:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def cached_tokens(folder: Path, key: dict, write: Callable[[], Iterable[np.ndarray]]) -> TokenFile:
-    """Opens the token file for `key` under `folder`, written first by `write()` if it is not there.
+    """Opens the token file for `key` under `folder`, written first by `write()` if it is not there, or damaged.
 
     Args:
         folder: of the caches. Each is a sub-folder that appears only when complete, so a kill leaves no half one.
         key: everything that the tokens depend on (JSON).
         write: () → iterator of the documents' token ids.
+
+    Raises:
+        DataError: there are no tokens, or the folder cannot be written.
     """
     target = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    if not target.exists():
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    found = _open(target)
+    if found is None:
         try:
-            starts, length = [], 0
-            with open(unfinished / "tokens.bin", "wb") as file:
-                for ids in write():
-                    starts.append(length)
-                    length += len(ids)
-                    file.write(ids.tobytes())
-            np.save(unfinished / "document_starts.npy", np.asarray(starts, dtype=np.int64))
-            (unfinished / "key.json").write_text(json.dumps(key, indent=1))
-            try:
-                os.replace(unfinished, target)
-            except OSError:  # another process wrote the same tokens meanwhile, and was first
-                if not target.exists():
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    if not (target / "tokens.bin").stat().st_size:
-        raise DataError("the data holds no text.")
-    tokens = np.memmap(target / "tokens.bin", dtype=np.uint32, mode="r")
-    return TokenFile(tokens, np.load(target / "document_starts.npy"))
+            if target.exists():  # damaged
+                shutil.rmtree(target)
+            _write(target, key, write)
+        except OSError as error:
+            raise DataError(f"{target}: the tokens cannot be written there ({error.strerror or error}).") from error
+        found = _open(target)
+    assert found is not None, f"{target}: another process removed it meanwhile"
+    return found
+
+
+def _open(target: Path) -> TokenFile | None:
+    """The token file of a folder, or None where it is not there or not whole."""
+    try:
+        bounds = np.load(target / "document_bounds.npy")
+        tokens = np.memmap(target / "tokens.bin", dtype=np.uint32, mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return TokenFile(tokens, bounds[:-1]) if len(bounds) and bounds[-1] == len(tokens) else None
+
+
+def _write(target: Path, key: dict, write: Callable[[], Iterable[np.ndarray]]) -> None:
+    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        bounds = [0]
+        with open(unfinished / "tokens.bin", "wb") as file:
+            for ids in write():
+                bounds.append(bounds[-1] + len(ids))
+                file.write(ids.tobytes())
+        if not bounds[-1]:
+            raise DataError("the data holds no text.")
+        np.save(unfinished / "document_bounds.npy", np.asarray(bounds, dtype=np.int64))
+        (unfinished / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+        try:
+            os.replace(unfinished, target)
+        except OSError:  # another process wrote the same tokens meanwhile, and was first
+            if _open(target) is None:
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def separation_of(options: DataOptions, patch_size: int) -> Separation:
@@ -123,11 +168,12 @@ def token_file(options: DataOptions, part: str, tokenizer, patch_size: int, fold
     """
     separation = separation_of(options, patch_size)
     texts, source = documents(options, part, f"Tokenising, {part}")
+    fields = {f.name for f in dataclasses.fields(options)} - NOT_IN_TOKENS
     key = {
+        "format": CACHE_FORMAT,
         "source": source,
-        "text_column": options.text_column,
-        "max_documents": options.max_documents,
-        "separation": [separation.append_eos, separation.pad_to_patch, separation.patch_size],
+        "options": {name: getattr(options, name) for name in fields},
+        "patch_size": separation.patch_size,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
     return cached_tokens(folder, key, lambda: tokenize_documents(texts, tokenizer, separation))
