@@ -1,24 +1,41 @@
 """From files to blocks: every readable format, honest errors, and an order that shards and resumes without loss."""
 
+import argparse
+import ast
+import codecs
+import dataclasses
 import gzip
 import itertools
 import json
 import lzma
 import os
+import pickle
+from collections import Counter
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 import zstandard
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard, skip_first_batches
 from tiny import BOS, EOS, PAD, tiny_tokenizer
-from torch.utils.data import BatchSampler, SequentialSampler
+from tokenizers import Tokenizer, models
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from transformers import PreTrainedTokenizerFast
 
-from calm.training.data import PackedBlocks, PatchCollator, StreamedBlocks
-from calm.training.documents import BadLines, DataError, expand_paths, read_documents
-from calm.training.tokens import Separation, TokenFile, cached_tokens, tokenize_documents
+from calm.evaluation.blocks import open_documents, pack_blocks
+from calm.training import documents as documents_module
+from calm.training import tokens as tokens_module
+from calm.training.data import Length, PackedBlocks, PatchCollator, StreamedBlocks, data_sets
+from calm.training.documents import BadLines, DataError, documents, expand_paths, read_documents, read_hub_dataset
+from calm.training.recipe import DataOptions
+from calm.training.tokenizer import train_bpe
+from calm.training.tokens import Separation, TokenFile, cached_tokens, token_file, tokenize_documents
+
+ROOT = Path(__file__).parents[1]
 
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]
 COMPRESS = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -32,6 +49,12 @@ def parquet(texts) -> bytes:
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(len(texts))}), sink)
     return sink.getvalue().to_pybytes()
+
+
+def zstd_frame(content: bytes, window_log: int) -> bytes:
+    """A frame of one raw block whose header wants a window of 2^window_log bytes, as `zstd --long` writes."""
+    block = (1 | len(content) << 3).to_bytes(3, "little") + content
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + block
 
 
 def read(*paths, **options) -> list[str]:
@@ -66,10 +89,13 @@ def test_folders_and_patterns_are_read_in_a_fixed_order(tmp_path):
     "line, why",
     [
         (b'{"text": "cut', "not JSON"),
-        (b'{"body": "x"}', 'no string under the key "text"'),
-        (b'{"text": 3}', 'no string under the key "text"'),
+        (b'{"body": "x", "n": 1}', 'no string under the key "text"; it has body, n'),
+        (b'{"text": 3}', 'no string under the key "text" '),
         (b'["text"]', 'no string under the key "text"'),
-        (b'{"text": "\xff"}', "not UTF-8"),
+        (b"3", 'no string under the key "text"'),
+        (b'{"text": "caf\xe9"}', r"not UTF-8 \(.*\); convert it to UTF-8"),
+        (rb'{"text": "x\ud800"}', "no text: character 2 is half of a surrogate pair"),
+        (b"[" * 100_000 + b"]" * 100_000, "JSON that is nested too deeply"),
     ],
 )
 def test_a_bad_line_stops_with_file_and_line_or_is_skipped_and_counted(tmp_path, line, why):
@@ -91,11 +117,64 @@ def test_a_file_that_is_cut_short_is_an_error_even_when_lines_are_skipped(tmp_pa
         read(path, bad_lines=BadLines(skip=True))
 
 
+def test_a_huge_number_beside_the_text_does_no_harm(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a", "n": ' + "1" * 5000 + "}")
+    assert read(tmp_path / "data.jsonl") == ["a"]
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", b"one\ntwo"), ("a.jsonl", jsonl(["one\ntwo"]))])
+def test_a_signature_of_utf_8_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+    assert read(tmp_path / name) == ["one\ntwo"]
+
+
+def test_text_in_another_encoding_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\ncafé".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.txt, line 2: not UTF-8 .*; convert it to UTF-8"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_a_zst_file_with_a_large_window_is_read(tmp_path, window_log):
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd_frame(jsonl(TEXTS), window_log))
+    assert read(tmp_path / "a.jsonl.zst") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.xz", "a.parquet.zst"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 345\n")
+    with pytest.raises(DataError, match=rf"{name}: is a Git LFS pointer .*; run git lfs pull"):
+        read(tmp_path / name)
+
+
+def test_hidden_files_of_a_folder_and_folders_called_like_files_are_not_read(tmp_path):
+    data = tmp_path / ".hidden" / "data"  # what is named itself is read
+    for name in ("a.jsonl", ".b.jsonl", ".ipynb_checkpoints/c.jsonl", "d.jsonl/.e/f.jsonl"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(jsonl([name]))
+    assert read(data) == ["a.jsonl"]
+    assert read(data / ".b.jsonl") == [".b.jsonl"]
+    with pytest.raises(DataError, match=r"d\.jsonl: the folder holds no file"):
+        read(data / "d.jsonl")
+
+
+def test_a_path_that_is_there_is_no_pattern(tmp_path):
+    for name in ("a[1].jsonl", "a1.jsonl"):
+        (tmp_path / name).write_bytes(jsonl([name]))
+    assert read(tmp_path / "a[1].jsonl") == ["a[1].jsonl"]
+    assert read(tmp_path / "a[12].jsonl") == ["a1.jsonl"]
+    options = argparse.Namespace(data=str(tmp_path / "a[1].jsonl"), text_column="text")
+    assert list(open_documents(options)) == ["a[1].jsonl"]
+
+
 def test_paths_that_hold_no_text_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "dead.jsonl").symlink_to(tmp_path / "gone")
     with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
         expand_paths("nowhere.jsonl")
+    with pytest.raises(DataError, match=r"dead\.jsonl: No such file"):
+        expand_paths(tmp_path)
     with pytest.raises(DataError, match="empty: the folder holds no file"):
         expand_paths([str(tmp_path / "empty")])
     with pytest.raises(DataError, match=r"data\.csv: unknown format; readable are \.txt"):
@@ -110,7 +189,131 @@ def test_another_text_column_is_read_and_a_missing_one_named(tmp_path):
         read(tmp_path / "b.parquet", text_column="body")
 
 
+def test_a_file_that_the_system_does_not_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    files = expand_paths(tmp_path)
+
+    def forbidden(path, bar):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(documents_module, "_CountedFile", forbidden)
+    with pytest.raises(DataError, match=r"a\.jsonl: Permission denied\.$"):
+        list(read_documents(files))
+    monkeypatch.setattr("builtins.open", lambda path, *args: forbidden(path, None))
+    with pytest.raises(DataError, match=r"a\.jsonl: Permission denied\.$"):
+        expand_paths(tmp_path)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path, whole = tmp_path / "a.parquet", parquet([str(n) * 40 for n in range(3000)])
+    for content in (whole[:-9], b"", whole[:40] + b"\xff" * 2000 + whole[2040:]):  # the last one opens
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.parquet, after row \d+: not a readable parquet file"):
+            read(path)
+
+
+def test_a_parquet_column_of_another_type_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet(TEXTS))
+    with pytest.raises(DataError, match=r'a\.parquet: the column "n" holds int64, not strings'):
+        read(tmp_path / "a.parquet", text_column="n", bad_lines=BadLines(skip=True))
+    words = pyarrow.array(["b", "a", None, "b"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": words}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet, line 3: no string in the column"):
+        read(tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", bad_lines=BadLines(skip=True)) == ["b", "a", "b"]
+
+
+def test_a_parquet_text_that_is_not_utf_8_is_a_bad_line(tmp_path):
+    offsets, content = (pyarrow.py_buffer(b) for b in (np.array([0, 1, 4], np.int32).tobytes(), b"a\xed\xa0\x80"))
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, content])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, line 2: not UTF-8"):
+        read(tmp_path / "a.parquet")
+
+
+def test_what_is_wrong_with_a_hub_data_set_is_said(tmp_path):
+    def broken():
+        yield {"text": "a"}
+        raise RuntimeError("no route to host")
+
+    with pytest.raises(DataError, match=r"dataset, after row \d: cannot be read \(.*no route"):
+        list(read_hub_dataset(datasets.IterableDataset.from_generator(broken)))
+    rows = datasets.Dataset.from_dict({"body": TEXTS, "n": [1, None, 3]})
+    with pytest.raises(DataError, match='no column "text"; it has body, n'):
+        list(read_hub_dataset(rows))
+    with pytest.raises(DataError, match='dataset, line 1: no string in the column "n"'):
+        list(read_hub_dataset(rows, "n"))
+    halves = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}, {"text": "\ud800"}]))
+    with pytest.raises(DataError, match="dataset, line 2: no text: character 1 is half of a surrogate pair"):
+        list(read_hub_dataset(halves))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text"')
+    with pytest.raises(DataError, match="neither a file here nor a Hub dataset"):
+        documents(DataOptions(dataset=str(tmp_path)), "train")
+    with pytest.raises(DataError, match="no held-out data: give --validation_files or --validation_split"):
+        documents(DataOptions(dataset=str(tmp_path)), "validation")
+
+
+def test_files_without_text_are_named_with_what_was_skipped(tmp_path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.jsonl").write_bytes(b"[]\n")
+    options = DataOptions(train_files=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], skip_bad_lines=True)
+    with pytest.raises(DataError, match=r"a\.txt and 1 more: no text there \(1 bad line.*b\.jsonl, line 1"):
+        list(documents(options, "train")[0])
+
+
+def test_what_was_skipped_is_said_once(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS) + b"[]\n")
+    texts, _ = documents(DataOptions(train_files=[str(tmp_path / "a.jsonl")], skip_bad_lines=True), "train")
+    assert list(texts) == list(texts) == TEXTS
+    assert capsys.readouterr().err.count("1 bad line(s) skipped") == 1
+
+
+def test_no_text_is_read_or_written_in_the_locale_s_encoding():
+    files = [file for folder in ("training", "evaluation") for file in sorted((ROOT / folder).glob("*.py"))]
+    calls = [
+        (f"{file.name}:{node.lineno}", getattr(node.func, "attr", getattr(node.func, "id", "")), ast.unparse(node))
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    texts = [(where, call) for where, name, call in calls if name in ("read_text", "write_text")]
+    texts += [(where, call) for where, name, call in calls if name == "open" and "Image" not in call]
+    binary = ("'rb'", "'wb'", "lzma.open(file)", "gzip.open(file)")
+    assert len(texts) > 10
+    assert [where for where, call in texts if "encoding=" not in call and not any(b in call for b in binary)] == []
+
+
 # tokens
+
+
+@pytest.mark.parametrize("kind", ["characters", "trained"])
+def test_a_document_that_spells_special_tokens_is_text(kind, capsys):
+    if kind == "characters":
+        tokenizer, special = tiny_tokenizer(), ["<s>", "</s>", "<pad>"]
+    else:
+        special = ["<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>"]
+        tokenizer = train_bpe([f"{token} and <|bos|><|eos|>" for token in special] * 9, 270)
+    ids = tokenizer.convert_tokens_to_ids(special)
+    texts = [f"{token}one {token} two{token}" for token in special]
+    for text, found in zip(texts, tokenize_documents(texts, tokenizer, Separation()), strict=True):
+        assert found[0] == tokenizer.bos_token_id and not set(found[1:].tolist()) & set(ids)
+        assert tokenizer.decode(found[1:]) == text
+    blocks_BL = pack_blocks(texts, tokenizer, 4)
+    assert (blocks_BL == tokenizer.bos_token_id).sum() <= len(texts) and tokenizer.eos_token_id not in blocks_BL
+    plain = ["one two", "  \tthree\n\n four "]
+    as_ever = tokenizer(plain)["input_ids"]
+    assert [ids.tolist() for ids in tokenize_documents(plain, tokenizer, Separation())] == as_ever
+    assert tokenizer(special[1])["input_ids"] == [tokenizer.bos_token_id, ids[1]]  # in a prompt it is what it says
+    assert capsys.readouterr().err == ""
+
+
+def test_where_special_tokens_cannot_be_read_as_text_they_are_counted(capsys):
+    """A Unigram vocabulary has them among its pieces."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "ab</s>")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert len(list(tokenize_documents(["a</s>b</s>", "ab", "a?b"], tokenizer, Separation(append_eos=True)))) == 3
+    assert capsys.readouterr().err.startswith("warning: 1 document(s) spell special tokens")
 
 
 def test_documents_end_as_published():
@@ -146,22 +349,89 @@ def test_tokens_are_written_once_for_a_key_and_a_failure_leaves_nothing(tmp_path
 
 
 def test_of_two_processes_that_write_the_same_cache_the_second_takes_the_first_s(tmp_path, monkeypatch):
+    """Their process ids are the same: they may be on different machines."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
     key, ids = {"a": 1}, np.arange(3, dtype=np.uint32)
 
     def while_another_process_writes_it():
-        with monkeypatch.context() as other:
-            other.setattr(os, "getpid", lambda: -1)
-            cached_tokens(tmp_path, key, lambda: iter([ids]))
         yield ids + 1
+        cached_tokens(tmp_path, key, lambda: iter([ids]))
 
     second = cached_tokens(tmp_path, key, while_another_process_writes_it)
     assert second.tokens.tolist() == [0, 1, 2] and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "document_bounds.npy"])
+@pytest.mark.parametrize("size", [None, 0, 5, 8])
+def test_a_damaged_cache_is_written_again(tmp_path, name, size):
+    ids = np.arange(3, dtype=np.uint32)
+    cached_tokens(tmp_path, {}, lambda: iter([ids]))
+    (folder,) = tmp_path.iterdir()
+    if size is None:
+        (folder / name).unlink()
+    else:
+        os.truncate(folder / name, size)
+    again = cached_tokens(tmp_path, {}, lambda: iter([ids, ids]))
+    assert again.tokens.tolist() == [0, 1, 2] * 2 and again.document_starts.tolist() == [0, 3]
+    assert cached_tokens(tmp_path, {}, lambda: iter([])).tokens.tolist() == [0, 1, 2] * 2
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "tokens").touch()
+    with pytest.raises(DataError, match=r"tokens/\w+: the tokens cannot be written there \("):
+        cached_tokens(tmp_path / "tokens", {}, lambda: iter([np.arange(3, dtype=np.uint32)]))
+
+
+def test_the_key_of_a_cache_has_every_option_that_changes_tokens(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}", "body": "{name * 2}"}}\n[]\n{{"text": "c"}}\n')
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "hub" / f"{split}.jsonl").write_text(f'{{"text": "{split}"}}\n')
+    files = DataOptions([str(tmp_path / "a.jsonl")], skip_bad_lines=True)
+    hub = DataOptions(dataset=str(tmp_path / "hub"), cache_dir=str(tmp_path))
+    changed = {
+        "train_files": [str(tmp_path / "b.jsonl")],
+        "validation_files": [str(tmp_path / "b.jsonl")],
+        "dataset": str(tmp_path),
+        "dataset_config": "default",
+        "dataset_split": "test",
+        "validation_split": "test",
+        "text_column": "body",
+        "max_documents": 1,
+        "skip_bad_lines": False,
+        "cache_dir": "elsewhere",
+    }
+    keys = []
+    monkeypatch.setattr(tokens_module, "cached_tokens", lambda folder, key, write: keys.append(key) or write())
+
+    def key_and_tokens(options):
+        try:
+            tokens = [ids.tolist() for ids in token_file(options, "train", tiny_tokenizer(), 4, tmp_path)]
+        except DataError as error:
+            tokens = str(error)
+        return keys.pop(), tokens
+
+    for field in dataclasses.fields(DataOptions):
+        options = hub if field.name.startswith("dataset") else files
+        value = getattr(options, field.name)
+        new = changed[field.name] if field.name in changed else not value if type(value) is bool else (value or 0) + 1
+        before, after = (key_and_tokens(o) for o in (options, dataclasses.replace(options, **{field.name: new})))
+        assert before[1] == after[1] or before[0] != after[0], field.name
+        is_known = field.name in tokens_module.NOT_IN_TOKENS
+        assert is_known or before[0] != after[0], f"{field.name}: a new option is in the key"
+    other_end = tiny_tokenizer()
+    other_end.eos_token = "a"
+    ends = dataclasses.replace(files, append_eos=True)
+    token_file(ends, "train", tiny_tokenizer(), 4, tmp_path)
+    token_file(ends, "train", other_end, 4, tmp_path)
+    assert keys[0] != keys[1]
+
+
 # blocks
 
 
-def token_file(length: int = 103, document: int = 10) -> TokenFile:
+def numbers(length: int = 103, document: int = 10) -> TokenFile:
     return TokenFile(np.arange(length, dtype=np.uint32), np.arange(0, length, document))
 
 
@@ -170,7 +440,7 @@ def starts(blocks) -> list[int]:
 
 
 def test_an_epoch_has_every_block_once_and_the_next_another_order():
-    blocks = PackedBlocks(token_file(), block_size=8, num_blocks=24, seed=1)
+    blocks = PackedBlocks(numbers(), block_size=8, num_blocks=24, seed=1)
     assert blocks.blocks_per_epoch == 12
     assert all((block["input_ids"].diff() == 1).all() for block in blocks)
     first, second = starts(blocks)[:12], starts(blocks)[12:]
@@ -181,7 +451,7 @@ def test_an_epoch_has_every_block_once_and_the_next_another_order():
 def test_a_block_depends_on_the_seed_and_its_index_alone():
     def make(seed):
         options = {"random_phase": True, "left_fill": 0.5, "filler_token_id": 1000}
-        return PackedBlocks(token_file(), 8, 4, num_blocks=30, seed=seed, **options)
+        return PackedBlocks(numbers(), 8, 4, num_blocks=30, seed=seed, **options)
 
     forwards, backwards = make(1), make(1)
     ids = {i: forwards[i]["input_ids"].tolist() for i in range(30)}
@@ -191,7 +461,7 @@ def test_a_block_depends_on_the_seed_and_its_index_alone():
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_processes_share_the_blocks_and_a_resumed_run_goes_on_with_the_next(num_processes):
-    blocks, seen = PackedBlocks(token_file(), 8, num_blocks=24, seed=1), []
+    blocks, seen = PackedBlocks(numbers(), 8, num_blocks=24, seed=1), []
     for rank in range(num_processes):
         batches = list(BatchSamplerShard(BatchSampler(SequentialSampler(blocks), 2, False), num_processes, rank))
         done = len(batches) // 2  # the run was killed here, after the checkpoint of this step
@@ -200,7 +470,7 @@ def test_processes_share_the_blocks_and_a_resumed_run_goes_on_with_the_next(num_
 
 
 def test_random_phase_cuts_each_epoch_at_other_places():
-    blocks = PackedBlocks(token_file(), 8, num_blocks=24 * 12, seed=0, random_phase=True)
+    blocks = PackedBlocks(numbers(), 8, num_blocks=24 * 12, seed=0, random_phase=True)
     phases = {start % 8 for start in starts(blocks)}
     assert phases == set(range(8))
     n = blocks.blocks_per_epoch
@@ -208,24 +478,58 @@ def test_random_phase_cuts_each_epoch_at_other_places():
 
 
 def test_left_fill_makes_short_prompts_of_every_length():
-    blocks = PackedBlocks(token_file(), 8, 4, num_blocks=300, seed=0, left_fill=1.0, filler_token_id=1000)
+    blocks = PackedBlocks(numbers(), 8, 4, num_blocks=300, seed=0, left_fill=1.0, filler_token_id=1000)
     for block in blocks:
         ids, filling = block["input_ids"].tolist(), block["filling"]
         assert ids[:filling] == [1000] * filling and 1000 not in ids[filling:]
         assert ids[filling] % 10 == 0 or ids[filling] > 90  # begins with a document, but at the very end of the data
     assert {block["filling"] for block in blocks} == {0, 1, 2, 3}
-    some = PackedBlocks(token_file(), 8, 4, num_blocks=1000, seed=0, left_fill=0.4, filler_token_id=1000)
+    some = PackedBlocks(numbers(), 8, 4, num_blocks=1000, seed=0, left_fill=0.4, filler_token_id=1000)
     share = np.mean([block["filling"] > 0 for block in some])
     assert abs(share - 0.4 * 3 / 4) < 0.06  # four standard deviations
 
 
 def test_data_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match="block_size=10 is no multiple of patch_size=4"):
-        PackedBlocks(token_file(), 10, 4)
+        PackedBlocks(numbers(), 10, 4)
     with pytest.raises(DataError, match="103 tokens, too few for one block of block_size=104"):
-        PackedBlocks(token_file(), 104, 4)
+        PackedBlocks(numbers(), 104, 4)
     with pytest.raises(DataError, match="needs a filler token"):
-        PackedBlocks(token_file(), 8, 4, left_fill=0.5)
+        PackedBlocks(numbers(), 8, 4, left_fill=0.5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "field, value, why",
+    [
+        ("block_size", 0, "must be at least 1"),
+        ("block_size", -8, "must be at least 1"),
+        ("block_size", 10, r"is no multiple of patch_size=4"),
+        ("left_fill", 1.5, r"must lie in \[0, 1\]"),
+        ("left_fill", float("nan"), r"must lie in \[0, 1\]"),
+        ("validation_blocks", 0, "must be at least 1"),
+        ("max_documents", 0, "must be at least 1"),
+        ("max_documents", -1, "must be at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_the_data_is_read(tmp_path, streaming, field, value, why):
+    (tmp_path / "a.jsonl").write_bytes(b"not to be read")
+    options = DataOptions([str(tmp_path / "a.jsonl")], streaming=streaming, **{field: value})
+    with pytest.raises(DataError, match=rf"{field}={value}:? {why}"):
+        data_sets(options, tiny_tokenizer(), 4, Length(1, max_steps=1), 0, tmp_path / "tokens", evaluates=False)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_blocks_of_no_tokens_are_refused():
+    with pytest.raises(DataError, match="block_size=0: must be at least 1"):
+        pack_blocks(["abc"], tiny_tokenizer(), 0)
+
+
+def test_held_out_data_that_are_not_there_are_missed_before_the_training_data_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"not to be read")
+    options = DataOptions([str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")])
+    with pytest.raises(DataError, match=r"b\.jsonl: no such file"):
+        data_sets(options, tiny_tokenizer(), 4, Length(1), 0, tmp_path / "tokens", evaluates=True)
 
 
 # collator
@@ -240,7 +544,7 @@ def test_labels_leave_out_the_first_patch_and_partial_patches():
 
 
 def test_the_autoencoder_reconstructs_all_but_the_filling():
-    blocks = PackedBlocks(token_file(), 8, 4, num_blocks=4, seed=0, left_fill=1.0, filler_token_id=1000)
+    blocks = PackedBlocks(numbers(), 8, 4, num_blocks=4, seed=0, left_fill=1.0, filler_token_id=1000)
     batch = PatchCollator(4, first_patch_is_given=False)([blocks[i] for i in range(4)])
     is_filler = batch["input_ids"] == 1000
     assert is_filler.any() and "attention_mask" not in batch
@@ -254,7 +558,73 @@ def test_the_autoencoder_reconstructs_all_but_the_filling():
 def stream(lengths=(7, 30, 5, 11), seed=0, **options) -> StreamedBlocks:
     """Documents 0, 1, … of the given lengths, over and over; their tokens say document and position."""
     documents = [1000 * d + np.arange(n, dtype=np.uint32) for d, n in enumerate(lengths)]
-    return StreamedBlocks(lambda epoch: iter(documents), block_size=4, seed=seed, **options)
+    return StreamedBlocks(documents, iter, block_size=4, seed=seed, **options)
+
+
+def first_blocks(stream, number: int, num_workers: int, batch_size: int = 1) -> list[tuple]:
+    loader = DataLoader(stream, batch_size, num_workers=num_workers, collate_fn=list)
+    batches = itertools.islice(loader, number // batch_size)
+    return [tuple(block["input_ids"].tolist()) for batch in batches for block in batch]
+
+
+@pytest.mark.parametrize("num_documents, num_workers", [(12, 0), (12, 1), (12, 2), (12, 3), (2, 3), (1, 2), (3, 5)])
+def test_workers_share_the_documents_of_an_epoch(num_documents, num_workers):
+    documents = stream([4] * num_documents)
+    if num_documents > num_workers:
+        epoch = Counter(first_blocks(documents, num_documents, num_workers))
+        assert len(epoch) == num_documents and set(epoch.values()) == {1}
+    blocks = Counter(first_blocks(documents, num_documents * max(num_workers, 1), num_workers))
+    assert len(blocks) == num_documents and set(blocks.values()) == {max(num_workers, 1)}
+
+
+def test_workers_of_unequal_shares_see_all_documents_as_often():
+    """Three documents: of two workers one has ten times the tokens of the other."""
+    seen = Counter(ids[0] // 1000 for ids in first_blocks(stream([80, 8, 80]), 42 * 20, 2))
+    assert [round(seen[d] / 40, 1) for d in range(3)] == [10, 1, 10]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_processes_share_a_stream_and_a_resumed_run_goes_on_with_the_next(num_workers):
+    whole = first_blocks(stream(), 24, num_workers, batch_size=2)
+
+    def of_process(rank):
+        shard = IterableDatasetShard(stream(), batch_size=2, num_processes=2, process_index=rank)
+        loader = DataLoader(shard, 2, num_workers=num_workers, collate_fn=lambda rows: [r["block_id"] for r in rows])
+        return [block for batch in itertools.islice(loader, 6) for block in batch]
+
+    shares = of_process(0), of_process(1)
+    assert len({*shares[0], *shares[1]}) == 24
+    loader = DataLoader(stream(), 2, num_workers=num_workers, collate_fn=list)
+    resumed = itertools.islice(skip_first_batches(loader, 5), 7)
+    assert [tuple(block["input_ids"].tolist()) for batch in resumed for block in batch] == whole[10:]
+
+
+def test_workers_share_a_hub_data_set_whatever_its_files(tmp_path):
+    """`datasets` itself gives whole files to workers, and none to some."""
+    texts = [letter * 4 for letter in "abcdef"]
+    for part in range(2):
+        (tmp_path / f"train-{part}.jsonl").write_bytes(jsonl(texts[3 * part : 3 * part + 3]))
+    options = DataOptions(dataset=str(tmp_path), streaming=True, block_size=5)
+    parts = data_sets(options, tiny_tokenizer(), 1, Length(1, max_steps=9), 0, tmp_path, evaluates=False)
+    for num_workers in (2, 3):
+        seen = Counter(first_blocks(parts.train, 6, num_workers))
+        assert len(seen) == 6 and {ids[0] for ids in seen} == {BOS}
+
+
+def test_a_stream_can_be_sent_to_a_worker_that_is_not_forked(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["abcd", "efgh"]))
+    options = DataOptions([str(tmp_path / "a.jsonl")], streaming=True, block_size=5)
+    blocks = data_sets(options, tiny_tokenizer(), 1, Length(1, max_steps=9), 0, tmp_path, evaluates=False).train
+    sent = pickle.loads(pickle.dumps(blocks))
+    assert first_blocks(sent, 6, 0) == first_blocks(blocks, 6, 0)
+
+
+def test_an_error_in_a_worker_is_one_sentence(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["abcd"]) + b"[]\n")
+    options = DataOptions([str(tmp_path / "a.jsonl")], streaming=True, block_size=5)
+    blocks = data_sets(options, tiny_tokenizer(), 1, Length(1, max_steps=9), 0, tmp_path, evaluates=False).train
+    with pytest.raises(DataError, match=r"^\S+a\.jsonl, line 2: no string under the key \"text\" \([^)]*\)\.$"):
+        first_blocks(blocks, 6, 2)
 
 
 def test_a_stream_loses_and_repeats_nothing_within_an_epoch():
@@ -277,7 +647,9 @@ def test_a_stream_depends_on_the_seed_alone():
 
 def test_a_stream_without_text_is_an_error():
     with pytest.raises(DataError, match="holds no text"):
-        next(iter(StreamedBlocks(lambda epoch: iter([]), block_size=4)))
+        next(iter(StreamedBlocks([], iter, block_size=4)))
+    with pytest.raises(DataError, match="holds no text"):
+        first_blocks(stream([0, 0, 0]), 2, num_workers=2)
 
 
 def test_a_rows_own_labels_count_where_a_whole_patch_has_them():

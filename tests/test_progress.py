@@ -259,7 +259,7 @@ def assert_untorn(text: str, beginning: str) -> None:
 def test_training_shows_one_bar_and_its_log_lines_above_it(workshop, tmp_path, monkeypatch, capsys):
     fields = {"eval_steps": 2, "save_steps": 2, "output_dir": str(tmp_path / "run"), **workshop}
     terminal = trained_on_terminal(monkeypatch, "calm", **{**fields, "cache_dir": str(tmp_path / "tokens")})
-    assert terminal.bars() == [LOADING, "Tokenising, train", "Training"]
+    assert terminal.bars() == [LOADING, "Tokenising, validation", "Training"]  # of the same file as the training text
     assert terminal.states[-1][2:4] == ("4", "4")
     assert "evaluating 1/" in terminal.text
     assert_untorn(terminal.text, "{'loss'")

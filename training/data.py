@@ -6,11 +6,12 @@ Axes: B batch, L tokens of a block, P patches (L = P·K), K tokens per patch.
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from calm.modeling_calm import next_patches
 from calm.training.documents import DataError, documents
@@ -69,28 +70,41 @@ def data_sets(
     cut = {
         "block_size": options.block_size,
         "patch_size": patch_size,
-        "seed": seed,
-        "random_phase": options.random_phase,
         "left_fill": options.left_fill,
         "filler_token_id": filler_token_id(tokenizer),
     }
+    check_cut(**cut)
+    if options.streaming and length.max_steps <= 0:
+        raise DataError("streaming needs max_steps: a stream has no length.")
+    if options.validation_blocks is not None and options.validation_blocks < 1:
+        raise DataError(f"validation_blocks={options.validation_blocks}: must be at least 1.")
+    held_out = None
+    if evaluates:
+        tokens = token_file(options, "validation", tokenizer, patch_size, cache)
+        num_blocks = blocks_per_epoch(len(tokens.tokens), options.block_size)
+        num_blocks = min(num_blocks, options.validation_blocks or num_blocks)
+        held_out = PackedBlocks(tokens, options.block_size, patch_size, num_blocks)
+    order = {"seed": seed, "random_phase": options.random_phase}
     if options.streaming:
-        if length.max_steps <= 0:
-            raise DataError("streaming needs max_steps: a stream has no length.")
-        separation, num_steps = separation_of(options, patch_size), length.max_steps
-        train = StreamedBlocks(
-            lambda epoch: tokenize_documents(documents(options, "train")[0], tokenizer, separation), **cut
-        )
-    else:
-        tokens = token_file(options, "train", tokenizer, patch_size, cache)
-        num_steps = length.num_steps(blocks_per_epoch(len(tokens.tokens), options.block_size, options.random_phase))
-        train = PackedBlocks(tokens, **cut, num_blocks=num_steps * length.batch_size)
-    if not evaluates:
-        return DataSets(train, num_steps, None)
-    held_out = token_file(options, "validation", tokenizer, patch_size, cache)
-    num_blocks = blocks_per_epoch(len(held_out.tokens), options.block_size)
-    num_blocks = min(num_blocks, options.validation_blocks or num_blocks)
-    return DataSets(train, num_steps, PackedBlocks(held_out, options.block_size, patch_size, num_blocks))
+        tokenize = partial(tokenize_documents, tokenizer=tokenizer, separation=separation_of(options, patch_size))
+        train = StreamedBlocks(documents(options, "train")[0], tokenize, **cut, **order)
+        return DataSets(train, length.max_steps, held_out)
+    tokens = token_file(options, "train", tokenizer, patch_size, cache)
+    num_steps = length.num_steps(blocks_per_epoch(len(tokens.tokens), options.block_size, options.random_phase))
+    train = PackedBlocks(tokens, **cut, **order, num_blocks=num_steps * length.batch_size)
+    return DataSets(train, num_steps, held_out)
+
+
+def check_cut(block_size: int, patch_size: int, left_fill: float, filler_token_id: int | None) -> None:
+    """Raises `DataError` where tokens cannot be cut so; arguments as in `PackedBlocks`."""
+    if block_size < 1:
+        raise DataError(f"block_size={block_size}: must be at least 1.")
+    if block_size % patch_size:
+        raise DataError(f"block_size={block_size} is no multiple of patch_size={patch_size}.")
+    if not 0 <= left_fill <= 1:
+        raise DataError(f"left_fill={left_fill}: must lie in [0, 1], a share of the blocks.")
+    if left_fill and filler_token_id is None:
+        raise DataError("left_fill needs a filler token: train the tokenizer with one, or give it a pad token.")
 
 
 def blocks_per_epoch(num_tokens: int, block_size: int, random_phase: bool = False) -> int:
@@ -127,7 +141,7 @@ class PackedBlocks(Dataset):
             `filler_token_id`.
 
     Raises:
-        DataError: fewer tokens than one block; a block that is no whole number of patches.
+        DataError: fewer tokens than one block, or as `check_cut`.
     """
 
     def __init__(
@@ -141,10 +155,7 @@ class PackedBlocks(Dataset):
         left_fill: float = 0.0,
         filler_token_id: int | None = None,
     ):
-        if block_size % patch_size:
-            raise DataError(f"block_size={block_size} is no multiple of patch_size={patch_size}.")
-        if left_fill and filler_token_id is None:
-            raise DataError("left_fill needs a filler token: train the tokenizer with one, or give it a pad token.")
+        check_cut(block_size, patch_size, left_fill, filler_token_id)
         self.data, self.block_size, self.patch_size = data, block_size, patch_size
         self.seed, self.left_fill, self.filler_token_id = seed, left_fill, filler_token_id
         self.random_phase = random_phase and seed is not None
@@ -195,11 +206,17 @@ class StreamedBlocks(IterableDataset):
     """Blocks of an endless stream: the documents over and over, tokenised when their turn comes.
 
     Documents are taken together until they have `shard_tokens` tokens or the epoch ends. Within such a shard the
-    blocks come in random order; what is left over at its end goes to the next one. The stream depends on the seed
-    alone. Of several processes the first one reads and hands out; a resumed run reads again up to where it was.
+    blocks come in random order; what is left over at its end goes to the next one. A resumed run reads again up to
+    where it was.
+
+    Each worker of a DataLoader reads all documents, and tokenises those that are its own: in an epoch every document
+    is that of one worker, in the next one that of the next worker, so that none comes more often because its worker
+    has little else. The stream depends on the seed and the number of workers alone; of several processes the first
+    one reads and hands out, or each takes its share of the same stream.
 
     Args:
-        documents: epoch → token ids of the documents.
+        documents: read anew in each epoch.
+        tokenize: documents → their token ids.
         block_size, patch_size, left_fill, filler_token_id: as in `PackedBlocks`.
         random_phase: each epoch leaves out a random number of tokens, up to L − 1, at its start.
         shard_tokens: tokens to shuffle among.
@@ -207,7 +224,8 @@ class StreamedBlocks(IterableDataset):
 
     def __init__(
         self,
-        documents: Callable[[int], Iterable[np.ndarray]],
+        documents: Iterable,
+        tokenize: Callable[[Iterable], Iterable[np.ndarray]],
         block_size: int,
         patch_size: int = 1,
         seed: int = 0,
@@ -215,23 +233,26 @@ class StreamedBlocks(IterableDataset):
         shard_tokens: int = 2**22,
         **filling,
     ):
-        self.documents, self.block_size, self.patch_size, self.seed = documents, block_size, patch_size, seed
+        self.documents, self.tokenize = documents, tokenize
+        self.block_size, self.patch_size, self.seed = block_size, patch_size, seed
         self.random_phase, self.shard_tokens, self.filling = random_phase, max(shard_tokens, block_size), filling
 
     def __iter__(self) -> Iterator[dict]:
-        block_id = 0
-        for shard in self._shards():
+        worker = get_worker_info()
+        index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        block_id = index
+        for shard in self._shards(index, num_workers):
             seed = int(np.random.default_rng([self.seed, block_id]).integers(2**31))
             for block in PackedBlocks(shard, self.block_size, self.patch_size, seed=seed, **self.filling):
                 yield {**block, "block_id": block_id}
-                block_id += 1
+                block_id += num_workers
 
     def summary(self) -> str:
         return "a stream of tokens"
 
-    def _shards(self) -> Iterator[TokenFile]:
+    def _shards(self, index: int, num_workers: int) -> Iterator[TokenFile]:
         pieces, starts, length = [], [], 0
-        for ids in self._all_documents():
+        for ids in self._all_documents(index, num_workers):
             if ids is not None:
                 pieces.append(ids)
                 starts.append(length)
@@ -243,14 +264,17 @@ class StreamedBlocks(IterableDataset):
                 pieces, length = [tokens[used:]], length - used
                 starts = [start - used for start in starts if start >= used]
 
-    def _all_documents(self) -> Iterator[np.ndarray | None]:
-        """Token ids of each document, and None where an epoch ends."""
+    def _all_documents(self, index: int, num_workers: int) -> Iterator[np.ndarray | None]:
+        """Token ids of each document of a worker, and None where an epoch ends."""
+        num_empty = 0  # epochs on end; each document is this worker's once in as many as there are workers
         for epoch in itertools.count():
             skip, is_empty = self._phase(epoch), True
-            for ids in self.documents(epoch):
+            own = itertools.islice(self.documents, (index - epoch) % num_workers, None, num_workers)
+            for ids in self.tokenize(own):
                 yield ids[skip:]
-                skip, is_empty = max(skip - len(ids), 0), False
-            if is_empty:
+                skip, is_empty = max(skip - len(ids), 0), is_empty and not len(ids)
+            num_empty = num_empty + 1 if is_empty else 0
+            if num_empty == num_workers:
                 raise DataError("the data holds no text.")
             yield None
 
