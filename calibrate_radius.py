@@ -28,8 +28,9 @@ from transformers import PretrainedConfig
 from calm.candidates_calm import weights_fingerprint
 from calm.checkpoint_files import DTYPES, first_line
 from calm.command_line import Parser, command, known_errors
+from calm.loading import load_whole
 from calm.modeling_calm import CALMForCausalLM
-from calm.progress import load_with_bar, progress_bar
+from calm.progress import progress_bar
 from calm.weights_calm import check_num_candidates, patch_classes
 
 MARGIN = 1.5
@@ -148,7 +149,7 @@ def load(name: str, device: str, dtype: torch.dtype | str = "auto", **changes) -
         raise ValueError(f"--device {device}: {first_line(error)}") from error
     if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
         raise ValueError(f"--model {name} is no CALM.")
-    model = load_with_bar(CALMForCausalLM.from_pretrained, name, dtype=dtype, **changes)
+    model = load_whole(CALMForCausalLM.from_pretrained, name, dtype=dtype, **changes)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 

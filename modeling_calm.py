@@ -218,6 +218,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         self._no_split_modules = [*self._no_split_modules, type(self.head).__name__]
         self.autoencoder = CALMAutoencoder(config.autoencoder_config)
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # upstream has just added the backbone's own
         self.train(self.training)
 
     def train(self, mode: bool = True):

@@ -79,13 +79,14 @@ def score_texts(
 
     Raises:
         ValueError: neither texts nor ids of the vocabulary, texts without a tokenizer, an empty text that no BOS can
-            start, or fewer than 2 samples.
+            start, fewer than 2 samples, or as `check_weights`.
     """
     is_whole = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
     if not is_whole or num_samples < 2:
         raise ValueError(f"num_samples={num_samples}: must be a whole number of at least 2, for scores compare pairs.")
     if not isinstance(texts, Tensor):
         texts, attention_mask = _tokenized(texts, tokenizer)
+    model.check_weights()
     ids_BL = checked_ids(texts, attention_mask, model.config.vocab_size, "score()").to(model.device)
     mask_BL = torch.ones_like(ids_BL) if attention_mask is None else attention_mask.to(ids_BL.device).long()
     bos_token = None if model.generation_config is None else model.generation_config.bos_token_id

@@ -169,6 +169,8 @@ RULE_SETTINGS = tuple(name for name, setting in GENERATION_SETTINGS.items() if s
 UNSTATED_TOP_K = 50
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
+SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
+SAMPLE_SIZE = 64  # values of a weight
 CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
 
 
@@ -210,8 +212,32 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def non_finite_weight(model: nn.Module) -> str | None:
+    """The name of the first parameter that holds NaN or infinity; `None` where there is none.
+
+    Sums tell, read once for all of them. Weights that are quantised, offloaded or sharded are not looked at.
+    """
+    weights = {
+        name: parameter.data
+        for name, parameter in model.named_parameters()
+        if type(parameter.data) is Tensor and parameter.dtype in SUMMABLE and parameter.device.type != "meta"
+    }
+    sums = [weight.sum(dtype=torch.float32).nan_to_num(torch.inf, torch.inf) for weight in weights.values()]
+    if sums and bool(torch.stack([each.to(sums[0].device) for each in sums]).isfinite().all()):
+        return None
+    return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    return weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE_SIZE)].cpu().clone()
+
+
 class OffloadableModel(PreTrainedModel):
-    """A model that knows what upstream's doesn't when weights are offloaded."""
+    """A model that knows what upstream's doesn't: where inputs belong when weights are offloaded, and whether its
+    weights are those of a model that was trained."""
+
+    _checked: tuple = ()  # the weights that were found finite
+    _filled: dict[str, Tensor] = {}  # of the weights that were in no file: some of the values that they got instead
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -221,20 +247,38 @@ class OffloadableModel(PreTrainedModel):
         return execution_device(self) or device if device.type == "meta" else device
 
     @classmethod
-    def _load_pretrained_model(cls, model, *args, **kwargs):
-        """As upstream. But transformers 4 takes "disk" for a device if all is there, and of the weights that stay on
-        disk it leaves out tied ones when it notes which file they are in: they are there under another name."""
-        if kwargs.get("device_map") == {"": "disk"}:
-            kwargs["device_map"] = {name: "disk" for name, _ in model.named_children()}
-        outputs = super()._load_pretrained_model(model, *args, **kwargs)  # type: ignore[misc]
-        places: dict = outputs[4] or {} if len(outputs) == 6 else {}  # transformers 4's index
-        for prefix, part in model.named_modules() if places else ():
-            tied = getattr(part, "_tied_weights_keys", None)
-            for pair in tied.items() if isinstance(tied, dict) else ():
-                name, source = (f"{prefix}.{end}".removeprefix(".") for end in pair)
-                if source in places:
-                    places[name] = places[source]
-        return outputs
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As upstream, which initialises weights that no file has; they are noted for `check_weights`."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
+        missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+        weights = {name: weight for name, weight in model.named_parameters() if name in missing}
+        model._filled = {name: _sample(weight) for name, weight in weights.items() if weight.device.type != "meta"}
+        return (model, info) if output_loading_info else model
+
+    def check_weights(self) -> None:
+        """Makes sure that the weights can be used. They are read once, and again when some have been changed.
+
+        Raises:
+            ValueError: one of them was in no file and is as it was initialised, or holds NaN or infinity; the
+                sentence names it.
+        """
+        weights = dict(self.named_parameters())
+        filled = [n for n, values in self._filled.items() if n in weights and torch.equal(_sample(weights[n]), values)]
+        if filled:
+            others = f" and of {len(filled) - 1} more" if len(filled) > 1 else ""
+            raise ValueError(
+                f"The model was loaded without values of {filled[0]}{others}, which are as they were initialised: "
+                "load a complete model, or train this one first."
+            )
+        state = [(id(w), w.dtype, 0 if w.is_inference() else w._version) for w in weights.values()]
+        if (*state,) == self._checked:
+            return
+        if (name := non_finite_weight(self)) is not None:
+            raise ValueError(
+                f"The weight {name} holds NaN or infinity, so that nothing could be written but one token: load other "
+                "weights, in float16 perhaps bfloat16 ones."
+            )
+        self._checked = (*state,)
 
 
 class _ViewForUpstream:
@@ -334,6 +378,7 @@ class PatchGenerationMixin(_Base):
 
     config: CALMConfig
     generate: Callable[..., Any]  # upstream's, which types `self` as a protocol that no model satisfies
+    check_weights: Callable[[], None]
 
     @property
     def _upstream(self) -> Any:
@@ -442,6 +487,7 @@ class PatchGenerationMixin(_Base):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
         check_cache_package(generation_config)
         self.check_settings(generation_config)
+        self.check_weights()
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         prepared, model_kwargs = self._upstream._prepare_generation_config(generation_config, *args, **kwargs)

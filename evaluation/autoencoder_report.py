@@ -19,8 +19,9 @@ from calm.command_line import Parser, command, known_errors, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
+from calm.loading import load_whole
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.progress import load_with_bar, progress_bar
+from calm.progress import progress_bar
 from calm.training.diagnostics import ACTIVE_NATS
 from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
@@ -76,7 +77,7 @@ def load_autoencoder(name: str) -> CALMAutoencoder:
         autoencoder = load_causal_lm(name).autoencoder
         assert isinstance(autoencoder, CALMAutoencoder), "every CALM has one"
         return autoencoder
-    return load_with_bar(CALMAutoencoder.from_pretrained, name, dtype="auto").eval()
+    return load_whole(CALMAutoencoder.from_pretrained, name, dtype="auto").eval()
 
 
 def report(rows: list[dict], statistics: dict, num_patches: int) -> str:

@@ -21,8 +21,9 @@ from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N, BrierCounts
 from calm.evaluation.calm_estimator import count_calm
+from calm.loading import load_whole
 from calm.modeling_calm import CALMForCausalLM
-from calm.progress import load_with_bar, progress_bar
+from calm.progress import progress_bar
 from calm.training.extras import need
 
 
@@ -69,13 +70,13 @@ def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.d
 
     Raises:
         OSError: there is none.
-        ValueError: it is no language model, or as `load_config`.
+        ValueError: it is no language model, or as `load_config` and `load_whole`.
     """
     config = load_config(name)
     if isinstance(config, CALMAutoencoderConfig):
         raise ValueError(f"{name}: is an autoencoder, not a language model")
     model_class = CALMForCausalLM if isinstance(config, CALMConfig) else AutoModelForCausalLM
-    model = load_with_bar(model_class.from_pretrained, name, dtype=dtype)
+    model = load_whole(model_class.from_pretrained, name, dtype=dtype)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 

@@ -184,10 +184,12 @@ def rules_of(rows: list[Row], eos_E: Tensor) -> TokenRules | None:
 def check_model(model: CALMForCausalLM) -> None:
     """
     Raises:
-        ValueError: it is no CALM, or its attention or rotations depend on the other rows of a pass.
+        ValueError: it is no CALM, its attention or rotations depend on the other rows of a pass, or as
+            `check_weights`.
     """
     if not hasattr(model, "next_patches") or not hasattr(model, "pack_for_generation"):
         raise ValueError(f"{type(model).__name__} can't be batched: a Batcher takes a CALMForCausalLM.")
+    model.check_weights()
     attention = model.config._attn_implementation
     if attention not in MASKED_ATTENTION:
         raise ValueError(

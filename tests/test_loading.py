@@ -4,10 +4,18 @@ import json
 
 import fresh_process
 import pytest
+import safetensors.torch
+import torch
 from model_copies import PROMPT, ROOT, assert_carries_its_code, load_every_way
-from tiny import tiny_model, tiny_tokenizer
+from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
+from calm import loading
 from calm.convert_checkpoint import convert
+from calm.evaluation.models import load_causal_lm
+from calm.loading import check_tokenizer
+from calm.modeling_calm import CALMForCausalLM
+from calm.serving.batcher import Batcher
+from calm.upstream_calm import non_finite_weight
 
 CLASSES = ["CALMConfig", "CALMModel", "CALMForCausalLM"]
 
@@ -61,3 +69,113 @@ def test_a_complaint_about_our_model_would_be_seen():
     )
     [complaint] = fresh_process.FreshCall(None, stderr).complaints
     assert complaint.startswith("Some weights of CALMForCausalLM")
+
+
+# Weights
+
+PROMPT_IDS = torch.tensor([[BOS, 5, 6, 7]])
+WEIGHT = "head.blocks.0.context_proj.weight"
+
+
+def damaged(folder, change):
+    """A tiny model's folder whose tensors `change` has changed."""
+    tiny_model().save_pretrained(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def lose(tensors):
+    del tensors[WEIGHT]
+
+
+def spoil(tensors):
+    tensors[WEIGHT][3, 5] = torch.nan
+
+
+def add(tensors):
+    tensors["head.blocks.2.weight"] = torch.ones(2)
+
+
+DOORS = {
+    "generate": lambda model: model.generate(PROMPT_IDS, max_new_tokens=4),
+    "score": lambda model: model.score(PROMPT_IDS.repeat(1, 2)),
+    "Batcher": Batcher,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(("change", "what"), [(lose, "loaded without values of"), (spoil, "NaN")])
+def test_weights_that_no_training_made_write_nothing(tmp_path, change, what, door):
+    model = CALMForCausalLM.from_pretrained(damaged(tmp_path, change))
+    with pytest.raises(ValueError, match=what) as error:
+        DOORS[door](model)
+    assert WEIGHT in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_weights_that_were_trained_since_are_used(tmp_path):
+    model = CALMForCausalLM.from_pretrained(damaged(tmp_path, lose))
+    with torch.no_grad():
+        dict(model.named_parameters())[WEIGHT].add_(0.1)
+    assert model.generate(PROMPT_IDS, max_new_tokens=4, min_new_tokens=4).shape == (1, 8)
+
+
+def test_weights_are_read_once_and_again_when_they_have_changed(monkeypatch):
+    model, reads = tiny_model(), []
+
+    def note(model):
+        reads.append(model)
+        return non_finite_weight(model)
+
+    monkeypatch.setattr("calm.upstream_calm.non_finite_weight", note)
+    for _ in range(3):
+        model.generate(PROMPT_IDS, max_new_tokens=4)
+    assert len(reads) == 1
+    with torch.no_grad():
+        model.model.norm.weight[2] = torch.inf
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity"):
+        model.generate(PROMPT_IDS, max_new_tokens=4)
+    with torch.no_grad():
+        model.model.norm.weight[2] = 70000.0
+    model.generate(PROMPT_IDS, max_new_tokens=4)
+    with pytest.raises(ValueError, match="float16"):  # whose largest number is 65504
+        model.half().generate(PROMPT_IDS, max_new_tokens=4)
+
+
+def test_weights_of_extreme_values_are_finite():
+    layer = torch.nn.Linear(4, 4, dtype=torch.float64)
+    torch.nn.init.constant_(layer.weight, 1e300)  # the sum in float32 is infinite
+    assert non_finite_weight(layer) is None
+    layer.bias.data[1] = -torch.inf
+    assert non_finite_weight(layer) == "bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(lose, "lack head.blocks.0"), (add, "no place for: head"), (spoil, "NaN")]
+)
+def test_a_command_refuses_a_folder_whose_weights_are_not_its_model_s(tmp_path, change, what):
+    with pytest.raises(ValueError, match=what) as error:
+        load_causal_lm(str(damaged(tmp_path, change)))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_command_refuses_a_tokenizer_of_another_model(monkeypatch):
+    model, tokenizer, warnings = tiny_model(), tiny_tokenizer(), []
+    monkeypatch.setattr(loading.logger, "warning", warnings.append)
+    check_tokenizer(model, tokenizer)
+    assert not warnings
+
+    model.config.vocab_size = VOCAB_SIZE + 4  # rounded up
+    check_tokenizer(model, tokenizer, "there")
+    (warning,) = warnings
+    assert warning.startswith("there: has no token for 4 of the 100 ids of the model, as 96, 97, 98 and 1 more: if")
+
+    model.config.vocab_size = 2 * VOCAB_SIZE
+    with pytest.raises(ValueError, match="there: has no token for 96 of the 192 ids .* another model's tokenizer"):
+        check_tokenizer(model, tokenizer, "there")
+    known = tokenizer.get_vocab()
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {token: i for token, i in known.items() if i != 9})
+    model.config.vocab_size = VOCAB_SIZE
+    with pytest.raises(ValueError, match="no token for 1 of the 96 ids of the model, as 9. It is"):
+        check_tokenizer(model, tokenizer)

@@ -1,0 +1,65 @@
+"""Loading for commands: a model whose weights are all there, and a tokenizer that knows every id the model writes."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from calm.modeling_calm import CALMForCausalLM
+from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm.progress import load_with_bar
+from calm.upstream_calm import non_finite_weight
+
+NAMED = 3  # tensors or ids that a sentence names
+PADDED_SHARE = 1 / 20  # of a vocabulary may be ids without a token: sizes are rounded up for GPUs
+
+logger = logging.get_logger(__name__)
+
+
+def load_whole(load, name: str | Path, **settings) -> Any:
+    """`load(name, **settings)`, a `from_pretrained`, of a model whose files hold each of its weights.
+
+    Raises:
+        OSError: there is none.
+        ValueError: a weight is missing, has another shape or holds NaN or infinity, or a CALM's files hold more; the
+            sentence names it.
+    """
+    model, info = load_with_bar(load, name, output_loading_info=True, **settings)
+    unexpected = info["unexpected_keys"] if isinstance(model, CALMForCausalLM | CALMAutoencoder) else ()
+    lacking = {
+        "lack": info["missing_keys"],
+        "have another shape for": [key for key, *_ in info["mismatched_keys"]],
+        "hold what the model has no place for:": unexpected,
+    }
+    for verb, keys in lacking.items():
+        if keys:
+            raise ValueError(f"{name}: its weights {verb} {_some(sorted(keys))}. They are not this configuration's.")
+    if (weight := non_finite_weight(model)) is not None:
+        raise ValueError(f"{name}: its weight {weight} holds NaN or infinity.")
+    return model
+
+
+def check_tokenizer(model, tokenizer, name: str | Path = "The tokenizer") -> None:
+    """Makes sure that what a model writes can be read.
+
+    A few ids without a token at the end are a vocabulary that was rounded up. A trained model hardly writes them, but
+    nothing says that it can't, so that they are warned of.
+
+    Raises:
+        ValueError: the tokenizer lacks ids among the others, or many: it is another model's.
+    """
+    vocab_size = model.config.vocab_size
+    known = set(tokenizer.get_vocab().values())
+    missing = [token for token in range(vocab_size) if token not in known]
+    if not missing:
+        return
+    is_padding = missing[0] == vocab_size - len(missing) and len(missing) <= PADDED_SHARE * vocab_size
+    sentence = f"{name}: has no token for {len(missing)} of the {vocab_size} ids of the model, as {_some(missing)}"
+    if not is_padding:
+        raise ValueError(f"{sentence}. It is another model's tokenizer.")
+    logger.warning(f"{sentence}: if the model writes one, nothing is read; suppress_tokens keeps them out.")
+
+
+def _some(names) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(map(str, names[:NAMED])) + (f" and {rest} more" if rest > 0 else "")
