@@ -54,27 +54,43 @@ def test_a_hub_data_set_gives_the_blocks_that_its_texts_in_a_file_give(workshop,
     assert any("eval_loss" in entry for entry in history)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("source", ["file", "hub"])
-def test_a_stream_resumes_with_the_next_block(workshop, hub_dataset, tmp_path, blocks_seen, source):
+def test_a_stream_resumes_with_the_next_block(workshop, hub_dataset, tmp_path, blocks_seen, source, num_workers):
     fields = workshop if source == "file" else from_hub(workshop, hub_dataset)
     fields = {**fields, "streaming": "true", "save_steps": 2, "lr_scheduler_type": "constant", "eval_strategy": "no"}
+    fields |= {"dataloader_num_workers": num_workers, "left_fill": 0}
     assert train("calm", **fields, output_dir=str(tmp_path / "whole")) == 0
     whole, blocks_seen[:] = list(blocks_seen), []
     assert train("calm", **fields | {"max_steps": 2}, output_dir=str(tmp_path / "cut")) == 0
     assert train("calm", **fields, output_dir=str(tmp_path / "cut")) == 0
-    assert blocks_seen == whole and len(whole) == 16
+    assert blocks_seen == whole and len({tuple(ids) for ids in whole}) == 16
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_two_processes_share_a_stream(workshop, tmp_path):
     fields = {**workshop, "streaming": "true", "eval_strategy": "no", "max_steps": 2, "max_grad_norm": 0}
-    fields |= {"optim": "sgd", "learning_rate": 0.01, "output_dir": str(tmp_path / "two")}
+    fields |= {"optim": "sgd", "learning_rate": 0.01, "output_dir": str(tmp_path / "two"), "dataloader_num_workers": 2}
     processes = start_training_together(tmp_path / "log", "calm", **fields, per_device_train_batch_size=2)
     for process in processes:
         process.join(120)
     assert [p.exitcode for p in processes] == [0, 0], (tmp_path / "log").read_text()[-2000:]
     assert torch.isfinite(load_file(tmp_path / "two" / "model.safetensors")["model.norm.weight"]).all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_wrong_with_a_streamed_line_is_one_sentence(workshop, tmp_path, capsys, num_workers):
+    (tmp_path / "bad.jsonl").write_text('{"text": "the cat"}\n{"text": "\\ud800"}\n')
+    fields = {**workshop, "train_files": str(tmp_path / "bad.jsonl"), "streaming": "true", "eval_strategy": "no"}
+    output = str(tmp_path / "run")
+    capsys.readouterr()
+    assert train("calm", **fields, dataloader_num_workers=num_workers, output_dir=output) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error.startswith(f"error: {tmp_path / 'bad.jsonl'}, line 2: no text: character 1 is half")
+        and "Orig" not in error
+    )
 
 
 def test_what_a_stream_needs_is_said(workshop, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from training_helpers import WORDS
+from training_helpers import WORDS, train
 from transformers import AutoTokenizer
 
 from calm.training.tokenizer import SPECIAL_TOKENS, filler_token_id, save_tokenizer, train_bpe
@@ -47,5 +47,22 @@ def test_the_saved_settings_are_those_that_both_versions_read(tokenizer, tmp_pat
 def test_a_vocabulary_too_small_or_too_large_for_the_text_is_refused():
     with pytest.raises(ValueError, match="vocab_size=259: must be at least 260"):
         train_bpe(TEXTS, 259)
+    with pytest.raises(ValueError, match="vocab_size='all': must be at least 260"):
+        train_bpe(TEXTS, "all")
     with pytest.raises(ValueError, match="the text gives only"):
         train_bpe(TEXTS, 5000)
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (rb'{"text": "\ud800"}', "line 1: no text: character 1 is half of a surrogate pair"),
+        (b"", "no text there"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ],
+)
+def test_text_that_cannot_be_read_is_one_sentence(tmp_path, capsys, content, why):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert train("tokenizer", train_files=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'a.jsonl'}") and why in error and error.count("\n") == 1
