@@ -50,7 +50,7 @@ def finished(corpus, tmp_path_factory):
     killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
-        while not (output / "experiments" / "models" / "calm" / "checkpoint-2").exists():
+        while not (output / "experiments" / "models" / "calm" / "checkpoint-2" / "trainer_state.json").exists():
             assert killed.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:

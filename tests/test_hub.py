@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fresh_process
 import pytest
-from hub_server import USER, HubServer
+from hub_server import TOKEN, USER, HubServer
 from model_copies import AUTO_MAP, assert_carries_its_code, code_digests, root_code, sample_text, weights_digest
 
 REPO = f"{USER}/tiny-calm"
@@ -39,6 +39,22 @@ def pull(repo, revisions, copy):
         pulled.append({"code": code, "weights": weights_digest(model), "text": sample_text(model, tokenizer)})
     model.save_pretrained(copy)
     return pulled
+
+
+def train_and_push(folder, repo):
+    """In a fresh process: trains a tiny CALM, whose recipe uploads it while it trains and at the end."""
+    from training_helpers import make_workshop, train
+
+    fields = make_workshop(Path(folder))
+    del fields["cache_dir"]  # the default one
+    settings = {
+        "push_to_hub": True,
+        "hub_model_id": repo,
+        "hub_always_push": True,
+        "save_steps": 2,
+        "hub_token": TOKEN,
+    }
+    return train("calm", **fields, **settings, auxiliary_weight=0.5, output_dir=str(Path(folder) / "trained"))
 
 
 def code_of(commit):
@@ -86,3 +102,30 @@ def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
         code = code_of(hub.api.repositories[REPO].at(before["commit"]))
         assert after == {"code": code, "weights": before["weights"], "text": before["text"]}
     assert_carries_its_code(copy)
+
+
+def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub, tmp_path):
+    repo = f"{USER}/trained"
+    home = tmp_path / "home"
+    assert (
+        fresh_process.call(train_and_push, home, hub.client_environment(), folder=str(tmp_path), repo=repo).result == 0
+    )
+    commits = list(hub.commits(repo))
+    assert [commit.message for commit in commits] == [
+        "End of training",
+        *map("Training in progress, step {}".format, (4, 2)),
+    ]
+    for commit in commits:
+        assert code_of(commit) == root_code()
+        others = {path for path in commit.files if not path.endswith(".py")}
+        model = {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        assert model <= others
+        assert others - model <= {"README.md", "recipe.yaml", "training_args.bin", "trainer_state.json"}
+    recipe = commits[0].files["recipe.yaml"].content.decode()
+    assert "hub_model_id" in recipe and TOKEN not in recipe

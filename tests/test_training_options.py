@@ -1,11 +1,15 @@
 """Trainer's options that must change neither the law nor the log: precision, checkpointing, compilation, reporters."""
 
 import json
+import re
 
 import pytest
+from commands import refusal
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_helpers import make_workshop, start_training, train
+from training_helpers import RECIPES, make_workshop, start_training, train
+
+from calm.training import train_calm
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +64,35 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
     )
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3]
     assert [event.step for event in board.Scalars("eval/loss")] == [3]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--seed -1", "seed=-1: must be a whole number from 0"),
+        ("--data_seed 4294967296", "data_seed=4294967296: must be"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size=0: must be at least 1"),
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps=0: must be at least 1"),
+        ("--max_steps -1 --num_train_epochs 0", "num_train_epochs=0: must be above 0"),
+        ("--max_steps -1 --num_train_epochs .inf", "num_train_epochs=inf: must be above 0"),
+        ("--learning_rate -1", "optim adamw_torch_fused: Invalid learning rate: -1"),
+        ("--optim lomo", "optim lomo: "),
+        ("--optim grokadamw", "optim grokadamw: "),
+        ("--optim adamw_torch --optim_args 5", "optim adamw_torch: "),
+        ("--lr_scheduler_type cosine --lr_scheduler_kwargs {nothing: 1}", "lr_scheduler_type cosine: "),
+        ("--report_to comet_ml", "report_to ['comet_ml']: "),
+        ("--report_to nowhere", "report_to ['nowhere']: nowhere is not supported"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1: leave it out, training here relies on 0.0"),
+        ("--train_sampling_strategy group_by_length", "train_sampling_strategy='group_by_length': leave it out"),
+        ("--resume_from_checkpoint runs/x", "resume_from_checkpoint='runs/x': leave it out"),
+        ("--auto_find_batch_size", "auto_find_batch_size=True: leave it out"),
+    ],
+)
+def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made(
+    words, message, workshop, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delattr("calm.training.train_calm.build")
+    fields = [word for name, value in workshop.items() for word in (f"--{name}", value)]
+    recipe = ["--recipe", str(RECIPES / "calm.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert message in refusal(capsys, train_calm.main, *recipe, *fields, *re.findall(r"\{.*?\}|\S+", words))
+    assert not (tmp_path / "run").exists()

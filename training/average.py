@@ -10,8 +10,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
-from calm.training.recipe import RecipeError
-
 AVERAGE_FILE = "average.safetensors"  # beside a checkpoint's weights
 
 
@@ -23,16 +21,11 @@ class WeightAverage(TrainerCallback):
     Args:
         decay: share of the average that stays, 0 < decay < 1.
         checkpoint: where the training goes on; `None` at its start.
-
-    Raises:
-        RecipeError: the checkpoint has no average.
     """
 
     def __init__(self, decay: float, checkpoint: Path | None = None):
         self.decay = decay
         self._path = None if checkpoint is None else checkpoint / AVERAGE_FILE
-        if self._path is not None and not self._path.is_file():
-            raise RecipeError(f"{checkpoint} was made without ema_decay, so there is no average to go on with.")
         self._average: AveragedModel | None = None
 
     def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs):

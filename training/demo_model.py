@@ -96,13 +96,12 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[Phase
     data += ["--tokenizer", str(folders["demo-tokenizer"])]
 
     def training(module, recipe: str, *words: str) -> Phase:
-        steps = _steps(recipe, max_steps)
         fields = ["--recipe", recipe, *data, *words, "--output_dir", str(folders[recipe])]
         if max_steps:
+            steps = min(load_recipe(recipe).training["max_steps"], max_steps)
             fields += ["--max_steps", str(steps), "--save_steps", str(max(1, steps // 2)), "--logging_steps", "1"]
         return Phase(module, fields, folders[recipe] / "trainer_state.json")
 
-    before = folders["demo-backbone"] / f"checkpoint-{_steps('demo-backbone', max_steps)}"
     tokenizer = ["--recipe", "demo-tokenizer", *train, "--output_dir", str(_unfinished(folders["demo-tokenizer"]))]
     radius_steps = min(max(max_steps or RADIUS_STEPS, 2), RADIUS_STEPS)  # one half measures, the other checks
     measure = ["--model", str(_unfinished(calibrated)), "--steps", str(radius_steps)]
@@ -110,14 +109,9 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[Phase
         Phase(train_tokenizer, tokenizer, folders["demo-tokenizer"]),
         training(train_autoencoder, "demo-autoencoder"),
         training(train_calm, "demo-backbone", "--autoencoder", str(folders["demo-autoencoder"])),
-        training(train_calm, "demo", "--init_from", str(before)),
+        training(train_calm, "demo", "--init_from", str(folders["demo-backbone"])),
         Phase(calibrate_radius, [*measure, "--save"], calibrated, before=partial(bundle, folders["demo"])),
     ]
-
-
-def _steps(recipe: str, max_steps: int | None) -> int:
-    stated = load_recipe(recipe).training["max_steps"]
-    return min(stated, max_steps or stated)
 
 
 def check_recipes(all_phases: Iterable[Phase]) -> None:

@@ -1,22 +1,41 @@
 """A model and a recipe → the trained model in the run's folder: data, steps, Trainer's arguments, training, export."""
 
 import copy
+import itertools
+import math
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import TrainingArguments, get_scheduler, set_seed
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from huggingface_hub.constants import HF_HOME
+from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
+from calm.command_line import sentence
 from calm.progress import load_with_bar, shows_bars, unbroken
 from calm.training.average import WeightAverage
-from calm.training.configuration import config_of, tokenizer_of
-from calm.training.data import Length, PatchCollator, data_sets
-from calm.training.recipe import Recipe, RecipeError
-from calm.training.trainer import CALMTrainer, folder_of
+from calm.training.configuration import config_of, say, tokenizer_of
+from calm.training.data import Length, PackedBlocks, PatchCollator, data_sets
+from calm.training.recipe import Recipe, RecipeError, changes, load_recipe
+from calm.training.tokenizer import save_tokenizer
+from calm.training.trainer import CALMTrainer, checkpoints, damage, folder_of, last_checkpoint
 
-# Trainer's own settings that our trainer relies on.
-FIXED = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "prediction_loss_only": True}
+# Trainer's own settings that our trainer, data and losses rely on.
+FIXED = {
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "prediction_loss_only": True,
+    "label_smoothing_factor": 0.0,
+    "train_sampling_strategy": "random",  # the data set has the order
+    "auto_find_batch_size": False,
+    "ignore_data_skip": False,
+    "dataloader_drop_last": False,
+    "resume_from_checkpoint": None,  # the last of output_dir
+}
 
 
 def defaults() -> dict:
@@ -25,6 +44,7 @@ def defaults() -> dict:
         "report_to": "none",
         "logging_steps": 10,
         "save_steps": 500,
+        "save_total_limit": 2,
         "eval_steps": 500,
         "disable_tqdm": not shows_bars(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -35,13 +55,13 @@ def defaults() -> dict:
 def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
     """Trainer's arguments as the recipe states them, but for what is settled by now.
 
-    Checkpoints are counted, and old ones removed, by our trainer.
-
     Raises:
         RecipeError: Trainer refuses a value.
     """
     given = copy.deepcopy(recipe.training)  # Trainer rewrites nested ones
-    given.pop("save_total_limit", None)
+    for name, value in FIXED.items():
+        if given.get(name, value) != value:
+            raise RecipeError(f"{name}={given[name]!r}: leave it out, training here relies on {value!r}.")
     if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
         given["eval_strategy"] = "steps"
     unused = {"ddp_find_unused_parameters": recipe.head_weight == 0}
@@ -64,7 +84,7 @@ def begin(recipe: Recipe) -> TrainingArguments:
     """
     check_fields(recipe)
     args = training_arguments(recipe)
-    check_schedule(args)
+    check_arguments(args)
     transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()  # of saving; loading and training have ours
     try:
@@ -75,20 +95,37 @@ def begin(recipe: Recipe) -> TrainingArguments:
     return args
 
 
-def check_schedule(args: TrainingArguments) -> None:
-    """Makes the schedule of learning rates as Trainer will, which does so after the model and the data.
+def check_arguments(args: TrainingArguments) -> None:
+    """Makes what Trainer will make of its arguments after the model and the data: optimizer, schedule, reporters.
 
     Raises:
-        RecipeError: it cannot be made.
+        RecipeError: it cannot be made, as for want of a package, or nothing would be trained.
     """
-    steps, settings = max(1, args.max_steps), args.lr_scheduler_kwargs
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            raise RecipeError(f"{name}={getattr(args, name)}: must be a whole number from 0 to 2**32 - 1.")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
+        if getattr(args, name) < 1:
+            raise RecipeError(f"{name}={getattr(args, name)}: must be at least 1.")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise RecipeError(f"num_train_epochs={args.num_train_epochs}: must be above 0, or max_steps is.")
+    steps, settings, optim = max(1, args.max_steps), args.lr_scheduler_kwargs, OptimizerNames(args.optim).value
     if isinstance(settings, str):
         raise RecipeError(f"lr_scheduler_kwargs={settings!r}: must have fields, as in '{{num_cycles: 2}}'.")
+    field = f"optim {optim}"
     try:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+        model: Any = torch.nn.Linear(1, 1)
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(args, None if args.optim_target_modules else model)
+        optimizer = torch.optim.SGD(model.parameters(), args.learning_rate)
+        if not args.optim_target_modules:
+            kind(model.parameters(), **given)
+        field = f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}"
         get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, settings)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}") from error
+        field = f"report_to {args.report_to}"
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+    except Exception as error:  # each package has its own
+        raise RecipeError(f"{field}: {sentence(error)}") from error
 
 
 def check_fields(recipe: Recipe) -> None:
@@ -164,7 +201,8 @@ def fit(
         TrainingStopped: the loss is no number, or a checkpoint is not of this model.
     """
     folder = folder_of(stated)
-    last = last_checkpoint(folder, resume)
+    last = last_checkpoint(folder)
+    before = recipe_before(recipe, resume)
     batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
     with stated.main_process_first(desc="tokenising"):
         data = data_sets(
@@ -173,9 +211,12 @@ def fit(
             patch_size,
             Length(batch_size, stated.num_train_epochs, stated.max_steps),
             seed=stated.seed if stated.data_seed is None else stated.data_seed,
-            cache=Path(recipe.data.cache_dir or folder / "tokens"),
+            cache=Path(recipe.data.cache_dir or Path(HF_HOME) / "calm" / "tokens"),
             evaluates=stated.eval_strategy != "no",
         )
+    recipe.found = {"batch_size": batch_size, "tokens": digest(data.train)}
+    if before and (changed := changes(before, recipe)):
+        say(f"going on with {changed}")
     args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # all epochs are one to Trainer
     trainer = CALMTrainer(
         model=model,
@@ -183,28 +224,46 @@ def fit(
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
-        keep_checkpoints=recipe.training.get("save_total_limit", 2),
         average=WeightAverage(recipe.ema_decay, last) if recipe.ema_decay else None,
         head_learning_rate=recipe.head_learning_rate,
     )
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")
+        save_tokenizer(tokenizer, folder)
         state = f"resuming from {last.name}" if last else "from the start"
         print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
     torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
     with unbroken():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trainer.export(tokenizer)
+    trainer.export()
+    say(f"the model is in {folder}")
     return trainer
 
 
-def last_checkpoint(folder: Path, resume: str) -> Path | None:
-    """Where a run in the folder goes on.
+def recipe_before(recipe: Recipe, resume: str) -> Recipe | None:
+    """The recipe of the run that goes on in the folder, `None` where one begins; says which checkpoints are damaged.
 
     Raises:
-        RecipeError: there is a checkpoint, and it is not to be resumed.
+        RecipeError: there is a checkpoint, and it is not to be resumed, or it is of another training.
     """
-    last = get_last_checkpoint(folder) if folder.exists() else None
-    if last and resume == "never":
-        raise RecipeError(f"{folder} holds {Path(last).name}: name another --output_dir, or let it resume.")
-    return Path(last) if last else None
+    folder = Path(recipe.output_dir)
+    found, last, saved = checkpoints(folder), last_checkpoint(folder), folder / "recipe.yaml"
+    if found and resume == "never":
+        raise RecipeError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
+    for damaged in itertools.takewhile(lambda path: path != last, found):
+        say(f"{damaged} {damage(damaged)}, and is not used")
+    if last is None or not saved.is_file():
+        return None
+    before = load_recipe(str(saved))
+    changes(before, recipe)
+    if before.training.get("save_only_model"):
+        raise RecipeError(f"{last} has no optimizer (save_only_model), so it can't go on: name another --output_dir.")
+    return before
+
+
+def digest(data) -> str | None:
+    """A checksum of the training text's tokens: their number, the first and the last million; `None` of a stream."""
+    if not isinstance(data, PackedBlocks):
+        return None
+    tokens = data.data.tokens
+    return f"{len(tokens)}-{zlib.crc32(tokens[-(2**20) :].tobytes(), zlib.crc32(tokens[: 2**20].tobytes())):08x}"

@@ -16,8 +16,8 @@ from calm.training.backbone import begin_chain, begin_with_llama
 from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of
 from calm.training.distil import teacher_of
 from calm.training.extras import need
-from calm.training.fit import last_checkpoint
 from calm.training.recipe import Recipe, RecipeError
+from calm.training.trainer import last_checkpoint
 
 
 def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
@@ -46,7 +46,7 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
 
 def begins_with_llama(recipe: Recipe) -> bool:
     """Unless the run goes on from a checkpoint of its own, which holds all weights."""
-    return bool(recipe.init_backbone) and not last_checkpoint(Path(recipe.output_dir), "auto")
+    return bool(recipe.init_backbone) and not last_checkpoint(Path(recipe.output_dir))
 
 
 def with_new_head(name: str, config: CALMConfig) -> CALMForCausalLM:
@@ -112,8 +112,8 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
 
 
 def multi_token_loss_before(recipe: Recipe, config: CALMConfig) -> dict[str, Tensor] | None:
-    """Weights that the multi-token loss begins with: those beside `init_from`, as a checkpoint has them, or
-    `init_backbone`'s output matrix and embeddings.
+    """Weights that the multi-token loss begins with: those of `init_from`, a checkpoint or the run that it is the last
+    one of, or `init_backbone`'s output matrix and embeddings.
 
     Raises:
         RecipeError: as `begin_chain`.
@@ -122,6 +122,10 @@ def multi_token_loss_before(recipe: Recipe, config: CALMConfig) -> dict[str, Ten
         loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         begin_chain(loss, recipe)
         return loss.state_dict()
-    if not recipe.init_from or not (path := Path(recipe.init_from) / AUXILIARY_FILE).is_file():
+    if not recipe.init_from:
+        return None
+    before = Path(recipe.init_from)
+    path = (last_checkpoint(before) or before) / AUXILIARY_FILE
+    if not path.is_file():
         return None
     return {name.removeprefix("auxiliary."): value for name, value in safetensors.torch.load_file(path).items()}

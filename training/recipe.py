@@ -30,6 +30,21 @@ BACKBONE_FIELDS = (
     *("head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
     *("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "initializer_range"),
 )
+# What a run keeps when it goes on, beside the model section and the recipe's own fields.
+KEPT = {
+    *(
+        "block_size",
+        "random_phase",
+        "left_fill",
+        "streaming",
+        "seed",
+        "data_seed",
+        "learning_rate",
+        "lr_scheduler_type",
+    ),
+    *("lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "bf16", "fp16"),
+}
 # How a patch looks to the backbone at first → how much less each of its tokens counts than the one behind it.
 PATCH_EMBEDDINGS = {"last": 0.0, "mix": 0.5, "mean": 1.0}
 
@@ -54,7 +69,7 @@ class DataOptions:
         append_eos, pad_to_patch: what follows each document; the tokenizer puts BOS in front.
         random_phase: cut each epoch at other places, so that every phase of the patches is seen.
         left_fill: share of blocks that look like a short prompt: a document's beginning behind 0 … K − 1 fillers.
-        cache_dir: of the token files; the run's own folder by default.
+        cache_dir: of the token files; calm/tokens in the cache of Hugging Face by default.
     """
 
     train_files: list[str] = field(default_factory=list)
@@ -105,6 +120,7 @@ class Recipe:
         distil_weight: their share in that loss, in (0, 1]; the rest is the text's own tokens.
         freeze_backbone: train the head alone, on the backbone of `init_from` or `init_backbone` (calm only).
         data, model, training: the sections.
+        found: what a run fills in: the blocks of a step (`batch_size`) and a digest of the training text's `tokens`.
     """
 
     kind: str
@@ -127,14 +143,50 @@ class Recipe:
     data: DataOptions = field(default_factory=DataOptions)
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
+    found: dict = field(default_factory=dict, compare=False)
 
     @property
     def output_dir(self) -> str:
         return self.training.get("output_dir", f"runs/{self.name}")
 
     def save(self, path: Path) -> None:
-        """Writes the resolved recipe, from which the same run can be started again."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True))
+        """Writes the resolved recipe, from which the same run can be started again; without the Hub's token."""
+        content = dataclasses.asdict(self)
+        content["training"].pop("hub_token", None)
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def values(self) -> dict:
+        """All fields of all sections, defaults included."""
+        sections = dataclasses.asdict(self)
+        data, model, training, found = (sections.pop(name) for name in ("data", "model", "training", "found"))
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+        return {**defaults, **CONFIGS[self.kind]().to_dict(), **sections, **data, **model, **training, **found}
+
+
+def changes(before: Recipe, now: Recipe) -> str:
+    """Compares the recipe of a run with that by which it is to go on.
+
+    The text is compared by its tokens, not by where it lies, unless it is a stream.
+
+    Returns:
+        what has changed, as a list of words.
+
+    Raises:
+        RecipeError: another model, text, batch size, seed, optimizer or schedule.
+    """
+    fields = section_fields(now.kind)
+    kept = KEPT | fields[""] - {"name"} | fields["model"] | {"batch_size", "tokens"}
+    if now.data.streaming:
+        kept |= {name for name in vars(now.data) if not name.startswith("validation_")} - {"cache_dir"}
+    old, new = before.values(), now.values()
+    both = old.keys() & new.keys() - {"output_dir"}
+    found = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in sorted(both) if old[name] != new[name]}
+    if refused := ", ".join(change for name, change in found.items() if name in kept):
+        raise RecipeError(
+            f"{now.output_dir} holds checkpoints of another training ({refused}): "
+            "give the values that it began with, or name another --output_dir."
+        )
+    return ", ".join(found.values())
 
 
 class _Loader(yaml.SafeLoader):
@@ -154,7 +206,7 @@ _Loader.add_implicit_resolver(
 
 def section_fields(kind: str) -> dict[str, set[str]]:
     """Known field names by section, "" for the recipe's own."""
-    own = {f.name for f in dataclasses.fields(Recipe)} - {"data", "model", "training"}
+    own = {f.name for f in dataclasses.fields(Recipe)} - {"data", "model", "training", "found"}
     model = {"vocab_size"} if kind == "tokenizer" else set(CONFIGS[kind]().to_dict()) | {"attn_implementation"}
     return {
         "": own,
@@ -189,7 +241,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     kind = sections[""].get("kind")
     if kind not in kinds:
         raise RecipeError(f"{path}: the recipe must have a field kind, one of {', '.join(kinds)}.")
-    known = section_fields(kind)
+    known, found = section_fields(kind), sections[""].pop("found", None) or {}
     for section, values in sections.items():
         for key in values:
             if key not in known[section]:
@@ -212,7 +264,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     _check_types(own, Recipe)
     _check_types(data, DataOptions)
     _settle_upstreams(sections, kind)
-    return Recipe(data=DataOptions(**data), model=sections["model"], training=sections["training"], **own)
+    return Recipe(data=DataOptions(**data), model=sections["model"], training=sections["training"], found=found, **own)
 
 
 def _find(name_or_file: str, folder: Path) -> Path:

@@ -1,32 +1,32 @@
-"""The one training loop: Hugging Face's Trainer, with our logs, checkpoints that a kill cannot spoil, and a clean stop
-when the loss is no number.
+"""The one training loop: Hugging Face's Trainer, with our logs, checkpoints that show whether they are complete, and a
+clean stop when the loss is no number.
 
 Axes: B batch, L tokens.
 """
 
 import contextlib
-import os
+import json
 import shutil
 import time
+import zipfile
 from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from calm.progress import progress_bar
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
 from calm.training.average import WeightAverage
 from calm.training.diagnostics import diagnose
-from calm.training.tokenizer import save_tokenizer
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
-UNFINISHED = "unfinished-checkpoint"
+TRAINER_STATE = "trainer_state.json"  # upstream writes it last
 
 
 class TrainingStopped(RuntimeError):
@@ -43,7 +43,6 @@ class CALMTrainer(Trainer):
     Args:
         model: trained in place.
         *args: Trainer's.
-        keep_checkpoints: only the last so many; `None` keeps all.
         average: of the weights, to be evaluated and exported in their place.
         head_learning_rate: that of a CALM's head, where it is another than the rest's.
         **kwargs: Trainer's.
@@ -53,7 +52,6 @@ class CALMTrainer(Trainer):
         self,
         model,
         *args,
-        keep_checkpoints: int | None = None,
         average: WeightAverage | None = None,
         head_learning_rate: float | None = None,
         **kwargs,
@@ -62,10 +60,9 @@ class CALMTrainer(Trainer):
             super().__init__(model, *args, **kwargs)
         if self.pop_callback(ProgressCallback):
             self.add_callback(TrainingBar())
-        self.keep_checkpoints, self.average, self.head_learning_rate = keep_checkpoints, average, head_learning_rate
+        self.average, self.head_learning_rate = average, head_learning_rate
         if average is not None:
             self.add_callback(average)
-        self._unfinished: str | None = None
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
         self._no_cache = {"use_cache": False} if has_cache else {}
         self._sums: dict[str, torch.Tensor] = {}
@@ -111,7 +108,7 @@ class CALMTrainer(Trainer):
 
     def _stop(self, why: str, block_ids: torch.Tensor | None = None) -> None:
         blocks = "" if block_ids is None else f" on the blocks {block_ids.tolist()}"
-        last = get_last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(folder_of(self.args))
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise TrainingStopped(
             f"step {self.state.global_step + 1}{blocks}: {why}; {good}. A lower learning rate or a stricter "
@@ -150,49 +147,32 @@ class CALMTrainer(Trainer):
     # checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Under another name first, so that a checkpoint cut short by a kill is never taken for one."""
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
             self._stop(f"the weights are not finite any more, {broken[0]} first")
-        run_folder = folder_of(self.args)
-        unfinished = run_folder / UNFINISHED
-        if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if self.args.should_save:  # that of a damaged checkpoint, which is written again
+            (folder_of(self.args) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        self._unfinished = str(unfinished)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._unfinished = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(run_folder / name, ignore_errors=True)
-            os.replace(unfinished / name, run_folder / name)
-            shutil.rmtree(unfinished)
-            self._remove_old_checkpoints(run_folder)
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
 
-    def _get_output_dir(self, trial) -> str:
-        return self._unfinished or super()._get_output_dir(trial)
-
-    def _remove_old_checkpoints(self, run_folder: Path) -> None:
-        if self.keep_checkpoints:
-            folders = sorted(run_folder.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-            for folder in folders[: -self.keep_checkpoints]:
-                shutil.rmtree(folder)
+    def _save_rng_state(self, output_dir) -> None:
+        """Upstream's last file but one: behind it every process waits, so `TRAINER_STATE` says that all are there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         folder = folder_of(self.args) if output_dir is None else Path(output_dir)
         if self.args.should_save:
             self._write_model(folder, state_dict)
+            torch.save(self.args, folder / "training_args.bin")
+        if self.args.should_save and folder != folder_of(self.args):  # what a checkpoint has beside the model
             if isinstance(self.model, WithAuxiliary):
                 state = state_dict or self.model.state_dict()
                 auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
                 safetensors.torch.save_file(auxiliary, folder / AUXILIARY_FILE)
             if self.average is not None:
                 self.average.save(folder)
-            torch.save(self.args, folder / "training_args.bin")
 
     def _write_model(self, folder: Path, state_dict: dict | None) -> None:
         """Weights, configuration and code, without the auxiliary loss. `state_dict` is the gathered one under FSDP."""
@@ -212,11 +192,31 @@ class CALMTrainer(Trainer):
             model = self.model.calm
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _push_from_checkpoint(self, checkpoint_folder) -> None:
+        """Upstream's, with the model's code, which upstream leaves behind."""
+        if self.is_world_process_zero():
+            for file in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(file, folder_of(self.args))
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        optimizer: Any = self.optimizer
+        settings = optimizer.param_groups[0].keys()
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:  # other parameters are trained now
+        except (ValueError, KeyError) as error:  # other parameters are trained now
             raise TrainingStopped(f"the optimizer of {checkpoint} is not of this run: {error}") from error
+        if missing := settings - optimizer.param_groups[0].keys():
+            raise TrainingStopped(
+                f"the optimizer of {checkpoint} is another one than {self.args.optim}: no {min(missing)}"
+            )
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if isinstance(self.model, WithAuxiliary) and best is not None:
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Upstream only warns when a checkpoint does not fit. Tied weights are allowed to be missing."""
@@ -231,11 +231,11 @@ class CALMTrainer(Trainer):
 
     # export
 
-    def export(self, tokenizer) -> None:
-        """Writes the model to `output_dir` as a repository that loads by itself: weights, code, tokenizer.
+    def export(self) -> None:
+        """Writes the model to `output_dir`, weights and code, as a repository that loads by itself.
 
         A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`. Where there is an
-        average of the weights, it goes before them.
+        average of the weights, it goes before them. With `push_to_hub` the repository is uploaded.
         """
         folder = folder_of(self.args)
         if self.average is not None:
@@ -248,9 +248,10 @@ class CALMTrainer(Trainer):
         state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             self._write_model(folder, state_dict)
-            save_tokenizer(tokenizer, folder)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.state.save_to_json(str(folder / TRAINER_STATE))
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="End of training")
 
 
 class TrainingBar(ProgressCallback):
@@ -283,6 +284,34 @@ def folder_of(args: TrainingArguments) -> Path:
     """Where a run writes."""
     assert args.output_dir is not None, "upstream fills it in where it is left out"
     return Path(args.output_dir)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, complete or not, the last one first."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run that is complete."""
+    return next((path for path in checkpoints(folder) if damage(path) is None), None)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Says what is wrong with a checkpoint, half a sentence, from the files' ends and not from every byte."""
+    file = checkpoint / TRAINER_STATE
+    if not file.is_file():
+        return "was not finished"
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+            if file.suffix == ".safetensors":
+                safetensors.safe_open(file, "pt").__exit__(None, None, None)
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(file).close()
+    except (OSError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile) as error:
+        return f"has a damaged {file.name} ({error})"
+    return None
 
 
 @contextlib.contextmanager
