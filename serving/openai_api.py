@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -21,7 +20,6 @@ from calm.grammars_calm import Grammar
 
 MOST_CHOICES = 128
 MOST_DIGITS = 18  # of a token id
-GRAMMARS_KEPT = 16
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 NO_LOGPROBS = "CALM has no token probabilities to return."
@@ -81,9 +79,9 @@ class StreamOptions(_Fields):
 
 
 class ResponseFormat(_Fields):
-    """{"type": "text"}, or {"type": "json_schema", "json_schema": {"schema": ...}}."""
+    """{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": ...}}."""
 
-    type: Literal["text", "json_schema"]
+    type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -94,6 +92,8 @@ class ResponseFormat(_Fields):
 
     @property
     def schema_of(self) -> dict[str, Any] | None:
+        if self.type == "json_object":
+            return {"type": "object"}
         return self.json_schema["schema"] if self.type == "json_schema" and self.json_schema else None
 
 
@@ -138,7 +138,7 @@ class GenerationRequest(_Fields):
     response_format: ResponseFormat | None = None
     top_k: int | None = Field(None, ge=-1)  # -1, as vLLM has it, is all
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0)
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     num_candidates: int | None = Field(None, ge=1)
@@ -153,13 +153,13 @@ class GenerationRequest(_Fields):
             BadRequest: no JSON, or a field that is unknown, missing, of another type or refused.
         """
         try:
-            fields = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"The body is no JSON: {error}.") from None
-        try:
-            return cls.model_validate(fields)
+            return cls.model_validate(json.loads(body))
+        except RecursionError:
+            raise BadRequest("The body is nested too deep.") from None
         except ValidationError as error:
             raise sentence_of(error) from None
+        except ValueError as error:
+            raise BadRequest(f"The body is no JSON: {error}.") from None
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +175,7 @@ class GenerationRequest(_Fields):
                 if value is not None and not any(_same(value, each) for each in neutral):
                     raise BadRequest(f"{name}: {why}", name)
                 continue
+            check_encodable(name, value)
             kept[name] = value
         return kept
 
@@ -236,7 +237,7 @@ class GenerationRequest(_Fields):
                     why = "a text of a response_format ends where its schema does; leave it out."
                     raise BadRequest(f"{name}: {why}", name)
             try:
-                processors.append(grammar_of(tokenizer, json.dumps(self.response_format.schema_of)))
+                processors.append(Grammar(tokenizer, json_schema=self.response_format.schema_of))
             except (ImportError, ValueError) as error:
                 raise BadRequest(f"response_format: {error}", "response_format") from None
         return options | {"logits_processor": processors}
@@ -318,10 +319,18 @@ class ChatRequest(GenerationRequest):
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
-@lru_cache(GRAMMARS_KEPT)
-def grammar_of(tokenizer: PreTrainedTokenizerBase, json_schema: str) -> Grammar:
-    """The same for requests of the same format."""
-    return Grammar(tokenizer, json_schema=json_schema)
+def check_encodable(name: str, value: Any) -> None:
+    """
+    Raises:
+        BadRequest: it holds half a surrogate pair or a number that is not finite, which `json.loads` lets pass.
+    """
+    try:
+        json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        name = name.encode("ascii", "backslashreplace").decode()
+        raise BadRequest(f"{name}: holds half a surrogate pair, which is no text.", name) from None
+    except ValueError:
+        raise BadRequest(f"{name}: holds a number that is not finite.", name) from None
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -33,7 +33,7 @@ def server(tiny_folder, tmp_path_factory):
 
 BAD = {
     "no JSON": (b"{", None, "The body is no JSON"),
-    "nested too deep": (b"[" * 19_000, None, "The body is no JSON"),
+    "nested too deep": (b"[" * 19_000, None, "The body is nested too deep"),
     "no object": ([], None, "The body must be a JSON object"),
     "no prompt": ({}, "prompt", "prompt: is missing"),
     "unknown field": ({"prompt": "a", "foo": 1}, "foo", "foo: there is no such field"),
@@ -53,7 +53,33 @@ BAD = {
     "ids outside": ({"prompt": [5, 4000]}, "prompt", "holds 4000: ids are whole numbers in 0 … 95"),
     "half a character": (b'{"prompt": "\\ud800"}', "prompt", "half a surrogate pair"),
     "temperature negative": ({"prompt": "a", "temperature": -1}, "temperature", "sampling needs a temperature in"),
-    "temperature NaN": (b'{"prompt": "a", "temperature": NaN}', "temperature", "sampling needs a temperature in"),
+    "half a character in a list": (b'{"prompt": ["a", "\\udc00"]}', "prompt", "half a surrogate pair"),
+    "half a character to stop at": (b'{"prompt": "a", "stop": ["\\ud800"]}', "stop", "half a surrogate pair"),
+    "half a character as a field": (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", "half a surrogate pair"),
+    "half a character in bytes": (b'{"prompt": "\xed\xa0\x80"}', "prompt", "half a surrogate pair"),
+    "half a character in a schema": (
+        b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "\\ud800"}}}',
+        "response_format",
+        "half a surrogate pair",
+    ),
+    "an infinite number in a schema": (
+        b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": 1e999}}}}',
+        "response_format",
+        "a number that is not finite",
+    ),
+    "temperature NaN": (b'{"prompt": "a", "temperature": NaN}', "temperature", "a number that is not finite"),
+    "temperature infinite": (b'{"prompt": "a", "temperature": 1e999}', "temperature", "a number that is not finite"),
+    "temperature huge": (
+        b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400),
+        "temperature",
+        "valid number",
+    ),
+    "a whole number of 5000 digits": (
+        b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 5000),
+        None,
+        "The body is no JSON",
+    ),
+    "ids huge": ({"prompt": [10**30]}, "prompt", "ids are whole numbers in 0 … 95"),
     "temperature tiny": ({"prompt": "a", "temperature": 1e-4}, "temperature", "is too few for temperature=0.0001"),
     "temperature all but 0": ({"prompt": "a", "temperature": 1e-320}, "temperature", "temperature=1e-320"),
     "temperature as text": ({"prompt": "a", "temperature": "1"}, "temperature", "valid number"),
@@ -82,10 +108,10 @@ BAD = {
     "logit_bias infinite": (
         b'{"prompt": "a", "logit_bias": {"5": Infinity}}',
         "logit_bias",
-        "less than or equal to 100",
+        "a number that is not finite",
     ),
-    "penalty infinite": (b'{"prompt": "a", "repetition_penalty": Infinity}', "repetition_penalty", "finite number"),
-    "format": ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "'json_schema'"),
+    "penalty infinite": (b'{"prompt": "a", "repetition_penalty": Infinity}', "repetition_penalty", "not finite"),
+    "format": ({"prompt": "a", "response_format": {"type": "json"}}, "response_format", "'json_schema'"),
     "no schema": ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", '{"schema": ...}'),
     "schema and min_tokens": (
         {"prompt": "a", "min_tokens": 3, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
@@ -121,6 +147,16 @@ def test_bad_input_is_a_4xx_that_names_the_field(server, case, stream):
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
 
 
+@pytest.mark.parametrize("depth", [300, 900, 970, 985, 3000])
+def test_no_depth_is_a_fault(server, depth):
+    """Python's recursion limit is met in other places at other depths."""
+    nested = b"[" * depth + b"]" * depth
+    message = b'{"messages": [{"role": "user", "content": "a", "more": %s}], "max_tokens": 1}'
+    for path, body in (("completions", b'{"prompt": %s}'), ("chat/completions", message)):
+        status, answer = server.post(f"/v1/{path}", body % nested)
+        assert status in (200, 400), answer
+
+
 BAD_CHATS = [
     ({}, "messages: is missing"),
     ({"messages": []}, "messages: "),
@@ -128,6 +164,8 @@ BAD_CHATS = [
     ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: "),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x" * 17_000}]}, "messages: the prompt has 17001 tokens"),
+    ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages: holds half a surrogate pair"),
+    ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds half a surrogate pair"),
 ]
 
 
