@@ -128,4 +128,5 @@ class Chat(Form):
 
 
 def event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """A server-sent event, in ASCII: some clients take U+0085, U+2028 and U+2029 for ends of lines."""
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

@@ -353,9 +353,8 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
     middleware = [Middleware(Gate, **gate)]
     if options.allowed_origins:
         cors: Any = CORSMiddleware  # pyright: ignore[reportAssignmentType]
-        middleware.insert(
-            0, Middleware(cors, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
-        )
+        allowed = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_private_network": True}
+        middleware.insert(0, Middleware(cors, allow_origins=options.allowed_origins, **allowed))
     return Starlette(
         routes=[
             Route(COMPLETIONS, server.completions, methods=["POST"]),

@@ -76,8 +76,9 @@ class Gate:
     def _check(self, path: str, headers: Headers) -> None:
         key = self.options.api_key
         if key is not None and path not in self.keyless:
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not secrets.compare_digest(given.encode(), key.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            is_right = secrets.compare_digest(given.strip().encode("latin-1"), key.encode())  # as headers are decoded
+            if scheme.lower() != "bearer" or not is_right:
                 sentence = "The request needs the API key: Authorization: Bearer KEY."
                 raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")

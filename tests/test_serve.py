@@ -109,6 +109,14 @@ def test_a_stream_is_the_answer_in_pieces(completions, chat, expected):
     assert all(chunk.usage is None for chunk in completions(stream=True))
 
 
+def test_no_character_of_a_text_ends_a_line_of_a_stream(server):
+    prompt = "a\x85b\u2028c\u2029d"
+    answer = server.connect({"prompt": prompt, "max_tokens": 4, "echo": True, "stream": True}).getresponse()
+    *events, done = [line.removeprefix("data: ") for line in answer.read().decode().splitlines() if line]
+    texts = [json.loads(event)["choices"][0]["text"] for event in events]
+    assert texts[0] == prompt and done == "[DONE]"
+
+
 def test_requests_at_a_clients_defaults_work(client, chat, completions):
     assert client.completions.create(model="tiny", prompt=PROMPT).usage.completion_tokens <= 16
     assert client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}]).usage
@@ -303,6 +311,11 @@ def test_pages_of_allowed_origins_may_ask_errors_included(server):
     assert answer.status == 200 and answer.headers["access-control-allow-origin"] == "http://page.example"
     assert "authorization" in answer.headers["access-control-allow-headers"]
     answer.read()
+    wanted["Access-Control-Request-Private-Network"] = "true"  # of a public page that asks this machine
+    connection.request("OPTIONS", "/v1/completions", headers={"Origin": "http://page.example", **wanted})
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.headers["access-control-allow-private-network"] == "true"
+    answer.read()
     connection.request("POST", "/v1/completions", "{}", {"Origin": "http://page.example"})
     answer = connection.getresponse()
     assert answer.status == 400 and answer.headers["access-control-allow-origin"] == "http://page.example"
@@ -323,6 +336,9 @@ def test_key_time_out_template_and_graceful_stop(tiny_folder, tmp_path):
     with running_server(tiny_folder, tmp_path / "home", *options, CALM_API_KEY="secret") as server:
         assert server.post("/v1/completions", {"prompt": "a"})[0] == 401
         assert server.post("/v1/completions", {"prompt": "a"}, Authorization="Bearer wrong")[0] == 401
+        assert server.post("/v1/completions", {"prompt": "a"}, Authorization="Basic secret")[0] == 401
+        for scheme in ("bearer", "BEARER"):
+            assert server.post("/v1/completions", {}, Authorization=f"{scheme} secret")[0] == 400
         connection = http.client.HTTPConnection(server.address, timeout=30)
         connection.request("GET", "/v1/models", headers={"Host": "a/health?"})  # no path but the request's own counts
         assert connection.getresponse().status == 401 and server.get("/health").status == 200
@@ -377,18 +393,18 @@ def check_formats(client):
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 9}, "pet": {"enum": ["cat", "dog"]}},
         "required": ["name", "pet"],
+        "additionalProperties": False,
     }
     asked = {"type": "json_schema", "json_schema": {"name": "child", "strict": True, "schema": schema}}
     ask = {"model": ".", "prompt": PROMPT, "max_tokens": 80, "n": 3, "seed": 0}
-    if importlib.util.find_spec("outlines_core") is None:
-        with pytest.raises(openai.BadRequestError, match="response_format: A grammar needs outlines-core"):
-            client.completions.create(**ask, extra_body={"response_format": asked})
-        return
     for choice in client.completions.create(**ask, extra_body={"response_format": asked}).choices:
         answer = json.loads(choice.text)
         assert len(answer["name"]) <= 9 and answer["pet"] in ("cat", "dog") and choice.finish_reason == "stop"
-    asked["json_schema"]["schema"] = {"type": "integer", "minimum": 3}
-    with pytest.raises(openai.BadRequestError, match="has minimum, which outlines-core doesn't heed") as refused:
+    any_object = client.completions.create(**ask, extra_body={"response_format": {"type": "json_object"}})
+    ended = [json.loads(choice.text) for choice in any_object.choices if choice.finish_reason == "stop"]
+    assert all(choice.text.startswith("{") for choice in any_object.choices) and all(type(it) is dict for it in ended)
+    asked["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}
+    with pytest.raises(openai.BadRequestError, match="response_format: .* uniqueItems") as refused:
         client.completions.create(**ask, extra_body={"response_format": asked})
     assert refused.value.param == "response_format"
 
