@@ -196,7 +196,7 @@ class Batcher:
             generator=generator,
             seed=seed,
             processors=self.model.processors_of_text(len(own_ids), num_new_tokens, logits_processor, **rules),
-            assembler=self._new_assembler(stop),
+            assembler=self._new_assembler(stop, ids),
             on_piece=on_piece,
         )
         with self._changed:
@@ -310,12 +310,12 @@ class Batcher:
             )
         return num
 
-    def _new_assembler(self, stop: str | Sequence[str]) -> TextAssembler | None:
+    def _new_assembler(self, stop: str | Sequence[str], prompt: list[int]) -> TextAssembler | None:
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, Sequence) or not all(isinstance(each, str) for each in stop):
             raise ValueError(f"stop={stop!r}: must be a text, or a list of texts.")
         if self.tokenizer is not None:
-            return TextAssembler(self.tokenizer, stop)
+            return TextAssembler(self.tokenizer, stop, prompt)
         if stop:
             raise ValueError("Stop strings need a tokenizer: Batcher(model, tokenizer).")
         return None

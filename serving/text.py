@@ -1,18 +1,20 @@
 """Tokens as they come, turned into text as it can be shown: whole characters, and nothing of a stop string.
 
-A stop string may begin in one token and end in another, so text that may be its beginning is held back until that is
-decided. The string itself is not part of the text.
+A completion's text is that of prompt and completion without the prompt's: a tokenizer that writes a space before every
+word, as SentencePiece does, leaves it out where a text begins, so tokens are decoded behind those before them. A stop
+string may begin in one token and end in another, so text that may be its beginning is held back until that is decided.
+The string itself is not part of the text.
 """
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 LONGEST_STOP = 256  # characters
 MOST_STOPS = 256
+PROMPT_TOKENS = 256  # of a prompt's end, which is enough to decode what follows it
 
 
 class TextAssembler:
@@ -21,39 +23,48 @@ class TextAssembler:
     Args:
         tokenizer: a fast one, with the tokenizers library behind it.
         stop: strings that end the text.
+        prompt: the ids before it.
 
     Raises:
         ValueError: an empty stop string, or a tokenizer without that library.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         if not all(stop):
             raise ValueError("stop: holds an empty string; every stop string needs a character at least.")
         if len(stop) > MOST_STOPS or max(map(len, stop), default=0) > LONGEST_STOP:
             raise ValueError(f"stop: may hold {MOST_STOPS} strings of {LONGEST_STOP} characters each, at most.")
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: text is assembled by its library.")
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.stop = tuple(stop)
         self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._beginnings = {string[:length] for string in stop for length in range(1, len(string))}
         self._longest_beginning = max(map(len, self._beginnings), default=0)
-        self._ids: list[int] = []
+        self._known = list(prompt[-PROMPT_TOKENS:])  # the ids last decoded, and their text
+        self._known_text = self._decode(self._known)
+        self._new: list[int] = []  # ids that are no whole character yet
         self.text = ""  # all that is decoded, up to a stop string
         self.num_taken = 0  # characters handed out
         self.has_stopped = False
 
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether a stop string is complete, after which there is no more to take."""
-        self._ids.append(token)
-        try:
-            piece = self._stream.step(self._backend, token)
-        except Exception:  # a byte that turns out to be no character's; the stream can't go on from there
-            self._stream = DecodeStream(skip_special_tokens=True)
-            piece = REPLACEMENT + (self._stream.step(self._backend, token) or "")
-        if piece:
+        self._new.append(token)
+        piece = self._new_text()
+        if piece and not piece.endswith(REPLACEMENT):
+            self._known, self._new = self._new, []
+            self._known_text = self._decode(self._known)
             self._append(piece)
         return self.has_stopped
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def _new_text(self) -> str:
+        both = self._decode(self._known + self._new)
+        if both.startswith(self._known_text):
+            return both[len(self._known_text) :]
+        return self._decode(self._new)  # bytes that are no character's spoil one whose bytes they follow
 
     def _append(self, piece: str) -> None:
         searched_from = len(self.text)
@@ -66,16 +77,10 @@ class TextAssembler:
     def take(self, is_last: bool = False) -> str:
         """The text that was not handed out yet and can no longer be part of a stop string; all of it, when last."""
         if is_last and not self.has_stopped:
-            self._finish()
+            self.text += self._new_text()  # the bytes of an incomplete character
         end = len(self.text) if is_last or self.has_stopped else len(self.text) - self._num_undecided()
         piece, self.num_taken = self.text[self.num_taken : end], max(end, self.num_taken)
         return piece
-
-    def _finish(self) -> None:
-        """Adds what the last tokens are when no others follow: the bytes of an incomplete character."""
-        whole = self.tokenizer.decode(self._ids, skip_special_tokens=True)
-        if isinstance(whole, str) and whole.startswith(self.text):
-            self.text = whole
 
     def _num_undecided(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""

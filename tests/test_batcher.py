@@ -11,6 +11,7 @@ import pytest
 import torch
 from enumerable_laws import chi_square_p_value
 from tiny import BOS, EOS, HEAD_TYPES, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
+from tokenizers import decoders
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.generation_calm import PatchSampling
@@ -224,6 +225,17 @@ def test_pieces_are_the_text_patch_by_patch(batcher):
 
 
 # Clients that leave
+
+
+def test_a_space_between_prompt_and_text_is_of_the_text_streamed_or_not(model):
+    tokenizer = tiny_tokenizer()
+    strips = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # as Llama 2's
+    tokenizer.backend_tokenizer.decoder = strips
+    spaces = {"max_new_tokens": 6, "sequence_bias": {tuple(tokenizer.convert_tokens_to_ids([" "])): 100.0}}
+    with Batcher(model, tokenizer) as batcher:
+        assert batcher.submit("ab", **spaces).result().text == " " * 6
+        assert "".join(piece.text for piece in batcher.stream("ab", **spaces)) == " " * 6
+        assert batcher.submit("", **spaces).result().text == " " * 5  # as of ids that begin a text
 
 
 def test_a_cancelled_text_frees_its_row_within_a_patch(batcher):

@@ -16,6 +16,18 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+def space_tokenizer(kind):
+    """Of words with a space before each, spelt as SentencePiece's tokenizers are: with a decoder of either kind."""
+    words = ["▁", "▁one", "▁two", "▁", "s", "▁.", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    vocabulary = [("<unk>", 0.0), *[(word, -1.0) for word in dict.fromkeys(words)]]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    llama = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    metaspace = [decoders.ByteFallback(), decoders.Metaspace()]
+    tokenizer.decoder = decoders.Sequence(llama if kind == "Llama" else metaspace)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>")
+
+
 def pieces_of(tokenizer, text, stop=(), num_tokens=None):
     assembler, pieces = TextAssembler(tokenizer, stop), []
     for token in tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens]:
@@ -45,6 +57,42 @@ def test_bytes_that_are_no_character_are_no_error():
     assembler = TextAssembler(PreTrainedTokenizerFast(tokenizer_object=backend))
     [assembler.push(token) for token in (0, 1, 2, 3)]
     assert assembler.take(is_last=True) == "\n\ufffdx y"
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Metaspace"])
+@pytest.mark.parametrize("text", ["one two one twos", "one  two .", "one 日本 two", "🙂🙂 two"])
+def test_a_completion_is_prompt_and_completion_without_the_prompt(kind, text):
+    tokenizer = space_tokenizer(kind)
+    ids = tokenizer(text)["input_ids"]
+    for length in range(len(ids)):
+        before = tokenizer.decode(ids[:length])
+        if before.endswith("\ufffd"):  # amid a character
+            continue
+        assembler = TextAssembler(tokenizer, prompt=ids[:length])
+        pieces = []
+        for token in ids[length:]:
+            assembler.push(token)
+            pieces.append(assembler.take())
+        assert "".join(pieces) == assembler.text == text[len(before) :] and text.startswith(before)
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_special_tokens_before_a_completion_are_no_text_and_a_long_prompt_is_not_decoded_whole():
+    tokenizer = space_tokenizer("Llama")
+    one, two = tokenizer("one two")["input_ids"]
+    for prompt, text in (([one, 0], " two"), ([0], "two"), ([], "two"), ([one] * 1000, " two")):
+        assembler = TextAssembler(tokenizer, prompt=prompt)
+        assembler.push(two)
+        assert assembler.take() == text
+
+
+def test_broken_bytes_spoil_nothing_before_them():
+    tokenizer = space_tokenizer("Llama")
+    ids = tokenizer("日")["input_ids"]
+    assembler = TextAssembler(tokenizer, prompt=tokenizer("one 日")["input_ids"])
+    for token in [*ids[1:], ids[1], *tokenizer("one two")["input_ids"]]:
+        assembler.push(token)
+    assert assembler.take(is_last=True) == "日\ufffd one two"
 
 
 def test_a_stop_string_over_several_tokens_never_shows():
