@@ -14,7 +14,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from starlette.types import Receive
 
 from calm.serving.answers import ApiError, Chat, Completions, Form, Prompt, event
 from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
-from calm.serving.gate import HANDLERS, Gate
+from calm.serving.gate import HANDLERS, Gate, named
 from calm.serving.metrics import Metrics
 from calm.serving.openai_api import BadRequest, GenerationRequest
 from calm.serving.rows import Piece, Written
@@ -43,6 +43,7 @@ PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
     "/metrics",
 )
 SEED_RANGE = 2**63
+TRIAL_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,19 @@ class Server:
         return JSONResponse(self._model())
 
     async def health(self, request: Request) -> Response:
-        is_open = self.batcher.is_open
-        return JSONResponse({"status": "ok" if is_open else "ended"}, 200 if is_open else 503)
+        self.batcher.check_open()
+        if self.batcher.last_error is not None:
+            await run_in_threadpool(self._try_a_text)
+        if (error := self.batcher.last_error) is not None:
+            raise ApiError(503, f"The last text failed, and so did another since: {named(error)}")
+        return JSONResponse({"status": "ok"})
+
+    def _try_a_text(self) -> None:
+        """Sees whether texts can be written: a failure may have been the client's, or over."""
+        with contextlib.suppress(QueueFull, BatcherClosed):
+            future = self.batcher.submit([0], max_new_tokens=1)
+            wait([future], TRIAL_SECONDS)
+            future.cancel()
 
     async def metrics_page(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
@@ -310,7 +322,7 @@ class Server:
             raise ApiError(503, "The server is stopping.")
         error = future.exception()
         if error is not None:
-            raise ApiError(500, f"The text could not be written: {type(error).__name__}: {error}".rstrip(".") + ".")
+            raise ApiError(500, f"The text could not be written: {named(error)}")
 
     async def _stream(self, job: Job, form: Form, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events, ended by [DONE]. What goes wrong now that the status is sent is an event, too."""

@@ -49,7 +49,7 @@ class QueueFull(RuntimeError):
 
 
 class BatcherClosed(RuntimeError):
-    """No more texts are taken."""
+    """No more texts are taken; its cause, if any, is what ended the batcher's thread."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Batcher:
         self._tokenizing = threading.Lock()
         self._changed = threading.Condition()  # guards what waits, the engine's list of rows, and the stats
         self._closing = False
+        self._died_of: BaseException | None = None
+        self.last_error: BaseException | None = None  # of a text; None again when a patch is written
         self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="calm-batcher", daemon=True)
         self._thread.start()
@@ -200,8 +202,7 @@ class Batcher:
             on_piece=on_piece,
         )
         with self._changed:
-            if not self.is_open:
-                raise BatcherClosed("The batcher is closed: no more texts are taken.")
+            self.check_open()
             if self._num_open() >= self.max_rows + self.max_waiting:
                 raise QueueFull(
                     f"{self.max_rows} texts are being written and {self.max_waiting} wait: try again later."
@@ -273,6 +274,14 @@ class Batcher:
     def is_open(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
+    def check_open(self) -> None:
+        """
+        Raises:
+            BatcherClosed: it is closed.
+        """
+        if not self.is_open:
+            raise BatcherClosed("The batcher is closed: no more texts are taken.") from self._died_of
+
     def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Takes no more texts; returns when those that were taken are written, or have been cancelled.
 
@@ -338,7 +347,7 @@ class Batcher:
         except BaseException as error:
             logger.exception("The batcher ends with this error, and so do all texts.")
             with self._changed:
-                self._closing = True
+                self._closing, self._died_of = True, error
             self._fail([*self._engine.rows, *self._waiting], error)
 
     def _prepare_step(self) -> bool:
@@ -371,6 +380,8 @@ class Batcher:
         just_read = [
             row for row, (_, was_read) in zip(rows, before, strict=True) if row.is_prompt_read and not was_read
         ]
+        if any(num_new):
+            self.last_error = None
         self._count(
             patches=sum(num > 0 for num in num_new),
             new_tokens=sum(num_new),
@@ -387,6 +398,7 @@ class Batcher:
             self._count(cancelled=1)
         elif isinstance(reason, BaseException):
             self._count(failed=1)
+            self.last_error = reason
             row.future.set_exception(reason)
         else:
             self._count(finished=1)

@@ -104,6 +104,11 @@ class Gate:
         )
 
 
+def named(error: BaseException) -> str:
+    """An error of the model's, as the end of a sentence."""
+    return f"{type(error).__name__}: {error}".rstrip(".") + "."
+
+
 async def on_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
@@ -125,7 +130,9 @@ async def on_full_queue(_: Request, error: Exception) -> Response:
 
 
 async def on_closed(_: Request, error: Exception) -> Response:
-    return ApiError(503, "The server is stopping.").response()
+    cause = error.__cause__
+    stops = "The server is stopping."
+    return ApiError(503, stops if cause is None else f"No more texts can be written: {named(cause)}").response()
 
 
 async def on_client_left(_: Request, error: Exception) -> Response:

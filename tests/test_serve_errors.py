@@ -224,11 +224,42 @@ def test_a_text_that_fails_is_a_500_that_says_why_and_health_tells_when_no_more_
         patch.setattr(Engine, "_read_patches", fail)
         answer = app_client.post("/v1/completions", json={"prompt": "a"})
         assert answer.status_code == 500 and "RuntimeError: out of memory" in answer.json()["error"]["message"]
+        answer = app_client.get("/health")
+        assert (
+            answer.status_code == 503
+            and "failed, and so did another since: RuntimeError: out of memory." in (answer.json()["error"]["message"])
+        )
+    assert app_client.get("/health").status_code == 200  # it tries anew
     assert app_client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
     app_client.batcher.close()
     assert app_client.get("/health").status_code == 503
     answer = app_client.post("/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
+
+
+def test_health_tells_that_the_thread_that_writes_is_dead_and_so_do_requests(app_client, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(app_client.batcher, "_let_waiting_in", fail)
+    assert app_client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
+    for answer in (app_client.get("/health"), app_client.post("/v1/completions", json={"prompt": "a"})):
+        said = "No more texts can be written: RuntimeError: the device is gone."
+        assert answer.status_code == 503 and answer.json()["error"]["message"] == said
+
+
+def test_health_is_not_what_one_client_s_request_does(app_client, monkeypatch):
+    """A text that fails by its own fault, as of its sampling."""
+    next_patches = app_client.batcher.model.next_patches
+
+    def fail(hidden, sampling, *others):
+        if sampling.temperature == 1:
+            raise RuntimeError("no such patch")
+        return next_patches(hidden, sampling, *others)
+
+    monkeypatch.setattr(app_client.batcher.model, "next_patches", fail)
+    assert app_client.post("/v1/completions", json={"prompt": "a", "temperature": 1}).status_code == 500
+    assert app_client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
