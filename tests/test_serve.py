@@ -404,7 +404,7 @@ def check_formats(client):
     ended = [json.loads(choice.text) for choice in any_object.choices if choice.finish_reason == "stop"]
     assert all(choice.text.startswith("{") for choice in any_object.choices) and all(type(it) is dict for it in ended)
     asked["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}
-    with pytest.raises(openai.BadRequestError, match="response_format: .* uniqueItems") as refused:
+    with pytest.raises(openai.BadRequestError, match="response_format: .*uniqueItems") as refused:
         client.completions.create(**ask, extra_body={"response_format": asked})
     assert refused.value.param == "response_format"
 
