@@ -116,21 +116,18 @@ def load_writers(model: str, baseline: str | None, device: str | None) -> list:
     Raises:
         CommandError: one can't be loaded, or is not of its kind.
     """
-    import torch
-
     from calm.app_page import Writer
-    from calm.evaluation.models import is_calm
+    from calm.evaluation.models import is_calm, load_causal_lm
     from calm.inspect_text import load
-    from calm.serve import errors_about
+    from calm.training.tokenizer import load_tokenizer
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     writers = [Writer(display_name(model), *load(model, device))]
     if baseline is not None:
-        with errors_about(baseline):
-            writers.append(Writer.load(baseline, device=device))
-            writers[1].name = display_name(baseline)
-            if is_calm(writers[1].model):
+        with known_errors():
+            ordinary = load_causal_lm(baseline, device=device)
+            if is_calm(ordinary):
                 raise ValueError(f"--baseline {baseline} is a CALM: name an ordinary language model.")
+            writers.append(Writer(display_name(baseline), ordinary, load_tokenizer(baseline)))
     return writers
 
 

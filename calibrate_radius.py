@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from calm.candidates_calm import weights_fingerprint
-from calm.checkpoint_files import DTYPES, first_line
+from calm.checkpoint_files import DTYPES
 from calm.command_line import Parser, command, known_errors
-from calm.loading import load_whole
+from calm.loading import device_of, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import progress_bar
 from calm.weights_calm import check_num_candidates, patch_classes
@@ -136,21 +136,18 @@ def calibrated_radius(recording: Recording) -> float | None:
     return radius
 
 
-def load(name: str, device: str, dtype: torch.dtype | str = "auto", **changes) -> CALMForCausalLM:
+def load(name: str, device: str | None, dtype: torch.dtype | str = "auto", **changes) -> CALMForCausalLM:
     """The CALM of a folder or Hub id, with changes of its configuration.
 
     Raises:
-        ValueError: there is no such device, or the model is no CALM.
-        OSError: there is no model.
+        ValueError: there is no such device or no model, or it is no CALM.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {first_line(error)}") from error
-    if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
-        raise ValueError(f"--model {name} is no CALM.")
+    place = device_of(device)
+    with reading(name):
+        if PretrainedConfig.get_config_dict(name)[0].get("model_type") != "calm":
+            raise ValueError(f"--model {name} is no CALM.")
     model = load_whole(CALMForCausalLM.from_pretrained, name, dtype=dtype, **changes)
-    return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
+    return model.to(place).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
 
 
 def calibrate(
@@ -200,7 +197,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--num_candidates", type=int, default=200)
     parser.add_argument("--steps", type=int, default=128, help=f"patches of each of {NUM_TEXTS} texts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: the checkpoint's")
     parser.add_argument("--save", action="store_true", help="write to config.json of the folder")
     return parser.parse_args(argv)
@@ -210,7 +207,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     path = Path(options.model) / "config.json"
-    with known_errors(ValueError, OSError):
+    with known_errors():
         if options.save and not path.exists():
             raise ValueError(f"--save: there is no {path}; name a folder.")
         check_num_candidates(options.num_candidates, options.temperature)

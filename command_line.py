@@ -3,7 +3,7 @@
     @command
     def main(argv: list[str] | None = None) -> int | None:
         options = parse(argv)
-        with known_errors(ValueError, OSError):
+        with known_errors():
             text = read(options.text)
         ...
 
@@ -12,6 +12,8 @@ Imports nothing but the standard library, so that `--help` is quick.
 
 import argparse
 import functools
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 WRONG = 2  # exit code for what the user can put right, as argparse's own
-INTERRUPTED = 130  # as shells say of Ctrl-C
+INTERRUPTED, CLOSED = 130, 141  # as shells say of Ctrl-C and of a closed pipe
 
 
 class CommandError(Exception):
@@ -63,32 +65,43 @@ def positive(text: str) -> int:
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """`main`, which from now on returns an exit code: its own, 0 for None, or after one line on stderr 2 for a
-    `CommandError` and 130 for Ctrl-C."""
+    `CommandError` and 130 for Ctrl-C. Characters that the terminal can't show are escaped, and a reader that closes
+    stdout, as `head` does, ends it without a word."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs) or 0
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()
+            return code
         except CommandError as error:
             print(f"error: {error}", file=sys.stderr)
             return WRONG
         except KeyboardInterrupt:
             print("error: interrupted.", file=sys.stderr)
             return INTERRUPTED
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
+            return CLOSED
 
     return run
 
 
 @contextmanager
 def known_errors(*types: type[Exception]) -> Iterator[None]:
-    """Turns errors of these types into a `CommandError`.
+    """Turns errors of these types, or without any of all types, into a `CommandError`.
 
-    Only for what reads and checks: in the midst of a computation such an error is a fault of ours, whose traceback
-    tells more than its message.
+    All types where files, options and the environment are read, whose libraries raise whatever they like. In a
+    computation such an error is a fault of ours, whose traceback tells more than its message.
     """
     try:
         yield
-    except types as error:
+    except CommandError:
+        raise
+    except types or (Exception,) as error:  # noqa: B030
         raise CommandError(sentence(error)) from error
 
 

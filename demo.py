@@ -8,6 +8,7 @@ from transformers import TextStreamer, pipeline, set_seed
 
 from calm.command_line import CommandError, Parser, command, known_errors, positive
 from calm.generation_calm import PatchSampling
+from calm.loading import reading
 from calm.progress import loading_bar
 from calm.weights_calm import check_temperature
 
@@ -26,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.model == str(MODEL) and not (MODEL / "config.json").is_file():  # an installed package has no weights
         raise CommandError("no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID.")
     transformers.logging.set_verbosity_error()
-    with known_errors(ValueError, OSError):
+    with known_errors():
         check_temperature(options.temperature)
-        with loading_bar(options.model):
+        with reading(options.model), loading_bar(options.model):
             generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
         stated = generator.model.generation_config
         PatchSampling.from_generation_config(stated, do_sample=True, temperature=options.temperature)  # or refuses it

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive, sentence, writable
+from calm.command_line import Parser, command, known_errors, positive, writable
 
 PROGRAM = "python -m calm.inspect_text"
 STORY = "Once upon a time, there was a little girl named Lily."
@@ -407,7 +407,7 @@ def parse(argv: list[str] | None):
         "--compare", type=float, nargs="+", default=COMPARED, metavar="T", help="in the listing (default: 1 0.5 0.333)"
     )
     parser.add_argument("--show", type=positive, default=5, help="candidates of a patch in the listing (default: 5)")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     return parser.parse_args(argv)
 
 
@@ -440,12 +440,11 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed {seed}: must be in [0, 2^63).")
 
 
-def load(name: str, device: str):
+def load(name: str, device: str | None):
     """
     Raises:
         CommandError: there is no CALM, no tokenizer or no such device.
     """
-    import torch
     import transformers
 
     from calm.evaluation.models import is_calm, load_causal_lm
@@ -453,14 +452,11 @@ def load(name: str, device: str):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        model = load_causal_lm(name, device=torch.device(device))
+    with known_errors():
+        model = load_causal_lm(name, device=device)
         if not is_calm(model):
             raise ValueError(f"{name} is no CALM: its model_type is {model.config.model_type!r}.")
         return model, load_tokenizer(name)
-    except (ValueError, OSError, RuntimeError) as error:
-        said = sentence(error)
-        raise CommandError(said if name in said else f"{name}: {said}") from error
 
 
 if __name__ == "__main__":

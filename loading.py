@@ -1,10 +1,14 @@
 """Loading for commands: a model whose weights are all there, and a tokenizer that knows every id the model writes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
+from calm.command_line import sentence
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.progress import load_with_bar
@@ -16,15 +20,51 @@ PADDED_SHARE = 1 / 20  # of a vocabulary may be ids without a token: sizes are r
 logger = logging.get_logger(__name__)
 
 
+@contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Turns whatever is raised while a model's files are read into one sentence that names the model.
+
+    Args:
+        name: folder or Hub id. What begins with a dot or a slash, or has two of them, is no Hub id.
+
+    Raises:
+        ValueError: in place of each error.
+    """
+    path, text = Path(name), str(name)
+    if (text.startswith((".", "~", "/")) or text.count("/") > 1) and not path.exists():
+        raise ValueError(f"{name}: no such folder.")
+    try:
+        yield
+    except Exception as error:  # json, safetensors, torch and the Hub's client have classes of their own
+        if path.is_dir() and not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{name}: the folder holds no config.json, so no model.") from error
+        said = sentence(error)
+        raise ValueError(said if text in said else f"{name}: {said}") from error
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of this name, by default a GPU where there is one.
+
+    Raises:
+        ValueError: it isn't there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except Exception as error:  # AssertionError of a build without CUDA, RuntimeError, NotImplementedError
+        raise ValueError(f"--device {name}: {sentence(error)}") from error
+    return device
+
+
 def load_whole(load, name: str | Path, **settings) -> Any:
     """`load(name, **settings)`, a `from_pretrained`, of a model whose files hold each of its weights.
 
     Raises:
-        OSError: there is none.
-        ValueError: a weight is missing, has another shape or holds NaN or infinity, or a CALM's files hold more; the
-            sentence names it.
+        ValueError: there is none, or a weight is missing, has another shape or holds NaN or infinity, or a CALM's
+            files hold more; the sentence names it.
     """
-    model, info = load_with_bar(load, name, output_loading_info=True, **settings)
+    with reading(name):
+        model, info = load_with_bar(load, name, output_loading_info=True, **settings)
     unexpected = info["unexpected_keys"] if isinstance(model, CALMForCausalLM | CALMAutoencoder) else ()
     lacking = {
         "lack": info["missing_keys"],

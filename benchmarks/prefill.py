@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args(argv)
-    with known_errors(ValueError, OSError):
+    with known_errors():
         config = shape_config(options.shape)
         if not isinstance(config, CALMConfig):
             raise BenchmarkError(f"--shape {options.shape} is no CALM.")

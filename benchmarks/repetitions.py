@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_candidates", type=int, default=200)
     parser.add_argument("--steps", type=int, default=128, help=f"of {NUM_TEXTS} texts")
     options = parser.parse_args(argv)
-    with known_errors(ValueError, OSError):
+    with known_errors():
         check_num_candidates(options.num_candidates, options.temperature)
         if options.steps < 1:
             raise ValueError(f"--steps {options.steps}: must be at least 1.")

@@ -19,7 +19,7 @@ from calm.command_line import Parser, command, known_errors, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
-from calm.loading import load_whole
+from calm.loading import device_of, load_whole
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.progress import progress_bar
 from calm.training.diagnostics import ACTIVE_NATS
@@ -77,7 +77,7 @@ def load_autoencoder(name: str) -> CALMAutoencoder:
         autoencoder = load_causal_lm(name).autoencoder
         assert isinstance(autoencoder, CALMAutoencoder), "every CALM has one"
         return autoencoder
-    return load_whole(CALMAutoencoder.from_pretrained, name, dtype="auto").eval()
+    return load_whole(CALMAutoencoder.from_pretrained, name, dtype="auto").to(device_of(None)).eval()
 
 
 def report(rows: list[dict], statistics: dict, num_patches: int) -> str:
@@ -124,12 +124,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=writable, help="write the figures")
     parser.add_argument("--plot", type=writable, help="write the accuracy against the noise")
     args = parser.parse_args(argv)
-    with known_errors(ValueError, OSError):
+    with known_errors():
         if args.plot:
             need("matplotlib", "eval", "--plot")
         autoencoder = load_autoencoder(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         patches_PK = read_blocks(args, tokenizer, autoencoder.config.patch_size, args.max_patches)
+    patches_PK = patches_PK.to(autoencoder.device)
     rows = noise_accuracy(autoencoder, patches_PK, seed=args.seed)
     statistics = posterior_statistics(*posterior(autoencoder, patches_PK))
     print(report(rows, statistics, len(patches_PK)))

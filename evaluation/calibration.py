@@ -49,7 +49,7 @@ def tokenizer_folder(run: Path) -> Path:
 def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1, bar: tqdm | None = None) -> float:
     """Nats per predicted token; a bar advances by the blocks."""
     losses = []
-    for batch in blocks_BL.split(batch_size):
+    for batch in blocks_BL.to(model.device).split(batch_size):
         losses.append(model(input_ids=batch, labels=batch).loss * len(batch))
         if bar is not None:
             bar.update(len(batch))

@@ -118,7 +118,7 @@ def load(args: argparse.Namespace):
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with known_errors(ValueError, OSError):
+    with known_errors():
         model, tokenizer = load(args)
         files = expand_paths(args.text)
         with progress_bar(None, "Reading", "B", size_of(files)) as bar:

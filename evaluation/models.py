@@ -21,7 +21,7 @@ from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N, BrierCounts
 from calm.evaluation.calm_estimator import count_calm
-from calm.loading import load_whole
+from calm.loading import device_of, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import progress_bar
 from calm.training.extras import need
@@ -37,10 +37,14 @@ def load_config(name: str) -> PretrainedConfig:
     Ours load with this package's code: nothing is registered, and no code of the repository asked for.
 
     Raises:
-        OSError: there is none.
-        MissingPackage: it is an adapter, and PEFT is not installed.
-        ValueError: it is an adapter that names no base, or a configuration without model_type.
+        ValueError: there is none, or it is an adapter and PEFT is not installed or no base named, or a configuration
+            without model_type.
     """
+    with reading(name):
+        return _read_config(name)
+
+
+def _read_config(name: str) -> PretrainedConfig:
     fields, _ = PretrainedConfig.get_config_dict(name)
     if not fields and (adapter := find_adapter_config_file(name)):
         name = _base_of(name, Path(adapter))
@@ -65,13 +69,18 @@ def _base_of(name: str, adapter: Path) -> str:
     return base
 
 
-def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
+def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None):
     """The model of a folder or Hub id, CALM or not, in eval mode; of a PEFT adapter, its base with the adapter on it.
 
+    Args:
+        name: folder or Hub id.
+        dtype: of the weights; "auto" is as they were saved.
+        device: by default a GPU where there is one.
+
     Raises:
-        OSError: there is none.
-        ValueError: it is no language model, or as `load_config` and `load_whole`.
+        ValueError: it is no language model, or as `device_of`, `load_config` and `load_whole`.
     """
+    device = device_of(None if device is None else str(device))
     config = load_config(name)
     if isinstance(config, CALMAutoencoderConfig):
         raise ValueError(f"{name}: is an autoencoder, not a language model")

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=writable, help="picture; by default curves.png in the first run")
     options = parser.parse_args(argv)
     output = options.output or options.runs[0] / "curves.png"
-    with known_errors(ValueError, OSError):
+    with known_errors():
         draw(options.runs, output)
     print(f"wrote {output}")
 

@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=writable, help="write a Markdown page")
     args = parser.parse_args(argv)
-    with known_errors(ValueError, OSError):
+    with known_errors():
         model = load_causal_lm(args.model)
         if not is_calm(model) or model.config.patch_size < 2:
             raise ValueError(f"{args.model}: must be a CALM with patches of at least 2 tokens")

@@ -104,7 +104,7 @@ def check_lengths(config, num_before: int, nums_after: list[int]) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with known_errors(ValueError, OSError):
+    with known_errors():
         model = load_causal_lm(args.model)
         if not is_calm(model):
             raise ValueError(f"{args.model}: is no CALM; other models rank texts by their likelihood.")

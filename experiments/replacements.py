@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--auxiliary", type=Path, help="auxiliary.safetensors of the model's last checkpoint")
     args = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
-        model = load_causal_lm(args.model)
+        model = load_causal_lm(args.model, device="cpu")
         if not is_calm(model):
             raise CommandError(f"{args.model}: is no CALM, so there is nothing to replace.")
         language, blocks_BL = text_of(model, args)

@@ -187,7 +187,7 @@ def text_of(model, args: argparse.Namespace) -> tuple[HiddenMarkovLanguage, Tens
 def main(argv: list[str] | None = None) -> None:
     args = parser_of("python -m calm.experiments.share", __doc__).parse_args(argv)
     with known_errors(ValueError, OSError):
-        model = load_causal_lm(args.model)
+        model = load_causal_lm(args.model, device="cpu")
         language, blocks_BL = text_of(model, args)
         result = measure(*reader_of(model), language, blocks_BL, args.draws, args.batch_size)
     result = {"model": args.model, "block_size": args.block_size, "draws": args.draws, **result}

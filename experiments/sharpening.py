@@ -342,7 +342,7 @@ def load_model(name: str, language: HiddenMarkovLanguage) -> CALMForCausalLM:
         ValueError: it is none, or has not the language's tokens, or its patches can't be enumerated.
         OSError: there is none.
     """
-    model = load_causal_lm(name, torch.float32)
+    model = load_causal_lm(name, torch.float32, "cpu")
     if not is_calm(model):
         raise ValueError(f"{name}: is no CALM.")
     vocab_size, patch_size = int(language.ids(np.array(language.vocab_size))), model.config.patch_size
@@ -375,7 +375,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with known_errors(ValueError, OSError):
+    with known_errors():
         language = load(args.language)
         model = load_model(args.model, language)
         ids_CL = read_contexts(args.language, args.contexts, model.config.patch_size)

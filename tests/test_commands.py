@@ -1,12 +1,18 @@
 """Every command speaks one dialect: `--help` ends well, what is wrong is one line "error: …" on stderr and code 2."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from commands import COMMANDS, ROOT, main_of, refusal
+from tiny import tiny_model, tiny_tokenizer
 
 import calm.command_line
 from calm.command_line import CommandError, Parser, command, known_errors
+from calm.evaluation.models import load_causal_lm
 
 NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]
@@ -119,6 +125,100 @@ def test_only_what_is_known_becomes_a_line(capsys):
     assert capsys.readouterr().err == "error: unrecognized arguments: --odd (see python x.py --help).\n"
     with pytest.raises(ValueError, match="a fault of ours"):
         main([])
+
+
+LOADS_A_MODEL = [  # of those that need no text or corpus before
+    name
+    for name, words in WRONG_PATHS.items()
+    if "--model" in words or name in ("calm.inspect_text", "calm.serve", "calm.export_onnx")
+]
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+DAMAGES = {
+    "no config.json": lambda folder: (folder / "config.json").unlink(),
+    "config.json of another kind": lambda folder: write(folder / "config.json", "[1, 2]"),
+    "config.json cut short": lambda folder: write(folder / "config.json", '{"model_type": "calm", '),
+    "config.json nested too deep": lambda folder: write(folder / "config.json", 100_000 * "["),
+    "weights cut short": lambda folder: truncate(folder / "model.safetensors"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+}
+
+
+def damaged(folder: Path, damage: str) -> Path:
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    DAMAGES[damage](folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_loads_a_model_names_the_damaged_folder(damage, tmp_path):
+    folder = damaged(tmp_path / "damaged", damage)
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
+        load_causal_lm(str(folder))
+
+
+@pytest.mark.parametrize("damage", ["config.json of another kind", "weights cut short"])
+@pytest.mark.parametrize("module", LOADS_A_MODEL)
+def test_a_damaged_model_is_one_line_that_names_it(module, damage, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if module == "calm.export_onnx":
+        pytest.importorskip("onnx")
+    folder = damaged(tmp_path / "damaged", damage)
+    words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(folder)) for word in WRONG_PATHS[module]]
+    assert str(folder) in refusal(capsys, main_of(module), *words)
+
+
+@pytest.mark.parametrize("module", LOADS_A_MODEL)
+def test_a_device_that_is_not_there_is_one_line(module, capsys, tmp_path):
+    words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(ROOT)) for word in WRONG_PATHS[module]]
+    with pytest.raises(SystemExit):
+        main_of(module)(["--help"])
+    if "--device" not in capsys.readouterr().out:
+        pytest.skip("takes a GPU where there is one")
+    assert "--device cuda: " in refusal(capsys, main_of(module), *words, "--device", "cuda")
+
+
+PRINTS = """
+import sys
+from calm.command_line import command
+
+@command
+def main(argv=None):
+    for _ in range(100_000):
+        print("caf\u00e9 \u4e2d")
+
+sys.exit(main())
+"""
+
+
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word():
+    run = subprocess.Popen([sys.executable, "-c", PRINTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.readline()
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait(30)) == (b"", calm.command_line.CLOSED)
+
+
+def test_a_terminal_that_is_not_utf_8_gets_escapes():
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, env=ascii_only, cwd=ROOT, check=True)
+    assert run.stdout.startswith(b"caf\\xe9 \\u4e2d\n") and not run.stderr
+
+
+def test_where_things_are_read_every_error_is_a_line():
+    with pytest.raises(CommandError, match="^deep$"), known_errors():
+        raise RecursionError("deep")
+    with pytest.raises(CommandError, match="^so it was$"), known_errors():
+        raise CommandError("so it was")
 
 
 def test_an_error_of_several_lines_is_one():

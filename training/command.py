@@ -44,7 +44,7 @@ def training_command(
         "--resume", default="auto", choices=["auto", "never"], help="auto: go on where output_dir's checkpoints end"
     )
     options, fields = parser.parse_known_args(argv)
-    with known_errors(RecipeError, DataError, MissingPackage, TrainingStopped):
+    with known_errors(RecipeError, DataError, MissingPackage, TrainingStopped, OSError):
         recipe = load_recipe(options.recipe, parse_command_line(fields))
         if recipe.kind != kind:
             raise RecipeError(f"the recipe {options.recipe!r} is for train_{recipe.kind}.")

@@ -135,7 +135,7 @@ def read(what: str, where: str | None, maker: str, reader):
     where = folder_or_hub_id(what, where, maker)
     try:
         return reader(where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each library has its own
         reason = " ".join(str(error).partition("\n\n")[0].split())
         if Path(where).exists():
             raise RecipeError(f"{what} {where}: cannot be read: {reason}") from error

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from calm.command_line import sentence
-from calm.progress import load_with_bar, shows_bars, unbroken
+from calm.loading import load_whole
+from calm.progress import shows_bars, unbroken
 from calm.training.average import WeightAverage
-from calm.training.configuration import config_of, say, tokenizer_of
+from calm.training.configuration import config_of, read, say, tokenizer_of
 from calm.training.data import Length, PackedBlocks, PatchCollator, data_sets
 from calm.training.recipe import Recipe, RecipeError, changes, load_recipe
 from calm.training.tokenizer import save_tokenizer
@@ -178,8 +180,10 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
     tokenizer = tokenizer_of(recipe)
     config = config_of(recipe, tokenizer)
     stated = begin(recipe)
-    load = model_class.from_pretrained
-    model = load_with_bar(load, recipe.init_from) if recipe.init_from else model_class(config)
+    load = partial(load_whole, model_class.from_pretrained)
+    model = (
+        read("init_from", recipe.init_from, f"train_{recipe.kind}", load) if recipe.init_from else model_class(config)
+    )
     fit(recipe, stated, model, tokenizer, getattr(config, "patch_size", 1), resume)
 
 

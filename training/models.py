@@ -1,6 +1,8 @@
 """The CALM model that a recipe asks for: new, or to go on from; whole, frozen in part, with LoRA or auxiliary loss."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
@@ -8,12 +10,13 @@ from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
 from calm.configuration_calm import HEADS, CALMConfig
+from calm.loading import load_whole
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.progress import load_with_bar
 from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
 from calm.training.backbone import begin_chain, begin_with_llama
-from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of
+from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of, read
 from calm.training.distil import teacher_of
 from calm.training.extras import need
 from calm.training.recipe import Recipe, RecipeError
@@ -29,14 +32,15 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     if recipe.init_from:
         before = config_before(recipe)
         config = changed_config(recipe, before)
-        load = CALMForCausalLM.from_pretrained if config.head_type == before.head_type else with_new_head
-        model = load_with_bar(load, recipe.init_from, config=config)
+        same_head = partial(load_whole, CALMForCausalLM.from_pretrained, config=config)
+        new_head = partial(load_with_bar, with_new_head, config=config)
+        load = same_head if config.head_type == before.head_type else new_head
+        model = read("init_from", recipe.init_from, "train_calm", load)
         fit_head(model, recipe)
         return model
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
-    model.autoencoder.load_state_dict(
-        load_with_bar(CALMAutoencoder.from_pretrained, str(recipe.autoencoder)).state_dict()
-    )
+    load = partial(load_whole, CALMAutoencoder.from_pretrained)
+    model.autoencoder.load_state_dict(read("autoencoder", recipe.autoencoder, "train_autoencoder", load).state_dict())
     if begins_with_llama(recipe):
         begin_with_llama(model, recipe)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
@@ -55,7 +59,7 @@ def with_new_head(name: str, config: CALMConfig) -> CALMForCausalLM:
     Heads of two types have layers of one name, so nothing of the head before may stay. What a head's constructor fills
     is kept only where it is called outside `from_pretrained`.
     """
-    model = CALMForCausalLM.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+    model: Any = CALMForCausalLM.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
     model.head = HEADS[config.head_type](config)
     model.head.apply(model._init_weights)
     model.head.to(model.dtype)
