@@ -5,6 +5,7 @@ Samples come first: (N, ..., Z).
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .configuration_calm import CALMConfig, require
 from .flow_head_calm import ModulatedMLP
-from .heads_calm import GenerativeHead, PatchTarget, standard_normal
+from .heads_calm import GenerativeHead, PatchTarget, in_chunks, standard_normal
 from .tables_calm import made_once, where_float64_is
 
 DIFFUSION_TRAIN_STEPS = 1000  # published code
@@ -22,6 +23,8 @@ FIRST_STEP_BIN = 1 / 255  # half width of the bins of the discretised likelihood
 
 class DiffusionHead(GenerativeHead, head_type="diffusion"):
     """Denoising diffusion with learned variance on the latent (paper 3.2; published code)."""
+
+    draws_further_noise = True
 
     def __init__(self, config: CALMConfig):
         super().__init__(config)
@@ -59,7 +62,8 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         all_conditions = self.net.conditions_at(schedule.timesteps.flip(0), context)
         for index, conditions in enumerate(all_conditions):
             step = self.num_steps - 1 - index
-            epsilon, variance = self.net.given(conditions, x.to(context.dtype)).float().chunk(2, dim=-1)
+            outputs = in_chunks(partial(self.net.given, conditions), x.to(context.dtype))
+            epsilon, variance = outputs.float().chunk(2, dim=-1)
             x = torch.addcmul(schedule.of_x[step] * x, schedule.of_epsilon[step], epsilon)
             if step > 0:
                 fresh = standard_normal(x.shape, x, generator) if step_noise is None else step_noise[index]

@@ -45,6 +45,7 @@ SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
+MOST_DRAWS = 2**22  # of a step: what is kept of them, about a kilobyte each, takes 4 GB
 
 logger = logging.get_logger(__name__)
 
@@ -88,6 +89,16 @@ class PatchSampling:
         check_temperature(self.temperature)
         check_num_candidates(self.num_candidates, self.temperature)
         self.truncation.check()
+        self.check_draws(1)
+
+    def check_draws(self, num_rows: int) -> None:
+        """Raises `ValueError` where a step of so many rows may hold more than `MOST_DRAWS` draws."""
+        num_draws = num_rows * self.num_draws_at_once
+        if num_draws > MOST_DRAWS:
+            raise ValueError(
+                f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r} and {num_rows} "
+                f"sequences may draw {num_draws} patches in a step: at most {MOST_DRAWS} fit."
+            )
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -326,6 +337,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         `put_scores` is handed each step's `CandidateScores` before its tokens.
         """
         sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
+        sampling.check_draws(len(input_ids))
         generator = model_kwargs.get("generator")
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
             raise ValueError(

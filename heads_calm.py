@@ -9,6 +9,8 @@ Axes: N samples per patch, K tokens per patch, D hidden size, Z latent size. "..
 (B, P). Samples come first: (N, ..., Z).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,21 @@ from .modeling_calm_autoencoder import CALMAutoencoder
 from .products_calm import fast_products
 
 LAYER_NORM_EPS = 1e-6  # published code
+DRAWS_AT_ONCE = {"cpu": 2**15, "other": 2**18}  # what a head's layers hold of them at CALM-M's width: 1 GB, 6 GB
 
 
 def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     # Drawn in place: torch.compile can't trace randn(generator=...) at a size that varies.
     return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
+    """A function of draws (N, ..., size), each for itself, that is never given more than `DRAWS_AT_ONCE`."""
+    num_rows = draws[0, ..., 0].numel() if len(draws) else 1
+    at_once = max(1, DRAWS_AT_ONCE["cpu" if draws.device.type == "cpu" else "other"] // max(1, num_rows))
+    if len(draws) <= at_once:
+        return function(draws)
+    return torch.cat([function(chunk) for chunk in draws.split(at_once)])
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -125,6 +137,7 @@ class GenerativeHead(nn.Module):
     """
 
     network_calls = 1  # of the head's net, for one draw
+    draws_further_noise = False  # whether `draw` asks the generator again: it then sees all draws at once
     is_fitted = True  # whether `fit` has been called, in heads that need it
 
     def __init_subclass__(cls, head_type: str | None = None, **kwargs):
@@ -238,4 +251,6 @@ class GenerativeHead(nn.Module):
     ) -> Tensor:
         if noise is None:
             noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
-        return self.draw(context, noise, generator, **draws)
+        if self.draws_further_noise:
+            return self.draw(context, noise, generator, **draws)
+        return in_chunks(lambda chunk: self.draw(context, chunk, generator, **draws), noise)

@@ -9,6 +9,7 @@ from goldens import relative_error
 from text_and_loss import some_ids
 from tiny import HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 
+from calm import heads_calm
 from calm.configuration_calm import CALMConfig
 from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM, CALMModel
@@ -181,6 +182,20 @@ def test_head_randomness_is_an_argument(head_type):
     shared = head.recorded_draws(5, 1, context, generator())
     alone, together = (head.sample(c, num_samples=5, **shared) for c in (context[1:2], context))
     assert relative_error(together[:, 1:2], alone) < 1e-4
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_many_draws_pass_the_head_in_chunks(monkeypatch, head_type):
+    """What its layers hold doesn't grow with the draws, and the draws are the same."""
+    head, context, sizes = tiny_model(head_type).head, torch.randn(2, 48), []
+    draws = [head.sample(context, num_samples=24, generator=torch.Generator().manual_seed(0))]
+    for module in head.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, rows: sizes.append(rows[0][..., 0].numel()))
+    monkeypatch.setitem(heads_calm.DRAWS_AT_ONCE, "cpu", 10)
+    draws.append(head.sample(context, num_samples=24, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(draws[1], draws[0], rtol=1e-4, atol=1e-5)
+    assert 10 <= max(sizes) <= 12  # six times of a flow, after two contexts
 
 
 def test_times_of_the_flow_loss():

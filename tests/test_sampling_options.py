@@ -75,3 +75,15 @@ def test_what_a_bundle_states_is_read_back():
     model = tiny_model()
     stated = GenerationConfig(**generation_defaults(model.config))
     assert PatchSampling.from_generation_config(stated) == PatchSampling(temperature=0.5)
+
+
+def test_more_draws_than_fit_are_refused_before_any_work(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
+    prompt, sentence = torch.tensor([[BOS, 5, 6, 7]]), "patches in a step: at most 4194304 fit"
+    for settings in ({"num_candidates": 10**8}, {"num_return_sequences": 10**5}):
+        with pytest.raises(ValueError, match=sentence):
+            model.generate(prompt, do_sample=True, temperature=0.5, **settings)
+    with pytest.raises(ValueError, match=sentence):
+        PatchSampling(temperature=0.5, num_candidates=10**6, sampling_method="exact")
+    assert PatchSampling(num_candidates=10**8).draws_once  # T = 1 draws one
