@@ -83,17 +83,22 @@ def load_tokenizer(where: str | Path):
         model_type = PretrainedConfig.get_config_dict(where)[0].get("model_type")
     except OSError:  # a tokenizer alone
         model_type = None
+    except Exception as error:  # as below
+        raise OSError(f"{where}: config.json can't be read ({type(error).__name__}: {error}).") from error
     ours = {config.model_type: config for config in (CALMConfig, CALMAutoencoderConfig)}
     given = {"config": ours[model_type]()} if model_type in ours else {}
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **given)
-    except AttributeError as error:  # transformers 4.57, beside a Llama
-        raise OSError(f"{where}: no tokenizer can be read there.") from error
-    except ValueError as error:
-        said = ("Unrecognized configuration class", "Couldn't instantiate the backend tokenizer")  # transformers 4, 5
-        if not str(error).startswith(said):
+    except OSError:
+        raise
+    except Exception as error:  # a file can be wrong in as many ways as there are classes of errors
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise
-        raise OSError(f"{where}: no tokenizer can be read there.") from error
+        files = [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := Path(where, name)).is_file()]
+        if not files:
+            raise OSError(f"{where}: no tokenizer can be read there.") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise OSError(f"{' or '.join(map(str, files))}: no tokenizer can be read there ({reason}).") from error
 
 
 def first_difference(theirs, ours, num_known: int) -> tuple[int, str | None, str | None] | None:
