@@ -251,7 +251,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         CommandError: something is in the way, or another process is writing there.
-        OSError: the disk is full or cannot be written to.
+        OSError: the disk is full or cannot be written to; it names a file or the folder.
     """
     output = output.absolute()
     partial, lock = (output.with_name(f".{output.name}.{end}") for end in ("partial", "lock"))
@@ -271,8 +271,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         os.replace(partial, output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not error.filename:
+            raise OSError(error.errno, error.strerror or str(error), str(output)) from error
         raise
     finally:
         with suppress(OSError):  # Windows removes no open file

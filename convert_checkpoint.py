@@ -33,7 +33,7 @@ from calm.checkpoint_files import (
     new_folder,
     write_safetensors,
 )
-from calm.command_line import CommandError, Parser, command, known_errors
+from calm.command_line import Parser, command, known_errors
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
@@ -353,13 +353,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     name = args.push_to_hub or args.output.absolute().name
-    try:
-        with known_errors(ConversionError):
-            convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, name)
-            if args.push_to_hub:
-                push(args.output, args.push_to_hub)
-    except OSError as error:
-        raise CommandError(f"{error.filename or args.output}: {error.strerror or error}") from error
+    with known_errors(ConversionError, OSError):
+        convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, name)
+        if args.push_to_hub:
+            push(args.output, args.push_to_hub)
     print(f"Wrote {args.output}.")
 
 

@@ -19,7 +19,6 @@ import argparse
 import importlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -36,18 +35,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
+from transformers.generation.configuration_utils import GenerationConfig
 
 from calm import diffusion_head_calm, flow_head_calm, generate_onnx, token_flow_head_calm
-from calm.checkpoint_files import first_line
+from calm.checkpoint_files import first_line, new_folder
 from calm.command_line import Parser, command, known_errors, positive
 from calm.flow_head_calm import Conditions, ModulatedMLP
 from calm.generation_calm import PatchSampling
 from calm.heads_calm import GenerativeHead
+from calm.loading import load_whole
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
-from calm.upstream_calm import FIXED_ROTATIONS
+from calm.upstream_calm import FIXED_ROTATIONS, GENERATION_SETTINGS, LENGTH, RULES
 
 TOLERANCE = 1e-4  # of the largest output
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -61,6 +62,20 @@ NOISE_LAWS: dict[str, dict[str, dict[str, Any]]] = {
     "diffusion": {"noise": {"law": NORMAL}, "step_noise": {"law": NORMAL}},
     "token_chain": {"noise": {"law": UNIFORM, "range": [0.0, 1.0]}},
     "token_flow": {"noise": {"law": NORMAL}},
+}
+# Lengths of the generation configuration that generate.py keeps; of what it doesn't do, the values besides None that
+# ask for nothing.
+EXPORTED = {"eos_token_id", "max_new_tokens"}
+NEUTRAL: dict[str, tuple] = {
+    "do_sample": (True,),
+    "sampling_method": ("adaptive", "batch"),
+    "num_return_sequences": (1,),
+    "max_length": (20,),  # upstream's default of before
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "remove_invalid_values": (False,),
 }
 
 
@@ -363,6 +378,7 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_layers": config.num_hidden_layers,
+        "max_position_embeddings": config.max_position_embeddings,
         "num_key_value_heads": config.num_key_value_heads,
         "head_size": head_size(model),
         "head_type": config.head_type,
@@ -379,9 +395,19 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
         "pad_token_id": pad,
         "bos_token_id": generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id,
         "eos_token_ids": [] if eos is None else eos if isinstance(eos, list) else [eos],
-        "temperature": sampling.temperature,
-        "num_candidates": sampling.num_candidates,
+        "max_new_tokens": generation.max_new_tokens,
+        **{name: getattr(sampling, name) for name in generate_onnx.Sampling._fields},
     }
+
+
+def left_out(generation: GenerationConfig) -> list[str]:
+    """What a generation configuration asks of `generate` that generate.py doesn't do, as "field=value"."""
+    acting = {name for name, setting in GENERATION_SETTINGS.items() if setting.why in (RULES, LENGTH)} - EXPORTED
+    acting |= {name for name, setting in GENERATION_SETTINGS.items() if setting.use == "refused"} | NEUTRAL.keys()
+    values = {name: getattr(generation, name, None) for name in sorted(acting)}
+    values["do_sample"] = bool(values["do_sample"])  # not set: off, as upstream takes it
+    off = {name: (*NEUTRAL.get(name, ()), *getattr(GENERATION_SETTINGS.get(name), "off", ())) for name in acting}
+    return [f"{name}={value!r}" for name, value in values.items() if value is not None and value not in off[name]]
 
 
 def check_exportable(config: dict[str, Any], name: str) -> None:
@@ -410,14 +436,11 @@ def load(name: str) -> tuple[CALMForCausalLM, Any]:
     """A CALM in float32, and its tokenizer.
 
     Raises:
-        ExportError: no tokenizer, a rotation that depends on the longest row of a pass, or quantised weights.
-        OSError, ValueError: no model.
+        ExportError: a rotation that depends on the longest row of a pass, or quantised weights.
+        OSError, ValueError: no model, or no tokenizer.
     """
-    try:
-        tokenizer = load_tokenizer(name)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{name} has no tokenizer that can be read, and texts need one.") from error
-    model = CALMForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = load_tokenizer(name)
+    model = load_whole(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
     if rotation not in FIXED_ROTATIONS:
         raise ExportError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
@@ -426,8 +449,19 @@ def load(name: str) -> tuple[CALMForCausalLM, Any]:
     return model.eval(), tokenizer
 
 
-def write_folder(model: CALMForCausalLM, folder: Path, opset: int | None, tolerance: float) -> None:
-    """Writes the graphs, compares each with the model, and writes what else is needed; a line on stdout for each."""
+def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | None, tolerance: float) -> None:
+    """Writes the graphs, compares each with the model, and writes what else is needed; a line on stdout for each.
+
+    Args:
+        model: from `load`.
+        tokenizer: its tokenizer.
+        folder: to write to.
+        opset: of ONNX; `None` is torch's default.
+        tolerance: the largest relative difference that is accepted.
+
+    Raises:
+        ExportError, OSError: a graph can't be made or differs, or the disk is full.
+    """
     for name, make in GRAPHS.items():
         print(f"{name}: traced, written and compared …", flush=True)
         start, path = time.perf_counter(), folder / f"{name}.onnx"
@@ -444,49 +478,9 @@ def write_folder(model: CALMForCausalLM, folder: Path, opset: int | None, tolera
                 f"{name}.onnx differs from the model by {difference:.1e} of the largest output, more than the "
                 f"{tolerance:.1e} of --tolerance."
             )
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / "calm.json").write_text(json.dumps(facts(model), indent=2) + "\n", encoding="utf-8")
     shutil.copy(generate_onnx.__file__, folder / "generate.py")
-
-
-def new_folder(output: Path) -> Path:
-    """Where the folder is written before it is renamed to `output`; neither is made yet.
-
-    Raises:
-        ExportError: something is in the way.
-    """
-    partial = output.with_name(f".{output.name}.partial")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ExportError(f"{output} exists already and is not an empty folder.")
-    if not output.parent.is_dir():
-        raise ExportError(f"{output.parent} is not a folder.")
-    if partial.exists():
-        raise ExportError(f"{partial} exists: remove it, unless another export is writing it right now.")
-    return partial
-
-
-def export(model: CALMForCausalLM, tokenizer, output: Path, opset: int | None, tolerance: float) -> None:
-    """Writes the new folder `output`.
-
-    Args:
-        model: from `load`.
-        tokenizer: its tokenizer.
-        output: new, or an empty folder.
-        opset: of ONNX; `None` is torch's default.
-        tolerance: the largest relative difference that is accepted.
-
-    Raises:
-        ExportError, OSError: a graph can't be made or differs, or the disk is full; no file is left behind.
-    """
-    output = output.absolute()
-    partial = new_folder(output)
-    partial.mkdir()
-    try:
-        tokenizer.backend_tokenizer.save(str(partial / "tokenizer.json"))
-        write_folder(model, partial, opset, tolerance)
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -508,15 +502,17 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    with known_errors(ValueError, OSError):
-        new_folder(options.output.absolute())
-        check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)
-        for package in PACKAGES:
-            need(package, "clients", "python -m calm.export_onnx")
-        check_opset(options.opset)
-        model, tokenizer = load(options.model)
-    with known_errors(ExportError, OSError):
-        export(model, tokenizer, options.output, options.opset, options.tolerance)
+    with known_errors(ExportError, OSError), new_folder(options.output) as folder:
+        with known_errors(ValueError, OSError):
+            check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)
+            for package in PACKAGES:
+                need(package, "onnx", "python -m calm.export_onnx")
+            check_opset(options.opset)
+            model, tokenizer = load(options.model)
+            assert model.generation_config is not None, "a model that generates has one"
+            if settings := left_out(model.generation_config):
+                print(f"warning: generate.py leaves out {', '.join(settings)} of {options.model}.", file=sys.stderr)
+        write_folder(model, tokenizer, folder, options.opset, options.tolerance)
     size = sum(file.stat().st_size for file in options.output.iterdir())
     print(f'Wrote {options.output} ({size / 1e6:.1f} MB): python {options.output / "generate.py"} "Once upon a time"')
 

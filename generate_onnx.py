@@ -8,8 +8,9 @@ The same from Python, with FOLDER in `sys.path`:
     from generate import ExportedCALM, Randomness
     for piece in ExportedCALM("FOLDER").write("Once upon a time", 40, Randomness(seed=0), temperature=0.5): ...
 
-A step reads a patch of K tokens, draws latent vectors of the next, decodes them, and chooses one by temperature: at
-T = 1 there is one, at T < 1 the batch rule of the paper's Algorithm 2, extended to every T, weighs the distinct ones.
+A step reads a patch of K tokens, draws latent vectors of the next, decodes them, and chooses one by temperature: the
+batch rule of the paper's Algorithm 2, extended to every T, weighs the distinct ones, of which top-k, top-p and min-p
+leave some out. At T = 1 without these one is drawn and taken.
 
 Axes: B batch, P patches read, S patches read before, K tokens per patch, D hidden size, N draws, Z latent size, V
 vocabulary, M latent vectors. The graphs, all of float32 and int64, with any B, P, S, N and M:
@@ -29,19 +30,61 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 WRONG = 2  # exit code for what the user can put right
+INTERRUPTED = 130  # and for Ctrl-C, as shells say
 LOGITS_AT_ONCE = 2**24  # 64 MiB
 WHOLE_TOLERANCE = 1e-6  # 1/T this close (relatively) to a whole number counts as whole
+ROUNDING = 1e-5  # of shares: counts are whole, so that many of them lie exactly on the edge of a truncation
+HIGHEST_TEMPERATURE = 2.0
 NO_WEIGHT = 1000.0  # nats
 UNFINISHED = "\ufffd"  # what a decoder writes for a part of a character
 
 
 class Refusal(Exception):
     """Why a text can't be written, in one sentence."""
+
+
+class Sampling(NamedTuple):
+    """How a step's patch is chosen.
+
+    Args:
+        temperature: T in (0, 2].
+        num_candidates: N, patches drawn a step, but at T = 1 without a truncation, where one is.
+        top_k: so many distinct patches with most weight may be chosen; 0 is all.
+        top_p: the fewest, of most weight, that together have this share of it; 1 is all.
+        min_p: those with at least this share of the largest weight; 0 is all.
+    """
+
+    temperature: float
+    num_candidates: int
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def num_draws(self) -> int:
+        return 1 if self == Sampling(1.0, self.num_candidates) else self.num_candidates
+
+    def check(self) -> None:
+        """Raises `Refusal` for a value outside its range, or fewer than 1/T candidates."""
+        if not 0 < self.temperature <= HIGHEST_TEMPERATURE:
+            raise Refusal(f"temperature={self.temperature}: must lie in (0, {HIGHEST_TEMPERATURE:g}].")
+        if self.top_k < 0:
+            raise Refusal(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise Refusal(f"{name}={getattr(self, name)}: must be a share, in [0, 1].")
+        exponent = inverse_temperature(self.temperature)
+        if self.num_candidates < exponent:
+            least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
+            raise Refusal(
+                f"num_candidates={self.num_candidates} is too few for temperature={self.temperature}: use at least "
+                f"{least}."
+            )
 
 
 class Randomness:
@@ -79,7 +122,7 @@ class ExportedCALM:
         num_threads: `None` leaves their number to onnxruntime.
 
     Raises:
-        Refusal: a file or a package is missing.
+        Refusal: a file or a package is missing, or tokenizer.json is no tokenizer.
     """
 
     def __init__(self, folder: str | Path, num_threads: int | None = None):
@@ -95,7 +138,10 @@ class ExportedCALM:
         except ImportError as error:
             raise Refusal(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
         self.facts: dict[str, Any] = json.loads((folder / "calm.json").read_text(encoding="utf-8"))
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise Refusal(f"{folder / 'tokenizer.json'} is no tokenizer: {error}.") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.num_written = 0  # tokens, of all texts
@@ -107,18 +153,11 @@ class ExportedCALM:
             for part in ("backbone", "head", "decoder")
         )
 
-    def write(
-        self,
-        prompt: str,
-        max_new_tokens: int,
-        randomness: Randomness,
-        temperature: float | None = None,
-        num_candidates: int | None = None,
-    ) -> Iterator[str]:
+    def write(self, prompt: str, max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[str]:
         """Pieces of the text that follows a prompt, as they are known; the arguments are those of `tokens`."""
         ids = self.tokenizer.encode(prompt).ids
         written, shown = list(ids), self.tokenizer.decode(ids)
-        for token in self.tokens(ids, max_new_tokens, randomness, temperature, num_candidates):
+        for token in self.tokens(ids, max_new_tokens, randomness, **settings):
             written.append(token)
             text = self.tokenizer.decode(written)
             if not text.endswith(UNFINISHED):  # a character of several tokens waits for the last
@@ -127,32 +166,30 @@ class ExportedCALM:
         if rest := self.tokenizer.decode(written)[len(shown) :]:
             yield rest
 
-    def tokens(
-        self,
-        prompt_ids: list[int],
-        max_new_tokens: int,
-        randomness: Randomness,
-        temperature: float | None = None,
-        num_candidates: int | None = None,
-    ) -> Iterator[int]:
+    def tokens(self, prompt_ids: list[int], max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[int]:
         """Ids that follow those of a prompt, up to an EOS (the last) or `max_new_tokens`, in a patch's midst, too.
 
         Args:
             prompt_ids: of the prompt; without any the text begins with BOS.
             max_new_tokens: the most that are written.
             randomness: of all draws.
-            temperature: T in (0, 1]; `None` is the model's.
-            num_candidates: N, patches drawn a step at T < 1; `None` is the model's.
+            settings: fields of `Sampling`; those that are None or not given are the model's.
 
         Raises:
-            Refusal: a temperature outside (0, 1], fewer than 1/T candidates, or nothing to begin with.
+            Refusal: a setting outside its range, nothing to begin with, or more than the model's positions.
         """
-        law = self.sampling(temperature, num_candidates)
+        sampling = self.sampling(**settings)
         patches_PK, cache = self._packed(prompt_ids), self._empty_cache()
+        longest = self.facts["max_position_embeddings"] * self.facts["patch_size"]
+        if len(prompt_ids) + max_new_tokens > longest:
+            raise Refusal(
+                f"the prompt has {len(prompt_ids)} tokens and {max_new_tokens} are to be written, but the model takes "
+                f"{longest} together: shorten the prompt or lower max_new_tokens."
+            )
         num_left = max_new_tokens
         while num_left > 0:
             hidden_1D, cache = self._read(patches_PK, cache)
-            patch_K = self._next_patch(hidden_1D, randomness, *law)
+            patch_K = self._next_patch(hidden_1D, randomness, sampling)
             for token in patch_K[:num_left].tolist():
                 self.num_written += 1
                 yield token
@@ -161,12 +198,12 @@ class ExportedCALM:
             num_left -= len(patch_K)
             patches_PK = patch_K[None]
 
-    def sampling(self, temperature: float | None, num_candidates: int | None) -> tuple[float, int]:
-        """T and N, the model's in place of None; raises as `tokens` does."""
-        temperature = float(self.facts["temperature"] if temperature is None else temperature)
-        num_candidates = int(self.facts["num_candidates"] if num_candidates is None else num_candidates)
-        check_sampling(temperature, num_candidates)
-        return temperature, num_candidates
+    def sampling(self, **settings) -> Sampling:
+        """The model's, but for settings that are not None; raises as `tokens` does."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        sampling = Sampling(**{name: self.facts[name] for name in Sampling._fields})._replace(**given)
+        sampling.check()
+        return sampling
 
     def _packed(self, prompt_ids: list[int]) -> np.ndarray:
         """A prompt as patches (P, K): the first is filled on its left, or, as published, the last on its right."""
@@ -193,22 +230,19 @@ class ExportedCALM:
         hidden_1PD, *cache = self.backbone.run(None, feed | dict(zip(names, cache, strict=True)))
         return hidden_1PD[:, -1], cache
 
-    def _next_patch(
-        self, hidden_1D: np.ndarray, randomness: Randomness, temperature: float, num_candidates: int
-    ) -> np.ndarray:
+    def _next_patch(self, hidden_1D: np.ndarray, randomness: Randomness, sampling: Sampling) -> np.ndarray:
         """The patch (K,) chosen after a hidden state."""
-        num_draws = 1 if temperature == 1 else num_candidates
-        sizes = {"draws": num_draws, "rows": 1}  # of the axes that have no number
+        sizes = {"draws": sampling.num_draws, "rows": 1}  # of the axes that have no number
         noises = {
             spec["name"]: randomness.noise(spec, tuple(sizes[x] if x in sizes else x for x in spec["shape"]))
             for spec in self.facts["noises"]
         }
         (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noises})
         patches_NK = self._decode(latents_N1Z[:, 0])
-        if num_draws == 1:
+        if len(patches_NK) == 1:
             return patches_NK[0]
-        class_N = patch_classes(patches_NK)
-        return patches_NK[choose_by_weight(class_N, randomness.exponential(num_draws), temperature)]
+        noise_N = randomness.exponential(len(patches_NK))
+        return patches_NK[choose_by_weight(patch_classes(patches_NK), noise_N, sampling)]
 
     def _decode(self, latents_NZ: np.ndarray) -> np.ndarray:
         """The most probable tokens (N, K), so many latent vectors at a time that their logits stay few."""
@@ -218,18 +252,6 @@ class ExportedCALM:
 
 
 # The choice by temperature
-
-
-def check_sampling(temperature: float, num_candidates: int) -> None:
-    """Raises `Refusal` unless 0 < T <= 1 and there are at least 1/T candidates."""
-    if not 0 < temperature <= 1:
-        raise Refusal(f"temperature={temperature}: must lie in (0, 1].")
-    exponent = inverse_temperature(temperature)
-    if num_candidates < exponent:
-        least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
-        raise Refusal(
-            f"num_candidates={num_candidates} is too few for temperature={temperature}: use at least {least}."
-        )
 
 
 def inverse_temperature(temperature: float) -> float:
@@ -251,7 +273,8 @@ def draw_log_weights(class_N: np.ndarray, temperature: float) -> np.ndarray:
 
     A patch seen c times weighs C(c, s), s = 1/T, all of it on its first occurrence; with the gamma function for
     factorials that is a weight for every T. Nothing is left of it where c <= s − 1: such counts weigh so little that
-    they have no say beside a larger one, and where there is none, the largest of them are chosen from evenly.
+    they have no say beside a larger one, and where there is none, the largest of them are chosen from evenly. At T > 1
+    the patches seen once also have the weight of those that were not seen, whose number Chao's estimate gives.
     """
     num_draws, exponent = len(class_N), inverse_temperature(temperature)
     table = [
@@ -261,13 +284,34 @@ def draw_log_weights(class_N: np.ndarray, temperature: float) -> np.ndarray:
         for count in range(num_draws + 1)
     ]
     sizes_N = np.bincount(class_N, minlength=num_draws)[class_N]
-    return np.where(class_N == np.arange(num_draws), np.array(table)[sizes_N], -np.inf)
+    log_weights_N = np.array(table)[sizes_N]
+    num_once, num_twice = (sizes_N == 1).sum(), (sizes_N == 2).sum() / 2
+    if temperature > 1 and num_once > 1:
+        log_unseen = math.log((num_once - 1) / (2 * (num_twice + 1))) + table[0]
+        log_weights_N = np.where(sizes_N == 1, np.logaddexp(log_weights_N, log_unseen), log_weights_N)
+    return np.where(class_N == np.arange(num_draws), log_weights_N, -np.inf)
 
 
-def choose_by_weight(class_N: np.ndarray, noise_N: np.ndarray, temperature: float) -> int:
+def truncated(weights_N: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Weights with those that top-k, then top-p of what is left, then min-p leave out at 0; of equal weights the
+    earlier stays."""
+    order_N, rank_N = np.argsort(-weights_N, kind="stable"), np.arange(len(weights_N))
+    sorted_N = weights_N[order_N] / weights_N.sum()
+    if sampling.top_k > 0:
+        sorted_N[rank_N >= sampling.top_k] = 0
+    if sampling.top_p < 1:
+        before_N = sorted_N.cumsum() - sorted_N
+        sorted_N[(before_N >= (sampling.top_p - ROUNDING) * sorted_N.sum()) & (rank_N > 0)] = 0
+    sorted_N[sorted_N < (1 - ROUNDING) * sampling.min_p * sorted_N[0]] = 0
+    left_N = np.empty_like(sorted_N)
+    left_N[order_N] = sorted_N
+    return left_N
+
+
+def choose_by_weight(class_N: np.ndarray, noise_N: np.ndarray, sampling: Sampling) -> int:
     """The draw with the smallest of exponential variates whose rates are the weights: so each has its own chance."""
-    log_weights_N = draw_log_weights(class_N, temperature)
-    weights_N = np.exp(log_weights_N - log_weights_N.max())
+    log_weights_N = draw_log_weights(class_N, sampling.temperature)
+    weights_N = truncated(np.exp(log_weights_N - log_weights_N.max()), sampling)
     return int((weights_N / np.maximum(noise_N, np.finfo(np.float32).tiny)).argmax())
 
 
@@ -291,9 +335,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(f"python {here.name}", description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("prompt", help="text to go on from")
     parser.add_argument("--folder", type=Path, default=here.parent, help="the exported model (default: this one's)")
-    parser.add_argument("--max_new_tokens", type=positive, default=160)
-    parser.add_argument("--temperature", type=float, help="in (0, 1]; the lower, the surer (default: the model's)")
-    parser.add_argument("--num_candidates", type=positive, help="patches drawn a step at T < 1 (default: the model's)")
+    parser.add_argument("--max_new_tokens", type=positive, help="(default: the model's, or 160)")
+    parser.add_argument("--temperature", type=float, help="in (0, 2]; the lower, the surer (default: the model's)")
+    parser.add_argument("--num_candidates", type=positive, help="patches drawn a step (default: the model's)")
+    parser.add_argument("--top_k", type=int, help="distinct patches to choose from; 0 is all (default: the model's)")
+    parser.add_argument("--top_p", type=float, help="share of the weight to choose from (default: the model's)")
+    parser.add_argument("--min_p", type=float, help="least share of the largest weight (default: the model's)")
     parser.add_argument("--seed", type=int, help="a whole number: the same one, the same text")
     parser.add_argument("--num_threads", type=positive, help="of the processor (default: onnxruntime's choice)")
     parser.add_argument("--speed", action="store_true", help="tokens per second, on stderr, at the end")
@@ -304,11 +351,12 @@ def run(options: argparse.Namespace) -> None:
     if options.seed is not None and options.seed < 0:
         raise Refusal(f"--seed {options.seed}: must not be negative.")
     model, randomness = ExportedCALM(options.folder, options.num_threads), Randomness(options.seed)
-    choice = options.temperature, options.num_candidates
-    model.sampling(*choice)
+    settings = {name: getattr(options, name) for name in Sampling._fields}
+    length = options.max_new_tokens or model.facts["max_new_tokens"] or 160
     start = time.perf_counter()
-    print(options.prompt, end="", flush=True)
-    for piece in model.write(options.prompt, options.max_new_tokens, randomness, *choice):
+    pieces = model.write(options.prompt, length, randomness, **settings)
+    print(options.prompt + next(pieces, ""), end="", flush=True)  # nothing where it is refused
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     if options.speed:
@@ -323,6 +371,9 @@ def main(argv: list[str] | None = None) -> int:
     except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

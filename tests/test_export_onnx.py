@@ -1,6 +1,7 @@
 """Export to ONNX: graphs of any size as the model, texts by onnxruntime where torch is missing, the choice by T."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from commands import refusal
 from model_copies import ROOT
 from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 from torch import nn
+from transformers import GenerationConfig
 
 from calm import export_onnx, generate_onnx, weights_calm
+from calm.generation_calm import PatchSampling
 from calm.randomness_calm import RowRandomness
 from calm.training.tokenizer import save_tokenizer
+from calm.upstream_calm import GENERATION_SETTINGS
 from calm.weights_calm import patch_classes
 
 K, PROMPT = 4, "Once upon"
-EXTRA = "is not installed (extra [clients])"
+EXTRA = "is not installed (extra [onnx])"
 
 # What a process runs in which torch and transformers can't be imported: tokens from recorded noise.
 WITHOUT_TORCH = """
@@ -46,10 +50,10 @@ class Recorded(Randomness):
     def exponential(self, num_draws):
         return self.take("exponential")
 
-prompt, length, temperature, num_candidates = json.loads(arguments[0])
+prompt, length, settings = json.loads(arguments[0])
 model = ExportedCALM(folder, num_threads=1)
 ids = model.tokenizer.encode(prompt).ids
-print(json.dumps(list(model.tokens(ids, length, Recorded(), temperature, num_candidates))))
+print(json.dumps(list(model.tokens(ids, length, Recorded(), **settings))))
 """
 
 
@@ -170,7 +174,7 @@ def test_the_laws_of_noise_are_the_heads(head_type):
 # Texts
 
 
-def recorded_text(model, folder: Path, monkeypatch, temperature: float, length: int, num_candidates: int) -> list[int]:
+def recorded_text(model, folder: Path, monkeypatch, length: int, **settings) -> list[int]:
     """Tokens that the model writes; the random numbers of each step are saved as `noise.0`, `exponential.0`, …"""
     recorded = {}
 
@@ -192,9 +196,8 @@ def recorded_text(model, folder: Path, monkeypatch, temperature: float, length: 
     monkeypatch.setattr(RowRandomness, "exponential", keep_exponential)
     hook = model.head.register_forward_pre_hook(keep_noise, with_kwargs=True)
     ids = torch.tensor([tiny_tokenizer()(PROMPT)["input_ids"]])
-    settings = {"temperature": temperature, "num_candidates": num_candidates, "sampling_method": "batch"}
-    generators = [torch.Generator().manual_seed(3)]
-    text = model.generate(ids, do_sample=True, max_new_tokens=length, generator=generators, **settings)
+    settings |= {"do_sample": True, "sampling_method": "batch", "generator": [torch.Generator().manual_seed(3)]}
+    text = model.generate(ids, max_new_tokens=length, **settings)
     hook.remove()
     np.savez(folder / "recorded.npz", **recorded)
     return text[0, ids.shape[1] :].tolist()
@@ -207,17 +210,32 @@ def text_without_torch(folder: Path, *arguments) -> list[int]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.4])
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_texts_are_the_models_of_the_same_noise(exported, monkeypatch, head_type, temperature):
+OTHERS = [
+    {"temperature": 1.0, "top_k": 2},
+    {"temperature": 0.8, "top_p": 0.6},
+    {"temperature": 0.9, "min_p": 0.4},
+    {"temperature": 1.7, "top_p": 0.9},
+    {"temperature": 2.0},
+]
+
+
+@pytest.mark.parametrize(
+    "head_type, settings",
+    [
+        *((head_type, {"temperature": temperature}) for head_type in HEAD_TYPES for temperature in (1.0, 0.4)),
+        *(("energy", settings) for settings in OTHERS),
+    ],
+)
+def test_texts_are_the_models_of_the_same_noise(exported, monkeypatch, head_type, settings):
     """The length ends within a patch; the prompt, with BOS, is no whole number of them."""
     folder, model = folder_of(exported, head_type), small_model(head_type)
     model.generation_config.eos_token_id = None
-    theirs = recorded_text(model, folder, monkeypatch, temperature, 22, 12)
+    settings = {"num_candidates": 12, **settings}
+    theirs = recorded_text(model, folder, monkeypatch, 22, **settings)
     facts = json.loads((folder / "calm.json").read_text())
     (folder / "calm.json").write_text(json.dumps(facts | {"eos_token_ids": []}))
     try:
-        ours = text_without_torch(folder, PROMPT, 22, temperature, 12)
+        ours = text_without_torch(folder, PROMPT, 22, settings)
     finally:
         (folder / "calm.json").write_text(json.dumps(facts))
     assert len(theirs) == 22 and len(set(theirs)) > 4 and ours == theirs
@@ -264,7 +282,7 @@ def test_the_folders_own_command(exported):
 
     def run(*words):
         blocked = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
-        started = f"import runpy; sys.argv = {[str(base / 'energy' / 'generate.py'), *words]}; "
+        started = f"import runpy; sys.argv = {[str(base / 'energy' / 'generate.py'), *map(str, words)]}; "
         return subprocess.run(
             [sys.executable, "-c", blocked + started + "runpy.run_path(sys.argv[0], run_name='__main__')"],
             capture_output=True,
@@ -276,15 +294,20 @@ def test_the_folders_own_command(exported):
     first, again = run(*seeded, "--speed"), run(*seeded)
     assert first.returncode == 0 and first.stdout.startswith(PROMPT) and first.stdout == again.stdout
     assert "tokens/s" in first.stderr and not again.stderr
-    refused = run(PROMPT, "--temperature", "1.5")
-    assert refused.returncode == 2 and refused.stderr == "error: temperature=1.5: must lie in (0, 1].\n"
+    refused = run(PROMPT, "--temperature", "2.5")
+    assert refused.returncode == 2 and refused.stderr == "error: temperature=2.5: must lie in (0, 2].\n"
+    longest = 2048 * K
+    refused = run(PROMPT, "--max_new_tokens", longest)
+    assert refused.returncode == 2 and not refused.stdout
+    assert refused.stderr.startswith(f"error: the prompt has 10 tokens and {longest} are to be written, but the model")
 
 
 # The choice by temperature, without onnxruntime
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.9, 0.7, 0.5, 1 / 3, 0.3333333, 0.21, 0.05])
-def test_weights_are_the_samplers(temperature):
+@pytest.mark.parametrize("temperature", [2.0, 1.3, 1.0, 0.9, 0.7, 0.5, 1 / 3, 0.3333333, 0.21, 0.05])
+@pytest.mark.parametrize("truncation", [(), (3,), (0, 0.5), (0, 1.0, 0.3), (20, 0.8, 0.1)])
+def test_weights_are_the_samplers(temperature, truncation):
     generator = torch.Generator().manual_seed(0)
     for num_kinds in (1, 3, 20, 2000):
         patches = torch.randint(num_kinds, (60, 1), generator=generator).expand(-1, K).contiguous()
@@ -297,8 +320,11 @@ def test_weights_are_the_samplers(temperature):
         finite = np.isfinite(weights_N)
         assert weights_N[finite] == pytest.approx(expected_N.numpy()[finite], rel=1e-5, abs=1e-5)
         noise_N = torch.empty(60).exponential_(generator=generator)
-        chosen = weights_calm.choose_by_weight(theirs_N[None], noise_N[None], temperature)
-        assert generate_onnx.choose_by_weight(class_N, noise_N.numpy(), temperature) == int(chosen)
+        chosen = weights_calm.choose_by_weight(
+            theirs_N[None], noise_N[None], temperature, weights_calm.Truncation(*truncation)
+        )
+        sampling = generate_onnx.Sampling(temperature, 60, *truncation)
+        assert generate_onnx.choose_by_weight(class_N, noise_N.numpy(), sampling) == int(chosen)
 
 
 def test_weights_by_hand():
@@ -307,12 +333,19 @@ def test_weights_by_hand():
     assert weights_N == pytest.approx([3, 0, 0, 0])
 
 
-@pytest.mark.parametrize("temperature, num_candidates", [(0, 9), (2.01, 9), (float("nan"), 9), (0.1, 9), (1e-320, 9)])
-def test_settings_that_samplers_refuse_are_refused(temperature, num_candidates):
-    with pytest.raises(generate_onnx.Refusal, match="^(temperature|num_candidates)="):
-        generate_onnx.check_sampling(temperature, num_candidates)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": temperature} for temperature in (0, 2.01, float("nan"), 0.1, 1e-320)),
+        *({"top_k": -1}, {"top_p": 1.1}, {"top_p": -0.1}, {"min_p": 2.0}, {"min_p": float("nan")}),
+    ],
+)
+def test_settings_that_samplers_refuse_are_refused(settings):
+    settings = {"temperature": 1.0, "num_candidates": 9, **settings}
+    with pytest.raises(generate_onnx.Refusal, match="^(temperature|num_candidates|top_k|top_p|min_p)="):
+        generate_onnx.Sampling(**settings).check()
     with pytest.raises(ValueError):
-        weights_calm.check_num_candidates(num_candidates, temperature)
+        PatchSampling(**settings)
 
 
 # What is refused
@@ -339,8 +372,6 @@ def test_outputs_that_are_in_the_way_are_refused(capsys, tmp_path):
     (tmp_path / "full" / "file").write_text("mine")
     assert "exists already" in refused(capsys, ROOT, "--output", tmp_path / "full")
     assert "is not a folder" in refused(capsys, ROOT, "--output", tmp_path / "nowhere" / "new")
-    (tmp_path / ".new.partial").mkdir()
-    assert "another export" in refused(capsys, ROOT, "--output", tmp_path / "new")
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
@@ -352,16 +383,21 @@ def test_opsets_that_there_are_not_are_refused(exporter, capsys, tmp_path, opset
 
 def test_a_missing_package_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(export_onnx, "PACKAGES", ("no_such_package",))
-    assert "needs no_such_package: pip install" in refused(capsys, ROOT, "--output", tmp_path / "new")
+    message = refused(capsys, ROOT, "--output", tmp_path / "new")
+    assert message.endswith('needs no_such_package: pip install "calm-transformers[onnx]".')
     assert not list(tmp_path.iterdir())
 
 
 def test_a_graph_that_differs_leaves_nothing(exporter, capsys, tmp_path, monkeypatch):
-    """The tokenizer lacks, then the decoder, the only graph here, differs."""
+    """The tokenizer lacks, then it is none, then the decoder, the only graph here, differs."""
     model = small_model()
     model.save_pretrained(tmp_path / "model")
     message = refused(capsys, tmp_path / "model", "--output", tmp_path / "new")
-    assert message == f"{tmp_path / 'model'} has no tokenizer that can be read, and texts need one."
+    assert message == f"{tmp_path / 'model'}: no tokenizer can be read there."
+    for content in ("{", "{}", '{"model": {"type": "BPE"}}'):
+        (tmp_path / "model" / "tokenizer.json").write_text(content)
+        message = refused(capsys, tmp_path / "model", "--output", tmp_path / "new")
+        assert message.startswith(f"{tmp_path / 'model' / 'tokenizer.json'}: no tokenizer can be read there (")
     save(model, tmp_path / "model")
 
     class Wrong(nn.Module):
@@ -378,6 +414,101 @@ def test_a_graph_that_differs_leaves_nothing(exporter, capsys, tmp_path, monkeyp
     message = refused(capsys, tmp_path / "model", "--output", tmp_path / "new")
     assert message.startswith("decoder.onnx differs from the model by 1.0e-03 of the largest output")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+STATED = [
+    ({"do_sample": False}, ["do_sample=False"]),
+    ({"sampling_method": "exact"}, ["sampling_method='exact'"]),
+    (
+        {"repetition_penalty": 1.3, "suppress_tokens": [7], "stop_strings": ["."], "min_new_tokens": 4},
+        ["min_new_tokens=4", "repetition_penalty=1.3", "stop_strings=['.']", "suppress_tokens=[7]"],
+    ),
+    ({"typical_p": 0.5, "max_length": 512}, ["max_length=512", "typical_p=0.5"]),
+    (
+        {
+            "top_k": 4,
+            "top_p": 0.9,
+            "min_p": 0.1,
+            "max_new_tokens": 30,
+            "temperature": 1.2,
+            "cache_implementation": "static",
+        },
+        [],
+    ),
+    ({"repetition_penalty": 1.0, "typical_p": 1.0, "num_return_sequences": 1, "min_length": 0}, []),
+]
+
+
+@pytest.mark.parametrize("stated, left_out", STATED)
+def test_settings_are_exported_or_named(stated, left_out):
+    model = small_model()
+    for name, value in stated.items():
+        setattr(model.generation_config, name, value)
+    assert export_onnx.left_out(model.generation_config) == left_out
+    facts = export_onnx.facts(model)
+    exported = ("temperature", "num_candidates", "top_k", "top_p", "min_p", "max_new_tokens")
+    assert {name: facts[name] for name in exported} == {
+        **{"temperature": 0.5, "num_candidates": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": None},
+        **{name: value for name, value in stated.items() if name in exported},
+    }
+
+
+def test_no_setting_is_forgotten():
+    """Each that acts on texts is exported, named, or about something that makes no other text."""
+    generation = GenerationConfig()
+    for name in GENERATION_SETTINGS:
+        setattr(generation, name, "something")
+    named = {field.split("=")[0] for field in export_onnx.left_out(generation)}
+    exported = {*generate_onnx.Sampling._fields, *export_onnx.EXPORTED, "do_sample", "bos_token_id", "pad_token_id"}
+    rest = {name for name, setting in GENERATION_SETTINGS.items() if setting.use != "harmless"} - named - exported
+    uses = ("upstream's caches", "what is returned", "compilation of the steps", "reading of the prompt")
+    assert {GENERATION_SETTINGS[name].why for name in rest} <= set(uses)
+
+
+def test_what_is_left_out_is_said_at_the_export(exporter, capsys, tmp_path, monkeypatch):
+    model = small_model()
+    model.generation_config.repetition_penalty = 1.3
+    save(model, tmp_path / "model")
+    monkeypatch.setattr(export_onnx, "GRAPHS", {})
+    assert export_onnx.main([str(tmp_path / "model"), "--output", str(tmp_path / "new")]) == 0
+    expected = f"warning: generate.py leaves out repetition_penalty=1.3 of {tmp_path / 'model'}.\n"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError("problem writing element 9"), 2)])
+def test_an_export_that_is_cut_short_leaves_nothing(exporter, capsys, tmp_path, monkeypatch, error, code):
+    def cut_short(model):
+        raise error
+
+    save(small_model(), tmp_path / "model")
+    monkeypatch.setattr(export_onnx, "GRAPHS", {"decoder": cut_short})
+    assert export_onnx.main([str(tmp_path / "model"), "--output", str(tmp_path / "new")]) == code
+    said = "interrupted" if code == 130 else f"{tmp_path / 'new'}: problem writing element 9"
+    assert capsys.readouterr().err.endswith(f"error: {said}.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_folder(exporter, capsys, tmp_path, monkeypatch):
+    save(small_model(), tmp_path / "model")
+    monkeypatch.setattr(export_onnx, "GRAPHS", {"decoder": export_onnx.decoder_graph})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        message = refused(capsys, tmp_path / "model", "--output", tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path / "new") in message or ".new.partial" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_that_is_none_is_named_by_generate(capsys, tmp_path):
+    pytest.importorskip("onnxruntime", reason=f"onnxruntime {EXTRA}")
+    for name in ("backbone.onnx", "head.onnx", "decoder.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("calm.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    message = refusal(capsys, generate_onnx.main, PROMPT, "--folder", tmp_path)
+    assert message.startswith(f"{tmp_path / 'tokenizer.json'} is no tokenizer: ")
 
 
 def test_a_folder_that_is_none_is_refused_by_generate(capsys, tmp_path):
