@@ -48,8 +48,9 @@ def device_of(name: str | None) -> torch.device:
     Raises:
         ValueError: it isn't there.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:  # AssertionError of a build without CUDA, RuntimeError, NotImplementedError
         raise ValueError(f"--device {name}: {sentence(error)}") from error

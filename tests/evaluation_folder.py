@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ def tiny_llama(seed=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`calm` (K = 2), `ar`, and `text.jsonl.xz`."""
+    """`calm` (K = 2), `ar`, `run` with checkpoints of the latter, and `text.jsonl.xz`."""
     folder = tmp_path_factory.mktemp("evaluation")
-    for name, model in (("calm", tiny_model(patch_size=2)), ("ar", tiny_llama())):
+    run = ((f"run/checkpoint-{step}", tiny_llama(step)) for step in (1, 2, 3))
+    for name, model in (("calm", tiny_model(patch_size=2)), ("ar", tiny_llama()), *run):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     with lzma.open(folder / "text.jsonl.xz", "wt") as file:
@@ -30,3 +32,20 @@ def folder(tmp_path_factory):
             text = "".join(chr(ord("a") + i * j % 26) for j in range(DOCUMENT_TOKENS - 1))
             file.write(json.dumps({"text": text}) + "\n")
     return folder
+
+
+def evaluations(folder) -> dict[str, list[str]]:
+    """Command → its words, of all that compute with a model of the folder."""
+    data = ["--data", str(folder / "text.jsonl.xz")]
+    calm = ["--model", str(folder / "calm")]
+    return {
+        "brier_lm": [*calm, *data, "--block_size", "24", "--max_positions", "100"],
+        "autoencoder_report": [*calm, *data],
+        "calibration": ["--run", str(folder / "run"), *data, "--block_size", "24", "--max_positions", "100"],
+        "invented_words": [*calm, "--text", data[1], "--num_texts", "2", "--max_new_tokens", "8"],
+        "prompt_alignment": [*calm, *data, "--prompts", "4", "--prompt_patches", "2"],
+        "ranking": [*calm, *data, "--tokens", "4", "--tokens_before", "4", "--num_samples", "2", "--num_pairs", "4"],
+    }
+
+
+EVALUATIONS = list(evaluations(Path()))

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from commands import refusal
-from evaluation_folder import folder, tiny_llama  # noqa: F401 (a fixture)
+from commands import main_of, refusal
+from evaluation_folder import EVALUATIONS, evaluations, folder, tiny_llama  # noqa: F401 (a fixture)
 from tiny import PAD, tiny_model, tiny_tokenizer
 
 from calm.evaluation import autoencoder_report, calibration, invented_words, prompt_alignment
@@ -206,3 +206,12 @@ def test_invented_words_refuses_a_temperature_that_the_model_s_own_candidates_ar
 def test_invented_words_of_a_transformer_may_be_flatter(folder, capsys):
     options = ["--text", str(folder / "text.jsonl.xz"), "--temperature", "2", "--max_new_tokens", "5"]
     assert invented_words.main(["--model", str(folder / "ar"), *options]) == 0
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_gpu_is_used_where_there_is_one(folder, name, capsys, monkeypatch):
+    command = main_of(f"calm.evaluation.{name}")
+    assert command(evaluations(folder)[name]) == 0
+    if name != "brier_lm":  # which asks accelerate
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        assert "--device cuda: " in refusal(capsys, command, *evaluations(folder)[name])

@@ -7,7 +7,8 @@ import json
 import fresh_process
 import pytest
 import torch
-from evaluation_folder import folder  # noqa: F401 (a fixture)
+from commands import main_of
+from evaluation_folder import EVALUATIONS, evaluations, folder  # noqa: F401 (a fixture)
 from model_copies import PROMPT, ROOT, run_snippet
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from training_helpers import make_workshop, train
@@ -135,6 +136,13 @@ def test_training_steps_are_finite(workshop, tmp_path, head_type, bf16):
     steps = [entry for entry in history if "loss" in entry]
     figures = torch.tensor([[entry["loss"], entry["auxiliary_loss"], entry["grad_norm"]] for entry in steps])
     assert len(figures) == 4 and figures.isfinite().all() and (figures[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_every_evaluation_computes_there(folder, name):
+    torch.cuda.reset_peak_memory_stats()
+    assert main_of(f"calm.evaluation.{name}")(evaluations(folder)[name]) == 0
+    assert torch.cuda.max_memory_allocated() > 0
 
 
 @pytest.mark.parametrize("name", ["ar", "calm"])
