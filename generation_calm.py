@@ -37,7 +37,7 @@ from .samplers_calm import (
 from .tables_calm import numbers_up_to
 from .texts_calm import GrowingTexts
 from .token_rules_calm import RulesOfTexts, TokenRules
-from .upstream_calm import CACHE_ARGUMENT, GenerateCall, PatchGenerationMixin, stated_top_k
+from .upstream_calm import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin
 from .virtual_tokens_calm import read_virtual_tokens
 from .weights_calm import Truncation, check_num_candidates, check_temperature, draw_weights
 
@@ -111,8 +111,7 @@ class PatchSampling:
         settings = {}
         for name in cls.option_names():
             override = overrides.get(name)
-            stated = stated_top_k(config) if name == "top_k" else getattr(config, name, None)
-            settings[name] = stated if override is None else override
+            settings[name] = getattr(config, name, None) if override is None else override
         settings["do_sample"] = bool(settings["do_sample"])  # not set: off, as upstream takes it
         if not settings["do_sample"]:  # these have no meaning then
             settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
@@ -326,6 +325,14 @@ class CALMGenerationMixin(PatchGenerationMixin):
 
     def check_settings(self, generation_config: GenerationConfig) -> None:
         PatchSampling.from_generation_config(generation_config)
+        known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
+        unknown = [
+            name
+            for name, value in vars(generation_config).items()
+            if name not in known and not name.startswith("_") and value is not None
+        ]
+        if unknown:
+            logger.warning_once(f"The generation configuration has {', '.join(unknown)}, which CALM doesn't read.")
 
     def write_patches(
         self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict

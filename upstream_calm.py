@@ -165,8 +165,6 @@ GENERATION_SETTINGS = {
     "output_logits": _refused(SCORES, False),
 }
 RULE_SETTINGS = tuple(name for name, setting in GENERATION_SETTINGS.items() if setting.why == RULES)
-# GenerationConfig's default in transformers 4, and generate's in 5: in a configuration it asks for nothing.
-UNSTATED_TOP_K = 50
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
@@ -319,12 +317,6 @@ def checked_processors(processors) -> list:
             f"logits_processor={processors!r}: must be a list of processors, as logits_processor=[processor]."
         )
     return given
-
-
-def stated_top_k(config: GenerationConfig) -> int | None:
-    """A configuration's top-k; `None` where it is the default that nobody asked for."""
-    is_asked_for = config.top_k != UNSTATED_TOP_K or getattr(config, "_asks_for_top_k", False)
-    return config.top_k if is_asked_for else None
 
 
 def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: str = "generate()") -> Tensor:
@@ -491,7 +483,8 @@ class PatchGenerationMixin(_Base):
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         prepared, model_kwargs = self._upstream._prepare_generation_config(generation_config, *args, **kwargs)
-        prepared._asks_for_top_k = "top_k" in kwargs
+        if all(getattr(each, "top_k", None) is None for each in (generation_config, self.generation_config)):
+            prepared.top_k = kwargs.get("top_k")  # upstream puts 50 where nobody asked for any
         if "cache" in model_kwargs:  # before 5.24, upstream would make another
             model_kwargs[CACHE_ARGUMENT] = model_kwargs.pop("cache")
         return prepared, model_kwargs

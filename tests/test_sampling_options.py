@@ -8,6 +8,7 @@ import torch
 from tiny import BOS, tiny_model
 from transformers import GenerationConfig
 
+from calm import generation_calm
 from calm.bundle_files import generation_defaults
 from calm.generation_calm import PatchSampling
 
@@ -87,3 +88,26 @@ def test_more_draws_than_fit_are_refused_before_any_work(monkeypatch):
     with pytest.raises(ValueError, match=sentence):
         PatchSampling(temperature=0.5, num_candidates=10**6, sampling_method="exact")
     assert PatchSampling(num_candidates=10**8).draws_once  # T = 1 draws one
+
+
+@pytest.mark.parametrize("way", ["generation_config", "model's"])
+@pytest.mark.parametrize("top_k", [49, 50, None])
+def test_a_top_k_is_what_was_asked_for(monkeypatch, way, top_k):
+    model, config = tiny_model(), GenerationConfig(do_sample=True, top_k=top_k)
+    if way == "model's":
+        model.generation_config = config
+        assert model.patch_sampling().top_k == (top_k or 0)
+        assert sampling_used(monkeypatch, model).top_k == (top_k or 0)
+    else:
+        assert sampling_used(monkeypatch, model, generation_config=config).top_k == (top_k or 0)
+
+
+def test_fields_that_nobody_reads_are_warned_of(monkeypatch):
+    model, warnings = tiny_model(), []
+    monkeypatch.setattr(generation_calm.logger, "warning_once", warnings.append)
+    settings = {"do_sample": True, "sampling_method": "batch", "num_candidates": 5}
+    sampling_used(monkeypatch, model, generation_config=GenerationConfig(**settings))
+    assert not warnings
+    config = GenerationConfig(**settings, num_candidate=9, prompt_alignment="right", nothing=None)
+    sampling_used(monkeypatch, tiny_model(), generation_config=config)
+    assert warnings == ["The generation configuration has num_candidate, prompt_alignment, which CALM doesn't read."]
