@@ -8,6 +8,7 @@ from transformers import TextStreamer, pipeline, set_seed
 
 from calm.command_line import CommandError, Parser, command, known_errors, positive
 from calm.generation_calm import PatchSampling
+from calm.inspect_text import check_length
 from calm.loading import reading
 from calm.progress import loading_bar
 from calm.weights_calm import check_temperature
@@ -33,8 +34,11 @@ def main(argv: list[str] | None = None) -> None:
             generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
         stated = generator.model.generation_config
         PatchSampling.from_generation_config(stated, do_sample=True, temperature=options.temperature)  # or refuses it
+        assert generator.tokenizer is not None, "a pipeline of this task has one"
+        if generator.model.config.model_type != "calm":
+            raise ValueError(f"{options.model} is no CALM.")
+        check_length(generator.model, len(generator.tokenizer(options.prompt)["input_ids"]), options.max_new_tokens)
     set_seed(options.seed)
-    assert generator.tokenizer is not None, "a pipeline of this task has one"
     streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)
     generator(
         options.prompt,

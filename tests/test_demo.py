@@ -2,9 +2,11 @@
 
 import pytest
 from commands import refusal
-from transformers import GenerationConfig
+from tiny import tiny_model, tiny_tokenizer
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from calm import demo
+from calm.training.tokenizer import save_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,28 @@ def test_a_temperature_that_the_model_s_candidates_are_too_few_for_is_refused(ca
     error = refusal(capsys, demo.main, "--temperature", "0.0005")
     stated = GenerationConfig.from_pretrained(demo.MODEL).num_candidates
     assert error.startswith(f"num_candidates={stated} is too few for temperature=0.0005")
+
+
+def test_what_the_models_positions_cannot_hold_is_refused(capsys):
+    """Upstream only warns, and the demo has silenced it."""
+    error = refusal(capsys, demo.main, "The cat sat", "--max_new_tokens", "1023")
+    assert error.startswith("the prompt has 5 tokens and 1023 are to be written, but the model takes 1024 together")
+
+
+def test_another_model_is_refused(capsys, tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
+    save_tokenizer(tiny_tokenizer(), tmp_path)
+    assert refusal(capsys, demo.main, "--model", tmp_path) == f"{tmp_path} is no CALM."
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_tokenizer_that_is_none_is_named(capsys, tmp_path, content):
+    tiny_model().save_pretrained(tmp_path)
+    save_tokenizer(tiny_tokenizer(), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    assert str(tmp_path) in refusal(capsys, demo.main, "--model", tmp_path)
 
 
 def test_it_continues_the_prompt(capsys):
