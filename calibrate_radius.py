@@ -185,10 +185,13 @@ def calibrate(
 
 def save(path: Path, fields: dict) -> None:
     """Changes fields of a config.json."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(config | fields, indent=2, sort_keys=True) + "\n")
-    os.replace(aside, path)
+    try:
+        aside.write_text(json.dumps(config | fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -222,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         print("no candidate came twice, so there is no radius to measure.")
     print(json.dumps(fields, indent=2))
     if options.save:
-        save(path, fields)
+        with known_errors(OSError):
+            save(path, fields)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The `repetition_radius`: measured by a command, tied to the weights, not used at others."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -116,6 +118,22 @@ def test_without_save_nothing_is_written(saved):
     before = (saved / "config.json").read_text()
     assert run(saved, "--steps", "4") == 0
     assert (saved / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "error, code", [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt, 130)]
+)
+def test_what_cannot_be_saved_leaves_config_json_as_it_was(saved, capsys, monkeypatch, error, code):
+    def fail(*_):
+        raise error
+
+    before = {path: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(os, "replace", fail)
+    assert run(saved, "--steps", "4", "--save") == code
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and printed.err.startswith("error: ")
+    assert json.loads(printed.out)["repetition_radius"] > 0  # not lost
+    assert {path: path.read_bytes() for path in saved.iterdir()} == before
 
 
 def test_the_radius_of_before_has_no_say(saved, capsys):
