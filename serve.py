@@ -4,7 +4,6 @@ Requests that arrive together are written together (serving/batcher.py). The mod
 out of its repository is loaded.
 """
 
-import asyncio
 import importlib.util
 import os
 import signal
@@ -12,7 +11,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from calm.command_line import CommandError, Parser, command, known_errors, positive, sentence
@@ -20,7 +18,7 @@ from calm.command_line import CommandError, Parser, command, known_errors, posit
 PROGRAM = "python -m calm.serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 KEY_VARIABLE = "CALM_API_KEY"
-SECONDS_TO_TELL = 5  # clients that their texts are cancelled
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @command
@@ -172,26 +170,25 @@ def errors_about(model: str) -> Iterator[None]:
 
 
 def run(app, batcher, listening: socket.socket, options) -> None:
-    """Serves until SIGINT or SIGTERM: then takes no more requests, and ends when those begun have ended.
-
-    What isn't written `--grace` seconds later is cancelled: its clients are told so.
-    """
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None) -> None:
-            cancel = partial(batcher.close, cancel=True, wait=False)
-            asyncio.get_running_loop().call_later(options.grace, cancel)
-            await super().shutdown(sockets)
+    """Serves until SIGINT or SIGTERM, see `Server`."""
+    from calm.serving.connections import Server
 
     host, port = listening.getsockname()[:2]
     print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-    config = uvicorn.Config(app, timeout_graceful_shutdown=options.grace + SECONDS_TO_TELL, log_level="info")
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
-        Server(config).run(sockets=[listening])
+        Server(app, batcher, options.grace).run(sockets=[listening])
+
+
+def stop(number: int, _) -> None:
+    """Ends the process at the first signal, while the model loads, too; further ones change nothing."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(0)
 
 
 if __name__ == "__main__":
-    # While the model loads, too, and as the first process of a container, which has no default.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for each in SIGNALS:  # which have no default in the first process of a container
+        signal.signal(each, stop)
     sys.exit(main())

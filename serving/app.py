@@ -44,6 +44,7 @@ PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
 )
 SEED_RANGE = 2**63
 TRIAL_SECONDS = 10
+CLIENT_SECONDS = 60  # for a request to arrive: its head, then its body, as nginx gives
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,10 @@ class Server:
     async def generate(self, http: Request, form: Form) -> Response:
         started = time.perf_counter()
         try:
-            body = await asyncio.wait_for(http.body(), self.options.timeout_s)
+            limit = min(CLIENT_SECONDS, self.options.timeout_s or CLIENT_SECONDS)
+            body = await asyncio.wait_for(http.body(), limit)
         except TimeoutError:
-            raise self._too_long() from None
+            raise ApiError(408, f"The body took more than {limit:g} seconds to arrive.") from None
         request = form.request_type.parse(body)
         self._check_model(request.model)
         self._check_number(request)

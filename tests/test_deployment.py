@@ -10,6 +10,7 @@ import pytest
 from model_copies import ROOT
 
 from calm import serve
+from calm.serving.connections import KEEP_ALIVE_SECONDS
 
 DOCS = ROOT / "docs"
 
@@ -33,6 +34,11 @@ def test_their_commands_are_options_of_the_server(file):
     used = set(re.findall(r"--(?:host|port|model_name|grace|[a-z]+_[a-z_]+)\b", text))
     options = serve.parse(["model", *(word for option in sorted(used) for word in (option, "1"))])
     assert used and all(hasattr(options, option.removeprefix("--")) for option in used)
+
+
+def test_the_proxy_is_first_to_close_a_connection_that_is_kept():
+    (seconds,) = re.findall(r"keepalive_timeout (\d+)s;", (DOCS / "nginx.conf").read_text())
+    assert int(seconds) < KEEP_ALIVE_SECONDS > 60  # which is nginx's default, too
 
 
 def test_what_the_dockerfile_copies_is_there():

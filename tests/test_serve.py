@@ -303,6 +303,17 @@ def test_metrics_count_requests_and_times(server):
     assert 'calm_requests_total{path="other",status="404"}' in page
 
 
+def test_no_line_of_the_log_is_as_long_as_a_client_wants(server):
+    for header in ({}, {"X-Forwarded-For": "b" * 5000}):
+        connection = http.client.HTTPConnection(server.address, timeout=30)
+        connection.request("GET", "/" + "a" * 8000, headers=header)
+        assert connection.getresponse().status == 404
+    server.get("/health")
+    lines = server.log.read_text().splitlines()
+    assert any("aaaa" in line for line in lines) and any("bbbb" in line for line in lines)
+    assert max(map(len, lines)) < 1200
+
+
 def test_pages_of_allowed_origins_may_ask_errors_included(server):
     connection = http.client.HTTPConnection(server.address, timeout=30)
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
@@ -386,6 +397,34 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(tiny_folder, tmp_
         assert (answer := answer.getresponse()).status == 503 and b"The server is stopping" in answer.read()
         assert b"The server is stopping" in stream.getresponse().read().splitlines()[-2]
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_second_ctrl_c_ends_at_once_and_as_the_first(tiny_folder, tmp_path):
+    with running_server(tiny_folder, tmp_path / "home", "--grace", "600") as server:
+        answer, stream = server.connect(LONG), server.connect({**LONG, "stream": True})
+        half = http.client.HTTPConnection(server.address, timeout=60)
+        half.putrequest("POST", "/v1/completions")
+        half.putheader("Content-Length", "100")
+        half.endheaders(b"{")  # and no more
+        server.wait_for_metric("calm_running", 2)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.stop(signal.SIGINT) == 0
+        assert (answer := answer.getresponse()).status == 503 and b"The server is stopping" in answer.read()
+        assert b"The server is stopping" in stream.getresponse().read().splitlines()[-2]
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_while_the_model_loads(tiny_folder, tmp_path):
+    template = tmp_path / "template.jinja"
+    os.mkfifo(template)
+    arguments = (str(tiny_folder), "--port", "0", "--chat_template", str(template))
+    process = subprocess.Popen([sys.executable, "-m", "calm.serve", *arguments], stderr=subprocess.PIPE, text=True)
+    with open(template, "w"):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130 and "Traceback" not in process.stderr.read()
 
 
 def check_formats(client):
