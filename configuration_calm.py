@@ -3,6 +3,9 @@
 Numbers without another source are the published CALM ones (arXiv 2510.27688 and its checkpoints).
 """
 
+import math
+from typing import get_args, get_type_hints
+
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.utils import logging
@@ -44,6 +47,20 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_types(config: PretrainedConfig) -> None:
+    """Raises `ValueError` for the first field whose type is none that `__init__` states, or that isn't finite."""
+    hints = get_type_hints(type(config).__init__)
+    for name, value in vars(config).items():
+        kinds = get_args(hints.get(name)) or (hints.get(name, object),)
+        if isinstance(value, bool):
+            is_right = bool in kinds or object in kinds
+        else:
+            is_right = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        require(is_right, f"{name}={value!r}: must be of type {names}.")
+        require(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: must be a finite number.")
+
+
 class CALMAutoencoderConfig(PretrainedConfig):
     """Configuration of the autoencoder that maps K tokens to one latent vector and back.
 
@@ -73,26 +90,26 @@ class CALMAutoencoderConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size=128257,
-        hidden_size=512,
-        intermediate_size=1280,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
-        patch_size=4,
-        latent_size=128,
-        hidden_act="silu",
-        mlp_bias=False,
-        rms_norm_eps=1e-6,
-        initializer_range=0.02,
-        ae_dropout=0.15,
-        token_dropout=None,
-        latent_dropout=None,
-        encoder_context=0,
-        kl_clamp=0.5,
-        kl_weight=1e-3,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
+        vocab_size: int = 128257,
+        hidden_size: int = 512,
+        intermediate_size: int = 1280,
+        num_encoder_layers: int = 2,
+        num_decoder_layers: int = 2,
+        patch_size: int = 4,
+        latent_size: int = 128,
+        hidden_act: str = "silu",
+        mlp_bias: bool = False,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        ae_dropout: float = 0.15,
+        token_dropout: float | None = None,
+        latent_dropout: float | None = None,
+        encoder_context: int = 0,
+        kl_clamp: float = 0.5,
+        kl_weight: float = 1e-3,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list | None = None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -112,14 +129,15 @@ class CALMAutoencoderConfig(PretrainedConfig):
         self.encoder_context = encoder_context
         self.kl_clamp = kl_clamp
         self.kl_weight = kl_weight
-        self.check()
         kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         # The decoder's output matrix is the encoder's embedding; published configs say False and tie all the same.
         kwargs["tie_word_embeddings"] = True
         super().__init__(**kwargs)
+        self.check()
 
     def check(self) -> None:
         """Raises `ValueError` for the first field that makes no sense."""
+        check_types(self)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("num_encoder_layers", "num_decoder_layers"):
@@ -197,22 +215,22 @@ class CALMConfig(LlamaConfig):
 
     def __init__(
         self,
-        patch_size=4,
-        latent_size=128,
-        head_type="energy",
-        noise_size=64,
-        num_mlp_layers=4,
-        num_context_layers=0,
-        num_samples=8,
-        num_posterior_samples=100,
-        beta=1.0,
-        flow_time_logit_mean=None,
-        sampling_steps=None,
-        autoencoder_config=None,
-        prompt_alignment="left",
-        prompt_filler_token_id=None,
-        repetition_radius=None,
-        repetition_radius_measured_at=None,
+        patch_size: int = 4,
+        latent_size: int = 128,
+        head_type: str = "energy",
+        noise_size: int = 64,
+        num_mlp_layers: int = 4,
+        num_context_layers: int = 0,
+        num_samples: int = 8,
+        num_posterior_samples: int = 100,
+        beta: float = 1.0,
+        flow_time_logit_mean: float | None = None,
+        sampling_steps: int | None = None,
+        autoencoder_config: CALMAutoencoderConfig | dict | None = None,
+        prompt_alignment: str = "left",
+        prompt_filler_token_id: int | None = None,
+        repetition_radius: float | None = None,
+        repetition_radius_measured_at: dict | None = None,
         **kwargs,
     ):
         self.patch_size = patch_size
@@ -236,13 +254,20 @@ class CALMConfig(LlamaConfig):
         elif isinstance(autoencoder_config, dict):
             autoencoder_config = CALMAutoencoderConfig(**autoencoder_config)
         self.autoencoder_config = autoencoder_config
+        check_types(self)
         kwargs.setdefault("vocab_size", autoencoder_config.vocab_size)
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except Exception as error:  # huggingface_hub's are in lines, and no ValueErrors
+            raise ValueError(" ".join(str(error).split())) from error
         self.check()
 
     def check(self) -> None:
         """Raises `ValueError` for the first field that makes no sense."""
-        for name in ("patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_posterior_samples"):
+        check_types(self)
+        own = ("patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_posterior_samples")
+        llamas = ("intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        for name in own + llamas:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         require(self.num_context_layers >= 0, f"num_context_layers={self.num_context_layers}: must not be negative.")
         if HEADS:
@@ -268,11 +293,6 @@ class CALMConfig(LlamaConfig):
         require(
             self.repetition_radius is None or self.repetition_radius > 0,
             f"repetition_radius={self.repetition_radius}: must be a positive distance, or None.",
-        )
-        measured_at = self.repetition_radius_measured_at
-        require(
-            measured_at is None or isinstance(measured_at, dict),
-            f"repetition_radius_measured_at={measured_at!r}: must be a dictionary, or None.",
         )
 
     def to_dict(self):

@@ -1,6 +1,9 @@
 """The language model: every K and head, attention backends, cache, padding, loss, what is frozen, what is refused."""
 
+import dataclasses
+import inspect
 import json
+import math
 
 import pytest
 import torch
@@ -8,9 +11,10 @@ import transformers
 from goldens import relative_error
 from text_and_loss import some_ids
 from tiny import HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, PreTrainedConfig
 
 from calm import heads_calm
-from calm.configuration_calm import CALMConfig
+from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM, CALMModel
 
@@ -300,6 +304,33 @@ def test_config_refuses(fields, sentence):
     autoencoder |= fields.pop("autoencoder_config", {})
     with pytest.raises(ValueError, match=sentence):
         CALMConfig(**{"vocab_size": 96, "latent_size": 16, "autoencoder_config": autoencoder, **fields})
+
+
+OWN = [set(inspect.signature(each.__init__).parameters) for each in (CALMConfig, CALMAutoencoderConfig)]
+BACKBONE = {field.name for field in dataclasses.fields(LlamaConfig)} - vars(PreTrainedConfig()).keys()
+WRONG = ("x", None, [], {}, math.nan, math.inf, -1, True, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(CALMConfig, name) for name in sorted(OWN[0] | BACKBONE)]
+    + [(CALMAutoencoderConfig, name) for name in sorted(OWN[1])],
+)
+def test_no_field_takes_a_value_of_another_type_or_one_that_is_not_finite(kind, name):
+    if name in ("self", "kwargs", "repetition_radius_measured_at"):  # the last is dropped without a radius
+        return
+    default, num_refused = getattr(kind(), name), 0
+    for value in WRONG:
+        try:
+            kind(**{name: value})
+        except ValueError as error:
+            num_refused += 1
+            assert "\n" not in str(error) and (name in str(error) or name.replace("_", " ") in str(error))
+        else:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            is_optional = value is None or (name, value) in (("eos_token_id", []), ("autoencoder_config", {}))
+            assert is_optional or is_number or isinstance(value, type(default)), value
+    assert num_refused >= 5
 
 
 def test_fields_changed_after_construction_are_refused_too(tmp_path):
