@@ -188,7 +188,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     path = Path("/proc/cpuinfo")
-    models = [line for line in path.read_text().splitlines() if "model name" in line] if path.exists() else []
+    models = (
+        [line for line in path.read_text(encoding="utf-8").splitlines() if "model name" in line]
+        if path.exists()
+        else []
+    )
     return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
 
 
@@ -293,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row)
             print(table_row(row), flush=True)
             if options.json:
-                options.json.write_text(json.dumps(rows, indent=2) + "\n")
+                options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     machine = benchmark.machine
     print(
         f"\n{rows[0]['device_name']}, {options.dtype}, {torch.get_num_threads()} CPU threads, torch "

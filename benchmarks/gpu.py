@@ -80,7 +80,7 @@ class Report:
         if not path.exists():
             return
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             before, self.parts = found["machine"], found["parts"]
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no report of this command: name another file.") from error
@@ -90,7 +90,7 @@ class Report:
     def add(self, name: str, rows: list[dict]) -> None:
         self.parts[name] = rows
         aside = self.path.with_name(f".{self.path.name}.new")
-        aside.write_text(json.dumps({"machine": self.machine, "parts": self.parts}, indent=2) + "\n")
+        aside.write_text(json.dumps({"machine": self.machine, "parts": self.parts}, indent=2) + "\n", encoding="utf-8")
         aside.rename(self.path)
 
     def tables(self) -> Iterator[str]:

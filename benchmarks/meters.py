@@ -138,14 +138,14 @@ class PeakMemory:
         try:
             # Memory that was freed but not given back would otherwise hide what the block needs.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
             return self._status("VmRSS")
         except (OSError, AttributeError):
             return None
 
     @staticmethod
     def _status(field: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0]) * 1024
 
 
 @dataclass

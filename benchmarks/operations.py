@@ -230,14 +230,14 @@ def update_budget(rows: list[dict], path: Path) -> None:
     Raises:
         CommandError: a figure is above its budget, which then stays as it is.
     """
-    budget = json.loads(path.read_text()) if path.exists() else {}
+    budget = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     above = check_budget(rows, budget)
     if above:
         raise CommandError("; ".join(above) + ".")
     own = [row for row in rows if not row["case"].startswith(BASELINE)]  # upstream's is no matter of ours
     budget |= {row["case"]: {name: row[name] for name in ("operations", "waits")} for row in own}
     aside = path.with_suffix(".json.new")
-    aside.write_text(json.dumps(budget, indent=2) + "\n")
+    aside.write_text(json.dumps(budget, indent=2) + "\n", encoding="utf-8")
     aside.replace(path)
 
 

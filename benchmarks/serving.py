@@ -122,7 +122,7 @@ def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
     Raises:
         CommandError: it ended, or did not answer in time.
     """
-    with open(log, "w") as output:
+    with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments, "--port", str(port)],
             stdin=subprocess.DEVNULL,
@@ -134,7 +134,7 @@ def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
         deadline = time.monotonic() + START_SECONDS
         while not is_healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                said = " ".join(log.read_text().split())[-500:]
+                said = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-500:]
                 raise CommandError(f"{' '.join(arguments)} did not start: … {said}")
             time.sleep(0.5)
         yield
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(work)
     print(as_table(lines))
     if options.json:
-        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
 
 
 def measure(options, work: Path) -> list[Line]:

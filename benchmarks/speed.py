@@ -62,7 +62,7 @@ class Part:
             CommandError: the benchmark refused.
         """
         path = self.path(folder)
-        if path.exists() and json.loads(path.read_text())["measured"] == measured_with():
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["measured"] == measured_with():
             return
         unfinished = path.with_suffix(".part")
         demo_option = [] if self.kind == DEMO else ["--demo", demo]
@@ -71,8 +71,8 @@ class Part:
         if generation.main([*words, "--temperature", self.temperature, "--batch_size", self.batch_size]):
             raise CommandError(f"{path.stem} could not be measured.")
         date = datetime.date.today().isoformat()
-        rows = [{**row, "date": date} for row in json.loads(unfinished.read_text())]
-        unfinished.write_text(json.dumps({"measured": measured_with(), "rows": rows}, indent=2))
+        rows = [{**row, "date": date} for row in json.loads(unfinished.read_text(encoding="utf-8"))]
+        unfinished.write_text(json.dumps({"measured": measured_with(), "rows": rows}, indent=2), encoding="utf-8")
         unfinished.rename(path)
 
 
@@ -85,7 +85,12 @@ PARTS = [Part(kind, T, size) for kind in OPTIONS for T in TEMPERATURES for size 
 
 def rows_of(kind: str, folder: Path) -> list[dict]:
     """All rows of a kind, in the tables' order."""
-    rows = [row for part in PARTS if part.kind == kind for row in json.loads(part.path(folder).read_text())["rows"]]
+    rows = [
+        row
+        for part in PARTS
+        if part.kind == kind
+        for row in json.loads(part.path(folder).read_text(encoding="utf-8"))["rows"]
+    ]
     return sorted(rows, key=lambda row: (row["temperature"], row["batch_size"], row["workload"] == "real"))
 
 

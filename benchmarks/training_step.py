@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors(ValueError, OSError):
         report = measure(options)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

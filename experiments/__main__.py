@@ -66,7 +66,7 @@ def write(plans: list[Plan], results: Results, path: Path) -> None:
     results.write(path.with_suffix(".json"))
     draw(plans, results, path.with_suffix(".png"))
     unfinished = path.with_name(path.name + UNFINISHED)
-    unfinished.write_text(document(plans, results))
+    unfinished.write_text(document(plans, results), encoding="utf-8")
     os.replace(unfinished, path)
 
 

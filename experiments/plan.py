@@ -108,7 +108,7 @@ class Plan:
     """
 
     def __init__(self, file: Path, output: Path, corpus: Path | None = None, max_steps: int | None = None):
-        self.content, self.name = yaml.safe_load(file.read_text()), file.stem
+        self.content, self.name = yaml.safe_load(file.read_text(encoding="utf-8")), file.stem
         self.corpus, self.output, self.max_steps = corpus, output, max_steps
         self.texts, self.evaluation = self.content["text"], self.content["evaluation"]
         if not self.is_language and corpus is None:

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         low, high = result["share_interval"]
         print(f"{name} replaced: {result['share']:.1%} ({low:.1%} to {high:.1%})")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

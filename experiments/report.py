@@ -20,7 +20,7 @@ def document(plans: list[Plan], results: Results) -> str:
     `{GROUP}` is that group's table or studies, `{PLAN.trainings}` sizes and costs, `{PLAN.autoencoders}` what comes
     back of noisy latents.
     """
-    text = TEMPLATE.read_text()
+    text = TEMPLATE.read_text(encoding="utf-8")
     parts = {table.group: comparison(plan, table, results) for plan in plans for table in plan.tables}
     parts |= {name: part for plan in plans if plan.is_language for name, part in studies(plan, results).items()}
     parts |= {f"{plan.name}.trainings": trainings(plan, results) for plan in plans}

@@ -21,7 +21,7 @@ class Results:
 
     def __init__(self, plans: list[Plan], reuse: Path | None = None):
         self.records: dict[str, dict] = {}
-        before = json.loads(reuse.read_text()) if reuse else {}
+        before = json.loads(reuse.read_text(encoding="utf-8")) if reuse else {}
         for plan in plans:
             for stage in plan.stages.values():
                 if stage.kind not in EVALUATIONS:
@@ -57,7 +57,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         unfinished = path.with_name(path.name + UNFINISHED)
-        unfinished.write_text(json.dumps(self.records, indent=1, sort_keys=True) + "\n")
+        unfinished.write_text(json.dumps(self.records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(unfinished, path)
 
 
@@ -104,7 +104,7 @@ def totals(plan: Plan, stage: Stage) -> dict[str, float]:
 
 def speed(plan: Plan, stage: Stage) -> float:
     """Tokens of one training per second of CPU time, over all of its log."""
-    state = json.loads((plan.folder(stage) / "trainer_state.json").read_text())
+    state = json.loads((plan.folder(stage) / "trainer_state.json").read_text(encoding="utf-8"))
     key = "tokens_per_cpu_second"
     rates = [entry[key] for entry in state["log_history"] if key in entry]
     return 1 / mean(1 / rate for rate in rates)  # each entry is over equally many tokens

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         result = measure(*reader_of(model), language, blocks_BL, args.draws, args.batch_size)
     result = {"model": args.model, "block_size": args.block_size, "draws": args.draws, **result}
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     low, high = result["share_interval"]
     scores = " ".join(f"{b:.4f}" for b in result["brier"])
     print(

@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     result = measure_model(CalmReader(model), language, ids_CL, patch_size, args.draws, args.recorded, args.seed)
     print(report({args.model: result}))
     if args.json:
-        args.json.write_text(json.dumps({"model": args.model, **result}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"model": args.model, **result}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def is_finished(plan: Plan, stage: Stage) -> bool:
 
 def read_score(path: Path) -> dict:
     """What an evaluation of one model wrote."""
-    score = json.loads(path.read_text())
+    score = json.loads(path.read_text(encoding="utf-8"))
     return score[0] if isinstance(score, list) else score
 
 
@@ -100,7 +100,7 @@ class Running:
         folder.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         self.log = folder.with_name(f"{folder.name}.log")
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             words = command(plan, stage)
             print(" ".join(words), file=file, flush=True)
             # The lock of the output folder is handed on.
@@ -197,7 +197,7 @@ def _alone(output: Path):
         PlanError: somebody else has it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "lock").open("w") as file:
+    with (output / "lock").open("w", encoding="utf-8") as file:
         os.set_inheritable(file.fileno(), True)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
