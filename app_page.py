@@ -232,6 +232,10 @@ class Writer:
             yield from self._write(prompt, ids, settings)
 
     def _prompt_ids(self, prompt: str, max_new_tokens: int) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The prompt is no text at character {error.start + 1}.") from None
         ids = list(self.tokenizer(prompt).input_ids)
         start = self.model.generation_config.bos_token_id
         if not ids and start is None:

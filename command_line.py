@@ -63,6 +63,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def text(word: str) -> str:
+    """For `type=` of an option that a model reads: refused where the terminal sent other bytes than UTF-8."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{word!r}: is no text at character {error.start + 1}; send UTF-8.") from None
+    return word
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """`main`, which from now on returns an exit code: its own, 0 for None, or after one line on stderr 2 for a
     `CommandError` and 130 for Ctrl-C. Characters that the terminal can't show are escaped, and a reader that closes

@@ -99,6 +99,11 @@ def test_a_calm_s_text_grows_to_what_generate_writes(calm, eager):
     assert len(written.steps) == -(-written.num_tokens // 4)
 
 
+def test_half_a_character_is_refused_in_a_sentence(calm):
+    with pytest.raises(ValueError, match="The prompt is no text at character 2"):
+        next(calm.write("a\ud800", SHORT))
+
+
 def test_each_patch_has_its_likeliest_candidates_and_the_one_written(calm):
     _, written = seen_texts(calm, "Hello", SHORT)
     for step in written.steps:

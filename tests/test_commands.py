@@ -214,6 +214,14 @@ def test_a_terminal_that_is_not_utf_8_gets_escapes():
     assert run.stdout.startswith(b"caf\\xe9 \\u4e2d\n") and not run.stderr
 
 
+@pytest.mark.parametrize("module", ["calm.inspect_text", "calm.demo", "calm.evaluation.invented_words"])
+def test_a_prompt_that_is_not_utf_8_is_one_line(module, capsys):
+    words = {"calm.inspect_text": ["."], "calm.evaluation.invented_words": ["--model", ".", "--text", ".", "--prompt"]}
+    assert r"'caf\udcff': is no text at character 4" in refusal(
+        capsys, main_of(module), *words.get(module, []), "caf\udcff"
+    )
+
+
 def test_where_things_are_read_every_error_is_a_line():
     with pytest.raises(CommandError, match="^deep$"), known_errors():
         raise RecursionError("deep")

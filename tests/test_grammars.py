@@ -6,6 +6,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jsonschema
+import llguidance
 import pytest
 import torch
 from tiny import tiny_tokenizer
@@ -16,9 +18,6 @@ from calm import grammars_calm
 from calm.grammars_calm import Grammar
 from calm.modeling_calm import CALMForCausalLM
 from calm.serving.batcher import Batcher
-
-llguidance = pytest.importorskip("llguidance", reason="llguidance (extra [serve]) is not installed")
-jsonschema = pytest.importorskip("jsonschema", reason="jsonschema (extra [clients]) is not installed")
 
 ROOT = Path(__file__).parents[1]
 needs_demo = pytest.mark.skipif(

@@ -178,6 +178,7 @@ def changes(before: Recipe, now: Recipe) -> str:
     kept = KEPT | fields[""] - {"name"} | fields["model"] | {"batch_size", "tokens"}
     if now.data.streaming:
         kept |= {name for name in vars(now.data) if not name.startswith("validation_")} - {"cache_dir"}
+        kept |= {"dataloader_num_workers"}  # which share the documents
     old, new = before.values(), now.values()
     both = old.keys() & new.keys() - {"output_dir"}
     found = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in sorted(both) if old[name] != new[name]}
