@@ -63,7 +63,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def text(word: str) -> str:
+def utf8(word: str) -> str:
     """For `type=` of an option that a model reads: refused where the terminal sent other bytes than UTF-8."""
     try:
         word.encode()

@@ -6,7 +6,7 @@ from pathlib import Path
 import transformers
 from transformers import TextStreamer, pipeline, set_seed
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive, text
+from calm.command_line import CommandError, Parser, command, known_errors, positive, utf8
 from calm.generation_calm import PatchSampling
 from calm.inspect_text import check_length
 from calm.loading import reading
@@ -19,7 +19,8 @@ MODEL = Path(__file__).parent
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python demo.py", "Continues a story with a CALM.")
-    parser.add_argument("prompt", nargs="?", type=text, default="Once upon a time, there was a little girl named Lily.")
+    story = "Once upon a time, there was a little girl named Lily."
+    parser.add_argument("prompt", nargs="?", type=utf8, default=story)
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 2]; the lower, the surer")
     parser.add_argument("--max_new_tokens", type=positive, default=160)

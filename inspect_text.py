@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calm.command_line import Parser, command, known_errors, positive, text, writable
+from calm.command_line import Parser, command, known_errors, positive, utf8, writable
 
 PROGRAM = "python -m calm.inspect_text"
 STORY = "Once upon a time, there was a little girl named Lily."
@@ -394,7 +394,7 @@ def write_page(path: Path, inspection: Inspection) -> None:
 def parse(argv: list[str] | None):
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("model", nargs="?", default=".", help="folder or Hub id (default: this folder)")
-    parser.add_argument("prompt", nargs="?", type=text, default=STORY, help=f"default: {STORY}")
+    parser.add_argument("prompt", nargs="?", type=utf8, default=STORY, help=f"default: {STORY}")
     parser.add_argument("--html", type=writable, metavar="FILE", help="write a page in place of the listing")
     parser.add_argument("--max_new_tokens", type=positive, default=40, help="default: 40")
     parser.add_argument("--temperature", type=float, help="in (0, 2] (default: the model's)")

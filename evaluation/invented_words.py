@@ -19,7 +19,7 @@ from math import ceil
 import torch
 from transformers import set_seed
 
-from calm.command_line import Parser, command, known_errors, positive, text, writable
+from calm.command_line import Parser, command, known_errors, positive, utf8, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
 from calm.generation_calm import PatchSampling
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("python -m calm.evaluation.invented_words", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM or another causal LM")
     parser.add_argument("--text", required=True, nargs="+", help="files whose words are taken for known")
-    parser.add_argument("--prompt", type=text, default=PROMPT)
+    parser.add_argument("--prompt", type=utf8, default=PROMPT)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
     parser.add_argument("--num_candidates", type=positive, help="of a CALM (default: the model's own)")
     parser.add_argument("--top_p", type=float)
