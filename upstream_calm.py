@@ -279,6 +279,19 @@ class OffloadableModel(PreTrainedModel):
         self._checked = (*state,)
 
 
+class RowProcessors(LogitsProcessorList):
+    """Upstream's processors of a whole batch, for whoever asks for them, and those of each row by itself.
+
+    Args:
+        processors: of the batch.
+        of_row: the number of a row and the length of its prompt → its processors.
+    """
+
+    def __init__(self, processors: list, of_row: Callable[[int, int], LogitsProcessorList]):
+        super().__init__(processors)
+        self.of_row = of_row
+
+
 class _ViewForUpstream:
     """A model as upstream's preparations take it: with positions that count tokens, and whatever they note down kept
     to this call. The model itself stays as it is, for other threads may be generating with it."""
@@ -393,17 +406,20 @@ class PatchGenerationMixin(_Base):
     def _sample(
         self,
         input_ids: Tensor,
-        logits_processor: Callable[[int, int], LogitsProcessorList] | None,
+        logits_processor: LogitsProcessorList | None,
         stopping_criteria: Callable[[Tensor, None], Tensor],
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         **model_kwargs,
     ) -> Any:
+        processors = None
+        if logits_processor:  # a list that is not from our hook is every row's
+            processors = getattr(logits_processor, "of_row", lambda row, length: logits_processor)
         call = GenerateCall(
             stopping_criteria=stopping_criteria,
             goes_on=lambda finished, device: self._has_unfinished_sequences(finished, synced_gpus, device=device),
-            processors=logits_processor,
+            processors=processors,
             pad_token=generation_config._pad_token_tensor,
             bos_token=generation_config._bos_token_tensor,
             eos_tokens=generation_config._eos_token_tensor,
@@ -489,7 +505,7 @@ class PatchGenerationMixin(_Base):
             model_kwargs[CACHE_ARGUMENT] = model_kwargs.pop("cache")
         return prepared, model_kwargs
 
-    def _get_logits_processor(  # type: ignore[override]  # handed to `_sample` alone
+    def _get_logits_processor(
         self,
         generation_config: GenerationConfig,
         input_ids_seq_length: int,
@@ -497,8 +513,8 @@ class PatchGenerationMixin(_Base):
         logits_processor: LogitsProcessorList | None = None,
         device: torch.device | None = None,
         **kwargs,
-    ) -> Callable[[int, int], LogitsProcessorList] | None:
-        """The processors of each row as upstream would make them if the row were alone; `None` if there are none.
+    ) -> RowProcessors:
+        """The processors of each row as upstream would make them if the row were alone.
 
         Sampling and lengths are none of theirs: what acts on a distribution acts on candidates, see `PatchSampling`.
         """
@@ -507,14 +523,16 @@ class PatchGenerationMixin(_Base):
         make, allows = self._upstream._get_logits_processor, prefix_allowed_tokens_fn
         given = checked_processors(logits_processor)
 
-        def of_row(row: int, length: int) -> LogitsProcessorList:
+        def of_length(length: int, allowed: Callable | None) -> LogitsProcessorList:
             own = copy.copy(settings)
             own.max_length += length - input_ids_seq_length
-            allowed = None if allows is None else partial(_allowed_in_row, allows, row)
             custom = [_of_text(each, length) for each in given]
             return make(own, length, None, allowed, LogitsProcessorList(custom), device)
 
-        return of_row if of_row(0, max(input_ids_seq_length, 1)) else None  # an empty prompt begins with BOS
+        def of_row(row: int, length: int) -> LogitsProcessorList:
+            return of_length(length, None if allows is None else partial(_allowed_in_row, allows, row))
+
+        return RowProcessors(of_length(max(input_ids_seq_length, 1), allows), of_row)  # an empty prompt gets a BOS
 
     def processors_of_text(
         self, prompt_length: int, max_new_tokens: int, logits_processor: Sequence | None = None, **settings
@@ -537,13 +555,13 @@ class PatchGenerationMixin(_Base):
         config.max_length = prompt_length + max_new_tokens
         eos = config.eos_token_id
         config._eos_token_tensor = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else eos)  # pyright: ignore[reportAttributeAccessIssue]
-        of_row = self._get_logits_processor(
+        processors = self._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=prompt_length,
             logits_processor=LogitsProcessorList(checked_processors(logits_processor)),
             device=torch.device("cpu") if self.device.type == "meta" else self.device,
         )
-        return None if of_row is None else of_row(0, prompt_length)
+        return processors.of_row(0, prompt_length) if processors else None
 
     def compute_transition_scores(self, *args, **kwargs):
         """Refused: there is no score a token."""

@@ -152,7 +152,7 @@ def test_logits_that_are_no_numbers_are_put_right(model):
     kept = model._get_logits_processor(
         generation_config=settings_of(model, remove_invalid_values=True), input_ids_seq_length=6
     )
-    assert [type(processor).__name__ for processor in kept(0, 6)] == ["InfNanRemoveLogitsProcessor"]
+    assert [type(processor).__name__ for processor in kept.of_row(0, 6)] == ["InfNanRemoveLogitsProcessor"]
 
 
 def settings_of(model, **settings):

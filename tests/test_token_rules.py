@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
-from transformers import GenerationConfig
+from tiny import BOS, EOS, PAD, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as upstream
 
 from calm.generation_calm import CALMGenerationMixin, PatchSampling
@@ -507,3 +507,30 @@ def test_a_stop_string_and_a_rule_in_one_text(model):
 def test_what_is_no_list_of_processors_is_refused(model, wrong):
     with pytest.raises(ValueError, match="logits_processor=.*: must be a list of processors, as logits_processor="):
         model.generate(torch.tensor([PROMPT]), max_new_tokens=4, logits_processor=wrong)
+
+
+# What upstream hands on
+
+
+def test_custom_generate_gets_upstream_s_list(model):
+    """Iterable, callable on ids and logits, and a caller's own list is asked as ours is."""
+    seen = []
+
+    def custom(model, input_ids, logits_processor, **kwargs):
+        seen.append(logits_processor)
+        logits = torch.zeros(1, VOCAB_SIZE)
+        assert torch.equal((logits_processor(input_ids, logits) == -torch.inf).nonzero()[:, 1], torch.tensor([5, 7]))
+        plain = LogitsProcessorList(logits_processor)
+        return [model._sample(input_ids, each, **kwargs) for each in (logits_processor, plain)]
+
+    rules = {"suppress_tokens": [5], "logits_processor": [upstream.NoBadWordsLogitsProcessor([[7]])]}
+    settings = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    ours, plain = model.generate(torch.tensor([PROMPT]), custom_generate=custom, **rules, **settings)
+    assert isinstance(seen[0], LogitsProcessorList) and len(seen[0]) == 2
+    assert {type(each) for each in seen[0]} == {
+        upstream.SuppressTokensLogitsProcessor,
+        upstream.NoBadWordsLogitsProcessor,
+    }
+    assert torch.equal(ours, model.generate(torch.tensor([PROMPT]), **rules, **settings)) and torch.equal(ours, plain)
+    nothing = model._get_logits_processor(model._prepare_generation_config(None)[0], 6)
+    assert isinstance(nothing, LogitsProcessorList) and not nothing
