@@ -514,23 +514,21 @@ def test_what_is_no_list_of_processors_is_refused(model, wrong):
 
 def test_custom_generate_gets_upstream_s_list(model):
     """Iterable, callable on ids and logits, and a caller's own list is asked as ours is."""
-    seen = []
-
-    def custom(model, input_ids, logits_processor, **kwargs):
-        seen.append(logits_processor)
-        logits = torch.zeros(1, VOCAB_SIZE)
-        assert torch.equal((logits_processor(input_ids, logits) == -torch.inf).nonzero()[:, 1], torch.tensor([5, 7]))
-        plain = LogitsProcessorList(logits_processor)
-        return [model._sample(input_ids, each, **kwargs) for each in (logits_processor, plain)]
-
     rules = {"suppress_tokens": [5], "logits_processor": [upstream.NoBadWordsLogitsProcessor([[7]])]}
     settings = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
-    ours, plain = model.generate(torch.tensor([PROMPT]), custom_generate=custom, **rules, **settings)
-    assert isinstance(seen[0], LogitsProcessorList) and len(seen[0]) == 2
-    assert {type(each) for each in seen[0]} == {
-        upstream.SuppressTokensLogitsProcessor,
-        upstream.NoBadWordsLogitsProcessor,
-    }
-    assert torch.equal(ours, model.generate(torch.tensor([PROMPT]), **rules, **settings)) and torch.equal(ours, plain)
+    expected = model.generate(torch.tensor([PROMPT]), **rules, **settings)
+    for wrap in (lambda processors: processors, LogitsProcessorList):
+        seen = []
+
+        def custom(model, input_ids, logits_processor, wrap=wrap, seen=seen, **kwargs):
+            seen.append(logits_processor)
+            logits = logits_processor(input_ids, torch.zeros(1, VOCAB_SIZE))
+            assert (logits == -torch.inf).nonzero()[:, 1].tolist() == [5, 7]
+            return model._sample(input_ids, wrap(logits_processor), **kwargs)
+
+        ids = model.generate(torch.tensor([PROMPT]), custom_generate=custom, **rules, **settings)
+        assert torch.equal(ids, expected) and isinstance(seen[0], LogitsProcessorList)
+        kinds = {upstream.SuppressTokensLogitsProcessor, upstream.NoBadWordsLogitsProcessor}
+        assert {type(each) for each in seen[0]} == kinds
     nothing = model._get_logits_processor(model._prepare_generation_config(None)[0], 6)
     assert isinstance(nothing, LogitsProcessorList) and not nothing
