@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 
 from calm.candidates_calm import weights_fingerprint
 from calm.checkpoint_files import DTYPES
-from calm.command_line import Parser, command, known_errors
+from calm.command_line import Parser, command, known_errors, positive
 from calm.loading import device_of, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import progress_bar
@@ -198,8 +198,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m calm.calibrate_radius", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained CALM")
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--num_candidates", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=128, help=f"patches of each of {NUM_TEXTS} texts")
+    parser.add_argument("--num_candidates", type=positive, default=200)
+    parser.add_argument("--steps", type=positive, default=128, help=f"patches of each of {NUM_TEXTS} texts")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: the checkpoint's")
     parser.add_argument("--save", action="store_true", help="write to config.json of the folder")

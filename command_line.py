@@ -63,6 +63,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """For `type=` of a seed, in the range that every generator of random numbers takes."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 0 to 2**32 - 1.")
+    return int(text)
+
+
 def utf8(word: str) -> str:
     """For `type=` of an option that a model reads: refused where the terminal sent other bytes than UTF-8."""
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import transformers
 from transformers import TextStreamer, pipeline, set_seed
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive, utf8
+from calm.command_line import CommandError, Parser, command, known_errors, natural, positive, utf8
 from calm.generation_calm import PatchSampling
 from calm.inspect_text import check_length
 from calm.loading import reading
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id (default: the bundled demo model)")
     parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 2]; the lower, the surer")
     parser.add_argument("--max_new_tokens", type=positive, default=160)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     options = parser.parse_args(argv)
     if options.model == str(MODEL) and not (MODEL / "config.json").is_file():  # an installed package has no weights
         raise CommandError("no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID.")

@@ -448,6 +448,7 @@ def load(name: str, device: str | None):
     import transformers
 
     from calm.evaluation.models import is_calm, load_causal_lm
+    from calm.loading import check_tokenizer
     from calm.training.tokenizer import load_tokenizer
 
     transformers.logging.set_verbosity_error()
@@ -456,7 +457,9 @@ def load(name: str, device: str | None):
         model = load_causal_lm(name, device=device)
         if not is_calm(model):
             raise ValueError(f"{name} is no CALM: its model_type is {model.config.model_type!r}.")
-        return model, load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
+        check_tokenizer(model, tokenizer, name)
+    return model, tokenizer
 
 
 if __name__ == "__main__":

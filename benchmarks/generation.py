@@ -50,7 +50,7 @@ from calm.benchmarks.workloads import (
     shape_config,
     trained_model,
 )
-from calm.command_line import Parser, command, known_errors, writable
+from calm.command_line import Parser, command, known_errors, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 
@@ -78,10 +78,6 @@ class Benchmark:
         options = self.options
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-        for name in ("batch_size", "repetitions", "prompt_length"):
-            values = getattr(options, name)
-            if min(values if isinstance(values, list) else [values]) < 1:
-                raise BenchmarkError(f"--{name} {values}: must be at least 1.")
         for path in (options.json, options.plot):
             if path is not None and not path.parent.is_dir():
                 raise BenchmarkError(f"{path}: its folder does not exist.")
@@ -268,7 +264,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 1.0])
-    parser.add_argument("--num_candidates", type=int, default=200)
+    parser.add_argument("--num_candidates", type=positive, default=200)
     parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="adaptive")
     parser.add_argument(
         "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
@@ -276,10 +272,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fast_baseline", action="store_true", help="lend the baseline CALM's float32 products (products_calm.py)"
     )
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt_length", type=int, default=64, help="tokens a row")
-    parser.add_argument("--output_length", type=int, default=64, help="new tokens a row")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt_length", type=positive, default=64, help="tokens a row")
+    parser.add_argument("--output_length", type=positive, default=64, help="new tokens a row")
+    parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--json", type=writable, help="write the rows, after each")
     parser.add_argument("--plot", type=writable, help="write the plot")
     return parser.parse_args(argv)

@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 
 from calm.benchmarks.meters import Meter, synchronise
 from calm.benchmarks.workloads import BenchmarkError, random_model, random_prompts, shape_config
-from calm.command_line import Parser, command, known_errors
+from calm.command_line import Parser, command, known_errors, positive
 from calm.configuration_calm import CALMConfig
+from calm.loading import device_of
 
 BACKBONE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -48,22 +49,20 @@ def seconds(passes: list, device: torch.device, repetitions: int) -> list[float]
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.benchmarks.prefill", __doc__)
     parser.add_argument("--shape", default="calm-m", help="a CALM: calm-m, calm-l, calm-xl, or a model")
-    parser.add_argument("--prompt_length", type=int, default=2048, help="tokens")
+    parser.add_argument("--prompt_length", type=positive, default=2048, help="tokens")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=positive, default=3)
     options = parser.parse_args(argv)
     with known_errors():
         config = shape_config(options.shape)
         if not isinstance(config, CALMConfig):
             raise BenchmarkError(f"--shape {options.shape} is no CALM.")
-        if options.prompt_length < 1 or options.prompt_length % config.patch_size:
+        if options.prompt_length % config.patch_size:
             raise BenchmarkError(
                 f"--prompt_length {options.prompt_length}: must be whole patches of {config.patch_size}."
             )
-        if options.repetitions < 1:
-            raise BenchmarkError(f"--repetitions {options.repetitions}: must be at least 1.")
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+        device, dtype = device_of(options.device), getattr(torch, options.dtype)
     calm, llama = (random_model(c, device, dtype) for c in (config, same_backbone(config)))
     positions = options.prompt_length // config.patch_size
     calm_prompt, llama_prompt = random_prompts(calm, 1, options.prompt_length), random_prompts(llama, 1, positions)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.calibrate_radius import load
-from calm.command_line import Parser, command, known_errors
+from calm.command_line import Parser, command, known_errors, positive
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 
@@ -162,8 +162,8 @@ def table(model_name: str, num_tokens: int, rounds: int, methods=METHODS) -> lis
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.benchmarks.quantised", __doc__)
     parser.add_argument("model", help="folder or Hub id of a trained CALM")
-    parser.add_argument("--tokens", type=int, default=256, help="of the text that is read, and of those timed")
-    parser.add_argument("--rounds", type=int, default=3, help="texts of each method, of which the fastest counts")
+    parser.add_argument("--tokens", type=positive, default=256, help="of the text that is read, and of those timed")
+    parser.add_argument("--rounds", type=positive, default=3, help="texts of each method, of which the fastest counts")
     options = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
         if min(options.tokens - LEAST_TOKENS, options.rounds - 1) < 0:

@@ -20,7 +20,7 @@ import torch
 from calm.benchmarks.workloads import distinct_share
 from calm.calibrate_radius import NUM_TEXTS, Recording, load, record_candidates
 from calm.candidates_calm import LazyPool, trusted_radius
-from calm.command_line import Parser, command, known_errors
+from calm.command_line import Parser, command, known_errors, positive
 from calm.randomness_calm import StepRandomness
 from calm.screening_calm import VocabularyScreen
 from calm.weights_calm import check_num_candidates, choose_by_weight, patch_classes
@@ -101,13 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.benchmarks.repetitions", __doc__)
     parser.add_argument("--model", default=".", help="folder or Hub id of a trained CALM")
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--num_candidates", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=128, help=f"of {NUM_TEXTS} texts")
+    parser.add_argument("--num_candidates", type=positive, default=200)
+    parser.add_argument("--steps", type=positive, default=128, help=f"of {NUM_TEXTS} texts")
     options = parser.parse_args(argv)
     with known_errors():
         check_num_candidates(options.num_candidates, options.temperature)
-        if options.steps < 1:
-            raise ValueError(f"--steps {options.steps}: must be at least 1.")
         model = load(options.model, "cpu", torch.float32)
     radius = trusted_radius(model)
     recording = record_candidates(model, options.temperature, options.num_candidates, options.steps, seed=SEED)

@@ -39,7 +39,7 @@ from torch import Tensor
 from calm.benchmarks.generation import device_name
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm.benchmarks.workloads import BenchmarkError, random_model, shape_config
-from calm.command_line import Parser, command, known_errors, writable
+from calm.command_line import Parser, command, known_errors, positive, writable
 from calm.evaluation.models import is_calm
 from calm.scores_calm import energy_score
 from calm.training.cost import ar_cost, calm_cost
@@ -295,9 +295,6 @@ def measure(options: argparse.Namespace) -> dict:
 def check(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-    for name in ("batch_size", "repetitions"):
-        if getattr(options, name) < 1:
-            raise BenchmarkError(f"--{name} {getattr(options, name)}: must be at least 1.")
     for shape in options.shape:
         K = getattr(shape_config(shape), "patch_size", 1)
         if options.block_size < 2 * K or options.block_size % K:
@@ -312,10 +309,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", default=["calm-m"], help="calm-m, transformer-s, demo, or a model")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--batch_size", type=int, default=1, help="rows a step")
-    parser.add_argument("--block_size", type=int, default=2048, help="tokens a row")
+    parser.add_argument("--batch_size", type=positive, default=1, help="rows a step")
+    parser.add_argument("--block_size", type=positive, default=2048, help="tokens a row")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--energy_loss", action="store_true", help="compare the energy loss with its definition")
     parser.add_argument("--json", type=writable, help="write the figures")
     return parser.parse_args(argv)

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from calm.command_line import Parser, command, positive
+from calm.command_line import Parser, command, natural, positive
 from calm.progress import progress_bar, say
 from calm.weights_calm import KEEP_ALL, Truncation, class_sizes, draw_weights, patch_classes, truncated
 
@@ -143,7 +143,7 @@ def print_table(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("python -m calm.benchmarks.truncation", __doc__)
     parser.add_argument("--pools", type=positive, default=2000, help="of each law and N")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     return parser.parse_args(argv)
 
 

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from calm.benchmarks.meters import wrapped
 from calm.calibrate_radius import Recording, record_candidates
 from calm.candidates_calm import LazyPool, PlainPool, trusted_radius
+from calm.command_line import sentence
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
 from calm.modeling_calm import CALMForCausalLM
@@ -65,8 +66,8 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
     if is_trained(name):
         try:
             config = load_config(model_folder(name, demo))
-        except OSError as error:
-            raise BenchmarkError(f"{name} is neither a recipe nor a model: {str(error).splitlines()[0]}") from error
+        except ValueError as error:
+            raise BenchmarkError(f"{name} is neither a recipe nor a model: {sentence(error)}") from error
         if not isinstance(config, CALMConfig | LlamaConfig):
             raise BenchmarkError(f"{name} is neither a CALM nor a Llama: its model_type is {config.model_type!r}.")
         return config

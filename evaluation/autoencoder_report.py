@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from calm.command_line import Parser, command, known_errors, writable
+from calm.command_line import Parser, command, known_errors, natural, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
@@ -119,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of an autoencoder or of a CALM")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
     add_data_arguments(parser)
-    parser.add_argument("--max_patches", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_patches", type=positive, default=10_000)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", type=writable, help="write the figures")
     parser.add_argument("--plot", type=writable, help="write the accuracy against the noise")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from calm.command_line import Parser, command, known_errors, writable
+from calm.command_line import Parser, command, known_errors, natural, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import BrierScore
 from calm.evaluation.models import count_model, load_causal_lm, positions_per_block
@@ -33,20 +33,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", required=True, help="model folders or Hub ids; several are compared")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id for all models (default: each model's own)")
     add_data_arguments(parser)
-    parser.add_argument("--block_size", type=int, required=True, help="tokens a block; published: CALM 8192, AR 2048")
-    parser.add_argument("--max_positions", type=int, help="stop after the block that reaches this many positions")
-    parser.add_argument("--batch_size", type=int, default=1, help="blocks at a time (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--block_size", type=positive, required=True, help="tokens a block (published: 8192, AR 2048)")
+    parser.add_argument("--max_positions", type=positive, help="stop after the block that reaches this many positions")
+    parser.add_argument("--batch_size", type=positive, default=1, help="blocks at a time (default: 1)")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=writable, help="write a list with one object a model")
     parser.add_argument("--plot", type=writable, help="write a bar chart (default with several models: brier_lm.png)")
     args = parser.parse_args(argv)
     if args.plot is None and len(args.model) > 1:
         args.plot = Path("brier_lm.png")
-    for option in ("block_size", "batch_size", "max_positions"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option} {value}: must be at least 1")
     return args
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from calm.command_line import Parser, command, known_errors, writable
+from calm.command_line import Parser, command, known_errors, natural, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
 from calm.progress import progress_bar
@@ -114,10 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder with the checkpoint-N folders of a Trainer")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the run's own)")
     add_data_arguments(parser)
-    parser.add_argument("--block_size", type=int, required=True, help="tokens a block")
-    parser.add_argument("--max_positions", type=int, default=20_000)
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--block_size", type=positive, required=True, help="tokens a block")
+    parser.add_argument("--max_positions", type=positive, default=20_000)
+    parser.add_argument("--batch_size", type=positive, default=1)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", type=writable, help="write the figures")
     parser.add_argument("--plot", type=writable, help="write BrierLM against cross-entropy")
     args = parser.parse_args(argv)

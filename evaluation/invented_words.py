@@ -19,9 +19,10 @@ from math import ceil
 import torch
 from transformers import set_seed
 
-from calm.command_line import Parser, command, known_errors, positive, utf8, writable
+from calm.command_line import Parser, command, known_errors, natural, positive, utf8, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
+from calm.loading import check_tokenizer
 from calm.generation_calm import PatchSampling
 from calm.progress import progress_bar, say
 from calm.training.documents import expand_paths, read_documents, size_of
@@ -88,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_repeat_ngram_size", type=positive)
     parser.add_argument("--num_texts", type=positive, default=16)
     parser.add_argument("--max_new_tokens", type=positive, default=160)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", type=writable, help="write the figures")
     args = parser.parse_args(argv)
     for temperature in args.temperature:
@@ -110,6 +111,7 @@ def load(args: argparse.Namespace):
         if args.num_candidates:
             check_num_candidates(args.num_candidates, temperature)
     model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
+    check_tokenizer(model, tokenizer, args.model)
     for temperature in args.temperature if has_patches and not args.num_candidates else []:  # the model's own
         PatchSampling.from_generation_config(model.generation_config, do_sample=True, temperature=temperature)
     return model, tokenizer

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from calm.command_line import Parser, command, known_errors, writable
+from calm.command_line import Parser, command, known_errors, natural, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm.evaluation.models import is_calm, load_causal_lm
@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM with K > 1")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
     add_data_arguments(parser)
-    parser.add_argument("--prompts", type=int, default=2000, help="prompts for each length mod K (default: 2000)")
-    parser.add_argument("--prompt_patches", type=int, default=8, help="whole patches of a prompt (default: 8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=positive, default=2000, help="prompts for each length mod K (default: 2000)")
+    parser.add_argument("--prompt_patches", type=positive, default=8, help="whole patches of a prompt (default: 8)")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--output", type=writable, help="write a Markdown page")
     args = parser.parse_args(argv)
     with known_errors():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calm.command_line import Parser, command, known_errors, positive
+from calm.command_line import Parser, command, known_errors, natural, positive
 from calm.evaluation.blocks import add_data_arguments, open_documents
 from calm.evaluation.models import is_calm, load_causal_lm
 from calm.progress import progress_bar, say
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, nargs="+", default=[8, 32], help="of a continuation")
     parser.add_argument("--tokens_before", type=positive, default=32)
     parser.add_argument("--num_pairs", type=several, default=200, help="at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     return parser.parse_args(argv)
 
 

@@ -29,7 +29,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calm.command_line import Parser, command, known_errors, positive
+from calm.command_line import Parser, command, known_errors, natural, positive
 from calm.evaluation.brier import MAX_N
 from calm.progress import progress_bar
 from calm.training.tokenizer import PAD, SPECIAL_TOKENS, save_tokenizer, with_special_tokens
@@ -250,7 +250,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder that is made")
     parser.add_argument("--num_states", type=positive, default=24)
     parser.add_argument("--vocab_size", type=positive, default=64)
-    parser.add_argument("--seed", type=int, default=39, help="of the laws; default: 39, see docs/experiments.md")
+    parser.add_argument("--seed", type=natural, default=39, help="of the laws; default: 39, see docs/experiments.md")
     parser.add_argument("--train_documents", type=positive, default=256, help="of 65,536 tokens")
     parser.add_argument("--validation_documents", type=positive, default=3300, help="of 256 tokens")
     return parser.parse_args(argv)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calm.command_line import Parser, command, known_errors, positive, writable
+from calm.command_line import Parser, command, known_errors, natural, positive, writable
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.models import is_calm, load_causal_lm
 from calm.experiments.language import HiddenMarkovLanguage, load
@@ -362,7 +362,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--recorded", type=positive, default=2**15, help="draws of the model after each, a power of 2 (default: 2^15)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", type=writable, help="write the figures")
     args = parser.parse_args(argv)
     if args.contexts < 2:

@@ -136,7 +136,7 @@ def test_exact_sampling_is_recorded_far_enough(demo):
         (["--prompt_length", "3"], "--prompt_length of at least 4"),
         (["--temperature", "2.5"], "temperature=2.5"),
         (["--temperature", "0.1"], "num_candidates=8 is too few"),
-        (["--batch_size", "0"], "--batch_size [0]: must be at least 1"),
+        (["--batch_size", "0"], "--batch_size: 0: must be a whole number of at least 1"),
         (["--json", "nowhere/rows.json"], "nowhere/rows.json: its folder does not exist"),
         (["--demo", "nowhere"], "nowhere holds no demo model"),
     ],

@@ -47,7 +47,7 @@ def test_the_command_compares_without_the_radius_and_with_it(tmp_path, capsys, r
 
 @pytest.mark.parametrize(
     "options, complaint",
-    [(["--num_candidates", "1"], "num_candidates=1 is too few"), (["--steps", "0"], "--steps 0")],
+    [(["--num_candidates", "1"], "num_candidates=1 is too few"), (["--steps", "0"], "--steps: 0")],
 )
 def test_bad_options_are_refused(options, complaint, capsys):
     assert complaint in refusal(capsys, repetitions.main, *options)

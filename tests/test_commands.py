@@ -177,6 +177,20 @@ def test_a_damaged_model_is_one_line_that_names_it(module, damage, capsys, tmp_p
     assert str(folder) in refusal(capsys, main_of(module), *words)
 
 
+COUNTS = "block_size batch_size max_positions max_patches prompts num_texts max_new_tokens num_candidates".split()
+COUNTS += "steps prompt_length output_length repetitions rounds tokens tokens_before num_samples num_pairs".split()
+WRONG_NUMBERS = {"seed": ("-1", "4294967296", "1.5"), **{name: ("0", "-1", "1.5") for name in COUNTS}}
+
+
+def test_a_seed_or_a_count_that_makes_no_sense_is_one_line(module, capsys):
+    with pytest.raises(SystemExit):
+        main_of(module)(["--help"])
+    options = set(re.findall(r"--([a-z]\w*)", capsys.readouterr().out)) & WRONG_NUMBERS.keys()
+    for name in options - {"seed"} if module in ("calm.inspect_text", "calm.generate_onnx") else options:
+        for value in WRONG_NUMBERS[name]:
+            assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *WRONG_PATHS[module])
+
+
 @pytest.mark.parametrize("module", LOADS_A_MODEL)
 def test_a_device_that_is_not_there_is_one_line(module, capsys, tmp_path):
     words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(ROOT)) for word in WRONG_PATHS[module]]

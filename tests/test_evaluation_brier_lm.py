@@ -134,7 +134,7 @@ def test_errors_are_one_sentence(folder, capsys, more, options, message):
 
 def test_bad_option_is_refused(folder, capsys):
     error = refusal(capsys, lambda words: run(folder, *words), "--batch_size", 0)
-    assert error.startswith("--batch_size 0: must be at least 1")
+    assert error.startswith("argument --batch_size: 0: must be a whole number of at least 1")
 
 
 def test_blocks_are_the_documents_in_order(folder):
