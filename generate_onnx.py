@@ -28,7 +28,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ class ExportedCALM:
         num_threads: `None` leaves their number to onnxruntime.
 
     Raises:
-        Refusal: a file or a package is missing, or tokenizer.json is no tokenizer.
+        Refusal: a file or a package is missing, or a file is damaged.
     """
 
     def __init__(self, folder: str | Path, num_threads: int | None = None):
@@ -137,11 +137,10 @@ class ExportedCALM:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise Refusal(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
-        self.facts: dict[str, Any] = json.loads((folder / "calm.json").read_text(encoding="utf-8"))
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise Refusal(f"{folder / 'tokenizer.json'} is no tokenizer: {error}.") from error
+        self.facts: dict[str, Any] = read(
+            folder / "calm.json", lambda path: json.loads(path.read_text(encoding="utf-8"))
+        )
+        self.tokenizer = read(folder / "tokenizer.json", lambda path: Tokenizer.from_file(str(path)))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.num_written = 0  # tokens, of all texts
@@ -149,7 +148,10 @@ class ExportedCALM:
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         self.backbone, self.head, self.decoder = (
-            onnxruntime.InferenceSession(str(folder / f"{part}.onnx"), options, providers=["CPUExecutionProvider"])
+            read(
+                folder / f"{part}.onnx",
+                lambda path: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
+            )
             for part in ("backbone", "head", "decoder")
         )
 
@@ -249,6 +251,14 @@ class ExportedCALM:
         at_once = max(1, LOGITS_AT_ONCE // (self.facts["patch_size"] * self.facts["vocab_size"]))
         chunks = [latents_NZ[start : start + at_once] for start in range(0, len(latents_NZ), at_once)]
         return np.concatenate([self.decoder.run(["tokens"], {"latents": chunk})[0] for chunk in chunks])
+
+
+def read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """What a reader makes of a file; `Refusal` where it raises, as each library does in classes of its own."""
+    try:
+        return reader(path)
+    except Exception as error:
+        raise Refusal(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 # The choice by temperature

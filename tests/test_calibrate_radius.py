@@ -273,7 +273,7 @@ def test_weights_that_cannot_be_read_have_none(warnings, how):
 
 def test_what_a_radius_was_measured_at_goes_with_it():
     assert CALMConfig(repetition_radius_measured_at={"weights": "x"}).repetition_radius_measured_at is None
-    with pytest.raises(ValueError, match="repetition_radius_measured_at='x': must be a dictionary"):
+    with pytest.raises(ValueError, match="repetition_radius_measured_at='x': must be of type dict"):
         CALMConfig(repetition_radius=1.0, repetition_radius_measured_at="x")
 
 

@@ -501,14 +501,13 @@ def test_a_full_disk_is_one_sentence_that_names_the_folder(exporter, capsys, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_tokenizer_that_is_none_is_named_by_generate(capsys, tmp_path):
-    pytest.importorskip("onnxruntime", reason=f"onnxruntime {EXTRA}")
-    for name in ("backbone.onnx", "head.onnx", "decoder.onnx"):
-        (tmp_path / name).write_bytes(b"")
-    for name in ("calm.json", "tokenizer.json"):
-        (tmp_path / name).write_text("{}")
-    message = refusal(capsys, generate_onnx.main, PROMPT, "--folder", tmp_path)
-    assert message.startswith(f"{tmp_path / 'tokenizer.json'} is no tokenizer: ")
+@pytest.mark.parametrize("name", ["calm.json", "tokenizer.json", "backbone.onnx", "head.onnx", "decoder.onnx"])
+def test_a_damaged_file_is_named_by_generate(exported, capsys, tmp_path, name):
+    base, _ = exported
+    shutil.copytree(base / "energy", tmp_path / "damaged")
+    (tmp_path / "damaged" / name).write_text("{")
+    message = refusal(capsys, generate_onnx.main, PROMPT, "--folder", tmp_path / "damaged")
+    assert message.startswith(f"{tmp_path / 'damaged' / name} cannot be read: ")
 
 
 def test_a_folder_that_is_none_is_refused_by_generate(capsys, tmp_path):
