@@ -380,7 +380,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not returned.states and not call.synced_gpus:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
-        texts, plan = GrowingTexts(input_ids, call), BlockPlan() if steps is None else OneBlock()
+        texts = GrowingTexts(input_ids, call)
+        # Processes that share shards must call each module equally often: a number of blocks would be each one's own.
+        plan = OneBlock() if steps is not None or call.synced_gpus else BlockPlan()
         fallbacks = Fallbacks(sampling, rules is not None)
         radius = trusted_radius(self) if self.compares_lazily(sampling) else None
         while call.goes_on(texts.is_finished, input_ids.device):
@@ -497,7 +499,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
         return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
 
     def _decodes_lazily(self, sampling: PatchSampling) -> bool:
-        if torch.compiler.is_compiling():  # how much is left to decode depends on the draws
+        # How much is left to decode depends on the draws, which a graph can't; and shards, as of FSDP2, are gathered by
+        # a module's forward alone.
+        is_sharded = hasattr(self.autoencoder.decoder.lm_head.weight, "full_tensor")
+        if torch.compiler.is_compiling() or is_sharded:
             return False
         lazy = sampling.lazy_decoding
         return self.autoencoder.device.type == "cpu" if lazy is None else lazy
