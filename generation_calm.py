@@ -499,8 +499,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
 
     def _decodes_lazily(self, sampling: PatchSampling) -> bool:
-        # How much is left to decode depends on the draws, which a graph can't; and shards, as of FSDP2, are gathered by
-        # a module's forward alone.
+        # How much is left to decode depends on the draws, which a graph's steps don't; and shards, as of FSDP2, are
+        # gathered by a module's forward alone.
         is_sharded = hasattr(self.autoencoder.decoder.lm_head.weight, "full_tensor")
         if torch.compiler.is_compiling() or is_sharded:
             return False

@@ -7,6 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    from torch._guards import detect_fake_mode
+except ImportError:  # private: without it tables that are made in a FakeTensorMode are kept
+
+    def detect_fake_mode(inputs: Any = None) -> Any:
+        return None
+
+
 TABLES_KEPT = 64  # of each kind
 
 
@@ -21,7 +29,9 @@ def made_once(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments):
         # A graph makes its own, on its device: of one that is kept it would know neither the maker nor the content.
-        return function(*arguments) if torch.compiler.is_compiling() else keep(*arguments)
+        # Tables without content, as a FakeTensorMode makes them, are no one else's.
+        is_traced = torch.compiler.is_compiling() or detect_fake_mode() is not None
+        return function(*arguments) if is_traced else keep(*arguments)
 
     return call
 
@@ -38,5 +48,5 @@ def where_float64_is(device: torch.device) -> torch.device:
 
 
 def to_device(values: list[int], device: torch.device) -> Tensor:
-    """A tensor of them, without waiting for the device."""
-    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+    """A tensor of them, without waiting for a GPU of CUDA; others may read memory that is freed by then."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Two processes that share a model's shards (FSDP2, gloo on CPUs) write what one process writes, each its own prompt."""
+"""Two processes that share a model's shards (FSDP2, gloo on CPUs) write what one process writes, each its own text."""
 
 import pytest
 import torch
