@@ -9,7 +9,13 @@ from typing import get_args, get_type_hints
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.utils import logging
-from transformers.utils.versions import require_version
+
+try:
+    from transformers.utils.versions import require_version
+except ImportError:  # of a later version: then nothing is said of it
+
+    def require_version(requirement: str, hint: str | None = None) -> None: ...
+
 
 TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
 # head_type → class of the head. The heads enter themselves when modeling_calm.py imports them; until then nothing is

@@ -7,6 +7,7 @@ with those recorded for the supported versions. Axes: B batch, L tokens.
 """
 
 import copy
+import importlib.metadata
 import inspect
 import types
 from collections.abc import Callable, Sequence
@@ -22,7 +23,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 from .configuration_calm import CALMConfig
 from .virtual_tokens_calm import num_virtual_patches
@@ -169,7 +169,7 @@ MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
 SAMPLE_SIZE = 64  # values of a weight
-CACHE_PACKAGES = {"quanto": ("optimum-quanto", is_optimum_quanto_available), "hqq": ("hqq", is_hqq_available)}
+CACHE_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 
 
 @dataclass(frozen=True)
@@ -370,12 +370,13 @@ def check_cache_package(generation_config: GenerationConfig) -> None:
         return
     backend = str((generation_config.cache_config or {}).get("backend", "quanto")).lower()
     if backend in CACHE_PACKAGES:
-        package, is_available = CACHE_PACKAGES[backend]
-        if not is_available():
+        try:
+            importlib.metadata.version(CACHE_PACKAGES[backend])
+        except importlib.metadata.PackageNotFoundError as error:
             raise ValueError(
                 f'cache_implementation="quantized" with the backend "{backend}" needs a package that is not '
-                f"installed: pip install {package}."
-            )
+                f"installed: pip install {CACHE_PACKAGES[backend]}."
+            ) from error
 
 
 class PatchGenerationMixin(_Base):
