@@ -72,7 +72,7 @@ def test_bfloat16_and_compiled_parts(shapes, monkeypatch, tmp_path):
     [
         (["--block_size", "18"], "--block_size 18: energy needs"),
         (["--block_size", "4"], "--block_size 4: energy needs"),
-        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--batch_size", "0"], "--batch_size: 0: must be a whole number"),
         (["--json", "nowhere/figures.json"], "its folder does not exist"),
     ],
 )
