@@ -98,7 +98,13 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
         if init_own_weights is not None:
             init_own_weights()
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The embeddings, where their number stays; any other raises `ValueError`."""
+        size, step = self.config.vocab_size, pad_to_multiple_of or 1
+        if -(-(size if new_num_tokens is None else new_num_tokens) // step) * step == size:
+            return self.get_input_embeddings()
         raise ValueError(
             "CALM can't resize its token embeddings: the vocabulary is the frozen autoencoder's, so a new token needs "
             "a newly trained autoencoder."

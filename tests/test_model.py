@@ -413,3 +413,7 @@ def test_forward_refuses():
     for module in (model, model.model):
         with pytest.raises(ValueError, match="the vocabulary is the frozen autoencoder's"):
             module.resize_token_embeddings(100)
+        for same in ({}, {"new_num_tokens": VOCAB_SIZE}, {"pad_to_multiple_of": 8}):
+            assert module.resize_token_embeddings(**same) is module.get_input_embeddings()
+        with pytest.raises(ValueError, match="the vocabulary is the frozen autoencoder's"):
+            module.resize_token_embeddings(pad_to_multiple_of=64)
