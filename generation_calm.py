@@ -537,6 +537,14 @@ class CALMGenerationMixin(PatchGenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if input_ids.shape[1] == 0 or not bool(mask.any(-1).all()):
             input_ids, mask = self._start_empty_rows(input_ids, mask, bos_token)
+        if bos_token is not None and input_ids.shape[1] > 1:
+            begin_B2 = mask.argmax(-1, keepdim=True).clamp(max=mask.shape[1] - 2) + numbers_up_to(2, mask.device)
+            is_bos_B2 = (input_ids == bos_token).gather(1, begin_B2) & mask.gather(1, begin_B2).bool()
+            if bool(is_bos_B2.all(-1).any()):
+                logger.warning_once(
+                    "A prompt begins with two BOS tokens, which no training text does: a tokenizer puts one before a "
+                    "text that has one, as of a chat template; tokenize that with add_special_tokens=False."
+                )
         pad = 0 if pad_token is None else int(pad_token)
         # The left padding is the model's: a pad token given to this call only marks where rows have ended.
         left_padding = self.config.prompt_filler_token_id

@@ -71,7 +71,8 @@ def score_texts(
 
     Args:
         model: that is asked.
-        texts: one or several, or ids `(B, L)`. Texts are cut into patches as prompts are.
+        texts: one or several, or ids `(B, L)`. Texts are cut into patches as prompts are; what spells a special token
+            is text, as in training.
         tokenizer: needed for texts.
         attention_mask (`(B, L)`, *optional*): 1 where an id is the text's own.
         num_samples: N, of each patch, at least 2.
@@ -126,7 +127,15 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("score() takes a text, a list of at least one text, or ids as a tensor (batch, length).")
     if not callable(tokenizer):
         raise ValueError("score() got text: pass tokenizer=..., the model's own, or ids of shape (batch, length).")
-    batch: Any = tokenizer(list(texts))
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"score() got {len(texts)} texts, of which text {number} is none at character {error.start}: half a "
+                "surrogate pair."
+            ) from None
+    batch: Any = tokenizer(list(texts), split_special_tokens=True)  # one that spells a special token is text there
     rows = [torch.tensor(ids, dtype=torch.long) for ids in batch["input_ids"]]
     masks = [torch.ones_like(ids_L) for ids_L in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)

@@ -21,6 +21,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
+from calm import generation_calm
 from calm.configuration_calm import CALMConfig
 from calm.generation_calm import PatchSampling, pack_prompts
 from calm.modeling_calm import CALMForCausalLM
@@ -477,3 +478,20 @@ def test_sampling_settings_come_from_the_generation_config(model):
     assert PatchSampling.from_generation_config(GenerationConfig(temperature=0.3)).do_sample is False
     assert PatchSampling.from_generation_config(GenerationConfig()).sampling_method == "adaptive"
     assert PatchSampling.from_generation_config(config, lazy_decoding=False).lazy_decoding is False
+
+
+@pytest.mark.parametrize(
+    ("prompts", "warned"),
+    [
+        ([[BOS, BOS, 5, 6]], True),
+        ([[BOS, 5, 6, 7], [PAD, BOS, BOS, 8]], True),
+        ([[PAD, PAD, BOS, BOS]], True),
+        ([[BOS, 5, BOS, BOS]], False),
+        ([[PAD, BOS, 5, 6], [PAD, PAD, PAD, BOS]], False),
+    ],
+)
+def test_a_second_bos_is_warned_of(monkeypatch, model, prompts, warned):
+    warnings, prompts = [], torch.tensor(prompts)
+    monkeypatch.setattr(generation_calm.logger, "warning_once", warnings.append)
+    generate(model, prompts, attention_mask=(prompts != PAD).long(), max_new_tokens=4)
+    assert len(warnings) == warned and all("begins with two BOS tokens" in each for each in warnings)

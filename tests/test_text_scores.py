@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_scores import energy_score_by_loops
-from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 
 from calm import text_scores_calm
 from calm.heads_calm import PatchTarget
@@ -197,6 +197,12 @@ class TestBatches:
             assert all(torch.equal(by_text[name], other[name]) for name in by_text.keys())
         assert by_text.is_scored.sum() == -(-ids.shape[1] // 4) - 1
 
+    def test_what_spells_a_special_token_is_text(self):
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        scores = model.score("a</s>b", tokenizer, num_samples=3)
+        spelled = tokenizer("a</s>b", split_special_tokens=True)["input_ids"]
+        assert scores.patches.flatten()[-len(spelled) :].tolist() == spelled and EOS not in spelled
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_strings_of_different_lengths(self, side):
         model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -330,6 +336,7 @@ def test_too_few_samples(num_samples):
         ([], {}, "at least one text"),
         (None, {}, "takes a text"),
         ([TEXT, None], {}, "takes a text"),
+        ([TEXT, "ab\ud800"], {}, "got 2 texts, of which text 2 is none at character 2: half a surrogate pair"),
         (IDS.tolist(), {}, "or ids as a tensor"),
         (IDS.float(), {}, "token ids are whole numbers"),
         (IDS[0], {}, r"a tensor of shape \(24,\)"),
