@@ -27,6 +27,10 @@ AUTO_MAP = {
     "AutoModel": "modeling_calm.CALMModel",
     "AutoModelForCausalLM": "modeling_calm.CALMForCausalLM",
 }
+AUTOENCODER_AUTO_MAP = {
+    "AutoConfig": "configuration_calm.CALMAutoencoderConfig",
+    "AutoModel": "modeling_calm_autoencoder.CALMAutoencoder",
+}
 
 
 def check_transformers() -> None:
@@ -166,6 +170,7 @@ class CALMAutoencoderConfig(PretrainedConfig):
     def to_dict(self):
         output = super().to_dict()
         output.pop("_pre_quantization_dtype", None)  # upstream leaves out its own alone, and json takes no torch.dtype
+        output["auto_map"] = dict(AUTOENCODER_AUTO_MAP)  # of the autoencoder by itself
         return output
 
     def to_diff_dict(self):
@@ -309,14 +314,20 @@ class CALMConfig(LlamaConfig):
             output["rope_theta"] = parameters["rope_theta"]
             if parameters.get("rope_type", "default") != "default":
                 output["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        output["autoencoder_config"] = self.autoencoder_config.to_dict()
+        output["autoencoder_config"] = _without_auto_map(self.autoencoder_config.to_dict())
         # Every copy names its own code: a class loaded from the Hub would leave "repository--module.Class" here.
         output["auto_map"] = dict(AUTO_MAP)
         return output
 
     def to_diff_dict(self):
         """What config.json holds: of the autoencoder, too, what is its own."""
-        return super().to_diff_dict() | {"autoencoder_config": self.autoencoder_config.to_diff_dict()}
+        own = _without_auto_map(self.autoencoder_config.to_diff_dict())
+        return super().to_diff_dict() | {"autoencoder_config": own}
 
 
+def _without_auto_map(fields: dict) -> dict:
+    return {name: value for name, value in fields.items() if name != "auto_map"}
+
+
+CALMAutoencoderConfig.register_for_auto_class()
 CALMConfig.register_for_auto_class()

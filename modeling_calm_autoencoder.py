@@ -373,3 +373,6 @@ class CALMAutoencoder(OffloadableModel):
     def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
         chance = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
         return input_ids.masked_fill(chance < self.config.token_dropout_rate, 0)
+
+
+CALMAutoencoder.register_for_auto_class("AutoModel")

@@ -134,3 +134,13 @@ def texts_of_a_batcher(folder):
     with Batcher(model) as batcher:
         futures = [batcher.submit([1, 40], seed=7, max_new_tokens=20, num_candidates=20, **law) for law in LAWS]
         return [future.result().tokens for future in futures]
+
+
+def loaded_by_auto_model(folder, ids):
+    """In a fresh process: the class, and the ids that it gives back."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        return type(model).__name__, model.decode_tokens(model.encode(torch.tensor(ids))[0]).tolist()

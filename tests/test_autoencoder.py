@@ -1,11 +1,14 @@
 """The autoencoder on its own: shapes for every K and depth, training noise, loss, weights tied through a save."""
 
 import json
+import re
 
+import fresh_process
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB_SIZE
+from model_copies import ROOT, loaded_by_auto_model
+from tiny import VOCAB_SIZE, tiny_model
 
 from calm.configuration_calm import CALMAutoencoderConfig
 from calm.modeling_calm_autoencoder import CALMAutoencoder
@@ -186,3 +189,27 @@ def test_a_part_alone_gives_its_outputs_and_no_loss():
     for given in ({}, {"input_ids": ids, "latents": latents}):
         with pytest.raises(ValueError, match="takes either input_ids, to encode and decode, or latents"):
             model(**given)
+
+
+# As clients take it
+
+
+@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
+def test_the_example_of_the_guide_prints_what_it_says(capsys):
+    guide = (ROOT / "docs/clients.md").read_text(encoding="utf-8")
+    section = guide.split("### The autoencoder by itself")[1].split("\n## ")[0]
+    example, printed = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)
+    exec(example, {"MODEL": str(ROOT)})
+    assert capsys.readouterr().out == printed
+
+
+def test_a_folder_of_its_own_loads_by_auto_model(tmp_path):
+    model, ids = tiny_model().autoencoder, [[1, 5, 6, 7, 8, 9, 10, 11]]
+    model.save_pretrained(tmp_path / "autoencoder")
+    name, decoded = fresh_process.call(
+        loaded_by_auto_model, tmp_path / "home", folder=str(tmp_path / "autoencoder"), ids=ids
+    ).result
+    with torch.no_grad():
+        expected = model.decode_tokens(model.encode(torch.tensor(ids))[0])
+    assert name == "CALMAutoencoder" and decoded == expected.tolist()
+    assert "auto_map" not in tiny_model().config.to_dict()["autoencoder_config"]
