@@ -245,7 +245,7 @@ class OffloadableModel(PreTrainedModel):
         return execution_device(self) or device if device.type == "meta" else device
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
         """As upstream, which initialises weights that no file has; they are noted for `check_weights`."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
         missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
