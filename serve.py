@@ -9,11 +9,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from argparse import ArgumentTypeError
+from contextlib import suppress
 from pathlib import Path
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive, sentence
+from calm.command_line import CommandError, Parser, command, known_errors, positive, utf8
 
 PROGRAM = "python -m calm.serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -26,13 +26,15 @@ def main(argv: list[str] | None = None) -> None:
     """Loads the model and serves it until the process is told to stop."""
     options = parse(argv)
     check_environment()
-    with known_errors(OSError, OverflowError):
+    with known_errors(OSError):
         listening = listen(options.host, options.port)
     with listening:
         from calm.serving.app import ServerOptions, create_app
 
         batcher = load_batcher(options)
         try:
+            with known_errors():  # as of every request at its defaults
+                batcher.submit([0], max_new_tokens=1).result()
             app = create_app(
                 batcher,
                 ServerOptions(
@@ -50,8 +52,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None):
     parser = Parser(PROGRAM, __doc__)
-    parser.add_argument("model", help="folder or Hub id; `.` is the demo model in this repository")
-    parser.add_argument("--model_name", help="the id that clients ask for (default: MODEL as it is written)")
+    parser.add_argument("model", type=utf8, help="folder or Hub id; `.` is the demo model in this repository")
+    parser.add_argument(
+        "--model_name", type=utf8, help="the id that clients ask for (default: MODEL as it is written)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--device", help="default: a GPU where there is one")
@@ -70,7 +74,7 @@ def parse(argv: list[str] | None):
     parser.add_argument(
         "--max_request_bytes", type=positive, default=2**20, help="larger ones get 413 (default: 1 MiB)"
     )
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for a request, 0: any (default: 600)")
+    parser.add_argument("--timeout", type=seconds, default=600, help="seconds for a request, 0: any (default: 600)")
     parser.add_argument("--grace", type=positive, default=30, help="seconds to finish in when stopped (default: 30)")
     parser.add_argument("--api_key", help=f"clients must send it (default: ${KEY_VARIABLE}, or none)")
     parser.add_argument("--chat_template", type=Path, help="a Jinja file, for models that have none or another")
@@ -78,6 +82,13 @@ def parse(argv: list[str] | None):
         "--allow_origin", action="append", default=[], help="of web pages that may ask, * for any (repeatable)"
     )
     return parser.parse_args(argv)
+
+
+def seconds(text: str) -> float:
+    """For `type=` of a time limit."""
+    if not 0 <= (number := float(text)) < float("inf"):
+        raise ArgumentTypeError(f"{text}: must be a number of seconds that is not negative.")
+    return number
 
 
 def check_environment() -> None:
@@ -94,17 +105,20 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket bound before the model is loaded, so that a port in use is known at once.
 
     Raises:
-        OSError, OverflowError: it can't be bound.
+        OSError: it can't be bound.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+    except Exception as error:  # OverflowError of a port, TypeError of a host
         listening.close()
-        raise OSError(f"{host}:{port} can't be listened on ({error.strerror})") from None
+        raise cannot_listen(host, port, error) from None
     return listening
+
+
+def cannot_listen(host: str, port: int, error: Exception) -> OSError:
+    return OSError(f"{host}:{port} can't be listened on ({getattr(error, 'strerror', None) or error})")
 
 
 def load_batcher(options):
@@ -115,19 +129,21 @@ def load_batcher(options):
     import torch
 
     from calm.evaluation.models import is_calm, load_causal_lm
+    from calm.loading import check_tokenizer, reading
     from calm.serving.batcher import Batcher
     from calm.training.tokenizer import load_tokenizer
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with errors_about(options.model):
-        template = None if options.chat_template is None else options.chat_template.read_text(encoding="utf-8")
-        tokenizer = load_tokenizer(options.model)
+    with known_errors():
+        template = None if options.chat_template is None else read_template(options.chat_template)
+        with reading(options.model):
+            tokenizer = load_tokenizer(options.model)
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
         if dtype != "auto" and not isinstance(dtype, torch.dtype):
             raise ValueError(f"--dtype {options.dtype}: must be auto or a type of torch, as float32 or bfloat16.")
-        model = load_causal_lm(options.model, dtype, torch.device(device))
+        model = load_causal_lm(options.model, dtype, options.device)
         if not is_calm(model):
             raise ValueError(f"{options.model} is no CALM: its model_type is {model.config.model_type!r}.")
+        check_tokenizer(model, tokenizer, options.model)
         if template is not None:
             tokenizer.chat_template = template
         check_chat_template(tokenizer)
@@ -140,6 +156,13 @@ def load_batcher(options):
             max_draws=options.max_draws,
             prefill_chunk_size=options.prefill_chunk_size,
         )
+
+
+def read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is no text in UTF-8.") from None
 
 
 def check_chat_template(tokenizer) -> None:
@@ -159,21 +182,15 @@ def check_chat_template(tokenizer) -> None:
         pass
 
 
-@contextmanager
-def errors_about(model: str) -> Iterator[None]:
-    """Turns what loading a model raises into one sentence, which names the model."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        said = sentence(error)
-        raise CommandError(said if model in said else f"{model}: {said}") from error
-
-
 def run(app, batcher, listening: socket.socket, options) -> None:
     """Serves until SIGINT or SIGTERM, see `Server`."""
     from calm.serving.connections import Server
 
     host, port = listening.getsockname()[:2]
+    try:
+        listening.listen()
+    except OSError as error:  # another server was started at the same time
+        raise CommandError(f"{cannot_listen(host, port, error)}.") from None
     print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         Server(app, batcher, options.grace).run(sockets=[listening])

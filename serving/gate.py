@@ -77,7 +77,10 @@ class Gate:
         key = self.options.api_key
         if key is not None and path not in self.keyless:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            is_right = secrets.compare_digest(given.strip().encode("latin-1"), key.encode())  # as headers are decoded
+            right = key.encode(
+                errors="surrogateescape"
+            )  # the bytes that it was given as; those of headers are latin-1
+            is_right = secrets.compare_digest(given.strip().encode("latin-1"), right)
             if scheme.lower() != "bearer" or not is_right:
                 sentence = "The request needs the API key: Authorization: Bearer KEY."
                 raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -20,10 +20,12 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
+from safetensors.torch import load_file, save_file
 from server_process import START_SECONDS, running_server, save_tiny_model
 from tiny import tiny_tokenizer
 
 from calm import serve
+from calm.command_line import CommandError
 from calm.modeling_calm import CALMForCausalLM
 from calm.serving.openai_api import CountPenalty
 
@@ -513,17 +515,60 @@ def test_a_port_in_use_is_known_before_the_model_is_loaded(monkeypatch, capsys):
     assert f"127.0.0.1:{port} can't be listened on" in message
 
 
+def test_a_port_that_another_server_took_while_the_model_was_loaded(monkeypatch):
+    with serve.listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with serve.listen("127.0.0.1", port) as second:
+            first.listen()
+            with pytest.raises(CommandError, match=f"127.0.0.1:{port} can't be listened on .Address already in use"):
+                serve.run(None, None, second, serve.parse([str(ROOT)]))
+
+
+@pytest.mark.parametrize("place", [("--host", "203.0.113.1"), ("--host", "é" * 80), ("--port", 70000)])
+def test_an_address_that_no_one_can_listen_on(monkeypatch, capsys, place):
+    monkeypatch.setattr(serve, "load_batcher", lambda _: pytest.fail("loaded"))
+    assert "can't be listened on" in commands.refusal(capsys, serve.main, ROOT, *place)
+
+
 def test_folders_devices_types_and_templates_that_are_wrong_are_refused(refusal, tmp_path, tiny_folder):
     assert str(tmp_path / "missing") in refusal(tmp_path / "missing")
-    (tmp_path / "config.json").write_text('{"model_type": "calm_autoencoder"}')
-    assert refusal(tmp_path)
+    CALMForCausalLM.from_pretrained(tiny_folder).autoencoder.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert "is an autoencoder, not a language model" in refusal(tmp_path)
     assert "--dtype float33: must be auto or a type of torch" in refusal(tiny_folder, "--dtype", "float33")
     assert "nowhere" in refusal(tiny_folder, "--device", "nowhere")
+    if not torch.cuda.is_available():
+        assert "--device cuda: " in refusal(tiny_folder, "--device", "cuda")
+    for timeout in ("-1", "nan", "inf"):
+        assert f"{timeout}: must be a number of seconds that is not negative" in refusal(
+            tiny_folder, "--timeout", timeout
+        )
     assert "none.jinja" in refusal(tiny_folder, "--chat_template", tmp_path / "none.jinja")
+    (tmp_path / "bad.jinja").write_bytes(b"\xff")
+    assert "bad.jinja: is no text in UTF-8" in refusal(tiny_folder, "--chat_template", tmp_path / "bad.jinja")
     (tmp_path / "bad.jinja").write_text("{{ messages\n{% if %}")
     assert "the chat template is no Jinja, in line 2" in refusal(
         tiny_folder, "--chat_template", tmp_path / "bad.jinja"
     )
+
+
+def test_a_model_that_no_request_could_be_written_with_is_refused(refusal, tmp_path, tiny_folder):
+    """Of its weights, and of the settings that it was saved with."""
+
+    def save(folder, **tensors):
+        shutil.copytree(tiny_folder, folder)
+        file = folder / "model.safetensors"
+        weights = {**load_file(file), **tensors}
+        save_file({name: weight for name, weight in weights.items() if weight is not None}, file, {"format": "pt"})
+        return folder
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    nan = torch.full_like(load_file(tiny_folder / "model.safetensors")[name], torch.nan)
+    assert f"{name} holds NaN" in refusal(save(tmp_path / "nan", **{name: nan}))
+    done = run_module(save(tmp_path / "missing", **{name: None}), "--port", "0")  # upstream reports it first
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"its weights lack {name}." in done.stderr.splitlines()[-1]
+    assert "patches in a step: 20 are allowed here" in refusal(tiny_folder, "--max_draws", "20")
 
 
 def test_another_model_is_refused(refusal, tmp_path):
