@@ -276,23 +276,19 @@ class Fallbacks:
     def __init__(self, sampling: PatchSampling, has_rules: bool):
         self.sampling, self.has_rules = sampling, has_rules
         self.is_exact_asked_for = sampling.do_sample and sampling.sampling_method == "exact"
-        self.num_patches = 0
-        self.num_fallbacks: Tensor | int = 0  # on the device until the end
-
-    def count(self, is_exact_R: Tensor) -> None:
-        self.num_patches += len(is_exact_R)
-        self.num_fallbacks = self.num_fallbacks + (~is_exact_R).sum()
+        self.is_exact: list[Tensor] = []  # of each step (R,), on the device until the end
 
     def warn(self) -> None:
-        if not int(self.num_fallbacks):
+        is_exact = torch.cat(self.is_exact).tolist() if self.is_exact else []
+        if all(is_exact):
             return
         sampling = self.sampling
         why = f"as {sampling.most_draws} candidates held no accepted attempt; raise num_candidates or the temperature"
         if self.has_rules or sampling.weighs_all:
             why = "which logits processors, top_k, top_p, min_p and a temperature above 1 ask for"
         logger.warning(
-            f'sampling_method="exact": {int(self.num_fallbacks)} of {self.num_patches} patches were chosen by the '
-            f"batch rule, {why}. `is_exact` in the scores (output_scores=True) tells which."
+            f'sampling_method="exact": {is_exact.count(False)} of {len(is_exact)} patches were chosen by the batch '
+            f"rule, {why}. `is_exact` in the scores (output_scores=True) tells which."
         )
 
 
@@ -390,7 +386,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             if steps is not None and steps.has_begun:
                 patches_BK = steps.next_patches(generator, forbidden_KV, plan)
                 if fallbacks.is_exact_asked_for:
-                    fallbacks.count(texts.rows(sampling.is_exact(plan, len(patches_BK), has_rules=False)))
+                    fallbacks.is_exact.append(texts.rows(sampling.is_exact(plan, len(patches_BK), has_rules=False)))
                 steps.read(texts.append(patches_BK))
                 continue
             outputs = self(
@@ -421,7 +417,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 if put_scores is not None:
                     put_scores(returned.scores[-1])
             if fallbacks.is_exact_asked_for and not texts.is_finished:
-                fallbacks.count(sampling.is_exact(plan, len(patches_RK), token_rules is not None))
+                fallbacks.is_exact.append(sampling.is_exact(plan, len(patches_RK), token_rules is not None))
             patches_BK = texts.append(patches_RK)
             inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
             if steps is not None:
