@@ -14,7 +14,7 @@ from tiny import HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny_toke
 from transformers import LlamaConfig, PreTrainedConfig
 
 from calm import heads_calm
-from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm.configuration_calm import AUTOENCODER_AUTO_MAP, CALMAutoencoderConfig, CALMConfig
 from calm.heads_calm import PatchTarget
 from calm.modeling_calm import CALMForCausalLM, CALMModel
 
@@ -270,9 +270,10 @@ def test_config_survives_a_save(tmp_path):
     assert loaded.to_dict() == config.to_dict()
     assert loaded.autoencoder_config.patch_size == 8
     nested = config.to_dict()["autoencoder_config"]
-    assert nested == config.autoencoder_config.to_dict() and nested["ae_dropout"] == 0.15
+    code = {"auto_map": AUTOENCODER_AUTO_MAP}  # of a folder of its own
+    assert nested | code == config.autoencoder_config.to_dict() and nested["ae_dropout"] == 0.15
     saved = json.loads((tmp_path / "config.json").read_text())["autoencoder_config"]
-    assert saved == json.loads(json.dumps(config.autoencoder_config.to_diff_dict()))
+    assert saved | code == json.loads(json.dumps(config.autoencoder_config.to_diff_dict())) != saved
     assert loaded.to_dict()["rope_theta"] == 5e5  # read by transformers 4, beside rope_parameters for 5
     assert CALMConfig().autoencoder_config.vocab_size == CALMConfig().vocab_size == 128257
 
