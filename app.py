@@ -100,7 +100,7 @@ def serve(options) -> None:
         raise CommandError('the page needs gradio: pip install "calm-transformers[app]".')
     from calm.serve import listen
 
-    with known_errors(OSError, OverflowError), listen(options.host, options.port) as listening:
+    with known_errors(OSError), listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]  # known to be free before models are loaded
     writers = load_writers(options.model, options.baseline, options.device)
     from calm.app_page import create_page, launch
