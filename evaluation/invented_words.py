@@ -22,8 +22,8 @@ from transformers import set_seed
 from calm.command_line import Parser, command, known_errors, natural, positive, utf8, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
-from calm.loading import check_tokenizer
 from calm.generation_calm import PatchSampling
+from calm.loading import check_tokenizer
 from calm.progress import progress_bar, say
 from calm.training.documents import expand_paths, read_documents, size_of
 from calm.training.tokenizer import load_tokenizer
