@@ -43,7 +43,7 @@ from calm.command_line import Parser, command, known_errors, positive
 from calm.flow_head_calm import Conditions, ModulatedMLP
 from calm.generation_calm import PatchSampling
 from calm.heads_calm import GenerativeHead
-from calm.loading import load_whole
+from calm.loading import check_tokenizer, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.extras import need
@@ -446,6 +446,7 @@ def load(name: str) -> tuple[CALMForCausalLM, Any]:
         raise ExportError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
     if getattr(model, "is_quantized", False):
         raise ExportError(f"{name} is quantised: export the model that it was made of.")
+    check_tokenizer(model, tokenizer, name)
     return model.eval(), tokenizer
 
 
@@ -503,8 +504,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     with known_errors(ExportError, OSError), new_folder(options.output) as folder:
-        with known_errors(ValueError, OSError):
-            check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)
+        with known_errors():
+            with reading(options.model):
+                check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)
             for package in PACKAGES:
                 need(package, "onnx", "python -m calm.export_onnx")
             check_opset(options.opset)

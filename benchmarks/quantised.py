@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=positive, default=3, help="texts of each method, of which the fastest counts")
     options = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
-        if min(options.tokens - LEAST_TOKENS, options.rounds - 1) < 0:
-            raise ValueError(f"--tokens must be at least {LEAST_TOKENS}, and --rounds at least 1.")
+        if options.tokens < LEAST_TOKENS:
+            raise ValueError(f"--tokens {options.tokens}: must be at least {LEAST_TOKENS}.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each library's, that it will be another's
             rows = table(options.model, options.tokens, options.rounds)

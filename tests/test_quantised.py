@@ -117,4 +117,4 @@ def test_the_table(tmp_path, capsys, monkeypatch):
 
 
 def test_refusal(capsys):
-    assert "--rounds at least 1" in refusal(capsys, quantised.main, ".", "--rounds", "0")
+    assert "--rounds: 0: must be a whole number of at least 1" in refusal(capsys, quantised.main, ".", "--rounds", "0")
