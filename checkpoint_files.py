@@ -292,7 +292,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds no JSON object.")

@@ -75,7 +75,8 @@ def utf8(word: str) -> str:
     try:
         word.encode()
     except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"{word!r}: is no text at character {error.start + 1}; send UTF-8.") from None
+        hint = "send UTF-8, in a locale of UTF-8"
+        raise argparse.ArgumentTypeError(f"{word!r}: is no text at character {error.start + 1}; {hint}.") from None
     return word
 
 

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 try:
     import llguidance
-    import llguidance.hf
 except ImportError:
     llguidance: Any = None
 
 # At most one space at a time, so that a text gets on; no \u, with which a name may be spelt that properties has.
 JSON_OPTIONS = {"whitespace_pattern": "[ ]?", "json_allowed_escapes": r"\"bfnrt"}
+PLAIN = {"padding": None, "truncation": None}  # of a tokenizer's file
 _wrapping = Lock()
 
 
@@ -117,8 +118,17 @@ class GrammarOfText:
 
 @lru_cache(4)
 def _wrap(tokenizer: Any, num_tokens: int, eos_token_id: int) -> Any:
-    """llguidance's form of a tokenizer, which takes a second where the vocabulary is large."""
-    return llguidance.hf.from_tokenizer(tokenizer)
+    """llguidance's form of a tokenizer, which takes a second where the vocabulary is large.
+
+    Special tokens have other names there, or one would be written where a grammar spells it.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError("it is no fast tokenizer")
+    text = json.dumps({**json.loads(tokenizer.backend_tokenizer.to_str()), **PLAIN}, ensure_ascii=False)
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            text = text.replace(json.dumps(token.content, ensure_ascii=False), f'"\U0010ffff{number}"')
+    return llguidance.LLTokenizer(text, eos_token=eos_token_id)
 
 
 def _of_schema(json_schema: dict | str | None) -> str:

@@ -10,7 +10,6 @@ from transformers.utils import logging
 
 from calm.command_line import sentence
 from calm.modeling_calm import CALMForCausalLM
-from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.progress import load_with_bar
 from calm.upstream_calm import non_finite_weight
 
@@ -20,18 +19,24 @@ PADDED_SHARE = 1 / 20  # of a vocabulary may be ids without a token: sizes are r
 logger = logging.get_logger(__name__)
 
 
+def is_missing_folder(name: str | Path) -> bool:
+    """Whether this is no folder, and no Hub id, which begins with no dot or slash and has one slash at most."""
+    text = str(name)
+    return (text.startswith((".", "~", "/")) or text.count("/") > 1) and not Path(name).exists()
+
+
 @contextmanager
 def reading(name: str | Path) -> Iterator[None]:
     """Turns whatever is raised while a model's files are read into one sentence that names the model.
 
     Args:
-        name: folder or Hub id. What begins with a dot or a slash, or has two of them, is no Hub id.
+        name: folder or Hub id.
 
     Raises:
         ValueError: in place of each error.
     """
     path, text = Path(name), str(name)
-    if (text.startswith((".", "~", "/")) or text.count("/") > 1) and not path.exists():
+    if is_missing_folder(name):
         raise ValueError(f"{name}: no such folder.")
     try:
         yield
@@ -66,7 +71,7 @@ def load_whole(load, name: str | Path, **settings) -> Any:
     """
     with reading(name):
         model, info = load_with_bar(load, name, output_loading_info=True, **settings)
-    unexpected = info["unexpected_keys"] if isinstance(model, CALMForCausalLM | CALMAutoencoder) else ()
+    unexpected = info["unexpected_keys"] if isinstance(model, CALMForCausalLM) else ()  # it holds an autoencoder, too
     lacking = {
         "lack": info["missing_keys"],
         "have another shape for": [key for key, *_ in info["mismatched_keys"]],
@@ -89,7 +94,7 @@ def check_tokenizer(model, tokenizer, name: str | Path = "The tokenizer") -> Non
     Raises:
         ValueError: the tokenizer lacks ids among the others, or many: it is another model's.
     """
-    vocab_size = model.config.vocab_size
+    vocab_size = model.config.get_text_config().vocab_size
     known = set(tokenizer.get_vocab().values())
     missing = [token for token in range(vocab_size) if token not in known]
     if not missing:

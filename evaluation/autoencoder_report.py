@@ -19,7 +19,7 @@ from calm.command_line import Parser, command, known_errors, natural, positive, 
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
-from calm.loading import device_of, load_whole
+from calm.loading import check_tokenizer, device_of, load_whole
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.progress import progress_bar
 from calm.training.diagnostics import ACTIVE_NATS
@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             need("matplotlib", "eval", "--plot")
         autoencoder = load_autoencoder(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
+        check_tokenizer(autoencoder, tokenizer, args.tokenizer or args.model)
         patches_PK = read_blocks(args, tokenizer, autoencoder.config.patch_size, args.max_patches)
     patches_PK = patches_PK.to(autoencoder.device)
     rows = noise_accuracy(autoencoder, patches_PK, seed=args.seed)

@@ -57,6 +57,8 @@ def pack_blocks(
         if max_blocks is not None and length >= max_blocks * block_size:
             break
     blocks = length // block_size if max_blocks is None else min(length // block_size, max_blocks)
+    if not length:
+        raise DataError("the data holds no text.")
     if blocks == 0:
         raise DataError(f"the data has {length} tokens, fewer than one block of {block_size}: choose shorter blocks.")
     return torch.from_numpy(np.concatenate(pieces)[: blocks * block_size]).view(blocks, block_size)

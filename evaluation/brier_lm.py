@@ -24,6 +24,7 @@ from calm.command_line import Parser, command, known_errors, natural, positive, 
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import BrierScore
 from calm.evaluation.models import count_model, load_causal_lm, positions_per_block
+from calm.loading import check_tokenizer
 from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
 
@@ -54,6 +55,7 @@ def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierS
     per_block = positions_per_block(model, args.block_size)
     max_blocks = None if args.max_positions is None else ceil(args.max_positions / per_block)
     tokenizer = load_tokenizer(args.tokenizer or name)
+    check_tokenizer(model, tokenizer, args.tokenizer or name)
     blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
     if len(blocks_BL) < state.num_processes:
         raise ValueError(f"{len(blocks_BL)} blocks for {state.num_processes} processes: start fewer processes")

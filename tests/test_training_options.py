@@ -86,6 +86,9 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
         ("--train_sampling_strategy group_by_length", "train_sampling_strategy='group_by_length': leave it out"),
         ("--resume_from_checkpoint runs/x", "resume_from_checkpoint='runs/x': leave it out"),
         ("--auto_find_batch_size", "auto_find_batch_size=True: leave it out"),
+        ("--auxiliary_weight -1", "auxiliary_weight=-1: must not be negative"),
+        ("--weight_decay -1", "weight_decay=-1: must not be negative"),
+        ("--auxiliary_weight .nan", "auxiliary_weight=nan: must be a finite number"),
     ],
 )
 def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made(
@@ -96,3 +99,28 @@ def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made
     recipe = ["--recipe", str(RECIPES / "calm.yaml"), "--output_dir", str(tmp_path / "run")]
     assert message in refusal(capsys, train_calm.main, *recipe, *fields, *re.findall(r"\{.*?\}|\S+", words))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--dataloader_num_workers -1", "num_workers"),
+        ("--attn_implementation nope", "nope"),
+        ("--deepspeed nope.json", "deepspeed"),
+        ("--autoencoder TOKENIZER", "holds none, its config.json has model_type None"),
+        ("--autoencoder nowhere/at/all", "no such folder"),
+    ],
+)
+def test_what_only_the_model_or_the_data_show_is_one_line_too(words, message, workshop, tmp_path, capsys):
+    fields = [word for name, value in workshop.items() for word in (f"--{name}", value)]
+    recipe = ["--recipe", str(RECIPES / "calm.yaml"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    words = words.replace("TOKENIZER", workshop["tokenizer"]).split()
+    assert message in refusal(capsys, train_calm.main, *recipe, *fields, *words)
+
+
+def test_the_autoencoder_of_a_calm_will_do(workshop, tmp_path):
+    calm = str(tmp_path / "calm")
+    assert train("calm", **workshop, max_steps=1, output_dir=calm) == 0
+    assert train("calm", **workshop | {"autoencoder": calm}, max_steps=1, output_dir=str(tmp_path / "other")) == 0
+    same = [load_file(tmp_path / name / "model.safetensors") for name in ("calm", "other")]
+    assert all((same[0][key] == same[1][key]).all() for key in same[0] if key.startswith("autoencoder."))

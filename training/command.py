@@ -6,7 +6,6 @@ from calm.command_line import Parser, command, known_errors
 from calm.training.configuration import config_and_notes
 from calm.training.cost import print_cost
 from calm.training.documents import DataError
-from calm.training.extras import MissingPackage
 from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line, recipe_names
 from calm.training.trainer import TrainingStopped
 
@@ -20,16 +19,18 @@ def report_cost(recipe: Recipe) -> None:
 def training_command(
     kind: str,
     description: str | None,
-    train: Callable[[Recipe, str], None],
+    train: Callable[[Recipe, str], Callable[[], None] | None],
     argv: list[str] | None,
     dry_run: Callable[[Recipe], None] = report_cost,
 ) -> None:
-    """Reads the command line and calls `train(recipe, resume)`, or `dry_run(recipe)`.
+    """Reads the command line and calls `train(recipe, resume)` and what it returns, or `dry_run(recipe)`.
+
+    Until the training itself begins, every error is one of recipe, files or environment.
 
     Args:
         kind: of the recipes that the command takes.
         description: what `--help` says; the module's docstring.
-        train: given the recipe and `--resume`.
+        train: given the recipe and `--resume`; returns the training where there is more than preparing it.
         argv: the command line; `None` is that of the process.
         dry_run: given the recipe.
     """
@@ -44,11 +45,11 @@ def training_command(
         "--resume", default="auto", choices=["auto", "never"], help="auto: go on where output_dir's checkpoints end"
     )
     options, fields = parser.parse_known_args(argv)
-    with known_errors(RecipeError, DataError, MissingPackage, TrainingStopped, OSError):
+    with known_errors():
         recipe = load_recipe(options.recipe, parse_command_line(fields))
         if recipe.kind != kind:
             raise RecipeError(f"the recipe {options.recipe!r} is for train_{recipe.kind}.")
-        if options.dry_run:
-            dry_run(recipe)
-        else:
-            train(recipe, options.resume)
+        training = dry_run(recipe) if options.dry_run else train(recipe, options.resume)
+    if training is not None:
+        with known_errors(DataError, TrainingStopped, OSError):
+            training()

@@ -42,7 +42,13 @@ def autoencoder_config_of(recipe: Recipe) -> CALMAutoencoderConfig:
     Raises:
         RecipeError: there is none, or it cannot be read.
     """
-    return read("autoencoder", recipe.autoencoder, "train_autoencoder", CALMAutoencoderConfig.from_pretrained)
+    where = recipe.autoencoder
+    fields, _ = read("autoencoder", where, "train_autoencoder", PretrainedConfig.get_config_dict)
+    if fields.get("model_type") not in (CALMConfig.model_type, CALMAutoencoderConfig.model_type):
+        raise RecipeError(
+            f"autoencoder {where}: holds none, its config.json has model_type {fields.get('model_type')!r}."
+        )
+    return read("autoencoder", where, "train_autoencoder", CALMAutoencoderConfig.from_pretrained)
 
 
 def config_before(recipe: Recipe):

@@ -47,16 +47,17 @@ class BadLines:
     """What to do with a line that holds no document: stop there, or skip it and count it.
 
     Args:
-        skip: False raises `DataError` at the first bad line.
+        skip: False raises `DataError` at the first bad line; `None` as well, where there is no option to skip it.
     """
 
-    def __init__(self, skip: bool = False):
+    def __init__(self, skip: bool | None = None):
         self.skip, self.count, self.first = skip, 0, None
 
     def report(self, path, line: int, why: str) -> None:
         message = f"{path}, line {line}: {why}"
         if not self.skip:
-            raise DataError(f"{message} (skip_bad_lines skips such lines and counts them).")
+            hint = "" if self.skip is None else " (skip_bad_lines skips such lines and counts them)"
+            raise DataError(f"{message}{hint}.")
         self.count += 1
         self.first = self.first or message
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
@@ -123,6 +125,8 @@ def check_arguments(args: TrainingArguments) -> None:
             kind(model.parameters(), **given)
         field = f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}"
         get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, settings)
+        field = "dataloader"
+        DataLoader([0], num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor)  # pyright: ignore
         field = f"report_to {args.report_to}"
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
@@ -139,6 +143,10 @@ def check_fields(recipe: Recipe) -> None:
         raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head.")
     if recipe.head_learning_rate is not None and recipe.head_learning_rate < 0:
         raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: must not be negative.")
+    decays = {"weight_decay": recipe.training.get("weight_decay", 0.0)}
+    for name, value in {**vars(recipe), **decays}.items():
+        if name in ("auxiliary_weight", "head_weight", "weight_decay") and value < 0:
+            raise RecipeError(f"{name}={value}: must not be negative.")
     if not 0 <= recipe.ema_decay < 1:
         raise RecipeError(f"ema_decay={recipe.ema_decay}: must lie in [0, 1).")
     if recipe.ema_decay and recipe.training.get("fsdp"):
@@ -166,8 +174,8 @@ def check_auxiliary(recipe: Recipe) -> None:
         raise RecipeError(f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil.")
 
 
-def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
-    """Trains what needs a tokenizer and no other model: the autoencoder or a Llama.
+def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> Callable[[], None]:
+    """Prepares the training of what needs a tokenizer and no other model: the autoencoder or a Llama.
 
     Args:
         recipe: names the tokenizer.
@@ -184,13 +192,13 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> None:
     model = (
         read("init_from", recipe.init_from, f"train_{recipe.kind}", load) if recipe.init_from else model_class(config)
     )
-    fit(recipe, stated, model, tokenizer, getattr(config, "patch_size", 1), resume)
+    return fit(recipe, stated, model, tokenizer, getattr(config, "patch_size", 1), resume)
 
 
 def fit(
     recipe: Recipe, stated: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
-) -> CALMTrainer:
-    """Trains, going on from the last checkpoint if there is one, and exports to the run's folder.
+) -> Callable[[], None]:
+    """Prepares a training, which goes on from the last checkpoint if there is one and exports to the run's folder.
 
     Args:
         recipe: what to train on, how long and how.
@@ -200,9 +208,11 @@ def fit(
         patch_size: K; 1 for a Llama.
         resume: "auto", or "never" to refuse a folder with checkpoints.
 
+    Returns:
+        the training; called, it raises `TrainingStopped` where the loss is no number or a checkpoint another model's.
+
     Raises:
         RecipeError, DataError: the folder or the data are not as they must be.
-        TrainingStopped: the loss is no number, or a checkpoint is not of this model.
     """
     folder = folder_of(stated)
     last = last_checkpoint(folder)
@@ -236,12 +246,15 @@ def fit(
         save_tokenizer(tokenizer, folder)
         state = f"resuming from {last.name}" if last else "from the start"
         print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
-    torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
-    with unbroken():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trainer.export()
-    say(f"the model is in {folder}")
-    return trainer
+
+    def train() -> None:
+        torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
+        with unbroken():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.export()
+        say(f"the model is in {folder}")
+
+    return train
 
 
 def recipe_before(recipe: Recipe, resume: str) -> Recipe | None:
@@ -254,15 +267,17 @@ def recipe_before(recipe: Recipe, resume: str) -> Recipe | None:
     found, last, saved = checkpoints(folder), last_checkpoint(folder), folder / "recipe.yaml"
     if found and resume == "never":
         raise RecipeError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
+    before = load_recipe(str(saved)) if found and saved.is_file() else None
+    if before and before.training.get("save_only_model"):
+        raise RecipeError(
+            f"{folder} has no optimizer (save_only_model), so it can't go on: name another --output_dir."
+        )
     for damaged in itertools.takewhile(lambda path: path != last, found):
         say(f"{damaged} {damage(damaged)}, and is not used")
-    if last is None or not saved.is_file():
-        return None
-    before = load_recipe(str(saved))
-    changes(before, recipe)
-    if before.training.get("save_only_model"):
-        raise RecipeError(f"{last} has no optimizer (save_only_model), so it can't go on: name another --output_dir.")
-    return before
+    if before and last:
+        changes(before, recipe)
+        return before
+    return None
 
 
 def digest(data) -> str | None:

@@ -10,6 +10,8 @@ A recipe file has the fields of `Recipe`; `data` those of `DataOptions`, `model`
 
 import dataclasses
 import difflib
+import math
+import os
 import re
 import typing
 from collections.abc import Iterable
@@ -45,6 +47,7 @@ KEPT = {
     *("lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "bf16", "fp16"),
 }
+PLACES = ("tokenizer", "autoencoder", "init_from", "init_backbone", "distil")  # folders, or Hub ids
 # How a patch looks to the backbone at first → how much less each of its tokens counts than the one behind it.
 PATCH_EMBEDDINGS = {"last": 0.0, "mix": 0.5, "mean": 1.0}
 
@@ -180,6 +183,8 @@ def changes(before: Recipe, now: Recipe) -> str:
         kept |= {name for name in vars(now.data) if not name.startswith("validation_")} - {"cache_dir"}
         kept |= {"dataloader_num_workers"}  # which share the documents
     old, new = before.values(), now.values()
+    for values in (old, new):
+        values |= {name: os.path.realpath(values[name]) for name in PLACES if os.path.exists(values[name] or "")}
     both = old.keys() & new.keys() - {"output_dir"}
     found = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in sorted(both) if old[name] != new[name]}
     if refused := ", ".join(change for name, change in found.items() if name in kept):
@@ -253,6 +258,10 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
         if section is None:
             raise RecipeError(_unknown(key, everything, ""))
         sections[section][key] = value
+    for values in sections.values():
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value) and key != "num_train_epochs":
+                raise RecipeError(f"{key}={value}: must be a finite number.")
     if sections[""].get("init_backbone"):
         if sections[""].get("init_from") or kind != "calm":
             raise RecipeError("init_backbone begins a new CALM: it needs train_calm, and no init_from.")

@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm.loading import is_missing_folder
 
 # In order of their ids. Id 0 is what the autoencoder puts in place of a dropped token (paper 2.2): here it is a token
 # that no text contains, and the same one fills the first patch of a short prompt.
@@ -79,6 +80,8 @@ def load_tokenizer(where: str | Path):
         OSError: there is no tokenizer.
         ValueError: the tokenizer itself is code of the repository.
     """
+    if is_missing_folder(where):
+        raise OSError(f"{where}: no such folder.")
     try:
         model_type = PretrainedConfig.get_config_dict(where)[0].get("model_type")
     except OSError:  # a tokenizer alone

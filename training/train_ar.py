@@ -1,6 +1,7 @@
 """Trains an ordinary Llama, for comparison: `python -m calm.training.train_ar --recipe transformer-s`."""
 
 import sys
+from collections.abc import Callable
 
 from transformers import LlamaForCausalLM
 
@@ -9,8 +10,8 @@ from calm.training.fit import train_with_tokenizer
 from calm.training.recipe import Recipe
 
 
-def train(recipe: Recipe, resume: str) -> None:
-    train_with_tokenizer(recipe, resume, LlamaForCausalLM)
+def train(recipe: Recipe, resume: str) -> Callable[[], None]:
+    return train_with_tokenizer(recipe, resume, LlamaForCausalLM)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Trains the autoencoder: `python -m calm.training.train_autoencoder --recipe demo-autoencoder`."""
 
 import sys
+from collections.abc import Callable
 
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.command import training_command
@@ -8,8 +9,8 @@ from calm.training.fit import train_with_tokenizer
 from calm.training.recipe import Recipe
 
 
-def train(recipe: Recipe, resume: str) -> None:
-    train_with_tokenizer(recipe, resume, CALMAutoencoder)
+def train(recipe: Recipe, resume: str) -> Callable[[], None]:
+    return train_with_tokenizer(recipe, resume, CALMAutoencoder)
 
 
 def main(argv: list[str] | None = None) -> int:

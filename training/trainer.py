@@ -19,7 +19,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
+from calm.command_line import sentence
 from calm.progress import progress_bar
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
 from calm.training.average import WeightAverage
@@ -185,17 +187,22 @@ class CALMTrainer(Trainer):
         model.save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if model is None and isinstance(self.model, WithAuxiliary):
-            state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
-            auxiliary = {key.removeprefix("auxiliary."): value for key, value in state.items()}
-            self.model.auxiliary.load_state_dict(auxiliary)
-            model = self.model.calm
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            if model is None and isinstance(self.model, WithAuxiliary):
+                state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
+                auxiliary = {key.removeprefix("auxiliary."): value for key, value in state.items()}
+                self.model.auxiliary.load_state_dict(auxiliary)
+                model = self.model.calm
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, TrainingStopped):
+                raise
+            raise TrainingStopped(f"{resume_from_checkpoint} can't be loaded: {sentence(error)}") from error
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
-        """Upstream's, with the model's code, which upstream leaves behind."""
-        if self.is_world_process_zero():
-            for file in Path(checkpoint_folder).glob("*.py"):
+        """Upstream's, with the model's code, which upstream leaves behind; once, for an upload may go on."""
+        for file in Path(checkpoint_folder).glob("*.py") if self.is_world_process_zero() else ():
+            if not (folder_of(self.args) / file.name).exists():
                 shutil.copy(file, folder_of(self.args))
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -208,7 +215,7 @@ class CALMTrainer(Trainer):
             raise TrainingStopped(f"the optimizer of {checkpoint} is not of this run: {error}") from error
         if missing := settings - optimizer.param_groups[0].keys():
             raise TrainingStopped(
-                f"the optimizer of {checkpoint} is another one than {self.args.optim}: no {min(missing)}"
+                f"the optimizer of {checkpoint} is not {OptimizerNames(self.args.optim).value}: no {min(missing)}"
             )
 
     def _load_best_model(self) -> None:
@@ -299,18 +306,28 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def damage(checkpoint: Path) -> str | None:
     """Says what is wrong with a checkpoint, half a sentence, from the files' ends and not from every byte."""
-    file = checkpoint / TRAINER_STATE
-    if not file.is_file():
+    if not (checkpoint / TRAINER_STATE).is_file():
         return "was not finished"
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
-            if file.suffix == ".safetensors":
+    needed = {
+        "weights": ("*model*.safetensors", "*_fsdp*"),
+        "optimizer": ("optimizer*",),
+        "schedule": ("scheduler.pt",),
+    }
+    for what, patterns in needed.items():
+        if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
+            return f"has no {what} ({patterns[0]})"
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        try:
+            if file.suffix == ".json":
+                fields = dict(json.loads(file.read_text(encoding="utf-8")))
+                if file.name == TRAINER_STATE and checkpoint.name != f"checkpoint-{fields['global_step']}":
+                    raise ValueError(f"it is of step {fields['global_step']}")
+            elif file.suffix == ".safetensors":
                 safetensors.safe_open(file, "pt").__exit__(None, None, None)
             elif file.suffix in (".pt", ".pth", ".bin"):
                 zipfile.ZipFile(file).close()
-    except (OSError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile) as error:
-        return f"has a damaged {file.name} ({error})"
+        except Exception as error:  # each format has its own
+            return f"has a damaged {file.name} ({sentence(error)})"
     return None
 
 
