@@ -56,6 +56,13 @@ def writable(path: str) -> Path:
     return Path(path)
 
 
+def picture(path: str) -> Path:
+    """For `type=` of an option that names a picture to write, in a format that matplotlib has."""
+    if Path(path).suffix not in (".png", ".svg", ".pdf", ".jpg"):
+        raise argparse.ArgumentTypeError(f"{path}: a picture ends with .png, .svg, .pdf or .jpg.")
+    return writable(path)
+
+
 def positive(text: str) -> int:
     """For `type=` of an option that says how many."""
     if not text.isdecimal() or int(text) < 1:

@@ -50,7 +50,7 @@ from calm.benchmarks.workloads import (
     shape_config,
     trained_model,
 )
-from calm.command_line import Parser, command, known_errors, positive, writable
+from calm.command_line import Parser, command, known_errors, picture, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 
@@ -277,7 +277,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_length", type=positive, default=64, help="new tokens a row")
     parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--json", type=writable, help="write the rows, after each")
-    parser.add_argument("--plot", type=writable, help="write the plot")
+    parser.add_argument("--plot", type=picture, help="write the plot")
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from calm.command_line import Parser, command, known_errors, natural, positive, writable
+from calm.command_line import Parser, command, known_errors, natural, picture, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_patches", type=positive, default=10_000)
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", type=writable, help="write the figures")
-    parser.add_argument("--plot", type=writable, help="write the accuracy against the noise")
+    parser.add_argument("--plot", type=picture, help="write the accuracy against the noise")
     args = parser.parse_args(argv)
     with known_errors():
         if args.plot:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from calm.command_line import Parser, command, known_errors, natural, positive, writable
+from calm.command_line import Parser, command, known_errors, natural, picture, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.brier import BrierScore
 from calm.evaluation.models import count_model, load_causal_lm, positions_per_block
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=writable, help="write a list with one object a model")
-    parser.add_argument("--plot", type=writable, help="write a bar chart (default with several models: brier_lm.png)")
+    parser.add_argument("--plot", type=picture, help="write a bar chart (default with several models: brier_lm.png)")
     args = parser.parse_args(argv)
     if args.plot is None and len(args.model) > 1:
         args.plot = Path("brier_lm.png")

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from calm.command_line import Parser, command, known_errors, natural, positive, writable
+from calm.command_line import Parser, command, known_errors, natural, picture, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
 from calm.loading import check_tokenizer
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=positive, default=1)
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", type=writable, help="write the figures")
-    parser.add_argument("--plot", type=writable, help="write BrierLM against cross-entropy")
+    parser.add_argument("--plot", type=picture, help="write BrierLM against cross-entropy")
     args = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
         if args.plot:

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from calm.command_line import Parser, command, known_errors, writable
+from calm.command_line import Parser, command, known_errors, picture
 from calm.training.extras import need
 
 # Not worth a panel: they count, or say what the recipe says.
@@ -79,7 +79,7 @@ def draw(runs: list[Path], output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.evaluation.plot", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that a train_* command wrote")
-    parser.add_argument("--output", type=writable, help="picture; by default curves.png in the first run")
+    parser.add_argument("--output", type=picture, help="picture; by default curves.png in the first run")
     options = parser.parse_args(argv)
     output = options.output or options.runs[0] / "curves.png"
     with known_errors():

@@ -191,6 +191,14 @@ def test_a_seed_or_a_count_that_makes_no_sense_is_one_line(module, capsys):
             assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *WRONG_PATHS[module])
 
 
+@pytest.mark.parametrize("name", ["brier_lm", "calibration", "autoencoder_report", "plot"])
+def test_a_picture_of_no_format_is_one_line(name, capsys):
+    option, words = "--output" if name == "plot" else "--plot", WRONG_PATHS[f"calm.evaluation.{name}"]
+    assert f"{option}: x.nope: a picture" in refusal(
+        capsys, main_of(f"calm.evaluation.{name}"), *words, option, "x.nope"
+    )
+
+
 @pytest.mark.parametrize("module", LOADS_A_MODEL)
 def test_a_device_that_is_not_there_is_one_line(module, capsys, tmp_path):
     words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(ROOT)) for word in WRONG_PATHS[module]]
