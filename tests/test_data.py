@@ -90,7 +90,7 @@ def test_folders_and_patterns_are_read_in_a_fixed_order(tmp_path):
     [
         (b'{"text": "cut', "not JSON"),
         (b'{"body": "x", "n": 1}', 'no string under the key "text"; it has body, n'),
-        (b'{"text": 3}', 'no string under the key "text" '),
+        (b'{"text": 3}', 'no string under the key "text"'),
         (b'["text"]', 'no string under the key "text"'),
         (b"3", 'no string under the key "text"'),
         (b'{"text": "caf\xe9"}', r"not UTF-8 \(.*\); convert it to UTF-8"),

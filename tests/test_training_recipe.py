@@ -146,7 +146,7 @@ def test_every_field_of_a_section_can_be_overridden(section):
         ("--hidden_size wide", "hidden_size='wide': must be a number"),
         ("--hidden_size 2.5", "hidden_size=2.5: must be a whole number"),
         ("--num_hidden_layers 1 2", "num_hidden_layers=[1, 2]: must be a number"),
-        ("--max_steps .inf", "max_steps=inf: must be a whole number"),
+        ("--max_steps .inf", "max_steps=inf: must be a finite number"),
         ("--max_steps false", "max_steps=False: must be a number"),
         ("--optim", "optim needs a value"),
         ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs=3: must have fields"),
