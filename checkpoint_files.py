@@ -243,7 +243,7 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yields a folder to write to, which becomes `output` at the end, and is removed where anything fails.
 
-    A lock beside it, which a process loses when it ends, however it ends, tells a run that goes on from the remains of
+    A lock beside it, which a process loses when it ends, however it ends, tells a run in progress from the remains of
     one that was killed; those are removed.
 
     Args:

@@ -204,8 +204,10 @@ def one_block_temperature_sample(
 ) -> tuple[Tensor, Tensor]:
     """`exact_temperature_sample` with all draws in one block, and nothing for the host to read.
 
-    More draws, fewer waits; a step's law depends on no block size, so it is the same. Returns the index of the draw
-    chosen (B,), and whether an attempt was accepted (B,), on the pool's device.
+    More draws, fewer waits; the distribution depends on no block size, so it is the same.
+
+    Returns:
+        index of the draw chosen (B,), and whether an attempt was accepted (B,), on the pool's device.
     """
     check_num_candidates(num_draws, temperature)
     randomness, uniform_BN = StepRandomness.of(generator), None

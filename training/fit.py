@@ -198,7 +198,7 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> Callable[[
 def fit(
     recipe: Recipe, stated: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
 ) -> Callable[[], None]:
-    """Prepares a training, which goes on from the last checkpoint if there is one and exports to the run's folder.
+    """Prepares a training, resumed from the last checkpoint if there is one, which exports to the run's folder.
 
     Args:
         recipe: what to train on, how long and how.
@@ -216,7 +216,7 @@ def fit(
     """
     folder = folder_of(stated)
     last = last_checkpoint(folder)
-    before = recipe_before(recipe, resume)
+    before = resumed_recipe(recipe, last, resume)
     batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
     with stated.main_process_first(desc="tokenising"):
         data = data_sets(
@@ -257,14 +257,19 @@ def fit(
     return train
 
 
-def recipe_before(recipe: Recipe, resume: str) -> Recipe | None:
-    """The recipe of the run that goes on in the folder, `None` where one begins; says which checkpoints are damaged.
+def resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
+    """Reads the recipe of the run that is resumed, `None` where one starts; says which checkpoints are damaged.
+
+    Args:
+        recipe: by which to train now.
+        last: checkpoint to resume from.
+        resume: as in `fit`.
 
     Raises:
         RecipeError: there is a checkpoint, and it is not to be resumed, or it is of another training.
     """
     folder = Path(recipe.output_dir)
-    found, last, saved = checkpoints(folder), last_checkpoint(folder), folder / "recipe.yaml"
+    found, saved = checkpoints(folder), folder / "recipe.yaml"
     if found and resume == "never":
         raise RecipeError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
     before = load_recipe(str(saved)) if found and saved.is_file() else None

@@ -32,7 +32,7 @@ BACKBONE_FIELDS = (
     *("head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
     *("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "initializer_range"),
 )
-# What a run keeps when it goes on, beside the model section and the recipe's own fields.
+# What a resumed run keeps, beside the model section and the recipe's own fields.
 KEPT = {
     *(
         "block_size",
@@ -167,7 +167,7 @@ class Recipe:
 
 
 def changes(before: Recipe, now: Recipe) -> str:
-    """Compares the recipe of a run with that by which it is to go on.
+    """Compares the recipe of a run with that by which it is to be resumed.
 
     The text is compared by its tokens, not by where it lies, unless it is a stream.
 
