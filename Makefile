@@ -1,6 +1,7 @@
 # make demo          set up, and continue a story with the bundled model
 # make app           set up, and a page on which the bundled model writes, at http://127.0.0.1:7860
-# make test          set up, and run every test
+# make test          set up, and run the tests, in minutes
+# make test-all      these and the slow ones, with coverage
 # make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
 # make test-newest   a plain installation without constraints, and what users do first with it
 # make test-gpu      set up, and run the tests that need a GPU
@@ -14,7 +15,7 @@ COMPAT := .venv-compat/bin
 NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-compat test-newest test-gpu style figures demo-model experiments speed clean
+.PHONY: demo app test test-all test-compat test-newest test-gpu style figures demo-model experiments speed clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -23,7 +24,12 @@ app: .venv/.app
 	$(BIN)/python -m calm.app .
 
 test: .venv/.full
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(COVERAGE)
+
+# A variable of a target is one of its prerequisites, too: `make test-all` measures coverage in both parts.
+test-all: COVERAGE = --cov --cov-report=
+test-all: test
+	$(BIN)/python -m pytest -m "slow and not gpu" --cov --cov-append --cov-report=term-missing:skip-covered
 
 test-compat: .venv-compat/.full
 	$(COMPAT)/python -m pytest

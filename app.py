@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calm.command_line import CommandError, Parser, command, known_errors
+from calm.command_line import InputError, Parser, command, known_errors
 from calm.configuration_calm import TRANSFORMERS
 
 PROGRAM = "python -m calm.app"
@@ -97,7 +97,7 @@ def parse(argv: list[str] | None):
 def serve(options) -> None:
     """Loads the models and shows the page until the process is told to stop."""
     if importlib.util.find_spec("gradio") is None:
-        raise CommandError('the page needs gradio: pip install "calm-transformers[app]".')
+        raise InputError('the page needs gradio: pip install "calm-transformers[app]".')
     from calm.serve import listen
 
     with known_errors(OSError), listen(options.host, options.port) as listening:
@@ -114,7 +114,7 @@ def serve(options) -> None:
 def load_writers(model: str, baseline: str | None, device: str | None) -> list:
     """
     Raises:
-        CommandError: one can't be loaded, or is not of its kind.
+        InputError: one can't be loaded, or is not of its kind.
     """
     from calm.app_page import Writer
     from calm.evaluation.models import is_calm, load_causal_lm
@@ -140,12 +140,12 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         baseline: the same of an ordinary language model.
 
     Raises:
-        CommandError: the folder holds something, or the model is neither.
+        InputError: the folder holds something, or the model is neither.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CommandError(f"--space {folder}: is not empty; name a new folder.")
+        raise InputError(f"--space {folder}: is not empty; name a new folder.")
     if not folder.absolute().parent.is_dir():
-        raise CommandError(f"--space {folder}: the folder that it would be in does not exist.")
+        raise InputError(f"--space {folder}: the folder that it would be in does not exist.")
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
         sources = {"model": model, "baseline": baseline}
@@ -179,15 +179,15 @@ def put_model(model: str, target: Path) -> str:
     """Copies a model's folder to `target` and returns that folder's name; of a Hub id just the id.
 
     Raises:
-        CommandError: it is neither, or the folder's model would not load elsewhere.
+        InputError: it is neither, or the folder's model would not load elsewhere.
     """
     source = Path(model)
     if not source.is_dir():
         if HUB_ID.fullmatch(model):
             return model
-        raise CommandError(f"{model}: there is no such folder, and it is no Hub id.")
+        raise InputError(f"{model}: there is no such folder, and it is no Hub id.")
     if not (source / "config.json").is_file():
-        raise CommandError(f"{model}: holds no model, for there is no config.json.")
+        raise InputError(f"{model}: holds no model, for there is no config.json.")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     target.mkdir()
     for pattern in MODEL_FILES:
@@ -197,9 +197,9 @@ def put_model(model: str, target: Path) -> str:
     for file in code_files(source, config):
         shutil.copyfile(file, target / file.name)
     if not list(target.glob("*.safetensors")):
-        raise CommandError(f"{model}: holds no weights, for there is no .safetensors file.")
+        raise InputError(f"{model}: holds no weights, for there is no .safetensors file.")
     if not any((target / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise CommandError(f"{model}: holds no tokenizer, for there is no tokenizer.json.")
+        raise InputError(f"{model}: holds no tokenizer, for there is no tokenizer.json.")
     return target.name
 
 
@@ -207,17 +207,17 @@ def code_files(folder: Path, config: dict) -> list[Path]:
     """The files of code that a model's configuration names, and those that they import.
 
     Raises:
-        CommandError: a CALM's are missing.
+        InputError: a CALM's are missing.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 
     names = {value.split(".")[0] for value in config.get("auto_map", {}).values() if "--" not in value}
     if config.get("model_type") == "calm" and not names:
-        raise CommandError(f"{folder}: has no code beside the weights, without which a Space can't run a CALM.")
+        raise InputError(f"{folder}: has no code beside the weights, without which a Space can't run a CALM.")
     found = [folder / f"{name}.py" for name in sorted(names)]
     missing = [file for file in found if not file.is_file()]
     if missing:
-        raise CommandError(f"{missing[0]}: is named in config.json, but does not exist.")
+        raise InputError(f"{missing[0]}: is named in config.json, but does not exist.")
     imported = [Path(file) for name in found for file in get_relative_import_files(str(name))]
     return sorted({*found, *imported})
 

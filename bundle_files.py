@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from calm.checkpoint_files import ConversionError, Repository, first_line, read_json
+from calm.checkpoint_files import Repository, first_line, read_json
+from calm.command_line import InputError
 from calm.configuration_calm import TRANSFORMERS, CALMConfig
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
@@ -71,27 +72,27 @@ def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
     where there is one.
 
     Raises:
-        ConversionError: there is no tokenizer.json, or its ids are not those of the configuration.
+        InputError: there is no tokenizer.json, or its ids are not those of the configuration.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ConversionError(f"{path} does not exist: name a repository that has one with --tokenizer.")
+        raise InputError(f"{path} does not exist: name a repository that has one with --tokenizer.")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ConversionError(f"{path} is no tokenizer: {first_line(error)}") from None
+        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
     assert config.pad_token_id is not None, "a conversion refuses a configuration without one"
     if tokenizer.id_to_token(config.pad_token_id) is None:
         tokenizer.add_special_tokens(["[PAD]"])
     count = tokenizer.get_vocab_size()
     if count > config.vocab_size:
-        raise ConversionError(f"{path} has {count} tokens, more than the {config.vocab_size} that the model knows.")
+        raise InputError(f"{path} has {count} tokens, more than the {config.vocab_size} that the model knows.")
     tokens = {}
     for field in ("bos_token", "eos_token", "pad_token"):
         ids = getattr(config, f"{field}_id")
         tokens[field] = tokenizer.id_to_token(ids[0] if isinstance(ids, list) else ids)
         if tokens[field] is None:
-            raise ConversionError(f"{path} has no token for {field}_id {ids}.")
+            raise InputError(f"{path} has no token for {field}_id {ids}.")
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # what every transformers loads
         **tokens,
@@ -137,7 +138,7 @@ def bundle_texts(
     """File name → content of everything in the bundle but code and weights.
 
     Raises:
-        ConversionError: the tokenizer is missing or not the model's.
+        InputError: the tokenizer is missing or not the model's.
     """
     config.architectures = [CALMForCausalLM.__name__]
     return {

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 
 from calm.candidates_calm import weights_fingerprint
 from calm.checkpoint_files import DTYPES
-from calm.command_line import Parser, command, known_errors, positive
+from calm.command_line import InputError, Parser, command, known_errors, positive
 from calm.loading import device_of, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import progress_bar
@@ -38,10 +38,6 @@ MARGIN = 1.5
 # for the same tokens would else get a radius of rounding errors, which other sizes and processors exceed.
 LEAST_SHARE = 1e-2
 NUM_TEXTS = 8
-
-
-class CalibrationError(ValueError):
-    """A model that no radius can be measured on; the message says why."""
 
 
 @dataclass
@@ -74,10 +70,10 @@ def record_candidates(
 ) -> Recording:
     """All candidates of so many steps of each of several texts, which the model writes from BOS on.
 
-    Raises CalibrationError where the model has no BOS.
+    Raises InputError where the model has no BOS.
     """
     if model.config.bos_token_id is None:
-        raise CalibrationError("the model's config.json has no bos_token_id, with which its texts would begin.")
+        raise InputError("the model's config.json has no bos_token_id, with which its texts would begin.")
     latents, patches = [], []
 
     def record(_, __, latents_NBZ: Tensor) -> None:
@@ -120,7 +116,7 @@ def largest_distance(recording: Recording) -> float:
 def calibrated_radius(recording: Recording) -> float | None:
     """The radius that the first half of a recording gives and the second half bears out.
 
-    None where no two candidates of the first half are the same patch. Raises CalibrationError where two of the second
+    None where no two candidates of the first half are the same patch. Raises InputError where two of the second
     half are, further apart than that.
     """
     first, second = (largest_distance(half) for half in recording.halves())
@@ -129,7 +125,7 @@ def calibrated_radius(recording: Recording) -> float | None:
     length = float(recording.latents_CNZ.float().norm(dim=-1).max())
     radius = max(MARGIN * first, LEAST_SHARE * length)
     if second > radius:
-        raise CalibrationError(
+        raise InputError(
             f"the same patch was found {second:.3g} apart in the second half of the steps, where the first half gives "
             f"a radius of {radius:.3g}: take more --steps."
         )
@@ -163,13 +159,11 @@ def calibrate(
         dtype: in which the model is to draw; `None` leaves it as it is.
 
     Raises:
-        CalibrationError: the halves of the steps contradict each other, the weights can't be read, or no BOS.
+        InputError: the halves of the steps contradict each other, the weights can't be read, or no BOS.
     """
     weights = weights_fingerprint(model)
     if weights is None:
-        raise CalibrationError(
-            "the weights can't be read (are they quantised?), so a radius could not be tied to them."
-        )
+        raise InputError("the weights can't be read (are they quantised?), so a radius could not be tied to them.")
     if dtype is not None:
         model = model.to(dtype)  # pyright: ignore[reportArgumentType]  # as in `load`
     radius = calibrated_radius(record_candidates(model, temperature, num_candidates, steps))
@@ -219,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         # In the checkpoint's own type, and without the radius of before, which must not decide what is drawn.
         model = load(options.model, options.device, repetition_radius=None)
     dtype = DTYPES.get(options.dtype)
-    with known_errors(CalibrationError):
+    with known_errors(InputError):
         fields = calibrate(model, options.temperature, options.num_candidates, options.steps, dtype)
     if fields["repetition_radius"] is None:
         print("no candidate came twice, so there is no radius to measure.")

@@ -21,17 +21,13 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from calm.command_line import CommandError
+from calm.command_line import InputError
 from calm.progress import progress_bar
 
 SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TAGS}
 
 REMAP_BYTES = 2**26  # read through one mapping
-
-
-class ConversionError(Exception):
-    """Why a conversion is impossible, in one sentence that names the file and, where there is one, the tensor."""
 
 
 def first_line(error: Exception) -> str:
@@ -44,7 +40,7 @@ class WeightsFile:
     What has been read of a mapping stays in memory until it is closed, so after some reading the file is mapped anew.
 
     Raises:
-        ConversionError: the file is truncated or damaged, or holds anything but tensors.
+        InputError: the file is truncated or damaged, or holds anything but tensors.
     """
 
     def __init__(self, path: Path):
@@ -61,13 +57,13 @@ class WeightsFile:
         try:
             self._safe = safe_open(self.path, "pt")
         except Exception as error:  # SafetensorError and OSError have no narrower class in common
-            raise ConversionError(f"{self.path} cannot be read, is it complete? ({first_line(error)})") from None
+            raise InputError(f"{self.path} cannot be read, is it complete? ({first_line(error)})") from None
 
     def list(self) -> list["StoredTensor"]:
         """Its tensors, without their values.
 
         Raises:
-            ConversionError: one is not of a floating-point type that models come in.
+            InputError: one is not of a floating-point type that models come in.
         """
         if self.path.suffix == ".bin":
             found = [(name, tensor.shape, tensor.dtype) for name, tensor in self._pickled.items()]
@@ -80,7 +76,7 @@ class WeightsFile:
         stored = []
         for name, shape, dtype in found:
             if not isinstance(dtype, torch.dtype) or dtype not in SAFETENSORS_TAGS:
-                raise ConversionError(f"{self.path}: tensor {name} is of type {dtype}, none of {', '.join(DTYPES)}.")
+                raise InputError(f"{self.path}: tensor {name} is of type {dtype}, none of {', '.join(DTYPES)}.")
             stored.append(StoredTensor(self, name, tuple(shape), dtype))
         return stored
 
@@ -111,7 +107,7 @@ def check_archive(path: Path) -> None:
     """Compares a zip archive with its checksums, which reading it mapped to memory doesn't.
 
     Raises:
-        ConversionError: a member is not what was written.
+        InputError: a member is not what was written.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -120,26 +116,26 @@ def check_archive(path: Path) -> None:
                     while member.CRC and file.read(2**20):  # 0 where torch.save was told to compute none
                         pass
     except zipfile.BadZipFile as error:
-        raise ConversionError(f"{path} is damaged, fetch it anew: {error}.") from None
+        raise InputError(f"{path} is damaged, fetch it anew: {error}.") from None
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that torch.save wrote, mapped to memory; nothing else in it is executed or created.
 
     Raises:
-        ConversionError: the file is truncated, or holds anything but a dictionary of tensors.
+        InputError: the file is truncated, or holds anything but a dictionary of tensors.
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise ConversionError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
+        raise InputError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
     except Exception as error:  # torch has no common class for what can be wrong with a file
-        raise ConversionError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
+        raise InputError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
     if not isinstance(tensors, dict):
-        raise ConversionError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
+        raise InputError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise ConversionError(f"{path}: {name} is not the name of a dense tensor.")
+            raise InputError(f"{path}: {name} is not the name of a dense tensor.")
     return tensors
 
 
@@ -151,7 +147,7 @@ class Repository:
         what: it should hold, for messages: "language model" or "autoencoder".
 
     Raises:
-        ConversionError: a file is missing, unreadable or truncated.
+        InputError: a file is missing, unreadable or truncated.
     """
 
     def __init__(self, id_or_folder: str, what: str):
@@ -162,21 +158,21 @@ class Repository:
         self.name = id_or_folder if self.is_on_hub else self.folder.resolve().name
         self.config_path = self.folder / "config.json"
         if not self.config_path.is_file():
-            raise ConversionError(f"{self.config_path} does not exist: name the repository that holds the {what}.")
+            raise InputError(f"{self.config_path} does not exist: name the repository that holds the {what}.")
         self.config = read_json(self.config_path)
         self.weights, files = find_weights(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
         for stored in (stored for path in files for stored in WeightsFile(path).list()):
             if stored.name in self.tensors:
-                raise ConversionError(f"The {stored} is in {self.tensors[stored.name].file.path} too.")
+                raise InputError(f"The {stored} is in {self.tensors[stored.name].file.path} too.")
             self.tensors[stored.name] = stored
 
     def matrix(self, name: str) -> StoredTensor:
         """The stored tensor of this name, which must be a matrix."""
         if name not in self.tensors:
-            raise ConversionError(f"{self.weights} lacks the tensor {name}.")
+            raise InputError(f"{self.weights} lacks the tensor {name}.")
         if len(self.tensors[name].shape) != 2:
-            raise ConversionError(f"{self.tensors[name]} should be a matrix.")
+            raise InputError(f"{self.tensors[name]} should be a matrix.")
         return self.tensors[name]
 
     def count_layers(self, prefix: str) -> tuple[int, StoredTensor]:
@@ -186,7 +182,7 @@ class Repository:
             if match := re.match(re.escape(prefix) + r"\.(\d+)\.", name):
                 layers[int(match[1])] = stored
         if not layers:
-            raise ConversionError(f"{self.weights} lacks the tensors {prefix}.*.")
+            raise InputError(f"{self.weights} lacks the tensors {prefix}.*.")
         return max(layers) + 1, layers[max(layers)]
 
 
@@ -199,17 +195,17 @@ def fetch(id_or_folder: str, patterns: list[str], what: str) -> Path:
         what: it should hold, for messages.
 
     Raises:
-        ConversionError: there is neither.
+        InputError: there is neither.
     """
     path = Path(id_or_folder)
     if path.is_dir():
         return path
     if path.exists() or path.is_absolute() or id_or_folder.startswith((".", "~")):
-        raise ConversionError(f"{id_or_folder} is no folder: name the one that holds the {what}, or a Hub id.")
+        raise InputError(f"{id_or_folder} is no folder: name the one that holds the {what}, or a Hub id.")
     try:
         return Path(snapshot_download(id_or_folder, allow_patterns=patterns))
     except Exception as error:  # the client's exceptions differ between its versions
-        raise ConversionError(
+        raise InputError(
             f"{id_or_folder} is no folder, and no Hub repository within reach, that holds the {what}: "
             f"{first_line(error)}"
         ) from None
@@ -219,24 +215,24 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
     """The weights of a repository, safetensors before .bin: the file that lists or is them, and the files they are in.
 
     Raises:
-        ConversionError: there are none, a shard is missing, or one is named outside the folder.
+        InputError: there are none, a shard is missing, or one is named outside the folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
-                raise ConversionError(f"{index} holds no weight_map.")
+                raise InputError(f"{index} holds no weight_map.")
             shards = [folder / shard for shard in sorted(set(map(str, weight_map.values())))]
             for shard in shards:
                 if shard.parent != folder:  # by its name: a file of the Hub's cache is a link to another folder
-                    raise ConversionError(f"{index} names {shard}, which is not in the same folder.")
+                    raise InputError(f"{index} names {shard}, which is not in the same folder.")
                 if not shard.is_file():
-                    raise ConversionError(f"{shard} does not exist, but {index.name} names it.")
+                    raise InputError(f"{shard} does not exist, but {index.name} names it.")
             return index, shards
         if (folder / name).is_file():
             return folder / name, [folder / name]
-    raise ConversionError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards.")
+    raise InputError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards.")
 
 
 @contextmanager
@@ -250,21 +246,21 @@ def new_folder(output: Path) -> Iterator[Path]:
         output: new, or an empty folder.
 
     Raises:
-        CommandError: something is in the way, or another process is writing there.
+        InputError: something is in the way, or another process is writing there.
         OSError: the disk is full or cannot be written to; it names a file or the folder.
     """
     output = output.absolute()
     partial, lock = (output.with_name(f".{output.name}.{end}") for end in ("partial", "lock"))
     if not output.parent.is_dir():
-        raise CommandError(f"{output.parent} is not a folder.")
+        raise InputError(f"{output.parent} is not a folder.")
     held = FileLock(lock, timeout=0)
     try:
         held.acquire()
     except Timeout:
-        raise CommandError(f"{output} is being written by another process: wait for it, or name another.") from None
+        raise InputError(f"{output} is being written by another process: wait for it, or name another.") from None
     try:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise CommandError(f"{output} exists already and is not an empty folder.")
+            raise InputError(f"{output} exists already and is not an empty folder.")
         if partial.exists():
             print(f"Removing {partial}, which a run that was stopped has left.", file=sys.stderr)
             shutil.rmtree(partial)
@@ -286,16 +282,16 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file.
 
     Raises:
-        ConversionError: there is no such file, or something else is in it.
+        InputError: there is no such file, or something else is in it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConversionError(f"{path} does not exist.") from None
+        raise InputError(f"{path} does not exist.") from None
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}.") from None
+        raise InputError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds no JSON object.")
+        raise InputError(f"{path} holds no JSON object.")
     return content
 
 
@@ -314,7 +310,7 @@ def write_safetensors(
         make: name → the tensor, of that type and shape; called once for each name.
 
     Raises:
-        ConversionError: the disk is full or fails.
+        InputError: the disk is full or fails.
     """
     header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -333,7 +329,7 @@ def write_safetensors(
                 _write_all(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
                 bar.update(tensor.nbytes)
     except OSError as error:
-        raise ConversionError(f"{path} could not be written, at {current}: {error.strerror}.") from None
+        raise InputError(f"{path} could not be written, at {current}: {error.strerror}.") from None
 
 
 def _write_all(file, data) -> None:

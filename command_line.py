@@ -24,8 +24,14 @@ WRONG = 2  # exit code for what the user can put right, as argparse's own
 INTERRUPTED, CLOSED = 130, 141  # as shells say of Ctrl-C and of a closed pipe
 
 
-class CommandError(Exception):
-    """Why a command can't do what it was asked to, in one sentence."""
+class InputError(ValueError):
+    """What the caller can put right (an option, a file, a missing package), in one sentence.
+
+    PyTorch puts the traceback before what a worker of a DataLoader raises: it is left out again.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{__name__}.InputError: ")[2].strip())
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         description: usually the module's docstring.
 
     Raises:
-        CommandError: from `parse_args`, where argparse would print its usage and exit.
+        InputError: from `parse_args`, where argparse would print its usage and exit.
     """
 
     def __init__(self, prog: str, description: str | None, **settings):
@@ -44,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message.removesuffix('.')} (see {self.prog} --help).")
+        raise InputError(f"{message.removesuffix('.')} (see {self.prog} --help).")
 
 
 def writable(path: str) -> Path:
@@ -89,7 +95,7 @@ def utf8(word: str) -> str:
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """`main`, which from now on returns an exit code: its own, 0 for None, or after one line on stderr 2 for a
-    `CommandError` and 130 for Ctrl-C. Characters that the terminal can't show are escaped, and a reader that closes
+    `InputError` and 130 for Ctrl-C. Characters that the terminal can't show are escaped, and a reader that closes
     stdout, as `head` does, ends it without a word."""
 
     @functools.wraps(main)
@@ -101,7 +107,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()
             return code
-        except CommandError as error:
+        except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return WRONG
         except KeyboardInterrupt:
@@ -116,17 +122,17 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
 @contextmanager
 def known_errors(*types: type[Exception]) -> Iterator[None]:
-    """Turns errors of these types, or without any of all types, into a `CommandError`.
+    """Turns errors of these types, or without any of all types, into a `InputError`.
 
     All types where files, options and the environment are read, whose libraries raise whatever they like. In a
     computation such an error is a fault of ours, whose traceback tells more than its message.
     """
     try:
         yield
-    except CommandError:
+    except InputError:
         raise
     except types or (Exception,) as error:  # noqa: B030
-        raise CommandError(sentence(error)) from error
+        raise InputError(sentence(error)) from error
 
 
 def sentence(error: BaseException) -> str:

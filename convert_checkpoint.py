@@ -25,7 +25,6 @@ from transformers import PretrainedConfig
 from calm.bundle_files import TOKENIZER_FILES, bundle_texts, code_files
 from calm.checkpoint_files import (
     DTYPES,
-    ConversionError,
     Repository,
     StoredTensor,
     fetch,
@@ -33,7 +32,7 @@ from calm.checkpoint_files import (
     new_folder,
     write_safetensors,
 )
-from calm.command_line import Parser, command, known_errors
+from calm.command_line import InputError, Parser, command, known_errors
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
@@ -134,7 +133,7 @@ def head_facts(repository: Repository) -> Facts:
         # Diffusion predicts the noise and the variance of each latent dimension, flow matching a velocity.
         head_type = {latent_size: "flow", 2 * latent_size: "diffusion"}.get(out.shape[0])
         if head_type is None:
-            raise ConversionError(f"{out} fits neither flow matching nor diffusion, whose input is {into}.")
+            raise InputError(f"{out} fits neither flow matching nor diffusion, whose input is {into}.")
         return {
             "head_type": (head_type, out),
             "latent_size": (latent_size, into),
@@ -154,7 +153,7 @@ def head_facts(repository: Repository) -> Facts:
 
 def quotient(stored: StoredTensor, axis: int, divisor: int) -> int:
     if stored.shape[axis] % divisor:
-        raise ConversionError(f"{stored} should have a multiple of {divisor} {('rows', 'columns')[axis]}.")
+        raise InputError(f"{stored} should have a multiple of {divisor} {('rows', 'columns')[axis]}.")
     return stored.shape[axis] // divisor
 
 
@@ -164,26 +163,26 @@ def config_fields(repository: Repository, facts: Facts, config_class: type) -> d
     An unknown field may change what the model computes, as a soft cap of its logits would, so it is not left out.
 
     Raises:
-        ConversionError: config.json contradicts a tensor, or has a field too many or too few.
+        InputError: config.json contradicts a tensor, or has a field too many or too few.
     """
     for field, (value, stored) in facts.items():
         if repository.config.get(field) not in (None, value):
             said = repository.config[field]
-            raise ConversionError(f"{repository.config_path} says {field} is {said}, but {stored} makes it {value}.")
+            raise InputError(f"{repository.config_path} says {field} is {said}, but {stored} makes it {value}.")
     stated = {field: value for field, value in repository.config.items() if value is not None}
     of_classes = {each: {*each().to_dict()} - {"autoencoder_config"} for each in REQUIRED}
     of_classes[CALMConfig] |= {"rope_scaling"}
     # A published autoencoder's has fields of Llama's, whose attention it lacks.
     known = NOT_ARCHITECTURE.union(*of_classes.values())
     if unknown := [field for field in stated if field not in known and not field.startswith("_")]:
-        raise ConversionError(
+        raise InputError(
             f"{repository.config_path} has fields that this conversion doesn't know: {', '.join(unknown)}; it would "
             "drop them, so remove those that don't change what the model computes."
         )
     fields = {field: value for field, value in stated.items() if field in of_classes[config_class] - NOT_ARCHITECTURE}
     for field in REQUIRED[config_class]:
         if field not in fields and not (field == "rope_theta" and "rope_parameters" in fields):
-            raise ConversionError(f"{repository.config_path} lacks {field}, which no tensor tells.")
+            raise InputError(f"{repository.config_path} lacks {field}, which no tensor tells.")
     return fields | {field: value for field, (value, _) in facts.items()}
 
 
@@ -191,10 +190,10 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
     """The bundle's configuration, and the shapes of the tensors that a model of it has.
 
     Raises:
-        ConversionError: config.json contradicts the tensors, or the two repositories are no pair.
+        InputError: config.json contradicts the tensors, or the two repositories are no pair.
     """
     if "encoder.embed_tokens.weight" in language_model.tensors and "embed_proj.0.weight" in autoencoder.tensors:
-        raise ConversionError(
+        raise InputError(
             f"--calm and --autoencoder look swapped: {language_model.weights} holds an autoencoder, and "
             f"{autoencoder.weights} a language model."
         )
@@ -202,7 +201,7 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
     for field in ("patch_size", "latent_size", "vocab_size"):
         (value, stored), (nested_value, nested_stored) = facts[field], nested_facts[field]
         if value != nested_value:
-            raise ConversionError(
+            raise InputError(
                 f"The repositories are no pair: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
             )
     fields = config_fields(language_model, facts, CALMConfig)
@@ -213,7 +212,7 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
             model = CALMForCausalLM(config)
     except Exception as error:  # a configuration can be wrong in as many ways as there are classes of errors
         paths = f"{language_model.config_path} and {autoencoder.config_path}"
-        raise ConversionError(f"{paths} make no model: {error}") from None
+        raise InputError(f"{paths} make no model: {error}") from None
     return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
 
 
@@ -246,7 +245,7 @@ def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> 
     """Each tensor of our model (name → shape), and the published ones that make it. Several must turn out equal.
 
     Raises:
-        ConversionError: a tensor is missing, left over or of the wrong shape.
+        InputError: a tensor is missing, left over or of the wrong shape.
     """
     places = {name: [] for name in shapes}
     # The autoencoder's own repository goes first, for the first piece is the one that is written.
@@ -254,16 +253,16 @@ def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> 
         for stored in repository.tensors.values():
             targets = translate(stored.name, table)
             if not targets or not set(targets) <= set(places):
-                raise ConversionError(f"The model has no place for the {stored}.")
+                raise InputError(f"The model has no place for the {stored}.")
             for part, target in enumerate(targets):
                 piece = Piece(stored, part, len(targets))
                 if piece.shape != shapes[target]:
-                    raise ConversionError(f"The {stored} does not fit {target}, which is {shapes[target]}.")
+                    raise InputError(f"The {stored} does not fit {target}, which is {shapes[target]}.")
                 places[target].append(piece)
     for name, pieces in places.items():
         if not pieces:
             repository = autoencoder if name.startswith("autoencoder.") else language_model
-            raise ConversionError(f"{repository.weights} lacks the tensor for {name} {shapes[name]}.")
+            raise InputError(f"{repository.weights} lacks the tensor for {name} {shapes[name]}.")
     return places
 
 
@@ -271,7 +270,7 @@ def merge(pieces: list[Piece], dtype: torch.dtype) -> torch.Tensor:
     """Reads the piece of the widest type, compares the others with it in theirs, and casts.
 
     Raises:
-        ConversionError: two pieces differ, or a value is not finite.
+        InputError: two pieces differ, or a value is not finite.
     """
     first, *others = sorted(pieces, key=lambda piece: -piece.stored.dtype.itemsize)
     tensor = first.read()
@@ -280,17 +279,17 @@ def merge(pieces: list[Piece], dtype: torch.dtype) -> torch.Tensor:
         theirs = other.read()
         check_finite(theirs, other)
         if not torch.equal(tensor.to(theirs.dtype), theirs):
-            raise ConversionError(f"The {first.stored} and the {other.stored} should be equal.")
+            raise InputError(f"The {first.stored} and the {other.stored} should be equal.")
     tensor = tensor.to(dtype)
     check_finite(tensor, first)
     return tensor
 
 
 def check_finite(tensor: torch.Tensor, piece: Piece) -> None:
-    """Raises `ConversionError` for a value that is infinite or not a number, maybe by a cast since it was read."""
+    """Raises `InputError` for a value that is infinite or not a number, maybe by a cast since it was read."""
     extremes = torch.stack(tensor.aminmax())  # unlike isfinite of all, makes no copies; a NaN comes through
     if not extremes.isfinite().all():
-        raise ConversionError(f"The {piece.stored} holds values that are infinite or not numbers in {tensor.dtype}.")
+        raise InputError(f"The {piece.stored} holds values that are infinite or not numbers in {tensor.dtype}.")
 
 
 def convert(
@@ -307,7 +306,7 @@ def convert(
         name: what the model card calls the model; the folder's name by default.
 
     Raises:
-        ConversionError, CommandError: see the module's description; no file is left behind.
+        InputError: see the module's description; no file is left behind.
         OSError: the disk is full or cannot be written to; no file is left behind.
     """
     with new_folder(output) as folder:
@@ -331,13 +330,13 @@ def push(folder: Path, repo_id: str) -> None:
     """Uploads a finished bundle to the Hub.
 
     Raises:
-        ConversionError: the Hub refuses or is out of reach; the folder stays.
+        InputError: the Hub refuses or is out of reach; the folder stays.
     """
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Bundle of a published CALM")
     except Exception as error:  # the client's exceptions differ between its versions
-        raise ConversionError(f"{folder} is finished, but {repo_id} did not take it: {first_line(error)}") from None
+        raise InputError(f"{folder} is finished, but {repo_id} did not take it: {first_line(error)}") from None
 
 
 @command
@@ -353,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     name = args.push_to_hub or args.output.absolute().name
-    with known_errors(ConversionError, OSError):
+    with known_errors(InputError, OSError):
         convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, name)
         if args.push_to_hub:
             push(args.output, args.push_to_hub)

@@ -6,7 +6,7 @@ from pathlib import Path
 import transformers
 from transformers import TextStreamer, pipeline, set_seed
 
-from calm.command_line import CommandError, Parser, command, known_errors, natural, positive, utf8
+from calm.command_line import InputError, Parser, command, known_errors, natural, positive, utf8
 from calm.generation_calm import PatchSampling
 from calm.inspect_text import check_length
 from calm.loading import reading
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=natural, default=0)
     options = parser.parse_args(argv)
     if options.model == str(MODEL) and not (MODEL / "config.json").is_file():  # an installed package has no weights
-        raise CommandError("no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID.")
+        raise InputError("no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID.")
     transformers.logging.set_verbosity_error()
     with known_errors():
         check_temperature(options.temperature)

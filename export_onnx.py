@@ -39,7 +39,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 
 from calm import diffusion_head_calm, flow_head_calm, generate_onnx, token_flow_head_calm
 from calm.checkpoint_files import first_line, new_folder
-from calm.command_line import Parser, command, known_errors, positive
+from calm.command_line import InputError, Parser, command, known_errors, positive
 from calm.flow_head_calm import Conditions, ModulatedMLP
 from calm.generation_calm import PatchSampling
 from calm.heads_calm import GenerativeHead
@@ -77,10 +77,6 @@ NEUTRAL: dict[str, tuple] = {
     "no_repeat_ngram_size": (0,),
     "remove_invalid_values": (False,),
 }
-
-
-class ExportError(ValueError):
-    """Why a model can't be exported, in one sentence."""
 
 
 # The graphs
@@ -304,7 +300,7 @@ def write_graph(name: str, graph: Graph, path: Path, opset: int | None) -> None:
     """Traces a graph and writes it, its weights in a file of their own.
 
     Raises:
-        ExportError: it can't be traced, or not to this opset.
+        InputError: it can't be traced, or not to this opset.
     """
     try:
         with quiet():
@@ -320,11 +316,11 @@ def write_graph(name: str, graph: Graph, path: Path, opset: int | None) -> None:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"the {name} can't be exported by torch.onnx.export: {first_line(error)}") from error
+        raise InputError(f"the {name} can't be exported by torch.onnx.export: {first_line(error)}") from error
     assert program is not None, "the exporter of dynamo returns one"
     made = program.model.opset_imports[""]
     if opset is not None and made != opset:
-        raise ExportError(f"--opset {opset}: the {name} could only be exported to opset {made}.")
+        raise InputError(f"--opset {opset}: the {name} could only be exported to opset {made}.")
     for part in (program.model.graph, *program.model.functions.values()):
         for node in part.all_nodes():  # where in this computer's files each was traced
             node.metadata_props.clear()
@@ -347,7 +343,7 @@ def largest_difference(path: Path, graph: Graph) -> float:
         found = dict(zip(graph.outputs, map(torch.from_numpy, session.run(graph.outputs, given)), strict=True))
         for name, value in expected.items():
             if found[name].shape != value.shape:
-                raise ExportError(f"{path.name} returns {name} {tuple(found[name].shape)}, not {tuple(value.shape)}.")
+                raise InputError(f"{path.name} returns {name} {tuple(found[name].shape)}, not {tuple(value.shape)}.")
             error, scale = (found[name] - value).abs(), value.abs().max()
             if name == "hidden":  # a patch that is masked means nothing
                 error = error[inputs["mask"][:, -value.shape[1] :] > 0]
@@ -413,21 +409,21 @@ def left_out(generation: GenerationConfig) -> list[str]:
 def check_exportable(config: dict[str, Any], name: str) -> None:
     """
     Raises:
-        ExportError: a model with this config.json can't be exported.
+        InputError: a model with this config.json can't be exported.
     """
     if config.get("model_type") != "calm":
-        raise ExportError(f"{name} is no CALM.")
+        raise InputError(f"{name} is no CALM.")
     head_type = config.get("head_type", "energy")
     if head_type not in NOISE_LAWS:
-        raise ExportError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
+        raise InputError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
 
 
 def check_opset(opset: int | None) -> None:
-    """Raises `ExportError` for an opset of ONNX that torch doesn't export to, or that the installed onnx lacks."""
+    """Raises `InputError` for an opset of ONNX that torch doesn't export to, or that the installed onnx lacks."""
     onnx: Any = importlib.import_module("onnx")
     most = onnx.defs.onnx_opset_version()
     if opset is not None and not LEAST_OPSET <= opset <= most:
-        raise ExportError(
+        raise InputError(
             f"--opset {opset}: must be at least {LEAST_OPSET}, and {most} at most with the installed onnx."
         )
 
@@ -436,16 +432,16 @@ def load(name: str) -> tuple[CALMForCausalLM, Any]:
     """A CALM in float32, and its tokenizer.
 
     Raises:
-        ExportError: a rotation that depends on the longest row of a pass, or quantised weights.
+        InputError: a rotation that depends on the longest row of a pass, or quantised weights.
         OSError, ValueError: no model, or no tokenizer.
     """
     tokenizer = load_tokenizer(name)
     model = load_whole(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
     if rotation not in FIXED_ROTATIONS:
-        raise ExportError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
+        raise InputError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
     if getattr(model, "is_quantized", False):
-        raise ExportError(f"{name} is quantised: export the model that it was made of.")
+        raise InputError(f"{name} is quantised: export the model that it was made of.")
     check_tokenizer(model, tokenizer, name)
     return model.eval(), tokenizer
 
@@ -461,7 +457,7 @@ def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | N
         tolerance: the largest relative difference that is accepted.
 
     Raises:
-        ExportError, OSError: a graph can't be made or differs, or the disk is full.
+        InputError, OSError: a graph can't be made or differs, or the disk is full.
     """
     for name, make in GRAPHS.items():
         print(f"{name}: traced, written and compared …", flush=True)
@@ -475,7 +471,7 @@ def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | N
         seconds = time.perf_counter() - start
         print(f"{name}: {size / 1e6:.1f} MB in {seconds:.0f} s, largest relative difference {difference:.1e}")
         if not difference <= tolerance:
-            raise ExportError(
+            raise InputError(
                 f"{name}.onnx differs from the model by {difference:.1e} of the largest output, more than the "
                 f"{tolerance:.1e} of --tolerance."
             )
@@ -503,7 +499,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    with known_errors(ExportError, OSError), new_folder(options.output) as folder:
+    with known_errors(InputError, OSError), new_folder(options.output) as folder:
         with known_errors():
             with reading(options.model):
                 check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)

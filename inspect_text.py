@@ -443,7 +443,7 @@ def check_seed(seed: int) -> None:
 def load(name: str, device: str | None):
     """
     Raises:
-        CommandError: there is no CALM, no tokenizer or no such device.
+        InputError: there is no CALM, no tokenizer or no such device.
     """
     import transformers
 

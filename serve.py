@@ -13,7 +13,7 @@ from argparse import ArgumentTypeError
 from contextlib import suppress
 from pathlib import Path
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive, utf8
+from calm.command_line import InputError, Parser, command, known_errors, positive, utf8
 
 PROGRAM = "python -m calm.serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -94,11 +94,11 @@ def seconds(text: str) -> float:
 def check_environment() -> None:
     """
     Raises:
-        CommandError: a package that the server needs is missing.
+        InputError: a package that the server needs is missing.
     """
     missing = [package for package in SERVING_PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise CommandError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
+        raise InputError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -124,7 +124,7 @@ def cannot_listen(host: str, port: int, error: Exception) -> OSError:
 def load_batcher(options):
     """
     Raises:
-        CommandError: no CALM, no tokenizer, no such device, or a template that can't be read.
+        InputError: no CALM, no tokenizer, no such device, or a template that can't be read.
     """
     import torch
 
@@ -190,7 +190,7 @@ def run(app, batcher, listening: socket.socket, options) -> None:
     try:
         listening.listen()
     except OSError as error:  # another server was started at the same time
-        raise CommandError(f"{cannot_listen(host, port, error)}.") from None
+        raise InputError(f"{cannot_listen(host, port, error)}.") from None
     print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         Server(app, batcher, options.grace).run(sockets=[listening])

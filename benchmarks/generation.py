@@ -37,7 +37,6 @@ from calm.benchmarks.meters import Machine
 from calm.benchmarks.runs import PARTS, Subject, compare, lent_products
 from calm.benchmarks.workloads import (
     DEMO_FOLDER,
-    BenchmarkError,
     Replay,
     check_worst_case,
     distinct_share,
@@ -50,7 +49,7 @@ from calm.benchmarks.workloads import (
     shape_config,
     trained_model,
 )
-from calm.command_line import Parser, command, known_errors, picture, positive, writable
+from calm.command_line import InputError, Parser, command, known_errors, picture, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 
@@ -77,30 +76,30 @@ class Benchmark:
     def _check(self) -> None:
         options = self.options
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise BenchmarkError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
+            raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
         for path in (options.json, options.plot):
             if path is not None and not path.parent.is_dir():
-                raise BenchmarkError(f"{path}: its folder does not exist.")
+                raise InputError(f"{path}: its folder does not exist.")
         if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise BenchmarkError('--plot needs matplotlib: pip install "calm-transformers[eval]".')
+            raise InputError('--plot needs matplotlib: pip install "calm-transformers[eval]".')
         for temperature in options.temperature:
             PatchSampling(True, temperature, options.num_candidates, options.sampling_method)
         if isinstance(shape_config(options.baseline, options.demo), CALMConfig):
-            raise BenchmarkError(f"--baseline {options.baseline} is a CALM: name an ordinary language model.")
+            raise InputError(f"--baseline {options.baseline} is a CALM: name an ordinary language model.")
         for shape in options.shape:
             self._check_shape(shape)
 
     def _check_shape(self, shape: str) -> None:
         options, config = self.options, shape_config(shape, self.options.demo)
         if not isinstance(config, CALMConfig):
-            raise BenchmarkError(f"--shape {shape} is no CALM: give ordinary language models as --baseline.")
+            raise InputError(f"--shape {shape} is no CALM: give ordinary language models as --baseline.")
         K = config.patch_size
         if options.prompt_length < K or options.output_length < 2 * K:
-            raise BenchmarkError(f"{shape} needs a --prompt_length of at least {K} and an --output_length of {2 * K}.")
+            raise InputError(f"{shape} needs a --prompt_length of at least {K} and an --output_length of {2 * K}.")
         if "real" in options.workload and not is_trained(shape):
             demo = shape_config("demo", options.demo)
             if demo.patch_size != K or demo.vocab_size > config.vocab_size:
-                raise BenchmarkError(
+                raise InputError(
                     f"the demo's patches are not {shape}'s: it has K={demo.patch_size} and a vocabulary of "
                     f"{demo.vocab_size}, {shape} K={K} and {config.vocab_size}. Name a model that fits with --demo."
                 )

@@ -39,14 +39,13 @@ from calm.benchmarks.golden import HEAD_TYPES, golden_errors
 from calm.benchmarks.meters import code_fingerprint, synchronise
 from calm.benchmarks.workloads import (
     DEMO_FOLDER,
-    BenchmarkError,
     random_model,
     random_prompts,
     shape_config,
     trained_model,
     write,
 )
-from calm.command_line import CommandError, Parser, command, known_errors, positive, writable
+from calm.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm
 from calm.training.tokenizer import load_tokenizer
@@ -199,14 +198,14 @@ def parts(options: argparse.Namespace, models: Models) -> Iterator[tuple[str, Ca
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises BenchmarkError for what can't be measured."""
+    """Raises InputError for what can't be measured."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError("--device cuda: PyTorch finds no GPU here; a dry run takes --device cpu.")
+        raise InputError("--device cuda: PyTorch finds no GPU here; a dry run takes --device cpu.")
     for pair in options.pairs:
         names = pair.split(":")
         is_pair = len(names) == 2 and [isinstance(shape_config(name), CALMConfig) for name in names] == [True, False]
         if not is_pair:
-            raise BenchmarkError(f"--pairs {pair}: must be CALM:TRANSFORMER, as in {PAIRS[0]}.")
+            raise InputError(f"--pairs {pair}: must be CALM:TRANSFORMER, as in {PAIRS[0]}.")
     training_step.check(argparse.Namespace(**vars(options) | {"shape": options.pairs[0].split(":"), "batch_size": 1}))
 
 
@@ -257,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
     print(*(f"left out, as the time was over: {name}" for name in left_out), sep="\n")
     if failed:
-        raise CommandError("; ".join(failed))
+        raise InputError("; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from transformers.utils import logging
 
 from calm.benchmarks.meters import Meter, Parts, wrapped
 from calm.benchmarks.runs import Subject
-from calm.benchmarks.workloads import BenchmarkError, random_model, random_prompts, shape_config, write
-from calm.command_line import CommandError, Parser, command, known_errors, writable
+from calm.benchmarks.workloads import random_model, random_prompts, shape_config, write
+from calm.command_line import InputError, Parser, command, known_errors, writable
 from calm.configuration_calm import HEADS, CALMConfig
 from calm.products_calm import SWITCH
 from calm.samplers_calm import BlockPlan
@@ -193,13 +193,13 @@ def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
     """A row for each case, in order.
 
     Raises:
-        BenchmarkError: a shape is no CALM, or a baseline one.
+        InputError: a shape is no CALM, or a baseline one.
     """
     calm, llama = shape_config(shape), shape_config(baseline)
     if not isinstance(calm, CALMConfig):
-        raise BenchmarkError(f"--shape {shape} is no CALM.")
+        raise InputError(f"--shape {shape} is no CALM.")
     if isinstance(llama, CALMConfig):
-        raise BenchmarkError(f"--baseline {baseline} is a CALM: name an ordinary language model.")
+        raise InputError(f"--baseline {baseline} is a CALM: name an ordinary language model.")
     rows, models = [], {}
     for case in cases(heads):
         if case.head not in models:
@@ -228,12 +228,12 @@ def check_budget(rows: list[dict], budget: dict[str, dict[str, int]]) -> list[st
 def update_budget(rows: list[dict], path: Path) -> None:
     """
     Raises:
-        CommandError: a figure is above its budget, which then stays as it is.
+        InputError: a figure is above its budget, which then stays as it is.
     """
     budget = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     above = check_budget(rows, budget)
     if above:
-        raise CommandError("; ".join(above) + ".")
+        raise InputError("; ".join(above) + ".")
     own = [row for row in rows if not row["case"].startswith(BASELINE)]  # upstream's is no matter of ours
     budget |= {row["case"]: {name: row[name] for name in ("operations", "waits")} for row in own}
     aside = path.with_suffix(".json.new")

@@ -15,8 +15,8 @@ import torch
 from transformers import LlamaConfig
 
 from calm.benchmarks.meters import Meter, synchronise
-from calm.benchmarks.workloads import BenchmarkError, random_model, random_prompts, shape_config
-from calm.command_line import Parser, command, known_errors, positive
+from calm.benchmarks.workloads import random_model, random_prompts, shape_config
+from calm.command_line import InputError, Parser, command, known_errors, positive
 from calm.configuration_calm import CALMConfig
 from calm.loading import device_of
 
@@ -57,11 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors():
         config = shape_config(options.shape)
         if not isinstance(config, CALMConfig):
-            raise BenchmarkError(f"--shape {options.shape} is no CALM.")
+            raise InputError(f"--shape {options.shape} is no CALM.")
         if options.prompt_length % config.patch_size:
-            raise BenchmarkError(
-                f"--prompt_length {options.prompt_length}: must be whole patches of {config.patch_size}."
-            )
+            raise InputError(f"--prompt_length {options.prompt_length}: must be whole patches of {config.patch_size}.")
         device, dtype = device_of(options.device), getattr(torch, options.dtype)
     calm, llama = (random_model(c, device, dtype) for c in (config, same_backbone(config)))
     positions = options.prompt_length // config.patch_size

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
-from calm.command_line import CommandError, Parser, command, known_errors, positive, writable
+from calm.command_line import InputError, Parser, command, known_errors, positive, writable
 
 UPSTREAM_PACKAGES = ("fastapi", "openai", "uvicorn", "rich")
 START_SECONDS = 600
@@ -120,7 +120,7 @@ def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
     """A server process, from its first healthy answer on.
 
     Raises:
-        CommandError: it ended, or did not answer in time.
+        InputError: it ended, or did not answer in time.
     """
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -135,7 +135,7 @@ def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
         while not is_healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 said = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-500:]
-                raise CommandError(f"{' '.join(arguments)} did not start: … {said}")
+                raise InputError(f"{' '.join(arguments)} did not start: … {said}")
             time.sleep(0.5)
         yield
     finally:
@@ -178,7 +178,7 @@ def stream_text(server: Served, load: Load, seed: int) -> tuple[int, float]:
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     if answer.status != 200:
-        raise CommandError(f"{server.name} answers {answer.status}: {answer.read().decode()[:500]}")
+        raise InputError(f"{server.name} answers {answer.status}: {answer.read().decode()[:500]}")
     for line in answer:
         if not line.startswith(b"data: {"):
             continue
@@ -188,7 +188,7 @@ def stream_text(server: Served, load: Load, seed: int) -> tuple[int, float]:
             first = time.perf_counter() - started
     connection.close()
     if usage is None or first is None:
-        raise CommandError(f"{server.name} sent no text, or no usage.")
+        raise InputError(f"{server.name} sent no text, or no usage.")
     return usage["completion_tokens"], first
 
 
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     missing = [package for package in UPSTREAM_PACKAGES if importlib.util.find_spec(package) is None]
     if options.baseline and missing:
-        raise CommandError(
+        raise InputError(
             f'`transformers serve` needs {", ".join(missing)}: pip install "calm-transformers[benchmark]".'
         )
     work = Path(tempfile.mkdtemp(prefix="calm-serving-"))

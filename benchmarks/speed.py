@@ -24,7 +24,7 @@ import transformers
 
 from calm.benchmarks import generation
 from calm.benchmarks.meters import code_fingerprint
-from calm.command_line import CommandError, Parser, command, known_errors
+from calm.command_line import InputError, Parser, command, known_errors
 
 ROOT = Path(__file__).parent.parent
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
@@ -59,7 +59,7 @@ class Part:
         """Runs the benchmark, unless its rows are there, of today's code and versions.
 
         Raises:
-            CommandError: the benchmark refused.
+            InputError: the benchmark refused.
         """
         path = self.path(folder)
         if path.exists() and json.loads(path.read_text(encoding="utf-8"))["measured"] == measured_with():
@@ -69,7 +69,7 @@ class Part:
         words = [*OPTIONS[self.kind].split(), *COMMON.split(), *demo_option, "--json", str(unfinished)]
         print(f"\n{path.stem}", flush=True)
         if generation.main([*words, "--temperature", self.temperature, "--batch_size", self.batch_size]):
-            raise CommandError(f"{path.stem} could not be measured.")
+            raise InputError(f"{path.stem} could not be measured.")
         date = datetime.date.today().isoformat()
         rows = [{**row, "date": date} for row in json.loads(unfinished.read_text(encoding="utf-8"))]
         unfinished.write_text(json.dumps({"measured": measured_with(), "rows": rows}, indent=2), encoding="utf-8")
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="where what is measured is kept")
     options = parser.parse_args(argv)
     if not (Path(options.demo) / "config.json").exists():
-        raise CommandError(f"--demo {options.demo}: there is no model (config.json).")
+        raise InputError(f"--demo {options.demo}: there is no model (config.json).")
     with known_errors(OSError):
         options.folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:

@@ -38,8 +38,8 @@ from torch import Tensor
 
 from calm.benchmarks.generation import device_name
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
-from calm.benchmarks.workloads import BenchmarkError, random_model, shape_config
-from calm.command_line import Parser, command, known_errors, positive, writable
+from calm.benchmarks.workloads import random_model, shape_config
+from calm.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm.evaluation.models import is_calm
 from calm.scores_calm import energy_score
 from calm.training.cost import ar_cost, calm_cost
@@ -294,13 +294,11 @@ def measure(options: argparse.Namespace) -> dict:
 
 def check(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
+        raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
     for shape in options.shape:
         K = getattr(shape_config(shape), "patch_size", 1)
         if options.block_size < 2 * K or options.block_size % K:
-            raise BenchmarkError(
-                f"--block_size {options.block_size}: {shape} needs at least two patches of {K} tokens."
-            )
+            raise InputError(f"--block_size {options.block_size}: {shape} needs at least two patches of {K} tokens.")
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from calm.benchmarks.meters import wrapped
 from calm.calibrate_radius import Recording, record_candidates
 from calm.candidates_calm import LazyPool, PlainPool, trusted_radius
-from calm.command_line import sentence
+from calm.command_line import InputError, sentence
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
 from calm.modeling_calm import CALMForCausalLM
@@ -37,10 +37,6 @@ SHARE_CONTEXTS = 16  # whose candidates are compared
 WORST_DISTINCT_SHARE = 0.99
 
 
-class BenchmarkError(ValueError):
-    """Settings that cannot be measured; the message says why."""
-
-
 # models
 
 
@@ -50,11 +46,11 @@ def is_trained(name: str) -> bool:
 
 
 def model_folder(name: str, demo: str | Path) -> str:
-    """Where a trained model is; raises BenchmarkError when the demo is asked for and not there."""
+    """Where a trained model is; raises InputError when the demo is asked for and not there."""
     if name != "demo":
         return name
     if not (Path(demo) / "config.json").exists():
-        raise BenchmarkError(f"{demo} holds no demo model (no config.json): train it, or name another with --demo.")
+        raise InputError(f"{demo} holds no demo model (no config.json): train it, or name another with --demo.")
     return str(demo)
 
 
@@ -67,16 +63,16 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
         try:
             config = load_config(model_folder(name, demo))
         except ValueError as error:
-            raise BenchmarkError(f"{name} is neither a recipe nor a model: {sentence(error)}") from error
+            raise InputError(f"{name} is neither a recipe nor a model: {sentence(error)}") from error
         if not isinstance(config, CALMConfig | LlamaConfig):
-            raise BenchmarkError(f"{name} is neither a CALM nor a Llama: its model_type is {config.model_type!r}.")
+            raise InputError(f"{name} is neither a CALM nor a Llama: its model_type is {config.model_type!r}.")
         return config
     recipe = load_recipe(name)
     if recipe.kind == "ar":
         fields: dict[str, Any] = {"vocab_size": shape_config("demo", demo).vocab_size} | recipe.model
         return LlamaConfig(**fields)
     if recipe.kind != "calm" or "vocab_size" not in recipe.model:
-        raise BenchmarkError(f"the recipe {name} does not say the shape of a whole language model.")
+        raise InputError(f"the recipe {name} does not say the shape of a whole language model.")
     return CALMConfig(**recipe.model, autoencoder_config=load_recipe("autoencoder").model)
 
 
@@ -132,12 +128,12 @@ def own_prompts(model, batch_size: int, length: int, temperature: float, num_can
 
 
 def write(model, prompts_BL: Tensor, length: int, **settings) -> Tensor:
-    """Prompts and so many sampled tokens (B, L + length); BenchmarkError if fewer came."""
+    """Prompts and so many sampled tokens (B, L + length); InputError if fewer came."""
     text = model.generate(
         prompts_BL, attention_mask=torch.ones_like(prompts_BL), do_sample=True, max_new_tokens=length, **settings
     )
     if text.shape[1] != prompts_BL.shape[1] + length:
-        raise BenchmarkError(f"{text.shape[1] - prompts_BL.shape[1]} tokens were generated instead of {length}.")
+        raise InputError(f"{text.shape[1] - prompts_BL.shape[1]} tokens were generated instead of {length}.")
     return text
 
 
@@ -158,9 +154,9 @@ def distinct_share(patches_CNK: Tensor) -> float:
 
 
 def check_worst_case(share: float) -> None:
-    """Raises BenchmarkError when candidates of the random model repeat."""
+    """Raises InputError when candidates of the random model repeat."""
     if share < WORST_DISTINCT_SHARE:
-        raise BenchmarkError(
+        raise InputError(
             f"only {share:.1%} of the random model's candidates are distinct: this is not the worst case; its "
             f"vocabulary or its latents are too small, so leave out --workload worst."
         )
@@ -192,7 +188,7 @@ class Replay:
     def on(self, model: PreTrainedModel):
         patch_size = self.recording.patches_CNK.shape[-1]
         if not is_calm(model) or model.config.patch_size != patch_size:
-            raise BenchmarkError(
+            raise InputError(
                 f"the recorded patches have {patch_size} tokens, the model's "
                 f"{getattr(model.config, 'patch_size', 1)}: record a model of the same patch size (--demo)."
             )
@@ -251,4 +247,4 @@ class LazyReplay(LazyPool):
 
 def check_recorded(num_draws: int, patches_BMK: Tensor) -> None:
     if num_draws > patches_BMK.shape[1]:
-        raise BenchmarkError(f"{num_draws} draws of a row, of {patches_BMK.shape[1]} recorded.")
+        raise InputError(f"{num_draws} draws of a row, of {patches_BMK.shape[1]} recorded.")

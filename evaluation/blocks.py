@@ -9,8 +9,8 @@ import argparse
 import numpy as np
 import torch
 
+from calm.command_line import InputError
 from calm.training.documents import (
-    DataError,
     expand_paths,
     find_paths,
     open_hub_dataset,
@@ -46,10 +46,10 @@ def pack_blocks(
 ) -> torch.Tensor:
     """(B, L) token ids: documents one after another (BOS by the tokenizer), cut into blocks, the rest left out.
 
-    Raises DataError when there are fewer tokens than one block, or a block is none.
+    Raises InputError when there are fewer tokens than one block, or a block is none.
     """
     if block_size < 1:
-        raise DataError(f"block_size={block_size}: must be at least 1.")
+        raise InputError(f"block_size={block_size}: must be at least 1.")
     pieces, length = [], 0
     for ids in tokenize_documents(documents, tokenizer, Separation(append_eos=append_eos)):
         pieces.append(ids.astype(np.int64))
@@ -58,7 +58,7 @@ def pack_blocks(
             break
     blocks = length // block_size if max_blocks is None else min(length // block_size, max_blocks)
     if not length:
-        raise DataError("the data holds no text.")
+        raise InputError("the data holds no text.")
     if blocks == 0:
-        raise DataError(f"the data has {length} tokens, fewer than one block of {block_size}: choose shorter blocks.")
+        raise InputError(f"the data has {length} tokens, fewer than one block of {block_size}: choose shorter blocks.")
     return torch.from_numpy(np.concatenate(pieces)[: blocks * block_size]).view(blocks, block_size)

@@ -12,14 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
-from calm.command_line import Parser, command, known_errors, positive
+from calm.command_line import InputError, Parser, command, known_errors, positive
 from calm.experiments.curves import draw
-from calm.experiments.plan import FOLDER, UNFINISHED, Plan, PlanError, Stage
+from calm.experiments.plan import FOLDER, UNFINISHED, Plan, Stage
 from calm.experiments.report import document, trainings
 from calm.experiments.results import Results
 from calm.experiments.stages import check, run
-from calm.training.extras import MissingPackage, need
-from calm.training.recipe import RecipeError
+from calm.training.extras import need
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,12 +50,12 @@ def chosen(plans: list[Plan], groups: list[str] | None) -> list[tuple[Plan, list
     """Each plan with the stages that the groups' tables need.
 
     Raises:
-        PlanError: a group that no plan has.
+        InputError: a group that no plan has.
     """
     known = [group for plan in plans for group in plan.groups]
     unknown = [group for group in groups or [] if group not in known]
     if unknown:
-        raise PlanError(f"no group {unknown[0]!r}: the groups are {', '.join(known)}.")
+        raise InputError(f"no group {unknown[0]!r}: the groups are {', '.join(known)}.")
     return [(plan, plan.of_groups(groups)) for plan in plans]
 
 
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     path = args.document or args.output / "experiments.md"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trainings of the moment end too
     failed = []
-    with known_errors(PlanError, RecipeError, MissingPackage, OSError):
+    with known_errors(InputError, OSError):
         need("matplotlib", "eval", "the learning curves")
         plans = make_plans(args)
         work = chosen(plans, args.only)

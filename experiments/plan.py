@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from transformers import LlamaConfig
 
+from calm.command_line import InputError
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.brier import MAX_N
 from calm.experiments.language import HiddenMarkovLanguage
@@ -27,10 +28,6 @@ UNFINISHED = ".unfinished"  # what has this ending gets its name when it is comp
 LANGUAGE = "language"
 STUDIES = ("replacements", "sharpening")  # of single models of the language
 BEFORE = ("init_from", "init_backbone")  # fields that name the model whose training went before
-
-
-class PlanError(ValueError):
-    """An experiments file that makes no sense; the message says where and what would be right."""
 
 
 @dataclass
@@ -103,8 +100,8 @@ class Plan:
         max_steps: at most so many steps of every training, to try the whole thing out.
 
     Raises:
-        PlanError: a name that nothing stands for, or no corpus where there must be one.
-        RecipeError: a field that no recipe has.
+        InputError: a name that nothing stands for, or no corpus where there must be one.
+        InputError: a field that no recipe has.
     """
 
     def __init__(self, file: Path, output: Path, corpus: Path | None = None, max_steps: int | None = None):
@@ -112,7 +109,7 @@ class Plan:
         self.corpus, self.output, self.max_steps = corpus, output, max_steps
         self.texts, self.evaluation = self.content["text"], self.content["evaluation"]
         if not self.is_language and corpus is None:
-            raise PlanError(f"{file.name} is about text files: give --corpus the folder that holds them.")
+            raise InputError(f"{file.name} is about text files: give --corpus the folder that holds them.")
         self.stages: dict[str, Stage] = {}
         self._costs: dict[str, Cost] = {}
         self.tables = [self._table(**table) for table in self.content["tables"]]
@@ -173,7 +170,7 @@ class Plan:
     def _entry(self, kind: str, name: str) -> dict:
         entries = self.content[kind]
         if name not in entries:
-            raise PlanError(f"{kind}: there is no {name!r}, only {', '.join(entries)}.")
+            raise InputError(f"{kind}: there is no {name!r}, only {', '.join(entries)}.")
         return dict(entries[name])
 
     def _model(self, name: str, seed: int | None = None) -> str:

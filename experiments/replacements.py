@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from calm.command_line import CommandError, command, known_errors
+from calm.command_line import InputError, command, known_errors
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors(ValueError, OSError):
         model = load_causal_lm(args.model, device="cpu")
         if not is_calm(model):
-            raise CommandError(f"{args.model}: is no CALM, so there is nothing to replace.")
+            raise InputError(f"{args.model}: is no CALM, so there is nothing to replace.")
         language, blocks_BL = text_of(model, args)
         results = {
             name: measure(

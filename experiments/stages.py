@@ -10,8 +10,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+from calm.command_line import InputError
 from calm.experiments.language import LANGUAGE_FILE
-from calm.experiments.plan import LANGUAGE, UNFINISHED, Plan, PlanError, Stage
+from calm.experiments.plan import LANGUAGE, UNFINISHED, Plan, Stage
 from calm.progress import progress_bar, say
 from calm.training.recipe import load_recipe
 
@@ -54,15 +55,15 @@ def check(plan: Plan, stages: list[Stage]) -> None:
     """The corpus is there, and nothing that was trained by another recipe is taken for this one.
 
     Raises:
-        PlanError: that is not so.
+        InputError: that is not so.
     """
     missing = [plan.text(part) for part in ("train", "validation") if not plan.text(part).is_file()]
     if missing and not plan.is_language:
-        raise PlanError(f"{missing[0]}: no such file. Give --corpus (make: CORPUS=) the folder that holds it.")
+        raise InputError(f"{missing[0]}: no such file. Give --corpus (make: CORPUS=) the folder that holds it.")
     for stage in stages:
         saved = plan.folder(stage) / "recipe.yaml"
         if stage.is_training and saved.exists() and load_recipe(str(saved)) != stage.resolved():
-            raise PlanError(
+            raise InputError(
                 f"{plan.folder(stage)} was trained by another recipe than {stage.name} has now: "
                 "remove the folder, and what depends on it, or choose another --output."
             )
@@ -143,7 +144,7 @@ def run(
         after_each: called after each evaluation.
 
     Raises:
-        PlanError: as `check`, or another run works in the folder.
+        InputError: as `check`, or another run works in the folder.
     """
     check(plan, stages)
     failed: list[str] = []
@@ -194,7 +195,7 @@ def _alone(output: Path):
     """Holds the folder's lock. The stages' processes inherit it: one that outlives a killed parent still holds it.
 
     Raises:
-        PlanError: somebody else has it.
+        InputError: somebody else has it.
     """
     output.mkdir(parents=True, exist_ok=True)
     with (output / "lock").open("w", encoding="utf-8") as file:
@@ -202,5 +203,5 @@ def _alone(output: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise PlanError(f"{output}: another run works there; wait for it, or choose another --output.") from error
+            raise InputError(f"{output}: another run works there; wait for it, or choose another --output.") from error
         yield

@@ -296,7 +296,7 @@ def test_the_space_asks_for_a_gradio_that_the_page_is_tested_with():
 def test_a_space_needs_the_model_s_tokenizer(tmp_path):
     for file in [*ROOT.glob("*_calm*.py"), ROOT / "config.json", ROOT / "model.safetensors"]:
         shutil.copyfile(file, tmp_path / file.name)
-    with pytest.raises(app.CommandError, match="holds no tokenizer"):
+    with pytest.raises(app.InputError, match="holds no tokenizer"):
         app.write_space(tmp_path / "space", str(tmp_path))
     assert not (tmp_path / "space").exists()
 

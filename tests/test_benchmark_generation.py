@@ -15,8 +15,9 @@ from calm import candidates_calm
 from calm.benchmarks import generation, meters, runs, workloads
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, weight_bytes, wrapped
 from calm.benchmarks.runs import Subject, compare, count_flops, floor_ms, timed_run
-from calm.benchmarks.workloads import BenchmarkError, Recording, Replay, random_model
+from calm.benchmarks.workloads import Recording, Replay, random_model
 from calm.candidates_calm import weights_fingerprint
+from calm.command_line import InputError
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 from calm.training import recipe
@@ -193,7 +194,7 @@ def test_zero_initialised_heads_are_no_worst_case():
     model = CALMForCausalLM(tiny_config()).eval()  # as before training: every candidate is the same
     share = workloads.distinct_share(workloads.draw_candidates(model, torch.arange(8).view(1, 8), 20))
     assert share == 1 / 20
-    with pytest.raises(BenchmarkError, match="only 5.0% of the random model's candidates are distinct"):
+    with pytest.raises(InputError, match="only 5.0% of the random model's candidates are distinct"):
         workloads.check_worst_case(share)
 
 
@@ -281,11 +282,11 @@ def test_a_replay_says_which_tokens_are_read(monkeypatch, radius, tokens):
 
 def test_a_replay_refuses_other_patches_and_too_many_draws():
     model = tiny_model(patch_size=2)
-    with pytest.raises(BenchmarkError, match="patches have 4 tokens, the model's 2"):
+    with pytest.raises(InputError, match="patches have 4 tokens, the model's 2"):
         with Replay(labelled_recording(2, 8)).on(model):
             pass
     model = tiny_model()
-    with pytest.raises(BenchmarkError, match="16 draws of a row, of 8 recorded"):
+    with pytest.raises(InputError, match="16 draws of a row, of 8 recorded"):
         with Replay(labelled_recording(2, 8)).on(model):
             model.next_patches(torch.randn(1, 48), PatchSampling(True, 0.5, 16))
 
@@ -293,7 +294,7 @@ def test_a_replay_refuses_other_patches_and_too_many_draws():
 def test_texts_that_end_early_are_no_measurement():
     model = tiny_model()
     model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
-    with pytest.raises(BenchmarkError, match="1 tokens were generated instead of 8"):
+    with pytest.raises(InputError, match="1 tokens were generated instead of 8"):
         workloads.write(model, torch.full((1, 4), BOS), 8)
 
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from calm.benchmarks import operations
 from calm.benchmarks.operations import OperationCounter, cases, count_all, update_budget
-from calm.command_line import CommandError
+from calm.command_line import InputError
 
 HEADS = ["energy", "token_chain"]
 BUDGET_FILE = Path(__file__).parent / "operations_budget.json"
@@ -94,9 +94,9 @@ def test_a_budget_can_only_fall(tmp_path):
     update_budget([row("a", 90, 2)], path)
     assert json.loads(path.read_text()) == {"a": {"operations": 90, "waits": 2}, "b": {"operations": 50, "waits": 1}}
     before = path.read_text()
-    with pytest.raises(CommandError, match="a: 91 operations a step, the budget is 90"):
+    with pytest.raises(InputError, match="a: 91 operations a step, the budget is 90"):
         update_budget([row("a", 91, 2), row("b", 40, 1)], path)
-    with pytest.raises(CommandError, match="b: 2 waits a step, the budget is 1"):
+    with pytest.raises(InputError, match="b: 2 waits a step, the budget is 1"):
         update_budget([row("b", 50, 2)], path)
     assert path.read_text() == before
 

@@ -11,7 +11,7 @@ from commands import COMMANDS, ROOT, main_of, refusal
 from tiny import tiny_model, tiny_tokenizer
 
 import calm.command_line
-from calm.command_line import CommandError, Parser, command, known_errors
+from calm.command_line import InputError, Parser, command, known_errors
 from calm.evaluation.models import load_causal_lm
 
 NOWHERE = "./no/such/place"
@@ -245,14 +245,14 @@ def test_a_prompt_that_is_not_utf_8_is_one_line(module, capsys):
 
 
 def test_where_things_are_read_every_error_is_a_line():
-    with pytest.raises(CommandError, match="^deep$"), known_errors():
+    with pytest.raises(InputError, match="^deep$"), known_errors():
         raise RecursionError("deep")
-    with pytest.raises(CommandError, match="^so it was$"), known_errors():
-        raise CommandError("so it was")
+    with pytest.raises(InputError, match="^so it was$"), known_errors():
+        raise InputError("so it was")
 
 
 def test_an_error_of_several_lines_is_one():
-    with pytest.raises(CommandError, match="^one two three$"), known_errors(ValueError):
+    with pytest.raises(InputError, match="^one two three$"), known_errors(ValueError):
         raise ValueError("one\n  two\n\nthree")
-    with pytest.raises(CommandError, match="^nowhere.txt: No such file or directory.$"), known_errors(OSError):
+    with pytest.raises(InputError, match="^nowhere.txt: No such file or directory.$"), known_errors(OSError):
         open("nowhere.txt")

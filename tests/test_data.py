@@ -26,11 +26,12 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
+from calm.command_line import InputError
 from calm.evaluation.blocks import open_documents, pack_blocks
 from calm.training import documents as documents_module
 from calm.training import tokens as tokens_module
 from calm.training.data import Length, PackedBlocks, PatchCollator, StreamedBlocks, data_sets
-from calm.training.documents import BadLines, DataError, documents, expand_paths, read_documents, read_hub_dataset
+from calm.training.documents import BadLines, documents, expand_paths, read_documents, read_hub_dataset
 from calm.training.recipe import DataOptions
 from calm.training.tokenizer import train_bpe
 from calm.training.tokens import Separation, TokenFile, cached_tokens, token_file, tokenize_documents
@@ -101,7 +102,7 @@ def test_folders_and_patterns_are_read_in_a_fixed_order(tmp_path):
 def test_a_bad_line_stops_with_file_and_line_or_is_skipped_and_counted(tmp_path, line, why):
     path = tmp_path / "data.jsonl"
     path.write_bytes(jsonl(["first"]) + b"\n" + line + b"\n" + jsonl(["last"]))
-    with pytest.raises(DataError, match=rf"data\.jsonl, line 3: {why}"):
+    with pytest.raises(InputError, match=rf"data\.jsonl, line 3: {why}"):
         read(path)
     bad_lines = BadLines(skip=True)
     assert read(path, bad_lines=bad_lines) == ["first", "last"]
@@ -113,7 +114,7 @@ def test_a_file_that_is_cut_short_is_an_error_even_when_lines_are_skipped(tmp_pa
     path = tmp_path / f"data.jsonl{compression}"
     whole = COMPRESS[compression](jsonl([str(n) * 50 for n in np.random.default_rng(0).integers(10**9, size=500)]))
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"data\.jsonl.*after line \d+: the file is damaged"):
+    with pytest.raises(InputError, match=r"data\.jsonl.*after line \d+: the file is damaged"):
         read(path, bad_lines=BadLines(skip=True))
 
 
@@ -130,7 +131,7 @@ def test_a_signature_of_utf_8_is_no_text(tmp_path, name, content):
 
 def test_text_in_another_encoding_is_named_with_its_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\ncafé".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.txt, line 2: not UTF-8 .*; convert it to UTF-8"):
+    with pytest.raises(InputError, match=r"a\.txt, line 2: not UTF-8 .*; convert it to UTF-8"):
         read(tmp_path / "a.txt")
 
 
@@ -143,7 +144,7 @@ def test_a_zst_file_with_a_large_window_is_read(tmp_path, window_log):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.xz", "a.parquet.zst"])
 def test_a_git_lfs_pointer_is_no_text(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 345\n")
-    with pytest.raises(DataError, match=rf"{name}: is a Git LFS pointer .*; run git lfs pull"):
+    with pytest.raises(InputError, match=rf"{name}: is a Git LFS pointer .*; run git lfs pull"):
         read(tmp_path / name)
 
 
@@ -154,7 +155,7 @@ def test_hidden_files_of_a_folder_and_folders_called_like_files_are_not_read(tmp
         (data / name).write_bytes(jsonl([name]))
     assert read(data) == ["a.jsonl"]
     assert read(data / ".b.jsonl") == [".b.jsonl"]
-    with pytest.raises(DataError, match=r"d\.jsonl: the folder holds no file"):
+    with pytest.raises(InputError, match=r"d\.jsonl: the folder holds no file"):
         read(data / "d.jsonl")
 
 
@@ -171,13 +172,13 @@ def test_paths_that_hold_no_text_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "data.csv").write_text("a,b")
     (tmp_path / "dead.jsonl").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(InputError, match="nowhere.jsonl: no such file"):
         expand_paths("nowhere.jsonl")
-    with pytest.raises(DataError, match=r"dead\.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"dead\.jsonl: No such file"):
         expand_paths(tmp_path)
-    with pytest.raises(DataError, match="empty: the folder holds no file"):
+    with pytest.raises(InputError, match="empty: the folder holds no file"):
         expand_paths([str(tmp_path / "empty")])
-    with pytest.raises(DataError, match=r"data\.csv: unknown format; readable are \.txt"):
+    with pytest.raises(InputError, match=r"data\.csv: unknown format; readable are \.txt"):
         expand_paths([str(tmp_path / "data.csv")])
 
 
@@ -185,7 +186,7 @@ def test_another_text_column_is_read_and_a_missing_one_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS, key="body"))
     (tmp_path / "b.parquet").write_bytes(parquet(TEXTS))
     assert read(tmp_path / "a.jsonl", text_column="body") == TEXTS
-    with pytest.raises(DataError, match='no column "body"; it has text, n'):
+    with pytest.raises(InputError, match='no column "body"; it has text, n'):
         read(tmp_path / "b.parquet", text_column="body")
 
 
@@ -197,10 +198,10 @@ def test_a_file_that_the_system_does_not_read_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(documents_module, "_CountedFile", forbidden)
-    with pytest.raises(DataError, match=r"a\.jsonl: Permission denied\.$"):
+    with pytest.raises(InputError, match=r"a\.jsonl: Permission denied\.$"):
         list(read_documents(files))
     monkeypatch.setattr("builtins.open", lambda path, *args: forbidden(path, None))
-    with pytest.raises(DataError, match=r"a\.jsonl: Permission denied\.$"):
+    with pytest.raises(InputError, match=r"a\.jsonl: Permission denied\.$"):
         expand_paths(tmp_path)
 
 
@@ -208,17 +209,17 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     path, whole = tmp_path / "a.parquet", parquet([str(n) * 40 for n in range(3000)])
     for content in (whole[:-9], b"", whole[:40] + b"\xff" * 2000 + whole[2040:]):  # the last one opens
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"a\.parquet, after row \d+: not a readable parquet file"):
+        with pytest.raises(InputError, match=r"a\.parquet, after row \d+: not a readable parquet file"):
             read(path)
 
 
 def test_a_parquet_column_of_another_type_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet(TEXTS))
-    with pytest.raises(DataError, match=r'a\.parquet: the column "n" holds int64, not strings'):
+    with pytest.raises(InputError, match=r'a\.parquet: the column "n" holds int64, not strings'):
         read(tmp_path / "a.parquet", text_column="n", bad_lines=BadLines(skip=True))
     words = pyarrow.array(["b", "a", None, "b"]).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"text": words}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b\.parquet, line 3: no string in the column"):
+    with pytest.raises(InputError, match=r"b\.parquet, line 3: no string in the column"):
         read(tmp_path / "b.parquet")
     assert read(tmp_path / "b.parquet", bad_lines=BadLines(skip=True)) == ["b", "a", "b"]
 
@@ -227,7 +228,7 @@ def test_a_parquet_text_that_is_not_utf_8_is_a_bad_line(tmp_path):
     offsets, content = (pyarrow.py_buffer(b) for b in (np.array([0, 1, 4], np.int32).tobytes(), b"a\xed\xa0\x80"))
     texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, content])
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet, line 2: not UTF-8"):
+    with pytest.raises(InputError, match=r"a\.parquet, line 2: not UTF-8"):
         read(tmp_path / "a.parquet")
 
 
@@ -236,20 +237,20 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(tmp_path):
         yield {"text": "a"}
         raise RuntimeError("no route to host")
 
-    with pytest.raises(DataError, match=r"dataset, after row \d: cannot be read \(.*no route"):
+    with pytest.raises(InputError, match=r"dataset, after row \d: cannot be read \(.*no route"):
         list(read_hub_dataset(datasets.IterableDataset.from_generator(broken)))
     rows = datasets.Dataset.from_dict({"body": TEXTS, "n": [1, None, 3]})
-    with pytest.raises(DataError, match='no column "text"; it has body, n'):
+    with pytest.raises(InputError, match='no column "text"; it has body, n'):
         list(read_hub_dataset(rows))
-    with pytest.raises(DataError, match='dataset, line 1: no string in the column "n"'):
+    with pytest.raises(InputError, match='dataset, line 1: no string in the column "n"'):
         list(read_hub_dataset(rows, "n"))
     halves = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}, {"text": "\ud800"}]))
-    with pytest.raises(DataError, match="dataset, line 2: no text: character 1 is half of a surrogate pair"):
+    with pytest.raises(InputError, match="dataset, line 2: no text: character 1 is half of a surrogate pair"):
         list(read_hub_dataset(halves))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text"')
-    with pytest.raises(DataError, match="neither a file here nor a Hub dataset"):
+    with pytest.raises(InputError, match="neither a file here nor a Hub dataset"):
         documents(DataOptions(dataset=str(tmp_path)), "train")
-    with pytest.raises(DataError, match="no held-out data: give --validation_files or --validation_split"):
+    with pytest.raises(InputError, match="no held-out data: give --validation_files or --validation_split"):
         documents(DataOptions(dataset=str(tmp_path)), "validation")
 
 
@@ -257,7 +258,7 @@ def test_files_without_text_are_named_with_what_was_skipped(tmp_path):
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.jsonl").write_bytes(b"[]\n")
     options = DataOptions(train_files=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], skip_bad_lines=True)
-    with pytest.raises(DataError, match=r"a\.txt and 1 more: no text there \(1 bad line.*b\.jsonl, line 1"):
+    with pytest.raises(InputError, match=r"a\.txt and 1 more: no text there \(1 bad line.*b\.jsonl, line 1"):
         list(documents(options, "train")[0])
 
 
@@ -334,9 +335,9 @@ def test_documents_end_as_published():
 def test_tokens_are_written_once_for_a_key_and_a_failure_leaves_nothing(tmp_path):
     def broken():
         yield np.arange(3, dtype=np.uint32)
-        raise DataError("line 2")
+        raise InputError("line 2")
 
-    with pytest.raises(DataError, match="line 2"):
+    with pytest.raises(InputError, match="line 2"):
         cached_tokens(tmp_path, {"a": 1}, broken)
     assert list(tmp_path.iterdir()) == []
     documents = [np.arange(3, dtype=np.uint32), np.arange(5, dtype=np.uint32)]
@@ -344,7 +345,7 @@ def test_tokens_are_written_once_for_a_key_and_a_failure_leaves_nothing(tmp_path
     assert first.tokens.tolist() == [0, 1, 2, 0, 1, 2, 3, 4] and first.document_starts.tolist() == [0, 3]
     again = cached_tokens(tmp_path, {"a": 1}, broken)
     assert again.tokens.tolist() == first.tokens.tolist()
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(InputError, match="holds no text"):
         cached_tokens(tmp_path, {"a": 2}, lambda: iter([]))
 
 
@@ -378,7 +379,7 @@ def test_a_damaged_cache_is_written_again(tmp_path, name, size):
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "tokens").touch()
-    with pytest.raises(DataError, match=r"tokens/\w+: the tokens cannot be written there \("):
+    with pytest.raises(InputError, match=r"tokens/\w+: the tokens cannot be written there \("):
         cached_tokens(tmp_path / "tokens", {}, lambda: iter([np.arange(3, dtype=np.uint32)]))
 
 
@@ -408,7 +409,7 @@ def test_the_key_of_a_cache_has_every_option_that_changes_tokens(tmp_path, monke
     def key_and_tokens(options):
         try:
             tokens = [ids.tolist() for ids in token_file(options, "train", tiny_tokenizer(), 4, tmp_path)]
-        except DataError as error:
+        except InputError as error:
             tokens = str(error)
         return keys.pop(), tokens
 
@@ -490,11 +491,11 @@ def test_left_fill_makes_short_prompts_of_every_length():
 
 
 def test_data_that_do_not_fit_are_refused():
-    with pytest.raises(DataError, match="block_size=10 is no multiple of patch_size=4"):
+    with pytest.raises(InputError, match="block_size=10 is no multiple of patch_size=4"):
         PackedBlocks(numbers(), 10, 4)
-    with pytest.raises(DataError, match="103 tokens, too few for one block of block_size=104"):
+    with pytest.raises(InputError, match="103 tokens, too few for one block of block_size=104"):
         PackedBlocks(numbers(), 104, 4)
-    with pytest.raises(DataError, match="needs a filler token"):
+    with pytest.raises(InputError, match="needs a filler token"):
         PackedBlocks(numbers(), 8, 4, left_fill=0.5)
 
 
@@ -515,20 +516,20 @@ def test_data_that_do_not_fit_are_refused():
 def test_options_that_make_no_sense_are_refused_before_the_data_is_read(tmp_path, streaming, field, value, why):
     (tmp_path / "a.jsonl").write_bytes(b"not to be read")
     options = DataOptions([str(tmp_path / "a.jsonl")], streaming=streaming, **{field: value})
-    with pytest.raises(DataError, match=rf"{field}={value}:? {why}"):
+    with pytest.raises(InputError, match=rf"{field}={value}:? {why}"):
         data_sets(options, tiny_tokenizer(), 4, Length(1, max_steps=1), 0, tmp_path / "tokens", evaluates=False)
     assert not (tmp_path / "tokens").exists()
 
 
 def test_blocks_of_no_tokens_are_refused():
-    with pytest.raises(DataError, match="block_size=0: must be at least 1"):
+    with pytest.raises(InputError, match="block_size=0: must be at least 1"):
         pack_blocks(["abc"], tiny_tokenizer(), 0)
 
 
 def test_held_out_data_that_are_not_there_are_missed_before_the_training_data_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"not to be read")
     options = DataOptions([str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")])
-    with pytest.raises(DataError, match=r"b\.jsonl: no such file"):
+    with pytest.raises(InputError, match=r"b\.jsonl: no such file"):
         data_sets(options, tiny_tokenizer(), 4, Length(1), 0, tmp_path / "tokens", evaluates=True)
 
 
@@ -623,7 +624,7 @@ def test_an_error_in_a_worker_is_one_sentence(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["abcd"]) + b"[]\n")
     options = DataOptions([str(tmp_path / "a.jsonl")], streaming=True, block_size=5)
     blocks = data_sets(options, tiny_tokenizer(), 1, Length(1, max_steps=9), 0, tmp_path, evaluates=False).train
-    with pytest.raises(DataError, match=r"^\S+a\.jsonl, line 2: no string under the key \"text\" \([^)]*\)\.$"):
+    with pytest.raises(InputError, match=r"^\S+a\.jsonl, line 2: no string under the key \"text\" \([^)]*\)\.$"):
         first_blocks(blocks, 6, 2)
 
 
@@ -646,9 +647,9 @@ def test_a_stream_depends_on_the_seed_alone():
 
 
 def test_a_stream_without_text_is_an_error():
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(InputError, match="holds no text"):
         next(iter(StreamedBlocks([], iter, block_size=4)))
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(InputError, match="holds no text"):
         first_blocks(stream([0, 0, 0]), 2, num_workers=2)
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from training_helpers import write_corpus
 
+from calm.command_line import InputError
 from calm.experiments.__main__ import main
 from calm.experiments.curves import GROUP, curves, draw
-from calm.experiments.plan import FOLDER, Plan, PlanError
+from calm.experiments.plan import FOLDER, Plan
 from calm.experiments.report import NOT_ASKED, TEMPLATE, Measured, comparison, direction, document, studies
 from calm.experiments.results import Results, digest, totals
 from calm.experiments.stages import command, is_finished, read_score, result_file, run
-from calm.training.recipe import RecipeError
 
 FILE = Path(__file__).parent / "fixtures" / "experiments.yaml"
 
@@ -125,9 +125,9 @@ def test_the_real_files_are_plans(corpus, tmp_path, name):
 @pytest.mark.parametrize(
     ("old", "new", "error", "message"),
     [
-        ("model: ar,", "model: art,", PlanError, "models: there is no 'art', only ar, calm"),
-        ("autoencoder: k4", "autoencoder: k8", PlanError, "autoencoders: there is no 'k8', only k4, k2"),
-        ("beta: 1.5", "betta: 1.5", RecipeError, "unknown field 'betta': did you mean beta"),
+        ("model: ar,", "model: art,", InputError, "models: there is no 'art', only ar, calm"),
+        ("autoencoder: k4", "autoencoder: k8", InputError, "autoencoders: there is no 'k8', only k4, k2"),
+        ("beta: 1.5", "betta: 1.5", InputError, "unknown field 'betta': did you mean beta"),
     ],
 )
 def test_a_wrong_name_is_refused_before_any_work(corpus, tmp_path, old, new, error, message):
@@ -210,7 +210,9 @@ def test_a_score_of_another_text_is_made_again(finished, corpus):
 
 
 def test_another_recipe_is_not_taken_for_this_one(finished, corpus):
-    with pytest.raises(PlanError, match=r"autoencoders/k4 was trained by another recipe than autoencoders/k4 has now"):
+    with pytest.raises(
+        InputError, match=r"autoencoders/k4 was trained by another recipe"
+    ):
         plan = plan_in(corpus, finished, max_steps=5)
         run(plan, plan.of_groups(["loss"]), threads=1)
 
@@ -221,7 +223,7 @@ def test_two_runs_do_not_share_a_folder(finished, corpus):
     plan = plan_in(corpus, finished)
     with (plan.output / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(PlanError, match="another run works there"):
+        with pytest.raises(InputError, match="another run works there"):
             run(plan, [], threads=1)
 
 

@@ -25,7 +25,7 @@ from server_process import START_SECONDS, running_server, save_tiny_model
 from tiny import tiny_tokenizer
 
 from calm import serve
-from calm.command_line import CommandError
+from calm.command_line import InputError
 from calm.modeling_calm import CALMForCausalLM
 from calm.serving.openai_api import CountPenalty
 
@@ -520,7 +520,7 @@ def test_a_port_that_another_server_took_while_the_model_was_loaded(monkeypatch)
         port = first.getsockname()[1]
         with serve.listen("127.0.0.1", port) as second:
             first.listen()
-            with pytest.raises(CommandError, match=f"127.0.0.1:{port} can't be listened on .Address already in use"):
+            with pytest.raises(InputError, match=f"127.0.0.1:{port} can't be listened on .Address already in use"):
                 serve.run(None, None, second, serve.parse([str(ROOT)]))
 
 

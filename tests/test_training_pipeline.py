@@ -9,10 +9,10 @@ from tiny import tiny_model
 from training_helpers import RECIPES, make_workshop
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from calm.command_line import InputError
 from calm.training import fit as fitting
 from calm.training import train_calm
 from calm.training.data import Length, PatchCollator, blocks_per_epoch, data_sets
-from calm.training.documents import DataError
 from calm.training.recipe import load_recipe
 from calm.training.tokenizer import load_tokenizer
 
@@ -55,7 +55,7 @@ def test_blocks_by_hand():
     assert blocks_per_epoch(24, 8) == 3
     assert blocks_per_epoch(31, 8) == 3
     assert blocks_per_epoch(24, 8, random_phase=True) == 2  # wherever among the first 8 tokens it begins
-    with pytest.raises(DataError, match="14 tokens, too few for one block of block_size=8 and a random phase"):
+    with pytest.raises(InputError, match="14 tokens, too few for one block of block_size=8 and a random phase"):
         blocks_per_epoch(14, 8, random_phase=True)
 
 

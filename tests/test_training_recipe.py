@@ -12,6 +12,7 @@ from tiny import tiny_tokenizer
 from training_helpers import COMMANDS, RECIPES, train
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, get_scheduler
 
+from calm.command_line import InputError
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
@@ -23,7 +24,6 @@ from calm.training.recipe import (
     RECIPE_FOLDER,
     DataOptions,
     Recipe,
-    RecipeError,
     load_recipe,
     parse_command_line,
     recipe_names,
@@ -209,7 +209,7 @@ def test_the_command_line_is_read_as_yaml():
         "beta": 1.0,
         "seed": -1,
     }
-    with pytest.raises(RecipeError, match="unexpected 'calm-m'"):
+    with pytest.raises(InputError, match="unexpected 'calm-m'"):
         parse_command_line(["calm-m"])
 
 
@@ -241,7 +241,7 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path):
 )
 def test_a_recipe_file_with_a_mistake_is_refused(tmp_path, content, message):
     (tmp_path / "mine.yaml").write_text(content)
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(InputError) as error:
         load_recipe(str(tmp_path / "mine.yaml"))
     assert message in str(error.value)
 
@@ -271,16 +271,16 @@ def test_a_recipe_changes_only_what_it_states_of_its_base(tmp_path):
 
 def test_bases_in_a_circle_are_refused(tmp_path):
     mine = write(tmp_path, mine="base: other.yaml", other="base: third.yaml", third="base: other.yaml")
-    with pytest.raises(RecipeError, match=r"lead back to it \(mine.yaml -> other.yaml -> third.yaml -> other.yaml\)"):
+    with pytest.raises(InputError, match=r"lead back to it \(mine.yaml -> other.yaml -> third.yaml -> other.yaml\)"):
         load_recipe(mine)
 
 
 def test_a_mistaken_override_or_name_is_refused():
-    with pytest.raises(RecipeError, match="unknown field 'lerning_rate': did you mean learning_rate"):
+    with pytest.raises(InputError, match="unknown field 'lerning_rate': did you mean learning_rate"):
         load_recipe("calm-m", {"lerning_rate": 1})
-    with pytest.raises(RecipeError, match="no recipe 'calm-s': name a .yaml file or one of autoencoder, calm-fast"):
+    with pytest.raises(InputError, match="no recipe 'calm-s': name a .yaml file or one of autoencoder, calm-fast"):
         load_recipe("calm-s")
-    with pytest.raises(RecipeError, match="num_samples=1: the pairwise term needs at least 2 samples"):
+    with pytest.raises(InputError, match="num_samples=1: the pairwise term needs at least 2 samples"):
         make_config(CONFIGS["calm"], {"num_samples": 1})
 
 

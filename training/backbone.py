@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm.command_line import InputError
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import load_with_bar
 from calm.token_chain_head_calm import TokenChain
 from calm.training.configuration import backbone_note, llama_config_of, say
-from calm.training.recipe import PATCH_EMBEDDINGS, Recipe, RecipeError
+from calm.training.recipe import PATCH_EMBEDDINGS, Recipe
 
 
 def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
@@ -30,20 +31,20 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
         config: its configuration.
 
     Raises:
-        RecipeError: its weights are quantised, cannot be read, or are not what its configuration says.
+        InputError: its weights are quantised, cannot be read, or are not what its configuration says.
     """
     if getattr(config, "quantization_config", None):
-        raise RecipeError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
+        raise InputError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
     try:
         llama, info = load_with_bar(  # pyright: ignore[reportGeneralTypeIssues]  # a pair by the last setting
             LlamaForCausalLM.from_pretrained, where, config=config, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{what} {where}: its weights cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{what} {where}: its weights cannot be read: {' '.join(str(error).split())}") from error
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]  # of old Llamas
     for kind, keys in (("misses", info["missing_keys"]), ("has no place for", unexpected)):
         if keys:
-            raise RecipeError(f"{what} {where}: is not what its configuration says, which {kind} {min(keys)}.")
+            raise InputError(f"{what} {where}: is not what its configuration says, which {kind} {min(keys)}.")
     return llama
 
 
@@ -54,7 +55,7 @@ def begin_with_llama(model: CALMForCausalLM, recipe: Recipe) -> None:
     Tokens that the Llama doesn't know, at the end of the vocabulary, get the mean of those that it knows.
 
     Raises:
-        RecipeError: as `load_llama`.
+        InputError: as `load_llama`.
     """
     where = str(recipe.init_backbone)
     llama = load_llama("init_backbone", where, llama_config_of("init_backbone", where)).model
@@ -73,7 +74,7 @@ def begin_chain(chain: TokenChain, recipe: Recipe) -> None:
     """Gives a patch's chain of tokens what `init_backbone` has: at first each place expects the Llama's next token.
 
     Raises:
-        RecipeError: as `load_llama`.
+        InputError: as `load_llama`.
     """
     where = str(recipe.init_backbone)
     llama = load_llama("init_backbone", where, llama_config_of("init_backbone", where))

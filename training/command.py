@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 
-from calm.command_line import Parser, command, known_errors
+from calm.command_line import InputError, Parser, command, known_errors
 from calm.training.configuration import config_and_notes
 from calm.training.cost import print_cost
-from calm.training.documents import DataError
-from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line, recipe_names
-from calm.training.trainer import TrainingStopped
+from calm.training.recipe import Recipe, load_recipe, parse_command_line, recipe_names
 
 
 def report_cost(recipe: Recipe) -> None:
@@ -48,8 +46,8 @@ def training_command(
     with known_errors():
         recipe = load_recipe(options.recipe, parse_command_line(fields))
         if recipe.kind != kind:
-            raise RecipeError(f"the recipe {options.recipe!r} is for train_{recipe.kind}.")
+            raise InputError(f"the recipe {options.recipe!r} is for train_{recipe.kind}.")
         training = dry_run(recipe) if options.dry_run else train(recipe, options.resume)
     if training is not None:
-        with known_errors(DataError, TrainingStopped, OSError):
+        with known_errors(InputError, OSError):
             training()

@@ -6,12 +6,13 @@ from pathlib import Path
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
+from calm.command_line import InputError
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.training.recipe import BACKBONE_FIELDS, CONFIGS, PATCH_EMBEDDINGS, Recipe, RecipeError
+from calm.training.recipe import BACKBONE_FIELDS, CONFIGS, PATCH_EMBEDDINGS, Recipe
 from calm.training.tokenizer import filler_token_id, first_difference, load_tokenizer
 
 
-class NotThere(RecipeError):
+class NotThere(InputError):
     """What a recipe needs is not named or, so far, not there; a dry run can do without.
 
     Args:
@@ -30,7 +31,7 @@ def tokenizer_of(recipe: Recipe):
     """The tokenizer that the recipe names, or the one beside the model that it goes on from.
 
     Raises:
-        RecipeError: there is none, or it cannot be read.
+        InputError: there is none, or it cannot be read.
     """
     where = recipe.tokenizer or recipe.init_from or recipe.autoencoder
     return read("tokenizer", where, "train_tokenizer", load_tokenizer)
@@ -40,12 +41,12 @@ def autoencoder_config_of(recipe: Recipe) -> CALMAutoencoderConfig:
     """The configuration of the trained autoencoder that the recipe names.
 
     Raises:
-        RecipeError: there is none, or it cannot be read.
+        InputError: there is none, or it cannot be read.
     """
     where = recipe.autoencoder
     fields, _ = read("autoencoder", where, "train_autoencoder", PretrainedConfig.get_config_dict)
     if fields.get("model_type") not in (CALMConfig.model_type, CALMAutoencoderConfig.model_type):
-        raise RecipeError(
+        raise InputError(
             f"autoencoder {where}: holds none, its config.json has model_type {fields.get('model_type')!r}."
         )
     return read("autoencoder", where, "train_autoencoder", CALMAutoencoderConfig.from_pretrained)
@@ -55,7 +56,7 @@ def config_before(recipe: Recipe):
     """The configuration of the model that the recipe goes on from.
 
     Raises:
-        RecipeError: there is none, it cannot be read, or it is of another kind than the recipe.
+        InputError: there is none, it cannot be read, or it is of another kind than the recipe.
     """
     config_class = CONFIGS[recipe.kind]
     return config_class.from_dict(_fields("init_from", recipe.init_from, f"train_{recipe.kind}", config_class))
@@ -69,7 +70,7 @@ def llama_config_of(what: str, where: str | None) -> LlamaConfig:
         where: folder or Hub id.
 
     Raises:
-        RecipeError: there is none, it cannot be read, or it is of another family.
+        InputError: there is none, it cannot be read, or it is of another family.
     """
     fields = _fields(what, where, "train_ar", LlamaConfig)
     # transformers 5 writes only rope_parameters, which 4.57 doesn't read: it would fall back to the defaults.
@@ -85,7 +86,7 @@ def _fields(what: str, where: str | None, maker: str, config_class) -> dict:
     fields, _ = read(what, where, maker, PretrainedConfig.get_config_dict)
     if fields.get("model_type") != config_class.model_type:
         found = fields.get("model_type")
-        raise RecipeError(f"{what} {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
+        raise InputError(f"{what} {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
     return fields
 
 
@@ -101,13 +102,13 @@ def check_tokens(what: str, where: str, llama: LlamaConfig, tokenizer) -> None:
         tokenizer: the autoencoder's.
 
     Raises:
-        RecipeError: a token differs, or the Llama has more of them.
+        InputError: a token differs, or the Llama has more of them.
     """
     try:
         theirs = load_tokenizer(where)
     except (OSError, ValueError):
         if llama.vocab_size > len(tokenizer):
-            raise RecipeError(
+            raise InputError(
                 f"{what} {where}: knows {llama.vocab_size:,} tokens, the autoencoder {len(tokenizer):,}."
             ) from None
         say(
@@ -119,7 +120,7 @@ def check_tokens(what: str, where: str, llama: LlamaConfig, tokenizer) -> None:
     if difference:
         token_id, *tokens = difference
         their, our = ("none" if token is None else repr(token) for token in tokens)
-        raise RecipeError(
+        raise InputError(
             f"{what} {where}: token {token_id} is {their} in its tokenizer and {our} in the autoencoder's, "
             "so that the two read text differently."
         )
@@ -136,7 +137,7 @@ def read(what: str, where: str | None, maker: str, reader):
 
     Raises:
         NotThere: it is not named, no such folder, or not to be had from the Hub.
-        RecipeError: the folder is there, and is none.
+        InputError: the folder is there, and is none.
     """
     where = folder_or_hub_id(what, where, maker)
     try:
@@ -144,7 +145,7 @@ def read(what: str, where: str | None, maker: str, reader):
     except Exception as error:  # each library has its own
         reason = " ".join(str(error).partition("\n\n")[0].split())
         if Path(where).exists():
-            raise RecipeError(f"{what} {where}: cannot be read: {reason}") from error
+            raise InputError(f"{what} {where}: cannot be read: {reason}") from error
         message = f"{what} {where}: no such folder, nor to be had from the Hub: {reason}"
         raise NotThere(message, f"the {what} {where} cannot be had") from error
 
@@ -177,7 +178,7 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
         autoencoder: its configuration; `None` as for the tokenizer, and for what is no CALM.
 
     Raises:
-        RecipeError: no model to go on from or to take the backbone of, an autoencoder with another vocabulary than the
+        InputError: no model to go on from or to take the backbone of, an autoencoder with another vocabulary than the
             tokenizer, or a value that makes no sense.
     """
     config_class = CONFIGS[recipe.kind]
@@ -194,7 +195,7 @@ def changed_config(recipe: Recipe, before: CALMConfig) -> CALMConfig:
     """The configuration of the CALM before, as the recipe changes it.
 
     Raises:
-        RecipeError: a value that makes no sense.
+        InputError: a value that makes no sense.
     """
     # A repetition radius is measured on the weights, which change now.
     return make_config(CALMConfig, before.to_dict() | {"repetition_radius": None} | recipe.model)
@@ -202,7 +203,7 @@ def changed_config(recipe: Recipe, before: CALMConfig) -> CALMConfig:
 
 def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig | None) -> dict:
     if autoencoder and tokenizer and autoencoder.vocab_size != len(tokenizer):
-        raise RecipeError(
+        raise InputError(
             f"the autoencoder {recipe.autoencoder} knows {autoencoder.vocab_size} tokens, the tokenizer "
             f"{len(tokenizer)}: both must be the ones it was trained with."
         )
@@ -231,13 +232,13 @@ def _backbone_values(recipe: Recipe, tokenizer) -> dict:
     whole = make_config(CALMConfig, values).to_dict()
     for name in BACKBONE_FIELDS:
         if name in recipe.model and recipe.model[name] != whole.get(name):
-            raise RecipeError(
+            raise InputError(
                 f"{name}={recipe.model[name]!r}: init_backbone {recipe.init_backbone} has {whole.get(name)!r}, which "
                 "cannot be changed."
             )
     if recipe.patch_embedding_init not in PATCH_EMBEDDINGS:
         allowed = ", ".join(PATCH_EMBEDDINGS)
-        raise RecipeError(f"patch_embedding_init={recipe.patch_embedding_init!r}: must be one of {allowed}.")
+        raise InputError(f"patch_embedding_init={recipe.patch_embedding_init!r}: must be one of {allowed}.")
     if tokenizer:
         check_tokens("init_backbone", str(recipe.init_backbone), llama, tokenizer)
     return values
@@ -261,14 +262,14 @@ def make_config(config_class, values: dict):
     """The configuration.
 
     Raises:
-        RecipeError: a value that it, or the model made of it, would refuse.
+        InputError: a value that it, or the model made of it, would refuse.
     """
     try:
         config = config_class(**values)
     except (ValueError, TypeError) as error:
-        raise RecipeError(str(error)) from error
+        raise InputError(str(error)) from error
     if config.hidden_act not in ACT2FN:
-        raise RecipeError(f"hidden_act={config.hidden_act!r}: must be one of {', '.join(sorted(ACT2FN))}.")
+        raise InputError(f"hidden_act={config.hidden_act!r}: must be one of {', '.join(sorted(ACT2FN))}.")
     return config
 
 
@@ -279,7 +280,7 @@ def config_and_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
     """The configuration that a run would make of what is there already, and lines on what isn't.
 
     Raises:
-        RecipeError: as `config_of`, and for what is there and cannot be read.
+        InputError: as `config_of`, and for what is there and cannot be read.
     """
     if recipe.init_from:
         return config_of(recipe), []

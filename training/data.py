@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from calm.command_line import InputError
 from calm.modeling_calm import next_patches
-from calm.training.documents import DataError, documents
+from calm.training.documents import documents
 from calm.training.recipe import DataOptions
 from calm.training.tokenizer import filler_token_id
 from calm.training.tokens import TokenFile, separation_of, token_file, tokenize_documents
@@ -65,7 +66,7 @@ def data_sets(
         evaluates: whether held-out blocks are wanted.
 
     Raises:
-        DataError: no data, or data that are not as the options say.
+        InputError: no data, or data that are not as the options say.
     """
     cut = {
         "block_size": options.block_size,
@@ -75,9 +76,9 @@ def data_sets(
     }
     check_cut(**cut)
     if options.streaming and length.max_steps <= 0:
-        raise DataError("streaming needs max_steps: a stream has no length.")
+        raise InputError("streaming needs max_steps: a stream has no length.")
     if options.validation_blocks is not None and options.validation_blocks < 1:
-        raise DataError(f"validation_blocks={options.validation_blocks}: must be at least 1.")
+        raise InputError(f"validation_blocks={options.validation_blocks}: must be at least 1.")
     held_out = None
     if evaluates:
         tokens = token_file(options, "validation", tokenizer, patch_size, cache)
@@ -96,27 +97,27 @@ def data_sets(
 
 
 def check_cut(block_size: int, patch_size: int, left_fill: float, filler_token_id: int | None) -> None:
-    """Raises `DataError` where tokens cannot be cut so; arguments as in `PackedBlocks`."""
+    """Raises `InputError` where tokens cannot be cut so; arguments as in `PackedBlocks`."""
     if block_size < 1:
-        raise DataError(f"block_size={block_size}: must be at least 1.")
+        raise InputError(f"block_size={block_size}: must be at least 1.")
     if block_size % patch_size:
-        raise DataError(f"block_size={block_size} is no multiple of patch_size={patch_size}.")
+        raise InputError(f"block_size={block_size} is no multiple of patch_size={patch_size}.")
     if not 0 <= left_fill <= 1:
-        raise DataError(f"left_fill={left_fill}: must lie in [0, 1], a share of the blocks.")
+        raise InputError(f"left_fill={left_fill}: must lie in [0, 1], a share of the blocks.")
     if left_fill and filler_token_id is None:
-        raise DataError("left_fill needs a filler token: train the tokenizer with one, or give it a pad token.")
+        raise InputError("left_fill needs a filler token: train the tokenizer with one, or give it a pad token.")
 
 
 def blocks_per_epoch(num_tokens: int, block_size: int, random_phase: bool = False) -> int:
     """Whole blocks in the tokens, wherever among its first L tokens an epoch begins.
 
     Raises:
-        DataError: fewer tokens than one block.
+        InputError: fewer tokens than one block.
     """
     spare = block_size - 1 if random_phase else 0
     number = (num_tokens - spare) // block_size
     if number < 1:
-        raise DataError(
+        raise InputError(
             f"the data has {num_tokens} tokens, too few for one block of block_size={block_size}"
             f"{' and a random phase' if random_phase else ''}."
         )
@@ -141,7 +142,7 @@ class PackedBlocks(Dataset):
             `filler_token_id`.
 
     Raises:
-        DataError: fewer tokens than one block, or as `check_cut`.
+        InputError: fewer tokens than one block, or as `check_cut`.
     """
 
     def __init__(
@@ -275,7 +276,7 @@ class StreamedBlocks(IterableDataset):
                 skip, is_empty = max(skip - len(ids), 0), is_empty and not len(ids)
             num_empty = num_empty + 1 if is_empty else 0
             if num_empty == num_workers:
-                raise DataError("the data holds no text.")
+                raise InputError("the data holds no text.")
             yield None
 
     def _phase(self, epoch: int) -> int:
@@ -316,7 +317,7 @@ class PatchCollator:
         ragged = min(lengths) < longest
         padding = self.pad_token_id if ragged else 0
         if padding is None:
-            raise DataError("rows of unequal length, or with a partial patch, need a pad token.")
+            raise InputError("rows of unequal length, or with a partial patch, need a pad token.")
         input_ids = torch.full((len(rows), longest), padding)
         labels = torch.full((len(rows), longest), -100)
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):

@@ -24,9 +24,9 @@ from types import ModuleType
 
 from calm import calibrate_radius
 from calm.bundle_files import code_files
-from calm.command_line import CommandError, Parser, command, known_errors, positive
+from calm.command_line import InputError, Parser, command, known_errors, positive
 from calm.training import train_autoencoder, train_calm, train_tokenizer
-from calm.training.recipe import Recipe, RecipeError, load_recipe, parse_command_line
+from calm.training.recipe import Recipe, load_recipe, parse_command_line
 
 UNFINISHED = ".unfinished"  # what has this ending gets its name when it is complete
 WEIGHTS = "model.safetensors"
@@ -118,7 +118,7 @@ def check_recipes(all_phases: Iterable[Phase]) -> None:
     """Nothing that was trained by another recipe is taken for this one.
 
     Raises:
-        CommandError: the first such training.
+        InputError: the first such training.
     """
     for phase in all_phases:
         recipe = phase.recipe()
@@ -126,7 +126,7 @@ def check_recipes(all_phases: Iterable[Phase]) -> None:
             continue
         saved = Path(recipe.output_dir) / "recipe.yaml"
         if saved.exists() and load_recipe(str(saved)) != recipe:
-            raise CommandError(
+            raise InputError(
                 f"{saved.parent} was trained by another recipe than {recipe.name} is now: remove it, and what was "
                 "made of it, or choose another --runs."
             )
@@ -172,7 +172,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     output = args.output or args.runs / "demo-model"
-    with known_errors(RecipeError, OSError):
+    with known_errors(InputError, OSError):
         all_phases = phases(args.corpus, args.runs, args.max_steps)
         if not args.dry_run:
             check_recipes(all_phases)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from calm.command_line import InputError
 from calm.training.backbone import load_llama
 from calm.training.configuration import check_tokens, llama_config_of
-from calm.training.recipe import Recipe, RecipeError
+from calm.training.recipe import Recipe
 
 
 @dataclass
@@ -84,12 +85,12 @@ def teacher_of(recipe: Recipe, tokenizer, vocab_size: int, patch_size: int) -> T
     """The teacher that the recipe names.
 
     Raises:
-        RecipeError: it is no Llama, cannot be read, has other tokens, or reads no blocks of the recipe's size.
+        InputError: it is no Llama, cannot be read, has other tokens, or reads no blocks of the recipe's size.
     """
     where = str(recipe.distil)
     config = llama_config_of("distil", where)
     if config.max_position_embeddings < recipe.data.block_size:
-        raise RecipeError(
+        raise InputError(
             f"distil {where}: reads {config.max_position_embeddings:,} tokens, block_size is "
             f"{recipe.data.block_size:,}."
         )

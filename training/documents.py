@@ -23,6 +23,7 @@ from typing import BinaryIO
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
+from calm.command_line import InputError
 from calm.progress import progress_bar, shows_bars
 from calm.training.extras import need
 from calm.training.recipe import DataOptions
@@ -33,21 +34,11 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 MAX_ZSTD_WINDOW = 2**31  # bytes; what `zstd --long=31` writes, and the most that the library reads
 
 
-class DataError(ValueError):
-    """Text that cannot be read; the message names file and line.
-
-    PyTorch puts the traceback before what a worker of a DataLoader raises: it is left out again.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rpartition(f"{__name__}.DataError: ")[2].strip())
-
-
 class BadLines:
     """What to do with a line that holds no document: stop there, or skip it and count it.
 
     Args:
-        skip: False raises `DataError` at the first bad line; `None` as well, where there is no option to skip it.
+        skip: False raises `InputError` at the first bad line; `None` as well, where there is no option to skip it.
     """
 
     def __init__(self, skip: bool | None = None):
@@ -57,7 +48,7 @@ class BadLines:
         message = f"{path}, line {line}: {why}"
         if not self.skip:
             hint = "" if self.skip is None else " (skip_bad_lines skips such lines and counts them)"
-            raise DataError(f"{message}{hint}.")
+            raise InputError(f"{message}{hint}.")
         self.count += 1
         self.first = self.first or message
 
@@ -76,29 +67,29 @@ def expand_paths(paths: str | Iterable[str]) -> list[Path]:
     Hidden files and folders within a folder are left out.
 
     Raises:
-        DataError: a path that is not there, a folder without text, an unknown file format, a file that cannot be
+        InputError: a path that is not there, a folder without text, an unknown file format, a file that cannot be
             opened or is a Git LFS pointer.
     """
     files = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         found = find_paths(path)
         if not found:
-            raise DataError(f"{path}: no such file or folder.")
+            raise InputError(f"{path}: no such file or folder.")
         for entry in found:
             inside = _files_of(entry) if entry.is_dir() else [entry]
             if not inside:
-                raise DataError(f"{entry}: the folder holds no file of a readable format ({_readable()}).")
+                raise InputError(f"{entry}: the folder holds no file of a readable format ({_readable()}).")
             files += inside
     for file in files:
         if _format(file) is None:
-            raise DataError(f"{file}: unknown format; readable are {_readable()}.")
+            raise InputError(f"{file}: unknown format; readable are {_readable()}.")
         try:
             with open(file, "rb") as opened:
                 is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
         except OSError as error:
-            raise DataError(f"{file}: {error.strerror}.") from error
+            raise InputError(f"{file}: {error.strerror}.") from error
         if is_pointer:
-            raise DataError(f"{file}: is a Git LFS pointer in place of the text; run git lfs pull.")
+            raise InputError(f"{file}: is a Git LFS pointer in place of the text; run git lfs pull.")
     return files
 
 
@@ -192,7 +183,7 @@ def read_documents(
         bar: advances by the files' bytes, compressed as they are.
 
     Raises:
-        DataError: a bad line when they are not skipped; a damaged file, or one without the column, always.
+        InputError: a bad line when they are not skipped; a damaged file, or one without the column, always.
     """
     bad_lines = bad_lines or BadLines()
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -210,8 +201,8 @@ def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
                 yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:  # of the operating system, not of a decompressor
-            raise DataError(f"{path}: {error.strerror}.") from error
-        raise DataError(f"{path}, after line {number}: the file is damaged or cut short ({error}).") from error
+            raise InputError(f"{path}: {error.strerror}.") from error
+        raise InputError(f"{path}, after line {number}: the file is damaged or cut short ({error}).") from error
 
 
 def _why(error: Exception) -> str:
@@ -274,13 +265,13 @@ def _read_parquet(path, text_column, bad_lines, bar):
         table = pyarrow.parquet.ParquetFile(source)
         columns = table.schema_arrow.names
         if text_column not in columns:
-            raise DataError(
+            raise InputError(
                 f'{path}: no column "{text_column}"; it has {", ".join(columns)} (text_column names the right one).'
             )
         kind = table.schema_arrow.types[columns.index(text_column)]
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if str(kind) not in ("string", "large_string", "string_view"):
-            raise DataError(f'{path}: the column "{text_column}" holds {kind}, not strings.')
+            raise InputError(f'{path}: the column "{text_column}" holds {kind}, not strings.')
         for batch in table.iter_batches(columns=[text_column], batch_size=1024):
             for value in batch.column(0):
                 number += 1
@@ -291,7 +282,7 @@ def _read_parquet(path, text_column, bad_lines, bar):
             if bar is not None and is_plain:
                 bar.update(path.stat().st_size * batch.num_rows / table.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}, after row {number}: not a readable parquet file ({error}).") from error
+        raise InputError(f"{path}, after row {number}: not a readable parquet file ({error}).") from error
 
 
 def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | None = None) -> Iterator[str]:
@@ -300,24 +291,26 @@ def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | N
     In a worker of a DataLoader these are all of them, too: `iter` doesn't divide them, as a loop over rows would.
 
     Raises:
-        DataError: a bad row when they are not skipped; no such column, or what `datasets` raises, always.
+        InputError: a bad row when they are not skipped; no such column, or what `datasets` raises, always.
     """
     bad_lines, number = bad_lines or BadLines(), 0
     try:
         for batch in dataset.iter(batch_size=256):
             if text_column not in batch:
                 has = ", ".join(batch)
-                raise DataError(f'dataset: no column "{text_column}"; it has {has} (text_column names the right one).')
+                raise InputError(
+                    f'dataset: no column "{text_column}"; it has {has} (text_column names the right one).'
+                )
             for text in batch[text_column]:
                 number += 1
                 try:
                     yield _document(text, f'no string in the column "{text_column}"')
                 except ValueError as error:
                     bad_lines.report("dataset", number, _why(error))
-    except DataError:
+    except InputError:
         raise
     except Exception as error:  # of whatever package reads files of this kind, or the network
-        raise DataError(f"dataset, after row {number}: cannot be read ({error}).") from error
+        raise InputError(f"dataset, after row {number}: cannot be read ({error}).") from error
 
 
 def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
@@ -331,7 +324,7 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
         extra: of setup.cfg, which installs the package that this needs.
 
     Raises:
-        DataError: there is none within reach.
+        InputError: there is none within reach.
     """
     need("datasets", extra, "a Hub data set")
     import datasets
@@ -341,7 +334,7 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # of the network, the Hub's client, or whatever package reads files of this kind
-        raise DataError(f"{name}: neither a file here nor a Hub dataset within reach ({error}).") from error
+        raise InputError(f"{name}: neither a file here nor a Hub dataset within reach ({error}).") from error
 
 
 @dataclass
@@ -359,7 +352,7 @@ class Documents:
         unit, total: of the bar.
 
     Raises:
-        DataError: from a loop, there is no text, or as `read`.
+        InputError: from a loop, there is no text, or as `read`.
     """
 
     read: Callable[..., Iterator[str]]
@@ -382,7 +375,7 @@ class Documents:
                 if bar is not None and not counts_bytes:
                     bar.update()
         if is_empty:
-            raise DataError(f"{self.where}: no text there{f' ({bad_lines.summary()})' if bad_lines.count else ''}.")
+            raise InputError(f"{self.where}: no text there{f' ({bad_lines.summary()})' if bad_lines.count else ''}.")
         worker = get_worker_info()
         if bad_lines.count and not self.is_reported and (worker is None or worker.id == 0):
             self.is_reported = True
@@ -398,12 +391,12 @@ def documents(options: DataOptions, part: str, what: str | None = None) -> tuple
         what: is done with them, for a bar that shows how many are read; `None` for none.
 
     Raises:
-        DataError: no data named, or none of them to be read, or as `expand_paths` and `open_hub_dataset`.
+        InputError: no data named, or none of them to be read, or as `expand_paths` and `open_hub_dataset`.
     """
     paths, limit = options.train_files if part == "train" else options.validation_files, options.max_documents
     split = options.dataset_split if part == "train" else options.validation_split
     if limit is not None and limit < 1:
-        raise DataError(f"max_documents={limit}: must be at least 1.")
+        raise InputError(f"max_documents={limit}: must be at least 1.")
     if paths:
         files = expand_paths(paths)
         source = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -417,9 +410,9 @@ def documents(options: DataOptions, part: str, what: str | None = None) -> tuple
         read, where = partial(read_hub_dataset, dataset, options.text_column), options.dataset
         unit, total = "document", len(dataset) if isinstance(dataset, Sized) else None
     elif part == "train":
-        raise DataError("no data: give --train_files files or folders, or --dataset a Hub data set.")
+        raise InputError("no data: give --train_files files or folders, or --dataset a Hub data set.")
     else:
-        raise DataError("no held-out data: give --validation_files or --validation_split, or --eval_strategy no.")
+        raise InputError("no held-out data: give --validation_files or --validation_split, or --eval_strategy no.")
     if limit is not None:
         unit, total = "document", min(limit, total) if unit == "document" and total is not None else limit
     return Documents(read, where, limit, options.skip_bad_lines, what, unit, total), source

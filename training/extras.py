@@ -2,9 +2,7 @@
 
 import importlib.util
 
-
-class MissingPackage(ValueError):
-    """An optional package that isn't installed; the message says how to get it."""
+from calm.command_line import InputError
 
 
 def need(package: str, extra: str, what: str) -> None:
@@ -15,7 +13,7 @@ def need(package: str, extra: str, what: str) -> None:
         what: that needs it, the subject of the message.
 
     Raises:
-        MissingPackage: it is not installed.
+        InputError: it is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        raise MissingPackage(f'{what} needs {package}: pip install "calm-transformers[{extra}]".')
+        raise InputError(f'{what} needs {package}: pip install "calm-transformers[{extra}]".')

@@ -18,13 +18,13 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from calm.command_line import sentence
+from calm.command_line import InputError, sentence
 from calm.loading import load_whole
 from calm.progress import shows_bars, unbroken
 from calm.training.average import WeightAverage
 from calm.training.configuration import config_of, read, say, tokenizer_of
 from calm.training.data import Length, PackedBlocks, PatchCollator, data_sets
-from calm.training.recipe import Recipe, RecipeError, changes, load_recipe
+from calm.training.recipe import Recipe, changes, load_recipe
 from calm.training.tokenizer import save_tokenizer
 from calm.training.trainer import CALMTrainer, checkpoints, damage, folder_of, last_checkpoint
 
@@ -60,12 +60,12 @@ def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
     """Trainer's arguments as the recipe states them, but for what is settled by now.
 
     Raises:
-        RecipeError: Trainer refuses a value.
+        InputError: Trainer refuses a value.
     """
     given = copy.deepcopy(recipe.training)  # Trainer rewrites nested ones
     for name, value in FIXED.items():
         if given.get(name, value) != value:
-            raise RecipeError(f"{name}={given[name]!r}: leave it out, training here relies on {value!r}.")
+            raise InputError(f"{name}={given[name]!r}: leave it out, training here relies on {value!r}.")
     if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
         given["eval_strategy"] = "steps"
     unused = {"ddp_find_unused_parameters": recipe.head_weight == 0}
@@ -74,7 +74,7 @@ def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
             **{**defaults(), **unused, "output_dir": recipe.output_dir, **given, **FIXED, **settled}
         )
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"section training: {error}") from error
+        raise InputError(f"section training: {error}") from error
 
 
 def begin(recipe: Recipe) -> TrainingArguments:
@@ -84,7 +84,7 @@ def begin(recipe: Recipe) -> TrainingArguments:
         Trainer's arguments as stated.
 
     Raises:
-        RecipeError: Trainer refuses a value, fields contradict each other, or the folder cannot be made.
+        InputError: Trainer refuses a value, fields contradict each other, or the folder cannot be made.
     """
     check_fields(recipe)
     args = training_arguments(recipe)
@@ -94,7 +94,7 @@ def begin(recipe: Recipe) -> TrainingArguments:
     try:
         folder_of(args).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"output_dir {args.output_dir}: {error.strerror}.") from error
+        raise InputError(f"output_dir {args.output_dir}: {error.strerror}.") from error
     set_seed(args.seed)
     return args
 
@@ -103,19 +103,19 @@ def check_arguments(args: TrainingArguments) -> None:
     """Makes what Trainer will make of its arguments after the model and the data: optimizer, schedule, reporters.
 
     Raises:
-        RecipeError: it cannot be made, as for want of a package, or nothing would be trained.
+        InputError: it cannot be made, as for want of a package, or nothing would be trained.
     """
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**32:
-            raise RecipeError(f"{name}={getattr(args, name)}: must be a whole number from 0 to 2**32 - 1.")
+            raise InputError(f"{name}={getattr(args, name)}: must be a whole number from 0 to 2**32 - 1.")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
         if getattr(args, name) < 1:
-            raise RecipeError(f"{name}={getattr(args, name)}: must be at least 1.")
+            raise InputError(f"{name}={getattr(args, name)}: must be at least 1.")
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
-        raise RecipeError(f"num_train_epochs={args.num_train_epochs}: must be above 0, or max_steps is.")
+        raise InputError(f"num_train_epochs={args.num_train_epochs}: must be above 0, or max_steps is.")
     steps, settings, optim = max(1, args.max_steps), args.lr_scheduler_kwargs, OptimizerNames(args.optim).value
     if isinstance(settings, str):
-        raise RecipeError(f"lr_scheduler_kwargs={settings!r}: must have fields, as in '{{num_cycles: 2}}'.")
+        raise InputError(f"lr_scheduler_kwargs={settings!r}: must have fields, as in '{{num_cycles: 2}}'.")
     field = f"optim {optim}"
     try:
         model: Any = torch.nn.Linear(1, 1)
@@ -131,47 +131,45 @@ def check_arguments(args: TrainingArguments) -> None:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
     except Exception as error:  # each package has its own
-        raise RecipeError(f"{field}: {sentence(error)}") from error
+        raise InputError(f"{field}: {sentence(error)}") from error
 
 
 def check_fields(recipe: Recipe) -> None:
-    """Raises `RecipeError` where fields contradict each other, before a model is made or read."""
+    """Raises `InputError` where fields contradict each other, before a model is made or read."""
     check_auxiliary(recipe)
     if recipe.lora_rank and (recipe.auxiliary_weight or recipe.freeze_backbone or not recipe.init_from):
-        raise RecipeError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
+        raise InputError("lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone.")
     if recipe.head_learning_rate is not None and recipe.kind != "calm":
-        raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head.")
+        raise InputError(f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head.")
     if recipe.head_learning_rate is not None and recipe.head_learning_rate < 0:
-        raise RecipeError(f"head_learning_rate={recipe.head_learning_rate}: must not be negative.")
+        raise InputError(f"head_learning_rate={recipe.head_learning_rate}: must not be negative.")
     decays = {"weight_decay": recipe.training.get("weight_decay", 0.0)}
     for name, value in {**vars(recipe), **decays}.items():
         if name in ("auxiliary_weight", "head_weight", "weight_decay") and value < 0:
-            raise RecipeError(f"{name}={value}: must not be negative.")
+            raise InputError(f"{name}={value}: must not be negative.")
     if not 0 <= recipe.ema_decay < 1:
-        raise RecipeError(f"ema_decay={recipe.ema_decay}: must lie in [0, 1).")
+        raise InputError(f"ema_decay={recipe.ema_decay}: must lie in [0, 1).")
     if recipe.ema_decay and recipe.training.get("fsdp"):
-        raise RecipeError("ema_decay averages whole weights, and fsdp shards them: leave one of the two out.")
+        raise InputError("ema_decay averages whole weights, and fsdp shards them: leave one of the two out.")
     if recipe.ema_decay and recipe.training.get("load_best_model_at_end"):
-        raise RecipeError("ema_decay exports the last average, load_best_model_at_end the best weights: name one.")
+        raise InputError("ema_decay exports the last average, load_best_model_at_end the best weights: name one.")
 
 
 def check_auxiliary(recipe: Recipe) -> None:
-    """Raises `RecipeError` where what belongs to the multi-token loss makes no sense, or there is no such loss."""
+    """Raises `InputError` where what belongs to the multi-token loss makes no sense, or there is no such loss."""
     needs_it = {"auxiliary_decay": 0.0, "auxiliary_targets": 0, "head_weight": 1.0}
     for name, default in needs_it.items():
         value = getattr(recipe, name)
         if value != default and not recipe.auxiliary_weight:
-            raise RecipeError(f"{name}={value} has no meaning without auxiliary_weight.")
+            raise InputError(f"{name}={value} has no meaning without auxiliary_weight.")
     if recipe.distil and not recipe.auxiliary_weight:
-        raise RecipeError(
-            f"distil {recipe.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0."
-        )
+        raise InputError(f"distil {recipe.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0.")
     if not 0 <= recipe.auxiliary_decay <= 1:
-        raise RecipeError(f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps.")
+        raise InputError(f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps.")
     if recipe.auxiliary_targets < 0:
-        raise RecipeError(f"auxiliary_targets={recipe.auxiliary_targets}: must not be negative.")
+        raise InputError(f"auxiliary_targets={recipe.auxiliary_targets}: must not be negative.")
     if not 0 < recipe.distil_weight <= 1 or (recipe.distil_weight < 1 and not recipe.distil):
-        raise RecipeError(f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil.")
+        raise InputError(f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil.")
 
 
 def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> Callable[[], None]:
@@ -183,7 +181,7 @@ def train_with_tokenizer(recipe: Recipe, resume: str, model_class) -> Callable[[
         model_class: whose configuration is that of the recipe's kind.
 
     Raises:
-        RecipeError: no tokenizer, or as `config_of`.
+        InputError: no tokenizer, or as `config_of`.
     """
     tokenizer = tokenizer_of(recipe)
     config = config_of(recipe, tokenizer)
@@ -209,10 +207,10 @@ def fit(
         resume: "auto", or "never" to refuse a folder with checkpoints.
 
     Returns:
-        the training; called, it raises `TrainingStopped` where the loss is no number or a checkpoint another model's.
+        the training; called, it raises `InputError` where the loss is no number or a checkpoint another model's.
 
     Raises:
-        RecipeError, DataError: the folder or the data are not as they must be.
+        InputError: the folder or the data are not as they must be.
     """
     folder = folder_of(stated)
     last = last_checkpoint(folder)
@@ -266,17 +264,15 @@ def resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | N
         resume: as in `fit`.
 
     Raises:
-        RecipeError: there is a checkpoint, and it is not to be resumed, or it is of another training.
+        InputError: there is a checkpoint, and it is not to be resumed, or it is of another training.
     """
     folder = Path(recipe.output_dir)
     found, saved = checkpoints(folder), folder / "recipe.yaml"
     if found and resume == "never":
-        raise RecipeError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
+        raise InputError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
     before = load_recipe(str(saved)) if found and saved.is_file() else None
     if before and before.training.get("save_only_model"):
-        raise RecipeError(
-            f"{folder} has no optimizer (save_only_model), so it can't go on: name another --output_dir."
-        )
+        raise InputError(f"{folder} has no optimizer (save_only_model), so it can't go on: name another --output_dir.")
     for damaged in itertools.takewhile(lambda path: path != last, found):
         say(f"{damaged} {damage(damaged)}, and is not used")
     if before and last:

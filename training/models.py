@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from calm.bundle_files import generation_defaults
+from calm.command_line import InputError
 from calm.configuration_calm import HEADS, CALMConfig
 from calm.loading import load_whole
 from calm.modeling_calm import CALMForCausalLM
@@ -19,7 +20,7 @@ from calm.training.backbone import begin_chain, begin_with_llama
 from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of, read
 from calm.training.distil import teacher_of
 from calm.training.extras import need
-from calm.training.recipe import Recipe, RecipeError
+from calm.training.recipe import Recipe
 from calm.training.trainer import last_checkpoint
 
 
@@ -27,7 +28,7 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     """A model to go on from, or a new one around the trained autoencoder, with the backbone of a Llama or without.
 
     Raises:
-        RecipeError: as `config_of` and `begin_with_llama`, or no autoencoder.
+        InputError: as `config_of` and `begin_with_llama`, or no autoencoder.
     """
     if recipe.init_from:
         before = config_before(recipe)
@@ -87,10 +88,10 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says.
 
     Raises:
-        RecipeError: drawn targets that the autoencoder has no use for, or as `teacher_of`.
+        InputError: drawn targets that the autoencoder has no use for, or as `teacher_of`.
     """
     if recipe.auxiliary_targets and model.autoencoder.config.encoder_context:
-        raise RecipeError(
+        raise InputError(
             f"auxiliary_targets={recipe.auxiliary_targets}: the autoencoder's encoder sees the patches before "
             "(encoder_context), and drawn ones have none."
         )
@@ -120,7 +121,7 @@ def multi_token_loss_before(recipe: Recipe, config: CALMConfig) -> dict[str, Ten
     one of, or `init_backbone`'s output matrix and embeddings.
 
     Raises:
-        RecipeError: as `begin_chain`.
+        InputError: as `begin_chain`.
     """
     if begins_with_llama(recipe):
         loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)

@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 from transformers import LlamaConfig, TrainingArguments
 
+from calm.command_line import InputError
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
@@ -50,10 +51,6 @@ KEPT = {
 PLACES = ("tokenizer", "autoencoder", "init_from", "init_backbone", "distil")  # folders, or Hub ids
 # How a patch looks to the backbone at first → how much less each of its tokens counts than the one behind it.
 PATCH_EMBEDDINGS = {"last": 0.0, "mix": 0.5, "mean": 1.0}
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be read; the message says which field and what would be right."""
 
 
 @dataclass
@@ -175,7 +172,7 @@ def changes(before: Recipe, now: Recipe) -> str:
         what has changed, as a list of words.
 
     Raises:
-        RecipeError: another model, text, batch size, seed, optimizer or schedule.
+        InputError: another model, text, batch size, seed, optimizer or schedule.
     """
     fields = section_fields(now.kind)
     kept = KEPT | fields[""] - {"name"} | fields["model"] | {"batch_size", "tokens"}
@@ -188,7 +185,7 @@ def changes(before: Recipe, now: Recipe) -> str:
     both = old.keys() & new.keys() - {"output_dir"}
     found = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in sorted(both) if old[name] != new[name]}
     if refused := ", ".join(change for name, change in found.items() if name in kept):
-        raise RecipeError(
+        raise InputError(
             f"{now.output_dir} holds checkpoints of another training ({refused}): "
             "give the values that it began with, or name another --output_dir."
         )
@@ -236,35 +233,35 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
         overrides: field → value, without sections.
 
     Raises:
-        RecipeError: no such recipe or base, an unknown field or kind, a section that is no mapping, a value of another
+        InputError: no such recipe or base, an unknown field or kind, a section that is no mapping, a value of another
             type than its field's, two beginnings.
     """
     path = _find(name_or_file, Path())
     if not path.exists():
-        raise RecipeError(f"no recipe {name_or_file!r}: {_what_to_name()}.")
+        raise InputError(f"no recipe {name_or_file!r}: {_what_to_name()}.")
     sections = _read_sections(path)
     kinds = ("tokenizer", *CONFIGS)
     kind = sections[""].get("kind")
     if kind not in kinds:
-        raise RecipeError(f"{path}: the recipe must have a field kind, one of {', '.join(kinds)}.")
+        raise InputError(f"{path}: the recipe must have a field kind, one of {', '.join(kinds)}.")
     known, found = section_fields(kind), sections[""].pop("found", None) or {}
     for section, values in sections.items():
         for key in values:
             if key not in known[section]:
-                raise RecipeError(f"{path}: {_unknown(key, known[section], section)}")
+                raise InputError(f"{path}: {_unknown(key, known[section], section)}")
     everything = set().union(*known.values())
     for key, value in (overrides or {}).items():
         section = next((name for name, keys in known.items() if key in keys), None)
         if section is None:
-            raise RecipeError(_unknown(key, everything, ""))
+            raise InputError(_unknown(key, everything, ""))
         sections[section][key] = value
     for values in sections.values():
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value) and key != "num_train_epochs":
-                raise RecipeError(f"{key}={value}: must be a finite number.")
+                raise InputError(f"{key}={value}: must be a finite number.")
     if sections[""].get("init_backbone"):
         if sections[""].get("init_from") or kind != "calm":
-            raise RecipeError("init_backbone begins a new CALM: it needs train_calm, and no init_from.")
+            raise InputError("init_backbone begins a new CALM: it needs train_calm, and no init_from.")
         left_out = set(BACKBONE_FIELDS) - set(overrides or {})
         sections["model"] = {key: value for key, value in sections["model"].items() if key not in left_out}
     own, data = {"name": path.stem, **sections[""]}, sections["data"]
@@ -295,28 +292,28 @@ def _read_sections(path: Path, above: tuple[Path, ...] = ()) -> dict[str, dict]:
         above: the files that name this one as their base, the first one first.
 
     Raises:
-        RecipeError: a file that is no recipe, a base that is not there or leads back to `above`.
+        InputError: a file that is no recipe, a base that is not there or leads back to `above`.
     """
     if path.resolve() in [other.resolve() for other in above]:
-        raise RecipeError(f"{path}: its bases lead back to it ({' -> '.join(p.name for p in (*above, path))}).")
+        raise InputError(f"{path}: its bases lead back to it ({' -> '.join(p.name for p in (*above, path))}).")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe has fields, as in kind: calm.")
+        raise InputError(f"{path}: a recipe has fields, as in kind: calm.")
     base, without = content.pop("base", None), content.pop("without", None) or []
     sections = {name: content.pop(name, None) or {} for name in ("data", "model", "training")} | {"": content}
     for name, values in sections.items():
         if not isinstance(values, dict):
-            raise RecipeError(f"{path}: section {name} must have fields, as in block_size: 1024.")
+            raise InputError(f"{path}: section {name} must have fields, as in block_size: 1024.")
     if base is None:
         if without:
-            raise RecipeError(f"{path}: without leaves fields of a base out, and the recipe names no base.")
+            raise InputError(f"{path}: without leaves fields of a base out, and the recipe names no base.")
         return sections
     below = _find(str(base), path.parent)
     if not below.is_file():
-        raise RecipeError(f"{path}: no recipe {base!r} to be its base: {_what_to_name()}.")
+        raise InputError(f"{path}: no recipe {base!r} to be its base: {_what_to_name()}.")
     return _laid_over(_read_sections(below, (*above, path)), sections, without, path)
 
 
@@ -325,7 +322,7 @@ def _laid_over(below: dict[str, dict], sections: dict[str, dict], without: Itera
     for key in without if isinstance(without, list) else [without]:
         section = next((values for values in below.values() if key in values), None)
         if section is None:
-            raise RecipeError(f"{path}: without {key!r}: its base has no such field.")
+            raise InputError(f"{path}: without {key!r}: its base has no such field.")
         del section[key]
     return {name: {**below[name], **values} for name, values in sections.items()}
 
@@ -334,7 +331,7 @@ _TYPES = {str: "a word", bool: "true or false", int: "a whole number", float: "a
 
 
 def _check_types(values: dict, owner: type) -> None:
-    """Raises `RecipeError` for a value that is not of the type that the dataclass gives its field."""
+    """Raises `InputError` for a value that is not of the type that the dataclass gives its field."""
     types = typing.get_type_hints(owner)
     for key, value in values.items():
         allowed = [t for t in (typing.get_args(types[key]) or [types[key]]) if t is not type(None)]
@@ -343,7 +340,7 @@ def _check_types(values: dict, owner: type) -> None:
         else:
             fits = type(value) in allowed or (float in allowed and type(value) is int)
         if not fits and not (value is None and type(None) in typing.get_args(types[key])):
-            raise RecipeError(f"{key}={value!r}: must be {' or '.join(_TYPES[t] for t in allowed)}.")
+            raise InputError(f"{key}={value!r}: must be {' or '.join(_TYPES[t] for t in allowed)}.")
 
 
 def _settle_upstreams(sections: dict[str, dict], kind: str) -> None:
@@ -351,7 +348,7 @@ def _settle_upstreams(sections: dict[str, dict], kind: str) -> None:
     model's configuration or Trainer takes: only those that would else fail much later, the rest is checked there.
 
     Raises:
-        RecipeError: such a value.
+        InputError: such a value.
     """
     defaults = {} if kind == "tokenizer" else CONFIGS[kind]().to_dict()
     types = {key: str(type(value)) for key, value in defaults.items()}
@@ -364,19 +361,19 @@ def _settle_upstreams(sections: dict[str, dict], kind: str) -> None:
 def _settled(key: str, value, wanted: str):
     """The value, as a field takes it whose type is printed as `wanted`."""
     if value is True and "bool" not in wanted:
-        raise RecipeError(f"{key} needs a value: --{key} VALUE.")
+        raise InputError(f"{key} needs a value: --{key} VALUE.")
     if value is None or (isinstance(value, list) and key.endswith("_token_id")):  # there may be several
         return value
     if "dict" in wanted and not isinstance(value, dict | str):
-        raise RecipeError(f"{key}={value!r}: must have fields, as in --{key} '{{name: value}}'.")
+        raise InputError(f"{key}={value!r}: must have fields, as in --{key} '{{name: value}}'.")
     if wanted not in (str(int), str(float)):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecipeError(f"{key}={value!r}: must be a number.")
+        raise InputError(f"{key}={value!r}: must be a number.")
     if wanted == str(float):
         return value
     if not float(value).is_integer():
-        raise RecipeError(f"{key}={value!r}: must be a whole number.")
+        raise InputError(f"{key}={value!r}: must be a whole number.")
     return int(value)
 
 
@@ -390,7 +387,7 @@ def parse_command_line(arguments: list[str]) -> dict:
     """`--key value`, `--key=value`, `--key a b c` (a list) and `--flag` (true) → {key: value}, values read as YAML.
 
     Raises:
-        RecipeError: something that is no field, or a value that is no YAML.
+        InputError: something that is no field, or a value that is no YAML.
     """
     values: dict[str, list] = {}
     key = None
@@ -399,11 +396,11 @@ def parse_command_line(arguments: list[str]) -> dict:
             key, equals, value = argument[2:].partition("=")
             values[key] = [value] if equals else []
         elif key is None:
-            raise RecipeError(f"unexpected {argument!r}: fields are given as --name value.")
+            raise InputError(f"unexpected {argument!r}: fields are given as --name value.")
         else:
             values[key].append(argument)
     try:
         parsed = {key: [yaml.load(v, _Loader) for v in given] for key, given in values.items()}
     except yaml.YAMLError as error:
-        raise RecipeError(f"a value on the command line cannot be read: {error}") from error
+        raise InputError(f"a value on the command line cannot be read: {error}") from error
     return {key: True if not given else given[0] if len(given) == 1 else given for key, given in parsed.items()}

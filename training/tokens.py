@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calm.training.documents import DataError, documents
+from calm.command_line import InputError
+from calm.training.documents import documents
 from calm.training.recipe import DataOptions
 
 # Documents are tokenised in batches of about this many characters.
@@ -46,9 +47,9 @@ def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separati
     elsewhere. Documents with which the tokenizer can't do that are counted on stderr.
     """
     if separation.append_eos and tokenizer.eos_token_id is None:
-        raise DataError("append_eos needs a tokenizer with an EOS token.")
+        raise InputError("append_eos needs a tokenizer with an EOS token.")
     if separation.pad_to_patch and tokenizer.pad_token_id is None:
-        raise DataError("pad_to_patch needs a tokenizer with a pad token.")
+        raise InputError("pad_to_patch needs a tokenizer with a pad token.")
     special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
     num_added, num_spelled = tokenizer.num_special_tokens_to_add(), 0
 
@@ -101,7 +102,7 @@ def cached_tokens(folder: Path, key: dict, write: Callable[[], Iterable[np.ndarr
         write: () → iterator of the documents' token ids.
 
     Raises:
-        DataError: there are no tokens, or the folder cannot be written.
+        InputError: there are no tokens, or the folder cannot be written.
     """
     target = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     found = _open(target)
@@ -111,7 +112,7 @@ def cached_tokens(folder: Path, key: dict, write: Callable[[], Iterable[np.ndarr
                 shutil.rmtree(target)
             _write(target, key, write)
         except OSError as error:
-            raise DataError(f"{target}: the tokens cannot be written there ({error.strerror or error}).") from error
+            raise InputError(f"{target}: the tokens cannot be written there ({error.strerror or error}).") from error
         found = _open(target)
     assert found is not None, f"{target}: another process removed it meanwhile"
     return found
@@ -137,7 +138,7 @@ def _write(target: Path, key: dict, write: Callable[[], Iterable[np.ndarray]]) -
                 bounds.append(bounds[-1] + len(ids))
                 file.write(ids.tobytes())
         if not bounds[-1]:
-            raise DataError("the data holds no text.")
+            raise InputError("the data holds no text.")
         np.save(unfinished / "document_bounds.npy", np.asarray(bounds, dtype=np.int64))
         (unfinished / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
         try:
@@ -164,7 +165,7 @@ def token_file(options: DataOptions, part: str, tokenizer, patch_size: int, fold
         folder: of the caches.
 
     Raises:
-        DataError: as `documents` and `tokenize_documents`, or there is no text.
+        InputError: as `documents` and `tokenize_documents`, or there is no text.
     """
     separation = separation_of(options, patch_size)
     texts, source = documents(options, part, f"Tokenising, {part}")

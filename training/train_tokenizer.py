@@ -2,9 +2,10 @@
 
 import sys
 
+from calm.command_line import InputError
 from calm.training.command import training_command
 from calm.training.documents import documents
-from calm.training.recipe import Recipe, RecipeError
+from calm.training.recipe import Recipe
 from calm.training.tokenizer import save_tokenizer, train_bpe
 
 VOCAB_SIZE = 4096  # where a recipe states none
@@ -17,7 +18,7 @@ def train(recipe: Recipe, resume: str) -> None:
         tokenizer = train_bpe(texts, recipe.model.get("vocab_size", VOCAB_SIZE))
         save_tokenizer(tokenizer, recipe.output_dir)
     except (ValueError, OSError) as error:
-        raise RecipeError(str(error)) from error
+        raise InputError(str(error)) from error
     print(f"wrote {recipe.output_dir}, {len(tokenizer)} entries")
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from calm.command_line import sentence
+from calm.command_line import InputError, sentence
 from calm.progress import progress_bar
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
 from calm.training.average import WeightAverage
@@ -29,10 +29,6 @@ from calm.training.diagnostics import diagnose
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 TRAINER_STATE = "trainer_state.json"  # upstream writes it last
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says where it stopped and what to go back to."""
 
 
 class CALMTrainer(Trainer):
@@ -112,7 +108,7 @@ class CALMTrainer(Trainer):
         blocks = "" if block_ids is None else f" on the blocks {block_ids.tolist()}"
         last = last_checkpoint(folder_of(self.args))
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise TrainingStopped(
+        raise InputError(
             f"step {self.state.global_step + 1}{blocks}: {why}; {good}. A lower learning rate or a stricter "
             "max_grad_norm may help."
         )
@@ -195,9 +191,9 @@ class CALMTrainer(Trainer):
                 model = self.model.calm
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, TrainingStopped):
+            if isinstance(error, InputError):
                 raise
-            raise TrainingStopped(f"{resume_from_checkpoint} can't be loaded: {sentence(error)}") from error
+            raise InputError(f"{resume_from_checkpoint} can't be loaded: {sentence(error)}") from error
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
         """Upstream's, with the model's code, which upstream leaves behind; once, for an upload may go on."""
@@ -212,9 +208,9 @@ class CALMTrainer(Trainer):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError) as error:  # other parameters are trained now
-            raise TrainingStopped(f"the optimizer of {checkpoint} is not of this run: {error}") from error
+            raise InputError(f"the optimizer of {checkpoint} is not of this run: {error}") from error
         if missing := settings - optimizer.param_groups[0].keys():
-            raise TrainingStopped(
+            raise InputError(
                 f"the optimizer of {checkpoint} is not {OptimizerNames(self.args.optim).value}: no {min(missing)}"
             )
 
@@ -231,7 +227,7 @@ class CALMTrainer(Trainer):
         loaded = {value.data_ptr() for key, value in state.items() if key not in load_result.missing_keys}
         missing = [key for key in load_result.missing_keys if state[key].data_ptr() not in loaded]
         if missing or load_result.unexpected_keys:
-            raise TrainingStopped(
+            raise InputError(
                 "the checkpoint is not of this model: "
                 f"missing {missing[:3]}, unexpected {load_result.unexpected_keys[:3]}."
             )

@@ -1,0 +1,33 @@
+"""files.unfinished: a file or folder stands under its name only when it is complete."""
+
+import pytest
+
+from calm.files import unfinished
+
+
+def test_a_file_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with unfinished(path) as aside:
+        aside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_of_an_interrupted_run_is_not_mixed_with_the_next(tmp_path):
+    left = tmp_path / "model.unfinished"
+    left.mkdir()
+    (left / "old").touch()
+    with unfinished(tmp_path / "model") as aside:
+        aside.mkdir()
+        (aside / "new").touch()
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"] and not left.exists()
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), unfinished(path) as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
