@@ -188,13 +188,12 @@ class CALMConfig(LlamaConfig):
         patch_size: K tokens per patch.
         latent_size: Z, size of the vector that the head predicts.
         head_type: "energy", "flow" or "diffusion", as published; "token_chain" draws the patch's tokens and hands on
-            their point, "token_flow" is a flow that predicts them: both for small vocabularies (see their files).
+            their point, for small vocabularies (see token_chain_head_calm.py).
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
         num_context_layers: residual MLPs that the hidden state passes first, once for all draws; published heads have
             none. A head that is trained on a frozen backbone learns much faster with one (docs/log.md).
-        num_samples: N, samples per patch in the training loss (energy: head samples; flow and diffusion: targets;
-            token flow: noisy copies of the one target).
+        num_samples: N, samples per patch in the training loss (energy: head samples; flow and diffusion: targets).
         num_posterior_samples: S, posterior draws per patch in the energy loss.
         beta: exponent of the energy score, 0 < β < 2; published models have 1, the least whose gradient is bounded
             where samples nearly coincide.

@@ -37,7 +37,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig
 
-from calm import diffusion_head_calm, flow_head_calm, generate_onnx, token_flow_head_calm
+from calm import diffusion_head_calm, flow_head_calm, generate_onnx
 from calm.checkpoint_files import first_line, new_folder
 from calm.command_line import InputError, Parser, command, known_errors, positive
 from calm.flow_head_calm import Conditions, ModulatedMLP
@@ -61,7 +61,6 @@ NOISE_LAWS: dict[str, dict[str, dict[str, Any]]] = {
     "flow": {"noise": {"law": NORMAL}},
     "diffusion": {"noise": {"law": NORMAL}, "step_noise": {"law": NORMAL}},
     "token_chain": {"noise": {"law": UNIFORM, "range": [0.0, 1.0]}},
-    "token_flow": {"noise": {"law": NORMAL}},
 }
 # Lengths of the generation configuration that generate.py keeps; of what it doesn't do, the values besides None that
 # ask for nothing.
@@ -261,8 +260,7 @@ def traceable(head: GenerativeHead) -> Iterator[None]:
             yield [tuple(values[index] for values in layer) for layer in of_all]
 
     with ExitStack() as stack:
-        for module in (flow_head_calm, token_flow_head_calm):
-            stack.enter_context(mock.patch.object(module, "solver_times", lambda *_: times))
+        stack.enter_context(mock.patch.object(flow_head_calm, "solver_times", lambda *_: times))
         stack.enter_context(mock.patch.object(diffusion_head_calm, "diffusion_schedule", lambda *_: schedule))
         stack.enter_context(mock.patch.object(ModulatedMLP, "conditions_at", conditions_at))
         yield

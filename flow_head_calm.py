@@ -124,13 +124,10 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         times = solver_times(self.num_steps, context.device)
         for index, conditions in enumerate(self.net.conditions_at(times, context)):
             velocity = self.net.given(conditions, x.to(context.dtype)).to(x.dtype)
-            x = self._midpoint_rule(begin, velocity, index)
+            # From where a step begins, half of it on by an even velocity, the whole by the odd one after it.
+            x = begin + velocity / (self.num_steps if index % 2 else 2 * self.num_steps)
             begin = x if index % 2 else begin
         return x.to(context.dtype)
-
-    def _midpoint_rule(self, begin: Tensor, velocity: Tensor, index: int) -> Tensor:
-        """From where a step begins, half of it on by an even velocity, the whole by the odd one after it."""
-        return begin + velocity / (self.num_steps if index % 2 else 2 * self.num_steps)
 
     def compute_loss(
         self,
@@ -146,18 +143,12 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         Draws: posterior_noise, noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
         """
         end = target.draw_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
-        x, time, start = self._on_the_way(end, generator, time, noise)
-        error = self.velocity(x, time, context) - (end - start)
-        return error.float().square().mean(-1).mean(0)
-
-    def _on_the_way(
-        self, end: Tensor, generator: torch.Generator | None, time: Tensor | None, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A point of each path (N, ..., Z) from noise to its end, its time (N, ...), and the noise (N, ..., Z)."""
         if time is None:
             time = self._draw_times(end, generator)
         start = standard_normal(end.shape, end, generator) if noise is None else noise
-        return torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype)), time, start
+        x = torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype))
+        error = self.velocity(x, time, context) - (end - start)
+        return error.float().square().mean(-1).mean(0)
 
     def _draw_times(self, end: Tensor, generator: torch.Generator | None) -> Tensor:
         times = torch.empty(end.shape[:-1], device=end.device)

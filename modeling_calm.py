@@ -37,8 +37,6 @@ from .tables_calm import numbers_up_to  # noqa: F401
 from .text_scores_calm import TextScores, score_texts
 from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
-from .token_flow_head_calm import TokenFlowHead  # noqa: F401
-from .token_rules_calm import TokenRules  # noqa: F401
 from .upstream_calm import CACHE_ARGUMENT, OffloadableModel
 from .virtual_tokens_calm import read_virtual_tokens  # noqa: F401
 from .weights_calm import check_temperature  # noqa: F401

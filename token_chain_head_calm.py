@@ -24,16 +24,6 @@ CODE_CONTEXTS = 64  # random patches over which a token's point is averaged
 CODE_CHUNK = 8192  # patches encoded at once
 
 
-class MeanEmbedding(nn.Embedding):
-    """An embedding of ids (...) or, for tokens that are not known yet, of probabilities (..., V): (..., D).
-
-    Both pass through `forward`, where offloading hooks fire.
-    """
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens @ self.weight if tokens.is_floating_point() else super().forward(tokens)
-
-
 class TokenChain(nn.Module):
     """A patch's tokens one after the other: p(x_k | state_k, x_<k), the same small MLP at every place.
 
@@ -47,7 +37,7 @@ class TokenChain(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.context_proj = nn.Linear(hidden_size, patch_size * hidden_size)
-        self.embeddings = nn.ModuleList(MeanEmbedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
+        self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
         self.norm_in, self.norm_out = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.mlp = nn.Sequential(
             nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size)
@@ -75,8 +65,7 @@ class TokenChain(nn.Module):
 
         Args:
             state: `states` of them all, (..., K, D).
-            choose: place k and its logits (..., V) → ids (...), or probabilities (..., V) of tokens that stay unknown,
-                whose mean embedding the next place then sees.
+            choose: place k and its logits (..., V) → ids (...).
         """
         chosen, given = [], 0
         for k in range(self.patch_size):
@@ -84,17 +73,6 @@ class TokenChain(nn.Module):
             if k < self.patch_size - 1:
                 given = given + self.embeddings[k](chosen[-1])
         return chosen
-
-    def probabilities(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities (..., K, V) from states (..., K, D), no token being known."""
-        logits = []
-
-        def soften(_: int, logits_V: Tensor) -> Tensor:
-            logits.append(logits_V)
-            return logits_V.softmax(-1)
-
-        probabilities = torch.stack(self.unroll(state, soften), dim=-2)
-        return torch.stack(logits, dim=-2), probabilities
 
 
 @torch.no_grad()
@@ -122,8 +100,8 @@ def token_codes(autoencoder: CALMAutoencoder, num_contexts: int = CODE_CONTEXTS)
     return codes - overall * (K - 1) / K  # summed over the places, what the contexts add is counted once
 
 
-class TokenHead(GenerativeHead):
-    """Base of the heads that draw tokens' points: the chain of a patch's tokens, and their codes.
+class TokenChainHead(GenerativeHead, head_type="token_chain"):
+    """Draws the patch's tokens from the chain, and hands on the sum of their codes; see the top of this file.
 
     The codes come from the autoencoder, by `fit`, and are saved with the weights.
     """
@@ -140,9 +118,7 @@ class TokenHead(GenerativeHead):
     def check(cls, config: CALMConfig) -> None:
         super().check(config)
         context = config.autoencoder_config.encoder_context
-        require(
-            context == 0, f"encoder_context={context}: the codes of the {config.head_type} head are of patches alone."
-        )
+        require(context == 0, f"encoder_context={context}: the codes of the token_chain head are of patches alone.")
 
     def train(self, mode: bool = True):
         """As in torch, but the codes stay frozen: `from_pretrained` creates parameters anew and calls this last."""
@@ -168,10 +144,6 @@ class TokenHead(GenerativeHead):
     def points(self, tokens: Tensor) -> Tensor:
         """Ids (..., K) → the points (..., Z) that mean them."""
         return self.codes[torch.arange(self.patch_size, device=tokens.device), tokens].sum(-2)
-
-
-class TokenChainHead(TokenHead, head_type="token_chain"):
-    """Draws the patch's tokens from the chain; see the top of this file."""
 
     @property
     def network_calls(self) -> int:

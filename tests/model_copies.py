@@ -23,7 +23,6 @@ CODE_FILES = {
     "products_calm.py",
     "screening_calm.py",
     "token_chain_head_calm.py",
-    "token_flow_head_calm.py",
     "modeling_calm.py",
     "modeling_calm_autoencoder.py",
     "randomness_calm.py",

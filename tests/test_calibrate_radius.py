@@ -245,7 +245,7 @@ def test_without_a_radius_nothing_is_said(warnings):
     assert trusted_radius(repeating_model()) is None and not warnings
 
 
-@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion", "token_flow"])
+@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
 def test_the_same_weights_have_the_same_fingerprint(tmp_path, head_type):
     model = tiny_model(head_type)
     fingerprint = weights_fingerprint(model)

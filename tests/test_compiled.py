@@ -12,7 +12,7 @@ from transformers import CompileConfig
 
 from calm import compiled_calm
 
-HEADS = ["energy", "flow", "diffusion", "token_chain", "token_flow"]
+HEADS = ["energy", "flow", "diffusion", "token_chain"]
 LAWS = {
     "T = 1": {"temperature": 1.0},
     "batch": {"temperature": 0.5, "sampling_method": "batch"},

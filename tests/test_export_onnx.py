@@ -69,7 +69,7 @@ def exporter():
 
 def small_model(head_type: str = "energy"):
     """Of every head type the same backbone and autoencoder; candidates that repeat."""
-    steps = {"flow": 1, "diffusion": 2, "token_flow": 1}.get(head_type)  # each is traced: so few are soon exported
+    steps = {"flow": 1, "diffusion": 2}.get(head_type)  # each is traced: so few are soon exported
     reference, model = tiny_model(), tiny_model(head_type, sampling_steps=steps)
     model.model.load_state_dict(reference.model.state_dict())
     model.autoencoder.load_state_dict(reference.autoencoder.state_dict())
@@ -77,7 +77,7 @@ def small_model(head_type: str = "energy"):
         if head_type == "energy":
             model.head.out_proj.weight.mul_(0.1)
             model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
-        if head_type in ("token_chain", "token_flow"):
+        if head_type == "token_chain":
             model.head.fit(model.autoencoder)
     model.generation_config.do_sample = True
     model.generation_config.temperature, model.generation_config.num_candidates = 0.5, 12

@@ -294,8 +294,8 @@ def test_config_survives_a_save(tmp_path):
         ({"num_context_layers": -1}, "num_context_layers=-1"),
         ({"sampling_steps": 0}, "sampling_steps=0"),
         (
-            {"head_type": "token_flow", "autoencoder_config": {"encoder_context": 1}},
-            "encoder_context=1: the codes of the token_flow head are of patches alone",
+            {"head_type": "token_chain", "autoencoder_config": {"encoder_context": 1}},
+            "encoder_context=1: the codes of the token_chain head are of patches alone",
         ),
         ({"sampling_steps": 1001, "head_type": "diffusion"}, "sampling_steps=1001: the diffusion head has 1000"),
     ],

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from enumerable_laws import chi_square_p_value
-from goldens import relative_error
 from tiny import tiny_config, tiny_model
 from torch import nn
 
@@ -133,30 +132,21 @@ def test_noise_keeps_its_precision_in_bfloat16():
     assert head.sample(torch.zeros(48, dtype=torch.bfloat16), noise=noise).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("head_type", ["token_chain", "token_flow"])
-def test_codes_are_saved_and_loaded(head_type, tmp_path):
-    model = tiny_model(head_type)
+def test_codes_are_saved_and_loaded(tmp_path):
+    model = tiny_model("token_chain")
     assert model.head.codes.any()
     model.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         loaded = CALMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
         assert torch.equal(loaded.head.codes, model.head.codes.to(dtype))
         assert not loaded.head.codes.requires_grad and not loaded.train().head.codes.requires_grad
-        context = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
-        noise = model.head.initial_noise((3, 2), context, torch.Generator().manual_seed(1))
-        drawn = [m.head.sample(context.to(m.dtype), noise=noise).float() for m in (loaded, model)]
-        if dtype == torch.float32:
-            assert relative_error(*drawn) < 1e-6
-        elif head_type == "token_flow":  # the chain's draws are other tokens or the same ones, not nearly the same
-            assert relative_error(*drawn) < 5e-2
 
 
-@pytest.mark.parametrize("head_type", ["token_chain", "token_flow"])
-def test_a_new_head_has_no_codes_until_they_are_fitted(head_type, tmp_path):
+def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
     """Loading a checkpoint without them leaves zeros, no chance memory; then a multi-token loss's chain goes in."""
     flow = tiny_model("flow")
     flow.save_pretrained(tmp_path)
-    model = CALMForCausalLM.from_pretrained(tmp_path, head_type=head_type, ignore_mismatched_sizes=True)
+    model = CALMForCausalLM.from_pretrained(tmp_path, head_type="token_chain", ignore_mismatched_sizes=True)
     assert not model.head.codes.any()
     loss = MultiTokenLoss(48, V, K)
     model.head.fit(model.autoencoder, loss.state_dict())

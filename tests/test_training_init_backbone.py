@@ -133,14 +133,14 @@ def test_the_last_token_is_all_that_counts_until_the_others_are_learnt(workshop,
     assert (gradient.abs().amax((0, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("where", ["multi-token loss", "token-flow head"])
+@pytest.mark.parametrize("where", ["multi-token loss", "token-chain head"])
 @torch.no_grad()
 def test_every_place_of_a_patch_begins_with_what_the_llama_expects_next(where, workshop, llama):
-    fields = {"auxiliary_weight": 1.0} if where == "multi-token loss" else {"head_type": "token_flow"}
+    fields = {"auxiliary_weight": 1.0} if where == "multi-token loss" else {"head_type": "token_chain"}
     recipe = recipe_of(workshop, init_backbone=llama, **fields)
     tokenizer = load_tokenizer(workshop["tokenizer"])
     model = build(recipe, tokenizer)
-    chain = model.head.chain if where == "token-flow head" else for_training(model, recipe, tokenizer).auxiliary
+    chain = model.head.chain if where == "token-chain head" else for_training(model, recipe, tokenizer).auxiliary
     before = LlamaForCausalLM.from_pretrained(llama).eval()
     ids = torch.randint(NUM_KNOWN, (4, 40))
     expected = before(ids).logits.log_softmax(-1)

@@ -98,7 +98,7 @@ def test_what_makes_no_sense_is_refused(workshop, tmp_path, capsys, fields, sent
 def test_the_multi_token_loss_goes_on_from_the_checkpoint_that_training_begins_with(run, tmp_path):
     run("before", auxiliary_weight=0.5)
     before = tmp_path / "before" / "checkpoint-4"
-    still = {"learning_rate": 0.0, "weight_decay": 0.0, "auxiliary_targets": 2, "head_type": "token_flow"}
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "auxiliary_targets": 2, "head_type": "token_chain"}
     run("after", auxiliary_weight=0.5, autoencoder=None, init_from=str(before), **still)
     one, other = (load_file(folder / AUXILIARY_FILE) for folder in (before, tmp_path / "after" / "checkpoint-4"))
     assert one.keys() == other.keys() and differing(one, other) == set()

@@ -64,7 +64,7 @@ def test_accumulation_is_exact_for_the_autoencoder_also_where_rows_have_unequal_
     assert largest_difference(weights[0], weights[2]) < 1e-6
 
 
-@pytest.fixture(scope="module", params=["energy", "flow", "diffusion", "token_flow"])
+@pytest.fixture(scope="module", params=["energy", "flow", "diffusion", "token_chain"])
 def trained(request, workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     fields = {**workshop, "head_type": request.param, "sampling_steps": 2, "auxiliary_weight": 0.5, "eval_steps": 2}

@@ -36,7 +36,6 @@ RUNS = {
     "flow": ("calm", {"head_type": "flow"}),
     "diffusion": ("calm", {"head_type": "diffusion"}),
     "token_chain": ("calm", {"head_type": "token_chain"}),
-    "token_flow": ("calm", {"head_type": "token_flow"}),
     "auxiliary": ("calm", {"head_type": "energy", "auxiliary_weight": 0.5}),
     "ar": ("ar", {}),
 }
