@@ -15,31 +15,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-# transformers 4.57 copies only the files named in this one when it loads a local folder. A head is known once it is
-# imported here.
-from .candidate_scores_calm import RecordedPool  # noqa: F401
-from .candidates_calm import LazyPool  # noqa: F401
-from .compiled_calm import CompiledSteps  # noqa: F401
+# A head is known once it is imported: the four below enter themselves in HEADS.
 from .configuration_calm import HEADS, CALMConfig
 from .diffusion_head_calm import DiffusionHead  # noqa: F401
 from .energy_head_calm import EnergyHead  # noqa: F401
 from .flow_head_calm import FlowMatchingHead  # noqa: F401
 from .generation_calm import CALMGenerationMixin
-from .grammars_calm import Grammar
 from .heads_calm import PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .products_calm import fast_products
-from .randomness_calm import StepRandomness  # noqa: F401
-from .samplers_calm import BlockPlan  # noqa: F401
-from .scores_calm import clipped_kl  # noqa: F401
-from .screening_calm import VocabularyScreen  # noqa: F401
-from .tables_calm import numbers_up_to  # noqa: F401
-from .text_scores_calm import TextScores, score_texts
-from .texts_calm import GrowingTexts  # noqa: F401
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .upstream_calm import CACHE_ARGUMENT, OffloadableModel
-from .virtual_tokens_calm import read_virtual_tokens  # noqa: F401
-from .weights_calm import check_temperature  # noqa: F401
 
 NO_LOGITS = (
     "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
@@ -295,14 +281,6 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def grammar(self, tokenizer, *, json_schema: dict | str | None = None, regex: str | None = None) -> Grammar:
-        """A logits processor with which `generate` writes what matches a JSON schema or a regular expression."""
-        return Grammar(tokenizer, json_schema=json_schema, regex=regex)
-
-    def score(self, texts, tokenizer=None, **options) -> TextScores:
-        """How well the model foresaw each patch of texts: energy score and Brier scores. See `score_texts`."""
-        return score_texts(self, texts, tokenizer, **options)
 
     def patch_loss(
         self,

@@ -1,4 +1,4 @@
-"""How often a CALM's scores of texts (`model.score`) rank the true continuation of a text above another text's.
+"""How often a CALM's scores of texts (text_scores.py) rank the true continuation of a text above another text's.
 
     python -m calm.evaluation.ranking --model MODEL --data FILE --num_samples 16 100
 
@@ -19,10 +19,11 @@ from tqdm import tqdm
 from calm.command_line import Parser, command, known_errors, natural, positive
 from calm.evaluation.blocks import add_data_arguments, open_documents
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.evaluation.text_scores import score_texts
 from calm.loading import check_tokenizer
 from calm.progress import progress_bar, say
+from calm.training.data import Separation, tokenize_documents
 from calm.training.tokenizer import load_tokenizer
-from calm.training.tokens import Separation, tokenize_documents
 
 TEXTS_AT_ONCE = 32
 
@@ -57,7 +58,7 @@ def scores_of(
     patch_size, parts = model.config.patch_size, []
     generator = torch.Generator(model.device).manual_seed(seed)
     for chunk_BL in ids_BL.split(TEXTS_AT_ONCE):
-        scores = model.score(chunk_BL, num_samples=num_samples, generator=generator)
+        scores = score_texts(model, chunk_BL, num_samples=num_samples, generator=generator)
         last = slice(-(num_after // patch_size), None)
         brier_BK = scores.brier[:, last].mean(1)
         parts.append(torch.stack([scores.energy[:, last].mean(1), brier_BK[:, 0], brier_BK[:, -1]]))

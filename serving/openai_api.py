@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calm.generation_calm import SamplingMethod
-from calm.grammars_calm import Grammar
+from calm.grammars import Grammar
 
 MOST_CHOICES = 128
 MOST_DIGITS = 18  # of a token id

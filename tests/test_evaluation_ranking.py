@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from calm.evaluation import ranking
 from calm.evaluation.ranking import long_documents, pairs_of, scores_of, share_ranked_rightly
+from calm.evaluation.text_scores import score_texts
 from calm.modeling_calm import CALMOutputWithPast
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
@@ -95,7 +96,7 @@ def test_scores_are_means_over_the_continuation(monkeypatch):
     model, ids_BL = tiny_model(), torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
     found = scores_of(model, ids_BL, num_after=8, num_samples=6, seed=1)
     generator = torch.Generator().manual_seed(1)
-    parts = [model.score(ids, num_samples=6, generator=generator) for ids in ids_BL.split(2)]
+    parts = [score_texts(model, ids, num_samples=6, generator=generator) for ids in ids_BL.split(2)]
     torch.testing.assert_close(found["energy"], torch.cat([part.energy for part in parts])[:, 4:].mean(1))
     brier_BPK = torch.cat([part.brier for part in parts])[:, 4:]
     torch.testing.assert_close(found["Brier-1"], brier_BPK[..., 0].mean(1))
@@ -103,7 +104,7 @@ def test_scores_are_means_over_the_continuation(monkeypatch):
 
 
 def test_no_more_documents_are_read_than_pairs_need(monkeypatch):
-    monkeypatch.setattr("calm.training.tokens.CHARACTERS_PER_BATCH", 10)
+    monkeypatch.setattr("calm.training.data.CHARACTERS_PER_BATCH", 10)
     read = []
 
     def documents():

@@ -14,8 +14,8 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from calm import grammars_calm
-from calm.grammars_calm import Grammar
+from calm import grammars
+from calm.grammars import Grammar
 from calm.modeling_calm import CALMForCausalLM
 from calm.serving.batcher import Batcher
 
@@ -120,7 +120,7 @@ def test_what_is_cut_off_is_a_beginning_that_matches(model, tokenizer):
 
 @needs_demo
 def test_any_object_may_be_asked_for(model, tokenizer):
-    grammar = model.grammar(tokenizer, json_schema={"type": "object"})
+    grammar = Grammar(tokenizer, json_schema={"type": "object"})
     (text,), (ids,) = texts(model, tokenizer, grammar, temperature=1.0, seed=3, max_new_tokens=60)
     assert text.startswith("{") and (tokenizer.eos_token_id not in ids or type(json.loads(text)) is dict)
 
@@ -390,6 +390,6 @@ def test_tokenizers_that_do_not_fit_are_refused(some_tokenizer):
 
 
 def test_a_missing_package_is_named(some_tokenizer, monkeypatch):
-    monkeypatch.setattr(grammars_calm, "llguidance", None)
+    monkeypatch.setattr(grammars, "llguidance", None)
     with pytest.raises(ImportError, match='A grammar needs llguidance: pip install "llguidance>=1.9,<2"'):
         Grammar(some_tokenizer, regex="a")

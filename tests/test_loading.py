@@ -12,6 +12,7 @@ from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from calm import loading
 from calm.convert_checkpoint import convert
 from calm.evaluation.models import load_causal_lm
+from calm.evaluation.text_scores import score_texts
 from calm.loading import check_tokenizer
 from calm.modeling_calm import CALMForCausalLM
 from calm.serving.batcher import Batcher
@@ -100,7 +101,7 @@ def add(tensors):
 
 DOORS = {
     "generate": lambda model: model.generate(PROMPT_IDS, max_new_tokens=4),
-    "score": lambda model: model.score(PROMPT_IDS.repeat(1, 2)),
+    "score": lambda model: score_texts(model, PROMPT_IDS.repeat(1, 2)),
     "Batcher": Batcher,
 }
 

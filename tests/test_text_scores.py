@@ -1,11 +1,12 @@
-"""`model.score`: energy and Brier scores by patch against loops over the same draws and against a law enumerated."""
+"""`score_texts`: energy and Brier scores by patch against loops over the same draws and against a law enumerated."""
 
 import pytest
 import torch
 from test_scores import energy_score_by_loops
 from tiny import BOS, EOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 
-from calm import text_scores_calm
+from calm.evaluation import text_scores
+from calm.evaluation.text_scores import score_texts
 from calm.heads_calm import PatchTarget
 from calm.scores_calm import energy_score
 
@@ -86,7 +87,7 @@ class TestAgainstLoops:
     def test_energy_and_brier_of_the_same_draws(self, drawn, patch_size, num_samples):
         model = drawn(few_tokens(tiny_model(patch_size=patch_size, beta=1.3)))
         ids_BL = torch.randint(3, (2, 24), generator=seeded(2))
-        scores = model.score(ids_BL, num_samples=num_samples, generator=seeded())
+        scores = score_texts(model, ids_BL, num_samples=num_samples, generator=seeded())
         num_scored = 2 * (24 // patch_size - 1)
         assert scores.is_scored.sum() == num_scored and not scores.is_scored[:, 0].any()
         samples_NMZ, targets_SMZ = torch.cat(drawn.samples, dim=1), torch.cat(drawn.targets, dim=1)
@@ -106,14 +107,14 @@ class TestAgainstLoops:
     def test_two_samples_are_the_estimate_of_the_paper(self, drawn):
         """1{x1 = y} + 1{x2 = y} − 1{x1 = x2}."""
         model = drawn(few_tokens(tiny_model(patch_size=1)))
-        scores = model.score(torch.randint(3, (1, 60), generator=seeded(1)), num_samples=2, generator=seeded())
+        scores = score_texts(model, torch.randint(3, (1, 60), generator=seeded(1)), num_samples=2, generator=seeded())
         first_M, second_M = (model.autoencoder.decode_tokens(drawn.samples[0])[n, :, 0] for n in range(2))
         target_M = scores.patches[0, 1:, 0]
         expected_M = (first_M == target_M).int() + (second_M == target_M).int() - (first_M == second_M).int()
         assert torch.equal(scores.brier[0, 1:, 0], expected_M.float()) and len(set(expected_M.tolist())) == 3
 
     def test_what_is_not_scored_is_zero(self):
-        scores = tiny_model().score(IDS, num_samples=3)
+        scores = score_texts(tiny_model(), IDS, num_samples=3)
         for values in (scores.energy, scores.brier, scores.hits):
             assert not values[:, 0].any() and values.dtype == torch.float32
         assert torch.equal(scores.patches, IDS.unflatten(1, (-1, 4)))
@@ -150,7 +151,7 @@ class TestLaw:
             float(2 * law_VV.sum(1)[target[0]] - law_VV.sum(1).square().sum()),
             float(2 * law_VV[target] - law_VV.square().sum()),
         ]
-        scores = model.score(ids_L.repeat(num_rows, 1), num_samples=num_samples, generator=seeded())
+        scores = score_texts(model, ids_L.repeat(num_rows, 1), num_samples=num_samples, generator=seeded())
         errors_K = scores.brier[:, 1].std(0) / num_rows**0.5
         bias_K = scores.brier[:, 1].mean(0) - torch.tensor(exact)
         assert (bias_K.abs() < 4 * errors_K).all()
@@ -175,9 +176,9 @@ class TestBatches:
             start = {"left": room, "right": 0, "both": room // 2}[side]
             ids_BL[row, start : start + ids_1L.shape[1]] = ids_1L
             mask_BL[row, start : start + ids_1L.shape[1]] = 1
-        batch = model.score(ids_BL, attention_mask=mask_BL, num_samples=6)
+        batch = score_texts(model, ids_BL, attention_mask=mask_BL, num_samples=6)
         for row, ids_1L in enumerate(texts):
-            alone, num = model.score(ids_1L, num_samples=6), -(-ids_1L.shape[1] // 4)
+            alone, num = score_texts(model, ids_1L, num_samples=6), -(-ids_1L.shape[1] // 4)
             assert batch.is_scored[row].tolist() == [False] * (6 - num + 1) + [True] * (num - 1)
             assert alone.is_scored[0].tolist() == [False] + [True] * (num - 1)
             assert torch.equal(batch.patches[row, 6 - num :], alone.patches[0])
@@ -190,16 +191,16 @@ class TestBatches:
     def test_strings_are_their_ids(self):
         model, tokenizer = few_tokens(tiny_model(), 20), tiny_tokenizer()
         ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
-        by_text = model.score(TEXT, tokenizer=tokenizer, num_samples=5, generator=seeded())
-        by_ids = model.score(ids, num_samples=5, generator=seeded())
-        in_list = model.score([TEXT], tokenizer, num_samples=5, generator=seeded())
+        by_text = score_texts(model, TEXT, tokenizer=tokenizer, num_samples=5, generator=seeded())
+        by_ids = score_texts(model, ids, num_samples=5, generator=seeded())
+        in_list = score_texts(model, [TEXT], tokenizer, num_samples=5, generator=seeded())
         for other in (by_ids, in_list):
             assert all(torch.equal(by_text[name], other[name]) for name in by_text.keys())
         assert by_text.is_scored.sum() == -(-ids.shape[1] // 4) - 1
 
     def test_what_spells_a_special_token_is_text(self):
         model, tokenizer = tiny_model(), tiny_tokenizer()
-        scores = model.score("a</s>b", tokenizer, num_samples=3)
+        scores = score_texts(model, "a</s>b", tokenizer, num_samples=3)
         spelled = tokenizer("a</s>b", split_special_tokens=True)["input_ids"]
         assert scores.patches.flatten()[-len(spelled) :].tolist() == spelled and EOS not in spelled
 
@@ -207,20 +208,20 @@ class TestBatches:
     def test_strings_of_different_lengths(self, side):
         model, tokenizer = tiny_model(), tiny_tokenizer()
         tokenizer.padding_side = side
-        scores = model.score([TEXT, "short", ""], tokenizer, num_samples=3)
+        scores = score_texts(model, [TEXT, "short", ""], tokenizer, num_samples=3)
         assert scores.is_scored.sum(-1).tolist() == [5, 1, 0]
         assert scores.patches[1, -1].tolist() == tokenizer("short")["input_ids"][-4:]
 
     def test_a_tokenizer_without_a_pad_token(self):
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = None
-        scores = tiny_model().score([TEXT, "short"], tokenizer, num_samples=3)
+        scores = score_texts(tiny_model(), [TEXT, "short"], tokenizer, num_samples=3)
         assert scores.is_scored.sum(-1).tolist() == [5, 1]
 
     def test_the_first_patch_is_the_partial_one(self, drawn):
         """5 tokens, K = 4: one is in the first patch, and the last four are what is scored."""
         model = drawn(tiny_model())
-        scores = model.score(IDS[:, :5], num_samples=3)
+        scores = score_texts(model, IDS[:, :5], num_samples=3)
         assert scores.patches[0, 1].tolist() == IDS[0, 1:5].tolist()
         assert scores.patches[0, 0, 3] == IDS[0, 0] and scores.is_scored.tolist() == [[False, True]]
         assert drawn.samples[0].shape[1] == 1
@@ -230,47 +231,47 @@ class TestBatches:
         model.config.prompt_alignment = "right"
         ids_BL, mask_BL = IDS[:, :11].repeat(2, 1), torch.ones(2, 11, dtype=torch.long)
         mask_BL[1, :3] = 0
-        scores = model.score(ids_BL, attention_mask=mask_BL, num_samples=3)
+        scores = score_texts(model, ids_BL, attention_mask=mask_BL, num_samples=3)
         assert scores.is_scored.tolist() == [[False, True, False], [False, False, True]]
 
     def test_a_text_of_one_patch_has_no_score(self, drawn):
         model = drawn(tiny_model())
-        scores = model.score(IDS[:, :3], num_samples=3)
+        scores = score_texts(model, IDS[:, :3], num_samples=3)
         assert not drawn.samples and scores.is_scored.tolist() == [[False]] and scores.brier.shape == (1, 1, 4)
         assert all(value.isnan().all() for value in scores.means().values())
 
     def test_an_empty_text_begins_with_bos(self):
         model = tiny_model()
         for ids, mask in ((IDS[:, :0], None), (IDS[:, :4], torch.zeros(1, 4))):
-            scores = model.score(ids, attention_mask=mask, num_samples=3)
+            scores = score_texts(model, ids, attention_mask=mask, num_samples=3)
             assert scores.patches[0, 0, -1] == BOS and not scores.is_scored.any()
         model.generation_config.bos_token_id = None
-        with pytest.raises(ValueError, match=r"^score\(\) got an empty text, and the model has no bos_token_id"):
-            model.score(IDS[:, :0], num_samples=3)
+        with pytest.raises(ValueError, match=r"^score_texts\(\) got an empty text, and the model has no bos_token_id"):
+            score_texts(model, IDS[:, :0], num_samples=3)
 
 
 class TestModels:
     @pytest.mark.parametrize("head_type", HEAD_TYPES)
     def test_every_head(self, head_type):
         model = tiny_model(head_type)
-        scores = model.score(IDS, num_samples=4, generator=seeded())
-        again = model.score(IDS, num_samples=4, generator=seeded())
-        other = model.score(IDS, num_samples=4, generator=seeded(1))
+        scores = score_texts(model, IDS, num_samples=4, generator=seeded())
+        again = score_texts(model, IDS, num_samples=4, generator=seeded())
+        other = score_texts(model, IDS, num_samples=4, generator=seeded(1))
         assert scores.energy.isfinite().all() and (scores.energy[:, 1:] != 0).all()
         assert torch.equal(scores.energy, again.energy) and not torch.equal(scores.energy, other.energy)
 
     def test_bfloat16(self):
         model = few_tokens(tiny_model(), 20)
-        wide = model.score(IDS, num_samples=50, generator=seeded())
-        narrow = model.to(torch.bfloat16).score(IDS, num_samples=50, generator=seeded())
+        wide = score_texts(model, IDS, num_samples=50, generator=seeded())
+        narrow = score_texts(model.to(torch.bfloat16), IDS, num_samples=50, generator=seeded())
         assert narrow.energy.dtype == narrow.brier.dtype == torch.float32
         torch.testing.assert_close(narrow.energy.mean(), wide.energy.mean(), rtol=0.1, atol=0)
 
     def test_the_training_flag_stays_and_there_is_no_gradient(self):
         model = tiny_model()
-        expected = model.score(IDS, num_samples=3, generator=seeded())
+        expected = score_texts(model, IDS, num_samples=3, generator=seeded())
         model.train()
-        scores = model.score(IDS, num_samples=3, generator=seeded())
+        scores = score_texts(model, IDS, num_samples=3, generator=seeded())
         assert model.training and not scores.energy.requires_grad
         assert torch.equal(scores.energy, expected.energy)
 
@@ -279,13 +280,13 @@ class TestModels:
         scores = []
         for _ in range(2):
             torch.manual_seed(3)
-            scores.append(model.score(IDS, num_samples=3).energy)
+            scores.append(score_texts(model, IDS, num_samples=3).energy)
         assert torch.equal(*scores)
 
     def test_draws_are_made_some_at_a_time(self, monkeypatch, drawn):
-        monkeypatch.setitem(text_scores_calm.DRAWS_AT_ONCE, "cpu", 64)
+        monkeypatch.setitem(text_scores.DRAWS_AT_ONCE, "cpu", 64)
         model = drawn(few_tokens(tiny_model(patch_size=1), 20))
-        scores = model.score(IDS.repeat(3, 1), num_samples=10, generator=seeded())
+        scores = score_texts(model, IDS.repeat(3, 1), num_samples=10, generator=seeded())
         sizes = [samples_NmZ.shape[0] * samples_NmZ.shape[1] for samples_NmZ in drawn.samples]
         assert max(sizes) <= 64 and sum(sizes) == 3 * 23 * 10
         tokens_MNK = model.autoencoder.decode_tokens(torch.cat(drawn.samples, dim=1)).movedim(0, 1)
@@ -306,14 +307,14 @@ class TestModels:
 
         model = tiny_model()
         with Sizes():
-            model.score(IDS, num_samples=400, generator=seeded())
-        at_once = max(1, text_scores_calm.DRAWS_AT_ONCE["cpu"] // 400)
+            score_texts(model, IDS, num_samples=400, generator=seeded())
+        at_once = max(1, text_scores.DRAWS_AT_ONCE["cpu"] // 400)
         assert largest < at_once * 400**2 * model.config.latent_size / 4
 
 
 class TestMeans:
     def test_by_hand(self):
-        scores = text_scores_calm.TextScores(
+        scores = text_scores.TextScores(
             energy=torch.tensor([[0.0, -1.0, -3.0], [0.0, 0.0, -5.0]]),
             brier=torch.tensor([[[0.0, 0.0], [0.5, 0.25], [0.1, 0.05]], [[0.0, 0.0], [0.0, 0.0], [1.0, -1.0]]]),
             is_scored=torch.tensor([[False, True, True], [False, False, True]]),
@@ -325,7 +326,7 @@ class TestMeans:
 @pytest.mark.parametrize("num_samples", [1, 0, -3, 2.5, True, "3", None])
 def test_too_few_samples(num_samples):
     with pytest.raises(ValueError, match=r"^num_samples=.*must be a whole number of at least 2[^.]*\.$"):
-        tiny_model().score(IDS, num_samples=num_samples)
+        score_texts(tiny_model(), IDS, num_samples=num_samples)
 
 
 @pytest.mark.parametrize(
@@ -349,5 +350,5 @@ def test_too_few_samples(num_samples):
 def test_bad_input_is_one_sentence(texts, options, message):
     options = {"tokenizer": tiny_tokenizer(), "num_samples": 3} | options
     with pytest.raises(ValueError, match=message) as error:
-        tiny_model().score(texts, **options)
-    assert str(error.value).startswith("score()") and "\n" not in str(error.value)
+        score_texts(tiny_model(), texts, **options)
+    assert str(error.value).startswith("score_texts()") and "\n" not in str(error.value)

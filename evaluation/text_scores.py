@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import ModelOutput
 
-from .heads_calm import PatchTarget
-from .upstream_calm import checked_ids
-from .weights_calm import class_sizes, patch_classes
+from calm.heads_calm import PatchTarget
+from calm.upstream_calm import checked_ids
+from calm.weights_calm import class_sizes, patch_classes
 
 if TYPE_CHECKING:
-    from .modeling_calm import CALMForCausalLM
+    from calm.modeling_calm import CALMForCausalLM
 
 DRAWS_AT_ONCE = {"cpu": 2**12, "other": 2**16}
 
@@ -88,11 +88,11 @@ def score_texts(
     if not isinstance(texts, Tensor):
         texts, attention_mask = _tokenized(texts, tokenizer)
     model.check_weights()
-    ids_BL = checked_ids(texts, attention_mask, model.config.vocab_size, "score()").to(model.device)
+    ids_BL = checked_ids(texts, attention_mask, model.config.vocab_size, "score_texts()").to(model.device)
     mask_BL = torch.ones_like(ids_BL) if attention_mask is None else attention_mask.to(ids_BL.device).long()
     bos_token = None if model.generation_config is None else model.generation_config.bos_token_id
     if bos_token is None and not mask_BL.any(-1).all():
-        raise ValueError("score() got an empty text, and the model has no bos_token_id that would start it.")
+        raise ValueError("score_texts() got an empty text, and the model has no bos_token_id that would start it.")
     inputs = model.pack_for_generation(ids_BL, mask_BL, bos_token=bos_token)
     patch_size = model.config.patch_size
     patches_BPK = inputs["input_ids"].unflatten(1, (-1, patch_size))
@@ -124,16 +124,16 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, L) of texts; a tokenizer without a pad token will do."""
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError("score() takes a text, a list of at least one text, or ids as a tensor (batch, length).")
+        raise ValueError("score_texts() takes a text, a list of at least one, or ids as a tensor (batch, length).")
     if not callable(tokenizer):
-        raise ValueError("score() got text: pass tokenizer=..., the model's own, or ids of shape (batch, length).")
+        raise ValueError("score_texts() got text: pass tokenizer=..., the model's own, or ids as a tensor.")
     for number, text in enumerate(texts, start=1):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"score() got {len(texts)} texts, of which text {number} is none at character {error.start}: half a "
-                "surrogate pair."
+                f"score_texts() got {len(texts)} texts, of which text {number} is none at character {error.start}: "
+                "half a surrogate pair."
             ) from None
     batch: Any = tokenizer(list(texts), split_special_tokens=True)  # one that spells a special token is text there
     rows = [torch.tensor(ids, dtype=torch.long) for ids in batch["input_ids"]]
