@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from calm.command_line import InputError
+from calm.training.data import Separation, tokenize_documents
 from calm.training.documents import (
     expand_paths,
     find_paths,
@@ -17,7 +18,6 @@ from calm.training.documents import (
     read_documents,
     read_hub_dataset,
 )
-from calm.training.tokens import Separation, tokenize_documents
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

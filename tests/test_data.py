@@ -28,13 +28,22 @@ from transformers import PreTrainedTokenizerFast
 
 from calm.command_line import InputError
 from calm.evaluation.blocks import open_documents, pack_blocks
-from calm.training import documents as documents_module
-from calm.training import tokens as tokens_module
-from calm.training.data import Length, PackedBlocks, PatchCollator, StreamedBlocks, data_sets
+from calm.training import data as data_module
+from calm.training.data import (
+    Length,
+    PackedBlocks,
+    PatchCollator,
+    Separation,
+    StreamedBlocks,
+    TokenFile,
+    cached_tokens,
+    data_sets,
+    token_file,
+    tokenize_documents,
+)
 from calm.training.documents import BadLines, documents, expand_paths, read_documents, read_hub_dataset
 from calm.training.recipe import DataOptions
 from calm.training.tokenizer import train_bpe
-from calm.training.tokens import Separation, TokenFile, cached_tokens, token_file, tokenize_documents
 
 ROOT = Path(__file__).parents[1]
 
@@ -194,13 +203,12 @@ def test_a_file_that_the_system_does_not_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     files = expand_paths(tmp_path)
 
-    def forbidden(path, bar):
+    def forbidden(path, *args):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(documents_module, "_CountedFile", forbidden)
+    monkeypatch.setattr("builtins.open", forbidden)
     with pytest.raises(InputError, match=r"a\.jsonl: Permission denied\.$"):
         list(read_documents(files))
-    monkeypatch.setattr("builtins.open", lambda path, *args: forbidden(path, None))
     with pytest.raises(InputError, match=r"a\.jsonl: Permission denied\.$"):
         expand_paths(tmp_path)
 
@@ -404,7 +412,7 @@ def test_the_key_of_a_cache_has_every_option_that_changes_tokens(tmp_path, monke
         "cache_dir": "elsewhere",
     }
     keys = []
-    monkeypatch.setattr(tokens_module, "cached_tokens", lambda folder, key, write: keys.append(key) or write())
+    monkeypatch.setattr(data_module, "cached_tokens", lambda folder, key, write: keys.append(key) or write())
 
     def key_and_tokens(options):
         try:
@@ -419,7 +427,7 @@ def test_the_key_of_a_cache_has_every_option_that_changes_tokens(tmp_path, monke
         new = changed[field.name] if field.name in changed else not value if type(value) is bool else (value or 0) + 1
         before, after = (key_and_tokens(o) for o in (options, dataclasses.replace(options, **{field.name: new})))
         assert before[1] == after[1] or before[0] != after[0], field.name
-        is_known = field.name in tokens_module.NOT_IN_TOKENS
+        is_known = field.name in data_module.NOT_IN_TOKENS
         assert is_known or before[0] != after[0], f"{field.name}: a new option is in the key"
     other_end = tiny_tokenizer()
     other_end.eos_token = "a"

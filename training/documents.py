@@ -12,9 +12,8 @@ import json
 import lzma
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,68 +106,40 @@ def _format(path: Path) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
-@contextmanager
-def _open(path: Path, bar: tqdm | None) -> Iterator[Iterable[bytes]]:
-    with io.BufferedReader(_CountedFile(path, bar), buffer_size=1 << 16) as file:
-        if path.suffix == ".xz":
-            yield lzma.open(file)
-        elif path.suffix == ".gz":
-            yield gzip.open(file)
-        elif path.suffix == ".zst":
-            yield io.BufferedReader(_ZstdFile(path, file))
-        else:
-            yield file
+def _decompressed(path: Path, file: BinaryIO) -> Iterable[bytes]:
+    """The lines of an open file."""
+    if path.suffix == ".zst":
+        return _split(_zst_chunks(path, file))
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix)
+    return file if opener is None else opener(file)
 
 
-class _CountedFile(io.FileIO):
-    """A file whose bytes a bar counts as they are read."""
+def _zst_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Frame by frame, for the library's own reader takes a cut file for whole."""
+    need("zstandard", "train", str(path))
+    import zstandard
 
-    def __init__(self, path: Path, bar: tqdm | None):
-        super().__init__(path)
-        self.bar = bar
+    decompressor, frame, rest = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW), None, b""
+    while chunk := rest or file.read(1 << 16):
+        frame = frame or decompressor.decompressobj()
+        yield frame.decompress(chunk)
+        rest = frame.unused_data
+        if frame.eof:
+            frame = None
+    if frame is not None:
+        raise EOFError("the last frame is not complete")
 
-    def readinto(self, buffer) -> int | None:
-        count = super().readinto(buffer)
-        if self.bar is not None:
-            self.bar.update(count or 0)
-        return count
 
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a .zst file of one or more frames. The library's own reader takes a cut file for whole."""
-
-    def __init__(self, path: Path, file: BinaryIO):
-        need("zstandard", "train", str(path))
-        import zstandard
-
-        self.file = file
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
-        self.error = zstandard.ZstdError
-        self.frame, self.ready = None, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self.ready:
-            chunk = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.file.read(1 << 16)
-            if not chunk:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.decompressor.decompressobj()
-            try:
-                self.ready = self.frame.decompress(chunk)
-            except self.error as error:
-                raise OSError(str(error)) from error
-        count = min(len(buffer), len(self.ready))
-        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
-        return count
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    pending: list[bytes] = []
+    for chunk in chunks:
+        *lines, last = chunk.split(b"\n")
+        for line in lines:
+            yield b"".join([*pending, line, b"\n"])
+            pending = []
+        pending.append(last)
+    if any(pending):
+        yield b"".join(pending)
 
 
 def read_documents(
@@ -194,13 +165,18 @@ def read_documents(
 
 
 def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
-    number = 0
+    number = seen = 0
     try:
-        with _open(path, bar) as file:
-            for number, line in enumerate(file, 1):
+        with open(path, "rb") as file:
+            for number, line in enumerate(_decompressed(path, file), 1):
+                if bar is not None:
+                    bar.update(file.tell() - seen)
+                    seen = file.tell()
                 yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:  # of the operating system, not of a decompressor
+    except InputError:
+        raise
+    except Exception as error:  # each decompressor has its own
+        if isinstance(error, OSError) and error.errno:  # of the operating system
             raise InputError(f"{path}: {error.strerror}.") from error
         raise InputError(f"{path}, after line {number}: the file is damaged or cut short ({error}).") from error
 
@@ -285,7 +261,9 @@ def _read_parquet(path, text_column, bad_lines, bar):
         raise InputError(f"{path}, after row {number}: not a readable parquet file ({error}).") from error
 
 
-def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | None = None) -> Iterator[str]:
+def read_hub_dataset(
+    dataset, text_column: str = "text", bad_lines: BadLines | None = None, bar: tqdm | None = None
+) -> Iterator[str]:
     """Documents of a `datasets.Dataset` or `IterableDataset`, in order.
 
     In a worker of a DataLoader these are all of them, too: `iter` doesn't divide them, as a loop over rows would.
@@ -303,6 +281,8 @@ def read_hub_dataset(dataset, text_column: str = "text", bad_lines: BadLines | N
                 )
             for text in batch[text_column]:
                 number += 1
+                if bar is not None:
+                    bar.update()
                 try:
                     yield _document(text, f'no string in the column "{text_column}"')
                 except ValueError as error:
@@ -344,7 +324,7 @@ class Documents:
     What was skipped is said on stderr when all are read, once.
 
     Args:
-        read: (bad_lines, and bar where bytes are counted) → the documents.
+        read: (bad_lines, bar) → the documents.
         where: they come from, for messages.
         limit: read only the first so many; `None` for all.
         skip_bad_lines: skip and count lines that hold no document.
@@ -367,13 +347,9 @@ class Documents:
     def __iter__(self) -> Iterator[str]:
         bad_lines, is_empty = BadLines(self.skip_bad_lines), True
         with progress_bar(None, self.what, self.unit, self.total) if self.what else nullcontext() as bar:
-            counts_bytes = bar is not None and self.unit == "B"
-            texts = self.read(bad_lines=bad_lines, bar=bar) if counts_bytes else self.read(bad_lines=bad_lines)
-            for text in itertools.islice(texts, self.limit):
+            for text in itertools.islice(self.read(bad_lines=bad_lines, bar=bar), self.limit):
                 is_empty = is_empty and not text
                 yield text
-                if bar is not None and not counts_bytes:
-                    bar.update()
         if is_empty:
             raise InputError(f"{self.where}: no text there{f' ({bad_lines.summary()})' if bad_lines.count else ''}.")
         worker = get_worker_info()
@@ -402,19 +378,17 @@ def documents(options: DataOptions, part: str, what: str | None = None) -> tuple
         source = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         read = partial(read_documents, files, options.text_column)
         where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-        unit, total = "B", size_of(files)
+        unit, total = "B", None if limit else size_of(files)
     elif options.dataset and split:
         stream = options.streaming and part == "train"
         dataset = open_hub_dataset(options.dataset, options.dataset_config, split, stream, "train")
         source = [options.dataset, options.dataset_config, split, getattr(dataset, "_fingerprint", None)]
         read, where = partial(read_hub_dataset, dataset, options.text_column), options.dataset
-        unit, total = "document", len(dataset) if isinstance(dataset, Sized) else None
+        unit, total = "document", limit or (len(dataset) if isinstance(dataset, Sized) else None)
     elif part == "train":
         raise InputError("no data: give --train_files files or folders, or --dataset a Hub data set.")
     else:
         raise InputError("no held-out data: give --validation_files or --validation_split, or --eval_strategy no.")
-    if limit is not None:
-        unit, total = "document", min(limit, total) if unit == "document" and total is not None else limit
     return Documents(read, where, limit, options.skip_bad_lines, what, unit, total), source
 
 
