@@ -10,7 +10,6 @@ from calm.command_line import InputError, Parser, command, known_errors, natural
 from calm.generation_calm import PatchSampling
 from calm.inspect_text import check_length
 from calm.loading import reading
-from calm.progress import loading_bar
 from calm.weights_calm import check_temperature
 
 MODEL = Path(__file__).parent
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     with known_errors():
         check_temperature(options.temperature)
-        with reading(options.model), loading_bar(options.model):
+        with reading(options.model):
             generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
         stated = generator.model.generation_config
         PatchSampling.from_generation_config(stated, do_sample=True, temperature=options.temperature)  # or refuses it

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from calm.command_line import sentence
 from calm.modeling_calm import CALMForCausalLM
-from calm.progress import load_with_bar
+from calm.progress import hide_upstream_bars
 from calm.upstream_calm import non_finite_weight
 
 NAMED = 3  # tensors or ids that a sentence names
@@ -38,6 +38,7 @@ def reading(name: str | Path) -> Iterator[None]:
     path, text = Path(name), str(name)
     if is_missing_folder(name):
         raise ValueError(f"{name}: no such folder.")
+    hide_upstream_bars()
     try:
         yield
     except Exception as error:  # json, safetensors, torch and the Hub's client have classes of their own
@@ -70,7 +71,7 @@ def load_whole(load, name: str | Path, **settings) -> Any:
             files hold more; the sentence names it.
     """
     with reading(name):
-        model, info = load_with_bar(load, name, output_loading_info=True, **settings)
+        model, info = load(name, output_loading_info=True, **settings)
     unexpected = info["unexpected_keys"] if isinstance(model, CALMForCausalLM) else ()  # it holds an autoencoder, too
     lacking = {
         "lack": info["missing_keys"],

@@ -6,7 +6,6 @@ import pytest
 import torch
 from commands import refusal
 from evaluation_folder import folder  # noqa: F401 (a fixture)
-from test_progress import LOADING, shown
 from tiny import tiny_model, tiny_tokenizer
 
 from calm.evaluation import ranking
@@ -116,14 +115,6 @@ def test_no_more_documents_are_read_than_pairs_need(monkeypatch):
     assert ids_BL.shape == (3, 12) and read == ["a", "b", "c"]
     with_end = long_documents(documents(), tiny_tokenizer(), num_tokens=13, most=3, append_eos=True)
     assert (with_end[:, -1] == tiny_tokenizer().eos_token_id).all()
-
-
-def test_it_shows_its_progress(monkeypatch, capsys, folder):
-    sizes = ["--tokens", 2, 4, "--tokens_before", 8, "--num_samples", 3]
-    bars, printed = shown(
-        monkeypatch, capsys, ranking.main, "--model", folder / "calm", "--data", folder / "text.jsonl.xz", *sizes
-    )
-    assert bars == [LOADING, "Scoring"] and printed.count("\n") == 4
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.command_line import InputError
 from calm.modeling_calm import CALMForCausalLM
-from calm.progress import load_with_bar
 from calm.token_chain_head_calm import TokenChain
 from calm.training.configuration import backbone_note, llama_config_of, say
 from calm.training.recipe import PATCH_EMBEDDINGS, Recipe
@@ -36,8 +35,8 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
     if getattr(config, "quantization_config", None):
         raise InputError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
     try:
-        llama, info = load_with_bar(  # pyright: ignore[reportGeneralTypeIssues]  # a pair by the last setting
-            LlamaForCausalLM.from_pretrained, where, config=config, dtype="auto", output_loading_info=True
+        llama, info = LlamaForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            where, config=config, dtype="auto", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{what} {where}: its weights cannot be read: {' '.join(str(error).split())}") from error

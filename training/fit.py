@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import sys
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from transformers.training_args import OptimizerNames
 
 from calm.command_line import InputError, sentence
 from calm.loading import load_whole
-from calm.progress import shows_bars, unbroken
+from calm.progress import hide_upstream_bars, shows_bars
 from calm.training.average import WeightAverage
 from calm.training.configuration import config_of, read, say, tokenizer_of
 from calm.training.data import Length, PackedBlocks, PatchCollator, data_sets
@@ -90,7 +91,7 @@ def begin(recipe: Recipe) -> TrainingArguments:
     args = training_arguments(recipe)
     check_arguments(args)
     transformers.logging.set_verbosity_warning()
-    transformers.logging.disable_progress_bar()  # of saving; loading and training have ours
+    hide_upstream_bars()
     try:
         folder_of(args).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -247,8 +248,13 @@ def fit(
 
     def train() -> None:
         torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
-        with unbroken():
+        transformers.logging.disable_progress_bar()  # of saving
+        try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except BaseException:
+            if shows_bars():
+                print(file=sys.stderr)  # below the bar
+            raise
         trainer.export()
         say(f"the model is in {folder}")
 

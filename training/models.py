@@ -14,7 +14,6 @@ from calm.configuration_calm import HEADS, CALMConfig
 from calm.loading import load_whole
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.progress import load_with_bar
 from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
 from calm.training.backbone import begin_chain, begin_with_llama
 from calm.training.configuration import autoencoder_config_of, changed_config, config_before, config_of, read
@@ -34,7 +33,7 @@ def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         before = config_before(recipe)
         config = changed_config(recipe, before)
         same_head = partial(load_whole, CALMForCausalLM.from_pretrained, config=config)
-        new_head = partial(load_with_bar, with_new_head, config=config)
+        new_head = partial(with_new_head, config=config)
         load = same_head if config.head_type == before.head_type else new_head
         model = read("init_from", recipe.init_from, "train_calm", load)
         fit_head(model, recipe)

@@ -1,34 +1,178 @@
-"""The one training loop: Hugging Face's Trainer, with our logs, checkpoints that show whether they are complete, and a
-clean stop when the loss is no number.
+"""A model and a recipe → the trained model in the run's folder. Begin at `fit`.
 
-Axes: B batch, L tokens.
+The loop is Hugging Face's Trainer, with our logs, checkpoints that show whether they are complete, and a clean stop
+when the loss is no number. Axes: B batch, L tokens.
 """
 
 import contextlib
+import itertools
 import json
+import os
 import shutil
+import sys
 import time
 import zipfile
-from collections.abc import Iterable, Sized
+import zlib
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
 from calm.command_line import InputError, sentence
-from calm.progress import progress_bar
+from calm.progress import hide_upstream_bars, shows_bars
 from calm.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, state_without_auxiliary, without_auxiliary
 from calm.training.average import WeightAverage
+from calm.training.data import Length, PackedBlocks, PatchCollator, data_sets
 from calm.training.diagnostics import diagnose
+from calm.training.recipe import Recipe, changes, check_arguments, check_fields, load_recipe, training_arguments
+from calm.training.tokenizer import save_tokenizer
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 TRAINER_STATE = "trainer_state.json"  # upstream writes it last
+
+
+# a run
+
+
+def begin(recipe: Recipe) -> TrainingArguments:
+    """Before the model is made: checks Trainer's arguments, quiets third-party logs, makes the folder, sets the seed.
+
+    Returns:
+        Trainer's arguments as stated.
+
+    Raises:
+        InputError: Trainer refuses a value, fields contradict each other, or the folder cannot be made.
+    """
+    check_fields(recipe)
+    args = training_arguments(recipe)
+    check_arguments(args)
+    transformers.logging.set_verbosity_warning()
+    hide_upstream_bars()
+    try:
+        folder_of(args).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {args.output_dir}: {error.strerror}.") from error
+    set_seed(args.seed)
+    return args
+
+
+def fit(
+    recipe: Recipe, stated: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
+) -> Callable[[], None]:
+    """Prepares a training, resumed from the last checkpoint if there is one, which exports to the run's folder.
+
+    Args:
+        recipe: what to train on, how long and how.
+        stated: what `begin` returned.
+        model: trained in place.
+        tokenizer: exported with the model.
+        patch_size: K; 1 for a Llama.
+        resume: "auto", or "never" to refuse a folder with checkpoints.
+
+    Returns:
+        the training; called, it raises `InputError` where the loss is no number or a checkpoint another model's.
+
+    Raises:
+        InputError: the folder or the data are not as they must be.
+    """
+    folder = folder_of(stated)
+    last = last_checkpoint(folder)
+    before = resumed_recipe(recipe, last, resume)
+    batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
+    with stated.main_process_first(desc="tokenising"):
+        data = data_sets(
+            recipe.data,
+            tokenizer,
+            patch_size,
+            Length(batch_size, stated.num_train_epochs, stated.max_steps),
+            seed=stated.seed if stated.data_seed is None else stated.data_seed,
+            cache=Path(recipe.data.cache_dir or Path(HF_HOME) / "calm" / "tokens"),
+            evaluates=stated.eval_strategy != "no",
+        )
+    recipe.found = {"batch_size": batch_size, "tokens": digest(data.train)}
+    if before and (changed := changes(before, recipe)):
+        say(f"going on with {changed}")
+    args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # all epochs are one to Trainer
+    trainer = CALMTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
+        average=WeightAverage(recipe.ema_decay, last) if recipe.ema_decay else None,
+        head_learning_rate=recipe.head_learning_rate,
+    )
+    if trainer.is_world_process_zero():
+        recipe.save(folder / "recipe.yaml")
+        save_tokenizer(tokenizer, folder)
+        state = f"resuming from {last.name}" if last else "from the start"
+        print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
+
+    def train() -> None:
+        torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
+        transformers.logging.disable_progress_bar()  # of saving
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except BaseException:
+            if shows_bars():
+                print(file=sys.stderr)  # below the bar
+            raise
+        trainer.export()
+        say(f"the model is in {folder}")
+
+    return train
+
+
+def resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
+    """Reads the recipe of the run that is resumed, `None` where one starts; says which checkpoints are damaged.
+
+    Args:
+        recipe: by which to train now.
+        last: checkpoint to resume from.
+        resume: as in `fit`.
+
+    Raises:
+        InputError: there is a checkpoint, and it is not to be resumed, or it is of another training.
+    """
+    folder = Path(recipe.output_dir)
+    found, saved = checkpoints(folder), folder / "recipe.yaml"
+    if found and resume == "never":
+        raise InputError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
+    before = load_recipe(str(saved)) if found and saved.is_file() else None
+    if before and before.training.get("save_only_model"):
+        raise InputError(f"{folder} has no optimizer (save_only_model), so it can't go on: name another --output_dir.")
+    for damaged in itertools.takewhile(lambda path: path != last, found):
+        say(f"{damaged} {damage(damaged)}, and is not used")
+    if before and last:
+        changes(before, recipe)
+        return before
+    return None
+
+
+def digest(data) -> str | None:
+    """A checksum of the training text's tokens: their number, the first and the last million; `None` of a stream."""
+    if not isinstance(data, PackedBlocks):
+        return None
+    tokens = data.data.tokens
+    return f"{len(tokens)}-{zlib.crc32(tokens[-(2**20) :].tobytes(), zlib.crc32(tokens[: 2**20].tobytes())):08x}"
+
+
+def say(line: str) -> None:
+    """Prints it once, however many processes train."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+# the loop
 
 
 class CALMTrainer(Trainer):
@@ -56,8 +200,6 @@ class CALMTrainer(Trainer):
     ):
         with keeping_use_cache(model.config):
             super().__init__(model, *args, **kwargs)
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(TrainingBar())
         self.average, self.head_learning_rate = average, head_learning_rate
         if average is not None:
             self.add_callback(average)
@@ -257,30 +399,7 @@ class CALMTrainer(Trainer):
             self.push_to_hub(commit_message="End of training")
 
 
-class TrainingBar(ProgressCallback):
-    """One bar of the training's steps, which begins where a resumed run does, and says how far an evaluation is.
-
-    Upstream's counts the steps of before as done now, and shows a second bar for each evaluation.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar = progress_bar(None, "Training", "step", state.max_steps, done=state.global_step)
-        self.num_evaluated = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            self.training_bar.update(state.global_step - self.training_bar.n)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader: Sized | None = None, **kwargs):
-        self.num_evaluated += 1
-        if self.training_bar is not None and eval_dataloader is not None:
-            self.training_bar.set_postfix_str(f"evaluating {self.num_evaluated}/{len(eval_dataloader)}")
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.num_evaluated = 0
-        if self.training_bar is not None:
-            self.training_bar.set_postfix_str("")
+# the folder of a run
 
 
 def folder_of(args: TrainingArguments) -> Path:
