@@ -6,18 +6,15 @@ only if it is chosen. `LazyPool` decodes position by position on that ground, an
 asked for; `PlainPool` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
 
 Axes: B rows of the pool, R of these that still draw, N candidates of a row so far, n new ones, K tokens per patch, Z
-latent size, d width of the decoder, V vocabulary, L pairs of neighbours, C candidates of a chunk, M tokens to read, U
-the candidates that they are of, k some of the K.
+latent size, d width of the decoder, V vocabulary, C candidates of a chunk, M tokens to
+read, U the candidates that they are of, k some of the K.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 
 from .modeling_calm_autoencoder import CALMAutoencoder, logits_at_once
 from .samplers_calm import Pairs
@@ -27,13 +24,9 @@ from .weights_calm import class_sizes, patch_classes
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
 TOKENS_AT_ONCE = 1000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
-PAIRS_AT_ONCE = 2**21  # distances made at a time
 NOTHING = torch.empty(0)  # is known of what is not drawn
 LEAST_FACTOR = 10.0  # nats: candidates that rules make so much lighter than a row's heaviest are left out
 UNKNOWN = -1  # id of a token that isn't decoded yet
-FINGERPRINT_VALUES = 64  # of each parameter
-
-logger = logging.get_logger(__name__)
 
 
 class PlainPool:
@@ -136,23 +129,10 @@ class PlainPool:
 class LazyPool(PlainPool):
     """Decodes only the tokens that decide which candidates of a row are the same patch. Same results, less work.
 
-    Args:
-        draw, rows_B, autoencoder, forbidden_KV: as in `PlainPool`.
-        radius (*optional*): latent vectors further apart than this are taken for different patches undecoded, see
-            `CALMConfig.repetition_radius`. `None` takes nothing for granted.
+    Args: as in `PlainPool`, but no rules.
     """
 
-    def __init__(
-        self,
-        draw: Callable[[Tensor, int], Tensor],
-        rows_B: Tensor,
-        autoencoder: CALMAutoencoder,
-        forbidden_KV: Tensor | None = None,
-        radius: float | None = None,
-    ):
-        super().__init__(draw, rows_B, autoencoder, forbidden_KV)
-        self.radius = radius
-        self.latents_BNZ = self.tokens_BNK
+    latents_BNZ: Tensor = NOTHING
 
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
         patch_size = self.autoencoder.config.patch_size
@@ -165,32 +145,28 @@ class LazyPool(PlainPool):
 
         The likely ones are decoded in full, in the same product with the vocabulary as the first tokens of the others.
         """
-        latents_RNZ = None if self.radius is None else self.places(rows_R).float()
-        shape = len(rows_R), self.num_drawn
-        if pairs == "all":
-            equal = EqualInRow(shape, rows_R.device, latents_RNZ, self.radius)
-        else:
-            equal = EqualNeighbours(shape, rows_R.device, latents_RNZ, self.radius, disjoint=pairs == "disjoint")
+        index_N = numbers_up_to(self.num_drawn, rows_R.device)
+        # Candidates with one id may be the same patch, as far as is known.
+        class_RN = (index_N - index_N % 2 if pairs == "disjoint" else index_N * 0).expand(len(rows_R), -1)
         wanted_RNK = self._whole_patches(rows_R, None if noise_RN is None else noise_RN.argmin(-1))
         positions = list(range(self.tokens_BNK.shape[-1]))
         while positions:
-            is_open_RN1 = equal.has_partner_RN[..., None]
+            is_open_RN1 = (class_sizes(class_RN) > 1)[..., None]
             # The last token is the one that most often tells patches apart: the context says least about it.
             at_once = positions if is_open_RN1.sum() * len(positions) <= FEW_TOKENS else positions[-1:]
             positions = positions[: -len(at_once)]
             wanted_RNK[..., at_once] |= is_open_RN1
             self._decode(rows_R, wanted_RNK)
-            equal.narrow(self._of(rows_R, self.tokens_BNK)[..., at_once])
-        return equal.classes()
+            # Tokens that are unknown are of candidates whose id no other has.
+            tokens_RNk = self._of(rows_R, self.tokens_BNK)[..., at_once].clamp(min=0)
+            keys_RNk = torch.cat([class_RN[..., None], tokens_RNk], dim=-1)
+            class_RN = patch_classes(keys_RNk) if pairs == "all" else _runs(keys_RNk)
+        return class_RN
 
     def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
         """The patches of one candidate of each of these rows, (R, K), decoded where they aren't yet."""
         self._decode(rows_R, self._whole_patches(rows_R, index_R))
         return super().tokens(rows_R, index_R)
-
-    def places(self, rows_R: Tensor) -> Tensor:
-        """The latent vectors whose distances the radius is compared with, (R, N, Z)."""
-        return self._of(rows_R, self.latents_BNZ).to(rows_R.device)
 
     def _whole_patches(self, rows_R: Tensor, index_R: Tensor | None) -> Tensor:
         """Marks all tokens of one candidate of each row, or none, (R, N, K)."""
@@ -217,139 +193,7 @@ class LazyPool(PlainPool):
         return self.autoencoder.read_tokens(states_Md, positions_M, self.forbidden_KV).to(rows_M.device)
 
 
-class EqualNeighbours:
-    """Which candidates of a row may still be the same patch as the next one.
-
-    Args:
-        shape: (R, N).
-        latents_RNZ, radius: those further apart are different from the start.
-        disjoint: candidate 2i is compared with 2i + 1 alone.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        device: torch.device,
-        latents_RNZ: Tensor | None = None,
-        radius: float | None = None,
-        disjoint: bool = False,
-    ):
-        num_rows, num_candidates = shape
-        self.links_RL = torch.ones(num_rows, max(num_candidates - 1, 0), dtype=torch.bool, device=device)
-        if latents_RNZ is not None and radius is not None:
-            self.links_RL &= (latents_RNZ[:, 1:] - latents_RNZ[:, :-1]).norm(dim=-1) <= radius
-        if disjoint:
-            self.links_RL[:, 1::2] = False
-
-    @property
-    def has_partner_RN(self) -> Tensor:
-        return F.pad(self.links_RL, (1, 0)) | F.pad(self.links_RL, (0, 1))
-
-    def narrow(self, tokens_RNk: Tensor) -> None:
-        """Takes some more tokens of all candidates into account; of those without a partner they don't matter."""
-        self.links_RL &= (tokens_RNk[:, 1:] == tokens_RNk[:, :-1]).all(-1)
-
-    def classes(self) -> Tensor:
-        """The first candidate of each run of equal ones, (R, N)."""
-        is_linked_RN = F.pad(self.links_RL, (1, 0))
-        index_N = numbers_up_to(is_linked_RN.shape[1], is_linked_RN.device)
-        return index_N.masked_fill(is_linked_RN, 0).cummax(-1).values
-
-
-class EqualInRow:
-    """Which candidates of a row may still be the same patch, of all pairs; memory grows with N, not with N².
-
-    Args: as in `EqualNeighbours`.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        device: torch.device,
-        latents_RNZ: Tensor | None = None,
-        radius: float | None = None,
-    ):
-        self.latents_RNZ, self.radius = latents_RNZ, radius
-        self.class_RN = torch.zeros(shape, dtype=torch.long, device=device)
-        self.found_RN: Tensor | None = None  # of `has_partner_RN`, until it has to be found anew
-
-    @property
-    def has_partner_RN(self) -> Tensor:
-        if self.found_RN is None:
-            self.found_RN = self._find_partners()
-        return self.found_RN
-
-    def narrow(self, tokens_RNk: Tensor) -> None:
-        """Takes some more tokens of all candidates into account; of those without a partner they don't matter."""
-        index_N = numbers_up_to(self.class_RN.shape[1], tokens_RNk.device)
-        alone_RN = (1 + index_N).masked_fill(self.has_partner_RN, 0)
-        # Equal by their tokens, not by the pairs: of three equal ones two may be close to the third alone.
-        known_RNk = tokens_RNk.masked_fill(~self.has_partner_RN[..., None], 0)
-        keys_RNk = torch.cat([self.class_RN[..., None], alone_RN[..., None], known_RNk], dim=-1)
-        self.class_RN, self.found_RN = patch_classes(keys_RNk), None
-
-    def classes(self) -> Tensor:
-        """The first candidate of the row with the same patch, (R, N)."""
-        return self.class_RN
-
-    def _find_partners(self) -> Tensor:
-        """Whether another candidate has the same tokens so far and lies within the radius, (R, N)."""
-        if self.latents_RNZ is None or self.radius is None:
-            return class_sizes(self.class_RN) > 1
-        num_rows, num_candidates = self.class_RN.shape
-        index_N = numbers_up_to(num_candidates, self.class_RN.device)
-        found_RN = torch.empty_like(self.class_RN, dtype=torch.bool)
-        for index_C in index_N.split(max(1, PAIRS_AT_ONCE // max(1, num_rows * num_candidates))):
-            near_RCN = torch.cdist(self.latents_RNZ[:, index_C], self.latents_RNZ) <= self.radius
-            near_RCN &= self.class_RN[:, index_C, None] == self.class_RN[:, None]
-            near_RCN &= index_C[:, None] != index_N
-            found_RN[:, index_C] = near_RCN.any(-1)
-        return found_RN
-
-
-def trusted_radius(model: PreTrainedModel) -> float | None:
-    """The `repetition_radius` of a CALM, if it was measured at the weights that the model has now.
-
-    None otherwise, after a warning (once) where there is a radius of other weights, one that doesn't say of which, or
-    weights that can't be read.
-    """
-    config = model.config
-    if config.repetition_radius is None:
-        return None
-    measured_at = (config.repetition_radius_measured_at or {}).get("weights")
-    weights = weights_fingerprint(model)
-    if weights is None:
-        logger.warning_once(
-            "repetition_radius is not used, because weights that are quantised or offloaded can't be compared with "
-            "those it was measured at: generation stays right and takes longer."
-        )
-        return None
-    if measured_at == weights:
-        return config.repetition_radius
-    logger.warning_once(
-        "repetition_radius is not used, because config.json doesn't show that it was measured at the weights this "
-        "model has now: generation stays right and takes longer, and `python -m calm.calibrate_radius` measures it."
-    )
-    return None
-
-
-@torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str | None:
-    """A short name for a model's weights, 16 hexadecimal digits; None where they can't be read (quantised, or on the
-    meta device, as offloaded ones are).
-
-    It is made of some values of each parameter, in all of its rows and columns, rounded to bfloat16: the same weights
-    have the same name in float32 and bfloat16 (not in float16, which has another range), on every device, tied or not.
-    Training changes so many values that it can't go unnoticed; a change of few values, as of one token's, can.
-    """
-    # Multiples of the golden ratio, modulo 1, spread evenly, and their places have no common step with any row.
-    places = torch.arange(FINGERPRINT_VALUES, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
-    samples = []
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        weight = parameter.data
-        if type(weight) is not Tensor or not weight.is_floating_point() or weight.device.type == "meta":
-            return None
-        index = (places * weight.numel()).long().to(weight.device)
-        values = weight.reshape(-1)[index] if weight.numel() else weight.reshape(-1)
-        samples.append(values.to(torch.bfloat16).view(torch.int16).cpu())
-    return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]
+def _runs(keys_RNk: Tensor) -> Tensor:
+    """For each candidate the first of the run of equal ones that it is in, (R, N)."""
+    is_same_RN = F.pad((keys_RNk[:, 1:] == keys_RNk[:, :-1]).all(-1), (1, 0))
+    return numbers_up_to(is_same_RN.shape[1], is_same_RN.device).masked_fill(is_same_RN, 0).cummax(-1).values

@@ -16,6 +16,7 @@ except ImportError:  # of a later version: then nothing is said of it
 
     def require_version(requirement: str, hint: str | None = None) -> None: ...
 
+FIELDS_OF_BEFORE = ("repetition_radius", "repetition_radius_measured_at")  # of older config.json, without effect
 
 TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
 # head_type → class of the head. The heads enter themselves when modeling_calm.py imports them; until then nothing is
@@ -205,11 +206,6 @@ class CALMConfig(LlamaConfig):
         prompt_alignment: "left" fills the first patch of a prompt on its left; "right" is the published padding
             inside the last patch, for comparison.
         prompt_filler_token_id: the token of that filling; `None` is the pad token.
-        repetition_radius: generation takes latent vectors further apart than this for different patches without
-            decoding them. A property of the trained weights, which `python -m calm.calibrate_radius` measures; `None`
-            decodes whatever is needed to be certain.
-        repetition_radius_measured_at: a dictionary that says what the radius was measured at. Its "weights", a
-            fingerprint, decide: a radius that was measured at other weights than the model's is not used.
 
     Raises:
         ValueError: a value the architecture has no meaning for, or an autoencoder of another K, Z or vocabulary.
@@ -239,8 +235,6 @@ class CALMConfig(LlamaConfig):
         autoencoder_config: CALMAutoencoderConfig | dict | None = None,
         prompt_alignment: str = "left",
         prompt_filler_token_id: int | None = None,
-        repetition_radius: float | None = None,
-        repetition_radius_measured_at: dict | None = None,
         **kwargs,
     ):
         self.patch_size = patch_size
@@ -256,8 +250,8 @@ class CALMConfig(LlamaConfig):
         self.sampling_steps = sampling_steps
         self.prompt_alignment = prompt_alignment
         self.prompt_filler_token_id = prompt_filler_token_id
-        self.repetition_radius = repetition_radius
-        self.repetition_radius_measured_at = None if repetition_radius is None else repetition_radius_measured_at
+        for name in FIELDS_OF_BEFORE:
+            kwargs.pop(name, None)
         if autoencoder_config is None:
             given = {"vocab_size": kwargs["vocab_size"]} if "vocab_size" in kwargs else {}
             autoencoder_config = CALMAutoencoderConfig(patch_size=patch_size, latent_size=latent_size, **given)
@@ -299,10 +293,6 @@ class CALMConfig(LlamaConfig):
         require(
             filler is None or 0 <= filler < self.vocab_size,
             f"prompt_filler_token_id={filler}: must lie in the vocabulary of {self.vocab_size}.",
-        )
-        require(
-            self.repetition_radius is None or self.repetition_radius > 0,
-            f"repetition_radius={self.repetition_radius}: must be a positive distance, or None.",
         )
 
     def to_dict(self):

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .candidate_scores_calm import CandidateScores, RecordedPool, compute_patch_scores
-from .candidates_calm import LazyPool, PlainPool, trusted_radius
+from .candidates_calm import LazyPool, PlainPool
 from .compiled_calm import CompiledSteps
 from .configuration_calm import PROMPT_ALIGNMENTS
 from .heads_calm import GenerativeHead
@@ -67,8 +67,8 @@ class PatchSampling:
             the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
             patches repeat. At T > 1, or with a truncation, all three are "batch".
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
-            are the same (see candidates_calm.py, and `CALMConfig.repetition_radius`). `None` is True on a CPU. With
-            logits processors every candidate is drawn, decoded in full and weighed.
+            are the same (see candidates_calm.py). `None` is True on a CPU. With logits processors every candidate is
+            drawn, decoded in full and weighed.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
@@ -380,7 +380,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
         # Processes that share shards must call each module equally often: a number of blocks would be each one's own.
         plan = OneBlock() if steps is not None or call.synced_gpus else BlockPlan()
         fallbacks = Fallbacks(sampling, rules is not None)
-        radius = trusted_radius(self) if self.compares_lazily(sampling) else None
         while call.goes_on(texts.is_finished, input_ids.device):
             forbidden_KV = self.forbidden_tokens(min_length - texts.length, call.eos_tokens, input_ids.device)
             if steps is not None and steps.has_begun:
@@ -404,7 +403,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             if rules is not None and not texts.is_finished:  # if it is, this process only keeps up with others
                 num_left = max(generation_config.max_length - texts.length, 1)
                 token_rules = rules.of_rows(texts.drawing, texts.ids_BL, num_left)
-            arguments = hidden_RD, sampling, generators, forbidden_KV, plan, radius, token_rules
+            arguments = hidden_RD, sampling, generators, forbidden_KV, plan, token_rules
             if returned.scores is None:
                 patches_RK = self.next_patches(*arguments)
             else:
@@ -440,7 +439,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
         generator: Randomness = None,
         forbidden_KV: Tensor | None = None,
         plan: BlockPlan | OneBlock | None = None,
-        radius: float | None = None,
         rules: TokenRules | None = None,
         is_recorded: bool = False,
     ) -> tuple[PlainPool, Tensor]:
@@ -452,7 +450,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
             generator: randomness, or a generator a row; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
             plan: of the sizes of blocks, handed from step to step, or a `OneBlock`.
-            radius: as in `LazyPool`.
             rules: of these rows' tokens.
             is_recorded: for a `RecordedPool`.
 
@@ -472,7 +469,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if is_recorded:
             pool = RecordedPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
         else:
-            pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, radius, rules)
+            pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, rules)
         return pool, sampling.choose(pool, randomness, plan)
 
     def greedy_randomness(self, sampling: PatchSampling, like: Tensor) -> RecordedRandomness:
@@ -486,12 +483,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
         rows_R: Tensor,
         sampling: PatchSampling,
         forbidden_KV: Tensor | None = None,
-        radius: float | None = None,
         rules: TokenRules | None = None,
     ) -> PlainPool:
-        """The candidates of one step, none drawn yet; for `draw` and `radius` see `PlainPool` and `LazyPool`."""
+        """The candidates of one step, none drawn yet; for `draw` see `PlainPool`."""
         if rules is None and self._decodes_lazily(sampling):
-            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV, radius)
+            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV)
         return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
 
     def _decodes_lazily(self, sampling: PatchSampling) -> bool:
@@ -502,10 +498,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
             return False
         lazy = sampling.lazy_decoding
         return self.autoencoder.device.type == "cpu" if lazy is None else lazy
-
-    def compares_lazily(self, sampling: PatchSampling) -> bool:
-        """Whether steps of this law ask which candidates are equal before they are decoded, so a radius helps."""
-        return not sampling.draws_once and self._decodes_lazily(sampling)
 
     def pack_for_generation(
         self,

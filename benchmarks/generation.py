@@ -141,7 +141,7 @@ class Benchmark:
             demo = self._model("demo", with_weights=True)
             sampling = PatchSampling(True, temperature, N, self.options.sampling_method)
             candidates = record(demo, temperature, sampling.most_draws)
-            replay, candidates = Replay(candidates), candidates.patches_CNK
+            replay = Replay(candidates)
         return replay, distinct_share(candidates[:, :N]) if temperature < 1 else None
 
     def _calm(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Subject:

@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from calm.calibrate_radius import load
 from calm.command_line import Parser, command, known_errors, positive
+from calm.evaluation.models import load_causal_lm
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 
@@ -41,7 +41,7 @@ def bitsandbytes(**settings) -> Callable[[str], CALMForCausalLM]:
 
         # A line of its own for each product in float32.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        skipped = layers_to_keep(load(name, "cpu", torch.float32)) if settings.get("load_in_4bit") else None
+        skipped = layers_to_keep(load_causal_lm(name, torch.float32, "cpu")) if settings.get("load_in_4bit") else None
         config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped, **settings)
         return CALMForCausalLM.from_pretrained(
             name, quantization_config=config, device_map="cpu", dtype=torch.float32
@@ -68,7 +68,7 @@ def torchao(config_name: str) -> Callable[[str], CALMForCausalLM]:
     def make(name: str) -> CALMForCausalLM:
         import torchao.quantization  # pyright: ignore[reportMissingImports]
 
-        model = load(name, "cpu", torch.float32)
+        model = load_causal_lm(name, torch.float32, "cpu")
         torchao.quantization.quantize_(model, getattr(torchao.quantization, config_name)())
         return model
 
@@ -77,13 +77,13 @@ def torchao(config_name: str) -> Callable[[str], CALMForCausalLM]:
 
 def dynamic(name: str) -> CALMForCausalLM:
     """PyTorch's own dynamic quantisation of the linear layers."""
-    return torch.ao.quantization.quantize_dynamic(load(name, "cpu", torch.float32), {nn.Linear}, torch.qint8)
+    return torch.ao.quantization.quantize_dynamic(load_causal_lm(name, torch.float32, "cpu"), {nn.Linear}, torch.qint8)
 
 
 FULL = "float32"
 METHODS: dict[str, Callable[[str], CALMForCausalLM]] = {
-    FULL: lambda name: load(name, "cpu", torch.float32),
-    "bfloat16": lambda name: load(name, "cpu", torch.bfloat16),
+    FULL: lambda name: load_causal_lm(name, torch.float32, "cpu"),
+    "bfloat16": lambda name: load_causal_lm(name, torch.bfloat16, "cpu"),
     "bitsandbytes, 8 bits": bitsandbytes(load_in_8bit=True),
     "bitsandbytes, 4 bits (nf4)": bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "torchao, int8 weights": torchao("Int8WeightOnlyConfig"),

@@ -4,8 +4,7 @@
 - *real*: the patch distributions that a trained model meets while it writes. A trained model has its own. On a random
   model of a published shape those of the demo are imposed: it does all the work on its own candidates, and wherever a
   token becomes known, it is that of one that the demo drew. So which candidates are the same patch, and which tokens
-  must be decoded to know it, is as it was there: real draws in the order they came. So is which candidates
-  the demo's `repetition_radius` tells apart, if it has one.
+  must be decoded to know it, is as it was there: real draws in the order they came.
 
 Axes: B batch, L tokens, R rows that draw, K tokens per patch, N candidates, C recorded contexts, M recorded draws of a
 row, D hidden size, Z latent size.
@@ -23,8 +22,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.benchmarks.meters import wrapped
-from calm.calibrate_radius import Recording, record_candidates
-from calm.candidates_calm import LazyPool, PlainPool, trusted_radius
+from calm.candidates_calm import LazyPool, PlainPool
 from calm.command_line import InputError, sentence
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm, load_causal_lm, load_config
@@ -162,31 +160,44 @@ def check_worst_case(share: float) -> None:
         )
 
 
-def record(model, temperature: float, num_draws: int) -> Recording:
-    """The candidates that a trained CALM draws while it writes, and the radius that it uses."""
-    recording = record_candidates(model, temperature, num_draws, RECORDED_STEPS, RECORDED_ROWS)
-    return Recording(recording.patches_CNK, recording.latents_CNZ, trusted_radius(model))
+def record(model, temperature: float, num_draws: int) -> Tensor:
+    """The candidates (C, N, K) of each step that a trained CALM draws while it writes, from BOS on."""
+    if model.config.bos_token_id is None:
+        raise InputError("the model's config.json has no bos_token_id, with which its texts would begin.")
+    patches = []
+
+    def keep(_, __, latents_NBZ: Tensor) -> None:
+        patches.append(model.autoencoder.decode_tokens(latents_NBZ.transpose(0, 1)))
+
+    hook = model.head.register_forward_hook(keep)
+    start = torch.full((RECORDED_ROWS, 1), model.config.bos_token_id, device=model.device)
+    seeded = torch.Generator(model.device).manual_seed(0)
+    settings = {"temperature": temperature, "num_candidates": num_draws, "sampling_method": "batch"}
+    try:
+        write(model, start, RECORDED_STEPS * model.config.patch_size, generator=seeded, **settings)
+    finally:
+        hook.remove()
+    return torch.cat(patches)
 
 
 class Replay:
     """Imposes recorded candidates on another model while `on` is active.
 
     At each step each row is given a recorded context; each token of its j-th draw of the step then comes out as that
-    of the j-th recorded draw, and two draws are as close as those were. The head and the decoder do all the work of
-    their own draws first.
+    of the j-th recorded draw. The head and the decoder do all the work of their own draws first.
 
     Args:
-        recording: from `record`.
+        patches_CMK: from `record`.
         seed: chooses the contexts.
     """
 
-    def __init__(self, recording: Recording, seed: int = 0):
-        self.recording = recording
-        self.generator = torch.Generator(recording.patches_CNK.device).manual_seed(seed)
+    def __init__(self, patches_CMK: Tensor, seed: int = 0):
+        self.patches_CMK = patches_CMK
+        self.generator = torch.Generator(patches_CMK.device).manual_seed(seed)
 
     @contextmanager
     def on(self, model: PreTrainedModel):
-        patch_size = self.recording.patches_CNK.shape[-1]
+        patch_size = self.patches_CMK.shape[-1]
         if not is_calm(model) or model.config.patch_size != patch_size:
             raise InputError(
                 f"the recorded patches have {patch_size} tokens, the model's "
@@ -197,12 +208,11 @@ class Replay:
 
     def _impose(self, new_pool):
         def call(draw, rows_B, *args):
-            recording = self.recording
-            num_contexts, device = len(recording.patches_CNK), recording.patches_CNK.device
+            num_contexts, device = len(self.patches_CMK), self.patches_CMK.device
             contexts_B = torch.randint(num_contexts, (len(rows_B),), generator=self.generator, device=device)
             pool = new_pool(draw, rows_B, *args)
             kind = LazyReplay if isinstance(pool, LazyPool) else PlainReplay
-            return kind(pool, recording.patches_CNK[contexts_B], recording.latents_CNZ[contexts_B], recording.radius)
+            return kind(pool, self.patches_CMK[contexts_B])
 
         return call
 
@@ -212,11 +222,10 @@ class PlainReplay(PlainPool):
 
     Args:
         pool: the other, still empty.
-        patches_BMK, latents_BMZ: the recorded candidates of each row.
-        radius: of the model that was recorded; of no use here.
+        patches_BMK: the recorded candidates of each row.
     """
 
-    def __init__(self, pool: PlainPool, patches_BMK: Tensor, latents_BMZ: Tensor, radius: float | None = None):
+    def __init__(self, pool: PlainPool, patches_BMK: Tensor):
         super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV, pool.rules)
         self.patches_BMK = patches_BMK
 
@@ -227,11 +236,11 @@ class PlainReplay(PlainPool):
 
 
 class LazyReplay(LazyPool):
-    """The same for lazy decoding: each token that is read, and each pair's being close, is that of the recording."""
+    """The same for lazy decoding: each token that is read is that of the recording."""
 
-    def __init__(self, pool: LazyPool, patches_BMK: Tensor, latents_BMZ: Tensor, radius: float | None = None):
-        super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV, radius)
-        self.patches_BMK, self.latents_BMZ = patches_BMK, latents_BMZ
+    def __init__(self, pool: LazyPool, patches_BMK: Tensor):
+        super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV)
+        self.patches_BMK = patches_BMK
 
     def extend(self, rows_R: Tensor, num_draws: int) -> None:
         check_recorded(self.num_drawn + num_draws, self.patches_BMK)
@@ -240,9 +249,6 @@ class LazyReplay(LazyPool):
     def read(self, *index: Tensor) -> Tensor:
         super().read(*index)
         return self.patches_BMK[index]
-
-    def places(self, rows_R: Tensor) -> Tensor:
-        return self.latents_BMZ[rows_R, : self.num_drawn]
 
 
 def check_recorded(num_draws: int, patches_BMK: Tensor) -> None:

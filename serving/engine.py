@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from calm.candidates_calm import trusted_radius
 from calm.generation_calm import PatchSampling
 from calm.samplers_calm import BlockPlan
 from calm.serving.rows import FinishReason, Row
@@ -43,7 +42,6 @@ class Engine:
         self.model, self.prefill_patches = model, prefill_patches
         self.rows: list[Row] = []  # of slot 0, 1, …
         self._num_added = 0
-        self.radius = trusted_radius(model)
         self.device = model.device
         self._cache = SlotCache()
         self._plans: dict[PatchSampling, BlockPlan] = {}
@@ -168,7 +166,6 @@ class Engine:
             [row.generator for row in rows],
             self.model.forbidden_tokens(num_eos_free, eos_E, hidden_RD.device),
             self._plans.setdefault(sampling, BlockPlan()),
-            self.radius if self.model.compares_lazily(sampling) else None,
             rules_of(rows, eos_E),
         ).tolist()
 

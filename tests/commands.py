@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"it/s\]")  # upstream's bars while a model loads
-TYPED_AS_MODULES = ("calm.app", "calm.calibrate_radius", "calm.export_onnx", "calm.inspect_text", "calm.serve")
+TYPED_AS_MODULES = ("calm.app", "calm.export_onnx", "calm.inspect_text", "calm.serve")
 STARTS = '\nif __name__ == "__main__":'
 
 

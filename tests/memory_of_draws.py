@@ -4,7 +4,7 @@ import argparse
 import json
 
 
-def memory_of_draws(num_draws, temperature, radius):
+def memory_of_draws(num_draws, temperature):
     """MB beyond the latent vectors, or None where it can't be read; K = 4, Z = 128, d = 512, V = 4,096, float32, CPU.
 
     The latents are distant, so that no attempt is accepted and the whole pool is told apart at the end.
@@ -30,7 +30,7 @@ def memory_of_draws(num_draws, temperature, radius):
     def sample(max_draws):
         nonlocal drawn
         drawn = 0
-        pool = LazyPool(draw, torch.arange(1), autoencoder, radius=radius)
+        pool = LazyPool(draw, torch.arange(1), autoencoder)
         exact_temperature_sample(pool, temperature, max_draws, torch.Generator().manual_seed(0))
         pool.classes(pool.rows_B)
 
@@ -45,6 +45,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--radius", type=float)
     options = parser.parse_args()
-    print(json.dumps({"MB": memory_of_draws(options.draws, options.temperature, options.radius)}))
+    print(json.dumps({"MB": memory_of_draws(options.draws, options.temperature)}))

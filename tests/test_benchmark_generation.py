@@ -15,8 +15,7 @@ from calm import candidates_calm
 from calm.benchmarks import generation, meters, runs, workloads
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, weight_bytes, wrapped
 from calm.benchmarks.runs import Subject, compare, count_flops, floor_ms, timed_run
-from calm.benchmarks.workloads import Recording, Replay, random_model
-from calm.candidates_calm import weights_fingerprint
+from calm.benchmarks.workloads import Replay, random_model
 from calm.command_line import InputError
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
@@ -206,25 +205,21 @@ def test_distinct_share_by_hand():
 # Recorded candidates
 
 
-def test_a_recording_is_that_of_a_number_of_texts_with_the_model_s_radius(monkeypatch):
+def test_a_recording_is_that_of_a_number_of_texts(monkeypatch):
     monkeypatch.setattr(workloads, "RECORDED_ROWS", 3)
     monkeypatch.setattr(workloads, "RECORDED_STEPS", 2)
     model = workloads._never_stopping(repetitive_model())
-    assert workloads.record(model, temperature=0.5, num_draws=10).radius is None
-    model.config.repetition_radius = 1.5
-    model.config.repetition_radius_measured_at = {"weights": weights_fingerprint(model)}
-    recording = workloads.record(model, temperature=0.5, num_draws=10)
-    assert recording.patches_CNK.shape == (2 * 3, 10, K) and recording.radius == 1.5
-    assert workloads.distinct_share(recording.patches_CNK) < 0.9
+    patches_CNK = workloads.record(model, temperature=0.5, num_draws=10)
+    assert patches_CNK.shape == (2 * 3, 10, K)
+    assert workloads.distinct_share(patches_CNK) < 0.9
 
 
-def labelled_recording(num_contexts, num_draws, radius=None):
-    """Draw j of context c is the patch (c, j, 0, 0), and its latent vector is (j,)."""
+def labelled_recording(num_contexts, num_draws):
+    """Draw j of context c is the patch (c, j, 0, 0)."""
     recorded_CNK = torch.zeros(num_contexts, num_draws, K, dtype=torch.long)
     recorded_CNK[..., 0] = torch.arange(num_contexts)[:, None]
     recorded_CNK[..., 1] = torch.arange(num_draws)
-    latents_CNZ = torch.arange(num_draws).float()[:, None].expand(num_contexts, -1, 1)
-    return Recording(recorded_CNK, latents_CNZ, radius)
+    return recorded_CNK
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -266,17 +261,15 @@ def test_a_replay_leaves_the_work_as_it_was(method):
     assert (patches_RK[:, 2:] == 0).all()
 
 
-@pytest.mark.parametrize("radius, tokens", [(None, 3 * 16 + 1), (1.0, 3 * 16 + 1), (0.9, 4)])
-def test_a_replay_says_which_tokens_are_read(monkeypatch, radius, tokens):
-    """Recorded draws (c, j, 0, 0): tokens 3 and 2 are all the same, so that three tokens of each must be read, unless
-    the recorded latent vectors, 1 apart, are too far apart for that."""
+def test_a_replay_says_which_tokens_are_read(monkeypatch):
+    """Recorded draws (c, j, 0, 0): tokens 3 and 2 are all the same, so that three tokens of each must be read."""
     monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
     model, work = tiny_model(), []
     read = model.autoencoder.read_tokens
     with wrapped(model.autoencoder, "read_tokens", lambda _: lambda s, *args: work.append(len(s)) or read(s, *args)):
-        with Replay(labelled_recording(5, 16, radius)).on(model):
+        with Replay(labelled_recording(5, 16)).on(model):
             patches_RK = model.next_patches(torch.randn(2, 48), PatchSampling(True, 0.5, 16, "batch"))
-    assert sum(work) == 2 * tokens
+    assert sum(work) == 2 * (3 * 16 + 1)
     assert (patches_RK[:, 2:] == 0).all()
 
 

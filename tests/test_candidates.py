@@ -12,7 +12,7 @@ from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm import candidates_calm, modeling_calm_autoencoder
-from calm.candidates_calm import EqualInRow, LazyPool, PlainPool
+from calm.candidates_calm import LazyPool, PlainPool
 from calm.generation_calm import PatchSampling
 from calm.samplers_calm import BlockPlan, compared_pairs, exact_temperature_sample
 
@@ -58,13 +58,6 @@ def full_pool(kind, autoencoder, latents_NBZ, **options):
     pool = pool_of(kind, autoencoder, latents_NBZ, **options)
     pool.extend(pool.rows_B, len(latents_NBZ))
     return pool
-
-
-def reads_only_sevens(monkeypatch):
-    """Whatever is decoded is the same token; returns the numbers of tokens that are read at a time."""
-    work = []
-    monkeypatch.setattr(LazyPool, "read", lambda self, rows, *_: work.append(len(rows)) or torch.full_like(rows, 7))
-    return work
 
 
 # The product with the vocabulary
@@ -239,45 +232,7 @@ def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
     assert kinds == [LazyPool, LazyPool, PlainPool]
 
 
-# The radius
-
-
-def test_candidates_further_apart_than_the_radius_are_not_decoded(monkeypatch, autoencoder):
-    """Three pairs, 0.1, 0.5 and 20 apart and far from each other; whatever is decoded is the same patch."""
-    latents = torch.zeros(6, 1, Z)
-    latents[2:, 0, 0], latents[4:, 0, 1] = 100, 100
-    latents[1, 0, 2], latents[3, 0, 2], latents[5, 0, 2] = 0.1, 0.5, 20
-    for radius, expected, tokens in [(None, [0] * 6, 24), (0.3, [0, 0, 2, 3, 4, 5], 8), (1.0, [0, 0, 0, 0, 4, 5], 16)]:
-        work = reads_only_sevens(monkeypatch)
-        pool = full_pool(LazyPool, autoencoder, latents, radius=radius)
-        assert pool.classes(pool.rows_B).tolist() == [expected]
-        assert sum(work) == tokens
-
-
-def test_equal_candidates_that_only_a_third_is_close_to_are_found(monkeypatch, autoencoder):
-    latents = torch.zeros(3, 1, Z)
-    latents[:, 0, 0] = torch.tensor([0.0, 2.0, 1.0])
-    reads_only_sevens(monkeypatch)
-    pool = full_pool(LazyPool, autoencoder, latents, radius=1.5)
-    assert pool.classes(pool.rows_B).tolist() == [[0, 0, 0]]
-
-
-@pytest.mark.parametrize("radius", [0.5, 2.0, 5.0])
-@pytest.mark.parametrize("pairs_at_once", [1, 50, 10**6])
-def test_partners_of_all_pairs_are_those_of_the_table(monkeypatch, radius, pairs_at_once):
-    monkeypatch.setattr(candidates_calm, "PAIRS_AT_ONCE", pairs_at_once)
-    latents = torch.randn(3, 20, 2, generator=torch.Generator().manual_seed(0))
-    tokens = torch.randint(3, (3, 20, 2), generator=torch.Generator().manual_seed(1))
-    equal = EqualInRow((3, 20), latents.device, latents, radius)
-    table = (latents[:, :, None] - latents[:, None]).norm(dim=-1) <= radius
-    table &= ~torch.eye(20, dtype=torch.bool)
-    assert torch.equal(equal.has_partner_RN, table.any(-1)) and table.any()
-    for k in range(2):
-        equal.narrow(tokens[..., k : k + 1])
-        table &= tokens[:, :, None, k] == tokens[:, None, :, k]
-        assert (equal.has_partner_RN | ~table.any(-1)).all()
-    classes = equal.classes()
-    assert ((classes[:, :, None] == classes[:, None]) | ~table).all()
+# Memory
 
 
 class LargestTensor(TorchDispatchMode):
@@ -293,12 +248,11 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("radius", [None, 1.0])
 @pytest.mark.parametrize("temperature", [1 / 2, 1 / 3, 0.7])
-def test_no_table_of_all_pairs_is_made(radius, temperature):
+def test_no_table_of_all_pairs_is_made(temperature):
     """10,000 draws of one row that hardly ever accepts, and then the whole pool told apart."""
     latents = 5 * torch.randn(10_000, 1, Z, generator=torch.Generator().manual_seed(0))
-    pool = pool_of(LazyPool, tiny_model().autoencoder, latents, radius=radius)
+    pool = pool_of(LazyPool, tiny_model().autoencoder, latents)
     with LargestTensor() as largest:
         _, _, num_draws = exact_temperature_sample(pool, temperature, 10_000, torch.Generator().manual_seed(0))
         pool.classes(pool.rows_B)
@@ -310,7 +264,7 @@ def test_no_table_of_all_pairs_is_made(radius, temperature):
 @pytest.mark.parametrize("temperature", [1 / 2, 0.7])
 def test_ten_thousand_draws_of_a_row_stay_within_100_mb(tmp_path, temperature):
     """Beyond their latent vectors, in a process of their own, whose allocator keeps no large piece that is free."""
-    settings = {"num_draws": 10_000, "temperature": temperature, "radius": None}
+    settings = {"num_draws": 10_000, "temperature": temperature}
     environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     memory = fresh_process.call(memory_of_draws, tmp_path, environment, **settings).result
     assert memory is None or 10 < memory < 100
@@ -368,16 +322,15 @@ def test_one_candidate_is_decoded_once_in_full(monkeypatch, autoencoder):
     assert torch.equal(patches, autoencoder.decode_tokens(latents)[0]) and work == [3 * K]
 
 
-@pytest.mark.parametrize("temperature, tokens", [(1 / 2, 2 * K), (1 / 3, 3 * K)])
+@pytest.mark.parametrize("temperature, tokens", [(1 / 2, 8 + 2 * 3), (1 / 3, 9 + 3 * 3)])
 def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
     monkeypatch, autoencoder, temperature, tokens
 ):
-    """Candidates 0, 2, 3 and 7 are close, the others far away: 2 and 3 are compared, and at T = 1/3 no other two.
-    At T = 1/3 candidate 4 is close to 3, which no attempt at T = 1/2 compares it with."""
-    latents = 100 * torch.eye(Z)[:9, None]
-    latents[[0, 2, 3, 4, 7]] = 0
-    work = reads_only_sevens(monkeypatch)
-    pool = full_pool(LazyPool, autoencoder, latents, radius=1.0)
+    """Candidates 0, 2, 3, 4 and 7 are equal: at T = 1/2 2 and 3 are compared, at T = 1/3 3 and 4 as well."""
+    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
+    work, token_N = [], torch.tensor([7, 11, 7, 7, 7, 15, 16, 7, 18])
+    monkeypatch.setattr(LazyPool, "read", lambda self, _, draws, __: work.append(len(draws)) or token_N[draws])
+    pool = full_pool(LazyPool, autoencoder, torch.zeros(9, 1, Z))
     pool.classes(pool.rows_B, compared_pairs(temperature))
     assert sum(work) == tokens
     assert pool.classes(pool.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]

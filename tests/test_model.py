@@ -318,7 +318,7 @@ WRONG = ("x", None, [], {}, math.nan, math.inf, -1, True, 1.5)
     + [(CALMAutoencoderConfig, name) for name in sorted(OWN[1])],
 )
 def test_no_field_takes_a_value_of_another_type_or_one_that_is_not_finite(kind, name):
-    if name in ("self", "kwargs", "repetition_radius_measured_at"):  # the last is dropped without a radius
+    if name in ("self", "kwargs"):
         return
     default, num_refused = getattr(kind(), name), 0
     for value in WRONG:
@@ -332,6 +332,11 @@ def test_no_field_takes_a_value_of_another_type_or_one_that_is_not_finite(kind, 
             is_optional = value is None or (name, value) in (("eos_token_id", []), ("autoencoder_config", {}))
             assert is_optional or is_number or isinstance(value, type(default)), value
     assert num_refused >= 5
+
+
+def test_fields_of_an_older_config_json_have_no_effect():
+    old = CALMConfig(repetition_radius=2.5, repetition_radius_measured_at={"weights": "0"})
+    assert old.to_dict() == CALMConfig().to_dict()
 
 
 def test_fields_changed_after_construction_are_refused_too(tmp_path):

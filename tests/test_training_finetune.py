@@ -3,11 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_config
 from training_helpers import make_workshop, train
 
 from calm.modeling_calm import CALMForCausalLM
-from calm.training.configuration import config_of
 from calm.training.models import build
 from calm.training.recipe import load_recipe
 
@@ -96,13 +94,6 @@ def test_a_new_head_has_the_dtype_of_the_model_that_it_is_put_on(fields, start, 
     assert len({parameter.dtype for parameter in model.parameters()}) == 1
     ids = torch.randint(20, (2, 16))
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
-
-
-def test_the_radius_of_the_weights_before_is_forgotten(tmp_path):
-    tiny_config(repetition_radius=3.0).save_pretrained(tmp_path)
-    assert config_of(load_recipe("demo", {"init_from": str(tmp_path)})).repetition_radius is None
-    measured = {"init_from": str(tmp_path), "repetition_radius": 2.0}
-    assert config_of(load_recipe("demo", measured)).repetition_radius == 2.0
 
 
 def test_contradictions_are_refused(fields, tmp_path, capsys):
