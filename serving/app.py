@@ -28,48 +28,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive
 
-from calm.serving.answers import ApiError, Chat, Completions, Form, Prompt, event
 from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
-from calm.serving.gate import HANDLERS, Gate, named
-from calm.serving.metrics import Metrics
-from calm.serving.openai_api import BadRequest, GenerationRequest
+from calm.serving.gate import CHAT, COMPLETIONS, HANDLERS, HEALTH, METRICS, MODELS, Gate, Metrics, ServerOptions, named
+from calm.serving.openai_api import ApiError, BadRequest, ChatRequest, CompletionRequest, Prompt, event
 from calm.serving.rows import Piece, Written
 
-PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/models",
-    "/health",
-    "/metrics",
-)
 SEED_RANGE = 2**63
 TRIAL_SECONDS = 10
 CLIENT_SECONDS = 60  # for a request to arrive: its head, then its body, as nginx gives
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """
-    Args:
-        model_name: the id that clients ask for.
-        api_key: when set, requests need `Authorization: Bearer KEY`, but those for /health and /metrics.
-        max_request_bytes: larger bodies are refused.
-        timeout_s: a request that takes longer, waiting included, is ended; `None`: none is.
-        allowed_origins: of web pages that may ask (CORS); "*" for any.
-    """
-
-    model_name: str
-    api_key: str | None = None
-    max_request_bytes: int = 2**20
-    timeout_s: float | None = 600
-    allowed_origins: tuple[str, ...] = ()
 
 
 @dataclass
 class Job:
     """The texts of one request: `num_choices` of each prompt, in this order."""
 
-    request: GenerationRequest
+    request: CompletionRequest | ChatRequest
     prompts: list[Prompt]
     started: float  # perf_counter when the request came
     rules: dict[str, Any]  # the options of its texts that act on logits
@@ -141,10 +114,10 @@ class Server:
     # endpoints
 
     async def completions(self, request: Request) -> Response:
-        return await self.generate(request, Completions())
+        return await self.generate(request, CompletionRequest)
 
     async def chat(self, request: Request) -> Response:
-        return await self.generate(request, Chat())
+        return await self.generate(request, ChatRequest)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -182,25 +155,20 @@ class Server:
 
     # a request
 
-    async def generate(self, http: Request, form: Form) -> Response:
+    async def generate(self, http: Request, kind: type[CompletionRequest | ChatRequest]) -> Response:
         started = time.perf_counter()
-        try:
-            limit = min(CLIENT_SECONDS, self.options.timeout_s or CLIENT_SECONDS)
-            body = await asyncio.wait_for(http.body(), limit)
-        except TimeoutError:
-            raise ApiError(408, f"The body took more than {limit:g} seconds to arrive.") from None
-        request = form.request_type.parse(body)
+        request = kind.parse(await self._body(http))
         self._check_model(request.model)
         self._check_number(request)
-        job = await run_in_threadpool(self._prepare, form, request, started)
+        job = await run_in_threadpool(self._prepare, request, started)
         self._submit(job)
         head = {
-            "id": f"{form.prefix}-{uuid.uuid4().hex}",
+            "id": f"{kind.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": self.options.model_name,
         }
         if request.stream:
-            return JobStream(job, self._stream(job, form, head | {"object": form.chunk}))
+            return JobStream(job, self._stream(job, head | {"object": kind.chunk_object}))
         try:
             if not await client_stays(self._finish(job), http.receive):
                 raise ClientDisconnect
@@ -209,9 +177,22 @@ class Server:
         choices = []
         for index, future in enumerate(job.futures):
             written = future.result()
-            text = form.choice(job.echo(index) + (written.text or ""))
+            text = request.choice(job.echo(index) + (written.text or ""))
             choices.append({"index": index, **text, "finish_reason": written.finish_reason})
-        return JSONResponse(head | {"object": form.answer, "choices": choices, "usage": job.usage()})
+        return JSONResponse(head | {"object": kind.answer_object, "choices": choices, "usage": job.usage()})
+
+    async def _body(self, http: Request) -> bytes:
+        most, limit = self.options.max_request_bytes, min(CLIENT_SECONDS, self.options.timeout_s or CLIENT_SECONDS)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(limit):
+                async for part in http.stream():
+                    body += part
+                    if len(body) > most:
+                        raise ApiError(413, f"The body is larger than {most} bytes, the most that is taken.")
+        except TimeoutError:
+            raise ApiError(408, f"The body took more than {limit:g} seconds to arrive.") from None
+        return bytes(body)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.options.model_name:
@@ -222,21 +203,21 @@ class Server:
                 "model_not_found",
             )
 
-    def _check_number(self, request: GenerationRequest) -> None:
+    def _check_number(self, request: CompletionRequest | ChatRequest) -> None:
         num_texts, most = request.num_prompts * request.num_choices, self.batcher.max_rows + self.batcher.max_waiting
         if num_texts > most:
             name = "n" if request.num_choices > 1 else "prompt"
             raise BadRequest(f"{name}: {num_texts} texts are asked for at once, and {most} may be.", name)
 
-    def _prepare(self, form: Form, request: GenerationRequest, started: float) -> Job:
+    def _prepare(self, request: CompletionRequest | ChatRequest, started: float) -> Job:
         assert self.batcher.tokenizer is not None, "see create_app"
         rules = request.rules(self.batcher.tokenizer, self.batcher.model.config.vocab_size)
-        job = Job(request, form.prompts(self.batcher, request), started, rules)
+        job = Job(request, request.prompts(self.batcher), started, rules)
         room = min(self.batcher.max_length - len(prompt.ids) for prompt in job.prompts)
         wanted = request.max_tokens
         if room < 1 or (wanted or 0) > room:
             asked = f" and {request.length_field} is {wanted}" if wanted else ""
-            name, context = (request.length_field if room > 0 else form.prompt_field), self.batcher.max_length
+            name, context = (request.length_field if room > 0 else request.prompt_field), self.batcher.max_length
             raise BadRequest(
                 f"{name}: the prompt has {context - room} tokens{asked}, but the context holds {context} of both.",
                 name,
@@ -301,7 +282,8 @@ class Server:
             try:
                 index, event = await asyncio.wait_for(job.events.get(), left)
             except TimeoutError:
-                raise self._too_long() from None
+                sentence = f"The request took more than {self.options.timeout_s:g} seconds."
+                raise ApiError(504, sentence) from None
             if is_first and event is not None:
                 self.metrics.first_piece.observe(time.perf_counter() - job.started)
                 is_first = False
@@ -315,9 +297,6 @@ class Server:
         async for _ in self._events(job):
             pass
 
-    def _too_long(self) -> ApiError:
-        return ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.")
-
     @staticmethod
     def _check_end(future: Future[Written]) -> None:
         if future.cancelled():
@@ -326,24 +305,25 @@ class Server:
         if error is not None:
             raise ApiError(500, f"The text could not be written: {named(error)}")
 
-    async def _stream(self, job: Job, form: Form, head: dict[str, Any]) -> AsyncIterator[str]:
+    async def _stream(self, job: Job, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events, ended by [DONE]. What goes wrong now that the status is sent is an event, too."""
-        usage = {"usage": None} if job.request.includes_usage else {}
+        request = job.request
+        usage = {"usage": None} if request.includes_usage else {}
 
         def chunk(index: int, text: dict[str, Any], reason: str | None = None) -> str:
             return event(head | {"choices": [{"index": index, **text, "finish_reason": reason}]} | usage)
 
         try:
             for index in range(len(job.futures)):
-                opening = form.opening(job.echo(index))
+                opening = request.opening(job.echo(index))
                 if opening is not None:
                     yield chunk(index, opening)
             async for index, piece in self._events(job):
                 if piece is None:
-                    yield chunk(index, form.delta(""), job.futures[index].result().finish_reason)
+                    yield chunk(index, request.delta(""), job.futures[index].result().finish_reason)
                 elif piece.text:
-                    yield chunk(index, form.delta(piece.text))
-            if job.request.includes_usage:
+                    yield chunk(index, request.delta(piece.text))
+            if request.includes_usage:
                 yield event(head | {"choices": [], "usage": job.usage()})
             yield "data: [DONE]\n\n"
         except ApiError as error:
@@ -363,8 +343,7 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
         yield
         await run_in_threadpool(batcher.close, cancel=True)
 
-    gate = {"options": options, "metrics": server.metrics, "paths": PATHS, "keyless": (HEALTH, METRICS)}
-    middleware = [Middleware(Gate, **gate)]
+    middleware = [Middleware(Gate, options=options, metrics=server.metrics)]
     if options.allowed_origins:
         cors: Any = CORSMiddleware  # pyright: ignore[reportAssignmentType]
         allowed = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_private_network": True}

@@ -31,8 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.generation_calm import PatchSampling
 from calm.serving.engine import Engine
-from calm.serving.rows import FinishReason, Piece, Row, Written
-from calm.serving.text import TextAssembler
+from calm.serving.rows import FinishReason, Piece, Row, TextAssembler, Written
 from calm.token_rules_calm import Processors
 from calm.upstream_calm import RULE_SETTINGS
 

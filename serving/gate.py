@@ -1,51 +1,101 @@
-"""Around the endpoints: who may ask, how much, what is counted, and what each fault is answered with."""
+"""Around the endpoints: who may ask, what is counted, and what each fault is answered with."""
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from calm.serving.answers import ApiError
-from calm.serving.batcher import BatcherClosed, QueueFull
-from calm.serving.metrics import Metrics
-from calm.serving.openai_api import BadRequest
+from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
+from calm.serving.openai_api import ApiError
 
-if TYPE_CHECKING:
-    from calm.serving.app import ServerOptions
-
+PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/health",
+    "/metrics",
+)
+KEYLESS = (HEALTH, METRICS)
 RETRY_AFTER_SECONDS = "1"
 CLIENT_LEFT = 499  # nginx's number; nobody reads it
+SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)
+STATS = {
+    "running": (GaugeMetricFamily, "Texts that are being written."),
+    "waiting": (GaugeMetricFamily, "Texts that wait for a row."),
+    "finished": (CounterMetricFamily, "Texts written to their end."),
+    "cancelled": (CounterMetricFamily, "Texts whose client left."),
+    "failed": (CounterMetricFamily, "Texts that ended with an error."),
+    "steps": (CounterMetricFamily, "Steps of the batcher."),
+    "patches": (CounterMetricFamily, "Patches written."),
+    "prompt_tokens": (CounterMetricFamily, "Prompt tokens read."),
+    "new_tokens": (CounterMetricFamily, "Tokens written."),
+    "busy_seconds": (CounterMetricFamily, "Seconds in which there was a text to write."),
+}
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """
+    Args:
+        model_name: the id that clients ask for.
+        api_key: when set, requests need `Authorization: Bearer KEY`, but those for /health and /metrics.
+        max_request_bytes: larger bodies are refused.
+        timeout_s: a request that takes longer, waiting included, is ended; `None`: none is.
+        allowed_origins: of web pages that may ask (CORS); "*" for any.
+    """
+
+    model_name: str
+    api_key: str | None = None
+    max_request_bytes: int = 2**20
+    timeout_s: float | None = 600
+    allowed_origins: tuple[str, ...] = ()
+
+
+class Metrics(Collector):
+    """The counts of one server, in the format of Prometheus; the batcher's own are read when they are asked for."""
+
+    def __init__(self, batcher: Batcher):
+        self.batcher, registry = batcher, CollectorRegistry()
+        registry.register(self)
+        self.registry = registry
+        self.requests = Counter("calm_requests", "Requests answered.", ("path", "status"), registry=registry)
+        meaning = "From a request to the first tokens of a text."
+        self.first_piece = Histogram("calm_first_token_seconds", meaning, buckets=SECONDS, registry=registry)
+        meaning = "From a request to its last text's end."
+        self.whole = Histogram("calm_request_seconds", meaning, buckets=SECONDS, registry=registry)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.batcher.stats()
+        for name, (family, meaning) in STATS.items():
+            yield family(f"calm_{name}", meaning, getattr(stats, name))
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)
+
+
 class Gate:
-    """Middleware: the API key, the size of bodies, the count of answers.
+    """Middleware: the API key, the count of answers, and an answer to faults of ours.
 
     Args:
         app: the application within.
         options: see `ServerOptions`.
-        metrics: where answers are counted.
-        paths: by which they are counted; others count as one.
-        keyless: paths that need no API key.
+        metrics: where answers are counted, by their paths.
     """
 
-    def __init__(
-        self,
-        app: Callable,
-        options: ServerOptions,
-        metrics: Metrics,
-        paths: Collection[str],
-        keyless: Collection[str],
-    ):
-        self.app, self.options, self.metrics, self.paths, self.keyless = app, options, metrics, paths, keyless
+    def __init__(self, app: Callable, options: ServerOptions, metrics: Metrics):
+        self.app, self.options, self.metrics = app, options, metrics
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -60,51 +110,28 @@ class Gate:
             await send(message)
 
         try:
-            self._check(scope["path"], Request(scope).headers)
-            await self.app(scope, self._limited(receive), send_and_note)
+            self._check_key(scope["path"], Request(scope).headers)
+            await self.app(scope, receive, send_and_note)
         except ApiError as error:
             await error.response()(scope, receive, send_and_note)
-        except Exception as error:  # a fault of ours; answered here, where it is counted and has CORS headers
+        except Exception as error:  # answered here, where it is counted and has CORS headers
             logger.exception("A request failed.")
             if status == CLIENT_LEFT:
                 failed = ApiError(500, f"The server failed: {type(error).__name__}.")
                 await failed.response()(scope, receive, send_and_note)
         finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
+            path = scope["path"] if scope["path"] in PATHS else "other"
             self.metrics.requests.labels(path, str(status)).inc()
 
-    def _check(self, path: str, headers: Headers) -> None:
-        key = self.options.api_key
-        if key is not None and path not in self.keyless:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = key.encode(
-                errors="surrogateescape"
-            )  # the bytes that it was given as; those of headers are latin-1
-            is_right = secrets.compare_digest(given.strip().encode("latin-1"), right)
-            if scheme.lower() != "bearer" or not is_right:
-                sentence = "The request needs the API key: Authorization: Bearer KEY."
-                raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.options.max_request_bytes:
-            raise self._too_large()
-
-    def _limited(self, receive: Callable) -> Callable:
-        num_bytes = 0
-
-        async def limited():
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.options.max_request_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"The body is larger than {self.options.max_request_bytes} bytes, the most that is taken."
-        )
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if self.options.api_key is None or path in KEYLESS:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        key = self.options.api_key.encode(errors="surrogateescape")  # as it was given; headers are latin-1
+        is_right = secrets.compare_digest(given.strip().encode("latin-1"), key)
+        if scheme.lower() != "bearer" or not is_right:
+            sentence = "The request needs the API key: Authorization: Bearer KEY."
+            raise ApiError(401, sentence, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def named(error: BaseException) -> str:
@@ -112,41 +139,22 @@ def named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(".") + "."
 
 
-async def on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
+async def answer_to(request: Request, error: Exception) -> Response:
+    match error:
+        case ApiError():
+            answer = error
+        case HTTPException():
+            sentence = f"{request.method} {request.scope['path']}: {error.detail}."
+            answer = ApiError(error.status_code, sentence, headers=error.headers)
+        case QueueFull():
+            answer = ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_AFTER_SECONDS})
+        case BatcherClosed():
+            cause = error.__cause__
+            stops = "The server is stopping."
+            answer = ApiError(503, stops if cause is None else f"No more texts can be written: {named(cause)}")
+        case _:  # the client has left
+            return Response(status_code=CLIENT_LEFT)
+    return answer.response()
 
 
-async def on_bad_request(_: Request, error: Exception) -> Response:
-    assert isinstance(error, BadRequest)
-    return ApiError(400, str(error), error.param, error.code).response()
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    sentence = f"{request.method} {request.scope['path']}: {error.detail}."
-    return ApiError(error.status_code, sentence, headers=error.headers).response()
-
-
-async def on_full_queue(_: Request, error: Exception) -> Response:
-    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_AFTER_SECONDS}).response()
-
-
-async def on_closed(_: Request, error: Exception) -> Response:
-    cause = error.__cause__
-    stops = "The server is stopping."
-    return ApiError(503, stops if cause is None else f"No more texts can be written: {named(cause)}").response()
-
-
-async def on_client_left(_: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_LEFT)
-
-
-HANDLERS = {
-    ApiError: on_api_error,
-    BadRequest: on_bad_request,
-    HTTPException: on_http_error,
-    QueueFull: on_full_queue,
-    BatcherClosed: on_closed,
-    ClientDisconnect: on_client_left,
-}
+HANDLERS = dict.fromkeys((ApiError, HTTPException, QueueFull, BatcherClosed, ClientDisconnect), answer_to)

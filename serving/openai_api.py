@@ -1,4 +1,4 @@
-"""OpenAI's requests for completions and chat completions: which fields there are, and what each comes to here.
+"""OpenAI's completions and chat completions: which fields a request has, what each comes to, the shapes of answers.
 
 A field either works, or asks for nothing at its value, or is refused with its name in one sentence. Fields that act on
 a distribution act on a step's candidates, those that act on logits on the decoder's.
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+from starlette.responses import JSONResponse
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calm.generation_calm import SamplingMethod
 from calm.grammars import Grammar
+from calm.serving.batcher import Batcher
 
 MOST_CHOICES = 128
 MOST_DIGITS = 18  # of a token id
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 NO_LOGPROBS = "CALM has no token probabilities to return."
 NO_TOOLS = "tools are not called here."
@@ -48,18 +53,41 @@ NOT_READ = (
 )
 
 
-class BadRequest(Exception):
-    """What is wrong with a request.
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's shape.
 
     Args:
+        status: of HTTP.
         message: one sentence.
-        param: the field.
+        param: the field that is wrong.
         code: OpenAI's name for the error, where it has one.
+        headers: of the answer.
     """
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
-        self.param, self.code = param, code
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+class BadRequest(ApiError):
+    """What is wrong with a request."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(400, message, param, code)
 
     @classmethod
     def of(cls, error: ValueError, request: GenerationRequest) -> BadRequest:
@@ -67,6 +95,14 @@ class BadRequest(Exception):
         message = str(error).replace("use do_sample=False", "send 0")
         named = [name for name in re.findall(r"(\w+)[=:]", message) if name in request.model_fields_set]
         return cls(message, named[0] if named else None)
+
+
+@dataclass
+class Prompt:
+    """One prompt of a request, as ids, and the text that `echo` puts before what is written."""
+
+    ids: list[int]
+    echo: str = ""
 
 
 class _Fields(BaseModel):
@@ -256,6 +292,10 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
 
     default_max_tokens: ClassVar[int | None] = COMPLETION_TOKENS
+    prompt_field: ClassVar = "prompt"
+    id_prefix: ClassVar = "cmpl"
+    answer_object: ClassVar = "text_completion"
+    chunk_object: ClassVar = "text_completion"
 
     @field_validator("prompt")
     @classmethod
@@ -275,6 +315,33 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_prompts(self) -> int:
         return len(self.prompt)
+
+    def prompts(self, batcher: Batcher) -> list[Prompt]:
+        """
+        Raises:
+            BadRequest: one can't be read.
+        """
+        prompts = []
+        for prompt in self.prompt:
+            try:
+                ids = batcher.encode(prompt)
+            except ValueError as error:
+                raise BadRequest(f"prompt: {error}", "prompt") from None
+            text = (prompt if isinstance(prompt, str) else batcher.decode(ids)) if self.echo else ""
+            prompts.append(Prompt(ids, text))
+        return prompts
+
+    def choice(self, text: str) -> dict[str, Any]:
+        """The text's part of a choice of an answer."""
+        return {"text": text, "logprobs": None}
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        """The text's part of a stream's first chunk of a choice."""
+        return self.choice(echo) if echo else None
+
+    def delta(self, text: str) -> dict[str, Any]:
+        """The text's part of a choice of a chunk."""
+        return self.choice(text)
 
 
 class Message(BaseModel):
@@ -308,6 +375,11 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
+    prompt_field: ClassVar = "messages"
+    id_prefix: ClassVar = "chatcmpl"
+    answer_object: ClassVar = "chat.completion"
+    chunk_object: ClassVar = "chat.completion.chunk"
+
     @model_validator(mode="after")
     def take_the_newer_name(self) -> ChatRequest:
         if self.max_completion_tokens is not None:
@@ -317,6 +389,32 @@ class ChatRequest(GenerationRequest):
     @property
     def length_field(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def prompts(self, batcher: Batcher) -> list[Prompt]:
+        """
+        Raises:
+            BadRequest: there is no chat template, or it refuses the messages.
+        """
+        if getattr(batcher.tokenizer, "chat_template", None) is None:
+            raise BadRequest(
+                "messages: this model has no chat template; use /v1/completions, or start the server with "
+                "--chat_template FILE.",
+                "messages",
+            )
+        messages = [message.as_template_reads_it() for message in self.messages]
+        try:
+            return [Prompt(batcher.encode_chat(messages))]
+        except Exception as error:  # a template is a program; what it raises is about the messages
+            raise BadRequest(f"messages: the chat template refuses them: {error}", "messages") from None
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}, "logprobs": None}
 
 
 def check_encodable(name: str, value: Any) -> None:
@@ -352,3 +450,8 @@ def sentence_of(error: ValidationError) -> BadRequest:
         what = problem["msg"].removeprefix("Value error, ")
         what = what[0].lower() + what[1:]
     return BadRequest(f"{'.'.join(place)}: {what}.", place[0])
+
+
+def event(body: dict[str, Any]) -> str:
+    """A server-sent event, in ASCII: some clients take U+0085, U+2028 and U+2029 for ends of lines."""
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

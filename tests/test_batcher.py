@@ -17,9 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.generation_calm import PatchSampling
 from calm.modeling_calm import CALMForCausalLM
 from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
-from calm.serving.engine import Engine
+from calm.serving.engine import Engine, SlotCache
 from calm.serving.rows import Row
-from calm.serving.slots import SlotCache
 
 LAWS = [
     {"temperature": 1.0},
