@@ -10,7 +10,6 @@ Axes: B batch, P patches that the cache has room for, K tokens per patch, D hidd
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from types import FunctionType
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig
-from transformers.models.llama.modeling_llama import LlamaModel
 
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
 from .samplers_calm import BlockPlan, OneBlock
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 # Of each model its compiled steps, by law and configuration. Not kept in the model, which is pickled and copied.
 COMPILED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 LAWS_KEPT = 64
-TAKES_CACHE_POSITION = "cache_position" in inspect.signature(LlamaModel.forward).parameters  # transformers 4
 
 
 class CompiledSteps:
@@ -186,6 +183,5 @@ def read_patch(
         position_ids=(place_1 - padding_B)[:, None],
         cache=cache,
         use_cache=True,
-        **({"cache_position": place_1} if TAKES_CACHE_POSITION else {}),
     )
     return outputs.last_hidden_state[:, -1]

@@ -39,16 +39,15 @@ from transformers.generation.configuration_utils import GenerationConfig
 
 from calm import diffusion_head_calm, flow_head_calm, generate_onnx
 from calm.checkpoint_files import first_line, new_folder
-from calm.command_line import InputError, Parser, command, known_errors, positive
+from calm.command_line import InputError, Parser, command, known_errors, need, positive
 from calm.flow_head_calm import Conditions, ModulatedMLP
 from calm.generation_calm import PatchSampling
 from calm.heads_calm import GenerativeHead
 from calm.loading import check_tokenizer, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
-from calm.upstream_calm import FIXED_ROTATIONS, GENERATION_SETTINGS, LENGTH, RULES
+from calm.upstream_calm import FIXED_ROTATIONS, LENGTH_SETTINGS, REFUSED_SETTINGS, RULE_SETTINGS
 
 TOLERANCE = 1e-4  # of the largest output
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -384,7 +383,6 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
             }
             for name, noise in draws.items()
         ],
-        "prompt_alignment": config.prompt_alignment,
         "filler_token_id": next(token for token in fillers if token is not None),
         "pad_token_id": pad,
         "bos_token_id": generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id,
@@ -396,11 +394,10 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
 
 def left_out(generation: GenerationConfig) -> list[str]:
     """What a generation configuration asks of `generate` that generate.py doesn't do, as "field=value"."""
-    acting = {name for name, setting in GENERATION_SETTINGS.items() if setting.why in (RULES, LENGTH)} - EXPORTED
-    acting |= {name for name, setting in GENERATION_SETTINGS.items() if setting.use == "refused"} | NEUTRAL.keys()
+    acting = {*LENGTH_SETTINGS, *RULE_SETTINGS} - EXPORTED | REFUSED_SETTINGS.keys() | NEUTRAL.keys()
     values = {name: getattr(generation, name, None) for name in sorted(acting)}
     values["do_sample"] = bool(values["do_sample"])  # not set: off, as upstream takes it
-    off = {name: (*NEUTRAL.get(name, ()), *getattr(GENERATION_SETTINGS.get(name), "off", ())) for name in acting}
+    off = {name: (*NEUTRAL.get(name, ()), *REFUSED_SETTINGS.get(name, ())[1:]) for name in acting}
     return [f"{name}={value!r}" for name, value in values.items() if value is not None and value not in off[name]]
 
 

@@ -7,13 +7,12 @@ with those recorded for the supported versions. Axes: B batch, L tokens.
 """
 
 import copy
-import importlib.metadata
 import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -42,38 +41,6 @@ def cache_argument(forward: Callable) -> str:
 CACHE_ARGUMENT = cache_argument(LlamaModel.forward)  # upstream's, in calls, outputs and the arguments of generate()
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How CALM takes a field of `GenerationConfig`.
-
-    Args:
-        use: "harmless" is accepted: nothing on our way reads it, or what it asks for is so anyway.
-        why: who reads it, why nothing is lost, or the sentence of the refusal.
-        off: the values besides None at which a refused one asks for nothing.
-    """
-
-    use: Literal["used", "harmless", "refused"]
-    why: str
-    off: tuple = ()
-
-
-def _used(why: str) -> Setting:
-    return Setting("used", why)
-
-
-def _harmless(why: str) -> Setting:
-    return Setting("harmless", why)
-
-
-def _refused(why: str, *off) -> Setting:
-    return Setting("refused", why, off)
-
-
-CHOICE = "choice of a patch"
-LENGTH = "upstream's lengths and stopping criteria"
-CACHE = "upstream's caches"
-COMPILE = "compilation of the steps"
-OUTPUT = "what is returned"
 TOKENS = (
     "CALM has no token probabilities for it to act on; temperature, top_k, top_p and min_p act on candidates, "
     "penalties and bans of tokens on the decoder's logits."
@@ -82,94 +49,57 @@ MODES = (
     "CALM draws whole patches and decodes in no other way; use do_sample=True with a temperature, or do_sample=False."
 )
 SCORES = "CALM has no token logits to return; output_scores=True returns each step's candidates."
-RULES = "the decoder's logits, position by position"
-BEAMS = "beam search alone reads it, and that is refused"
-ASSISTANTS = "assisted generation alone reads it, and that is refused"
-METADATA = "says where the configuration comes from"
 
-# Every field in transformers 5.17.0 and 5.24.0.
-GENERATION_SETTINGS = {
-    "do_sample": _used(CHOICE),
-    "temperature": _used(CHOICE),
-    "bos_token_id": _used("starts empty prompts"),
-    "eos_token_id": _used(LENGTH),
-    "pad_token_id": _used("stands after a row's end"),
-    "max_length": _used(LENGTH),
-    "max_new_tokens": _used(LENGTH),
-    "min_length": _used(LENGTH),
-    "min_new_tokens": _used(LENGTH),
-    "max_time": _used(LENGTH),
-    "stop_strings": _used(LENGTH),
-    "num_return_sequences": _used("upstream's expansion of prompts"),
-    "use_cache": _used(CACHE),
-    "cache_implementation": _used(CACHE),
-    "cache_config": _used(CACHE),
-    "max_cache_len": _used(CACHE),
-    "prefill_chunk_size": _used("reading of the prompt"),
-    "output_attentions": _used(OUTPUT),
-    "output_hidden_states": _used(OUTPUT),
-    "return_dict_in_generate": _used(OUTPUT),
-    "renormalize_logits": _harmless("changes no argmax"),
-    "compile_config": _used(COMPILE),
-    "disable_compile": _used(COMPILE),
-    "continuous_batching_config": _harmless("continuous batching alone reads it, and that is refused"),
-    "decoder_start_token_id": _harmless("models with an encoder alone read it"),
-    "early_stopping": _harmless(BEAMS),
-    "length_penalty": _harmless(BEAMS),
-    "diversity_penalty": _harmless(BEAMS),
-    "low_memory": _harmless(BEAMS),
-    "assistant_confidence_threshold": _harmless(ASSISTANTS),
-    "assistant_ensemble_weight": _harmless(ASSISTANTS),
-    "assistant_lookbehind": _harmless(ASSISTANTS),
-    "target_lookbehind": _harmless(ASSISTANTS),
-    "num_assistant_tokens": _harmless(ASSISTANTS),
-    "num_assistant_tokens_schedule": _harmless(ASSISTANTS),
-    "max_matching_ngram_size": _harmless(ASSISTANTS),
-    "speculation_type": _harmless(ASSISTANTS),
-    "transformers_version": _harmless(METADATA),
-    "_from_model_config": _harmless(METADATA),
-    "_commit_hash": _harmless(METADATA),
-    "top_k": _used(CHOICE),
-    "top_p": _used(CHOICE),
-    "min_p": _used(CHOICE),
-    "top_h": _refused(TOKENS),
-    "typical_p": _refused(TOKENS, 1.0),
-    "epsilon_cutoff": _refused(TOKENS, 0.0),
-    "eta_cutoff": _refused(TOKENS, 0.0),
-    "repetition_penalty": _used(RULES),
-    "encoder_repetition_penalty": _refused(TOKENS, 1.0),
-    "no_repeat_ngram_size": _used(RULES),
-    "encoder_no_repeat_ngram_size": _refused(TOKENS, 0),
-    "bad_words_ids": _used(RULES),
-    "sequence_bias": _used(RULES),
-    "suppress_tokens": _used(RULES),
-    "begin_suppress_tokens": _used(RULES),
-    "forced_bos_token_id": _used(RULES),
-    "forced_eos_token_id": _used(RULES),
-    "exponential_decay_length_penalty": _used(RULES),
-    "guidance_scale": _refused(TOKENS, 1.0),
-    "watermarking_config": _refused(TOKENS),
-    "token_healing": _refused(TOKENS, False),
-    "remove_invalid_values": _used(RULES),
-    "num_beams": _refused(MODES, 1),
-    "num_beam_groups": _refused(MODES, 1),
-    "constraints": _refused(MODES),
-    "force_words_ids": _refused(MODES),
-    "penalty_alpha": _refused(MODES, 0.0),
-    "dola_layers": _refused(MODES),
-    "is_assistant": _refused(MODES, False),
-    "prompt_lookup_num_tokens": _refused(MODES),
-    "assistant_early_exit": _refused(MODES),
-    "use_mtp": _refused(MODES, False),
-    "output_scores": _used(OUTPUT),
-    "output_logits": _refused(SCORES, False),
+# The fields of GenerationConfig in transformers 5.17.0 and 5.24.0, by what becomes of them.
+LENGTH_SETTINGS = (
+    *("eos_token_id", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings"),
+)
+RULE_SETTINGS = (  # act on the decoder's logits, position by position
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens"),
+    *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    "remove_invalid_values",
+)
+USED_SETTINGS = (
+    *LENGTH_SETTINGS,
+    *RULE_SETTINGS,
+    *("do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *("bos_token_id", "pad_token_id", "num_return_sequences", "prefill_chunk_size"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
+    *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+)
+HARMLESS_SETTINGS = (  # nothing on our way reads them
+    *("transformers_version", "_from_model_config", "_commit_hash", "renormalize_logits", "decoder_start_token_id"),
+    *("early_stopping", "length_penalty", "diversity_penalty", "low_memory", "continuous_batching_config"),
+    *("assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind", "target_lookbehind"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "max_matching_ngram_size", "speculation_type"),
+)
+REFUSED_SETTINGS = {  # name → the sentence, and the values beside None at which it asks for nothing
+    "top_h": (TOKENS,),
+    "typical_p": (TOKENS, 1.0),
+    "epsilon_cutoff": (TOKENS, 0.0),
+    "eta_cutoff": (TOKENS, 0.0),
+    "encoder_repetition_penalty": (TOKENS, 1.0),
+    "encoder_no_repeat_ngram_size": (TOKENS, 0),
+    "guidance_scale": (TOKENS, 1.0),
+    "watermarking_config": (TOKENS,),
+    "token_healing": (TOKENS, False),
+    "num_beams": (MODES, 1),
+    "num_beam_groups": (MODES, 1),
+    "constraints": (MODES,),
+    "force_words_ids": (MODES,),
+    "penalty_alpha": (MODES, 0.0),
+    "dola_layers": (MODES,),
+    "is_assistant": (MODES, False),
+    "prompt_lookup_num_tokens": (MODES,),
+    "assistant_early_exit": (MODES,),
+    "use_mtp": (MODES, False),
+    "output_logits": (SCORES, False),
 }
-RULE_SETTINGS = tuple(name for name, setting in GENERATION_SETTINGS.items() if setting.why == RULES)
+GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *REFUSED_SETTINGS}
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
 SAMPLE_SIZE = 64  # values of a weight
-CACHE_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 
 
 @dataclass(frozen=True)
@@ -361,24 +291,6 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
     return inputs
 
 
-def check_cache_package(generation_config: GenerationConfig) -> None:
-    """
-    Raises:
-        ValueError: a quantized cache is asked for, and its package is not installed.
-    """
-    if generation_config.cache_implementation != "quantized" or generation_config.use_cache is False:
-        return
-    backend = str((generation_config.cache_config or {}).get("backend", "quanto")).lower()
-    if backend in CACHE_PACKAGES:
-        try:
-            importlib.metadata.version(CACHE_PACKAGES[backend])
-        except importlib.metadata.PackageNotFoundError as error:
-            raise ValueError(
-                f'cache_implementation="quantized" with the backend "{backend}" needs a package that is not '
-                f"installed: pip install {CACHE_PACKAGES[backend]}."
-            ) from error
-
-
 class PatchGenerationMixin(_Base):
     """`GenerationMixin` for a model that writes whole patches: the hooks, around two methods of the model."""
 
@@ -465,7 +377,7 @@ class PatchGenerationMixin(_Base):
                 model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:1]
         return inputs, name, model_kwargs
 
-    def _expand_inputs_for_generation(  # type: ignore[override]  # static in transformers 4
+    def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, num_empty_prompts=1, **model_kwargs
     ):
         return self._upstream._expand_inputs_for_generation(
@@ -486,15 +398,14 @@ class PatchGenerationMixin(_Base):
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         self._check_mode(generation_mode)
-        for name, setting in GENERATION_SETTINGS.items():
+        for name, (why, *off) in REFUSED_SETTINGS.items():
             value = getattr(generation_config, name, None)
-            if setting.use == "refused" and value is not None and value not in setting.off:
+            if value is not None and value not in off:
                 said = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
-                raise ValueError(f"{name}{said}: {setting.why}")
+                raise ValueError(f"{name}{said}: {why}")
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
-        check_cache_package(generation_config)
         self.check_settings(generation_config)
         self.check_weights()
 

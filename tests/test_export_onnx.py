@@ -20,7 +20,7 @@ from calm import export_onnx, generate_onnx, weights_calm
 from calm.generation_calm import PatchSampling
 from calm.randomness_calm import RowRandomness
 from calm.training.tokenizer import save_tokenizer
-from calm.upstream_calm import GENERATION_SETTINGS
+from calm.upstream_calm import GENERATION_SETTINGS, USED_SETTINGS
 from calm.weights_calm import patch_classes
 
 K, PROMPT = 4, "Once upon"
@@ -264,15 +264,13 @@ def test_pieces_are_the_text(exported):
     assert first != second
 
 
-@pytest.mark.parametrize("alignment", ["left", "right"])
 @pytest.mark.parametrize("length", [0, 3, 4, 5])
-def test_prompts_are_packed_as_generate_does(exported, alignment, length):
+def test_prompts_are_packed_as_generate_does(exported, length):
     base, _ = exported
     exported_model, model = generate_onnx.ExportedCALM(base / "energy"), small_model()
-    exported_model.facts["prompt_alignment"] = alignment
     ids = list(range(10, 10 + length))
     packed = model.pack_for_generation(
-        torch.tensor([ids], dtype=torch.long), None, alignment, exported_model.facts["pad_token_id"], BOS
+        torch.tensor([ids], dtype=torch.long), None, exported_model.facts["pad_token_id"], BOS
     )
     assert exported_model._packed(ids).flatten().tolist() == packed["input_ids"][0].tolist()
 
@@ -460,9 +458,11 @@ def test_no_setting_is_forgotten():
         setattr(generation, name, "something")
     named = {field.split("=")[0] for field in export_onnx.left_out(generation)}
     exported = {*generate_onnx.Sampling._fields, *export_onnx.EXPORTED, "do_sample", "bos_token_id", "pad_token_id"}
-    rest = {name for name, setting in GENERATION_SETTINGS.items() if setting.use != "harmless"} - named - exported
-    uses = ("upstream's caches", "what is returned", "compilation of the steps", "reading of the prompt")
-    assert {GENERATION_SETTINGS[name].why for name in rest} <= set(uses)
+    assert set(USED_SETTINGS) - named - exported == {
+        *("prefill_chunk_size", "compile_config", "disable_compile"),
+        *("use_cache", "cache_implementation", "cache_config", "max_cache_len"),
+        *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+    }
 
 
 def test_what_is_left_out_is_said_at_the_export(exporter, capsys, tmp_path, monkeypatch):

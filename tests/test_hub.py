@@ -77,7 +77,7 @@ def test_a_pushed_repository_holds_the_model_and_its_code(hub, pushed):
     assert latest.oid == pushed[-1]["commit"]
     code = code_of(latest)
     assert code == root_code(), "the root's code files and nothing of training, evaluation, benchmarks or tests"
-    others = set(latest.files) - set(code) - {"special_tokens_map.json"}  # transformers 4 writes that one
+    others = set(latest.files) - set(code)
     assert others == {
         "README.md",
         "config.json",

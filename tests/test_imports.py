@@ -92,7 +92,6 @@ def test_models_load_by_the_type_in_their_configuration(tmp_path):
 NOT_NEEDED = [  # for speed, or for a sentence
     ("torch.utils._python_dispatch", "_get_current_dispatch_mode"),
     ("torch._guards", "detect_fake_mode"),
-    ("transformers.utils.versions", "require_version"),
 ]
 
 

@@ -42,7 +42,7 @@ def test_offloaded_by_accelerate(tmp_path, head_type, part, how):
 @pytest.mark.parametrize("parts", [*([part] for part in PARTS), PARTS], ids="+".join)
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_loaded_from_disk_as_needed(tmp_path, head_type, parts):
-    """The autoencoder's tied matrix is in the file once; transformers 4 knows of one of its names."""
+    """The autoencoder's tied matrix is in the file once."""
     model = tiny_model(head_type)
     model.save_pretrained(tmp_path / "model")
     places = {part: "disk" if part in parts else "cpu" for part in PARTS}

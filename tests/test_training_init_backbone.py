@@ -74,8 +74,7 @@ def test_the_backbone_computes_what_the_llama_does(name, workshop, theirs, tmp_p
 
 
 @pytest.mark.parametrize("name", ["base of RoPE", "llama3"])
-def test_rope_is_read_as_either_version_of_transformers_writes_it(name, tmp_path):
-    """5 writes rope_parameters alone, which 4.57 doesn't read by itself."""
+def test_rope_is_read_as_transformers_4_and_5_wrote_it(name, tmp_path):
     rope_theta, scaling = LLAMAS[name].get("rope_theta", 1000.0), LLAMAS[name].get("rope_scaling", {})
     both = {
         "old": {"rope_theta": rope_theta, "rope_scaling": scaling or None},

@@ -10,7 +10,6 @@ import torch
 from trajectories import RECORD, RUNS, SETTINGS, first_steps, workshop
 
 RELATIVE = 2e-5  # ten times what other vector instructions move, measured
-ROUNDING = 6e-5  # transformers 4.57 logs losses with four decimals
 CHANGES = {
     "learning_rate": 1.01 * SETTINGS["learning_rate"],
     "weight_decay": 1.01 * SETTINGS["weight_decay"],
@@ -42,7 +41,7 @@ def fields(tmp_path_factory):
 
 def as_recorded(run: str) -> dict:
     recorded = json.loads(RECORD.read_text())[run]
-    loss = pytest.approx(recorded["loss"], rel=RELATIVE, abs=ROUNDING)
+    loss = pytest.approx(recorded["loss"], rel=RELATIVE)
     return {"loss": loss, "grad_norm": pytest.approx(recorded["grad_norm"], rel=RELATIVE)}
 
 

@@ -128,7 +128,7 @@ def test_the_table_of_settings_has_no_field_that_neither_version_has():
     recorded = {
         name for contacts in read_records().values() for name in contacts["GenerationConfig"]["signature"].split(", ")
     }
-    assert set(GENERATION_SETTINGS) == recorded
+    assert recorded == GENERATION_SETTINGS
 
 
 class TestRange:
@@ -141,10 +141,9 @@ class TestRange:
         assert stated["setup.cfg"] and stated["README.md"]
         assert {each for found in stated.values() for each in found} == {TRANSFORMERS}
 
-    @pytest.mark.parametrize("version", ["4.57.6", "5.16.1"])
-    def test_an_older_version_is_an_error(self, version, monkeypatch):
-        monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-        with pytest.raises(ImportError, match=f'found transformers=={version}.\n.*pip install "{TRANSFORMERS}"'):
+    def test_an_older_version_is_an_error(self, monkeypatch):
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "5.16.1")
+        with pytest.raises(ImportError, match=f'found transformers==5.16.1.\n.*pip install "{TRANSFORMERS}"'):
             check_transformers()
 
     @pytest.mark.parametrize("version, warnings", [("5.17.0", 0), ("5.24.9", 0), ("5.25.0", 1), ("6.0.0", 1)])

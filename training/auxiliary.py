@@ -126,7 +126,7 @@ class WithAuxiliary(nn.Module):
             auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch, lesson)
             head_loss = self.head_weight * outputs.loss if self.head_weight else 0
             weight = self.weight * max(0.0, 1 - progress / self.decay) if self.decay else self.weight
-            outputs["loss"] = head_loss + weight * auxiliary_loss  # 4.57 takes no attribute that was None
+            outputs["loss"] = head_loss + weight * auxiliary_loss
             outputs["auxiliary_loss"] = auxiliary_loss.detach()
         return outputs
 

@@ -134,16 +134,10 @@ def filler_token_id(tokenizer) -> int | None:
 
 
 def save_tokenizer(tokenizer, folder: str | Path) -> None:
-    """`save_pretrained`, in words that transformers 4.57 knows too.
-
-    5.x names a class "TokenizersBackend" and lists further special tokens under a key that is a dictionary in 4.57.
-    """
+    """`save_pretrained`, without what it notes of the machine and the version."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for key in ("backend", "is_local", "local_files_only"):  # of the machine and version that saved it
+    for key in ("backend", "is_local", "local_files_only"):
         settings.pop(key, None)
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
