@@ -12,6 +12,7 @@ Imports nothing but the standard library, so that `--help` is quick.
 
 import argparse
 import functools
+import importlib.util
 import io
 import os
 import sys
@@ -91,6 +92,18 @@ def utf8(word: str) -> str:
         hint = "send UTF-8, in a locale of UTF-8"
         raise argparse.ArgumentTypeError(f"{word!r}: is no text at character {error.start + 1}; {hint}.") from None
     return word
+
+
+def need(package: str, extra: str, what: str) -> None:
+    """Raises `InputError` where an optional package is missing.
+
+    Args:
+        package: name that is imported.
+        extra: of setup.cfg, which installs it.
+        what: that needs it, the subject of the message.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f'{what} needs {package}: pip install "calm-transformers[{extra}]".')
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

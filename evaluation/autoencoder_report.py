@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from calm.command_line import Parser, command, known_errors, natural, picture, positive, writable
+from calm.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
@@ -23,7 +23,6 @@ from calm.loading import check_tokenizer, device_of, load_whole
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.progress import progress_bar
 from calm.training.diagnostics import ACTIVE_NATS
-from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.25, 1.5)

@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from calm.command_line import Parser, command, known_errors, natural, picture, positive, writable
+from calm.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
 from calm.loading import check_tokenizer
 from calm.progress import progress_bar
-from calm.training.extras import need
 from calm.training.tokenizer import load_tokenizer
 
 

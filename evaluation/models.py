@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from calm.command_line import need
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
 from calm.evaluation.branching import CalmReader
@@ -24,7 +25,6 @@ from calm.evaluation.calm_estimator import count_calm
 from calm.loading import device_of, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import progress_bar
-from calm.training.extras import need
 
 
 def is_calm(model) -> TypeGuard[CALMForCausalLM]:

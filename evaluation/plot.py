@@ -8,8 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from calm.command_line import Parser, command, known_errors, picture
-from calm.training.extras import need
+from calm.command_line import Parser, command, known_errors, need, picture
 
 # Not worth a panel: they count, or say what the recipe says.
 LEFT_OUT = {"step", "epoch", "total_flos", "train_loss"}

@@ -31,3 +31,28 @@ def pytest_collection_modifyitems(config, items):
         reason = "" if torch.cuda.is_available() else "there is no GPU here"
     for item in marked if reason else []:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hub on loopback, empty at first; each test pushes to repositories of its own."""
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """Fields that name a corpus, and a tokenizer and an autoencoder trained on it. Copied by what changes them."""
+    from training_helpers import make_workshop
+
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="session")
+def workshop_of_one_more_token(tmp_path_factory):
+    """The same, beside a Llama's tokenizer that lacks the last token (see llama_workshop.py)."""
+    from llama_workshop import make_workshop_of_one_more_token
+
+    return make_workshop_of_one_more_token(tmp_path_factory.mktemp("llama"))

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.brier_lm import main
 from calm.evaluation.models import count_model, load_causal_lm
-from calm.training.models import with_lora
+from calm.training.train import with_lora
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -114,7 +114,7 @@ def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, cap
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     error = refusal(capsys, lambda _: run(folder, model=(tmp_path,)))
     assert error.startswith(f"{tmp_path}: is an adapter whose adapter_config.json names no base_model_name_or_path")
-    monkeypatch.setattr("calm.training.extras.importlib.util.find_spec", lambda package: None)
+    monkeypatch.setattr("calm.command_line.importlib.util.find_spec", lambda package: None)
     assert "needs peft" in refusal(capsys, lambda _: run(folder, model=(tmp_path,)))
 
 

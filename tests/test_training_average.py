@@ -7,17 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import make_workshop, train
+from training_helpers import train
 
 from calm.training.average import WeightAverage
 
 DECAY, STEPS = 0.7, 4
 EVERY_STEP = {"max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS, "eval_strategy": "no"}
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def averaged(folder: Path, name: str) -> dict:

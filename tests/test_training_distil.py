@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 
 from calm.training.auxiliary import MultiTokenLoss
 from calm.training.distil import Lesson, Teacher
-from calm.training.models import build, for_training
 from calm.training.tokenizer import load_tokenizer
+from calm.training.train import build, for_training
 
 K = 4
 

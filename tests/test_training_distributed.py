@@ -7,7 +7,7 @@ import pytest
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
-from training_helpers import make_workshop, same_draws_for_every_patch, start_training_together, train
+from training_helpers import same_draws_for_every_patch, start_training_together, train
 
 from calm.modeling_calm import CALMForCausalLM
 
@@ -17,11 +17,6 @@ FSDP = {"fsdp": "true", "fsdp_config": "{version: 2, transformer_layer_cls_to_wr
 WHOLE_PARTS = {"fsdp": "true", "fsdp_config": "{version: 2}"}  # head and autoencoder are sharded as units, too
 # Trainer 5.17 can't load the unsharded optimizer of several processes that compute on CPUs; on GPUs it can.
 LOADS_ON_CPU = Version(transformers.__version__) >= Version("5.18")
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def run(log: Path, **fields) -> None:

@@ -4,21 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from training_helpers import COMMANDS, make_workshop, train
+from training_helpers import train
 from transformers import LlamaConfig
 
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.training import command
+from calm.training import train as training
 
 KINDS = ("ar", "autoencoder", "calm")
 SAVED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map"}
 PUBLISHED = "autoencoder calm-l calm-m calm-m-diffusion calm-m-flow calm-xl transformer-l transformer-m transformer-s"
 DEMO = {"ar": "demo-transformer", "autoencoder": "demo-autoencoder", "calm": "demo-backbone"}
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def fields_of(kind: str, workshop: dict) -> dict:
@@ -36,7 +31,7 @@ def report(kind: str, recipe: str, capsys, **fields) -> list[str]:
 
 def dry_run_config(kind: str, monkeypatch, **fields):
     counted = []
-    monkeypatch.setattr(command, "print_cost", lambda recipe, config, *notes: counted.append((config, *notes)))
+    monkeypatch.setattr(training, "print_cost", lambda recipe, config, notes, teacher: counted.append((config, notes)))
     assert train(kind, dry_run=[], **fields) == 0
     [(config, notes)] = counted
     assert list(notes) == []
@@ -127,7 +122,7 @@ def test_a_recipe_that_says_nothing_of_the_vocabulary_is_told_so(tmp_path, capsy
 def test_what_is_there_and_wrong_is_refused_as_the_run_would(workshop, tmp_path, capsys):
     tokenizer = Path(tmp_path / "tokenizer")
     tokenizer.mkdir()
-    assert COMMANDS["ar"](["--recipe", "demo-transformer", "--dry_run", "--tokenizer", str(tokenizer)]) == 2
+    assert train("ar", "demo-transformer", dry_run=[], tokenizer=str(tokenizer)) == 2
     assert f"error: tokenizer {tokenizer}: cannot be read: " in capsys.readouterr().err
     other = Path(workshop["autoencoder"]) / "config.json"
     changed = json.loads(other.read_text()) | {"vocab_size": 299}

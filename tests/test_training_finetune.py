@@ -3,11 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import make_workshop, train
+from training_helpers import train
 
 from calm.modeling_calm import CALMForCausalLM
-from calm.training.models import build
 from calm.training.recipe import load_recipe
+from calm.training.train import build
 
 FAST = {
     "block_size": 32,
@@ -18,11 +18,6 @@ FAST = {
     "eval_strategy": "no",
     "lr_scheduler_type": "constant",
 }
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm.configuration_calm import CALMConfig
 from calm.modeling_calm import CALMForCausalLM
-from calm.training.configuration import config_and_notes, llama_config_of
-from calm.training.models import build, for_training
 from calm.training.tokenizer import first_difference, load_tokenizer
+from calm.training.train import build, config_and_notes, for_training, llama_config_of
 
 K = 4
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 16}
@@ -213,7 +212,7 @@ def test_what_contradicts_the_llama_is_refused(workshop, llama, tmp_path, capsys
     )
     assert "rope_theta=500.0: " in refusal(capsys, **fields, rope_theta=500.0)
     assert "max_position_embeddings=8: " in refusal(capsys, **fields, max_position_embeddings=8)
-    assert "it needs train_calm, and no init_from" in refusal(capsys, **fields, init_from=llama)
+    assert "it needs train calm, and no init_from" in refusal(capsys, **fields, init_from=llama)
     assert "patch_embedding_init='first': must be one of last, mix, mean" in refusal(
         capsys, **fields, patch_embedding_init="first"
     )
@@ -223,7 +222,7 @@ def test_what_contradicts_the_llama_is_refused(workshop, llama, tmp_path, capsys
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
     data = {key: workshop[key] for key in ("train_files", "cache_dir", "tokenizer")}
     assert train("ar", **data, init_backbone=llama, output_dir=str(tmp_path / "run")) == 2
-    assert "it needs train_calm, and no init_from" in capsys.readouterr().err
+    assert "it needs train calm, and no init_from" in capsys.readouterr().err
     same = {"hidden_size": 32, "rope_theta": 10000.0, "num_key_value_heads": 2}
     assert train("calm", **fields, **same, dry_run=[]) == 0
 

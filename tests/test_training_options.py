@@ -7,14 +7,9 @@ import pytest
 from commands import refusal
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_helpers import RECIPES, make_workshop, start_training, train
+from training_helpers import RECIPES, start_training, train
 
-from calm.training import train_calm
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+from calm.training.train import main
 
 
 @pytest.fixture
@@ -94,10 +89,10 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
 def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made(
     words, message, workshop, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.delattr("calm.training.train_calm.build")
+    monkeypatch.delattr("calm.training.train.build")
     fields = [word for name, value in workshop.items() for word in (f"--{name}", value)]
     recipe = ["--recipe", str(RECIPES / "calm.yaml"), "--output_dir", str(tmp_path / "run")]
-    assert message in refusal(capsys, train_calm.main, *recipe, *fields, *re.findall(r"\{.*?\}|\S+", words))
+    assert message in refusal(capsys, main, "calm", *recipe, *fields, *re.findall(r"\{.*?\}|\S+", words))
     assert not (tmp_path / "run").exists()
 
 
@@ -115,7 +110,7 @@ def test_what_only_the_model_or_the_data_show_is_one_line_too(words, message, wo
     fields = [word for name, value in workshop.items() for word in (f"--{name}", value)]
     recipe = ["--recipe", str(RECIPES / "calm.yaml"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     words = words.replace("TOKENIZER", workshop["tokenizer"]).split()
-    assert message in refusal(capsys, train_calm.main, *recipe, *fields, *words)
+    assert message in refusal(capsys, main, "calm", *recipe, *fields, *words)
 
 
 def test_the_autoencoder_of_a_calm_will_do(workshop, tmp_path):

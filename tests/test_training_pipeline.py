@@ -6,20 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_model
-from training_helpers import RECIPES, make_workshop
+from training_helpers import RECIPES
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from calm.command_line import InputError
-from calm.training import fit as fitting
-from calm.training import train_calm
+from calm.training import trainer
 from calm.training.data import Length, PatchCollator, blocks_per_epoch, data_sets
 from calm.training.recipe import load_recipe
 from calm.training.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+from calm.training.train import prepare
 
 
 @pytest.fixture
@@ -108,10 +103,10 @@ def test_a_run_changes_neither_the_recipe_nor_arguments_nor_data_sets(recipe, mo
     def lengths(data):
         return data.num_steps, len(data.train), len(data.validation)
 
-    make, load = fitting.training_arguments, fitting.data_sets
-    monkeypatch.setattr(fitting, "training_arguments", recorded(make, arguments, TrainingArguments.to_dict))
-    monkeypatch.setattr(fitting, "data_sets", recorded(load, sets, lengths))
-    train_calm.train(recipe, "auto")
+    make, load = trainer.training_arguments, trainer.data_sets
+    monkeypatch.setattr(trainer, "training_arguments", recorded(make, arguments, TrainingArguments.to_dict))
+    monkeypatch.setattr(trainer, "data_sets", recorded(load, sets, lengths))
+    prepare(recipe)
     assert recipe == before
     assert all(args.to_dict() == then for args, then in arguments)
     assert [args.num_train_epochs for args, _ in arguments] == [3, 1]  # stated, settled

@@ -16,11 +16,6 @@ FIELDS = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4, "eval_strategy
 FALLING = {"auxiliary_weight": 0.5, "auxiliary_decay": 0.75, "head_weight": 0.0}
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
-
-
 @pytest.fixture
 def run(workshop, tmp_path):
     """Trains; the weights and the log."""

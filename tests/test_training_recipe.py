@@ -9,16 +9,14 @@ import pytest
 import torch
 from commands import refusal
 from tiny import tiny_tokenizer
-from training_helpers import COMMANDS, RECIPES, train
+from training_helpers import RECIPES, train
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, get_scheduler
 
 from calm.command_line import InputError
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.configuration import make_config
 from calm.training.cost import PAPER_TOKENS, ar_cost, autoencoder_cost, calm_cost, recipe_cost
-from calm.training.fit import training_arguments
 from calm.training.recipe import (
     CONFIGS,
     RECIPE_FOLDER,
@@ -28,7 +26,9 @@ from calm.training.recipe import (
     parse_command_line,
     recipe_names,
     section_fields,
+    training_arguments,
 )
+from calm.training.train import main, make_config
 
 NAMES = (
     "autoencoder calm-fast calm-l calm-m calm-m-diffusion calm-m-fast calm-m-flow calm-xl "
@@ -154,7 +154,7 @@ def test_every_field_of_a_section_can_be_overridden(section):
     ],
 )
 def test_a_value_that_is_missing_or_of_another_kind_is_refused(words, message, capsys):
-    assert COMMANDS["calm"](["--recipe", "calm-m", "--dry_run", *words.split()]) == 2
+    assert main(["calm", "--recipe", "calm-m", "--dry_run", *words.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
@@ -173,7 +173,7 @@ def test_a_run_refuses_it_before_it_makes_anything(kind, words, message, tmp_pat
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     own = ["--tokenizer", tmp_path / "tokenizer", "--output_dir", tmp_path / "run", "--train_files", "nowhere.jsonl"]
     words = ["--recipe", RECIPES / f"{kind}.yaml", *own, *words.replace(":", ": ").split(" ", 3)]
-    assert refusal(capsys, COMMANDS[kind], *words).startswith(message)
+    assert refusal(capsys, main, kind, *words).startswith(message)
     assert not (tmp_path / "run").exists()
 
 

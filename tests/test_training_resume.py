@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from training_helpers import make_workshop, start_training, train, write_corpus
+from training_helpers import start_training, train, write_corpus
 
 from calm.training.recipe import load_recipe
 
 KILLS = 10
 STEPS = 90
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def fields_of_run(workshop: dict, folder: Path) -> dict:

@@ -6,14 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import make_workshop, start_training_together, train
+from training_helpers import start_training_together, train
 
 from calm.training.trainer import CALMTrainer
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 import tokenizer_loads
 from fresh_process import call
-from training_helpers import RECIPES, make_workshop, train
+from training_helpers import RECIPES, train
 from transformers import LlamaConfig
 
 from calm.training.tokenizer import save_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the cat sat on the mat"
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +67,7 @@ def test_training_with_the_tokenizer_of_a_calm_asks_nothing(field, workshop, cal
     fields[field] = where
     arguments = ["--recipe", str(RECIPES / f"{kind}.yaml")]
     arguments += [str(word) for name, value in fields.items() for word in (f"--{name}", value)]
-    done = call(tokenizer_loads.train, tmp_path / "home", kind=kind, arguments=arguments)
+    done = call(tokenizer_loads.train, tmp_path / "home", arguments=[kind, *arguments])
     assert done.result == {"code": 0, "questions": []}, done.stderr
 
 

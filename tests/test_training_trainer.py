@@ -18,11 +18,6 @@ LAYOUTS = [(4, 1), (2, 2), (1, 4)]
 PLAIN = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 3}
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
-
-
 def log_of(folder) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
@@ -178,8 +173,8 @@ def test_a_missing_or_unfit_part_is_named(workshop, tmp_path, capsys):
         assert train("calm", **fields, output_dir=str(tmp_path)) == 2
         return capsys.readouterr().err
 
-    assert "no such folder (train_tokenizer makes one)" in error(tokenizer="runs/nowhere")
-    assert "no such folder (train_autoencoder makes one)" in error(autoencoder="runs/nowhere")
+    assert "no such folder (train tokenizer makes one)" in error(tokenizer="runs/nowhere")
+    assert "no such folder (train autoencoder makes one)" in error(autoencoder="runs/nowhere")
     assert "patch_size=2, but the autoencoder's is 4" in error(patch_size=2)
     assert "block_size=30 is no multiple of patch_size=4" in error(block_size=30)
-    assert "the recipe 'transformer-s' is for train_ar" in (train("calm", "transformer-s"), capsys.readouterr().err)[1]
+    assert "the recipe 'transformer-s' is for train ar" in (train("calm", "transformer-s"), capsys.readouterr().err)[1]

@@ -18,9 +18,8 @@ def load(folder: str, text: str) -> dict:
     return {"class": type(tokenizer).__name__, "decoded": decoded, "questions": questions}
 
 
-def train(kind: str, arguments: list[str]) -> dict:
+def train(arguments: list[str]) -> dict:
     questions = _noting_questions()
-    from importlib import import_module
+    from calm.training.train import main
 
-    code = import_module(f"calm.training.train_{kind}").main(arguments)
-    return {"code": code, "questions": questions}
+    return {"code": main(arguments), "questions": questions}

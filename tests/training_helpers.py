@@ -16,15 +16,9 @@ from accelerate.utils import DistributedType
 
 from calm import heads_calm
 from calm.energy_head_calm import EnergyHead
-from calm.training import train_ar, train_autoencoder, train_calm, train_tokenizer
+from calm.training.train import main
 from calm.training.trainer import CALMTrainer
 
-COMMANDS = {
-    "tokenizer": train_tokenizer.main,
-    "autoencoder": train_autoencoder.main,
-    "calm": train_calm.main,
-    "ar": train_ar.main,
-}
 WORDS = "the cat sat on a mat and saw one small dog run home to its red house by the sea".split()
 RECIPES = Path(__file__).parent / "fixtures" / "recipes"
 
@@ -37,12 +31,12 @@ def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
 
 
 def train(kind: str, recipe: str | None = None, **fields) -> int:
-    """Runs a train_* command in this process, by default with the tiny recipe of its kind; its exit code."""
+    """Runs the training command in this process, by default with the tiny recipe of its kind; its exit code."""
     torch.set_num_threads(1)  # the models are so small that a second thread only costs
-    arguments = ["--recipe", recipe or str(RECIPES / f"{kind}.yaml")]
+    arguments = [kind, "--recipe", recipe or str(RECIPES / f"{kind}.yaml")]
     for name, value in fields.items():
         arguments += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return COMMANDS[kind](arguments)
+    return main(arguments)
 
 
 def make_workshop(folder: Path, **autoencoder_fields) -> dict:
@@ -86,16 +80,16 @@ def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_draws:
 def start_training(
     log: Path, kind: str, environment: dict | None = None, fixed_draws: bool = False, **fields
 ) -> multiprocessing.Process:
-    """A train_* command in a process of its own, forked from a server that has imported everything already."""
+    """A training in a process of its own, forked from a server that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["calm.training.train_calm", "calm.training.train_tokenizer"])
+    context.set_forkserver_preload(["calm.training.train"])
     process = context.Process(target=_in_child, args=(str(log), kind, fields, environment or {}, fixed_draws))
     process.start()
     return process
 
 
 def start_training_together(log: Path, kind: str, num_processes: int = 2, **fields) -> list[multiprocessing.Process]:
-    """A train_* command as torchrun starts it, on `num_processes` CPU processes with gloo."""
+    """A training as torchrun starts it, on `num_processes` CPU processes with gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

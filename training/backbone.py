@@ -17,8 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.command_line import InputError
 from calm.modeling_calm import CALMForCausalLM
 from calm.token_chain_head_calm import TokenChain
-from calm.training.configuration import backbone_note, llama_config_of, say
-from calm.training.recipe import PATCH_EMBEDDINGS, Recipe
 
 
 def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
@@ -48,35 +46,28 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def begin_with_llama(model: CALMForCausalLM, recipe: Recipe) -> None:
-    """Fills the backbone of a new model with the weights of `init_backbone`, whose sizes it has.
+def begin_with_llama(model: CALMForCausalLM, llama: LlamaForCausalLM, decay: float) -> int:
+    """Fills the backbone of a new model with the weights of a Llama of its sizes.
 
-    Tokens that the Llama doesn't know, at the end of the vocabulary, get the mean of those that it knows.
+    Args:
+        model: the new one.
+        llama: the other.
+        decay: as in `begin_patch_embedding`.
 
-    Raises:
-        InputError: as `load_llama`.
+    Returns:
+        how many tokens the Llama doesn't know, at the end of the vocabulary: they get the mean of those that it knows.
     """
-    where = str(recipe.init_backbone)
-    llama = load_llama("init_backbone", where, llama_config_of("init_backbone", where)).model
-    backbone = model.model
-    backbone.layers.load_state_dict(llama.layers.state_dict())
-    backbone.norm.load_state_dict(llama.norm.state_dict())
-    known_VD = take_rows(backbone.embed_tokens.weight, llama.embed_tokens.weight)
-    scale = known_VD.var(-1, unbiased=False).mean().sqrt()
-    begin_patch_embedding(backbone.embed_proj, PATCH_EMBEDDINGS[recipe.patch_embedding_init], scale)
-    new = model.config.vocab_size - len(known_VD)
-    say(backbone_note(recipe, model.config) + (f"; {new} more tokens begin with the mean embedding" if new else ""))
+    backbone, theirs = model.model, llama.model
+    backbone.layers.load_state_dict(theirs.layers.state_dict())
+    backbone.norm.load_state_dict(theirs.norm.state_dict())
+    known_VD = take_rows(backbone.embed_tokens.weight, theirs.embed_tokens.weight)
+    begin_patch_embedding(backbone.embed_proj, decay, known_VD.var(-1, unbiased=False).mean().sqrt())
+    return model.config.vocab_size - len(known_VD)
 
 
 @torch.no_grad()
-def begin_chain(chain: TokenChain, recipe: Recipe) -> None:
-    """Gives a patch's chain of tokens what `init_backbone` has: at first each place expects the Llama's next token.
-
-    Raises:
-        InputError: as `load_llama`.
-    """
-    where = str(recipe.init_backbone)
-    llama = load_llama("init_backbone", where, llama_config_of("init_backbone", where))
+def begin_chain(chain: TokenChain, llama: LlamaForCausalLM) -> None:
+    """Gives a patch's chain of tokens what the Llama has: at first each place expects the Llama's next token."""
     take_rows(chain.lm_head.weight, llama.lm_head.weight)
     for embedding in chain.embeddings:
         assert isinstance(embedding, nn.Embedding)

@@ -23,7 +23,6 @@ from calm.heads_calm import GenerativeHead, PatchTarget
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import MultiTokenLoss
-from calm.training.configuration import llama_config_of
 from calm.training.recipe import CONFIGS, Recipe
 
 PAPER_TOKENS = 5e11  # 250,000 steps of 2 million tokens; paper 4.1
@@ -182,16 +181,16 @@ def tripled(parts: dict[str, float]) -> dict[str, float]:
     return {part: 3 * value for part, value in parts.items()}
 
 
-def recipe_cost(recipe: Recipe, config=None) -> Cost:
+def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
     config = config or CONFIGS[recipe.kind](**recipe.model)
     if recipe.kind == "autoencoder":
         return autoencoder_cost(config)
     if recipe.kind == "ar":
         return ar_cost(config, recipe.data.block_size)
-    return as_trained(calm_cost(config, recipe.data.block_size), recipe, config)
+    return as_trained(calm_cost(config, recipe.data.block_size), recipe, config, teacher)
 
 
-def as_trained(cost: Cost, recipe: Recipe, config) -> Cost:
+def as_trained(cost: Cost, recipe: Recipe, config, teacher=None) -> Cost:
     """The cost of a CALM with what the recipe adds (auxiliary loss, teacher) and leaves out (head, gradients)."""
     flops_of = cost.train_flops
     if recipe.auxiliary_weight:
@@ -199,10 +198,10 @@ def as_trained(cost: Cost, recipe: Recipe, config) -> Cost:
         flops_of["auxiliary loss"] = (3 * scored + recipe.auxiliary_targets * drawn) / config.patch_size
         cost.inference_flops["auxiliary loss"] = 0
         flops_of["autoencoder"] *= 1 + recipe.auxiliary_targets
-    if recipe.distil:
-        teacher = ar_cost(llama_config_of("distil", recipe.distil), recipe.data.block_size)
-        cost.parameters["teacher (frozen)"] = sum(teacher.parameters.values())
-        flops_of["teacher"], cost.inference_flops["teacher"] = sum(teacher.inference_flops.values()), 0
+    if teacher is not None:
+        of_teacher = ar_cost(teacher, recipe.data.block_size)
+        cost.parameters["teacher (frozen)"] = sum(of_teacher.parameters.values())
+        flops_of["teacher"], cost.inference_flops["teacher"] = sum(of_teacher.inference_flops.values()), 0
     if not recipe.head_weight:
         flops_of["head"] = flops_of["autoencoder"] = 0
     if recipe.freeze_backbone:
@@ -219,9 +218,9 @@ def auxiliary_flops(config) -> tuple[int, int]:
     return scored, work_of(loss.draw, hidden[:, 0], num_draws=1).flops
 
 
-def print_cost(recipe: Recipe, config, notes: Iterable[str] = ()) -> None:
+def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) -> None:
     """The dry run's report; the notes stand in front of the figures that they are about."""
-    cost, training = recipe_cost(recipe, config), recipe.training
+    cost, training = recipe_cost(recipe, config, teacher), recipe.training
     print("\n".join([f"recipe {recipe.name}", *notes, "", "parameters"]))
     for part, number in cost.parameters.items():
         print(f"  {part:<22}{number / 1e6:>12,.2f} M")

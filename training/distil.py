@@ -11,11 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from calm.command_line import InputError
-from calm.training.backbone import load_llama
-from calm.training.configuration import check_tokens, llama_config_of
-from calm.training.recipe import Recipe
-
 
 @dataclass
 class Lesson:
@@ -79,20 +74,3 @@ class Teacher:
         # The logits at a token are of the one behind it.
         logits = outputs.logits[:, self.patch_size - 1 : -1, : self.num_known]
         return Lesson(logits.float().softmax(-1).unflatten(1, (-1, self.patch_size)), self.share)
-
-
-def teacher_of(recipe: Recipe, tokenizer, vocab_size: int, patch_size: int) -> Teacher:
-    """The teacher that the recipe names.
-
-    Raises:
-        InputError: it is no Llama, cannot be read, has other tokens, or reads no blocks of the recipe's size.
-    """
-    where = str(recipe.distil)
-    config = llama_config_of("distil", where)
-    if config.max_position_embeddings < recipe.data.block_size:
-        raise InputError(
-            f"distil {where}: reads {config.max_position_embeddings:,} tokens, block_size is "
-            f"{recipe.data.block_size:,}."
-        )
-    check_tokens("distil", where, config, tokenizer)
-    return Teacher(load_llama("distil", where, config), vocab_size, patch_size, recipe.distil_weight)

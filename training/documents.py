@@ -22,9 +22,8 @@ from typing import BinaryIO
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from calm.command_line import InputError
+from calm.command_line import InputError, need
 from calm.progress import progress_bar, shows_bars
-from calm.training.extras import need
 from calm.training.recipe import DataOptions
 
 FORMATS = (".txt", ".jsonl", ".parquet")

@@ -8,6 +8,7 @@ A recipe file has the fields of `Recipe`; `data` those of `DataOptions`, `model`
 `without: [beta]` leaves fields of the base out. A base may have a base, and need not be a recipe by itself.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -17,15 +18,23 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
-from transformers import LlamaConfig, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
-from calm.command_line import InputError
+from calm.command_line import InputError, sentence
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm.progress import shows_bars
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 CONFIGS = {"calm": CALMConfig, "autoencoder": CALMAutoencoderConfig, "ar": LlamaConfig}
+KINDS = ("tokenizer", *CONFIGS)
 # What `init_backbone` decides in place of the model section. RoPE is kept as it is, and with it the longest sequence,
 # from which some of its scalings are made.
 BACKBONE_FIELDS = (
@@ -35,20 +44,24 @@ BACKBONE_FIELDS = (
 )
 # What a resumed run keeps, beside the model section and the recipe's own fields.
 KEPT = {
-    *(
-        "block_size",
-        "random_phase",
-        "left_fill",
-        "streaming",
-        "seed",
-        "data_seed",
-        "learning_rate",
-        "lr_scheduler_type",
-    ),
-    *("lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "bf16", "fp16"),
+    *("block_size", "random_phase", "left_fill", "streaming", "seed", "data_seed"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("neftune_noise_alpha", "bf16", "fp16"),
 }
 PLACES = ("tokenizer", "autoencoder", "init_from", "init_backbone", "distil")  # folders, or Hub ids
+# Trainer's own settings that our trainer, data and losses rely on.
+FIXED = {
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "prediction_loss_only": True,
+    "label_smoothing_factor": 0.0,
+    "train_sampling_strategy": "random",  # the data set has the order
+    "auto_find_batch_size": False,
+    "ignore_data_skip": False,
+    "dataloader_drop_last": False,
+    "resume_from_checkpoint": None,  # the last of output_dir
+}
 # How a patch looks to the backbone at first → how much less each of its tokens counts than the one behind it.
 PATCH_EMBEDDINGS = {"last": 0.0, "mix": 0.5, "mean": 1.0}
 
@@ -240,10 +253,9 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     if not path.exists():
         raise InputError(f"no recipe {name_or_file!r}: {_what_to_name()}.")
     sections = _read_sections(path)
-    kinds = ("tokenizer", *CONFIGS)
     kind = sections[""].get("kind")
-    if kind not in kinds:
-        raise InputError(f"{path}: the recipe must have a field kind, one of {', '.join(kinds)}.")
+    if kind not in KINDS:
+        raise InputError(f"{path}: the recipe must have a field kind, one of {', '.join(KINDS)}.")
     known, found = section_fields(kind), sections[""].pop("found", None) or {}
     for section, values in sections.items():
         for key in values:
@@ -261,7 +273,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
                 raise InputError(f"{key}={value}: must be a finite number.")
     if sections[""].get("init_backbone"):
         if sections[""].get("init_from") or kind != "calm":
-            raise InputError("init_backbone begins a new CALM: it needs train_calm, and no init_from.")
+            raise InputError("init_backbone begins a new CALM: it needs train calm, and no init_from.")
         left_out = set(BACKBONE_FIELDS) - set(overrides or {})
         sections["model"] = {key: value for key, value in sections["model"].items() if key not in left_out}
     own, data = {"name": path.stem, **sections[""]}, sections["data"]
@@ -404,3 +416,126 @@ def parse_command_line(arguments: list[str]) -> dict:
     except yaml.YAMLError as error:
         raise InputError(f"a value on the command line cannot be read: {error}") from error
     return {key: True if not given else given[0] if len(given) == 1 else given for key, given in parsed.items()}
+
+
+# before a training
+
+
+def check_fields(recipe: Recipe) -> None:
+    """Raises `InputError` where the recipe's own fields make no sense or contradict each other."""
+    of_auxiliary = {"auxiliary_decay": 0.0, "auxiliary_targets": 0, "head_weight": 1.0}
+    not_negative = {name: getattr(recipe, name) for name in ("auxiliary_weight", "head_weight", "auxiliary_targets")}
+    not_negative["head_learning_rate"] = recipe.head_learning_rate or 0.0
+    not_negative["weight_decay"] = recipe.training.get("weight_decay", 0.0)
+    checks = [
+        (
+            getattr(recipe, name) == default or recipe.auxiliary_weight,
+            f"{name}={getattr(recipe, name)} has no meaning without auxiliary_weight",
+        )
+        for name, default in of_auxiliary.items()
+    ]
+    checks += [(value >= 0, f"{name}={value}: must not be negative") for name, value in not_negative.items()]
+    checks += [
+        (
+            recipe.auxiliary_weight or not recipe.distil,
+            f"distil {recipe.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0",
+        ),
+        (
+            0 <= recipe.auxiliary_decay <= 1,
+            f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps",
+        ),
+        (
+            recipe.distil_weight == 1 or (recipe.distil and 0 < recipe.distil_weight < 1),
+            f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil",
+        ),
+        (
+            not recipe.lora_rank or (recipe.init_from and not recipe.auxiliary_weight and not recipe.freeze_backbone),
+            "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone",
+        ),
+        (
+            recipe.head_learning_rate is None or recipe.kind == "calm",
+            f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head",
+        ),
+        (0 <= recipe.ema_decay < 1, f"ema_decay={recipe.ema_decay}: must lie in [0, 1)"),
+        (
+            not (recipe.ema_decay and recipe.training.get("fsdp")),
+            "ema_decay averages whole weights, and fsdp shards them: leave one of the two out",
+        ),
+        (
+            not (recipe.ema_decay and recipe.training.get("load_best_model_at_end")),
+            "ema_decay exports the last average, load_best_model_at_end the best weights: name one",
+        ),
+    ]
+    for is_right, message in checks:
+        if not is_right:
+            raise InputError(f"{message}.")
+
+
+def defaults() -> dict:
+    """Trainer's settings that recipes may change."""
+    return {
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "eval_steps": 500,
+        "disable_tqdm": not shows_bars(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
+    }
+
+
+def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
+    """Trainer's arguments as the recipe states them, but for what is settled by now.
+
+    Raises:
+        InputError: Trainer refuses a value.
+    """
+    given = copy.deepcopy(recipe.training)  # Trainer rewrites nested ones
+    for name, value in FIXED.items():
+        if given.get(name, value) != value:
+            raise InputError(f"{name}={given[name]!r}: leave it out, training here relies on {value!r}.")
+    if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
+        given["eval_strategy"] = "steps"
+    unused = {"ddp_find_unused_parameters": recipe.head_weight == 0}
+    try:
+        return TrainingArguments(
+            **{**defaults(), **unused, "output_dir": recipe.output_dir, **given, **FIXED, **settled}
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"section training: {error}") from error
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Makes what Trainer will make of its arguments after the model and the data: optimizer, schedule, reporters.
+
+    Raises:
+        InputError: it cannot be made, as for want of a package, or nothing would be trained.
+    """
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            raise InputError(f"{name}={getattr(args, name)}: must be a whole number from 0 to 2**32 - 1.")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name}={getattr(args, name)}: must be at least 1.")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"num_train_epochs={args.num_train_epochs}: must be above 0, or max_steps is.")
+    steps, settings, optim = max(1, args.max_steps), args.lr_scheduler_kwargs, OptimizerNames(args.optim).value
+    if isinstance(settings, str):
+        raise InputError(f"lr_scheduler_kwargs={settings!r}: must have fields, as in '{{num_cycles: 2}}'.")
+    field = f"optim {optim}"
+    try:
+        model: Any = torch.nn.Linear(1, 1)
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(args, None if args.optim_target_modules else model)
+        optimizer = torch.optim.SGD(model.parameters(), args.learning_rate)
+        if not args.optim_target_modules:
+            kind(model.parameters(), **given)
+        field = f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}"
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, settings)
+        field = "dataloader"
+        DataLoader([0], num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor)  # pyright: ignore
+        field = f"report_to {args.report_to}"
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+    except Exception as error:  # each package has its own
+        raise InputError(f"{field}: {sentence(error)}") from error
