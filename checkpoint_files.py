@@ -4,24 +4,22 @@ Values are read and written one tensor at a time, so that memory holds one tenso
 """
 
 import json
-import os
 import pickle
 import re
-import shutil
 import struct
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from calm.command_line import InputError
+from calm.files import unfinished
+from calm.loading import is_missing_folder
 from calm.progress import progress_bar
 
 SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -40,52 +38,29 @@ class WeightsFile:
     What has been read of a mapping stays in memory until it is closed, so after some reading the file is mapped anew.
 
     Raises:
-        InputError: the file is truncated or damaged, or holds anything but tensors.
+        InputError: the file is truncated or damaged, or holds anything but tensors of the types that models come in.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._map()
-        if path.suffix == ".bin" and zipfile.is_zipfile(path):  # other formats have no checksums
+        if path.suffix == ".bin":  # safetensors has no checksums
             check_archive(path)
+        for name, tensor in self._mapped.items():
+            if tensor.dtype not in SAFETENSORS_TAGS:
+                raise InputError(f"{path}: tensor {name} is of type {tensor.dtype}, none of {', '.join(DTYPES)}.")
 
     def _map(self) -> None:
-        self._bytes_read = 0
-        if self.path.suffix == ".bin":
-            self._pickled = load_pickle(self.path)
-            return
-        try:
-            self._safe = safe_open(self.path, "pt")
-        except Exception as error:  # SafetensorError and OSError have no narrower class in common
-            raise InputError(f"{self.path} cannot be read, is it complete? ({first_line(error)})") from None
+        self._mapped, self._bytes_read = map_tensors(self.path), 0
 
     def list(self) -> list["StoredTensor"]:
-        """Its tensors, without their values.
-
-        Raises:
-            InputError: one is not of a floating-point type that models come in.
-        """
-        if self.path.suffix == ".bin":
-            found = [(name, tensor.shape, tensor.dtype) for name, tensor in self._pickled.items()]
-        else:
-            dtypes = {tag: dtype for dtype, tag in SAFETENSORS_TAGS.items()}
-            views = {name: self._safe.get_slice(name) for name in self._safe.keys()}
-            found = [
-                (n, view.get_shape(), dtypes.get(view.get_dtype(), view.get_dtype())) for n, view in views.items()
-            ]
-        stored = []
-        for name, shape, dtype in found:
-            if not isinstance(dtype, torch.dtype) or dtype not in SAFETENSORS_TAGS:
-                raise InputError(f"{self.path}: tensor {name} is of type {dtype}, none of {', '.join(DTYPES)}.")
-            stored.append(StoredTensor(self, name, tuple(shape), dtype))
-        return stored
+        return [StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._mapped.items()]
 
     def read(self, name: str) -> torch.Tensor:
         if self._bytes_read > REMAP_BYTES:
             self._map()
-        tensor = self._pickled[name] if self.path.suffix == ".bin" else self._safe.get_tensor(name)
-        self._bytes_read += tensor.nbytes
-        return tensor
+        self._bytes_read += self._mapped[name].nbytes
+        return self._mapped[name]
 
 
 class StoredTensor(NamedTuple):
@@ -103,33 +78,20 @@ class StoredTensor(NamedTuple):
         return self.file.read(self.name)
 
 
-def check_archive(path: Path) -> None:
-    """Compares a zip archive with its checksums, which reading it mapped to memory doesn't.
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped to memory; nothing else in a pickle is executed or created.
 
     Raises:
-        InputError: a member is not what was written.
+        InputError: the file is truncated, or holds anything but a dictionary of dense tensors.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                with archive.open(member) as file:
-                    while member.CRC and file.read(2**20):  # 0 where torch.save was told to compute none
-                        pass
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is damaged, fetch it anew: {error}.") from None
-
-
-def load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that torch.save wrote, mapped to memory; nothing else in it is executed or created.
-
-    Raises:
-        InputError: the file is truncated, or holds anything but a dictionary of tensors.
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path.suffix == ".bin":
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            tensors = load_file(path)
     except pickle.UnpicklingError:
         raise InputError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
-    except Exception as error:  # torch has no common class for what can be wrong with a file
+    except Exception as error:  # neither library has a common class for what can be wrong with a file
         raise InputError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
     if not isinstance(tensors, dict):
         raise InputError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
@@ -137,6 +99,18 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise InputError(f"{path}: {name} is not the name of a dense tensor.")
     return tensors
+
+
+def check_archive(path: Path) -> None:
+    """Compares a zip archive with its checksums, which reading it mapped to memory doesn't.
+
+    Raises:
+        InputError: a member is not what was written.
+    """
+    with zipfile.ZipFile(path) as archive:
+        member = archive.testzip()
+        if member and archive.getinfo(member).CRC:  # 0 where torch.save was told to compute none
+            raise InputError(f"{path} is damaged, fetch it anew: bad checksum of {member}.")
 
 
 class Repository:
@@ -200,7 +174,7 @@ def fetch(id_or_folder: str, patterns: list[str], what: str) -> Path:
     path = Path(id_or_folder)
     if path.is_dir():
         return path
-    if path.exists() or path.is_absolute() or id_or_folder.startswith((".", "~")):
+    if path.exists() or is_missing_folder(id_or_folder):
         raise InputError(f"{id_or_folder} is no folder: name the one that holds the {what}, or a Hub id.")
     try:
         return Path(snapshot_download(id_or_folder, allow_patterns=patterns))
@@ -239,43 +213,26 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yields a folder to write to, which becomes `output` at the end, and is removed where anything fails.
 
-    A lock beside it, which a process loses when it ends, however it ends, tells a run in progress from the remains of
-    one that was killed; those are removed.
-
     Args:
         output: new, or an empty folder.
 
     Raises:
-        InputError: something is in the way, or another process is writing there.
+        InputError: something is in the way.
         OSError: the disk is full or cannot be written to; it names a file or the folder.
     """
     output = output.absolute()
-    partial, lock = (output.with_name(f".{output.name}.{end}") for end in ("partial", "lock"))
     if not output.parent.is_dir():
         raise InputError(f"{output.parent} is not a folder.")
-    held = FileLock(lock, timeout=0)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{output} exists already and is not an empty folder.")
     try:
-        held.acquire()
-    except Timeout:
-        raise InputError(f"{output} is being written by another process: wait for it, or name another.") from None
-    try:
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise InputError(f"{output} exists already and is not an empty folder.")
-        if partial.exists():
-            print(f"Removing {partial}, which a run that was stopped has left.", file=sys.stderr)
-            shutil.rmtree(partial)
-        partial.mkdir()
-        yield partial
-        os.replace(partial, output)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not error.filename:
-            raise OSError(error.errno, error.strerror or str(error), str(output)) from error
-        raise
-    finally:
-        with suppress(OSError):  # Windows removes no open file
-            lock.unlink()
-        held.release()
+        with unfinished(output) as folder:
+            folder.mkdir()
+            yield folder
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(output)) from error
 
 
 def read_json(path: Path) -> dict:
@@ -321,18 +278,11 @@ def write_safetensors(
     encoded += b" " * (-len(encoded) % 8)  # the values start aligned
     current = "its header"
     try:
-        # Unbuffered, so that a full disk is met at the tensor it is full at.
-        with open(path, "wb", buffering=0) as file, progress_bar(None, "Converting", "B", end) as bar:
-            _write_all(file, struct.pack("<Q", len(encoded)) + encoded)
+        with open(path, "wb") as file, progress_bar(None, "Converting", "B", end) as bar:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
             for current in shapes:
                 tensor = make(current)
-                _write_all(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 bar.update(tensor.nbytes)
     except OSError as error:
         raise InputError(f"{path} could not be written, at {current}: {error.strerror}.") from None
-
-
-def _write_all(file, data) -> None:
-    view = memoryview(data)
-    while view:  # a raw write may take only part of it: 2 GB at most, or what the disk still holds
-        view = view[file.write(view) :]

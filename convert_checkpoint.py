@@ -171,7 +171,7 @@ def config_fields(repository: Repository, facts: Facts, config_class: type) -> d
             raise InputError(f"{repository.config_path} says {field} is {said}, but {stored} makes it {value}.")
     stated = {field: value for field, value in repository.config.items() if value is not None}
     of_classes = {each: {*each().to_dict()} - {"autoencoder_config"} for each in REQUIRED}
-    of_classes[CALMConfig] |= {"rope_scaling"}
+    of_classes[CALMConfig] |= {"rope_scaling", "rope_theta"}
     # A published autoencoder's has fields of Llama's, whose attention it lacks.
     known = NOT_ARCHITECTURE.union(*of_classes.values())
     if unknown := [field for field in stated if field not in known and not field.startswith("_")]:

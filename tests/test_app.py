@@ -279,7 +279,7 @@ def test_a_space_s_card_and_requirements(space):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     ours = setup["options"]["install_requires"].split()
-    assert set((space / "requirements.txt").read_text().split()) == set(ours) - {"tqdm", "filelock>=3.12"}
+    assert set((space / "requirements.txt").read_text().split()) == set(ours) - {"tqdm"}
 
 
 @needs_gradio
