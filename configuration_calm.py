@@ -9,20 +9,14 @@ from typing import get_args, get_type_hints
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.utils import logging
-
-try:
-    from transformers.utils.versions import require_version
-except ImportError:  # of a later version: then nothing is said of it
-
-    def require_version(requirement: str, hint: str | None = None) -> None: ...
-
-FIELDS_OF_BEFORE = ("repetition_radius", "repetition_radius_measured_at")  # of older config.json, without effect
+from transformers.utils.versions import require_version
 
 TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
 # head_type → class of the head. The heads enter themselves when modeling_calm.py imports them; until then nothing is
 # known of them here, and their rules are checked when the model is made.
 HEADS: dict[str, type] = {}
-PROMPT_ALIGNMENTS = ("left", "right")
+# Of older config.json, without effect.
+FIELDS_OF_BEFORE = ("prompt_alignment", "repetition_radius", "repetition_radius_measured_at")
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",
     "AutoModel": "modeling_calm.CALMModel",
@@ -203,9 +197,7 @@ class CALMConfig(LlamaConfig):
         sampling_steps: solver steps of the flow heads, respaced steps of the diffusion head; `None` is 10 and 100.
         autoencoder_config: a `CALMAutoencoderConfig` or its dictionary; `None` takes the published one with this
             configuration's K, Z and vocabulary.
-        prompt_alignment: "left" fills the first patch of a prompt on its left; "right" is the published padding
-            inside the last patch, for comparison.
-        prompt_filler_token_id: the token of that filling; `None` is the pad token.
+        prompt_filler_token_id: fills the first patch of a prompt on its left; `None` is the pad token.
 
     Raises:
         ValueError: a value the architecture has no meaning for, or an autoencoder of another K, Z or vocabulary.
@@ -233,7 +225,6 @@ class CALMConfig(LlamaConfig):
         flow_time_logit_mean: float | None = None,
         sampling_steps: int | None = None,
         autoencoder_config: CALMAutoencoderConfig | dict | None = None,
-        prompt_alignment: str = "left",
         prompt_filler_token_id: int | None = None,
         **kwargs,
     ):
@@ -248,7 +239,6 @@ class CALMConfig(LlamaConfig):
         self.beta = beta
         self.flow_time_logit_mean = flow_time_logit_mean
         self.sampling_steps = sampling_steps
-        self.prompt_alignment = prompt_alignment
         self.prompt_filler_token_id = prompt_filler_token_id
         for name in FIELDS_OF_BEFORE:
             kwargs.pop(name, None)
@@ -281,10 +271,6 @@ class CALMConfig(LlamaConfig):
         require(
             self.sampling_steps is None or self.sampling_steps >= 1,
             f"sampling_steps={self.sampling_steps}: must be at least 1, or None for the head's own number.",
-        )
-        require(
-            self.prompt_alignment in PROMPT_ALIGNMENTS,
-            f"prompt_alignment={self.prompt_alignment!r}: must be one of {PROMPT_ALIGNMENTS}.",
         )
         for name in ("patch_size", "latent_size", "vocab_size"):
             own, nested = getattr(self, name), getattr(self.autoencoder_config, name)

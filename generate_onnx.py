@@ -208,17 +208,13 @@ class ExportedCALM:
         return sampling
 
     def _packed(self, prompt_ids: list[int]) -> np.ndarray:
-        """A prompt as patches (P, K): the first is filled on its left, or, as published, the last on its right."""
+        """A prompt as patches (P, K): the first is filled on its left."""
         bos = self.facts["bos_token_id"]
         if not prompt_ids and bos is None:
             raise Refusal("the prompt is empty, and the model has no bos_token_id, which would start it.")
         ids, patch_size = list(prompt_ids) or [bos], self.facts["patch_size"]
-        num_missing = -len(ids) % patch_size
-        if self.facts["prompt_alignment"] == "right":
-            ids = ids + num_missing * [self.facts["pad_token_id"]]
-        else:
-            ids = num_missing * [self.facts["filler_token_id"]] + ids
-        return np.array(ids, dtype=np.int64).reshape(-1, patch_size)
+        fillers = -len(ids) % patch_size * [self.facts["filler_token_id"]]
+        return np.array(fillers + ids, dtype=np.int64).reshape(-1, patch_size)
 
     def _empty_cache(self) -> list[np.ndarray]:
         shape = 1, self.facts["num_key_value_heads"], 0, self.facts["head_size"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
@@ -20,7 +21,6 @@ from transformers.utils import logging
 from .candidate_scores_calm import CandidateScores, RecordedPool, compute_patch_scores
 from .candidates_calm import LazyPool, PlainPool
 from .compiled_calm import CompiledSteps
-from .configuration_calm import PROMPT_ALIGNMENTS
 from .heads_calm import GenerativeHead
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
@@ -189,51 +189,25 @@ def takes_sampling_options(method):
     return method
 
 
-def pack_prompts(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    patch_size: int,
-    left_padding_token_id: int,
-    alignment: str = "left",
-    right_padding_token_id: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def pack_prompts(input_ids: Tensor, attention_mask: Tensor, patch_size: int, filler: int) -> tuple[Tensor, Tensor]:
     """Re-packs prompts into patches, each row on its own: its padding is stripped and it ends with its last patch.
 
     Args:
         input_ids (`(B, L)`): prompts, padded anywhere.
         attention_mask (`(B, L)`): 1 where a token is the prompt's own.
         patch_size: K.
-        left_padding_token_id: left padding within the first patch of a row, and whole patches before it.
-        alignment: "left", as said; "right" is the published way: the padding is within the last patch, on its right.
-        right_padding_token_id: the token of that; by default the one on the left.
+        filler: id of what fills the first patch of a row, and whole patches before it, on the left.
 
     Returns:
         ids `(B, P·K)` and the mask by patch `(B, P)`, 1 where the patch holds a token of the prompt. P is the largest
         row's ⌈length / K⌉, at least 1.
-
-    Raises:
-        ValueError: another alignment.
     """
-    if alignment not in PROMPT_ALIGNMENTS:
-        raise ValueError(f"prompt_alignment={alignment!r}: must be one of {PROMPT_ALIGNMENTS}.")
-    batch_size, width = input_ids.shape
-    lengths_B1 = attention_mask.sum(-1, keepdim=True)
-    patches_B1 = (lengths_B1 + patch_size - 1) // patch_size
-    num_patches = max(1, int(patches_B1.max()))
     # A stable sort of the mask moves the padding to the left and keeps the order of the rest.
-    compact = input_ids.gather(1, attention_mask.bool().long().sort(dim=1, stable=True).indices)
-    column = torch.arange(num_patches * patch_size, device=input_ids.device).expand(batch_size, -1)
-    filled = patches_B1 * patch_size if alignment == "right" else lengths_B1
-    index = column - (column.shape[1] - filled)
-    is_token = (index >= 0) & (index < lengths_B1)
-    source = (width - lengths_B1 + index).clamp(0, max(width - 1, 0))
-    packed = (
-        torch.where(is_token, compact.gather(1, source), left_padding_token_id)
-        if width
-        else column * 0 + left_padding_token_id
-    )
-    if alignment == "right" and right_padding_token_id is not None:
-        packed = packed.masked_fill(index >= lengths_B1, right_padding_token_id)
+    is_own, order = attention_mask.bool().long().sort(dim=1, stable=True)
+    patches_B1 = -(-is_own.sum(-1, keepdim=True) // patch_size)
+    num_patches = max(1, int(patches_B1.max()))
+    compact = input_ids.gather(1, order).masked_fill(is_own == 0, filler)
+    packed = F.pad(compact, (num_patches * patch_size - input_ids.shape[1], 0), value=filler)
     patch_index = torch.arange(num_patches, device=input_ids.device)
     return packed, (patch_index >= num_patches - patches_B1).long()
 
@@ -299,12 +273,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
     autoencoder: CALMAutoencoder
 
     @takes_sampling_options
-    def prepare_inputs_for_generation(self, input_ids, prompt_alignment=None, generator=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, generator=None, **kwargs):
         """Names the arguments that `generate` accepts beside its own; `write_patches` builds its inputs itself.
 
         Args:
             input_ids: the prompts.
-            prompt_alignment: "left" or "right", see `CALMConfig`.
             generator: a `torch.Generator` on the model's device in place of the global one; or a list of them, on any
                 device, one a row of the result: each row is then written as it would be alone.
             kwargs: inputs, and the options of `PatchSampling`.
@@ -350,11 +323,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         prompt_length = input_ids.shape[1]
         min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
         inputs: dict[str, Any] = self.pack_for_generation(
-            input_ids,
-            model_kwargs.get("attention_mask"),
-            model_kwargs.get("prompt_alignment"),
-            call.pad_token,
-            call.bos_token,
+            input_ids, model_kwargs.get("attention_mask"), call.pad_token, call.bos_token
         )
         inputs = {name: x.to(self.device) for name, x in inputs.items()}  # an offloaded model returns what it is given
         if bool(inputs["attention_mask"].all()):
@@ -503,7 +472,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        prompt_alignment: str | None = None,
         pad_token: Tensor | int | None = None,
         bos_token: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
@@ -512,7 +480,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
         Args:
             input_ids (`(B, L)`): prompts, padded anywhere.
             attention_mask (`(B, L)`, *optional*): 1 where a token is the prompt's own.
-            prompt_alignment: see `CALMConfig`, whose value is the default.
             pad_token: the id to fill patches with where the configuration has none.
             bos_token: the id that starts empty prompts.
 
@@ -533,18 +500,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
                     "A prompt begins with two BOS tokens, which no training text does: a tokenizer puts one before a "
                     "text that has one, as of a chat template; tokenize that with add_special_tokens=False."
                 )
-        pad = 0 if pad_token is None else int(pad_token)
-        # The left padding is the model's: a pad token given to this call only marks where rows have ended.
-        left_padding = self.config.prompt_filler_token_id
-        left_padding = self.config.pad_token_id if left_padding is None else left_padding
-        packed, patch_mask = pack_prompts(
-            input_ids,
-            mask,
-            self.config.patch_size,
-            left_padding_token_id=pad if left_padding is None else left_padding,
-            alignment=prompt_alignment or self.config.prompt_alignment,
-            right_padding_token_id=pad,
-        )
+        # The filler is the model's: a pad token given to this call only marks where rows have ended.
+        fillers = self.config.prompt_filler_token_id, self.config.pad_token_id, pad_token, 0
+        filler = int(next(token for token in fillers if token is not None))
+        packed, patch_mask = pack_prompts(input_ids, mask, self.config.patch_size, filler)
         return {"input_ids": packed, "attention_mask": patch_mask}
 
     def _read_all_but_last_chunk(self, inputs: dict, cache: Cache, chunk_size: int) -> dict:

@@ -247,7 +247,7 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
         model: as in `inspect_text`.
         tokenizer: as there.
         packed_1L: the prompt as the model reads it.
-        num_tokens: of the prompt, without what fills its first or last patch.
+        num_tokens: of the prompt, without what fills its first patch.
         sampling: how many are drawn, and the law of the weights.
         seed: of the draws.
     """
@@ -255,11 +255,9 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
 
     size, ids = model.config.patch_size, packed_1L[0].tolist()
     fill = len(ids) - num_tokens
-    is_left = model.config.prompt_alignment == "left" or num_tokens == 0
     spans = [(start, start + size) for start in range(0, len(ids), size)]
-    own = [(max(a, fill), b) if is_left else (a, min(b, num_tokens)) for a, b in spans]
-    offset = fill if is_left else 0
-    pieces = TextPieces(tokenizer, ids[offset : offset + num_tokens])
+    own = [(max(a, fill), b) for a, b in spans]
+    pieces = TextPieces(tokenizer, ids[fill:])
     texts = pieces.in_turn([max(b - a, 0) for a, b in own])
     patches = [
         Patch(text, tokenizer.convert_ids_to_tokens(ids[a:b]), True) for text, (a, b) in zip(texts, own, strict=True)
@@ -274,7 +272,7 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
                 number = begin + row + 1
                 a, b = spans[number]
                 patch = patches[number]
-                patch.candidates = candidates_of(scores, row, pieces, own[number][0] - offset)
+                patch.candidates = candidates_of(scores, row, pieces, own[number][0] - fill)
                 same = (scores.patches[row] == packed_1L[0, a:b].to(scores.patches)).all(-1).nonzero()
                 patch.chosen = int(same[0, 0]) if len(same) else None
     return patches

@@ -27,7 +27,7 @@ CASES = ("left", "left with PAD", "right")
 PROMPTS_AT_ONCE = 250
 
 METHOD = """\
-- "left", the default, fills the *first* patch on its left, with a filler that the model may have met in training.
+- "left", as generate() does, fills the *first* patch on its left, with a filler that the model may have met in training.
 - "left with PAD" does the same with the padding token: only the place differs from the published way.
 - "right", the published way, puts padding inside the *last* patch, the one that the next patch is predicted from.
 
@@ -60,15 +60,15 @@ def cut_prompts(windows_NL: torch.Tensor, length: int, bos_token_id: int | None)
     return prompts_NL
 
 
-def fill_on_the_left(prompts_NL: torch.Tensor, patch_size: int, token_id: int) -> torch.Tensor:
-    """The prompts with so many of one token before them that they are whole patches."""
+def fill(prompts_NL: torch.Tensor, patch_size: int, token_id: int, side: str) -> torch.Tensor:
+    """The prompts with so many of one token on their left or right that they are whole patches."""
     missing = -prompts_NL.shape[1] % patch_size
-    return F.pad(prompts_NL, (missing, 0), value=token_id)
+    return F.pad(prompts_NL, (missing, 0) if side == "left" else (0, missing), value=token_id)
 
 
 @torch.no_grad()
 def count_continuations(
-    model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, alignment: str, bar: tqdm, seed: int = 0
+    model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, bar: tqdm, seed: int = 0
 ) -> BrierCounts:
     """Counts of two continuations of each prompt by generate() at T = 1; every prompt is a block of its own.
 
@@ -80,7 +80,6 @@ def count_continuations(
         texts = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            prompt_alignment=alignment,
             do_sample=True,
             temperature=1.0,
             num_return_sequences=2,
@@ -107,9 +106,9 @@ def measure(
             rows.append({})
             for case in CASES:
                 prompts = prompts_NL
-                if case == "left with PAD":
-                    prompts = fill_on_the_left(prompts_NL, patch_size, pad_token_id)
-                rows[-1][case] = count_continuations(model, prompts, targets_N4, case.split()[0], bar, seed).score()
+                if case != "left":  # which generate() does itself
+                    prompts = fill(prompts_NL, patch_size, pad_token_id, case.split()[0])
+                rows[-1][case] = count_continuations(model, prompts, targets_N4, bar, seed).score()
     return rows
 
 
@@ -145,8 +144,8 @@ def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length
 
 {table(rows)}
 
-Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep on average {kept["left"]:.0%} with the
-default, {kept["left with PAD"]:.0%} with padding on the left and {kept["right"]:.0%} with the published padding.
+Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep on average {kept["left"]:.0%} as
+generate() does, {kept["left with PAD"]:.0%} with padding on the left and {kept["right"]:.0%} with the published padding.
 """
 
 

@@ -36,8 +36,7 @@ class TextScores(ModelOutput):
             most 1. Compares models with one tokenizer and K, too.
         hits (`(B, P, K)`): the share of samples whose first n tokens are the text's: an estimate of P(y).
         patches (`(B, P, K)`): the tokens.
-        is_scored (`(B, P)`): False for a text's first patch, which nothing predicts, for what fills rows up, and for a
-            last patch that prompt_alignment="right" fills up.
+        is_scored (`(B, P)`): False for a text's first patch, which nothing predicts, and for what fills rows up.
     """
 
     energy: Tensor | None = None
@@ -98,8 +97,6 @@ def score_texts(
     patches_BPK = inputs["input_ids"].unflatten(1, (-1, patch_size))
     mask_BP = inputs["attention_mask"].bool()
     is_scored_BP = mask_BP & (mask_BP.cumsum(-1) > 1)
-    if model.config.prompt_alignment == "right":
-        is_scored_BP[:, -1] &= mask_BL.sum(-1) % patch_size == 0
     hidden_BPD = model(**inputs, use_cache=False).last_hidden_state
     context_MD, target_MK = hidden_BPD[:, :-1][is_scored_BP[:, 1:]], patches_BPK[is_scored_BP]
     mean_MZ, log_std_MZ = (

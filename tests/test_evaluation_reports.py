@@ -89,12 +89,12 @@ def test_cross_entropy_is_the_mean_over_blocks():
 
 
 class RecordingModel:
-    """Continues every prompt by its last token plus 1, 2, 3, 4 when aligned left and without PAD, else wrongly."""
+    """Continues every prompt by its last token plus 1, 2, 3, 4 when it is without PAD, else wrongly."""
 
     device = "cpu"
 
-    def generate(self, prompts, prompt_alignment, num_return_sequences, **options):
-        right = prompt_alignment == "left" and PAD not in prompts
+    def generate(self, prompts, num_return_sequences, **options):
+        right = PAD not in prompts
         steps = torch.arange(1, 5) * right
         prompts = prompts.repeat_interleave(num_return_sequences, 0)
         return torch.cat([prompts, prompts[:, -1:] + steps], dim=1)
@@ -110,6 +110,12 @@ def test_windows_are_spread_over_the_text():
         prompt_alignment.spread_windows(torch.arange(20), 8, 5)
 
 
+def test_prompts_are_filled_on_the_side_that_is_asked_for():
+    prompts = torch.tensor([[1, 2, 3]])
+    sides = [prompt_alignment.fill(prompts, 2, PAD, side).tolist() for side in ("left", "right")]
+    assert sides == [[[PAD, 1, 2, 3]], [[1, 2, 3, PAD]]]
+
+
 def test_alignment_prompts_end_at_the_same_place():
     windows = torch.arange(15).repeat(3, 1) + torch.tensor([[0], [100], [200]])
     prompts = prompt_alignment.cut_prompts(windows, 4, bos_token_id=None)
@@ -118,7 +124,7 @@ def test_alignment_prompts_end_at_the_same_place():
     rows = prompt_alignment.measure(RecordingModel(), windows, length=8, bos_token_id=1, pad_token_id=PAD)
     # Whole patches, the first row, have no filler.
     brier_1 = [[row[case].brier[0] for case in prompt_alignment.CASES] for row in rows]
-    assert brier_1 == [[1, 1, -1], *[[1, -1, -1]] * 3]
+    assert brier_1 == [[1, 1, 1], *[[1, -1, -1]] * 3]
     assert rows[0]["left"].positions == 3
 
 
@@ -126,7 +132,7 @@ def test_filling_on_the_left_is_what_another_filler_would_do():
     settings = {"max_new_tokens": 6, "do_sample": False, "num_candidates": 20, "eos_token_id": None}
     for length in range(5, 9):
         prompts = torch.arange(10, 10 + length).expand(2, -1)
-        padded = prompt_alignment.fill_on_the_left(prompts, 4, PAD)
+        padded = prompt_alignment.fill(prompts, 4, PAD, "left")
         assert padded.shape[1] == 8
         expected = tiny_model(prompt_filler_token_id=PAD).generate(prompts, **settings)
         given = tiny_model(prompt_filler_token_id=5).generate(

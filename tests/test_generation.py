@@ -284,19 +284,14 @@ def test_no_cache_and_static_cache_give_the_same_text(model):
 def test_pack_prompts_by_hand():
     ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8], [0, 0, 0, 0, 9]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
-    packed, patches = pack_prompts(ids, mask, 2, left_padding_token_id=77)
+    packed, patches = pack_prompts(ids, mask, 2, 77)
     assert packed.tolist() == [[77, 77, 77, 1, 2, 3], [77, 4, 5, 6, 7, 8], [77, 77, 77, 77, 77, 9]]
-    assert patches.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
-    packed, patches = pack_prompts(
-        ids, mask, 2, left_padding_token_id=77, alignment="right", right_padding_token_id=99
-    )
-    assert packed.tolist() == [[77, 77, 1, 2, 3, 99], [4, 5, 6, 7, 8, 99], [77, 77, 77, 77, 9, 99]]
     assert patches.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
 
 
 def test_pack_prompts_strips_padding_anywhere():
     mask = torch.tensor([[1, 0, 1, 1, 0]])
-    packed, patches = pack_prompts(torch.tensor([[1, 0, 2, 3, 0]]), mask, 4, left_padding_token_id=9)
+    packed, patches = pack_prompts(torch.tensor([[1, 0, 2, 3, 0]]), mask, 4, 9)
     assert packed.tolist() == [[9, 1, 2, 3]] and patches.tolist() == [[1]]
 
 
@@ -309,16 +304,6 @@ def test_padding_of_a_batch_does_not_change_a_row(model):
     assert torch.equal(generate(model, left, attention_mask=mask, **kwargs)[0, 11:], alone)
     right = torch.cat([PROMPT, torch.full((1, 5), PAD)], dim=1)
     assert torch.equal(generate(model, right, attention_mask=mask.flip(1), **kwargs)[0, 11:], alone)
-
-
-def test_prompt_alignment_is_a_choice(model):
-    """Prompts of whole patches are the same either way, others are not."""
-    for length, same in [(4, True), (6, False)]:
-        prompt = PROMPT[:, :length]
-        left, right = (
-            generate(model, prompt, prompt_alignment=a, max_new_tokens=16, **NO_EOS) for a in ("left", "right")
-        )
-        assert torch.equal(left, right) == same
 
 
 def test_the_filler_is_the_models_whatever_pads_the_output(model):
@@ -397,7 +382,6 @@ REFUSED = [
     ({"temperature": 0.2, "num_candidates": 4}, "num_candidates=4 is too few for temperature=0.2.*at least 5"),
     ({"num_candidates": 0}, "num_candidates=0"),
     ({"sampling_method": "best"}, "sampling_method='best'"),
-    ({"prompt_alignment": "middle"}, "prompt_alignment='middle'"),
     ({"inputs_embeds": torch.zeros(1, 6, 48)}, "inputs_embeds.*pass input_ids instead"),
     ({"attention_mask": torch.ones(1, 5)}, r"attention_mask of shape \(1, 5\)"),
     ({"candidates": 5}, "candidates"),

@@ -288,7 +288,6 @@ def test_config_survives_a_save(tmp_path):
         ({"patch_size": 8, "autoencoder_config": {"patch_size": 4}}, "patch_size=8, but the autoencoder's is 4"),
         ({"latent_size": 8, "autoencoder_config": {"latent_size": 16}}, "latent_size=8, but the autoencoder's is 16"),
         ({"vocab_size": 90}, "vocab_size=90, but the autoencoder's is 96"),
-        ({"prompt_alignment": "middle"}, "prompt_alignment='middle'"),
         ({"prompt_filler_token_id": VOCAB_SIZE}, "prompt_filler_token_id=96"),
         ({"num_mlp_layers": 0}, "num_mlp_layers=0"),
         ({"num_context_layers": -1}, "num_context_layers=-1"),
@@ -335,7 +334,7 @@ def test_no_field_takes_a_value_of_another_type_or_one_that_is_not_finite(kind, 
 
 
 def test_fields_of_an_older_config_json_have_no_effect():
-    old = CALMConfig(repetition_radius=2.5, repetition_radius_measured_at={"weights": "0"})
+    old = CALMConfig(prompt_alignment="right", repetition_radius=2.5, repetition_radius_measured_at={"weights": "0"})
     assert old.to_dict() == CALMConfig().to_dict()
 
 

@@ -108,6 +108,6 @@ def test_fields_that_nobody_reads_are_warned_of(monkeypatch):
     settings = {"do_sample": True, "sampling_method": "batch", "num_candidates": 5}
     sampling_used(monkeypatch, model, generation_config=GenerationConfig(**settings))
     assert not warnings
-    config = GenerationConfig(**settings, num_candidate=9, prompt_alignment="right", nothing=None)
+    config = GenerationConfig(**settings, num_candidate=9, prompt_alignment="left", nothing=None)
     sampling_used(monkeypatch, tiny_model(), generation_config=config)
     assert warnings == ["The generation configuration has num_candidate, prompt_alignment, which CALM doesn't read."]

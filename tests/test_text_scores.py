@@ -82,8 +82,7 @@ def few_tokens(model, num_tokens=3):
 
 
 class TestAgainstLoops:
-    @pytest.mark.parametrize("patch_size", [1, 2, 4])
-    @pytest.mark.parametrize("num_samples", [2, 3, 7])
+    @pytest.mark.parametrize("patch_size, num_samples", [(1, 7), (2, 3), (4, 2)])
     def test_energy_and_brier_of_the_same_draws(self, drawn, patch_size, num_samples):
         model = drawn(few_tokens(tiny_model(patch_size=patch_size, beta=1.3)))
         ids_BL = torch.randint(3, (2, 24), generator=seeded(2))
@@ -112,12 +111,6 @@ class TestAgainstLoops:
         target_M = scores.patches[0, 1:, 0]
         expected_M = (first_M == target_M).int() + (second_M == target_M).int() - (first_M == second_M).int()
         assert torch.equal(scores.brier[0, 1:, 0], expected_M.float()) and len(set(expected_M.tolist())) == 3
-
-    def test_what_is_not_scored_is_zero(self):
-        scores = score_texts(tiny_model(), IDS, num_samples=3)
-        for values in (scores.energy, scores.brier, scores.hits):
-            assert not values[:, 0].any() and values.dtype == torch.float32
-        assert torch.equal(scores.patches, IDS.unflatten(1, (-1, 4)))
 
 
 class TestLaw:
@@ -204,19 +197,13 @@ class TestBatches:
         spelled = tokenizer("a</s>b", split_special_tokens=True)["input_ids"]
         assert scores.patches.flatten()[-len(spelled) :].tolist() == spelled and EOS not in spelled
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_strings_of_different_lengths(self, side):
+    def test_strings_of_different_lengths(self):
+        """Padding is our own: the tokenizer needs no pad token."""
         model, tokenizer = tiny_model(), tiny_tokenizer()
-        tokenizer.padding_side = side
+        tokenizer.pad_token = None
         scores = score_texts(model, [TEXT, "short", ""], tokenizer, num_samples=3)
         assert scores.is_scored.sum(-1).tolist() == [5, 1, 0]
         assert scores.patches[1, -1].tolist() == tokenizer("short")["input_ids"][-4:]
-
-    def test_a_tokenizer_without_a_pad_token(self):
-        tokenizer = tiny_tokenizer()
-        tokenizer.pad_token = None
-        scores = score_texts(tiny_model(), [TEXT, "short"], tokenizer, num_samples=3)
-        assert scores.is_scored.sum(-1).tolist() == [5, 1]
 
     def test_the_first_patch_is_the_partial_one(self, drawn):
         """5 tokens, K = 4: one is in the first patch, and the last four are what is scored."""
@@ -225,14 +212,6 @@ class TestBatches:
         assert scores.patches[0, 1].tolist() == IDS[0, 1:5].tolist()
         assert scores.patches[0, 0, 3] == IDS[0, 0] and scores.is_scored.tolist() == [[False, True]]
         assert drawn.samples[0].shape[1] == 1
-
-    def test_a_last_patch_that_is_filled_up_is_not_scored(self):
-        model = tiny_model()
-        model.config.prompt_alignment = "right"
-        ids_BL, mask_BL = IDS[:, :11].repeat(2, 1), torch.ones(2, 11, dtype=torch.long)
-        mask_BL[1, :3] = 0
-        scores = score_texts(model, ids_BL, attention_mask=mask_BL, num_samples=3)
-        assert scores.is_scored.tolist() == [[False, True, False], [False, False, True]]
 
     def test_a_text_of_one_patch_has_no_score(self, drawn):
         model = drawn(tiny_model())
@@ -275,14 +254,6 @@ class TestModels:
         assert model.training and not scores.energy.requires_grad
         assert torch.equal(scores.energy, expected.energy)
 
-    def test_without_a_generator_the_global_seed_fixes_the_scores(self):
-        model = tiny_model()
-        scores = []
-        for _ in range(2):
-            torch.manual_seed(3)
-            scores.append(score_texts(model, IDS, num_samples=3).energy)
-        assert torch.equal(*scores)
-
     def test_draws_are_made_some_at_a_time(self, monkeypatch, drawn):
         monkeypatch.setitem(text_scores.DRAWS_AT_ONCE, "cpu", 64)
         model = drawn(few_tokens(tiny_model(patch_size=1), 20))
@@ -323,10 +294,10 @@ class TestMeans:
         torch.testing.assert_close(scores.means()["brier"], torch.tensor([[0.3, 0.15], [1.0, -1.0]]))
 
 
-@pytest.mark.parametrize("num_samples", [1, 0, -3, 2.5, True, "3", None])
-def test_too_few_samples(num_samples):
-    with pytest.raises(ValueError, match=r"^num_samples=.*must be a whole number of at least 2[^.]*\.$"):
-        score_texts(tiny_model(), IDS, num_samples=num_samples)
+def test_too_few_samples():
+    for num_samples in (1, 2.5, True, None):
+        with pytest.raises(ValueError, match=r"^num_samples=.*must be a whole number of at least 2[^.]*\.$"):
+            score_texts(tiny_model(), IDS, num_samples=num_samples)
 
 
 @pytest.mark.parametrize(
