@@ -14,11 +14,8 @@ Axes: S hidden states, V symbols, B blocks or documents, L tokens, n = 1..4 toke
 "..." stands for any leading axes.
 """
 
-import argparse
 import json
-import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import ceil
@@ -31,11 +28,12 @@ from transformers import PreTrainedTokenizerFast
 
 from calm.command_line import Parser, command, known_errors, natural, positive
 from calm.evaluation.brier import MAX_N
+from calm.files import unfinished
 from calm.progress import progress_bar
 from calm.training.tokenizer import PAD, SPECIAL_TOKENS, save_tokenizer, with_special_tokens
 
 FIRST_SYMBOL = 0x4E00  # the symbols are CJK ideographs in order: 20,000 characters that no normalisation touches
-LANGUAGE_FILE = "language.json"  # which language a folder holds; written last, so that the folder is complete with it
+LANGUAGE_FILE = "language.json"  # which language a folder holds
 
 
 @dataclass(frozen=True)
@@ -173,12 +171,8 @@ def _drawn(cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_size: int) -> np.ndarray:
     """(B, M, S): the beliefs at the positions of blocks at which `calm.evaluation` scores a model.
 
-    These are the ends of patches, without the last ones, whose continuation would end in the next block.
-
-    Args:
-        language: of the blocks.
-        ids_BL: blocks of token ids, each out of one text: a model that reads a block knows nothing before it.
-        patch_size: K; 1 for a model that reads token by token.
+    These are the ends of patches (K = 1 for a model that reads token by token), without the last ones, whose
+    continuation would end in the next block. A model that reads a block knows nothing before it.
 
     Raises:
         ValueError: the blocks are no text of the language, are no whole number of patches, or too short.
@@ -200,10 +194,8 @@ def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_s
 
 
 def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[int, int]]) -> None:
-    """The language's tokenizer, its text, a file PART.jsonl for each part, and language.json, which says what it is.
-
-    Each file but the tokenizer's is written aside and renamed, language.json last: a folder that has it is complete
-    and stays as it is.
+    """A folder with the language's tokenizer, its text, a file PART.jsonl for each part, and language.json, which says
+    what it is. A folder that is there stays as it is.
 
     Args:
         language: which.
@@ -211,27 +203,23 @@ def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[i
         parts: name → documents, and tokens of each.
 
     Raises:
-        ValueError: the folder holds another language, or other parts of it.
+        ValueError: the folder is there, and holds something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     contents = json.dumps({**asdict(language), "parts": parts}, indent=2) + "\n"
-    marker = folder / LANGUAGE_FILE
-    if marker.exists():
-        if marker.read_text(encoding="utf-8") != contents:
+    if folder.exists():
+        marker = folder / LANGUAGE_FILE
+        if not marker.exists() or marker.read_text(encoding="utf-8") != contents:
             raise ValueError(f"{folder} holds another language or other parts of it: remove it, or choose another.")
         return
-    for seed, (name, (number, length)) in enumerate(parts.items()):
-        texts = map(language.text, language.sample(number, length, seed))
-        _write_aside(folder / f"{name}.jsonl", (json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
-    save_tokenizer(language.tokenizer(), folder)
-    _write_aside(marker, [contents])
-
-
-def _write_aside(path: Path, pieces: Iterable[str]) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(pieces)
-    os.replace(unfinished, path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(folder) as aside:
+        aside.mkdir()
+        for seed, (name, (number, length)) in enumerate(parts.items()):
+            with (aside / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                for symbols in language.sample(number, length, seed):
+                    file.write(json.dumps({"text": language.text(symbols)}, ensure_ascii=False) + "\n")
+        save_tokenizer(language.tokenizer(), aside)
+        (aside / LANGUAGE_FILE).write_text(contents, encoding="utf-8")
 
 
 def load(folder: Path) -> HiddenMarkovLanguage:
@@ -245,7 +233,8 @@ def load(folder: Path) -> HiddenMarkovLanguage:
     return HiddenMarkovLanguage(**fields)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.experiments.language", __doc__)
     parser.add_argument("--output", required=True, type=Path, help="folder that is made")
     parser.add_argument("--num_states", type=positive, default=24)
@@ -253,12 +242,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=natural, default=39, help="of the laws; default: 39, see docs/experiments.md")
     parser.add_argument("--train_documents", type=positive, default=256, help="of 65,536 tokens")
     parser.add_argument("--validation_documents", type=positive, default=3300, help="of 256 tokens")
-    return parser.parse_args(argv)
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     language = HiddenMarkovLanguage(args.num_states, args.vocab_size, seed=args.seed)
     parts = {"train": (args.train_documents, 2**16), "validation": (args.validation_documents, 2**8)}
     with known_errors(ValueError, OSError):

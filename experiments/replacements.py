@@ -1,6 +1,6 @@
 """What keeps a CALM from the best score: its parts replaced, one after the other, by something that has no fault.
 
-    python -m calm.experiments.replacements --model MODEL --language DIR [--auxiliary FILE]
+    python -m calm.experiments.replacements --model MODEL --language DIR
 
 - solver: a flow or diffusion head with more steps; what is gained was lost by the solver.
 - head: the multi-token loss that the backbone was trained with draws the patch in the head's place, token by token;
@@ -11,7 +11,6 @@
 Axes: B blocks, M positions, N draws, K tokens per patch, D hidden size, V vocabulary, S hidden states of the language.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -25,10 +24,13 @@ from calm.configuration_calm import CALMConfig
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.evaluation.report import write_json
 from calm.experiments.language import HiddenMarkovLanguage
-from calm.experiments.share import measure, parser_of, text_of
+from calm.experiments.share import measure, parser_of, share_of, text_of
 from calm.modeling_calm import CALMForCausalLM
-from calm.training.auxiliary import MultiTokenLoss
+from calm.progress import say
+from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss
+from calm.training.trainer import last_checkpoint
 
 STEPS_PER_CALL = 5 / 2  # of a finer solver for a network call of the model's: five times a flow head's steps
 
@@ -75,7 +77,7 @@ class TruthReader:
 
 
 def readers(
-    model: CALMForCausalLM, language: HiddenMarkovLanguage, auxiliary: Path | None
+    model: CALMForCausalLM, language: HiddenMarkovLanguage, folder: Path
 ) -> dict[str, CalmReader | TruthReader]:
     """Replaced part → reader; the model as it is comes first."""
     config = model.config
@@ -85,7 +87,8 @@ def readers(
         fine = CALMForCausalLM(CALMConfig(**{**config.to_dict(), **finer})).eval()
         fine.load_state_dict(model.state_dict())
         found["solver"] = CalmReader(fine)
-    if auxiliary is not None:
+    auxiliary = (last_checkpoint(folder) or folder) / AUXILIARY_FILE
+    if auxiliary.exists():
         chain = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         weights = safetensors.torch.load_file(auxiliary)
         chain.load_state_dict({name.removeprefix("auxiliary."): value for name, value in weights.items()})
@@ -97,26 +100,18 @@ def readers(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = parser_of("python -m calm.experiments.replacements", __doc__)
-    parser.add_argument("--auxiliary", type=Path, help="auxiliary.safetensors of the model's last checkpoint")
-    args = parser.parse_args(argv)
+    args = parser_of("python -m calm.experiments.replacements", __doc__).parse_args(argv)
     with known_errors(ValueError, OSError):
         model = load_causal_lm(args.model, device="cpu")
         if not is_calm(model):
             raise InputError(f"{args.model}: is no CALM, so there is nothing to replace.")
         language, blocks_BL = text_of(model, args)
-        results = {
-            name: measure(
-                *(reader, model.config.patch_size, language, blocks_BL, args.draws, args.batch_size),
-                what=f"{name} replaced",
-            )
-            for name, reader in readers(model, language, args.auxiliary).items()
-        }
-    for name, result in results.items():
-        low, high = result["share_interval"]
-        print(f"{name} replaced: {result['share']:.1%} ({low:.1%} to {high:.1%})")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        of = readers(model, language, Path(args.model))
+    options, results = (model.config.patch_size, language, blocks_BL, args.draws, args.batch_size), {}
+    for name, reader in of.items():
+        results[name] = measure(reader, *options, what=f"{name} replaced")
+        say(f"{name} replaced: {share_of(results[name])}")
+    write_json(args.json, results)
 
 
 if __name__ == "__main__":

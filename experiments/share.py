@@ -12,7 +12,6 @@ n = 1..4 tokens of a continuation.
 """
 
 import argparse
-import json
 import sys
 from math import ceil
 from pathlib import Path
@@ -26,6 +25,7 @@ from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.branching import CalmReader, CausalLMReader
 from calm.evaluation.brier import MAX_N, brierlm, prefix_matches
 from calm.evaluation.models import is_calm, load_causal_lm, positions_per_block
+from calm.evaluation.report import write_json
 from calm.experiments.language import HiddenMarkovLanguage, load, scored_beliefs
 from calm.progress import progress_bar
 from calm.training.documents import read_documents
@@ -114,9 +114,9 @@ def _intervals(values_R: np.ndarray) -> list:
     return np.quantile(values_R, [0.025, 0.975], axis=0).T.tolist()
 
 
-def reader_of(model) -> tuple[CalmReader | TokenReader, int]:
-    """The reader of a CALM or a causal LM, and its patch size."""
-    return (CalmReader(model), model.config.patch_size) if is_calm(model) else (TokenReader(model), 1)
+def share_of(result: dict) -> str:
+    """With its interval, for people."""
+    return "{:.1%} ({:.1%} to {:.1%})".format(result["share"], *result["share_interval"])
 
 
 def measure(
@@ -126,22 +126,10 @@ def measure(
     blocks_BL: Tensor,
     num_draws: int,
     batch_size: int,
-    seed: int = 0,
     what: str = "Share",
 ) -> dict:
-    """`summary` of a model on blocks (B, L) of the language's tokens.
-
-    Args:
-        reader: of the model, as `continuations` takes it.
-        patch_size: K; 1 for a causal LM.
-        language: whose text it is.
-        blocks_BL: ids.
-        num_draws: of every position.
-        batch_size: blocks at a time.
-        seed: of the draws.
-        what: stands before the progress bar.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """`summary` of a model, by its reader and K (1 for a causal LM), on blocks of the language's tokens."""
+    generator = torch.Generator().manual_seed(0)
     sums, best, positions = [], [], 0
     for batch_BL in progress_bar(blocks_BL.split(batch_size), what, "batch"):
         drawn = continuations(reader, batch_BL, patch_size, num_draws, generator)
@@ -189,16 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors(ValueError, OSError):
         model = load_causal_lm(args.model, device="cpu")
         language, blocks_BL = text_of(model, args)
-        result = measure(*reader_of(model), language, blocks_BL, args.draws, args.batch_size)
-    result = {"model": args.model, "block_size": args.block_size, "draws": args.draws, **result}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    low, high = result["share_interval"]
-    scores = " ".join(f"{b:.4f}" for b in result["brier"])
-    print(
-        f"{args.model}: Brier-1..4 {scores}, BrierLM {result['brierlm']['value']:.2f} of {result['best_brierlm']:.2f}:"
-    )
-    print(f"{result['share']:.1%} ({low:.1%} to {high:.1%}) at {result['positions']:,} positions")
+    reader, patch_size = (CalmReader(model), model.config.patch_size) if is_calm(model) else (TokenReader(model), 1)
+    result = measure(reader, patch_size, language, blocks_BL, args.draws, args.batch_size)
+    write_json(args.json, {"block_size": args.block_size, "draws": args.draws, **result})
+    print("Brier-1..4", *(f"{b:.4f}" for b in result["brier"]))
+    print(f"BrierLM {result['brierlm']['value']:.2f} of {result['best_brierlm']:.2f}: {share_of(result)}")
+    print(f"at {result['positions']:,} positions")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ per patch, X patches that are not negligible, U patches seen, D hidden, J settin
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -30,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calm.command_line import Parser, command, known_errors, natural, positive, writable
+from calm.command_line import Parser, command, known_errors, positive, writable
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.models import is_calm, load_causal_lm
+from calm.evaluation.report import markdown, write_json
 from calm.experiments.language import HiddenMarkovLanguage, load
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 from calm.modeling_calm import CALMForCausalLM
@@ -55,6 +54,13 @@ SETTINGS = [
 ]
 MOST_DRAWS = max(sampling.most_draws for sampling in SETTINGS)
 COLUMNS = ("exact draws", "true law", "true law, recorded", "model")
+FIGURES = {  # title of the table, name in a row, and format
+    "total_variation": ("Total variation from the sharpened law:", "total variation", "{:.3f} ± {:.3f}"),
+    "entropy_difference": (
+        "Entropy less the sharpened law's, nats (the exact draws show what so few patches lose):",
+        *("entropy less the law's", "{:+.2f} ± {:.2f}"),
+    ),
+}
 CONTEXT_LENGTH = 64
 TRUE_RECORD = 2**20  # draws of P are cheap: so many that what rows share of them doesn't show
 LEAST = 1e-9  # less probable patches are left out: together about 1e-4 of the command's language
@@ -204,20 +210,18 @@ def measure_model(
     patch_size: int,
     num_patches: int,
     num_recorded: int,
-    seed: int = 0,
 ) -> dict:
-    """What the command writes, see `results`.
+    """What the command writes, see `results`, of patches that are chosen after each context and setting.
 
     Args:
         reader: of the model.
         language: that the model was trained on.
         ids_CL: contexts, whole patches of the beginnings of texts.
         patch_size: K.
-        num_patches: B, to choose after each context and setting.
+        num_patches: B.
         num_recorded: M, a power of 2 of at least `MOST_DRAWS`.
-        seed: of all that is drawn.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     vocab_size = int(language.ids(np.array(language.vocab_size)))
     states_CD = reader.read(ids_CL.unflatten(1, (-1, patch_size)))[:, -1]
     figures, entropies, own = [], [], []
@@ -227,43 +231,35 @@ def measure_model(
         own.append([law.compare(law.draw(num_recorded, generator)), law.compare(model_M)])
         figures.append(measure(law, model_M, num_patches, generator))
         entropies.append([law.sharpened(sampling.temperature).entropy for sampling in SETTINGS])
-    return results(np.array(figures), np.array(entropies), np.array(own)) | {
+    sizes = {
         "contexts": len(ids_CL),
         "context_length": ids_CL.shape[1],
         "draws": num_patches,
         "recorded": num_recorded,
-        "seed": seed,
     }
+    return results(np.array(figures), np.array(entropies), np.array(own)) | sizes
 
 
 def results(figures_CJA2: np.ndarray, entropies_CJ: np.ndarray, own_C22: np.ndarray) -> dict:
-    """Means over contexts, each with its standard error.
+    """Means over contexts, each with its standard error, of what `measure` found; and at T = 1 of whole records."""
 
-    Args:
-        figures_CJA2: of `measure`.
-        entropies_CJ: of the sharpened laws.
-        own_C22: at T = 1 of whole records, of exact draws and of the model's.
-    """
-    rows = []
-    for j, sampling in enumerate(SETTINGS):
-        variation, difference = (
-            {name: _mean_and_error(figures_CJA2[:, j, a, i]) for a, name in enumerate(COLUMNS)} for i in range(2)
-        )
-        rows.append(
-            {
-                "temperature": sampling.temperature,
-                "method": sampling.sampling_method if sampling.temperature < 1 else None,
-                "num_candidates": sampling.num_candidates if sampling.temperature < 1 else None,
-                "exact_entropy": _mean_and_error(entropies_CJ[:, j]),
-                "total_variation": variation,
-                "entropy_difference": difference,
-            }
-        )
-    own = {
-        figure: {name: _mean_and_error(own_C22[:, a, i]) for a, name in enumerate(("exact draws", "model"))}
-        for i, figure in enumerate(("total_variation", "entropy_difference"))
-    }
-    return {"settings": rows, "own_law": own}
+    def by_figure(values_CA2: np.ndarray, columns: tuple[str, ...]) -> dict:
+        return {
+            figure: {name: _mean_and_error(values_CA2[:, a, i]) for a, name in enumerate(columns)}
+            for i, figure in enumerate(FIGURES)
+        }
+
+    rows = [
+        {
+            "temperature": sampling.temperature,
+            "method": sampling.sampling_method if sampling.temperature < 1 else None,
+            "num_candidates": sampling.num_candidates if sampling.temperature < 1 else None,
+            "exact_entropy": _mean_and_error(entropies_CJ[:, j]),
+            **by_figure(figures_CJA2[:, j], COLUMNS),
+        }
+        for j, sampling in enumerate(SETTINGS)
+    ]
+    return {"settings": rows, "own_law": by_figure(own_C22, ("exact draws", "model"))}
 
 
 def _mean_and_error(values_C: np.ndarray) -> tuple[float, float]:
@@ -272,52 +268,26 @@ def _mean_and_error(values_C: np.ndarray) -> tuple[float, float]:
 
 
 def report(results: dict[str, dict]) -> str:
-    """Markdown: both tables and the models' own laws.
-
-    Args:
-        results: by the models' names; what has nothing to do with a model is the first one's.
-    """
+    """Markdown: both tables and the models' own laws, by the models' names; the other columns are the first one's."""
     first = next(iter(results.values()))
-    own = [result["own_law"] for result in results.values()]
-    lines = [
+    parts = [
         f"{first['draws']:,} patches after each of {first['contexts']} contexts of {first['context_length']} tokens; "
-        f"records of {first['recorded']:,} draws; means ± a standard error over the contexts.",
-        "",
-        "Total variation from the sharpened law:",
-        "",
-        *_table(results, "total_variation", "{:.3f} ± {:.3f}"),
-        "",
-        "Entropy less the sharpened law's, nats (the exact draws show what so few patches lose):",
-        "",
-        *_table(results, "entropy_difference", "{:+.2f} ± {:.2f}"),
-        "",
-        f"The laws themselves at T = 1, of all {first['recorded']:,} draws:",
-        "",
-        *_lines(["", COLUMNS[0], *results]),
+        f"records of {first['recorded']:,} draws; means ± a standard error over the contexts."
     ]
-    for figure, label, form in (
-        ("total_variation", "total variation", "{:.3f} ± {:.3f}"),
-        ("entropy_difference", "entropy less the law's", "{:+.2f} ± {:.2f}"),
-    ):
-        cells = [own[0][figure]["exact draws"], *(laws[figure]["model"] for laws in own)]
-        lines += _lines([label, *(form.format(*cell) for cell in cells)], heading=False)
-    return "\n".join(lines)
-
-
-def _table(results: dict[str, dict], figure: str, form: str) -> list[str]:
-    *law, model = COLUMNS
-    lines = _lines(["T", "method", "N", "entropy", *law, *results])
-    for rows in zip(*(result["settings"] for result in results.values()), strict=True):
-        first = rows[0]
-        cells = [*(first[figure][name] for name in law), *(row[figure][model] for row in rows)]
-        setting = [f"{first['temperature']:.2g}", first["method"] or "–", f"{first['num_candidates'] or '–'}"]
-        setting.append(f"{first['exact_entropy'][0]:.2f}")
-        lines += _lines([*setting, *(form.format(*cell) for cell in cells)], heading=False)
-    return lines
-
-
-def _lines(cells: list[str], heading: bool = True) -> list[str]:
-    return [f"| {' | '.join(cells)} |"] + ["|" + " --- |" * len(cells)] * heading
+    own_rows = []
+    for figure, (title, label, form) in FIGURES.items():
+        rows = []
+        for same in zip(*(result["settings"] for result in results.values()), strict=True):
+            row = same[0]
+            cells = [*(row[figure][name] for name in COLUMNS[:-1]), *(other[figure]["model"] for other in same)]
+            setting = [f"{row['temperature']:.2g}", row["method"] or "–", f"{row['num_candidates'] or '–'}"]
+            rows.append([*setting, f"{row['exact_entropy'][0]:.2f}", *(form.format(*cell) for cell in cells)])
+        parts += [title, markdown(["T", "method", "N", "entropy", *COLUMNS[:-1], *results], rows)]
+        cells = [first["own_law"][figure]["exact draws"]]
+        cells += [result["own_law"][figure]["model"] for result in results.values()]
+        own_rows.append([label, *(form.format(*cell) for cell in cells)])
+    parts += [f"The laws themselves at T = 1, of all {first['recorded']:,} draws:"]
+    return "\n\n".join([*parts, markdown(["", COLUMNS[0], *results], own_rows)])
 
 
 def read_contexts(folder: Path, num_contexts: int, patch_size: int) -> Tensor:
@@ -353,37 +323,27 @@ def load_model(name: str, language: HiddenMarkovLanguage) -> CALMForCausalLM:
     return model
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.experiments.sharpening", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM trained on the language")
     parser.add_argument("--language", required=True, type=Path, help="folder of calm.experiments.language")
     parser.add_argument("--contexts", type=positive, default=16, help="two at least (default: 16)")
     parser.add_argument("--draws", type=positive, default=1000, help="patches chosen after each (default: 1,000)")
-    parser.add_argument(
-        "--recorded", type=positive, default=2**15, help="draws of the model after each, a power of 2 (default: 2^15)"
-    )
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--recorded", type=positive, default=2**15, help="draws of the model after each, a power of 2")
     parser.add_argument("--json", type=writable, help="write the figures")
     args = parser.parse_args(argv)
     if args.contexts < 2:
         parser.error("--contexts 1: a standard error needs two")
     if args.recorded < MOST_DRAWS or args.recorded & (args.recorded - 1):
         parser.error(f"--recorded {args.recorded}: must be a power of 2, and at least {MOST_DRAWS}")
-    return args
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
     with known_errors():
         language = load(args.language)
         model = load_model(args.model, language)
         ids_CL = read_contexts(args.language, args.contexts, model.config.patch_size)
-    patch_size = model.config.patch_size
-    result = measure_model(CalmReader(model), language, ids_CL, patch_size, args.draws, args.recorded, args.seed)
+    result = measure_model(CalmReader(model), language, ids_CL, model.config.patch_size, args.draws, args.recorded)
     print(report({args.model: result}))
-    if args.json:
-        args.json.write_text(json.dumps({"model": args.model, **result}, indent=2) + "\n", encoding="utf-8")
+    write_json(args.json, result)
 
 
 if __name__ == "__main__":
