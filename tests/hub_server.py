@@ -1,7 +1,7 @@
 """A Hugging Face Hub in one process: the part of its HTTP API that a push and a pull use, on loopback, in memory.
 
 The real `huggingface_hub` client talks to it when HF_ENDPOINT is `HubServer.url`. Every push is a commit; a revision
-is a branch, a tag or a commit id. Files of LFS type go through the git-lfs "basic" transfer and are served, as by the
+is `main` or a commit id. Files of LFS type go through the git-lfs "basic" transfer and are served, as by the
 real Hub, through a redirect to another host. Xet, its successor, is switched off in `client_environment`.
 """
 
@@ -16,11 +16,8 @@ from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-import pytest
-
 USER = "reader"
 TOKEN = "hf_" + "loopback" * 4
-MAX_BODY_BYTES = 128 * 2**20
 SOCKET_TIMEOUT_SECONDS = 30
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 LFS_MIN_BYTES = 10 * 2**20  # the Hub refuses larger files outside LFS
@@ -82,20 +79,20 @@ class Commit:
 
 
 class Repository:
-    """Commits of one model repository and the branches and tags that name them."""
+    """Commits of one model repository, the last of which is `main`."""
 
     def __init__(self):
-        self.commits, self.branches, self.tags = {}, {}, {}
-        self.append("main", {}, "initial commit", None)
+        self.commits = {}
+        self.append({}, "initial commit", None)
 
-    def append(self, branch, files, message, parent):
+    def append(self, files, message, parent):
         commit = Commit(files, message, parent)
         self.commits[commit.oid] = commit
-        self.branches[branch] = commit.oid
+        self.main = commit.oid
         return commit
 
     def at(self, revision="main"):
-        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        oid = self.main if revision == "main" else revision
         if oid not in self.commits:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return self.commits[oid]
@@ -131,38 +128,10 @@ class HubApi:
         return json_response({"id": repo, "sha": commit.oid, "private": False, "tags": [], "siblings": siblings})
 
     def tree(self, body, repo, revision, path=""):
-        """All files below `path`: the client keeps the ones it asked for, whether or not it asked recursively."""
-        commit = self.repository(repo).at(revision)
-        below = [name for name in sorted(commit.files) if not path or name.startswith(path + "/")]
-        if path and not below:
+        if path:  # no repository here has folders
             raise HubError(404, "EntryNotFound", f"{path} does not exist on {revision}")
-        return json_response([commit.files[name].describe(name) for name in below])
-
-    def refs(self, body, repo):
-        repository = self.repository(repo)
-
-        def entries(kind, references):
-            return [
-                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid} for name, oid in references.items()
-            ]
-
-        branches, tags = entries("heads", repository.branches), entries("tags", repository.tags)
-        return json_response({"branches": branches, "tags": tags, "converts": []})
-
-    def create_branch(self, body, repo, revision):
-        repository = self.repository(repo)
-        if revision in repository.branches:
-            raise HubError(409, "", f"Reference already exists: {revision}")
-        repository.branches[revision] = repository.at(json.loads(body).get("startingPoint", "main")).oid
-        return json_response({})
-
-    def create_tag(self, body, repo, revision):
-        repository = self.repository(repo)
-        tag = json.loads(body)["tag"]
-        if tag in repository.tags:
-            raise HubError(409, "", f"Tag already exists: {tag}")
-        repository.tags[tag] = repository.at(revision).oid
-        return json_response({})
+        files = self.repository(repo).at(revision).files
+        return json_response([files[name].describe(name) for name in sorted(files)])
 
     def preupload(self, body, repo, revision):
         """Says which files go through LFS, and the etags that the client compares with to skip unchanged ones."""
@@ -199,9 +168,7 @@ class HubApi:
     def commit(self, body, repo, revision):
         """`body` is ndjson: one header line, then one line per changed file."""
         repository = self.repository(repo)
-        if revision not in repository.branches:
-            raise HubError(404, "RevisionNotFound", f"Not a branch: {revision}")
-        parent = repository.at(revision)
+        parent = repository.at("main")
         files, message = dict(parent.files), ""
         for line in body.splitlines():
             item = json.loads(line)
@@ -216,7 +183,7 @@ class HubApi:
                 files[value["path"]] = StoredFile(self.lfs_objects[value["oid"]], is_lfs=True)
             else:
                 raise HubError(400, "", f"Unknown commit operation: {key}")
-        commit = repository.append(revision, files, message, parent.oid)
+        commit = repository.append(files, message, parent.oid)
         return json_response({"commitOid": commit.oid, "commitUrl": f"{self.url}/{repo}/commit/{commit.oid}"})
 
     def resolve(self, body, repo, revision, path):
@@ -239,9 +206,6 @@ ROUTES = [
     ("GET", "/api/models/{repo}/revision/{revision}", HubApi.model_info),
     ("GET", "/api/models/{repo}/tree/{revision}", HubApi.tree),
     ("GET", "/api/models/{repo}/tree/{revision}/{path}", HubApi.tree),
-    ("GET", "/api/models/{repo}/refs", HubApi.refs),
-    ("POST", "/api/models/{repo}/branch/{revision}", HubApi.create_branch),
-    ("POST", "/api/models/{repo}/tag/{revision}", HubApi.create_tag),
     ("POST", "/api/models/{repo}/preupload/{revision}", HubApi.preupload),
     ("POST", "/api/models/{repo}/commit/{revision}", HubApi.commit),
     ("POST", "/{repo}.git/info/lfs/objects/batch", HubApi.lfs_batch),
@@ -281,11 +245,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True
             raise HubError(411, "", "Send a Content-Length")
-        length = int(self.headers.get("Content-Length", 0))
-        if length > MAX_BODY_BYTES:
-            self.close_connection = True
-            raise HubError(413, "", f"A body of {length} bytes is over the limit of {MAX_BODY_BYTES}")
-        return self.rfile.read(length)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def respond(self, body):
         hub, method, path = self.server.hub, self.command.replace("HEAD", "GET"), urlsplit(self.path).path
@@ -302,18 +262,12 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def send(self, response):
-        body, status, headers = response.body, response.status, dict(response.headers)
-        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if byte_range and status == 200:
-            first, last = int(byte_range[1]), min(int(byte_range[2] or len(body)), len(body) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
-            body, status = body[first : last + 1], 206
-        self.send_response(status)
-        for name, value in {"Accept-Ranges": "bytes", "Content-Length": str(len(body)), **headers}.items():
+        self.send_response(response.status)
+        for name, value in {"Content-Length": str(len(response.body)), **response.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(response.body)
 
     def log_message(self, format, *args):
         pass
@@ -340,10 +294,10 @@ class HubServer:
         self.http.server_close()
         self.thread.join()
 
-    def commits(self, repo, branch="main"):
-        """The commits of a branch, newest first, without the empty one that every repository starts with."""
+    def commits(self, repo):
+        """Its commits, newest first, without the empty one that every repository starts with."""
         repository = self.api.repositories[repo]
-        commit = repository.at(branch)
+        commit = repository.at()
         while commit.parent is not None:
             yield commit
             commit = repository.commits[commit.parent]
@@ -356,9 +310,3 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"])),
         }
-
-
-@pytest.fixture
-def hub():
-    with HubServer() as server:
-        yield server

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import fresh_process
 import pytest
-from hub_server import TOKEN, USER, HubServer
+from hub_server import TOKEN, USER
 from model_copies import AUTO_MAP, assert_carries_its_code, code_digests, root_code, sample_text, weights_digest
 
 REPO = f"{USER}/tiny-calm"
+
+pytestmark = pytest.mark.transformers
 
 
 def push_twice(repo):
@@ -61,12 +63,6 @@ def code_of(commit):
 
 
 @pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def pushed(hub, tmp_path_factory):
     home = tmp_path_factory.mktemp("push")
     return fresh_process.call(push_twice, home, hub.client_environment(), repo=REPO).result
@@ -103,6 +99,7 @@ def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
     assert_carries_its_code(copy)
 
 
+@pytest.mark.slow
 def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub, tmp_path):
     repo = f"{USER}/trained"
     home = tmp_path / "home"
