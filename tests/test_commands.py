@@ -18,12 +18,9 @@ NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]
 WRONG_PATHS = {
     "calm.app": [NOWHERE, "--space", "{tmp}"],  # without it gradio is asked for first
-    "calm.benchmarks.convert_memory": ["--size", NOWHERE],  # it reads no file
     "calm.benchmarks.generation": ["--json", f"{NOWHERE}/rows.json"],
     "calm.benchmarks.gpu": ["--device", "cpu", "--pairs", NOWHERE],
     "calm.benchmarks.operations": ["--shape", NOWHERE],
-    "calm.benchmarks.prefill": ["--shape", NOWHERE],
-    "calm.benchmarks.quantised": [NOWHERE],
     "calm.benchmarks.serving": ["--model", NOWHERE],
     "calm.benchmarks.speed": ["--demo", NOWHERE],
     "calm.benchmarks.truncation": ["--pools", NOWHERE],
@@ -52,7 +49,6 @@ WRONG_PATHS = {
     "calm.training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
 }
 REFUSED_WHILE_PARSING = (  # these need no option
-    "calm.benchmarks.convert_memory",
     "calm.benchmarks.generation",
     "calm.benchmarks.truncation",
     "calm.docs.draw_architecture",

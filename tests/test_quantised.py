@@ -1,4 +1,4 @@
-"""Quantised models: each method writes a text and has a loss; they are saved and loaded; the benchmark's table."""
+"""Quantised models: each method writes a text and has a loss; they are saved and loaded."""
 
 import copy
 import logging
@@ -6,12 +6,10 @@ import warnings
 
 import pytest
 import torch
-from commands import refusal
 from text_and_loss import text_and_loss
 from tiny import HEAD_TYPES, tiny_model
 from transformers import BitsAndBytesConfig
 
-from calm.benchmarks import quantised
 from calm.modeling_calm import CALMForCausalLM
 
 # bitsandbytes' 4-bit blocks are of 64 values.
@@ -97,24 +95,3 @@ def test_torchao(tmp_path, head_type, config):
 
 def first_linear(module):
     return next(name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear))
-
-
-def test_the_table(tmp_path, capsys, monkeypatch):
-    """The model itself agrees with itself, another one doesn't, and a missing package is said."""
-
-    def missing(_):
-        import a_package_that_is_not_there  # noqa: F401
-
-    methods = {quantised.FULL: quantised.METHODS[quantised.FULL]}
-    methods |= {"same": methods[quantised.FULL], "other": lambda _: tiny_model(seed=1), "none": missing}
-    monkeypatch.setattr(quantised.table, "__defaults__", (methods,))
-    tiny_model().save_pretrained(tmp_path)
-    assert quantised.main([str(tmp_path), "--tokens", "24", "--rounds", "1"]) == 0
-    full, same, other, none = capsys.readouterr().out.splitlines()[2:]
-    assert full.startswith("| float32 | 100.0 % | ") and same.startswith("| same | 100.0 % | ")
-    assert float(other.split("|")[2].split("%")[0]) < 60
-    assert none == "| none | – | – | No module named 'a_package_that_is_not_there' |"
-
-
-def test_refusal(capsys):
-    assert "--rounds: 0: must be a whole number of at least 1" in refusal(capsys, quantised.main, ".", "--rounds", "0")
