@@ -113,12 +113,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except Exception as error:  # OverflowError of a port, TypeError of a host
         listening.close()
-        raise cannot_listen(host, port, error) from None
+        raise OSError(f"{host}:{port} can't be listened on ({getattr(error, 'strerror', None) or error})") from None
     return listening
-
-
-def cannot_listen(host: str, port: int, error: Exception) -> OSError:
-    return OSError(f"{host}:{port} can't be listened on ({getattr(error, 'strerror', None) or error})")
 
 
 def load_batcher(options):
@@ -128,34 +124,20 @@ def load_batcher(options):
     """
     import torch
 
-    from calm.evaluation.models import is_calm, load_causal_lm
-    from calm.loading import check_tokenizer, reading
+    from calm.inspect_text import load
     from calm.serving.batcher import Batcher
-    from calm.training.tokenizer import load_tokenizer
 
     with known_errors():
-        template = None if options.chat_template is None else read_template(options.chat_template)
-        with reading(options.model):
-            tokenizer = load_tokenizer(options.model)
+        template = options.chat_template and read_template(options.chat_template)
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
         if dtype != "auto" and not isinstance(dtype, torch.dtype):
             raise ValueError(f"--dtype {options.dtype}: must be auto or a type of torch, as float32 or bfloat16.")
-        model = load_causal_lm(options.model, dtype, options.device)
-        if not is_calm(model):
-            raise ValueError(f"{options.model} is no CALM: its model_type is {model.config.model_type!r}.")
-        check_tokenizer(model, tokenizer, options.model)
+        model, tokenizer = load(options.model, options.device, dtype)
         if template is not None:
             tokenizer.chat_template = template
         check_chat_template(tokenizer)
-        return Batcher(
-            model,
-            tokenizer,
-            max_rows=options.max_rows,
-            max_waiting=options.max_waiting,
-            max_length=options.max_length,
-            max_draws=options.max_draws,
-            prefill_chunk_size=options.prefill_chunk_size,
-        )
+        limits = ("max_rows", "max_waiting", "max_length", "max_draws", "prefill_chunk_size")
+        return Batcher(model, tokenizer, **{name: getattr(options, name) for name in limits})
 
 
 def read_template(path: Path) -> str:
@@ -187,10 +169,8 @@ def run(app, batcher, listening: socket.socket, options) -> None:
     from calm.serving.connections import Server
 
     host, port = listening.getsockname()[:2]
-    try:
+    with known_errors(OSError):  # another server was started at the same time
         listening.listen()
-    except OSError as error:  # another server was started at the same time
-        raise InputError(f"{cannot_listen(host, port, error)}.") from None
     print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         Server(app, batcher, options.grace).run(sockets=[listening])

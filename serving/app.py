@@ -13,9 +13,10 @@ import contextlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -236,17 +237,6 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(job.events.put_nowait, (index, event))
 
-        def listener(index: int) -> Callable[[Piece], None]:
-            is_told = False
-
-            def on_piece(piece: Piece) -> None:
-                nonlocal is_told
-                if request.stream or not is_told:
-                    tell(index, piece)
-                is_told = True
-
-            return on_piece
-
         try:
             for index in range(num_texts):
                 future = self.batcher.submit(
@@ -256,18 +246,15 @@ class Server:
                     stop=request.stop or (),
                     ignore_eos=bool(request.ignore_eos),
                     seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
-                    on_piece=listener(index),
+                    on_piece=partial(tell, index),
                     **request.sampling(),
                     **job.rules,
                 )
                 job.futures.append(future)
                 future.add_done_callback(lambda _, index=index: tell(index, None))
-        except ValueError as error:
+        except (ValueError, QueueFull, BatcherClosed) as error:
             job.cancel()
-            raise BadRequest.of(error, request) from None
-        except (QueueFull, BatcherClosed):
-            job.cancel()
-            raise
+            raise BadRequest.of(error, request) if isinstance(error, ValueError) else error from None
 
     async def _events(self, job: Job) -> AsyncIterator[tuple[int, Piece | None]]:
         """What happens to the texts until all have ended.
