@@ -2,10 +2,8 @@
 
 import logging
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-import peft
 import pytest
 import torch
 import transformers
@@ -18,7 +16,6 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
-    WatermarkingConfig,
 )
 
 from calm import generation_calm
@@ -31,8 +28,13 @@ FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20}
 NO_EOS = {"eos_token_id": None}
 
 
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
 @pytest.fixture(scope="module", params=HEAD_TYPES)
-def model(request):
+def of_any_head(request):
     return tiny_model(request.param)
 
 
@@ -60,20 +62,17 @@ class Scripted:
 # Lengths and stopping
 
 
-@pytest.mark.parametrize("new_tokens", [1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("new_tokens", [1, 4, 5, 11])
 def test_max_new_tokens_exactly(model, new_tokens):
-    output = generate(model, max_new_tokens=new_tokens, **NO_EOS)
-    assert output.shape == (1, 6 + new_tokens)
-    assert torch.equal(output[:, :6], PROMPT)
+    for lengths in ({"max_new_tokens": new_tokens}, {"max_length": 6 + new_tokens}):
+        output = generate(model, **lengths, **NO_EOS)
+        assert output.shape == (1, 6 + new_tokens)
+        assert torch.equal(output[:, :6], PROMPT)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 8])
 def test_every_patch_size(patch_size):
     assert generate(tiny_model(patch_size=patch_size), max_new_tokens=9, **NO_EOS).shape == (1, 15)
-
-
-def test_max_length_exactly(model):
-    assert generate(model, max_length=13, **NO_EOS).shape == (1, 13)
 
 
 def test_eos_within_a_patch_stops_and_pads(monkeypatch, model):
@@ -114,9 +113,8 @@ def test_min_new_tokens_bans_eos_until_then(lazy):
 
 
 def test_max_time(model):
-    started = time.time()
-    output = generate(model, max_new_tokens=100_000, max_time=0.3, **NO_EOS)
-    assert time.time() - started < 30 and 6 < output.shape[1] < 100_000
+    output = generate(model, max_new_tokens=100_000, max_time=0.1, **NO_EOS)
+    assert 6 < output.shape[1] < 100_000
 
 
 def test_custom_stopping_criteria_see_every_token(model):
@@ -212,14 +210,13 @@ def test_streamers(model, capsys):
     "kwargs",
     [
         {"temperature": 1.0},
-        {"temperature": 0.5},
         {"temperature": 0.7},
-        {"sampling_method": "adaptive"},
-        {"temperature": 0.4, "sampling_method": "exact"},
+        {"temperature": 0.5, "sampling_method": "exact"},
     ],
     ids=str,
 )
-def test_the_seed_or_a_generator_fixes_the_text(model, kwargs):
+def test_the_seed_or_a_generator_fixes_the_text(of_any_head, kwargs):
+    model = of_any_head
     one, same, other = (generate(model, seed=seed, max_new_tokens=16, **kwargs) for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
     one, same, other = (
@@ -252,15 +249,13 @@ def test_eight_threads_write_the_texts_of_one(model, cache):
     expected = [text(seed) for seed in range(8)]
     before = model.config.to_dict()
     with ThreadPoolExecutor(8) as threads:
-        for _ in range(3):
-            texts = threads.map(text, range(8))
-            assert all(torch.equal(*pair) for pair in zip(texts, expected, strict=True))
+        texts = threads.map(text, range(8))
+        assert all(torch.equal(*pair) for pair in zip(texts, expected, strict=True))
     assert model.config.to_dict() == before
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_greedy_is_one_text_per_prompt_batched_or_not(head_type):
-    model = tiny_model(head_type)
+def test_greedy_is_one_text_per_prompt_batched_or_not(of_any_head):
+    model = of_any_head
     tokenizer = tiny_tokenizer()
     texts = ["once", "upon a time", "a", "there was a fox"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
@@ -295,8 +290,8 @@ def test_pack_prompts_strips_padding_anywhere():
     assert packed.tolist() == [[9, 1, 2, 3]] and patches.tolist() == [[1]]
 
 
-def test_padding_of_a_batch_does_not_change_a_row(model):
-    """What the backbone sees of a row is the same alone, in a batch, and padded on the other side."""
+def test_padding_does_not_change_a_row(model):
+    """On either side."""
     kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 9, **NO_EOS}
     alone = generate(model, **kwargs)[0, 6:]
     left = torch.cat([torch.full((1, 5), PAD), PROMPT], dim=1)
@@ -322,27 +317,24 @@ def test_empty_prompts_start_from_bos(model):
     assert torch.equal(generate(model, batch, attention_mask=mask, **kwargs)[1, 2:], from_bos)
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("dtype", [torch.long, torch.float32])  # a tokenizer makes floats of empty texts
-def test_a_batch_of_empty_prompts(model, with_mask, dtype):
+@pytest.mark.parametrize("mask", [{}, {"attention_mask": torch.empty(2, 0, dtype=torch.long)}], ids=["", "mask"])
+def test_a_batch_of_empty_prompts(model, mask):
+    """A tokenizer makes floats of empty texts."""
     kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 6, **NO_EOS}
-    mask = {"attention_mask": torch.empty(2, 0, dtype=torch.long)} if with_mask else {}
     from_bos = generate(model, torch.tensor([[BOS]]), **kwargs)[:, 1:]
-    assert torch.equal(generate(model, torch.empty(2, 0, dtype=dtype), **mask, **kwargs), from_bos.repeat(2, 1))
-    four = generate(
-        model, torch.empty(2, 0, dtype=dtype), num_return_sequences=2, **mask, **FAST | {"max_new_tokens": 6}
-    )
+    assert torch.equal(generate(model, torch.empty(2, 0), **mask, **kwargs), from_bos.repeat(2, 1))
+    four = generate(model, torch.empty(2, 0), num_return_sequences=2, max_new_tokens=6, **mask)
     assert four.shape[0] == 4 and four.shape[1] <= 6
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-def test_ids_of_any_whole_type(model, dtype):
-    output = generate(model, PROMPT.to(dtype), max_new_tokens=6, **NO_EOS)
-    assert output.dtype == torch.long
-    assert torch.equal(output, generate(model, max_new_tokens=6, **NO_EOS))
+def test_ids_of_any_whole_type(model):
+    expected = generate(model, max_new_tokens=6, **NO_EOS)
+    for dtype in (torch.int32, torch.uint8):
+        output = generate(model, PROMPT.to(dtype), max_new_tokens=6, **NO_EOS)
+        assert output.dtype == torch.long and torch.equal(output, expected)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 7, 12, 100])
+@pytest.mark.parametrize("chunk_size", [1, 7, 12])
 def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, model, chunk_size):
     """In whole patches, at least one; a batch with padding."""
     ids = torch.randint(3, PAD, (2, 22), generator=torch.Generator().manual_seed(0))
@@ -367,8 +359,6 @@ REFUSED = [
     ({"num_beams": 2, "do_sample": False}, "no beam search"),
     ({"num_beams": 2, "do_sample": True}, "no beam sample"),
     ({"prompt_lookup_num_tokens": 3}, "no assisted generation"),
-    ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
-    ({"watermarking_config": WatermarkingConfig()}, "watermarking_config"),
     ({"top_p": 1.5}, r"top_p=1.5: must be a share, in \[0, 1\]"),
     ({"top_k": -1}, "top_k=-1: must be a whole number"),
     ({"min_p": -0.1}, "min_p=-0.1: must be a share"),
@@ -377,7 +367,6 @@ REFUSED = [
     ({"bad_words_ids": [5]}, "bad_words_ids"),
     ({"repetition_penalty": -1.0}, "penalty"),
     ({"temperature": 0.0}, r"temperature=0.0.*\(0, 2\]"),
-    ({"temperature": -1.0}, r"temperature=-1.0.*\(0, 2\]"),
     ({"temperature": 2.5}, r"temperature=2.5.*\(0, 2\]"),
     ({"temperature": 0.2, "num_candidates": 4}, "num_candidates=4 is too few for temperature=0.2.*at least 5"),
     ({"num_candidates": 0}, "num_candidates=0"),
@@ -390,21 +379,8 @@ REFUSED = [
     ({"inputs": PROMPT.bool()}, "ids of type torch.bool: token ids are whole numbers"),
     ({"inputs": [[1, 2]]}, "generate.. got list: it takes ids as a tensor"),
     ({"generator": 5}, "generator=5: must be a torch.Generator"),
-    ({"cache_implementation": "quantized"}, "needs a package that is not installed: pip install optimum-quanto"),
-    (
-        {"cache_implementation": "quantized", "cache_config": {"backend": "hqq"}},
-        "needs a package that is not installed: pip install hqq",
-    ),
-    (
-        {"cache_implementation": "quantized", "cache_config": {"backend": "HQQ"}},
-        "needs a package that is not installed: pip install hqq",
-    ),
     ({"attention_mask": [[1] * 6]}, "attention_mask that is a list"),
-    ({"is_assistant": True}, "is_assistant=True"),
-    *(
-        ({"prefill_chunk_size": size}, f"prefill_chunk_size={size!r}: must be a positive")
-        for size in (0, -1, 2.5, "4")
-    ),
+    *(({"prefill_chunk_size": size}, f"prefill_chunk_size={size!r}: must be a positive") for size in (0, 2.5)),
     ({"compile_config": CompileConfig()}, 'compiled with a cache of fixed size; add cache_implementation="static"'),
 ]
 
@@ -448,14 +424,7 @@ def test_servers_that_ask_for_continuous_batching_hear_that_there_is_none(model)
     assert not hasattr(model, "continuous_batching_context_manager")
 
 
-def test_a_lora_adapter_is_not_ignored():
-    plain = generate(tiny_model(), max_new_tokens=12, **NO_EOS)
-    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj", "out_hidden"], init_lora_weights=False)
-    adapted = generate(peft.get_peft_model(tiny_model(), adapter), max_new_tokens=12, **NO_EOS)
-    assert adapted.shape == plain.shape and not torch.equal(adapted, plain)
-
-
-def test_sampling_settings_come_from_the_generation_config(model):
+def test_sampling_settings_come_from_the_generation_config():
     config = GenerationConfig(do_sample=True, temperature=0.25, num_candidates=7, sampling_method="exact")
     assert PatchSampling.from_generation_config(config) == PatchSampling(True, 0.25, 7, "exact")
     assert PatchSampling.from_generation_config(config, num_candidates=9).num_candidates == 9
@@ -467,11 +436,9 @@ def test_sampling_settings_come_from_the_generation_config(model):
 @pytest.mark.parametrize(
     ("prompts", "warned"),
     [
-        ([[BOS, BOS, 5, 6]], True),
         ([[BOS, 5, 6, 7], [PAD, BOS, BOS, 8]], True),
         ([[PAD, PAD, BOS, BOS]], True),
-        ([[BOS, 5, BOS, BOS]], False),
-        ([[PAD, BOS, 5, 6], [PAD, PAD, PAD, BOS]], False),
+        ([[BOS, 5, BOS, BOS], [PAD, PAD, PAD, BOS]], False),
     ],
 )
 def test_a_second_bos_is_warned_of(monkeypatch, model, prompts, warned):

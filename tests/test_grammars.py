@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,20 +74,16 @@ def texts(model, tokenizer, grammar, prompts=(PROMPT,), seed=0, max_new_tokens=1
 
 
 @needs_demo
-@pytest.mark.parametrize("law", LAWS, ids=str)
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_json_is_valid_in_batches_at_every_law(model, tokenizer, name, law):
+@pytest.mark.parametrize(
+    "name, law", [*((name, LAWS[0]) for name in SCHEMAS), *(("nested", law) for law in LAWS[1:])], ids=str
+)
+def test_json_is_valid_in_batches(model, tokenizer, name, law):
     grammar = Grammar(tokenizer, json_schema=SCHEMAS[name])
-    prompts = [PROMPT, "A", "He had " * 9]
-    for seed in (0, 10):
-        together, ids = texts(model, tokenizer, grammar, prompts, seed, **law)
-        for text, tokens in zip(together, ids, strict=True):
-            jsonschema.validate(json.loads(text), SCHEMAS[name])
-            written = tokens[: tokens.index(tokenizer.eos_token_id)]
-            assert not set(written) & set(tokenizer.all_special_ids)
-    # As alone, up to rounding, which differs between the shapes.
-    alone, _ = texts(model, tokenizer, grammar, prompts[:1], 10, **law)
-    jsonschema.validate(json.loads(alone[0]), SCHEMAS[name])
+    together, ids = texts(model, tokenizer, grammar, [PROMPT, "A", "He had " * 9], **law)
+    for text, tokens in zip(together, ids, strict=True):
+        jsonschema.validate(json.loads(text), SCHEMAS[name])
+        written = tokens[: tokens.index(tokenizer.eos_token_id)]
+        assert not set(written) & set(tokenizer.all_special_ids)
 
 
 @needs_demo
@@ -98,31 +93,20 @@ def test_seeds_give_different_json(model, tokenizer):
 
 
 @needs_demo
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_a_regex_is_matched_and_its_end_may_lie_within_a_patch(model, tokenizer, law):
+def test_a_regex_is_matched_and_its_end_may_lie_within_a_patch(model, tokenizer):
     """Of texts of two lengths one ends within a patch."""
-    for regex in ("[a-z]{3}", "[a-z]{4}", "(cat|dog)s? [0-9]{1,3}!", "(é|ü|☃){2}"):
-        grammar = Grammar(tokenizer, regex=regex)
-        (text,), (ids,) = texts(model, tokenizer, grammar, max_new_tokens=30, **law)
-        assert re.fullmatch(regex, text) and tokenizer.eos_token_id in ids
     lengths = set()
-    for seed in range(4):
-        (_,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex="[a-z ]{1,9}"), seed=seed, **law)
+    for regex in ("[a-z]{3}", "[a-z]{4}", "(cat|dog)s? [0-9]{1,3}!", "(é|ü|☃){2}"):
+        (text,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex=regex), max_new_tokens=30, temperature=0.5)
+        assert re.fullmatch(regex, text)
         lengths.add(ids.index(tokenizer.eos_token_id) % model.config.patch_size)
-    assert lengths == {0, 1} or law.get("do_sample") is False
+    assert lengths == {0, 1}
 
 
 @needs_demo
 def test_what_is_cut_off_is_a_beginning_that_matches(model, tokenizer):
     (text,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex="[a-z ]{60,}"), max_new_tokens=15)
     assert re.fullmatch("[a-z ]+", text) and len(ids) == 15
-
-
-@needs_demo
-def test_any_object_may_be_asked_for(model, tokenizer):
-    grammar = Grammar(tokenizer, json_schema={"type": "object"})
-    (text,), (ids,) = texts(model, tokenizer, grammar, temperature=1.0, seed=3, max_new_tokens=60)
-    assert text.startswith("{") and (tokenizer.eos_token_id not in ids or type(json.loads(text)) is dict)
 
 
 @needs_demo
@@ -224,28 +208,27 @@ def walk(tokenizer, grammar, seed, length=4):
     return ids[1:-1]
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.fixture(scope="module", params=MAKERS)
+def any_tokenizer(request):
+    return MAKERS[request.param]()
+
+
 @pytest.mark.parametrize("name", WALKED)
-def test_random_walks_end_as_json_of_the_schema(make, name):
-    if make == "demo" and not (ROOT / "tokenizer.json").exists():
-        pytest.skip("the root holds no trained model yet")
-    tokenizer, schema = MAKERS[make](), WALKED[name]
+def test_random_walks_end_as_json_of_the_schema(any_tokenizer, name):
+    tokenizer, schema = any_tokenizer, WALKED[name]
     grammar = Grammar(tokenizer, json_schema=schema)
     checker = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
-    for seed in range(6):
-        ids = walk(tokenizer, grammar, seed, length=4 + 6 * seed)
+    for seed in range(3):
+        ids = walk(tokenizer, grammar, seed, length=4 + 12 * seed)
         assert not set(ids) & set(tokenizer.all_special_ids)
         checker.validate(json.loads(tokenizer.decode(ids)))
 
 
-@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("regex", REGEXES)
-def test_random_walks_end_as_matches_of_the_regex(make, regex):
-    if make == "demo" and not (ROOT / "tokenizer.json").exists():
-        pytest.skip("the root holds no trained model yet")
-    tokenizer = MAKERS[make]()
-    grammar = Grammar(tokenizer, regex=regex)
-    assert all(re.fullmatch(regex, tokenizer.decode(walk(tokenizer, grammar, seed, 4 * seed))) for seed in range(6))
+def test_random_walks_end_as_matches_of_the_regex(any_tokenizer, regex):
+    grammar = Grammar(any_tokenizer, regex=regex)
+    for seed in range(3):
+        assert re.fullmatch(regex, any_tokenizer.decode(walk(any_tokenizer, grammar, seed, 8 * seed)))
 
 
 def test_candidates_are_masked_as_texts_read_from_the_beginning():
@@ -355,16 +338,6 @@ def test_a_name_is_not_spelt_so_that_its_schema_does_not_see_it(some_tokenizer):
     scores = processor(torch.tensor([ids]), torch.zeros(1, len(some_tokenizer)))[0]
     newline, code = some_tokenizer.convert_tokens_to_ids(["n", "u"])
     assert scores[newline] == 0 and scores[code] == -torch.inf
-
-
-LONG = {"type": "string", "maxLength": 2000}
-
-
-@pytest.mark.parametrize("asked", [{"json_schema": LONG}, {"regex": "[ab]*a[ab]{30}"}], ids=str)
-def test_a_grammar_is_built_soon(some_tokenizer, asked):
-    started = time.monotonic()
-    Grammar(some_tokenizer, **asked)
-    assert time.monotonic() - started < 2
 
 
 def test_what_the_vocabulary_cannot_spell_is_an_error():

@@ -5,10 +5,10 @@ import torch
 from test_scores import energy_score_by_loops
 from tiny import BOS, EOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 
+from calm.energy_head_calm import energy_score
 from calm.evaluation import text_scores
 from calm.evaluation.text_scores import score_texts
 from calm.heads_calm import PatchTarget
-from calm.scores_calm import energy_score
 
 TEXT = "a text of some patches"
 IDS = torch.randint(3, 95, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -305,7 +305,7 @@ def test_too_few_samples():
     [
         (TEXT, {"tokenizer": None}, r"got text: pass tokenizer=\.\.\., the model's own, or ids"),
         (TEXT, {"tokenizer": "."}, r"got text: pass tokenizer=\.\.\., the model's own, or ids"),
-        ([], {}, "at least one text"),
+        ([], {}, "a list of at least one"),
         (None, {}, "takes a text"),
         ([TEXT, None], {}, "takes a text"),
         ([TEXT, "ab\ud800"], {}, "got 2 texts, of which text 2 is none at character 2: half a surrogate pair"),
