@@ -3,10 +3,10 @@
     python tests/upstream_contacts.py      records the installed version in upstream_contacts.json
 
 A contact is (1) an attribute that one of our classes defines over a class of transformers, (2) a name with a leading
-underscore that our code reads and transformers defines, (3) what our code imports: a function, the `__init__` of a
-class (an output's has its fields), the `forward` of a module, or (4) the fields of `GenerationConfig`. Of each, the
-signature (names, kinds, defaults; the value of a plain attribute) is found, and of (1) and (2) the places in
-transformers' source that use it: those that call it, read it, import it, or name it in a string.
+underscore that our code reads and transformers defines, (3) what the travelling code imports: a function, the
+`__init__` of a class (an output's has its fields), the `forward` of a module, or (4) the fields of `GenerationConfig`.
+Of each, the signature (names, kinds, defaults; the value of a plain attribute) is found, and of names with a leading
+underscore the places in transformers' source that use it: that call it, read it, import it, or name it in a string.
 """
 
 import ast
@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -36,25 +37,16 @@ SOURCES = (
     "pipelines/text_generation.py",
     "cli/serve.py",
     "cli/serving/*.py",
-    "commands/serving.py",
     "models/auto/*.py",
     "models/llama/*.py",
     "utils/generic.py",
 )
-OTHER_FRAMEWORKS = ("tf_", "flax_", "modeling_tf", "modeling_flax", "_tf", "_flax")
-# Used at too many places, most of them other objects' methods of the same name, for their list to say anything.
-COMMON_NAMES = {
-    *("__init__", "__getitem__", "forward", "train", "log", "to_dict"),
-    *("config_class", "base_model_prefix", "model_type", "main_input_name"),
-    "device",
-}
 
 
 @dataclass
 class Uses:
-    """What transformers' source says: each function's signature, and for each name where it is used."""
+    """What transformers' source says: which names it defines, and where it uses each."""
 
-    signatures: dict[str, str] = field(default_factory=dict)  # "generation/utils.py: GenerationMixin._sample"
     places: dict[str, set[str]] = field(default_factory=dict)
     defined: set[str] = field(default_factory=set)
 
@@ -87,7 +79,6 @@ class _Reader(ast.NodeVisitor):
     def visit_FunctionDef(self, node):
         self.uses.defined.add(node.name)
         self.scope.append(node.name)
-        self.uses.signatures[self.place()] = _bare_arguments(node)
         self.generic_visit(node)
         self.scope.pop()
 
@@ -110,27 +101,18 @@ class _Reader(ast.NodeVisitor):
             self.note(node.value)
 
 
-def _bare_arguments(node: ast.FunctionDef) -> str:
-    for argument in ast.walk(node.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    return f"({ast.unparse(node.args)})"
-
-
 def upstream_uses() -> Uses:
     uses = Uses()
     for path in sorted({path for pattern in SOURCES for path in UPSTREAM.glob(pattern)}):
-        if not any(word in path.stem for word in OTHER_FRAMEWORKS):
-            _Reader(str(path.relative_to(UPSTREAM)), uses).visit(ast.parse(path.read_text(encoding="utf-8")))
+        _Reader(str(path.relative_to(UPSTREAM)), uses).visit(ast.parse(path.read_text(encoding="utf-8")))
     return uses
 
 
 # our side
 
 
-def our_sources() -> list[ast.Module]:
-    files = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
-    return [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+def parsed(paths: Iterable[Path]) -> list[ast.Module]:
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(paths)]
 
 
 def is_upstream(cls: type) -> bool:
@@ -184,11 +166,10 @@ def inner_names(sources: list[ast.Module]) -> set[str]:
 
 
 def imported_callables(sources: list[ast.Module]) -> dict[str, object]:
-    """What we import from transformers: functions by whole name, and "Class.__init__", "Class.forward" of classes."""
+    """What is imported of transformers: functions by whole name, of classes "Class.__init__" and "Class.forward"."""
     found = {}
     for node in (node for tree in sources for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
-        root, _, rest = (node.module or "").partition(".")
-        if root != "transformers" or rest.startswith("cli."):
+        if (node.module or "").partition(".")[0] != "transformers":
             continue
         for alias in node.names:
             value = getattr(importlib.import_module(node.module), alias.name, None)
@@ -224,23 +205,22 @@ def generation_fields() -> list[str]:
 @functools.cache
 def found_contacts() -> dict[str, dict]:
     """Of the installed version: contact → {"signature": …, "used by": […]}."""
-    uses, sources, classes = upstream_uses(), our_sources(), our_classes()
-    contacts = {}
+    uses, classes, contacts = upstream_uses(), our_classes(), {}
 
-    def note(contact: str, shape: str, name: str) -> None:
-        used = set() if name in COMMON_NAMES else uses.places.get(name, set())
-        contacts[contact] = {"signature": shape, "used by": sorted(used)}
+    def note(contact: str, shape: str, name: str = "") -> None:
+        is_inner = name.startswith("_") and not name.startswith("__")
+        contacts[contact] = {"signature": shape, "used by": sorted(uses.places.get(name, ())) if is_inner else []}
 
+    for contact, value in imported_callables(parsed(ROOT.glob("*_calm*.py"))).items():
+        note(contact, "is not there" if value is None else signature(value))
     for contact, (base, name) in overrides(classes).items():
         note(contact, signature(vars(base)[name]), name)
     bases = [base for cls in classes for base in cls.__mro__ if is_upstream(base)]
-    for name in inner_names(sources) & uses.defined:
+    ours = parsed(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
+    for name in inner_names(ours) & uses.defined:
         base = next((base for base in bases if name in vars(base)), None)
         note(name if base is None else f"{base.__name__}.{name}", signature(vars(base)[name]) if base else "", name)
-    for contact, value in imported_callables(sources).items():
-        shape = "is not there" if value is None else signature(value)
-        contacts.setdefault(contact, {"signature": shape, "used by": []})
-    note("GenerationConfig", ", ".join(generation_fields()), "__init__")
+    note("GenerationConfig", ", ".join(generation_fields()))
     return dict(sorted(contacts.items()))
 
 
@@ -266,9 +246,14 @@ def read_records() -> dict[str, dict]:
 
 
 def record() -> None:
+    """A line a contact."""
     records = read_records()
     records[transformers.__version__] = found_contacts()
-    RECORDS.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
+    versions = []
+    for version, contacts in sorted(records.items()):
+        lines = [f"  {json.dumps(contact)}: {json.dumps(found)}" for contact, found in contacts.items()]
+        versions.append(f" {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n }")
+    RECORDS.write_text("{\n" + ",\n".join(versions) + "\n}\n")
     print(f"{len(records[transformers.__version__])} contacts with transformers {transformers.__version__} recorded")
 
 
