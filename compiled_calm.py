@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig
 
+from .kernels_calm import numbers_up_to
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
 from .samplers_calm import BlockPlan, OneBlock
-from .tables_calm import numbers_up_to
 from .upstream_calm import FIXED_ROTATIONS, MASKED_ATTENTION
 from .weights_calm import inverse_temperature
 

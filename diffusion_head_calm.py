@@ -14,7 +14,7 @@ from torch import Tensor
 from .configuration_calm import CALMConfig, require
 from .flow_head_calm import ModulatedMLP
 from .heads_calm import GenerativeHead, PatchTarget, in_chunks, standard_normal
-from .tables_calm import made_once, where_float64_is
+from .kernels_calm import made_once, where_float64_is
 
 DIFFUSION_TRAIN_STEPS = 1000  # published code
 DIFFUSION_SAMPLING_STEPS = 100  # published code

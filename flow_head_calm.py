@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .configuration_calm import CALMConfig
 from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, standard_normal, zero_linear
-from .tables_calm import made_once
+from .kernels_calm import made_once
 
 TIME_FEATURES = 256  # width of the sinusoidal embedding of time; published code
 FLOW_STEPS = 10  # midpoint steps; published code

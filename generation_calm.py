@@ -18,10 +18,10 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .candidate_scores_calm import CandidateScores, RecordedPool, compute_patch_scores
-from .candidates_calm import LazyPool, PlainPool
+from .candidates_calm import CandidateScores, LazyPool, PlainPool, RecordedPool, compute_patch_scores
 from .compiled_calm import CompiledSteps
 from .heads_calm import GenerativeHead
+from .kernels_calm import numbers_up_to
 from .modeling_calm_autoencoder import CALMAutoencoder
 from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
 from .samplers_calm import (
@@ -34,7 +34,6 @@ from .samplers_calm import (
     one_block_temperature_sample,
     single_draw,
 )
-from .tables_calm import numbers_up_to
 from .texts_calm import GrowingTexts
 from .token_rules_calm import RulesOfTexts, TokenRules
 from .upstream_calm import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin

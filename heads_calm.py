@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_calm import HEADS, CALMConfig, require
+from .kernels_calm import fast_products
 from .modeling_calm_autoencoder import CALMAutoencoder
-from .products_calm import fast_products
 
 LAYER_NORM_EPS = 1e-6  # published code
 DRAWS_AT_ONCE = {"cpu": 2**15, "other": 2**18}  # what a head's layers hold of them at CALM-M's width: 1 GB, 6 GB

@@ -22,8 +22,8 @@ from .energy_head_calm import EnergyHead  # noqa: F401
 from .flow_head_calm import FlowMatchingHead  # noqa: F401
 from .generation_calm import CALMGenerationMixin
 from .heads_calm import PatchTarget
+from .kernels_calm import fast_products
 from .modeling_calm_autoencoder import CALMAutoencoder
-from .products_calm import fast_products
 from .token_chain_head_calm import TokenChainHead  # noqa: F401
 from .upstream_calm import CACHE_ARGUMENT, OffloadableModel
 

@@ -14,9 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils.generic import ModelOutput
 
 from .configuration_calm import CALMAutoencoderConfig
-from .products_calm import fast_products
-from .scores_calm import clipped_kl
-from .screening_calm import VocabularyScreen
+from .kernels_calm import VocabularyScreen, fast_products
 from .upstream_calm import OffloadableModel
 
 # Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
@@ -222,6 +220,23 @@ def is_plain_linear(layer: nn.Module) -> bool:
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
     )
+
+
+def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
+    """KL divergence of N(mean, std²) from N(0, 1), summed over the latent axis, each dimension at least `clamp`.
+
+    A dimension at the floor has no gradient: it is not pushed further towards the prior (KL clipping, paper 2.2).
+
+    Args:
+        mean (`(..., Z)`): of the posterior.
+        log_std (`(..., Z)`): natural logarithm of its standard deviation.
+        clamp: floor in nats per latent dimension.
+
+    Returns:
+        `(...)`: nats per patch.
+    """
+    kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
+    return kl.clamp(min=clamp).sum(-1)
 
 
 class CALMAutoencoder(OffloadableModel):

@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels_calm import made_once, numbers_up_to, to_device, where_float64_is
 from .randomness_calm import Randomness, StepRandomness
-from .tables_calm import made_once, numbers_up_to, to_device, where_float64_is
 from .weights_calm import (
     KEEP_ALL,
     Truncation,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from .tables_calm import numbers_up_to, to_device
+from .kernels_calm import numbers_up_to, to_device
 
 if TYPE_CHECKING:
     from .upstream_calm import GenerateCall

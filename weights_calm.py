@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tables_calm import made_once, numbers_up_to, where_float64_is
+from .kernels_calm import made_once, numbers_up_to, where_float64_is
 
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6

@@ -269,7 +269,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
     )
     parser.add_argument(
-        "--fast_baseline", action="store_true", help="lend the baseline CALM's float32 products (products_calm.py)"
+        "--fast_baseline", action="store_true", help="lend the baseline CALM's float32 products (kernels_calm.py)"
     )
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=positive, default=64, help="tokens a row")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from calm.products_calm import fast_products
+from calm.kernels_calm import fast_products
 
 LIMIT_REPETITIONS = 5  # the machine's limits are the best of so many tries
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far larger than any cache

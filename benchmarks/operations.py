@@ -42,7 +42,7 @@ from calm.benchmarks.runs import Subject
 from calm.benchmarks.workloads import random_model, random_prompts, shape_config, write
 from calm.command_line import InputError, Parser, command, known_errors, writable
 from calm.configuration_calm import HEADS, CALMConfig
-from calm.products_calm import SWITCH
+from calm.kernels_calm import SWITCH
 from calm.samplers_calm import BlockPlan
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}

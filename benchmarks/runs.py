@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm.benchmarks.workloads import Replay, write
 from calm.evaluation.models import is_calm
-from calm.products_calm import OneDNNProducts, one_dnn_is_faster
+from calm.kernels_calm import OneDNNProducts, one_dnn_is_faster
 
 PARTS = ("backbone", "head", "decode", "selection", "other")
 DECODING = ("decode_tokens", "decode_states", "read_tokens")
@@ -97,7 +97,7 @@ class Subject:
 
 
 def lent_products() -> AbstractContextManager:
-    """For an ordinary language model: the products of linear layers that a CALM makes by itself (products_calm.py)."""
+    """For an ordinary language model: the products of linear layers that a CALM makes by itself (kernels_calm.py)."""
     return OneDNNProducts() if one_dnn_is_faster() else nullcontext()
 
 

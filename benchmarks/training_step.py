@@ -41,7 +41,7 @@ from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronis
 from calm.benchmarks.workloads import random_model, shape_config
 from calm.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm.evaluation.models import is_calm
-from calm.scores_calm import energy_score
+from calm.evaluation.report import markdown, write_json
 from calm.training.cost import ar_cost, calm_cost
 
 PARTS = (

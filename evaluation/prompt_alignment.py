@@ -27,7 +27,7 @@ CASES = ("left", "left with PAD", "right")
 PROMPTS_AT_ONCE = 250
 
 METHOD = """\
-- "left", as generate() does, fills the *first* patch on its left, with a filler that the model may have met in training.
+- "left", as generate() does, fills the *first* patch on its left, with a filler that the model may know from training.
 - "left with PAD" does the same with the padding token: only the place differs from the published way.
 - "right", the published way, puts padding inside the *last* patch, the one that the next patch is predicted from.
 
@@ -145,7 +145,7 @@ def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length
 {table(rows)}
 
 Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep on average {kept["left"]:.0%} as
-generate() does, {kept["left with PAD"]:.0%} with padding on the left and {kept["right"]:.0%} with the published padding.
+generate() does, {kept["left with PAD"]:.0%} with padding on the left, {kept["right"]:.0%} with the published padding.
 """
 
 

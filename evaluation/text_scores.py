@@ -177,7 +177,7 @@ def _score_patches(
 
 
 def _energy(samples_NmZ: Tensor, targets_SmZ: Tensor, beta: float) -> Tensor:
-    """`scores_calm.energy_score` (m,) without what a gradient takes, N·Z numbers for each sample."""
+    """`energy_head_calm.energy_score` (m,) without what a gradient takes, N·Z numbers for each sample."""
     samples_mNZ, targets_mSZ = samples_NmZ.transpose(0, 1), targets_SmZ.transpose(0, 1)
     num_samples, exactly = len(samples_NmZ), "donot_use_mm_for_euclid_dist"
     repulsion_mNN = torch.cdist(samples_mNZ, samples_mNZ, compute_mode=exactly).pow_(beta)

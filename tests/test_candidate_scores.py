@@ -11,7 +11,7 @@ from tiny import BOS, PAD, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
 from calm import generation_calm, samplers_calm
-from calm.candidate_scores_calm import NO_TOKEN, CandidateScores, RecordedPool, compute_patch_scores
+from calm.candidates_calm import NO_TOKEN, CandidateScores, RecordedPool, compute_patch_scores
 from calm.generation_calm import PatchSampling
 from calm.upstream_calm import CACHE_ARGUMENT
 from calm.weights_calm import draw_weights

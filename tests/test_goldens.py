@@ -11,9 +11,10 @@ import torch
 from goldens import FORWARD_SEED, HEAD_TYPES, golden_model, golden_tensors, relative_error
 
 from calm.diffusion_head_calm import DiffusionSchedule
+from calm.energy_head_calm import energy_score
 from calm.evaluation.brier import BrierCounts
 from calm.heads_calm import PatchTarget
-from calm.scores_calm import clipped_kl, energy_score
+from calm.modeling_calm_autoencoder import clipped_kl
 
 USED = set()
 

@@ -14,10 +14,10 @@ from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from training_helpers import make_workshop, train
 
 from calm.benchmarks import golden
+from calm.energy_head_calm import energy_score
 from calm.evaluation.brier_lm import main as brier_lm
 from calm.evaluation.models import count_model, load_causal_lm
 from calm.modeling_calm import CALMForCausalLM
-from calm.scores_calm import energy_score
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 

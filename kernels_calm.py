@@ -1,8 +1,13 @@
-"""The most probable tokens of many states without the full product with a large vocabulary: int8 first.
+"""What a CALM computes with beside PyTorch's own operators: tables that are made once, and two kernels for a CPU.
 
-The product with the vocabulary is most of what generation at T < 1 computes, and only its argmax is wanted. A product
-of whole numbers takes a quarter to a half of its time and errs by no more than a known amount, so that it shows which
-rows of the matrix can't be the argmax. The few that remain are multiplied as they are, and the best of them is chosen.
+**float32 products.** PyTorch multiplies float32 matrices with MKL and takes oneDNN for bfloat16 alone. On processors of
+other makers than MKL's, oneDNN is faster in float32 as well: on an AMD EPYC with AVX-512 at 500 instead of 220 GFLOP/s
+(docs/speed.md). `fast_products` takes whichever is faster.
+
+**The argmax over a large vocabulary.** The product with the vocabulary is most of what generation at T < 1 computes, and
+only its argmax is wanted. A product of whole numbers takes a quarter to a half of its time and errs by no more than a
+known amount, so that it shows which rows of the matrix can't be the argmax. The few that remain are multiplied as they
+are, and the best of them is chosen: `VocabularyScreen`.
 
 With w = ŵ + e and x = x̂ + r, the hats rounded, |w·x − ŵ·x̂| = |w·r + e·x̂| <= ‖w‖·‖r‖ + ‖e‖·‖x̂‖ (Cauchy–Schwarz). Rows
 are judged in groups, by the largest product in the group. Rows of about the same length make a group, so that
@@ -14,15 +19,37 @@ survivors (pairs of a state and a group).
 """
 
 import functools
+import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .products_calm import float32_is_exact, plain_products
-from .tables_calm import numbers_up_to
+try:
+    from torch._guards import detect_fake_mode
+except ImportError:  # private: without it tables that are made in a FakeTensorMode are kept
 
+    def detect_fake_mode(inputs: Any = None) -> Any:
+        return None
+
+
+try:
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+except ImportError:  # private: without it nobody knows whether operators are watched, and products stay plain
+    _get_current_dispatch_mode = None
+
+TABLES_KEPT = 64  # of each kind
+SWITCH = "CALM_PRODUCTS"
+LEAST_ROWS = 4  # a single row reads the weights, which no library does faster
+LEAST_WORK = 2**21  # multiplications from which on oneDNN makes up for what its call costs
+PRODUCT_TRIAL = 64, 768, 768  # rows, columns and width of the product that is timed; at most a few milliseconds in all
+PRODUCT_TRIALS = 7
+LEAST_GAIN = 1.25  # so much faster must oneDNN be: either 2 times, or as fast as MKL
 TILE = 2**12  # rows multiplied at a time: the products stay in the cache
 GROUP_SIZE = 8  # rows judged together
 LARGEST_STATE = 127
@@ -31,6 +58,130 @@ MOST_SURVIVORS = 2**14  # with more, the full product is better
 SURVIVORS_AT_ONCE = 2**9
 TRIAL_SIZE = 64
 SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
+
+
+# Tables
+
+
+def made_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps what a function returns for its arguments, which must be hashable and say the device."""
+
+    @functools.lru_cache(TABLES_KEPT)
+    def keep(*arguments):
+        with torch.inference_mode(False):  # a table made in inference mode could not be used in training
+            return function(*arguments)
+
+    @functools.wraps(function)
+    def call(*arguments):
+        # A graph makes its own, on its device: of one that is kept it would know neither the maker nor the content.
+        # Tables without content, as a FakeTensorMode makes them, are no one else's.
+        is_traced = torch.compiler.is_compiling() or detect_fake_mode() is not None
+        return function(*arguments) if is_traced else keep(*arguments)
+
+    return call
+
+
+@made_once
+def numbers_up_to(end: int, device: torch.device) -> Tensor:
+    """0 … end − 1."""
+    return torch.arange(end, device=device)
+
+
+def where_float64_is(device: torch.device) -> torch.device:
+    """The device itself, if it has float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_device(values: list[int], device: torch.device) -> Tensor:
+    """A tensor of them, without waiting for a GPU of CUDA; others may read memory that is freed by then."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
+
+
+# float32 products
+
+
+def plain_products() -> bool:
+    """Whether the environment says `CALM_PRODUCTS=plain`: PyTorch's own products then, and no screening in int8."""
+    return os.environ.get(SWITCH) == "plain"
+
+
+def float32_is_exact() -> bool:
+    """Whether products of float32 are float32's on a CPU; `torch.set_float32_matmul_precision` can make them less."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    precision = getattr(matmul, "fp32_precision", None)  # not in older PyTorch
+    return precision in ("ieee", "none") if precision else torch.get_float32_matmul_precision() == "highest"
+
+
+def fast_products(num_rows: int, width: int) -> AbstractContextManager:
+    """A context in which linear layers multiply by oneDNN, in float32 on a CPU and without gradients, if that pays.
+
+    The values differ by rounding alone. Other layers, quantised ones, other dtypes and other devices are left as they
+    are; so is everything under autocast, in a graph that is compiled or traced, where less than float32 was asked for
+    (PyTorch then takes oneDNN itself), and where operators are watched, as a counter of FLOPs does, which doesn't know
+    this one.
+
+    Args:
+        num_rows: that the layers are given.
+        width: of the layers.
+    """
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if torch.compiler.is_compiling() or is_traced or torch.is_grad_enabled():
+        return nullcontext()
+    is_large = num_rows >= LEAST_ROWS and num_rows * width * width >= LEAST_WORK
+    is_watched = _get_current_dispatch_mode is None or _get_current_dispatch_mode() is not None
+    pays = is_large and not is_watched and float32_is_exact() and not plain_products() and one_dnn_is_faster()
+    return OneDNNProducts() if pays else nullcontext()
+
+
+class OneDNNProducts(TorchFunctionMode):
+    """Answers `torch.nn.functional.linear` by oneDNN where it can."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and _is_suitable(*args):
+            return _one_dnn_linear(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_suitable(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    tensors = [rows, weight] if bias is None else [rows, weight, bias]
+    return (
+        all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 for x in tensors)
+        and all(x.device.type == "cpu" for x in tensors)
+        and rows.numel() >= LEAST_ROWS * rows.shape[-1]
+        and rows.numel() * len(weight) >= LEAST_WORK
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _one_dnn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@functools.cache
+def one_dnn_is_faster() -> bool:
+    """Measured once a process."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    num_rows, num_columns, width = PRODUCT_TRIAL
+    with torch.inference_mode(False), torch.no_grad():
+        rows, weight = torch.ones(num_rows, width), torch.ones(num_columns, width)
+        try:
+            seconds = {product: _best_seconds(product, rows, weight) for product in (F.linear, _one_dnn_linear)}
+        except RuntimeError:  # a PyTorch whose operator is another
+            return False
+    return seconds[F.linear] >= LEAST_GAIN * seconds[_one_dnn_linear]
+
+
+def _best_seconds(product: Callable[[Tensor, Tensor], Tensor], rows: Tensor, weight: Tensor) -> float:
+    seconds = []
+    for _ in range(1 + PRODUCT_TRIALS):
+        start = time.perf_counter()
+        product(rows, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+# The argmax
 
 
 class VocabularyScreen:
