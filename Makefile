@@ -2,8 +2,8 @@
 # make app           set up, and a page on which the bundled model writes, at http://127.0.0.1:7860
 # make test          set up, and run the tests, in minutes
 # make test-all      these and the slow ones, with coverage
-# make test-compat   the same on the oldest supported transformers, and with the packages of the extra [clients]
-# make test-newest   a plain installation without constraints, and what users do first with it
+# make test-oldest   what depends on transformers, on the oldest supported one, with the packages of the extra [clients]
+# make test-newest   the same on a plain installation without constraints, so on the newest one that setup.cfg allows
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
 # make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; goes on where it was stopped
@@ -15,7 +15,7 @@ COMPAT := .venv-compat/bin
 NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-all test-compat test-newest test-gpu style figures demo-model experiments speed clean
+.PHONY: demo app test test-all test-oldest test-newest test-gpu style figures demo-model experiments speed clean
 
 demo: .venv/.base
 	$(BIN)/python demo.py
@@ -31,15 +31,15 @@ test-all: COVERAGE = --cov --cov-report=
 test-all: test
 	$(BIN)/python -m pytest -m "slow and not gpu" --cov --cov-append --cov-report=term-missing:skip-covered
 
-test-compat: .venv-compat/.full
-	$(COMPAT)/python -m pytest
+test-oldest: .venv-compat/.full
+	$(COMPAT)/python -m pytest -m "transformers and not gpu"
 
 # Always from scratch, for what pip finds changes. torch alone is pinned: its default build is gigabytes.
 test-newest:
 	rm -rf build .venv-newest
 	$(PYTHON) -m venv .venv-newest
-	$(NEWEST)/python -m pip install -q "$$(grep ^torch== constraints.txt)" ".[eval,serve,onnx]" pytest
-	$(NEWEST)/python -m pytest -o addopts=-q tests/test_plain_install.py
+	$(NEWEST)/python -m pip install -q "$$(grep ^torch== constraints.txt)" ".[test,onnx]"
+	$(NEWEST)/python -m pytest -m "transformers and not gpu"
 
 test-gpu: .venv/.full
 	$(BIN)/python -m pytest -m gpu -n 0

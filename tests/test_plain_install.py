@@ -1,8 +1,7 @@
 """What a user does first with an installed package, outside the checkout, on the bundled model.
 
-`make test-newest` runs this file in an environment that pip made without constraints, torch's apart; the other test
-commands run it with the newest and the oldest transformers that are supported. A name that upstream has deprecated
-may not be used: it says so on stderr.
+`make test-newest` runs it in an environment that pip made without constraints, torch's apart. A name that upstream has
+deprecated may not be used: it says so on stderr.
 """
 
 import json
@@ -16,6 +15,7 @@ import pytest
 from model_copies import PROMPT, ROOT
 from server_process import running_server
 
+pytestmark = [pytest.mark.slow, pytest.mark.transformers]
 PROMPTS = ["Once upon a time", "The dog ran"]  # of different lengths: the second is padded in a batch
 
 
