@@ -15,7 +15,6 @@ stderr and exit code 2, and leaves no file behind.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import logging
@@ -268,17 +267,12 @@ def traceable(head: GenerativeHead) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's notes on packages that are not there and on its own inner parts."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def translations() -> dict:
@@ -361,30 +355,24 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
     assert generation is not None, "a model that generates has one"
     sampling = PatchSampling.from_generation_config(generation, do_sample=True)
     eos = generation.eos_token_id
-    pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
-    pad = 0 if pad is None else pad
-    fillers = (config.prompt_filler_token_id, config.pad_token_id, pad)
-    draws = model.head.recorded_draws(1, 1, torch.zeros(1, config.hidden_size), None)
+    fillers = (config.prompt_filler_token_id, config.pad_token_id, generation.pad_token_id, 0)
+    laws, draws = (
+        NOISE_LAWS[config.head_type],
+        model.head.recorded_draws(1, 1, torch.zeros(1, config.hidden_size), None),
+    )
     return {
         "patch_size": config.patch_size,
-        "latent_size": config.latent_size,
         "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
         "num_layers": config.num_hidden_layers,
         "max_position_embeddings": config.max_position_embeddings,
         "num_key_value_heads": config.num_key_value_heads,
         "head_size": head_size(model),
         "head_type": config.head_type,
         "noises": [
-            {
-                "name": name,
-                "shape": [*noise.shape[:-3], "draws", "rows", noise.shape[-1]],
-                **NOISE_LAWS[config.head_type][name],
-            }
+            {"name": name, "shape": [*noise.shape[:-3], "draws", "rows", noise.shape[-1]], **laws[name]}
             for name, noise in draws.items()
         ],
         "filler_token_id": next(token for token in fillers if token is not None),
-        "pad_token_id": pad,
         "bos_token_id": generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id,
         "eos_token_ids": [] if eos is None else eos if isinstance(eos, list) else [eos],
         "max_new_tokens": generation.max_new_tokens,
@@ -401,39 +389,29 @@ def left_out(generation: GenerationConfig) -> list[str]:
     return [f"{name}={value!r}" for name, value in values.items() if value is not None and value not in off[name]]
 
 
-def check_exportable(config: dict[str, Any], name: str) -> None:
-    """
-    Raises:
-        InputError: a model with this config.json can't be exported.
-    """
-    if config.get("model_type") != "calm":
-        raise InputError(f"{name} is no CALM.")
-    head_type = config.get("head_type", "energy")
-    if head_type not in NOISE_LAWS:
-        raise InputError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
-
-
-def check_opset(opset: int | None) -> None:
-    """Raises `InputError` for an opset of ONNX that torch doesn't export to, or that the installed onnx lacks."""
-    onnx: Any = importlib.import_module("onnx")
-    most = onnx.defs.onnx_opset_version()
-    if opset is not None and not LEAST_OPSET <= opset <= most:
-        raise InputError(
-            f"--opset {opset}: must be at least {LEAST_OPSET}, and {most} at most with the installed onnx."
-        )
-
-
-def load(name: str) -> tuple[CALMForCausalLM, Any]:
+def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
     """A CALM in float32, and its tokenizer.
 
     Raises:
-        InputError: a rotation that depends on the longest row of a pass, or quantised weights.
+        InputError: a model that can't be exported, a missing package, or no such opset.
         OSError, ValueError: no model, or no tokenizer.
     """
+    with reading(name):
+        config = PretrainedConfig.get_config_dict(name)[0]
+    if config.get("model_type") != "calm":
+        raise InputError(f"{name} is no CALM.")
+    if (head_type := config.get("head_type", "energy")) not in NOISE_LAWS:
+        raise InputError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
+    for package in PACKAGES:
+        need(package, "onnx", "python -m calm.export_onnx")
+    onnx: Any = importlib.import_module("onnx")
+    most = onnx.defs.onnx_opset_version()
+    if opset is not None and not LEAST_OPSET <= opset <= most:
+        raise InputError(f"--opset {opset}: must be at least {LEAST_OPSET}, and at most the installed onnx's {most}.")
     tokenizer = load_tokenizer(name)
     model = load_whole(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
-    if rotation not in FIXED_ROTATIONS:
+    if rotation not in FIXED_ROTATIONS:  # of others, a row's depends on the longest one
         raise InputError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
     if getattr(model, "is_quantized", False):
         raise InputError(f"{name} is quantised: export the model that it was made of.")
@@ -443,13 +421,6 @@ def load(name: str) -> tuple[CALMForCausalLM, Any]:
 
 def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | None, tolerance: float) -> None:
     """Writes the graphs, compares each with the model, and writes what else is needed; a line on stdout for each.
-
-    Args:
-        model: from `load`.
-        tokenizer: its tokenizer.
-        folder: to write to.
-        opset: of ONNX; `None` is torch's default.
-        tolerance: the largest relative difference that is accepted.
 
     Raises:
         InputError, OSError: a graph can't be made or differs, or the disk is full.
@@ -475,33 +446,19 @@ def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | N
     shutil.copy(generate_onnx.__file__, folder / "generate.py")
 
 
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.export_onnx", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a CALM; `.` is the demo model")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the new folder to write")
-    parser.add_argument(
-        "--opset", type=positive, metavar="N", help=f"of ONNX, at least {LEAST_OPSET} (default: torch's)"
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help=f"largest difference from the model, as a share of the largest output (default: {TOLERANCE})",
-    )
-    return parser.parse_args(argv)
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    options = parse_options(argv)
+    opset = f"of ONNX, at least {LEAST_OPSET} (default: torch's)"
+    parser.add_argument("--opset", type=positive, metavar="N", help=opset)
+    tolerance = f"largest difference from the model, as a share of the largest output (default: {TOLERANCE})"
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=tolerance)
+    options = parser.parse_args(argv)
     with known_errors(InputError, OSError), new_folder(options.output) as folder:
         with known_errors():
-            with reading(options.model):
-                check_exportable(PretrainedConfig.get_config_dict(options.model)[0], options.model)
-            for package in PACKAGES:
-                need(package, "onnx", "python -m calm.export_onnx")
-            check_opset(options.opset)
-            model, tokenizer = load(options.model)
+            model, tokenizer = load(options.model, options.opset)
             assert model.generation_config is not None, "a model that generates has one"
             if settings := left_out(model.generation_config):
                 print(f"warning: generate.py leaves out {', '.join(settings)} of {options.model}.", file=sys.stderr)

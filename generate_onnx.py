@@ -127,19 +127,14 @@ class ExportedCALM:
 
     def __init__(self, folder: str | Path, num_threads: int | None = None):
         folder = Path(folder)
-        for name in ("calm.json", "tokenizer.json", "backbone.onnx", "head.onnx", "decoder.onnx"):
-            if not (folder / name).is_file():
-                raise Refusal(
-                    f"{folder / name} does not exist: name a folder that `python -m calm.export_onnx` wrote."
-                )
+        if not (folder / "calm.json").is_file():
+            raise Refusal(f"{folder / 'calm.json'} does not exist: name a folder that calm.export_onnx wrote.")
         try:
             onnxruntime: Any = importlib.import_module("onnxruntime")
             from tokenizers import Tokenizer
         except ImportError as error:
             raise Refusal(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
-        self.facts: dict[str, Any] = read(
-            folder / "calm.json", lambda path: json.loads(path.read_text(encoding="utf-8"))
-        )
+        self.facts: dict[str, Any] = read(folder / "calm.json", lambda path: json.loads(path.read_bytes()))
         self.tokenizer = read(folder / "tokenizer.json", lambda path: Tokenizer.from_file(str(path)))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -147,13 +142,12 @@ class ExportedCALM:
         options = onnxruntime.SessionOptions()
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
-        self.backbone, self.head, self.decoder = (
-            read(
-                folder / f"{part}.onnx",
-                lambda path: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
-            )
-            for part in ("backbone", "head", "decoder")
-        )
+
+        def session(path: Path):
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+        parts = ("backbone", "head", "decoder")
+        self.backbone, self.head, self.decoder = (read(folder / f"{part}.onnx", session) for part in parts)
 
     def write(self, prompt: str, max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[str]:
         """Pieces of the text that follows a prompt, as they are known; the arguments are those of `tokens`."""
@@ -366,9 +360,8 @@ def run(options: argparse.Namespace) -> None:
         print(piece, end="", flush=True)
     print()
     if options.speed:
-        seconds = time.perf_counter() - start
-        number = model.num_written
-        print(f"{number} tokens in {seconds:.2f} s: {number / seconds:.0f} tokens/s", file=sys.stderr)
+        rate = model.num_written / (time.perf_counter() - start)
+        print(f"{model.num_written} tokens, {rate:.0f} tokens/s", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
