@@ -8,20 +8,18 @@ named (a Hub id) or copied in (a folder).
 import importlib.util
 import json
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 from calm.command_line import InputError, Parser, command, known_errors
 from calm.configuration_calm import TRANSFORMERS
+from calm.files import unfinished
 
 PROGRAM = "python -m calm.app"
 SDK_VERSION = "6.17.3"  # of gradio, with which the page is tested
 REQUIREMENTS = ("torch>=2.6", TRANSFORMERS, "safetensors>=0.4.3", "accelerate>=1.1")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "LICENSE*")
 
 SPACE_APP = '''"""The page of this Space; page.py is the whole of it."""
 
@@ -146,26 +144,27 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         raise InputError(f"--space {folder}: is not empty; name a new folder.")
     if not folder.absolute().parent.is_dir():
         raise InputError(f"--space {folder}: the folder that it would be in does not exist.")
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-    try:
+    with unfinished(folder.absolute()) as aside:
+        aside.mkdir()
         sources = {"model": model, "baseline": baseline}
         inside = {name: put_model(source, aside / name) for name, source in sources.items() if source}
         names = {name: display_name(source) for name, source in sources.items() if source and inside[name] == name}
-        text = SPACE_APP.format(model=inside["model"], baseline=inside.get("baseline"), names=names)
-        (aside / "app.py").write_text(text, encoding="utf-8")
-        shutil.copyfile(Path(__file__).with_name("app_page.py"), aside / "page.py")
-        (aside / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
         on_hub = [source for name, source in sources.items() if source and inside[name] == source]
-        models = "models:\n" + "".join(f"- {name}\n" for name in on_hub) if on_hub else ""
         title = f"{display_name(model)} writes"
-        card = SPACE_CARD.format(title=json.dumps(title)[1:-1], sdk_version=SDK_VERSION, models=models)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        (aside / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8")
-        aside.chmod(0o755)
-        aside.replace(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        card = SPACE_CARD.format(
+            title=json.dumps(title)[1:-1],
+            sdk_version=SDK_VERSION,
+            models="models:\n" + "".join(f"- {name}\n" for name in on_hub) if on_hub else "",
+        )
+        files = {
+            "app.py": SPACE_APP.format(model=inside["model"], baseline=inside.get("baseline"), names=names),
+            "page.py": Path(__file__).with_name("app_page.py").read_text(encoding="utf-8"),
+            "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
+            "README.md": card,
+            ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
+        }
+        for name, text in files.items():
+            (aside / name).write_text(text, encoding="utf-8")
 
 
 def display_name(model: str) -> str:
@@ -176,50 +175,22 @@ def display_name(model: str) -> str:
 
 
 def put_model(model: str, target: Path) -> str:
-    """Copies a model's folder to `target` and returns that folder's name; of a Hub id just the id.
+    """Saves a folder's model, with its code, in `target`, and returns that folder's name; of a Hub id just the id.
 
     Raises:
-        InputError: it is neither, or the folder's model would not load elsewhere.
+        InputError: it is neither, or a folder without a language model and its tokenizer.
     """
-    source = Path(model)
-    if not source.is_dir():
+    from calm.evaluation.models import load_causal_lm
+    from calm.training.tokenizer import load_tokenizer
+
+    if not Path(model).is_dir():
         if HUB_ID.fullmatch(model):
             return model
         raise InputError(f"{model}: there is no such folder, and it is no Hub id.")
-    if not (source / "config.json").is_file():
-        raise InputError(f"{model}: holds no model, for there is no config.json.")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    target.mkdir()
-    for pattern in MODEL_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
-    for file in code_files(source, config):
-        shutil.copyfile(file, target / file.name)
-    if not list(target.glob("*.safetensors")):
-        raise InputError(f"{model}: holds no weights, for there is no .safetensors file.")
-    if not any((target / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise InputError(f"{model}: holds no tokenizer, for there is no tokenizer.json.")
+    with known_errors():
+        load_causal_lm(model, device="cpu").save_pretrained(target)
+        load_tokenizer(model).save_pretrained(target)
     return target.name
-
-
-def code_files(folder: Path, config: dict) -> list[Path]:
-    """The files of code that a model's configuration names, and those that they import.
-
-    Raises:
-        InputError: a CALM's are missing.
-    """
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    names = {value.split(".")[0] for value in config.get("auto_map", {}).values() if "--" not in value}
-    if config.get("model_type") == "calm" and not names:
-        raise InputError(f"{folder}: has no code beside the weights, without which a Space can't run a CALM.")
-    found = [folder / f"{name}.py" for name in sorted(names)]
-    missing = [file for file in found if not file.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]}: is named in config.json, but does not exist.")
-    imported = [Path(file) for name in found for file in get_relative_import_files(str(name))]
-    return sorted({*found, *imported})
 
 
 if __name__ == "__main__":

@@ -19,15 +19,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 ALL_CANDIDATES = 2**31 - 1  # a top-k that keeps all, yet lets a step at T = 1 draw N
 SHOWN = 8  # candidates of a patch
 CONTEXT = 8  # tokens before a candidate that its text is read after
 SECONDS_BETWEEN_VIEWS = 0.1
-LEAST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 2.0
-MOST_CANDIDATES = 1000
 PROMPT = "Once upon a time, there was a little girl named Lily."
 
 STYLE = """
@@ -65,7 +62,6 @@ STYLE = """
   color-mix(in srgb, var(--ink) 9%, transparent); }
 .calm .error { color: var(--error); margin: .6rem 0; }
 .calm-view { overflow: visible !important; }
-#again, #stop { white-space: nowrap; padding-inline: .4rem; }
 """
 
 
@@ -82,37 +78,31 @@ class Settings:
 
     def check(self) -> None:
         """Raise ValueError, with a sentence, for a field that is no number or outside its range."""
-        ranges = {
-            "temperature": (LEAST_TEMPERATURE, HIGHEST_TEMPERATURE),
-            "num_candidates": (1, MOST_CANDIDATES),
-            "max_new_tokens": (1, math.inf),
-            "top_p": (0, 1),
-            "seed": (0, 2**53),
-        }
-        for name, (least, most) in ranges.items():
+        for name, (label, least, most) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
                 bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-                raise ValueError(f"{LABELS[name]}: must be a number {bound}.")
+                raise ValueError(f"{label}: must be a number {bound}.")
 
 
-LABELS = {
-    "temperature": "Temperature",
-    "num_candidates": "Candidates",
-    "max_new_tokens": "Tokens",
-    "top_p": "Top-p",
-    "seed": "Seed",
+# Field of Settings → its label, and what may be chosen.
+RANGES = {
+    "temperature": ("Temperature", 0.05, 2.0),
+    "num_candidates": ("Candidates", 1, 1000),
+    "max_new_tokens": ("Tokens", 1, math.inf),
+    "top_p": ("Top-p", 0.05, 1),
+    "seed": ("Seed", 0, 2**53),
 }
 
 
 @dataclass
 class Candidate:
-    """What might have been written: its text, its share in the choice, and how often it was drawn, if it was."""
+    """What might have been written: its text, its share in the choice, and how often it was drawn."""
 
     text: str
     weight: float
-    count: int | None = None
-    is_chosen: bool = False
+    count: int
+    is_chosen: bool
 
 
 @dataclass
@@ -174,28 +164,6 @@ class StepQueue(BaseStreamer):
         self.events.put((kind, value))
 
 
-class TokenScores(StoppingCriteria):
-    """Sends the likeliest tokens of each step of an ordinary model, as they were after T and top-p; stops nothing."""
-
-    def __init__(self, sending: StepQueue):
-        self.sending = sending
-
-    def __call__(self, input_ids, scores, **kwargs):
-        if scores:
-            shares_V = scores[-1][0].float().softmax(-1)
-            best = shares_V.topk(min(SHOWN, len(shares_V)))
-            chosen = int(input_ids[0, -1])
-            tokens, shares = best.indices.tolist(), best.values.tolist()
-            if chosen not in tokens:
-                tokens[-1], shares[-1] = chosen, float(shares_V[chosen])
-            found = [
-                (token, share) for token, share in zip(tokens, shares, strict=True) if share > 0 or token == chosen
-            ]
-            index = [token for token, _ in found].index(chosen)
-            self.sending._send("shares", (found, int((shares_V > 0).sum()), index, input_ids.shape[1] - 1))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 class Writer:
     """A model that writes on the page, a CALM or an ordinary one.
 
@@ -232,10 +200,6 @@ class Writer:
             yield from self._write(prompt, ids, settings)
 
     def _prompt_ids(self, prompt: str, max_new_tokens: int) -> list[int]:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"The prompt is no text at character {error.start + 1}.") from None
         ids = list(self.tokenizer(prompt).input_ids)
         start = self.model.generation_config.bos_token_id
         if not ids and start is None:
@@ -272,7 +236,7 @@ class Writer:
     def _generate(self, ids: list[int], settings: Settings, sending: StepQueue) -> None:
         try:
             input_ids = torch.tensor([ids], device=self.model.device)
-            options = self._calm_options(settings) if self.is_calm else self._token_options(settings, sending)
+            options = self._calm_options(settings) if self.is_calm else self._token_options(settings)
             self.model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -282,7 +246,7 @@ class Writer:
                 top_p=float(settings.top_p),
                 streamer=sending,
                 return_dict_in_generate=True,
-                output_scores=settings.shows_candidates,
+                output_scores=self.is_calm and settings.shows_candidates,
                 **options,
             )
         except Stopped:
@@ -299,12 +263,9 @@ class Writer:
             options |= {"sampling_method": "batch", "top_k": ALL_CANDIDATES}
         return options
 
-    def _token_options(self, settings: Settings, sending: StepQueue) -> dict[str, Any]:
+    def _token_options(self, settings: Settings) -> dict[str, Any]:
         torch.manual_seed(int(settings.seed))  # upstream's generate takes no generator
-        options: dict[str, Any] = {"top_k": 0, "pad_token_id": self.model.generation_config.pad_token_id or 0}
-        if settings.shows_candidates:
-            options["stopping_criteria"] = StoppingCriteriaList([TokenScores(sending)])
-        return options
+        return {"top_k": 0, "pad_token_id": self.model.generation_config.pad_token_id or 0}
 
 
 class _Reader:
@@ -314,7 +275,7 @@ class _Reader:
         self.tokenizer, self.ids, self.step_size = tokenizer, list(prompt_ids), step_size
         self.num_prompt, self.shown = len(self.ids), len(self._text())
         self.steps: list[Step] = []
-        self.pending: tuple[list[Candidate], int] = ([], 0)
+        self.next_step = Step("")
 
     @property
     def num_tokens(self) -> int:
@@ -323,26 +284,16 @@ class _Reader:
     def read(self, kind: str, value: Any) -> None:
         if kind == "scores":
             patches, counts, weights, chosen, *_ = value
-            number = sum(1 for count in counts if count)
-            self.pending = (self._candidates(patches, weights, counts, chosen, self.ids), number)
-        elif kind == "shares":  # of the token at this place: some versions of transformers put it before, some after
-            found, number, index, place = value
-            tokens, shares = [[token] for token, _ in found], [share for _, share in found]
-            self.pending = (self._candidates(tokens, shares, None, index, self.ids[:place]), number)
-            if place < len(self.ids):
-                self._give_candidates(self.steps[-1])
+            candidates = self._candidates(patches, counts, weights, chosen)
+            self.next_step = Step("", candidates, sum(1 for count in counts if count))
         elif kind == "token":
             if self.num_tokens % self.step_size == 0:
-                self.steps.append(Step(""))
-                self._give_candidates(self.steps[-1])
+                self.steps.append(self.next_step)
+                self.next_step = Step("")
             self.ids.append(value)
             self._extend(is_end=False)
         elif self.steps:
             self._extend(is_end=True)
-
-    def _give_candidates(self, step: Step) -> None:
-        step.candidates, step.num_candidates = self.pending
-        self.pending = ([], 0)
 
     def _extend(self, is_end: bool) -> None:
         text = self._text()
@@ -354,21 +305,22 @@ class _Reader:
     def _text(self) -> str:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
-    def _candidates(self, patches, weights, counts, chosen: int, ids: Sequence[int]) -> list[Candidate]:
+    def _candidates(self, patches, counts, weights, chosen: int) -> list[Candidate]:
         shown = list(range(min(SHOWN, len(patches))))
-        if chosen not in shown and chosen >= 0:
+        if chosen not in shown:
             shown[-1] = chosen
-        context = list(ids[-CONTEXT:])
-        before = self.tokenizer.decode(context)
-        found = []
-        for i in shown:
-            count = None if counts is None else counts[i]
-            if count == 0:
-                continue
-            after = self.tokenizer.decode([*context, *patches[i]])
-            text = after[len(before) :] if after.startswith(before) else self.tokenizer.decode(patches[i])
-            found.append(Candidate(text, weights[i], count, i == chosen))
-        return found
+        return [
+            Candidate(text_after(self.tokenizer, self.ids, patches[i]), weights[i], counts[i], i == chosen)
+            for i in shown
+            if counts[i]
+        ]
+
+
+def text_after(tokenizer, ids: Sequence[int], tokens: Sequence[int]) -> str:
+    """What tokens add to the text of ids, which is not what they are alone; special ones by their names."""
+    context = list(ids[-CONTEXT:])
+    before, after = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
+    return after[len(before) :] if after.startswith(before) else tokenizer.decode(list(tokens))
 
 
 # What the page shows
@@ -378,8 +330,7 @@ def view(writer: Writer, written: Written | None = None, error: str = "") -> str
     """HTML of a text, or of why there is none."""
     inside = ""
     if written is not None:
-        unit = "patch" if writer.is_calm else "token"
-        spans = [_step(number, step, unit) for number, step in enumerate(written.steps)]
+        spans = [_step(number, step) for number, step in enumerate(written.steps)]
         inside = f'<div class="text"><span class="prompt">{html.escape(written.prompt)}</span>{"".join(spans)}</div>'
     elif not error:
         hint = "Press Write. Each tint is a patch; point at one, or tap it, to see what it was chosen from."
@@ -398,18 +349,18 @@ def _figures(writer: Writer, written: Written | None) -> str:
     return f"{written.num_tokens} tokens{steps} · {written.seconds:.1f} s · <b>{rate}</b>"
 
 
-def _step(number: int, step: Step, unit: str) -> str:
+def _step(number: int, step: Step) -> str:
     kind = "patch odd" if number % 2 else "patch"
     text = html.escape(step.text) or ("⏹" if step.candidates else "")
     if not step.candidates:
         return f'<span class="{kind}">{text}</span>'
-    lines = [f"<b>{step.num_candidates} candidates for {unit} {number + 1}</b>"]
+    lines = [f"<b>{step.num_candidates} candidates for patch {number + 1}</b>"]
     for candidate in step.candidates:
         shown = html.escape(candidate.text.replace("\n", "⏎").replace("\t", "⇥")) or "∅"
-        count = "" if candidate.count is None else f"{candidate.count} ×"
         lines.append(
-            f'<span class="row{" chosen" if candidate.is_chosen else ""}"><code>{shown}</code><span>{count}</span>'
-            f'<i style="--weight:{candidate.weight:.1%}"></i><span>{candidate.weight:.1%}</span></span>'
+            f'<span class="row{" chosen" if candidate.is_chosen else ""}"><code>{shown}</code>'
+            f'<span>{candidate.count} ×</span><i style="--weight:{candidate.weight:.1%}"></i>'
+            f"<span>{candidate.weight:.1%}</span></span>"
         )
     return f'<span class="{kind}" tabindex="0">{text}<span class="card">{"".join(lines)}</span></span>'
 
@@ -446,9 +397,7 @@ def create_page(writers: Sequence[Writer], prompt: str = PROMPT):
             text = gr.Textbox(prompt, label="Prompt", lines=2, max_lines=8, scale=4, min_width=280, elem_id="prompt")
             with gr.Column(scale=1, min_width=240):
                 start = gr.Button("Write", variant="primary", elem_id="write")
-                with gr.Row():
-                    again = gr.Button("New seed", min_width=80, elem_id="again")
-                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                stop = gr.Button("Stop", elem_id="stop")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=280), gr.Row(equal_height=False):
                 outputs = []
@@ -465,45 +414,27 @@ def create_page(writers: Sequence[Writer], prompt: str = PROMPT):
 
         asked = {"fn": write, "inputs": [text, *controls], "outputs": outputs, "show_progress": "hidden"}
         asked |= {"concurrency_id": "write", "concurrency_limit": 1}
-        seed = controls[4]
-        begun = [
-            start.click(**asked, api_name="write"),
-            text.submit(**asked, api_visibility="private"),
-            again.click(_next_seed, seed, seed, api_visibility="private", show_progress="hidden").then(
-                **asked, api_visibility="private"
-            ),
-        ]
+        begun = [start.click(**asked, api_name="write"), text.submit(**asked, api_visibility="private")]
         stop.click(None, cancels=begun, api_visibility="private")
     return page
 
 
 def _controls(gr, default: Settings, longest: int) -> list:
     """One for each field of `Settings`, in their order."""
-    sliders = {
-        "temperature": (LEAST_TEMPERATURE, HIGHEST_TEMPERATURE, 0.05),
-        "num_candidates": (1, MOST_CANDIDATES, 1),
-        "max_new_tokens": (1, max(min(longest, 2000) - 1, 1), 1),
-        "top_p": (0.05, 1, 0.05),
-    }
+    steps = {"temperature": 0.05, "num_candidates": 1, "max_new_tokens": 1, "top_p": 0.05}
     found = []
-    for name, (least, most, step) in sliders.items():
-        slider = gr.Slider(least, most, getattr(default, name), step=step, label=LABELS[name], elem_id=name)
+    for name, step in steps.items():
+        label, least, most = RANGES[name]
+        most = min(most, max(min(longest, 2000) - 1, 1)) if name == "max_new_tokens" else most
+        slider = gr.Slider(least, most, getattr(default, name), step=step, label=label, elem_id=name)
         slider.preprocess = lambda typed: typed  # Settings.check says more of what is wrong
         found.append(slider)
+    shows = {"label": "Show candidates", "info": "Draws and decodes all of them; without, a CALM is faster."}
     return [
         *found,
-        gr.Number(default.seed, precision=0, label=LABELS["seed"], elem_id="seed"),
-        gr.Checkbox(
-            default.shows_candidates,
-            label="Show candidates",
-            info="Draws and decodes all of them; without, a CALM is faster.",
-            elem_id="shows_candidates",
-        ),
+        gr.Number(default.seed, precision=0, label=RANGES["seed"][0], elem_id="seed"),
+        gr.Checkbox(default.shows_candidates, elem_id="shows_candidates", **shows),
     ]
-
-
-def _next_seed(seed: int | None) -> int:
-    return (seed or 0) + 1
 
 
 def launch(page, **options) -> None:

@@ -12,8 +12,6 @@ STYLE = """
   --soft: light-dark(#686c76, #9aa0ab); --line: light-dark(#e2dfd8, #343942);
   --even: light-dark(#e4eefb, #22344c); --odd: light-dark(#fdeed9, #45351e);
   --bar: light-dark(#3671c6, #6da6f2); --chosen: light-dark(#c05f14, #f0a35b);
-  --backbone: light-dark(#3671c6, #6da6f2); --head: light-dark(#c05f14, #f0a35b);
-  --decoding: light-dark(#2f8f6b, #5cc49c); --selection: light-dark(#8757b8, #bb93e6);
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
@@ -25,8 +23,6 @@ header p { margin: .15rem 0 0; }
   padding: .65rem .9rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .control output { font-variant-numeric: tabular-nums; font-weight: 600; min-width: 2.6rem; }
 .control input { flex: 1 1 11rem; accent-color: var(--chosen); min-width: 8rem; }
-button { font: inherit; font-size: .875rem; color: inherit; background: none; border: 1px solid var(--line);
-  border-radius: .4rem; padding: .2rem .6rem; cursor: pointer; }
 .columns { display: grid; grid-template-columns: minmax(0, 1fr) 25rem; gap: 1.5rem; align-items: start; }
 #text { font: 1.2rem/2.1 Georgia, "Times New Roman", serif; white-space: pre-wrap; overflow-wrap: anywhere; }
 .patch { --weight: 0; padding: .12em 0 .3em; border-radius: .2em; cursor: pointer;
@@ -50,13 +46,6 @@ tr.chosen code { background: color-mix(in srgb, var(--chosen) 30%, transparent);
   background: color-mix(in srgb, var(--ink) 9%, transparent); }
 .track i { position: absolute; inset: 0 auto 0 0; border-radius: .2rem; background: var(--bar); }
 tr.chosen .track i { background: var(--chosen); }
-.track b { position: absolute; top: -2px; bottom: -2px; width: 2px; background: var(--ink); }
-.times { display: flex; height: .6rem; border-radius: .2rem; overflow: hidden; margin: .5rem 0 .3rem; gap: 1px; }
-.key { display: flex; flex-wrap: wrap; gap: .1rem .8rem; font-size: .8rem; color: var(--soft); }
-.key span::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .35em;
-  border-radius: .15em; background: var(--part); }
-section.time { margin-top: 1.6rem; }
-section.time h2 { font-size: .95rem; margin: 0; }
 @media (max-width: 56rem) {
   .columns { display: block; }
   main { padding: .9rem .9rem 52vh; }
@@ -81,21 +70,18 @@ const element = (tag, attributes = {}, ...inside) => {
 };
 const find = id => document.getElementById(id);
 
-const LANCZOS = [0.99999999999980993, 676.5203681218851, -1259.1392167224028, 771.32342877765313,
-  -176.61502916214059, 12.507343278686905, -0.13857109526572012, 9.9843695780195716e-6, 1.5056327351493116e-7];
-function logGamma(x) {
-  if (x < 0.5) return Math.log(Math.PI / Math.abs(Math.sin(Math.PI * x))) - logGamma(1 - x);
-  const sum = LANCZOS.reduce((sum, c, i) => i ? sum + c / (x - 1 + i) : c, 0), t = x + 6.5;
-  return 0.5 * Math.log(2 * Math.PI) + (x - 0.5) * Math.log(t) - t + Math.log(sum);
-}
-
 // Weights of sum 1 of patches that were drawn so often: C(count, 1/T); where all are 0, of the largest counts.
 function weigh(counts, temperature, {top_k = 0, top_p = 1, min_p = 0} = {}) {
   const draws = counts.reduce((a, b) => a + b, 0);
   let s = 1 / temperature;
   if (Math.abs(s - Math.round(s)) <= 1e-6 * s) s = Math.round(s);
-  const logWeight = c => c <= s - 1 ? (c - draws - 1) * 1000
-    : logGamma(c + 1) - logGamma(s + 1) - logGamma(c - s + 1);
+  // log C(c, s), up to a term that all share, from C(i, s) / C(i - 1, s) = i / (i - s).
+  const logWeight = c => {
+    if (c <= s - 1) return (c - draws - 1) * 1000;
+    let sum = 0;
+    for (let i = Math.floor(s) + 1; i <= c; i++) sum += Math.log(i / (i - s));
+    return sum;
+  };
   const once = counts.filter(c => c === 1).length, twice = counts.filter(c => c === 2).length;
   const unseen = temperature > 1 ? Math.max(once - 1, 0) / (2 * (twice + 1)) * Math.exp(logWeight(0)) : 0;
   const logs = counts.map(c => c === 1 && unseen > 0 ? Math.log(Math.exp(logWeight(1)) + unseen) : logWeight(c));
@@ -122,19 +108,6 @@ function normalised(values) {
 
 const visible = text => text.replaceAll("\\n", "⏎").replaceAll("\\t", "⇥") || "∅";
 const percent = share => share >= 0.9995 ? "100 %" : share >= 0.0005 ? (100 * share).toFixed(1) + " %" : "0 %";
-const PARTS = ["backbone", "head", "decoding", "selection"];
-const milliseconds = seconds => (seconds * 1000).toFixed(1) + " ms";
-
-function times(seconds) {
-  const total = PARTS.reduce((sum, part) => sum + seconds[part], 0) || 1;
-  const strip = element("div", {class: "times"}), key = element("div", {class: "key"});
-  for (const part of PARTS) {
-    strip.append(element("i", {style: `width:${100 * seconds[part] / total}%;background:var(--${part})`}));
-    key.append(element("span", {style: `--part:var(--${part})`}, `${part} ${milliseconds(seconds[part])}`));
-  }
-  return [strip, key];
-}
-
 let temperature = own, current = null;
 
 function showPanel() {
@@ -151,8 +124,7 @@ function showPanel() {
     if (patch.chosen !== null && !order.includes(patch.chosen)) order.push(patch.chosen);
     for (const i of order) {
       const {text, count} = patch.candidates[i];
-      const track = element("span", {class: "track"}, element("i", {style: `width:${100 * weights[i]}%`}),
-        element("b", {style: `left:calc(${100 * count / draws}% - 1px)`, title: "share of the draws"}));
+      const track = element("span", {class: "track"}, element("i", {style: `width:${100 * weights[i]}%`}));
       rows.push(element("tr", i === patch.chosen ? {class: "chosen"} : {},
         element("td", {}, element("code", {}, visible(text))),
         element("td", {}, String(count)), element("td", {}, track),
@@ -166,7 +138,6 @@ function showPanel() {
   if (rows.length) panel.append(element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
   else panel.append(element("p", {class: "soft"}, "Nothing stands before it, so nothing was drawn."));
   if (counts.length > shownAtMost) panel.append(element("p", {class: "soft"}, `The first ${shownAtMost} are shown.`));
-  if ("backbone" in patch.seconds) panel.append(...times(patch.seconds));
 }
 
 function choose(index) {
@@ -205,21 +176,7 @@ find("settings").textContent = [
   ...(min_p ? [`min-p ${min_p}`] : []),
 ].join(" · ");
 find("slider").addEventListener("input", event => setTemperature(Number(event.target.value)));
-find("reset").addEventListener("click", () => setTemperature(own));
-document.addEventListener("keydown", event => {
-  if (event.target.id === "slider" || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
-  event.preventDefault();
-  choose(current + (event.key === "ArrowRight" ? 1 : -1));
-  spans[current].scrollIntoView({block: "nearest"});
-});
 const written = data.patches.filter(patch => !patch.is_prompt);
-if (written.length) {
-  const meanOf = part => written.reduce((sum, patch) => sum + patch.seconds[part], 0) / written.length;
-  const mean = Object.fromEntries(PARTS.map(part => [part, meanOf(part)]));
-  find("time").append(element("h2", {}, "Time of a patch, mean"), ...times(mean), element("p", {class: "soft"},
-    `${written.length} patches in ${data.seconds.toFixed(2)} s, prompt and the record of candidates included; for ` +
-    "that record every candidate is decoded, which generate without scores avoids."));
-}
 setTemperature(own);
 choose(Math.min(data.patches.length - written.length, data.patches.length - 1));
 """
@@ -235,15 +192,12 @@ PAGE = """<!DOCTYPE html>
 <main>
 <header><h1 id="model"></h1><p class="soft" id="settings"></p></header>
 <div class="control"><label for="slider">Temperature</label>
-<input type="range" id="slider" min="0.1" max="2" step="0.01"><output id="value" for="slider"></output>
-<button id="reset" type="button">as written</button></div>
+<input type="range" id="slider" min="0.1" max="2" step="0.01"><output id="value" for="slider"></output></div>
 <div class="columns"><div>
 <div id="text"></div>
 <p class="soft">Each tint is a patch, which the model draws as a whole; grey ones are the prompt. The line
-under a patch is its weight among the candidates at this temperature. Point at a patch, tap it, or use ← and
-→. In the table the bar is a candidate's weight, the thin mark its share of the draws (its weight at T = 1).
+under a patch is its weight among the candidates at this temperature. Point at a patch, or tap it.
 The slider weighs the same draws anew; the text stays.</p>
-<section class="time" id="time"></section>
 </div><aside id="panel" aria-live="polite"></aside></div>
 </main>
 <script type="application/json" id="data">{data}</script>

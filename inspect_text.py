@@ -1,23 +1,22 @@
 """Shows what a text was chosen from, patch by patch: `python -m calm.inspect_text MODEL "Once upon a time"`.
 
-Of each written patch its distinct candidates, how often each was drawn, what it weighs at several temperatures, and
-how long the step took by part. Of each patch of the prompt the same draws, made after what stands before it: whether
-the model would have written it. `--html FILE` writes a page of its own that needs no network, with a slider for T.
+Of each written patch its distinct candidates, how often each was drawn, and what it weighs at several temperatures. Of
+each patch of the prompt the same draws, made after what stands before it: whether the model would have written it.
+`--html FILE` writes a page of its own that needs no network, with a slider for T.
 
 Axes: P patches, K tokens per patch, D hidden, N draws, M distinct patches among them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calm.command_line import Parser, command, known_errors, positive, utf8, writable
+from calm.command_line import Parser, command, known_errors, natural, positive, utf8, writable
+from calm.files import unfinished
 
 PROGRAM = "python -m calm.inspect_text"
 STORY = "Once upon a time, there was a little girl named Lily."
@@ -50,7 +49,6 @@ class Patch:
         is_prompt: whether it was given.
         candidates: those with most weight first; none for the first patch of the prompt, before which nothing stands.
         chosen: which candidate it is; `None` where it is none of them.
-        seconds: of its step, by part.
     """
 
     text: str
@@ -58,7 +56,6 @@ class Patch:
     is_prompt: bool
     candidates: list[Candidate] = field(default_factory=list)
     chosen: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,44 +66,16 @@ class Inspection:
         patch_size: K.
         settings: temperature, num_candidates, top_k, top_p, min_p and seed of the text.
         patches: prompt and text in order.
-        seconds: of the whole call of `generate`.
     """
 
     model: str
     patch_size: int
     settings: dict[str, Any]
     patches: list[Patch]
-    seconds: float
 
     @property
     def text(self) -> str:
         return "".join(patch.text for patch in self.patches)
-
-
-class StepListener:
-    """A streamer that notes, when a step's candidates come, how often each part was called until then."""
-
-    def __init__(self, parts):
-        self.parts, self.calls_by_step = parts, []
-
-    def put_scores(self, scores) -> None:
-        self.calls_by_step.append({part: len(readings) for part, readings in self.parts.readings.items()})
-
-    def put(self, value) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-    def seconds_by_step(self) -> list[dict[str, float]]:
-        """Backbone, head, decoding and selection of each step."""
-        found, before = [], {}
-        for calls in self.calls_by_step:
-            spent = {part: sum(self.parts.calls(part)[before.get(part, 0) : end]) for part, end in calls.items()}
-            selection = spent["choice"] - spent["head"] - spent["decoding"]
-            found.append({**{part: spent[part] for part in ("backbone", "head", "decoding")}, "selection": selection})
-            before = calls
-        return found
 
 
 class TextPieces:
@@ -117,16 +86,14 @@ class TextPieces:
         ids: of the whole text.
     """
 
-    CONTEXT = 8  # tokens before a patch that its text is read after
-
     def __init__(self, tokenizer, ids: Sequence[int]):
         self.tokenizer, self.ids = tokenizer, list(ids)
 
     def of(self, tokens: Sequence[int], begin: int) -> str:
         """The text of these tokens after `ids[:begin]`; special ones by their names."""
-        context = self.ids[max(0, begin - self.CONTEXT) : begin]
-        before, after = (self.tokenizer.decode(ids) for ids in (context, [*context, *tokens]))
-        return after[len(before) :] if after.startswith(before) else self.tokenizer.decode(list(tokens))
+        from calm.app_page import text_after
+
+        return text_after(self.tokenizer, self.ids[:begin], tokens)
 
     def in_turn(self, lengths: Sequence[int]) -> list[str]:
         """The text, without special tokens, cut after so many tokens each; a character waits for its last byte."""
@@ -157,25 +124,11 @@ def inspect_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, 
     """
     import torch
 
-    from calm.benchmarks.meters import Meter, Parts, synchronise
-    from calm.benchmarks.runs import DECODING
-
     sampling = model.patch_sampling(do_sample=True, sampling_method="batch", **options)
     ids_1L = tokenizer(prompt, return_tensors="pt").input_ids.long().to(model.device)
     check_length(model, ids_1L.shape[1], max_new_tokens)
-    parts = Parts(
-        Meter.clock(model.device),
-        {
-            "backbone": (model.model, "forward"),
-            "head": (model.head, "sample"),
-            "decoding": [(model.autoencoder, name) for name in DECODING],
-            "choice": (model, "choose_patches"),
-            "all": (model, "generate"),
-        },
-    )
-    listener = StepListener(parts)
     keeps_all = sampling.draws_once  # at T = 1 a step would draw one patch: here it draws N, which is the same law
-    with torch.no_grad(), parts.measured():
+    with torch.no_grad():
         output = model.generate(
             ids_1L,
             attention_mask=torch.ones_like(ids_1L),
@@ -185,15 +138,13 @@ def inspect_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, 
             generator=torch.Generator(model.device).manual_seed(seed),
             return_dict_in_generate=True,
             output_scores=True,
-            streamer=listener,
             **{**options, **({"top_k": ALL_CANDIDATES} if keeps_all else {})},
         )
-    synchronise(model.device)
     packed = model.pack_for_generation(ids_1L, bos_token=model.generation_config.bos_token_id)["input_ids"]
     patches = prompt_patches(model, tokenizer, packed, ids_1L.shape[1], sampling, seed)
-    patches += written_patches(tokenizer, output, ids_1L.shape[1], model.config.patch_size, listener)
+    patches += written_patches(tokenizer, output, ids_1L.shape[1], model.config.patch_size)
     settings = {name: getattr(sampling, name) for name in ("temperature", "num_candidates", "top_k", "top_p", "min_p")}
-    return Inspection("", model.config.patch_size, {**settings, "seed": seed}, patches, sum(parts.calls("all")))
+    return Inspection("", model.config.patch_size, {**settings, "seed": seed}, patches)
 
 
 def check_length(model, num_prompt: int, max_new_tokens: int) -> None:
@@ -206,28 +157,23 @@ def check_length(model, num_prompt: int, max_new_tokens: int) -> None:
         )
 
 
-def written_patches(tokenizer, output, prompt_length: int, patch_size: int, listener: StepListener) -> list[Patch]:
+def written_patches(tokenizer, output, prompt_length: int, patch_size: int) -> list[Patch]:
     """The patches that `generate` wrote; the last one ends where the text does."""
     ids = output.sequences[0].tolist()
     pieces = TextPieces(tokenizer, ids)
     starts = range(prompt_length, len(ids), patch_size)
     lengths = [min(patch_size, len(ids) - start) for start in starts]
     texts = pieces.in_turn([prompt_length, *lengths])[1:]
-    found = []
-    for start, length, text, step, seconds in zip(
-        starts, lengths, texts, output.scores, listener.seconds_by_step(), strict=True
-    ):
-        found.append(
-            Patch(
-                text,
-                tokenizer.convert_ids_to_tokens(ids[start : start + length]),
-                False,
-                candidates_of(step, 0, pieces, start),
-                int(step.chosen[0]),
-                seconds,
-            )
+    return [
+        Patch(
+            text,
+            tokenizer.convert_ids_to_tokens(ids[start : start + length]),
+            False,
+            candidates_of(step, 0, pieces, start),
+            int(step.chosen[0]),
         )
-    return found
+        for start, length, text, step in zip(starts, lengths, texts, output.scores, strict=True)
+    ]
 
 
 def candidates_of(scores, row: int, pieces: TextPieces, begin: int) -> list[Candidate]:
@@ -336,34 +282,14 @@ def listing(inspection: Inspection, temperatures: Sequence[float], num_shown: in
             lines.append(f"    {mark} {visible(candidate.text):<24}{candidate.count:>5}  {values}  {bar}".rstrip())
         if len(counts) > len(shown):
             lines.append(f"      … and {len(counts) - len(shown)} more")
-    return "\n".join([*lines, "", time_line(inspection)])
+    return "\n".join(lines)
 
 
 def patch_line(number: int, patch: Patch) -> str:
     words = [f"{number:>4}  {visible(patch.text or ''.join(patch.tokens))}"]  # an end has no text
     if patch.is_prompt:
         words.append("prompt" if patch.chosen is not None or not patch.candidates else "prompt, not among the draws")
-    if patch.seconds:
-        total = sum(patch.seconds.values())
-        by_part = ", ".join(f"{part} {seconds * 1000:.1f}" for part, seconds in patch.seconds.items())
-        words.append(f"{total * 1000:.1f} ms: {by_part}")
     return "   ".join(words)
-
-
-def time_line(inspection: Inspection) -> str:
-    """Where the time of the written patches went; the first step reads the prompt."""
-    steps = [patch.seconds for patch in inspection.patches if patch.seconds]
-    if not steps:
-        return "Nothing was written."
-    by_part = {part: sum(step[part] for step in steps) for part in steps[0]}
-    total = inspection.seconds
-    shares = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in by_part.items())
-    other = 1 - sum(by_part.values()) / total
-    num_steps = "1 patch" if len(steps) == 1 else f"{len(steps)} patches"
-    return (
-        f"{num_steps} in {total:.2f} s: {shares}, other (this record among it) {other:.0%}. All candidates"
-        " are decoded here: generate without scores is faster."
-    )
 
 
 def visible(text: str) -> str:
@@ -375,18 +301,10 @@ def visible(text: str) -> str:
 
 
 def write_page(path: Path, inspection: Inspection) -> None:
-    """Writes the page aside and renames it, so that the file is whole or not there."""
     from calm.inspect_page import page
 
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page(asdict(inspection)))
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    with unfinished(path) as aside:
+        aside.write_text(page(asdict(inspection)), encoding="utf-8")
 
 
 def parse(argv: list[str] | None):
@@ -400,7 +318,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--top_k", type=int, help="patches that may be chosen, 0 for all")
     parser.add_argument("--top_p", type=float, help="share of the weight that may be chosen")
     parser.add_argument("--min_p", type=float, help="share of the largest weight that a patch must have")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument(
         "--compare", type=float, nargs="+", default=COMPARED, metavar="T", help="in the listing (default: 1 0.5 0.333)"
     )
@@ -421,25 +339,20 @@ def main(argv: list[str] | None = None) -> None:
     stated = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     model, tokenizer = load(options.model, options.device)
     with known_errors(ValueError, OverflowError):
-        check_seed(options.seed)
         inspection = inspect_text(model, tokenizer, options.prompt, options.max_new_tokens, options.seed, **stated)
     inspection.model = options.model
     if options.html is not None:
         with known_errors(OSError):
             write_page(options.html, inspection)
-        print(f"{options.html}: {len(inspection.patches)} patches.\n{time_line(inspection)}")
+        print(f"{options.html}: {len(inspection.patches)} patches.")
         return
     own = inspection.settings["temperature"]
     print(listing(inspection, sorted({*options.compare, own}, reverse=True), options.show))
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed {seed}: must be in [0, 2^63).")
+def load(name: str, device: str | None, dtype: Any = "auto"):
+    """A CALM and its tokenizer.
 
-
-def load(name: str, device: str | None):
-    """
     Raises:
         InputError: there is no CALM, no tokenizer or no such device.
     """
@@ -452,7 +365,7 @@ def load(name: str, device: str | None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with known_errors():
-        model = load_causal_lm(name, device=device)
+        model = load_causal_lm(name, dtype, device)
         if not is_calm(model):
             raise ValueError(f"{name} is no CALM: its model_type is {model.config.model_type!r}.")
         tokenizer = load_tokenizer(name)

@@ -254,7 +254,9 @@ class Server:
                 future.add_done_callback(lambda _, index=index: tell(index, None))
         except (ValueError, QueueFull, BatcherClosed) as error:
             job.cancel()
-            raise BadRequest.of(error, request) if isinstance(error, ValueError) else error from None
+            if isinstance(error, ValueError):
+                raise BadRequest.of(error, request) from None
+            raise
 
     async def _events(self, job: Job) -> AsyncIterator[tuple[int, Piece | None]]:
         """What happens to the texts until all have ended.

@@ -6,12 +6,11 @@ import shutil
 import time
 
 import pytest
+from conftest import needs
 
 BROWSER, DRIVER = (shutil.which(program) for program in ("chromium", "chromedriver"))
 SECONDS = 60
-needs_browser = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed"
-)
+needs_browser = needs(BROWSER and DRIVER, "chromium or chromedriver")
 
 
 @contextlib.contextmanager

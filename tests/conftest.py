@@ -33,6 +33,11 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def needs(found: object, what: str):
+    """Marks a test to be skipped where a program is missing. In CI, where all are installed, it runs, and so fails."""
+    return pytest.mark.skipif(not found and "CI" not in os.environ, reason=f"{what} is not installed")
+
+
 @pytest.fixture(scope="session")
 def hub():
     """A Hub on loopback, empty at first; each test pushes to repositories of its own."""
@@ -56,3 +61,48 @@ def workshop_of_one_more_token(tmp_path_factory):
     from llama_workshop import make_workshop_of_one_more_token
 
     return make_workshop_of_one_more_token(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny model and a tokenizer with a chat template. Copied by what changes them."""
+    from server_process import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def server(tiny_folder, tmp_path_factory):
+    """A process that serves the tiny model, of 4 rows and 4 texts that may wait."""
+    from server_process import running_server
+
+    options = (
+        "--model_name",
+        "tiny",
+        "--max_rows",
+        "4",
+        "--max_waiting",
+        "4",
+        "--allow_origin",
+        "http://page.example",
+    )
+    with running_server(tiny_folder, tmp_path_factory.mktemp("server"), *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def api(tiny_folder):
+    """A client of the same application in this process, whose bodies may have 20,000 bytes."""
+    from server_process import in_process
+
+    with in_process(tiny_folder, max_rows=4, max_waiting=4, max_draws=1000) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """A browser; a test sets its width, and opens pages of its own."""
+    from browser import headless_browser
+
+    with headless_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver

@@ -1,4 +1,4 @@
-"""`python -m calm.serve` as a process of its own, for tests that talk to it over HTTP."""
+"""`python -m calm.serve` as a process of its own, for tests that talk to it over HTTP, and in this process."""
 
 import contextlib
 import http.client
@@ -27,6 +27,25 @@ def save_tiny_model(folder, **overrides):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextlib.contextmanager
+def in_process(folder, **limits):
+    """A client of the application in this process, and its `batcher`, whose methods a test may replace."""
+    from starlette.testclient import TestClient
+    from tiny import tiny_tokenizer
+
+    from calm.modeling_calm import CALMForCausalLM
+    from calm.serving.app import ServerOptions, create_app
+    from calm.serving.batcher import Batcher
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    options = ServerOptions("tiny", max_request_bytes=20_000, allowed_origins=("http://page.example",))
+    with Batcher(CALMForCausalLM.from_pretrained(folder), tokenizer, **limits) as batcher:
+        with TestClient(create_app(batcher, options)) as client:
+            client.batcher = batcher
+            yield client
 
 
 class ServerProcess:

@@ -1,13 +1,10 @@
-"""What `calm.serve` refuses, in which words, that the next request is served, and what a fault becomes."""
+"""What the server refuses, in which words, and what a fault becomes. All in this process."""
 
 import asyncio
-import http.client
 import json
-import time
 
 import pytest
-from server_process import running_server, save_tiny_model
-from starlette.testclient import TestClient
+from server_process import in_process
 from tiny import tiny_tokenizer
 
 from calm.modeling_calm import CALMForCausalLM
@@ -17,19 +14,13 @@ from calm.serving.engine import Engine
 from calm.serving.openai_api import WITHOUT_EFFECT, BadRequest, ChatRequest, CompletionRequest
 
 
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+def post(api, path, body):
+    """Status and JSON of an answer; a body that is no bytes is sent as JSON."""
+    answer = api.post(path, content=body if isinstance(body, bytes) else json.dumps(body))
+    return answer.status_code, answer.json()
 
 
-@pytest.fixture(scope="module")
-def server(tiny_folder, tmp_path_factory):
-    options = ("--max_rows", "4", "--max_waiting", "4", "--max_request_bytes", "20000")
-    with running_server(tiny_folder, tmp_path_factory.mktemp("home"), *options) as server:
-        yield server
-
-
-# Bad input: a 4xx in OpenAI's shape that names the field, and the next request is served
+# Bad input: a 4xx in OpenAI's shape that names the field
 
 BAD = {
     "no JSON": (b"{", None, "The body is no JSON"),
@@ -39,7 +30,6 @@ BAD = {
     "unknown field": ({"prompt": "a", "foo": 1}, "foo", "foo: there is no such field"),
     "unknown in options": ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options", "stream_options.x"),
     "max_tokens 0": ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-    "max_tokens negative": ({"prompt": "a", "max_tokens": -5}, "max_tokens", "greater than or equal to 1"),
     "max_tokens too many": (
         {"prompt": "a", "max_tokens": 10**6},
         "max_tokens",
@@ -53,7 +43,6 @@ BAD = {
     "ids outside": ({"prompt": [5, 4000]}, "prompt", "holds 4000: ids are whole numbers in 0 … 95"),
     "half a character": (b'{"prompt": "\\ud800"}', "prompt", "half a surrogate pair"),
     "temperature negative": ({"prompt": "a", "temperature": -1}, "temperature", "sampling needs a temperature in"),
-    "half a character in a list": (b'{"prompt": ["a", "\\udc00"]}', "prompt", "half a surrogate pair"),
     "half a character to stop at": (b'{"prompt": "a", "stop": ["\\ud800"]}', "stop", "half a surrogate pair"),
     "half a character as a field": (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", "half a surrogate pair"),
     "half a character in bytes": (b'{"prompt": "\xed\xa0\x80"}', "prompt", "half a surrogate pair"),
@@ -69,35 +58,21 @@ BAD = {
     ),
     "temperature NaN": (b'{"prompt": "a", "temperature": NaN}', "temperature", "a number that is not finite"),
     "temperature infinite": (b'{"prompt": "a", "temperature": 1e999}', "temperature", "a number that is not finite"),
-    "temperature huge": (
-        b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400),
-        "temperature",
-        "valid number",
-    ),
     "a whole number of 5000 digits": (
         b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 5000),
         None,
         "The body is no JSON",
     ),
-    "ids huge": ({"prompt": [10**30]}, "prompt", "ids are whole numbers in 0 … 95"),
     "temperature tiny": ({"prompt": "a", "temperature": 1e-4}, "temperature", "is too few for temperature=0.0001"),
     "temperature all but 0": ({"prompt": "a", "temperature": 1e-320}, "temperature", "temperature=1e-320"),
-    "temperature as text": ({"prompt": "a", "temperature": "1"}, "temperature", "valid number"),
     "seed too large": ({"prompt": "a", "seed": 2**63}, "seed", "less than"),
     "stop a number": ({"prompt": "a", "stop": 5}, "stop", "must be a text or a list of texts"),
     "stop empty": ({"prompt": "a", "stop": ["a", ""]}, "stop", "holds an empty string"),
     "stop too many": ({"prompt": "a", "stop": ["b"] * 257}, "stop", "stop: may hold 256 strings of 256 characters"),
-    "stop too long": ({"prompt": "a", "stop": "b" * 257}, "stop", "stop: may hold 256 strings of 256 characters"),
     "n 0": ({"prompt": "a", "n": 0}, "n", "greater than or equal to 1"),
     "n more than fit": ({"prompt": "a", "n": 9}, "n", "9 texts are asked for at once, and 8 may be"),
-    "n 10000": ({"prompt": "a", "n": 10**4}, "n", "less than or equal to 128"),
     "num_candidates": (
         {"prompt": "a", "num_candidates": 10**6},
-        "num_candidates",
-        "patches in a step: 1000 are allowed here",
-    ),
-    "num_candidates at temperature 0": (
-        {"prompt": "a", "num_candidates": 10**6, "temperature": 0},
         "num_candidates",
         "patches in a step: 1000 are allowed here",
     ),
@@ -106,13 +81,10 @@ BAD = {
         "num_candidates",
         "may draw 1010 patches in a step: 1000 are allowed here",
     ),
-    "num_candidates beyond all": ({"prompt": "a", "num_candidates": 10**30}, "num_candidates", "patches in a step"),
     "top_p": ({"prompt": "a", "top_p": 1.1}, "top_p", "less than or equal to 1"),
-    "top_k": ({"prompt": "a", "top_k": -2}, "top_k", "greater than or equal to -1"),
     "min_p": ({"prompt": "a", "min_p": -1}, "min_p", "greater than or equal to 0"),
     "temperature 2.5": ({"prompt": "a", "temperature": 2.5}, "temperature", "in (0, 2]"),
     "frequency_penalty": ({"prompt": "a", "frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
-    "presence_penalty": ({"prompt": "a", "presence_penalty": -3}, "presence_penalty", "greater than or equal to -2"),
     "repetition_penalty": ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
     "logit_bias": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "'x' is no token id in 0 … "),
     "logit_bias outside": ({"prompt": "a", "logit_bias": {"96": 1}}, "logit_bias", "is no token id in 0 … 95"),
@@ -147,25 +119,27 @@ BAD |= {name: ({"prompt": "a", name: value}, name, f"{name}: ") for name, value 
 assert set(ACTIVE) == set(WITHOUT_EFFECT)
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_4xx_that_names_the_field(server, case, stream):
+def test_bad_input_is_a_4xx_that_names_the_field(api, case):
     body, param, sentence = BAD[case]
-    if stream:
-        body = body if isinstance(body, bytes | list) else {**body, "stream": True}
-    status, answer = server.post("/v1/completions", body)
+    status, answer = post(api, "/v1/completions", body)
     assert status == 400 and answer["error"]["param"] == param and sentence in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
-    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
 
 
-@pytest.mark.parametrize("depth", [300, 900, 970, 985, 3000])
-def test_no_depth_is_a_fault(server, depth):
+def test_a_stream_s_bad_input_is_no_event_and_the_next_request_is_served(api):
+    status, answer = post(api, "/v1/completions", {"prompt": "a", "top_p": 1.1, "stream": True})
+    assert status == 400 and answer["error"]["param"] == "top_p"
+    assert post(api, "/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
+
+
+@pytest.mark.parametrize("depth", [300, 970, 3000])
+def test_no_depth_is_a_fault(api, depth):
     """Python's recursion limit is met in other places at other depths."""
     nested = b"[" * depth + b"]" * depth
     message = b'{"messages": [{"role": "user", "content": "a", "more": %s}], "max_tokens": 1}'
     for path, body in (("completions", b'{"prompt": %s}'), ("chat/completions", message)):
-        status, answer = server.post(f"/v1/{path}", body % nested)
+        status, answer = post(api, f"/v1/{path}", body % nested)
         assert status in (200, 400), answer
 
 
@@ -182,39 +156,33 @@ BAD_CHATS = [
 
 
 @pytest.mark.parametrize("fields, sentence", BAD_CHATS, ids=[sentence for _, sentence in BAD_CHATS])
-def test_bad_conversations(server, fields, sentence):
-    status, answer = server.post("/v1/chat/completions", fields)
+def test_bad_conversations(api, fields, sentence):
+    status, answer = post(api, "/v1/chat/completions", fields)
     assert status == 400 and sentence in answer["error"]["message"] and answer["error"]["param"] == "messages"
 
 
-def test_what_clients_add_to_messages_is_no_error(server):
+def test_what_clients_add_to_messages_is_no_error(api):
     message = {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": None}], "metadata": None}
-    assert server.post("/v1/chat/completions", {"messages": [message], "max_tokens": 4})[0] == 200
+    assert post(api, "/v1/chat/completions", {"messages": [message], "max_tokens": 4})[0] == 200
 
 
-def test_other_paths_methods_and_sizes(server):
-    assert server.post("/v1/embeddings", {})[0] == 404
-    assert server.post("/v1/models", {})[1]["error"]["message"].startswith("POST /v1/models: Method Not Allowed")
-    status, answer = server.post("/v1/completions", b'{"prompt": "' + b"x" * 20_000 + b'"}')
+def test_other_paths_methods_and_sizes(api):
+    assert post(api, "/v1/embeddings", {})[0] == 404
+    assert post(api, "/v1/models", {})[1]["error"]["message"].startswith("POST /v1/models: Method Not Allowed")
+    status, answer = post(api, "/v1/completions", b'{"prompt": "' + b"x" * 20_000 + b'"}')
     assert status == 413 and "larger than 20000 bytes" in answer["error"]["message"]
-    connection = http.client.HTTPConnection(server.address, timeout=30)
-    chunks = iter([b'{"prompt": "'] + [b"x" * 1000] * 30)
-    connection.request("POST", "/v1/completions", chunks, encode_chunked=True)  # a body that doesn't say its size
-    assert connection.getresponse().status == 413
-    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
+    parts = (b"x" * 1000 for _ in range(30))  # a body that doesn't say its size
+    assert api.post("/v1/completions", content=parts).status_code == 413
 
 
-# The application in this process
+# Faults
 
 
 @pytest.fixture
 def app_client(tiny_folder):
-    """A client of the application with a batcher whose methods a test may replace."""
-    with Batcher(CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()) as batcher:
-        app = create_app(batcher, ServerOptions(model_name="tiny", allowed_origins=("http://page.example",)))
-        with TestClient(app) as client:
-            client.batcher = batcher
-            yield client
+    """A client of its own, for what breaks a batcher."""
+    with in_process(tiny_folder) as client:
+        yield client
 
 
 def test_a_fault_is_an_answer_that_is_counted_and_that_pages_can_read(app_client, monkeypatch):
@@ -304,13 +272,11 @@ def test_a_client_that_leaves_is_noticed_whatever_its_server_says_of_itself(tiny
     "request_type, fields",
     [
         (CompletionRequest, {"prompt": [1] * 200_000 + ["a"]}),
-        (CompletionRequest, {"prompt": "a", "stop": ["a"] * 200_000 + [1]}),
         (ChatRequest, {"messages": [{"role": "robot"}] * 50_000}),
         (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 50_000}]}),
     ],
 )
-def test_a_long_list_of_mistakes_takes_no_longer_than_one(request_type, fields):
-    body, begin = json.dumps(fields).encode(), time.process_time()
-    with pytest.raises(BadRequest):
-        request_type.parse(body)
-    assert time.process_time() - begin < 1
+def test_of_a_long_list_of_mistakes_one_is_named(request_type, fields):
+    with pytest.raises(BadRequest) as refused:
+        request_type.parse(json.dumps(fields).encode())
+    assert len(str(refused.value)) < 200
