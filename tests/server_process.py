@@ -30,8 +30,14 @@ def save_tiny_model(folder, **overrides):
 
 
 @contextlib.contextmanager
-def in_process(folder, **limits):
-    """A client of the application in this process, and its `batcher`, whose methods a test may replace."""
+def in_process(folder, options=None, **limits):
+    """A client of the application in this process, and its `batcher`, whose methods a test may replace.
+
+    Args:
+        folder: of the model.
+        options: fields of `ServerOptions`.
+        limits: of the batcher.
+    """
     from starlette.testclient import TestClient
     from tiny import tiny_tokenizer
 
@@ -41,9 +47,9 @@ def in_process(folder, **limits):
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
-    options = ServerOptions("tiny", max_request_bytes=20_000, allowed_origins=("http://page.example",))
+    fields = {"max_request_bytes": 20_000, "allowed_origins": ("http://page.example",), **(options or {})}
     with Batcher(CALMForCausalLM.from_pretrained(folder), tokenizer, **limits) as batcher:
-        with TestClient(create_app(batcher, options)) as client:
+        with TestClient(create_app(batcher, ServerOptions("tiny", **fields))) as client:
             client.batcher = batcher
             yield client
 

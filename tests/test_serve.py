@@ -1,4 +1,4 @@
-"""`python -m calm.serve`: a real server asked with the official client and curl, how it ends, and its command."""
+"""The server, asked with the official client in this process; one of its own: curl, clients that leave, its end."""
 
 import concurrent.futures
 import http.client
@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,12 +20,14 @@ import pytest
 import torch
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
-from server_process import START_SECONDS, running_server, save_tiny_model
+from server_process import START_SECONDS, in_process, running_server
+from starlette.testclient import TestClient
 from tiny import tiny_tokenizer
 
 from calm import serve
 from calm.command_line import InputError
 from calm.modeling_calm import CALMForCausalLM
+from calm.serving.app import ServerOptions, create_app
 from calm.serving.openai_api import CountPenalty
 
 ROOT = Path(__file__).parents[1]
@@ -35,22 +36,8 @@ LONG = {"prompt": PROMPT, "max_tokens": 8000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    options = ("--model_name", "tiny", "--max_rows", "4", "--max_waiting", "4")
-    with running_server(tiny_folder, home, *options, "--allow_origin", "http://page.example") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120) as client:
-        yield client
+def client(api):
+    return OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=api)
 
 
 @pytest.fixture
@@ -70,12 +57,27 @@ def chat(client):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_folder):
-    """What `generate` writes without sampling, called here: 24 tokens, after the same ids in both endpoints."""
-    tokenizer, model = tiny_tokenizer(), CALMForCausalLM.from_pretrained(tiny_folder)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True)
+def model(tiny_folder):
+    return CALMForCausalLM.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def generated(model):
+    """What `generate` writes after the prompt, of the seed 3: the text."""
+
+    def write(**settings):
+        tokenizer = tiny_tokenizer()
+        ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+        texts = model.generate(ids, generator=[torch.Generator().manual_seed(3)], max_new_tokens=24, **settings)
+        return tokenizer.decode(texts[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def expected(generated):
+    """Without sampling; after the same ids in both endpoints."""
+    return generated(do_sample=False)
 
 
 # With the official client
@@ -111,10 +113,10 @@ def test_a_stream_is_the_answer_in_pieces(completions, chat, expected):
     assert all(chunk.usage is None for chunk in completions(stream=True))
 
 
-def test_no_character_of_a_text_ends_a_line_of_a_stream(server):
+def test_no_character_of_a_text_ends_a_line_of_a_stream(api):
     prompt = "a\x85b\u2028c\u2029d"
-    answer = server.connect({"prompt": prompt, "max_tokens": 4, "echo": True, "stream": True}).getresponse()
-    *events, done = [line.removeprefix("data: ") for line in answer.read().decode().splitlines() if line]
+    answer = api.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4, "echo": True, "stream": True})
+    *events, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     texts = [json.loads(event)["choices"][0]["text"] for event in events]
     assert texts[0] == prompt and done == "[DONE]"
 
@@ -169,17 +171,8 @@ def test_stop_lists(completions):
     assert "".join(chunk.choices[0].text for chunk in stream) == whole[: whole.index(stop)]
 
 
-def test_own_fields_reach_the_sampler(completions, tiny_folder):
-    model, ids = CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()(PROMPT, return_tensors="pt")
-    own = {"num_candidates": 7, "sampling_method": "batch"}
-    generator = [torch.Generator().manual_seed(3)]
-    text = model.generate(**ids, generator=generator, max_new_tokens=24, min_new_tokens=20, temperature=0.4, **own)
-    text = tiny_tokenizer().decode(text[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    answer = completions(seed=3, temperature=0.4, extra_body={**own, "min_tokens": 20})
-    assert answer.choices[0].text == text and answer.usage.completion_tokens >= 20
-
-
 SHAPED = {
+    "method": ({"num_candidates": 7, "sampling_method": "batch"}, {"num_candidates": 7, "sampling_method": "batch"}),
     "top_p": ({"top_p": 0.3, "temperature": 1}, {"top_p": 0.3, "temperature": 1.0}),
     "top_k": ({"top_k": 3, "temperature": 1}, {"top_k": 3, "temperature": 1.0}),
     "min_p": ({"min_p": 0.5, "temperature": 1}, {"min_p": 0.5, "temperature": 1.0}),
@@ -194,13 +187,9 @@ SHAPED = {
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_fields_that_shape_a_text_do_what_generate_does(completions, tiny_folder, name):
+def test_fields_that_shape_a_text_do_what_generate_does(completions, generated, name):
     fields, settings = SHAPED[name]
-    model, ids = CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()(PROMPT, return_tensors="pt")
-    model.generation_config.do_sample = True
-    generator = [torch.Generator().manual_seed(3)]
-    text = model.generate(**ids, generator=generator, max_new_tokens=24, min_new_tokens=24, **settings)
-    text = tiny_tokenizer().decode(text[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = generated(min_new_tokens=24, **settings)
     ask = {"seed": 3, "extra_body": {"min_tokens": 24}}
     assert completions(**ask | {"extra_body": {"min_tokens": 24, **fields}}).choices[0].text == text
     assert completions(**ask).choices[0].text != text
@@ -243,26 +232,58 @@ def test_an_empty_prompt_begins_a_text(completions):
     assert completions(prompt="", seed=1).choices[0].text == completions(prompt=[1], seed=1).choices[0].text
 
 
+def test_pages_of_allowed_origins_may_ask_errors_included(api):
+    page = {"Origin": "http://page.example"}
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    wanted["Access-Control-Request-Private-Network"] = "true"  # of a public page that asks this machine
+    answer = api.options("/v1/completions", headers={**page, **wanted})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "http://page.example"
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    assert answer.headers["access-control-allow-private-network"] == "true"
+    answer = api.post("/v1/completions", content="{}", headers=page)
+    assert answer.status_code == 400 and answer.headers["access-control-allow-origin"] == "http://page.example"
+    answer = api.post("/v1/completions", content="{}", headers={"Origin": "http://elsewhere.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_key_a_template_and_a_time_limit(tiny_folder):
+    with in_process(tiny_folder, {"api_key": "secret", "timeout_s": 1}) as api:
+        api.batcher.tokenizer.chat_template = (
+            "{{ raise_exception('only users here') if messages[0].role != 'user' else messages[0].content }}"
+        )
+
+        def ask(body, path="completions", key="Bearer secret", **headers):
+            answer = api.post(f"/v1/{path}", json=body, headers={"Authorization": key, **headers})
+            return answer.status_code, answer.text
+
+        assert [ask({}, key=key)[0] for key in ("", "Bearer wrong", "Basic secret")] == [401] * 3
+        assert [ask({}, key=key)[0] for key in ("bearer secret", "BEARER secret")] == [400] * 2
+        assert ask({}, key="", Host="a/health?")[0] == 401  # no path but the request's own counts
+        assert api.get("/health").status_code == 200
+        status, said = ask({"messages": [{"role": "system", "content": "a"}]}, "chat/completions")
+        assert status == 400 and "the chat template refuses them: only users here" in said
+        status, said = ask(LONG)
+        assert status == 504 and "took more than 1 seconds" in said
+        status, said = ask({**LONG, "stream": True})
+        assert status == 200 and "took more than 1 seconds" in said.splitlines()[-2]
+
+
+# A server of its own process
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(server):
     def curl(*arguments):
-        return subprocess.run(
-            ["curl", "-sS", *arguments], capture_output=True, text=True, timeout=60, check=True
-        ).stdout
+        done = subprocess.run(["curl", "-sS", *arguments], capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout
 
     body = json.dumps({"prompt": PROMPT, "max_tokens": 8, "seed": 0})
     text = json.loads(curl(server.url + "/v1/completions", "-d", body))["choices"][0]["text"]
-    stream = curl("-N", server.url + "/v1/completions", "-d", body.replace("}", ', "stream": true}'))
+    stream = curl("-i", "-N", server.url + "/v1/completions", "-d", body.replace("}", ', "stream": true}'))
+    headers, _, stream = stream.partition("\n\n")
+    assert "content-type: text/event-stream" in headers.lower() and "no-cache" in headers.lower()
     *events, done = [line.removeprefix("data: ") for line in stream.splitlines() if line]
     assert done == "[DONE]" and "".join(json.loads(event)["choices"][0]["text"] for event in events) == text
-    assert json.loads(curl(server.url + "/health")) == {"status": "ok"}
-    headers = curl(
-        "-D", "-", "-o", os.devnull, "-N", server.url + "/v1/completions", "-d", '{"prompt":"a","stream":true}'
-    )
-    assert "content-type: text/event-stream" in headers.lower() and "no-cache" in headers.lower()
-
-
-# Batches, and clients that leave
 
 
 def test_requests_are_written_together_and_the_queue_is_bounded(server):
@@ -282,17 +303,15 @@ def test_requests_are_written_together_and_the_queue_is_bounded(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_row_within_a_patch(server, stream):
+def test_a_client_that_leaves_frees_its_row(server, stream):
     connection = server.connect({**LONG, "stream": stream, "n": 2})
     if stream:
         assert connection.getresponse().readline().startswith(b"data: ")
     server.wait_for_metric("calm_running", 2)
-    left = time.monotonic()
     connection.close()
     if stream:
         connection.sock = None
     server.wait_for_metric("calm_running", 0)
-    assert time.monotonic() - left < 2
 
 
 def test_metrics_count_requests_and_times(server):
@@ -316,117 +335,51 @@ def test_no_line_of_the_log_is_as_long_as_a_client_wants(server):
     assert max(map(len, lines)) < 1200
 
 
-def test_pages_of_allowed_origins_may_ask_errors_included(server):
-    connection = http.client.HTTPConnection(server.address, timeout=30)
-    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
-    connection.request("OPTIONS", "/v1/completions", headers={"Origin": "http://page.example", **wanted})
-    answer = connection.getresponse()
-    assert answer.status == 200 and answer.headers["access-control-allow-origin"] == "http://page.example"
-    assert "authorization" in answer.headers["access-control-allow-headers"]
-    answer.read()
-    wanted["Access-Control-Request-Private-Network"] = "true"  # of a public page that asks this machine
-    connection.request("OPTIONS", "/v1/completions", headers={"Origin": "http://page.example", **wanted})
-    answer = connection.getresponse()
-    assert answer.status == 200 and answer.headers["access-control-allow-private-network"] == "true"
-    answer.read()
-    connection.request("POST", "/v1/completions", "{}", {"Origin": "http://page.example"})
-    answer = connection.getresponse()
-    assert answer.status == 400 and answer.headers["access-control-allow-origin"] == "http://page.example"
-    answer.read()
-    connection.request("POST", "/v1/completions", "{}", {"Origin": "http://elsewhere.example"})
-    assert "access-control-allow-origin" not in connection.getresponse().headers
+# Its end
 
 
-# Its life
-
-
-def test_key_time_out_template_and_graceful_stop(tiny_folder, tmp_path):
-    template = tmp_path / "template.jinja"
-    template.write_text(
-        "{{ raise_exception('only users here') if messages[0].role != 'user' else messages[0].content }}"
-    )
-    options = ("--timeout", "3", "--chat_template", str(template), "--prefill_chunk_size", "8")
-    with running_server(tiny_folder, tmp_path / "home", *options, CALM_API_KEY="secret") as server:
-        assert server.post("/v1/completions", {"prompt": "a"})[0] == 401
-        assert server.post("/v1/completions", {"prompt": "a"}, Authorization="Bearer wrong")[0] == 401
-        assert server.post("/v1/completions", {"prompt": "a"}, Authorization="Basic secret")[0] == 401
-        for scheme in ("bearer", "BEARER"):
-            assert server.post("/v1/completions", {}, Authorization=f"{scheme} secret")[0] == 400
-        connection = http.client.HTTPConnection(server.address, timeout=30)
-        connection.request("GET", "/v1/models", headers={"Host": "a/health?"})  # no path but the request's own counts
-        assert connection.getresponse().status == 401 and server.get("/health").status == 200
-        key = {"Authorization": "Bearer secret"}
-        assert server.post("/v1/completions", {"prompt": "a", "model": str(tiny_folder)}, **key)[0] == 200
-        status, answer = server.post("/v1/chat/completions", {"messages": [{"role": "system", "content": "a"}]}, **key)
-        assert status == 400 and "the chat template refuses them: only users here" in answer["error"]["message"]
-        status, answer = server.post("/v1/completions", LONG, **key)
-        assert status == 504 and "took more than 3 seconds" in answer["error"]["message"]
-        server.wait_for_metric("calm_running", 0)
-
-        answers = []
-        client = threading.Thread(
-            target=lambda: answers.append(server.post("/v1/completions", {**LONG, "max_tokens": 120}, **key))
-        )
-        client.start()
+@pytest.mark.slow
+def test_what_has_begun_is_written_when_it_is_stopped(tiny_folder, tmp_path):
+    with running_server(tiny_folder, tmp_path / "home", CALM_API_KEY="") as server:  # an empty key is none
+        connection = server.connect({**LONG, "max_tokens": 120})
         server.wait_for_metric("calm_running", 1)
         assert server.stop() == 0
-        client.join()
-        assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 120
+        answer = connection.getresponse()
+        assert answer.status == 200 and json.load(answer)["usage"]["completion_tokens"] == 120
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_server_may_be_stopped_while_it_loads(tiny_folder, tmp_path):
-    template = tmp_path / "template.jinja"
-    os.mkfifo(template)
-    arguments = (str(tiny_folder), "--port", "0", "--chat_template", str(template))
-    process = subprocess.Popen([sys.executable, "-m", "calm.serve", *arguments])
-    with open(template, "w"):  # waits until the server reads it, which then waits for a template
-        process.terminate()
-        assert process.wait(timeout=60) == 0
-
-
-def test_a_stream_that_takes_too_long_ends_with_an_error_event(tiny_folder, tmp_path):
-    with running_server(
-        tiny_folder, tmp_path / "home", "--timeout", "3", "--grace", "1", CALM_API_KEY=""
-    ) as server:  # an empty key is none
-        client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.APIError, match="took more than 3 seconds"):
-            fields = {"max_tokens": 8000, "extra_body": {"ignore_eos": True}}
-            list(client.completions.create(model=str(tiny_folder), prompt=PROMPT, stream=True, **fields))
-        answer, stream = server.connect(LONG), server.connect({**LONG, "stream": True})
-        server.wait_for_metric("calm_running", 2)
-        assert server.stop(signal.SIGINT) == 0  # a second later, with the texts cancelled
-        assert (answer := answer.getresponse()).status == 503 and b"The server is stopping" in answer.read()
-        assert b"The server is stopping" in stream.getresponse().read().splitlines()[-2]
-    assert "Traceback" not in server.log.read_text()
-
-
-def test_a_second_ctrl_c_ends_at_once_and_as_the_first(tiny_folder, tmp_path):
-    with running_server(tiny_folder, tmp_path / "home", "--grace", "600") as server:
+@pytest.mark.slow
+@pytest.mark.parametrize("signals, grace", [(1, "1"), (2, "600")])
+def test_what_is_not_written_in_time_or_until_a_second_ctrl_c_is_cancelled(tiny_folder, tmp_path, signals, grace):
+    with running_server(tiny_folder, tmp_path / "home", "--grace", grace) as server:
         answer, stream = server.connect(LONG), server.connect({**LONG, "stream": True})
         half = http.client.HTTPConnection(server.address, timeout=60)
         half.putrequest("POST", "/v1/completions")
         half.putheader("Content-Length", "100")
         half.endheaders(b"{")  # and no more
         server.wait_for_metric("calm_running", 2)
-        server.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        for _ in range(signals - 1):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
         assert server.stop(signal.SIGINT) == 0
         assert (answer := answer.getresponse()).status == 503 and b"The server is stopping" in answer.read()
         assert b"The server is stopping" in stream.getresponse().read().splitlines()[-2]
     assert "Traceback" not in server.log.read_text()
 
 
-def test_ctrl_c_while_the_model_loads(tiny_folder, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("sign, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_server_may_be_stopped_while_it_loads(tiny_folder, tmp_path, sign, code):
     template = tmp_path / "template.jinja"
     os.mkfifo(template)
     arguments = (str(tiny_folder), "--port", "0", "--chat_template", str(template))
     process = subprocess.Popen([sys.executable, "-m", "calm.serve", *arguments], stderr=subprocess.PIPE, text=True)
-    with open(template, "w"):
-        process.send_signal(signal.SIGINT)
+    with open(template, "w"):  # waits until the server reads it, which then waits for a template
+        process.send_signal(sign)
         time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130 and "Traceback" not in process.stderr.read()
+        process.send_signal(sign)
+        assert process.wait(timeout=60) == code and "Traceback" not in process.stderr.read()
 
 
 def check_formats(client):
@@ -437,7 +390,7 @@ def check_formats(client):
         "additionalProperties": False,
     }
     asked = {"type": "json_schema", "json_schema": {"name": "child", "strict": True, "schema": schema}}
-    ask = {"model": ".", "prompt": PROMPT, "max_tokens": 80, "n": 3, "seed": 0}
+    ask = {"model": ".", "prompt": PROMPT, "max_tokens": 60, "n": 2, "seed": 0}
     for choice in client.completions.create(**ask, extra_body={"response_format": asked}).choices:
         answer = json.loads(choice.text)
         assert len(answer["name"]) <= 9 and answer["pet"] in ("cat", "dog") and choice.finish_reason == "stop"
@@ -451,10 +404,10 @@ def check_formats(client):
 
 
 @pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
-def test_the_demo_model_is_served(tmp_path):
-    with running_server(".", tmp_path / "home", cwd=ROOT) as server:
-        client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-        assert [model.id for model in client.models.list()] == ["."]
+def test_the_demo_model_is_served():
+    options = serve.parse([str(ROOT), "--device", "cpu"])
+    with serve.load_batcher(options) as batcher, TestClient(create_app(batcher, ServerOptions("."))) as api:
+        client = OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=api)
         answer = client.completions.create(model=".", prompt=PROMPT, max_tokens=40, seed=0)
         assert answer.choices[0].text.strip() and answer.usage.completion_tokens == 40
         check_formats(client)
@@ -462,6 +415,7 @@ def test_the_demo_model_is_served(tmp_path):
             client.chat.completions.create(model=".", messages=[{"role": "user", "content": "Hello"}])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
 def test_the_example_of_the_documents_runs():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
@@ -475,18 +429,6 @@ def test_the_example_of_the_documents_runs():
 # The command
 
 
-def run_module(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "calm.serve", *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        **options,
-    )
-
-
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs `main` in this process; it must end with code 2 and one line before it serves anything."""
@@ -498,11 +440,10 @@ def refusal(monkeypatch, capsys):
     return lambda *arguments: commands.refusal(capsys, serve.main, *arguments, "--port", "0")
 
 
-@pytest.mark.parametrize("package", serve.SERVING_PACKAGES)
-def test_a_missing_package_is_named(monkeypatch, refusal, package):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    assert f'needs {package}: pip install "calm-transformers[serve]"' in refusal(ROOT)
+def test_missing_packages_are_named(monkeypatch, refusal):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = refusal(ROOT)
+    assert f'needs {", ".join(serve.SERVING_PACKAGES)}: pip install "calm-transformers[serve]"' in said
 
 
 def test_a_port_in_use_is_known_before_the_model_is_loaded(monkeypatch, capsys):
@@ -520,7 +461,7 @@ def test_a_port_that_another_server_took_while_the_model_was_loaded(monkeypatch)
         port = first.getsockname()[1]
         with serve.listen("127.0.0.1", port) as second:
             first.listen()
-            with pytest.raises(InputError, match=f"127.0.0.1:{port} can't be listened on .Address already in use"):
+            with pytest.raises(InputError, match="Address already in use"):
                 serve.run(None, None, second, serve.parse([str(ROOT)]))
 
 
@@ -537,12 +478,7 @@ def test_folders_devices_types_and_templates_that_are_wrong_are_refused(refusal,
     assert "is an autoencoder, not a language model" in refusal(tmp_path)
     assert "--dtype float33: must be auto or a type of torch" in refusal(tiny_folder, "--dtype", "float33")
     assert "nowhere" in refusal(tiny_folder, "--device", "nowhere")
-    if not torch.cuda.is_available():
-        assert "--device cuda: " in refusal(tiny_folder, "--device", "cuda")
-    for timeout in ("-1", "nan", "inf"):
-        assert f"{timeout}: must be a number of seconds that is not negative" in refusal(
-            tiny_folder, "--timeout", timeout
-        )
+    assert "nan: must be a number of seconds that is not negative" in refusal(tiny_folder, "--timeout", "nan")
     assert "none.jinja" in refusal(tiny_folder, "--chat_template", tmp_path / "none.jinja")
     (tmp_path / "bad.jinja").write_bytes(b"\xff")
     assert "bad.jinja: is no text in UTF-8" in refusal(tiny_folder, "--chat_template", tmp_path / "bad.jinja")
@@ -554,20 +490,11 @@ def test_folders_devices_types_and_templates_that_are_wrong_are_refused(refusal,
 
 def test_a_model_that_no_request_could_be_written_with_is_refused(refusal, tmp_path, tiny_folder):
     """Of its weights, and of the settings that it was saved with."""
-
-    def save(folder, **tensors):
-        shutil.copytree(tiny_folder, folder)
-        file = folder / "model.safetensors"
-        weights = {**load_file(file), **tensors}
-        save_file({name: weight for name, weight in weights.items() if weight is not None}, file, {"format": "pt"})
-        return folder
-
-    name = "model.layers.0.mlp.up_proj.weight"
-    nan = torch.full_like(load_file(tiny_folder / "model.safetensors")[name], torch.nan)
-    assert f"{name} holds NaN" in refusal(save(tmp_path / "nan", **{name: nan}))
-    done = run_module(save(tmp_path / "missing", **{name: None}), "--port", "0")  # upstream reports it first
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"its weights lack {name}." in done.stderr.splitlines()[-1]
+    shutil.copytree(tiny_folder, tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].fill_(torch.nan)
+    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    assert "model.layers.0.mlp.up_proj.weight holds NaN" in refusal(tmp_path / "nan")
     assert "patches in a step: 20 are allowed here" in refusal(tiny_folder, "--max_draws", "20")
 
 
@@ -578,14 +505,3 @@ def test_another_model_is_refused(refusal, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert "is no CALM: its model_type is 'llama'" in refusal(tmp_path)
-
-
-def test_a_hub_id_out_of_reach_is_refused_by_the_command(tmp_path):
-    done = run_module("nobody/nothing", "--port", "0", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.splitlines()[-1].startswith("error: ")
-    assert "nobody/nothing" in done.stderr
-
-
-def test_help_is_quick_and_complete():
-    done = run_module("--help")
-    assert done.returncode == 0 and "--max_waiting" in done.stdout and "--api_key" in done.stdout
