@@ -29,6 +29,13 @@ def _packages() -> list[str]:
 
 
 COMMANDS = commands()
+PACKAGES = ("", *sorted(_packages()))  # "" is the root's
+MODULES = [
+    ".".join(filter(None, ("calm", package, path.stem)))
+    for package in PACKAGES
+    for path in sorted((ROOT / package).glob("*.py"))
+    if path.stem not in ("__init__", "__main__")
+]
 
 
 def main_of(module: str) -> Callable[[list[str]], int]:

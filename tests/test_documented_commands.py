@@ -62,6 +62,7 @@ def section(title: str) -> list[tuple[str, list[str]]]:
     return commands_in(block[1].splitlines())
 
 
+@pytest.mark.slow
 def test_the_sections_train_and_measure_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     """As written, but for the number of steps; the text is random words, more than a thousand of them."""
     rng = random.Random(0)

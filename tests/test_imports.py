@@ -4,19 +4,12 @@ import ast
 from pathlib import Path
 
 import fresh_process
-from model_copies import ROOT
-
-PACKAGES = ("", "training", "evaluation", "benchmarks", "experiments", "serving")
-MODULES = [
-    ".".join(filter(None, ("calm", package, path.stem)))
-    for package in PACKAGES
-    for path in sorted((ROOT / package).glob("*.py"))
-    if path.stem not in ("__init__", "__main__")
-]
+import pytest
+from commands import MODULES, PACKAGES, ROOT
 
 
-def callers_of_gpu_queries(modules):
-    """In a fresh process: imports them, and names the files that asked; transformers' own are among them."""
+def after_importing(modules):
+    """In a fresh process: the files that asked for a GPU, transformers' own among them, and what is registered."""
     import importlib
     import sys
 
@@ -36,33 +29,22 @@ def callers_of_gpu_queries(modules):
             setattr(where, name, noting(getattr(where, name)))
     for module in modules:
         importlib.import_module(module)
-    return sorted(asked)
-
-
-def test_no_import_asks_for_a_gpu(tmp_path):
-    asked = fresh_process.call(callers_of_gpu_queries, tmp_path, modules=MODULES).result
-    ours = {str(ROOT / package) for package in PACKAGES}
-    assert [file for file in asked if str(Path(file).parent) in ours] == []
-
-
-def known_after_importing(modules):
-    """In a fresh process: which of our model types transformers' Auto classes know, and what was put into it."""
-    import importlib
 
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    for module in modules:
-        importlib.import_module(module)
     known = [name for name in ("calm", "calm_autoencoder") if name in CONFIG_MAPPING]
     extra = [len(mapping._extra_content) for mapping in (CONFIG_MAPPING, MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
-    return {"known": known, "extra": extra, "attribute": hasattr(transformers, "CALMForCausalLM")}
+    registered = {"known": known, "extra": extra, "attribute": hasattr(transformers, "CALMForCausalLM")}
+    return sorted(asked), registered
 
 
-def test_no_import_registers_our_classes(tmp_path):
-    result = fresh_process.call(known_after_importing, tmp_path, modules=MODULES).result
-    assert result == {"known": [], "extra": [0, 0, 0], "attribute": False}
+def test_no_import_asks_for_a_gpu_or_registers_our_classes(tmp_path):
+    asked, registered = fresh_process.call(after_importing, tmp_path, modules=MODULES).result
+    ours = {str(ROOT / package) for package in PACKAGES}
+    assert [file for file in asked if str(Path(file).parent) in ours] == []
+    assert registered == {"known": [], "extra": [0, 0, 0], "attribute": False}
 
 
 def loaded_without_registration(calm, ar):
@@ -74,6 +56,7 @@ def loaded_without_registration(calm, ar):
     return [[type(model).__module__, type(model).__name__] for model in models]
 
 
+@pytest.mark.transformers
 def test_models_load_by_the_type_in_their_configuration(tmp_path):
     from evaluation_folder import tiny_llama
     from tiny import tiny_model
@@ -128,6 +111,7 @@ def test_every_private_name_is_in_the_list():
     assert found == {each for each in NOT_NEEDED if "._" in ".".join(each)}
 
 
+@pytest.mark.slow
 def test_private_names_that_are_gone_cost_speed_alone(tmp_path):
     text = fresh_process.call(text_without, tmp_path / "without", names=NOT_NEEDED).result
     assert text == fresh_process.call(text_without, tmp_path / "with", names=[]).result

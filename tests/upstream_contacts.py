@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from model_copies import ROOT
-from test_imports import MODULES, PACKAGES
+from commands import MODULES, PACKAGES, ROOT
 
 RECORDS = Path(__file__).with_suffix(".json")
 UPSTREAM = Path(transformers.__file__).parent
