@@ -283,12 +283,6 @@ class CALMConfig(LlamaConfig):
 
     def to_dict(self):
         output = super().to_dict()
-        # transformers 5 writes only rope_parameters, which 4.57 doesn't read: it would fall back to the defaults.
-        parameters = output.get("rope_parameters")
-        if parameters:
-            output["rope_theta"] = parameters["rope_theta"]
-            if parameters.get("rope_type", "default") != "default":
-                output["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
         output["autoencoder_config"] = _without_auto_map(self.autoencoder_config.to_dict())
         # Every copy names its own code: a class loaded from the Hub would leave "repository--module.Class" here.
         output["auto_map"] = dict(AUTO_MAP)
