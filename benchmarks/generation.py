@@ -12,8 +12,6 @@ workloads.py.
 - A step makes one patch of every row. Its ms are those of the backbone (the prompt's pass apart), the head, decoding,
   the rest of choosing a patch (selection) and the rest of `generate` (other).
 - Draws: candidates that a row draws in a step. Distinct: share of different patches among num_candidates.
-- × floor: a step's ms ÷ the sum over backbone, head and decoding of the larger of the bytes of its weights ÷ the
-  measured bandwidth and its FLOPs ÷ the measured rate of a large matrix product.
 - Memory ÷ weights: what the worst run needed, weights included.
 - In float32 on a CPU the CALM's large products are oneDNN's where that is faster than PyTorch's own; with
   `--fast_baseline` the baseline's are, too.
@@ -22,9 +20,7 @@ workloads.py.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import platform
+import datetime
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -33,7 +29,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from calm.benchmarks.meters import Machine
+from calm.benchmarks.meters import device_name
 from calm.benchmarks.runs import PARTS, Subject, compare, lent_products
 from calm.benchmarks.workloads import (
     DEMO_FOLDER,
@@ -49,8 +45,9 @@ from calm.benchmarks.workloads import (
     shape_config,
     trained_model,
 )
-from calm.command_line import InputError, Parser, command, known_errors, picture, positive, writable
+from calm.command_line import InputError, Parser, command, known_errors, need, picture, positive, writable
 from calm.configuration_calm import CALMConfig
+from calm.evaluation.report import picture_of, write_json
 from calm.generation_calm import SAMPLING_METHODS, PatchSampling
 
 WORKLOADS = ("worst", "real")
@@ -70,18 +67,14 @@ class Benchmark:
         self.options = options
         self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
         self._check()
-        self.machine = Machine.measure(self.device, self.dtype)
         self.baseline = self._model(options.baseline, with_weights=is_trained(options.baseline))
 
     def _check(self) -> None:
         options = self.options
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-        for path in (options.json, options.plot):
-            if path is not None and not path.parent.is_dir():
-                raise InputError(f"{path}: its folder does not exist.")
-        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise InputError('--plot needs matplotlib: pip install "calm-transformers[eval]".')
+        if options.plot is not None:
+            need("matplotlib", "eval", "--plot")
         for temperature in options.temperature:
             PatchSampling(True, temperature, options.num_candidates, options.sampling_method)
         if isinstance(shape_config(options.baseline, options.demo), CALMConfig):
@@ -158,7 +151,7 @@ class Benchmark:
         prompts = random_prompts(self.baseline, batch_size, options.prompt_length)
         products = lent_products if options.fast_baseline else nullcontext
         baseline = Subject(self.baseline, prompts, {"temperature": temperature, "top_k": 0}, products=products)
-        return compare(calm, baseline, options.output_length, options.repetitions, self.machine)
+        return compare(calm, baseline, options.output_length, options.repetitions)
 
     def _row(self, shape: str, workload: str, temperature: float, batch_size: int, figures: dict) -> dict:
         names = ("baseline", "fast_baseline", "device", "dtype", *SAMPLING_OPTIONS)
@@ -170,25 +163,12 @@ class Benchmark:
             "batch_size": batch_size,
             **{name: getattr(self.options, name) for name in (*names, *lengths)},
             **figures,
-            "bandwidth": self.machine.bandwidth,
-            "flop_rate": self.machine.flop_rate,
             "device_name": device_name(self.device),
             "threads": torch.get_num_threads(),
+            "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    models = (
-        [line for line in path.read_text(encoding="utf-8").splitlines() if "model name" in line]
-        if path.exists()
-        else []
-    )
-    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
 
 
 # reports
@@ -207,8 +187,6 @@ COLUMNS = {
     **{part: f"{{{part}_ms:.1f}}" for part in PARTS},
     "draws": "{draws:.1f}",
     "distinct": "{distinct}",
-    "× floor": "{times_floor:.2f}",
-    "baseline × floor": "{baseline_times_floor:.2f}",
     "memory ÷ weights": "{memory}",
 }
 
@@ -227,30 +205,21 @@ def table_row(row: dict) -> str:
 
 def write_plot(path: Path, rows: list[dict]) -> None:
     """Left the ratio of each row, right where a CALM step's time goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     labels = [f"{r['shape']} {r['workload']}, T={r['temperature']:g}, batch {r['batch_size']}" for r in rows]
-    figure, (ratios, shares) = plt.subplots(
-        1, 2, figsize=(11, 1.5 + 0.4 * len(rows)), sharey=True, layout="constrained"
-    )
-    bars = ratios.barh(labels, [row["ratio"] for row in rows])
-    ratios.bar_label(bars, fmt="%.2f", padding=2)
-    ratios.axvline(1, color="black", linewidth=1)
-    ratios.set_xlabel(f"tokens/s ÷ {rows[0]['baseline']} ({rows[0]['device_name']}, {rows[0]['dtype']})")
-    ratios.margins(x=0.15)
-    ratios.invert_yaxis()
-    left = [0.0] * len(rows)
-    for part in PARTS:
-        widths = [row[f"{part}_ms"] / row["step_ms"] for row in rows]
-        shares.barh(labels, widths, left=left, label=part)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    shares.set_xlabel("share of a step's time")
-    figure.legend(loc="outside upper right", ncols=len(PARTS), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with picture_of(path, 1, 2, figsize=(11, 1.5 + 0.4 * len(rows)), sharey=True) as (figure, (ratios, shares)):
+        bars = ratios.barh(labels, [row["ratio"] for row in rows])
+        ratios.bar_label(bars, fmt="%.2f", padding=2)
+        ratios.axvline(1, color="black", linewidth=1)
+        ratios.set_xlabel(f"tokens/s ÷ {rows[0]['baseline']} ({rows[0]['device_name']}, {rows[0]['dtype']})")
+        ratios.margins(x=0.15)
+        ratios.invert_yaxis()
+        left = [0.0] * len(rows)
+        for part in PARTS:
+            widths = [row[f"{part}_ms"] / row["step_ms"] for row in rows]
+            shares.barh(labels, widths, left=left, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        shares.set_xlabel("share of a step's time")
+        figure.legend(loc="outside upper right", ncols=len(PARTS), frameon=False)
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -291,14 +260,11 @@ def main(argv: list[str] | None = None) -> None:
         for row in benchmark.rows():
             rows.append(row)
             print(table_row(row), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    machine = benchmark.machine
+            write_json(options.json, rows)
     print(
         f"\n{rows[0]['device_name']}, {options.dtype}, {torch.get_num_threads()} CPU threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}; {options.prompt_length} + "
-        f"{options.output_length} tokens, {options.repetitions} repetitions, baseline {options.baseline}; measured "
-        f"{machine.bandwidth / 1e9:.1f} GB/s and {machine.flop_rate / 1e9:.0f} GFLOP/s"
+        f"{options.output_length} tokens, {options.repetitions} repetitions, baseline {options.baseline}"
     )
     if options.plot:
         write_plot(options.plot, rows)

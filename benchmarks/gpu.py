@@ -12,7 +12,7 @@
   time to compile is not counted.
 
 Parts come in this order. None begins when `--minutes` are over; those left out are named, and the same command with
-the same file goes on with them. The file is written after each part; the tables are printed in the end.
+the same file, on the same machine, goes on with them. The file is written after each part.
 
 With `--device cpu`, small `--pairs` and `--backend aot_eager` it is a dry run.
 """
@@ -34,9 +34,8 @@ import transformers
 from transformers.generation.configuration_utils import CompileConfig
 
 from calm.benchmarks import training_step
-from calm.benchmarks.generation import device_name
 from calm.benchmarks.golden import HEAD_TYPES, golden_errors
-from calm.benchmarks.meters import code_fingerprint, synchronise
+from calm.benchmarks.meters import device_name, synchronise
 from calm.benchmarks.workloads import (
     DEMO_FOLDER,
     random_model,
@@ -48,6 +47,7 @@ from calm.benchmarks.workloads import (
 from calm.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.models import is_calm
+from calm.evaluation.report import markdown, write_json
 from calm.training.tokenizer import load_tokenizer
 
 PAIRS = ["calm-m:transformer-s", "calm-l:transformer-m", "calm-xl:transformer-l"]
@@ -63,42 +63,23 @@ KIND_COLUMNS = {
 }
 
 
-class Report:
-    """The figures by part, in a file that is written after each.
-
-    Args:
-        path: of the file; parts that it holds of the same machine and code are not measured again.
-        machine: what the figures depend on.
+def read_report(path: Path) -> dict[str, list[dict]]:
+    """The parts that a file holds.
 
     Raises:
-        ValueError: the file is no report, or one of another machine, versions or code.
+        InputError: it is no report.
     """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is no report of this command: name another file.") from error
 
-    def __init__(self, path: Path, machine: dict):
-        self.path, self.machine, self.parts = path, machine, {}
-        if not path.exists():
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            before, self.parts = found["machine"], found["parts"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no report of this command: name another file.") from error
-        if before != machine:
-            raise ValueError(f"{path} was measured with {before}, this is {machine}: name another file.")
 
-    def add(self, name: str, rows: list[dict]) -> None:
-        self.parts[name] = rows
-        aside = self.path.with_name(f".{self.path.name}.new")
-        aside.write_text(json.dumps({"machine": self.machine, "parts": self.parts}, indent=2) + "\n", encoding="utf-8")
-        aside.rename(self.path)
-
-    def tables(self) -> Iterator[str]:
-        for kind, columns in KIND_COLUMNS.items():
-            rows = [row for name, rows in self.parts.items() if name.partition(" ")[0] == kind for row in rows]
-            if rows:
-                yield f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}"
-                yield from (f"| {' | '.join(_text(row[column]) for column in columns)} |" for row in rows)
-                yield ""
+def tables(parts: dict[str, list[dict]]) -> Iterator[str]:
+    for kind, columns in KIND_COLUMNS.items():
+        rows = [row for name, rows in parts.items() if name.partition(" ")[0] == kind for row in rows]
+        if rows:
+            yield markdown(columns, ([_text(row[column]) for column in columns] for row in rows)) + "\n"
 
 
 def _text(value: object) -> str:
@@ -235,11 +216,11 @@ def main(argv: list[str] | None = None) -> None:
         check(options)
         device = torch.device(options.device)
         machine = {"device": device_name(device), "dtype": options.dtype, "torch": torch.__version__}
-        versions = {"transformers": transformers.__version__, "code": code_fingerprint()}
-        report = Report(options.json, machine | versions)
+        machine["transformers"] = transformers.__version__
+        done = read_report(options.json)
     models, failed, left_out = Models(device, getattr(torch, options.dtype)), [], []
     for name, work in parts(options, models):
-        if name in report.parts:
+        if name in done:
             continue
         if time.monotonic() - start > 60 * options.minutes:
             left_out.append(name)
@@ -247,13 +228,14 @@ def main(argv: list[str] | None = None) -> None:
         if not name.startswith("generation"):
             models.drop()
         try:
-            report.add(name, work())
+            done[name] = work()
         except Exception as error:  # one part's failure must not cost the others: the device is lent for minutes
             failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             continue
+        write_json(options.json, {"machine": machine, "parts": done})
         print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
-    print("", *report.tables(), sep="\n")
-    print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    print("", *tables(done), sep="\n")
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(*(f"left out, as the time was over: {name}" for name in left_out), sep="\n")
     if failed:
         raise InputError("; ".join(failed))

@@ -1,13 +1,13 @@
-"""What the generation benchmark measures with: time and FLOPs by part, peak memory, and the machine's own limits."""
+"""What the benchmarks measure with: time by part, peak memory, and the rate of a large product."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
+import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from calm.kernels_calm import fast_products
 
-LIMIT_REPETITIONS = 5  # the machine's limits are the best of so many tries
-BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far larger than any cache
+LIMIT_REPETITIONS = 5  # the rate is the best of so many tries
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -57,10 +55,6 @@ class Meter:
             return event
 
         return cls(event, lambda before, after: before.elapsed_time(after) / 1000)
-
-    @classmethod
-    def flops(cls, counter: FlopCounterMode) -> Meter:
-        return cls(counter.get_total_flops, lambda before, after: after - before)
 
 
 class Parts:
@@ -98,16 +92,19 @@ class Parts:
         return [self.meter.difference(*reading) for reading in self.readings[part]]
 
 
-def code_fingerprint() -> str:
-    """A short name for the code whose speed is measured: that which travels with a model, and the benchmarks."""
-    root = Path(__file__).parent.parent
-    files = sorted([*root.glob("*_calm*.py"), *root.glob("benchmarks/*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-
-
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 class PeakMemory:
@@ -148,44 +145,20 @@ class PeakMemory:
         return int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0]) * 1024
 
 
-@dataclass
-class Machine:
-    """What the device can do at best.
-
-    Args:
-        bandwidth: bytes a second when it reads a large tensor.
-        flop_rate: FLOPs a second of a large square matrix product in the benchmark's dtype.
-    """
-
-    bandwidth: float
-    flop_rate: float
-
-    @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        number, size = BANDWIDTH_BYTES[device.type] // 4, MATMUL_SIZE[device.type]
-        values = torch.ones(number, device=device)
-        matrix = torch.ones(size, size, device=device, dtype=dtype)
-        with torch.no_grad(), fast_products(size, size):
-            seconds = _best_seconds(lambda: F.linear(matrix, matrix), device)
-        return cls(bandwidth=4 * number / _best_seconds(lambda: values.sum(), device), flop_rate=2 * size**3 / seconds)
-
-    def floor_seconds(self, weight_bytes: float, flops: float) -> float:
-        """The least time for reading so many bytes once and computing so much."""
-        return max(weight_bytes / self.bandwidth, flops / self.flop_rate)
+def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large square matrix product, at best."""
+    size, seconds = MATMUL_SIZE[device.type], []
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    with torch.no_grad(), fast_products(size, size):
+        for _ in range(LIMIT_REPETITIONS):
+            synchronise(device)
+            start = time.perf_counter()
+            F.linear(matrix, matrix)
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
-def _best_seconds(work: Callable, device: torch.device) -> float:
-    seconds = []
-    for _ in range(LIMIT_REPETITIONS):
-        synchronise(device)
-        start = time.perf_counter()
-        work()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def weight_bytes(module: nn.Module, without: Sequence[nn.Module] = ()) -> int:
-    """Bytes of the module's parameters, shared ones once, but those of the modules `without`."""
-    left_out = {id(p) for other in without for p in other.parameters()}
-    return sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in left_out)
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of the module's parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())

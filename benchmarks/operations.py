@@ -19,7 +19,6 @@ are tiny, with the layers of the shape: sizes don't matter, but that no candidat
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -42,6 +41,7 @@ from calm.benchmarks.runs import Subject
 from calm.benchmarks.workloads import random_model, random_prompts, shape_config, write
 from calm.command_line import InputError, Parser, command, known_errors, writable
 from calm.configuration_calm import HEADS, CALMConfig
+from calm.evaluation.report import markdown, write_json
 from calm.kernels_calm import SWITCH
 from calm.samplers_calm import BlockPlan
 
@@ -236,34 +236,30 @@ def update_budget(rows: list[dict], path: Path) -> None:
         raise InputError("; ".join(above) + ".")
     own = [row for row in rows if not row["case"].startswith(BASELINE)]  # upstream's is no matter of ours
     budget |= {row["case"]: {name: row[name] for name in ("operations", "waits")} for row in own}
-    aside = path.with_suffix(".json.new")
-    aside.write_text(json.dumps(budget, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_json(path, budget)
 
 
 def table(rows: list[dict]) -> str:
+    parts = ("backbone", "head", "decode")
     lines = [
-        "| case | operations | backbone | head | decode | waits | ÷ baseline |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        [
+            row["case"],
+            *(str(row.get(name, "–")) for name in ("operations", *parts, "waits")),
+            f"{row['of_baseline']:.3f}",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        parts = " | ".join(str(row.get(part, "–")) for part in ("backbone", "head", "decode"))
-        lines.append(f"| {row['case']} | {row['operations']} | {parts} | {row['waits']} | {row['of_baseline']:.3f} |")
-    return "\n".join(lines)
+    return markdown(["case", "operations", *parts, "waits", "÷ baseline"], lines)
 
 
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.benchmarks.operations", __doc__)
     parser.add_argument("--shape", default="calm-m", help="a CALM: calm-m, calm-l, calm-xl, or a model")
     parser.add_argument("--baseline", default="transformer-s", help="transformer-s, transformer-m, or a model")
     parser.add_argument("--head", nargs="+", choices=sorted(HEADS), default=["energy", "flow", "diffusion"])
     parser.add_argument("--budget", type=writable, help="a file of figures that can only fall")
-    return parser.parse_args(argv)
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    options = parse_options(argv)
+    options = parser.parse_args(argv)
     logging.set_verbosity_error()
     with known_errors(ValueError, OSError):
         rows = count_all(options.shape, options.baseline, options.head)

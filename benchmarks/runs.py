@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, median
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
+from calm.benchmarks.meters import Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm.benchmarks.workloads import Replay, write
 from calm.evaluation.models import is_calm
 from calm.kernels_calm import OneDNNProducts, one_dnn_is_faster
@@ -59,19 +58,6 @@ class Subject:
             "decode": [(self.model.autoencoder, name) for name in DECODING],
             "choice": (self.model, "next_patches"),
         }
-
-    def part_bytes(self) -> dict[str, int]:
-        """Bytes of the weights that a step reads at least once; of an embedding it reads only a few rows."""
-        model, embedding = self.model, self.model.get_input_embeddings()
-        if is_calm(model):
-            return {
-                "backbone": weight_bytes(model.model, without=[embedding]),
-                "head": weight_bytes(model.head),
-                "decode": weight_bytes(model.autoencoder.decoder),
-            }
-        output = model.get_output_embeddings()
-        is_output = output is not None and output.weight is embedding.weight
-        return {"backbone": weight_bytes(model, without=[] if is_output else [embedding])}
 
     def write(self, length: int, parts: Parts) -> int:
         """Writes `length` tokens a row, measures the parts, and returns how many candidates were drawn in all."""
@@ -141,31 +127,13 @@ def timed_run(subject: Subject, length: int, seed: int) -> Run:
     return Run(seconds, prompt, step_ms, draws, memory.extra)
 
 
-def count_flops(subject: Subject) -> dict[str, float]:
-    """FLOPs by part: the backbone's of a step, the head's and the decoder's of a draw. Warms up, too."""
-    subject = replace(subject, products=nullcontext)  # of operators that are counted
-    with FlopCounterMode(display=False) as counter:
-        parts = Parts(Meter.flops(counter), subject.methods())
-        draws = subject.write(WARM_UP_STEPS * subject.tokens_per_step, parts)
-    flops = {"backbone": parts.calls("backbone")[-1]}
-    return flops | {part: sum(parts.calls(part)) / draws for part in subject.part_bytes() if part != "backbone"}
-
-
-def floor_ms(subject: Subject, flops: dict[str, float], draws_per_step: float, machine: Machine) -> float:
-    """The least time of a step in ms: the parts' floors, one after the other."""
-    seconds = 0.0
-    for part, num_bytes in subject.part_bytes().items():
-        seconds += machine.floor_seconds(num_bytes, flops[part] * (1 if part == "backbone" else draws_per_step))
-    return 1000 * seconds
-
-
-def summary(subject: Subject, runs: list[Run], length: int, flops: dict[str, float], machine: Machine) -> dict:
+def summary(subject: Subject, runs: list[Run], length: int) -> dict:
     """Medians and ranges over the runs of one model; the keys are the rows', see generation.py."""
     batch_size, steps = len(subject.prompts_BL), subject.num_steps(length)
     speeds = [batch_size * length / run.seconds for run in runs]
     step_ms = {part: median(run.step_ms[part] for run in runs) for part in PARTS}
     draws_per_step = median(run.draws for run in runs) / steps
-    floor, weights = floor_ms(subject, flops, draws_per_step, machine), weight_bytes(subject.model)
+    weights = weight_bytes(subject.model)
     extras = [run.extra_bytes for run in runs if run.extra_bytes is not None]
     extra = max(extras) if extras else None
     return {
@@ -175,21 +143,20 @@ def summary(subject: Subject, runs: list[Run], length: int, flops: dict[str, flo
         "step_ms": sum(step_ms.values()),
         **{f"{part}_ms": value for part, value in step_ms.items()},
         "draws": draws_per_step / batch_size,
-        "floor_ms": floor,
-        "times_floor": sum(step_ms.values()) / floor,
         "weight_bytes": weights,
         "peak_memory_bytes": None if extra is None else weights + extra,
         "peak_over_weights": None if extra is None else 1 + extra / weights,
     }
 
 
-def compare(calm: Subject, baseline: Subject, length: int, repetitions: int, machine: Machine) -> dict:
+def compare(calm: Subject, baseline: Subject, length: int, repetitions: int) -> dict:
     """Runs both in turns: CALM's figures, the baseline's as baseline_…, and the ratio of their tokens a second."""
     subjects, runs = (calm, baseline), ([], [])
-    flops = [count_flops(subject) for subject in subjects]
+    for subject in subjects:  # warms up
+        subject.write(WARM_UP_STEPS * subject.tokens_per_step, Parts(Meter.clock(subject.model.device), {}))
     for repetition in range(repetitions):
         for subject, done in zip(subjects, runs, strict=True):
             done.append(timed_run(subject, length, seed=repetition))
-    of_calm, of_baseline = map(summary, subjects, runs, (length, length), flops, (machine, machine))
+    of_calm, of_baseline = map(summary, subjects, runs, (length, length))
     ratio = of_calm["tokens_per_second"] / of_baseline["tokens_per_second"]
     return {"ratio": ratio, **of_calm, **{f"baseline_{key}": value for key, value in of_baseline.items()}}

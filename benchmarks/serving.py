@@ -12,49 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import NamedTuple
 
-from calm.command_line import InputError, Parser, command, known_errors, positive, writable
+from calm.command_line import InputError, Parser, command, known_errors, need, positive, writable
+from calm.evaluation.report import markdown, write_json
 
 UPSTREAM_PACKAGES = ("fastapi", "openai", "uvicorn", "rich")
 START_SECONDS = 600
 PROMPT_WORDS = 32
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one round sends: so many clients, each so many texts of so many tokens."""
-
-    clients: int
-    requests: int
-    max_tokens: int
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Round:
-    """What came back."""
-
-    tokens: int
-    seconds: float
-    first_token_seconds: list[float]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True)
@@ -74,6 +51,14 @@ class Served:
     model: str
     prompt: str
     fields: dict
+
+
+class Round(NamedTuple):
+    """What so many clients got, each so many texts: tokens in all, the time it took, and each text's to its first."""
+
+    tokens: int
+    seconds: float
+    first_token_seconds: list[float]
 
 
 # servers
@@ -161,17 +146,11 @@ def is_healthy(port: int) -> bool:
 # clients
 
 
-def stream_text(server: Served, load: Load, seed: int) -> tuple[int, float]:
+def stream_text(server: Served, max_tokens: int, temperature: float, seed: int) -> tuple[int, float]:
     """Asks for one text: its number of tokens, and the seconds to the first of them."""
     body = {
-        "model": server.model,
-        "prompt": server.prompt,
-        "max_tokens": load.max_tokens,
-        "temperature": load.temperature,
-        "seed": seed,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **server.fields,
+        **{"model": server.model, "prompt": server.prompt, "max_tokens": max_tokens, "temperature": temperature},
+        **{"seed": seed, "stream": True, "stream_options": {"include_usage": True}, **server.fields},
     }
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=START_SECONDS)
     started, first, usage = time.perf_counter(), None, None
@@ -192,67 +171,45 @@ def stream_text(server: Served, load: Load, seed: int) -> tuple[int, float]:
     return usage["completion_tokens"], first
 
 
-def run_round(server: Served, load: Load) -> Round:
-    texts: list[tuple[int, float]] = []
-    errors: list[Exception] = []
+def run_round(server: Served, clients: int, requests: int, max_tokens: int, temperature: float) -> Round:
+    """Each client asks for one text after the other."""
 
-    def client(number: int) -> None:
-        try:
-            for i in range(load.requests):
-                texts.append(stream_text(server, load, seed=1000 * number + i))
-        except Exception as error:
-            errors.append(error)
+    def client(number: int) -> list[tuple[int, float]]:
+        return [stream_text(server, max_tokens, temperature, 1000 * number + i) for i in range(requests)]
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(load.clients)]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - started
-    if errors:
-        raise errors[0]
-    return Round(sum(tokens for tokens, _ in texts), seconds, [first for _, first in texts])
+    with ThreadPoolExecutor(clients) as pool:
+        texts = [text for found in pool.map(client, range(clients)) for text in found]
+    return Round(sum(tokens for tokens, _ in texts), time.perf_counter() - started, [first for _, first in texts])
 
 
 # the table
 
 
-@dataclass(frozen=True)
-class Line:
+def line_of(server: str, clients: int, rounds: list[Round]) -> dict:
     """One line of the table; seconds, and tokens a second over all clients."""
-
-    server: str
-    clients: int
-    tokens_per_second: float
-    least: float
-    most: float
-    first_token_p50: float
-    first_token_p99: float
-
-    @classmethod
-    def of(cls, server: str, clients: int, rounds: list[Round]) -> Line:
-        speeds = [each.tokens_per_second for each in rounds]
-        firsts = sorted(first for each in rounds for first in each.first_token_seconds)
-        p99 = quantiles(firsts, n=100, method="inclusive")[98] if len(firsts) > 1 else firsts[0]
-        return cls(server, clients, median(speeds), min(speeds), max(speeds), median(firsts), p99)
+    speeds = [each.tokens / each.seconds for each in rounds]
+    firsts = sorted(first for each in rounds for first in each.first_token_seconds)
+    p99 = quantiles(firsts, n=100, method="inclusive")[98] if len(firsts) > 1 else firsts[0]
+    return {
+        **{"server": server, "clients": clients, "tokens_per_second": median(speeds)},
+        **{"least": min(speeds), "most": max(speeds), "first_token_p50": median(firsts), "first_token_p99": p99},
+    }
 
 
-def as_table(lines: list[Line]) -> str:
-    one = {line.server: line.tokens_per_second for line in lines if line.clients == 1}
-    rows = [
-        "| server | clients | tokens/s (range) | ÷ one client | first token, ms: p50, p99 |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def as_table(lines: list[dict]) -> str:
+    one = {line["server"]: line["tokens_per_second"] for line in lines if line["clients"] == 1}
+    rows = []
     for line in lines:
-        ratio = f"{line.tokens_per_second / one[line.server]:.2f}" if line.server in one else "–"
-        speed = f"{line.tokens_per_second:.1f} ({line.least:.1f} – {line.most:.1f})"
-        firsts = f"{1000 * line.first_token_p50:.0f}, {1000 * line.first_token_p99:.0f}"
-        rows.append(f"| {line.server} | {line.clients} | {speed} | {ratio} | {firsts} |")
-    return "\n".join(rows)
+        ratio = f"{line['tokens_per_second'] / one[line['server']]:.2f}" if line["server"] in one else "–"
+        speed = "{tokens_per_second:.1f} ({least:.1f} – {most:.1f})".format(**line)
+        firsts = f"{1000 * line['first_token_p50']:.0f}, {1000 * line['first_token_p99']:.0f}"
+        rows.append([line["server"], str(line["clients"]), speed, ratio, firsts])
+    return markdown(["server", "clients", "tokens/s (range)", "÷ one client", "first token, ms: p50, p99"], rows)
 
 
-def parse(argv: list[str] | None):
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm.benchmarks.serving", __doc__)
     parser.add_argument("--model", default=".", help="a CALM: a folder, or a recipe, as calm-m")
     parser.add_argument("--baseline", help="an ordinary causal LM: a folder, or a recipe, as transformer-s")
@@ -264,56 +221,43 @@ def parse(argv: list[str] | None):
     parser.add_argument("--repetitions", type=positive, default=3, help="rounds, in which the servers take turns")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=writable, help="file for the figures")
-    return parser.parse_args(argv)
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
-    missing = [package for package in UPSTREAM_PACKAGES if importlib.util.find_spec(package) is None]
-    if options.baseline and missing:
-        raise InputError(
-            f'`transformers serve` needs {", ".join(missing)}: pip install "calm-transformers[benchmark]".'
-        )
-    work = Path(tempfile.mkdtemp(prefix="calm-serving-"))
-    try:
-        lines = measure(options, work)
-    finally:
-        shutil.rmtree(work)
+    options = parser.parse_args(argv)
+    for package in UPSTREAM_PACKAGES if options.baseline else ():
+        need(package, "benchmark", "`transformers serve`")
+    with tempfile.TemporaryDirectory(prefix="calm-serving-") as work:
+        lines = measure(options, Path(work))
     print(as_table(lines))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, lines)
 
 
-def measure(options, work: Path) -> list[Line]:
+def measure(options, work: Path) -> list[dict]:
+    asked = [("calm.serve", options.model, ["calm.serve"], [])]
+    if options.baseline:
+        upstream = ["transformers.cli.transformers", "serve"]
+        asked.append(("transformers serve", options.baseline, upstream, []))
+        if not options.no_upstream_batching:
+            name = "transformers serve, continuous batching"
+            asked.append((name, options.baseline, upstream, ["--continuous-batching"]))
     with contextlib.ExitStack() as stack:
         servers = []
-        for name, arguments in (
-            ("calm.serve", ["calm.serve", options.model]),
-            ("transformers serve", ["transformers.cli.transformers", "serve", options.baseline]),
-            ("transformers serve, continuous batching", ["transformers.cli.transformers", "serve", options.baseline]),
-        ):
-            where = arguments[-1]
-            if where is None or ("batching" in name and options.no_upstream_batching):
-                continue
+        for name, model, words, extra in asked:
             with known_errors(ValueError, OSError):
-                folder = save_model(where, work / where.replace("/", "-"))
-            extra = ["--continuous-batching"] if "batching" in name else []
-            port, is_ours = free_port(), name == "calm.serve"
-            arguments = [*arguments[:-1], str(folder), *extra, "--dtype", options.dtype]
-            stack.enter_context(running(arguments, port, work / f"{len(servers)}.log"))
-            prompt = " ".join(f"w{100 + i}" for i in range(PROMPT_WORDS)) if folder != Path(where) else OPENING
-            fields = {"ignore_eos": True} if is_ours else {}
-            servers.append(Served(f"{name}: {where}", port, str(folder), prompt, fields))
+                folder = save_model(model, work / model.replace("/", "-"))
+            port = free_port()
+            words = [*words, str(folder), *extra, "--dtype", options.dtype]
+            stack.enter_context(running(words, port, work / f"{len(servers)}.log"))
+            prompt = OPENING if folder == Path(model) else " ".join(f"w{100 + i}" for i in range(PROMPT_WORDS))
+            fields = {"ignore_eos": True} if name == "calm.serve" else {}
+            servers.append(Served(f"{name}: {model}", port, str(folder), prompt, fields))
         lines = []
         for clients in options.clients:
-            load = Load(clients, options.requests, options.max_tokens, options.temperature)
             rounds: list[list[Round]] = [[] for _ in servers]
             for repetition in range(1 + options.repetitions):  # the first warms up
+                requests, max_tokens = (options.requests, options.max_tokens) if repetition else (1, 8)
                 for server, done in zip(servers, rounds, strict=True):
-                    done.append(run_round(server, load if repetition else Load(clients, 1, 8, load.temperature)))
+                    done.append(run_round(server, clients, requests, max_tokens, options.temperature))
             for server, done in zip(servers, rounds, strict=True):
-                lines.append(Line.of(server.name, clients, done[1:]))
+                lines.append(line_of(server.name, clients, done[1:]))
                 print(as_table(lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
         return lines
 

@@ -5,26 +5,21 @@
 CALM-M against Transformer-S in float32, against a Transformer-S that is lent CALM's products (`--fast_baseline`) and
 in bfloat16, and the bundled model against a Llama of demo-transformer's shape. A part is one run of
 calm.benchmarks.generation. What is measured is kept in the folder, so that the same command goes on where it was
-stopped, and measured anew where the code or a version is another by now; when all parts are there, the tables are
-written between their marks in both documents.
+stopped: remove the folder to measure anew. When all parts are there, the tables are written between their marks in
+both documents.
 
 `--demo` is a trained model with CALM-M's K = 4, whose candidates "real" imposes; the bundled one has K = 2.
 """
 
-from __future__ import annotations
-
-import datetime
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-import transformers
+from typing import NamedTuple
 
 from calm.benchmarks import generation
-from calm.benchmarks.meters import code_fingerprint
 from calm.command_line import InputError, Parser, command, known_errors
+from calm.evaluation.report import markdown
+from calm.files import unfinished
 
 ROOT = Path(__file__).parent.parent
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
@@ -39,14 +34,8 @@ OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Part:
-    """One run of the benchmark.
-
-    Args:
-        kind: a key of `OPTIONS`.
-        temperature, batch_size: as its options have them.
-    """
+class Part(NamedTuple):
+    """One run of the benchmark: a key of `OPTIONS`, temperature and batch size."""
 
     kind: str
     temperature: str
@@ -55,29 +44,24 @@ class Part:
     def path(self, folder: Path) -> Path:
         return folder / f"{self.kind}-T{self.temperature}-batch{self.batch_size}.json"
 
+    def rows(self, folder: Path) -> list[dict]:
+        return json.loads(self.path(folder).read_text(encoding="utf-8"))
+
     def measure(self, folder: Path, demo: str) -> None:
-        """Runs the benchmark, unless its rows are there, of today's code and versions.
+        """Runs the benchmark, unless its rows are there.
 
         Raises:
             InputError: the benchmark refused.
         """
         path = self.path(folder)
-        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["measured"] == measured_with():
+        if path.exists():
             return
-        unfinished = path.with_suffix(".part")
-        demo_option = [] if self.kind == DEMO else ["--demo", demo]
-        words = [*OPTIONS[self.kind].split(), *COMMON.split(), *demo_option, "--json", str(unfinished)]
         print(f"\n{path.stem}", flush=True)
-        if generation.main([*words, "--temperature", self.temperature, "--batch_size", self.batch_size]):
-            raise InputError(f"{path.stem} could not be measured.")
-        date = datetime.date.today().isoformat()
-        rows = [{**row, "date": date} for row in json.loads(unfinished.read_text(encoding="utf-8"))]
-        unfinished.write_text(json.dumps({"measured": measured_with(), "rows": rows}, indent=2), encoding="utf-8")
-        unfinished.rename(path)
-
-
-def measured_with() -> dict[str, str]:
-    return {"code": code_fingerprint(), "torch": torch.__version__, "transformers": transformers.__version__}
+        words = [*OPTIONS[self.kind].split(), *COMMON.split(), *([] if self.kind == DEMO else ["--demo", demo])]
+        with unfinished(path) as aside:
+            words += ["--temperature", self.temperature, "--batch_size", self.batch_size, "--json", str(aside)]
+            if generation.main(words):
+                raise InputError(f"{path.stem} could not be measured.")
 
 
 PARTS = [Part(kind, T, size) for kind in OPTIONS for T in TEMPERATURES for size in BATCH_SIZES]
@@ -85,17 +69,8 @@ PARTS = [Part(kind, T, size) for kind in OPTIONS for T in TEMPERATURES for size 
 
 def rows_of(kind: str, folder: Path) -> list[dict]:
     """All rows of a kind, in the tables' order."""
-    rows = [
-        row
-        for part in PARTS
-        if part.kind == kind
-        for row in json.loads(part.path(folder).read_text(encoding="utf-8"))["rows"]
-    ]
+    rows = [row for part in PARTS if part.kind == kind for row in part.rows(folder)]
     return sorted(rows, key=lambda row: (row["temperature"], row["batch_size"], row["workload"] == "real"))
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def readme_table(folder: Path) -> str:
@@ -159,9 +134,8 @@ def put(path: Path, text: str) -> None:
     _, also_found, after = rest.partition(end)
     if not (found and also_found):
         raise ValueError(f"{path}: it has no lines {begin.strip()} and {end.strip()}, between which the table goes.")
-    aside = path.with_suffix(".new")
-    aside.write_text(before + begin + text + end + after, encoding="utf-8")
-    aside.rename(path)
+    with unfinished(path) as aside:
+        aside.write_text(before + begin + text + end + after, encoding="utf-8")
 
 
 @command

@@ -1,7 +1,7 @@
-"""Speed of a training step by part, and of the energy loss against its definition.
+"""Speed of a training step by part.
 
     python -m calm.benchmarks.training_step --shape calm-m transformer-s --device cuda --dtype bfloat16 --compile \\
-        --batch_size 8 --block_size 8192 --repetitions 5 --energy_loss --json figures.json
+        --batch_size 8 --block_size 8192 --repetitions 5 --json figures.json
 
 A step is loss, gradients, clipping to norm 1 and AdamW on rows of random tokens, with random weights in float32;
 bfloat16 means autocast, as in the recipes. A shape is a recipe, `demo`, a folder or a Hub id; the shapes take turns.
@@ -15,18 +15,14 @@ All times are medians, in ms.
 - MFU: FLOPs of a step by the formula of `--dry_run` ÷ time ÷ the measured rate of a large matrix product.
 - memory: weights, optimiser state and what the worst step needed beyond them.
 - --compile: backbone, head and encoder are compiled each by itself, so that they can be told apart.
-
-`--energy_loss` adds value and gradient of `energy_score` beside all differences at once ("broadcast") and
-`torch.cdist`, at P = 1024, N = 8, S = 100, Z = 128, in turns.
 """
 
-# B rows, L tokens of a row, P patches, N samples of a patch, S posterior samples, Z latent size
+# B rows, L tokens of a row
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,8 +32,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from calm.benchmarks.generation import device_name
-from calm.benchmarks.meters import Machine, Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
+from calm.benchmarks.meters import Meter, Parts, PeakMemory, device_name, flop_rate, synchronise, weight_bytes, wrapped
 from calm.benchmarks.workloads import random_model, shape_config
 from calm.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm.evaluation.models import is_calm
@@ -50,7 +45,6 @@ PARTS = (
 )
 WARM_UP_STEPS = 2  # the first makes the optimiser's state, and compiles
 COMPILE_BACKEND = "inductor"
-LOSS_SIZES = {"P": 1024, "N": 8, "S": 100, "Z": 128}
 
 
 class TrainingStep:
@@ -147,7 +141,7 @@ class TrainingStep:
         self.seconds = {part: [] for part in PARTS}
         self.extra_bytes = []
 
-    def figures(self, machine: Machine) -> dict:
+    def figures(self, flop_rate: float) -> dict:
         """Medians over the steps since `forget`."""
         steps = [sum(values) for values in zip(*self.seconds.values(), strict=True)]
         seconds, tokens = median(steps), self.ids_BL.numel()
@@ -162,70 +156,9 @@ class TrainingStep:
             **{f"{part}_ms": 1000 * median(values) for part, values in self.seconds.items()},
             "tokens_per_second": tokens / seconds,
             "flops": flops,
-            "mfu": flops / seconds / machine.flop_rate,
+            "mfu": flops / seconds / flop_rate,
             "peak_memory_bytes": known + max(extra) if len(extra) == len(self.extra_bytes) else None,
         }
-
-
-# the energy loss
-
-
-def broadcast_energy_score(samples_NPZ: Tensor, targets_SPZ: Tensor, beta: float) -> Tensor:
-    """The definition, with every difference in memory."""
-    num_samples = len(samples_NPZ)
-    repulsion = (samples_NPZ[:, None] - samples_NPZ[None]).norm(dim=-1).pow(beta).sum((0, 1))
-    attraction = (samples_NPZ[:, None] - targets_SPZ[None]).norm(dim=-1).pow(beta).mean((0, 1))
-    return repulsion / (num_samples * (num_samples - 1)) - 2 * attraction
-
-
-def cdist_energy_score(samples_NPZ: Tensor, targets_SPZ: Tensor, beta: float) -> Tensor:
-    """The same by `torch.cdist`."""
-    num_samples, samples, targets = len(samples_NPZ), samples_NPZ.transpose(0, 1), targets_SPZ.transpose(0, 1)
-    repulsion = torch.cdist(samples, samples).pow(beta).sum((1, 2)) / (num_samples * (num_samples - 1))
-    return repulsion - 2 * torch.cdist(samples, targets).pow(beta).mean((1, 2))
-
-
-LOSS_FORMS = {"energy_score": energy_score, "broadcast": broadcast_energy_score, "cdist": cdist_energy_score}
-
-
-def compare_losses(sizes: dict[str, int], beta: float, repetitions: int, device: torch.device) -> dict[str, dict]:
-    """Form → ms of value and gradient (median), extra bytes, and both against the broadcast form's.
-
-    Some samples coincide with each other and with targets. The forms take turns; a first round is not counted.
-    """
-    P, N, S, Z = (sizes[axis] for axis in "PNSZ")
-    generator = torch.Generator().manual_seed(0)
-    samples, targets = torch.randn(N, P, Z, generator=generator), torch.randn(S, P, Z, generator=generator)
-    samples[1, : P // 8], samples[0, -(P // 8) :] = samples[0, : P // 8], targets[0, -(P // 8) :]
-    samples, targets = samples.to(device).requires_grad_(True), targets.to(device)
-    clock, seconds, extra = Meter.clock(device), {name: [] for name in LOSS_FORMS}, {}
-
-    def value_and_gradient(score: Callable) -> None:
-        samples.grad = None
-        score(samples, targets, beta).mean().backward()
-
-    for name, score in LOSS_FORMS.items():  # apart from the timed rounds: measuring memory gives freed pages back
-        with PeakMemory(device) as memory:
-            value_and_gradient(score)
-        extra[name] = memory.extra
-    for repetition in range(1 + repetitions):
-        for name, score in LOSS_FORMS.items():
-            synchronise(device)
-            start = clock.read()
-            value_and_gradient(score)
-            end = clock.read()
-            synchronise(device)
-            if repetition:
-                seconds[name].append(clock.difference(start, end))
-    return {
-        name: {
-            "ms": 1000 * median(seconds[name]),
-            "speed_ratio": median(seconds["broadcast"]) / median(seconds[name]),
-            "extra_bytes": extra[name],
-            "memory_ratio": extra[name] / extra["broadcast"] if extra["broadcast"] else None,
-        }
-        for name in LOSS_FORMS
-    }
 
 
 # the command
@@ -243,30 +176,22 @@ COLUMNS = {
 }
 
 
-def table_row(row: dict) -> str:
+def table_row(row: dict) -> list[str]:
     memory = "–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.2f}"
     low, high = row["step_ms_range"]
-    return f"| {' | '.join(c.format(**row, memory=memory, low=low, high=high) for c in COLUMNS.values())} |"
-
-
-def print_losses(beta: float, losses: dict[str, dict]) -> None:
-    print(f"\nenergy loss, β = {beta:g}\n\n| form | ms | × faster | extra MiB | ÷ broadcast's |\n|{' --- |' * 5}")
-    for name, row in losses.items():
-        known = row["memory_ratio"] is not None
-        extra = f"{row['extra_bytes'] / 2**20:.1f} | {row['memory_ratio']:.3f}" if known else "– | –"
-        print(f"| {name} | {row['ms']:.1f} | {row['speed_ratio']:.2f} | {extra} |")
+    return [column.format(**row, memory=memory, low=low, high=high) for column in COLUMNS.values()]
 
 
 def measure(options: argparse.Namespace) -> dict:
     """Everything that the options ask for, as --json writes it; prints tables."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     check(options)
-    machine = Machine.measure(device, dtype)
+    rate = flop_rate(device, dtype)
     settings = {name: getattr(options, name) for name in ("batch_size", "block_size", "compile", "repetitions")}
     report = {
         **{"device": options.device, "device_name": device_name(device), "threads": torch.get_num_threads()},
-        **{"dtype": options.dtype, "flop_rate": machine.flop_rate, "bandwidth": machine.bandwidth},
-        **{"torch": torch.__version__, "transformers": transformers.__version__, "steps": [], "energy_loss": {}},
+        **{"dtype": options.dtype, "flop_rate": rate},
+        **{"torch": torch.__version__, "transformers": transformers.__version__, "steps": []},
     }
     steps = {shape: TrainingStep(shape, options) for shape in options.shape}
     for step in steps.values():
@@ -276,18 +201,12 @@ def measure(options: argparse.Namespace) -> dict:
     for _ in range(options.repetitions):
         for step in steps.values():
             step()
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for shape, step in steps.items():
-        report["steps"].append({"shape": shape, **settings, **step.figures(machine)})
-        print(table_row(report["steps"][-1]), flush=True)
-    steps.clear()
-    for beta in (1.0, 1.5) if options.energy_loss else ():
-        report["energy_loss"][f"{beta:g}"] = compare_losses(LOSS_SIZES, beta, options.repetitions, device)
-        print_losses(beta, report["energy_loss"][f"{beta:g}"])
+    report["steps"] = [{"shape": shape, **settings, **step.figures(rate)} for shape, step in steps.items()]
+    print(markdown(list(COLUMNS), map(table_row, report["steps"])))
     print(
         f"\n{report['device_name']}, {options.dtype}, {report['threads']} CPU threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}; {options.repetitions} repetitions; measured "
-        f"{machine.flop_rate / 1e9:.0f} GFLOP/s"
+        f"{rate / 1e9:.0f} GFLOP/s"
     )
     return report
 
@@ -311,7 +230,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--block_size", type=positive, default=2048, help="tokens a row")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repetitions", type=positive, default=3)
-    parser.add_argument("--energy_loss", action="store_true", help="compare the energy loss with its definition")
     parser.add_argument("--json", type=writable, help="write the figures")
     return parser.parse_args(argv)
 
@@ -322,8 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     with known_errors(ValueError, OSError):
         report = measure(options)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(options.json, report)
 
 
 if __name__ == "__main__":

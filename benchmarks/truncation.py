@@ -15,16 +15,17 @@ P^(1/T)/Z, truncated. Where equal probabilities meet at the edge of a truncation
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from calm.command_line import Parser, command, natural, positive
-from calm.progress import progress_bar, say
+from calm.command_line import Parser, command, positive
+from calm.evaluation.report import markdown
+from calm.progress import progress_bar
 from calm.weights_calm import KEEP_ALL, Truncation, class_sizes, draw_weights, patch_classes, truncated
 
 NUM_DRAWS = (50, 200, 1000)
@@ -86,8 +87,8 @@ def plug_in_weights(class_BN: Tensor, temperature: float) -> Tensor:
 class Pools:
     """So many pools of so many draws from a law."""
 
-    def __init__(self, law_V: Tensor, num_pools: int, num_draws: int, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, law_V: Tensor, num_pools: int, num_draws: int):
+        generator = torch.Generator().manual_seed(0)
         draws = torch.multinomial(law_V, num_pools * num_draws, replacement=True, generator=generator)
         self.num_outcomes, self.outcomes_BN = len(law_V), draws.view(num_pools, num_draws)
         self.class_BN = patch_classes(self.outcomes_BN[..., None])
@@ -121,47 +122,28 @@ def truncated_row(law_V: Tensor, pools: Pools) -> list[float]:
         for truncation in TRUNCATIONS.values():
             meant_V = meant_law(law_V, temperature, truncation)
             weigh = partial(draw_weights, temperature=temperature, truncation=truncation)
-            row += [
-                total_variation(pools.law_of_choice(weigh), meant_V),
-                total_variation(meant_law(law_V, temperature), meant_V),
-            ]
+            untouched = total_variation(meant_law(law_V, temperature), meant_V)
+            row += [total_variation(pools.law_of_choice(weigh), meant_V), untouched]
     return row
-
-
-def print_table(
-    header: list[str], row_of: Callable[[Tensor, Pools], list[float]], num_pools: int, seed: int, bar
-) -> None:
-    header = ["law", "N", *header]
-    say(f"| {' | '.join(header)} |\n|" + " --- |" * len(header))
-    for name, law_V in LAWS.items():
-        for num_draws in NUM_DRAWS:
-            figures = row_of(law_V, Pools(law_V, num_pools, num_draws, seed))
-            say(f"| {name} | {num_draws:,} | {' | '.join(f'{figure:.3f}' for figure in figures)} |")
-            bar.update()
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("python -m calm.benchmarks.truncation", __doc__)
-    parser.add_argument("--pools", type=positive, default=2000, help="of each law and N")
-    parser.add_argument("--seed", type=natural, default=0)
-    return parser.parse_args(argv)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    with progress_bar(None, "Choosing", "row", total=2 * len(LAWS) * len(NUM_DRAWS)) as bar:
-        header = [f"{what}T = {t:g}" for t in TEMPERATURES for what in ("", "plug-in, ", "untouched, ")]
-        print_table(["noise", *header], flattened_row, args.pools, args.seed, bar)
-        say("")
-        cases = [f"{name}, T = {t:g}" for t in TRUNCATED_TEMPERATURES for name in TRUNCATIONS]
-        print_table(
-            [f"{case}{what}" for case in cases for what in ("", ", untouched")],
-            truncated_row,
-            args.pools,
-            args.seed,
-            bar,
-        )
+    parser = Parser("python -m calm.benchmarks.truncation", __doc__)
+    parser.add_argument("--pools", type=positive, default=2000, help="of each law and N")
+    args = parser.parse_args(argv)
+    flattened = [f"{what}T = {t:g}" for t in TEMPERATURES for what in ("", "plug-in, ", "untouched, ")]
+    cases = [f"{name}, T = {t:g}" for t in TRUNCATED_TEMPERATURES for name in TRUNCATIONS]
+    tables = [
+        (["noise", *flattened], flattened_row),
+        ([f"{case}{what}" for case in cases for what in ("", ", untouched")], truncated_row),
+    ]
+    for header, row_of in tables:
+        rows = []
+        for (name, law_V), num_draws in progress_bar(list(product(LAWS.items(), NUM_DRAWS)), "Choosing", "row"):
+            figures = row_of(law_V, Pools(law_V, args.pools, num_draws))
+            rows.append([name, f"{num_draws:,}", *(f"{figure:.3f}" for figure in figures)])
+        print(markdown(["law", "N", *header], rows), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.benchmarks import serving
-from calm.benchmarks.serving import Line, Round, as_table
-
-
-def has_upstreams_server():
-    return importlib.util.find_spec("transformers.cli.serving.completion") is not None
+from calm.benchmarks.serving import Round, as_table, line_of
 
 
 def test_lines_by_hand():
     rounds = [Round(100, 10, [0.1, 0.3]), Round(300, 10, [0.2, 0.4]), Round(200, 10, [0.2, 0.2])]
-    line = Line.of("a", 2, rounds)
-    assert (line.tokens_per_second, line.least, line.most, line.first_token_p50) == (20, 10, 30, 0.2)
-    assert line.first_token_p99 == pytest.approx(0.4 - 0.05 * 0.1)
-    lines = [Line.of("a", 1, [Round(50, 10, [0.1])]), line, Line.of("b", 2, rounds)]
+    line = line_of("a", 2, rounds)
+    assert [line[name] for name in ("tokens_per_second", "least", "most", "first_token_p50")] == [20, 10, 30, 0.2]
+    assert line["first_token_p99"] == pytest.approx(0.4 - 0.05 * 0.1)
+    lines = [line_of("a", 1, [Round(50, 10, [0.1])]), line, line_of("b", 2, rounds)]
     table = as_table(lines).splitlines()[2:]
     assert table[0] == "| a | 1 | 5.0 (5.0 – 5.0) | 1.00 | 100, 100 |"
     assert table[1] == "| a | 2 | 20.0 (10.0 – 30.0) | 4.00 | 200, 395 |"
@@ -47,6 +43,7 @@ def run(tmp_path, *options):
     return json.loads(figures.read_text())
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path, capsys):
     lines = run(tmp_path)
     assert [line["clients"] for line in lines] == [1, 3]
@@ -54,10 +51,18 @@ def test_a_run(tmp_path, capsys):
     assert capsys.readouterr().out.count("calm.serve") == 2
 
 
-@pytest.mark.skipif(not has_upstreams_server(), reason="this transformers has no server with text completions")
+@pytest.mark.slow
 def test_a_run_beside_upstreams_server(tmp_path, llama_folder):
     lines = run(tmp_path, "--baseline", str(llama_folder), "--no_upstream_batching")
     assert [line["server"].partition(":")[0] for line in lines] == ["calm.serve", "transformers serve"] * 2
+
+
+def test_a_round_of_clients(monkeypatch):
+    """Each client asks for its texts by seeds of its own."""
+    seeds = []
+    monkeypatch.setattr(serving, "stream_text", lambda *words: (seeds.append(words[-1]) or 10, 0.5))
+    found = serving.run_round(None, clients=3, requests=2, max_tokens=10, temperature=0.5)
+    assert (found.tokens, found.first_token_seconds) == (60, [0.5] * 6) and len(set(seeds)) == 6
 
 
 def test_what_is_missing_is_named_before_any_work(monkeypatch, capsys, tmp_path):
