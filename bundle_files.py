@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -44,11 +45,8 @@ Needs `pip install "{transformers}" torch accelerate`.
 
 ## Where it comes from
 
-The weights are those of two repositories, put into one {dtype} file by `convert_checkpoint.py` of CALM for
-Transformers:
-
-- language model, with a head of type "{head_type}": {language_model}
-- autoencoder: {autoencoder}
+The weights are those of two repositories, put into one {dtype} file by CALM for Transformers: the language model
+{language_model}, with a head of type "{head_type}", and the autoencoder {autoencoder}.
 
 **Licence.** The weights, and the tokenizer, stay under the licences of the repositories they come from. The code
 beside them is under the MIT licence.
@@ -132,21 +130,30 @@ def model_card(name: str, config: CALMConfig, language_model: Repository, autoen
     )
 
 
-def bundle_texts(
-    name: str, config: CALMConfig, tokenizer_folder: Path, language_model: Repository, autoencoder: Repository
-) -> dict[str, str]:
-    """File name → content of everything in the bundle but code and weights.
+def write_beside_weights(
+    folder: Path,
+    name: str,
+    config: CALMConfig,
+    tokenizer_folder: Path,
+    language_model: Repository,
+    autoencoder: Repository,
+) -> None:
+    """Writes everything of a bundle but its weights.
 
     Raises:
         InputError: the tokenizer is missing or not the model's.
     """
     config.architectures = [CALMForCausalLM.__name__]
-    return {
+    texts = {
         "config.json": config.to_json_string(),
         "generation_config.json": json.dumps(generation_defaults(config), indent=2),
         "README.md": model_card(name, config, language_model, autoencoder),
         **tokenizer_texts(tokenizer_folder, config),
     }
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    for file in code_files():
+        shutil.copy(file, folder)
 
 
 def code_files() -> list[str]:

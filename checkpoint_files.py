@@ -64,18 +64,27 @@ class WeightsFile:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, not read yet."""
+    """A tensor in a file, or a range of its columns, not read yet."""
 
     file: WeightsFile
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    columns: slice = slice(None)
 
     def __str__(self):
         return f"tensor {self.name} {self.shape} in {self.file.path}"
 
     def read(self) -> torch.Tensor:
-        return self.file.read(self.name)
+        return self.file.read(self.name)[..., self.columns]
+
+    def cut(self, parts: int) -> list["StoredTensor"]:
+        """So many equal ranges of its columns."""
+        if parts == 1:
+            return [self]
+        *rows, size = *self.shape[:-1], self.shape[-1] // parts
+        starts = range(0, parts * size, size)
+        return [self._replace(shape=(*rows, size), columns=slice(start, start + size)) for start in starts]
 
 
 def map_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -163,13 +172,8 @@ class Repository:
 def fetch(id_or_folder: str, patterns: list[str], what: str) -> Path:
     """The folder itself, or one into which the matching files of a Hub repository were downloaded.
 
-    Args:
-        id_or_folder: a folder, or a Hub id, which begins with no dot, tilde or slash.
-        patterns: of the files.
-        what: it should hold, for messages.
-
     Raises:
-        InputError: there is neither.
+        InputError: there is neither that holds `what`.
     """
     path = Path(id_or_folder)
     if path.is_dir():
@@ -213,11 +217,8 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yields a folder to write to, which becomes `output` at the end, and is removed where anything fails.
 
-    Args:
-        output: new, or an empty folder.
-
     Raises:
-        InputError: something is in the way.
+        InputError: `output` is there, and no empty folder.
         OSError: the disk is full or cannot be written to; it names a file or the folder.
     """
     output = output.absolute()
@@ -255,16 +256,12 @@ def read_json(path: Path) -> dict:
 def write_safetensors(
     path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, make: Callable[[str], torch.Tensor]
 ) -> None:
-    """Writes tensors one after another, with a progress bar on a terminal.
+    """Writes tensors of these shapes (name → shape) one after another, with a progress bar on a terminal.
 
     The format is the safetensors library's: length of the header, header, values; the library itself wants all tensors
     at once.
 
-    Args:
-        path: of the file.
-        shapes: name → shape of what is to be written.
-        dtype: of all tensors.
-        make: name → the tensor, of that type and shape; called once for each name.
+    `make` gives the tensor of a name, of that type and shape, and is called once for each.
 
     Raises:
         InputError: the disk is full or fails.

@@ -13,16 +13,14 @@ A failure is one sentence on stderr and exit code 2, and leaves no file behind.
 
 import functools
 import re
-import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import HfApi
 from transformers import PretrainedConfig
 
-from calm.bundle_files import TOKENIZER_FILES, bundle_texts, code_files
+from calm.bundle_files import TOKENIZER_FILES, write_beside_weights
 from calm.checkpoint_files import (
     DTYPES,
     Repository,
@@ -192,11 +190,6 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
     Raises:
         InputError: config.json contradicts the tensors, or the two repositories are no pair.
     """
-    if "encoder.embed_tokens.weight" in language_model.tensors and "embed_proj.0.weight" in autoencoder.tensors:
-        raise InputError(
-            f"--calm and --autoencoder look swapped: {language_model.weights} holds an autoencoder, and "
-            f"{autoencoder.weights} a language model."
-        )
     facts, nested_facts = language_model_facts(language_model), autoencoder_facts(autoencoder)
     for field in ("patch_size", "latent_size", "vocab_size"):
         (value, stored), (nested_value, nested_stored) = facts[field], nested_facts[field]
@@ -216,23 +209,6 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
     return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
 
 
-class Piece(NamedTuple):
-    """One of `parts` equal ranges of a stored tensor's columns; all of it where there is one part."""
-
-    stored: StoredTensor
-    part: int
-    parts: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.stored.shape
-        return shape if self.parts == 1 else (*shape[:-1], shape[-1] // self.parts)
-
-    def read(self) -> torch.Tensor:
-        tensor = self.stored.read()
-        return tensor if self.parts == 1 else tensor.chunk(self.parts, dim=-1)[self.part]
-
-
 def translate(name: str, table: tuple) -> tuple[str, ...]:
     """Our name of a published tensor, two where it is cut in two, none where the table has none."""
     for pattern, targets in table:
@@ -241,7 +217,7 @@ def translate(name: str, table: tuple) -> tuple[str, ...]:
     return ()
 
 
-def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> dict[str, list[Piece]]:
+def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> dict[str, list[StoredTensor]]:
     """Each tensor of our model (name → shape), and the published ones that make it. Several must turn out equal.
 
     Raises:
@@ -254,8 +230,7 @@ def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> 
             targets = translate(stored.name, table)
             if not targets or not set(targets) <= set(places):
                 raise InputError(f"The model has no place for the {stored}.")
-            for part, target in enumerate(targets):
-                piece = Piece(stored, part, len(targets))
+            for target, piece in zip(targets, stored.cut(len(targets)), strict=True):
                 if piece.shape != shapes[target]:
                     raise InputError(f"The {stored} does not fit {target}, which is {shapes[target]}.")
                 places[target].append(piece)
@@ -266,30 +241,26 @@ def place(language_model: Repository, autoencoder: Repository, shapes: dict) -> 
     return places
 
 
-def merge(pieces: list[Piece], dtype: torch.dtype) -> torch.Tensor:
+def merge(pieces: list[StoredTensor], dtype: torch.dtype) -> torch.Tensor:
     """Reads the piece of the widest type, compares the others with it in theirs, and casts.
 
     Raises:
-        InputError: two pieces differ, or a value is not finite.
+        InputError: two pieces differ, or a value is not finite, maybe by the cast.
     """
-    first, *others = sorted(pieces, key=lambda piece: -piece.stored.dtype.itemsize)
-    tensor = first.read()
-    check_finite(tensor, first)
+    first, *others = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+    tensor = finite(first.read(), first)
     for other in others:
-        theirs = other.read()
-        check_finite(theirs, other)
+        theirs = finite(other.read(), other)
         if not torch.equal(tensor.to(theirs.dtype), theirs):
-            raise InputError(f"The {first.stored} and the {other.stored} should be equal.")
-    tensor = tensor.to(dtype)
-    check_finite(tensor, first)
-    return tensor
+            raise InputError(f"The {first} and the {other} should be equal.")
+    return finite(tensor.to(dtype), first)
 
 
-def check_finite(tensor: torch.Tensor, piece: Piece) -> None:
-    """Raises `InputError` for a value that is infinite or not a number, maybe by a cast since it was read."""
+def finite(tensor: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
     extremes = torch.stack(tensor.aminmax())  # unlike isfinite of all, makes no copies; a NaN comes through
     if not extremes.isfinite().all():
-        raise InputError(f"The {piece.stored} holds values that are infinite or not numbers in {tensor.dtype}.")
+        raise InputError(f"The {stored} holds values that are infinite or not numbers in {tensor.dtype}.")
+    return tensor
 
 
 def convert(
@@ -299,39 +270,29 @@ def convert(
 
     Args:
         calm: the published language model, a Hub id or folder.
-        autoencoder: the published autoencoder, a Hub id or folder.
+        autoencoder: the published autoencoder, likewise.
         output: the bundle's folder, new or empty.
         tokenizer: Hub id or folder with tokenizer.json; `None` takes the language model's.
         dtype: "float32", "bfloat16" or "float16"; `None` takes the one that holds every published tensor exactly.
         name: what the model card calls the model; the folder's name by default.
 
     Raises:
-        InputError: see the module's description; no file is left behind.
-        OSError: the disk is full or cannot be written to; no file is left behind.
+        InputError, OSError: no file is left behind.
     """
     with new_folder(output) as folder:
         sources = Repository(calm, "language model"), Repository(autoencoder, "autoencoder")
         config, shapes = build_config(*sources)
         places = place(*sources, shapes)
-        published = (piece.stored.dtype for pieces in places.values() for piece in pieces)
+        published = (piece.dtype for pieces in places.values() for piece in pieces)
         config.dtype = written_dtype = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, published)
         tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else sources[0].folder
-        texts = bundle_texts(name or output.absolute().name, config, tokenizer_folder, *sources)
-        for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8")
-        for file in code_files():
-            shutil.copy(file, folder)
-        write_safetensors(
-            folder / "model.safetensors", shapes, written_dtype, lambda key: merge(places[key], written_dtype)
-        )
+        write_beside_weights(folder, name or output.absolute().name, config, tokenizer_folder, *sources)
+        weights = folder / "model.safetensors"
+        write_safetensors(weights, shapes, written_dtype, lambda key: merge(places[key], written_dtype))
 
 
 def push(folder: Path, repo_id: str) -> None:
-    """Uploads a finished bundle to the Hub.
-
-    Raises:
-        InputError: the Hub refuses or is out of reach; the folder stays.
-    """
+    """Uploads a finished bundle to the Hub, and raises `InputError` where that refuses or is out of reach."""
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Bundle of a published CALM")

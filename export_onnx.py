@@ -81,22 +81,14 @@ NEUTRAL: dict[str, tuple] = {
 
 @dataclass
 class Graph:
-    """What torch.onnx.export is given for one file, and what it is then compared with.
-
-    Args:
-        module: whose `forward` is traced.
-        example: its arguments.
-        dynamic: of each argument the axes that any size may have.
-        inputs, outputs: names.
-        cases: other inputs, by name, and what the model itself makes of them; an output may be None, where its
-            values mean nothing.
-    """
+    """What torch.onnx.export is given for one file, and what it is then compared with."""
 
     module: nn.Module
     example: tuple
-    dynamic: tuple
-    inputs: list[str]
+    dynamic: tuple  # of each argument the axes that any size may have
+    inputs: list[str]  # their names
     outputs: list[str]
+    # Other inputs, by name, and what the model itself makes of them.
     cases: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=list)
 
 
@@ -172,7 +164,7 @@ def backbone_graph(model: CALMForCausalLM) -> Graph:
     def example(batch: int, patches: int, past: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         tokens = torch.randint(config.vocab_size, (batch, patches, config.patch_size), generator=generator)
         mask = torch.ones(batch, past + patches, dtype=torch.long)
-        shape = batch, config.num_key_value_heads or config.num_attention_heads, past, head_size(model)
+        shape: Any = batch, config.num_key_value_heads, past, config.head_dim
         return tokens, mask, [torch.randn(shape, generator=generator) for _ in names]
 
     axes = {0: DYNAMIC, 1: DYNAMIC}
@@ -193,11 +185,6 @@ def backbone_graph(model: CALMForCausalLM) -> Graph:
         made = dict(zip(graph.outputs, [hidden, *tensors_of(cache)], strict=True))
         graph.cases.append((dict(zip(graph.inputs, [tokens, mask, *past], strict=True)), made))
     return graph
-
-
-def head_size(model: CALMForCausalLM) -> int:
-    config = model.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def head_graph(model: CALMForCausalLM) -> Graph:
@@ -366,7 +353,7 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
         "num_layers": config.num_hidden_layers,
         "max_position_embeddings": config.max_position_embeddings,
         "num_key_value_heads": config.num_key_value_heads,
-        "head_size": head_size(model),
+        "head_size": config.head_dim,
         "head_type": config.head_type,
         "noises": [
             {"name": name, "shape": [*noise.shape[:-3], "draws", "rows", noise.shape[-1]], **laws[name]}

@@ -27,7 +27,6 @@ import importlib
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,22 +87,13 @@ class Sampling(NamedTuple):
 
 
 class Randomness:
-    """Where random numbers come from: numpy's generator.
-
-    Args:
-        seed: `None` takes another each time.
-    """
+    """Where random numbers come from: numpy's generator, whose seed is another each time where it is None."""
 
     def __init__(self, seed: int | None = None):
         self.generator = np.random.default_rng(seed)
 
     def noise(self, spec: dict, shape: tuple[int, ...]) -> np.ndarray:
-        """The head's noise of one kind, float32.
-
-        Args:
-            spec: what calm.json says of it.
-            shape: of the array.
-        """
+        """The head's noise of one kind, float32, by what calm.json says of it."""
         if spec["law"] == "normal":
             return self.generator.standard_normal(shape, dtype=np.float32)
         low, high = spec["range"]
@@ -138,7 +128,6 @@ class ExportedCALM:
         self.tokenizer = read(folder / "tokenizer.json", lambda path: Tokenizer.from_file(str(path)))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.num_written = 0  # tokens, of all texts
         options = onnxruntime.SessionOptions()
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
@@ -165,16 +154,15 @@ class ExportedCALM:
     def tokens(self, prompt_ids: list[int], max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[int]:
         """Ids that follow those of a prompt, up to an EOS (the last) or `max_new_tokens`, in a patch's midst, too.
 
-        Args:
-            prompt_ids: of the prompt; without any the text begins with BOS.
-            max_new_tokens: the most that are written.
-            randomness: of all draws.
-            settings: fields of `Sampling`; those that are None or not given are the model's.
+        Without a prompt the text begins with BOS. `settings` are fields of `Sampling`; those that are None or not
+        given are the model's.
 
         Raises:
             Refusal: a setting outside its range, nothing to begin with, or more than the model's positions.
         """
-        sampling = self.sampling(**settings)
+        given = {name: value for name, value in settings.items() if value is not None}
+        sampling = Sampling(**{name: self.facts[name] for name in Sampling._fields})._replace(**given)
+        sampling.check()
         patches_PK, cache = self._packed(prompt_ids), self._empty_cache()
         longest = self.facts["max_position_embeddings"] * self.facts["patch_size"]
         if len(prompt_ids) + max_new_tokens > longest:
@@ -187,19 +175,11 @@ class ExportedCALM:
             hidden_1D, cache = self._read(patches_PK, cache)
             patch_K = self._next_patch(hidden_1D, randomness, sampling)
             for token in patch_K[:num_left].tolist():
-                self.num_written += 1
                 yield token
                 if token in self.facts["eos_token_ids"]:
                     return
             num_left -= len(patch_K)
             patches_PK = patch_K[None]
-
-    def sampling(self, **settings) -> Sampling:
-        """The model's, but for settings that are not None; raises as `tokens` does."""
-        given = {name: value for name, value in settings.items() if value is not None}
-        sampling = Sampling(**{name: self.facts[name] for name in Sampling._fields})._replace(**given)
-        sampling.check()
-        return sampling
 
     def _packed(self, prompt_ids: list[int]) -> np.ndarray:
         """A prompt as patches (P, K): the first is filled on its left."""
@@ -329,7 +309,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
+def run(argv: list[str] | None) -> None:
     here = Path(__file__)
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(f"python {here.name}", description=__doc__, formatter_class=formatter, allow_abbrev=False)
@@ -343,30 +323,22 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min_p", type=float, help="least share of the largest weight (default: the model's)")
     parser.add_argument("--seed", type=int, help="a whole number: the same one, the same text")
     parser.add_argument("--num_threads", type=positive, help="of the processor (default: onnxruntime's choice)")
-    parser.add_argument("--speed", action="store_true", help="tokens per second, on stderr, at the end")
-    return parser.parse_args(argv)
-
-
-def run(options: argparse.Namespace) -> None:
+    options = parser.parse_args(argv)
     if options.seed is not None and options.seed < 0:
         raise Refusal(f"--seed {options.seed}: must not be negative.")
     model, randomness = ExportedCALM(options.folder, options.num_threads), Randomness(options.seed)
     settings = {name: getattr(options, name) for name in Sampling._fields}
     length = options.max_new_tokens or model.facts["max_new_tokens"] or 160
-    start = time.perf_counter()
     pieces = model.write(options.prompt, length, randomness, **settings)
     print(options.prompt + next(pieces, ""), end="", flush=True)  # nothing where it is refused
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-    if options.speed:
-        rate = model.num_written / (time.perf_counter() - start)
-        print(f"{model.num_written} tokens, {rate:.0f} tokens/s", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(parse_options(argv))
+        run(argv)
     except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG

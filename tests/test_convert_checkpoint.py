@@ -412,7 +412,7 @@ REFUSALS = [  # what is changed, what the sentence names; {calm} and {autoencode
     *((config("autoencoder", **{field: None}), [f"config.json lacks {field}"]) for field in NEEDED[3:5]),
     (config("calm", beta=3.0), ["config.json", "beta=3.0"]),
     *((with_autoencoder_of(sizes, names[0]), ["no pair", *names]) for names, sizes in PAIRS.items()),
-    (exchanged, ["look swapped", "{calm}", "{autoencoder}"]),
+    (exchanged, ["lacks the tensor transformer.embed_tokens.weight", "{calm}"]),
     (tensors("calm", transformer__embed_tokens__weight=None), ["lacks the tensor transformer.embed", "{calm}"]),
     (tensors("calm", embed_proj__3__bias=None), ["lacks the tensor", "embed_proj.3", "{calm}"]),
     (tensors("autoencoder", encoder__squeeze_layer__weight=None), ["lacks the tensor enc", "{autoencoder}"]),
