@@ -114,23 +114,62 @@ class Step:
     num_candidates: int = 0
 
 
-@dataclass
 class Written:
-    """A text while it is written.
+    """A text while it is written, by what a `StepQueue` sends.
 
     Args:
         prompt: what it begins with.
-        steps: what was written so far.
-        num_tokens: of that.
-        seconds: since the beginning.
-        is_done: whether that was all.
+        tokenizer: of the model.
+        prompt_ids: the prompt as the model reads it.
+        step_size: tokens of a step.
     """
 
-    prompt: str
-    steps: list[Step] = field(default_factory=list)
-    num_tokens: int = 0
-    seconds: float = 0.0
-    is_done: bool = False
+    def __init__(self, prompt: str, tokenizer, prompt_ids: Sequence[int], step_size: int):
+        self.prompt, self.tokenizer, self.ids, self.step_size = prompt, tokenizer, list(prompt_ids), step_size
+        self.num_prompt, self.shown = len(self.ids), len(self._text())
+        self.steps: list[Step] = []
+        self.next_step = Step("")
+        self.seconds, self.is_done = 0.0, False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids) - self.num_prompt
+
+    def read(self, kind: str, value: Any) -> None:
+        if kind == "scores":
+            patches, counts, weights, chosen, *_ = value
+            candidates = self._candidates(patches, counts, weights, chosen)
+            self.next_step = Step("", candidates, sum(1 for count in counts if count))
+        elif kind == "token":
+            if self.num_tokens % self.step_size == 0:
+                self.steps.append(self.next_step)
+                self.next_step = Step("")
+            self.ids.append(value)
+            self._extend(is_end=False)
+        else:
+            self.is_done = True
+            if self.steps:
+                self._extend(is_end=True)
+
+    def _extend(self, is_end: bool) -> None:
+        text = self._text()
+        if not is_end:
+            text = text.rstrip("\ufffd")  # a character that is not complete
+        self.steps[-1].text += text[self.shown :]
+        self.shown = max(self.shown, len(text))
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+    def _candidates(self, patches, counts, weights, chosen: int) -> list[Candidate]:
+        shown = list(range(min(SHOWN, len(patches))))
+        if chosen not in shown:
+            shown[-1] = chosen
+        return [
+            Candidate(text_after(self.tokenizer, self.ids, patches[i]), weights[i], counts[i], i == chosen)
+            for i in shown
+            if counts[i]
+        ]
 
 
 class Stopped(Exception):
@@ -178,7 +217,6 @@ class Writer:
         self.is_calm = model.config.model_type == "calm"
         self.step_size = model.config.patch_size if self.is_calm else 1
         self.longest = (getattr(model.config, "max_position_embeddings", None) or 2**20) * self.step_size
-        self.lock = threading.Lock()
 
     @classmethod
     def load(cls, name: str, trust_remote_code: bool = False, device: str | None = None) -> Writer:
@@ -196,8 +234,7 @@ class Writer:
         """
         settings.check()
         ids = self._prompt_ids(prompt, int(settings.max_new_tokens))
-        with self.lock:
-            yield from self._write(prompt, ids, settings)
+        yield from self._write(prompt, ids, settings)
 
     def _prompt_ids(self, prompt: str, max_new_tokens: int) -> list[int]:
         ids = list(self.tokenizer(prompt).input_ids)
@@ -215,7 +252,7 @@ class Writer:
     def _write(self, prompt: str, ids: list[int], settings: Settings) -> Iterator[Written]:
         sending = StepQueue()
         thread = threading.Thread(target=self._generate, args=(ids, settings, sending), daemon=True)
-        written, reader = Written(prompt), _Reader(self.tokenizer, ids, self.step_size)
+        written = Written(prompt, self.tokenizer, ids, self.step_size)
         begin = last_view = time.perf_counter()
         thread.start()
         try:
@@ -223,9 +260,8 @@ class Writer:
                 kind, value = sending.events.get()
                 if kind == "error":
                     raise value
-                reader.read(kind, value)
-                written.seconds, written.is_done = time.perf_counter() - begin, kind == "end"
-                written.steps, written.num_tokens = reader.steps, reader.num_tokens
+                written.read(kind, value)
+                written.seconds = time.perf_counter() - begin
                 if written.is_done or time.perf_counter() - last_view > SECONDS_BETWEEN_VIEWS:
                     last_view = time.perf_counter()
                     yield written
@@ -266,54 +302,6 @@ class Writer:
     def _token_options(self, settings: Settings) -> dict[str, Any]:
         torch.manual_seed(int(settings.seed))  # upstream's generate takes no generator
         return {"top_k": 0, "pad_token_id": self.model.generation_config.pad_token_id or 0}
-
-
-class _Reader:
-    """Turns what a `StepQueue` sends into steps with texts."""
-
-    def __init__(self, tokenizer, prompt_ids: Sequence[int], step_size: int):
-        self.tokenizer, self.ids, self.step_size = tokenizer, list(prompt_ids), step_size
-        self.num_prompt, self.shown = len(self.ids), len(self._text())
-        self.steps: list[Step] = []
-        self.next_step = Step("")
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.ids) - self.num_prompt
-
-    def read(self, kind: str, value: Any) -> None:
-        if kind == "scores":
-            patches, counts, weights, chosen, *_ = value
-            candidates = self._candidates(patches, counts, weights, chosen)
-            self.next_step = Step("", candidates, sum(1 for count in counts if count))
-        elif kind == "token":
-            if self.num_tokens % self.step_size == 0:
-                self.steps.append(self.next_step)
-                self.next_step = Step("")
-            self.ids.append(value)
-            self._extend(is_end=False)
-        elif self.steps:
-            self._extend(is_end=True)
-
-    def _extend(self, is_end: bool) -> None:
-        text = self._text()
-        if not is_end:
-            text = text.rstrip("\ufffd")  # a character that is not complete
-        self.steps[-1].text += text[self.shown :]
-        self.shown = max(self.shown, len(text))
-
-    def _text(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
-
-    def _candidates(self, patches, counts, weights, chosen: int) -> list[Candidate]:
-        shown = list(range(min(SHOWN, len(patches))))
-        if chosen not in shown:
-            shown[-1] = chosen
-        return [
-            Candidate(text_after(self.tokenizer, self.ids, patches[i]), weights[i], counts[i], i == chosen)
-            for i in shown
-            if counts[i]
-        ]
 
 
 def text_after(tokenizer, ids: Sequence[int], tokens: Sequence[int]) -> str:

@@ -179,7 +179,9 @@ def test_a_fault_of_one_model_is_a_sentence_and_the_other_writes(calm, llama, mo
 
 def test_what_is_written_is_no_html(calm):
     step = app_page.Step("<b>&", [app_page.Candidate("<i>\n", 1.0, 3, True)], 1)
-    shown = view(calm, app_page.Written("<script>", [step], 4, 1.0))
+    written = app_page.Written("<script>", calm.tokenizer, [], 4)
+    written.steps = [step]
+    shown = view(calm, written)
     assert "<script>" not in shown and "<b>&" not in shown and "<i>" not in shown.replace('<i style="', "")
     assert "&lt;b&gt;&amp;" in shown and "&lt;i&gt;⏎" in shown
 
@@ -187,7 +189,7 @@ def test_what_is_written_is_no_html(calm):
 def test_a_character_is_shown_when_it_is_whole(monkeypatch):
     tokenizer = app_page.AutoTokenizer.from_pretrained(ROOT)
     ids = tokenizer("a ☃ b", add_special_tokens=False).input_ids
-    reader = app_page._Reader(tokenizer, [], 1)
+    reader = app_page.Written("", tokenizer, [], 1)
     for token in ids:
         reader.read("token", token)
     reader.read("end", None)

@@ -9,9 +9,7 @@ import model_copies
 import peft
 import pytest
 import torch
-from enumerable_laws import chi_square_p_value
 from tiny import BOS, EOS, HEAD_TYPES, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
-from tokenizers import decoders
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.generation_calm import PatchSampling
@@ -67,12 +65,12 @@ def wait_until(condition, seconds=20):
 # A row's text
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.transformers
+@pytest.mark.parametrize("head_type, patch_size", [*((head, 4) for head in HEAD_TYPES), ("energy", 1), ("energy", 2)])
 def test_rows_of_many_laws_write_what_generate_writes_for_each_alone(head_type, patch_size):
     model, tokenizer = exact_model(head_type, patch_size), tiny_tokenizer()
     asked = [
-        (PROMPTS[i % len(PROMPTS)], i, {**LAWS[i % len(LAWS)], "max_new_tokens": 3 + 4 * (i % 5)}) for i in range(15)
+        (PROMPTS[i % len(PROMPTS)], i, {**LAWS[i % len(LAWS)], "max_new_tokens": 3 + 4 * (i % 5)}) for i in range(10)
     ]
     with Batcher(model, tokenizer, max_rows=4, max_waiting=20, prefill_chunk_size=8) as batcher:
         futures = [batcher.submit(prompt, seed=seed, **settings) for prompt, seed, settings in asked]
@@ -81,7 +79,7 @@ def test_rows_of_many_laws_write_what_generate_writes_for_each_alone(head_type, 
             assert written.tokens == alone(model, prompt, seed, **settings)
             assert written.text == tokenizer.decode(written.tokens, skip_special_tokens=True)
             assert written.finish_reason == ("stop" if written.tokens[-1] == EOS else "length")
-        assert batcher.stats().finished == 15 and batcher.stats().running == 0
+        assert batcher.stats().finished == 10 and batcher.stats().running == 0
 
 
 def new_row(model, prompt, seed, num_tokens, **sampling):
@@ -103,7 +101,7 @@ def take_step(engine):
         engine.remove(row)
 
 
-@pytest.mark.parametrize("prefill_patches", [1, 3, 100])
+@pytest.mark.parametrize("prefill_patches", [1, 100])
 def test_rows_may_join_and_leave_between_any_two_steps(model, prefill_patches):
     """One leaves from the middle, so that the last moves to its slot; others come while prompts are read."""
     engine, length = Engine(model, prefill_patches), 24
@@ -123,18 +121,6 @@ def test_rows_may_join_and_leave_between_any_two_steps(model, prefill_patches):
         expected = alone(model, PROMPTS[i % 4], i, temperature=0.5, max_new_tokens=length, eos_token_id=None)
         assert rows[i].tokens == expected
     assert len(rows[1].tokens) < length and len(rows[2].tokens) < length
-
-
-def test_a_row_that_is_removed_before_its_first_step_leaves_no_trace(model):
-    engine = Engine(model, 100)
-    rows = [new_row(model, PROMPTS[i], i, 8, temperature=1.0) for i in range(3)]
-    engine.add(rows[0])
-    take_step(engine)
-    engine.add(rows[1]), engine.add(rows[2])
-    engine.remove(rows[1])
-    for _ in range(5):
-        take_step(engine)
-    assert rows[2].tokens == alone(model, PROMPTS[2], 2, temperature=1.0, max_new_tokens=8, eos_token_id=None)
 
 
 def test_a_long_prompt_is_read_in_pieces_while_others_write(model):
@@ -159,19 +145,6 @@ def test_prompts_are_read_in_the_order_of_arrival_whatever_slot_they_are_in(mode
         engine.step()
     assert engine.rows[0] is rows[3] and rows[1].num_read > 0
     assert rows[1].num_read >= rows[2].num_read >= rows[3].num_read == 0
-
-
-def test_many_rows_follow_the_law_of_one(model):
-    """The first patch of 3,000 texts with seeds of their own, against 20,000 draws of the head."""
-    ids = tiny_tokenizer()("ab", return_tensors="pt")["input_ids"]
-    packed = model.pack_for_generation(ids)["input_ids"]
-    hidden = model(packed).last_hidden_state[:, -1]
-    drawn = model.autoencoder.decode_tokens(model.head.sample(hidden, 20_000, torch.Generator().manual_seed(0)))[:, 0]
-    counts = torch.bincount(drawn[:, 0], minlength=VOCAB_SIZE).double() + 0.5  # of the first token
-    with Batcher(model, max_rows=64, max_waiting=4000) as batcher:
-        futures = [batcher.submit(ids[0], seed=i, temperature=1.0, max_new_tokens=4) for i in range(3000)]
-        first = torch.tensor([future.result(120).tokens[0] for future in futures])
-    assert chi_square_p_value(first, counts / counts.sum()) > 1e-4
 
 
 def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(batcher):
@@ -205,10 +178,9 @@ def test_stop_strings_end_a_text_before_them_and_eos_within_a_patch(batcher, mod
     settings = {"max_new_tokens": 60, "temperature": 0.5, "seed": 3}
     whole = batcher.submit("once", ignore_eos=True, **settings).result(60)
     stop = whole.text[9:12]
-    for given in (stop, [stop], ["nowhere to be found", stop]):
-        cut = batcher.submit("once", stop=given, ignore_eos=True, **settings).result(60)
-        assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
-        assert len(cut.tokens) < len(whole.tokens)
+    cut = batcher.submit("once", stop=["nowhere to be found", stop], ignore_eos=True, **settings).result(60)
+    assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+    assert len(cut.tokens) < len(whole.tokens)
     ended = batcher.submit("once", min_new_tokens=30, max_new_tokens=60, seed=3, temperature=1.0).result(60)
     assert EOS not in ended.tokens[:30]
     assert ended.tokens == alone(model, "once", 3, min_new_tokens=30, max_new_tokens=60, temperature=1.0)
@@ -224,17 +196,6 @@ def test_pieces_are_the_text_patch_by_patch(batcher):
 
 
 # Clients that leave
-
-
-def test_a_space_between_prompt_and_text_is_of_the_text_streamed_or_not(model):
-    tokenizer = tiny_tokenizer()
-    strips = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # as Llama 2's
-    tokenizer.backend_tokenizer.decoder = strips
-    spaces = {"max_new_tokens": 6, "sequence_bias": {tuple(tokenizer.convert_tokens_to_ids([" "])): 100.0}}
-    with Batcher(model, tokenizer) as batcher:
-        assert batcher.submit("ab", **spaces).result().text == " " * 6
-        assert "".join(piece.text for piece in batcher.stream("ab", **spaces)) == " " * 6
-        assert batcher.submit("", **spaces).result().text == " " * 5  # as of ids that begin a text
 
 
 def test_a_cancelled_text_frees_its_row_within_a_patch(batcher):
@@ -264,14 +225,6 @@ def test_leaving_a_stream_cancels_it_and_so_does_cancelling_what_waits(batcher):
     [future.cancel() for future in running]
     wait_until(lambda: batcher.stats().running == 0)
     assert batcher.stats().cancelled == 5
-
-
-def test_who_waits_for_cancelled_texts_is_told(batcher):
-    running = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(3)]
-    waiting = batcher.submit("once", max_new_tokens=4000)
-    [future.cancel() for future in [*running, waiting]]
-    done, left = wait([*running, waiting], timeout=20)
-    assert len(done) == 4 and not left
 
 
 def test_the_queue_is_bounded(batcher):
@@ -360,37 +313,27 @@ def test_texts_that_end_in_a_step_that_fails_are_told(monkeypatch, model):
 
 
 REFUSALS = [
-    ({"max_new_tokens": 0}, "max_new_tokens=0: must be a whole number of at least 1"),
     ({"max_new_tokens": "9"}, "max_new_tokens='9': must be a whole number of at least 1"),
     ({"temperature": "0.5"}, "temperature='0.5': sampling needs a temperature in"),
     ({"logits_processor": max}, "max.*: must be a list of processors, as"),
-    ({"logits_processor": ["x"]}, "logits_processor=.'x'.: must be a list of processors, as"),
     ({"prompt": 3}, "prompt=3: must be a text, or its ids"),
-    ({"prompt": None}, "prompt=None: must be a text, or its ids"),
     ({"max_new_tokens": 10**6}, "The prompt has 5 tokens, and max_new_tokens=1000000: together they may be"),
-    ({"temperature": 2.5}, "temperature=2.5: sampling needs a temperature in"),
-    ({"temperature": 1e-320}, "is too few for temperature=1e-320"),
     ({"num_candidates": 10**6}, "may draw 1000000 patches in a step: 100 are allowed here"),
     ({"min_new_tokens": -1}, "min_new_tokens=-1: must be a whole number, and not negative"),
     ({"stop": 5}, "stop=5: must be a text, or a list of texts"),
-    ({"stop": [5]}, "must be a text, or a list of texts"),
     ({"seed": 0.5}, "seed=0.5: must be a whole number of 64 bits"),
-    ({"seed": 2**64}, "must be a whole number of 64 bits"),
     ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
-    ({"stop": ["a", ""]}, "stop: holds an empty string"),
     ({"typical_p": 0.5}, "typical_p: no option of a text"),
     ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: ids are whole numbers in 0 … {VOCAB_SIZE - 1}"),
     ({"prompt": [1.5]}, "holds 1.5: ids are whole numbers"),
     ({"prompt": "\ud800"}, "no text at character 0"),
-    ({"prompt": "x" * 100_000}, "The prompt has 100001 tokens"),
 ]
 
 
 @pytest.mark.parametrize("settings, sentence", REFUSALS, ids=[sentence for _, sentence in REFUSALS])
 def test_what_makes_no_sense_is_refused_in_a_sentence(batcher, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        batcher.submit(settings.pop("prompt", "once"), **settings)
-    assert batcher.submit("once", max_new_tokens=4).result(60).tokens
+        batcher.submit(**{"prompt": "once", **settings})
 
 
 def test_without_a_tokenizer_ids_come_and_go(model):
@@ -419,6 +362,7 @@ def test_limits_that_make_no_sense_are_refused(model, options, sentence):
         Batcher(model, **options)
 
 
+@pytest.mark.transformers
 def test_models_whose_rows_would_depend_on_each_other_are_refused():
     llama = LlamaForCausalLM(
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
@@ -473,6 +417,7 @@ def test_many_threads_may_submit_at_once(model):
     assert stats.prompt_tokens == 20 * 5 and stats.steps < sum(map(len, texts.values())) and stats.busy_seconds > 0
 
 
+@pytest.mark.transformers
 def test_its_model_may_have_an_adapter(model):
     adapted = peft.get_peft_model(
         exact_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -494,6 +439,8 @@ def test_virtual_tokens_are_refused():
         Batcher(adapted)
 
 
+@pytest.mark.slow
+@pytest.mark.transformers
 def test_a_model_with_the_code_of_its_folder_writes_the_same(tmp_path):
     model = tiny_model()
     model.generation_config.update(do_sample=True)

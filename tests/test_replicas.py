@@ -10,13 +10,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from server_process import running_server, save_tiny_model
+from browser import wait_for
+from conftest import needs
+from server_process import running_server
 
 CONFIG = Path(__file__).parents[1] / "docs" / "nginx.conf"
 NGINX = shutil.which("nginx")
@@ -25,7 +26,7 @@ PROMPT = "Once upon a time"
 SHORT = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0.5, "ignore_eos": True}
 LONG = {**SHORT, "max_tokens": 2000}  # written for seconds, so that a test can act meanwhile
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+pytestmark = [pytest.mark.slow, needs(NGINX, "nginx")]
 
 
 def ask(url, seed, **options):
@@ -34,17 +35,6 @@ def ask(url, seed, **options):
     )
     with urllib.request.urlopen(request, timeout=SECONDS) as answer:
         return json.load(answer)["choices"][0]["text"]
-
-
-def wait_for(what, is_so):
-    """Returns what `is_so` returns when that is true."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            if result := is_so():
-                return result
-        time.sleep(0.02)
-    raise AssertionError(f"not after {SECONDS} s: {what}")
 
 
 @contextlib.contextmanager
@@ -66,7 +56,8 @@ def running_nginx(folder, replicas):
 
     def is_up():
         assert process.poll() is None, output.read_text()
-        return urllib.request.urlopen(f"http://{address}/health", timeout=SECONDS).status == 200
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"http://{address}/health", timeout=SECONDS).status == 200
 
     try:
         wait_for("nginx answers", is_up)
@@ -87,13 +78,8 @@ def running_pair(model, folder):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pair(model, tmp_path_factory):
-    with running_pair(model, tmp_path_factory.mktemp("pair")) as pair:
+def pair(tiny_folder, tmp_path_factory):
+    with running_pair(tiny_folder, tmp_path_factory.mktemp("pair")) as pair:
         yield pair
 
 
@@ -163,13 +149,13 @@ def test_a_client_that_leaves_frees_its_row(pair, stream):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_the_other_replica_answers_when_one_goes(model, tmp_path, how):
+def test_the_other_replica_answers_when_one_goes(tiny_folder, tmp_path, how):
     def is_deaf():
         with socket.socket() as probe:
             host, port = gone.address.split(":")
             return probe.connect_ex((host, int(port))) != 0
 
-    with running_pair(model, tmp_path) as (replicas, balancer), ThreadPoolExecutor(1) as pool:
+    with running_pair(tiny_folder, tmp_path) as (replicas, balancer), ThreadPoolExecutor(1) as pool:
         expected = ask(balancer, 3, **SHORT)
         begun = pool.submit(ask, balancer, 5, **LONG)
         gone = the_one_that_writes(replicas)

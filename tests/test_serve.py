@@ -124,6 +124,8 @@ def test_no_character_of_a_text_ends_a_line_of_a_stream(api):
 def test_requests_at_a_clients_defaults_work(client, chat, completions):
     assert client.completions.create(model="tiny", prompt=PROMPT).usage.completion_tokens <= 16
     assert client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}]).usage
+    everything = completions(seed=3, temperature=1).choices[0].text
+    assert completions(seed=3, temperature=1, extra_body={"top_k": -1, "min_p": 0}).choices[0].text == everything
     neutral = {"temperature": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "n": 1, "logit_bias": {}}
     assert completions(**neutral, user="me", best_of=1, suffix="").choices[0].text
     ignored = {"user": "me", "store": False, "metadata": {"a": "b"}, "tools": [], "response_format": {"type": "text"}}
@@ -197,12 +199,6 @@ def test_fields_that_shape_a_text_do_what_generate_does(completions, generated, 
         assert set(text) == {tiny_tokenizer().decode([40])}
 
 
-def test_a_top_k_of_minus_1_is_all(completions):
-    ask = {"seed": 3, "temperature": 1}
-    everything = completions(**ask).choices[0].text
-    assert completions(**ask, extra_body={"top_k": -1, "min_p": 0}).choices[0].text == everything
-
-
 def test_count_penalties_by_hand():
     """Prompt [5, 5]; of what follows, 7 stands twice and 5 once."""
     penalty = CountPenalty(frequency=0.5, presence=0.25).after_prompt(2)
@@ -211,11 +207,6 @@ def test_count_penalties_by_hand():
     assert scores[1].tolist() == [1, 1, 1, 1, 1, 1, 1 - 1.75, 1, 1]
     assert torch.equal(CountPenalty(-1.0, 0.0, 2)(torch.tensor([[5, 5, 7]]), torch.zeros(1, 9))[0, 7:8], torch.ones(1))
     assert torch.equal(penalty(torch.tensor([[5, 5]]), torch.ones(1, 9)), torch.ones(1, 9))
-
-
-def test_a_bias_for_all_tokens_is_none(completions):
-    ask, everywhere = {"seed": 3, "temperature": 0}, {str(token): 64 for token in range(96)}
-    assert completions(**ask, logit_bias=everywhere).choices[0].text == completions(**ask).choices[0].text
 
 
 def test_models(client):

@@ -74,8 +74,7 @@ def seconds_until_closed(client, trickle=b""):
     return time.monotonic() - begin
 
 
-@pytest.mark.parametrize("trickle", [b"", b"a"])
-@pytest.mark.parametrize("sent", [b"", HEAD[:9]])
+@pytest.mark.parametrize("sent, trickle", [(b"", b""), (HEAD[:9], b"a")])
 def test_a_head_has_its_time_however_it_comes(address, sent, trickle):
     with connected(address, sent) as client:
         assert 0.3 < seconds_until_closed(client, trickle) < 5
