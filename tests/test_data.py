@@ -1,7 +1,5 @@
 """From files to blocks: every readable format, honest errors, and an order that shards and resumes without loss."""
 
-import argparse
-import ast
 import codecs
 import dataclasses
 import gzip
@@ -9,7 +7,6 @@ import itertools
 import json
 import lzma
 import os
-import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -20,14 +17,14 @@ import pyarrow.parquet
 import pytest
 import torch
 import zstandard
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard, skip_first_batches
-from tiny import BOS, EOS, PAD, tiny_tokenizer
+from accelerate.data_loader import IterableDatasetShard, skip_first_batches
+from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from calm.command_line import InputError
-from calm.evaluation.blocks import open_documents, pack_blocks
+from calm.evaluation.blocks import pack_blocks
 from calm.training import data as data_module
 from calm.training.data import (
     Length,
@@ -36,6 +33,7 @@ from calm.training.data import (
     Separation,
     StreamedBlocks,
     TokenFile,
+    blocks_per_epoch,
     cached_tokens,
     data_sets,
     token_file,
@@ -45,10 +43,8 @@ from calm.training.documents import BadLines, documents, expand_paths, read_docu
 from calm.training.recipe import DataOptions
 from calm.training.tokenizer import train_bpe
 
-ROOT = Path(__file__).parents[1]
-
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]
-COMPRESS = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
+COMPRESS = {".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
 def jsonl(texts, key="text") -> bytes:
@@ -71,18 +67,13 @@ def read(*paths, **options) -> list[str]:
     return list(read_documents(expand_paths([str(p) for p in paths]), **options))
 
 
-@pytest.mark.parametrize("compression", COMPRESS)
-@pytest.mark.parametrize("kind, content", [("jsonl", jsonl(TEXTS)), ("parquet", parquet(TEXTS))])
-def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, content, compression):
-    path = tmp_path / f"data.{kind}{compression}"
-    path.write_bytes(COMPRESS[compression](content))
-    assert read(path) == TEXTS
-
-
-def test_a_text_file_is_one_document(tmp_path):
-    (tmp_path / "a.txt").write_text(TEXTS[0])
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXTS[1].encode()))
-    assert read(tmp_path / "a.txt", tmp_path / "b.txt.gz") == TEXTS[:2]
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.xz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.parquet.zst"])
+def test_every_format_and_compression_gives_the_same_documents(tmp_path, name):
+    content = parquet(TEXTS) if ".parquet" in name else jsonl(TEXTS)
+    (tmp_path / name).write_bytes(COMPRESS.get(Path(name).suffix, bytes)(content))
+    assert read(tmp_path / name) == TEXTS
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode()))  # one document
+    assert read(tmp_path / "b.txt.gz", tmp_path / name) == [TEXTS[0], *TEXTS]
 
 
 def test_folders_and_patterns_are_read_in_a_fixed_order(tmp_path):
@@ -102,7 +93,6 @@ def test_folders_and_patterns_are_read_in_a_fixed_order(tmp_path):
         (b'{"body": "x", "n": 1}', 'no string under the key "text"; it has body, n'),
         (b'{"text": 3}', 'no string under the key "text"'),
         (b'["text"]', 'no string under the key "text"'),
-        (b"3", 'no string under the key "text"'),
         (b'{"text": "caf\xe9"}', r"not UTF-8 \(.*\); convert it to UTF-8"),
         (rb'{"text": "x\ud800"}', "no text: character 2 is half of a surrogate pair"),
         (b"[" * 100_000 + b"]" * 100_000, "JSON that is nested too deeply"),
@@ -132,25 +122,22 @@ def test_a_huge_number_beside_the_text_does_no_harm(tmp_path):
     assert read(tmp_path / "data.jsonl") == ["a"]
 
 
-@pytest.mark.parametrize("name, content", [("a.txt", b"one\ntwo"), ("a.jsonl", jsonl(["one\ntwo"]))])
-def test_a_signature_of_utf_8_is_no_text(tmp_path, name, content):
-    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
-    assert read(tmp_path / name) == ["one\ntwo"]
-
-
-def test_text_in_another_encoding_is_named_with_its_line(tmp_path):
-    (tmp_path / "a.txt").write_bytes("one\ncafé".encode("latin-1"))
+def test_a_signature_of_utf_8_is_no_text_and_text_in_another_encoding_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + jsonl(["one\ntwo"]))
+    assert read(tmp_path / "a.jsonl") == ["one\ntwo"]
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + "one\ncafé".encode("latin-1"))
     with pytest.raises(InputError, match=r"a\.txt, line 2: not UTF-8 .*; convert it to UTF-8"):
         read(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("window_log", [28, 31])
-def test_a_zst_file_with_a_large_window_is_read(tmp_path, window_log):
-    (tmp_path / "a.jsonl.zst").write_bytes(zstd_frame(jsonl(TEXTS), window_log))
-    assert read(tmp_path / "a.jsonl.zst") == TEXTS
+def test_a_zst_file_of_several_frames_and_with_a_large_window_is_read(tmp_path):
+    first = jsonl(TEXTS)
+    frames = zstandard.compress(first[:10]) + zstandard.compress(first[10:]) + zstd_frame(jsonl(TEXTS), 31)
+    (tmp_path / "a.jsonl.zst").write_bytes(frames)
+    assert read(tmp_path / "a.jsonl.zst") == 2 * TEXTS
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.xz", "a.parquet.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet.zst"])
 def test_a_git_lfs_pointer_is_no_text(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 345\n")
     with pytest.raises(InputError, match=rf"{name}: is a Git LFS pointer .*; run git lfs pull"):
@@ -173,8 +160,6 @@ def test_a_path_that_is_there_is_no_pattern(tmp_path):
         (tmp_path / name).write_bytes(jsonl([name]))
     assert read(tmp_path / "a[1].jsonl") == ["a[1].jsonl"]
     assert read(tmp_path / "a[12].jsonl") == ["a1.jsonl"]
-    options = argparse.Namespace(data=str(tmp_path / "a[1].jsonl"), text_column="text")
-    assert list(open_documents(options)) == ["a[1].jsonl"]
 
 
 def test_paths_that_hold_no_text_are_named(tmp_path):
@@ -277,21 +262,6 @@ def test_what_was_skipped_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("1 bad line(s) skipped") == 1
 
 
-def test_no_text_is_read_or_written_in_the_locale_s_encoding():
-    files = [file for folder in ("training", "evaluation") for file in sorted((ROOT / folder).glob("*.py"))]
-    calls = [
-        (f"{file.name}:{node.lineno}", getattr(node.func, "attr", getattr(node.func, "id", "")), ast.unparse(node))
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-    ]
-    texts = [(where, call) for where, name, call in calls if name in ("read_text", "write_text")]
-    texts += [(where, call) for where, name, call in calls if name == "open" and "Image" not in call]
-    binary = ("'rb'", "'wb'", "lzma.open(file)", "gzip.open(file)")
-    assert len(texts) > 10
-    assert [where for where, call in texts if "encoding=" not in call and not any(b in call for b in binary)] == []
-
-
 # tokens
 
 
@@ -371,7 +341,7 @@ def test_of_two_processes_that_write_the_same_cache_the_second_takes_the_first_s
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "document_bounds.npy"])
-@pytest.mark.parametrize("size", [None, 0, 5, 8])
+@pytest.mark.parametrize("size", [None, 0, 5])
 def test_a_damaged_cache_is_written_again(tmp_path, name, size):
     ids = np.arange(3, dtype=np.uint32)
     cached_tokens(tmp_path, {}, lambda: iter([ids]))
@@ -468,16 +438,6 @@ def test_a_block_depends_on_the_seed_and_its_index_alone():
     assert {i: make(2)[i]["input_ids"].tolist() for i in range(30)} != ids
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_processes_share_the_blocks_and_a_resumed_run_goes_on_with_the_next(num_processes):
-    blocks, seen = PackedBlocks(numbers(), 8, num_blocks=24, seed=1), []
-    for rank in range(num_processes):
-        batches = list(BatchSamplerShard(BatchSampler(SequentialSampler(blocks), 2, False), num_processes, rank))
-        done = len(batches) // 2  # the run was killed here, after the checkpoint of this step
-        seen += [i for batch in batches[:done] for i in batch] + [i for batch in batches[done:] for i in batch]
-    assert sorted(seen) == list(range(24))
-
-
 def test_random_phase_cuts_each_epoch_at_other_places():
     blocks = PackedBlocks(numbers(), 8, num_blocks=24 * 12, seed=0, random_phase=True)
     phases = {start % 8 for start in starts(blocks)}
@@ -499,31 +459,26 @@ def test_left_fill_makes_short_prompts_of_every_length():
 
 
 def test_data_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="block_size=10 is no multiple of patch_size=4"):
-        PackedBlocks(numbers(), 10, 4)
     with pytest.raises(InputError, match="103 tokens, too few for one block of block_size=104"):
         PackedBlocks(numbers(), 104, 4)
     with pytest.raises(InputError, match="needs a filler token"):
         PackedBlocks(numbers(), 8, 4, left_fill=0.5)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "field, value, why",
     [
         ("block_size", 0, "must be at least 1"),
-        ("block_size", -8, "must be at least 1"),
         ("block_size", 10, r"is no multiple of patch_size=4"),
         ("left_fill", 1.5, r"must lie in \[0, 1\]"),
         ("left_fill", float("nan"), r"must lie in \[0, 1\]"),
         ("validation_blocks", 0, "must be at least 1"),
         ("max_documents", 0, "must be at least 1"),
-        ("max_documents", -1, "must be at least 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_before_the_data_is_read(tmp_path, streaming, field, value, why):
+def test_options_that_make_no_sense_are_refused_before_the_data_is_read(tmp_path, field, value, why):
     (tmp_path / "a.jsonl").write_bytes(b"not to be read")
-    options = DataOptions([str(tmp_path / "a.jsonl")], streaming=streaming, **{field: value})
+    options = DataOptions([str(tmp_path / "a.jsonl")], **{field: value})
     with pytest.raises(InputError, match=rf"{field}={value}:? {why}"):
         data_sets(options, tiny_tokenizer(), 4, Length(1, max_steps=1), 0, tmp_path / "tokens", evaluates=False)
     assert not (tmp_path / "tokens").exists()
@@ -541,7 +496,47 @@ def test_held_out_data_that_are_not_there_are_missed_before_the_training_data_ar
         data_sets(options, tiny_tokenizer(), 4, Length(1), 0, tmp_path / "tokens", evaluates=True)
 
 
+# steps
+
+
+@pytest.mark.parametrize(
+    "length, blocks, steps",
+    [
+        (Length(4), 8, 2),
+        (Length(4), 9, 3),  # the last batch is a whole one, of the next epoch's blocks
+        (Length(4, epochs=2), 9, 5),
+        (Length(4, epochs=0.5), 9, 2),
+        (Length(4, epochs=3, max_steps=7), 9, 7),
+        (Length(100), 9, 1),
+    ],
+)
+def test_steps_by_hand(length, blocks, steps):
+    assert length.num_steps(blocks) == steps
+
+
+def test_blocks_by_hand():
+    assert blocks_per_epoch(24, 8) == 3
+    assert blocks_per_epoch(31, 8) == 3
+    assert blocks_per_epoch(24, 8, random_phase=True) == 2  # wherever among the first 8 tokens it begins
+    with pytest.raises(InputError, match="14 tokens, too few for one block of block_size=8 and a random phase"):
+        blocks_per_epoch(14, 8, random_phase=True)
+
+
 # collator
+
+
+def test_labels_count_what_the_loss_predicts():
+    """Rows of every length mod K: Trainer divides by the labels that are counted, the model by its targets · K."""
+    model = tiny_model()
+    rows = [{"input_ids": torch.arange(2, 2 + length)} for length in (16, 15, 9, 8, 5, 4)]
+    batch = PatchCollator(4, pad_token_id=0)(rows)
+    counted = (batch["labels"] != -100).sum()
+    assert counted == 4 * (3 + 2 + 1 + 1 + 0 + 0)
+    losses = []
+    for number in (None, counted):
+        generator = torch.Generator().manual_seed(0)
+        losses.append(model(**batch, num_items_in_batch=number, generator=generator).loss)
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_labels_leave_out_the_first_patch_and_partial_patches():
@@ -576,7 +571,7 @@ def first_blocks(stream, number: int, num_workers: int, batch_size: int = 1) -> 
     return [tuple(block["input_ids"].tolist()) for batch in batches for block in batch]
 
 
-@pytest.mark.parametrize("num_documents, num_workers", [(12, 0), (12, 1), (12, 2), (12, 3), (2, 3), (1, 2), (3, 5)])
+@pytest.mark.parametrize("num_documents, num_workers", [(12, 0), (12, 2), (1, 2)])
 def test_workers_share_the_documents_of_an_epoch(num_documents, num_workers):
     documents = stream([4] * num_documents)
     if num_documents > num_workers:
@@ -588,12 +583,12 @@ def test_workers_share_the_documents_of_an_epoch(num_documents, num_workers):
 
 def test_workers_of_unequal_shares_see_all_documents_as_often():
     """Three documents: of two workers one has ten times the tokens of the other."""
-    seen = Counter(ids[0] // 1000 for ids in first_blocks(stream([80, 8, 80]), 42 * 20, 2))
-    assert [round(seen[d] / 40, 1) for d in range(3)] == [10, 1, 10]
+    seen = Counter(ids[0] // 1000 for ids in first_blocks(stream([80, 8, 80]), 42 * 10, 2))
+    assert [round(seen[d] / 20, 1) for d in range(3)] == [10, 1, 10]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_processes_share_a_stream_and_a_resumed_run_goes_on_with_the_next(num_workers):
+def test_processes_share_a_stream_and_a_resumed_run_goes_on_with_the_next():
+    num_workers = 2
     whole = first_blocks(stream(), 24, num_workers, batch_size=2)
 
     def of_process(rank):
@@ -615,17 +610,8 @@ def test_workers_share_a_hub_data_set_whatever_its_files(tmp_path):
         (tmp_path / f"train-{part}.jsonl").write_bytes(jsonl(texts[3 * part : 3 * part + 3]))
     options = DataOptions(dataset=str(tmp_path), streaming=True, block_size=5)
     parts = data_sets(options, tiny_tokenizer(), 1, Length(1, max_steps=9), 0, tmp_path, evaluates=False)
-    for num_workers in (2, 3):
-        seen = Counter(first_blocks(parts.train, 6, num_workers))
-        assert len(seen) == 6 and {ids[0] for ids in seen} == {BOS}
-
-
-def test_a_stream_can_be_sent_to_a_worker_that_is_not_forked(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["abcd", "efgh"]))
-    options = DataOptions([str(tmp_path / "a.jsonl")], streaming=True, block_size=5)
-    blocks = data_sets(options, tiny_tokenizer(), 1, Length(1, max_steps=9), 0, tmp_path, evaluates=False).train
-    sent = pickle.loads(pickle.dumps(blocks))
-    assert first_blocks(sent, 6, 0) == first_blocks(blocks, 6, 0)
+    seen = Counter(first_blocks(parts.train, 6, 2))
+    assert len(seen) == 6 and {ids[0] for ids in seen} == {BOS}
 
 
 def test_an_error_in_a_worker_is_one_sentence(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from llama_workshop import NUM_KNOWN, make_llama, make_workshop_of_one_more_token, recipe_of, refusal
+from llama_workshop import NUM_KNOWN, make_llama, recipe_of, refusal
 from safetensors.torch import load_file
 from training_helpers import train
 from transformers import LlamaForCausalLM
@@ -13,14 +13,14 @@ from transformers import LlamaForCausalLM
 from calm.training.auxiliary import MultiTokenLoss
 from calm.training.distil import Lesson, Teacher
 from calm.training.tokenizer import load_tokenizer
-from calm.training.train import build, for_training
+from calm.training.train import for_training, make_model
 
 K = 4
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    return make_workshop_of_one_more_token(tmp_path_factory.mktemp("workshop"))
+def workshop(workshop_of_one_more_token):
+    return workshop_of_one_more_token
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +103,12 @@ def test_unknown_tokens_are_hidden_from_the_teacher(llama):
 def test_the_teacher_is_neither_trained_nor_saved(workshop, llama, tmp_path):
     tokenizer = load_tokenizer(workshop["tokenizer"])
     recipe = recipe_of(workshop, distil=llama, auxiliary_weight=0.5)
-    model = for_training(build(recipe, tokenizer), recipe, tokenizer)
+    model = for_training(make_model(recipe, tokenizer), recipe, tokenizer)
     model.train()
     assert not model.teacher.llama.training
-    plain = for_training(build(recipe_of(workshop), tokenizer), recipe_of(workshop, auxiliary_weight=0.5), tokenizer)
+    plain = for_training(
+        make_model(recipe_of(workshop), tokenizer), recipe_of(workshop, auxiliary_weight=0.5), tokenizer
+    )
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
@@ -144,14 +146,6 @@ def test_a_dry_run_counts_the_teacher(workshop, llama, capsys):
     assert flops == pytest.approx(2 * linear + 2 * 4 * 32 * 32, rel=0.01)  # attention over 32 tokens, 2 layers of 32
 
 
-def test_distil_needs_the_loss_that_it_teaches(workshop, llama, tmp_path, capsys):
-    fields = {**workshop, "output_dir": str(tmp_path / "run")}
-    assert "whose auxiliary_weight is 0" in refusal(capsys, **fields, distil=llama)
-    weight = {"auxiliary_weight": 0.5}
-    assert "distil_weight=0.5: must lie in (0, 1], and needs distil" in refusal(
-        capsys, **fields, **weight, distil_weight=0.5
-    )
-    assert "distil_weight=1.5" in refusal(capsys, **fields, **weight, distil=llama, distil_weight=1.5)
-    assert f"distil {llama}: reads 64 tokens, block_size is 128." in refusal(
-        capsys, **fields, **weight, distil=llama, block_size=128
-    )
+def test_a_teacher_of_shorter_texts_is_refused(workshop, llama, tmp_path, capsys):
+    fields = {**workshop, "auxiliary_weight": 0.5, "distil": llama, "output_dir": str(tmp_path / "run")}
+    assert f"distil {llama}: reads 64 tokens, block_size is 128." in refusal(capsys, **fields, block_size=128)

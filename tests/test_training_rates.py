@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import make_workshop, train
-from transformers import get_scheduler
+from training_helpers import train
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from calm.training.auxiliary import AUXILIARY_FILE
 from calm.training.trainer import set_apart
@@ -34,9 +34,8 @@ def differing(one: dict, other: dict) -> set[str]:
     return {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])}
 
 
-@pytest.mark.parametrize("auxiliary_weight", [0.0, 0.5])
-def test_the_head_learns_at_a_rate_of_its_own(run, tmp_path, auxiliary_weight):
-    own = {"auxiliary_weight": auxiliary_weight, "learning_rate": 1e-3}
+def test_the_head_learns_at_a_rate_of_its_own(run, tmp_path):
+    own = {"auxiliary_weight": 0.5, "learning_rate": 1e-3}
     plain, _ = run("plain", **own)
     same, _ = run("same", **own, head_learning_rate=1e-3)
     assert differing(plain, same) == set()
@@ -75,21 +74,6 @@ def test_a_resumed_run_ends_where_the_whole_one_does(run, tmp_path, own):
     assert differing(whole, resumed) == set() and [entry["step"] for entry in log] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "fields, sentence",
-    [
-        ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no meaning without auxiliary_weight"),
-        ({"auxiliary_decay": 2, "auxiliary_weight": 0.1}, "auxiliary_decay=2: must lie in [0, 1]"),
-        ({"auxiliary_targets": 2}, "auxiliary_targets=2 has no meaning without auxiliary_weight"),
-        ({"auxiliary_targets": -2, "auxiliary_weight": 0.1}, "auxiliary_targets=-2: must not be negative"),
-        ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1: must not be negative"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(workshop, tmp_path, capsys, fields, sentence):
-    assert train("calm", **workshop, **fields, output_dir=str(tmp_path)) == 2
-    assert sentence in capsys.readouterr().err
-
-
 def test_the_multi_token_loss_goes_on_from_the_checkpoint_that_training_begins_with(run, tmp_path):
     run("before", auxiliary_weight=0.5)
     before = tmp_path / "before" / "checkpoint-4"
@@ -99,19 +83,18 @@ def test_the_multi_token_loss_goes_on_from_the_checkpoint_that_training_begins_w
     assert one.keys() == other.keys() and differing(one, other) == set()
 
 
-def test_drawn_targets_need_an_encoder_that_sees_them_alone(tmp_path, capsys):
-    """And are learnt from where it does."""
-    fields = {**FIELDS, "auxiliary_weight": 0.5, "auxiliary_targets": 2}
-    for name in ("alone", "within"):
-        (tmp_path / name).mkdir()
-    alone = make_workshop(tmp_path / "alone", max_steps=2)
-    assert train("calm", **alone, **fields, output_dir=str(tmp_path / "one")) == 0
-    within = make_workshop(tmp_path / "within", max_steps=2, encoder_context=1)
-    assert train("calm", **within, **fields, output_dir=str(tmp_path / "other")) == 2
+def test_drawn_targets_need_an_encoder_that_sees_them_alone(workshop, tmp_path, capsys):
+    """And are learnt from where it does; a CALM over the other one is trained without them, and generates."""
+    fields = {**workshop, **FIELDS, "max_steps": 2, "auxiliary_weight": 0.5}
+    assert train("calm", **fields, auxiliary_targets=2, output_dir=str(tmp_path / "one")) == 0
+    folder = str(tmp_path / "within")
+    own = {key: workshop[key] for key in ("train_files", "cache_dir", "tokenizer")}
+    assert train("autoencoder", **own, max_steps=2, encoder_context=1, output_dir=folder) == 0
+    fields |= {"autoencoder": folder}
+    assert train("calm", **fields, auxiliary_targets=2, output_dir=str(tmp_path / "other")) == 2
     assert "auxiliary_targets=2: the autoencoder's encoder sees the patches before" in capsys.readouterr().err
-
-
-def test_only_a_calm_has_a_head(workshop, tmp_path, capsys):
-    fields = {key: value for key, value in workshop.items() if key != "autoencoder"}
-    assert train("ar", **fields, head_learning_rate=1e-3, output_dir=str(tmp_path)) == 2
-    assert "only a CALM has a head" in capsys.readouterr().err
+    assert train("calm", **fields, output_dir=str(tmp_path / "run")) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    trained = load_file(f"{folder}/model.safetensors")["encoder.context_layer.weight"]
+    assert torch.equal(model.autoencoder.encoder.context_layer.weight, trained)
+    assert model.generate(torch.randint(20, (1, 8)), max_new_tokens=4, num_candidates=4).shape[1] <= 12

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import typing
+import re
 from pathlib import Path
 
 import pytest
@@ -10,37 +10,28 @@ import torch
 from commands import refusal
 from tiny import tiny_tokenizer
 from training_helpers import RECIPES, train
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.command_line import InputError
 from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.cost import PAPER_TOKENS, ar_cost, autoencoder_cost, calm_cost, recipe_cost
+from calm.training.cost import ar_cost, autoencoder_cost, calm_cost, recipe_cost
 from calm.training.recipe import (
     CONFIGS,
     RECIPE_FOLDER,
-    DataOptions,
-    Recipe,
+    check_fields,
     load_recipe,
     parse_command_line,
     recipe_names,
-    section_fields,
     training_arguments,
 )
 from calm.training.train import main, make_config
 
-NAMES = (
-    "autoencoder calm-fast calm-l calm-m calm-m-diffusion calm-m-fast calm-m-flow calm-xl "
-    "demo demo-autoencoder demo-backbone demo-tokenizer demo-transformer transformer-l transformer-m transformer-s"
-).split()
+NAMES = recipe_names()
 MODELS = [name for name in NAMES if name != "demo-tokenizer"]
 AS_PUBLISHED = [name for name in MODELS if not name.startswith("demo") and not name.endswith("fast")]
 RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.json").read_text())
-
-
-def test_the_named_recipes_are_there():
-    assert recipe_names() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +83,7 @@ def test_published_recipes_have_the_constants_of_the_published_scripts(name):
 
 
 def test_published_recipes_name_their_sources_and_the_number_of_processes():
-    stating = ["bases/published", "autoencoder", "calm-m", "transformer-s"]
+    stating = ["bases/published", "autoencoder", "bases/calm-m", "transformer-s"]
     for name in stating:
         text = (RECIPE_FOLDER / f"{name}.yaml").read_text()
         constants = text.partition("\ntraining:")[2].splitlines()[1:]
@@ -102,31 +93,53 @@ def test_published_recipes_name_their_sources_and_the_number_of_processes():
         assert "training:" not in (RECIPE_FOLDER / f"{name}.yaml").read_text()
 
 
-def test_the_schedule_called_constant_has_no_warm_up(tmp_path):
-    """As the recipes' comments say."""
-    args = training_arguments(load_recipe("calm-m", {"output_dir": str(tmp_path), "bf16": False}))
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(250_000), 250_000)
-    assert args.get_warmup_steps(250_000) == 2000
-    assert schedule.get_last_lr() == [3e-4]
+@pytest.mark.parametrize(
+    "section, fields",
+    [
+        ("model", {"num_mlp_layers": 7, "head_type": "flow"}),
+        ("data", {"block_size": 7, "append_eos": True, "left_fill": 0.5}),
+        ("training", {"learning_rate": 7.0, "optim": "changed", "bf16": False}),
+        ("", {"tokenizer": "changed", "lora_rank": 7, "head_weight": 7}),
+    ],
+)
+def test_fields_of_every_section_can_be_overridden(section, fields):
+    changed = dataclasses.asdict(load_recipe("calm-m", fields))
+    assert (changed[section] if section else changed).items() >= fields.items()
 
 
-def another(section: str, key: str):
-    """A value for the field that no recipe has."""
-    if section in ("", "data"):
-        of_field = typing.get_type_hints(DataOptions if section else Recipe)[key]
-        allowed = typing.get_args(of_field) or (of_field,)
-        return next(v for v in (7, "changed", True) if type(v) in allowed or float in allowed)
-    defaults = CALMConfig().to_dict() if section == "model" else vars(TrainingArguments)
-    return 7 if isinstance(defaults.get(key), int | float) else "changed"
+AUXILIARY = {"auxiliary_weight": 0.1}
 
 
-@pytest.mark.parametrize("section", ["model", "data", "training", ""])
-def test_every_field_of_a_section_can_be_overridden(section):
-    for key in section_fields("calm")[section] - {"train_files", "validation_files"}:
-        value = another(section, key)
-        changed = dataclasses.asdict(load_recipe("calm-m", {key: value}))
-        assert (changed[section] if section else changed)[key] == value
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no meaning without auxiliary_weight"),
+        ({"auxiliary_targets": 2}, "auxiliary_targets=2 has no meaning without auxiliary_weight"),
+        ({"head_weight": 0.0}, "head_weight=0.0 has no meaning without auxiliary_weight"),
+        ({"auxiliary_decay": 2, **AUXILIARY}, "auxiliary_decay=2: must lie in [0, 1]"),
+        ({"auxiliary_targets": -2, **AUXILIARY}, "auxiliary_targets=-2: must not be negative"),
+        ({"auxiliary_weight": -1.0}, "auxiliary_weight=-1.0: must not be negative"),
+        ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1: must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0: must not be negative"),
+        ({"distil": "a/llama"}, "distil a/llama: teaches through the multi-token loss, whose auxiliary_weight is 0"),
+        ({"distil_weight": 0.5, **AUXILIARY}, "distil_weight=0.5: must lie in (0, 1], and needs distil"),
+        ({"distil_weight": 1.5, "distil": "a/llama", **AUXILIARY}, "distil_weight=1.5: must lie in (0, 1]"),
+        ({"lora_rank": 2, "init_from": "a/calm", **AUXILIARY}, "lora_rank needs init_from, and neither"),
+        ({"lora_rank": 2}, "lora_rank needs init_from"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0: must lie in [0, 1)"),
+        ({"ema_decay": 0.9, "fsdp": True}, "ema_decay averages whole weights, and fsdp shards them"),
+        ({"ema_decay": 0.9, "load_best_model_at_end": True}, "load_best_model_at_end the best weights: name one"),
+        ({"patch_embedding_init": "first"}, "patch_embedding_init='first': must be one of last, mix, mean"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_fields(load_recipe("calm-m", fields))
+
+
+def test_only_a_calm_has_a_head():
+    with pytest.raises(InputError, match="head_learning_rate=0.1: only a CALM has a head"):
+        check_fields(load_recipe("transformer-s", {"head_learning_rate": 0.1}))
 
 
 @pytest.mark.parametrize(
@@ -135,20 +148,13 @@ def test_every_field_of_a_section_can_be_overridden(section):
         ("--train_files", "train_files=True: must be a list of words"),
         ("--text_column", "text_column=True: must be a word"),
         ("--block_size long", "block_size='long': must be a whole number"),
-        ("--block_size 1.5", "block_size=1.5: must be a whole number"),
         ("--left_fill no", "left_fill='no': must be a number"),
         ("--append_eos no", "append_eos='no': must be true or false"),
-        ("--validation_blocks all", "validation_blocks='all': must be a whole number"),
-        ("--tokenizer", "tokenizer=True: must be a word"),
         ("--learning_rate", "learning_rate needs a value"),
         ("--learning_rate high", "learning_rate='high': must be a number"),
-        ("--hidden_size", "hidden_size needs a value"),
-        ("--hidden_size wide", "hidden_size='wide': must be a number"),
         ("--hidden_size 2.5", "hidden_size=2.5: must be a whole number"),
         ("--num_hidden_layers 1 2", "num_hidden_layers=[1, 2]: must be a number"),
         ("--max_steps .inf", "max_steps=inf: must be a finite number"),
-        ("--max_steps false", "max_steps=False: must be a number"),
-        ("--optim", "optim needs a value"),
         ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs=3: must have fields"),
         ("--hidden_act nonsense", "hidden_act='nonsense': must be one of gelu, "),
     ],
@@ -159,21 +165,11 @@ def test_a_value_that_is_missing_or_of_another_kind_is_refused(words, message, c
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "kind, words, message",
-    [
-        ("autoencoder", "--num_encoder_layers 2.5", "num_encoder_layers=2.5: must be a whole number"),
-        ("autoencoder", "--hidden_act nonsense", "hidden_act='nonsense': must be one of gelu, "),
-        ("ar", "--lr_scheduler_type cosine --lr_scheduler_kwargs 3", "lr_scheduler_kwargs=3: must have fields"),
-        ("ar", "--lr_scheduler_type cosine --lr_scheduler_kwargs {hills:3}", "lr_scheduler_type cosine: "),
-        ("ar", "--lr_scheduler_type linear --lr_scheduler_kwargs hills", "lr_scheduler_kwargs='hills': must have"),
-    ],
-)
-def test_a_run_refuses_it_before_it_makes_anything(kind, words, message, tmp_path, capsys):
+def test_a_run_refuses_it_before_it_makes_anything(tmp_path, capsys):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     own = ["--tokenizer", tmp_path / "tokenizer", "--output_dir", tmp_path / "run", "--train_files", "nowhere.jsonl"]
-    words = ["--recipe", RECIPES / f"{kind}.yaml", *own, *words.replace(":", ": ").split(" ", 3)]
-    assert refusal(capsys, main, kind, *words).startswith(message)
+    words = ["autoencoder", "--recipe", RECIPES / "autoencoder.yaml", *own, "--hidden_act", "nonsense"]
+    assert refusal(capsys, main, *words).startswith("hidden_act='nonsense': must be one of gelu, ")
     assert not (tmp_path / "run").exists()
 
 
@@ -181,21 +177,6 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
     recipe = load_recipe("calm-m", parse_command_line("--max_steps 1e4 --num_hidden_layers 1e1".split()))
     assert (recipe.training["max_steps"], recipe.model["num_hidden_layers"]) == (10_000, 10)
     assert type(recipe.training["max_steps"]) is type(recipe.model["num_hidden_layers"]) is int
-
-
-def test_there_may_be_several_ends():
-    assert load_recipe("calm-m", parse_command_line(["--eos_token_id", "2", "3"])).model["eos_token_id"] == [2, 3]
-
-
-@pytest.mark.parametrize("words", ["--bf16", "--gradient_checkpointing", "--append_eos", "--tie_word_embeddings"])
-def test_a_flag_needs_no_value(words):
-    assert load_recipe("transformer-s", parse_command_line([words]))
-
-
-def test_no_field_name_is_ambiguous():
-    for kind in CONFIGS:
-        fields = section_fields(kind)
-        assert sum(map(len, fields.values())) == len(set().union(*fields.values()))
 
 
 def test_the_command_line_is_read_as_yaml():
@@ -232,8 +213,6 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path):
         ("base: calm-s", "no recipe 'calm-s' to be its base: name a .yaml file or one of autoencoder, calm-fast"),
         ("base: other.yaml", "no recipe 'other.yaml' to be its base"),
         ("base: mine.yaml", "its bases lead back to it (mine.yaml -> mine.yaml)"),
-        ("base: calm-m\nwithout: [kl_weight]", "without 'kl_weight': its base has no such field"),
-        ("kind: calm\nwithout: [beta]", "without leaves fields of a base out, and the recipe names no base"),
         ("kind: calm\nmodel: [4]", "section model must have fields"),
         ("- calm", "a recipe has fields"),
         ("kind: {", "cannot be read"),
@@ -256,23 +235,17 @@ def write(folder: Path, **files: str) -> str:
 def test_a_recipe_changes_only_what_it_states_of_its_base(tmp_path):
     mine = write(
         tmp_path,
-        mine="base: middle.yaml\nwithout: [beta]\nmodel: {num_samples: 4}\ntraining: {seed: 2}",
+        mine="base: middle.yaml\nmodel: {num_samples: 4}\ntraining: {seed: 2}",
         middle="base: calm-l\nname: the middle\nauxiliary_weight: 0.5\ndata: {append_eos: true}\ntraining: {seed: 3}",
     )
     found, large = load_recipe(mine), load_recipe("calm-l")
     assert (found.name, found.kind, found.auxiliary_weight) == ("mine", "calm", 0.5)
     assert found.data == dataclasses.replace(large.data, append_eos=True)
-    assert found.model == {key: v for key, v in large.model.items() if key != "beta"} | {"num_samples": 4}
+    assert found.model == large.model | {"num_samples": 4}
     assert found.training == large.training | {"seed": 2}
     found.save(tmp_path / "saved.yaml")
     assert "base" not in (tmp_path / "saved.yaml").read_text()
     assert load_recipe(str(tmp_path / "saved.yaml")) == found
-
-
-def test_bases_in_a_circle_are_refused(tmp_path):
-    mine = write(tmp_path, mine="base: other.yaml", other="base: third.yaml", third="base: other.yaml")
-    with pytest.raises(InputError, match=r"lead back to it \(mine.yaml -> other.yaml -> third.yaml -> other.yaml\)"):
-        load_recipe(mine)
 
 
 def test_a_mistaken_override_or_name_is_refused():
@@ -301,8 +274,13 @@ def test_a_mistaken_override_or_name_is_refused():
 )
 def test_dry_runs_print_the_published_parameter_counts(name, printed, capsys):
     assert train(load_recipe(name).kind, name, dry_run=[]) == 0
-    total = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("total"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [f"recipe {name}", "", "parameters"]  # nothing is assumed
+    total = next(line for line in lines if line.strip().startswith("total"))
     assert total.split()[-2:] == printed.split()
+
+
+PAPER_TOKENS = 5e11  # 250,000 steps of 2 million tokens; paper 4.1
 
 
 def test_flops_agree_with_the_papers():

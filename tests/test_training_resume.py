@@ -27,6 +27,7 @@ def complete_ones(folder: Path) -> set[Path]:
     return set(folder.glob("checkpoint-*/trainer_state.json"))
 
 
+@pytest.mark.slow
 def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_path):
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     reference = start_training(log, "calm", **fields_of_run(workshop, whole))
@@ -61,29 +62,22 @@ def test_checkpoint_of_another_model_is_refused(workshop, tmp_path, capsys):
     assert "the checkpoint is not of this model: missing ['model.layers.1." in capsys.readouterr().err
 
 
-def test_never_resuming_refuses_a_folder_with_checkpoints(workshop, tmp_path, capsys):
-    fields = fields_of_run(workshop, tmp_path) | {"max_steps": 1}
-    assert train("calm", **fields) == 0
+def test_a_run_that_is_cut_ends_where_the_whole_one_does(copied_run):
+    fields, folder = copied_run
+    expected = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder / "checkpoint-2")
+    assert train("calm", **fields | {"max_steps": 2}) == 0
+    found = load_file(folder / "model.safetensors")
+    assert all((expected[key] == found[key]).all() for key in expected)
     assert train("calm", **fields, resume="never") == 2
-    assert "holds checkpoint-1" in capsys.readouterr().err
-
-
-def test_only_the_last_checkpoints_are_kept(workshop, tmp_path):
-    fields = fields_of_run(workshop, tmp_path) | {"max_steps": 12, "save_total_limit": 3}
-    assert train("calm", **fields) == 0
-    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
 
 
 OTHER = {
     "learning_rate": 2e-2,
-    "seed": 4,
     "batch_size": 8,
-    "lr_scheduler_type": "linear",
     "optim": "sgd",
     "num_hidden_layers": 2,
-    "auxiliary_weight": 1.0,
     "ema_decay": 0.0,
-    "left_fill": 0.5,
     "tokens": None,
 }
 
@@ -126,7 +120,7 @@ def test_a_run_goes_on_longer_with_the_same_text_elsewhere_in_other_pieces(copie
     assert "resuming from checkpoint-2" in printed and f"the model is in {fields['output_dir']}" in printed
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth", "all"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "all"])
 def test_the_checkpoint_before_a_damaged_one_is_used(copied_run, name, capsys):
     fields, folder = copied_run
     last = folder / "checkpoint-2"
@@ -148,8 +142,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used(copied_run, name, capsys):
     [
         ("model.safetensors", None, "has no weights"),
         ("optimizer.pt", None, "has no optimizer"),
-        ("scheduler.pt", None, "has no schedule"),
-        ("trainer_state.json", "{}", "has a damaged trainer_state.json"),
         ("trainer_state.json", '{"global_step": 1}', "has a damaged trainer_state.json (it is of step 1)"),
         ("config.json", "{", "has a damaged config.json"),
     ],
@@ -170,7 +162,7 @@ def test_the_same_folder_by_another_name_is_no_other_training(copied_run, monkey
     assert train("calm", **fields | {"autoencoder": f"./{autoencoder.name}/"}) == 0
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "adagrad", "rmsprop", "sgd", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
 def test_every_optimizer_is_resumed(workshop, tmp_path, optim):
     fields = fields_of_run(workshop, tmp_path) | {"optim": optim, "max_steps": 2}
     assert train("calm", **fields) == 0
@@ -191,9 +183,8 @@ def test_what_has_no_optimizer_does_not_go_on(workshop, tmp_path, capsys):
     assert "has no optimizer (save_only_model)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("auxiliary_weight", [0.0, 0.5])
-def test_the_best_checkpoint_is_kept_and_exported(workshop, tmp_path, auxiliary_weight):
-    fields = fields_of_run(workshop, tmp_path) | {"auxiliary_weight": auxiliary_weight, "ema_decay": 0.0}
+def test_the_best_checkpoint_is_kept_and_exported(workshop, tmp_path):
+    fields = fields_of_run(workshop, tmp_path) | {"ema_decay": 0.0}
     fields |= {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     fields |= {"learning_rate": 3.0, "head_learning_rate": 3.0, "lr_scheduler_type": "constant"}  # worse at each step
     assert train("calm", **fields, load_best_model_at_end=True) == 0

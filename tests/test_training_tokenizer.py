@@ -1,10 +1,14 @@
-"""The trained tokenizer: any size, reversible, and readable by every supported transformers version."""
+"""The trained tokenizer: any size, reversible; and tokenizers load without a question, a CALM's too."""
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 from training_helpers import WORDS, train
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
-from calm.training.tokenizer import SPECIAL_TOKENS, filler_token_id, save_tokenizer, train_bpe
+from calm.training.tokenizer import SPECIAL_TOKENS, filler_token_id, load_tokenizer, save_tokenizer, train_bpe
 
 TEXTS = [" ".join(WORDS), "  two  spaces\n\n\tand tabs, 1234567 and ünïcödé 猫 🐈", ""]
 
@@ -56,3 +60,49 @@ def test_text_that_cannot_be_read_is_one_sentence(tmp_path, capsys, content, why
     assert train("tokenizer", train_files=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'a.jsonl'}") and why in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def no_question(monkeypatch):
+    """Upstream asks at the terminal before it runs code of a folder."""
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(prompt))
+
+
+def with_code(model: str, folder: Path) -> Path:
+    """A copy of a model whose code, were it run, would fail."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "configuration_calm.CALMAutoencoderConfig"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "configuration_calm.py").write_text('raise RuntimeError("code of the folder ran")\n')
+    return folder
+
+
+@pytest.mark.transformers
+def test_a_tokenizer_beside_code_or_of_another_class_loads_without_a_question(workshop, tmp_path, no_question):
+    """And training with that of an autoencoder asks nothing."""
+    autoencoder = with_code(workshop["autoencoder"], tmp_path / "autoencoder")
+    llama = tmp_path / "llama"
+    LlamaConfig().save_pretrained(llama)
+    save_tokenizer(train_bpe(TEXTS * 9, 270), llama)
+    settings = json.loads((llama / "tokenizer_config.json").read_text())
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    for folder in (autoencoder, llama):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.decode(tokenizer("the cat")["input_ids"], skip_special_tokens=True) == "the cat"
+        assert type(tokenizer).__name__.startswith("GPT2Tokenizer") == (folder == llama)
+    fields = {key: workshop[key] for key in ("train_files", "cache_dir")}
+    own = {"autoencoder": str(autoencoder), "max_steps": 1, "output_dir": str(tmp_path / "run")}
+    assert train("calm", **fields, **own) == 0
+
+
+@pytest.mark.transformers
+def test_a_tokenizer_that_is_code_itself_is_refused_in_a_sentence(workshop, tmp_path, capsys, no_question):
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    fields = {key: workshop[key] for key in ("train_files", "cache_dir")}
+    assert train("ar", **fields, tokenizer=str(folder), output_dir=str(tmp_path / "run")) == 2
+    assert f"error: tokenizer {folder}: cannot be read: " in capsys.readouterr().err

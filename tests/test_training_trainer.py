@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import make_workshop, same_draws_for_every_patch, train
+from training_helpers import same_draws_for_every_patch, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm.energy_head_calm import EnergyHead
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.trainer import CALMTrainer
 
-LAYOUTS = [(4, 1), (2, 2), (1, 4)]
+LAYOUTS = [(4, 1), (1, 4)]
 # Plain gradient descent shows a difference of gradients as it is; Adam would blow up those near zero.
 PLAIN = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 3}
 
@@ -36,13 +36,14 @@ def largest_difference(one: dict, other: dict) -> float:
     return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
-@pytest.mark.parametrize("auxiliary_weight", [0.0, 0.5])
-def test_accumulation_is_exact_for_calm(workshop, tmp_path, monkeypatch, auxiliary_weight):
+def test_accumulation_is_exact_for_calm(workshop, tmp_path, monkeypatch):
+    """Of the loss and, as logged, of its terms."""
     same_draws_for_every_patch(monkeypatch)
-    fields = {**workshop, "auxiliary_weight": auxiliary_weight, "eval_strategy": "no"}
+    fields = {**workshop, "auxiliary_weight": 0.5, "eval_strategy": "no"}
     weights = weights_by_layout("calm", fields, tmp_path)
     assert largest_difference(weights[0], weights[1]) < 1e-6
-    assert largest_difference(weights[0], weights[2]) < 1e-6
+    one, other = ([entry["auxiliary_loss"] for entry in log_of(tmp_path / name)[:3]] for name in ("4x1", "1x4"))
+    assert one == pytest.approx(other, rel=1e-4)
     assert train("calm", **{**fields, **PLAIN, "max_steps": 1}, output_dir=str(tmp_path / "one")) == 0
     assert largest_difference(weights[0], load_file(tmp_path / "one" / "model.safetensors")) > 1e-4
 
@@ -56,10 +57,9 @@ def test_accumulation_is_exact_for_the_autoencoder_also_where_rows_have_unequal_
     fields |= {"ae_dropout": 0.0, "left_fill": 0.7}
     weights = weights_by_layout("autoencoder", fields, tmp_path)
     assert largest_difference(weights[0], weights[1]) < 1e-6
-    assert largest_difference(weights[0], weights[2]) < 1e-6
 
 
-@pytest.fixture(scope="module", params=["energy", "flow", "diffusion", "token_chain"])
+@pytest.fixture(scope="module", params=["energy", "token_chain"])
 def trained(request, workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     fields = {**workshop, "head_type": request.param, "sampling_steps": 2, "auxiliary_weight": 0.5, "eval_steps": 2}
@@ -67,24 +67,7 @@ def trained(request, workshop, tmp_path_factory):
     return folder
 
 
-def test_the_backbone_can_be_trained_without_the_head(workshop, tmp_path):
-    fields = {**workshop, "auxiliary_weight": 0.5, "head_weight": 0.0, "eval_steps": 2}
-    assert train("calm", **fields, output_dir=str(tmp_path)) == 0
-    steps = [entry for entry in log_of(tmp_path) if "auxiliary_loss" in entry]
-    assert len(steps) == 4
-    assert all(entry["loss"] == pytest.approx(0.5 * entry["auxiliary_loss"], rel=1e-3) for entry in steps)
-
-
-def test_a_calm_over_an_encoder_that_sees_the_patch_before(tmp_path):
-    workshop = make_workshop(tmp_path, encoder_context=1)
-    assert train("calm", **workshop, auxiliary_weight=0.5, output_dir=str(tmp_path / "run")) == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run", trust_remote_code=True)
-    ids = torch.randint(20, (1, 8))
-    trained = load_file(f"{workshop['autoencoder']}/model.safetensors")["encoder.context_layer.weight"]
-    assert torch.equal(model.autoencoder.encoder.context_layer.weight, trained)
-    assert model.generate(ids, max_new_tokens=4, num_candidates=4).shape[1] <= 12
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.1, 1.9])
 def test_the_energy_score_trains_near_both_ends_of_its_exponents(workshop, tmp_path, beta):
     """A new head's samples all coincide."""
@@ -126,17 +109,6 @@ def test_the_autoencoders_log_has_its_two_terms_and_the_posterior(workshop):
     assert first["loss"] == pytest.approx(4 * first["reconstruction_loss"] + 1e-3 * first["kl_loss"], rel=1e-3)
     assert 0 < first["kl"] < first["kl_loss"] and 0 < first["posterior_sigma"] < 2
     assert 0 <= first["active_dimensions"] <= 8 and 0 <= first["reconstruction_accuracy"] <= 1
-
-
-def test_logged_terms_do_not_depend_on_accumulation(workshop, tmp_path):
-    logs = []
-    for rows, steps in [(4, 1), (1, 4)]:
-        folder = tmp_path / str(rows)
-        layout = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps, "logging_steps": 2}
-        fields = {**workshop, **layout, "auxiliary_weight": 0.5, "learning_rate": 1e-9, "max_steps": 2}
-        assert train("calm", **fields, output_dir=str(folder)) == 0
-        logs.append(log_of(folder)[0])
-    assert logs[0]["auxiliary_loss"] == pytest.approx(logs[1]["auxiliary_loss"], rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_stops_with_step_blocks_and_checkpoint(workshop, tmp_path, monkeypatch, capsys):

@@ -13,22 +13,14 @@ RELATIVE = 2e-5  # ten times what other vector instructions move, measured
 CHANGES = {
     "learning_rate": 1.01 * SETTINGS["learning_rate"],
     "weight_decay": 1.01 * SETTINGS["weight_decay"],
-    "adam_beta2": 0.96,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 1,
     "max_grad_norm": 0.19,
-    "seed": 2,
     "data_seed": 2,
 }
 OWN_CHANGES = [
-    ("autoencoder", {"ae_dropout": 0.16}),
-    ("autoencoder", {"token_dropout": 0.16}),
     ("autoencoder", {"latent_dropout": 0.16}),
     ("autoencoder", {"kl_weight": 0.101}),
     ("energy", {"beta": 1.01}),
-    ("energy", {"num_posterior_samples": 11}),
     ("auxiliary", {"auxiliary_weight": 0.505}),
-    ("auxiliary", {"head_weight": 0.99}),
 ]
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="dropout draws other masks without MKL")
@@ -50,6 +42,7 @@ def test_the_first_steps_are_as_recorded(run, fields, tmp_path):
     assert first_steps(run, fields, tmp_path) == as_recorded(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run, change",
     [*(("energy", {name: value}) for name, value in CHANGES.items()), *OWN_CHANGES],

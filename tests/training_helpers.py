@@ -39,6 +39,12 @@ def train(kind: str, recipe: str | None = None, **fields) -> int:
     return main(arguments)
 
 
+def values(config) -> dict:
+    """A configuration's fields, but for those that saving it adds."""
+    saved = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map"}
+    return {key: value for key, value in config.to_dict().items() if key not in saved}
+
+
 def make_workshop(folder: Path, **autoencoder_fields) -> dict:
     """A corpus with a tokenizer and an autoencoder trained on it; the fields that name them."""
     corpus = str(write_corpus(folder / "corpus.jsonl"))

@@ -21,11 +21,6 @@ class MultiTokenLoss(TokenChain):
 
     A small autoregressive model within the patch, p(x_k | hidden, x_<k): it teaches the backbone the joint law of the
     patch, which is what the generative head has to draw from.
-
-    Args:
-        hidden_size: D.
-        vocab_size: V.
-        patch_size: K.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):

@@ -1,11 +1,10 @@
-"""A new CALM begins with a Llama that exists: its layers, final norm and token embeddings, and a patch embedding that
-fits them.
+"""A new CALM begins with a Llama that exists: its layers, final norm and token embeddings.
 
-The Llama read tokens, the CALM reads patches: positions count patches from now on, RoPE's parameters stay. So that the
-first layer sees at once what it knows, the patch embedding starts as a mean of the tokens' embeddings, by default the
-last one's alone: silu(x) − silu(−x) = x makes its two linear layers any linear map. Its LayerNorm gets the scale of
-the embeddings, which is that of what the first layers add to them. The multi-token loss begins with the Llama's output
-matrix: what the backbone knows would else have to wait until a new one is learnt.
+The Llama read tokens, the CALM reads patches: positions count patches from now on, RoPE's parameters stay. The patch
+embedding starts as a mean of the tokens' embeddings, by default the last one's alone, so that the first layer sees at
+once what it knows: silu(x) − silu(−x) = x makes its two linear layers any linear map, and its LayerNorm gets the scale
+of the embeddings. The multi-token loss begins with the Llama's output matrix, or what the backbone knows would have to
+wait until a new one is learnt.
 
 Axes: K tokens per patch, D hidden size, V vocabulary.
 """
@@ -26,9 +25,6 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
         what: the recipe's field that names it.
         where: folder or Hub id.
         config: its configuration.
-
-    Raises:
-        InputError: its weights are quantised, cannot be read, or are not what its configuration says.
     """
     if getattr(config, "quantization_config", None):
         raise InputError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")

@@ -25,10 +25,6 @@ from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import MultiTokenLoss
 from calm.training.recipe import CONFIGS, Recipe
 
-PAPER_TOKENS = 5e11  # 250,000 steps of 2 million tokens; paper 4.1
-# FLOPs of the whole training and of one generated token, paper table 1.
-PAPER_FLOPS = {"calm-m": (3.7e20, 2.9e8), "transformer-s": (6.6e20, 4.4e8)}
-
 
 @dataclass
 class Cost:
@@ -157,7 +153,7 @@ def autoencoder_cost(config: CALMAutoencoderConfig) -> Cost:
     parts = {"encoder": encoding(model).flops / K, "decoder": decoding(model).flops / K}
     patch = torch.zeros(1, K, dtype=torch.long, device="meta")
     kept = work_of(model, patch, labels=patch).kept / K
-    return Cost(parameters, tripled(parts), parts, sum(parameters.values()), kept)
+    return Cost(parameters, {part: 3 * value for part, value in parts.items()}, parts, sum(parameters.values()), kept)
 
 
 def ar_cost(config, block_size: int) -> Cost:
@@ -173,12 +169,13 @@ def ar_cost(config, block_size: int) -> Cost:
         "backbone": layers.flops + attention_flops(config, block_size),
         "output matrix": output.flops,
     }
-    return Cost(parameters, tripled(parts), parts, sum(parameters.values()), layers.kept + output.kept)
-
-
-def tripled(parts: dict[str, float]) -> dict[str, float]:
-    """Forward and backward."""
-    return {part: 3 * value for part, value in parts.items()}
+    return Cost(
+        parameters,
+        {part: 3 * value for part, value in parts.items()},
+        parts,
+        sum(parameters.values()),
+        layers.kept + output.kept,
+    )
 
 
 def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
@@ -235,12 +232,6 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) 
         print(f"  {part:<22}{trained:>12.2e} trained{generated:>12.2e} generated")
     if cost.network_calls is not None:
         print(f"  a draw of the head: {cost.network_calls} network call{'s' if cost.network_calls > 1 else ''}")
-    if recipe.name in PAPER_FLOPS:
-        paper_train, paper_inference = PAPER_FLOPS[recipe.name]
-        print(f"  {PAPER_TOKENS:.0e} tokens: {train * PAPER_TOKENS:.1e} trained, the paper says {paper_train:.1e}")
-        print(f"  a token: {inference:.1e} generated, the paper says {paper_inference:.1e}")
-        if recipe.kind == "calm":
-            print("  (trained with less: here the head works on the context once, not once per sample)")
 
     rows = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
     tokens = rows * recipe.data.block_size

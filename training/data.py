@@ -70,20 +70,7 @@ class DataSets:
 def data_sets(
     options: DataOptions, tokenizer, patch_size: int, length: Length, seed: int, cache: Path, evaluates: bool
 ) -> DataSets:
-    """Documents → tokens → number of steps → blocks.
-
-    Args:
-        options: where the documents are, and how they are cut.
-        tokenizer: whose tokens and whose filler.
-        patch_size: K.
-        length: how long the training is to be.
-        seed: of the order, the phases and the fillings.
-        cache: folder of the token files.
-        evaluates: whether held-out blocks are wanted.
-
-    Raises:
-        InputError: no data, or data that are not as the options say.
-    """
+    """Documents → tokens, in files of the folder `cache` → number of steps → blocks."""
     cut = {
         "block_size": options.block_size,
         "patch_size": patch_size,
@@ -187,9 +174,6 @@ def cached_tokens(folder: Path, key: dict, write: Callable[[], Iterable[np.ndarr
         folder: of the caches. Each is a sub-folder that appears only when complete, so a kill leaves no half one.
         key: everything that the tokens depend on (JSON).
         write: () → iterator of the documents' token ids.
-
-    Raises:
-        InputError: there are no tokens, or the folder cannot be written.
     """
     target = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     found = _open_tokens(target)
@@ -242,18 +226,7 @@ def separation_of(options: DataOptions, patch_size: int) -> Separation:
 
 
 def token_file(options: DataOptions, part: str, tokenizer, patch_size: int, folder: Path) -> TokenFile:
-    """Tokens of the "train" or "validation" part of the data, out of the cache where they are there.
-
-    Args:
-        options: where the documents are, and what stands between them.
-        part: "train" or "validation".
-        tokenizer: whose tokens.
-        patch_size: K, to which documents may be padded.
-        folder: of the caches.
-
-    Raises:
-        InputError: as `documents` and `tokenize_documents`, or there is no text.
-    """
+    """Tokens of the "train" or "validation" part of the data, out of the cache where they are there."""
     separation = separation_of(options, patch_size)
     texts, source = documents(options, part, f"Tokenising, {part}")
     fields = {f.name for f in dataclasses.fields(options)} - NOT_IN_TOKENS
@@ -283,11 +256,7 @@ def check_cut(block_size: int, patch_size: int, left_fill: float, filler_token_i
 
 
 def blocks_per_epoch(num_tokens: int, block_size: int, random_phase: bool = False) -> int:
-    """Whole blocks in the tokens, wherever among its first L tokens an epoch begins.
-
-    Raises:
-        InputError: fewer tokens than one block.
-    """
+    """Whole blocks in the tokens, wherever among its first L tokens an epoch begins."""
     spare = block_size - 1 if random_phase else 0
     number = (num_tokens - spare) // block_size
     if number < 1:
@@ -314,9 +283,6 @@ class PackedBlocks(Dataset):
         random_phase: each epoch begins at a random one of the first L tokens, so that it is cut at other places.
         left_fill: share of blocks that look like a short prompt: they begin with a document, after 0 to K − 1 tokens
             `filler_token_id`.
-
-    Raises:
-        InputError: fewer tokens than one block, or as `check_cut`.
     """
 
     def __init__(

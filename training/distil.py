@@ -42,14 +42,7 @@ class Lesson:
 
 
 class Teacher:
-    """A frozen Llama that reads the same blocks. No module: nothing saves, trains or wraps it with the model.
-
-    Args:
-        llama: the Llama.
-        vocab_size: V.
-        patch_size: K.
-        share: see `Lesson`.
-    """
+    """A frozen Llama that reads the same blocks. No module: nothing saves, trains or wraps it with the model."""
 
     def __init__(self, llama: LlamaForCausalLM, vocab_size: int, patch_size: int, share: float):
         self.llama = llama.eval()

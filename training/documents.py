@@ -63,10 +63,6 @@ def expand_paths(paths: str | Iterable[str]) -> list[Path]:
     """Files, folders (searched for every readable format) and glob patterns → files, in a fixed order.
 
     Hidden files and folders within a folder are left out.
-
-    Raises:
-        InputError: a path that is not there, a folder without text, an unknown file format, a file that cannot be
-            opened or is a Git LFS pointer.
     """
     files = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -151,9 +147,6 @@ def read_documents(
         text_column: field of a .jsonl line, or column of a .parquet file, that holds the text.
         bad_lines: counts what is skipped; `None` stops at the first bad line.
         bar: advances by the files' bytes, compressed as they are.
-
-    Raises:
-        InputError: a bad line when they are not skipped; a damaged file, or one without the column, always.
     """
     bad_lines = bad_lines or BadLines()
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -266,9 +259,6 @@ def read_hub_dataset(
     """Documents of a `datasets.Dataset` or `IterableDataset`, in order.
 
     In a worker of a DataLoader these are all of them, too: `iter` doesn't divide them, as a loop over rows would.
-
-    Raises:
-        InputError: a bad row when they are not skipped; no such column, or what `datasets` raises, always.
     """
     bad_lines, number = bad_lines or BadLines(), 0
     try:
@@ -293,18 +283,7 @@ def read_hub_dataset(
 
 
 def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
-    """A split of a Hub data set, or of a folder that holds one.
-
-    Args:
-        name: Hub id or folder.
-        config: which of the data set's configurations; `None` where it has one.
-        split: which of its splits.
-        streaming: read while it is used, in place of downloading and caching it first.
-        extra: of setup.cfg, which installs the package that this needs.
-
-    Raises:
-        InputError: there is none within reach.
-    """
+    """A split of a Hub data set, or of a folder that holds one."""
     need("datasets", extra, "a Hub data set")
     import datasets
 
@@ -329,9 +308,6 @@ class Documents:
         skip_bad_lines: skip and count lines that hold no document.
         what: is done with them, for a bar that shows how many are read; `None` for none.
         unit, total: of the bar.
-
-    Raises:
-        InputError: from a loop, there is no text, or as `read`.
     """
 
     read: Callable[..., Iterator[str]]
@@ -364,9 +340,6 @@ def documents(options: DataOptions, part: str, what: str | None = None) -> tuple
         options: where they are.
         part: which.
         what: is done with them, for a bar that shows how many are read; `None` for none.
-
-    Raises:
-        InputError: no data named, or none of them to be read, or as `expand_paths` and `open_hub_dataset`.
     """
     paths, limit = options.train_files if part == "train" else options.validation_files, options.max_documents
     split = options.dataset_split if part == "train" else options.validation_split

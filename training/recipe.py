@@ -4,8 +4,8 @@ A recipe file has the fields of `Recipe`; `data` those of `DataOptions`, `model`
 `training` those of Hugging Face's TrainingArguments. On the command line the sections are left out:
 `--recipe calm-m --learning_rate 1e-3 --block_size 2048 --num_hidden_layers 8`.
 
-`base: calm-m` in a recipe file takes that recipe over and changes the fields that the file states, section by section;
-`without: [beta]` leaves fields of the base out. A base may have a base, and need not be a recipe by itself.
+`base: calm-m` in a recipe file takes that recipe over and changes the fields that the file states, section by section.
+A base may have a base, and need not be a recipe by itself.
 """
 
 import copy
@@ -15,7 +15,6 @@ import math
 import os
 import re
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,9 +182,6 @@ def changes(before: Recipe, now: Recipe) -> str:
 
     Returns:
         what has changed, as a list of words.
-
-    Raises:
-        InputError: another model, text, batch size, seed, optimizer or schedule.
     """
     fields = section_fields(now.kind)
     kept = KEPT | fields[""] - {"name"} | fields["model"] | {"batch_size", "tokens"}
@@ -240,14 +236,6 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     """Reads a recipe by name or from a YAML file, on top of its base, and lays the overrides over it.
 
     With `init_backbone` the file's own `BACKBONE_FIELDS` are left out; overrides stay, to be checked against it.
-
-    Args:
-        name_or_file: a name in `recipe_names()` or the path of a .yaml file.
-        overrides: field → value, without sections.
-
-    Raises:
-        InputError: no such recipe or base, an unknown field or kind, a section that is no mapping, a value of another
-            type than its field's, two beginnings.
     """
     path = _find(name_or_file, Path())
     if not path.exists():
@@ -297,15 +285,7 @@ def _what_to_name() -> str:
 
 
 def _read_sections(path: Path, above: tuple[Path, ...] = ()) -> dict[str, dict]:
-    """The file's fields by section, "" for the recipe's own, laid over those of its base.
-
-    Args:
-        path: the file.
-        above: the files that name this one as their base, the first one first.
-
-    Raises:
-        InputError: a file that is no recipe, a base that is not there or leads back to `above`.
-    """
+    """The file's fields by section, "" for the recipe's own, laid over its base's; `above` led here."""
     if path.resolve() in [other.resolve() for other in above]:
         raise InputError(f"{path}: its bases lead back to it ({' -> '.join(p.name for p in (*above, path))}).")
     try:
@@ -314,29 +294,19 @@ def _read_sections(path: Path, above: tuple[Path, ...] = ()) -> dict[str, dict]:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe has fields, as in kind: calm.")
-    base, without = content.pop("base", None), content.pop("without", None) or []
+    base = content.pop("base", None)
     sections = {name: content.pop(name, None) or {} for name in ("data", "model", "training")} | {"": content}
     for name, values in sections.items():
         if not isinstance(values, dict):
             raise InputError(f"{path}: section {name} must have fields, as in block_size: 1024.")
     if base is None:
-        if without:
-            raise InputError(f"{path}: without leaves fields of a base out, and the recipe names no base.")
         return sections
     below = _find(str(base), path.parent)
     if not below.is_file():
         raise InputError(f"{path}: no recipe {base!r} to be its base: {_what_to_name()}.")
-    return _laid_over(_read_sections(below, (*above, path)), sections, without, path)
-
-
-def _laid_over(below: dict[str, dict], sections: dict[str, dict], without: Iterable[str], path: Path) -> dict:
-    below[""].pop("name", None)
-    for key in without if isinstance(without, list) else [without]:
-        section = next((values for values in below.values() if key in values), None)
-        if section is None:
-            raise InputError(f"{path}: without {key!r}: its base has no such field.")
-        del section[key]
-    return {name: {**below[name], **values} for name, values in sections.items()}
+    taken = _read_sections(below, (*above, path))
+    taken[""].pop("name", None)
+    return {name: {**taken[name], **values} for name, values in sections.items()}
 
 
 _TYPES = {str: "a word", bool: "true or false", int: "a whole number", float: "a number", list[str]: "a list of words"}
@@ -358,9 +328,6 @@ def _check_types(values: dict, owner: type) -> None:
 def _settle_upstreams(sections: dict[str, dict], kind: str) -> None:
     """Makes whole numbers of those that YAML reads as 10000.0, as 1e4, and refuses values of another type than the
     model's configuration or Trainer takes: only those that would else fail much later, the rest is checked there.
-
-    Raises:
-        InputError: such a value.
     """
     defaults = {} if kind == "tokenizer" else CONFIGS[kind]().to_dict()
     types = {key: str(type(value)) for key, value in defaults.items()}
@@ -396,11 +363,7 @@ def _unknown(key: str, known: set[str], section: str) -> str:
 
 
 def parse_command_line(arguments: list[str]) -> dict:
-    """`--key value`, `--key=value`, `--key a b c` (a list) and `--flag` (true) → {key: value}, values read as YAML.
-
-    Raises:
-        InputError: something that is no field, or a value that is no YAML.
-    """
+    """`--key value`, `--key=value`, `--key a b c` (a list) and `--flag` (true) → {key: value}, values read as YAML."""
     values: dict[str, list] = {}
     key = None
     for argument in arguments:
@@ -422,53 +385,37 @@ def parse_command_line(arguments: list[str]) -> dict:
 
 
 def check_fields(recipe: Recipe) -> None:
-    """Raises `InputError` where the recipe's own fields make no sense or contradict each other."""
-    of_auxiliary = {"auxiliary_decay": 0.0, "auxiliary_targets": 0, "head_weight": 1.0}
-    not_negative = {name: getattr(recipe, name) for name in ("auxiliary_weight", "head_weight", "auxiliary_targets")}
-    not_negative["head_learning_rate"] = recipe.head_learning_rate or 0.0
-    not_negative["weight_decay"] = recipe.training.get("weight_decay", 0.0)
-    checks = [
-        (
-            getattr(recipe, name) == default or recipe.auxiliary_weight,
-            f"{name}={getattr(recipe, name)} has no meaning without auxiliary_weight",
-        )
-        for name, default in of_auxiliary.items()
-    ]
-    checks += [(value >= 0, f"{name}={value}: must not be negative") for name, value in not_negative.items()]
-    checks += [
-        (
-            recipe.auxiliary_weight or not recipe.distil,
-            f"distil {recipe.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0",
-        ),
-        (
-            0 <= recipe.auxiliary_decay <= 1,
-            f"auxiliary_decay={recipe.auxiliary_decay}: must lie in [0, 1], a share of the steps",
-        ),
-        (
-            recipe.distil_weight == 1 or (recipe.distil and 0 < recipe.distil_weight < 1),
-            f"distil_weight={recipe.distil_weight}: must lie in (0, 1], and needs distil",
-        ),
-        (
-            not recipe.lora_rank or (recipe.init_from and not recipe.auxiliary_weight and not recipe.freeze_backbone),
-            "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone",
-        ),
-        (
-            recipe.head_learning_rate is None or recipe.kind == "calm",
-            f"head_learning_rate={recipe.head_learning_rate}: only a CALM has a head",
-        ),
-        (0 <= recipe.ema_decay < 1, f"ema_decay={recipe.ema_decay}: must lie in [0, 1)"),
-        (
-            not (recipe.ema_decay and recipe.training.get("fsdp")),
-            "ema_decay averages whole weights, and fsdp shards them: leave one of the two out",
-        ),
-        (
-            not (recipe.ema_decay and recipe.training.get("load_best_model_at_end")),
-            "ema_decay exports the last average, load_best_model_at_end the best weights: name one",
-        ),
-    ]
-    for is_right, message in checks:
-        if not is_right:
+    """Refuses what makes no sense among the recipe's own fields, or contradicts another."""
+    r = recipe
+
+    def refuse(is_wrong: Any, message: str) -> None:
+        if is_wrong:
             raise InputError(f"{message}.")
+
+    for name, default in {"auxiliary_decay": 0.0, "auxiliary_targets": 0, "head_weight": 1.0}.items():
+        is_idle = getattr(r, name) != default and not r.auxiliary_weight
+        refuse(is_idle, f"{name}={getattr(r, name)} has no meaning without auxiliary_weight")
+    weights = {name: getattr(r, name) for name in ("auxiliary_weight", "head_weight", "auxiliary_targets")}
+    weights |= {"head_learning_rate": r.head_learning_rate, "weight_decay": r.training.get("weight_decay")}
+    for name, value in weights.items():
+        refuse(value is not None and value < 0, f"{name}={value}: must not be negative")
+    distils = f"distil {r.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0"
+    refuse(r.distil and not r.auxiliary_weight, distils)
+    decay = f"auxiliary_decay={r.auxiliary_decay}: must lie in [0, 1], a share of the steps"
+    refuse(not 0 <= r.auxiliary_decay <= 1, decay)
+    is_share = r.distil_weight == 1 or (r.distil and 0 < r.distil_weight < 1)
+    refuse(not is_share, f"distil_weight={r.distil_weight}: must lie in (0, 1], and needs distil")
+    is_alone = r.init_from and not r.auxiliary_weight and not r.freeze_backbone
+    refuse(r.lora_rank and not is_alone, "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone")
+    has_head = r.head_learning_rate is None or r.kind == "calm"
+    refuse(not has_head, f"head_learning_rate={r.head_learning_rate}: only a CALM has a head")
+    begins = f"patch_embedding_init={r.patch_embedding_init!r}: must be one of {', '.join(PATCH_EMBEDDINGS)}"
+    refuse(r.patch_embedding_init not in PATCH_EMBEDDINGS, begins)
+    refuse(not 0 <= r.ema_decay < 1, f"ema_decay={r.ema_decay}: must lie in [0, 1)")
+    shards = "ema_decay averages whole weights, and fsdp shards them: leave one of the two out"
+    refuse(r.ema_decay and r.training.get("fsdp"), shards)
+    best = "ema_decay exports the last average, load_best_model_at_end the best weights: name one"
+    refuse(r.ema_decay and r.training.get("load_best_model_at_end"), best)
 
 
 def defaults() -> dict:
@@ -486,11 +433,7 @@ def defaults() -> dict:
 
 
 def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
-    """Trainer's arguments as the recipe states them, but for what is settled by now.
-
-    Raises:
-        InputError: Trainer refuses a value.
-    """
+    """Trainer's arguments as the recipe states them, but for what is settled by now."""
     given = copy.deepcopy(recipe.training)  # Trainer rewrites nested ones
     for name, value in FIXED.items():
         if given.get(name, value) != value:
@@ -507,11 +450,7 @@ def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Makes what Trainer will make of its arguments after the model and the data: optimizer, schedule, reporters.
-
-    Raises:
-        InputError: it cannot be made, as for want of a package, or nothing would be trained.
-    """
+    """Makes what Trainer will make of its arguments after the model and the data: optimizer, schedule, reporters."""
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise InputError(f"{name}={getattr(args, name)}: must be a whole number from 0 to 2**32 - 1.")

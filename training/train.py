@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from calm.bundle_files import generation_defaults
 from calm.command_line import InputError, Parser, command, known_errors, need
 from calm.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
-from calm.loading import load_whole
+from calm.loading import is_missing_folder, load_whole
 from calm.modeling_calm import CALMForCausalLM
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
@@ -41,7 +41,12 @@ from calm.training.recipe import (
 from calm.training.tokenizer import filler_token_id, first_difference, load_tokenizer, save_tokenizer, train_bpe
 from calm.training.trainer import begin, fit, last_checkpoint, say
 
-MODELS = {"autoencoder": CALMAutoencoder, "calm": CALMForCausalLM, "ar": LlamaForCausalLM}
+# Field of a recipe that names a folder or Hub id → the command that makes one.
+MAKERS = {
+    **{"tokenizer": "train tokenizer", "autoencoder": "train autoencoder", "init_from": "train"},
+    **{"init_backbone": "train ar", "distil": "train ar"},
+}
+MODELS = {"autoencoder": CALMAutoencoder, "ar": LlamaForCausalLM}
 VOCAB_SIZE = 4096  # of a tokenizer whose recipe states none
 
 
@@ -72,9 +77,6 @@ def prepare(recipe: Recipe, resume: str = "auto") -> Callable[[], None] | None:
 
     Returns:
         the training, as `fit`.
-
-    Raises:
-        InputError: as `tokenizer_of`, `begin`, `make_model`, `for_training` and `fit`.
     """
     if recipe.kind == "tokenizer":
         return train_tokenizer(recipe)
@@ -100,7 +102,10 @@ def dry_run(recipe: Recipe) -> None:
         print(f"byte-level BPE, vocab_size {recipe.model.get('vocab_size', VOCAB_SIZE)}")
         return
     config, notes = config_and_notes(recipe)
-    print_cost(recipe, config, notes, llama_config_of("distil", recipe.distil) if recipe.distil else None)
+    print_cost(recipe, config, notes, read_config("distil", recipe.distil, LlamaConfig) if recipe.distil else None)
+
+
+# what a recipe names
 
 
 class NotThere(InputError):
@@ -115,89 +120,73 @@ class NotThere(InputError):
         self.why = why
 
 
-# what a recipe names
+def read(what: str, where: str | None, reader):
+    """`reader(where)`, of the folder or Hub id that a recipe names in the field `what`.
+
+    Raises:
+        NotThere: it is not named, no such folder, or not to be had from the Hub.
+        InputError: the folder is there, and is none.
+    """
+    if where is None:
+        message = f"no {what}: give --{what} a folder or a Hub id ({MAKERS[what]} makes one)."
+        raise NotThere(message, f"no {what} is named")
+    is_there = Path(where).exists()
+    if is_missing_folder(where) or (where.startswith("runs/") and not is_there):
+        message = f"{what} {where}: no such folder ({MAKERS[what]} makes one)."
+        raise NotThere(message, f"the {what} {where} is not there yet")
+    try:
+        return reader(where)
+    except Exception as error:  # each library has its own
+        reason = " ".join(str(error).partition("\n\n")[0].split())
+        if is_there:
+            raise InputError(f"{what} {where}: cannot be read: {reason}") from error
+        message = f"{what} {where}: no such folder, nor to be had from the Hub: {reason}"
+        raise NotThere(message, f"the {what} {where} cannot be had") from error
+
+
+def read_whole(what: str, where: str | None, model_class, **settings):
+    """The model that a recipe names, as `read`; each of its weights is there."""
+    return read(what, where, partial(load_whole, model_class.from_pretrained, **settings))
+
+
+def read_config(what: str, where: str | None, config_class) -> Any:
+    """The configuration of the model that a recipe names, as `read`; one of another class is refused, too."""
+    fields, _ = read(what, where, PretrainedConfig.get_config_dict)
+    found = fields.get("model_type")
+    if found != config_class.model_type:
+        raise InputError(f"{what} {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
+    return config_class.from_dict(fields)
 
 
 def tokenizer_of(recipe: Recipe):
-    """The tokenizer that the recipe names, or the one beside the model that it goes on from.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    where = recipe.tokenizer or recipe.init_from or recipe.autoencoder
-    return read("tokenizer", where, "train tokenizer", load_tokenizer)
+    """The tokenizer that the recipe names, or the one beside the model that it goes on from."""
+    return read("tokenizer", recipe.tokenizer or recipe.init_from or recipe.autoencoder, load_tokenizer)
 
 
 def autoencoder_config_of(recipe: Recipe) -> CALMAutoencoderConfig:
-    """The configuration of the trained autoencoder that the recipe names.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
+    """The configuration of the trained autoencoder that the recipe names, or of the one in a CALM."""
     where = recipe.autoencoder
-    fields, _ = read("autoencoder", where, "train autoencoder", PretrainedConfig.get_config_dict)
-    if fields.get("model_type") not in (CALMConfig.model_type, CALMAutoencoderConfig.model_type):
-        raise InputError(
-            f"autoencoder {where}: holds none, its config.json has model_type {fields.get('model_type')!r}."
-        )
-    return read("autoencoder", where, "train autoencoder", CALMAutoencoderConfig.from_pretrained)
-
-
-def config_before(recipe: Recipe):
-    """The configuration of the model that the recipe goes on from.
-
-    Raises:
-        InputError: there is none, it cannot be read, or it is of another kind than the recipe.
-    """
-    config_class = CONFIGS[recipe.kind]
-    return config_class.from_dict(_fields("init_from", recipe.init_from, f"train {recipe.kind}", config_class))
-
-
-def llama_config_of(what: str, where: str | None) -> LlamaConfig:
-    """The configuration of a Llama that the recipe names.
-
-    Args:
-        what: the recipe's field.
-        where: folder or Hub id.
-
-    Raises:
-        InputError: there is none, it cannot be read, or it is of another family.
-    """
-    return LlamaConfig.from_dict(_fields(what, where, "train ar", LlamaConfig))
-
-
-def _fields(what: str, where: str | None, maker: str, config_class) -> dict:
-    fields, _ = read(what, where, maker, PretrainedConfig.get_config_dict)
-    if fields.get("model_type") != config_class.model_type:
-        found = fields.get("model_type")
-        raise InputError(f"{what} {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
-    return fields
+    fields, _ = read("autoencoder", where, PretrainedConfig.get_config_dict)
+    found = fields.get("model_type")
+    if found not in (CALMConfig.model_type, CALMAutoencoderConfig.model_type):
+        raise InputError(f"autoencoder {where}: holds none, its config.json has model_type {found!r}.")
+    return read("autoencoder", where, CALMAutoencoderConfig.from_pretrained)
 
 
 def check_tokens(what: str, where: str, llama: LlamaConfig, tokenizer) -> None:
     """Compares the tokenizer beside a Llama with ours, which may have more special tokens at its end.
 
     Where there is none to be read, it says so and compares the numbers of tokens.
-
-    Args:
-        what: the recipe's field that names the Llama.
-        where: folder or Hub id.
-        llama: its configuration.
-        tokenizer: the autoencoder's.
-
-    Raises:
-        InputError: a token differs, or the Llama has more of them.
     """
     try:
         theirs = load_tokenizer(where)
     except (OSError, ValueError):
+        known = f"{llama.vocab_size:,}", f"{len(tokenizer):,}"
         if llama.vocab_size > len(tokenizer):
-            raise InputError(
-                f"{what} {where}: knows {llama.vocab_size:,} tokens, the autoencoder {len(tokenizer):,}."
-            ) from None
+            raise InputError(f"{what} {where}: knows {known[0]} tokens, the autoencoder {known[1]}.") from None
         say(
             f"{what} {where}: no tokenizer can be read there, so only the numbers of tokens were compared, "
-            f"{llama.vocab_size:,} and the autoencoder's {len(tokenizer):,}"
+            f"{known[0]} and the autoencoder's {known[1]}"
         )
         return
     difference = first_difference(theirs, tokenizer, llama.vocab_size)
@@ -208,39 +197,6 @@ def check_tokens(what: str, where: str, llama: LlamaConfig, tokenizer) -> None:
             f"{what} {where}: token {token_id} is {their} in its tokenizer and {our} in the autoencoder's, "
             "so that the two read text differently."
         )
-
-
-def read(what: str, where: str | None, maker: str, reader):
-    """`reader(where)`: a tokenizer or a configuration.
-
-    Raises:
-        NotThere: it is not named, no such folder, or not to be had from the Hub.
-        InputError: the folder is there, and is none.
-    """
-    where = folder_or_hub_id(what, where, maker)
-    try:
-        return reader(where)
-    except Exception as error:  # each library has its own
-        reason = " ".join(str(error).partition("\n\n")[0].split())
-        if Path(where).exists():
-            raise InputError(f"{what} {where}: cannot be read: {reason}") from error
-        message = f"{what} {where}: no such folder, nor to be had from the Hub: {reason}"
-        raise NotThere(message, f"the {what} {where} cannot be had") from error
-
-
-def folder_or_hub_id(what: str, where: str | None, maker: str) -> str:
-    """`where`, unless it is missing or clearly a folder that isn't there.
-
-    Raises:
-        NotThere: that is so.
-    """
-    if where is None:
-        message = f"no {what}: give --{what} a folder or a Hub id ({maker} makes one)."
-        raise NotThere(message, f"no {what} is named")
-    if not Path(where).exists() and (where.startswith(("runs/", ".", "/")) or where.count("/") > 1):
-        message = f"{what} {where}: no such folder ({maker} makes one)."
-        raise NotThere(message, f"the {what} {where} is not there yet")
-    return where
 
 
 # the configuration
@@ -254,28 +210,15 @@ def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig
         recipe: states the rest.
         tokenizer: `None` only in a dry run, where it is not there yet, and with `init_from`, which has one.
         autoencoder: its configuration; `None` as for the tokenizer, and for what is no CALM.
-
-    Raises:
-        InputError: no model to go on from or to take the backbone of, an autoencoder with another vocabulary than the
-            tokenizer, or a value that makes no sense.
     """
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
-        before = config_before(recipe)
-        return changed_config(recipe, before) if recipe.kind == "calm" else before
+        before = read_config("init_from", recipe.init_from, config_class)
+        return make_config(CALMConfig, before.to_dict() | recipe.model) if recipe.kind == "calm" else before
     if recipe.kind == "calm":
         return make_config(CALMConfig, _calm_values(recipe, tokenizer, autoencoder))
     stated = {"max_position_embeddings": recipe.data.block_size} if recipe.kind == "ar" else {}
     return make_config(config_class, {**stated, **recipe.model, **tokenizer_fields(tokenizer)})
-
-
-def changed_config(recipe: Recipe, before: CALMConfig) -> CALMConfig:
-    """The configuration of the CALM before, as the recipe changes it.
-
-    Raises:
-        InputError: a value that makes no sense.
-    """
-    return make_config(CALMConfig, before.to_dict() | recipe.model)
 
 
 def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig | None) -> dict:
@@ -303,7 +246,7 @@ def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig |
 
 def _backbone_values(recipe: Recipe, tokenizer) -> dict:
     """What a CALM takes from the configuration of the Llama that it begins with."""
-    llama = llama_config_of("init_backbone", recipe.init_backbone)
+    llama = read_config("init_backbone", recipe.init_backbone, LlamaConfig)
     given = llama.to_dict()
     values = {name: given[name] for name in BACKBONE_FIELDS if name in given}
     whole = make_config(CALMConfig, values).to_dict()
@@ -313,9 +256,6 @@ def _backbone_values(recipe: Recipe, tokenizer) -> dict:
                 f"{name}={recipe.model[name]!r}: init_backbone {recipe.init_backbone} has {whole.get(name)!r}, which "
                 "cannot be changed."
             )
-    if recipe.patch_embedding_init not in PATCH_EMBEDDINGS:
-        allowed = ", ".join(PATCH_EMBEDDINGS)
-        raise InputError(f"patch_embedding_init={recipe.patch_embedding_init!r}: must be one of {allowed}.")
     if tokenizer:
         check_tokens("init_backbone", str(recipe.init_backbone), llama, tokenizer)
     return values
@@ -336,11 +276,7 @@ def tokenizer_fields(tokenizer) -> dict:
 
 
 def make_config(config_class, values: dict):
-    """The configuration.
-
-    Raises:
-        InputError: a value that it, or the model made of it, would refuse.
-    """
+    """The configuration."""
     try:
         config = config_class(**values)
     except (ValueError, TypeError) as error:
@@ -354,11 +290,7 @@ def make_config(config_class, values: dict):
 
 
 def config_and_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
-    """The configuration that a run would make of what is there already, and lines on what isn't.
-
-    Raises:
-        InputError: as `config_of`, and for what is there and cannot be read.
-    """
+    """The configuration that a run would make of what is there already, and lines on what isn't."""
     if recipe.init_from:
         return config_of(recipe), []
     notes: list[str] = []
@@ -396,60 +328,56 @@ def _if_there(load, recipe: Recipe, named: str | None, fields: list[str], notes:
 
 
 def make_model(recipe: Recipe, tokenizer):
-    """A model to go on from, or a new one.
-
-    Raises:
-        InputError: as `config_of` and `build`, or no model to go on from.
+    """A model to go on from, or a new one; a CALM around the trained autoencoder, with the backbone of a Llama or
+    without.
     """
     if recipe.kind == "calm":
-        return build(recipe, tokenizer)
-    config, model_class = config_of(recipe, tokenizer), MODELS[recipe.kind]
-    if recipe.init_from:
-        load = partial(load_whole, model_class.from_pretrained)
-        return read("init_from", recipe.init_from, f"train {recipe.kind}", load)
-    return model_class(config)
-
-
-def build(recipe: Recipe, tokenizer) -> CALMForCausalLM:
-    """A model to go on from, or a new one around the trained autoencoder, with the backbone of a Llama or without.
-
-    Raises:
-        InputError: as `config_of` and `load_llama`, or no autoencoder.
-    """
-    if recipe.init_from:
-        before = config_before(recipe)
-        config = changed_config(recipe, before)
-        same_head = partial(load_whole, CALMForCausalLM.from_pretrained, config=config)
-        new_head = partial(with_new_head, config=config)
-        load = same_head if config.head_type == before.head_type else new_head
-        model = read("init_from", recipe.init_from, "train calm", load)
-        fit_head(model, recipe)
+        model = calm_to_go_on_from(recipe) if recipe.init_from else new_calm(recipe, tokenizer)
+        if not model.head.is_fitted:  # to the autoencoder and to the multi-token loss, where there is one
+            model.head.fit(model.autoencoder, multi_token_loss_before(recipe, model.config))
         return model
+    config, model_class = config_of(recipe, tokenizer), MODELS[recipe.kind]
+    return read_whole("init_from", recipe.init_from, model_class) if recipe.init_from else model_class(config)
+
+
+def new_calm(recipe: Recipe, tokenizer) -> CALMForCausalLM:
     model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
-    load = partial(load_whole, CALMAutoencoder.from_pretrained)
-    model.autoencoder.load_state_dict(read("autoencoder", recipe.autoencoder, "train autoencoder", load).state_dict())
+    autoencoder = read_whole("autoencoder", recipe.autoencoder, CALMAutoencoder)
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
     if begins_with_llama(recipe):
         new = begin_with_llama(model, backbone_of(recipe), PATCH_EMBEDDINGS[recipe.patch_embedding_init])
         more = f"; {new} more tokens begin with the mean embedding" if new else ""
         say(backbone_note(recipe, model.config) + more)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
-    fit_head(model, recipe)
+    return model
+
+
+def calm_to_go_on_from(recipe: Recipe) -> CALMForCausalLM:
+    """The model of `init_from`, with a new head of another type where the recipe names one.
+
+    Heads of two types have layers of one name, so nothing of the head before may stay. What a head's constructor fills
+    is kept only where it is called outside `from_pretrained`.
+    """
+    config = config_of(recipe)
+    if config.head_type == read_config("init_from", recipe.init_from, CALMConfig).head_type:
+        return read_whole("init_from", recipe.init_from, CALMForCausalLM, config=config)
+    load = partial(CALMForCausalLM.from_pretrained, config=config, ignore_mismatched_sizes=True)
+    model: Any = read("init_from", recipe.init_from, load)
+    model.head = HEADS[config.head_type](config)
+    model.head.apply(model._init_weights)
+    model.head.to(model.dtype)
     return model
 
 
 def backbone_of(recipe: Recipe) -> LlamaForCausalLM:
-    where = str(recipe.init_backbone)
-    return load_llama("init_backbone", where, llama_config_of("init_backbone", where))
+    config = read_config("init_backbone", recipe.init_backbone, LlamaConfig)
+    return load_llama("init_backbone", str(recipe.init_backbone), config)
 
 
 def teacher_of(recipe: Recipe, tokenizer, config: CALMConfig) -> Teacher:
-    """The teacher that the recipe names.
-
-    Raises:
-        InputError: it is no Llama, cannot be read, has other tokens, or reads no blocks of the recipe's size.
-    """
+    """The teacher that the recipe names."""
     where = str(recipe.distil)
-    theirs = llama_config_of("distil", where)
+    theirs = read_config("distil", where, LlamaConfig)
     if theirs.max_position_embeddings < recipe.data.block_size:
         raise InputError(
             f"distil {where}: reads {theirs.max_position_embeddings:,} tokens, block_size is "
@@ -465,25 +393,6 @@ def begins_with_llama(recipe: Recipe) -> bool:
     return bool(recipe.init_backbone) and not last_checkpoint(Path(recipe.output_dir))
 
 
-def with_new_head(name: str, config: CALMConfig) -> CALMForCausalLM:
-    """The model of a folder or Hub id with a new head of another type in place of its own.
-
-    Heads of two types have layers of one name, so nothing of the head before may stay. What a head's constructor fills
-    is kept only where it is called outside `from_pretrained`.
-    """
-    model: Any = CALMForCausalLM.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
-    model.head = HEADS[config.head_type](config)
-    model.head.apply(model._init_weights)
-    model.head.to(model.dtype)
-    return model
-
-
-def fit_head(model: CALMForCausalLM, recipe: Recipe) -> None:
-    """Fits a head that needs it: to the autoencoder and to the multi-token loss, where there is one."""
-    if not model.head.is_fitted:
-        model.head.fit(model.autoencoder, multi_token_loss_before(recipe, model.config))
-
-
 def with_lora(model: CALMForCausalLM, rank: int):
     """The model with a LoRA adapter on every linear layer of the backbone and the head; all else is frozen."""
     need("peft", "train", "lora_rank")
@@ -496,11 +405,7 @@ def with_lora(model: CALMForCausalLM, rank: int):
 
 
 def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
-    """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says.
-
-    Raises:
-        InputError: drawn targets that the autoencoder has no use for, or as `teacher_of`.
-    """
+    """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says."""
     if recipe.auxiliary_targets and model.autoencoder.config.encoder_context:
         raise InputError(
             f"auxiliary_targets={recipe.auxiliary_targets}: the autoencoder's encoder sees the patches before "
@@ -529,9 +434,6 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
 def multi_token_loss_before(recipe: Recipe, config: CALMConfig) -> dict[str, Tensor] | None:
     """Weights that the multi-token loss begins with: those of `init_from`, a checkpoint or the run that it is the last
     one of, or `init_backbone`'s output matrix and embeddings.
-
-    Raises:
-        InputError: as `load_llama`.
     """
     if begins_with_llama(recipe):
         loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)

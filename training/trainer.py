@@ -44,23 +44,12 @@ TRAINER_STATE = "trainer_state.json"  # upstream writes it last
 
 
 def begin(recipe: Recipe) -> TrainingArguments:
-    """Before the model is made: checks Trainer's arguments, quiets third-party logs, makes the folder, sets the seed.
-
-    Returns:
-        Trainer's arguments as stated.
-
-    Raises:
-        InputError: Trainer refuses a value, fields contradict each other, or the folder cannot be made.
-    """
+    """Before the model is made: checks the fields and Trainer's arguments, quiets third-party logs, sets the seed."""
     check_fields(recipe)
     args = training_arguments(recipe)
     check_arguments(args)
     transformers.logging.set_verbosity_warning()
     hide_upstream_bars()
-    try:
-        folder_of(args).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir {args.output_dir}: {error.strerror}.") from error
     set_seed(args.seed)
     return args
 
@@ -70,21 +59,14 @@ def fit(
 ) -> Callable[[], None]:
     """Prepares a training, resumed from the last checkpoint if there is one, which exports to the run's folder.
 
-    Args:
-        recipe: what to train on, how long and how.
-        stated: what `begin` returned.
-        model: trained in place.
-        tokenizer: exported with the model.
-        patch_size: K; 1 for a Llama.
-        resume: "auto", or "never" to refuse a folder with checkpoints.
-
-    Returns:
-        the training; called, it raises `InputError` where the loss is no number or a checkpoint another model's.
-
-    Raises:
-        InputError: the folder or the data are not as they must be.
+    `stated` is what `begin` returned, `patch_size` K, 1 for a Llama; `resume` is "auto", or "never" to refuse a folder
+    with checkpoints. What is returned trains when it is called.
     """
     folder = folder_of(stated)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {folder}: {error.strerror}.") from error
     last = last_checkpoint(folder)
     before = resumed_recipe(recipe, last, resume)
     batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
@@ -133,16 +115,7 @@ def fit(
 
 
 def resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
-    """Reads the recipe of the run that is resumed, `None` where one starts; says which checkpoints are damaged.
-
-    Args:
-        recipe: by which to train now.
-        last: checkpoint to resume from.
-        resume: as in `fit`.
-
-    Raises:
-        InputError: there is a checkpoint, and it is not to be resumed, or it is of another training.
-    """
+    """Reads the recipe of the run that is resumed, `None` where one starts; says which checkpoints are damaged."""
     folder = Path(recipe.output_dir)
     found, saved = checkpoints(folder), folder / "recipe.yaml"
     if found and resume == "never":
@@ -180,14 +153,8 @@ class CALMTrainer(Trainer):
 
     The order of the data is the dataset's own (see `PackedBlocks`). The logs have, beside Trainer's, each loss term,
     the diagnostics of diagnostics.py, the tokens per second of all processes together, and those per second of
-    this process's CPU time, which other work on the machine moves less.
-
-    Args:
-        model: trained in place.
-        *args: Trainer's.
-        average: of the weights, to be evaluated and exported in their place.
-        head_learning_rate: that of a CALM's head, where it is another than the rest's.
-        **kwargs: Trainer's.
+    this process's CPU time, which other work on the machine moves less. An `average` of the weights is evaluated and
+    exported in their place.
     """
 
     def __init__(
