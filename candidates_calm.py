@@ -58,14 +58,18 @@ class PlainPool:
         self.forbidden_KV, self.rules = forbidden_KV, rules
         self.has_factors = rules is not None
         self.log_factors_BN: Tensor | None = None
-        self.num_drawn = 0
+        self.blocks: list[tuple[Tensor, int]] = []  # which rows drew, and how many each
         self.tokens_BNK: Tensor = NOTHING
         self._classes: tuple[Tensor, Tensor] | None = None  # rows, and the class ids of all their draws
+
+    @property
+    def num_drawn(self) -> int:
+        return sum(num_draws for _, num_draws in self.blocks)
 
     def extend(self, rows_R: Tensor, num_draws: int) -> None:
         """Draws so many more for each of these rows, which must have drawn in every call before."""
         self._keep(rows_R, self.draw(rows_R, num_draws))
-        self.num_drawn += num_draws
+        self.blocks.append((rows_R, num_draws))
         self._classes = None
 
     def _keep(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
@@ -241,46 +245,41 @@ class CandidateScores(NamedTuple):
         return empty
 
 
-class RecordedPool(PlainPool):
-    """A `PlainPool` that knows how many draws each row has made, to tell afterwards what was chosen from."""
+def candidate_scores(
+    pool: PlainPool, index_B: Tensor, weigh: Weigh, is_exact_B: Tensor | None = None
+) -> CandidateScores:
+    """
+    Args:
+        pool: one that decodes its candidates in full, so no `LazyPool`.
+        index_B: the draw that was chosen.
+        weigh: class ids and log factors (1, N) → the weight of each draw, all of it on the first of equal ones.
+        is_exact_B: see `CandidateScores`; by default nowhere.
+    """
+    num_draws_B = torch.zeros_like(pool.rows_B)
+    for rows_R, num_draws in pool.blocks:
+        num_draws_B[rows_R] += num_draws
+    drawn = zip(index_B.tolist(), num_draws_B.tolist(), strict=True)
+    by_row = [_of_row(pool, row, index, num_draws, weigh) for row, (index, num_draws) in enumerate(drawn)]
+    patches, counts, weights, chosen = (list(values) for values in zip(*by_row, strict=True))
+    return CandidateScores(
+        pad_sequence(patches, batch_first=True, padding_value=NO_TOKEN),
+        pad_sequence(counts, batch_first=True),
+        pad_sequence(weights, batch_first=True),
+        torch.stack(chosen),
+        torch.zeros_like(index_B, dtype=torch.bool) if is_exact_B is None else is_exact_B.to(index_B.device),
+    )
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.num_draws_B = torch.zeros_like(self.rows_B)
 
-    def extend(self, rows_R: Tensor, num_draws: int) -> None:
-        super().extend(rows_R, num_draws)
-        self.num_draws_B[rows_R] += num_draws
-
-    def scores(self, index_B: Tensor, weigh: Weigh, is_exact_B: Tensor | None = None) -> CandidateScores:
-        """
-        Args:
-            index_B: the draw that was chosen.
-            weigh: class ids and log factors (1, N) → the weight of each draw, all of it on the first of equal ones.
-            is_exact_B: see `CandidateScores`; by default nowhere.
-        """
-        by_row = [self._of_row(row, index, weigh) for row, index in enumerate(index_B.tolist())]
-        patches, counts, weights, chosen = (list(values) for values in zip(*by_row, strict=True))
-        return CandidateScores(
-            pad_sequence(patches, batch_first=True, padding_value=NO_TOKEN),
-            pad_sequence(counts, batch_first=True),
-            pad_sequence(weights, batch_first=True),
-            torch.stack(chosen),
-            torch.zeros_like(index_B, dtype=torch.bool) if is_exact_B is None else is_exact_B.to(index_B.device),
-        )
-
-    def _of_row(self, row: int, index: int, weigh: Weigh) -> tuple[Tensor, ...]:
-        num_draws = int(self.num_draws_B[row])
-        tokens_NK = self.tokens_BNK[row, :num_draws]
-        class_1N = patch_classes(tokens_NK[None])
-        factors_BN = self.log_factors_BN
-        weights_N = weigh(class_1N, log_factors_BN=None if factors_BN is None else factors_BN[row, None, :num_draws])[
-            0
-        ]
-        first_D = (class_1N[0] == numbers_up_to(num_draws, class_1N.device)).nonzero()[:, 0]
-        first_D = first_D[weights_N[first_D].sort(descending=True, stable=True).indices]
-        chosen = (first_D == class_1N[0, index]).nonzero()[0, 0]
-        return tokens_NK[first_D], class_sizes(class_1N)[0, first_D], weights_N[first_D], chosen
+def _of_row(pool: PlainPool, row: int, index: int, num_draws: int, weigh: Weigh) -> tuple[Tensor, ...]:
+    tokens_NK = pool.tokens_BNK[row, :num_draws]
+    class_1N = patch_classes(tokens_NK[None])
+    factors_BN = pool.log_factors_BN
+    factors_1N = None if factors_BN is None else factors_BN[row, None, :num_draws]
+    weights_N = weigh(class_1N, log_factors_BN=factors_1N)[0]
+    first_D = (class_1N[0] == numbers_up_to(num_draws, class_1N.device)).nonzero()[:, 0]
+    first_D = first_D[weights_N[first_D].sort(descending=True, stable=True).indices]
+    chosen = (first_D == class_1N[0, index]).nonzero()[0, 0]
+    return tokens_NK[first_D], class_sizes(class_1N)[0, first_D], weights_N[first_D], chosen
 
 
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:

@@ -7,7 +7,7 @@ V vocabulary.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .candidates_calm import CandidateScores, LazyPool, PlainPool, RecordedPool, compute_patch_scores
+from .candidates_calm import CandidateScores, LazyPool, PlainPool, candidate_scores, compute_patch_scores
 from .compiled_calm import CompiledSteps
 from .heads_calm import GenerativeHead
 from .kernels_calm import numbers_up_to
@@ -329,6 +329,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
             inputs["attention_mask"] = None  # a mask that hides nothing takes operations in every step
         cache = model_kwargs.get(CACHE_ARGUMENT) if model_kwargs.get("use_cache", True) else None
         returned = Returned(generation_config)
+        if returned.scores is not None:
+            sampling = replace(sampling, lazy_decoding=False)  # every candidate is returned
         put_scores = getattr(call.streamer, "put_scores", None)
         rules = None
         if call.processors is not None:
@@ -375,11 +377,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
             if returned.scores is None:
                 patches_RK = self.next_patches(*arguments)
             else:
-                pool, index_R = self.choose_patches(*arguments, is_recorded=True)
-                assert isinstance(pool, RecordedPool)
+                pool, index_R = self.choose_patches(*arguments)
                 patches_RK = pool.tokens(pool.rows_B, index_R)
                 is_exact_R = sampling.is_exact(plan, len(index_R), token_rules is not None)
-                scores = pool.scores(index_R, sampling.weigh, is_exact_R)
+                scores = candidate_scores(pool, index_R, sampling.weigh, is_exact_R)
                 returned.scores.append(scores.in_rows(texts.drawing, len(input_ids)))
                 if put_scores is not None:
                     put_scores(returned.scores[-1])
@@ -408,7 +409,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
         forbidden_KV: Tensor | None = None,
         plan: BlockPlan | OneBlock | None = None,
         rules: TokenRules | None = None,
-        is_recorded: bool = False,
     ) -> tuple[PlainPool, Tensor]:
         """Draws candidates for the next patch of each row given its last hidden state, and chooses one.
 
@@ -419,7 +419,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
             plan: of the sizes of blocks, handed from step to step, or a `OneBlock`.
             rules: of these rows' tokens.
-            is_recorded: for a `RecordedPool`.
 
         Returns:
             The candidates, and the index of the one chosen (R,).
@@ -434,10 +433,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             return self.head.sample(context, num_samples=num_draws, **noise)
 
         rows_R = numbers_up_to(len(hidden_RD), hidden_RD.device)
-        if is_recorded:
-            pool = RecordedPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
-        else:
-            pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, rules)
+        pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, rules)
         return pool, sampling.choose(pool, randomness, plan)
 
     def greedy_randomness(self, sampling: PatchSampling, like: Tensor) -> RecordedRandomness:

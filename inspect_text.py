@@ -228,9 +228,11 @@ def drawn_candidates(model, hidden_RD, sampling, generator):
     """N draws after each hidden state, as `CandidateScores`; what is chosen among them has no meaning here."""
     from dataclasses import replace
 
-    drawing = replace(sampling, top_k=ALL_CANDIDATES) if sampling.draws_once else sampling
-    pool, index_R = model.choose_patches(hidden_RD, drawing, generator, is_recorded=True)
-    return pool.scores(index_R, sampling.weigh)
+    from calm.candidates_calm import candidate_scores
+
+    drawing = replace(sampling, lazy_decoding=False, top_k=ALL_CANDIDATES if sampling.draws_once else sampling.top_k)
+    pool, index_R = model.choose_patches(hidden_RD, drawing, generator)
+    return candidate_scores(pool, index_R, sampling.weigh)
 
 
 def weights_at(counts: Sequence[int], temperature: float, truncation) -> list[float]:
