@@ -5,6 +5,7 @@
 import torch
 from scipy.stats import chisquare
 
+from calm.samplers_calm import BlockPlan
 from calm.weights_calm import patch_classes
 
 TOKENS = 40  # outcome v is the patch (v // TOKENS, v % TOKENS)
@@ -71,6 +72,17 @@ class StubPool:
     def outcomes(self, index_B):
         """The outcomes of one draw of each row."""
         return self.outcomes_BN[self.rows_B, index_B]
+
+
+class FixedPlan(BlockPlan):
+    """Begins with a block of the same size whatever it is told."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def first_block(self, *_):
+        return self.size
 
 
 def outcomes_from(law_V: torch.Tensor, num_pools: int, num_draws: int, seed: int = 0) -> torch.Tensor:

@@ -197,19 +197,24 @@ def test_the_exact_sampler_makes_the_choices_of_decoding_everything(autoencoder,
     assert exact[num_draws == 8].any() and not exact.all() and (num_draws == 4).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.5, "sampling_method": "batch"},
+    {"temperature": 0.5},
+    {"temperature": 0.7},
+    {"temperature": 1 / 3},
+    {"temperature": 0.4, "sampling_method": "exact"},
+    {"do_sample": False},
+    {"temperature": 0.5, "min_new_tokens": 6, "eos_token_id": 5},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    "head_type, settings, dtype",
     [
-        {"temperature": 1.0},
-        {"temperature": 0.5, "sampling_method": "batch"},
-        {"temperature": 0.5},
-        {"temperature": 0.7},
-        {"temperature": 1 / 3},
-        {"temperature": 0.4, "sampling_method": "exact"},
-        {"do_sample": False},
-        {"temperature": 0.5, "min_new_tokens": 6, "eos_token_id": 5},
+        *(("energy", settings, torch.float32) for settings in SETTINGS),
+        *((head_type, {"temperature": 0.5}, torch.bfloat16) for head_type in HEAD_TYPES),
+        *((head_type, {"temperature": 0.7}, torch.float32) for head_type in HEAD_TYPES if head_type != "energy"),
     ],
     ids=str,
 )
@@ -260,6 +265,7 @@ def test_no_table_of_all_pairs_is_made(temperature):
     assert largest.bytes <= 10_000 * K * 64 * 4  # of each token the widest layer; a table of bools is 100 MB
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux tells it")
 @pytest.mark.parametrize("temperature", [1 / 2, 0.7])
 def test_ten_thousand_draws_of_a_row_stay_within_100_mb(tmp_path, temperature):

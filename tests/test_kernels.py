@@ -481,6 +481,7 @@ def test_changed_weights_are_packed_anew(autoencoder, in_place):
     assert torch.equal(autoencoder.read_tokens(states, positions), read_with_full_product(autoencoder, states))
 
 
+@pytest.mark.transformers
 def test_a_screened_model_can_be_copied_pickled_and_saved(autoencoder, tmp_path):
     states, positions = some_states()
     ids = autoencoder.read_tokens(states, positions)

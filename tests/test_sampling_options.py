@@ -13,6 +13,7 @@ from calm.bundle_files import generation_defaults
 from calm.generation_calm import PatchSampling
 
 OPTIONS = fields(PatchSampling)
+pytestmark = pytest.mark.transformers
 
 
 def another_value(option):

@@ -130,6 +130,7 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
+@pytest.mark.slow
 def test_never_builds_the_difference_tensor():
     """Peak extra memory of value and gradient at P = 2048, N = 8, S = 100, Z = 128, read off a fresh process."""
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)

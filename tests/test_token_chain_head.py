@@ -132,6 +132,7 @@ def test_noise_keeps_its_precision_in_bfloat16():
     assert head.sample(torch.zeros(48, dtype=torch.bfloat16), noise=noise).dtype == torch.bfloat16
 
 
+@pytest.mark.transformers
 def test_codes_are_saved_and_loaded(tmp_path):
     model = tiny_model("token_chain")
     assert model.head.codes.any()
@@ -142,6 +143,7 @@ def test_codes_are_saved_and_loaded(tmp_path):
         assert not loaded.head.codes.requires_grad and not loaded.train().head.codes.requires_grad
 
 
+@pytest.mark.transformers
 def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
     """Loading a checkpoint without them leaves zeros, no chance memory; then a multi-token loss's chain goes in."""
     flow = tiny_model("flow")

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable_laws import StubPool, chi_square_p_value, peaked, seeded, sharpened, total_variation, zipf
+from enumerable_laws import StubPool, chi_square_p_value, seeded, sharpened, total_variation, zipf
 from tiny import tiny_model
 from transformers import CompileConfig
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -16,9 +16,7 @@ from calm.samplers_calm import batch_temperature_select, exact_temperature_sampl
 from calm.weights_calm import (
     KEEP_ALL,
     Truncation,
-    check_temperature,
     choose_by_weight,
-    draw_log_weights,
     draw_weights,
     log_weight_of_unseen,
     patch_classes,
@@ -38,7 +36,6 @@ TRUNCATIONS = [
     Truncation(top_p=0.5, min_p=0.5),
     KEEP_ALL,
 ]
-C_0_AT_2 = 1 / (math.gamma(1.5) * math.gamma(0.5))  # C(0, 1/2) = 2/π
 
 
 def classes_of(*counts):
@@ -92,12 +89,6 @@ class TestTruncated:
         assert (result[0] > 0).nonzero()[:, 0].tolist() == kept
         assert torch.equal(result[0, kept], self.WEIGHTS[0, kept])
 
-    def test_rows_are_independent(self):
-        weights_BN = torch.rand(6, 30, generator=seeded()).softmax(-1)
-        truncation = Truncation(top_k=20, top_p=0.7, min_p=0.2)
-        together = truncated(weights_BN, truncation)
-        assert torch.equal(together, torch.cat([truncated(row[None], truncation) for row in weights_BN]))
-
     def test_of_equal_weights_the_earlier_stay(self):
         equal = torch.full((1, 10), 0.1)
         for truncation in (Truncation(top_k=3), Truncation(top_p=0.3), Truncation(top_p=0.21)):
@@ -147,12 +138,6 @@ class TestDrawWeights:
         of_share = draw_weights(class_1N, 0.5, Truncation(top_p=0.6))
         assert by_patch(of_share, (1, 4, 2, 3)) == pytest.approx([0, 1, 0, 0], abs=1e-6)
 
-    def test_at_one_weights_are_counts(self):
-        counts = (1, 5, 3, 1)
-        assert by_patch(draw_weights(classes_of(*counts), 1.0), counts) == pytest.approx(
-            [0.1, 0.5, 0.3, 0.1], abs=1e-6
-        )
-
     @pytest.mark.parametrize("temperature", [0.3, 0.5, 0.7, 1.0, 1.5, 2.0])
     @pytest.mark.parametrize("truncation", TRUNCATIONS)
     def test_each_row_sums_to_1_on_first_occurrences(self, temperature, truncation):
@@ -162,10 +147,6 @@ class TestDrawWeights:
         assert not weights_BN[class_BN != torch.arange(60)].any()
         alone = torch.cat([draw_weights(class_N[None], temperature, truncation) for class_N in class_BN])
         torch.testing.assert_close(weights_BN, alone)
-
-    def test_without_truncation_is_the_softmax_of_the_log_weights(self):
-        class_BN = patch_classes(torch.randint(5, (4, 30, 1), generator=seeded()))
-        assert torch.equal(draw_weights(class_BN, 0.7), draw_log_weights(class_BN, 0.7).softmax(-1))
 
     @pytest.mark.parametrize(
         "temperature, truncation", [(0.5, Truncation(top_k=2)), (1.5, KEEP_ALL), (1.0, Truncation(top_p=0.7))]
@@ -212,14 +193,6 @@ class TestUnseen:
         together = sum(expected) - sum(plain)
         assert together == pytest.approx(unseen * weight_0, rel=1e-5, abs=1e-9)
 
-    def test_numbers_at_two(self):
-        """T = 2, draws a, b, c, d, d: C(1, 1/2) = 4/π, C(2, 1/2) = 16/(3π), and 1.5 unseen of 2/π, half on each."""
-        assert C_0_AT_2 == pytest.approx(2 / math.pi)
-        once, twice = 4 / math.pi + 0.5 * 2 / math.pi, 16 / (3 * math.pi)
-        total = 3 * once + twice
-        found = by_patch(draw_weights(classes_of(1, 1, 1, 2), 2.0), (1, 1, 1, 2))
-        assert found == pytest.approx([once / total] * 3 + [twice / total], rel=1e-5)
-
     def test_is_continuous_at_1(self):
         class_BN = patch_classes(torch.randint(20, (4, 30, 1), generator=seeded()))
         torch.testing.assert_close(draw_weights(class_BN, 1 + 1e-5), draw_weights(class_BN, 1.0), rtol=0, atol=1e-4)
@@ -228,11 +201,6 @@ class TestUnseen:
         class_1N = classes_of(1, 5, 20)
         rare = [by_patch(draw_weights(class_1N, t), (1, 5, 20))[0] for t in (0.5, 1.0, 1.25, 1.5, 2.0)]
         assert rare == sorted(rare) and len(set(rare)) == 5
-
-    @pytest.mark.parametrize("temperature", [2.01, 3, 0, -1, math.inf, True, "2"])
-    def test_temperatures_outside_the_range(self, temperature):
-        with pytest.raises(ValueError, match=r"needs a temperature in \(0, 2\]"):
-            check_temperature(temperature)
 
     def test_algorithm_1_only_sharpens(self):
         with pytest.raises(ValueError, match="Algorithm 1 sharpens; above 1 patches are chosen by weight"):
@@ -243,12 +211,9 @@ class TestCompiled:
     @pytest.mark.parametrize(
         "backend, temperature, truncation",
         [
-            *(
-                ("aot_eager", temperature, truncation)
-                for temperature in (0.5, 1.0, 1.5)
-                for truncation in (Truncation(5, 0.9, 0.05), Truncation(top_p=0.9), KEEP_ALL)
-            ),
-            ("inductor", 1.5, Truncation(5, 0.9, 0.05)),
+            ("aot_eager", 0.5, KEEP_ALL),
+            ("aot_eager", 1.5, Truncation(5, 0.9, 0.05)),
+            pytest.param("inductor", 1.5, Truncation(5, 0.9, 0.05), marks=pytest.mark.slow),
         ],
     )
     def test_the_choice_equals_the_eager_one(self, backend, temperature, truncation):
@@ -262,7 +227,9 @@ class TestCompiled:
         assert torch.equal(chosen_B, choose(class_BN, noise_BN))
 
     @pytest.mark.parametrize(
-        "settings", [{"top_p": 0.9}, {"temperature": 1.5}, {"temperature": 0.5, "top_k": 3, "min_p": 0.1}], ids=str
+        "settings",
+        [pytest.param({"temperature": 1.5}, marks=pytest.mark.slow), {"temperature": 0.5, "top_k": 3, "min_p": 0.1}],
+        ids=str,
     )
     def test_text_of_compiled_steps(self, settings):
         model, prompt = tiny_model(), torch.randint(10, 60, (2, 17), generator=seeded())
@@ -353,13 +320,6 @@ class TestLaws:
             assert total_variation(found, meant_law(law, 1.0, truncation)) < 0.08
             assert total_variation(found, law) > 0.4
 
-    def test_a_generator_fixes_the_choice(self):
-        chosen = []
-        for seed in (1, 1, 2):
-            pool = StubPool(zipf(100).expand(50, -1), seeded())
-            chosen.append(batch_temperature_select(pool, 1.5, 40, seeded(seed), Truncation(top_p=0.9)))
-        assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
-
 
 class TestReport:
     def test_laws_meant_by_hand(self):
@@ -382,10 +342,6 @@ class TestReport:
             for outcome, weight in zip(outcomes, weights, strict=True):
                 law[outcome] += weight / 30
         torch.testing.assert_close(pools.law_of_choice(partial(draw_weights, temperature=0.5)), law)
-
-    def test_its_laws_are_those_of_the_other_tests(self):
-        torch.testing.assert_close(LAWS["zipf(20)"], zipf(20))
-        torch.testing.assert_close(LAWS["peaked(50)"], peaked(50))
 
     def test_command(self, monkeypatch, capsys):
         monkeypatch.setattr(report, "LAWS", {name: LAWS[name] for name in ("zipf(20)", "flat(100)")})
