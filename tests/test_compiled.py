@@ -7,12 +7,11 @@ import weakref
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import HEAD_TYPES, tiny_model
 from transformers import CompileConfig
 
 from calm import compiled_calm
 
-HEADS = ["energy", "flow", "diffusion", "token_chain"]
 LAWS = {
     "T = 1": {"temperature": 1.0},
     "batch": {"temperature": 0.5, "sampling_method": "batch"},
@@ -28,7 +27,11 @@ NEW_TOKENS = 16
 STATIC = {"cache_implementation": "static"}
 
 
-def config(backend="aot_eager"):
+def small_model(head="energy"):
+    return tiny_model(head, num_hidden_layers=1, num_mlp_layers=1)
+
+
+def config(backend="eager"):
     return CompileConfig(backend=backend, mode=None)
 
 
@@ -52,34 +55,29 @@ def graphs():
     return backend
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("law", LAWS)
-def test_the_same_text_as_uncompiled(head, law):
-    model = tiny_model(head_type=head)
-    assert torch.equal(write(model, **LAWS[law], compile_config=config()), write(model, **LAWS[law]))
+@pytest.mark.parametrize(
+    "head, law", [*(("energy", law) for law in LAWS), *((head, "adaptive") for head in HEAD_TYPES if head != "energy")]
+)
+def test_one_graph_for_all_steps_of_all_texts_which_are_the_uncompiled_ones(graphs, head, law):
+    model, compiled = small_model(head), {"compile_config": config(graphs)}
+    for seeds in ((1, 2), (3, 4)):
+        assert torch.equal(write(model, seeds, **LAWS[law], **compiled), write(model, seeds, **LAWS[law]))
+    assert len(graphs.made) == 1 and NEW_TOKENS > 2 * model.config.patch_size
 
 
-@pytest.mark.parametrize("law", ["T = 1", "adaptive"])
-def test_the_same_text_with_the_inductor(law):
-    model = tiny_model()
-    assert torch.equal(write(model, **LAWS[law], compile_config=config("inductor")), write(model, **LAWS[law]))
+@pytest.mark.slow
+def test_the_same_text_with_the_inductor():
+    model, law = small_model(), LAWS["adaptive"]
+    assert torch.equal(write(model, **law, compile_config=config("inductor")), write(model, **law))
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_one_graph_for_all_steps_of_all_texts(graphs, law):
-    model = tiny_model()
-    settings = LAWS[law] | {"compile_config": config(graphs)}
-    first = write(model, **settings)
-    assert len(graphs.made) == 1 and first.shape[1] > PROMPT.shape[1] + 2 * model.config.patch_size
-    again = write(model, seeds=(3, 4), **settings)
-    assert len(graphs.made) == 1 and (law == "greedy") == torch.equal(first, again)
-
-
+@pytest.mark.slow
 def test_many_laws_each_have_their_graph(graphs):
-    model = tiny_model()
-    for number in range(2, 14):
+    """PyTorch by itself compiles a function eight times at most."""
+    model = small_model()
+    for number in range(2, 12):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
-    assert len(graphs.made) == 12
+    assert len(graphs.made) == 10
 
 
 def test_the_global_generator_gives_the_draws_of_uncompiled_steps():
@@ -87,7 +85,7 @@ def test_the_global_generator_gives_the_draws_of_uncompiled_steps():
     texts = []
     for settings in ({}, {"compile_config": config()}):
         torch.manual_seed(0)
-        text = tiny_model().generate(
+        text = small_model().generate(
             PROMPT, attention_mask=MASK, do_sample=True, max_new_tokens=NEW_TOKENS, num_candidates=12, **STATIC,
             **LAWS["batch"], **settings,
         )  # fmt: skip
@@ -97,7 +95,7 @@ def test_the_global_generator_gives_the_draws_of_uncompiled_steps():
 
 def test_rows_that_end_and_tokens_that_may_not_stand(graphs):
     """EOS ends a row and is kept out of the first tokens: the graph stays one, and the text the uncompiled one's."""
-    model = tiny_model()
+    model = small_model()
     free = write(model, temperature=0.5)
     begun, rest = free[:, PROMPT.shape[1] :].split([4, NEW_TOKENS - 4], dim=1)
     eos = next(int(token) for token in rest[0] if token not in begun)  # ends a row, but none in the first step
@@ -110,13 +108,13 @@ def test_rows_that_end_and_tokens_that_may_not_stand(graphs):
 
 
 def test_disable_compile_leaves_steps_as_they_are(graphs):
-    write(tiny_model(), temperature=0.5, compile_config=config(graphs), disable_compile=True)
+    write(small_model(), temperature=0.5, compile_config=config(graphs), disable_compile=True)
     assert not graphs.made
 
 
 def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
-    model = tiny_model()
-    text = write(model, temperature=0.5, compile_config=config("eager"))
+    model = small_model()
+    text = write(model, temperature=0.5, compile_config=config())
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(write(again, temperature=0.5), text)
     reference = weakref.ref(model)
@@ -137,35 +135,34 @@ def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
 def test_what_cannot_be_compiled_is_refused(settings, message):
     settings = STATIC | {"compile_config": config(), "max_new_tokens": 8} | settings
     with pytest.raises(ValueError, match=message):
-        tiny_model().generate(PROMPT, **settings)
+        small_model().generate(PROMPT, **settings)
 
 
-@pytest.mark.parametrize("chunk_size", [4, 8])
-def test_a_prompt_read_in_chunks(chunk_size):
+def test_a_prompt_read_in_chunks():
     """The first compiled step knows where the whole prompt ends, not its last chunk."""
-    model = tiny_model()
-    settings = {"temperature": 0.5, "prefill_chunk_size": chunk_size}
-    assert torch.equal(write(model, compile_config=config("eager"), **settings), write(model, **settings))
+    model = small_model()
+    settings = {"temperature": 0.5, "prefill_chunk_size": 8}
+    assert torch.equal(write(model, compile_config=config(), **settings), write(model, **settings))
 
 
 def test_a_call_keeps_no_more_laws_than_it_may(monkeypatch, graphs):
-    monkeypatch.setattr(compiled_calm, "LAWS_KEPT", 2)
-    model = tiny_model()
-    for number in (2, 3, 4, 2):
+    monkeypatch.setattr(compiled_calm, "LAWS_KEPT", 1)
+    model = small_model()
+    for number in (2, 3, 2):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
-        assert len(compiled_calm.COMPILED[model]) <= 2
-    assert len(graphs.made) == 4
+        assert len(compiled_calm.COMPILED[model]) == 1
+    assert len(graphs.made) == 3
 
 
 def test_an_attention_that_takes_no_mask_is_refused():
-    model = tiny_model()
+    model = small_model()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='flex_attention'"):
         write(model, compile_config=config())
 
 
 def test_an_offloaded_model_is_refused():
-    model = tiny_model()
+    model = small_model()
     model.head._hf_hook = object()  # as accelerate leaves it there
     with pytest.raises(ValueError, match="offloaded"):
         write(model, compile_config=config())

@@ -27,8 +27,7 @@ def offload(module, how, folder):
     assert {p.device.type for p in module.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("how", ["cpu", "disk"])
-@pytest.mark.parametrize("part", ["", *PARTS])
+@pytest.mark.parametrize("how, part", [("cpu", ""), ("disk", ""), *(("disk", part) for part in PARTS)])
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_offloaded_by_accelerate(tmp_path, head_type, part, how):
     """The whole model, or a part of it."""
@@ -39,7 +38,7 @@ def test_offloaded_by_accelerate(tmp_path, head_type, part, how):
     assert {p.device.type for p in placed.get_submodule(part).parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("parts", [*([part] for part in PARTS), PARTS], ids="+".join)
+@pytest.mark.parametrize("parts", [["model"], ["autoencoder"], PARTS], ids="+".join)
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_loaded_from_disk_as_needed(tmp_path, head_type, parts):
     """The autoencoder's tied matrix is in the file once."""
@@ -55,7 +54,7 @@ def test_loaded_from_disk_as_needed(tmp_path, head_type, parts):
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("share", [0.3, 0.6])
 def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
     """`device_map="auto"` keeps head and autoencoder whole; what doesn't fit is offloaded to disk."""
     model = tiny_model(head_type)
@@ -76,20 +75,18 @@ def test_an_encoder_that_sees_patches_before(tmp_path):
     assert text_and_loss(placed) == text_and_loss(model)
 
 
-@pytest.mark.parametrize("how", ["cpu", "disk"])
 @torch.no_grad()
-def test_the_backbone_alone(tmp_path, how):
+def test_the_backbone_alone(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     model, placed = (CALMModel.from_pretrained(tmp_path / "model") for _ in range(2))
-    offload(placed, how, tmp_path / "disk")
+    offload(placed, "disk", tmp_path / "disk")
     assert torch.equal(placed(some_ids()).last_hidden_state, model(some_ids()).last_hidden_state)
 
 
-@pytest.mark.parametrize("how", ["cpu", "disk"])
 @torch.no_grad()
-def test_the_autoencoder_reconstructs(tmp_path, how):
+def test_the_autoencoder_reconstructs(tmp_path):
     model, placed = (tiny_model().autoencoder for _ in range(2))
-    offload(placed, how, tmp_path)
+    offload(placed, "disk", tmp_path)
     outputs = [x(some_ids(), labels=some_ids(), generator=torch.Generator().manual_seed(0)) for x in (placed, model)]
     assert torch.equal(outputs[0].loss, outputs[1].loss) and torch.equal(outputs[0].logits, outputs[1].logits)
 

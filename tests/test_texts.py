@@ -60,10 +60,10 @@ def random_patches(seed, num_steps=6, num_rows=3, patch_size=4, highest=40):
 
 @pytest.mark.parametrize("pad", [PAD, None])
 @pytest.mark.parametrize("num_rows, patch_size", [(1, 4), (3, 4), (3, 1), (2, 5)])
-@pytest.mark.parametrize("max_length", [4, 7, 9, 20, 200])
+@pytest.mark.parametrize("max_length", [4, 9, 20, 200])
 def test_by_patch_as_by_token(pad, num_rows, patch_size, max_length):
     ended = 0
-    for seed in range(40):
+    for seed in range(10):
         patches = random_patches(seed, num_rows=num_rows, patch_size=patch_size)
         eos = [] if pad is None else [EosTokenCriteria([EOS, 7])]
         rules, results = [MaxLengthCriteria(max_length), *eos], []

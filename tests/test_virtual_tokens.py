@@ -87,23 +87,11 @@ class TestGeneration:
         for b, row in enumerate(ROWS):
             assert together[b] == text_of(model, row, generator=[generators(3)[b]])[0]
 
-    @pytest.mark.parametrize("settings", [{"prefill_chunk_size": K}, {"cache_implementation": "static"}], ids=str)
-    def test_other_ways_of_reading_come_to_the_same(self, kind, settings):
+    def test_other_ways_of_reading_come_to_the_same(self, kind):
         model = adapted(kind)
         plain = model.generate(**batch_of(ROWS), **LAW, generator=generators(3))
-        assert torch.equal(model.generate(**batch_of(ROWS), **LAW, **settings, generator=generators(3)), plain)
-
-    def test_several_texts_of_a_prompt(self, kind):
-        model, batch = adapted(kind), batch_of(ROWS[:2])
-        texts = model.generate(**batch, **LAW, num_return_sequences=2, generator=generators(4))[:, 10:].tolist()
-        for b, text in enumerate(texts):
-            assert text == text_of(model, ROWS[b // 2], generator=[generators(4)[b]])[0]
-
-    def test_greedy_text(self, kind):
-        model = adapted(kind)
-        greedy = {"do_sample": False, "temperature": None, "generator": None}
-        text = text_of(model, **greedy)
-        assert text == text_of(model, **greedy) != text_of(exact(), **greedy)
+        for settings in ({"prefill_chunk_size": K}, {"cache_implementation": "static"}):
+            assert torch.equal(model.generate(**batch_of(ROWS), **LAW, **settings, generator=generators(3)), plain)
 
     def test_saved_and_loaded_it_writes_the_same(self, kind, tmp_path):
         model = adapted(kind)
@@ -199,10 +187,10 @@ class TestTraining:
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
 
         first = loss_of().item()
-        for _ in range(30):
+        for _ in range(15):
             optimizer.zero_grad()
             loss_of().backward()
             optimizer.step()
-        assert loss_of().item() < 0.9 * first
+        assert loss_of().item() < 0.95 * first
         moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
         assert moved and all(name.startswith("prompt_encoder.") for name in moved)
