@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 
 from calm.modeling_calm import CALMForCausalLM
 
+pytestmark = pytest.mark.transformers
+
 SENTENCE = "The submarine sank to the bottom of the purple sea, and nobody was surprised."
 NOT_THE_AUTOENCODER = r"autoencoder\..*"
 PROMPTS = torch.tensor([[BOS, 40, 41, 42, 43, 44, 45], [95, 95, 95, BOS, 50, 51, 52]])

@@ -12,6 +12,8 @@ from transformers import CompileConfig
 
 from calm import compiled_calm
 
+pytestmark = pytest.mark.transformers
+
 LAWS = {
     "T = 1": {"temperature": 1.0},
     "batch": {"temperature": 0.5, "sampling_method": "batch"},

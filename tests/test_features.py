@@ -5,6 +5,8 @@ import torch
 from model_copies import ROOT
 from transformers import AutoModel, AutoTokenizer, pipeline
 
+pytestmark = pytest.mark.transformers
+
 K, D = 2, 256  # of the bundled model
 # Of 3, 4, 5 and 12 tokens: whole patches and not, and a batch of them is padded.
 TEXTS = ["The dog", "The dog ran", "The dog ran away", "Once upon a time there was a girl who had a cat."]

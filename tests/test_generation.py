@@ -23,6 +23,8 @@ from calm.configuration_calm import CALMConfig
 from calm.generation_calm import PatchSampling, pack_prompts
 from calm.modeling_calm import CALMForCausalLM
 
+pytestmark = pytest.mark.transformers
+
 PROMPT = torch.tensor([[BOS, 10, 11, 12, 13, 14]])
 FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20}
 NO_EOS = {"eos_token_id": None}

@@ -7,6 +7,8 @@ from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
 from calm.upstream_calm import GENERATION_SETTINGS, HARMLESS_SETTINGS, REFUSED_SETTINGS, USED_SETTINGS
 
+pytestmark = pytest.mark.transformers
+
 FIELDS = sorted(vars(GenerationConfig()))
 PROMPT = torch.tensor([[BOS, 10, 11, 12, 13, 14]])
 FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 8, "eos_token_id": None}

@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from tiny import BOS, tiny_model
 
+pytestmark = pytest.mark.transformers
+
 PROMPTS = torch.tensor([[BOS, 5, 6, 7, 8], [BOS, 6, 6, 7, 8]])
 NUM_PROCESSES = len(PROMPTS)
 PARTS = ("autoencoder", "head")  # units of their own, as `_no_split_modules` has them

@@ -8,6 +8,8 @@ import torch
 from model_copies import ROOT
 from tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.transformers
+
 pytest.importorskip("lm_eval", reason="lm_eval (extra [clients]) is not installed")
 
 COMMON = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}

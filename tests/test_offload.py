@@ -15,6 +15,8 @@ from calm.modeling_calm import CALMForCausalLM, CALMModel
 from calm.serving.engine import Engine
 from calm.upstream_calm import execution_device
 
+pytestmark = pytest.mark.transformers
+
 CPU = torch.device("cpu")
 PARTS = ("model", "head", "autoencoder")
 

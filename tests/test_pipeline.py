@@ -5,6 +5,8 @@ import torch
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model, tiny_tokenizer
 from transformers import pipeline, set_seed
 
+pytestmark = pytest.mark.transformers
+
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 6, "eos_token_id": None}
 

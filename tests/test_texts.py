@@ -15,6 +15,8 @@ from transformers.generation.stopping_criteria import (
 from calm.texts_calm import GrowingTexts
 from calm.upstream_calm import GenerateCall
 
+pytestmark = pytest.mark.transformers
+
 PAD, EOS = 0, 2
 
 

@@ -15,6 +15,8 @@ from calm.samplers_calm import BlockPlan
 from calm.serving.batcher import Batcher
 from calm.token_rules_calm import TokenRules
 
+pytestmark = pytest.mark.transformers
+
 NUM_NEW = 11
 PROMPT = [BOS, 20, 21, 22, 20, 30, 9]
 LAWS = {

@@ -7,6 +7,8 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from calm.training.data import PatchCollator
 
+pytestmark = pytest.mark.transformers
+
 K = 4
 TEXTS = [
     "once upon a time there was a cat",

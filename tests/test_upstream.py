@@ -23,6 +23,8 @@ from calm.generation_calm import CALMGenerationMixin
 from calm.modeling_calm import CALMForCausalLM
 from calm.upstream_calm import CACHE_ARGUMENT, GENERATION_SETTINGS, PatchGenerationMixin
 
+pytestmark = pytest.mark.transformers
+
 RANGE = re.compile(r"transformers>=[\d.]+,<[\d.]+")
 
 

@@ -8,6 +8,8 @@ import torch
 from tiny import BOS, PAD, tiny_model
 from transformers import CompileConfig
 
+pytestmark = pytest.mark.transformers
+
 K = 4
 ROWS = [[BOS, 40, 41, 42, 43, 44, 45, 46, 47, 48], [BOS, 50, 51, 52], [BOS, 60, 61, 62, 63, 64, 65]]
 LAW = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 12, "eos_token_id": None}
