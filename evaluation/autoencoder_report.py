@@ -9,7 +9,6 @@ The generative head never hits a latent vector exactly, so the decoder must read
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from calm.command_line import Parser, command, known_errors, natural, need, pict
 from calm.configuration_calm import CALMConfig
 from calm.evaluation.blocks import add_data_arguments, read_blocks
 from calm.evaluation.models import load_causal_lm, load_config
+from calm.evaluation.report import markdown, picture_of, write_json
 from calm.loading import check_tokenizer, device_of, load_whole
 from calm.modeling_calm_autoencoder import CALMAutoencoder
 from calm.progress import progress_bar
@@ -81,35 +81,25 @@ def load_autoencoder(name: str) -> CALMAutoencoder:
 
 def report(rows: list[dict], statistics: dict, num_patches: int) -> str:
     """Markdown: the noise table, then the posterior."""
-    lines = [
-        f"{num_patches} patches; noise is added to the posterior mean, sigma in latent units",
-        "",
-        "| noise sigma | token accuracy | patch accuracy |",
-        "| --- | --- | --- |",
-        *(f"| {r['sigma']:.2f} | {r['token_accuracy']:.4%} | {r['patch_accuracy']:.4%} |" for r in rows),
-        "",
-        f"posterior sigma {statistics['posterior_sigma']:.3f} (mean), root mean square of the means "
-        f"{statistics['latent_rms']:.3f}, KL {statistics['kl']:.1f} nats a patch, "
-        f"{statistics['active_dimensions']} of {statistics['latent_size']} dimensions active",
-    ]
-    return "\n".join(lines)
+    lines = [[f"{r['sigma']:.2f}", f"{r['token_accuracy']:.4%}", f"{r['patch_accuracy']:.4%}"] for r in rows]
+    table = markdown(["noise sigma", "token accuracy", "patch accuracy"], lines)
+    posterior = (
+        "posterior sigma {posterior_sigma:.3f} (mean), root mean square of the means {latent_rms:.3f}, KL {kl:.1f} "
+        "nats a patch, {active_dimensions} of {latent_size} dimensions active"
+    )
+    head = f"{num_patches} patches; noise is added to the posterior mean, sigma in latent units"
+    return f"{head}\n\n{table}\n\n{posterior.format(**statistics)}"
 
 
 def write_plot(path: Path, rows: list[dict], posterior_sigma: float) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for key in ("token_accuracy", "patch_accuracy"):
-        axes.plot([row["sigma"] for row in rows], [row[key] for row in rows], marker="o", label=key.replace("_", " "))
-    axes.axvline(posterior_sigma, color="grey", linestyle="--", label="mean posterior sigma")
-    axes.set_xlabel("sigma of the Gaussian noise on the latent vector")
-    axes.set_ylim(0, 1.02)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with picture_of(path, figsize=(6, 4)) as (_, axes):
+        sigmas = [row["sigma"] for row in rows]
+        for key in ("token_accuracy", "patch_accuracy"):
+            axes.plot(sigmas, [row[key] for row in rows], marker="o", label=key.replace("_", " "))
+        axes.axvline(posterior_sigma, color="grey", linestyle="--", label="mean posterior sigma")
+        axes.set_xlabel("sigma of the Gaussian noise on the latent vector")
+        axes.set_ylim(0, 1.02)
+        axes.legend()
 
 
 @command
@@ -134,10 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = noise_accuracy(autoencoder, patches_PK, seed=args.seed)
     statistics = posterior_statistics(*posterior(autoencoder, patches_PK))
     print(report(rows, statistics, len(patches_PK)))
-    if args.json:
-        args.json.write_text(
-            json.dumps({**statistics, "patches": len(patches_PK), "noise": rows}, indent=2) + "\n", encoding="utf-8"
-        )
+    write_json(args.json, {**statistics, "patches": len(patches_PK), "noise": rows})
     if args.plot:
         write_plot(args.plot, rows, statistics["posterior_sigma"])
 

@@ -11,7 +11,6 @@ what entitles BrierLM to stand in for perplexity (paper section 4).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,14 +18,12 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from calm.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm.evaluation.blocks import add_data_arguments, read_blocks
-from calm.evaluation.models import count_model, is_calm, load_causal_lm, positions_per_block
-from calm.loading import check_tokenizer
+from calm.evaluation.models import count_model, is_calm, load_with_tokenizer, positions_per_block
+from calm.evaluation.report import markdown, picture_of, write_json
 from calm.progress import progress_bar
-from calm.training.tokenizer import load_tokenizer
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -46,13 +43,10 @@ def tokenizer_folder(run: Path) -> Path:
 
 
 @torch.no_grad()
-def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1, bar: tqdm | None = None) -> float:
-    """Nats per predicted token; a bar advances by the blocks."""
-    losses = []
-    for batch in blocks_BL.to(model.device).split(batch_size):
-        losses.append(model(input_ids=batch, labels=batch).loss * len(batch))
-        if bar is not None:
-            bar.update(len(batch))
+def cross_entropy(model, blocks_BL: torch.Tensor, batch_size: int = 1) -> float:
+    """Nats per predicted token."""
+    batches = blocks_BL.to(model.device).split(batch_size)
+    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in batches]
     return (torch.stack(losses).sum() / len(blocks_BL)).item()
 
 
@@ -65,48 +59,31 @@ def correlations(first: Sequence[float], second: Sequence[float]) -> dict[str, f
 
 def measure(run: Path, args: argparse.Namespace) -> list[dict]:
     """One row a checkpoint: step, cross_entropy, brier, brierlm."""
-    rows, blocks_BL = [], None
-    folders = checkpoints(run)
-    with progress_bar(None, "Checkpoints", "block") as bar:
-        for step, folder in folders.items():
-            model = load_causal_lm(str(folder))
-            if is_calm(model):
-                raise ValueError(
-                    f"{folder}: a CALM has no cross-entropy; calibration takes an ordinary language model"
-                )
-            if blocks_BL is None:
-                tokenizer = load_tokenizer(args.tokenizer or tokenizer_folder(run))
-                check_tokenizer(model, tokenizer, args.tokenizer or run)
-                max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
-                blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
-                bar.reset(2 * len(folders) * len(blocks_BL))  # each for both figures
-            score = count_model(model, blocks_BL, args.batch_size, args.seed, bar).score()
-            entropy = cross_entropy(model, blocks_BL, args.batch_size, bar)
-            rows.append({"step": step, "cross_entropy": entropy, **asdict(score)})
+    rows, tokenizer = [], args.tokenizer or tokenizer_folder(run)
+    for step, folder in progress_bar(checkpoints(run).items(), "Checkpoints", "checkpoint"):
+        model, found = load_with_tokenizer(str(folder), str(tokenizer))
+        if is_calm(model):
+            raise ValueError(f"{folder}: a CALM has no cross-entropy; calibration takes an ordinary language model")
+        max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
+        blocks_BL = read_blocks(args, found, args.block_size, max_blocks)
+        score = count_model(model, blocks_BL, args.batch_size, args.seed).score()
+        rows.append({"step": step, "cross_entropy": cross_entropy(model, blocks_BL, args.batch_size), **asdict(score)})
     return rows
 
 
 def report(rows: list[dict], correlation: dict[str, float]) -> str:
-    lines = ["| step | cross-entropy (nats a token) | BrierLM ×100 |", "| --- | --- | --- |"]
-    lines += [f"| {row['step']} | {row['cross_entropy']:.4f} | {row['brierlm']['value']:.2f} |" for row in rows]
-    lines += ["", f"Pearson {correlation['pearson']:.3f}, Spearman {correlation['spearman']:.3f}"]
-    return "\n".join(lines)
+    lines = [[str(row["step"]), f"{row['cross_entropy']:.4f}", f"{row['brierlm']['value']:.2f}"] for row in rows]
+    table = markdown(["step", "cross-entropy (nats a token)", "BrierLM ×100"], lines)
+    return f"{table}\n\nPearson {correlation['pearson']:.3f}, Spearman {correlation['spearman']:.3f}"
 
 
 def write_plot(path: Path, rows: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot([row["cross_entropy"] for row in rows], [row["brierlm"]["value"] for row in rows], marker="o")
-    for row in rows:
-        axes.annotate(row["step"], (row["cross_entropy"], row["brierlm"]["value"]), fontsize=8)
-    axes.set_xlabel("cross-entropy (nats a token)")
-    axes.set_ylabel("BrierLM × 100")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with picture_of(path, figsize=(6, 4)) as (_, axes):
+        axes.plot([row["cross_entropy"] for row in rows], [row["brierlm"]["value"] for row in rows], marker="o")
+        for row in rows:
+            axes.annotate(row["step"], (row["cross_entropy"], row["brierlm"]["value"]), fontsize=8)
+        axes.set_xlabel("cross-entropy (nats a token)")
+        axes.set_ylabel("BrierLM × 100")
 
 
 @command
@@ -129,8 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     entropies, scores = zip(*((row["cross_entropy"], row["brierlm"]["value"]) for row in rows), strict=True)
     correlation = correlations(entropies, scores)
     print(report(rows, correlation))
-    if args.json:
-        args.json.write_text(json.dumps({**correlation, "checkpoints": rows}, indent=2) + "\n", encoding="utf-8")
+    write_json(args.json, {**correlation, "checkpoints": rows})
     if args.plot:
         write_plot(args.plot, rows)
 

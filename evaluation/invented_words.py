@@ -9,24 +9,20 @@ Words are runs of letters and apostrophes, case apart; the last of a text, which
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from math import ceil
+from collections.abc import Iterable
 
 import torch
 from transformers import set_seed
 
 from calm.command_line import Parser, command, known_errors, natural, positive, utf8, writable
 from calm.configuration_calm import CALMConfig
-from calm.evaluation.models import is_calm, load_causal_lm, load_config
+from calm.evaluation.models import is_calm, load_config, load_with_tokenizer
+from calm.evaluation.report import write_json
 from calm.generation_calm import PatchSampling
-from calm.loading import check_tokenizer
 from calm.progress import progress_bar, say
 from calm.training.documents import expand_paths, read_documents, size_of
-from calm.training.tokenizer import load_tokenizer
 from calm.weights_calm import check_num_candidates, check_temperature
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
@@ -45,27 +41,6 @@ def invented(texts: list[str], known: set[str]) -> tuple[list[str], int]:
     """The words of the texts that are not known, in order, and how many words there are."""
     words = [word for text in texts for word in words_of(text)[:-1]]
     return [word for word in words if word not in known], len(words)
-
-
-@contextmanager
-def counted_steps(model, num_steps: int, times: int) -> Iterator[Callable[[], None]]:
-    """A bar of the steps in which the model writes texts, so many times; call what it gives when one time is over."""
-    finished = 0
-
-    def count(*_) -> None:
-        bar.update(min(1, finished + num_steps - bar.n))
-
-    def finish() -> None:
-        nonlocal finished
-        finished += num_steps
-        bar.update(finished - bar.n)  # the texts may have ended before
-
-    hook = model.get_input_embeddings().register_forward_hook(count)
-    try:
-        with progress_bar(None, "Writing", "step", times * num_steps) as bar:
-            yield finish
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()
@@ -110,8 +85,7 @@ def load(args: argparse.Namespace):
         check_temperature(temperature)
         if args.num_candidates:
             check_num_candidates(args.num_candidates, temperature)
-    model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
-    check_tokenizer(model, tokenizer, args.model)
+    model, tokenizer = load_with_tokenizer(args.model)
     for temperature in args.temperature if has_patches and not args.num_candidates else []:  # the model's own
         PatchSampling.from_generation_config(model.generation_config, do_sample=True, temperature=temperature)
     return model, tokenizer
@@ -134,19 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     options |= {name: value for name, value in asked.items() if value is not None}
     rows = []
     print("| T | words | invented | share | the first of them |\n| --- | --- | --- | --- | --- |")
-    num_steps = ceil(args.max_new_tokens / (model.config.patch_size if is_calm(model) else 1))
-    with counted_steps(model, num_steps, len(args.temperature)) as finish:
-        for temperature in args.temperature:
-            texts = continuations(
-                model, tokenizer, args.prompt, args.num_texts, args.seed, temperature=temperature, **options
-            )
-            finish()
-            new, count = invented(texts, known)
-            rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
-            share = f"{len(new) / max(count, 1):.1%}"
-            say(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    for temperature in progress_bar(args.temperature, "Writing", "temperature"):
+        sampling = {"temperature": temperature, **options}
+        texts = continuations(model, tokenizer, args.prompt, args.num_texts, args.seed, **sampling)
+        new, count = invented(texts, known)
+        rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
+        share = f"{len(new) / max(count, 1):.1%}"
+        say(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |")
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
 from calm.evaluation.branching import CalmReader
 from calm.evaluation.brier import MAX_N, BrierCounts
 from calm.evaluation.calm_estimator import count_calm
-from calm.loading import device_of, load_whole, reading
+from calm.loading import check_tokenizer, device_of, load_whole, reading
 from calm.modeling_calm import CALMForCausalLM
 from calm.progress import progress_bar
+from calm.training.tokenizer import load_tokenizer
 
 
 def is_calm(model) -> TypeGuard[CALMForCausalLM]:
@@ -87,6 +88,17 @@ def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.d
     model_class = CALMForCausalLM if isinstance(config, CALMConfig) else AutoModelForCausalLM
     model = load_whole(model_class.from_pretrained, name, dtype=dtype)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # upstream's wrapper of `to` loses `self`
+
+
+def load_with_tokenizer(name: str, tokenizer: str | None = None, dtype: torch.dtype | str = "auto", device=None):
+    """The model as `load_causal_lm`, and its tokenizer or the one that is named.
+
+    Raises:
+        ValueError: as there, or the tokenizer is another model's.
+    """
+    model, found = load_causal_lm(name, dtype, device), load_tokenizer(tokenizer or name)
+    check_tokenizer(model, found, tokenizer or name)
+    return model, found
 
 
 def positions_per_block(model, block_size: int) -> int:

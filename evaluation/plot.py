@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from calm.command_line import Parser, command, known_errors, need, picture
+from calm.command_line import Parser, command, known_errors, picture
+from calm.evaluation.report import picture_of
 
 # Not worth a panel: they count, or say what the recipe says.
 LEFT_OUT = {"step", "epoch", "total_flos", "train_loss"}
@@ -44,34 +45,25 @@ def series(log: list[dict]) -> dict[str, tuple[list[int], list[float]]]:
 
 def draw(runs: list[Path], output: Path) -> None:
     """Writes a picture with one panel for each figure; eval_X shares the panel of X, dashed."""
-    need("matplotlib", "eval", "a picture")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = {run.name: series(read_log(run)) for run in runs}
     names = dict.fromkeys(name.removeprefix("eval_") for found in lines.values() for name in found)
     panels = sorted(names, key=lambda name: name != "loss")  # the loss first
     rows = -(-len(panels) // PANELS_A_ROW)
-    figure, axes = plt.subplots(rows, PANELS_A_ROW, figsize=(4 * PANELS_A_ROW, 2.6 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for panel, axis in zip(panels, axes.flat, strict=False):
-        for number, (run, found) in enumerate(lines.items()):
-            for name, style, label in ((panel, "-", run), (f"eval_{panel}", "--", f"{run}, held out")):
-                if name in found:
-                    axis.plot(*found[name], style, color=f"C{number}", label=label)
-        axis.set_title(panel.replace("_", " "), fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-    by_label = {
-        label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.tight_layout()
-    figure.legend(by_label.values(), by_label.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8)
-    figure.savefig(output, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    size = (4 * PANELS_A_ROW, 2.6 * rows)
+    with picture_of(output, rows, PANELS_A_ROW, figsize=size, squeeze=False, layout="tight") as (figure, axes):
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        labels = {}
+        for panel, axis in zip(panels, axes.flat, strict=False):
+            for number, (run, found) in enumerate(lines.items()):
+                for name, style, label in ((panel, "-", run), (f"eval_{panel}", "--", f"{run}, held out")):
+                    if name in found:
+                        (labels[label],) = axis.plot(*found[name], style, color=f"C{number}")
+            axis.set_title(panel.replace("_", " "), fontsize=10)
+            axis.set_xlabel("step", fontsize=8)
+            axis.tick_params(labelsize=8)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 4, "fontsize": 8}
+        figure.legend(labels.values(), labels.keys(), **place)
 
 
 @command

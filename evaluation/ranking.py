@@ -18,12 +18,10 @@ from tqdm import tqdm
 
 from calm.command_line import Parser, command, known_errors, natural, positive
 from calm.evaluation.blocks import add_data_arguments, open_documents
-from calm.evaluation.models import is_calm, load_causal_lm
+from calm.evaluation.models import is_calm, load_with_tokenizer
 from calm.evaluation.text_scores import score_texts
-from calm.loading import check_tokenizer
 from calm.progress import progress_bar, say
 from calm.training.data import Separation, tokenize_documents
-from calm.training.tokenizer import load_tokenizer
 
 TEXTS_AT_ONCE = 32
 
@@ -59,6 +57,7 @@ def scores_of(
     generator = torch.Generator(model.device).manual_seed(seed)
     for chunk_BL in ids_BL.split(TEXTS_AT_ONCE):
         scores = score_texts(model, chunk_BL, num_samples=num_samples, generator=generator)
+        assert scores.energy is not None and scores.brier is not None
         last = slice(-(num_after // patch_size), None)
         brier_BK = scores.brier[:, last].mean(1)
         parts.append(torch.stack([scores.energy[:, last].mean(1), brier_BK[:, 0], brier_BK[:, -1]]))
@@ -69,18 +68,6 @@ def scores_of(
 
 def share_ranked_rightly(true_B: Tensor, wrong_B: Tensor) -> float:
     return ((true_B > wrong_B).float() + 0.5 * (true_B == wrong_B)).mean().item()
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("python -m calm.evaluation.ranking", __doc__)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a CALM")
-    add_data_arguments(parser)
-    parser.add_argument("--num_samples", type=several, nargs="+", default=[100], help="of each patch")
-    parser.add_argument("--tokens", type=positive, nargs="+", default=[8, 32], help="of a continuation")
-    parser.add_argument("--tokens_before", type=positive, default=32)
-    parser.add_argument("--num_pairs", type=several, default=200, help="at most")
-    parser.add_argument("--seed", type=natural, default=0)
-    return parser.parse_args(argv)
 
 
 def several(text: str) -> int:
@@ -105,14 +92,21 @@ def check_lengths(config, num_before: int, nums_after: list[int]) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = Parser("python -m calm.evaluation.ranking", __doc__)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a CALM")
+    add_data_arguments(parser)
+    parser.add_argument("--num_samples", type=several, nargs="+", default=[100], help="of each patch")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[8, 32], help="of a continuation")
+    parser.add_argument("--tokens_before", type=positive, default=32)
+    parser.add_argument("--num_pairs", type=several, default=200, help="at most")
+    parser.add_argument("--seed", type=natural, default=0)
+    args = parser.parse_args(argv)
     with known_errors():
-        model = load_causal_lm(args.model)
+        model, tokenizer = load_with_tokenizer(args.model)
         if not is_calm(model):
             raise ValueError(f"{args.model}: is no CALM; other models rank texts by their likelihood.")
         check_lengths(model.config, args.tokens_before, args.tokens)
-        tokenizer, num_tokens = load_tokenizer(args.model), args.tokens_before + max(args.tokens)
-        check_tokenizer(model, tokenizer, args.model)
+        num_tokens = args.tokens_before + max(args.tokens)
         ids_BL = long_documents(open_documents(args), tokenizer, num_tokens, args.num_pairs, args.append_eos)
     rows = [(tokens, num) for tokens in args.tokens for num in args.num_samples]
     print("| tokens | samples N | pairs | energy | Brier-1 | Brier-K |\n|" + " --- |" * 6)

@@ -1,6 +1,5 @@
 """Branches read in one forward pass are what the model says of each continuation by itself."""
 
-import time
 import warnings
 
 import pytest
@@ -121,22 +120,14 @@ def brier_position_by_position(model, tokens_L, generator):
     return accuracy, collision
 
 
-def test_ar_estimator_agrees_with_rolling_out_and_is_ten_times_faster():
+def test_ar_estimator_agrees_with_rolling_out():
     model = llama(initializer_range=0.4)
     tokens = torch.randint(V, (1, 36), generator=torch.Generator().manual_seed(1))
     reader = CausalLMReader(model)
-    count_ar(reader, tokens)  # warm up
-
-    start = time.perf_counter()
     counts = count_ar(reader, tokens, torch.Generator().manual_seed(0))
-    fast = time.perf_counter() - start
-    start = time.perf_counter()
     accuracy, collision = brier_position_by_position(model, tokens[0], torch.Generator().manual_seed(0))
-    slow = time.perf_counter() - start
-
     torch.testing.assert_close(counts.accuracy_B4[0].float(), accuracy, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(counts.collision_B4[0, 0].float(), collision[0], rtol=1e-4, atol=1e-4)
     repeats = [count_ar(reader, tokens, torch.Generator().manual_seed(s)).collision_B4[0] for s in range(20)]
     repeats = torch.stack(repeats)
     assert ((repeats.mean(0) - collision).abs() < 4 * repeats.std(0) + 1e-4).all()
-    assert slow > 10 * fast, f"{slow:.3f} s position by position, {fast:.3f} s in branches"

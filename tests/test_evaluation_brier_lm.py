@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny import VOCAB_SIZE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm.evaluation import brier_lm
 from calm.evaluation.blocks import pack_blocks
 from calm.evaluation.brier_lm import main
 from calm.evaluation.models import count_model, load_causal_lm
@@ -40,6 +42,15 @@ def test_json_of_one_model(folder, tmp_path, capsys):
     assert f"{lm['value']:.2f}" in printed and "| 24 | 1040 |" in printed
 
 
+@pytest.mark.parametrize(("rank", "blocks"), [(0, 3), (1, 2)])
+def test_a_process_takes_its_share_of_the_blocks(folder, monkeypatch, tmp_path, rank, blocks):
+    share = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", is_main_process=True)
+    monkeypatch.setattr(brier_lm, "PartialState", lambda cpu: share)
+    run(folder, "--max_positions", 100, "--json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())[0]["blocks"] == blocks
+
+
+@pytest.mark.slow
 def test_processes_share_the_blocks(folder, tmp_path):
     """Two processes, as torchrun starts them, count what one counts. Slow: each imports transformers."""
     options = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz"]

@@ -53,7 +53,9 @@ def table(capsys, *words):
 
 
 def test_a_model_that_knows_the_text_ranks_all_rightly(monkeypatch, capsys, folder, texts):
-    monkeypatch.setattr(ranking, "load_causal_lm", lambda name: knowing(tiny_model(patch_size=2)))
+    monkeypatch.setattr(
+        ranking, "load_with_tokenizer", lambda name: (knowing(tiny_model(patch_size=2)), tiny_tokenizer())
+    )
     sizes = ["--tokens", 4, 8, "--tokens_before", 16, "--num_samples", 2, 5]
     rows = table(capsys, "--model", folder / "calm", "--data", texts, *sizes)
     assert rows == [[t, n, "11", *["100.0%"] * 3] for t in ("4", "8") for n in ("2", "5")]
@@ -61,7 +63,8 @@ def test_a_model_that_knows_the_text_ranks_all_rightly(monkeypatch, capsys, fold
 
 def test_a_model_that_knows_the_wrong_text_ranks_none(monkeypatch, capsys, folder, texts):
     """It foresees the next letter, with which the wrong continuation begins; of one patch each."""
-    monkeypatch.setattr(ranking, "load_causal_lm", lambda name: knowing(tiny_model(patch_size=2), step=1))
+    knows = knowing(tiny_model(patch_size=2), step=1)
+    monkeypatch.setattr(ranking, "load_with_tokenizer", lambda name: (knows, tiny_tokenizer()))
     sizes = ["--tokens", 2, "--tokens_before", 6, "--num_samples", 3, "--num_pairs", 4]
     ((*_, pairs, energy, brier_1, brier_k),) = table(capsys, "--model", folder / "calm", "--data", texts, *sizes)
     # Of the four the last is followed by the first, three letters back: foreseen no better than itself by Brier.

@@ -198,7 +198,7 @@ def test_invented_words_of_a_text_that_is_not_there(folder, capsys):
 def test_invented_words_refuses_what_cannot_be_sampled_before_it_loads_the_model(
     folder, capsys, monkeypatch, options, message
 ):
-    monkeypatch.setattr(invented_words, "load_causal_lm", None)
+    monkeypatch.setattr(invented_words, "load_with_tokenizer", None)
     options = ["--model", folder / "calm", "--text", folder / "text.jsonl.xz", *options]
     assert refusal(capsys, invented_words.main, *options).startswith(message)
 
