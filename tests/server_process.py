@@ -102,7 +102,7 @@ class ServerProcess:
         page = self.get("/metrics").read().decode()
         return float(re.search(rf"^{name} (\S+)$", page, re.M)[1])
 
-    def wait_for_metric(self, name, value, seconds=20):
+    def wait_for_metric(self, name, value, seconds=60):
         deadline = time.monotonic() + seconds
         while self.metric(name) != value:
             assert time.monotonic() < deadline, f"{name} is {self.metric(name)}, not {value}"
