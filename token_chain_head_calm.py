@@ -110,7 +110,7 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
         super().__init__(config)
         self.patch_size = config.patch_size
         self.chain = TokenChain(config.hidden_size, config.vocab_size, config.patch_size)
-        # No buffer: transformers 4 doesn't load those of an offloaded module.
+        # No buffer: these stay in memory when a module is offloaded, and check_weights misses none that no file had.
         codes = torch.zeros(config.patch_size, config.vocab_size, config.latent_size)
         self.codes = nn.Parameter(codes, requires_grad=False)
 
