@@ -206,7 +206,7 @@ def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[i
         ValueError: the folder is there, and holds something else.
     """
     contents = json.dumps({**asdict(language), "parts": parts}, indent=2) + "\n"
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         marker = folder / LANGUAGE_FILE
         if not marker.exists() or marker.read_text(encoding="utf-8") != contents:
             raise ValueError(f"{folder} holds another language or other parts of it: remove it, or choose another.")
