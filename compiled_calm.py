@@ -142,7 +142,8 @@ def drawn_before(
 
 
 def _step_of(model: CALMGenerationMixin):
-    """The function that is compiled. It holds the model weakly, as `COMPILED` does."""
+    """The function that is compiled: reads a patch of each row, to a place in the cache that is a tensor, and chooses
+    the next. It holds the model weakly, as `COMPILED` does."""
     reference = weakref.ref(model)
 
     def step(
@@ -157,31 +158,19 @@ def _step_of(model: CALMGenerationMixin):
     ) -> tuple[Tensor, Tensor | None]:
         calm = reference()
         assert calm is not None
-        hidden_BD = read_patch(calm, patches_BK, place_1, places_P, padding_B, cache)
+        is_seen_BP = (places_P <= place_1) & (places_P >= padding_B[:, None])
+        hidden = torch.finfo(calm.dtype).min
+        mask_B11P = torch.zeros_like(is_seen_BP, dtype=calm.dtype).masked_fill(~is_seen_BP, hidden)[:, None, None]
+        outputs = calm(
+            input_ids=patches_BK,
+            attention_mask=mask_B11P,
+            position_ids=(place_1 - padding_B)[:, None],
+            cache=cache,
+            use_cache=True,
+        )
+        hidden_BD = outputs.last_hidden_state[:, -1]
         plan = OneBlock()
         patches_BK = calm.next_patches(hidden_BD, sampling, RecordedRandomness(draws), forbidden_KV, plan)
         return patches_BK, plan.is_exact_B if sampling.sampling_method == "exact" else None
 
     return step
-
-
-def read_patch(
-    model: CALMGenerationMixin,
-    patches_BK: Tensor,
-    place_1: Tensor,
-    places_P: Tensor,
-    padding_B: Tensor,
-    cache: Cache,
-) -> Tensor:
-    """The hidden states (B, D) after one more patch of each row, at a place in the cache that is a tensor."""
-    is_seen_BP = (places_P <= place_1) & (places_P >= padding_B[:, None])
-    hidden = torch.finfo(model.dtype).min
-    mask_B11P = torch.zeros_like(is_seen_BP, dtype=model.dtype).masked_fill(~is_seen_BP, hidden)[:, None, None]
-    outputs = model(
-        input_ids=patches_BK,
-        attention_mask=mask_B11P,
-        position_ids=(place_1 - padding_B)[:, None],
-        cache=cache,
-        use_cache=True,
-    )
-    return outputs.last_hidden_state[:, -1]

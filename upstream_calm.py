@@ -247,19 +247,11 @@ def _of_text(processor, prompt_length: int):
 
 
 def checked_processors(processors) -> list:
-    """A caller's `logits_processor` as a list.
-
-    Raises:
-        ValueError: it is a single processor, or holds something that is none.
-    """
-    is_list = processors is None or isinstance(processors, list | tuple)
-    given = list(processors or []) if is_list else []
-    wrong = [each for each in given if not (callable(each) or hasattr(each, "after_prompt"))]
-    if not is_list or wrong:
-        raise ValueError(
-            f"logits_processor={processors!r}: must be a list of processors, as logits_processor=[processor]."
-        )
-    return given
+    """A caller's `logits_processor` as a list; `ValueError` where it is a single one, or holds something else."""
+    given = [] if processors is None else processors
+    if isinstance(given, list | tuple) and all(callable(each) or hasattr(each, "after_prompt") for each in given):
+        return list(given)
+    raise ValueError(f"logits_processor={given!r}: must be a list of processors, as logits_processor=[processor].")
 
 
 def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: str = "generate()") -> Tensor:
@@ -422,7 +414,7 @@ class PatchGenerationMixin(_Base):
         generation_config: GenerationConfig,
         input_ids_seq_length: int,
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
-        logits_processor: LogitsProcessorList | None = None,
+        logits_processor: Sequence | None = None,
         device: torch.device | None = None,
         **kwargs,
     ) -> RowProcessors:
@@ -470,7 +462,7 @@ class PatchGenerationMixin(_Base):
         processors = self._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=prompt_length,
-            logits_processor=LogitsProcessorList(checked_processors(logits_processor)),
+            logits_processor=logits_processor,
             device=torch.device("cpu") if self.device.type == "meta" else self.device,
         )
         return processors.of_row(0, prompt_length) if processors else None
