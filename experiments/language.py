@@ -211,7 +211,7 @@ def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[i
         if not marker.exists() or marker.read_text(encoding="utf-8") != contents:
             raise ValueError(f"{folder} holds another language or other parts of it: remove it, or choose another.")
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with unfinished(folder) as aside:
         aside.mkdir()
         for seed, (name, (number, length)) in enumerate(parts.items()):

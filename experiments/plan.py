@@ -84,9 +84,12 @@ class Plan:
             options = {**self.content["language"], "output": self.tokenizer}
             self._add("language", "calm.experiments.language", options, self.tokenizer / "language.json")
         else:
-            if corpus is None or not all((corpus / name).is_file() for name in self.content["text"].values()):
-                names = " and ".join(self.content["text"].values())
-                raise InputError(f"{file.name}: give --corpus (make: CORPUS=) the folder that holds {names}.")
+            names = self.content["text"].values()
+            if corpus is None or not all((corpus / name).is_file() for name in names):
+                where = file.name if corpus is None else corpus
+                raise InputError(
+                    f"{where}: give --corpus (make: CORPUS=) the folder that holds {' and '.join(names)}."
+                )
             self.train, self.held_out = (corpus / self.content["text"][part] for part in ("train", "validation"))
             self.tokenizer = self._training("tokenizer", {"recipe": self.content["tokenizer"]}, "tokenizer.json")
         rows = [self.models(row["model"]) for table in self.tables for row in table["rows"]]

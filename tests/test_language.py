@@ -238,7 +238,7 @@ def test_a_folder_says_which_language_it_is(tmp_path):
         load(tmp_path / "elsewhere")
 
 
-def test_a_kill_leaves_no_folder_and_the_next_run_writes_it_whole(tmp_path, monkeypatch):
+def test_a_kill_leaves_nothing_and_the_next_run_writes_it_whole(tmp_path, monkeypatch):
     def text(self, symbols):
         raise KeyboardInterrupt
 
@@ -246,7 +246,7 @@ def test_a_kill_leaves_no_folder_and_the_next_run_writes_it_whole(tmp_path, monk
         patched.setattr(HiddenMarkovLanguage, "text", text)
         with pytest.raises(KeyboardInterrupt):
             write(LANGUAGE, tmp_path / "killed", PARTS)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "killed").iterdir())
     write(LANGUAGE, tmp_path / "killed", PARTS)
     assert {"train.jsonl", "validation.jsonl", "language.json"} < set(files_of(tmp_path / "killed"))
 

@@ -114,10 +114,10 @@ def test_classes_are_equal_where_the_patches_are(pairs):
 
 
 def distances(sampling, temperature) -> tuple[float, float]:
-    """From the law at `temperature`, of patches chosen from draws of P and of as many exact draws: means of 60."""
+    """From the law at `temperature`, of patches chosen from draws of P and of as many exact draws: means of 20."""
     law, target, generator = law_after(), law_after().sharpened(temperature), seeded()
     pairs = []
-    for _ in range(60):
+    for _ in range(20):
         chosen = choose(law.draw(2**16, generator), sampling, 1000, generator)
         pairs.append([target.compare(drawn)[0] for drawn in (chosen, target.draw(1000, generator))])
     return tuple(np.mean(pairs, axis=0))
@@ -130,7 +130,7 @@ def test_the_exact_method_reaches_what_exact_draws_leave(temperature):
     assert variation < 1.3 * floor
 
 
-@pytest.mark.parametrize(("temperature", "other"), [(0.7, 0.6), (1 / 2, 0.6), (1 / 3, 1 / 2)])
+@pytest.mark.parametrize(("temperature", "other"), [(0.7, 0.6), (1 / 3, 1 / 2)])
 def test_another_temperature_is_told_apart(temperature, other):
     sampling = PatchSampling(temperature=other, sampling_method="exact", num_candidates=200)
     variation, floor = distances(sampling, temperature)
