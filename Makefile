@@ -18,10 +18,10 @@ SOURCES := setup.cfg pyproject.toml
 .PHONY: demo app test test-all test-oldest test-newest test-gpu style figures demo-model experiments speed clean
 
 demo: .venv/.base
-	$(BIN)/python demo.py
+	$(BIN)/python -m calm_transformers.generate .
 
 app: .venv/.app
-	$(BIN)/python -m calm.app .
+	$(BIN)/python -m calm_transformers.pages.app .
 
 test: .venv/.full
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(COVERAGE)
@@ -53,10 +53,10 @@ figures: .venv/.full
 	$(BIN)/python docs/draw_architecture.py
 
 demo-model: .venv/.full
-	$(BIN)/python -m calm.training.demo_model --corpus "$(CORPUS)" --output .
+	$(BIN)/python -m calm_transformers.training.demo_model --corpus "$(CORPUS)" --output .
 
 experiments: .venv/.full
-	$(BIN)/python -m calm.experiments $(if $(CORPUS),--corpus "$(CORPUS)")
+	$(BIN)/python -m calm_transformers.experiments $(if $(CORPUS),--corpus "$(CORPUS)")
 
 # The demo model of K = 4, whose candidates the benchmark imposes on CALM-M.
 runs/k4-demo:
@@ -65,17 +65,17 @@ runs/k4-demo:
 	mv $@.new $@
 
 speed: .venv/.full runs/k4-demo
-	$(BIN)/python -m calm.benchmarks.speed --demo runs/k4-demo --folder runs/speed
+	$(BIN)/python -m calm_transformers.benchmarks.speed --demo runs/k4-demo --folder runs/speed
 
 clean:
 	rm -rf .venv .venv-compat .venv-newest build *.egg-info
 
-# pyright, in an editor too, follows paths and not the import hook of an editable install: extraPaths names this link.
+# pyright, in an editor too, knows nothing of a package whose files stand elsewhere: stubPath names this link.
 .venv/.base: $(SOURCES) constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
-	mkdir -p .venv/packages
-	ln -sfn ../.. .venv/packages/calm
+	mkdir -p .venv/typings/calm_transformers
+	ln -sfn ../../.. .venv/typings/calm_transformers/model
 	touch $@
 
 .venv/.app: .venv/.base

@@ -183,7 +183,7 @@ class CALMConfig(LlamaConfig):
         patch_size: K tokens per patch.
         latent_size: Z, size of the vector that the head predicts.
         head_type: "energy", "flow" or "diffusion", as published; "token_chain" draws the patch's tokens and hands on
-            their point, for small vocabularies (see token_chain_head_calm.py).
+            their point, for small vocabularies (see heads_calm_token_chain.py).
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
         num_context_layers: residual MLPs that the hidden state passes first, once for all draws; published heads have

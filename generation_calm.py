@@ -1,8 +1,8 @@
 """Text generation of CALM under Hugging Face's `generate`: one loop that draws a patch a step and emits K tokens.
 
-What `generate` asks of a model, and what it is refused, is in upstream_calm.py; the temperature samplers are in
-samplers_calm.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch, D hidden, N candidates,
-V vocabulary.
+What `generate` asks of a model, and what it is refused, is in generation_calm_upstream.py; the temperature samplers
+are in generation_calm_samplers.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch, D hidden,
+N candidates, V vocabulary.
 """
 
 import inspect
@@ -18,13 +18,11 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .candidates_calm import CandidateScores, LazyPool, PlainPool, candidate_scores, compute_patch_scores
-from .compiled_calm import CompiledSteps
-from .heads_calm import GenerativeHead
-from .kernels_calm import numbers_up_to
-from .modeling_calm_autoencoder import CALMAutoencoder
-from .randomness_calm import Randomness, RecordedRandomness, StepRandomness
-from .samplers_calm import (
+from .generation_calm_candidates import CandidateScores, LazyPool, PlainPool, candidate_scores, compute_patch_scores
+from .generation_calm_compiled import CompiledSteps
+from .generation_calm_randomness import Randomness, RecordedRandomness, StepRandomness
+from .generation_calm_rules import RulesOfTexts, TokenRules
+from .generation_calm_samplers import (
     BlockPlan,
     OneBlock,
     Pool,
@@ -34,11 +32,13 @@ from .samplers_calm import (
     one_block_temperature_sample,
     single_draw,
 )
-from .texts_calm import GrowingTexts
-from .token_rules_calm import RulesOfTexts, TokenRules
-from .upstream_calm import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin
-from .virtual_tokens_calm import read_virtual_tokens
-from .weights_calm import Truncation, check_num_candidates, check_temperature, draw_weights
+from .generation_calm_texts import GrowingTexts
+from .generation_calm_upstream import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin
+from .generation_calm_virtual_tokens import read_virtual_tokens
+from .generation_calm_weights import Truncation, check_num_candidates, check_temperature, draw_weights
+from .heads_calm import GenerativeHead
+from .kernels_calm import numbers_up_to
+from .modeling_calm_autoencoder import CALMAutoencoder
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
@@ -66,8 +66,8 @@ class PatchSampling:
             the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
             patches repeat. At T > 1, or with a truncation, all three are "batch".
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
-            are the same (see candidates_calm.py). `None` is True on a CPU. With logits processors every candidate is
-            drawn, decoded in full and weighed.
+            are the same (see generation_calm_candidates.py). `None` is True on a CPU. With logits processors every
+            candidate is drawn, decoded in full and weighed.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
@@ -266,7 +266,7 @@ class Fallbacks:
 
 
 class CALMGenerationMixin(PatchGenerationMixin):
-    """`generate` for CALM: upstream_calm.py receives its calls, here is what they come to."""
+    """`generate` for CALM: generation_calm_upstream.py receives its calls, here is what they come to."""
 
     head: GenerativeHead
     autoencoder: CALMAutoencoder
@@ -305,7 +305,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def write_patches(
         self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Generates patch by patch; every stopping rule sees each token (see texts_calm.py).
+        """Generates patch by patch; every stopping rule sees each token (see generation_calm_texts.py).
 
         Returns the prompts as they came, padding included, followed by the new tokens; a row that has stopped gets
         padding, also after an EOS within a patch. Where scores are returned, a streamer that has a method

@@ -1,6 +1,6 @@
 """The interface of the generative heads: each draws the next patch's latent vector given the backbone's hidden state.
 
-A head is one file, like energy_head_calm.py, and one line, its import in modeling_calm.py. Its class is defined with
+A head is one file, like heads_calm_energy.py, and one line, its import in modeling_calm.py. Its class is defined with
 the `head_type` that configurations name it by, and answers every question about itself: how to draw and to score,
 which configurations it takes, what it must be fitted to before training, how many network calls a draw costs. What
 it costs in FLOPs is counted by running it (training/cost.py).

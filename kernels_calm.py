@@ -1,13 +1,13 @@
 """What a CALM computes with beside PyTorch's own operators: tables that are made once, and two kernels for a CPU.
 
-**float32 products.** PyTorch multiplies float32 matrices with MKL and takes oneDNN for bfloat16 alone. On processors of
-other makers than MKL's, oneDNN is faster in float32 as well: on an AMD EPYC with AVX-512 at 500 instead of 220 GFLOP/s
-(docs/speed.md). `fast_products` takes whichever is faster.
+**float32 products.** PyTorch multiplies float32 matrices with MKL and takes oneDNN for bfloat16 alone. On processors
+of other makers than MKL's, oneDNN is faster in float32 as well: on an AMD EPYC with AVX-512 at 500 instead of 220
+GFLOP/s (docs/speed.md). `fast_products` takes whichever is faster.
 
-**The argmax over a large vocabulary.** The product with the vocabulary is most of what generation at T < 1 computes, and
-only its argmax is wanted. A product of whole numbers takes a quarter to a half of its time and errs by no more than a
-known amount, so that it shows which rows of the matrix can't be the argmax. The few that remain are multiplied as they
-are, and the best of them is chosen: `VocabularyScreen`.
+**The argmax over a large vocabulary.** The product with the vocabulary is most of what generation at T < 1 computes,
+and only its argmax is wanted. A product of whole numbers takes a quarter to a half of its time and errs by no more
+than a known amount, so that it shows which rows of the matrix can't be the argmax. The few that remain are multiplied
+as they are, and the best of them is chosen: `VocabularyScreen`.
 
 With w = ŵ + e and x = x̂ + r, the hats rounded, |w·x − ŵ·x̂| = |w·r + e·x̂| <= ‖w‖·‖r‖ + ‖e‖·‖x̂‖ (Cauchy–Schwarz). Rows
 are judged in groups, by the largest product in the group. Rows of about the same length make a group, so that

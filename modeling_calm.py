@@ -17,19 +17,19 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 # A head is known once it is imported: the four below enter themselves in HEADS.
 from .configuration_calm import HEADS, CALMConfig
-from .diffusion_head_calm import DiffusionHead  # noqa: F401
-from .energy_head_calm import EnergyHead  # noqa: F401
-from .flow_head_calm import FlowMatchingHead  # noqa: F401
 from .generation_calm import CALMGenerationMixin
+from .generation_calm_upstream import CACHE_ARGUMENT, OffloadableModel
 from .heads_calm import PatchTarget
+from .heads_calm_diffusion import DiffusionHead  # noqa: F401
+from .heads_calm_energy import EnergyHead  # noqa: F401
+from .heads_calm_flow import FlowMatchingHead  # noqa: F401
+from .heads_calm_token_chain import TokenChainHead  # noqa: F401
 from .kernels_calm import fast_products
 from .modeling_calm_autoencoder import CALMAutoencoder
-from .token_chain_head_calm import TokenChainHead  # noqa: F401
-from .upstream_calm import CACHE_ARGUMENT, OffloadableModel
 
 NO_LOGITS = (
     "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
-    "(calm.evaluation.brier_lm), and in lm-evaluation-harness with tasks of the type generate_until."
+    "(calm_transformers.evaluation.brier_lm), and in lm-evaluation-harness with tasks of the type generate_until."
 )
 
 

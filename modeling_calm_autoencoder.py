@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils.generic import ModelOutput
 
 from .configuration_calm import CALMAutoencoderConfig
+from .generation_calm_upstream import OffloadableModel
 from .kernels_calm import VocabularyScreen, fast_products
-from .upstream_calm import OffloadableModel
 
 # Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from calm.command_line import Parser, command
+from calm_transformers.command_line import Parser, command
 
 BACKBONE, HEAD, AUTOENCODER, TEXT = "#3b6ea5", "#b5542b", "#4b8b5a", "#f4f1ea"
 PATCHES = ["Once·upon·a·time", ",·there·was·a", "·little·girl·named"]

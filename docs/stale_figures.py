@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from calm.command_line import Parser, command
+from calm_transformers.command_line import Parser, command
 
 DOCS = Path(__file__).parent
 WEIGHTS = DOCS.parent / "model.safetensors"

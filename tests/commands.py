@@ -1,48 +1,51 @@
 """Every command, and how it refuses: code 2, nothing but one line "error: …" on stderr."""
 
-import importlib
+import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from calm_transformers import cli
+
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"it/s\]")  # upstream's bars while a model loads
-TYPED_AS_MODULES = ("calm.app", "calm.export_onnx", "calm.inspect_text", "calm.serve")
 STARTS = '\nif __name__ == "__main__":'
+PACKAGE = ROOT / "calm_transformers"
+
+
+def name_of(path: Path) -> str:
+    """A module's name; of a script of docs/, which is not installed, its path with dots."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def commands() -> dict[str, str]:
-    """Module → how one types it, of every module that runs, those of docs/ too, which are not installed."""
-    files = [*ROOT.glob("*.py"), *(path for part in [*_packages(), "docs"] for path in (ROOT / part).glob("*.py"))]
+    """Module → how one types it, of every module that runs."""
+    typed = {f"calm_transformers.{module}": f"calm {name}" for name, (module, _) in cli.COMMANDS.items()}
     found = {}
-    for path in sorted(files):
-        if STARTS in path.read_text(encoding="utf-8"):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            module = ".".join(["calm", *(part for part in parts if part != "__main__")])
-            is_script = parts[0] == "docs" or len(parts) == 1 and module not in TYPED_AS_MODULES
-            found[module] = f"python {path.relative_to(ROOT)}" if is_script else f"python -m {module}"
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.py")]):
+        if STARTS in path.read_text(encoding="utf-8") and path.stem != "cli":
+            name = name_of(path)
+            is_script = not path.is_relative_to(PACKAGE)
+            found[name] = f"python {path.relative_to(ROOT)}" if is_script else typed.get(name, f"python -m {name}")
     return found
 
 
-def _packages() -> list[str]:
-    return [path.parent.name for path in ROOT.glob("*/__init__.py")]
-
-
 COMMANDS = commands()
-PACKAGES = ("", *sorted(_packages()))  # "" is the root's
 MODULES = [
-    ".".join(filter(None, ("calm", package, path.stem)))
-    for package in PACKAGES
-    for path in sorted((ROOT / package).glob("*.py"))
-    if path.stem not in ("__init__", "__main__")
+    *(f"calm_transformers.model.{path.stem}" for path in sorted(ROOT.glob("*_calm*.py"))),
+    *(name_of(path) for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in ("__init__", "__main__")),
 ]
 
 
 def main_of(module: str) -> Callable[[list[str]], int]:
-    try:
-        return importlib.import_module(f"{module}.__main__").main
-    except ModuleNotFoundError:
-        return importlib.import_module(module).main
+    if module.startswith("docs."):
+        spec = importlib.util.spec_from_file_location(module, ROOT / f"{module.replace('.', '/')}.py")
+        script = importlib.util.module_from_spec(spec)
+        sys.modules[module] = script  # dataclasses look it up
+        spec.loader.exec_module(script)
+        return script.main
+    return importlib.import_module(module).main
 
 
 def refusal(capsys, main: Callable, *argv) -> str:

@@ -46,7 +46,7 @@ def push_convert_push(calm, autoencoder, published, bundle, output):
     """Pushes a published pair from folders, converts it by its Hub ids, and pushes the bundle; returns its files."""
     from huggingface_hub import HfApi
 
-    from calm.convert_checkpoint import main
+    from calm_transformers.conversion.convert import main
 
     for folder in (calm, autoencoder):
         repo_id = f"{published}-{folder.rsplit('/')[-1]}"

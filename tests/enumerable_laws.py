@@ -5,8 +5,8 @@
 import torch
 from scipy.stats import chisquare
 
-from calm.samplers_calm import BlockPlan
-from calm.weights_calm import patch_classes
+from calm_transformers.model.generation_calm_samplers import BlockPlan
+from calm_transformers.model.generation_calm_weights import patch_classes
 
 TOKENS = 40  # outcome v is the patch (v // TOKENS, v % TOKENS)
 

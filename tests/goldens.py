@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from calm.benchmarks import golden
-from calm.benchmarks.golden import HEAD_TYPES, relative_error
+from calm_transformers.benchmarks import golden
+from calm_transformers.benchmarks.golden import HEAD_TYPES, relative_error
 
 __all__ = ["FIXTURES", "FORWARD_SEED", "HEAD_TYPES", "golden_model", "golden_tensors", "relative_error"]
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from calm.evaluation.branching import take
-from calm.experiments.language import HiddenMarkovLanguage
-from calm.training.tokenizer import SPECIAL_TOKENS
+from calm_transformers.evaluation.branching import take
+from calm_transformers.experiments.language import HiddenMarkovLanguage
+from calm_transformers.training.tokenizer import SPECIAL_TOKENS
 
 # B blocks, P patches (or tokens), K tokens of a patch, N branches, S places, V symbols
 

@@ -11,11 +11,11 @@ def memory_of_draws(num_draws, temperature):
     """
     import torch
 
-    from calm.benchmarks.meters import PeakMemory
-    from calm.candidates_calm import LazyPool
-    from calm.configuration_calm import CALMAutoencoderConfig
-    from calm.modeling_calm_autoencoder import CALMAutoencoder
-    from calm.samplers_calm import exact_temperature_sample
+    from calm_transformers.benchmarks.meters import PeakMemory
+    from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
+    from calm_transformers.model.generation_calm_candidates import LazyPool
+    from calm_transformers.model.generation_calm_samplers import exact_temperature_sample
+    from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
     torch.manual_seed(0)
     autoencoder = CALMAutoencoder(CALMAutoencoderConfig(vocab_size=4096)).eval()

@@ -11,24 +11,24 @@ ROOT = Path(__file__).parent.parent
 # Everything that modeling_calm.py needs, and nothing else, travels with the weights.
 CODE_FILES = {
     "configuration_calm.py",
-    "candidates_calm.py",
+    "generation_calm_candidates.py",
     "generation_calm.py",
-    "compiled_calm.py",
-    "diffusion_head_calm.py",
-    "energy_head_calm.py",
-    "flow_head_calm.py",
+    "generation_calm_compiled.py",
+    "heads_calm_diffusion.py",
+    "heads_calm_energy.py",
+    "heads_calm_flow.py",
     "heads_calm.py",
     "kernels_calm.py",
-    "token_chain_head_calm.py",
+    "heads_calm_token_chain.py",
     "modeling_calm.py",
     "modeling_calm_autoencoder.py",
-    "randomness_calm.py",
-    "samplers_calm.py",
-    "token_rules_calm.py",
-    "texts_calm.py",
-    "upstream_calm.py",
-    "virtual_tokens_calm.py",
-    "weights_calm.py",
+    "generation_calm_randomness.py",
+    "generation_calm_samplers.py",
+    "generation_calm_rules.py",
+    "generation_calm_texts.py",
+    "generation_calm_upstream.py",
+    "generation_calm_virtual_tokens.py",
+    "generation_calm_weights.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",
@@ -120,7 +120,7 @@ def texts_of_a_batcher(folder):
     """In a fresh process: what a model writes that was loaded with the code in its folder."""
     from transformers import AutoModelForCausalLM
 
-    from calm.serving.batcher import Batcher
+    from calm_transformers.serving.batcher import Batcher
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")

@@ -1,4 +1,4 @@
-"""`python -m calm.serve` as a process of its own, for tests that talk to it over HTTP, and in this process."""
+"""`calm serve` as a process of its own, for tests that talk to it over HTTP, and in this process."""
 
 import contextlib
 import http.client
@@ -41,9 +41,9 @@ def in_process(folder, options=None, **limits):
     from starlette.testclient import TestClient
     from tiny import tiny_tokenizer
 
-    from calm.modeling_calm import CALMForCausalLM
-    from calm.serving.app import ServerOptions, create_app
-    from calm.serving.batcher import Batcher
+    from calm_transformers.model.modeling_calm import CALMForCausalLM
+    from calm_transformers.serving.app import ServerOptions, create_app
+    from calm_transformers.serving.batcher import Batcher
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -127,7 +127,7 @@ def running_server(model, home, *options, cwd=None, **environment):
     log = home / "log"
     with open(log, "w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "calm.serve", str(model), "--port", "0", *options],
+            [sys.executable, "-m", "calm_transformers.serving.serve", str(model), "--port", "0", *options],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), **environment},
             cwd=cwd or home,
             stdin=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ from model_copies import ROOT
 from tiny import BOS, tiny_model
 from transformers import AutoTokenizer
 
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers
 

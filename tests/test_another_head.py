@@ -10,11 +10,11 @@ from tiny import BOS, tiny_config, tiny_model
 from torch import nn
 from training_helpers import make_workshop, train
 
-from calm.configuration_calm import HEADS
-from calm.evaluation.models import count_model
-from calm.heads_calm import GenerativeHead, zero_linear
-from calm.modeling_calm import CALMForCausalLM
-from calm.training.cost import calm_cost
+from calm_transformers.evaluation.models import count_model
+from calm_transformers.model.configuration_calm import HEADS
+from calm_transformers.model.heads_calm import GenerativeHead, zero_linear
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.training.cost import calm_cost
 
 
 class GaussianHead(GenerativeHead, head_type="gaussian"):

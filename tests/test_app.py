@@ -22,8 +22,8 @@ from commands import refusal
 from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm import app, app_page
-from calm.app_page import Settings, Writer, view, views
+from calm_transformers.pages import app, app_page
+from calm_transformers.pages.app_page import Settings, Writer, view, views
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
@@ -241,7 +241,7 @@ def space(tmp_path_factory):
 
 
 def test_a_space_holds_the_page_the_model_and_its_code(space):
-    from calm.bundle_files import code_files
+    from calm_transformers.conversion.bundle_files import code_files
 
     found = {str(path.relative_to(space)) for path in space.rglob("*") if path.is_file()}
     code = {f"model/{Path(name).name}" for name in code_files()}
@@ -325,7 +325,16 @@ def running(command, folder, log, **environment):
 
 @pytest.fixture(scope="module")
 def address(driver, space, tmp_path_factory):
-    command = [sys.executable, "-m", "calm.app", str(ROOT), "--baseline", str(space / "baseline"), "--port", "{port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "calm_transformers.pages.app",
+        str(ROOT),
+        "--baseline",
+        str(space / "baseline"),
+        "--port",
+        "{port}",
+    ]
     with running(command, tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("log") / "app.log") as url:
         yield url
 

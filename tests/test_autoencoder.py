@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from model_copies import ROOT, loaded_by_auto_model
 from tiny import VOCAB_SIZE, tiny_model
 
-from calm.configuration_calm import CALMAutoencoderConfig
-from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
+from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
 
 def autoencoder(**fields):
@@ -131,7 +131,9 @@ def test_decode_tokens_is_the_argmax_in_chunks(monkeypatch):
     model, latents = autoencoder(), torch.randn(3, 5, 16)
     expected = model.decoder(latents).argmax(-1)
     assert torch.equal(model.decode_tokens(latents), expected)
-    monkeypatch.setattr("calm.modeling_calm_autoencoder.LOGITS_PER_CHUNK", {"cpu": 2 * 4 * VOCAB_SIZE})
+    monkeypatch.setattr(
+        "calm_transformers.model.modeling_calm_autoencoder.LOGITS_PER_CHUNK", {"cpu": 2 * 4 * VOCAB_SIZE}
+    )
     assert torch.equal(model.decode_tokens(latents), expected)
     forbidden = torch.zeros(4, VOCAB_SIZE, dtype=torch.bool)
     forbidden[1, expected[0, 0, 1]] = True

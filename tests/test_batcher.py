@@ -12,11 +12,11 @@ import torch
 from tiny import BOS, EOS, HEAD_TYPES, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm.generation_calm import PatchSampling
-from calm.modeling_calm import CALMForCausalLM
-from calm.serving.batcher import Batcher, BatcherClosed, QueueFull
-from calm.serving.engine import Engine, SlotCache
-from calm.serving.rows import Row
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
+from calm_transformers.serving.engine import Engine, SlotCache
+from calm_transformers.serving.rows import Row
 
 LAWS = [
     {"temperature": 1.0},

@@ -11,15 +11,15 @@ from tiny import BOS, VOCAB_SIZE, tiny_config, tiny_model
 from torch import nn
 from transformers import LlamaConfig
 
-from calm import candidates_calm
-from calm.benchmarks import generation, meters, runs, workloads
-from calm.benchmarks.meters import Meter, Parts, PeakMemory, weight_bytes, wrapped
-from calm.benchmarks.runs import Subject, compare, timed_run
-from calm.benchmarks.workloads import Replay, random_model
-from calm.command_line import InputError
-from calm.generation_calm import PatchSampling
-from calm.modeling_calm import CALMForCausalLM
-from calm.training import recipe
+from calm_transformers.benchmarks import generation, meters, runs, workloads
+from calm_transformers.benchmarks.meters import Meter, Parts, PeakMemory, weight_bytes, wrapped
+from calm_transformers.benchmarks.runs import Subject, compare, timed_run
+from calm_transformers.benchmarks.workloads import Replay, random_model
+from calm_transformers.command_line import InputError
+from calm_transformers.model import generation_calm_candidates
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.training import recipe
 
 CPU = torch.device("cpu")
 K = 4
@@ -261,7 +261,7 @@ def test_a_replay_leaves_the_work_as_it_was(method):
 
 def test_a_replay_says_which_tokens_are_read(monkeypatch):
     """Recorded draws (c, j, 0, 0): tokens 3 and 2 are all the same, so that three tokens of each must be read."""
-    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
+    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     model, work = tiny_model(), []
     read = model.autoencoder.read_tokens
     with wrapped(model.autoencoder, "read_tokens", lambda _: lambda s, *args: work.append(len(s)) or read(s, *args)):

@@ -7,8 +7,8 @@ import pytest
 from commands import refusal
 from test_benchmark_generation import demo  # noqa: F401 (a fixture)
 
-from calm.benchmarks import gpu
-from calm.benchmarks.golden import HEAD_TYPES
+from calm_transformers.benchmarks import gpu
+from calm_transformers.benchmarks.golden import HEAD_TYPES
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 

@@ -9,9 +9,9 @@ import transformers
 from commands import refusal
 from packaging.version import Version
 
-from calm.benchmarks import operations
-from calm.benchmarks.operations import OperationCounter, cases, count_all, update_budget
-from calm.command_line import InputError
+from calm_transformers.benchmarks import operations
+from calm_transformers.benchmarks.operations import OperationCounter, cases, count_all, update_budget
+from calm_transformers.command_line import InputError
 
 HEADS = ["energy", "token_chain"]
 BUDGET_FILE = Path(__file__).parent / "operations_budget.json"

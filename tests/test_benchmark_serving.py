@@ -9,8 +9,8 @@ from server_process import save_tiny_model
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm.benchmarks import serving
-from calm.benchmarks.serving import Round, as_table, line_of
+from calm_transformers.benchmarks import serving
+from calm_transformers.benchmarks.serving import Round, as_table, line_of
 
 
 def test_lines_by_hand():
@@ -48,13 +48,16 @@ def test_a_run(tmp_path, capsys):
     lines = run(tmp_path)
     assert [line["clients"] for line in lines] == [1, 3]
     assert all(line["tokens_per_second"] > 0 and line["first_token_p99"] > 0 for line in lines)
-    assert capsys.readouterr().out.count("calm.serve") == 2
+    assert capsys.readouterr().out.count("calm_transformers.serving.serve") == 2
 
 
 @pytest.mark.slow
 def test_a_run_beside_upstreams_server(tmp_path, llama_folder):
     lines = run(tmp_path, "--baseline", str(llama_folder), "--no_upstream_batching")
-    assert [line["server"].partition(":")[0] for line in lines] == ["calm.serve", "transformers serve"] * 2
+    assert [line["server"].partition(":")[0] for line in lines] == [
+        "calm_transformers.serving.serve",
+        "transformers serve",
+    ] * 2
 
 
 def test_a_round_of_clients(monkeypatch):

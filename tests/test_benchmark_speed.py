@@ -7,7 +7,7 @@ import pytest
 from commands import refusal
 from model_copies import ROOT
 
-from calm.benchmarks import generation, speed
+from calm_transformers.benchmarks import generation, speed
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from calm.configuration_calm import CALMAutoencoderConfig
-from calm.evaluation.brier import BrierCounts, brierlm, prefix_matches
-from calm.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.evaluation.brier import BrierCounts, brierlm, prefix_matches
+from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
+from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -10,11 +10,17 @@ from enumerable_laws import seeded
 from tiny import BOS, PAD, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
-from calm import generation_calm, samplers_calm
-from calm.candidates_calm import NO_TOKEN, CandidateScores, PlainPool, candidate_scores, compute_patch_scores
-from calm.generation_calm import PatchSampling
-from calm.upstream_calm import CACHE_ARGUMENT
-from calm.weights_calm import draw_weights
+from calm_transformers.model import generation_calm, generation_calm_samplers
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_candidates import (
+    NO_TOKEN,
+    CandidateScores,
+    PlainPool,
+    candidate_scores,
+    compute_patch_scores,
+)
+from calm_transformers.model.generation_calm_upstream import CACHE_ARGUMENT
+from calm_transformers.model.generation_calm_weights import draw_weights
 
 PROMPT = torch.tensor([[BOS, 5, 6, 7, 8], [PAD, PAD, BOS, 9, 10], [BOS, 7, 7, 8, 9]])
 MASK = (PROMPT != PAD).long()
@@ -341,13 +347,13 @@ class TestExact:
         return found
 
     def test_each_row_and_step_tells_and_a_call_warns_once(self, monkeypatch, warnings, model):
-        fell_back, choose = [], samplers_calm.choose_from_full_pool
+        fell_back, choose = [], generation_calm_samplers.choose_from_full_pool
 
         def note(class_RN, *args):
             fell_back.append(len(class_RN))
             return choose(class_RN, *args)
 
-        monkeypatch.setattr(samplers_calm, "choose_from_full_pool", note)
+        monkeypatch.setattr(generation_calm_samplers, "choose_from_full_pool", note)
         is_exact_SB = torch.stack([step.is_exact for step in write(model, **self.SETTINGS).scores])
         assert is_exact_SB.shape == (10, 3) and is_exact_SB.any() and not is_exact_SB.all()
         assert (~is_exact_SB).sum() == sum(fell_back)
@@ -355,7 +361,7 @@ class TestExact:
         assert warning.startswith(f'sampling_method="exact": {sum(fell_back)} of 30 patches were chosen by the batch')
         assert "40 candidates held no accepted attempt; raise num_candidates" in warning
 
-        monkeypatch.setattr(samplers_calm, "choose_from_full_pool", choose)
+        monkeypatch.setattr(generation_calm_samplers, "choose_from_full_pool", choose)
         write(model, output_scores=False, **self.SETTINGS)
         compiled = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode=None)}
         write(model, output_scores=False, **self.SETTINGS, **compiled)

@@ -11,10 +11,10 @@ from sampler_twins import table_of_pairs
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm import candidates_calm, modeling_calm_autoencoder
-from calm.candidates_calm import LazyPool, PlainPool
-from calm.generation_calm import PatchSampling
-from calm.samplers_calm import BlockPlan, compared_pairs, exact_temperature_sample
+from calm_transformers.model import generation_calm_candidates, modeling_calm_autoencoder
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_candidates import LazyPool, PlainPool
+from calm_transformers.model.generation_calm_samplers import BlockPlan, compared_pairs, exact_temperature_sample
 
 K, Z = 4, 16
 NO_EOS = {"eos_token_id": None}
@@ -144,7 +144,7 @@ def test_a_layer_that_cannot_be_cut_is_read_as_a_whole(monkeypatch, autoencoder,
 @pytest.mark.parametrize("forbid", [False, True])
 def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoencoder, few, forbid):
     """In growing blocks, in each of which fewer rows draw."""
-    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", few)
+    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", few)
     forbidden_KV = torch.arange(VOCAB_SIZE).expand(K, -1) % 3 == 0 if forbid else None
     latents = some_latents(25, 5)
     lazy, plain = (pool_of(kind, autoencoder, latents, forbidden_KV=forbidden_KV) for kind in (LazyPool, PlainPool))
@@ -165,7 +165,7 @@ def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoe
 def test_pairs_that_are_asked_for_are_equal_exactly_where_their_patches_are(
     monkeypatch, autoencoder, temperature, few
 ):
-    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", few)
+    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", few)
     latents = some_latents(29, 3, spread=0.05)
     lazy, plain = (pool_of(kind, autoencoder, latents) for kind in (LazyPool, PlainPool))
     for rows, num_draws in [([0, 1, 2], 9), ([0, 2], 20)]:
@@ -281,7 +281,7 @@ def test_ten_thousand_draws_of_a_row_stay_within_100_mb(tmp_path, temperature):
 
 def test_distinct_candidates_cost_one_token_each_and_one_patch(monkeypatch):
     """Last tokens that all differ: nothing else is read but the rest of the chosen patch."""
-    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
+    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     work, read = [], LazyPool.read
 
     def distinct(self, rows, draws, positions):
@@ -333,7 +333,7 @@ def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
     monkeypatch, autoencoder, temperature, tokens
 ):
     """Candidates 0, 2, 3, 4 and 7 are equal: at T = 1/2 2 and 3 are compared, at T = 1/3 3 and 4 as well."""
-    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
+    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     work, token_N = [], torch.tensor([7, 11, 7, 7, 7, 15, 16, 7, 18])
     monkeypatch.setattr(LazyPool, "read", lambda self, _, draws, __: work.append(len(draws)) or token_N[draws])
     pool = full_pool(LazyPool, autoencoder, torch.zeros(9, 1, Z))
@@ -345,7 +345,7 @@ def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
 def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatch):
     """The whole step reads the vocabulary once: last tokens that all differ, and the patch that is then chosen."""
     model, work = tiny_model(), []
-    monkeypatch.setattr(candidates_calm, "FEW_TOKENS", 0)
+    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
 
     def distinct(self, rows, draws, positions):
         work.append(len(rows))

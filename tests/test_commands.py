@@ -13,49 +13,52 @@ import pytest
 from commands import COMMANDS, ROOT, main_of, refusal
 from tiny import tiny_model, tiny_tokenizer
 
-import calm.command_line
-from calm.command_line import InputError, Parser, command, known_errors
-from calm.evaluation.models import load_causal_lm
+import calm_transformers.command_line
+from calm_transformers.command_line import InputError, Parser, command, known_errors
+from calm_transformers.evaluation.models import load_causal_lm
 
 NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]
 WRONG_PATHS = {
-    "calm.app": [NOWHERE, "--space", "{tmp}"],  # without it gradio is asked for first
-    "calm.benchmarks.generation": ["--json", f"{NOWHERE}/rows.json"],
-    "calm.benchmarks.gpu": ["--device", "cpu", "--pairs", NOWHERE],
-    "calm.benchmarks.operations": ["--shape", NOWHERE],
-    "calm.benchmarks.serving": ["--model", NOWHERE],
-    "calm.benchmarks.speed": ["--demo", NOWHERE],
-    "calm.benchmarks.truncation": ["--pools", NOWHERE],
-    "calm.benchmarks.training_step": ["--shape", NOWHERE],
-    "calm.convert_checkpoint": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
-    "calm.export_onnx": [NOWHERE, "--output", "{tmp}"],
-    "calm.generate_onnx": ["Once", "--folder", NOWHERE],
-    "calm.evaluation.ranking": ["--model", NOWHERE, "--data", NOWHERE],
-    "calm.inspect_text": [NOWHERE],
-    "calm.demo": ["--model", NOWHERE],
-    "calm.docs.draw_architecture": [NOWHERE],  # these two read no file that one names
-    "calm.docs.stale_figures": [NOWHERE],
-    "calm.evaluation.autoencoder_report": ["--model", NOWHERE, *DATA[:2]],
-    "calm.evaluation.brier_lm": ["--model", NOWHERE, *DATA],
-    "calm.evaluation.calibration": ["--run", NOWHERE, *DATA],
-    "calm.evaluation.invented_words": ["--model", NOWHERE, "--text", NOWHERE],
-    "calm.evaluation.plot": [NOWHERE],
-    "calm.evaluation.prompt_alignment": ["--model", NOWHERE, *DATA[:2]],
-    "calm.experiments": ["--corpus", NOWHERE, "--output", "{tmp}"],
-    "calm.experiments.language": ["--output", f"/dev/null/{NOWHERE}"],  # it makes folders, but not in a file
-    "calm.experiments.replacements": ["--model", NOWHERE, "--language", NOWHERE],
-    "calm.experiments.share": ["--model", NOWHERE, "--language", NOWHERE],
-    "calm.experiments.sharpening": ["--model", NOWHERE, "--language", NOWHERE],
-    "calm.serve": [NOWHERE, "--port", "0"],
-    "calm.training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
-    "calm.training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
+    "calm_transformers.pages.app": [NOWHERE, "--space", "{tmp}"],  # without it gradio is asked for first
+    "calm_transformers.benchmarks.generation": ["--json", f"{NOWHERE}/rows.json"],
+    "calm_transformers.benchmarks.gpu": ["--device", "cpu", "--pairs", NOWHERE],
+    "calm_transformers.benchmarks.operations": ["--shape", NOWHERE],
+    "calm_transformers.benchmarks.serving": ["--model", NOWHERE],
+    "calm_transformers.benchmarks.speed": ["--demo", NOWHERE],
+    "calm_transformers.benchmarks.truncation": ["--pools", NOWHERE],
+    "calm_transformers.benchmarks.training_step": ["--shape", NOWHERE],
+    "calm_transformers.conversion.convert": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
+    "calm_transformers.onnx_export.export": [NOWHERE, "--output", "{tmp}"],
+    "calm_transformers.onnx_export.generate_onnx": ["Once", "--folder", NOWHERE],
+    "calm_transformers.evaluation.ranking": ["--model", NOWHERE, "--data", NOWHERE],
+    "calm_transformers.pages.inspect_text": [NOWHERE],
+    "calm_transformers.generate": [NOWHERE],
+    "docs.draw_architecture": [NOWHERE],  # these read no file that one names
+    "docs.stale_figures": [NOWHERE],
+    "docs.weight": [NOWHERE],
+    "calm_transformers.evaluation.autoencoder_report": ["--model", NOWHERE, *DATA[:2]],
+    "calm_transformers.evaluation.brier_lm": ["--model", NOWHERE, *DATA],
+    "calm_transformers.evaluation.calibration": ["--run", NOWHERE, *DATA],
+    "calm_transformers.evaluation.invented_words": ["--model", NOWHERE, "--text", NOWHERE],
+    "calm_transformers.evaluation.plot": [NOWHERE],
+    "calm_transformers.evaluation.prompt_alignment": ["--model", NOWHERE, *DATA[:2]],
+    "calm_transformers.experiments.__main__": ["--corpus", NOWHERE, "--output", "{tmp}"],
+    # It makes folders, but not in a file.
+    "calm_transformers.experiments.language": ["--output", f"/dev/null/{NOWHERE}"],
+    "calm_transformers.experiments.replacements": ["--model", NOWHERE, "--language", NOWHERE],
+    "calm_transformers.experiments.share": ["--model", NOWHERE, "--language", NOWHERE],
+    "calm_transformers.experiments.sharpening": ["--model", NOWHERE, "--language", NOWHERE],
+    "calm_transformers.serving.serve": [NOWHERE, "--port", "0"],
+    "calm_transformers.training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
+    "calm_transformers.training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
 }
 REFUSED_WHILE_PARSING = (  # these need no option
-    "calm.benchmarks.generation",
-    "calm.benchmarks.truncation",
-    "calm.docs.draw_architecture",
-    "calm.docs.stale_figures",
+    "calm_transformers.benchmarks.generation",
+    "calm_transformers.benchmarks.truncation",
+    "docs.draw_architecture",
+    "docs.stale_figures",
+    "docs.weight",
 )
 
 
@@ -92,7 +95,7 @@ def test_a_path_that_is_not_there_is_one_line_that_names_it(module, capsys, tmp_
 
 
 def test_an_option_without_its_value_is_one_line(capsys):
-    main = main_of("calm.training.train")
+    main = main_of("calm_transformers.training.train")
     assert "train_files" in refusal(capsys, main, "calm", "--recipe", "demo-backbone", "--train_files")
     assert "--recipe: expected one argument" in refusal(capsys, main, "calm", "--recipe")
 
@@ -104,7 +107,7 @@ def test_only_what_is_known_becomes_a_line(capsys):
         with known_errors(KeyError):
             raise ValueError("a fault of ours")
 
-    assert main(["--odd"]) == calm.command_line.WRONG == 2
+    assert main(["--odd"]) == calm_transformers.command_line.WRONG == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --odd (see python x.py --help).\n"
     with pytest.raises(ValueError, match="a fault of ours"):
         main([])
@@ -113,7 +116,13 @@ def test_only_what_is_known_becomes_a_line(capsys):
 LOADS_A_MODEL = [  # of those that need no text or corpus before
     name
     for name, words in WRONG_PATHS.items()
-    if "--model" in words or name in ("calm.inspect_text", "calm.serve", "calm.export_onnx")
+    if "--model" in words
+    or name
+    in (
+        "calm_transformers.pages.inspect_text",
+        "calm_transformers.serving.serve",
+        "calm_transformers.onnx_export.export",
+    )
 ]
 
 
@@ -153,7 +162,7 @@ def test_what_loads_a_model_names_the_damaged_folder(damaged):
 @pytest.mark.parametrize("module", LOADS_A_MODEL)
 def test_a_damaged_model_is_one_line_that_names_it(module, damaged, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    if module == "calm.export_onnx":
+    if module == "calm_transformers.onnx_export.export":
         pytest.importorskip("onnx")
     words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(damaged)) for word in WRONG_PATHS[module]]
     assert str(damaged) in refusal(capsys, main_of(module), *words)
@@ -166,16 +175,20 @@ WRONG_NUMBERS = {"seed": ("-1", "4294967296", "1.5"), **{name: ("0", "-1", "1.5"
 
 def test_a_seed_or_a_count_that_makes_no_sense_is_one_line(module, capsys):
     options = set(re.findall(r"--([a-z]\w*)", help_of(module))) & WRONG_NUMBERS.keys()
-    for name in options - {"seed"} if module in ("calm.inspect_text", "calm.generate_onnx") else options:
+    for name in (
+        options - {"seed"}
+        if module in ("calm_transformers.pages.inspect_text", "calm_transformers.onnx_export.generate_onnx")
+        else options
+    ):
         for value in WRONG_NUMBERS[name]:
             assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *WRONG_PATHS[module])
 
 
 @pytest.mark.parametrize("name", ["brier_lm", "calibration", "autoencoder_report", "plot"])
 def test_a_picture_of_no_format_is_one_line(name, capsys):
-    option, words = "--output" if name == "plot" else "--plot", WRONG_PATHS[f"calm.evaluation.{name}"]
+    option, words = "--output" if name == "plot" else "--plot", WRONG_PATHS[f"calm_transformers.evaluation.{name}"]
     assert f"{option}: x.nope: a picture" in refusal(
-        capsys, main_of(f"calm.evaluation.{name}"), *words, option, "x.nope"
+        capsys, main_of(f"calm_transformers.evaluation.{name}"), *words, option, "x.nope"
     )
 
 
@@ -187,7 +200,7 @@ def test_a_device_that_is_not_there_is_one_line(module, capsys, tmp_path):
 
 PRINTS = """
 import sys
-from calm.command_line import command
+from calm_transformers.command_line import command
 
 @command
 def main(argv=None):
@@ -203,7 +216,7 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word():
     assert run.stdout is not None and run.stderr is not None
     run.stdout.readline()
     run.stdout.close()
-    assert (run.stderr.read(), run.wait(30)) == (b"", calm.command_line.CLOSED)
+    assert (run.stderr.read(), run.wait(30)) == (b"", calm_transformers.command_line.CLOSED)
 
 
 def test_a_terminal_that_is_not_utf_8_gets_escapes():
@@ -212,12 +225,21 @@ def test_a_terminal_that_is_not_utf_8_gets_escapes():
     assert run.stdout.startswith(b"caf\\xe9 \\u4e2d\n") and not run.stderr
 
 
-@pytest.mark.parametrize("module", ["calm.inspect_text", "calm.demo", "calm.evaluation.invented_words"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "calm_transformers.pages.inspect_text",
+        "calm_transformers.generate",
+        "calm_transformers.evaluation.invented_words",
+    ],
+)
 def test_a_prompt_that_is_not_utf_8_is_one_line(module, capsys):
-    words = {"calm.inspect_text": ["."], "calm.evaluation.invented_words": ["--model", ".", "--text", ".", "--prompt"]}
-    assert r"'caf\udcff': is no text at character 4" in refusal(
-        capsys, main_of(module), *words.get(module, []), "caf\udcff"
-    )
+    words = {
+        "calm_transformers.pages.inspect_text": ["."],
+        "calm_transformers.generate": ["."],
+        "calm_transformers.evaluation.invented_words": ["--model", ".", "--text", ".", "--prompt"],
+    }
+    assert r"'caf\udcff': is no text at character 4" in refusal(capsys, main_of(module), *words[module], "caf\udcff")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from tiny import HEAD_TYPES, tiny_model
 from transformers import CompileConfig
 
-from calm import compiled_calm
+from calm_transformers.model import generation_calm_compiled
 
 pytestmark = pytest.mark.transformers
 
@@ -120,7 +120,7 @@ def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(write(again, temperature=0.5), text)
     reference = weakref.ref(model)
-    assert model in compiled_calm.COMPILED
+    assert model in generation_calm_compiled.COMPILED
     del model, again
     gc.collect()
     assert reference() is None
@@ -148,11 +148,11 @@ def test_a_prompt_read_in_chunks():
 
 
 def test_a_call_keeps_no_more_laws_than_it_may(monkeypatch, graphs):
-    monkeypatch.setattr(compiled_calm, "LAWS_KEPT", 1)
+    monkeypatch.setattr(generation_calm_compiled, "LAWS_KEPT", 1)
     model = small_model()
     for number in (2, 3, 2):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
-        assert len(compiled_calm.COMPILED[model]) == 1
+        assert len(generation_calm_compiled.COMPILED[model]) == 1
     assert len(graphs.made) == 3
 
 

@@ -18,9 +18,9 @@ from published import LAYOUTS, PublishedRepository, write_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from calm.configuration_calm import CALMConfig
-from calm.convert_checkpoint import main
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.conversion.convert import main
+from calm_transformers.model.configuration_calm import CALMConfig
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 OTHER_FILES = {
     "README.md",
@@ -239,7 +239,7 @@ def peak_memory():
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's resettable peak memory")
 def test_peak_memory_stays_below_the_file_written(shop, monkeypatch):
-    monkeypatch.setattr("calm.checkpoint_files.REMAP_BYTES", 2**22)
+    monkeypatch.setattr("calm_transformers.conversion.checkpoint_files.REMAP_BYTES", 2**22)
     mlp = {"gate_proj": (6144, 48), "up_proj": (6144, 48), "down_proj": (48, 6144)}
     layer = {name: t for name, t in shop.calm.tensors.items() if name.startswith("transformer.layers.0.")}
     for number in range(26):  # 92 MB of layers of 3.5 MB
@@ -589,7 +589,7 @@ def test_a_tensor_in_two_shards_is_refused(shop):
     ],
 )
 def test_a_path_is_not_asked_of_the_hub(shop, monkeypatch, option, path):
-    monkeypatch.setattr("calm.checkpoint_files.snapshot_download", None)
+    monkeypatch.setattr("calm_transformers.conversion.checkpoint_files.snapshot_download", None)
     what = {"--calm": "language model"}.get(option, option.strip("-"))
     path = path.format(folder=shop.folder)
     shop.refuse(f"{path} is no folder: name the one that holds the {what}, or a Hub id", more=(option, path))
@@ -634,7 +634,7 @@ def test_an_interrupted_conversion_is_one_sentence_and_leaves_nothing(shop, monk
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calm.convert_checkpoint.merge", interrupt)
+    monkeypatch.setattr("calm_transformers.conversion.convert.merge", interrupt)
     before = sorted(shop.folder.rglob("*"))
     assert shop.run() == 130
     assert shop.capsys.readouterr().err == "error: interrupted.\n"

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from calm.command_line import InputError
-from calm.evaluation.blocks import pack_blocks
-from calm.training import data as data_module
-from calm.training.data import (
+from calm_transformers.command_line import InputError
+from calm_transformers.evaluation.blocks import pack_blocks
+from calm_transformers.training import data as data_module
+from calm_transformers.training.data import (
     Length,
     PackedBlocks,
     PatchCollator,
@@ -39,9 +39,9 @@ from calm.training.data import (
     token_file,
     tokenize_documents,
 )
-from calm.training.documents import BadLines, documents, expand_paths, read_documents, read_hub_dataset
-from calm.training.recipe import DataOptions
-from calm.training.tokenizer import train_bpe
+from calm_transformers.training.documents import BadLines, documents, expand_paths, read_documents, read_hub_dataset
+from calm_transformers.training.recipe import DataOptions
+from calm_transformers.training.tokenizer import train_bpe
 
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]
 COMPRESS = {".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}

@@ -9,10 +9,10 @@ from commands import refusal
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from calm.configuration_calm import CALMConfig
-from calm.training import demo_model, trainer
-from calm.training.demo_model import FILES, WEIGHTS, main, phases, write
-from calm.training.recipe import load_recipe, parse_command_line
+from calm_transformers.model.configuration_calm import CALMConfig
+from calm_transformers.training import demo_model, trainer
+from calm_transformers.training.demo_model import FILES, WEIGHTS, main, phases, write
+from calm_transformers.training.recipe import load_recipe, parse_command_line
 
 STEPS = 2
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from model_copies import ROOT
 
-from calm import serve
-from calm.serving.connections import KEEP_ALIVE_SECONDS
+from calm_transformers.serving import serve
+from calm_transformers.serving.connections import KEEP_ALIVE_SECONDS
 
 DOCS = ROOT / "docs"
 

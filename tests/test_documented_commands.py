@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from commands import COMMANDS, ROOT, main_of, refusal
 
+from calm_transformers import cli
+
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md")]
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"python (-m calm\.[\w.]+|[\w/-]+\.py)\b([^…]*)$")
-GENERATE = "calm.generate_onnx"  # is called generate.py where it is copied to
+COMMAND = re.compile(r"(python -m calm_transformers\.[\w.]+|python [\w/-]+\.py|calm \w+)\b([^…]*)$")
+GENERATE = "calm_transformers.onnx_export.generate_onnx"  # is called generate.py where it is copied to
+MODULES = {tuple(typed.split()): module for module, typed in COMMANDS.items()}
 
 
 def lines_of(page: Path) -> list[str]:
@@ -29,10 +32,14 @@ def commands_in(lines: list[str]) -> list[tuple[str, list[str]]]:
     """Module and words of each command; what stands in brackets may be given."""
     found = []
     for match in filter(None, (COMMAND.match(line.strip()) for line in lines)):
-        words = shlex.split(re.sub(r"[\[\]]|\.\.\.", "", match[2]), comments=True)
-        path = match[1].removeprefix("-m ").removesuffix(".py").replace("/", ".")
-        name = GENERATE if path.endswith(".generate") else path if path.startswith("calm.") else f"calm.{path}"
-        found.append((name, words))
+        words = shlex.split(re.sub(r"[\[\]]|\.\.\.", "", "".join(match.groups())), comments=True)
+        if words[1].endswith("generate.py"):
+            found.append((GENERATE, words[2:]))
+            continue
+        known = [length for length in (2, 3) if tuple(words[:length]) in MODULES]
+        found.extend((MODULES[tuple(words[:length])], words[length:]) for length in known)
+        if not known and words[1] in {name.partition(" ")[0] for name in cli.COMMANDS} | {"-m"}:
+            found.append((" ".join(words), words[2:]))  # no command, which a test says
     return found
 
 

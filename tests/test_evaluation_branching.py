@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from calm.configuration_calm import CALMConfig
-from calm.evaluation.ar_estimator import causal_lm_reader, count_ar
-from calm.evaluation.branching import CalmReader, CausalLMReader, RereadingReader, padded_nonzero
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.evaluation.ar_estimator import causal_lm_reader, count_ar
+from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, RereadingReader, padded_nonzero
+from calm_transformers.model.configuration_calm import CALMConfig
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 V, L = 11, 12
 SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, intermediate_size=48)

@@ -15,11 +15,11 @@ from tiny import VOCAB_SIZE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm.evaluation import brier_lm
-from calm.evaluation.blocks import pack_blocks
-from calm.evaluation.brier_lm import main
-from calm.evaluation.models import count_model, load_causal_lm
-from calm.training.train import with_lora
+from calm_transformers.evaluation import brier_lm
+from calm_transformers.evaluation.blocks import pack_blocks
+from calm_transformers.evaluation.brier_lm import main
+from calm_transformers.evaluation.models import count_model, load_causal_lm
+from calm_transformers.training.train import with_lora
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -58,7 +58,14 @@ def test_processes_share_the_blocks(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, "-m", "calm.evaluation.brier_lm", *map(str, options), "--json", tmp_path / "two.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "calm_transformers.evaluation.brier_lm",
+        *map(str, options),
+        "--json",
+        tmp_path / "two.json",
+    ]
     workers = [
         subprocess.Popen(
             command,
@@ -125,7 +132,7 @@ def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, cap
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     error = refusal(capsys, lambda _: run(folder, model=(tmp_path,)))
     assert error.startswith(f"{tmp_path}: is an adapter whose adapter_config.json names no base_model_name_or_path")
-    monkeypatch.setattr("calm.command_line.importlib.util.find_spec", lambda package: None)
+    monkeypatch.setattr("calm_transformers.command_line.importlib.util.find_spec", lambda package: None)
     assert "needs peft" in refusal(capsys, lambda _: run(folder, model=(tmp_path,)))
 
 

@@ -7,9 +7,9 @@ tested is everything an estimator does around a model: positions, targets, branc
 import pytest
 import torch
 
-from calm.evaluation.ar_estimator import count_ar
-from calm.evaluation.branching import take
-from calm.evaluation.calm_estimator import count_calm
+from calm_transformers.evaluation.ar_estimator import count_ar
+from calm_transformers.evaluation.branching import take
+from calm_transformers.evaluation.calm_estimator import count_calm
 
 V = 4  # states of the chains
 BLOCKS, LENGTH = 256, 48

@@ -8,10 +8,10 @@ from commands import refusal
 from evaluation_folder import folder  # noqa: F401 (a fixture)
 from tiny import tiny_model, tiny_tokenizer
 
-from calm.evaluation import ranking
-from calm.evaluation.ranking import long_documents, pairs_of, scores_of, share_ranked_rightly
-from calm.evaluation.text_scores import score_texts
-from calm.modeling_calm import CALMOutputWithPast
+from calm_transformers.evaluation import ranking
+from calm_transformers.evaluation.ranking import long_documents, pairs_of, scores_of, share_ranked_rightly
+from calm_transformers.evaluation.text_scores import score_texts
+from calm_transformers.model.modeling_calm import CALMOutputWithPast
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -106,7 +106,7 @@ def test_scores_are_means_over_the_continuation(monkeypatch):
 
 
 def test_no_more_documents_are_read_than_pairs_need(monkeypatch):
-    monkeypatch.setattr("calm.training.data.CHARACTERS_PER_BATCH", 10)
+    monkeypatch.setattr("calm_transformers.training.data.CHARACTERS_PER_BATCH", 10)
     read = []
 
     def documents():

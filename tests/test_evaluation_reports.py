@@ -8,8 +8,8 @@ from commands import main_of, refusal
 from evaluation_folder import EVALUATIONS, evaluations, folder, tiny_llama  # noqa: F401 (a fixture)
 from tiny import PAD, tiny_model, tiny_tokenizer
 
-from calm.evaluation import autoencoder_report, calibration, invented_words, prompt_alignment
-from calm.evaluation.autoencoder_report import noise_accuracy, posterior_statistics
+from calm_transformers.evaluation import autoencoder_report, calibration, invented_words, prompt_alignment
+from calm_transformers.evaluation.autoencoder_report import noise_accuracy, posterior_statistics
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -149,7 +149,7 @@ def test_alignment_command_writes_a_page(folder, tmp_path, capsys):
     lines = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| 0", "| 1"))]
     assert len(lines) == 2
     assert lines[0][1:3] == lines[0][3:5] == lines[0][5:7]
-    assert "`python -m calm.evaluation.prompt_alignment --model" in page.read_text()
+    assert "`calm evaluate prompt_alignment --model" in page.read_text()
     options = ["--model", folder / "calm", "--data", folder / "text.jsonl.xz", "--prompts", 500]
     assert "has 1260 tokens; 500 prompts need at least" in refusal(capsys, prompt_alignment.main, *options)
 
@@ -216,7 +216,7 @@ def test_invented_words_of_a_transformer_may_be_flatter(folder, capsys):
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_gpu_is_used_where_there_is_one(folder, name, capsys, monkeypatch):
-    command = main_of(f"calm.evaluation.{name}")
+    command = main_of(f"calm_transformers.evaluation.{name}")
     assert command(evaluations(folder)[name]) == 0
     if name != "brier_lm":  # which asks accelerate
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)

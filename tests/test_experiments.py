@@ -1,4 +1,4 @@
-"""`python -m calm.experiments`: the commands that it runs, what it skips, and the tables of what was measured."""
+"""`calm experiments`: the commands that it runs, what it skips, and the tables of what was measured."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from commands import refusal
 
-from calm.experiments import plan
-from calm.experiments.__main__ import main
-from calm.experiments.plan import FOLDER, Plan, Run
-from calm.experiments.tables import Measured, comparison, direction, document, draw_curves
+from calm_transformers.experiments import plan
+from calm_transformers.experiments.__main__ import main
+from calm_transformers.experiments.plan import FOLDER, Plan, Run
+from calm_transformers.experiments.tables import Measured, comparison, direction, document, draw_curves
 
 FILE = Path(__file__).parent / "fixtures" / "language.yaml"
 DOCS = FOLDER.parent / "docs"
@@ -53,7 +53,7 @@ def test_models_are_scored_on_the_same_text(stories):
     assert {option(run, "max_positions") for name, run in scores.items() if "/ar-" not in name} == {str(400 * 63)}
     assert option(scores["stories/models/ar-seed1/score"], "max_positions") == str(400 * 252)
     assert all("--append_eos" in run.words and "True" not in run.words for run in scores.values())
-    assert stories.runs["stories/tokenizer"].words[:2] == ["calm.training.train", "tokenizer"]
+    assert stories.runs["stories/tokenizer"].words[:2] == ["calm_transformers.training.train", "tokenizer"]
 
 
 def test_whole_comparisons_come_before_the_next_seed(tmp_path):
@@ -172,7 +172,7 @@ def test_direction(interval, verdict):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """Killed with all its processes at a training's first checkpoint, and run to its end."""
-    words = [sys.executable, "-m", "calm.experiments", "--output", tmp_path, "--experiments", FILE]
+    words = [sys.executable, "-m", "calm_transformers.experiments", "--output", tmp_path, "--experiments", FILE]
     killed = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
     models = tmp_path / "language" / "models"
     try:

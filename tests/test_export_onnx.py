@@ -16,12 +16,14 @@ from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import GenerationConfig
 
-from calm import export_onnx, generate_onnx, weights_calm
-from calm.generation_calm import PatchSampling
-from calm.randomness_calm import RowRandomness
-from calm.training.tokenizer import save_tokenizer
-from calm.upstream_calm import GENERATION_SETTINGS, USED_SETTINGS
-from calm.weights_calm import patch_classes
+from calm_transformers.model import generation_calm_weights
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_randomness import RowRandomness
+from calm_transformers.model.generation_calm_upstream import GENERATION_SETTINGS, USED_SETTINGS
+from calm_transformers.model.generation_calm_weights import patch_classes
+from calm_transformers.onnx_export import export as export_onnx
+from calm_transformers.onnx_export import generate_onnx
+from calm_transformers.training.tokenizer import save_tokenizer
 
 pytestmark = pytest.mark.transformers
 K, PROMPT = 4, "Once upon"
@@ -292,13 +294,13 @@ def test_weights_are_the_samplers(temperature, truncation):
         theirs_N = patch_classes(patches[None])[0]
         assert class_N.tolist() == theirs_N.tolist()
         weights_N = generate_onnx.draw_log_weights(class_N, temperature)
-        expected_N = weights_calm.draw_log_weights(theirs_N[None], temperature)[0]
+        expected_N = generation_calm_weights.draw_log_weights(theirs_N[None], temperature)[0]
         assert np.array_equal(np.isinf(weights_N), expected_N.isinf().numpy())
         finite = np.isfinite(weights_N)
         assert weights_N[finite] == pytest.approx(expected_N.numpy()[finite], rel=1e-5, abs=1e-5)
         noise_N = torch.empty(60).exponential_(generator=generator)
-        chosen = weights_calm.choose_by_weight(
-            theirs_N[None], noise_N[None], temperature, weights_calm.Truncation(*truncation)
+        chosen = generation_calm_weights.choose_by_weight(
+            theirs_N[None], noise_N[None], temperature, generation_calm_weights.Truncation(*truncation)
         )
         sampling = generate_onnx.Sampling(temperature, 60, *truncation)
         assert generate_onnx.choose_by_weight(class_N, noise_N.numpy(), sampling) == int(chosen)

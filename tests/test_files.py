@@ -2,7 +2,7 @@
 
 import pytest
 
-from calm.files import unfinished
+from calm_transformers.files import unfinished
 
 
 def test_a_file_takes_the_place_of_the_old_one(tmp_path):

@@ -18,10 +18,10 @@ from transformers import (
     TextStreamer,
 )
 
-from calm import generation_calm
-from calm.configuration_calm import CALMConfig
-from calm.generation_calm import PatchSampling, pack_prompts
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.model import generation_calm
+from calm_transformers.model.configuration_calm import CALMConfig
+from calm_transformers.model.generation_calm import PatchSampling, pack_prompts
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers
 

@@ -5,7 +5,12 @@ import torch
 from tiny import BOS, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
-from calm.upstream_calm import GENERATION_SETTINGS, HARMLESS_SETTINGS, REFUSED_SETTINGS, USED_SETTINGS
+from calm_transformers.model.generation_calm_upstream import (
+    GENERATION_SETTINGS,
+    HARMLESS_SETTINGS,
+    REFUSED_SETTINGS,
+    USED_SETTINGS,
+)
 
 pytestmark = pytest.mark.transformers
 

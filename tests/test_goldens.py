@@ -10,11 +10,11 @@ import pytest
 import torch
 from goldens import FORWARD_SEED, HEAD_TYPES, golden_model, golden_tensors, relative_error
 
-from calm.diffusion_head_calm import DiffusionSchedule
-from calm.energy_head_calm import energy_score
-from calm.evaluation.brier import BrierCounts
-from calm.heads_calm import PatchTarget
-from calm.modeling_calm_autoencoder import clipped_kl
+from calm_transformers.evaluation.brier import BrierCounts
+from calm_transformers.model.heads_calm import PatchTarget
+from calm_transformers.model.heads_calm_diffusion import DiffusionSchedule
+from calm_transformers.model.heads_calm_energy import energy_score
+from calm_transformers.model.modeling_calm_autoencoder import clipped_kl
 
 USED = set()
 

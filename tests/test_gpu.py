@@ -13,11 +13,11 @@ from model_copies import PROMPT, ROOT, run_snippet
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from training_helpers import make_workshop, train
 
-from calm.benchmarks import golden
-from calm.energy_head_calm import energy_score
-from calm.evaluation.brier_lm import main as brier_lm
-from calm.evaluation.models import count_model, load_causal_lm
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.benchmarks import golden
+from calm_transformers.evaluation.brier_lm import main as brier_lm
+from calm_transformers.evaluation.models import count_model, load_causal_lm
+from calm_transformers.model.heads_calm_energy import energy_score
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -141,7 +141,7 @@ def test_training_steps_are_finite(workshop, tmp_path, head_type, bf16):
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_every_evaluation_computes_there(folder, name):
     torch.cuda.reset_peak_memory_stats()
-    assert main_of(f"calm.evaluation.{name}")(evaluations(folder)[name]) == 0
+    assert main_of(f"calm_transformers.evaluation.{name}")(evaluations(folder)[name]) == 0
     assert torch.cuda.max_memory_allocated() > 0
 
 

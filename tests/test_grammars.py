@@ -13,10 +13,10 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from calm import grammars
-from calm.grammars import Grammar
-from calm.modeling_calm import CALMForCausalLM
-from calm.serving.batcher import Batcher
+from calm_transformers import grammars
+from calm_transformers.grammars import Grammar
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.serving.batcher import Batcher
 
 ROOT = Path(__file__).parents[1]
 needs_demo = pytest.mark.skipif(

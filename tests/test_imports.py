@@ -1,11 +1,11 @@
-"""Importing the package: every module, in a fresh process, with nothing asked of a GPU and nothing registered."""
+"""Importing the package: every module, in a fresh process, asks nothing of a GPU; it registers the Auto classes."""
 
 import ast
 from pathlib import Path
 
 import fresh_process
 import pytest
-from commands import MODULES, PACKAGES, ROOT
+from commands import MODULES, ROOT
 
 
 def after_importing(modules):
@@ -29,46 +29,41 @@ def after_importing(modules):
             setattr(where, name, noting(getattr(where, name)))
     for module in modules:
         importlib.import_module(module)
-
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
-    known = [name for name in ("calm", "calm_autoencoder") if name in CONFIG_MAPPING]
-    extra = [len(mapping._extra_content) for mapping in (CONFIG_MAPPING, MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
-    registered = {"known": known, "extra": extra, "attribute": hasattr(transformers, "CALMForCausalLM")}
-    return sorted(asked), registered
+    return sorted(asked)
 
 
-def test_no_import_asks_for_a_gpu_or_registers_our_classes(tmp_path):
-    asked, registered = fresh_process.call(after_importing, tmp_path, modules=MODULES).result
-    ours = {str(ROOT / package) for package in PACKAGES}
-    assert [file for file in asked if str(Path(file).parent) in ours] == []
-    assert registered == {"known": [], "extra": [0, 0, 0], "attribute": False}
+def test_no_import_asks_for_a_gpu(tmp_path):
+    asked = fresh_process.call(after_importing, tmp_path, modules=MODULES).result
+    assert [file for file in asked if Path(file).is_relative_to(ROOT) and "site-packages" not in file] == []
 
 
-def loaded_without_registration(calm, ar):
-    """In a fresh process: the classes that load_causal_lm makes of two folders, and no question asked."""
-    from calm.evaluation.autoencoder_report import load_autoencoder
-    from calm.evaluation.models import load_causal_lm
+def loaded_with_the_package(calm, ar):
+    """In a fresh process: the classes that Auto classes make of folders without trust_remote_code, and no question."""
+    import calm_transformers  # noqa: F401  isort: skip
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    models = [load_causal_lm(calm), load_causal_lm(ar), load_autoencoder(calm)]
+    made = [AutoConfig, AutoModel, AutoModelForCausalLM]
+    models = [*(auto.from_pretrained(calm) for auto in made), AutoModelForCausalLM.from_pretrained(ar)]
+    AutoTokenizer.from_pretrained(calm)
     return [[type(model).__module__, type(model).__name__] for model in models]
 
 
 @pytest.mark.transformers
-def test_models_load_by_the_type_in_their_configuration(tmp_path):
+def test_with_the_package_imported_auto_classes_need_no_remote_code(tmp_path):
     from evaluation_folder import tiny_llama
-    from tiny import tiny_model
+    from tiny import tiny_model, tiny_tokenizer
 
-    tiny_model(patch_size=2).save_pretrained(tmp_path / "calm")
+    model = tiny_model(patch_size=2)
+    model.save_pretrained(tmp_path / "calm")
+    tiny_tokenizer().save_pretrained(tmp_path / "calm")
     tiny_llama().save_pretrained(tmp_path / "ar")
     folders = {"calm": str(tmp_path / "calm"), "ar": str(tmp_path / "ar")}
-    classes = fresh_process.call(loaded_without_registration, tmp_path / "home", **folders).result
+    classes = fresh_process.call(loaded_with_the_package, tmp_path / "home", **folders).result
     assert classes == [
-        ["calm.modeling_calm", "CALMForCausalLM"],
+        ["calm_transformers.model.configuration_calm", "CALMConfig"],
+        ["calm_transformers.model.modeling_calm", "CALMModel"],
+        ["calm_transformers.model.modeling_calm", "CALMForCausalLM"],
         ["transformers.models.llama.modeling_llama", "LlamaForCausalLM"],
-        ["calm.modeling_calm_autoencoder", "CALMAutoencoder"],
     ]
 
 
@@ -86,7 +81,7 @@ def text_without(names):
 
     def without(name, globals=None, locals=None, fromlist=(), level=0):
         importer = (globals or {}).get("__name__", "")
-        if importer.startswith("calm.") and any([name, each] in names for each in fromlist or ()):
+        if importer.startswith("calm_transformers.") and any([name, each] in names for each in fromlist or ()):
             raise ImportError(f"no {name}.{fromlist}")
         return import_module(name, globals, locals, fromlist, level)
 

@@ -11,8 +11,8 @@ from browser import complaints, needs_browser, requests, set_width
 from commands import refusal
 from tiny import BOS, tiny_model, tiny_tokenizer
 
-from calm import inspect_page, inspect_text
-from calm.weights_calm import Truncation
+from calm_transformers.model.generation_calm_weights import Truncation
+from calm_transformers.pages import inspect_page, inspect_text
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"

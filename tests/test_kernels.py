@@ -14,11 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from calm import kernels_calm
-from calm.diffusion_head_calm import diffusion_schedule
-from calm.flow_head_calm import solver_times
-from calm.kernels_calm import SWITCH, OneDNNProducts, VocabularyScreen, fast_products, numbers_up_to, to_device
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.model import kernels_calm
+from calm_transformers.model.heads_calm_diffusion import diffusion_schedule
+from calm_transformers.model.heads_calm_flow import solver_times
+from calm_transformers.model.kernels_calm import (
+    SWITCH,
+    OneDNNProducts,
+    VocabularyScreen,
+    fast_products,
+    numbers_up_to,
+    to_device,
+)
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 CPU = torch.device("cpu")
 needs_one_dnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")

@@ -11,11 +11,11 @@ from commands import refusal
 from enumerable_laws import chi_square_p_value
 from language_oracle import LANGUAGE, OTHER, Oracle, S, V, continuations
 
-from calm.evaluation.ar_estimator import count_ar
-from calm.evaluation.brier import brierlm
-from calm.evaluation.calm_estimator import count_calm
-from calm.experiments.language import HiddenMarkovLanguage, load, main, scored_beliefs, write
-from calm.training.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from calm_transformers.evaluation.ar_estimator import count_ar
+from calm_transformers.evaluation.brier import brierlm
+from calm_transformers.evaluation.calm_estimator import count_calm
+from calm_transformers.experiments.language import HiddenMarkovLanguage, load, main, scored_beliefs, write
+from calm_transformers.training.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 PREFIX = [2, 3, 2]
 PARTS = {"train": (3, 50), "validation": (2, 20)}

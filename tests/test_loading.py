@@ -9,14 +9,14 @@ import torch
 from model_copies import PROMPT, ROOT, assert_carries_its_code, load_every_way
 from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
-from calm import loading
-from calm.convert_checkpoint import convert
-from calm.evaluation.models import load_causal_lm
-from calm.evaluation.text_scores import score_texts
-from calm.loading import check_tokenizer
-from calm.modeling_calm import CALMForCausalLM
-from calm.serving.batcher import Batcher
-from calm.upstream_calm import non_finite_weight
+from calm_transformers import loading
+from calm_transformers.conversion.convert import convert
+from calm_transformers.evaluation.models import load_causal_lm
+from calm_transformers.evaluation.text_scores import score_texts
+from calm_transformers.loading import check_tokenizer
+from calm_transformers.model.generation_calm_upstream import non_finite_weight
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.serving.batcher import Batcher
 
 pytestmark = pytest.mark.transformers
 CLASSES = ["CALMConfig", "CALMModel", "CALMForCausalLM"]
@@ -121,7 +121,7 @@ def test_weights_are_read_once_and_again_when_they_have_changed(monkeypatch):
         reads.append(model)
         return non_finite_weight(model)
 
-    monkeypatch.setattr("calm.upstream_calm.non_finite_weight", note)
+    monkeypatch.setattr("calm_transformers.model.generation_calm_upstream.non_finite_weight", note)
     for _ in range(3):
         model.generate(PROMPT_IDS, max_new_tokens=4)
     assert len(reads) == 1

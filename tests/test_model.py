@@ -13,10 +13,10 @@ from text_and_loss import some_ids
 from tiny import HEAD_TYPES, PAD, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, PreTrainedConfig
 
-from calm import heads_calm
-from calm.configuration_calm import AUTOENCODER_AUTO_MAP, CALMAutoencoderConfig, CALMConfig
-from calm.heads_calm import PatchTarget
-from calm.modeling_calm import CALMForCausalLM, CALMModel
+from calm_transformers.model import heads_calm
+from calm_transformers.model.configuration_calm import AUTOENCODER_AUTO_MAP, CALMAutoencoderConfig, CALMConfig
+from calm_transformers.model.heads_calm import PatchTarget
+from calm_transformers.model.modeling_calm import CALMForCausalLM, CALMModel
 
 pytestmark = pytest.mark.transformers
 

@@ -11,9 +11,9 @@ import transformers
 from text_and_loss import some_ids, text_and_loss
 from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 
-from calm.modeling_calm import CALMForCausalLM, CALMModel
-from calm.serving.engine import Engine
-from calm.upstream_calm import execution_device
+from calm_transformers.model.generation_calm_upstream import execution_device
+from calm_transformers.model.modeling_calm import CALMForCausalLM, CALMModel
+from calm_transformers.serving.engine import Engine
 
 pytestmark = pytest.mark.transformers
 

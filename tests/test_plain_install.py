@@ -108,7 +108,7 @@ def test_brierlm(tmp_path):
     pytest.importorskip("datasets", reason="datasets (extra [eval]) is not installed")
     story = "Once upon a time there was a little girl named Lily. She loved to play with her toys."
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": story}) for _ in range(8)))
-    command = "calm.evaluation.brier_lm", "--model", ROOT, "--data", "text.jsonl", "--block_size", 32
+    command = "calm_transformers.evaluation.brier_lm", "--model", ROOT, "--data", "text.jsonl", "--block_size", 32
     run(tmp_path, *command, "--json", "scores.json")
     (scores,) = json.loads((tmp_path / "scores.json").read_text())
     assert 0.1 < scores["brier"][0] < 1  # in training's style, so the demo foresees its tokens
@@ -125,7 +125,7 @@ def test_onnx_export(tmp_path):
     """The command compares the graphs with the model by itself."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} (extra [onnx]) is not installed")
-    run(tmp_path, "calm.export_onnx", ROOT, "--output", "exported")
+    run(tmp_path, "calm_transformers.onnx_export.export", ROOT, "--output", "exported")
     words = [sys.executable, "exported/generate.py", PROMPTS[0], "--max_new_tokens", "8"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.startswith(PROMPTS[0]), done.stderr

@@ -10,7 +10,7 @@ from evaluation_folder import evaluations, folder  # noqa: F401 (a fixture)
 from training_helpers import train, write_corpus
 from transformers.utils import logging
 
-from calm.progress import progress_bar, say
+from calm_transformers.progress import progress_bar, say
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
@@ -41,7 +41,7 @@ def on_terminal(monkeypatch) -> Terminal:
 
 @pytest.mark.parametrize("name", BARS)
 def test_an_evaluation_shows_bars_on_a_terminal_alone(folder, monkeypatch, capsys, name):
-    main = import_module(f"calm.evaluation.{name}").main
+    main = import_module(f"calm_transformers.evaluation.{name}").main
     terminal = on_terminal(monkeypatch)
     assert main(evaluations(folder)[name]) == 0
     assert terminal.ended() >= BARS[name]

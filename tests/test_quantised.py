@@ -10,7 +10,7 @@ from text_and_loss import text_and_loss
 from tiny import HEAD_TYPES, tiny_model
 from transformers import BitsAndBytesConfig
 
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 # bitsandbytes' 4-bit blocks are of 64 values.
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "latent_size": 64, "noise_size": 64}

@@ -23,8 +23,8 @@ from enumerable_laws import (
 )
 from sampler_twins import first_attempt_by_loops, published_laws_by_loops, table_of_pairs
 
-from calm import samplers_calm, weights_calm
-from calm.samplers_calm import (
+from calm_transformers.model import generation_calm_samplers, generation_calm_weights
+from calm_transformers.model.generation_calm_samplers import (
     BlockPlan,
     batch_temperature_select,
     block_sizes,
@@ -34,7 +34,7 @@ from calm.samplers_calm import (
     most_frequent_patch,
     single_draw,
 )
-from calm.weights_calm import (
+from calm_transformers.model.generation_calm_weights import (
     check_num_candidates,
     check_temperature,
     class_sizes,
@@ -75,7 +75,7 @@ class TestClasses:
     @pytest.fixture(autouse=True)
     def size_that_is_compared_at_once(self, way, monkeypatch):
         most = 2**30 if way == "all pairs at once" else 0
-        monkeypatch.setattr(weights_calm, "COMPARISONS_AT_ONCE", {"cpu": most, "other": most})
+        monkeypatch.setattr(generation_calm_weights, "COMPARISONS_AT_ONCE", {"cpu": most, "other": most})
 
     def test_hand_worked(self):
         patches = torch.tensor([[[1, 2], [2, 1], [1, 2], [1, 3], [1, 2], [2, 1]]])
@@ -302,7 +302,7 @@ class TestBlockPlan:
     def test_sizes_by_hand(self, monkeypatch):
         """A block costs 30 draws. Steps of 5, 5, 5, 40 draws: from 8 on 3 · 38 + (64 + 4 · 30) = 298, the least; from
         4 on 3 · 68 + (64 + 5 · 30) = 418, from 16 on 3 · 46 + (64 + 3 · 30) = 292."""
-        monkeypatch.setattr(samplers_calm, "BLOCK_COST", 30)
+        monkeypatch.setattr(generation_calm_samplers, "BLOCK_COST", 30)
         assert self.plan(5, 5, 5, 40).first_block(4, 1, 200) == 16
         assert self.plan(5, 5, 5, 5).first_block(4, 1, 200) == 8
         assert self.plan(200, 200).first_block(4, 1, 200) == 200
@@ -310,8 +310,8 @@ class TestBlockPlan:
         assert self.plan(5, 5, 5, 40).first_block(4, 100, 200) == 8  # of 100 rows each bears a part of the weights
 
     def test_knows_nothing_at_first_and_forgets(self, monkeypatch):
-        monkeypatch.setattr(samplers_calm, "STEPS_REMEMBERED", 3)
-        assert self.plan().first_block(4, 1, 200) == samplers_calm.FIRST_GUESS
+        monkeypatch.setattr(generation_calm_samplers, "STEPS_REMEMBERED", 3)
+        assert self.plan().first_block(4, 1, 200) == generation_calm_samplers.FIRST_GUESS
         assert self.plan(200, 200, 200, 4, 4, 4).first_block(4, 1, 200) == 4
 
     @pytest.mark.parametrize("temperature", [0.5, 0.7])
@@ -326,7 +326,7 @@ class TestBlockPlan:
             outcomes.append(pool.outcomes(index))
             first_blocks.add(pool.extended[0][1])
         assert chi_square_p_value(torch.cat(outcomes), sharpened(law, temperature)) > SIGNIFICANCE
-        assert len(plan.needed) == samplers_calm.STEPS_REMEMBERED and len(first_blocks) > 1
+        assert len(plan.needed) == generation_calm_samplers.STEPS_REMEMBERED and len(first_blocks) > 1
 
     def test_remembers_what_was_needed(self):
         plan = FixedPlan(8)

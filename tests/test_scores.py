@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from calm import energy_head_calm
-from calm.energy_head_calm import energy_score
-from calm.modeling_calm_autoencoder import clipped_kl
+from calm_transformers.model import heads_calm_energy
+from calm_transformers.model.heads_calm_energy import energy_score
+from calm_transformers.model.modeling_calm_autoencoder import clipped_kl
 
 
 def energy_score_by_loops(samples_NPZ, targets_SPZ, beta):
@@ -108,7 +108,7 @@ def test_chunks_of_patches_are_invisible(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     samples, targets = torch.randn(4, 3, 11, 6, generator=generator), torch.randn(5, 3, 11, 6, generator=generator)
     whole = value_and_gradient(energy_score, samples, targets, 1.0)
-    monkeypatch.setitem(energy_head_calm.PATCHES_PER_CHUNK, "cpu", 4)
+    monkeypatch.setitem(heads_calm_energy.PATCHES_PER_CHUNK, "cpu", 4)
     chunked = value_and_gradient(energy_score, samples, targets, 1.0)
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -117,7 +117,7 @@ def test_chunks_of_patches_are_invisible(monkeypatch):
 
 MEMORY_SCRIPT = """
 import resource, torch
-from calm.energy_head_calm import energy_score
+from calm_transformers.model.heads_calm_energy import energy_score
 torch.set_num_threads(1)
 N, S, P, Z = 8, 100, 2048, 128
 samples = torch.randn(N, P, Z, requires_grad=True)

@@ -24,11 +24,11 @@ from server_process import START_SECONDS, in_process, running_server
 from starlette.testclient import TestClient
 from tiny import tiny_tokenizer
 
-from calm import serve
-from calm.command_line import InputError
-from calm.modeling_calm import CALMForCausalLM
-from calm.serving.app import ServerOptions, create_app
-from calm.serving.openai_api import CountPenalty
+from calm_transformers.command_line import InputError
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.serving import serve
+from calm_transformers.serving.app import ServerOptions, create_app
+from calm_transformers.serving.openai_api import CountPenalty
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"
@@ -365,7 +365,9 @@ def test_a_server_may_be_stopped_while_it_loads(tiny_folder, tmp_path, sign, cod
     template = tmp_path / "template.jinja"
     os.mkfifo(template)
     arguments = (str(tiny_folder), "--port", "0", "--chat_template", str(template))
-    process = subprocess.Popen([sys.executable, "-m", "calm.serve", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "calm_transformers.serving.serve", *arguments], stderr=subprocess.PIPE, text=True
+    )
     with open(template, "w"):  # waits until the server reads it, which then waits for a template
         process.send_signal(sign)
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Clients that keep `calm.serve` waiting, at their head or body, alone or many: they are left, others served."""
+"""Clients that keep `calm serve` waiting, at their head or body, alone or many: they are left, others served."""
 
 import contextlib
 import http.client
@@ -9,10 +9,9 @@ import time
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from calm import serve
-from calm.serving import app, connections
-from calm.serving.app import ServerOptions, create_app
-from calm.serving.batcher import Batcher
+from calm_transformers.serving import app, connections, serve
+from calm_transformers.serving.app import ServerOptions, create_app
+from calm_transformers.serving.batcher import Batcher
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 50\r\n\r\n"
 

@@ -7,11 +7,11 @@ import pytest
 from server_process import in_process
 from tiny import tiny_tokenizer
 
-from calm.modeling_calm import CALMForCausalLM
-from calm.serving.app import ServerOptions, create_app
-from calm.serving.batcher import Batcher
-from calm.serving.engine import Engine
-from calm.serving.openai_api import WITHOUT_EFFECT, BadRequest, ChatRequest, CompletionRequest
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.serving.app import ServerOptions, create_app
+from calm_transformers.serving.batcher import Batcher
+from calm_transformers.serving.engine import Engine
+from calm_transformers.serving.openai_api import WITHOUT_EFFECT, BadRequest, ChatRequest, CompletionRequest
 
 
 def post(api, path, body):

@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calm.serving.rows import TextAssembler
+from calm_transformers.serving.rows import TextAssembler
 
 
 def byte_tokenizer():

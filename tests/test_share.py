@@ -9,11 +9,11 @@ import torch
 from language_oracle import LANGUAGE, OTHER, Oracle, S, V, continuations
 from tiny import tiny_model
 
-from calm.evaluation.brier import brierlm
-from calm.experiments import share
-from calm.experiments.language import scored_beliefs, write
-from calm.experiments.replacements import TruthReader
-from calm.training.tokenizer import SPECIAL_TOKENS
+from calm_transformers.evaluation.brier import brierlm
+from calm_transformers.experiments import share
+from calm_transformers.experiments.language import scored_beliefs, write
+from calm_transformers.experiments.replacements import TruthReader
+from calm_transformers.training.tokenizer import SPECIAL_TOKENS
 
 IDS = V + len(SPECIAL_TOKENS)
 

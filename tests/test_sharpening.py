@@ -10,9 +10,9 @@ from enumerable_laws import chi_square_p_value
 from language_oracle import LANGUAGE, Oracle, V, continuations
 from tiny import tiny_model
 
-from calm.experiments import sharpening
-from calm.experiments.language import HiddenMarkovLanguage, write
-from calm.experiments.sharpening import (
+from calm_transformers.experiments import sharpening
+from calm_transformers.experiments.language import HiddenMarkovLanguage, write
+from calm_transformers.experiments.sharpening import (
     COLUMNS,
     SETTINGS,
     PatchLaw,
@@ -24,8 +24,8 @@ from calm.experiments.sharpening import (
     measure_model,
     next_patch_law,
 )
-from calm.generation_calm import PatchSampling
-from calm.weights_calm import patch_classes
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_weights import patch_classes
 
 VOCAB_SIZE = V + 4  # with the special tokens
 CONTEXT = torch.from_numpy(LANGUAGE.ids(np.array([2, 3, 2, 2])))

@@ -8,8 +8,8 @@ import torch
 from goldens import golden_model, golden_tensors
 from tiny import HEAD_TYPES, tiny_model
 
-from calm.generation_calm import PatchSampling
-from calm.weights_calm import patch_classes
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_weights import patch_classes
 
 HISTOGRAMS = {"T1": 1.0, "T1_2": 1 / 2, "T1_3": 1 / 3}
 

@@ -5,10 +5,10 @@ import torch
 from test_scores import energy_score_by_loops
 from tiny import BOS, EOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 
-from calm.energy_head_calm import energy_score
-from calm.evaluation import text_scores
-from calm.evaluation.text_scores import score_texts
-from calm.heads_calm import PatchTarget
+from calm_transformers.evaluation import text_scores
+from calm_transformers.evaluation.text_scores import score_texts
+from calm_transformers.model.heads_calm import PatchTarget
+from calm_transformers.model.heads_calm_energy import energy_score
 
 TEXT = "a text of some patches"
 IDS = torch.randint(3, 95, (1, 24), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from calm.texts_calm import GrowingTexts
-from calm.upstream_calm import GenerateCall
+from calm_transformers.model.generation_calm_texts import GrowingTexts
+from calm_transformers.model.generation_calm_upstream import GenerateCall
 
 pytestmark = pytest.mark.transformers
 

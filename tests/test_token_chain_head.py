@@ -8,10 +8,10 @@ from enumerable_laws import chi_square_p_value
 from tiny import tiny_config, tiny_model
 from torch import nn
 
-from calm.heads_calm import PatchTarget
-from calm.modeling_calm import CALMForCausalLM
-from calm.token_chain_head_calm import token_codes
-from calm.training.auxiliary import MultiTokenLoss
+from calm_transformers.model.heads_calm import PatchTarget
+from calm_transformers.model.heads_calm_token_chain import token_codes
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.training.auxiliary import MultiTokenLoss
 
 K, V, Z = 4, 96, 16
 SIGNIFICANCE = 1e-4

@@ -8,12 +8,12 @@ from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_model, tiny_tokeniz
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as upstream
 
-from calm.generation_calm import PatchSampling
-from calm.modeling_calm import CALMForCausalLM
-from calm.randomness_calm import StepRandomness
-from calm.samplers_calm import BlockPlan
-from calm.serving.batcher import Batcher
-from calm.token_rules_calm import TokenRules
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_randomness import StepRandomness
+from calm_transformers.model.generation_calm_rules import TokenRules
+from calm_transformers.model.generation_calm_samplers import BlockPlan
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.serving.batcher import Batcher
 
 pytestmark = pytest.mark.transformers
 

@@ -8,8 +8,8 @@ import torch
 from enumerable_laws import chi_square_p_value
 from tiny import tiny_model
 
-from calm.heads_calm import PatchTarget
-from calm.training.auxiliary import MultiTokenLoss, WithAuxiliary
+from calm_transformers.model.heads_calm import PatchTarget
+from calm_transformers.training.auxiliary import MultiTokenLoss, WithAuxiliary
 
 V, K = 5, 3
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import train
 
-from calm.training.average import WeightAverage
+from calm_transformers.training.average import WeightAverage
 
 DECAY, STEPS = 0.7, 4
 EVERY_STEP = {"max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS, "eval_strategy": "no"}

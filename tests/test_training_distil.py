@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from training_helpers import train
 from transformers import LlamaForCausalLM
 
-from calm.training.auxiliary import MultiTokenLoss
-from calm.training.distil import Lesson, Teacher
-from calm.training.tokenizer import load_tokenizer
-from calm.training.train import for_training, make_model
+from calm_transformers.training.auxiliary import MultiTokenLoss
+from calm_transformers.training.distil import Lesson, Teacher
+from calm_transformers.training.tokenizer import load_tokenizer
+from calm_transformers.training.train import for_training, make_model
 
 K = 4
 

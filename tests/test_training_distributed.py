@@ -9,7 +9,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from training_helpers import same_draws_for_every_patch, start_training_together, train
 
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 # With this epsilon Adam doesn't blow up the rounding of gradients near zero.
 PLAIN = {"adam_epsilon": 0.01, "lr_scheduler_type": "constant", "eval_strategy": "no"}

@@ -7,8 +7,8 @@ import pytest
 from training_helpers import train, values
 from transformers import LlamaConfig
 
-from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.training import train as training
+from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm_transformers.training import train as training
 
 KINDS = ("ar", "autoencoder", "calm")
 DEMO = {"ar": "demo-transformer", "autoencoder": "demo-autoencoder", "calm": "demo-backbone"}

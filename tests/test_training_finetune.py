@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import train
 
-from calm.modeling_calm import CALMForCausalLM
-from calm.training.recipe import load_recipe
-from calm.training.train import make_model
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.training.recipe import load_recipe
+from calm_transformers.training.train import make_model
 
 FAST = {
     "block_size": 32,

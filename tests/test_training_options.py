@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_helpers import RECIPES, start_training, train
 
-from calm.training.train import main
+from calm_transformers.training.train import main
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
 def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made(
     words, message, workshop, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.delattr("calm.training.train.make_model")
+    monkeypatch.delattr("calm_transformers.training.train.make_model")
     fields = [word for name, value in workshop.items() for word in (f"--{name}", value)]
     recipe = ["--recipe", str(RECIPES / "calm.yaml"), "--output_dir", str(tmp_path / "run")]
     assert message in refusal(capsys, main, "calm", *recipe, *fields, *re.findall(r"\{.*?\}|\S+", words))

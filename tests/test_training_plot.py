@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-from calm.evaluation.plot import main, read_log, series
+from calm_transformers.evaluation.plot import main, read_log, series
 
 LOG = [
     {"loss": 2.0, "grad_norm": 1.0, "tokens_per_second": 10.0, "epoch": 0.5, "step": 1},

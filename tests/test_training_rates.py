@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from training_helpers import train
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from calm.training.auxiliary import AUXILIARY_FILE
-from calm.training.trainer import set_apart
+from calm_transformers.training.auxiliary import AUXILIARY_FILE
+from calm_transformers.training.trainer import set_apart
 
 FIELDS = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4, "eval_strategy": "no", "weight_decay": 1.0}
 FALLING = {"auxiliary_weight": 0.5, "auxiliary_decay": 0.75, "head_weight": 0.0}

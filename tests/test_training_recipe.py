@@ -11,12 +11,12 @@ from commands import refusal
 from tiny import tiny_tokenizer
 from training_helpers import RECIPES, train
 
-from calm.command_line import InputError
-from calm.configuration_calm import CALMAutoencoderConfig, CALMConfig
-from calm.modeling_calm import CALMForCausalLM
-from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.cost import autoencoder_cost, calm_cost, recipe_cost
-from calm.training.recipe import (
+from calm_transformers.command_line import InputError
+from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.training.cost import autoencoder_cost, calm_cost, recipe_cost
+from calm_transformers.training.recipe import (
     CONFIGS,
     RECIPE_FOLDER,
     check_fields,
@@ -25,7 +25,7 @@ from calm.training.recipe import (
     recipe_names,
     training_arguments,
 )
-from calm.training.train import main, make_config
+from calm_transformers.training.train import main, make_config
 
 NAMES = recipe_names()
 MODELS = [name for name in NAMES if name != "demo-tokenizer"]

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from training_helpers import start_training, train, write_corpus
 
-from calm.training.recipe import load_recipe
+from calm_transformers.training.recipe import load_recipe
 
 KILLS = 10
 STEPS = 90

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import start_training_together, train
 
-from calm.training.trainer import CALMTrainer
+from calm_transformers.training.trainer import CALMTrainer
 
 
 @pytest.fixture(scope="module")

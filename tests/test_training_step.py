@@ -10,11 +10,11 @@ from tiny import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from calm.benchmarks import meters, training_step
-from calm.benchmarks.meters import Meter, wrapped
-from calm.benchmarks.training_step import PARTS, TrainingStep, parse_options
-from calm.heads_calm import PatchTarget
-from calm.training.cost import calm_cost
+from calm_transformers.benchmarks import meters, training_step
+from calm_transformers.benchmarks.meters import Meter, wrapped
+from calm_transformers.benchmarks.training_step import PARTS, TrainingStep, parse_options
+from calm_transformers.model.heads_calm import PatchTarget
+from calm_transformers.training.cost import calm_cost
 
 CPU = torch.device("cpu")
 LLAMA = LlamaConfig(

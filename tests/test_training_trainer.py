@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from training_helpers import same_draws_for_every_patch, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calm.energy_head_calm import EnergyHead
-from calm.modeling_calm_autoencoder import CALMAutoencoder
-from calm.training.trainer import CALMTrainer
+from calm_transformers.model.heads_calm_energy import EnergyHead
+from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.training.trainer import CALMTrainer
 
 LAYOUTS = [(4, 1), (1, 4)]
 # Plain gradient descent shows a difference of gradients as it is; Adam would blow up those near zero.

@@ -5,7 +5,7 @@ import torch
 from tiny import EOS, PAD, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from calm.training.data import PatchCollator
+from calm_transformers.training.data import PatchCollator
 
 pytestmark = pytest.mark.transformers
 

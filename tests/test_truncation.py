@@ -10,10 +10,10 @@ from tiny import tiny_model
 from transformers import CompileConfig
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from calm.benchmarks import truncation as report
-from calm.benchmarks.truncation import LAWS, Pools, meant_law, plug_in_weights
-from calm.samplers_calm import batch_temperature_select, exact_temperature_sample
-from calm.weights_calm import (
+from calm_transformers.benchmarks import truncation as report
+from calm_transformers.benchmarks.truncation import LAWS, Pools, meant_law, plug_in_weights
+from calm_transformers.model.generation_calm_samplers import batch_temperature_select, exact_temperature_sample
+from calm_transformers.model.generation_calm_weights import (
     KEEP_ALL,
     Truncation,
     choose_by_weight,
@@ -222,7 +222,7 @@ class TestCompiled:
         choose = partial(choose_by_weight, temperature=temperature, truncation=truncation)
         torch._dynamo.reset()  # it counts compilations by code
         compiled = torch.compile(choose, fullgraph=True, backend=backend)
-        with torch._dynamo.config.patch(specialize_float=True):  # as compiled_calm.py does
+        with torch._dynamo.config.patch(specialize_float=True):  # as generation_calm_compiled.py does
             chosen_B = compiled(class_BN, noise_BN)
         assert torch.equal(chosen_B, choose(class_BN, noise_BN))
 

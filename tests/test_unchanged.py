@@ -9,11 +9,11 @@ from evaluation_folder import tiny_llama
 from tiny import VOCAB_SIZE, tiny_model
 from transformers import TrainingArguments
 
-from calm.evaluation import prompt_alignment
-from calm.evaluation.models import count_model
-from calm.training.auxiliary import WithAuxiliary
-from calm.training.data import PatchCollator
-from calm.training.trainer import CALMTrainer
+from calm_transformers.evaluation import prompt_alignment
+from calm_transformers.evaluation.models import count_model
+from calm_transformers.training.auxiliary import WithAuxiliary
+from calm_transformers.training.data import PatchCollator
+from calm_transformers.training.trainer import CALMTrainer
 
 MODELS = {"calm": lambda: tiny_model(patch_size=2), "llama": tiny_llama}
 

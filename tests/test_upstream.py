@@ -18,10 +18,10 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.utils import logging
 from upstream_contacts import differences, found_contacts, inner_names, overrides, read_records
 
-from calm.configuration_calm import TRANSFORMERS, check_transformers
-from calm.generation_calm import CALMGenerationMixin
-from calm.modeling_calm import CALMForCausalLM
-from calm.upstream_calm import CACHE_ARGUMENT, GENERATION_SETTINGS, PatchGenerationMixin
+from calm_transformers.model.configuration_calm import TRANSFORMERS, check_transformers
+from calm_transformers.model.generation_calm import CALMGenerationMixin
+from calm_transformers.model.generation_calm_upstream import CACHE_ARGUMENT, GENERATION_SETTINGS, PatchGenerationMixin
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers
 
@@ -145,7 +145,9 @@ class TestRange:
     def test_a_newer_version_is_warned_of(self, version, warnings, monkeypatch):
         heard = []
         monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-        monkeypatch.setattr(logging.get_logger("calm.configuration_calm"), "warning_once", heard.append)
+        monkeypatch.setattr(
+            logging.get_logger("calm_transformers.model.configuration_calm"), "warning_once", heard.append
+        )
         check_transformers()
         assert len(heard) == warnings and all(TRANSFORMERS in text for text in heard)
 

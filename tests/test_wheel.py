@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from commands import COMMANDS, ROOT
 
-from calm.bundle_files import code_files
+from calm_transformers.conversion.bundle_files import code_files
 
 pytestmark = pytest.mark.slow
 
-INSTALLED = [name for name in COMMANDS if not name.startswith("calm.docs.")]
+INSTALLED = [name for name in COMMANDS if not name.startswith("docs.")]
 NOT_SOURCES = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__", "*.safetensors")
 WITH_DATA = {
     "training/recipes": "*.yaml",
@@ -59,16 +59,19 @@ def missing_packages(tmp_path_factory):
     (folder / "text.parquet").write_bytes(b"")
     (folder / "run").mkdir()
     data = ["--data", "text", "--block_size", "8"]
-    tokenizer = ["calm.training.train", "tokenizer", "--recipe", "demo-tokenizer"]
+    tokenizer = ["calm_transformers.training.train", "tokenizer", "--recipe", "demo-tokenizer"]
     return [
         ([*tokenizer, "--train_files", str(folder / "text.jsonl.zst")], "train"),
         ([*tokenizer, "--train_files", str(folder / "text.parquet")], "train"),
         ([*tokenizer, "--train_files=[]", "--dataset", "some/texts"], "train"),
-        (["calm.evaluation.plot", str(folder / "run")], "eval"),
-        (["calm.evaluation.brier_lm", "--model", str(folder), *data, "--plot", "x.png"], "eval"),
-        (["calm.evaluation.calibration", "--run", str(folder), *data, "--plot", "x.png"], "eval"),
-        (["calm.evaluation.autoencoder_report", "--model", "x", "--data", "x", "--plot", "x.png"], "eval"),
-        (["calm.benchmarks.generation", "--shape", "calm-m", "--plot", "x.png"], "eval"),
+        (["calm_transformers.evaluation.plot", str(folder / "run")], "eval"),
+        (["calm_transformers.evaluation.brier_lm", "--model", str(folder), *data, "--plot", "x.png"], "eval"),
+        (["calm_transformers.evaluation.calibration", "--run", str(folder), *data, "--plot", "x.png"], "eval"),
+        (
+            ["calm_transformers.evaluation.autoencoder_report", "--model", "x", "--data", "x", "--plot", "x.png"],
+            "eval",
+        ),
+        (["calm_transformers.benchmarks.generation", "--shape", "calm-m", "--plot", "x.png"], "eval"),
     ]
 
 
@@ -78,7 +81,7 @@ def installed(wheel, missing_packages, tmp_path_factory):
     site, folder = wheel.parent / "site", tmp_path_factory.mktemp("elsewhere")
     pip("install", wheel, "--target", site)
     script = shutil.copy(ROOT / "tests" / "wheel_commands.py", folder)  # its folder would be on the path
-    words = [[name, "--help"] for name in INSTALLED] + [words for words, _ in missing_packages] + [["calm.demo"]]
+    words = [[name, "--help"] for name in INSTALLED] + [words for words, _ in missing_packages]
     done = subprocess.run(
         [sys.executable, script, folder / "result.json", json.dumps(HIDDEN), json.dumps(words)],
         env={**os.environ, "PYTHONPATH": str(site), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"},
@@ -95,12 +98,12 @@ def installed(wheel, missing_packages, tmp_path_factory):
 
 
 def test_it_holds_the_packages_with_their_data_and_no_tests(names):
-    modules = {f"calm/{path.name}" for path in ROOT.glob("*.py")}
-    assert {name for name in names if name.endswith(".py") and name.count("/") == 1} == modules
-    folders = {"training", "evaluation", "benchmarks", "experiments", "serving"}
-    assert {name.split("/")[1] for name in names if name.startswith("calm/") and name.count("/") > 1} == folders
+    python = {name for name in names if name.endswith(".py")}
+    package = ROOT / "calm_transformers"
+    expected = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
+    assert python == expected | {f"calm_transformers/model/{path.name}" for path in ROOT.glob("*.py")}
     for folder, pattern in WITH_DATA.items():
-        assert {f"calm/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= names
+        assert {str(path.relative_to(ROOT)) for path in (package / folder).glob(pattern)} <= names
 
 
 def test_every_command_starts_without_the_extras(installed):
@@ -110,16 +113,13 @@ def test_every_command_starts_without_the_extras(installed):
     assert all("usage: " in outcome[f"{name} --help"]["printed"] for name in INSTALLED)
 
 
-def test_a_missing_package_and_a_missing_model_are_named_in_one_sentence(installed, missing_packages):
+def test_a_missing_package_is_named_in_one_sentence(installed, missing_packages):
     outcome, _ = installed
     for words, extra in missing_packages:
         done = outcome[" ".join(words)]
         last = done["printed"].strip().splitlines()[-1]
         assert done["code"] == 2 and "Traceback" not in done["printed"], done["printed"]
         assert " needs " in last and last.endswith(f'pip install "calm-transformers[{extra}]".'), (words, last)
-    done = outcome["calm.demo"]
-    assert done["code"] == 2
-    assert "no model lies beside demo.py: name one with --model FOLDER_OR_HUB_ID." in done["printed"]
 
 
 def test_a_model_saves_its_code_along(installed):

@@ -4,8 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from calm.configuration_calm import HEADS, CALMConfig
-from calm.modeling_calm import CALMForCausalLM
+from calm_transformers.model.configuration_calm import HEADS, CALMConfig
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 VOCAB_SIZE = 96
 BOS, EOS, PAD = 1, 2, 95

@@ -14,10 +14,10 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from calm import heads_calm
-from calm.energy_head_calm import EnergyHead
-from calm.training.train import main
-from calm.training.trainer import CALMTrainer
+from calm_transformers.model import heads_calm
+from calm_transformers.model.heads_calm_energy import EnergyHead
+from calm_transformers.training.train import main
+from calm_transformers.training.trainer import CALMTrainer
 
 WORDS = "the cat sat on a mat and saw one small dog run home to its red house by the sea".split()
 RECIPES = Path(__file__).parent / "fixtures" / "recipes"
@@ -88,7 +88,7 @@ def start_training(
 ) -> multiprocessing.Process:
     """A training in a process of its own, forked from a server that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["calm.training.train"])
+    context.set_forkserver_preload(["calm_transformers.training.train"])
     process = context.Process(target=_in_child, args=(str(log), kind, fields, environment or {}, fixed_draws))
     process.start()
     return process

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from commands import MODULES, PACKAGES, ROOT
+from commands import MODULES, PACKAGE, ROOT
 
 RECORDS = Path(__file__).with_suffix(".json")
 UPSTREAM = Path(transformers.__file__).parent
@@ -215,7 +215,7 @@ def found_contacts() -> dict[str, dict]:
     for contact, (base, name) in overrides(classes).items():
         note(contact, signature(vars(base)[name]), name)
     bases = [base for cls in classes for base in cls.__mro__ if is_upstream(base)]
-    ours = parsed(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
+    ours = parsed([*ROOT.glob("*_calm*.py"), *PACKAGE.rglob("*.py")])
     for name in inner_names(ours) & uses.defined:
         base = next((base for base in bases if name in vars(base)), None)
         note(name if base is None else f"{base.__name__}.{name}", signature(vars(base)[name]) if base else "", name)

@@ -50,7 +50,9 @@ def run(module: str, *arguments: str) -> dict:
 
 def save_a_model(folder: str) -> list[str]:
     """Names of the code files that a model leaves beside its weights."""
-    configuration, modeling = (importlib.import_module(f"calm.{name}_calm") for name in ("configuration", "modeling"))
+    configuration, modeling = (
+        importlib.import_module(f"calm_transformers.model.{name}_calm") for name in ("configuration", "modeling")
+    )
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8}
     config = configuration.CALMConfig(
         **sizes,
@@ -67,6 +69,6 @@ if __name__ == "__main__":
     result, hidden, commands = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
     hide(hidden)
     outcome = {" ".join(words): run(*words) for words in commands}
-    outcome["package"] = importlib.import_module("calm").__file__
+    outcome["package"] = importlib.import_module("calm_transformers").__file__
     outcome["saved"] = save_a_model(str(result.with_name("saved")))
     result.write_text(json.dumps(outcome))

@@ -1,0 +1,162 @@
+"""What stands beside the weights in a bundled repository: configuration, code, tokenizer, model card."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from calm_transformers.command_line import InputError
+from calm_transformers.conversion.checkpoint_files import Repository, first_line, read_json
+from calm_transformers.model.configuration_calm import TRANSFORMERS, CALMConfig
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE]
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- calm
+- continuous-autoregressive
+- custom_code
+license: other
+{base_models}---
+
+# {name}
+
+A CALM, a continuous autoregressive language model ([arXiv 2510.27688](https://arxiv.org/abs/2510.27688)): instead of
+one token it predicts one vector that stands for a patch of {patch_size} tokens, which an autoencoder turns into text.
+
+```python
+import torch
+from transformers import pipeline
+
+pipe = pipeline(
+    "text-generation", model="{name}", dtype=torch.bfloat16, device_map="auto", trust_remote_code=True
+)
+print(pipe("The key to life is", max_new_tokens=20, do_sample=True)[0]["generated_text"])
+```
+
+Needs `pip install "{transformers}" torch accelerate`.
+
+## Where it comes from
+
+The weights are those of two repositories, put into one {dtype} file by CALM for Transformers: the language model
+{language_model}, with a head of type "{head_type}", and the autoencoder {autoencoder}.
+
+**Licence.** The weights, and the tokenizer, stay under the licences of the repositories they come from. The code
+beside them is under the MIT licence.
+"""
+
+
+def generation_defaults(config: CALMConfig) -> dict:
+    """Contents of generation_config.json: sampled as published, at T = 0.5 over N = 200 candidates, but by the default
+    method, which draws fewer where patches repeat."""
+    names = ("do_sample", "temperature", "num_candidates", "sampling_method")
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        **{name: getattr(PatchSampling(temperature=0.5), name) for name in names},
+    }
+
+
+def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
+    """tokenizer.json, with the pad token of the configuration, the tokenizer_config.json for it, and the chat template
+    where there is one.
+
+    Raises:
+        InputError: there is no tokenizer.json, or its ids are not those of the configuration.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: name a repository that has one with --tokenizer.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
+    assert config.pad_token_id is not None, "a conversion refuses a configuration without one"
+    if tokenizer.id_to_token(config.pad_token_id) is None:
+        tokenizer.add_special_tokens(["[PAD]"])
+    count = tokenizer.get_vocab_size()
+    if count > config.vocab_size:
+        raise InputError(f"{path} has {count} tokens, more than the {config.vocab_size} that the model knows.")
+    tokens = {}
+    for field in ("bos_token", "eos_token", "pad_token"):
+        ids = getattr(config, f"{field}_id")
+        tokens[field] = tokenizer.id_to_token(ids[0] if isinstance(ids, list) else ids)
+        if tokens[field] is None:
+            raise InputError(f"{path} has no token for {field}_id {ids}.")
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # what every transformers loads
+        **tokens,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    texts = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(tokenizer_config, indent=2)}
+    template = chat_template(folder)
+    return texts if template is None else {**texts, CHAT_TEMPLATE: template}
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer: a file of its own or, as older repositories have it, in its configuration."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):  # of several, by name
+        template = {each.get("name"): each.get("template") for each in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def model_card(name: str, config: CALMConfig, language_model: Repository, autoencoder: Repository) -> str:
+    sources = [language_model, autoencoder]
+    on_hub = "".join(f"- {source.name}\n" for source in sources if source.is_on_hub)
+    links = [f"[{s.name}](https://huggingface.co/{s.name})" if s.is_on_hub else f"`{s.name}`" for s in sources]
+    return MODEL_CARD.format(
+        name=name,
+        transformers=TRANSFORMERS,
+        base_models=f"base_model:\n{on_hub}" if on_hub else "",
+        patch_size=config.patch_size,
+        head_type=config.head_type,
+        dtype=str(config.dtype).removeprefix("torch."),
+        language_model=links[0],
+        autoencoder=links[1],
+    )
+
+
+def write_beside_weights(
+    folder: Path,
+    name: str,
+    config: CALMConfig,
+    tokenizer_folder: Path,
+    language_model: Repository,
+    autoencoder: Repository,
+) -> None:
+    """Writes everything of a bundle but its weights.
+
+    Raises:
+        InputError: the tokenizer is missing or not the model's.
+    """
+    config.architectures = [CALMForCausalLM.__name__]
+    texts = {
+        "config.json": config.to_json_string(),
+        "generation_config.json": json.dumps(generation_defaults(config), indent=2),
+        "README.md": model_card(name, config, language_model, autoencoder),
+        **tokenizer_texts(tokenizer_folder, config),
+    }
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    for file in code_files():
+        shutil.copy(file, folder)
+
+
+def code_files() -> list[str]:
+    """The modeling file and every file that it imports."""
+    modeling_file = inspect.getfile(CALMForCausalLM)
+    return [modeling_file, *dict.fromkeys(get_relative_import_files(modeling_file))]

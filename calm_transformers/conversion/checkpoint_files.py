@@ -1,0 +1,285 @@
+"""Reads published repositories and writes new ones, for `convert_checkpoint.py` and `export_onnx.py`.
+
+Values are read and written one tensor at a time, so that memory holds one tensor and not the model.
+"""
+
+import json
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+
+from calm_transformers.command_line import InputError
+from calm_transformers.files import unfinished
+from calm_transformers.loading import is_missing_folder
+from calm_transformers.progress import progress_bar
+
+SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TAGS}
+
+REMAP_BYTES = 2**26  # read through one mapping
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class WeightsFile:
+    """A .safetensors or .bin file, mapped to memory, whose tensors are read one by one.
+
+    What has been read of a mapping stays in memory until it is closed, so after some reading the file is mapped anew.
+
+    Raises:
+        InputError: the file is truncated or damaged, or holds anything but tensors of the types that models come in.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._map()
+        if path.suffix == ".bin":  # safetensors has no checksums
+            check_archive(path)
+        for name, tensor in self._mapped.items():
+            if tensor.dtype not in SAFETENSORS_TAGS:
+                raise InputError(f"{path}: tensor {name} is of type {tensor.dtype}, none of {', '.join(DTYPES)}.")
+
+    def _map(self) -> None:
+        self._mapped, self._bytes_read = map_tensors(self.path), 0
+
+    def list(self) -> list["StoredTensor"]:
+        return [StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._mapped.items()]
+
+    def read(self, name: str) -> torch.Tensor:
+        if self._bytes_read > REMAP_BYTES:
+            self._map()
+        self._bytes_read += self._mapped[name].nbytes
+        return self._mapped[name]
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, or a range of its columns, not read yet."""
+
+    file: WeightsFile
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    columns: slice = slice(None)
+
+    def __str__(self):
+        return f"tensor {self.name} {self.shape} in {self.file.path}"
+
+    def read(self) -> torch.Tensor:
+        return self.file.read(self.name)[..., self.columns]
+
+    def cut(self, parts: int) -> list["StoredTensor"]:
+        """So many equal ranges of its columns."""
+        if parts == 1:
+            return [self]
+        *rows, size = *self.shape[:-1], self.shape[-1] // parts
+        starts = range(0, parts * size, size)
+        return [self._replace(shape=(*rows, size), columns=slice(start, start + size)) for start in starts]
+
+
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped to memory; nothing else in a pickle is executed or created.
+
+    Raises:
+        InputError: the file is truncated, or holds anything but a dictionary of dense tensors.
+    """
+    try:
+        if path.suffix == ".bin":
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            tensors = load_file(path)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
+    except Exception as error:  # neither library has a common class for what can be wrong with a file
+        raise InputError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
+    if not isinstance(tensors, dict):
+        raise InputError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise InputError(f"{path}: {name} is not the name of a dense tensor.")
+    return tensors
+
+
+def check_archive(path: Path) -> None:
+    """Compares a zip archive with its checksums, which reading it mapped to memory doesn't.
+
+    Raises:
+        InputError: a member is not what was written.
+    """
+    with zipfile.ZipFile(path) as archive:
+        member = archive.testzip()
+        if member and archive.getinfo(member).CRC:  # 0 where torch.save was told to compute none
+            raise InputError(f"{path} is damaged, fetch it anew: bad checksum of {member}.")
+
+
+class Repository:
+    """A published repository, a folder or on the Hub: its `config` and `tensors` (name → `StoredTensor`).
+
+    Args:
+        id_or_folder: its Hub id or folder.
+        what: it should hold, for messages: "language model" or "autoencoder".
+
+    Raises:
+        InputError: a file is missing, unreadable or truncated.
+    """
+
+    def __init__(self, id_or_folder: str, what: str):
+        self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"], what)
+        self.is_on_hub = not Path(id_or_folder).is_dir()
+        if self.is_on_hub and not any(self.folder.glob("*.safetensors")):
+            self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"], what)
+        self.name = id_or_folder if self.is_on_hub else self.folder.resolve().name
+        self.config_path = self.folder / "config.json"
+        if not self.config_path.is_file():
+            raise InputError(f"{self.config_path} does not exist: name the repository that holds the {what}.")
+        self.config = read_json(self.config_path)
+        self.weights, files = find_weights(self.folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        for stored in (stored for path in files for stored in WeightsFile(path).list()):
+            if stored.name in self.tensors:
+                raise InputError(f"The {stored} is in {self.tensors[stored.name].file.path} too.")
+            self.tensors[stored.name] = stored
+
+    def matrix(self, name: str) -> StoredTensor:
+        """The stored tensor of this name, which must be a matrix."""
+        if name not in self.tensors:
+            raise InputError(f"{self.weights} lacks the tensor {name}.")
+        if len(self.tensors[name].shape) != 2:
+            raise InputError(f"{self.tensors[name]} should be a matrix.")
+        return self.tensors[name]
+
+    def count_layers(self, prefix: str) -> tuple[int, StoredTensor]:
+        """How many layers `prefix.0.`, `prefix.1.`, … there are, and a tensor of the last one."""
+        layers = {}
+        for name, stored in self.tensors.items():
+            if match := re.match(re.escape(prefix) + r"\.(\d+)\.", name):
+                layers[int(match[1])] = stored
+        if not layers:
+            raise InputError(f"{self.weights} lacks the tensors {prefix}.*.")
+        return max(layers) + 1, layers[max(layers)]
+
+
+def fetch(id_or_folder: str, patterns: list[str], what: str) -> Path:
+    """The folder itself, or one into which the matching files of a Hub repository were downloaded.
+
+    Raises:
+        InputError: there is neither that holds `what`.
+    """
+    path = Path(id_or_folder)
+    if path.is_dir():
+        return path
+    if path.exists() or is_missing_folder(id_or_folder):
+        raise InputError(f"{id_or_folder} is no folder: name the one that holds the {what}, or a Hub id.")
+    try:
+        return Path(snapshot_download(id_or_folder, allow_patterns=patterns))
+    except Exception as error:  # the client's exceptions differ between its versions
+        raise InputError(
+            f"{id_or_folder} is no folder, and no Hub repository within reach, that holds the {what}: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def find_weights(folder: Path) -> tuple[Path, list[Path]]:
+    """The weights of a repository, safetensors before .bin: the file that lists or is them, and the files they are in.
+
+    Raises:
+        InputError: there are none, a shard is missing, or one is named outside the folder.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{index} holds no weight_map.")
+            shards = [folder / shard for shard in sorted(set(map(str, weight_map.values())))]
+            for shard in shards:
+                if shard.parent != folder:  # by its name: a file of the Hub's cache is a link to another folder
+                    raise InputError(f"{index} names {shard}, which is not in the same folder.")
+                if not shard.is_file():
+                    raise InputError(f"{shard} does not exist, but {index.name} names it.")
+            return index, shards
+        if (folder / name).is_file():
+            return folder / name, [folder / name]
+    raise InputError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards.")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yields a folder to write to, which becomes `output` at the end, and is removed where anything fails.
+
+    Raises:
+        InputError: `output` is there, and no empty folder.
+        OSError: the disk is full or cannot be written to; it names a file or the folder.
+    """
+    output = output.absolute()
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent} is not a folder.")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{output} exists already and is not an empty folder.")
+    try:
+        with unfinished(output) as folder:
+            folder.mkdir()
+            yield folder
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(output)) from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: there is no such file, or something else is in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object.")
+    return content
+
+
+def write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, make: Callable[[str], torch.Tensor]
+) -> None:
+    """Writes tensors of these shapes (name → shape) one after another, with a progress bar on a terminal.
+
+    The format is the safetensors library's: length of the header, header, values; the library itself wants all tensors
+    at once.
+
+    `make` gives the tensor of a name, of that type and shape, and is called once for each.
+
+    Raises:
+        InputError: the disk is full or fails.
+    """
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_TAGS[dtype], "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the values start aligned
+    current = "its header"
+    try:
+        with open(path, "wb") as file, progress_bar(None, "Converting", "B", end) as bar:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            for current in shapes:
+                tensor = make(current)
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                bar.update(tensor.nbytes)
+    except OSError as error:
+        raise InputError(f"{path} could not be written, at {current}: {error.strerror}.") from None

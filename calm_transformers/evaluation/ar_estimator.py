@@ -1,0 +1,113 @@
+"""Brier-1..4 of an ordinary (token by token) language model: the published AR estimator.
+
+The model's probabilities are known, so most of Brier-n = 2 P(y) - sum_x P(x)^2 needs no sampling:
+
+- accuracy: 2 P(y) = 2 prod_i p(y_i | y_<i), from the block's one teacher-forced forward pass;
+- collision: sum_x P(x)^2 = E over two sampled prefixes of n-1 tokens of [1{prefixes equal} * sum_v p(v | prefix)^2].
+
+Two sampled prefixes matter only as long as they are equal, so one branch stands for both, and the positions whose
+samples differ drop out before the next forward pass: the four Brier scores cost about two readings of the block.
+"""
+
+# B blocks, L tokens, M positions, V vocabulary, N branches (positions whose two samples are still equal)
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from calm_transformers.evaluation.branching import BlockReader, CausalLMReader, RereadingReader, padded_nonzero, take
+from calm_transformers.evaluation.brier import MAX_N, BrierCounts
+
+# Mean total variation x 2 between branched and plain reading; bf16 rounding stays below it.
+BRANCH_TOLERANCE = 0.02
+
+# 2^27 float32 are 0.5 GB.
+LOGITS_AT_ONCE = 2**27
+
+
+@torch.no_grad()
+def count_ar(
+    reader: BlockReader, tokens_BL: torch.Tensor, generator: torch.Generator | None = None, chunk: int | None = None
+) -> BrierCounts:
+    """Counts of one batch of blocks: every position but the last four predicts the four tokens after it.
+
+    chunk: positions of a block that branch at the same time; bounds the memory of their mask and probabilities.
+        None takes 512, or as many as have LOGITS_AT_ONCE probabilities.
+    Raises ValueError when the blocks are shorter than 5 tokens.
+    """
+    length = tokens_BL.shape[1]
+    if length <= MAX_N:
+        raise ValueError(f"blocks of {length} tokens: Brier-{MAX_N} needs at least {MAX_N + 1}")
+    logits_BLV = reader.read(tokens_BL)
+    if chunk is None:
+        chunk = min(512, max(1, LOGITS_AT_ONCE // (logits_BLV.shape[0] * logits_BLV.shape[-1])))
+    positions_M = torch.arange(length - MAX_N, device=tokens_BL.device)
+    collisions = [
+        _collision(reader, logits_BLV[:, positions_m], positions_m, generator)
+        for positions_m in positions_M.split(chunk)
+    ]
+    return BrierCounts.from_terms(_accuracy(logits_BLV, tokens_BL, chunk), torch.cat(collisions, dim=1))
+
+
+def _accuracy(logits_BLV, tokens_BL, chunk) -> torch.Tensor:
+    """(B, M, 4): twice the probability of the n true tokens after each position."""
+    pieces = zip(logits_BLV[:, :-1].split(chunk, 1), tokens_BL[:, 1:].split(chunk, 1), strict=True)
+    log_probs = [
+        logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for logits, tokens in pieces
+    ]
+    return 2 * torch.cat(log_probs, dim=1).unfold(1, MAX_N, 1).cumsum(-1).exp()
+
+
+def _collision(reader, logits_BMV, positions_M, generator) -> torch.Tensor:
+    """(B, M, 4): the collision term after each of M positions, whose logits are given."""
+    collision_BM4 = logits_BMV.new_zeros(*logits_BMV.shape[:2], MAX_N, dtype=torch.float32)
+    index_BN = torch.arange(len(positions_M), device=positions_M.device).expand(len(logits_BMV), -1)
+    valid_BN = torch.ones_like(index_BN, dtype=torch.bool)
+    reader.start(positions_M.expand(len(logits_BMV), -1))
+    logits_BNV = logits_BMV
+    for n in range(MAX_N):
+        probs_BNV = logits_BNV.float().softmax(-1)
+        collision_BM4[..., n].scatter_add_(1, index_BN, probs_BNV.square().sum(-1) * valid_BN)
+        if n == MAX_N - 1:
+            break
+        pairs = probs_BNV.flatten(0, 1).multinomial(2, replacement=True, generator=generator)
+        first_BN, second_BN = pairs.unflatten(0, index_BN.shape).unbind(-1)
+        equal_BN, valid_next = padded_nonzero(valid_BN & (first_BN == second_BN))
+        if equal_BN.shape[1] == 0:
+            break
+        logits_BNV = reader.extend(equal_BN, take(first_BN, equal_BN))
+        index_BN, valid_BN = take(index_BN, equal_BN), valid_next
+    return collision_BM4
+
+
+@torch.no_grad()
+def causal_lm_reader(model, tokens_BL: torch.Tensor) -> BlockReader:
+    """The fast reader if the model can be branched, else the slow one, with a warning.
+
+    Checked on a block: its true tokens, fed as branches, must give back the block's own probabilities. They don't
+    where attention ignores a 4D mask (sliding windows shorter than the block, ALiBi, recurrent layers).
+    """
+    tokens_BL = tokens_BL[:1]
+    reader = CausalLMReader(model)
+    try:
+        probs_BLV = reader.read(tokens_BL).float().softmax(-1)
+        positions_BN = torch.arange(tokens_BL.shape[1] - 1, device=tokens_BL.device)[-64:].unsqueeze(0)
+        reader.start(positions_BN)
+        branches_BN = torch.arange(positions_BN.shape[1], device=tokens_BL.device).unsqueeze(0)
+        branched_BNV = reader.extend(branches_BN, take(tokens_BL, positions_BN + 1)).float().softmax(-1)
+        difference = (branched_BNV - take(probs_BLV, positions_BN + 1)).abs().sum(-1).mean().item()
+        reason = f"probabilities differ by {difference:.3g}" if not difference < BRANCH_TOLERANCE else None
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return reader
+    warnings.warn(
+        f"{type(model).__name__} cannot be read in branches ({reason}); every continuation is read anew instead, "
+        "which is many times slower",
+        stacklevel=2,
+    )
+    return RereadingReader(model)

@@ -1,0 +1,133 @@
+"""How well an autoencoder reconstructs, how much latent noise it bears, and what its posterior looks like.
+
+    calm evaluate autoencoder --model AUTOENCODER_OR_CALM --data FILE_OR_DATASET
+
+The generative head never hits a latent vector exactly, so the decoder must read noisy ones.
+"""
+
+# P patches, K tokens per patch, Z latent size
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
+from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
+from calm_transformers.evaluation.models import load_causal_lm, load_config
+from calm_transformers.evaluation.report import markdown, picture_of, write_json
+from calm_transformers.loading import check_tokenizer, device_of, load_whole
+from calm_transformers.model.configuration_calm import CALMConfig
+from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.progress import progress_bar
+from calm_transformers.training.diagnostics import ACTIVE_NATS
+from calm_transformers.training.tokenizer import load_tokenizer
+
+SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+@torch.no_grad()
+def noise_accuracy(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor, sigmas=SIGMAS, seed: int = 0) -> list[dict]:
+    """For each sigma, the share of tokens and of whole patches decoded rightly from mean + sigma * noise."""
+    mean_PZ, _ = posterior(autoencoder, patches_PK)
+    generator = torch.Generator(mean_PZ.device).manual_seed(seed)
+    noise_PZ = torch.randn(mean_PZ.shape, generator=generator, device=mean_PZ.device, dtype=mean_PZ.dtype)
+    rows = []
+    for sigma in progress_bar(sigmas, "Decoding", "level"):
+        right_PK = autoencoder.decode_tokens(mean_PZ + sigma * noise_PZ) == patches_PK
+        rows.append(
+            {
+                "sigma": sigma,
+                "token_accuracy": right_PK.double().mean().item(),
+                "patch_accuracy": right_PK.all(-1).double().mean().item(),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def posterior(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log standard deviation of each patch's latent vector, (P, Z) each."""
+    pieces = [autoencoder.encoder(piece.reshape(1, -1)) for piece in patches_PK.split(4096)]
+    return torch.cat([mean[0] for mean, _ in pieces]), torch.cat([log_std[0] for _, log_std in pieces])
+
+
+def posterior_statistics(mean_PZ: torch.Tensor, log_std_PZ: torch.Tensor) -> dict[str, float]:
+    """Mean posterior sigma, KL from N(0, 1) in nats per patch (not clipped), and active dimensions of Z.
+
+    A dimension is active when its mean KL exceeds ACTIVE_NATS, as in the training log.
+    """
+    mean_PZ, log_std_PZ = mean_PZ.float(), log_std_PZ.float()
+    kl_PZ = 0.5 * (mean_PZ.square() + (2 * log_std_PZ).exp() - 1 - 2 * log_std_PZ)
+    return {
+        "posterior_sigma": log_std_PZ.exp().mean().item(),
+        "latent_rms": mean_PZ.square().mean().sqrt().item(),
+        "kl": kl_PZ.sum(-1).mean().item(),
+        "active_dimensions": int((kl_PZ.mean(0) > ACTIVE_NATS).sum()),
+        "latent_size": mean_PZ.shape[-1],
+    }
+
+
+def load_autoencoder(name: str) -> CALMAutoencoder:
+    """The autoencoder of a folder or Hub id that holds one by itself or inside a CALM."""
+    if isinstance(load_config(name), CALMConfig):
+        autoencoder = load_causal_lm(name).autoencoder
+        assert isinstance(autoencoder, CALMAutoencoder), "every CALM has one"
+        return autoencoder
+    return load_whole(CALMAutoencoder.from_pretrained, name, dtype="auto").to(device_of(None)).eval()
+
+
+def report(rows: list[dict], statistics: dict, num_patches: int) -> str:
+    """Markdown: the noise table, then the posterior."""
+    lines = [[f"{r['sigma']:.2f}", f"{r['token_accuracy']:.4%}", f"{r['patch_accuracy']:.4%}"] for r in rows]
+    table = markdown(["noise sigma", "token accuracy", "patch accuracy"], lines)
+    posterior = (
+        "posterior sigma {posterior_sigma:.3f} (mean), root mean square of the means {latent_rms:.3f}, KL {kl:.1f} "
+        "nats a patch, {active_dimensions} of {latent_size} dimensions active"
+    )
+    head = f"{num_patches} patches; noise is added to the posterior mean, sigma in latent units"
+    return f"{head}\n\n{table}\n\n{posterior.format(**statistics)}"
+
+
+def write_plot(path: Path, rows: list[dict], posterior_sigma: float) -> None:
+    with picture_of(path, figsize=(6, 4)) as (_, axes):
+        sigmas = [row["sigma"] for row in rows]
+        for key in ("token_accuracy", "patch_accuracy"):
+            axes.plot(sigmas, [row[key] for row in rows], marker="o", label=key.replace("_", " "))
+        axes.axvline(posterior_sigma, color="grey", linestyle="--", label="mean posterior sigma")
+        axes.set_xlabel("sigma of the Gaussian noise on the latent vector")
+        axes.set_ylim(0, 1.02)
+        axes.legend()
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("calm evaluate autoencoder", __doc__)
+    parser.add_argument("--model", required=True, help="folder or Hub id of an autoencoder or of a CALM")
+    parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
+    add_data_arguments(parser)
+    parser.add_argument("--max_patches", type=positive, default=10_000)
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--json", type=writable, help="write the figures")
+    parser.add_argument("--plot", type=picture, help="write the accuracy against the noise")
+    args = parser.parse_args(argv)
+    with known_errors():
+        if args.plot:
+            need("matplotlib", "eval", "--plot")
+        autoencoder = load_autoencoder(args.model)
+        tokenizer = load_tokenizer(args.tokenizer or args.model)
+        check_tokenizer(autoencoder, tokenizer, args.tokenizer or args.model)
+        patches_PK = read_blocks(args, tokenizer, autoencoder.config.patch_size, args.max_patches)
+    patches_PK = patches_PK.to(autoencoder.device)
+    rows = noise_accuracy(autoencoder, patches_PK, seed=args.seed)
+    statistics = posterior_statistics(*posterior(autoencoder, patches_PK))
+    print(report(rows, statistics, len(patches_PK)))
+    write_json(args.json, {**statistics, "patches": len(patches_PK), "noise": rows})
+    if args.plot:
+        write_plot(args.plot, rows, statistics["posterior_sigma"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""How many words a model invents: it continues a prompt, and each word that a reference text never has is counted.
+
+    calm evaluate invented_words --model MODEL --text TRAINING_TEXT --temperature 0.5 1
+
+A model whose tokens are shorter than words, or that draws several of them at once, can misspell. This says how often.
+Words are runs of letters and apostrophes, case apart; the last of a text, which may be cut off, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+
+import torch
+from transformers import set_seed
+
+from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
+from calm_transformers.evaluation.models import is_calm, load_config, load_with_tokenizer
+from calm_transformers.evaluation.report import write_json
+from calm_transformers.model.configuration_calm import CALMConfig
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_weights import check_num_candidates, check_temperature
+from calm_transformers.progress import progress_bar, say
+from calm_transformers.training.documents import expand_paths, read_documents, size_of
+
+PROMPT = "Once upon a time, there was a little girl named Lily."
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+
+
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text.lower().replace("\u2019", "'"))
+
+
+def vocabulary_of(documents: Iterable[str]) -> set[str]:
+    return {word for document in documents for word in words_of(document)}
+
+
+def invented(texts: list[str], known: set[str]) -> tuple[list[str], int]:
+    """The words of the texts that are not known, in order, and how many words there are."""
+    words = [word for text in texts for word in words_of(text)[:-1]]
+    return [word for word in words if word not in known], len(words)
+
+
+@torch.no_grad()
+def continuations(model, tokenizer, prompt: str, num_texts: int, seed: int, **options) -> list[str]:
+    """What the model adds to the prompt, `num_texts` times, in one batch."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.repeat(num_texts, 1).to(model.device)
+    set_seed(seed)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, **options)
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("calm evaluate invented_words", __doc__)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a CALM or another causal LM")
+    parser.add_argument("--text", required=True, nargs="+", help="files whose words are taken for known")
+    parser.add_argument("--prompt", type=utf8, default=PROMPT)
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--num_candidates", type=positive, help="of a CALM (default: the model's own)")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--repetition_penalty", type=float)
+    parser.add_argument("--no_repeat_ngram_size", type=positive)
+    parser.add_argument("--num_texts", type=positive, default=16)
+    parser.add_argument("--max_new_tokens", type=positive, default=160)
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--json", type=writable, help="write the figures")
+    args = parser.parse_args(argv)
+    for temperature in args.temperature:
+        if temperature <= 0:
+            parser.error(f"--temperature {temperature:g}: must be more than 0")
+    return args
+
+
+def load(args: argparse.Namespace):
+    """The model and its tokenizer. What a CALM could not do is refused before it is loaded, as far as it can be.
+
+    Raises:
+        ValueError: a CALM doesn't sample at such a temperature, or not with so few candidates; no language model.
+        OSError: there is no model.
+    """
+    has_patches = isinstance(load_config(args.model), CALMConfig)
+    for temperature in args.temperature if has_patches else []:
+        check_temperature(temperature)
+        if args.num_candidates:
+            check_num_candidates(args.num_candidates, temperature)
+    model, tokenizer = load_with_tokenizer(args.model)
+    for temperature in args.temperature if has_patches and not args.num_candidates else []:  # the model's own
+        PatchSampling.from_generation_config(model.generation_config, do_sample=True, temperature=temperature)
+    return model, tokenizer
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with known_errors():
+        model, tokenizer = load(args)
+        files = expand_paths(args.text)
+        with progress_bar(None, "Reading", "B", size_of(files)) as bar:
+            known = vocabulary_of(read_documents(files, bar=bar))
+    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    if is_calm(model) and args.num_candidates:
+        options["num_candidates"] = args.num_candidates
+    if not is_calm(model):
+        options |= {"top_k": 0, "top_p": 1.0}  # plain sampling
+    asked = {name: getattr(args, name) for name in ("top_p", "repetition_penalty", "no_repeat_ngram_size")}
+    options |= {name: value for name, value in asked.items() if value is not None}
+    rows = []
+    print("| T | words | invented | share | the first of them |\n| --- | --- | --- | --- | --- |")
+    for temperature in progress_bar(args.temperature, "Writing", "temperature"):
+        sampling = {"temperature": temperature, **options}
+        texts = continuations(model, tokenizer, args.prompt, args.num_texts, args.seed, **sampling)
+        new, count = invented(texts, known)
+        rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
+        share = f"{len(new) / max(count, 1):.1%}"
+        say(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |")
+    write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Continues a text with a CALM, streamed to the terminal: `calm generate . "Once upon a time"`."""
+
+import sys
+
+import transformers
+from transformers import TextStreamer, pipeline, set_seed
+
+from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8
+from calm_transformers.loading import reading
+from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_weights import check_temperature
+from calm_transformers.pages.inspect_text import check_length
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("calm generate", __doc__)
+    story = "Once upon a time, there was a little girl named Lily."
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("prompt", nargs="?", type=utf8, default=story)
+    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 2]; the lower, the surer")
+    parser.add_argument("--max_new_tokens", type=positive, default=160)
+    parser.add_argument("--seed", type=natural, default=0)
+    options = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    with known_errors():
+        check_temperature(options.temperature)
+        with reading(options.model):
+            generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
+        stated = generator.model.generation_config
+        PatchSampling.from_generation_config(stated, do_sample=True, temperature=options.temperature)  # or refuses it
+        assert generator.tokenizer is not None, "a pipeline of this task has one"
+        if generator.model.config.model_type != "calm":
+            raise ValueError(f"{options.model} is no CALM.")
+        check_length(generator.model, len(generator.tokenizer(options.prompt)["input_ids"]), options.max_new_tokens)
+    set_seed(options.seed)
+    streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)
+    generator(
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=True,
+        temperature=options.temperature,
+        streamer=streamer,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Serves a CALM over the OpenAI API: `calm serve MODEL`, then any client of that API.
+
+Requests that arrive together are written together (serving/batcher.py). The model runs with this package's code; none
+out of its repository is loaded.
+"""
+
+import importlib.util
+import os
+import signal
+import socket
+import sys
+from argparse import ArgumentTypeError
+from contextlib import suppress
+from pathlib import Path
+
+from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, utf8
+
+PROGRAM = "calm serve"
+SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+KEY_VARIABLE = "CALM_API_KEY"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Loads the model and serves it until the process is told to stop."""
+    options = parse(argv)
+    check_environment()
+    with known_errors(OSError):
+        listening = listen(options.host, options.port)
+    with listening:
+        from calm_transformers.serving.app import ServerOptions, create_app
+
+        batcher = load_batcher(options)
+        try:
+            with known_errors():  # as of every request at its defaults
+                batcher.submit([0], max_new_tokens=1).result()
+            app = create_app(
+                batcher,
+                ServerOptions(
+                    model_name=options.model_name or options.model,
+                    api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
+                    max_request_bytes=options.max_request_bytes,
+                    timeout_s=options.timeout or None,
+                    allowed_origins=tuple(options.allow_origin),
+                ),
+            )
+            run(app, batcher, listening, options)
+        finally:
+            batcher.close(cancel=True)
+
+
+def parse(argv: list[str] | None):
+    parser = Parser(PROGRAM, __doc__)
+    parser.add_argument("model", type=utf8, help="folder or Hub id; `.` is the demo model in this repository")
+    parser.add_argument(
+        "--model_name", type=utf8, help="the id that clients ask for (default: MODEL as it is written)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: as saved)")
+    parser.add_argument("--max_rows", type=positive, default=16, help="texts written at a time (default: 16)")
+    parser.add_argument(
+        "--max_waiting", type=positive, default=64, help="texts that wait; others get 429 (default: 64)"
+    )
+    parser.add_argument(
+        "--max_length", type=positive, help="tokens of prompt and text (default: the model's positions)"
+    )
+    parser.add_argument(
+        "--max_draws", type=positive, default=1000, help="candidates that a text may ask for a step (default: 1000)"
+    )
+    parser.add_argument("--prefill_chunk_size", type=positive, default=512, help="prompt tokens a step (default: 512)")
+    parser.add_argument(
+        "--max_request_bytes", type=positive, default=2**20, help="larger ones get 413 (default: 1 MiB)"
+    )
+    parser.add_argument("--timeout", type=seconds, default=600, help="seconds for a request, 0: any (default: 600)")
+    parser.add_argument("--grace", type=positive, default=30, help="seconds to finish in when stopped (default: 30)")
+    parser.add_argument("--api_key", help=f"clients must send it (default: ${KEY_VARIABLE}, or none)")
+    parser.add_argument("--chat_template", type=Path, help="a Jinja file, for models that have none or another")
+    parser.add_argument(
+        "--allow_origin", action="append", default=[], help="of web pages that may ask, * for any (repeatable)"
+    )
+    return parser.parse_args(argv)
+
+
+def seconds(text: str) -> float:
+    """For `type=` of a time limit."""
+    if not 0 <= (number := float(text)) < float("inf"):
+        raise ArgumentTypeError(f"{text}: must be a number of seconds that is not negative.")
+    return number
+
+
+def check_environment() -> None:
+    """
+    Raises:
+        InputError: a package that the server needs is missing.
+    """
+    missing = [package for package in SERVING_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound before the model is loaded, so that a port in use is known at once.
+
+    Raises:
+        OSError: it can't be bound.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except Exception as error:  # OverflowError of a port, TypeError of a host
+        listening.close()
+        raise OSError(f"{host}:{port} can't be listened on ({getattr(error, 'strerror', None) or error})") from None
+    return listening
+
+
+def load_batcher(options):
+    """
+    Raises:
+        InputError: no CALM, no tokenizer, no such device, or a template that can't be read.
+    """
+    import torch
+
+    from calm_transformers.pages.inspect_text import load
+    from calm_transformers.serving.batcher import Batcher
+
+    with known_errors():
+        template = options.chat_template and read_template(options.chat_template)
+        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
+        if dtype != "auto" and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"--dtype {options.dtype}: must be auto or a type of torch, as float32 or bfloat16.")
+        model, tokenizer = load(options.model, options.device, dtype)
+        if template is not None:
+            tokenizer.chat_template = template
+        check_chat_template(tokenizer)
+        limits = ("max_rows", "max_waiting", "max_length", "max_draws", "prefill_chunk_size")
+        return Batcher(model, tokenizer, **{name: getattr(options, name) for name in limits})
+
+
+def read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is no text in UTF-8.") from None
+
+
+def check_chat_template(tokenizer) -> None:
+    """
+    Raises:
+        ValueError: it is no Jinja.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is no Jinja, in line {error.lineno}: {error.message}") from None
+    except Exception:  # a template is a program: it may take other conversations
+        pass
+
+
+def run(app, batcher, listening: socket.socket, options) -> None:
+    """Serves until SIGINT or SIGTERM, see `Server`."""
+    from calm_transformers.serving.connections import Server
+
+    host, port = listening.getsockname()[:2]
+    with known_errors(OSError):  # another server was started at the same time
+        listening.listen()
+    print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
+        Server(app, batcher, options.grace).run(sockets=[listening])
+
+
+def stop(number: int, _) -> None:
+    """Ends the process at the first signal, while the model loads, too; further ones change nothing."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    for each in SIGNALS:  # which have no default in the first process of a container
+        signal.signal(each, stop)
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Makes the bundled demo model anew, from the corpus to the files at the root.
+
+    python -m calm_transformers.training.demo_model --corpus DIR
+
+Every phase is a command, printed before it runs, that can be given by hand. It can be stopped at any moment; the same
+command goes on where it was. DIR holds stories for children, one document {"text": ...} a line:
+
+    tinystories-train.jsonl.xz  tinystories-validation.jsonl.xz
+
+Every constant of the trainings stands in the recipes demo-tokenizer, demo-autoencoder, demo-backbone and demo.
+"""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from calm_transformers.command_line import Parser, command, known_errors, positive
+from calm_transformers.files import unfinished
+from calm_transformers.training import train
+
+PACKAGE = Path(__file__).parents[1]
+WEIGHTS = "model.safetensors"
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
+
+
+def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[list[str]]:
+    """The words of each training behind `calm train`, in order.
+
+    Args:
+        corpus: see the module's description.
+        runs: folder of everything that is made on the way.
+        max_steps: that of each training in place of the recipe's, to try the whole thing out.
+    """
+    files = {part: str(corpus / f"tinystories-{part}.jsonl.xz") for part in ("train", "validation")}
+
+    def training(kind: str, recipe: str, *words: str) -> list[str]:
+        folder = ["--train_files", files["train"], "--output_dir", str(runs / recipe)]
+        return [kind, "--recipe", recipe, *folder, *words]
+
+    data = ["--validation_files", files["validation"], "--cache_dir", str(runs / "tokens")]
+    data += ["--tokenizer", str(runs / "demo-tokenizer")]
+    if max_steps:
+        data += ["--max_steps", str(max_steps), "--save_steps", str(max(1, max_steps // 2)), "--logging_steps", "1"]
+    return [
+        training("tokenizer", "demo-tokenizer"),
+        training("autoencoder", "demo-autoencoder", *data),
+        training("calm", "demo-backbone", *data, "--autoencoder", str(runs / "demo-autoencoder")),
+        training("calm", "demo", *data, "--init_from", str(runs / "demo-backbone")),
+    ]
+
+
+def write(model: Path, output: Path) -> None:
+    """Puts a trained model's files in place, each whole, the weights last; its code where the package's isn't."""
+    output.mkdir(parents=True, exist_ok=True)
+    code = [] if output.samefile(PACKAGE) else sorted(model.glob("*.py"))
+    for file in [*code, *(model / name for name in FILES)]:
+        with unfinished(output / file.name) as aside:
+            shutil.copyfile(file, aside)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("python -m calm_transformers.training.demo_model", __doc__)
+    parser.add_argument("--corpus", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", type=Path, help="where the model's files go (default: demo-model in --runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of what is made on the way")
+    parser.add_argument("--max_steps", type=positive, help="steps of each training, to try it out")
+    args = parser.parse_args(argv)
+    output = args.output or args.runs / "demo-model"
+    is_there = (args.runs / "demo-tokenizer" / "tokenizer_config.json").exists()  # a training goes on by itself
+    for words in phases(args.corpus, args.runs, args.max_steps)[is_there:]:
+        print(shlex.join(["python", "-m", train.__name__, *words]), flush=True)
+        if code := train.main(words):
+            return code
+    with known_errors(OSError):
+        write(args.runs / "demo", output)
+    print(f"wrote {', '.join(FILES)} in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

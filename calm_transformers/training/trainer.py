@@ -1,0 +1,468 @@
+"""A model and a recipe → the trained model in the run's folder. Begin at `fit`.
+
+The loop is Hugging Face's Trainer, with our logs, checkpoints that show whether they are complete, and a clean stop
+when the loss is no number. Axes: B batch, L tokens.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sized
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
+
+from calm_transformers.command_line import InputError, sentence
+from calm_transformers.progress import hide_upstream_bars, shows_bars
+from calm_transformers.training.auxiliary import (
+    AUXILIARY_FILE,
+    WithAuxiliary,
+    state_without_auxiliary,
+    without_auxiliary,
+)
+from calm_transformers.training.average import WeightAverage
+from calm_transformers.training.data import Length, PackedBlocks, PatchCollator, data_sets
+from calm_transformers.training.diagnostics import diagnose
+from calm_transformers.training.recipe import (
+    Recipe,
+    changes,
+    check_arguments,
+    check_fields,
+    load_recipe,
+    training_arguments,
+)
+from calm_transformers.training.tokenizer import save_tokenizer
+
+LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
+TRAINER_STATE = "trainer_state.json"  # upstream writes it last
+
+
+# a run
+
+
+def begin(recipe: Recipe) -> TrainingArguments:
+    """Before the model is made: checks the fields and Trainer's arguments, quiets third-party logs, sets the seed."""
+    check_fields(recipe)
+    args = training_arguments(recipe)
+    check_arguments(args)
+    transformers.logging.set_verbosity_warning()
+    hide_upstream_bars()
+    set_seed(args.seed)
+    return args
+
+
+def fit(
+    recipe: Recipe, stated: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
+) -> Callable[[], None]:
+    """Prepares a training, resumed from the last checkpoint if there is one, which exports to the run's folder.
+
+    `stated` is what `begin` returned, `patch_size` K, 1 for a Llama; `resume` is "auto", or "never" to refuse a folder
+    with checkpoints. What is returned trains when it is called.
+    """
+    folder = folder_of(stated)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {folder}: {error.strerror}.") from error
+    last = last_checkpoint(folder)
+    before = resumed_recipe(recipe, last, resume)
+    batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
+    with stated.main_process_first(desc="tokenising"):
+        data = data_sets(
+            recipe.data,
+            tokenizer,
+            patch_size,
+            Length(batch_size, stated.num_train_epochs, stated.max_steps),
+            seed=stated.seed if stated.data_seed is None else stated.data_seed,
+            cache=Path(recipe.data.cache_dir or Path(HF_HOME) / "calm" / "tokens"),
+            evaluates=stated.eval_strategy != "no",
+        )
+    recipe.found = {"batch_size": batch_size, "tokens": digest(data.train)}
+    if before and (changed := changes(before, recipe)):
+        say(f"going on with {changed}")
+    args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # all epochs are one to Trainer
+    trainer = CALMTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
+        average=WeightAverage(recipe.ema_decay, last) if recipe.ema_decay else None,
+        head_learning_rate=recipe.head_learning_rate,
+    )
+    if trainer.is_world_process_zero():
+        recipe.save(folder / "recipe.yaml")
+        save_tokenizer(tokenizer, folder)
+        state = f"resuming from {last.name}" if last else "from the start"
+        print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
+
+    def train() -> None:
+        torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
+        transformers.logging.disable_progress_bar()  # of saving
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except BaseException:
+            if shows_bars():
+                print(file=sys.stderr)  # below the bar
+            raise
+        trainer.export()
+        say(f"the model is in {folder}")
+
+    return train
+
+
+def resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
+    """Reads the recipe of the run that is resumed, `None` where one starts; says which checkpoints are damaged."""
+    folder = Path(recipe.output_dir)
+    found, saved = checkpoints(folder), folder / "recipe.yaml"
+    if found and resume == "never":
+        raise InputError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
+    before = load_recipe(str(saved)) if found and saved.is_file() else None
+    if before and before.training.get("save_only_model"):
+        raise InputError(f"{folder} has no optimizer (save_only_model), so it can't go on: name another --output_dir.")
+    for damaged in itertools.takewhile(lambda path: path != last, found):
+        say(f"{damaged} {damage(damaged)}, and is not used")
+    if before and last:
+        changes(before, recipe)
+        return before
+    return None
+
+
+def digest(data) -> str | None:
+    """A checksum of the training text's tokens: their number, the first and the last million; `None` of a stream."""
+    if not isinstance(data, PackedBlocks):
+        return None
+    tokens = data.data.tokens
+    return f"{len(tokens)}-{zlib.crc32(tokens[-(2**20) :].tobytes(), zlib.crc32(tokens[: 2**20].tobytes())):08x}"
+
+
+def say(line: str) -> None:
+    """Prints it once, however many processes train."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+# the loop
+
+
+class CALMTrainer(Trainer):
+    """Trainer for the autoencoder, CALM and AR models.
+
+    The order of the data is the dataset's own (see `PackedBlocks`). The logs have, beside Trainer's, each loss term,
+    the diagnostics of diagnostics.py, the tokens per second of all processes together, and those per second of
+    this process's CPU time, which other work on the machine moves less. An `average` of the weights is evaluated and
+    exported in their place.
+    """
+
+    def __init__(
+        self,
+        model,
+        *args,
+        average: WeightAverage | None = None,
+        head_learning_rate: float | None = None,
+        **kwargs,
+    ):
+        with keeping_use_cache(model.config):
+            super().__init__(model, *args, **kwargs)
+        self.average, self.head_learning_rate = average, head_learning_rate
+        if average is not None:
+            self.add_callback(average)
+        has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
+        self._no_cache = {"use_cache": False} if has_cache else {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens, self._first_step = 0, 0
+        self._clock: float | None = None  # when the first batch since the last log came; None before
+        self._cpu_clock = 0.0
+        self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def _get_train_sampler(self, *args, **kwargs):
+        assert isinstance(self.train_dataset, Sized), "Trainer asks for a sampler only then"
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args, **kwargs):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.head_learning_rate is not None:
+            set_apart(bare(self.model).get_submodule("head").parameters(), optimizer, self.head_learning_rate)
+        return optimizer
+
+    # loss and logs
+
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, **self._no_cache}
+        block_ids = inputs.pop("block_ids", None)
+        if isinstance(self.model, WithAuxiliary) and self.model.decay:
+            inputs["progress"] = self.state.global_step / self.state.max_steps
+        both = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        assert isinstance(both, tuple), "return_outputs asks for both"
+        loss, outputs = both
+        if model.training:
+            if not torch.isfinite(loss):
+                self._stop(f"the loss is {loss.item()}", block_ids)
+            if self._clock is None:
+                self._clock, self._first_step = time.perf_counter(), self.state.global_step
+                self._cpu_clock = time.process_time()
+            for name in LOSS_TERMS:
+                if outputs.get(name) is not None:
+                    self._sums[name] = self._sums.get(name, 0) + outputs[name].detach()
+            self._tokens += inputs["input_ids"].numel()
+            hidden = outputs.get("last_hidden_state")
+            self._last_batch = inputs["input_ids"], None if hidden is None else hidden.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def _stop(self, why: str, block_ids: torch.Tensor | None = None) -> None:
+        blocks = "" if block_ids is None else f" on the blocks {block_ids.tolist()}"
+        last = last_checkpoint(folder_of(self.args))
+        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise InputError(
+            f"step {self.state.global_step + 1}{blocks}: {why}; {good}. A lower learning rate or a stricter "
+            "max_grad_norm may help."
+        )
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs and self._last_batch is not None:
+            steps = self.state.global_step - self._first_step
+            for name, total in self._sums.items():
+                of_all = self.accelerator.reduce(total, "sum")
+                assert isinstance(of_all, torch.Tensor), "as what it sums up"
+                logs[name] = of_all.item() / self._terms_per_step() / steps
+            assert self._clock is not None, "the first batch of these steps started it"
+            seconds = time.perf_counter() - self._clock
+            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
+            logs["tokens_per_cpu_second"] = round(self._tokens / (time.process_time() - self._cpu_clock), 1)
+            self._sums, self._tokens, self._clock = {}, 0, None
+            if not self.is_fsdp_enabled:  # its parameters are at home only inside forward
+                input_ids, hidden = self._last_batch
+                model = bare(self.accelerator.unwrap_model(self.model))
+                logs.update(diagnose(model, input_ids, hidden, seed=self.state.global_step))
+        super().log(logs, *args, **kwargs)
+
+    def _terms_per_step(self) -> int:
+        """By what a term, summed over the micro-batches and processes of a step, is to be divided.
+
+        Where Trainer passes the whole batch's item count to the model, the terms are shares of a mean already.
+        """
+        return 1 if self.model_accepts_loss_kwargs else self.args.gradient_accumulation_steps * self.args.world_size
+
+    def evaluate(self, *args, **kwargs):
+        with self.average.in_place_of_weights(self.model) if self.average else contextlib.nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    # checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            self._stop(f"the weights are not finite any more, {broken[0]} first")
+        if self.args.should_save:  # that of a damaged checkpoint, which is written again
+            (folder_of(self.args) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir) -> None:
+        """Upstream's last file but one: behind it every process waits, so `TRAINER_STATE` says that all are there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        folder = folder_of(self.args) if output_dir is None else Path(output_dir)
+        if self.args.should_save:
+            self._write_model(folder, state_dict)
+            torch.save(self.args, folder / "training_args.bin")
+        if self.args.should_save and folder != folder_of(self.args):  # what a checkpoint has beside the model
+            if isinstance(self.model, WithAuxiliary):
+                state = state_dict or self.model.state_dict()
+                auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
+                safetensors.torch.save_file(auxiliary, folder / AUXILIARY_FILE)
+            if self.average is not None:
+                self.average.save(folder)
+
+    def _write_model(self, folder: Path, state_dict: dict | None) -> None:
+        """Weights, configuration and code, without the auxiliary loss. `state_dict` is the gathered one under FSDP."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        model: PreTrainedModel = without_auxiliary(unwrapped)  # pyright: ignore[reportAssignmentType]  # or PEFT's
+        if state_dict is not None:
+            if isinstance(unwrapped, WithAuxiliary):
+                state_dict = state_without_auxiliary(state_dict)
+            model, state_dict = unsharded(model, state_dict)
+        model.save_pretrained(folder, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        try:
+            if model is None and isinstance(self.model, WithAuxiliary):
+                state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
+                auxiliary = {key.removeprefix("auxiliary."): value for key, value in state.items()}
+                self.model.auxiliary.load_state_dict(auxiliary)
+                model = self.model.calm
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{resume_from_checkpoint} can't be loaded: {sentence(error)}") from error
+
+    def _push_from_checkpoint(self, checkpoint_folder) -> None:
+        """Upstream's, with the model's code, which upstream leaves behind; once, for an upload may go on."""
+        for file in Path(checkpoint_folder).glob("*.py") if self.is_world_process_zero() else ():
+            if not (folder_of(self.args) / file.name).exists():
+                shutil.copy(file, folder_of(self.args))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        optimizer: Any = self.optimizer
+        settings = optimizer.param_groups[0].keys()
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:  # other parameters are trained now
+            raise InputError(f"the optimizer of {checkpoint} is not of this run: {error}") from error
+        if missing := settings - optimizer.param_groups[0].keys():
+            raise InputError(
+                f"the optimizer of {checkpoint} is not {OptimizerNames(self.args.optim).value}: no {min(missing)}"
+            )
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if isinstance(self.model, WithAuxiliary) and best is not None:
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Upstream only warns when a checkpoint does not fit. Tied weights are allowed to be missing."""
+        state = without_auxiliary(self.model).state_dict()
+        loaded = {value.data_ptr() for key, value in state.items() if key not in load_result.missing_keys}
+        missing = [key for key in load_result.missing_keys if state[key].data_ptr() not in loaded]
+        if missing or load_result.unexpected_keys:
+            raise InputError(
+                "the checkpoint is not of this model: "
+                f"missing {missing[:3]}, unexpected {load_result.unexpected_keys[:3]}."
+            )
+
+    # export
+
+    def export(self) -> None:
+        """Writes the model to `output_dir`, weights and code, as a repository that loads by itself.
+
+        A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`. Where there is an
+        average of the weights, it goes before them. With `push_to_hub` the repository is uploaded.
+        """
+        folder = folder_of(self.args)
+        if self.average is not None:
+            self.average.put_into(self.model)
+        merge = getattr(self.model, "merge_and_unload", None)
+        if merge is not None:
+            if self.args.should_save:
+                self._write_model(folder / "adapter", None)
+            self.model = merge()
+        state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            self._write_model(folder, state_dict)
+            self.state.save_to_json(str(folder / TRAINER_STATE))
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="End of training")
+
+
+# the folder of a run
+
+
+def folder_of(args: TrainingArguments) -> Path:
+    """Where a run writes."""
+    assert args.output_dir is not None, "upstream fills it in where it is left out"
+    return Path(args.output_dir)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, complete or not, the last one first."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run that is complete."""
+    return next((path for path in checkpoints(folder) if damage(path) is None), None)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Says what is wrong with a checkpoint, half a sentence, from the files' ends and not from every byte."""
+    if not (checkpoint / TRAINER_STATE).is_file():
+        return "was not finished"
+    needed = {
+        "weights": ("*model*.safetensors", "*_fsdp*"),
+        "optimizer": ("optimizer*",),
+        "schedule": ("scheduler.pt",),
+    }
+    for what, patterns in needed.items():
+        if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
+            return f"has no {what} ({patterns[0]})"
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        try:
+            if file.suffix == ".json":
+                fields = dict(json.loads(file.read_text(encoding="utf-8")))
+                if file.name == TRAINER_STATE and checkpoint.name != f"checkpoint-{fields['global_step']}":
+                    raise ValueError(f"it is of step {fields['global_step']}")
+            elif file.suffix == ".safetensors":
+                safetensors.safe_open(file, "pt").__exit__(None, None, None)
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(file).close()
+        except Exception as error:  # each format has its own
+            return f"has a damaged {file.name} ({sentence(error)})"
+    return None
+
+
+@contextlib.contextmanager
+def keeping_use_cache(config):
+    """transformers 5's Trainer turns `use_cache` off, or puts it, in a configuration that is not its own."""
+    before = {name: value for name, value in vars(config).items() if name == "use_cache"}
+    try:
+        yield
+    finally:
+        vars(config).pop("use_cache", None)
+        vars(config).update(before)
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, out of the auxiliary loss or a LoRA wrapper."""
+    model = without_auxiliary(model)
+    base_of = getattr(model, "get_base_model", None)
+    return model if base_of is None else base_of()
+
+
+def set_apart(parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives the parameters a learning rate of their own; all else stays as their groups have it."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
+
+
+def unsharded(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:
+    """An empty model to call `save_pretrained` on with a gathered state dict, and that without copies of tied weights.
+
+    FSDP2 puts a class of torch's own over the model's, and its code would be written beside the weights, not ours.
+    """
+    plain = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        empty = plain(model.config)
+    empty.tie_weights()
+    empty.generation_config = model.generation_config
+    unique = {name for name, _ in empty.named_parameters()}
+    tied = {name for name, _ in empty.named_parameters(remove_duplicate=False)} - unique
+    return empty, {name: value for name, value in state_dict.items() if name not in tied}
