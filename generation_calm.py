@@ -7,8 +7,8 @@ N candidates, V vocabulary.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,155 +25,18 @@ from .generation_calm_rules import RulesOfTexts, TokenRules
 from .generation_calm_samplers import (
     BlockPlan,
     OneBlock,
-    Pool,
-    batch_temperature_select,
-    exact_temperature_sample,
-    most_frequent_patch,
-    one_block_temperature_sample,
-    single_draw,
+    PatchSampling,
 )
 from .generation_calm_texts import GrowingTexts
 from .generation_calm_upstream import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin
 from .generation_calm_virtual_tokens import read_virtual_tokens
-from .generation_calm_weights import Truncation, check_num_candidates, check_temperature, draw_weights
 from .heads_calm import GenerativeHead
 from .kernels_calm import numbers_up_to
 from .modeling_calm_autoencoder import CALMAutoencoder
 
-SamplingMethod = Literal["batch", "adaptive", "exact"]
-SAMPLING_METHODS = get_args(SamplingMethod)
-EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 GREEDY_SEED = 0
-MOST_DRAWS = 2**22  # of a step: what is kept of them, about a kilobyte each, takes 4 GB
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class PatchSampling:
-    """How `CALMGenerationMixin.next_patches` chooses a patch.
-
-    Its fields are the options of `generate` that concern sampling: each may be an argument of the call or a field of
-    the generation configuration.
-
-    Args:
-        do_sample: False takes the most frequent of the candidates, drawn with a fixed seed.
-        temperature: T in (0, 2]; the law is P(patch)^(1/T), normalised.
-        num_candidates: N, patches drawn per step unless T = 1 and nothing else is asked for.
-        top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`.
-        sampling_method: "batch" draws all N and weighs them (paper, Algorithm 2). "exact" draws in growing blocks
-            until Algorithm 1 has a result, and takes the batch result after 10·N draws without one. "adaptive" is
-            the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
-            patches repeat. At T > 1, or with a truncation, all three are "batch".
-        lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
-            are the same (see generation_calm_candidates.py). `None` is True on a CPU. With logits processors every
-            candidate is drawn, decoded in full and weighed.
-
-    Raises:
-        ValueError: a value outside its range, or fewer than 1/T candidates.
-    """
-
-    do_sample: bool = True
-    temperature: float = 1.0
-    num_candidates: int = 200  # published setting of the batch algorithm
-    sampling_method: SamplingMethod = "adaptive"
-    lazy_decoding: bool | None = None
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self):
-        if self.sampling_method not in SAMPLING_METHODS:
-            raise ValueError(f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.")
-        check_temperature(self.temperature)
-        check_num_candidates(self.num_candidates, self.temperature)
-        self.truncation.check()
-        self.check_draws(1)
-
-    def check_draws(self, num_rows: int) -> None:
-        """Raises `ValueError` where a step of so many rows may hold more than `MOST_DRAWS` draws."""
-        num_draws = num_rows * self.num_draws_at_once
-        if num_draws > MOST_DRAWS:
-            raise ValueError(
-                f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r} and {num_rows} "
-                f"sequences may draw {num_draws} patches in a step: at most {MOST_DRAWS} fit."
-            )
-
-    @classmethod
-    def option_names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
-
-    @classmethod
-    def from_generation_config(cls, config: GenerationConfig, **overrides) -> "PatchSampling":
-        """Reads `generate`'s settings; `overrides` that are not None go before the configuration's fields, those of
-        other names are left out."""
-        settings = {}
-        for name in cls.option_names():
-            override = overrides.get(name)
-            settings[name] = getattr(config, name, None) if override is None else override
-        settings["do_sample"] = bool(settings["do_sample"])  # not set: off, as upstream takes it
-        if not settings["do_sample"]:  # these have no meaning then
-            settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
-        return cls(**{name: value for name, value in settings.items() if value is not None})
-
-    def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | OneBlock | None = None) -> Tensor:
-        """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,).
-
-        A plan is told in which rows Algorithm 1 chose.
-        """
-        if not self.do_sample:
-            return most_frequent_patch(pool, self.num_candidates)
-        if self.draws_once and not pool.has_factors:
-            return single_draw(pool)
-        if self.weighs_all or pool.has_factors:
-            return batch_temperature_select(pool, self.temperature, self.num_candidates, generator, self.truncation)
-        sampler = (pool, self.temperature, self.most_draws, generator)
-        if isinstance(plan, OneBlock):
-            index_B, plan.is_exact_B = one_block_temperature_sample(*sampler)
-            return index_B
-        chosen = exact_temperature_sample(*sampler, plan)
-        if plan is not None:
-            plan.is_exact_B = chosen.is_exact_B
-        return chosen.index_B
-
-    def is_exact(self, plan: BlockPlan | OneBlock, num_rows: int, has_rules: bool) -> Tensor:
-        """In which of the rows that `choose` was given last the patch is a sample of P(patch)^(1/T)/Z, (B,) bool."""
-        if plan.is_exact_B is not None:
-            return plan.is_exact_B
-        return torch.full((num_rows,), self.draws_once and not has_rules)
-
-    def weigh(self, class_BN: Tensor, log_factors_BN: Tensor | None = None) -> Tensor:
-        """How much each draw weighs in the choice, all of it on the first of equal ones, each row's sum 1; (B, N)."""
-        if self.do_sample:
-            return draw_weights(class_BN, self.temperature, self.truncation, log_factors_BN)
-        return draw_weights(class_BN, 1.0, log_factors_BN=log_factors_BN)
-
-    @property
-    def num_draws_at_once(self) -> int:
-        """The patches that `choose` draws with the plan `OneBlock`."""
-        if not self.do_sample:
-            return self.num_candidates
-        return 1 if self.draws_once else self.most_draws
-
-    @property
-    def most_draws(self) -> int:
-        """The most patches that are drawn for one row in one step where more than one is."""
-        is_exact = self.sampling_method == "exact" and not self.weighs_all
-        return self.num_candidates * (EXACT_DRAWS_PER_CANDIDATE if is_exact else 1)
-
-    @property
-    def draws_once(self) -> bool:
-        """Whether a step draws one patch and takes it."""
-        return self.do_sample and self.temperature == 1 and self.truncation.keeps_all
-
-    @property
-    def weighs_all(self) -> bool:
-        """Whether a step draws all candidates and weighs them, whatever the first of them are."""
-        return self.sampling_method == "batch" or self.temperature > 1 or not self.truncation.keeps_all
-
-    @property
-    def truncation(self) -> Truncation:
-        return Truncation(self.top_k, self.top_p, self.min_p)
 
 
 def takes_sampling_options(method):

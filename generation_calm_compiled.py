@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +21,10 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig
 
 from .generation_calm_randomness import Randomness, RecordedRandomness, StepRandomness
-from .generation_calm_samplers import BlockPlan, OneBlock
+from .generation_calm_samplers import BlockPlan, OneBlock, PatchSampling
 from .generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
 from .generation_calm_weights import inverse_temperature
 from .kernels_calm import numbers_up_to
-
-if TYPE_CHECKING:
-    from .generation_calm import CALMGenerationMixin, PatchSampling
 
 # Of each model its compiled steps, by law and configuration. Not kept in the model, which is pickled and copied.
 COMPILED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -51,7 +48,7 @@ class CompiledSteps:
 
     def __init__(
         self,
-        model: CALMGenerationMixin,
+        model: Any,
         cache: Cache | None,
         sampling: PatchSampling,
         config: CompileConfig,
@@ -112,7 +109,7 @@ class CompiledSteps:
         return patches_BK.clone()  # a graph's outputs are overwritten by its next run
 
 
-def _compiled(model: CALMGenerationMixin, config: CompileConfig, sampling: PatchSampling) -> Callable[..., Any]:
+def _compiled(model: Any, config: CompileConfig, sampling: PatchSampling) -> Callable[..., Any]:
     settings: dict[str, Any] = config.to_dict() | {"fullgraph": True}
     steps = COMPILED.setdefault(model, {})
     key = sampling, repr(sorted(settings.items()))
@@ -126,9 +123,7 @@ def _compiled(model: CALMGenerationMixin, config: CompileConfig, sampling: Patch
     return steps[key]
 
 
-def drawn_before(
-    model: CALMGenerationMixin, sampling: PatchSampling, num_rows: int, generator: Randomness
-) -> dict[str, Tensor]:
+def drawn_before(model: Any, sampling: PatchSampling, num_rows: int, generator: Randomness) -> dict[str, Tensor]:
     """The random numbers of one step, for so many rows, as tensors that `RecordedRandomness` takes."""
     context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
     randomness, num_draws = StepRandomness.of(generator), sampling.num_draws_at_once
@@ -141,7 +136,7 @@ def drawn_before(
     return draws
 
 
-def _step_of(model: CALMGenerationMixin):
+def _step_of(model: Any):
     """The function that is compiled: reads a patch of each row, to a place in the cache that is a tensor, and chooses
     the next. It holds the model weakly, as `COMPILED` does."""
     reference = weakref.ref(model)

@@ -17,6 +17,7 @@ from .configuration_calm import CALMAutoencoderConfig
 from .generation_calm_upstream import OffloadableModel
 from .kernels_calm import VocabularyScreen, fast_products
 
+ACTIVE_NATS = 0.01  # a latent dimension is active when its mean KL divergence exceeds this
 # Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
 # Sizes of the products in most_probable_tokens. On a CPU a tile of logits stays in the cache.

@@ -6,10 +6,9 @@ import transformers
 from transformers import TextStreamer, pipeline, set_seed
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8
-from calm_transformers.loading import reading
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.loading import check_length, reading
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_weights import check_temperature
-from calm_transformers.pages.inspect_text import check_length
 
 
 @command

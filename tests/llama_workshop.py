@@ -6,8 +6,9 @@ import torch
 from training_helpers import RECIPES, train, write_corpus
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.recipe import Recipe, load_recipe
-from calm_transformers.training.tokenizer import load_tokenizer, save_tokenizer
+from calm_transformers.training.tokenizer import save_tokenizer
 
 NUM_KNOWN = 300  # tokens of the Llama
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -12,7 +12,7 @@ import torch
 from tiny import BOS, EOS, HEAD_TYPES, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm_transformers.serving.engine import Engine, SlotCache

@@ -17,7 +17,7 @@ from calm_transformers.benchmarks.runs import Subject, compare, timed_run
 from calm_transformers.benchmarks.workloads import Replay, random_model
 from calm_transformers.command_line import InputError
 from calm_transformers.model import generation_calm_candidates
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training import recipe
 

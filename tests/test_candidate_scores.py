@@ -11,7 +11,6 @@ from tiny import BOS, PAD, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
 from calm_transformers.model import generation_calm, generation_calm_samplers
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.generation_calm_candidates import (
     NO_TOKEN,
     CandidateScores,
@@ -19,6 +18,7 @@ from calm_transformers.model.generation_calm_candidates import (
     candidate_scores,
     compute_patch_scores,
 )
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import CACHE_ARGUMENT
 from calm_transformers.model.generation_calm_weights import draw_weights
 

@@ -12,9 +12,13 @@ from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm_transformers.model import generation_calm_candidates, modeling_calm_autoencoder
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.generation_calm_candidates import LazyPool, PlainPool
-from calm_transformers.model.generation_calm_samplers import BlockPlan, compared_pairs, exact_temperature_sample
+from calm_transformers.model.generation_calm_samplers import (
+    BlockPlan,
+    PatchSampling,
+    compared_pairs,
+    exact_temperature_sample,
+)
 
 K, Z = 4, 16
 NO_EOS = {"eos_token_id": None}

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import calm_transformers.command_line
 from calm_transformers.command_line import InputError, Parser, command, known_errors
-from calm_transformers.evaluation.models import load_causal_lm
+from calm_transformers.loading import load_causal_lm
 
 NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]

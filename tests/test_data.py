@@ -24,23 +24,29 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from calm_transformers.command_line import InputError
+from calm_transformers.documents import (
+    BadLines,
+    DataOptions,
+    Separation,
+    documents,
+    expand_paths,
+    read_documents,
+    read_hub_dataset,
+    tokenize_documents,
+)
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.training import data as data_module
 from calm_transformers.training.data import (
     Length,
     PackedBlocks,
     PatchCollator,
-    Separation,
     StreamedBlocks,
     TokenFile,
     blocks_per_epoch,
     cached_tokens,
     data_sets,
     token_file,
-    tokenize_documents,
 )
-from calm_transformers.training.documents import BadLines, documents, expand_paths, read_documents, read_hub_dataset
-from calm_transformers.training.recipe import DataOptions
 from calm_transformers.training.tokenizer import train_bpe
 
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm_transformers.evaluation import brier_lm
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.evaluation.brier_lm import main
-from calm_transformers.evaluation.models import count_model, load_causal_lm
+from calm_transformers.evaluation.models import count_model
+from calm_transformers.loading import load_causal_lm
 from calm_transformers.training.train import with_lora
 
 # ruff: noqa: F811 (pytest hands the fixture over under its own name)

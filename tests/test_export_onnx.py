@@ -17,8 +17,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from calm_transformers.model import generation_calm_weights
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.generation_calm_randomness import RowRandomness
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import GENERATION_SETTINGS, USED_SETTINGS
 from calm_transformers.model.generation_calm_weights import patch_classes
 from calm_transformers.onnx_export import export as export_onnx

@@ -2,6 +2,7 @@
 
 import pytest
 
+from calm_transformers.command_line import InputError
 from calm_transformers.files import unfinished
 
 
@@ -31,3 +32,13 @@ def test_an_error_leaves_what_was_there(tmp_path):
         aside.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    path = tmp_path / "model"
+    with unfinished(path) as aside:
+        aside.mkdir()
+        with pytest.raises(InputError, match="model is being written by another process"), unfinished(path):
+            pass
+        (aside / "whole").touch()
+    assert [p.name for p in path.iterdir()] == ["whole"] and [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -20,7 +20,8 @@ from transformers import (
 
 from calm_transformers.model import generation_calm
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.generation_calm import PatchSampling, pack_prompts
+from calm_transformers.model.generation_calm import pack_prompts
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers

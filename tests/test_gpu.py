@@ -15,7 +15,8 @@ from training_helpers import make_workshop, train
 
 from calm_transformers.benchmarks import golden
 from calm_transformers.evaluation.brier_lm import main as brier_lm
-from calm_transformers.evaluation.models import count_model, load_causal_lm
+from calm_transformers.evaluation.models import count_model
+from calm_transformers.loading import load_causal_lm
 from calm_transformers.model.heads_calm_energy import energy_score
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 

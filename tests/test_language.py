@@ -15,7 +15,8 @@ from calm_transformers.evaluation.ar_estimator import count_ar
 from calm_transformers.evaluation.brier import brierlm
 from calm_transformers.evaluation.calm_estimator import count_calm
 from calm_transformers.experiments.language import HiddenMarkovLanguage, load, main, scored_beliefs, write
-from calm_transformers.training.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from calm_transformers.loading import load_tokenizer
+from calm_transformers.training.tokenizer import SPECIAL_TOKENS
 
 PREFIX = [2, 3, 2]
 PARTS = {"train": (3, 50), "validation": (2, 20)}

@@ -11,9 +11,8 @@ from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 from calm_transformers import loading
 from calm_transformers.conversion.convert import convert
-from calm_transformers.evaluation.models import load_causal_lm
 from calm_transformers.evaluation.text_scores import score_texts
-from calm_transformers.loading import check_tokenizer
+from calm_transformers.loading import check_tokenizer, load_causal_lm
 from calm_transformers.model.generation_calm_upstream import non_finite_weight
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher

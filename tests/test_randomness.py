@@ -6,9 +6,13 @@ from enumerable_laws import FixedPlan, StubPool, chi_square_p_value, flat, peake
 from scipy.stats import kstest
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
 
-from calm_transformers.model.generation_calm import SAMPLING_METHODS, PatchSampling
 from calm_transformers.model.generation_calm_randomness import FIRST_PAGE, RowRandomness, StepRandomness
-from calm_transformers.model.generation_calm_samplers import batch_temperature_select, exact_temperature_sample
+from calm_transformers.model.generation_calm_samplers import (
+    SAMPLING_METHODS,
+    PatchSampling,
+    batch_temperature_select,
+    exact_temperature_sample,
+)
 
 KINDS = ("uniform", "exponential")
 

@@ -8,9 +8,9 @@ import torch
 from tiny import BOS, tiny_model
 from transformers import GenerationConfig
 
-from calm_transformers.conversion.bundle_files import generation_defaults
+from calm_transformers.loading import generation_defaults
 from calm_transformers.model import generation_calm
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 
 OPTIONS = fields(PatchSampling)
 pytestmark = pytest.mark.transformers

@@ -24,7 +24,7 @@ from calm_transformers.experiments.sharpening import (
     measure_model,
     next_patch_law,
 )
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_weights import patch_classes
 
 VOCAB_SIZE = V + 4  # with the special tokens

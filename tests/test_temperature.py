@@ -8,7 +8,7 @@ import torch
 from goldens import golden_model, golden_tensors
 from tiny import HEAD_TYPES, tiny_model
 
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_weights import patch_classes
 
 HISTOGRAMS = {"T1": 1.0, "T1_2": 1 / 2, "T1_3": 1 / 3}

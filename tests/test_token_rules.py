@@ -8,10 +8,9 @@ from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_model, tiny_tokeniz
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as upstream
 
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.generation_calm_randomness import StepRandomness
 from calm_transformers.model.generation_calm_rules import TokenRules
-from calm_transformers.model.generation_calm_samplers import BlockPlan
+from calm_transformers.model.generation_calm_samplers import BlockPlan, PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from training_helpers import train
 from transformers import LlamaForCausalLM
 
+from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.auxiliary import MultiTokenLoss
 from calm_transformers.training.distil import Lesson, Teacher
-from calm_transformers.training.tokenizer import load_tokenizer
 from calm_transformers.training.train import for_training, make_model
 
 K = 4

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from training_helpers import train, values
 from transformers import LlamaForCausalLM, LlamaModel, MistralConfig
 
+from calm_transformers.loading import load_tokenizer
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.training.tokenizer import first_difference, load_tokenizer
+from calm_transformers.training.tokenizer import first_difference
 from calm_transformers.training.train import config_and_notes, for_training, make_model
 
 K = 4

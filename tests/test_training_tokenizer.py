@@ -8,13 +8,8 @@ import pytest
 from training_helpers import WORDS, train
 from transformers import AutoTokenizer, LlamaConfig
 
-from calm_transformers.training.tokenizer import (
-    SPECIAL_TOKENS,
-    filler_token_id,
-    load_tokenizer,
-    save_tokenizer,
-    train_bpe,
-)
+from calm_transformers.loading import load_tokenizer
+from calm_transformers.training.tokenizer import SPECIAL_TOKENS, filler_token_id, save_tokenizer, train_bpe
 
 TEXTS = [" ".join(WORDS), "  two  spaces\n\n\tand tabs, 1234567 and ünïcödé 猫 🐈", ""]
 

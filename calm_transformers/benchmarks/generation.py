@@ -48,7 +48,7 @@ from calm_transformers.benchmarks.workloads import (
 from calm_transformers.command_line import InputError, Parser, command, known_errors, need, picture, positive, writable
 from calm_transformers.evaluation.report import picture_of, write_json
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.generation_calm import SAMPLING_METHODS, PatchSampling
+from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, PatchSampling
 
 WORKLOADS = ("worst", "real")
 # The benchmark's own options beside the temperature, of which it takes several.

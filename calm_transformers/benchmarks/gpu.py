@@ -45,10 +45,9 @@ from calm_transformers.benchmarks.workloads import (
     write,
 )
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
-from calm_transformers.evaluation.models import is_calm
 from calm_transformers.evaluation.report import markdown, write_json
+from calm_transformers.loading import is_calm, load_tokenizer
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.training.tokenizer import load_tokenizer
 
 PAIRS = ["calm-m:transformer-s", "calm-l:transformer-m", "calm-xl:transformer-l"]
 TEMPERATURES = (1.0, 0.5)

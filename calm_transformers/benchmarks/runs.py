@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from calm_transformers.benchmarks.meters import Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm_transformers.benchmarks.workloads import Replay, write
-from calm_transformers.evaluation.models import is_calm
+from calm_transformers.loading import is_calm
 from calm_transformers.model.kernels_calm import OneDNNProducts, one_dnn_is_faster
 
 PARTS = ("backbone", "head", "decode", "selection", "other")

@@ -69,7 +69,7 @@ def save_model(name: str, folder: Path) -> Path:
     import torch
 
     from calm_transformers.benchmarks.workloads import is_trained, random_model, shape_config
-    from calm_transformers.evaluation.models import load_config
+    from calm_transformers.loading import load_config
 
     if is_trained(name):
         load_config(name)

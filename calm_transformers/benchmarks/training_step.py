@@ -44,8 +44,8 @@ from calm_transformers.benchmarks.meters import (
 )
 from calm_transformers.benchmarks.workloads import random_model, shape_config
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
-from calm_transformers.evaluation.models import is_calm
 from calm_transformers.evaluation.report import markdown, write_json
+from calm_transformers.loading import is_calm
 from calm_transformers.training.cost import ar_cost, calm_cost
 
 PARTS = (

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm_transformers.benchmarks.meters import wrapped
 from calm_transformers.command_line import InputError, sentence
-from calm_transformers.evaluation.models import is_calm, load_causal_lm, load_config
+from calm_transformers.loading import is_calm, load_causal_lm, load_config
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_candidates import LazyPool, PlainPool
 from calm_transformers.model.modeling_calm import CALMForCausalLM

@@ -8,10 +8,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from calm_transformers.command_line import InputError
-from calm_transformers.conversion.checkpoint_files import Repository, first_line, read_json
+from calm_transformers.command_line import InputError, first_line
+from calm_transformers.conversion.checkpoint_files import Repository, read_json
+from calm_transformers.loading import generation_defaults
 from calm_transformers.model.configuration_calm import TRANSFORMERS, CALMConfig
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -51,18 +51,6 @@ The weights are those of two repositories, put into one {dtype} file by CALM for
 **Licence.** The weights, and the tokenizer, stay under the licences of the repositories they come from. The code
 beside them is under the MIT licence.
 """
-
-
-def generation_defaults(config: CALMConfig) -> dict:
-    """Contents of generation_config.json: sampled as published, at T = 0.5 over N = 200 candidates, but by the default
-    method, which draws fewer where patches repeat."""
-    names = ("do_sample", "temperature", "num_candidates", "sampling_method")
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        **{name: getattr(PatchSampling(temperature=0.5), name) for name in names},
-    }
 
 
 def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:

@@ -8,8 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
-from calm_transformers.command_line import InputError
-from calm_transformers.files import unfinished
+from calm_transformers.command_line import InputError, first_line
 from calm_transformers.loading import is_missing_folder
 from calm_transformers.progress import progress_bar
 
@@ -26,10 +24,6 @@ SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16:
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TAGS}
 
 REMAP_BYTES = 2**26  # read through one mapping
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class WeightsFile:
@@ -211,29 +205,6 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
         if (folder / name).is_file():
             return folder / name, [folder / name]
     raise InputError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards.")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Yields a folder to write to, which becomes `output` at the end, and is removed where anything fails.
-
-    Raises:
-        InputError: `output` is there, and no empty folder.
-        OSError: the disk is full or cannot be written to; it names a file or the folder.
-    """
-    output = output.absolute()
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent} is not a folder.")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output} exists already and is not an empty folder.")
-    try:
-        with unfinished(output) as folder:
-            folder.mkdir()
-            yield folder
-    except OSError as error:
-        if error.filename:
-            raise
-        raise OSError(error.errno, error.strerror or str(error), str(output)) from error
 
 
 def read_json(path: Path) -> dict:

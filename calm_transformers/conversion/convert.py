@@ -20,17 +20,10 @@ import torch
 from huggingface_hub import HfApi
 from transformers import PretrainedConfig
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors
+from calm_transformers.command_line import InputError, Parser, command, first_line, known_errors
 from calm_transformers.conversion.bundle_files import TOKENIZER_FILES, write_beside_weights
-from calm_transformers.conversion.checkpoint_files import (
-    DTYPES,
-    Repository,
-    StoredTensor,
-    fetch,
-    first_line,
-    new_folder,
-    write_safetensors,
-)
+from calm_transformers.conversion.checkpoint_files import DTYPES, Repository, StoredTensor, fetch, write_safetensors
+from calm_transformers.files import new_folder
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder

@@ -16,14 +16,18 @@ import torch
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
-from calm_transformers.evaluation.models import load_causal_lm, load_config
 from calm_transformers.evaluation.report import markdown, picture_of, write_json
-from calm_transformers.loading import check_tokenizer, device_of, load_whole
+from calm_transformers.loading import (
+    check_tokenizer,
+    device_of,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    load_whole,
+)
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.model.modeling_calm_autoencoder import ACTIVE_NATS, CALMAutoencoder
 from calm_transformers.progress import progress_bar
-from calm_transformers.training.diagnostics import ACTIVE_NATS
-from calm_transformers.training.tokenizer import load_tokenizer
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.25, 1.5)
 

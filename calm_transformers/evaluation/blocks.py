@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from calm_transformers.command_line import InputError
-from calm_transformers.training.data import Separation, tokenize_documents
-from calm_transformers.training.documents import (
+from calm_transformers.documents import (
+    Separation,
     expand_paths,
     find_paths,
     open_hub_dataset,
     read_documents,
     read_hub_dataset,
+    tokenize_documents,
 )
 
 

@@ -22,8 +22,9 @@ from accelerate import PartialState
 from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.brier import BrierScore
-from calm_transformers.evaluation.models import count_model, load_with_tokenizer, positions_per_block
+from calm_transformers.evaluation.models import count_model, positions_per_block
 from calm_transformers.evaluation.report import markdown, picture_of, write_json
+from calm_transformers.loading import load_with_tokenizer
 
 
 def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierScore:

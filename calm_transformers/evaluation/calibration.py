@@ -21,8 +21,9 @@ import torch
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
-from calm_transformers.evaluation.models import count_model, is_calm, load_with_tokenizer, positions_per_block
+from calm_transformers.evaluation.models import count_model, positions_per_block
 from calm_transformers.evaluation.report import markdown, picture_of, write_json
+from calm_transformers.loading import is_calm, load_with_tokenizer
 from calm_transformers.progress import progress_bar
 
 

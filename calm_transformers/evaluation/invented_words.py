@@ -17,13 +17,13 @@ import torch
 from transformers import set_seed
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
-from calm_transformers.evaluation.models import is_calm, load_config, load_with_tokenizer
+from calm_transformers.documents import expand_paths, read_documents, size_of
 from calm_transformers.evaluation.report import write_json
+from calm_transformers.loading import is_calm, load_config, load_with_tokenizer
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_weights import check_num_candidates, check_temperature
 from calm_transformers.progress import progress_bar, say
-from calm_transformers.training.documents import expand_paths, read_documents, size_of
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")

@@ -18,10 +18,8 @@ from tqdm import tqdm
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts, BrierScore
-from calm_transformers.evaluation.models import is_calm, load_causal_lm
-from calm_transformers.loading import check_tokenizer
+from calm_transformers.loading import check_tokenizer, is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.progress import progress_bar
-from calm_transformers.training.tokenizer import load_tokenizer
 
 CASES = ("left", "left with PAD", "right")
 PROMPTS_AT_ONCE = 250

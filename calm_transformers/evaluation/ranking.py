@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive
+from calm_transformers.documents import Separation, tokenize_documents
 from calm_transformers.evaluation.blocks import add_data_arguments, open_documents
-from calm_transformers.evaluation.models import is_calm, load_with_tokenizer
 from calm_transformers.evaluation.text_scores import score_texts
+from calm_transformers.loading import is_calm, load_with_tokenizer
 from calm_transformers.progress import progress_bar, say
-from calm_transformers.training.data import Separation, tokenize_documents
 
 TEXTS_AT_ONCE = 32
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from calm_transformers.command_line import InputError
-from calm_transformers.evaluation.models import load_config
+from calm_transformers.loading import load_config
 from calm_transformers.training.cost import recipe_cost
 from calm_transformers.training.recipe import load_recipe, parse_command_line
 

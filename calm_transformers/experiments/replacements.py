@@ -22,10 +22,10 @@ from torch import Tensor
 from calm_transformers.command_line import InputError, command, known_errors
 from calm_transformers.evaluation.branching import CalmReader
 from calm_transformers.evaluation.brier import MAX_N
-from calm_transformers.evaluation.models import is_calm, load_causal_lm
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage
 from calm_transformers.experiments.share import measure, parser_of, share_of, text_of
+from calm_transformers.loading import is_calm, load_causal_lm
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import say

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from calm_transformers.command_line import Parser, command, known_errors, positive, writable
+from calm_transformers.documents import read_documents
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.evaluation.branching import CalmReader, CausalLMReader
 from calm_transformers.evaluation.brier import MAX_N, brierlm, prefix_matches
-from calm_transformers.evaluation.models import is_calm, load_causal_lm, positions_per_block
+from calm_transformers.evaluation.models import positions_per_block
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage, load, scored_beliefs
+from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.progress import progress_bar
-from calm_transformers.training.documents import read_documents
-from calm_transformers.training.tokenizer import load_tokenizer
 
 POSITIONS_AT_ONCE = 128  # of a block, times the draws: bounds the mask of the branches
 

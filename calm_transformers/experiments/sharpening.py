@@ -29,17 +29,15 @@ import torch
 from torch import Tensor
 
 from calm_transformers.command_line import Parser, command, known_errors, positive, writable
+from calm_transformers.documents import read_documents
 from calm_transformers.evaluation.branching import CalmReader
-from calm_transformers.evaluation.models import is_calm, load_causal_lm
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage, load
-from calm_transformers.model.generation_calm import SAMPLING_METHODS, PatchSampling
-from calm_transformers.model.generation_calm_samplers import BlockPlan, Pairs
+from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
+from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, BlockPlan, Pairs, PatchSampling
 from calm_transformers.model.generation_calm_weights import patch_classes
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import progress_bar
-from calm_transformers.training.documents import read_documents
-from calm_transformers.training.tokenizer import load_tokenizer
 
 TEMPERATURES = (0.7, 1 / 2, 1 / 3)  # beside 1
 CANDIDATES = (50, 200, 1000)

@@ -36,11 +36,11 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, need, positive
-from calm_transformers.conversion.checkpoint_files import first_line, new_folder
-from calm_transformers.loading import check_tokenizer, load_whole, reading
+from calm_transformers.command_line import InputError, Parser, command, first_line, known_errors, need, positive
+from calm_transformers.files import new_folder
+from calm_transformers.loading import check_tokenizer, load_tokenizer, load_whole, reading
 from calm_transformers.model import heads_calm_diffusion, heads_calm_flow
-from calm_transformers.model.generation_calm import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import (
     FIXED_ROTATIONS,
     LENGTH_SETTINGS,
@@ -52,7 +52,6 @@ from calm_transformers.model.heads_calm_flow import Conditions, ModulatedMLP
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.onnx_export import generate_onnx
-from calm_transformers.training.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4  # of the largest output
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -12,8 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors
+from calm_transformers.command_line import InputError, Parser, command, known_errors, listen
 from calm_transformers.files import unfinished
+from calm_transformers.loading import is_calm, load_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.configuration_calm import TRANSFORMERS
 
 PROGRAM = "calm app"
@@ -96,8 +97,6 @@ def serve(options) -> None:
     """Loads the models and shows the page until the process is told to stop."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError('the page needs gradio: pip install "calm-transformers[app]".')
-    from calm_transformers.serving.serve import listen
-
     with known_errors(OSError), listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]  # known to be free before models are loaded
     writers = load_writers(options.model, options.baseline, options.device)
@@ -114,12 +113,9 @@ def load_writers(model: str, baseline: str | None, device: str | None) -> list:
     Raises:
         InputError: one can't be loaded, or is not of its kind.
     """
-    from calm_transformers.evaluation.models import is_calm, load_causal_lm
     from calm_transformers.pages.app_page import Writer
-    from calm_transformers.pages.inspect_text import load
-    from calm_transformers.training.tokenizer import load_tokenizer
 
-    writers = [Writer(display_name(model), *load(model, device))]
+    writers = [Writer(display_name(model), *load_calm(model, device))]
     if baseline is not None:
         with known_errors():
             ordinary = load_causal_lm(baseline, device=device)
@@ -180,9 +176,6 @@ def put_model(model: str, target: Path) -> str:
     Raises:
         InputError: it is neither, or a folder without a language model and its tokenizer.
     """
-    from calm_transformers.evaluation.models import load_causal_lm
-    from calm_transformers.training.tokenizer import load_tokenizer
-
     if not Path(model).is_dir():
         if HUB_ID.fullmatch(model):
             return model

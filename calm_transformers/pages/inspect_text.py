@@ -17,6 +17,7 @@ from typing import Any
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
 from calm_transformers.files import unfinished
+from calm_transformers.loading import check_length, load_calm
 
 PROGRAM = "calm inspect"
 STORY = "Once upon a time, there was a little girl named Lily."
@@ -145,16 +146,6 @@ def inspect_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, 
     patches += written_patches(tokenizer, output, ids_1L.shape[1], model.config.patch_size)
     settings = {name: getattr(sampling, name) for name in ("temperature", "num_candidates", "top_k", "top_p", "min_p")}
     return Inspection("", model.config.patch_size, {**settings, "seed": seed}, patches)
-
-
-def check_length(model, num_prompt: int, max_new_tokens: int) -> None:
-    """Raise ValueError where prompt and text are longer than the model's positions."""
-    longest = model.config.max_position_embeddings * model.config.patch_size
-    if num_prompt + max_new_tokens > longest:
-        raise ValueError(
-            f"the prompt has {num_prompt} tokens and {max_new_tokens} are to be written, but the model takes "
-            f"{longest} together: shorten the prompt or lower max_new_tokens."
-        )
 
 
 def written_patches(tokenizer, output, prompt_length: int, patch_size: int) -> list[Patch]:
@@ -339,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
             check_temperature(temperature)
     names = ("temperature", "num_candidates", "top_k", "top_p", "min_p")
     stated = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    model, tokenizer = load(options.model, options.device)
+    model, tokenizer = load_calm(options.model, options.device)
     with known_errors(ValueError, OverflowError):
         inspection = inspect_text(model, tokenizer, options.prompt, options.max_new_tokens, options.seed, **stated)
     inspection.model = options.model
@@ -350,29 +341,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     own = inspection.settings["temperature"]
     print(listing(inspection, sorted({*options.compare, own}, reverse=True), options.show))
-
-
-def load(name: str, device: str | None, dtype: Any = "auto"):
-    """A CALM and its tokenizer.
-
-    Raises:
-        InputError: there is no CALM, no tokenizer or no such device.
-    """
-    import transformers
-
-    from calm_transformers.evaluation.models import is_calm, load_causal_lm
-    from calm_transformers.loading import check_tokenizer
-    from calm_transformers.training.tokenizer import load_tokenizer
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with known_errors():
-        model = load_causal_lm(name, dtype, device)
-        if not is_calm(model):
-            raise ValueError(f"{name} is no CALM: its model_type is {model.config.model_type!r}.")
-        tokenizer = load_tokenizer(name)
-        check_tokenizer(model, tokenizer, name)
-    return model, tokenizer
 
 
 if __name__ == "__main__":

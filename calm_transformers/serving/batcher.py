@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.generation_calm_rules import Processors
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import RULE_SETTINGS
 from calm_transformers.serving.engine import Engine
 from calm_transformers.serving.rows import FinishReason, Piece, Row, TextAssembler, Written

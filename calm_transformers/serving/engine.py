@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.generation_calm_rules import TokenRules
-from calm_transformers.model.generation_calm_samplers import BlockPlan
+from calm_transformers.model.generation_calm_samplers import BlockPlan, PatchSampling
 from calm_transformers.model.generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
 from calm_transformers.serving.rows import FinishReason, Row
 

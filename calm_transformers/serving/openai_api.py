@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calm_transformers.grammars import Grammar
-from calm_transformers.model.generation_calm import SamplingMethod
+from calm_transformers.model.generation_calm_samplers import SamplingMethod
 from calm_transformers.serving.batcher import Batcher
 
 MOST_CHOICES = 128

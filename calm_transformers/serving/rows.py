@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calm_transformers.model.generation_calm import PatchSampling
 from calm_transformers.model.generation_calm_rules import Processors
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 
 FinishReason = Literal["stop", "length"]
 REPLACEMENT = "\ufffd"

@@ -13,7 +13,11 @@ from argparse import ArgumentTypeError
 from contextlib import suppress
 from pathlib import Path
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, utf8
+import torch
+
+from calm_transformers.command_line import InputError, Parser, command, known_errors, listen, positive, utf8
+from calm_transformers.loading import load_calm
+from calm_transformers.serving.batcher import Batcher
 
 PROGRAM = "calm serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -101,38 +105,17 @@ def check_environment() -> None:
         raise InputError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound before the model is loaded, so that a port in use is known at once.
-
-    Raises:
-        OSError: it can't be bound.
-    """
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except Exception as error:  # OverflowError of a port, TypeError of a host
-        listening.close()
-        raise OSError(f"{host}:{port} can't be listened on ({getattr(error, 'strerror', None) or error})") from None
-    return listening
-
-
 def load_batcher(options):
     """
     Raises:
         InputError: no CALM, no tokenizer, no such device, or a template that can't be read.
     """
-    import torch
-
-    from calm_transformers.pages.inspect_text import load
-    from calm_transformers.serving.batcher import Batcher
-
     with known_errors():
         template = options.chat_template and read_template(options.chat_template)
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
         if dtype != "auto" and not isinstance(dtype, torch.dtype):
             raise ValueError(f"--dtype {options.dtype}: must be auto or a type of torch, as float32 or bfloat16.")
-        model, tokenizer = load(options.model, options.device, dtype)
+        model, tokenizer = load_calm(options.model, options.device, dtype)
         if template is not None:
             tokenizer.chat_template = template
         check_chat_template(tokenizer)

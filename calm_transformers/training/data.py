@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,13 +20,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from calm_transformers.command_line import InputError
+from calm_transformers.documents import DataOptions, Separation, documents, tokenize_documents
 from calm_transformers.model.modeling_calm import next_patches
-from calm_transformers.training.documents import documents
-from calm_transformers.training.recipe import DataOptions
 from calm_transformers.training.tokenizer import filler_token_id
 
-# Documents are tokenised in batches of about this many characters.
-CHARACTERS_PER_BATCH = 4_000_000
 # Of the key of a cache: 2, since documents that spell a special token are text.
 CACHE_FORMAT = 2
 # Options on which tokens don't depend, or only by what `documents` says of where they come from.
@@ -100,58 +96,6 @@ def data_sets(
 
 
 # tokens
-
-
-@dataclass(frozen=True)
-class Separation:
-    """What stands between two documents. A BOS comes from the tokenizer itself.
-
-    Published: CALM none of these; autoencoder both (`append_eos`, then padding to a whole patch).
-    """
-
-    append_eos: bool = False
-    pad_to_patch: bool = False
-    patch_size: int = 1
-
-
-def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separation) -> Iterator[np.ndarray]:
-    """Token ids of each document, ends as `separation` says; empty documents are left out.
-
-    Special tokens come from the tokenizer and the separation alone: a document that spells one is text there as
-    elsewhere. Documents with which the tokenizer can't do that are counted on stderr.
-    """
-    if separation.append_eos and tokenizer.eos_token_id is None:
-        raise InputError("append_eos needs a tokenizer with an EOS token.")
-    if separation.pad_to_patch and tokenizer.pad_token_id is None:
-        raise InputError("pad_to_patch needs a tokenizer with a pad token.")
-    special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
-    num_added, num_spelled = tokenizer.num_special_tokens_to_add(), 0
-
-    def flush(batch):
-        nonlocal num_spelled
-        encoded = tokenizer(batch, return_attention_mask=False, split_special_tokens=True, verbose=False)
-        for ids in encoded["input_ids"]:
-            num_spelled += int(np.isin(ids, special).sum()) > num_added
-            if separation.append_eos:
-                ids.append(tokenizer.eos_token_id)
-            if separation.pad_to_patch:
-                ids += [tokenizer.pad_token_id] * (-len(ids) % separation.patch_size)
-            yield np.asarray(ids, dtype=np.uint32)
-
-    batch, size = [], 0
-    for document in documents:
-        if not document:
-            continue
-        batch.append(document)
-        size += len(document)
-        if size >= CHARACTERS_PER_BATCH:
-            yield from flush(batch)
-            batch, size = [], 0
-    if batch:
-        yield from flush(batch)
-    if num_spelled:
-        what = "spell special tokens, which this tokenizer doesn't read as text"
-        print(f"warning: {num_spelled} document(s) {what}", file=sys.stderr)
 
 
 @dataclass

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.model.modeling_calm_autoencoder import ACTIVE_NATS, CALMAutoencoder
 
-ACTIVE_NATS = 0.01  # a latent dimension is active when its mean KL divergence exceeds this
 MAX_PATCHES = 256  # enough for a trend, and cheap beside a training step
 
 

@@ -28,6 +28,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from calm_transformers.command_line import InputError, sentence
+from calm_transformers.documents import DataOptions
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm_transformers.progress import shows_bars
 
@@ -63,44 +64,6 @@ FIXED = {
 }
 # How a patch looks to the backbone at first → how much less each of its tokens counts than the one behind it.
 PATCH_EMBEDDINGS = {"last": 0.0, "mix": 0.5, "mean": 1.0}
-
-
-@dataclass
-class DataOptions:
-    """Where the text comes from and how it is cut.
-
-    Args:
-        train_files, validation_files: files, folders or glob patterns (see documents.py).
-        dataset, dataset_config, dataset_split, validation_split: a Hub dataset in place of files.
-        streaming: read the Hub dataset while training instead of downloading and caching it first.
-        text_column: key or column of the text.
-        max_documents: only the first so many.
-        skip_bad_lines: skip and count lines that hold no document, instead of stopping there.
-        validation_blocks: evaluate on only the first so many blocks.
-        block_size: tokens a block, a multiple of the patch size.
-        append_eos, pad_to_patch: what follows each document; the tokenizer puts BOS in front.
-        random_phase: cut each epoch at other places, so that every phase of the patches is seen.
-        left_fill: share of blocks that look like a short prompt: a document's beginning behind 0 … K − 1 fillers.
-        cache_dir: of the token files; calm/tokens in the cache of Hugging Face by default.
-    """
-
-    train_files: list[str] = field(default_factory=list)
-    validation_files: list[str] = field(default_factory=list)
-    dataset: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    validation_split: str | None = None
-    streaming: bool = False
-    text_column: str = "text"
-    max_documents: int | None = None
-    skip_bad_lines: bool = False
-    validation_blocks: int | None = None
-    block_size: int = 1024
-    append_eos: bool = False
-    pad_to_patch: bool = False
-    random_phase: bool = False
-    left_fill: float = 0.0
-    cache_dir: str | None = None
 
 
 @dataclass

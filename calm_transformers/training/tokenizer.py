@@ -5,10 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
-
-from calm_transformers.loading import is_missing_folder
-from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
+from transformers import PreTrainedTokenizerFast
 
 # In order of their ids. Id 0 is what the autoencoder puts in place of a dropped token (paper 2.2): here it is a token
 # that no text contains, and the same one fills the first patch of a short prompt.
@@ -68,40 +65,6 @@ def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
-
-
-def load_tokenizer(where: str | Path):
-    """The tokenizer of a folder or Hub id, a CALM's too, without running code that lies there and without a question.
-
-    A CALM's config.json names code, about which AutoTokenizer would ask at the terminal before it sees that the
-    tokenizer needs none. It doesn't read the file where a configuration is given.
-
-    Raises:
-        OSError: there is no tokenizer.
-        ValueError: the tokenizer itself is code of the repository.
-    """
-    if is_missing_folder(where):
-        raise OSError(f"{where}: no such folder.")
-    try:
-        model_type = PretrainedConfig.get_config_dict(where)[0].get("model_type")
-    except OSError:  # a tokenizer alone
-        model_type = None
-    except Exception as error:  # as below
-        raise OSError(f"{where}: config.json can't be read ({type(error).__name__}: {error}).") from error
-    ours = {config.model_type: config for config in (CALMConfig, CALMAutoencoderConfig)}
-    given = {"config": ours[model_type]()} if model_type in ours else {}
-    try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **given)
-    except OSError:
-        raise
-    except Exception as error:  # a file can be wrong in as many ways as there are classes of errors
-        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-            raise
-        files = [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := Path(where, name)).is_file()]
-        if not files:
-            raise OSError(f"{where}: no tokenizer can be read there.") from error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise OSError(f"{' or '.join(map(str, files))}: no tokenizer can be read there ({reason}).") from error
 
 
 def first_difference(theirs, ours, num_known: int) -> tuple[int, str | None, str | None] | None:

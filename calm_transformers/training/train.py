@@ -18,8 +18,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Pretra
 from transformers.activations import ACT2FN
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors, need
-from calm_transformers.conversion.bundle_files import generation_defaults
-from calm_transformers.loading import is_missing_folder, load_whole
+from calm_transformers.documents import documents
+from calm_transformers.loading import generation_defaults, is_missing_folder, load_tokenizer, load_whole
 from calm_transformers.model.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
@@ -27,7 +27,6 @@ from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss,
 from calm_transformers.training.backbone import begin_chain, begin_with_llama, load_llama
 from calm_transformers.training.cost import print_cost
 from calm_transformers.training.distil import Teacher
-from calm_transformers.training.documents import documents
 from calm_transformers.training.recipe import (
     BACKBONE_FIELDS,
     CONFIGS,
@@ -38,13 +37,7 @@ from calm_transformers.training.recipe import (
     parse_command_line,
     recipe_names,
 )
-from calm_transformers.training.tokenizer import (
-    filler_token_id,
-    first_difference,
-    load_tokenizer,
-    save_tokenizer,
-    train_bpe,
-)
+from calm_transformers.training.tokenizer import filler_token_id, first_difference, save_tokenizer, train_bpe
 from calm_transformers.training.trainer import begin, fit, last_checkpoint, say
 
 # Field of a recipe that names a folder or Hub id → the command that makes one.

@@ -1,4 +1,4 @@
-"""Documents from files or a Hub dataset: an iterator of strings, and nothing about tokens. Begin at `documents`.
+"""Documents from files or a Hub dataset: an iterator of strings, or of their token ids. Begin at `documents`.
 
 Files are .txt (one document each), .jsonl or .parquet (one document a row), plain or compressed as .xz, .zst or .gz.
 """
@@ -14,21 +14,23 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from calm_transformers.command_line import InputError, need
 from calm_transformers.progress import progress_bar, shows_bars
-from calm_transformers.training.recipe import DataOptions
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".xz", ".zst", ".gz")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+# Documents are tokenised in batches of about this many characters.
+CHARACTERS_PER_BATCH = 4_000_000
 MAX_ZSTD_WINDOW = 2**31  # bytes; what `zstd --long=31` writes, and the most that the library reads
 
 
@@ -296,6 +298,44 @@ def open_hub_dataset(name: str, config: str | None, split: str | None, streaming
 
 
 @dataclass
+class DataOptions:
+    """Where the text comes from and how it is cut.
+
+    Args:
+        train_files, validation_files: files, folders or glob patterns (see documents.py).
+        dataset, dataset_config, dataset_split, validation_split: a Hub dataset in place of files.
+        streaming: read the Hub dataset while training instead of downloading and caching it first.
+        text_column: key or column of the text.
+        max_documents: only the first so many.
+        skip_bad_lines: skip and count lines that hold no document, instead of stopping there.
+        validation_blocks: evaluate on only the first so many blocks.
+        block_size: tokens a block, a multiple of the patch size.
+        append_eos, pad_to_patch: what follows each document; the tokenizer puts BOS in front.
+        random_phase: cut each epoch at other places, so that every phase of the patches is seen.
+        left_fill: share of blocks that look like a short prompt: a document's beginning behind 0 … K − 1 fillers.
+        cache_dir: of the token files; calm/tokens in the cache of Hugging Face by default.
+    """
+
+    train_files: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    validation_split: str | None = None
+    streaming: bool = False
+    text_column: str = "text"
+    max_documents: int | None = None
+    skip_bad_lines: bool = False
+    validation_blocks: int | None = None
+    block_size: int = 1024
+    append_eos: bool = False
+    pad_to_patch: bool = False
+    random_phase: bool = False
+    left_fill: float = 0.0
+    cache_dir: str | None = None
+
+
+@dataclass
 class Documents:
     """Documents of one part of the data, read anew by each loop over them.
 
@@ -367,3 +407,55 @@ def documents(options: DataOptions, part: str, what: str | None = None) -> tuple
 def size_of(files: Iterable[Path]) -> int:
     """In bytes, compressed as they are."""
     return sum(file.stat().st_size for file in files)
+
+
+@dataclass(frozen=True)
+class Separation:
+    """What stands between two documents. A BOS comes from the tokenizer itself.
+
+    Published: CALM none of these; autoencoder both (`append_eos`, then padding to a whole patch).
+    """
+
+    append_eos: bool = False
+    pad_to_patch: bool = False
+    patch_size: int = 1
+
+
+def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separation) -> Iterator[np.ndarray]:
+    """Token ids of each document, ends as `separation` says; empty documents are left out.
+
+    Special tokens come from the tokenizer and the separation alone: a document that spells one is text there as
+    elsewhere. Documents with which the tokenizer can't do that are counted on stderr.
+    """
+    if separation.append_eos and tokenizer.eos_token_id is None:
+        raise InputError("append_eos needs a tokenizer with an EOS token.")
+    if separation.pad_to_patch and tokenizer.pad_token_id is None:
+        raise InputError("pad_to_patch needs a tokenizer with a pad token.")
+    special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
+    num_added, num_spelled = tokenizer.num_special_tokens_to_add(), 0
+
+    def flush(batch):
+        nonlocal num_spelled
+        encoded = tokenizer(batch, return_attention_mask=False, split_special_tokens=True, verbose=False)
+        for ids in encoded["input_ids"]:
+            num_spelled += int(np.isin(ids, special).sum()) > num_added
+            if separation.append_eos:
+                ids.append(tokenizer.eos_token_id)
+            if separation.pad_to_patch:
+                ids += [tokenizer.pad_token_id] * (-len(ids) % separation.patch_size)
+            yield np.asarray(ids, dtype=np.uint32)
+
+    batch, size = [], 0
+    for document in documents:
+        if not document:
+            continue
+        batch.append(document)
+        size += len(document)
+        if size >= CHARACTERS_PER_BATCH:
+            yield from flush(batch)
+            batch, size = [], 0
+    if batch:
+        yield from flush(batch)
+    if num_spelled:
+        what = "spell special tokens, which this tokenizer doesn't read as text"
+        print(f"warning: {num_spelled} document(s) {what}", file=sys.stderr)
