@@ -72,19 +72,18 @@ def patch_path() -> tuple[int, int]:
 
 
 def loss_path() -> list[str]:
-    """Files from `calm train calm` to the loss: of training/ those that run, of the model those on the call stack."""
+    """Files from `calm train calm` to the loss: of text and training those that run, of the model the call stack's."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("Once upon a time there was a little girl.\n" * 400, encoding="utf-8")
-        options = {
-            "recipe": "demo", "head_type": "energy", "tokenizer": ROOT, "autoencoder": ROOT, "init_from": "",
-            "train_files": text, "output_dir": f"{folder}/run", "cache_dir": f"{folder}/tokens", "max_steps": 1,
-        }  # fmt: skip
-        words = [word for name, value in options.items() if value != "" for word in (f"--{name}", str(value))]
+        recipe = {"recipe": ROOT / "tests" / "fixtures" / "recipes" / "calm.yaml", "cache_dir": folder}
+        files = {"tokenizer": ROOT, "autoencoder": ROOT, "train_files": text, "validation_files": text}
+        options = {**recipe, **files, "output_dir": f"{folder}/run"}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         ran, stack = trace(lambda: train(["calm", *words]), until="energy_score")
     assert stack, "the loss was not reached"
-    helpers = {file for file in stack if file.startswith("calm_transformers/") and "/training/" not in file}
-    return sorted({file for file in ran if "/training/" in file} | (stack - helpers))
+    text_and_training = {file for file in ran if "/training/" in file or file.endswith("/documents.py")}
+    return sorted(text_and_training | {file for file in stack if "/" not in file})
 
 
 def imports(path: Path) -> set[str]:

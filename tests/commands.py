@@ -1,17 +1,20 @@
 """Every command, and how it refuses: code 2, nothing but one line "error: …" on stderr."""
 
+import ast
 import importlib.util
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from calm_transformers import cli
-
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"it/s\]")  # upstream's bars while a model loads
 STARTS = '\nif __name__ == "__main__":'
 PACKAGE = ROOT / "calm_transformers"
+# As cli.py has them, which isn't imported: the tests of fresh processes import this file.
+CLI = ast.literal_eval(
+    next(node.value for node in ast.parse((PACKAGE / "cli.py").read_text()).body if isinstance(node, ast.Assign))
+)
 
 
 def name_of(path: Path) -> str:
@@ -21,13 +24,14 @@ def name_of(path: Path) -> str:
 
 def commands() -> dict[str, str]:
     """Module → how one types it, of every module that runs."""
-    typed = {f"calm_transformers.{module}": f"calm {name}" for name, (module, _) in cli.COMMANDS.items()}
+    typed = {f"calm_transformers.{module}": f"calm {name}" for name, (module, _) in CLI.items()}
     found = {}
     for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.py")]):
         if STARTS in path.read_text(encoding="utf-8") and path.stem != "cli":
             name = name_of(path)
-            is_script = not path.is_relative_to(PACKAGE)
-            found[name] = f"python {path.relative_to(ROOT)}" if is_script else typed.get(name, f"python -m {name}")
+            script = path.relative_to(ROOT) if path.parent.name == "docs" else path.name
+            is_script = path.parent.name == "docs" or path.stem == "generate_onnx"  # which is copied elsewhere
+            found[name] = f"python {script}" if is_script else typed.get(name, f"python -m {name}")
     return found
 
 

@@ -14,10 +14,10 @@ from calm_transformers.benchmarks import generation, speed
 def documents(tmp_path, monkeypatch):
     """Copies of the documents, a folder for the parts, and a benchmark that takes no time."""
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/speed.md"):
+    for name in ("docs/guide.md", "docs/speed.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(speed, "ROOT", tmp_path)
-    monkeypatch.setattr(speed, "README", tmp_path / "README.md")
+    monkeypatch.setattr(speed, "GUIDE", tmp_path / "docs/guide.md")
     monkeypatch.setattr(speed, "SPEED", tmp_path / "docs" / "speed.md")
     (tmp_path / "config.json").write_text("{}")
     return tmp_path
@@ -56,10 +56,10 @@ def test_tables_and_picture(documents, monkeypatch):
     monkeypatch.setattr(generation, "main", benchmark)
     assert run(documents) == 0 and len(calls) == len(speed.PARTS) == 16
     assert run(documents) == 0 and len(calls) == 16  # nothing is measured twice
-    readme, details = ((documents / name).read_text() for name in ("README.md", "docs/speed.md"))
+    readme, details = ((documents / name).read_text() for name in ("docs/guide.md", "docs/speed.md"))
     assert readme.count("| 12.3 (11.0 – 13.0) | 6.2 | **2.00** | 2.00 | 2.00 | 2, 2, 2, 2 | 200 | – |") == 8
     assert details.count("| 12.3 | 6.2 | 2.00 | 10.0 |") == 3 * 8 + 4
-    for name, text in (("README.md", readme), ("docs/speed.md", details)):  # the rest stays
+    for name, text in (("docs/guide.md", readme), ("docs/speed.md", details)):  # the rest stays
         mark = r"(?s)<!-- make speed -->.*<!-- until here -->"
         assert re.sub(mark, "", text) == re.sub(mark, "", (ROOT / name).read_text())
     assert (documents / "docs" / "speed.png").read_bytes().startswith(b"\x89PNG")
@@ -76,9 +76,9 @@ def test_what_was_cut_short_goes_on(documents, monkeypatch):
         return 0
 
     monkeypatch.setattr(generation, "main", benchmark)
-    before = (documents / "README.md").read_text()
+    before = (documents / "docs/guide.md").read_text()
     assert run(documents) == 130
-    assert (documents / "README.md").read_text() == before
+    assert (documents / "docs/guide.md").read_text() == before
     assert len(list((documents / "parts").glob("*.json"))) == 3
 
 

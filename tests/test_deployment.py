@@ -18,9 +18,9 @@ DOCS = ROOT / "docs"
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
 def test_systemd_takes_the_unit(tmp_path):
     unit = (DOCS / "calm.service").read_text()
-    assert "/opt/calm/.venv/bin/python" in unit
+    assert "/opt/calm/.venv/bin/calm" in unit
     path = tmp_path / "calm.service"
-    path.write_text(unit.replace("/opt/calm/.venv/bin/python", sys.executable))
+    path.write_text(unit.replace("/opt/calm/.venv/bin/calm", sys.executable))
     done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "calm.service" not in done.stderr, done.stderr
     path.write_text(unit)  # the check sees that the interpreter isn't there

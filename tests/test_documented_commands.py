@@ -9,9 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import COMMANDS, ROOT, main_of, refusal
-
-from calm_transformers import cli
+from commands import CLI, COMMANDS, ROOT, main_of, refusal
 
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md")]
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -38,7 +36,7 @@ def commands_in(lines: list[str]) -> list[tuple[str, list[str]]]:
             continue
         known = [length for length in (2, 3) if tuple(words[:length]) in MODULES]
         found.extend((MODULES[tuple(words[:length])], words[length:]) for length in known)
-        if not known and words[1] in {name.partition(" ")[0] for name in cli.COMMANDS} | {"-m"}:
+        if not known and words[1] in {name.partition(" ")[0] for name in CLI} | {"-m"}:
             found.append((" ".join(words), words[2:]))  # no command, which a test says
     return found
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import refusal
+from commands import ROOT, refusal
 
 from calm_transformers.experiments import plan
 from calm_transformers.experiments.__main__ import main
@@ -17,7 +17,7 @@ from calm_transformers.experiments.plan import FOLDER, Plan, Run
 from calm_transformers.experiments.tables import Measured, comparison, direction, document, draw_curves
 
 FILE = Path(__file__).parent / "fixtures" / "language.yaml"
-DOCS = FOLDER.parent / "docs"
+DOCS = ROOT / "docs"
 NAMES = [
     *("language", "autoencoders/k4", "autoencoders/k4/noise", "models/ar-seed1", "models/calm-seed1"),
     *("models/begun-seed1", "models/ar-seed1/score", "models/calm-seed1/score", "models/begun-seed1/score"),

@@ -122,7 +122,11 @@ def our_classes() -> list[type]:
     """Every class of the package that has a base in transformers."""
     modules = [importlib.import_module(name) for name in MODULES]
     classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    ours = [cls for cls in classes if cls.__module__.startswith("calm.") and any(map(is_upstream, cls.__mro__))]
+    ours = [
+        cls
+        for cls in classes
+        if cls.__module__.startswith("calm_transformers.") and any(map(is_upstream, cls.__mro__))
+    ]
     return sorted(ours, key=lambda cls: cls.__name__)
 
 

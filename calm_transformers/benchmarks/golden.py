@@ -17,7 +17,7 @@ from torch import Tensor
 from calm_transformers.conversion.convert import convert
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
-RECORDINGS = Path(__file__).parent.parent / "tests" / "fixtures"
+RECORDINGS = Path(__file__).parents[2] / "tests" / "fixtures"
 NUM_TOKENS = 95  # the conversion adds the padding
 HEAD_TYPES = ("energy", "flow", "diffusion")
 

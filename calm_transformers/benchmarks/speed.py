@@ -1,4 +1,4 @@
-"""The speed tables of README.md and docs/speed.md and their picture, measured anew: `make speed`.
+"""The speed tables of docs/guide.md and docs/speed.md and their picture, measured anew: `make speed`.
 
     calm bench speed --demo runs/k4-demo --folder runs/speed
 
@@ -21,8 +21,8 @@ from calm_transformers.command_line import InputError, Parser, command, known_er
 from calm_transformers.evaluation.report import markdown
 from calm_transformers.files import unfinished
 
-ROOT = Path(__file__).parent.parent
-README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
+ROOT = Path(__file__).parents[2]
+GUIDE, SPEED = ROOT / "docs" / "guide.md", ROOT / "docs" / "speed.md"
 PLAIN, LENT, BFLOAT16, DEMO = "float32", "float32-fast-baseline", "bfloat16", "demo"
 TEMPERATURES, BATCH_SIZES = ("0.5", "1"), ("1", "8")
 COMMON = "--device cpu --num_candidates 200 --repetitions 3"
@@ -73,7 +73,7 @@ def rows_of(kind: str, folder: Path) -> list[dict]:
     return sorted(rows, key=lambda row: (row["temperature"], row["batch_size"], row["workload"] == "real"))
 
 
-def readme_table(folder: Path) -> str:
+def guide_table(folder: Path) -> str:
     """The rows in float32, and their ratios in the two other comparisons."""
     head = ["workload", "T", "batch", "tokens/s (range)", "Transformer-S", "ratio", "with oneDNN for both"]
     head += ["both in bfloat16", "ms per step: backbone, head, decode, selection", "draws", "memory ÷ weights"]
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         part.measure(options.folder, options.demo)
     with known_errors(ValueError, OSError):
         generation.write_plot(ROOT / "docs" / "speed.png", rows_of(PLAIN, options.folder))
-        put(README, readme_table(options.folder))
+        put(GUIDE, guide_table(options.folder))
         put(SPEED, speed_table(options.folder))
 
 

@@ -29,7 +29,7 @@ from calm_transformers.model.generation_calm_candidates import LazyPool, PlainPo
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.recipe import load_recipe, recipe_names
 
-DEMO_FOLDER = Path(__file__).parent.parent
+DEMO_FOLDER = Path(__file__).parents[2]
 RECORDED_ROWS, RECORDED_STEPS = 8, 32  # texts that the demo model writes, and patches of each
 SHARE_CONTEXTS = 16  # whose candidates are compared
 WORST_DISTINCT_SHARE = 0.99

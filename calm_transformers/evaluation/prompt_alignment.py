@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(rows))
     if args.output:
         words = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "-m", "calm_transformers.evaluation.prompt_alignment", *words])
+        command = shlex.join(["calm", "evaluate", "prompt_alignment", *words])
         args.output.write_text(document(rows, args, length, command), encoding="utf-8")
 
 

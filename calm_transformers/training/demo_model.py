@@ -19,7 +19,7 @@ from calm_transformers.command_line import Parser, command, known_errors, positi
 from calm_transformers.files import unfinished
 from calm_transformers.training import train
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
 

@@ -182,7 +182,8 @@ _Loader.add_implicit_resolver(
 def section_fields(kind: str) -> dict[str, set[str]]:
     """Known field names by section, "" for the recipe's own."""
     own = {f.name for f in dataclasses.fields(Recipe)} - {"data", "model", "training", "found"}
-    model = {"vocab_size"} if kind == "tokenizer" else set(CONFIGS[kind]().to_dict()) | {"attn_implementation"}
+    not_in_dict = {"attn_implementation", "rope_theta"}  # rope_parameters holds the latter
+    model = {"vocab_size"} if kind == "tokenizer" else set(CONFIGS[kind]().to_dict()) | not_in_dict
     return {
         "": own,
         "data": {f.name for f in dataclasses.fields(DataOptions)},

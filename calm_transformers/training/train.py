@@ -249,6 +249,7 @@ def _backbone_values(recipe: Recipe, tokenizer) -> dict:
     given = llama.to_dict()
     values = {name: given[name] for name in BACKBONE_FIELDS if name in given}
     whole = make_config(CALMConfig, values).to_dict()
+    whole |= whole["rope_parameters"]
     for name in BACKBONE_FIELDS:
         if name in recipe.model and recipe.model[name] != whole.get(name):
             raise InputError(
