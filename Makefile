@@ -1,35 +1,40 @@
 # make demo          set up, and continue a story with the bundled model
 # make app           set up, and a page on which the bundled model writes, at http://127.0.0.1:7860
 # make test          set up, and run the tests, in minutes
-# make test-all      these and the slow ones, with coverage
+# make test-slow     the tests that it leaves out
+# make test-all      both, with coverage
 # make test-oldest   what depends on transformers, on the oldest supported one, with the packages of the extra [clients]
 # make test-newest   the same on a plain installation without constraints, so on the newest one that setup.cfg allows
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
-# make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; goes on where it was stopped
+# make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; resumes where it was stopped
 # make speed         the speed tables and their picture, measured anew: a quarter of an hour on a quiet machine
-# make experiments   the paper's tables in miniature: hours; goes on where it was stopped. CORPUS=DIR adds stories
+# make experiments   the paper's tables in miniature: hours; resumes where it was stopped. CORPUS=DIR adds stories
 PYTHON ?= python3
 BIN := .venv/bin
 COMPAT := .venv-compat/bin
 NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-all test-oldest test-newest test-gpu style figures demo-model experiments speed clean
+.PHONY: demo app test test-slow test-all test-oldest test-newest test-gpu style figures demo-model experiments speed clean
 
 demo: .venv/.base
-	$(BIN)/python -m calm_transformers.generate .
+	$(BIN)/calm generate .
 
 app: .venv/.app
-	$(BIN)/python -m calm_transformers.pages.app .
+	$(BIN)/calm app .
 
 test: .venv/.full
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(COVERAGE)
 
-# A variable of a target is one of its prerequisites, too: `make test-all` measures coverage in both parts.
-test-all: COVERAGE = --cov --cov-report=
-test-all: test
-	$(BIN)/python -m pytest -m "slow and not gpu" --cov --cov-append --cov-report=term-missing:skip-covered
+test-slow: .venv/.full
+	$(BIN)/python -m pytest -m "slow and not gpu" $(COVERAGE)
+
+# A variable of a target is one of its prerequisites, too.
+test-all: COVERAGE = --cov --cov-append --cov-report=
+test-all: test test-slow
+	$(BIN)/coverage report --skip-covered --show-missing
+	$(BIN)/coverage erase
 
 test-oldest: .venv-compat/.full
 	$(COMPAT)/python -m pytest -m "transformers and not gpu"
@@ -56,7 +61,7 @@ demo-model: .venv/.full
 	$(BIN)/python -m calm_transformers.training.demo_model --corpus "$(CORPUS)" --output .
 
 experiments: .venv/.full
-	$(BIN)/python -m calm_transformers.experiments $(if $(CORPUS),--corpus "$(CORPUS)")
+	$(BIN)/calm experiments $(if $(CORPUS),--corpus "$(CORPUS)")
 
 # The demo model of K = 4, whose candidates the benchmark imposes on CALM-M.
 runs/k4-demo:
@@ -65,7 +70,7 @@ runs/k4-demo:
 	mv $@.new $@
 
 speed: .venv/.full runs/k4-demo
-	$(BIN)/python -m calm_transformers.benchmarks.speed --demo runs/k4-demo --folder runs/speed
+	$(BIN)/calm bench speed --demo runs/k4-demo --folder runs/speed
 
 clean:
 	rm -rf .venv .venv-compat .venv-newest build *.egg-info
