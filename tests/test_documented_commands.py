@@ -1,4 +1,4 @@
-"""Every command line that README and the documents show is one that its command takes; README's sections run."""
+"""Every command line that README and the documents show is one that its command takes; the guide's sections run."""
 
 import json
 import lzma
@@ -61,8 +61,8 @@ def test_a_documented_command_has_these_options(page, name, words, capsys, monke
 
 
 def section(title: str) -> list[tuple[str, list[str]]]:
-    """The commands of the first block of a section of README."""
-    block = FENCE.search((ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2])
+    """The commands of the first block of a section of the guide."""
+    block = FENCE.search((ROOT / "docs" / "guide.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2])
     assert block is not None
     return commands_in(block[1].splitlines())
 
