@@ -9,6 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FIXTURES = Path(__file__).parent / "fixtures"
+# Beside the code, in a bundle and in what a model and its tokenizer push.
+BUNDLE_FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+BUNDLE_FILES |= {"tokenizer_config.json"}
 LAYOUTS = ("bin", "safetensors", "sharded bin", "sharded safetensors")
 
 

@@ -9,6 +9,7 @@ import fresh_process
 import pytest
 from hub_server import TOKEN, USER
 from model_copies import AUTO_MAP, assert_carries_its_code, code_digests, root_code, sample_text, weights_digest
+from published import BUNDLE_FILES, PublishedRepository, write_tokenizer
 
 REPO = f"{USER}/tiny-calm"
 
@@ -49,13 +50,21 @@ def train_and_push(folder, repo):
 
     fields = make_workshop(Path(folder))
     del fields["cache_dir"]  # the default one
-    settings = {
-        "push_to_hub": True,
-        "hub_model_id": repo,
-        "save_steps": 2,
-        "hub_token": TOKEN,
-    }
+    settings = {"push_to_hub": True, "hub_model_id": repo, "save_steps": 2, "hub_token": TOKEN}
     return train("calm", **fields, **settings, auxiliary_weight=0.5, output_dir=str(Path(folder) / "trained"))
+
+
+def push_convert_push(folder, published, bundle):
+    """In a fresh process: pushes a published pair, converts it by its Hub ids, and pushes the bundle."""
+    from huggingface_hub import HfApi
+
+    from calm_transformers.conversion.convert import main
+
+    for name in ("calm", "autoencoder"):
+        HfApi().create_repo(f"{published}-{name}")
+        HfApi().upload_folder(repo_id=f"{published}-{name}", folder_path=f"{folder}/{name}")
+    pair = ["--calm", f"{published}-calm", "--autoencoder", f"{published}-autoencoder"]
+    return main([*pair, "--output", f"{folder}/bundle", "--push-to-hub", bundle])
 
 
 def code_of(commit):
@@ -73,15 +82,7 @@ def test_a_pushed_repository_holds_the_model_and_its_code(hub, pushed):
     assert latest.oid == pushed[-1]["commit"]
     code = code_of(latest)
     assert code == root_code(), "the root's code files and nothing of training, evaluation, benchmarks or tests"
-    others = set(latest.files) - set(code)
-    assert others == {
-        "README.md",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert set(latest.files) - set(code) == BUNDLE_FILES
     assert json.loads(latest.files["config.json"].content)["auto_map"] == AUTO_MAP
 
 
@@ -102,24 +103,32 @@ def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
 @pytest.mark.slow
 def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub, tmp_path):
     repo = f"{USER}/trained"
-    home = tmp_path / "home"
-    assert (
-        fresh_process.call(train_and_push, home, hub.client_environment(), folder=str(tmp_path), repo=repo).result == 0
-    )
+    environment = hub.client_environment()
+    trained = fresh_process.call(train_and_push, tmp_path / "home", environment, folder=str(tmp_path), repo=repo)
+    assert trained.result == 0
     commits = list(hub.commits(repo))
     messages = [commit.message for commit in commits]
     assert messages[0] == "End of training" and messages[1].startswith("Training in progress, step")
     for commit in commits:
         assert code_of(commit) == root_code()
         others = {path for path in commit.files if not path.endswith(".py")}
-        model = {
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
-        assert model <= others
-        assert others - model <= {"README.md", "recipe.yaml", "training_args.bin", "trainer_state.json"}
+        assert BUNDLE_FILES - {"README.md"} <= others
+        assert others - BUNDLE_FILES <= {"recipe.yaml", "training_args.bin", "trainer_state.json"}
     recipe = commits[0].files["recipe.yaml"].content.decode()
     assert "hub_model_id" in recipe and TOKEN not in recipe
+
+
+def test_ids_of_the_hub_are_converted_and_the_bundle_is_pushed(hub, tmp_path):
+    PublishedRepository("energy_k4/calm", tmp_path / "calm")
+    PublishedRepository("energy_k4/autoencoder", tmp_path / "autoencoder").write("safetensors")
+    write_tokenizer(tmp_path / "calm")
+    ids = {"published": f"{USER}/published", "bundle": f"{USER}/bundle"}
+    environment = hub.client_environment()
+    done = fresh_process.call(push_convert_push, tmp_path / "home", environment, folder=str(tmp_path), **ids)
+    assert done.result == 0, done.stderr
+    files = next(hub.commits(ids["bundle"])).files
+    assert {path for path in files if not path.endswith(".py")} == BUNDLE_FILES
+    assert code_of(next(hub.commits(ids["bundle"]))) == root_code()
+    card = files["README.md"].content.decode()
+    assert f"base_model:\n- {USER}/published-calm\n- {USER}/published-autoencoder\n" in card
+    assert f'model="{USER}/bundle"' in card
