@@ -72,6 +72,22 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Tiny models, each with a tokenizer, and a text, for the evaluations (see evaluation_folder.py)."""
+    from evaluation_folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A demo model of the benchmarks, and recipes calm-tiny and transformer-tiny (see benchmark_demo.py)."""
+    from benchmark_demo import make_demo
+
+    return make_demo(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
 def server(tiny_folder, tmp_path_factory):
     """A process that serves the tiny model, of 4 rows and 4 texts that may wait."""
     from server_process import running_server

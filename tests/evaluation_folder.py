@@ -1,10 +1,9 @@
-"""A folder that the tests of the evaluation commands share: tiny models, each with a tokenizer, and a text."""
+"""What the tests of the evaluation commands share: tiny models, each with a tokenizer, and a text."""
 
 import json
 import lzma
 from pathlib import Path
 
-import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,10 +18,8 @@ def tiny_llama(seed=0):
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def make_folder(folder):
     """`calm` (K = 2), `ar`, `run` with checkpoints of the latter, and `text.jsonl.xz`."""
-    folder = tmp_path_factory.mktemp("evaluation")
     run = ((f"run/checkpoint-{step}", tiny_llama(step)) for step in (1, 2, 3))
     for name, model in (("calm", tiny_model(patch_size=2)), ("ar", tiny_llama()), *run):
         model.save_pretrained(folder / name)

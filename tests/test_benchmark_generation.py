@@ -1,17 +1,15 @@
 """The generation benchmark: its workloads are what they claim, its figures agree with counts by hand."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import refusal
 from tiny import BOS, VOCAB_SIZE, tiny_config, tiny_model
-from torch import nn
 from transformers import LlamaConfig
 
-from calm_transformers.benchmarks import generation, meters, runs, workloads
+from calm_transformers.benchmarks import generation, runs, workloads
 from calm_transformers.benchmarks.meters import Meter, Parts, PeakMemory, weight_bytes, wrapped
 from calm_transformers.benchmarks.runs import Subject, compare, timed_run
 from calm_transformers.benchmarks.workloads import Replay, random_model
@@ -19,58 +17,17 @@ from calm_transformers.command_line import InputError
 from calm_transformers.model import generation_calm_candidates
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.training import recipe
 
 CPU = torch.device("cpu")
-K = 4
-CALM_RECIPE = """
-kind: calm
-model: {vocab_size: 96, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4,
-        num_key_value_heads: 4, latent_size: 16, noise_size: 8, num_mlp_layers: 2}
-"""
-AUTOENCODER_RECIPE = """
-kind: autoencoder
-model: {vocab_size: 96, hidden_size: 32, intermediate_size: 64, latent_size: 16}
-"""
-LLAMA_RECIPE = """
-kind: ar
-model: {vocab_size: 96, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 4,
-        num_key_value_heads: 4}
-"""
-
-
-def repetitive_model():
-    """A CALM whose candidates often repeat: its latents hardly depend on the noise."""
-    model = tiny_model()
-    with torch.no_grad():
-        model.head.out_proj.weight.mul_(0.1)
-        model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
-    return model
-
-
-@pytest.fixture
-def demo(tmp_path, monkeypatch):
-    """A folder with a repetitive model, and recipes calm-tiny and transformer-tiny in place of the real ones."""
-    texts = {"calm-tiny": CALM_RECIPE, "autoencoder": AUTOENCODER_RECIPE, "transformer-tiny": LLAMA_RECIPE}
-    for name, text in texts.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
-    monkeypatch.setattr(recipe, "RECIPE_FOLDER", tmp_path)
-    monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
-    monkeypatch.setattr(workloads, "RECORDED_STEPS", 8)
-    model = repetitive_model()
-    model.generation_config.eos_token_id = list(range(VOCAB_SIZE))  # every token would end the text
-    model.save_pretrained(tmp_path / "demo")
-    return tmp_path / "demo"
+LENGTHS = "--prompt_length 6 --output_length 10 --num_candidates 8 --repetitions 1".split()
 
 
 def arguments(demo, *more):
-    lengths = ("--prompt_length", "6", "--output_length", "10", "--num_candidates", "8", "--repetitions", "1")
-    common = ("--baseline", "transformer-tiny", "--demo", str(demo), "--device", "cpu", "--dtype", "float32")
-    return [*common, *lengths, *more]
+    return ["--baseline", "transformer-tiny", "--demo", demo, "--device", "cpu", "--dtype", "float32", *LENGTHS, *more]
 
 
-def run_main(demo, *more):
-    generation.main(arguments(demo, "--json", str(demo / "rows.json"), *more))
+def run_main(demo, options):
+    generation.main([str(word) for word in arguments(demo, "--json", demo / "rows.json", *options.split())])
     return json.loads((demo / "rows.json").read_text())
 
 
@@ -78,15 +35,15 @@ def run_main(demo, *more):
 
 
 def test_rows_of_both_workloads(demo, capsys):
-    shapes = ("--shape", "calm-tiny", "demo", "--batch_size", "1", "2", "--temperature", "0.5")
-    shapes += ("--sampling_method", "batch")
-    rows = run_main(demo, *shapes, "--plot", str(demo / "plot.png"))
+    options = "--shape calm-tiny demo --batch_size 1 2 --temperature 0.5 --sampling_method batch"
+    rows = run_main(demo, f"{options} --plot {demo / 'plot.png'}")
 
     keys = [(row["shape"], row["workload"], row["batch_size"]) for row in rows]
     assert keys == [(s, w, b) for s in ("calm-tiny", "demo") for w in ("worst", "real") for b in (1, 2)]
     for row in rows:
         assert (row["baseline"], row["device"], row["dtype"]) == ("transformer-tiny", "cpu", "float32")
         assert (row["temperature"], row["num_candidates"], row["draws"]) == (0.5, 8, 8)
+        assert row["lazy_decoding"] is None
         assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["baseline_tokens_per_second"])
         assert row["step_ms"] == pytest.approx(sum(row[f"{part}_ms"] for part in runs.PARTS))
         assert all(row[f"{part}_ms"] > 0 for part in runs.PARTS)
@@ -99,60 +56,43 @@ def test_rows_of_both_workloads(demo, capsys):
     assert (demo / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lazy_decoding_can_be_switched_off(demo):
-    options = ("--shape", "calm-tiny", "--temperature", "0.5", "--batch_size", "1", "--workload", "worst")
-    lazy, plain = (run_main(demo, *options, *more)[0] for more in ([], ["--plain"]))
-    assert (lazy["lazy_decoding"], plain["lazy_decoding"]) == (None, False)
-
-
-def test_adaptive_draws_all_in_the_worst_case_and_fewer_in_the_real_one(demo):
-    options = ("--sampling_method", "adaptive", "--temperature", "0.5", "1", "--batch_size", "8")
-    draws = {
-        (row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, "--shape", "calm-tiny", *options)
-    }
-    assert draws["worst", 0.5] == 8 > draws["real", 0.5]
-    assert draws["worst", 1] == draws["real", 1] == 1
-
-
-def test_exact_sampling_is_recorded_far_enough(demo):
-    (row,) = run_main(
-        demo,
-        *("--shape", "calm-tiny", "--sampling_method", "exact", "--temperature", "0.2"),
-        *("--batch_size", "4", "--workload", "real"),
-    )
-    assert 8 < row["draws"] <= 80
+def test_draws_by_method_and_workload(demo):
+    """Adaptive: all in the worst case, fewer in the real one, one at T = 1. Exact: recorded far enough."""
+    adaptive = "--shape calm-tiny --sampling_method adaptive --temperature 0.5 1 --batch_size 8"
+    draws = {(row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, adaptive)}
+    assert draws["worst", 0.5] == 8 > draws["real", 0.5] and draws["worst", 1] == draws["real", 1] == 1
+    exact = "--shape calm-tiny --sampling_method exact --temperature 0.2 --batch_size 4 --workload real --plain"
+    (row,) = run_main(demo, exact)
+    assert 8 < row["draws"] <= 80 and row["lazy_decoding"] is False
 
 
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--shape", "./no-such"], "no-such is neither a recipe nor a model"),
-        (["--shape", "transformer-tiny"], "--shape transformer-tiny is no CALM"),
-        (["--shape", "autoencoder"], "does not say the shape of a whole language model"),
-        (["--baseline", "calm-tiny"], "--baseline calm-tiny is a CALM"),
-        (["--output_length", "7"], "--output_length of 8"),
-        (["--prompt_length", "3"], "--prompt_length of at least 4"),
-        (["--temperature", "2.5"], "temperature=2.5"),
-        (["--temperature", "0.1"], "num_candidates=8 is too few"),
-        (["--batch_size", "0"], "--batch_size: 0: must be a whole number of at least 1"),
-        (["--json", "nowhere/rows.json"], "nowhere/rows.json: its folder does not exist"),
-        (["--demo", "nowhere"], "nowhere holds no demo model"),
+        ("--shape ./no-such", "no-such is neither a recipe nor a model"),
+        ("--shape transformer-tiny", "--shape transformer-tiny is no CALM"),
+        ("--shape autoencoder", "does not say the shape of a whole language model"),
+        ("--baseline calm-tiny", "--baseline calm-tiny is a CALM"),
+        ("--output_length 7", "--output_length of 8"),
+        ("--prompt_length 3", "--prompt_length of at least 4"),
+        ("--temperature 2.5", "temperature=2.5"),
+        ("--temperature 0.1", "num_candidates=8 is too few"),
+        ("--batch_size 0", "--batch_size: 0: must be a whole number of at least 1"),
+        ("--json nowhere/rows.json", "nowhere/rows.json: its folder does not exist"),
+        ("--demo nowhere", "nowhere holds no demo model"),
+        ("--device cuda", "--device cuda: PyTorch finds no GPU here"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(demo, monkeypatch, capsys, options, complaint):
     monkeypatch.setattr(generation, "random_model", None)  # the first work
-    assert complaint in refusal(capsys, generation.main, *arguments(demo, "--shape", "calm-tiny", *options))
+    error = refusal(capsys, generation.main, *arguments(demo, "--shape", "calm-tiny", *options.split()))
+    assert complaint in error
 
 
 def test_published_shapes_come_from_the_recipes():
     config = workloads.shape_config("calm-m")
-    assert (config.hidden_size, config.num_hidden_layers, config.patch_size, config.vocab_size) == (
-        1024,
-        16,
-        4,
-        128257,
-    )
-    assert config.autoencoder_config.hidden_size == 512
+    sizes = (config.hidden_size, config.num_hidden_layers, config.patch_size, config.vocab_size)
+    assert sizes == (1024, 16, 4, 128257) and config.autoencoder_config.hidden_size == 512
     with torch.device("meta"):
         count = sum(p.numel() for p in CALMForCausalLM(config).parameters())
     assert count == pytest.approx(371e6 + 75.8e6, rel=0.002)
@@ -161,8 +101,9 @@ def test_published_shapes_come_from_the_recipes():
 # Worst case
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_type", ["energy", "flow", "diffusion"])
+@pytest.mark.parametrize(
+    "head_type, dtype", [("energy", torch.bfloat16), ("flow", torch.float32), ("diffusion", torch.float32)]
+)
 def test_random_models_are_whole_and_never_repeat(head_type, dtype):
     autoencoder = {"hidden_size": 96, "latent_size": 64}  # with room for many patches
     model = random_model(tiny_config(head_type, latent_size=64, autoencoder_config=autoencoder), CPU, dtype)
@@ -187,103 +128,60 @@ def test_random_models_compute_what_ordinary_ones_do(kind):
     assert torch.equal(first, second) and first.std() > 0.1
 
 
-def test_zero_initialised_heads_are_no_worst_case():
-    model = CALMForCausalLM(tiny_config()).eval()  # as before training: every candidate is the same
-    share = workloads.distinct_share(workloads.draw_candidates(model, torch.arange(8).view(1, 8), 20))
-    assert share == 1 / 20
-    with pytest.raises(InputError, match="only 5.0% of the random model's candidates are distinct"):
-        workloads.check_worst_case(share)
-
-
-def test_distinct_share_by_hand():
+def test_repeating_candidates_are_no_worst_case():
     patches_CNK = torch.tensor([[[1, 2], [1, 2], [2, 1], [1, 2]], [[0, 0], [0, 1], [0, 2], [0, 3]]])
     assert workloads.distinct_share(patches_CNK) == (2 + 4) / 8
+    with pytest.raises(InputError, match="only 75.0% of the random model's candidates are distinct"):
+        workloads.check_worst_case(6 / 8)
 
 
 # Recorded candidates
 
 
-def test_a_recording_is_that_of_a_number_of_texts(monkeypatch):
-    monkeypatch.setattr(workloads, "RECORDED_ROWS", 3)
-    monkeypatch.setattr(workloads, "RECORDED_STEPS", 2)
-    model = workloads._never_stopping(repetitive_model())
-    patches_CNK = workloads.record(model, temperature=0.5, num_draws=10)
-    assert patches_CNK.shape == (2 * 3, 10, K)
-    assert workloads.distinct_share(patches_CNK) < 0.9
-
-
 def labelled_recording(num_contexts, num_draws):
     """Draw j of context c is the patch (c, j, 0, 0)."""
-    recorded_CNK = torch.zeros(num_contexts, num_draws, K, dtype=torch.long)
-    recorded_CNK[..., 0] = torch.arange(num_contexts)[:, None]
-    recorded_CNK[..., 1] = torch.arange(num_draws)
-    return recorded_CNK
+    grid = torch.cartesian_prod(torch.arange(num_contexts), torch.arange(num_draws))
+    return torch.nn.functional.pad(grid, (0, 2)).view(num_contexts, num_draws, 4)
 
 
-@pytest.mark.parametrize("lazy", [True, False])
-def test_a_replay_gives_each_row_one_context_and_its_draws_in_order(lazy):
-    """The rows that draw on are fewer in each block: here row 1 is done after the first."""
-    model, replay = tiny_model(), Replay(labelled_recording(50, 16))
-    sampling, all_rows = PatchSampling(lazy_decoding=lazy), torch.arange(3)
-
-    def draw(rows, num_draws):
-        return torch.randn(num_draws, len(rows), 16)
-
-    with replay.on(model):
-        pool = model.new_pool(draw, all_rows, sampling)
-        for rows, num_draws in (([0, 1, 2], 4), ([0, 2], 8), ([2], 16)):
-            pool.extend(torch.tensor(rows), num_draws - pool.num_drawn)
-            classes = pool.classes(torch.tensor(rows))
-            assert classes.tolist() == [list(range(num_draws))] * len(rows), "every recorded draw is another patch"
-        patches = pool.tokens(all_rows, torch.tensor([2, 2, 2]))
-        assert patches[:, 1].tolist() == [2, 2, 2] and patches[:, 0].unique().numel() == 3
-        later = model.new_pool(draw, all_rows, sampling)
-        later.extend(all_rows, 1)
-        later = later.tokens(all_rows, torch.zeros(3, dtype=torch.long))
-        assert (later[:, 0] != patches[:, 0]).any(), "the next step has other contexts"
+@pytest.mark.parametrize("method, lazy", [("batch", False), ("adaptive", False), ("adaptive", True)])
+def test_a_replay_imposes_its_patches_and_leaves_the_work_as_it_was(monkeypatch, method, lazy):
+    """Every recorded draw is distinct, so that nothing stops early; tokens 3 and 2 of lazy decoding are all the same,
+    so that three tokens of each draw must be read, and the last of one."""
+    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
+    model, work = tiny_model(), []
+    where = (model.autoencoder, "read_tokens") if lazy else (model.autoencoder.decoder, "forward")
+    sampling = PatchSampling(True, 0.5, 16, method, lazy_decoding=lazy)
+    with wrapped(*where, lambda call: lambda first, *more: work.append(len(first)) or call(first, *more)):
+        with Replay(labelled_recording(50, 16)).on(model):
+            (first, *_), (later, *_) = (model.next_patches(torch.randn(3, 48), sampling).T for _ in range(2))
+            patches_3K = model.next_patches(torch.randn(3, 48), sampling)
+    assert sum(work) == 3 * 3 * (3 * 16 + 1 if lazy else 16)
+    assert (patches_3K[:, 2:] == 0).all() and (patches_3K[:, 1] < 16).all()
+    assert first.unique().numel() == 3, "each row has a context of its own"
+    assert (later != first).any(), "and the next step others"
     assert "new_pool" not in vars(model)
 
 
-@pytest.mark.parametrize("method", ["batch", "adaptive"])
-def test_a_replay_leaves_the_work_as_it_was(method):
-    """The decoder sees as many rows as the sampler asks for, and the sampler sees only the recording."""
+def test_a_replay_gives_draws_in_their_order():
+    """Recorded draws are equal in pairs: of four draws, (c, 0) and (c, 1) come twice each, and no other."""
+    recorded = labelled_recording(1, 16)
+    recorded[..., 1] //= 2
     model = tiny_model()
-    replay, work = Replay(labelled_recording(5, 16)), []  # every recorded draw is distinct: nothing stops early
-    decode = model.autoencoder.decoder.forward
-    with wrapped(model.autoencoder.decoder, "forward", lambda _: lambda z: work.append(len(z)) or decode(z)):
-        with replay.on(model):
-            patches_RK = model.next_patches(
-                torch.randn(2, 48), PatchSampling(True, 0.5, 16, method, lazy_decoding=False)
-            )
-    assert sum(work) == 2 * 16
-    assert (patches_RK[:, 2:] == 0).all()
+    with Replay(recorded).on(model):
+        patches = [model.next_patches(torch.randn(8, 48), PatchSampling(True, 0.5, 4, "batch")) for _ in range(4)]
+    assert torch.cat(patches)[:, 1].unique().tolist() == [0, 1]
 
 
-def test_a_replay_says_which_tokens_are_read(monkeypatch):
-    """Recorded draws (c, j, 0, 0): tokens 3 and 2 are all the same, so that three tokens of each must be read."""
-    monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
-    model, work = tiny_model(), []
-    read = model.autoencoder.read_tokens
-    with wrapped(model.autoencoder, "read_tokens", lambda _: lambda s, *args: work.append(len(s)) or read(s, *args)):
-        with Replay(labelled_recording(5, 16)).on(model):
-            patches_RK = model.next_patches(torch.randn(2, 48), PatchSampling(True, 0.5, 16, "batch"))
-    assert sum(work) == 2 * (3 * 16 + 1)
-    assert (patches_RK[:, 2:] == 0).all()
-
-
-def test_a_replay_refuses_other_patches_and_too_many_draws():
-    model = tiny_model(patch_size=2)
+def test_what_is_no_measurement_is_refused():
+    model, sampling = tiny_model(patch_size=2), PatchSampling(True, 0.5, 16)
     with pytest.raises(InputError, match="patches have 4 tokens, the model's 2"):
         with Replay(labelled_recording(2, 8)).on(model):
             pass
     model = tiny_model()
     with pytest.raises(InputError, match="16 draws of a row, of 8 recorded"):
         with Replay(labelled_recording(2, 8)).on(model):
-            model.next_patches(torch.randn(1, 48), PatchSampling(True, 0.5, 16))
-
-
-def test_texts_that_end_early_are_no_measurement():
-    model = tiny_model()
+            model.next_patches(torch.randn(1, 48), sampling)
     model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
     with pytest.raises(InputError, match="1 tokens were generated instead of 8"):
         workloads.write(model, torch.full((1, 4), BOS), 8)
@@ -297,48 +195,30 @@ def test_parts_are_read_around_calls_and_taken_off_again():
     owner = SimpleNamespace(work=lambda x: 2 * x, more=lambda: None)
     before = dict(vars(owner))
     parts = Parts(Meter(lambda: next(values), lambda a, b: b - a), {"work": (owner, "work"), "more": (owner, "more")})
-    with parts.measured():
-        assert (owner.work(3), owner.work(x=4)) == (6, 8)
+    with parts.measured(), wrapped(owner, "work", lambda method: lambda x: method(x) + 1):
+        assert (owner.work(3), owner.work(x=4)) == (7, 9)
         owner.more()
     assert vars(owner) == before
     assert (parts.calls("work"), parts.calls("more"), parts.calls("nothing")) == ([3, 5], [80], [])
 
 
-def test_wrappers_nest():
-    linear = nn.Linear(2, 2)
-    with (
-        wrapped(linear, "forward", lambda f: lambda x: f(x) + 1),
-        wrapped(linear, "forward", lambda f: lambda x: -f(x)),
-    ):
-        with wrapped(linear, "extra_repr", lambda f: lambda: "wrapped"):
-            assert "wrapped" in repr(linear)
-        assert torch.equal(linear(torch.ones(2)), -(linear.weight.sum(1) + linear.bias + 1))
-    assert "forward" not in vars(linear) and "wrapped" not in repr(linear)
-
-
-def test_time_lands_on_the_part_that_took_it():
+@pytest.mark.parametrize("part", ["backbone", "head", "decode"])
+def test_time_lands_on_the_part_that_took_it(monkeypatch, part):
+    """By a clock that stands still but for calls of one part: of the prompt, and of three steps."""
+    now = [0.0]
+    monkeypatch.setattr(Meter, "clock", lambda device: Meter(lambda: now[0], lambda before, after: after - before))
     model = workloads._never_stopping(tiny_model())
+    settings = {"temperature": 0.5, "num_candidates": 4, "sampling_method": "batch", "lazy_decoding": False}
+    subject = Subject(model, torch.full((1, 4), BOS), settings)
+    method = subject.methods()[part]
 
-    def slow(method):
-        def call(*args, **kwargs):
-            time.sleep(0.05)
-            return method(*args, **kwargs)
+    def slow(call):
+        return lambda *args, **kwargs: now.__setitem__(0, now[0] + 1) or call(*args, **kwargs)
 
-        return call
-
-    subject = Subject(
-        model, torch.full((1, 4), BOS), {"temperature": 0.5, "num_candidates": 4, "sampling_method": "batch"}
-    )
-    methods = subject.methods()
-    plain = next((owner, name) for owner, name in methods["decode"] if name == "decode_tokens")
-    subject.settings["lazy_decoding"] = False
-    for part, method in {"backbone": methods["backbone"], "head": methods["head"], "decode": plain}.items():
-        with wrapped(*method, slow):
-            run = timed_run(subject, 12, seed=0)
-        assert max(run.step_ms, key=run.step_ms.get) == part
-        assert run.step_ms[part] > 50
-        assert (run.prompt_seconds > 0.05) == (part == "backbone")
-        assert run.draws == 3 * 4 and run.seconds > 0.15
+    with wrapped(*(method[0] if part == "decode" else method), slow):
+        run = timed_run(subject, 12, seed=0)
+    assert run.step_ms == {name: 1000.0 * (name == part) for name in runs.PARTS}
+    assert (run.prompt_seconds, run.seconds, run.draws) == (part == "backbone", 3, 3 * 4)
 
 
 def test_peak_memory_counts_what_the_block_needs():

@@ -5,41 +5,27 @@ from itertools import product
 
 import pytest
 from commands import refusal
-from test_benchmark_generation import demo  # noqa: F401 (a fixture)
 
 from calm_transformers.benchmarks import gpu
 from calm_transformers.benchmarks.golden import HEAD_TYPES
 
-# ruff: noqa: F811 (pytest hands the fixture over under its own name)
-
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 LAWS = [("calm-tiny", 1.0), ("calm-tiny", 0.5), ("transformer-tiny", 1.0)]
+SMALL = """--pairs calm-tiny:transformer-tiny --batch_size 1 2 --prompt_length 8 --output_length 8 --repetitions 1
+--block_size 16 --train_batch_size 2 --device cpu --dtype float32 --backend aot_eager"""
 
 
 @pytest.fixture
-def run(demo, monkeypatch):
-    """Runs the command on tiny shapes, and returns what its file holds."""
+def words(demo, monkeypatch):
     monkeypatch.setattr(gpu, "NUM_CANDIDATES", 8)
-    small = ["--pairs", "calm-tiny:transformer-tiny", "--batch_size", "1", "2", "--prompt_length", "8"]
-    small += ["--output_length", "8", "--repetitions", "1", "--block_size", "16", "--train_batch_size", "2"]
-    words = [
-        *small,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--backend",
-        "aot_eager",
-        "--json",
-        str(demo / "gpu.json"),
-    ]
+    return [*SMALL.split(), "--json", str(demo / "gpu.json")]
 
-    def call(*more):
-        assert gpu.main([*words, *more]) == 0
-        return json.loads((demo / "gpu.json").read_text())["parts"]
 
-    call.words = words
-    return call
+def run(words):
+    """What the command's file holds."""
+    assert gpu.main(words) == 0
+    with open(words[-1]) as file:
+        return json.load(file)["parts"]
 
 
 @pytest.fixture
@@ -53,8 +39,8 @@ def stubs(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_dry_run_makes_every_part(run, capsys):
-    parts = run()
+def test_a_dry_run_makes_every_part(words, capsys):
+    parts = run(words)
     rows = [row for name, rows in parts.items() if name.startswith("generation") for row in rows]
     found = {(row["mode"], row["batch_size"], row["shape"], row["temperature"]) for row in rows}
     assert found == {(mode, size, *law) for mode in ("eager", "compiled") for size in (1, 2) for law in LAWS}
@@ -69,35 +55,33 @@ def test_a_dry_run_makes_every_part(run, capsys):
     assert printed.count("\n| calm-tiny |") == 8 + 2 and "left out" not in printed
 
 
-def test_what_the_time_does_not_allow_is_named_and_made_by_the_next_run(run, stubs, capsys, monkeypatch):
-    assert not gpu.main([*run.words, "--minutes", "0"])
-    left_out = capsys.readouterr().out.count("left out, as the time was over")
-    assert left_out == 15
-    assert len(run()) == 15 and "| calm-tiny | eager | 1 | 1 | 5 | 4 | 6 |" in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "generation_row", lambda *_: pytest.fail("it was measured already"))
-    assert len(run()) == 15
+def test_what_time_or_a_failure_left_out_is_named_and_made_by_the_next_run(words, stubs, capsys, monkeypatch):
+    assert not gpu.main(["--minutes", "0", *words])
+    assert capsys.readouterr().out.count("left out, as the time was over") == 15
 
-
-def test_a_part_that_fails_costs_no_other(run, stubs, capsys, monkeypatch):
     def fails(device):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(gpu, "golden_rows", fails)
-    assert "goldens: RuntimeError: out of memory" in refusal(capsys, gpu.main, *run.words)
-    monkeypatch.setattr(gpu, "golden_rows", lambda device: [])
-    assert len(run()) == 15
+    with monkeypatch.context() as failing:
+        failing.setattr(gpu, "golden_rows", fails)
+        assert "goldens: RuntimeError: out of memory" in refusal(capsys, gpu.main, *words)
+    monkeypatch.setattr(gpu, "generation_row", lambda *_: pytest.fail("it was measured already"))
+    assert len(run(words)) == 15
+    assert "| calm-tiny | eager | 1 | 1 | 5 | 4 | 6 |" in capsys.readouterr().out
 
 
-def test_a_file_that_cannot_be_continued_is_left_alone(run, demo, capsys):
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--pairs", "calm-tiny"], "must be CALM:TRANSFORMER"),
+        (["--pairs", "transformer-tiny:calm-tiny"], "must be CALM:TRANSFORMER"),
+        (["--pairs", "calm-tiny:calm-tiny"], "must be CALM:TRANSFORMER"),
+        (["--device", "cuda"], "finds no GPU"),
+        (["--block_size", "7"], "calm-tiny needs at least two patches of 4 tokens"),
+        ([], "is no report of this command"),
+    ],
+)
+def test_refusals_leave_a_file_alone(words, demo, capsys, more, sentence):
     (demo / "gpu.json").write_text("{}")
-    assert "is no report of this command" in refusal(capsys, gpu.main, *run.words)
+    assert sentence in refusal(capsys, gpu.main, *words, *more)
     assert (demo / "gpu.json").read_text() == "{}"
-
-
-@pytest.mark.parametrize("pair", ["calm-tiny", "transformer-tiny:calm-tiny", "calm-tiny:calm-tiny"])
-def test_a_pair_must_be_one(run, capsys, pair):
-    assert "must be CALM:TRANSFORMER" in refusal(capsys, gpu.main, *run.words, "--pairs", pair)
-
-
-def test_without_a_gpu_it_says_so(run, capsys):
-    assert "finds no GPU" in refusal(capsys, gpu.main, *run.words, "--device", "cuda")

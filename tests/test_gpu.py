@@ -8,7 +8,7 @@ import fresh_process
 import pytest
 import torch
 from commands import main_of
-from evaluation_folder import EVALUATIONS, evaluations, folder  # noqa: F401 (a fixture)
+from evaluation_folder import EVALUATIONS, evaluations
 from model_copies import PROMPT, ROOT, run_snippet
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from training_helpers import make_workshop, train
@@ -19,8 +19,6 @@ from calm_transformers.evaluation.models import count_model
 from calm_transformers.loading import load_causal_lm
 from calm_transformers.model.heads_calm_energy import energy_score
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-
-# ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

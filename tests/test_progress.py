@@ -6,13 +6,11 @@ import sys
 from importlib import import_module
 
 import pytest
-from evaluation_folder import evaluations, folder  # noqa: F401 (a fixture)
+from evaluation_folder import evaluations
 from training_helpers import train, write_corpus
 from transformers.utils import logging
 
 from calm_transformers.progress import progress_bar, say
-
-# ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
 BARS = {
     "autoencoder_report": {"Loading weights", "Decoding"},

@@ -1,0 +1,33 @@
+"""Recipes of tiny shapes and a demo model that repeats itself, in place of the benchmarks' real ones."""
+
+import json
+
+import torch
+from tiny import VOCAB_SIZE, tiny_model
+
+from calm_transformers.benchmarks import meters, workloads
+from calm_transformers.training import recipe
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64}
+ATTENTION = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+RECIPES = {
+    "calm-tiny": ("calm", {**SIZES, **ATTENTION, "latent_size": 16, "noise_size": 8, "num_mlp_layers": 2}),
+    "autoencoder": ("autoencoder", {**SIZES, "latent_size": 16}),
+    "transformer-tiny": ("ar", {**SIZES, **ATTENTION}),
+}
+
+
+def make_demo(folder, monkeypatch):
+    """The folder of a CALM whose latents hardly depend on the noise, and whose every token would end a text."""
+    for name, (kind, fields) in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"kind": kind, "model": fields}))
+    monkeypatch.setattr(recipe, "RECIPE_FOLDER", folder)
+    monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
+    monkeypatch.setattr(workloads, "RECORDED_STEPS", 8)
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.out_proj.weight.mul_(0.1)
+        model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
+    model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
+    model.save_pretrained(folder / "demo")
+    return folder / "demo"
