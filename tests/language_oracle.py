@@ -13,6 +13,11 @@ LANGUAGE = HiddenMarkovLanguage(S, V, transition_concentration=0.3, emission_con
 OTHER = HiddenMarkovLanguage(S, V, transition_concentration=0.3, emission_concentration=0.3, seed=5)
 
 
+def ids_of(num_blocks, length, seed=2):
+    """Texts of the language as token ids."""
+    return torch.from_numpy(LANGUAGE.ids(LANGUAGE.sample(num_blocks, length, seed)))
+
+
 def continuations(language, belief, length):
     """Probabilities of all continuations of a belief, an array of `length` axes of V."""
     symbols_Xn, probability_X = language.likely_continuations(belief, length, least=0.0)
