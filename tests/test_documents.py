@@ -1,9 +1,12 @@
-"""The links of the documents lead to files and headings that are there."""
+"""What the documents name is there: files, headings, imports, tests."""
 
 import re
 from pathlib import Path
 
+import pytest
 from commands import ROOT
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 
@@ -23,3 +26,25 @@ def test_every_link_of_the_documents_leads_somewhere():
         if not target.exists() or anchor and anchor not in anchors(target):
             wrong.append((page.name, file, anchor))
     assert len(links) > 20 and not wrong
+
+
+def imports() -> set[str]:
+    """Every import of the package that a document shows."""
+    line = re.compile(r"^ *(from calm_transformers[\w.]* import [\w, ]+)", re.MULTILINE)
+    return {found for page in DOCUMENTS for found in line.findall(page.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("statement", sorted(imports()))
+def test_every_import_of_the_documents_works(statement):
+    exec(statement, {})
+
+
+def test_every_test_of_the_paper_map_is_there():
+    text = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", text)
+    code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    files = {file for file, _ in named if file}
+    functions = {function for _, function in named if function}
+    assert files <= code.keys()
+    assert [function for function in functions if not any(f"def {function}(" in each for each in code.values())] == []
+    assert len(files) > 10 and len(functions) > 10
