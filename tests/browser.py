@@ -3,13 +3,11 @@
 import contextlib
 import json
 import shutil
-import time
 
 import pytest
 from conftest import needs
 
 BROWSER, DRIVER = (shutil.which(program) for program in ("chromium", "chromedriver"))
-SECONDS = 60
 needs_browser = needs(BROWSER and DRIVER, "chromium or chromedriver")
 
 
@@ -58,13 +56,3 @@ def set_width(driver, width: int, height: int) -> None:
     """The window as a phone's; the driver's own window has a least width."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def wait_for(what, is_so, seconds=SECONDS):
-    """Returns what `is_so` returns when that is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := is_so():
-            return result
-        time.sleep(0.02)
-    raise AssertionError(f"not after {seconds} s: {what}")

@@ -1,4 +1,4 @@
-"""`calm serve` as a process of its own, for tests that talk to it over HTTP, and in this process."""
+"""Processes that serve, `calm serve` among them, for tests that talk to it over HTTP; and its API in this process."""
 
 import contextlib
 import http.client
@@ -6,13 +6,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 
-START_SECONDS = 180
+SECONDS = 120  # for whatever should happen at all
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -41,9 +42,8 @@ def in_process(folder, options=None, **limits):
     from starlette.testclient import TestClient
     from tiny import tiny_tokenizer
 
-    from calm_transformers.model.modeling_calm import CALMForCausalLM
+    from calm_transformers import Batcher, CALMForCausalLM
     from calm_transformers.serving.app import ServerOptions, create_app
-    from calm_transformers.serving.batcher import Batcher
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -54,47 +54,83 @@ def in_process(folder, options=None, **limits):
             yield client
 
 
+def wait_for(what, is_so, seconds=SECONDS):
+    """Returns what `is_so` returns when that is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := is_so()):
+        assert time.monotonic() < deadline, f"not after {seconds} s: {what}"
+        time.sleep(0.02)
+    return result
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(words, log, cwd, **environment):
+    """An offline process, which is ended whatever happens; what it prints goes to the file `log`."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with open(log, "w") as output:
+        process = subprocess.Popen([str(word) for word in words], env=environment, cwd=cwd, stdout=output, **pipes)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_healthy(process, log, url):
+    """Until a GET of `url()`, where it is known, is answered."""
+
+    def is_up():
+        assert process.poll() is None, f"it ended with {process.returncode}:\n{log.read_text()}"
+        with contextlib.suppress(OSError):
+            return url() and urllib.request.urlopen(url(), timeout=30).status == 200
+
+    wait_for(f"an answer; see {log}", is_up)
+
+
 class ServerProcess:
     """A server that runs: `url` (http://127.0.0.1:PORT), `process`, and `log`, the file of what it prints."""
 
     def __init__(self, process, log):
-        self.process, self.log = process, log
-        self.url = self._wait_until_healthy()
+        self.process, self.log, self.url = process, log, None
+        wait_until_healthy(process, log, self._health)
 
-    def _wait_until_healthy(self):
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            text = self.log.read_text()
-            assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{text}"
-            said = re.search(r"Serving .* at (http://\S+)/v1", text)
-            if said:
-                with contextlib.suppress(OSError):
-                    if self.get("/health", said[1]).status == 200:
-                        return said[1]
-            time.sleep(0.1)
-        raise AssertionError(f"no answer after {START_SECONDS} s:\n{self.log.read_text()}")
+    def _health(self):
+        if said := re.search(r"Serving .* at (http://\S+)/v1", self.log.read_text()):
+            self.url = said[1]
+            return f"{self.url}/health"
 
     @property
     def address(self):
         return self.url.removeprefix("http://")
 
-    def get(self, path, url=None):
-        return urllib.request.urlopen((url or self.url) + path, timeout=30)
+    def get(self, path):
+        return urllib.request.urlopen(self.url + path, timeout=30)
 
-    def post(self, path, body, **headers):
-        """Status and JSON of an answer; a body that is no bytes is sent as JSON."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
+    def post(self, path, body):
+        """Status and JSON of an answer."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    def connect(self, body, path="/v1/completions"):
-        """A connection that has sent a request and read nothing of the answer."""
+    def connect(self, body):
+        """A connection that has asked for a completion and read nothing of the answer."""
         connection = http.client.HTTPConnection(self.address, timeout=60)
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         return connection
 
     def metric(self, name):
@@ -102,45 +138,18 @@ class ServerProcess:
         page = self.get("/metrics").read().decode()
         return float(re.search(rf"^{name} (\S+)$", page, re.M)[1])
 
-    def wait_for_metric(self, name, value, seconds=60):
-        deadline = time.monotonic() + seconds
-        while self.metric(name) != value:
-            assert time.monotonic() < deadline, f"{name} is {self.metric(name)}, not {value}"
-            time.sleep(0.02)
+    def wait_for_metric(self, name, value):
+        wait_for(f"{name} is {value}", lambda: self.metric(name) == value)
 
-    def stop(self, sign=signal.SIGTERM, seconds=30):
+    def stop(self, sign=signal.SIGTERM):
         self.process.send_signal(sign)
-        return self.process.wait(timeout=seconds)
+        return self.process.wait(timeout=30)
 
 
 @contextlib.contextmanager
-def running_server(model, home, *options, cwd=None, **environment):
-    """A server process, which is ended whatever happens.
-
-    Args:
-        model: folder or Hub id.
-        home: folder that becomes HF_HOME and, without `cwd`, the working directory; the log is written there.
-        options: of the command.
-        cwd: the working directory.
-    """
+def running_server(model, home, *options, **environment):
+    """A server process of a model; `home` becomes HF_HOME and the working directory, and its file log the log."""
     home.mkdir(parents=True, exist_ok=True)
-    log = home / "log"
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "calm_transformers.serving.serve", str(model), "--port", "0", *options],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), **environment},
-            cwd=cwd or home,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        yield ServerProcess(process, log)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    words = [sys.executable, "-m", "calm_transformers.serving.serve", model, "--port", "0", *options]
+    with running(words, home / "log", home, HF_HOME=str(home), **environment) as process:
+        yield ServerProcess(process, home / "log")

@@ -4,21 +4,20 @@ import configparser
 import contextlib
 import html
 import importlib.util
-import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from browser import complaints, needs_browser, requests, set_width, wait_for
+from browser import complaints, needs_browser, requests, set_width
 from commands import refusal
+from model_copies import CODE_FILES
+from published import BUNDLE_FILES
+from server_process import free_port, running, wait_for, wait_until_healthy
 from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,9 +25,8 @@ from calm_transformers.pages import app, app_page
 from calm_transformers.pages.app_page import Settings, Writer, view, views
 
 ROOT = Path(__file__).parents[1]
-START_SECONDS = 120
-NEEDS = dict(reason="gradio (extra [app]) is not installed")
-needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, **NEEDS)
+HAS_GRADIO = importlib.util.find_spec("gradio") is not None
+needs_gradio = pytest.mark.skipif(not HAS_GRADIO, reason="gradio (extra [app]) is not installed")
 SHORT = Settings(num_candidates=30, max_new_tokens=10, seed=3)
 # A Space's own process: without this package, and noting whom it asks for.
 SPACE = """
@@ -40,17 +38,9 @@ def noting(host, *arguments, **named):
     return lookup(host, *arguments, **named)
 
 lookup, socket.getaddrinfo = socket.getaddrinfo, noting
-sys.modules["calm"] = None
+sys.modules["calm_transformers"] = None
 runpy.run_path("app.py", run_name="__main__")
 """
-
-
-def tiny_llama():
-    """Of as many positions as the page's longest text needs."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=2048, initializer_range=0.5, **sizes)
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +50,11 @@ def calm():
 
 @pytest.fixture(scope="module")
 def llama():
-    return Writer("llama", tiny_llama(), tiny_tokenizer())
+    """Of as many positions as the page's longest text needs."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=2048, initializer_range=0.5, **sizes)
+    return Writer("llama", LlamaForCausalLM(config).eval(), tiny_tokenizer())
 
 
 @pytest.fixture
@@ -80,16 +74,9 @@ def seen_texts(writer, prompt, settings):
 def test_a_calm_s_text_grows_to_what_generate_writes(calm, eager):
     texts, written = seen_texts(calm, "Hello", SHORT)
     ids = torch.tensor([calm.tokenizer("Hello").input_ids])
-    expected = calm.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=10,
-        do_sample=True,
-        temperature=0.5,
-        num_candidates=30,
-        sampling_method="batch",
-        generator=torch.Generator().manual_seed(3),
-    )
+    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.5, "num_candidates": 30}
+    options |= {"sampling_method": "batch", "generator": torch.Generator().manual_seed(3)}
+    expected = calm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert texts[-1] == calm.tokenizer.decode(expected[0], skip_special_tokens=True).removeprefix("Hello")
     assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
     assert len(set(texts)) > 3
@@ -109,12 +96,9 @@ def test_each_patch_has_its_likeliest_candidates_and_the_one_written(calm):
     assert whole and chosen == [step.text for step in whole]
 
 
-def test_at_temperature_1_there_are_candidates_too(calm):
+def test_candidates_at_temperature_1_and_a_text_without_any(calm):
     _, written = seen_texts(calm, "Hello", Settings(1.0, 30, 4))
     assert written.steps[0].num_candidates > 1
-
-
-def test_without_candidates_the_model_s_own_method_writes(calm):
     _, written = seen_texts(calm, "Hello", Settings(0.5, 30, 8, shows_candidates=False))
     assert written.steps and all(step.candidates == [] for step in written.steps)
 
@@ -186,10 +170,9 @@ def test_what_is_written_is_no_html(calm):
     assert "&lt;b&gt;&amp;" in shown and "&lt;i&gt;⏎" in shown
 
 
-def test_a_character_is_shown_when_it_is_whole(monkeypatch):
-    tokenizer = app_page.AutoTokenizer.from_pretrained(ROOT)
-    ids = tokenizer("a ☃ b", add_special_tokens=False).input_ids
-    reader = app_page.Written("", tokenizer, [], 1)
+def test_a_character_is_shown_when_it_is_whole():
+    reader = app_page.Written("", app_page.AutoTokenizer.from_pretrained(ROOT), [], 1)
+    ids = reader.tokenizer("a ☃ b", add_special_tokens=False).input_ids
     for token in ids:
         reader.read("token", token)
     reader.read("end", None)
@@ -208,13 +191,16 @@ def test_a_character_is_shown_when_it_is_whole(monkeypatch):
         ([".", "--space", str(ROOT)], "is not empty; name a new folder"),
         (["no/such/place", "--space", "{tmp}/s"], "no/such/place: there is no such folder, and it is no Hub id"),
         (["{tmp}", "--space", "{tmp}/s"], "the folder holds no config.json, so no model"),
+        (["no/such/place", "--port", "{taken}"], "127.0.0.1:{taken} can't be listened on"),  # before it is loaded
     ],
 )
 def test_the_command_refuses_in_one_sentence(capsys, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # gradio is asked for before the model
-    words = [word.format(tmp=tmp_path) for word in options]
-    assert message in refusal(capsys, app.main, *words, "--port", "0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        words = [word.format(tmp=tmp_path, taken=taken) for word in ["--port", "0", *options]]
+        assert message.format(taken=taken) in refusal(capsys, app.main, *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,33 +209,25 @@ def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch):
     assert refusal(capsys, app.main, ".").startswith("the page needs gradio: pip install")
 
 
-def test_a_port_in_use_is_known_before_the_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port} can't be listened on" in refusal(capsys, app.main, "no/such/place", "--port", port)
-
-
 @pytest.fixture(scope="module")
-def space(tmp_path_factory):
+def space(llama, tmp_path_factory):
     """A Space with the bundled model and a baseline."""
     folder = tmp_path_factory.mktemp("spaces")
-    tiny_llama().save_pretrained(folder / "llama")
-    tiny_tokenizer().save_pretrained(folder / "llama")
+    llama.model.save_pretrained(folder / "llama")
+    llama.tokenizer.save_pretrained(folder / "llama")
     app.write_space(folder / "space", str(ROOT), str(folder / "llama"))
     return folder / "space"
 
 
 def test_a_space_holds_the_page_the_model_and_its_code(space):
-    from calm_transformers.conversion.bundle_files import code_files
-
     found = {str(path.relative_to(space)) for path in space.rglob("*") if path.is_file()}
-    code = {f"model/{Path(name).name}" for name in code_files()}
-    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    page = {"app.py", "page.py", "requirements.txt", "README.md", ".gitattributes"}
-    assert found >= code | {f"model/{name}" for name in model} | page
-    assert {name for name in found if name.startswith("model/") and name.endswith(".py")} == code
-    assert "baseline/model.safetensors" in found
+    model = CODE_FILES | BUNDLE_FILES - {"README.md"}
+    page = {"app.py", "page.py", "requirements.txt", "README.md", ".gitattributes", "baseline/model.safetensors"}
+    assert found >= {f"model/{name}" for name in model} | page
+    assert {name for name in found if name.endswith(".py")} == {f"model/{n}" for n in CODE_FILES} | {
+        "app.py",
+        "page.py",
+    }
     assert list(space.parent.glob(".*")) == []
 
 
@@ -262,17 +240,15 @@ def test_a_space_s_card_and_requirements(space):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     ours = setup["options"]["install_requires"].split()
-    assert set((space / "requirements.txt").read_text().split()) == set(ours) - {"tqdm"}
+    assert set((space / "requirements.txt").read_text().split()) == set(ours) - {"tqdm", "filelock>=3.12"}
 
 
 @needs_gradio
 def test_the_space_asks_for_a_gradio_that_the_page_is_tested_with():
     import gradio
 
-    pinned = [
-        re.search(r"^gradio==(\S+)", (ROOT / name).read_text(), re.MULTILINE)[1]
-        for name in ("constraints.txt", "constraints-compat.txt")
-    ]
+    files = [(ROOT / name).read_text() for name in ("constraints.txt", "constraints-compat.txt")]
+    pinned = [re.search(r"^gradio==(\S+)", text, re.MULTILINE)[1] for text in files]
     assert app.SDK_VERSION in pinned and gradio.__version__ in pinned
 
 
@@ -294,48 +270,21 @@ def test_a_space_may_name_models_of_the_hub(tmp_path):
 
 
 @contextlib.contextmanager
-def running(command, folder, log, **environment):
-    """A process that serves the page; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    words = [word.format(port=port) for word in command]
-    environment = {name: value.format(port=port) for name, value in environment.items()}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            words, cwd=folder, stdout=file, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-        )
-    url = f"http://127.0.0.1:{port}/"
-    deadline = time.monotonic() + START_SECONDS
-    try:
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(url, timeout=10).read()
-                break
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+def running_page(words, folder, log, **environment):
+    """A process that serves the page; yields its address. A Space learns its port from Gradio's variable."""
+    port = str(free_port())
+    url, words = f"http://127.0.0.1:{port}/", [word.format(port=port) for word in words]
+    with running(words, log, folder, GRADIO_SERVER_PORT=port, **environment) as process:
+        wait_until_healthy(process, log, lambda: url)
         yield url
         assert "Traceback" not in log.read_text()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
 def address(driver, space, tmp_path_factory):
-    command = [
-        sys.executable,
-        "-m",
-        "calm_transformers.pages.app",
-        str(ROOT),
-        "--baseline",
-        str(space / "baseline"),
-        "--port",
-        "{port}",
-    ]
-    with running(command, tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("log") / "app.log") as url:
+    command = [sys.executable, "-m", "calm_transformers.pages.app", str(ROOT), "--port", "{port}"]
+    command += ["--baseline", str(space / "baseline")]
+    with running_page(command, tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("log") / "app.log") as url:
         yield url
 
 
@@ -396,8 +345,9 @@ def errors(page):
 @needs_gradio
 @needs_browser
 @pytest.mark.slow
+@pytest.mark.transformers
 class TestPage:
-    def test_a_text_appears_patch_by_patch(self, page):
+    def test_a_text_appears_patch_by_patch_and_asks_nobody_but_its_server(self, page, address):
         page.execute_script(
             "window.seen = []; new MutationObserver(() => {"
             "const count = document.querySelectorAll('#text0 .patch').length;"
@@ -410,10 +360,6 @@ class TestPage:
         assert seen[-1] == 60 and len(seen) >= 4 and 0 < seen[1] < 60 and seen == sorted(seen)
         assert re.search(r"120 tokens in 60 patches · [\d.]+ s · \d+ tokens/s", figures(page, 0))
         assert text_of(page, 1)
-
-    def test_it_asks_nobody_but_its_server(self, page, address):
-        put(page, "max_new_tokens", 4)
-        press_write(page)
         asked = requests(page)
         assert asked and [url for url in asked if not url.startswith(address)] == []
         assert [line for line in complaints(page) if "manifest" not in line] == []
@@ -431,26 +377,8 @@ class TestPage:
         assert len(card.find_elements("css selector", ".chosen code")) == 1 and "%" in card.text
         background = [span.value_of_css_property("background-color") for span in spans[:3]]
         assert background[0] == background[2] != background[1]
-
-    def test_the_temperature_changes_the_text_and_a_seed_repeats_it(self, page):
-        texts = []
-        for temperature in (0.3, 1.5, 0.3):
-            put(page, "temperature", temperature)
-            put(page, "max_new_tokens", 24)
-            press_write(page)
-            texts.append((text_of(page), text_of(page, 1)))
-        assert texts[0] == texts[2]
-        assert texts[0][0] != texts[1][0] and texts[0][1] != texts[1][1]
-        put(page, "seed", 1)
-        press_write(page)
-        assert text_of(page) != texts[2][0]
-
-    def test_what_is_wrong_is_a_sentence(self, page):
-        put(page, "temperature", 0.1)
-        put(page, "num_candidates", 5)
-        page.find_element("id", "write").click()
-        said = wait_for("an error", lambda: errors(page))
-        assert said[0].startswith("num_candidates=5 is too few for temperature=0.1")
+        set_width(page, 360, 740)  # a phone's
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
 
     def test_stop_ends_the_writing(self, page):
         put(page, "max_new_tokens", 1000)
@@ -465,24 +393,28 @@ class TestPage:
         page.find_element("id", "write").click()
         wait_for("a short text", lambda: "8 tokens in 4 patches" in figures(page, 0))
 
-    def test_it_fits_a_phone(self, page):
-        set_width(page, 360, 740)
-        put(page, "max_new_tokens", 40)
-        press_write(page)
-        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
-
 
 @needs_gradio
 @pytest.mark.slow
+@pytest.mark.transformers
 def test_a_space_runs_without_this_package_and_asks_nobody(space, tmp_path):
     from gradio_client import Client
 
-    environment = {"GRADIO_SERVER_PORT": "{port}", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    with running([sys.executable, "-c", SPACE], space, tmp_path / "space.log", **environment) as url:
+    environment = {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    with running_page([sys.executable, "-c", SPACE], space, tmp_path / "space.log", **environment) as url:
         client = Client(url, verbose=False, analytics_enabled=False)
-        ours, other = client.predict("Once upon a time", 0.5, 50, 12, 1, 0, True, api_name="/write")
+
+        def write(temperature, seed=0):
+            return client.predict("Once upon a time", temperature, 50, 12, 1, seed, True, api_name="/write")
+
+        ours, other = write(0.5)
         assert "12 tokens in 6 patches" in ours and 'class="card"' in ours
         assert "tokens/s" in other and "error" not in ours + other
-        (error, _) = client.predict("Once upon a time", None, 50, 12, 1, 0, True, api_name="/write")
+        first, again, hotter, others = (
+            [re.findall(r'<span class="patch.*', said) for said in write(*asked)]
+            for asked in ((0.3,), (0.3,), (1.5,), (0.3, 1))
+        )
+        assert first == again and all(a != b for other in (hotter, others) for a, b in zip(first, other, strict=True))
+        (error, _) = write(None)
         assert "Temperature: must be a number" in error
     assert "asked for" not in (tmp_path / "space.log").read_text()

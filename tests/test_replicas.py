@@ -9,19 +9,17 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from browser import wait_for
 from conftest import needs
-from server_process import running_server
+from openai import OpenAI
+from server_process import SECONDS, free_port, running, running_server, wait_for, wait_until_healthy
 
 CONFIG = Path(__file__).parents[1] / "docs" / "nginx.conf"
 NGINX = shutil.which("nginx")
-SECONDS = 120  # for whatever should happen at all
 PROMPT = "Once upon a time"
 SHORT = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0.5, "ignore_eos": True}
 LONG = {**SHORT, "max_tokens": 2000}  # written for seconds, so that a test can act meanwhile
@@ -30,9 +28,8 @@ pytestmark = [pytest.mark.slow, needs(NGINX, "nginx")]
 
 
 def ask(url, seed, **options):
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps({**options, "seed": seed}).encode(), {"Content-Type": "application/json"}
-    )
+    data = json.dumps({**options, "seed": seed}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=SECONDS) as answer:
         return json.load(answer)["choices"][0]["text"]
 
@@ -40,31 +37,16 @@ def ask(url, seed, **options):
 @contextlib.contextmanager
 def running_nginx(folder, replicas):
     """nginx with the documented configuration, ports apart: its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    text = CONFIG.read_text(encoding="utf-8")
+    address, text = f"127.0.0.1:{free_port()}", CONFIG.read_text(encoding="utf-8")
     addresses = (address, *(replica.address for replica in replicas))
     for documented, actual in zip(("127.0.0.1:8000;", "127.0.0.1:8001;", "127.0.0.1:8002;"), addresses, strict=True):
         assert text.count(documented) == 1
         text = text.replace(documented, f"{actual};")
-    config, output = folder / "nginx.conf", folder / "output"
-    config.write_text(text, encoding="utf-8")
-    command = [NGINX, "-p", str(folder), "-c", str(config), "-e", "stderr", "-g", "daemon off;"]
-    with open(output, "w") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-
-    def is_up():
-        assert process.poll() is None, output.read_text()
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"http://{address}/health", timeout=SECONDS).status == 200
-
-    try:
-        wait_for("nginx answers", is_up)
+    (folder / "nginx.conf").write_text(text, encoding="utf-8")
+    words = [NGINX, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+    with running(words, folder / "output", folder) as process:
+        wait_until_healthy(process, folder / "output", lambda: f"http://{address}/health")
         yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @contextlib.contextmanager
@@ -85,10 +67,7 @@ def pair(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def client(pair):
-    from openai import OpenAI
-
-    _, balancer = pair
-    with OpenAI(base_url=f"{balancer}/v1", api_key="none", max_retries=0, timeout=SECONDS) as client:
+    with OpenAI(base_url=f"{pair[1]}/v1", api_key="none", max_retries=0, timeout=SECONDS) as client:
         yield client
 
 

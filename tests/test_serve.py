@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +18,10 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from safetensors.torch import load_file, save_file
-from server_process import START_SECONDS, in_process, running_server
+from server_process import SECONDS, in_process, running, running_server
 from starlette.testclient import TestClient
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_transformers.command_line import InputError
 from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -42,9 +41,8 @@ def client(api):
 
 @pytest.fixture
 def completions(client):
-    return lambda **fields: client.completions.create(
-        **{"model": "tiny", "prompt": PROMPT, "max_tokens": 24, **fields}
-    )
+    ask = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24}
+    return lambda **fields: client.completions.create(**{**ask, **fields})
 
 
 @pytest.fixture
@@ -56,18 +54,21 @@ def chat(client):
     return ask
 
 
-@pytest.fixture(scope="module")
-def model(tiny_folder):
-    return CALMForCausalLM.from_pretrained(tiny_folder)
+def streamed(chunks):
+    """The text of each choice of a stream."""
+    texts = {}
+    for chunk in chunks:
+        texts[chunk.choices[0].index] = texts.get(chunk.choices[0].index, "") + chunk.choices[0].text
+    return [texts[index] for index in sorted(texts)]
 
 
 @pytest.fixture(scope="module")
-def generated(model):
+def generated(tiny_folder):
     """What `generate` writes after the prompt, of the seed 3: the text."""
+    model, tokenizer = CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
 
     def write(**settings):
-        tokenizer = tiny_tokenizer()
-        ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
         texts = model.generate(ids, generator=[torch.Generator().manual_seed(3)], max_new_tokens=24, **settings)
         return tokenizer.decode(texts[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -119,6 +120,10 @@ def test_no_character_of_a_text_ends_a_line_of_a_stream(api):
     *events, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     texts = [json.loads(event)["choices"][0]["text"] for event in events]
     assert texts[0] == prompt and done == "[DONE]"
+    assert (
+        answer.headers["content-type"].startswith("text/event-stream")
+        and "no-cache" in answer.headers["cache-control"]
+    )
 
 
 def test_requests_at_a_clients_defaults_work(client, chat, completions):
@@ -134,8 +139,7 @@ def test_requests_at_a_clients_defaults_work(client, chat, completions):
 
 def test_a_seed_gives_the_same_text_streamed_or_not_and_beside_others(completions):
     first, other = (completions(seed=seed, max_tokens=32).choices[0].text for seed in (7, 8))
-    stream = completions(seed=7, max_tokens=32, stream=True)
-    assert first == "".join(chunk.choices[0].text for chunk in stream) != other
+    assert [first] == streamed(completions(seed=7, max_tokens=32, stream=True)) != [other]
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         texts = list(threads.map(lambda seed: completions(seed=seed, max_tokens=32).choices[0].text, (7, 9, 8, 7)))
     assert texts[0] == texts[3] == first and texts[2] == other
@@ -147,55 +151,48 @@ def test_n_choices_of_each_prompt(completions):
     alone = [completions(prompt=p, seed=s).choices[0].text for p in (PROMPT, "a") for s in (7, 8)]
     assert [choice.text for choice in answer.choices] == alone
     assert answer.usage.prompt_tokens == 1 + len(PROMPT) + 2
-    texts = {}
-    for chunk in completions(prompt=[PROMPT, "a"], n=2, seed=7, stream=True):
-        texts[chunk.choices[0].index] = texts.get(chunk.choices[0].index, "") + chunk.choices[0].text
-    assert [texts[i] for i in range(4)] == alone
+    assert streamed(completions(prompt=[PROMPT, "a"], n=2, seed=7, stream=True)) == alone
 
 
-def test_ids_in_place_of_text_and_echo(completions):
+def test_ids_in_place_of_text_echo_and_an_empty_prompt(completions):
     ids = tiny_tokenizer()(PROMPT)["input_ids"]
     text = completions(seed=1).choices[0].text
     assert completions(prompt=ids, seed=1).choices[0].text == text
     assert completions(prompt=[ids], seed=1, echo=True).choices[0].text == PROMPT + text
-    stream = completions(seed=1, echo=True, stream=True)
-    assert "".join(chunk.choices[0].text for chunk in stream) == PROMPT + text
+    assert streamed(completions(seed=1, echo=True, stream=True)) == [PROMPT + text]
+    assert completions(prompt="", seed=1).choices[0].text == completions(prompt=[1], seed=1).choices[0].text
 
 
 def test_stop_lists(completions):
-    whole = completions(seed=2, max_tokens=60, extra_body={"ignore_eos": True}).choices[0].text
+    ask = {"seed": 2, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    whole = completions(**ask).choices[0].text
     stop = whole[20:22]
-    hundred = [f"never {i}" for i in range(99)] + [stop]
-    for given in (stop, [stop], hundred):
-        answer = completions(seed=2, max_tokens=60, stop=given, extra_body={"ignore_eos": True}).choices[0]
+    for given in (stop, [stop], [f"never {i}" for i in range(99)] + [stop]):
+        answer = completions(**ask, stop=given).choices[0]
         assert answer.text == whole[: whole.index(stop)] and answer.finish_reason == "stop"
-    stream = completions(seed=2, max_tokens=60, stop=stop, stream=True, extra_body={"ignore_eos": True})
-    assert "".join(chunk.choices[0].text for chunk in stream) == whole[: whole.index(stop)]
+    assert streamed(completions(**ask, stop=stop, stream=True)) == [whole[: whole.index(stop)]]
 
 
-SHAPED = {
-    "method": ({"num_candidates": 7, "sampling_method": "batch"}, {"num_candidates": 7, "sampling_method": "batch"}),
-    "top_p": ({"top_p": 0.3, "temperature": 1}, {"top_p": 0.3, "temperature": 1.0}),
-    "top_k": ({"top_k": 3, "temperature": 1}, {"top_k": 3, "temperature": 1.0}),
-    "min_p": ({"min_p": 0.5, "temperature": 1}, {"min_p": 0.5, "temperature": 1.0}),
-    "temperature": ({"temperature": 1.5}, {"temperature": 1.5}),
-    "repetition_penalty": ({"repetition_penalty": 4.0}, {"repetition_penalty": 4.0}),
-    "logit_bias": ({"logit_bias": {"40": 100, "50": -100}}, {"sequence_bias": {(40,): 100.0, (50,): -100.0}}),
-    "penalties": (
-        {"frequency_penalty": 2, "presence_penalty": 1.5},
-        {"logits_processor": [CountPenalty(2.0, 1.5)]},
-    ),
-}
+SHAPED = [  # fields, and what generate calls them
+    ({"num_candidates": 7, "sampling_method": "batch"}, {}),
+    ({"top_p": 0.3, "temperature": 1.0}, {}),
+    ({"top_k": 3, "temperature": 1.0}, {}),
+    ({"min_p": 0.5, "temperature": 1.0}, {}),
+    ({"temperature": 1.5}, {}),
+    ({"repetition_penalty": 4.0}, {}),
+    ({"logit_bias": {"40": 100, "50": -100}}, {"sequence_bias": {(40,): 100.0, (50,): -100.0}}),
+    ({"frequency_penalty": 2, "presence_penalty": 1.5}, {"logits_processor": [CountPenalty(2.0, 1.5)]}),
+]
 
 
-@pytest.mark.parametrize("name", SHAPED)
-def test_fields_that_shape_a_text_do_what_generate_does(completions, generated, name):
-    fields, settings = SHAPED[name]
-    text = generated(min_new_tokens=24, **settings)
-    ask = {"seed": 3, "extra_body": {"min_tokens": 24}}
-    assert completions(**ask | {"extra_body": {"min_tokens": 24, **fields}}).choices[0].text == text
-    assert completions(**ask).choices[0].text != text
-    if name == "logit_bias":
+@pytest.mark.parametrize("fields, settings", SHAPED)
+def test_fields_that_shape_a_text_do_what_generate_does(completions, generated, fields, settings):
+    text = generated(min_new_tokens=24, **settings or fields)
+    plain, shaped = (
+        completions(seed=3, extra_body={"min_tokens": 24, **more}).choices[0].text for more in ({}, fields)
+    )
+    assert shaped == text != plain
+    if "logit_bias" in fields:
         assert set(text) == {tiny_tokenizer().decode([40])}
 
 
@@ -217,10 +214,6 @@ def test_models(client):
     with pytest.raises(openai.NotFoundError) as refused:
         client.completions.create(model="another", prompt=PROMPT)
     assert refused.value.code == "model_not_found" and refused.value.param == "model"
-
-
-def test_an_empty_prompt_begins_a_text(completions):
-    assert completions(prompt="", seed=1).choices[0].text == completions(prompt=[1], seed=1).choices[0].text
 
 
 def test_pages_of_allowed_origins_may_ask_errors_included(api):
@@ -260,21 +253,6 @@ def test_a_key_a_template_and_a_time_limit(tiny_folder):
 
 
 # A server of its own process
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_curl(server):
-    def curl(*arguments):
-        done = subprocess.run(["curl", "-sS", *arguments], capture_output=True, text=True, timeout=60, check=True)
-        return done.stdout
-
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 8, "seed": 0})
-    text = json.loads(curl(server.url + "/v1/completions", "-d", body))["choices"][0]["text"]
-    stream = curl("-i", "-N", server.url + "/v1/completions", "-d", body.replace("}", ', "stream": true}'))
-    headers, _, stream = stream.partition("\n\n")
-    assert "content-type: text/event-stream" in headers.lower() and "no-cache" in headers.lower()
-    *events, done = [line.removeprefix("data: ") for line in stream.splitlines() if line]
-    assert done == "[DONE]" and "".join(json.loads(event)["choices"][0]["text"] for event in events) == text
 
 
 def test_requests_are_written_together_and_the_queue_is_bounded(server):
@@ -362,17 +340,15 @@ def test_what_is_not_written_in_time_or_until_a_second_ctrl_c_is_cancelled(tiny_
 @pytest.mark.slow
 @pytest.mark.parametrize("sign, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_server_may_be_stopped_while_it_loads(tiny_folder, tmp_path, sign, code):
-    template = tmp_path / "template.jinja"
+    template, log = tmp_path / "template.jinja", tmp_path / "log"
     os.mkfifo(template)
-    arguments = (str(tiny_folder), "--port", "0", "--chat_template", str(template))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "calm_transformers.serving.serve", *arguments], stderr=subprocess.PIPE, text=True
-    )
-    with open(template, "w"):  # waits until the server reads it, which then waits for a template
-        process.send_signal(sign)
-        time.sleep(0.05)
-        process.send_signal(sign)
-        assert process.wait(timeout=60) == code and "Traceback" not in process.stderr.read()
+    words = [sys.executable, "-m", "calm_transformers.serving.serve", tiny_folder, "--port", "0"]
+    with running([*words, "--chat_template", template], log, tmp_path) as process:
+        with open(template, "w"):  # waits until the server reads it, which then waits for a template
+            process.send_signal(sign)
+            time.sleep(0.05)
+            process.send_signal(sign)
+            assert process.wait(timeout=60) == code and "Traceback" not in log.read_text()
 
 
 def check_formats(client):
@@ -396,7 +372,6 @@ def check_formats(client):
     assert refused.value.param == "response_format"
 
 
-@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
 def test_the_demo_model_is_served():
     options = serve.parse([str(ROOT), "--device", "cpu"])
     with serve.load_batcher(options) as batcher, TestClient(create_app(batcher, ServerOptions("."))) as api:
@@ -409,44 +384,14 @@ def test_the_demo_model_is_served():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet")
 def test_the_example_of_the_documents_runs():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS
-    )
+    done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\w.* (stop|length)\n.*\w", done.stdout, re.DOTALL)
 
 
 # The command
-
-
-@pytest.fixture
-def refusal(monkeypatch, capsys):
-    """Runs `main` in this process; it must end with code 2 and one line before it serves anything."""
-
-    def too_late(*_):
-        raise AssertionError("went on in place of refusing")
-
-    monkeypatch.setattr(serve, "run", too_late)
-    return lambda *arguments: commands.refusal(capsys, serve.main, *arguments, "--port", "0")
-
-
-def test_missing_packages_are_named(monkeypatch, refusal):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = refusal(ROOT)
-    assert f'needs {", ".join(serve.SERVING_PACKAGES)}: pip install "calm-transformers[serve]"' in said
-
-
-def test_a_port_in_use_is_known_before_the_model_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(serve, "load_batcher", lambda _: pytest.fail("loaded"))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        message = commands.refusal(capsys, serve.main, ROOT, "--port", str(port))
-    assert f"127.0.0.1:{port} can't be listened on" in message
 
 
 def test_a_port_that_another_server_took_while_the_model_was_loaded(monkeypatch):
@@ -458,43 +403,47 @@ def test_a_port_that_another_server_took_while_the_model_was_loaded(monkeypatch)
                 serve.run(None, None, second, serve.parse([str(ROOT)]))
 
 
-@pytest.mark.parametrize("place", [("--host", "203.0.113.1"), ("--host", "é" * 80), ("--port", 70000)])
-def test_an_address_that_no_one_can_listen_on(monkeypatch, capsys, place):
+@pytest.mark.parametrize("host, port", [("127.0.0.1", None), ("203.0.113.1", 0), ("é" * 80, 0), ("", 70000)])
+def test_an_address_that_no_one_can_listen_on_is_known_before_the_model_is_loaded(monkeypatch, capsys, host, port):
     monkeypatch.setattr(serve, "load_batcher", lambda _: pytest.fail("loaded"))
-    assert "can't be listened on" in commands.refusal(capsys, serve.main, ROOT, *place)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if port is None else port
+        said = commands.refusal(capsys, serve.main, ROOT, "--host", host, "--port", port)
+    assert said.startswith(f"{host}:{port} can't be listened on")
 
 
-def test_folders_devices_types_and_templates_that_are_wrong_are_refused(refusal, tmp_path, tiny_folder):
-    assert str(tmp_path / "missing") in refusal(tmp_path / "missing")
-    CALMForCausalLM.from_pretrained(tiny_folder).autoencoder.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    assert "is an autoencoder, not a language model" in refusal(tmp_path)
-    assert "--dtype float33: must be auto or a type of torch" in refusal(tiny_folder, "--dtype", "float33")
-    assert "nowhere" in refusal(tiny_folder, "--device", "nowhere")
-    assert "nan: must be a number of seconds that is not negative" in refusal(tiny_folder, "--timeout", "nan")
-    assert "none.jinja" in refusal(tiny_folder, "--chat_template", tmp_path / "none.jinja")
-    (tmp_path / "bad.jinja").write_bytes(b"\xff")
-    assert "bad.jinja: is no text in UTF-8" in refusal(tiny_folder, "--chat_template", tmp_path / "bad.jinja")
-    (tmp_path / "bad.jinja").write_text("{{ messages\n{% if %}")
-    assert "the chat template is no Jinja, in line 2" in refusal(
-        tiny_folder, "--chat_template", tmp_path / "bad.jinja"
-    )
+REFUSALS = [
+    (["{tiny}", "--dtype", "float33"], "--dtype float33: must be auto or a type of torch"),
+    (["{tiny}", "--timeout", "nan"], "nan: must be a number of seconds that is not negative"),
+    (["{tiny}", "--chat_template", "{tmp}/none.jinja"], "none.jinja"),
+    (["{tiny}", "--chat_template", "{tmp}/bytes.jinja"], "bytes.jinja: is no text in UTF-8"),
+    (["{tiny}", "--chat_template", "{tmp}/bad.jinja"], "the chat template is no Jinja, in line 2"),
+    (["{tiny}", "--max_draws", "20"], "patches in a step: 20 are allowed here"),  # of the settings it was saved with
+    (["{tmp}/autoencoder"], "is an autoencoder, not a language model"),
+    (["{tmp}/llama"], "is no CALM: its model_type is 'llama'"),
+]
 
 
-def test_a_model_that_no_request_could_be_written_with_is_refused(refusal, tmp_path, tiny_folder):
-    """Of its weights, and of the settings that it was saved with."""
-    shutil.copytree(tiny_folder, tmp_path / "nan")
-    weights = load_file(tmp_path / "nan" / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"].fill_(torch.nan)
-    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
-    assert "model.layers.0.mlp.up_proj.weight holds NaN" in refusal(tmp_path / "nan")
-    assert "patches in a step: 20 are allowed here" in refusal(tiny_folder, "--max_draws", "20")
+@pytest.fixture(scope="module")
+def refused_folder(tmp_path_factory):
+    folder, sizes = tmp_path_factory.mktemp("refused"), {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 96}
+    config = LlamaConfig(intermediate_size=8, num_attention_heads=1, **sizes)
+    for name, model in (("autoencoder", tiny_model().autoencoder), ("llama", LlamaForCausalLM(config))):
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    (folder / "bytes.jinja").write_bytes(b"\xff")
+    (folder / "bad.jinja").write_text("{{ messages\n{% if %}")
+    return folder
 
 
-def test_another_model_is_refused(refusal, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.mark.parametrize("words, sentence", REFUSALS)
+def test_it_refuses_before_it_serves_anything(monkeypatch, capsys, tiny_folder, refused_folder, words, sentence):
+    monkeypatch.setattr(serve, "run", lambda *_: pytest.fail("went on in place of refusing"))
+    words = [word.format(tiny=tiny_folder, tmp=refused_folder) for word in words]
+    assert sentence in commands.refusal(capsys, serve.main, *words, "--port", "0")
 
-    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=96)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    assert "is no CALM: its model_type is 'llama'" in refusal(tmp_path)
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = commands.refusal(capsys, serve.main, ROOT)
+    assert f'needs {", ".join(serve.SERVING_PACKAGES)}: pip install "calm-transformers[serve]"' in said
