@@ -1,5 +1,6 @@
 """A run that is killed and started again ends where the uninterrupted one does."""
 
+import os
 import random
 import shutil
 import time
@@ -9,7 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from training_helpers import start_training, train, write_corpus
 
-from calm_transformers.training.recipe import load_recipe
+from calm_transformers.command_line import InputError
+from calm_transformers.training.recipe import changes, load_recipe
+from calm_transformers.training.trainer import damage, last_checkpoint
 
 KILLS = 10
 STEPS = 90
@@ -47,39 +50,7 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
     assert (last.exitcode, reference.exitcode) == (0, 0), log.read_text()[-2000:]
     assert log.read_text().count("resuming from checkpoint") == KILLS
 
-    expected, found = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
-    start = load_file(killed / f"checkpoint-{STEPS - 1}" / "model.safetensors")
-    assert expected.keys() == found.keys()
-    assert all((expected[key] == found[key]).all() for key in expected)
-    assert any((start[key] != found[key]).any() for key in expected)
-
-
-def test_checkpoint_of_another_model_is_refused(workshop, tmp_path, capsys):
-    fields = fields_of_run(workshop, tmp_path) | {"max_steps": 2}
-    assert train("calm", **fields) == 0
-    (tmp_path / "recipe.yaml").unlink()  # which would tell before
-    assert train("calm", **fields | {"max_steps": 3, "num_hidden_layers": 2, "auxiliary_weight": 0.0}) == 2
-    assert "the checkpoint is not of this model: missing ['model.layers.1." in capsys.readouterr().err
-
-
-def test_a_run_that_is_cut_ends_where_the_whole_one_does(copied_run):
-    fields, folder = copied_run
-    expected = load_file(folder / "model.safetensors")
-    shutil.rmtree(folder / "checkpoint-2")
-    assert train("calm", **fields | {"max_steps": 2}) == 0
-    found = load_file(folder / "model.safetensors")
-    assert all((expected[key] == found[key]).all() for key in expected)
-    assert train("calm", **fields, resume="never") == 2
-
-
-OTHER = {
-    "learning_rate": 2e-2,
-    "batch_size": 8,
-    "optim": "sgd",
-    "num_hidden_layers": 2,
-    "ema_decay": 0.0,
-    "tokens": None,
-}
+    assert same_weights(whole, killed) and not same_weights(killed / f"checkpoint-{STEPS - 1}", killed)
 
 
 @pytest.fixture(scope="module")
@@ -98,68 +69,98 @@ def copied_run(run_of_two_steps, tmp_path):
     return fields | {"output_dir": str(copy), "max_steps": 3}, copy
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_a_run_does_not_go_on_as_another(copied_run, name, tmp_path, capsys):
+def same_weights(one: Path, other: Path) -> bool:
+    expected, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return expected.keys() == found.keys() and all((expected[key] == found[key]).all() for key in expected)
+
+
+def test_a_run_that_is_cut_ends_where_the_whole_one_does(copied_run, run_of_two_steps):
     fields, folder = copied_run
-    another = {"per_device_train_batch_size": 8} if name == "batch_size" else {name: OTHER[name]}
-    if name == "tokens":
-        another = {"train_files": str(write_corpus(tmp_path / "other.jsonl", seed=1))}
-    assert train("calm", **fields | another) == 2
+    shutil.rmtree(folder / "checkpoint-2")
+    assert train("calm", **fields | {"max_steps": 2}) == 0
+    assert same_weights(run_of_two_steps[1], folder)
+    assert train("calm", **fields, resume="never") == 2
+
+
+OTHER = {
+    **{"seed": 4, "data_seed": 4, "learning_rate": 2e-2, "lr_scheduler_type": "linear", "warmup_steps": 1},
+    **{"auxiliary_weight": 0.25, "ema_decay": 0.0, "head_learning_rate": 1e-3, "head_weight": 0.5},
+    **{"left_fill": 0.5, "random_phase": False, "block_size": 64, "weight_decay": 0.1, "max_grad_norm": 0.5},
+    **{"optim": "sgd", "num_hidden_layers": 2, "beta": 1.5, "batch_size": 8, "tokens": "other"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_run_does_not_go_on_as_another(name, run_of_two_steps):
+    before = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"))
+    now = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"), {} if name in before.found else {name: OTHER[name]})
+    now.found = before.found | {name: OTHER[name]} if name in before.found else before.found
+    with pytest.raises(InputError, match=rf"holds checkpoints of another training \({name} .* -> .*name another"):
+        changes(before, now)
+
+
+@pytest.mark.parametrize(
+    "name, changed", {"batch_size": {"per_device_train_batch_size": 8}, "seed": {"seed": 4}, "tokens": None}.items()
+)
+def test_the_command_does_not_go_on_as_another(copied_run, name, changed, tmp_path, capsys):
+    fields, folder = copied_run
+    changed = changed or {"train_files": str(write_corpus(tmp_path / "other.jsonl", seed=1))}
+    assert train("calm", **fields | changed) == 2
     error = capsys.readouterr().err
     assert f"holds checkpoints of another training ({name} " in error and "name another --output_dir" in error
     assert load_recipe(str(folder / "recipe.yaml")).training["max_steps"] == 2  # it is as it was
 
 
-def test_a_run_goes_on_longer_with_the_same_text_elsewhere_in_other_pieces(copied_run, tmp_path, capsys):
+def test_a_run_goes_on_longer_with_the_same_text_elsewhere_in_other_pieces(copied_run, monkeypatch, tmp_path, capsys):
     fields, _ = copied_run
-    moved = shutil.copy(fields["train_files"], tmp_path / "moved.jsonl")
-    pieces = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 7}
-    assert train("calm", **fields | pieces | {"train_files": moved}) == 0
+    autoencoder = Path(fields["autoencoder"])
+    monkeypatch.chdir(autoencoder.parent)
+    changed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 7}
+    changed |= {"train_files": shutil.copy(fields["train_files"], tmp_path), "autoencoder": f"./{autoencoder.name}/"}
+    assert train("calm", **fields | changed) == 0
     printed = capsys.readouterr().out
     assert "going on with gradient_accumulation_steps 1 -> 2, max_steps 2 -> 3, per_device" in printed
     assert "resuming from checkpoint-2" in printed and f"the model is in {fields['output_dir']}" in printed
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "all"])
-def test_the_checkpoint_before_a_damaged_one_is_used(copied_run, name, capsys):
-    fields, folder = copied_run
-    last = folder / "checkpoint-2"
-    if name == "all":
-        shutil.rmtree(last)
-        last.mkdir()
-    else:
-        content = (last / name).read_bytes()
-        (last / name).write_bytes(content[: len(content) // 2])
-    assert train("calm", **fields) == 0
-    printed = capsys.readouterr().out
-    wrong = "was not finished" if name == "all" else f"has a damaged {name}"
-    assert f"checkpoint-2 {wrong}" in printed and "resuming from checkpoint-1" in printed
-    assert (folder / "checkpoint-2" / "trainer_state.json").is_file()  # written again
+HALF = "half"
 
 
 @pytest.mark.parametrize(
     "name, content, wrong",
     [
+        *(
+            (name, HALF, f"has a damaged {name}")
+            for name in ("model.safetensors", "optimizer.pt", "trainer_state.json")
+        ),
+        *((name, "", f"has a damaged {name}") for name in ("scheduler.pt", "rng_state.pth")),
         ("model.safetensors", None, "has no weights"),
         ("optimizer.pt", None, "has no optimizer"),
+        ("scheduler.pt", None, "has no schedule"),
+        ("trainer_state.json", None, "was not finished"),
         ("trainer_state.json", '{"global_step": 1}', "has a damaged trainer_state.json (it is of step 1)"),
         ("config.json", "{", "has a damaged config.json"),
     ],
 )
-def test_the_checkpoint_before_one_that_lacks_something_is_used(copied_run, name, content, wrong, capsys):
-    fields, folder = copied_run
+def test_the_checkpoint_before_a_damaged_one_is_the_last(copied_run, name, content, wrong):
+    _, folder = copied_run
     file = folder / "checkpoint-2" / name
-    file.unlink() if content is None else file.write_text(content)
+    if content == HALF:
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.unlink() if content is None else file.write_text(content)
+    assert damage(folder / "checkpoint-2").startswith(wrong)
+    assert last_checkpoint(folder) == folder / "checkpoint-1"
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(copied_run, capsys):
+    fields, folder = copied_run
+    state = folder / "checkpoint-2" / "trainer_state.json"
+    state.unlink()
     assert train("calm", **fields) == 0
     printed = capsys.readouterr().out
-    assert f"checkpoint-2 {wrong}" in printed and "resuming from checkpoint-1" in printed
-
-
-def test_the_same_folder_by_another_name_is_no_other_training(copied_run, monkeypatch):
-    fields, _ = copied_run
-    autoencoder = Path(fields["autoencoder"])
-    monkeypatch.chdir(autoencoder.parent)
-    assert train("calm", **fields | {"autoencoder": f"./{autoencoder.name}/"}) == 0
+    assert "checkpoint-2 was not finished, and is not used" in printed and "resuming from checkpoint-1" in printed
+    assert state.is_file()  # written again
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "sgd"])
@@ -169,11 +170,23 @@ def test_every_optimizer_is_resumed(workshop, tmp_path, optim):
     assert train("calm", **fields | {"max_steps": 3}) == 0
 
 
-def test_the_state_of_another_optimizer_is_refused(copied_run, capsys):
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"num_hidden_layers": 2, "auxiliary_weight": 0.0}, "is not of this model: missing ['model.layers.1."),
+        ({"optim": "adagrad"}, "the optimizer of"),
+        ({}, "Unexpected key"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_without_its_recipe(copied_run, changed, message, capsys):
+    """And one whose auxiliary loss is another."""
     fields, folder = copied_run
     (folder / "recipe.yaml").unlink()
-    assert train("calm", **fields | {"optim": "adagrad"}) == 2
-    assert "the optimizer of" in capsys.readouterr().err
+    path = folder / "checkpoint-2" / "auxiliary.safetensors"
+    if not changed:
+        save_file({f"renamed.{key}": value for key, value in load_file(path).items()}, path)
+    assert train("calm", **fields | changed) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_has_no_optimizer_does_not_go_on(workshop, tmp_path, capsys):
@@ -189,15 +202,4 @@ def test_the_best_checkpoint_is_kept_and_exported(workshop, tmp_path):
     fields |= {"learning_rate": 3.0, "head_learning_rate": 3.0, "lr_scheduler_type": "constant"}  # worse at each step
     assert train("calm", **fields, load_best_model_at_end=True) == 0
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1"}
-    best, exported = (load_file(folder / "model.safetensors") for folder in (tmp_path / "checkpoint-1", tmp_path))
-    assert best.keys() == exported.keys() and all((best[name] == exported[name]).all() for name in best)
-
-
-def test_a_checkpoint_whose_auxiliary_loss_is_another_is_refused(workshop, tmp_path, capsys):
-    fields = fields_of_run(workshop, tmp_path) | {"max_steps": 1}
-    assert train("calm", **fields) == 0
-    path = tmp_path / "checkpoint-1" / "auxiliary.safetensors"
-    weights = load_file(path)
-    save_file({f"renamed.{key}": value for key, value in weights.items()}, path)
-    assert train("calm", **fields | {"max_steps": 2}) == 2
-    assert "checkpoint-1 can't be loaded: " in (error := capsys.readouterr().err) and "Unexpected key" in error
+    assert same_weights(tmp_path / "checkpoint-1", tmp_path)
