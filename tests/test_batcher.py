@@ -1,32 +1,27 @@
 """Continuous batching as laws: a row's text is its own in any company; rows come, go, fail and are counted."""
 
-import threading
-import time
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
 import fresh_process
 import model_copies
 import peft
 import pytest
 import torch
+from server_process import wait_for
 from tiny import BOS, EOS, HEAD_TYPES, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm_transformers.serving.engine import Engine, SlotCache
-from calm_transformers.serving.rows import Row
 
-LAWS = [
-    {"temperature": 1.0},
-    {"temperature": 0.5},
-    {"temperature": 0.7},
+LAWS = [{"temperature": temperature} for temperature in (1.0, 0.5, 0.7)] + [
     {"do_sample": False},
     {"temperature": 0.5, "sampling_method": "batch"},
     {"temperature": 0.4, "sampling_method": "exact"},
 ]
 PROMPTS = ["Hello you", "a", "the quick brown fox jumps over the lazy dog", "zz z", ""]
+ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
 
 
 def exact_model(head_type="energy", patch_size=4, **overrides):
@@ -55,11 +50,8 @@ def batcher(model):
         yield batcher
 
 
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.002)
+def wait_until(condition):
+    wait_for("what should happen", condition, 20)
 
 
 # A row's text
@@ -82,69 +74,26 @@ def test_rows_of_many_laws_write_what_generate_writes_for_each_alone(head_type, 
         assert batcher.stats().finished == 10 and batcher.stats().running == 0
 
 
-def new_row(model, prompt, seed, num_tokens, **sampling):
-    ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
-    return Row(
-        prompt_PK=model.pack_for_generation(ids)["input_ids"].view(-1, model.config.patch_size),
-        prompt_L=ids[0],
-        num_prompt_tokens=ids.shape[1],
-        sampling=PatchSampling(num_candidates=20, **sampling),
-        max_new_tokens=num_tokens,
-        min_new_tokens=0,
-        eos_tokens=frozenset(),
-        generator=torch.Generator().manual_seed(seed),
-    )
+def test_a_long_prompt_is_read_in_pieces_in_the_order_of_arrival_while_others_write(model):
+    """A row that ends leaves its slot to another, which doesn't go before its turn for that."""
+    heard = []
 
+    def listen(name):
+        return lambda _: heard.append(name)
 
-def take_step(engine):
-    for row, _ in engine.step():
-        engine.remove(row)
-
-
-@pytest.mark.parametrize("prefill_patches", [1, 100])
-def test_rows_may_join_and_leave_between_any_two_steps(model, prefill_patches):
-    """One leaves from the middle, so that the last moves to its slot; others come while prompts are read."""
-    engine, length = Engine(model, prefill_patches), 24
-    rows = [new_row(model, PROMPTS[i % 4], i, length, temperature=0.5) for i in range(6)]
-    engine.add(rows[0]), engine.add(rows[1]), engine.add(rows[2])
-    take_step(engine)
-    engine.add(rows[3])
-    take_step(engine)
-    engine.remove(rows[1])
-    assert [engine.rows.index(row) for row in (rows[0], rows[3], rows[2])] == [0, 1, 2]
-    take_step(engine)
-    engine.remove(rows[2]), engine.add(rows[4]), engine.add(rows[5])
-    for _ in range(40):
-        take_step(engine)
-    assert engine.rows == []
-    for i in (0, 3, 4, 5):
-        expected = alone(model, PROMPTS[i % 4], i, temperature=0.5, max_new_tokens=length, eos_token_id=None)
-        assert rows[i].tokens == expected
-    assert len(rows[1].tokens) < length and len(rows[2].tokens) < length
-
-
-def test_a_long_prompt_is_read_in_pieces_while_others_write(model):
-    engine = Engine(model, 2)
-    short, long = new_row(model, "ab", 0, 40, temperature=1.0), new_row(model, "x" * 79, 1, 4, temperature=1.0)
-    engine.add(short)
-    take_step(engine)
-    engine.add(long)
-    for step in range(1, 10):
-        take_step(engine)
-        assert long.num_read == min(2 * step, 20) and len(short.tokens) == 4 * (step + 1)
-
-
-def test_prompts_are_read_in_the_order_of_arrival_whatever_slot_they_are_in(model):
-    engine = Engine(model, 2)
-    rows = [new_row(model, "x" * length, 0, 40, temperature=1.0) for length in (3, 39, 39, 39)]
-    for row in rows:
-        engine.add(row)
-    engine.step()
-    engine.remove(rows[0])  # the last moves to the first slot
-    for _ in range(4):
-        engine.step()
-    assert engine.rows[0] is rows[3] and rows[1].num_read > 0
-    assert rows[1].num_read >= rows[2].num_read >= rows[3].num_read == 0
+    with Batcher(model, tiny_tokenizer(), max_rows=5, prefill_chunk_size=8) as batcher:
+        begun = [batcher.submit("ab", temperature=1.0, on_piece=listen("short"), **ENDLESS)]
+        wait_until(lambda: len(heard) > 1)
+        heard.clear()
+        first = batcher.submit("abc", max_new_tokens=12, ignore_eos=True, temperature=1.0)
+        for name in ("long 1", "long 2", "long 3"):
+            begun.append(batcher.submit("x" * 79, temperature=1.0, on_piece=listen(name), **ENDLESS))
+        wait_until(lambda: "long 3" in heard)
+        assert first.done()
+        [future.cancel() for future in begun]
+    places = [heard.index(f"long {i}") for i in (1, 2, 3)]
+    num_before = [heard[:place].count("short") for place in places]
+    assert places == sorted(places) and all(n >= 10 * (i + 1) - 2 for i, n in enumerate(num_before)), num_before
 
 
 def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(batcher):
@@ -162,12 +111,12 @@ def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(batcher):
 
 
 def test_a_temperature_asks_for_sampling():
-    model = tiny_model()  # whose generation configuration doesn't
-    with Batcher(model) as batcher:
-        texts = [
-            batcher.submit([BOS], seed=seed, temperature=1.0, max_new_tokens=20).result().tokens for seed in (0, 1)
-        ]
-        greedy = [batcher.submit([BOS], seed=seed, max_new_tokens=20).result().tokens for seed in (0, 1)]
+    settings = {"max_new_tokens": 20}
+    with Batcher(tiny_model()) as batcher:  # whose generation configuration doesn't
+        texts, greedy = (
+            [batcher.submit([BOS], seed=seed, **settings, **more).result().tokens for seed in (0, 1)]
+            for more in ({"temperature": 1.0}, {})
+        )
     assert texts[0] != texts[1] and greedy[0] == greedy[1]
 
 
@@ -198,25 +147,21 @@ def test_pieces_are_the_text_patch_by_patch(batcher):
 # Clients that leave
 
 
-def test_a_cancelled_text_frees_its_row_within_a_patch(batcher):
+def test_a_text_that_is_cancelled_frees_its_row_within_a_patch_a_stream_and_what_waits_too(batcher):
     steps = []
-    future = batcher.submit("once", max_new_tokens=4000, ignore_eos=True, on_piece=steps.append)
+    future = batcher.submit("once", on_piece=steps.append, **ENDLESS)
     wait_until(lambda: len(steps) > 3)
     future.cancel()
     seen = len(steps)
     wait_until(lambda: batcher.stats().running == 0)
-    assert len(steps) <= seen + 1 and batcher.stats().cancelled == 1
+    assert len(steps) <= seen + 1
     with pytest.raises(CancelledError):
         future.result()
-    assert batcher.submit("once", max_new_tokens=4).result(60).tokens
-
-
-def test_leaving_a_stream_cancels_it_and_so_does_cancelling_what_waits(batcher):
-    stream = batcher.stream("once", max_new_tokens=4000, ignore_eos=True)
+    stream = batcher.stream("once", **ENDLESS)
     next(stream)
     stream.close()
     wait_until(lambda: batcher.stats().running == 0)
-    running = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(3)]
+    running = [batcher.submit("once", **ENDLESS) for _ in range(3)]
     waiting = batcher.submit("once", max_new_tokens=4000)
     wait_until(lambda: batcher.stats().waiting == 1)
     waiting.cancel()
@@ -224,11 +169,12 @@ def test_leaving_a_stream_cancels_it_and_so_does_cancelling_what_waits(batcher):
     assert batcher.stats().running == 3
     [future.cancel() for future in running]
     wait_until(lambda: batcher.stats().running == 0)
-    assert batcher.stats().cancelled == 5
+    assert batcher.stats().cancelled == 6
+    assert batcher.submit("once", max_new_tokens=4).result(60).tokens
 
 
 def test_the_queue_is_bounded(batcher):
-    futures = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(7)]
+    futures = [batcher.submit("once", **ENDLESS) for _ in range(7)]
     with pytest.raises(QueueFull, match="3 texts are being written and 4 wait"):
         batcher.submit("once", max_new_tokens=4)
     futures[0].cancel()
@@ -241,22 +187,16 @@ def test_the_queue_is_bounded(batcher):
 # What goes wrong
 
 
-def test_a_listener_that_raises_ends_its_own_text_alone(batcher):
-    def listen(_):
-        raise RuntimeError("no thanks")
+def failing(what):
+    def fail(*_):
+        raise RuntimeError(what)
 
-    other = batcher.submit("once", max_new_tokens=20, seed=5, ignore_eos=True)
-    with pytest.raises(RuntimeError, match="no thanks"):
-        batcher.submit("once", max_new_tokens=20, on_piece=listen).result(60)
-    assert len(other.result(60).tokens) == 20 and batcher.stats().failed == 1
+    return fail
 
 
 def test_a_step_that_fails_ends_its_texts_and_the_next_are_written(monkeypatch, batcher):
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_read_patches", fail)
+        patch.setattr(Engine, "_read_patches", failing("out of memory"))
         futures = [batcher.submit("once", max_new_tokens=20) for _ in range(2)]
         for future in futures:
             with pytest.raises(RuntimeError, match="out of memory"):
@@ -264,52 +204,42 @@ def test_a_step_that_fails_ends_its_texts_and_the_next_are_written(monkeypatch, 
     assert len(batcher.submit("once", max_new_tokens=20, ignore_eos=True).result(60).tokens) == 20
 
 
-def test_a_law_that_fails_ends_its_own_texts_alone(monkeypatch, model, batcher):
+@pytest.mark.parametrize("on_piece, temperature", [(failing("no thanks"), 0.7), (None, 1.0)])
+def test_a_listener_that_raises_or_a_law_that_fails_ends_its_own_texts_alone(
+    monkeypatch, model, batcher, on_piece, temperature
+):
     next_patches = model.next_patches
 
-    def fail(hidden, sampling, *others):
+    def fail_at_1(hidden, sampling, *others):
         if sampling.temperature == 1:
-            raise RuntimeError("no such patch")
+            raise RuntimeError("no thanks")
         return next_patches(hidden, sampling, *others)
 
-    monkeypatch.setattr(model, "next_patches", fail)
+    monkeypatch.setattr(model, "next_patches", fail_at_1)
     settings = {"max_new_tokens": 20, "seed": 3, "ignore_eos": True}
     other = batcher.submit("once", temperature=0.5, **settings)
-    with pytest.raises(RuntimeError, match="no such patch"):
-        batcher.submit("once", temperature=1.0, **settings).result(60)
+    with pytest.raises(RuntimeError, match="no thanks"):
+        batcher.submit("once", temperature=temperature, on_piece=on_piece, **settings).result(60)
     assert len(other.result(60).tokens) == 20 and batcher.stats().failed == 1
 
 
-def test_when_its_thread_dies_so_do_all_texts_and_it_says_so(monkeypatch, model):
-    def fail(*_):
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr(SlotCache, "move", fail)
-    batcher = Batcher(model, tiny_tokenizer(), max_rows=2)
-    first, *others = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(4)]
-    wait_until(lambda: batcher.stats().running == 2)
-    first.cancel()
-    for future in others:
-        with pytest.raises(RuntimeError, match="the device is gone"):
-            future.result(20)
-    assert not batcher.is_open
-    with pytest.raises(BatcherClosed):
-        batcher.submit("once")
-    batcher.close()
-
-
-def test_texts_that_end_in_a_step_that_fails_are_told(monkeypatch, model):
-    """Two end together, and the device fails when the first leaves its slot to another row."""
-
-    def fail(*_):
-        raise RuntimeError("the device is gone")
-
+@pytest.mark.parametrize("lengths, is_dead", [((4000, 4000, 4000, 4000), True), ((400, 400, 4000), False)])
+def test_when_a_slot_can_t_be_left_all_texts_are_told_and_a_thread_that_dies_says_so(
+    monkeypatch, model, lengths, is_dead
+):
+    """It is left between steps, by a text that is cancelled, or in a step, by one that ends, which then fails."""
+    monkeypatch.setattr(SlotCache, "move", failing("the device is gone"))
     with Batcher(model, tiny_tokenizer(), max_rows=3) as batcher:
-        monkeypatch.setattr(SlotCache, "move", fail)
-        lengths = (400, 400, 4000)
         futures = [batcher.submit("once", max_new_tokens=n, ignore_eos=True, temperature=1.0) for n in lengths]
-        done, left = wait(futures, timeout=60)
-    assert len(done) == 3 and not left and batcher.stats().running == 0
+        wait_until(lambda: batcher.stats().running == 3)
+        if is_dead:
+            futures.pop(0).cancel()
+        _, left = wait(futures, timeout=60)
+        assert not left and batcher.stats().running == 0 and batcher.is_open != is_dead
+        assert {str(future.exception()) for future in futures} == {"the device is gone"}
+        if is_dead:
+            with pytest.raises(BatcherClosed):
+                batcher.submit("once")
 
 
 REFUSALS = [
@@ -328,55 +258,47 @@ REFUSALS = [
     ({"prompt": [1.5]}, "holds 1.5: ids are whole numbers"),
     ({"prompt": "\ud800"}, "no text at character 0"),
 ]
+OF_BATCHERS = [
+    ({"max_rows": 0}, "max_rows=0: must be at least 1"),
+    ({"max_waiting": -1}, "max_waiting=-1: must not be negative"),
+    ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: must be at least 1"),
+]
 
 
-@pytest.mark.parametrize("settings, sentence", REFUSALS, ids=[sentence for _, sentence in REFUSALS])
-def test_what_makes_no_sense_is_refused_in_a_sentence(batcher, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        batcher.submit(**{"prompt": "once", **settings})
+def test_what_makes_no_sense_is_refused_in_a_sentence(batcher, model):
+    for settings, sentence in REFUSALS:
+        with pytest.raises(ValueError, match=sentence):
+            batcher.submit(**{"prompt": "once", **settings})
+    for options, sentence in OF_BATCHERS:
+        with pytest.raises(ValueError, match=sentence):
+            Batcher(model, **options)
 
 
 def test_without_a_tokenizer_ids_come_and_go(model):
     with Batcher(model) as batcher:
         written = batcher.submit(torch.tensor([BOS, 40, 41]), max_new_tokens=8, seed=0).result(60)
-        assert (
-            written.text is None
-            and written.tokens == batcher.submit([BOS, 40, 41], max_new_tokens=8, seed=0).result().tokens
-        )
+        again = batcher.submit([BOS, 40, 41], max_new_tokens=8, seed=0).result(60)
+        assert written.text is None and written.tokens == again.tokens
         assert [piece.text for piece in batcher.stream([BOS], max_new_tokens=4, ignore_eos=True)] == [None]
         for settings in ({"prompt": "text"}, {"prompt": [BOS], "stop": "a"}):
             with pytest.raises(ValueError, match="tokenizer: Batcher"):
                 batcher.submit(**settings)
 
 
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        ({"max_rows": 0}, "max_rows=0: must be at least 1"),
-        ({"max_waiting": -1}, "max_waiting=-1: must not be negative"),
-        ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: must be at least 1"),
-    ],
-)
-def test_limits_that_make_no_sense_are_refused(model, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        Batcher(model, **options)
-
-
 @pytest.mark.transformers
 def test_models_whose_rows_would_depend_on_each_other_are_refused():
-    llama = LlamaForCausalLM(
-        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
-    )
-    with pytest.raises(ValueError, match="LlamaForCausalLM can't be batched"):
-        Batcher(llama)
-    model = tiny_model()
-    model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="attn_implementation='flex_attention'"):
-        Batcher(model)
-    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    dynamic = CALMForCausalLM(tiny_config(rope_scaling=scaling)).eval()
-    with pytest.raises(ValueError, match="rope_type='dynamic'"):
-        Batcher(dynamic)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    flexible, scaling = tiny_model(), {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    flexible.config._attn_implementation = "flex_attention"
+    virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2)
+    for model, sentence in (
+        (LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)), "LlamaForCausalLM can't be batched"),
+        (flexible, "attn_implementation='flex_attention'"),
+        (CALMForCausalLM(tiny_config(rope_scaling=scaling)), "rope_type='dynamic'"),
+        (peft.get_peft_model(tiny_model(), virtual), "would leave out virtual tokens"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Batcher(model.eval())
 
 
 # Its life
@@ -390,38 +312,29 @@ def test_closing_writes_what_was_taken_or_cancels_it(model):
     with pytest.raises(BatcherClosed):
         batcher.submit("once")
     batcher = Batcher(model, tiny_tokenizer(), max_rows=2)
-    futures = [batcher.submit("once", max_new_tokens=4000, ignore_eos=True) for _ in range(4)]
+    futures = [batcher.submit("once", **ENDLESS) for _ in range(4)]
     batcher.close(cancel=True, wait=False)
     assert all(future.cancelled() for future in futures)
     batcher.close()
     with pytest.raises(ZeroDivisionError), Batcher(model, tiny_tokenizer()) as batcher:
-        future = batcher.submit("once", max_new_tokens=4000, ignore_eos=True)
+        future = batcher.submit("once", **ENDLESS)
         1 / 0  # noqa: B018
     assert future.cancelled()
 
 
 def test_many_threads_may_submit_at_once(model):
-    with Batcher(model, tiny_tokenizer(), max_rows=4, max_waiting=100) as batcher:
-        texts = {}
-
-        def ask(seed):
-            texts[seed] = batcher.submit("once", seed=seed, max_new_tokens=12).result(60).tokens
-
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        stats = batcher.stats()
-    for seed in range(20):
-        assert texts[seed] == alone(model, "once", seed, max_new_tokens=12)
-    assert stats.finished == 20 and stats.new_tokens == sum(map(len, texts.values()))
-    assert stats.prompt_tokens == 20 * 5 and stats.steps < sum(map(len, texts.values())) and stats.busy_seconds > 0
+    with Batcher(model, tiny_tokenizer(), max_rows=4, max_waiting=100) as batcher, ThreadPoolExecutor(20) as threads:
+        ask = lambda seed: batcher.submit("once", seed=seed, max_new_tokens=12).result(60).tokens  # noqa: E731
+        texts, stats = list(threads.map(ask, range(20))), batcher.stats()
+    assert texts == [alone(model, "once", seed, max_new_tokens=12) for seed in range(20)]
+    assert stats.finished == 20 and stats.new_tokens == sum(map(len, texts))
+    assert stats.prompt_tokens == 20 * 5 and stats.steps < stats.new_tokens and stats.busy_seconds > 0
 
 
 @pytest.mark.transformers
 def test_its_model_may_have_an_adapter(model):
-    adapted = peft.get_peft_model(
-        exact_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    )
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(exact_model(), lora)
     ids = torch.tensor([[BOS, 40, 41, 42]])
     settings = {"max_new_tokens": 16, "eos_token_id": None}
     expected = adapted.generate(input_ids=ids, generator=[torch.Generator().manual_seed(0)], **settings)[0, 4:]
@@ -431,23 +344,14 @@ def test_its_model_may_have_an_adapter(model):
     assert written.tokens != alone(model, "", 0, **settings)
 
 
-def test_virtual_tokens_are_refused():
-    adapted = peft.get_peft_model(
-        exact_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2)
-    )
-    with pytest.raises(ValueError, match="would leave out virtual tokens"):
-        Batcher(adapted)
-
-
 @pytest.mark.slow
 @pytest.mark.transformers
 def test_a_model_with_the_code_of_its_folder_writes_the_same(tmp_path):
     model = tiny_model()
     model.generation_config.update(do_sample=True)
     model.save_pretrained(tmp_path / "model")
-    texts = fresh_process.call(
-        model_copies.texts_of_a_batcher, tmp_path / "home", folder=str(tmp_path / "model")
-    ).result
+    folder = str(tmp_path / "model")
+    texts = fresh_process.call(model_copies.texts_of_a_batcher, tmp_path / "home", folder=folder).result
     ids = torch.tensor([[BOS, 40]])
     for text, law in zip(texts, model_copies.LAWS, strict=True):
         generator = [torch.Generator().manual_seed(7)]
