@@ -22,11 +22,7 @@ from .generation_calm_candidates import CandidateScores, LazyPool, PlainPool, ca
 from .generation_calm_compiled import CompiledSteps
 from .generation_calm_randomness import Randomness, RecordedRandomness, StepRandomness
 from .generation_calm_rules import RulesOfTexts, TokenRules
-from .generation_calm_samplers import (
-    BlockPlan,
-    OneBlock,
-    PatchSampling,
-)
+from .generation_calm_samplers import BlockPlan, OneBlock, PatchSampling
 from .generation_calm_texts import GrowingTexts
 from .generation_calm_upstream import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin
 from .generation_calm_virtual_tokens import read_virtual_tokens
@@ -85,10 +81,7 @@ class Returned:
         self.scores: list[CandidateScores] | None = [] if self.is_dict and config.output_scores else None
 
     def check_compiled(self, call: GenerateCall) -> None:
-        """
-        Raises:
-            ValueError: it asks for what compiled steps don't return, or for logits processors.
-        """
+        """Raises `ValueError` where it asks for what compiled steps don't return, or for logits processors."""
         unreturned = [*self.states, *([] if self.scores is None else ["scores"])]
         if unreturned:
             raise ValueError(f"compile_config: compiled steps return no {' and no '.join(unreturned)}; leave it out.")
@@ -199,9 +192,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if call.processors is not None:
             mask = model_kwargs.get("attention_mask")
             rules = RulesOfTexts(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
-        compiles = call.compile_config is not None
-        inputs = read_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
-
+        inputs = read_virtual_tokens(
+            self, inputs, cache, call.compile_config is not None, model_kwargs.get("task_ids")
+        )
         steps = None
         if call.compile_config is not None:
             returned.check_compiled(call)
@@ -221,12 +214,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
                     fallbacks.is_exact.append(texts.rows(sampling.is_exact(plan, len(patches_BK), has_rules=False)))
                 steps.read(texts.append(patches_BK))
                 continue
-            outputs = self(
-                **inputs,
-                cache=cache,
-                use_cache=cache is not None,
-                **{f"output_{name}": True for name in returned.states},
-            )
+            asked = {f"output_{name}": True for name in returned.states}
+            outputs = self(**inputs, cache=cache, use_cache=cache is not None, **asked)
             returned.take(outputs)
             hidden_RD = texts.rows(outputs.last_hidden_state[:, -1])
             if not sampling.do_sample and not isinstance(generator, StepRandomness):
@@ -348,8 +337,12 @@ class CALMGenerationMixin(PatchGenerationMixin):
             ValueError: an empty prompt without a `bos_token`.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        if input_ids.shape[1] == 0 or not bool(mask.any(-1).all()):
-            input_ids, mask = self._start_empty_rows(input_ids, mask, bos_token)
+        is_empty_B1 = ~mask.any(-1, keepdim=True)
+        if bool(is_empty_B1.any()):
+            if bos_token is None:
+                raise ValueError("generate() got an empty prompt, and bos_token_id, which would start it, is not set.")
+            input_ids = F.pad(input_ids, (0, 1), value=int(bos_token))
+            mask = torch.cat([mask, is_empty_B1.to(mask)], dim=1)
         if bos_token is not None and input_ids.shape[1] > 1:
             begin_B2 = mask.argmax(-1, keepdim=True).clamp(max=mask.shape[1] - 2) + numbers_up_to(2, mask.device)
             is_bos_B2 = (input_ids == bos_token).gather(1, begin_B2) & mask.gather(1, begin_B2).bool()
@@ -374,15 +367,6 @@ class CALMGenerationMixin(PatchGenerationMixin):
             mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : past + i * patches]
             self(input_ids=chunk, attention_mask=mask, cache=cache, use_cache=True)
         return {**inputs, "input_ids": last}
-
-    @staticmethod
-    def _start_empty_rows(input_ids: Tensor, mask: Tensor, bos_token: Tensor | int | None) -> tuple[Tensor, Tensor]:
-        """Gives rows without any token a BOS to start from."""
-        if bos_token is None:
-            raise ValueError("generate() got an empty prompt, and bos_token_id, which would start it, is not set.")
-        empty = ~mask.any(-1, keepdim=True)
-        input_ids = torch.cat([input_ids, input_ids.new_full((len(input_ids), 1), int(bos_token))], dim=1)
-        return input_ids, torch.cat([mask, empty.to(mask)], dim=1)
 
     def forbidden_tokens(self, num_left: int, eos_tokens: Tensor | None, device) -> Tensor | None:
         """(K, V) mask that keeps EOS out of the next `num_left` tokens; None when it would be empty."""

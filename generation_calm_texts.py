@@ -38,9 +38,9 @@ class GrowingTexts:
         self.ids_BL, self.call = prompts_BL, call
         self.is_finished = False
         self.drawing = list(range(len(prompts_BL)))
-        criteria = call.stopping_criteria
-        self.rules: list[Any] | None = list(criteria) if isinstance(criteria, list) else None
-        self.is_asked_by_patch = self.rules is not None and all(type(rule) in RULES_OF_IDS for rule in self.rules)
+        criteria: Any = call.stopping_criteria
+        self.is_asked_by_patch = isinstance(criteria, list) and all(type(rule) in RULES_OF_IDS for rule in criteria)
+        self.rules: list[Any] = list(criteria) if self.is_asked_by_patch else []
 
     @property
     def length(self) -> int:
@@ -91,7 +91,7 @@ class GrowingTexts:
         """Of each row the place in the patch of its last token, K where it goes on."""
         num_rows, room = patches_BK.shape
         is_end_BK = None
-        for rule in self.rules or ():
+        for rule in self.rules:
             if isinstance(rule, MaxLengthCriteria):
                 # Asked by its length alone; at least one token is written, as upstream does.
                 room = min(room, max(rule.max_length - self.length - 1, 0))
@@ -104,7 +104,7 @@ class GrowingTexts:
 
     def _warn_of_length(self) -> None:
         """A rule of length warns, once it is asked, of texts longer than the model takes."""
-        for rule in self.rules or ():
+        for rule in self.rules:
             longest = getattr(rule, "max_position_embeddings", None)
             if longest is not None and self.length > longest:
                 rule(self.ids_BL, None)

@@ -11,7 +11,6 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers.generation.configuration_utils import CompileConfig, GenerationConfig, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -39,8 +38,6 @@ def cache_argument(forward: Callable) -> str:
 
 
 CACHE_ARGUMENT = cache_argument(LlamaModel.forward)  # upstream's, in calls, outputs and the arguments of generate()
-
-
 TOKENS = (
     "CALM has no token probabilities for it to act on; temperature, top_k, top_p and min_p act on candidates, "
     "penalties and bans of tokens on the decoder's logits."
@@ -210,12 +207,8 @@ class OffloadableModel(PreTrainedModel):
 
 
 class RowProcessors(LogitsProcessorList):
-    """Upstream's processors of a whole batch, for whoever asks for them, and those of each row by itself.
-
-    Args:
-        processors: of the batch.
-        of_row: the number of a row and the length of its prompt → its processors.
-    """
+    """Upstream's processors of a whole batch, for whoever asks for them, and those of each row by itself: `of_row`
+    takes its number and the length of its prompt."""
 
     def __init__(self, processors: list, of_row: Callable[[int, int], LogitsProcessorList]):
         super().__init__(processors)
@@ -234,16 +227,6 @@ class _ViewForUpstream:
         attribute = getattr(self.model, name)
         is_own_method = inspect.ismethod(attribute) and attribute.__self__ is self.model
         return types.MethodType(attribute.__func__, self) if is_own_method else attribute
-
-
-def _allowed_in_row(allows: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:
-    """What `prefix_allowed_tokens_fn` allows in a row, for upstream, which numbers a row's candidates."""
-    return allows(row, ids)
-
-
-def _of_text(processor, prompt_length: int):
-    """A processor that has a method `after_prompt` is asked for the one of texts with a prompt so long."""
-    return processor.after_prompt(prompt_length) if hasattr(processor, "after_prompt") else processor
 
 
 def checked_processors(processors) -> list:
@@ -289,24 +272,13 @@ class PatchGenerationMixin(_Base):
     config: CALMConfig
     generate: Callable[..., Any]  # upstream's, which types `self` as a protocol that no model satisfies
     check_weights: Callable[[], None]
+    check_settings: Callable[[GenerationConfig], None]  # raises ValueError where settings of our own make no sense
+    write_patches: Callable[..., Any]  # the loop: prompts (B, L) → prompts and new tokens, as `_sample` returns them
 
     @property
     def _upstream(self) -> Any:
         """Upstream's own hooks. It types their `self` as a protocol that no model satisfies, hence `Any`."""
         return super()
-
-    def check_settings(self, generation_config: GenerationConfig) -> None:
-        """
-        Raises:
-            ValueError: settings of our own make no sense.
-        """
-        raise NotImplementedError
-
-    def write_patches(
-        self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict
-    ) -> GenerateDecoderOnlyOutput | Tensor:
-        """The loop: prompts (B, L) → prompts and new tokens, as upstream's `_sample` returns them."""
-        raise NotImplementedError
 
     def _sample(
         self,
@@ -376,12 +348,8 @@ class PatchGenerationMixin(_Base):
             expand_size * num_empty_prompts, is_encoder_decoder, input_ids, **model_kwargs
         )
 
-    def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
-        self._check_mode(generation_mode)  # upstream would first send the reader to a repository that decodes so
-        return self._upstream._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
-
-    @staticmethod
-    def _check_mode(generation_mode: GenerationMode) -> None:
+    def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
+        """None; another mode is refused here, where upstream would send the reader to a repository that decodes so."""
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
             raise ValueError(
                 f"CALM has no {generation_mode.value.replace('_', ' ')}: it draws whole patches and has no token "
@@ -389,7 +357,6 @@ class PatchGenerationMixin(_Base):
             )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        self._check_mode(generation_mode)
         for name, (why, *off) in REFUSED_SETTINGS.items():
             value = getattr(generation_config, name, None)
             if value is not None and value not in off:
@@ -430,42 +397,15 @@ class PatchGenerationMixin(_Base):
         def of_length(length: int, allowed: Callable | None) -> LogitsProcessorList:
             own = copy.copy(settings)
             own.max_length += length - input_ids_seq_length
-            custom = [_of_text(each, length) for each in given]
+            # One that has a method `after_prompt` is asked for the processor of texts with a prompt so long.
+            custom = [each.after_prompt(length) if hasattr(each, "after_prompt") else each for each in given]
             return make(own, length, None, allowed, LogitsProcessorList(custom), device)
 
         def of_row(row: int, length: int) -> LogitsProcessorList:
-            return of_length(length, None if allows is None else partial(_allowed_in_row, allows, row))
+            # Upstream numbers a row's candidates.
+            return of_length(length, None if allows is None else lambda _, ids: allows(row, ids))  # pyright: ignore
 
         return RowProcessors(of_length(max(input_ids_seq_length, 1), allows), of_row)  # an empty prompt gets a BOS
-
-    def processors_of_text(
-        self, prompt_length: int, max_new_tokens: int, logits_processor: Sequence | None = None, **settings
-    ) -> LogitsProcessorList | None:
-        """The logits processors of one text, as `generate` makes them; `None` if there are none.
-
-        Args:
-            prompt_length: tokens of its prompt.
-            max_new_tokens: that may follow.
-            logits_processor: the caller's own.
-            **settings: those of `RULE_SETTINGS` that are not to be the generation configuration's.
-
-        Raises:
-            ValueError: a setting makes no sense.
-        """
-        assert self.generation_config is not None, "a model that generates has one"
-        config = copy.copy(self.generation_config)
-        for name, value in settings.items():
-            setattr(config, name, value)
-        config.max_length = prompt_length + max_new_tokens
-        eos = config.eos_token_id
-        config._eos_token_tensor = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else eos)  # pyright: ignore[reportAttributeAccessIssue]
-        processors = self._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=prompt_length,
-            logits_processor=logits_processor,
-            device=torch.device("cpu") if self.device.type == "meta" else self.device,
-        )
-        return processors.of_row(0, prompt_length) if processors else None
 
     def compute_transition_scores(self, *args, **kwargs):
         """Refused: there is no score a token."""

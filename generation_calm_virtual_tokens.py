@@ -36,10 +36,7 @@ def adapter_of(model) -> Any:
 
 
 def num_virtual_patches(model) -> int:
-    """
-    Raises:
-        ValueError: virtual tokens that are no whole patches.
-    """
+    """Of the patches that virtual tokens are; `ValueError` where they are no whole ones."""
     adapter = adapter_of(model)
     if adapter is None:
         return 0

@@ -220,16 +220,6 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         self.autoencoder.eval().requires_grad_(False)
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> None:
-        """None: the tokens come out of the autoencoder."""
-        return None
-
     @can_return_tuple
     def forward(
         self,

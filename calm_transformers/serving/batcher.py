@@ -34,6 +34,7 @@ from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import RULE_SETTINGS
 from calm_transformers.serving.engine import Engine
 from calm_transformers.serving.rows import FinishReason, Piece, Row, TextAssembler, Written
+from calm_transformers.serving.rules import processors_of_text
 
 if TYPE_CHECKING:
     from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -196,7 +197,7 @@ class Batcher:
             eos_tokens=frozenset([eos] if isinstance(eos, int) else eos),
             generator=generator,
             seed=seed,
-            processors=self.model.processors_of_text(len(own_ids), num_new_tokens, logits_processor, **rules),
+            processors=processors_of_text(self.model, len(own_ids), num_new_tokens, logits_processor, **rules),
             assembler=self._new_assembler(stop, ids),
             on_piece=on_piece,
         )
