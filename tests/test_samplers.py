@@ -27,16 +27,12 @@ from calm_transformers.model import generation_calm_samplers, generation_calm_we
 from calm_transformers.model.generation_calm_samplers import (
     BlockPlan,
     batch_temperature_select,
-    block_sizes,
-    compared_pairs,
     exact_temperature_sample,
     first_accepted_attempt,
     most_frequent_patch,
-    single_draw,
 )
 from calm_transformers.model.generation_calm_weights import (
     check_num_candidates,
-    check_temperature,
     class_sizes,
     draw_log_weights,
     inverse_temperature,
@@ -77,13 +73,7 @@ class TestClasses:
         most = 2**30 if way == "all pairs at once" else 0
         monkeypatch.setattr(generation_calm_weights, "COMPARISONS_AT_ONCE", {"cpu": most, "other": most})
 
-    def test_hand_worked(self):
-        patches = torch.tensor([[[1, 2], [2, 1], [1, 2], [1, 3], [1, 2], [2, 1]]])
-        classes = patch_classes(patches)
-        assert classes.tolist() == [[0, 1, 0, 3, 0, 1]]
-        assert class_sizes(classes).tolist() == [[3, 2, 3, 1, 3, 2]]
-
-    @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+    @pytest.mark.parametrize("patch_size", [1, 4])
     def test_equals_loops(self, patch_size):
         patches = torch.randint(2, (5, 30, patch_size), generator=seeded())
         classes = patch_classes(patches)
@@ -99,8 +89,6 @@ class TestClasses:
             patches[0, 1 + position, position] = (base[position] + 1) % 128257
             patches[0, 9 + position, position] = (base[position] + 65536) % 128257
         assert patch_classes(patches).tolist() == [list(range(17))]
-
-    def test_largest_ids_and_narrow_integers(self):
         ids = torch.tensor([[[2**31 - 1], [0], [2**31 - 1]]], dtype=torch.int32)
         assert patch_classes(ids).tolist() == [[0, 1, 0]]
 
@@ -170,17 +158,6 @@ class TestBatchRule:
         assert chi_square_p_value(chosen, law) > SIGNIFICANCE
         assert chi_square_p_value(chosen, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64) / 6) < 1e-9
 
-    def test_single_draw(self):
-        pool = StubPool(stream_BN=torch.tensor([[7, 8], [9, 9]]))
-        assert single_draw(pool).tolist() == [0, 0] and pool.extended == [([0, 1], 1)]
-        pool = StubPool(stream_BN=torch.tensor([[7, 8], [9, 9]]))
-        assert batch_temperature_select(pool, 1.0, 1).tolist() == [0, 0] and pool.extended == [([0, 1], 1)]
-
-    def test_all_draws_are_made_at_once_and_told_apart_once(self):
-        pool = StubPool(zipf(6).expand(5, -1), seeded())
-        assert (batch_temperature_select(pool, 0.5, 9) < 9).all()
-        assert pool.extended == [([0, 1, 2, 3, 4], 9)] and pool.asked == [("all", None)]
-
     @pytest.mark.parametrize("temperature", TEMPERATURES)
     def test_total_variation_on_two_outcomes_without_noise(self, temperature):
         """Every pool of two outcomes is one of N + 1 counts, so that both laws are exact sums."""
@@ -232,17 +209,12 @@ class TestAlgorithm1:
             assert (int(start[b]) if accepted[b] else None) == expected
         assert accepted.any() and (exponent < 2 or not accepted.all())
 
-    @pytest.mark.parametrize("law", [peaked(2, 0.9), flat(2), peaked(10), zipf(10)])
     @pytest.mark.parametrize("temperature", TEMPERATURES)
-    def test_law_on_few_outcomes(self, law, temperature):
-        outcomes, exact, _ = sample_exactly(law.expand(1000, -1), temperature, 2**15, seed=2)
-        assert exact.all()
-        assert chi_square_p_value(outcomes, sharpened(law, temperature)) > SIGNIFICANCE
-
-    @pytest.mark.parametrize("law", [zipf(1000), flat(1000)], ids=["zipf", "flat"])
-    @pytest.mark.parametrize("temperature", [0.7, 0.5])
-    def test_law_on_many_outcomes(self, law, temperature):
-        outcomes, exact, _ = sample_exactly(law.expand(400, -1), temperature, 2**15, seed=2)
+    @pytest.mark.parametrize(
+        "law, num_rows", [(peaked(2, 0.9), 1000), (zipf(10), 1000), (zipf(300), 400)], ids=["two", "10", "300"]
+    )
+    def test_law(self, law, num_rows, temperature):
+        outcomes, exact, _ = sample_exactly(law.expand(num_rows, -1), temperature, 2**15, seed=2)
         assert exact.all()
         assert chi_square_p_value(outcomes, sharpened(law, temperature)) > SIGNIFICANCE
 
@@ -276,43 +248,21 @@ class TestAlgorithm1:
         assert exact.tolist() == [True] * 3 + [False] * 3
         assert pool.outcomes(index)[:3].tolist() == [0, 0, 0]
 
-    @pytest.mark.parametrize("first_block", [1, 3, 8, 100])
-    def test_blocks_do_not_change_the_choice(self, first_block):
-        stream = outcomes_from(zipf(10), 64, 100)
-
-        def sample(block):
-            pool = StubPool(stream_BN=stream)
-            index, exact, _ = exact_temperature_sample(pool, 0.5, 100, seeded(), FixedPlan(block))
-            assert exact.all() and pool.extended[0][1] == block
-            return index
-
-        assert torch.equal(sample(first_block), sample(4))
-
-    def test_blocks_double_the_pool(self):
-        assert list(block_sizes(3, 20)) == [(3, 3), (6, 3), (12, 6), (20, 8)] and list(block_sizes(5, 5)) == [(5, 5)]
-
 
 class TestBlockPlan:
-    @staticmethod
-    def plan(*needed):
-        plan = BlockPlan()
-        plan.note(needed)
-        return plan
-
-    def test_sizes_by_hand(self, monkeypatch):
-        """A block costs 30 draws. Steps of 5, 5, 5, 40 draws: from 8 on 3 · 38 + (64 + 4 · 30) = 298, the least; from
-        4 on 3 · 68 + (64 + 5 · 30) = 418, from 16 on 3 · 46 + (64 + 3 · 30) = 292."""
+    @pytest.mark.parametrize(
+        "needed, num_rows, size",
+        [((5, 5, 5, 40), 1, 16), ((5, 5, 5, 5), 1, 8), ((200, 200), 1, 200), ((3, 3), 1, 4), ((5, 5, 5, 40), 100, 8)],
+    )
+    def test_sizes_by_hand(self, monkeypatch, needed, num_rows, size):
+        """A block costs 30 draws, of 100 rows each bears a part. Steps of 5, 5, 5, 40 draws: from 8 on
+        3 · 38 + (64 + 4 · 30) = 298, from 4 on 3 · 68 + (64 + 5 · 30) = 418, from 16 on 3 · 46 + (64 + 3 · 30) = 292.
+        """
         monkeypatch.setattr(generation_calm_samplers, "BLOCK_COST", 30)
-        assert self.plan(5, 5, 5, 40).first_block(4, 1, 200) == 16
-        assert self.plan(5, 5, 5, 5).first_block(4, 1, 200) == 8
-        assert self.plan(200, 200).first_block(4, 1, 200) == 200
-        assert self.plan(3, 3).first_block(4, 1, 200) == 4
-        assert self.plan(5, 5, 5, 40).first_block(4, 100, 200) == 8  # of 100 rows each bears a part of the weights
-
-    def test_knows_nothing_at_first_and_forgets(self, monkeypatch):
-        monkeypatch.setattr(generation_calm_samplers, "STEPS_REMEMBERED", 3)
-        assert self.plan().first_block(4, 1, 200) == generation_calm_samplers.FIRST_GUESS
-        assert self.plan(200, 200, 200, 4, 4, 4).first_block(4, 1, 200) == 4
+        plan = BlockPlan()
+        plan.note([1] * generation_calm_samplers.STEPS_REMEMBERED)  # which are forgotten
+        plan.note(needed * (generation_calm_samplers.STEPS_REMEMBERED // len(needed)))
+        assert plan.first_block(4, num_rows, 200) == size
 
     @pytest.mark.parametrize("temperature", [0.5, 0.7])
     def test_the_law_stays_from_step_to_step(self, temperature):
@@ -326,13 +276,7 @@ class TestBlockPlan:
             outcomes.append(pool.outcomes(index))
             first_blocks.add(pool.extended[0][1])
         assert chi_square_p_value(torch.cat(outcomes), sharpened(law, temperature)) > SIGNIFICANCE
-        assert len(plan.needed) == generation_calm_samplers.STEPS_REMEMBERED and len(first_blocks) > 1
-
-    def test_remembers_what_was_needed(self):
-        plan = FixedPlan(8)
-        draws = torch.tensor([[1, 2, 3, 3, 1, 1, 1, 1], [1, 2, 1, 2, 3, 4, 5, 6]])
-        exact_temperature_sample(StubPool(stream_BN=draws), 0.5, 8, seeded(), plan)
-        assert list(plan.needed) == [4, 8]
+        assert len(first_blocks) > 1
 
 
 class TestFallback:
@@ -388,16 +332,10 @@ class TestFallback:
             share = (from_start & (orders.repeat(num_uniforms, 1)[:, 0] == patch)).double().mean()
             assert float(share) == pytest.approx(float(weights[count] / weights[6]), abs=2 / num_uniforms)
 
-    def test_all_distinct_is_uniform(self):
-        pool = StubPool(stream_BN=torch.arange(4).expand(8000, -1))
-        index, exact, _ = exact_temperature_sample(pool, 0.5, 4, seeded())
-        assert not exact.any()
-        assert chi_square_p_value(pool.outcomes(index), flat(4)) > SIGNIFICANCE
-
     @pytest.mark.parametrize("temperature, is_promised", [(0.5, True), (1 / 3, True), (0.7, False)])
-    def test_the_draw_chosen_if_all_are_distinct_is_known_before(self, temperature, is_promised):
-        """Also where the pool comes in blocks; at other T nothing is promised."""
-        pool = StubPool(stream_BN=torch.arange(20).expand(500, -1))
+    def test_all_distinct_is_uniform_and_where_1_over_t_is_whole_known_before(self, temperature, is_promised):
+        """Also where the pool comes in blocks."""
+        pool = StubPool(stream_BN=torch.arange(20).expand(2000, -1))
         index, exact, _ = exact_temperature_sample(pool, temperature, 20, seeded())
         promised = [noise.argmin(-1) for _, noise in pool.asked if noise is not None]
         assert len(promised) == is_promised
@@ -405,18 +343,8 @@ class TestFallback:
             assert not exact.any() and torch.equal(promised[0], index)
             assert chi_square_p_value(pool.outcomes(index), flat(20)) > SIGNIFICANCE
 
-
-class TestComparedPairs:
-    def test_hand_worked(self):
-        assert [compared_pairs(t) for t in (0.5, 1 / 3, 1 / 4, 1, 0.7)] == ["disjoint", *["adjacent"] * 3, "all"]
-        assert table_of_pairs("disjoint", 5).nonzero().tolist() == [
-            [0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [2, 3], [3, 2], [3, 3], [4, 4]
-        ]  # fmt: skip
-        assert table_of_pairs("adjacent", 3).tolist() == [[True, True, False], [True] * 3, [False, True, True]]
-        assert table_of_pairs("all", 2).all()
-
-    @pytest.mark.parametrize("temperature", [1, 1 / 2, 1 / 3, 1 / 4, 0.4])
-    def test_nothing_else_decides_an_attempt(self, temperature):
+    @pytest.mark.parametrize("temperature", [1, 1 / 2, 1 / 3, 0.4])
+    def test_nothing_but_the_pairs_asked_for_decides_an_attempt(self, temperature):
         """Draws that no attempt compares look different: the same is chosen, of the same draws."""
         stream = outcomes_from(zipf(6), 300, 16)
         plain, by_pairs = (
@@ -438,65 +366,46 @@ class PoolOfPairs(StubPool):
         return linked.int().argmax(-1)
 
 
-class TestMostFrequent:
-    def test_hand_worked(self):
-        pool = StubPool(stream_BN=torch.tensor([[3, 5, 5, 1], [4, 2, 4, 4]]))
-        assert most_frequent_patch(pool, 4).tolist() == [1, 0]
-
-    def test_ties_go_to_the_first_seen_batched_or_not(self):
-        draws = torch.tensor([[9, 2, 9, 2], [2, 9, 9, 2], [8, 7, 6, 5]])
-        assert most_frequent_patch(StubPool(stream_BN=draws), 4).tolist() == [0, 0, 0]
-        for row in draws:
-            assert most_frequent_patch(StubPool(stream_BN=row[None]), 4).tolist() == [0]
+def test_the_most_frequent_of_equals_the_first_seen():
+    draws = torch.tensor([[3, 5, 5, 1], [9, 2, 9, 2], [2, 9, 9, 2], [8, 7, 6, 5]])
+    assert most_frequent_patch(StubPool(stream_BN=draws), 4).tolist() == [1, 0, 0, 0]
 
 
-class TestRandomness:
-    @pytest.mark.parametrize("temperature", [0.5, 0.7])
-    def test_the_generator_fixes_the_choice(self, temperature):
-        stream, laws = outcomes_from(zipf(1000), 50, 40), zipf(50).expand(50, -1)
+@pytest.mark.parametrize("temperature", [0.5, 0.7])
+def test_the_generator_fixes_the_choice(temperature):
+    """Where there is none, the global seed."""
+    stream, laws = outcomes_from(zipf(1000), 50, 40), zipf(50).expand(50, -1)
 
-        def sample(seed):
-            by_batch_rule = batch_temperature_select(StubPool(stream_BN=stream), temperature, 40, seeded(seed))
-            return torch.cat((by_batch_rule, sample_exactly(laws, temperature, 20, seed)[0]))
+    def sample(generator, seed):
+        by_batch_rule = batch_temperature_select(StubPool(stream_BN=stream), temperature, 40, generator)
+        return torch.cat((by_batch_rule, sample_exactly(laws, temperature, 20, seed)[0]))
 
-        state = torch.random.get_rng_state()
-        random_state = random.getstate()
-        assert torch.equal(sample(1), sample(1))
-        assert not torch.equal(sample(1), sample(2))
-        assert torch.equal(state, torch.random.get_rng_state()) and random_state == random.getstate()
-
-    def test_without_a_generator_the_global_seed_fixes_the_choice(self):
-        pools = [StubPool(stream_BN=outcomes_from(zipf(1000), 50, 40)) for _ in range(2)]
-        chosen = []
-        for pool in pools:
-            torch.manual_seed(5)
-            chosen.append(batch_temperature_select(pool, 0.7, 40))
-        assert torch.equal(*chosen)
+    state, random_state = torch.random.get_rng_state(), random.getstate()
+    assert torch.equal(sample(seeded(1), 1), sample(seeded(1), 1))
+    assert not torch.equal(sample(seeded(1), 1), sample(seeded(2), 2))
+    assert torch.equal(state, torch.random.get_rng_state()) and random_state == random.getstate()
+    chosen = [sample(torch.manual_seed(5) and None, 1) for _ in range(2)]
+    assert torch.equal(*chosen)
 
 
-class TestChecks:
-    @pytest.mark.parametrize("temperature", [0, -1, 2.0001, float("nan"), float("inf"), None, "0.5", True])
-    def test_temperatures_outside_the_range(self, temperature):
-        with pytest.raises(ValueError, match=r"in \(0, 2\]"):
-            check_temperature(temperature)
+@pytest.mark.parametrize(
+    "num_candidates, temperature, sentence",
+    [
+        *((200, t, r"in \(0, 2\]") for t in (0, -1, 2.0001, math.nan, math.inf, None, "0.5", True)),
+        *((n, 1.0, "positive whole number") for n in (0, -3, 2.5, None, True)),
+        *((n, t, f"at least {least}") for n, t, least in ((1, 0.9, 2), (2, 0.4, 3), (99, 0.01, 100))),
+    ],
+)
+def test_refusals_come_before_any_draw(num_candidates, temperature, sentence):
+    pool = StubPool(flat(2)[None])
+    for method in (batch_temperature_select, exact_temperature_sample):
+        with pytest.raises(ValueError, match=sentence):
+            method(pool, temperature, num_candidates)
+    assert pool.extended == []
 
-    @pytest.mark.parametrize("num_candidates, temperature, least", [(1, 0.9, 2), (2, 0.4, 3), (99, 0.01, 100)])
-    def test_too_few_candidates(self, num_candidates, temperature, least):
-        with pytest.raises(ValueError, match=f"at least {least}"):
-            check_num_candidates(num_candidates, temperature)
-        pool = StubPool(flat(2)[None])
-        for method in (batch_temperature_select, exact_temperature_sample):
-            with pytest.raises(ValueError, match=f"at least {least}"):
-                method(pool, temperature, num_candidates)
-        assert pool.extended == [], "drew before checking"
 
-    @pytest.mark.parametrize("num_candidates", [0, -3, 2.5, None, True])
-    def test_candidates_that_are_no_number_of_draws(self, num_candidates):
-        with pytest.raises(ValueError, match="positive whole number"):
-            check_num_candidates(num_candidates, 1.0)
-
-    def test_rounded_temperatures_mean_whole_exponents(self):
-        assert inverse_temperature(0.33333334) == 3
-        assert inverse_temperature(float(torch.tensor(1 / 49))) == 49
-        assert inverse_temperature(0.3) == pytest.approx(10 / 3)
-        check_num_candidates(3, 0.3333333)
+def test_rounded_temperatures_mean_whole_exponents():
+    assert inverse_temperature(0.33333334) == 3
+    assert inverse_temperature(float(torch.tensor(1 / 49))) == 49
+    assert inverse_temperature(0.3) == pytest.approx(10 / 3)
+    check_num_candidates(3, 0.3333333)
