@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 
 import pytest
 from server_process import in_process
@@ -10,7 +11,6 @@ from tiny import tiny_tokenizer
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.app import ServerOptions, create_app
 from calm_transformers.serving.batcher import Batcher
-from calm_transformers.serving.engine import Engine
 from calm_transformers.serving.openai_api import WITHOUT_EFFECT, BadRequest, ChatRequest, CompletionRequest
 
 
@@ -22,107 +22,98 @@ def post(api, path, body):
 
 # Bad input: a 4xx in OpenAI's shape that names the field
 
-BAD = {
-    "no JSON": (b"{", None, "The body is no JSON"),
-    "nested too deep": (b"[" * 19_000, None, "The body is nested too deep"),
-    "no object": ([], None, "The body must be a JSON object"),
-    "no prompt": ({}, "prompt", "prompt: is missing"),
-    "unknown field": ({"prompt": "a", "foo": 1}, "foo", "foo: there is no such field"),
-    "unknown in options": ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options", "stream_options.x"),
-    "max_tokens 0": ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-    "max_tokens too many": (
-        {"prompt": "a", "max_tokens": 10**6},
-        "max_tokens",
-        "the prompt has 2 tokens and max_tokens",
-    ),
-    "max_tokens as text": ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "valid integer"),
-    "prompt too long": ({"prompt": "x" * 17_000}, "prompt", "the prompt has 17001 tokens"),
-    "prompt a number": ({"prompt": 5}, "prompt", "must be a text, a list of texts, or token ids"),
-    "prompt nested": ({"prompt": [["a"]]}, "prompt", "holds 'a': ids are whole numbers"),
-    "prompt an empty list": ({"prompt": []}, "prompt", "is an empty list"),
-    "ids outside": ({"prompt": [5, 4000]}, "prompt", "holds 4000: ids are whole numbers in 0 … 95"),
-    "half a character": (b'{"prompt": "\\ud800"}', "prompt", "half a surrogate pair"),
-    "temperature negative": ({"prompt": "a", "temperature": -1}, "temperature", "sampling needs a temperature in"),
-    "half a character to stop at": (b'{"prompt": "a", "stop": ["\\ud800"]}', "stop", "half a surrogate pair"),
-    "half a character as a field": (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", "half a surrogate pair"),
-    "half a character in bytes": (b'{"prompt": "\xed\xa0\x80"}', "prompt", "half a surrogate pair"),
-    "half a character in a schema": (
-        b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "\\ud800"}}}',
-        "response_format",
-        "half a surrogate pair",
-    ),
-    "an infinite number in a schema": (
-        b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": 1e999}}}}',
-        "response_format",
-        "a number that is not finite",
-    ),
-    "temperature NaN": (b'{"prompt": "a", "temperature": NaN}', "temperature", "a number that is not finite"),
-    "temperature infinite": (b'{"prompt": "a", "temperature": 1e999}', "temperature", "a number that is not finite"),
-    "a whole number of 5000 digits": (
-        b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 5000),
-        None,
-        "The body is no JSON",
-    ),
-    "temperature tiny": ({"prompt": "a", "temperature": 1e-4}, "temperature", "is too few for temperature=0.0001"),
-    "temperature all but 0": ({"prompt": "a", "temperature": 1e-320}, "temperature", "temperature=1e-320"),
-    "seed too large": ({"prompt": "a", "seed": 2**63}, "seed", "less than"),
-    "stop a number": ({"prompt": "a", "stop": 5}, "stop", "must be a text or a list of texts"),
-    "stop empty": ({"prompt": "a", "stop": ["a", ""]}, "stop", "holds an empty string"),
-    "stop too many": ({"prompt": "a", "stop": ["b"] * 257}, "stop", "stop: may hold 256 strings of 256 characters"),
-    "n 0": ({"prompt": "a", "n": 0}, "n", "greater than or equal to 1"),
-    "n more than fit": ({"prompt": "a", "n": 9}, "n", "9 texts are asked for at once, and 8 may be"),
-    "num_candidates": (
-        {"prompt": "a", "num_candidates": 10**6},
-        "num_candidates",
-        "patches in a step: 1000 are allowed here",
-    ),
-    "num_candidates of a tenth": (
-        {"prompt": "a", "num_candidates": 101, "sampling_method": "exact"},
-        "num_candidates",
-        "may draw 1010 patches in a step: 1000 are allowed here",
-    ),
-    "top_p": ({"prompt": "a", "top_p": 1.1}, "top_p", "less than or equal to 1"),
-    "min_p": ({"prompt": "a", "min_p": -1}, "min_p", "greater than or equal to 0"),
-    "temperature 2.5": ({"prompt": "a", "temperature": 2.5}, "temperature", "in (0, 2]"),
-    "frequency_penalty": ({"prompt": "a", "frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
-    "repetition_penalty": ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
-    "logit_bias": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "'x' is no token id in 0 … "),
-    "logit_bias outside": ({"prompt": "a", "logit_bias": {"96": 1}}, "logit_bias", "is no token id in 0 … 95"),
-    "logit_bias of digits": ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "is no token id in"),
-    "logit_bias infinite": (
-        b'{"prompt": "a", "logit_bias": {"5": Infinity}}',
-        "logit_bias",
-        "a number that is not finite",
-    ),
-    "penalty infinite": (b'{"prompt": "a", "repetition_penalty": Infinity}', "repetition_penalty", "not finite"),
-    "format": ({"prompt": "a", "response_format": {"type": "json"}}, "response_format", "'json_schema'"),
-    "no schema": ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", '{"schema": ...}'),
-    "schema and min_tokens": (
-        {"prompt": "a", "min_tokens": 3, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-        "min_tokens",
-        "min_tokens: a text of a response_format ends where its schema does; leave it out",
-    ),
-    "sampling_method": ({"prompt": "a", "sampling_method": "best"}, "sampling_method", "'batch'"),
-}
-ACTIVE = {
-    "logprobs": True,
-    "top_logprobs": 2,
-    "best_of": 3,
-    "suffix": "end",
-    "modalities": ["audio"],
+HALF, INFINITE = "half a surrogate pair", "a number that is not finite"
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {}}}
+FIELDS = [  # beside a prompt, and what is said of it
+    ("foo", 1, "foo: there is no such field"),
+    ("stream_options", {"x": 1}, "stream_options.x"),
+    ("max_tokens", 0, "greater than or equal to 1"),
+    ("max_tokens", 10**6, "the prompt has 2 tokens and max_tokens"),
+    ("max_tokens", "5", "valid integer"),
+    ("prompt", "x" * 17_000, "the prompt has 17001 tokens"),
+    ("prompt", 5, "must be a text, a list of texts, or token ids"),
+    ("prompt", [["a"]], "holds 'a': ids are whole numbers"),
+    ("prompt", [], "is an empty list"),
+    ("prompt", [5, 4000], "holds 4000: ids are whole numbers in 0 … 95"),
+    ("prompt", "\ud800", HALF),
+    ("stop", ["\ud800"], HALF),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "\ud800"}}, HALF),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"minimum": math.inf}}}, INFINITE),
+    ("response_format", {"type": "json"}, "'json_schema'"),
+    ("response_format", {"type": "json_schema"}, '{"schema": ...}'),
+    ("temperature", math.nan, INFINITE),
+    ("temperature", math.inf, INFINITE),
+    ("temperature", -1, "sampling needs a temperature in"),
+    ("temperature", 2.5, "in (0, 2]"),
+    ("temperature", 1e-4, "is too few for temperature=0.0001"),
+    ("temperature", 1e-320, "temperature=1e-320"),
+    ("seed", 2**63, "less than"),
+    ("stop", 5, "must be a text or a list of texts"),
+    ("stop", ["a", ""], "holds an empty string"),
+    ("stop", ["b"] * 257, "stop: may hold 256 strings of 256 characters"),
+    ("n", 0, "greater than or equal to 1"),
+    ("n", 9, "9 texts are asked for at once, and 8 may be"),
+    ("num_candidates", 10**6, "patches in a step: 1000 are allowed here"),
+    ("top_p", 1.1, "less than or equal to 1"),
+    ("min_p", -1, "greater than or equal to 0"),
+    ("frequency_penalty", 3, "less than or equal to 2"),
+    ("repetition_penalty", 0, "greater than 0"),
+    ("repetition_penalty", math.inf, "not finite"),
+    ("logit_bias", {"x": 1}, "'x' is no token id in 0 … "),
+    ("logit_bias", {"96": 1}, "is no token id in 0 … 95"),
+    ("logit_bias", {"9" * 5000: 1}, "is no token id in"),
+    ("logit_bias", {"5": math.inf}, INFINITE),
+    ("sampling_method", "best", "'batch'"),
+]
+ACTIVE = {"logprobs": True, "top_logprobs": 2, "best_of": 3, "suffix": "end", "modalities": ["audio"]}
+ACTIVE |= {
     "tools": [{"type": "function"}],
     "tool_choice": "required",
     "functions": [{}],
     "function_call": {"name": "f"},
 }
-BAD |= {name: ({"prompt": "a", name: value}, name, f"{name}: ") for name, value in ACTIVE.items()}
 assert set(ACTIVE) == set(WITHOUT_EFFECT)
+BODIES = [  # the field named, and what is said of it
+    (b"{", None, "The body is no JSON"),
+    (b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 5000), None, "The body is no JSON"),
+    (b"[" * 19_000, None, "The body is nested too deep"),
+    (b'{"prompt": "a", "temperature": 1e999}', "temperature", INFINITE),
+    (b'{"prompt": "\xed\xa0\x80"}', "prompt", HALF),
+    (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", HALF),
+    ([], None, "The body must be a JSON object"),
+    ({}, "prompt", "prompt: is missing"),
+    (
+        {"prompt": "a", "min_tokens": 3, "response_format": SCHEMA},
+        "min_tokens",
+        "min_tokens: a text of a response_format ends where its schema does; leave it out",
+    ),
+    (
+        {"prompt": "a", "num_candidates": 101, "sampling_method": "exact"},
+        "num_candidates",
+        "may draw 1010 patches in a step: 1000 are allowed here",
+    ),
+    *(({"prompt": "a", name: value}, name, sentence) for name, value, sentence in FIELDS),
+    *(({"prompt": "a", name: value}, name, f"{name}: ") for name, value in ACTIVE.items()),
+]
+OF_CHATS = [
+    ({}, "messages: is missing"),
+    ({"messages": []}, "messages: "),
+    ({"messages": "hello"}, "messages: "),
+    ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: "),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "x" * 17_000}]}, "messages: the prompt has 17001 tokens"),
+    ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages: holds half a surrogate pair"),
+    ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds half a surrogate pair"),
+]
+BAD = [
+    *(("completions", *case) for case in BODIES),
+    *(("chat/completions", body, "messages", sentence) for body, sentence in OF_CHATS),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_4xx_that_names_the_field(api, case):
-    body, param, sentence = BAD[case]
-    status, answer = post(api, "/v1/completions", body)
+@pytest.mark.parametrize("path, body, param, sentence", BAD)
+def test_bad_input_is_a_4xx_that_names_the_field(api, path, body, param, sentence):
+    status, answer = post(api, f"/v1/{path}", body)
     assert status == 400 and answer["error"]["param"] == param and sentence in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
 
@@ -141,24 +132,6 @@ def test_no_depth_is_a_fault(api, depth):
     for path, body in (("completions", b'{"prompt": %s}'), ("chat/completions", message)):
         status, answer = post(api, f"/v1/{path}", body % nested)
         assert status in (200, 400), answer
-
-
-BAD_CHATS = [
-    ({}, "messages: is missing"),
-    ({"messages": []}, "messages: "),
-    ({"messages": "hello"}, "messages: "),
-    ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: "),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "x" * 17_000}]}, "messages: the prompt has 17001 tokens"),
-    ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages: holds half a surrogate pair"),
-    ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds half a surrogate pair"),
-]
-
-
-@pytest.mark.parametrize("fields, sentence", BAD_CHATS, ids=[sentence for _, sentence in BAD_CHATS])
-def test_bad_conversations(api, fields, sentence):
-    status, answer = post(api, "/v1/chat/completions", fields)
-    assert status == 400 and sentence in answer["error"]["message"] and answer["error"]["param"] == "messages"
 
 
 def test_what_clients_add_to_messages_is_no_error(api):
@@ -185,11 +158,15 @@ def app_client(tiny_folder):
         yield client
 
 
-def test_a_fault_is_an_answer_that_is_counted_and_that_pages_can_read(app_client, monkeypatch):
+def failing(error):
     def fail(*_, **__):
-        raise LookupError("a fault")
+        raise error
 
-    monkeypatch.setattr(app_client.batcher, "submit", fail)
+    return fail
+
+
+def test_a_fault_is_an_answer_that_is_counted_and_that_pages_can_read(app_client, monkeypatch):
+    monkeypatch.setattr(app_client.batcher, "submit", failing(LookupError("a fault")))
     answer = app_client.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "http://page.example"})
     assert answer.status_code == 500 and answer.json()["error"]["message"] == "The server failed: LookupError."
     assert answer.headers["access-control-allow-origin"] == "http://page.example"
@@ -197,49 +174,32 @@ def test_a_fault_is_an_answer_that_is_counted_and_that_pages_can_read(app_client
 
 
 def test_a_text_that_fails_is_a_500_that_says_why_and_health_tells_when_no_more_are_written(app_client, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of memory")
+    def answer(path="completions"):
+        """Status and sentence, if it is an error."""
+        got = (
+            app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json={"prompt": "a"})
+        )
+        return got.status_code, got.json().get("error", {}).get("message", "")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_read_patches", fail)
-        answer = app_client.post("/v1/completions", json={"prompt": "a"})
-        assert answer.status_code == 500 and "RuntimeError: out of memory" in answer.json()["error"]["message"]
-        answer = app_client.get("/health")
-        assert (
-            answer.status_code == 503
-            and "failed, and so did another since: RuntimeError: out of memory." in (answer.json()["error"]["message"])
-        )
-    assert app_client.get("/health").status_code == 200  # it tries anew
-    assert app_client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        patch.setattr(app_client.batcher.model, "next_patches", failing(RuntimeError("out of memory")))
+        assert answer() == (500, "The text could not be written: RuntimeError: out of memory.")
+        said = "The last text failed, and so did another since: RuntimeError: out of memory."
+        assert answer("health") == (503, said)
+    assert answer("health")[0] == 200  # it tries anew: the fault may have been that text's alone
+    assert answer()[0] == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(app_client.batcher, "_let_waiting_in", failing(RuntimeError("the device is gone")))
+        assert answer()[0] == 500
+        for path in ("health", "completions"):
+            assert answer(path) == (503, "No more texts can be written: RuntimeError: the device is gone.")
+
+
+def test_a_server_that_stops_says_so(app_client):
     app_client.batcher.close()
     assert app_client.get("/health").status_code == 503
     answer = app_client.post("/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
-
-
-def test_health_tells_that_the_thread_that_writes_is_dead_and_so_do_requests(app_client, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr(app_client.batcher, "_let_waiting_in", fail)
-    assert app_client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
-    for answer in (app_client.get("/health"), app_client.post("/v1/completions", json={"prompt": "a"})):
-        said = "No more texts can be written: RuntimeError: the device is gone."
-        assert answer.status_code == 503 and answer.json()["error"]["message"] == said
-
-
-def test_health_is_not_what_one_client_s_request_does(app_client, monkeypatch):
-    """A text that fails by its own fault, as of its sampling."""
-    next_patches = app_client.batcher.model.next_patches
-
-    def fail(hidden, sampling, *others):
-        if sampling.temperature == 1:
-            raise RuntimeError("no such patch")
-        return next_patches(hidden, sampling, *others)
-
-    monkeypatch.setattr(app_client.batcher.model, "next_patches", fail)
-    assert app_client.post("/v1/completions", json={"prompt": "a", "temperature": 1}).status_code == 500
-    assert app_client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
