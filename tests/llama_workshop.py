@@ -28,12 +28,13 @@ def make_llama(folder: Path, tokenizer: str | None, dtype=torch.float32, **chang
 
 
 def make_workshop_of_one_more_token(folder: Path) -> dict:
-    """The fields of a CALM's training; its tokenizer is the Llama's, in `theirs`, with another pad token."""
+    """The fields of a CALM's training; its tokenizer is that of the Llama in `theirs`, with another pad token."""
     corpus, theirs, ours = str(write_corpus(folder / "corpus.jsonl")), str(folder / "theirs"), str(folder / "ours")
     assert train("tokenizer", train_files=corpus, output_dir=theirs) == 0
     tokenizer = load_tokenizer(theirs)
     tokenizer.add_special_tokens({"pad_token": "<|one more|>"})
     assert tokenizer.pad_token_id == NUM_KNOWN
+    make_llama(Path(theirs), tokenizer=None, num_key_value_heads=2)
     save_tokenizer(tokenizer, ours)
     data = {"train_files": corpus, "cache_dir": str(folder / "tokens"), "tokenizer": ours}
     autoencoder = str(folder / "autoencoder")

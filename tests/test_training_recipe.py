@@ -147,6 +147,11 @@ def test_the_command_line_is_read_as_yaml_and_whole_numbers_may_be_powers_of_ten
             "unknown field 'hiden_size' in section model: did you mean hidden_size?",
         ),
         ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
+        (
+            "kind: ar\ninit_backbone: a/llama",
+            "init_backbone begins a new CALM: it needs train calm, and no init_from.",
+        ),
+        ("kind: calm\ninit_backbone: a/llama\ninit_from: a/calm", "it needs train calm, and no init_from."),
         ("kind: transformer", "field kind, one of tokenizer, calm, autoencoder, ar"),
         ("base: bases/published", "field kind, one of tokenizer, calm, autoencoder, ar"),
         ("base: calm-s", "no recipe 'calm-s' to be its base: name a .yaml file or one of autoencoder, calm-fast"),
