@@ -17,13 +17,6 @@ pytestmark = pytest.mark.slow
 
 INSTALLED = [name for name in COMMANDS if not name.startswith("docs.")]
 NOT_SOURCES = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__", "*.safetensors")
-WITH_DATA = {
-    "training/recipes": "*.yaml",
-    "training/recipes/bases": "*.yaml",
-    "experiments": "*.yaml",
-    "experiments/recipes": "*.yaml",
-    "experiments/recipes/bases": "*.yaml",
-}
 # Imported by the extras' packages themselves, and what transformers and torch install anyway isn't hidden.
 HIDDEN = "datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy sklearn fastapi openai uvicorn".split()
 HIDDEN += ["starlette"]
@@ -45,43 +38,31 @@ def wheel(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def names(wheel):
-    with zipfile.ZipFile(wheel) as file:
-        return set(file.namelist())
+# Commands that want a package of an extra, and the extra; text files and a run are in the folder.
+DATA, PLOT = ["--data", "text", "--block_size", "8"], ["--plot", "x.png"]
+TOKENIZER = ["calm_transformers.training.train", "tokenizer", "--recipe", "demo-tokenizer"]
+MISSING_PACKAGES = [
+    ([*TOKENIZER, "--train_files", "text.jsonl.zst"], "train"),
+    ([*TOKENIZER, "--train_files", "text.parquet"], "train"),
+    ([*TOKENIZER, "--train_files=[]", "--dataset", "some/texts"], "train"),
+    (["calm_transformers.evaluation.plot", "run"], "eval"),
+    (["calm_transformers.evaluation.brier_lm", "--model", ".", *DATA, *PLOT], "eval"),
+    (["calm_transformers.evaluation.calibration", "--run", "run", *DATA, *PLOT], "eval"),
+    (["calm_transformers.evaluation.autoencoder_report", "--model", "x", *DATA[:2], *PLOT], "eval"),
+    (["calm_transformers.benchmarks.generation", "--shape", "calm-m", *PLOT], "eval"),
+]
 
 
 @pytest.fixture(scope="module")
-def missing_packages(tmp_path_factory):
-    """Commands that want a package of an extra, with the extra."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "text.jsonl.zst").write_bytes(b"")
-    (folder / "text.parquet").write_bytes(b"")
-    (folder / "run").mkdir()
-    data = ["--data", "text", "--block_size", "8"]
-    tokenizer = ["calm_transformers.training.train", "tokenizer", "--recipe", "demo-tokenizer"]
-    return [
-        ([*tokenizer, "--train_files", str(folder / "text.jsonl.zst")], "train"),
-        ([*tokenizer, "--train_files", str(folder / "text.parquet")], "train"),
-        ([*tokenizer, "--train_files=[]", "--dataset", "some/texts"], "train"),
-        (["calm_transformers.evaluation.plot", str(folder / "run")], "eval"),
-        (["calm_transformers.evaluation.brier_lm", "--model", str(folder), *data, "--plot", "x.png"], "eval"),
-        (["calm_transformers.evaluation.calibration", "--run", str(folder), *data, "--plot", "x.png"], "eval"),
-        (
-            ["calm_transformers.evaluation.autoencoder_report", "--model", "x", "--data", "x", "--plot", "x.png"],
-            "eval",
-        ),
-        (["calm_transformers.benchmarks.generation", "--shape", "calm-m", "--plot", "x.png"], "eval"),
-    ]
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, missing_packages, tmp_path_factory):
+def installed(wheel, tmp_path_factory):
     """What the installed commands did in a process outside the checkout, without any package of the extras."""
     site, folder = wheel.parent / "site", tmp_path_factory.mktemp("elsewhere")
     pip("install", wheel, "--target", site)
+    (folder / "run").mkdir()
+    for name in ("text.jsonl.zst", "text.parquet", "run/trainer_state.json"):
+        (folder / name).write_text('{"log_history": [{"step": 1, "eval_loss": 1.0}]}')
     script = shutil.copy(ROOT / "tests" / "wheel_commands.py", folder)  # its folder would be on the path
-    words = [[name, "--help"] for name in INSTALLED] + [words for words, _ in missing_packages]
+    words = [[name, "--help"] for name in INSTALLED] + [words for words, _ in MISSING_PACKAGES]
     done = subprocess.run(
         [sys.executable, script, folder / "result.json", json.dumps(HIDDEN), json.dumps(words)],
         env={**os.environ, "PYTHONPATH": str(site), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"},
@@ -97,13 +78,14 @@ def installed(wheel, missing_packages, tmp_path_factory):
     return outcome, folder
 
 
-def test_it_holds_the_packages_with_their_data_and_no_tests(names):
+def test_it_holds_the_packages_with_their_data_and_no_tests(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
     python = {name for name in names if name.endswith(".py")}
     package = ROOT / "calm_transformers"
     expected = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     assert python == expected | {f"calm_transformers/model/{path.name}" for path in ROOT.glob("*.py")}
-    for folder, pattern in WITH_DATA.items():
-        assert {str(path.relative_to(ROOT)) for path in (package / folder).glob(pattern)} <= names
+    assert {str(path.relative_to(ROOT)) for path in package.rglob("*.yaml")} <= names
 
 
 def test_every_command_starts_without_the_extras(installed):
@@ -113,9 +95,9 @@ def test_every_command_starts_without_the_extras(installed):
     assert all("usage: " in outcome[f"{name} --help"]["printed"] for name in INSTALLED)
 
 
-def test_a_missing_package_is_named_in_one_sentence(installed, missing_packages):
+def test_a_missing_package_is_named_in_one_sentence(installed):
     outcome, _ = installed
-    for words, extra in missing_packages:
+    for words, extra in MISSING_PACKAGES:
         done = outcome[" ".join(words)]
         last = done["printed"].strip().splitlines()[-1]
         assert done["code"] == 2 and "Traceback" not in done["printed"], done["printed"]
