@@ -8,36 +8,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from calm_transformers.evaluation.brier import BrierCounts, brierlm, prefix_matches
+from calm_transformers.evaluation.brier import BrierCounts, brierlm
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def test_prefix_matches_by_hand():
-    left, right = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 8]])
-    assert prefix_matches(left, right).tolist() == [True, True, False, False]
-    assert prefix_matches(torch.tensor([5, 6, 7, 8, 1]), torch.tensor([5, 6, 7, 8, 2])).all()
-
-
-def test_estimate_of_one_position_by_hand():
-    """x1 = y for one token, x2 = y for three, x1 = x2 for one: 1+1-1, 0+1-0, 0+1-0, 0."""
-    counts = BrierCounts.from_draws(
-        torch.tensor([[[1, 9, 3, 4]]]), torch.tensor([[[1, 2, 3, 0]]]), torch.tensor([[[1, 2, 3, 4]]])
-    )
+def test_estimates_by_hand():
+    """x1 = y for one token, x2 = y for three, x1 = x2 for one: 1+1-1, 0+1-0, 0+1-0, 0. A fifth token doesn't count."""
+    draws = (torch.tensor([[ids]]) for ids in ([1, 9, 3, 4, 0], [1, 2, 3, 0, 0], [1, 2, 3, 4, 5]))
+    counts = BrierCounts.from_draws(*draws)
     assert counts.accuracy_B4.tolist() == [[2, 1, 1, 0]]
     assert counts.collision_B4.tolist() == [[1, 0, 0, 0]]
     assert counts.score().brier == [1, 1, 1, 0]
-
-
-def test_perfect_and_stuck_models():
     target = torch.arange(24).view(1, 6, 4)
     assert BrierCounts.from_draws(target, target, target).score().brierlm.value == pytest.approx(100)
     stuck = torch.full_like(target, 99)
     score = BrierCounts.from_draws(stuck, stuck, target).score()
-    assert score.brier == [-1, -1, -1, -1]
-    assert score.brierlm.value == 0
+    assert (score.brier, score.brierlm.value) == ([-1, -1, -1, -1], 0)
 
 
 def test_expectation_of_the_estimate_is_the_brier_score():

@@ -4,20 +4,22 @@ import warnings
 
 import pytest
 import torch
+from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from calm_transformers.evaluation.ar_estimator import causal_lm_reader, count_ar
-from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, RereadingReader, padded_nonzero
-from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, RereadingReader
 
 V, L = 11, 12
 SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
 
 
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
+
+
 def llama(attention="sdpa", **sizes):
     torch.manual_seed(0)
-    config = LlamaConfig(**(SIZES | dict(num_attention_heads=4, num_key_value_heads=2) | sizes))
+    config = LlamaConfig(**(SIZES | HEADS | sizes))
     config._attn_implementation = attention
     return LlamaForCausalLM(config).eval()
 
@@ -29,22 +31,7 @@ def gpt2():
 
 def mistral(window):
     torch.manual_seed(0)
-    sizes = SIZES | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
-    return MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()
-
-
-def calm(patch_size):
-    torch.manual_seed(0)
-    autoencoder = dict(vocab_size=V, hidden_size=16, intermediate_size=24, patch_size=patch_size, latent_size=8)
-    config = CALMConfig(
-        **SIZES,
-        num_attention_heads=4,
-        patch_size=patch_size,
-        latent_size=8,
-        noise_size=4,
-        autoencoder_config=autoencoder,
-    )
-    return CALMForCausalLM(config).eval()
+    return MistralForCausalLM(MistralConfig(**SIZES, **HEADS, initializer_range=0.3, sliding_window=window)).eval()
 
 
 @pytest.mark.parametrize("model", [llama, lambda: llama("eager"), gpt2], ids=["sdpa", "eager", "gpt2"])
@@ -68,7 +55,9 @@ def test_tree_equals_rereading(model):
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_calm_branches_equal_plain_reading(patch_size):
     """Feeding the block's own patches as branches gives back the block's hidden states; a changed one does not."""
-    model = calm(patch_size)
+    autoencoder = {"vocab_size": V}
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = tiny_model(patch_size=patch_size, vocab_size=V, autoencoder_config=autoencoder, **ids)
     patches = torch.randint(V, (2, 8, patch_size), generator=torch.Generator().manual_seed(1))
     reader = CalmReader(model)
     states = reader.read(patches)
@@ -90,12 +79,6 @@ def test_reader_falls_back_where_branches_are_wrong():
         assert isinstance(causal_lm_reader(mistral(window=64), tokens), CausalLMReader)
     with pytest.warns(UserWarning, match="MistralForCausalLM cannot be read in branches"):
         assert isinstance(causal_lm_reader(mistral(window=3), tokens), RereadingReader)
-
-
-def test_padded_nonzero():
-    index, valid = padded_nonzero(torch.tensor([[False, True, True], [False, False, True], [False, False, False]]))
-    assert index[0].tolist() == [1, 2] and index[1, 0] == 2
-    assert valid.tolist() == [[True, True], [True, False], [False, False]]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import refusal
-from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, folder, tiny_llama  # noqa: F401 (a fixture)
+from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, tiny_llama
 from tiny import VOCAB_SIZE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,8 +21,6 @@ from calm_transformers.evaluation.brier_lm import main
 from calm_transformers.evaluation.models import count_model
 from calm_transformers.loading import load_causal_lm
 from calm_transformers.training.train import with_lora
-
-# ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
 
 def run(folder, *more, model=("ar",), data="text.jsonl.xz", block_size=24):
@@ -53,30 +51,16 @@ def test_a_process_takes_its_share_of_the_blocks(folder, monkeypatch, tmp_path, 
 
 @pytest.mark.slow
 def test_processes_share_the_blocks(folder, tmp_path):
-    """Two processes, as torchrun starts them, count what one counts. Slow: each imports transformers."""
-    options = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz"]
-    options += ["--block_size", 24, "--max_positions", 100]
+    """Two processes, as torchrun starts them, count what one counts."""
+    words = [sys.executable, "-m", "calm_transformers.evaluation.brier_lm", "--model", folder / "ar"]
+    words += ["--data", folder / "text.jsonl.xz", "--block_size", "24", "--max_positions", "100"]
+    words += ["--json", tmp_path / "two.json"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [
-        sys.executable,
-        "-m",
-        "calm_transformers.evaluation.brier_lm",
-        *map(str, options),
-        "--json",
-        tmp_path / "two.json",
-    ]
-    workers = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = [{**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(words, env=environment, **pipes) for environment in ranks]
     try:
         (printed, errors), (nothing, more_errors) = (worker.communicate(timeout=120) for worker in workers)
     finally:
@@ -145,24 +129,23 @@ def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, cap
         ((), dict(block_size=65), "reads at most 64 tokens"),
         ((), dict(model=("nowhere",)), "nowhere"),
         ((), dict(model=("calm",), block_size=2000), "has 1260 tokens, fewer than one block of 2000"),
+        ((), dict(data="no_such_dataset"), "neither a file here nor a Hub dataset within reach"),
         (("--text_column", "body"), {}, 'no string under the key "body"'),
+        (("--tokenizer", "/no/where"), {}, "no such folder"),
+        (("--batch_size", 0), {}, "argument --batch_size: 0: must be a whole number of at least 1"),
     ],
 )
-def test_errors_are_one_sentence(folder, capsys, more, options, message):
+def test_errors_are_one_sentence(folder, monkeypatch, capsys, more, options, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert message in refusal(capsys, lambda words: run(folder, *words, **options), *more)
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder, capsys):
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, capsys):
     config = LlamaConfig.from_dict({**tiny_llama().config.to_dict(), "vocab_size": 2 * VOCAB_SIZE})
-    LlamaForCausalLM(config).save_pretrained(folder / "larger")
-    error = refusal(capsys, lambda words: run(folder, *words, model=("larger",)), "--tokenizer", folder / "calm")
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    error = refusal(capsys, lambda words: run(folder, *words, model=(tmp_path,)), "--tokenizer", folder / "calm")
     assert error.endswith("It is another model's tokenizer.")
-    assert "no such folder" in refusal(capsys, lambda words: run(folder, *words), "--tokenizer", "/no/where")
-
-
-def test_bad_option_is_refused(folder, capsys):
-    error = refusal(capsys, lambda words: run(folder, *words), "--batch_size", 0)
-    assert error.startswith("argument --batch_size: 0: must be a whole number of at least 1")
 
 
 def test_blocks_are_the_documents_in_order(folder):
@@ -194,10 +177,3 @@ def test_batches_change_only_the_draws(folder, name):
 def test_ids_outside_the_vocabulary_are_refused(folder):
     with pytest.raises(ValueError, match="token id 96: outside the model's vocabulary of 96"):
         count_model(load_causal_lm(str(folder / "ar")), torch.full((1, 12), VOCAB_SIZE))
-
-
-def test_unknown_data_is_an_error(folder, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    error = refusal(capsys, lambda _: run(folder, data="no_such_dataset"))
-    assert "neither a file here nor a Hub dataset within reach" in error

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from calm_transformers.evaluation.ar_estimator import count_ar
-from calm_transformers.evaluation.branching import take
 from calm_transformers.evaluation.calm_estimator import count_calm
 
 V = 4  # states of the chains
@@ -83,43 +82,26 @@ def text():
     return walk(random_chain(0), torch.randint(V, (BLOCKS,), generator=generator), LENGTH, generator)
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("model_seed", [0, 1], ids=["true_model", "wrong_model"])
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
 def test_calm_estimator_is_unbiased(text, patch_size, model_seed):
     model = random_chain(model_seed)
-    reader = ChainReader(model, patch_size)
-    counts = count_calm(reader, text, patch_size, torch.Generator().manual_seed(1), chunk=13)
-    steps = -(-4 // patch_size)
-    ends = torch.arange(LENGTH // patch_size - steps) * patch_size + patch_size - 1
+    counts = count_calm(ChainReader(model, patch_size), text, patch_size, torch.Generator().manual_seed(1), chunk=13)
+    ends = torch.arange(LENGTH // patch_size - -(-4 // patch_size)) * patch_size + patch_size - 1
     targets = torch.stack([text[:, ends + i] for i in range(1, 5)], dim=-1)
     assert counts.positions_B.tolist() == [len(ends)] * BLOCKS
     assert_unbiased(counts, exact_brier(model, text[:, ends], targets), most_error=0.03)
 
 
-@pytest.mark.parametrize("model_seed", [0, 1], ids=["true_model", "wrong_model"])
-@pytest.mark.parametrize("chunk", [11, 512])
+@pytest.mark.parametrize(("model_seed", "chunk"), [(0, 11), (1, 512)], ids=["true_model", "wrong_model"])
 def test_ar_estimator_is_unbiased(text, model_seed, chunk):
+    """And Brier-1 is exact."""
     model = random_chain(model_seed)
     counts = count_ar(ChainReader(model), text, torch.Generator().manual_seed(1), chunk)
-    targets = text[:, 1:].unfold(1, 4, 1)
+    exact = exact_brier(model, text[:, :-4], text[:, 1:].unfold(1, 4, 1))
     assert counts.positions_B.tolist() == [LENGTH - 4] * BLOCKS
-    assert_unbiased(counts, exact_brier(model, text[:, :-4], targets), most_error=0.005)
-
-
-def test_ar_accuracy_and_first_collision_are_exact(text):
-    model = random_chain(1)
-    counts = count_ar(ChainReader(model), text, torch.Generator().manual_seed(1))
-    exact = exact_brier(model, text[:, :-4], text[:, 1:].unfold(1, 4, 1)).mean((0, 1))
-    torch.testing.assert_close(torch.tensor(counts.score().brier[0]), exact[0])
-
-
-def test_estimators_agree_between_patch_sizes(text):
-    """A chain model has no patch size: CALM with any K and the AR estimator measure the same number."""
-    model = random_chain(0)
-    of_ar = count_ar(ChainReader(model), text, torch.Generator().manual_seed(2)).score().brierlm
-    for patch_size in (1, 4):
-        score = count_calm(ChainReader(model, patch_size), text, patch_size, torch.Generator().manual_seed(2)).score()
-        assert score.brierlm.low < of_ar.value < score.brierlm.high
+    assert_unbiased(counts, exact, most_error=0.005)
+    torch.testing.assert_close(torch.tensor(counts.score().brier[0]), exact.mean((0, 1))[0])
 
 
 def test_continuations_that_cannot_count_are_not_rolled_out(text):
@@ -131,17 +113,9 @@ def test_continuations_that_cannot_count_are_not_rolled_out(text):
 
 @pytest.mark.parametrize(
     ("length", "patch_size", "message"),
-    [(9, 4, "multiple of the patch size 4"), (4, 4, "at least 8"), (4, 1, "at least 5")],
+    [(9, 4, "multiple of the patch size 4"), (4, 4, "at least 8"), (4, 1, "at least 5"), (4, None, "at least 5")],
 )
-def test_calm_estimator_refuses_short_blocks(length, patch_size, message):
+def test_short_blocks_are_refused(length, patch_size, message):
+    reader, blocks = ChainReader(random_chain(0), patch_size), torch.zeros(1, length, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
-        count_calm(ChainReader(random_chain(0), patch_size), torch.zeros(1, length, dtype=torch.long), patch_size)
-
-
-def test_ar_estimator_refuses_short_blocks():
-    with pytest.raises(ValueError, match="at least 5"):
-        count_ar(ChainReader(random_chain(0)), torch.zeros(1, 4, dtype=torch.long))
-
-
-def test_take_selects_by_row():
-    assert take(torch.tensor([[10, 11], [20, 21]]), torch.tensor([[1], [0]])).tolist() == [[11], [20]]
+        count_ar(reader, blocks) if patch_size is None else count_calm(reader, blocks, patch_size)

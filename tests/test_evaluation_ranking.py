@@ -5,15 +5,12 @@ import json
 import pytest
 import torch
 from commands import refusal
-from evaluation_folder import folder  # noqa: F401 (a fixture)
 from tiny import tiny_model, tiny_tokenizer
 
 from calm_transformers.evaluation import ranking
 from calm_transformers.evaluation.ranking import long_documents, pairs_of, scores_of, share_ranked_rightly
 from calm_transformers.evaluation.text_scores import score_texts
 from calm_transformers.model.modeling_calm import CALMOutputWithPast
-
-# ruff: noqa: F811 (pytest hands the fixture over under its own name)
 
 LETTERS = "abcdefghijkl"
 
@@ -28,18 +25,19 @@ def texts(tmp_path):
 
 def knowing(model, step=0):
     """A model whose next patch is surely its last token again, or one so many letters on."""
-    model.forward = lambda input_ids, **_: CALMOutputWithPast(
-        last_hidden_state=input_ids[:, 1::2, None] * torch.ones(1, 1, 48)
-    )
-    model.head.sample = lambda context_mD, num_samples, generator: (context_mD[:, :16] + step).expand(
-        num_samples, -1, -1
-    )
-    model.autoencoder.decode_tokens = lambda latents: latents[..., :2].long()
+
+    def last(input_ids, size):
+        return input_ids[:, 1::2, None] * torch.ones(1, 1, size)
 
     def encode(input_ids):
-        mean_BPZ = input_ids[:, 1::2, None] * torch.ones(1, 1, 16)
-        return mean_BPZ, torch.full_like(mean_BPZ, -40)
+        return last(input_ids, 16), torch.full_like(last(input_ids, 16), -40)
 
+    def sample(context_mD, num_samples, generator):
+        return (context_mD[:, :16] + step).expand(num_samples, -1, -1)
+
+    model.forward = lambda input_ids, **_: CALMOutputWithPast(last_hidden_state=last(input_ids, 48))
+    model.head.sample = sample
+    model.autoencoder.decode_tokens = lambda latents: latents[..., :2].long()
     model.autoencoder.encode = encode
     return model
 
@@ -52,23 +50,21 @@ def table(capsys, *words):
     return [line.strip("| ").split(" | ") for line in lines[2:]]
 
 
-def test_a_model_that_knows_the_text_ranks_all_rightly(monkeypatch, capsys, folder, texts):
-    monkeypatch.setattr(
-        ranking, "load_with_tokenizer", lambda name: (knowing(tiny_model(patch_size=2)), tiny_tokenizer())
-    )
-    sizes = ["--tokens", 4, 8, "--tokens_before", 16, "--num_samples", 2, 5]
-    rows = table(capsys, "--model", folder / "calm", "--data", texts, *sizes)
-    assert rows == [[t, n, "11", *["100.0%"] * 3] for t in ("4", "8") for n in ("2", "5")]
-
-
-def test_a_model_that_knows_the_wrong_text_ranks_none(monkeypatch, capsys, folder, texts):
-    """It foresees the next letter, with which the wrong continuation begins; of one patch each."""
-    knows = knowing(tiny_model(patch_size=2), step=1)
-    monkeypatch.setattr(ranking, "load_with_tokenizer", lambda name: (knows, tiny_tokenizer()))
-    sizes = ["--tokens", 2, "--tokens_before", 6, "--num_samples", 3, "--num_pairs", 4]
-    ((*_, pairs, energy, brier_1, brier_k),) = table(capsys, "--model", folder / "calm", "--data", texts, *sizes)
-    # Of the four the last is followed by the first, three letters back: foreseen no better than itself by Brier.
-    assert (pairs, energy, brier_1, brier_k) == ("4", "25.0%", "12.5%", "12.5%")
+@pytest.mark.parametrize(
+    "step, sizes, expected",
+    [
+        (0, "--tokens 4 8 --tokens_before 16 --num_samples 2 5", ["11", *["100.0%"] * 3]),
+        # It foresees the next letter, with which the wrong continuation begins; of one patch each. Of the four the
+        # last is followed by the first, three letters back: foreseen no better than itself by Brier.
+        (1, "--tokens 2 --tokens_before 6 --num_samples 3 --num_pairs 4", ["4", "25.0%", "12.5%", "12.5%"]),
+    ],
+)
+def test_a_model_that_knows_the_text_or_the_wrong_one(monkeypatch, capsys, texts, step, sizes, expected):
+    model = knowing(tiny_model(patch_size=2), step)
+    monkeypatch.setattr(ranking, "load_with_tokenizer", lambda name: (model, tiny_tokenizer()))
+    rows = table(capsys, "--model", "calm", "--data", texts, *sizes.split())
+    assert [row[2:] for row in rows] == [expected] * len(rows)
+    assert [row[:2] for row in rows] == ([["2", "3"]] if step else [[t, n] for t in ("4", "8") for n in ("2", "5")])
 
 
 def test_a_random_model_is_at_chance(capsys, folder):
@@ -80,17 +76,13 @@ def test_a_random_model_is_at_chance(capsys, folder):
     assert table(capsys, *arguments, "--seed", 1) != [["4", "20", pairs, *shares]]
 
 
-def test_pairs_by_hand():
+def test_pairs_and_shares_by_hand():
     ids_BL = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15]])
     true_BL, wrong_BL = pairs_of(ids_BL, num_before=2, num_after=2)
     assert true_BL.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9], [11, 12, 13, 14]]
     assert wrong_BL.tolist() == [[1, 2, 8, 9], [6, 7, 13, 14], [11, 12, 3, 4]]
-
-
-def test_ties_count_half():
-    true_B, wrong_B = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, 0.0])
-    assert share_ranked_rightly(true_B, wrong_B) == 0.5
-    assert share_ranked_rightly(true_B, true_B - 1) == 1
+    ties_B = torch.tensor([0.0, 2.0, 4.0, 0.0])  # count half
+    assert share_ranked_rightly(torch.tensor([1.0, 2.0, 3.0, 0.0]), ties_B) == 0.5
 
 
 def test_scores_are_means_over_the_continuation(monkeypatch):
@@ -106,7 +98,7 @@ def test_scores_are_means_over_the_continuation(monkeypatch):
 
 
 def test_no_more_documents_are_read_than_pairs_need(monkeypatch):
-    monkeypatch.setattr("calm_transformers.training.data.CHARACTERS_PER_BATCH", 10)
+    monkeypatch.setattr("calm_transformers.documents.CHARACTERS_PER_BATCH", 10)
     read = []
 
     def documents():
@@ -123,22 +115,16 @@ def test_no_more_documents_are_read_than_pairs_need(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--tokens", 3], "3 tokens are no whole number of patches of 2."),
-        (["--tokens_before", 5], "5 tokens are no whole number of patches of 2."),
-        (["--tokens", 8, 100], "Fewer than two documents have 132 tokens: ask for shorter texts."),
-        (["--tokens", 10**6], "32 + 1000000 tokens: the model reads at most "),
-        (["--num_samples", 1], "argument --num_samples: 1: must be at least 2"),
-        (["--num_pairs", 1], "argument --num_pairs: 1: must be at least 2"),
-        (["--num_samples", "many"], "argument --num_samples: many: must be a whole number of at least 1"),
-        (["--text_column", "story"], None),
+        ("--tokens 3", "3 tokens are no whole number of patches of 2."),
+        ("--tokens_before 5", "5 tokens are no whole number of patches of 2."),
+        ("--tokens 8 100", "Fewer than two documents have 132 tokens: ask for shorter texts."),
+        ("--tokens 1000000", "32 + 1000000 tokens: the model reads at most "),
+        ("--num_samples 1", "argument --num_samples: 1: must be at least 2"),
+        ("--num_pairs 1", "argument --num_pairs: 1: must be at least 2"),
+        ("--num_samples many", "argument --num_samples: many: must be a whole number of at least 1"),
+        ("--model {}/ar", "{}/ar: is no CALM; other models rank texts by their likelihood"),
     ],
 )
 def test_refusals(capsys, folder, options, message):
-    words = ["--model", folder / "calm", "--data", folder / "text.jsonl.xz", *options]
-    error = refusal(capsys, ranking.main, *words)
-    assert error.startswith(message) if message else "story" in error
-
-
-def test_other_models_are_refused(capsys, folder):
-    words = ["--model", folder / "ar", "--data", folder / "text.jsonl.xz"]
-    assert "is no CALM; other models rank texts by their likelihood" in refusal(capsys, ranking.main, *words)
+    words = ["--model", folder / "calm", "--data", folder / "text.jsonl.xz", *options.format(folder).split()]
+    assert refusal(capsys, ranking.main, *words).startswith(message.format(folder))

@@ -19,15 +19,10 @@ def text_of(document: str) -> str:
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: figures.what)
-def test_the_document_has_the_figures_and_names_the_command(figures):
-    text = text_of(figures.document)
+def test_the_document_has_the_figures_and_names_a_command_with_these_options(figures, capsys):
+    text, words = text_of(figures.document), shlex.split(figures.command)
     assert [quote for quote in figures.quotes if " ".join(quote.split()) not in text] == []
     assert figures.quotes and figures.command in text
-
-
-@pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: figures.what)
-def test_the_command_exists_and_has_these_options(figures, capsys):
-    words = shlex.split(figures.command)
     (module,) = [name for name, prog in COMMANDS.items() if words[: len(prog.split())] == prog.split()]
     with pytest.raises(SystemExit):
         main_of(module)(["--help"])

@@ -12,6 +12,8 @@ from transformers import BitsAndBytesConfig
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
+pytestmark = pytest.mark.transformers  # most of it runs with the optional clients alone
+
 # bitsandbytes' 4-bit blocks are of 64 values.
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "latent_size": 64, "noise_size": 64}
 WIDE_AUTOENCODER = {"hidden_size": 64, "intermediate_size": 64, "latent_size": 64}
@@ -50,29 +52,26 @@ def test_dynamically_quantised_linear_layers(head_type):
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_bitsandbytes_in_8_bits(tmp_path, head_type):
-    model = tiny_model(head_type)
-    model.save_pretrained(tmp_path)
-    check(load_in_bits(tmp_path, load_in_8bit=True), model, by_row=False)
+def test_bitsandbytes(tmp_path, head_type):
+    """In 8 bits, as it is loaded and as it is saved again, and in 4."""
+    for bits, sizes, rel in ((8, {}, 0.3), (4, {"autoencoder_config": dict(WIDE_AUTOENCODER), **WIDE}, 0.5)):
+        model = tiny_model(head_type, **sizes)
+        model.save_pretrained(tmp_path / str(bits))
+        small = load_in_bits(tmp_path / str(bits), **{f"load_in_{bits}bit": True})
+        check(small, model, rel, by_row=bits == 4)
+        if bits == 8:
+            small.save_pretrained(tmp_path / "small")
+            loaded = CALMForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
+            assert text_and_loss(loaded) == text_and_loss(model)
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_bitsandbytes_in_4_bits(tmp_path, head_type):
-    model = tiny_model(head_type, autoencoder_config=dict(WIDE_AUTOENCODER), **WIDE)
-    model.save_pretrained(tmp_path)
-    check(load_in_bits(tmp_path, load_in_4bit=True), model, rel=0.5)
-
-
-def test_a_model_in_8_bits_is_saved(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    model = load_in_bits(tmp_path / "model", load_in_8bit=True)
-    model.save_pretrained(tmp_path / "small")
-    loaded = CALMForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
-    assert text_and_loss(loaded) == text_and_loss(model)
-
-
-@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize(
+    "head_type, config",
+    [
+        *((head_type, "Int8WeightOnlyConfig") for head_type in HEAD_TYPES),
+        ("energy", "Int8DynamicActivationInt8WeightConfig"),
+    ],
+)
 def test_torchao(tmp_path, head_type, config):
     """By `quantize_`, and by transformers when it loads."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao (extra [clients]) is not installed")
@@ -82,7 +81,8 @@ def test_torchao(tmp_path, head_type, config):
     model.save_pretrained(tmp_path)
     small, config = copy.deepcopy(model), getattr(quantization, config)()
     quantization.quantize_(small, config)
-    assert type(small.head.get_submodule(first_linear(small.head)).weight) is not torch.nn.Parameter
+    first_linear = next(part for part in small.head.modules() if isinstance(part, torch.nn.Linear))
+    assert type(first_linear.weight) is not torch.nn.Parameter
     check(small, model)
     loaded = CALMForCausalLM.from_pretrained(
         tmp_path, quantization_config=TorchAoConfig(config), device_map="cpu", dtype=torch.float32
@@ -91,7 +91,3 @@ def test_torchao(tmp_path, head_type, config):
     loaded.save_pretrained(tmp_path / "small")
     again = CALMForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
     assert text_and_loss(again) == text_and_loss(loaded)
-
-
-def first_linear(module):
-    return next(name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear))
