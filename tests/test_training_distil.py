@@ -5,15 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from llama_workshop import NUM_KNOWN, make_llama, recipe_of, refusal
+from llama_workshop import NUM_KNOWN, refusal
 from safetensors.torch import load_file
 from training_helpers import train
 from transformers import LlamaForCausalLM
 
-from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.auxiliary import MultiTokenLoss
 from calm_transformers.training.distil import Lesson, Teacher
-from calm_transformers.training.train import for_training, make_model
 
 K = 4
 
@@ -24,33 +22,18 @@ def workshop(workshop_of_one_more_token):
 
 
 @pytest.fixture(scope="module")
-def llama(workshop, tmp_path_factory):
-    theirs = str(Path(workshop["tokenizer"]).with_name("theirs"))
-    return str(make_llama(tmp_path_factory.mktemp("llama"), theirs, num_key_value_heads=2))
+def llama(workshop):
+    return str(Path(workshop["tokenizer"]).with_name("theirs"))
 
 
-def auxiliary_loss(seed: int = 0) -> MultiTokenLoss:
-    torch.manual_seed(seed)
-    return MultiTokenLoss(hidden_size=16, vocab_size=12, patch_size=K)
-
-
-def example():
-    generator = torch.Generator().manual_seed(3)
-    labels = torch.randint(10, (2, 5 * K), generator=generator)
+@pytest.mark.parametrize("num_items, share", [(None, 0.3), (40, 1.0)])
+def test_a_teacher_that_knows_the_text_changes_nothing(num_items, share):
+    torch.manual_seed(0)
+    loss, hidden, labels = MultiTokenLoss(16, 12, K), torch.randn(2, 5, 16), torch.randint(10, (2, 5 * K))
     labels[:, :K] = labels[1, -3:] = -100
-    return torch.randn(2, 5, 16, generator=generator), labels
-
-
-def truth_of(labels, size: int = 12):
-    return F.one_hot(labels.unflatten(1, (-1, K))[:, 1:].clamp(min=0), size).float()
-
-
-@pytest.mark.parametrize("share", [0.3, 1.0])
-@pytest.mark.parametrize("num_items", [None, 40])
-def test_a_teacher_that_knows_the_text_changes_nothing(share, num_items):
-    loss, (hidden, labels) = auxiliary_loss(), example()
+    truth = F.one_hot(labels.unflatten(1, (-1, K))[:, 1:].clamp(min=0), 12).float()
     plain = loss(hidden, labels, num_items)
-    assert torch.allclose(loss(hidden, labels, num_items, Lesson(truth_of(labels), share)), plain)
+    assert torch.allclose(loss(hidden, labels, num_items, Lesson(truth, share)), plain)
 
 
 def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
@@ -61,9 +44,8 @@ def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
     losses = Lesson(probabilities, 0.25).cross_entropy(logits, labels)
     log_q = logits.log_softmax(-1)
     soft = -sum(probabilities[0, v] * log_q[0, v] for v in range(10))
-    assert torch.allclose(
-        losses, torch.stack([-0.75 * log_q[0, 4] + 0.25 * soft, losses.new_zeros(()), -log_q[2, 11]])
-    )
+    expected = [-0.75 * log_q[0, 4] + 0.25 * soft, losses.new_zeros(()), -log_q[2, 11]]
+    assert torch.allclose(losses, torch.stack(expected))
 
 
 def test_no_loss_is_below_the_teachers_entropy_and_its_own_law_reaches_it():
@@ -100,19 +82,6 @@ def test_unknown_tokens_are_hidden_from_the_teacher(llama):
     assert torch.allclose(fewer.sum(-1), torch.ones(()))
 
 
-def test_the_teacher_is_neither_trained_nor_saved(workshop, llama, tmp_path):
-    tokenizer = load_tokenizer(workshop["tokenizer"])
-    recipe = recipe_of(workshop, distil=llama, auxiliary_weight=0.5)
-    model = for_training(make_model(recipe, tokenizer), recipe, tokenizer)
-    model.train()
-    assert not model.teacher.llama.training
-    plain = for_training(
-        make_model(recipe_of(workshop), tokenizer), recipe_of(workshop, auxiliary_weight=0.5), tokenizer
-    )
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
-
-
 def test_distillation_trains_accumulates_and_resumes(workshop, llama, tmp_path):
     """Two micro-batches of two rows and one of four are the same step: the backbone alone, for a head draws."""
     fields = {**workshop, "distil": llama, "distil_weight": 0.5, "auxiliary_weight": 1.0, "head_weight": 0.0}
@@ -130,22 +99,19 @@ def test_distillation_trains_accumulates_and_resumes(workshop, llama, tmp_path):
     resumed = weights("parts")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert all(torch.allclose(whole[key], accumulated[key], atol=1e-6) for key in whole)
-    untaught = weights("untaught", distil_weight=1.0)
-    assert not all(torch.equal(whole[key], untaught[key]) for key in whole)
-    assert not [
-        key for key in load_file(tmp_path / "whole" / "checkpoint-2" / "auxiliary.safetensors") if "llama" in key
-    ]
+    otherwise = weights("otherwise", distil_weight=1.0)
+    assert not all(torch.equal(whole[key], otherwise[key]) for key in whole)
+    # The teacher is neither trained nor saved.
+    saved = load_file(tmp_path / "whole" / "checkpoint-2" / "auxiliary.safetensors")
+    assert saved.keys() == {f"auxiliary.{name}" for name in MultiTokenLoss(32, NUM_KNOWN + 1, K).state_dict()}
 
 
-def test_a_dry_run_counts_the_teacher(workshop, llama, capsys):
+def test_a_dry_run_counts_the_teacher_and_one_of_shorter_texts_is_refused(workshop, llama, tmp_path, capsys):
     assert train("calm", **workshop, distil=llama, auxiliary_weight=0.5, dry_run=[]) == 0
     lines = capsys.readouterr().out.splitlines()
     (flops,) = [float(line.split()[1]) for line in lines if line.startswith("  teacher") and "trained" in line]
     before = LlamaForCausalLM.from_pretrained(llama)
     linear = sum(m.weight.numel() for m in before.modules() if isinstance(m, torch.nn.Linear))
     assert flops == pytest.approx(2 * linear + 2 * 4 * 32 * 32, rel=0.01)  # attention over 32 tokens, 2 layers of 32
-
-
-def test_a_teacher_of_shorter_texts_is_refused(workshop, llama, tmp_path, capsys):
     fields = {**workshop, "auxiliary_weight": 0.5, "distil": llama, "output_dir": str(tmp_path / "run")}
     assert f"distil {llama}: reads 64 tokens, block_size is 128." in refusal(capsys, **fields, block_size=128)

@@ -45,8 +45,7 @@ def test_a_hub_data_set_gives_the_blocks_that_its_texts_in_a_file_give(workshop,
     from_file, blocks_seen[:] = list(blocks_seen), []
     assert train("calm", **from_hub(workshop, hub_dataset, eval_steps=4), output_dir=str(tmp_path / "hub")) == 0
     assert blocks_seen == from_file and len(from_file) == 16
-    history = json.loads((tmp_path / "hub" / "trainer_state.json").read_text())["log_history"]
-    assert any("eval_loss" in entry for entry in history)
+    assert "eval_loss" in (tmp_path / "hub" / "trainer_state.json").read_text()
 
 
 @pytest.mark.parametrize("source, num_workers", [("file", 0), ("hub", 2)])
@@ -65,28 +64,31 @@ def test_a_stream_resumes_with_the_next_block(workshop, hub_dataset, tmp_path, b
 
 @pytest.mark.slow
 def test_two_processes_share_a_stream(workshop, tmp_path):
-    fields = {**workshop, "streaming": "true", "eval_strategy": "no", "max_steps": 2, "max_grad_norm": 0}
-    fields |= {"optim": "sgd", "learning_rate": 0.01, "output_dir": str(tmp_path / "two"), "dataloader_num_workers": 2}
-    processes = start_training_together(tmp_path / "log", "calm", **fields, per_device_train_batch_size=2)
+    fields = {**workshop, "streaming": "true", "eval_strategy": "no", "max_steps": 2, "dataloader_num_workers": 2}
+    fields |= {"per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two")}
+    processes = start_training_together(tmp_path / "log", "calm", **fields)
     for process in processes:
         process.join(120)
     assert [p.exitcode for p in processes] == [0, 0], (tmp_path / "log").read_text()[-2000:]
     assert torch.isfinite(load_file(tmp_path / "two" / "model.safetensors")["model.norm.weight"]).all()
 
 
-def test_what_is_wrong_with_a_streamed_line_is_one_sentence(workshop, tmp_path, capsys):
+def test_what_is_wrong_with_a_stream_is_one_sentence(workshop, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"text": "the cat"}\n{"text": "\\ud800"}\n')
-    fields = {**workshop, "train_files": str(tmp_path / "bad.jsonl"), "streaming": "true", "eval_strategy": "no"}
-    output = str(tmp_path / "run")
-    capsys.readouterr()
-    assert train("calm", **fields, dataloader_num_workers=2, output_dir=output) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {tmp_path / 'bad.jsonl'}, line 2: no text: character 1 is half")
-
-
-def test_what_a_stream_needs_is_said(workshop, tmp_path, capsys):
-    assert train("calm", **workshop | {"streaming": "true", "max_steps": -1}, output_dir=str(tmp_path)) == 2
-    assert "streaming needs max_steps" in capsys.readouterr().err
-    fields = {key: value for key, value in workshop.items() if not key.endswith("_files")}
-    assert train("calm", **fields, output_dir=str(tmp_path)) == 2
-    assert "no data: give --train_files" in capsys.readouterr().err
+    own = {
+        "streaming": "true",
+        "eval_strategy": "no",
+        "dataloader_num_workers": 2,
+        "output_dir": str(tmp_path / "run"),
+    }
+    no_files = {key: value for key, value in workshop.items() if not key.endswith("_files")}
+    for fields, message in [
+        (
+            workshop | {"train_files": str(tmp_path / "bad.jsonl")},
+            f"{tmp_path / 'bad.jsonl'}, line 2: no text: character 1",
+        ),
+        (workshop | {"max_steps": -1}, "streaming needs max_steps"),
+        (no_files, "no data: give --train_files"),
+    ]:
+        assert train("calm", **own | fields) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")

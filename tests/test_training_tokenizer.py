@@ -26,10 +26,9 @@ def test_size_special_tokens_and_padding(tokenizer):
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == list(SPECIAL_TOKENS)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 3)
     assert filler_token_id(tokenizer) == 0
-    batch = tokenizer(TEXTS[:2], padding=True)
+    batch = tokenizer(["a", TEXTS[0]], padding=True)
     assert set(batch) == {"input_ids", "attention_mask"}
-    shorter = min((0, 1), key=lambda row: sum(batch["attention_mask"][row]))
-    assert batch["input_ids"][shorter][0] == 3 and batch["attention_mask"][shorter][0] == 0  # on the left
+    assert batch["input_ids"][0][0] == 3 and batch["attention_mask"][0][0] == 0  # on the left
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "never seen: żółw \x00 ﷽"])
@@ -39,28 +38,23 @@ def test_any_text_comes_back_behind_one_bos(tokenizer, text):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_vocabulary_too_small_or_too_large_for_the_text_is_refused():
-    with pytest.raises(ValueError, match="vocab_size=259: must be at least 260"):
-        train_bpe(TEXTS, 259)
-    with pytest.raises(ValueError, match="vocab_size='all': must be at least 260"):
-        train_bpe(TEXTS, "all")
-    with pytest.raises(ValueError, match="the text gives only"):
-        train_bpe(TEXTS, 5000)
-
-
 @pytest.mark.parametrize(
-    "content, why",
+    "size, why",
     [
-        (rb'{"text": "\ud800"}', "line 1: no text: character 1 is half of a surrogate pair"),
-        (b"", "no text there"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (259, "=259: must be at least 260"),
+        ("all", "='all': must be at least 260"),
+        (5000, "=5000: the text gives only"),
     ],
 )
-def test_text_that_cannot_be_read_is_one_sentence(tmp_path, capsys, content, why):
-    (tmp_path / "a.jsonl").write_bytes(content)
+def test_a_vocabulary_too_small_or_too_large_for_the_text_is_refused(size, why):
+    with pytest.raises(ValueError, match=f"vocab_size{why}"):
+        train_bpe(TEXTS, size)
+
+
+def test_text_that_cannot_be_read_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "a.jsonl").touch()
     assert train("tokenizer", train_files=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "run")) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path / 'a.jsonl'}") and why in error and error.count("\n") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'a.jsonl'}: no text there.\n"
 
 
 @pytest.fixture
@@ -69,20 +63,14 @@ def no_question(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(prompt))
 
 
-def with_code(model: str, folder: Path) -> Path:
-    """A copy of a model whose code, were it run, would fail."""
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
-    settings = json.loads((folder / "config.json").read_text())
-    settings["auto_map"] = {"AutoConfig": "configuration_calm.CALMAutoencoderConfig"}
-    (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "configuration_calm.py").write_text('raise RuntimeError("code of the folder ran")\n')
-    return folder
-
-
 @pytest.mark.transformers
 def test_a_tokenizer_beside_code_or_of_another_class_loads_without_a_question(workshop, tmp_path, no_question):
     """And training with that of an autoencoder asks nothing."""
-    autoencoder = with_code(workshop["autoencoder"], tmp_path / "autoencoder")
+    autoencoder = Path(shutil.copytree(workshop["autoencoder"], tmp_path / "autoencoder"))
+    config = json.loads((autoencoder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_calm.CALMAutoencoderConfig"}
+    (autoencoder / "config.json").write_text(json.dumps(config))
+    (autoencoder / "configuration_calm.py").write_text('raise RuntimeError("code of the folder ran")\n')
     llama = tmp_path / "llama"
     LlamaConfig().save_pretrained(llama)
     save_tokenizer(train_bpe(TEXTS * 9, 270), llama)
