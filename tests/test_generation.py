@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from transformers import (
     CompileConfig,
     DynamicCache,
-    GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -19,9 +18,7 @@ from transformers import (
 )
 
 from calm_transformers.model import generation_calm
-from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm import pack_prompts
-from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers
@@ -29,6 +26,8 @@ pytestmark = pytest.mark.transformers
 PROMPT = torch.tensor([[BOS, 10, 11, 12, 13, 14]])
 FAST = {"do_sample": True, "temperature": 0.5, "num_candidates": 20}
 NO_EOS = {"eos_token_id": None}
+GREEDY = {"do_sample": False, "num_candidates": 30, **NO_EOS}
+OFTEN = torch.tensor([EOS, 7, 30, *tiny_tokenizer()("abl owxyz", add_special_tokens=False)["input_ids"]])
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +61,6 @@ class Scripted:
         return torch.tensor(going_on, device=hidden_RD.device)[:, self.position - 4 : self.position]
 
 
-# Lengths and stopping
-
-
 @pytest.mark.parametrize("new_tokens", [1, 4, 5, 11])
 def test_max_new_tokens_exactly(model, new_tokens):
     for lengths in ({"max_new_tokens": new_tokens}, {"max_length": 6 + new_tokens}):
@@ -78,25 +74,56 @@ def test_every_patch_size(patch_size):
     assert generate(tiny_model(patch_size=patch_size), max_new_tokens=9, **NO_EOS).shape == (1, 15)
 
 
-def test_eos_within_a_patch_stops_and_pads(monkeypatch, model):
-    """Row 0 stops at the second token of its second patch, row 1 at the end of its third; then only padding."""
+@pytest.mark.parametrize("eos, length", [(EOS, 12), ([EOS, 50], 11)], ids=str)
+def test_eos_within_a_patch_stops_and_pads(monkeypatch, model, eos, length):
+    """Row 0 stops at the second token of its second patch, row 1 in its third; then only padding."""
     rows = [[20, 21, 22, 23, 24, EOS, 25, 26, 27, 28, 29, 30], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, EOS]]
     Scripted(monkeypatch, rows)
-    output = generate(model, PROMPT.repeat(2, 1), max_new_tokens=20)
-    assert output[:, 6:].tolist() == [[20, 21, 22, 23, 24, EOS] + [PAD] * 6, rows[1]]
+    output = generate(model, PROMPT.repeat(2, 1), max_new_tokens=20, eos_token_id=eos)
+    assert output[:, 6:].tolist() == [[20, 21, 22, 23, 24, EOS] + [PAD] * (length - 6), rows[1][:length]]
 
 
-def test_several_eos_tokens(monkeypatch, model):
-    Scripted(monkeypatch, [[20, 21, 22, 23]])
-    assert generate(model, max_new_tokens=20, eos_token_id=[EOS, 22])[0, 6:].tolist() == [20, 21, 22]
+class Kept:
+    """A streamer that keeps what it is given of one text."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
 
 
-def test_stop_strings_within_a_patch(monkeypatch, model):
-    tokenizer = tiny_tokenizer()
-    text = "hello world!"
-    Scripted(monkeypatch, [tokenizer(text, add_special_tokens=False)["input_ids"]])
-    output = generate(model, max_new_tokens=20, stop_strings=["lo w"], tokenizer=tokenizer)
-    assert tokenizer.decode(output[0, 6:]) == "hello w"
+class Never(StoppingCriteria):
+    """A rule of the user's own, which never stops a text: all rules are then asked after each token."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("settings", [NO_EOS, {"eos_token_id": [EOS, 7, 30]}, {"stop_strings": ["ab", "l", "o w"]}])
+@pytest.mark.parametrize("patch_size, num_rows", [(1, 3), (4, 1), (5, 3)])
+def test_rules_that_are_asked_by_patch_end_texts_where_those_asked_by_token_do(settings, patch_size, num_rows):
+    model, kept, lengths = tiny_model(patch_size=patch_size), [], set()
+    with torch.no_grad():
+        model.autoencoder.decoder.lm_head.weight[~torch.isin(torch.arange(VOCAB_SIZE), OFTEN)] = 0
+    for seed in range(5):
+        outputs = []
+        for more in ([], [Never()]):
+            kept.append(Kept() if num_rows == 1 else None)
+            outputs.append(
+                generate(
+                    model, PROMPT.repeat(num_rows, 1), seed, max_new_tokens=30, temperature=1.0, streamer=kept[-1],
+                    tokenizer=tiny_tokenizer(), stopping_criteria=StoppingCriteriaList(more), **settings,
+                )
+            )  # fmt: skip
+        assert torch.equal(*outputs)
+        lengths.add(outputs[0].shape[1])
+        if num_rows == 1:
+            assert kept[-1].tokens == kept[-2].tokens == [*outputs[0][0].tolist(), "end"]
+    assert settings is NO_EOS or len(lengths) > 1
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -165,21 +192,6 @@ def test_a_process_that_has_finished_keeps_running_for_the_others(monkeypatch, m
     assert steps == [False, True, True, True]
 
 
-def test_rows_that_have_stopped_draw_no_more(monkeypatch, model):
-    rows = [[20, 21, 22, EOS, 1, 1, 1, 1], [40, 41, 42, 43, 44, 45, 46, 47], [60, 61, EOS, 1, 1, 1, 1, 1]]
-    scripted, sizes = Scripted(monkeypatch, rows), []
-    choose = scripted.next_patches
-    monkeypatch.setattr(
-        CALMForCausalLM, "next_patches", lambda self, hidden, *a: sizes.append(len(hidden)) or choose(hidden, *a)
-    )
-    output = generate(model, PROMPT.repeat(3, 1), max_new_tokens=8)
-    assert sizes == [3, 1]
-    assert output[:, 6:].tolist() == [[20, 21, 22, EOS] + [PAD] * 4, rows[1], [60, 61, EOS] + [PAD] * 5]
-
-
-# Outputs
-
-
 def test_num_return_sequences(model):
     output = generate(model, num_return_sequences=3, max_new_tokens=24, **NO_EOS)
     assert output.shape == (3, 30) and len({tuple(row) for row in output.tolist()}) > 1
@@ -195,52 +207,26 @@ def test_return_dict(model):
 
 
 def test_streamers(model, capsys):
-    tokenizer = tiny_tokenizer()
+    tokenizer, settings = tiny_tokenizer(), {"skip_prompt": True, "skip_special_tokens": True}
     expected = tokenizer.decode(generate(model, max_new_tokens=10)[0, 6:], skip_special_tokens=True)
-    generate(model, max_new_tokens=10, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    generate(model, max_new_tokens=10, streamer=TextStreamer(tokenizer, **settings))
     assert capsys.readouterr().out.strip() == expected.strip()
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(tokenizer, timeout=60, **settings)
     thread = threading.Thread(target=generate, args=(model,), kwargs={"max_new_tokens": 10, "streamer": streamer})
     thread.start()
     assert "".join(streamer).strip() == expected.strip()
     thread.join()
 
 
-# Randomness
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"temperature": 1.0},
-        {"temperature": 0.7},
-        {"temperature": 0.5, "sampling_method": "exact"},
-    ],
-    ids=str,
-)
-def test_the_seed_or_a_generator_fixes_the_text(of_any_head, kwargs):
-    model = of_any_head
-    one, same, other = (generate(model, seed=seed, max_new_tokens=16, **kwargs) for seed in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    one, same, other = (
-        generate(model, seed=i, generator=torch.Generator().manual_seed(seed), max_new_tokens=16, **kwargs)
-        for i, seed in enumerate((0, 0, 1))
-    )
-    assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def test_nothing_of_the_model_s_configuration_changes_during_a_call(monkeypatch, model):
-    changed, original = [], CALMConfig.__setattr__
-
-    def note(config, name, value):
-        changed.extend([name] if config is model.config else [])
-        original(config, name, value)
-
-    before = model.config.to_dict()
-    monkeypatch.setattr(CALMConfig, "__setattr__", note)
-    generate(model, **NO_EOS)
-    generate(model, max_new_tokens=5)
-    assert changed == [] and model.config.to_dict() == before
+def test_the_seed_or_a_generator_fixes_the_text(of_any_head):
+    for kwargs in ({"temperature": 1.0}, {"temperature": 0.5, "sampling_method": "exact"}):
+        one, same, other = (generate(of_any_head, seed=seed, max_new_tokens=16, **kwargs) for seed in (0, 0, 1))
+        assert torch.equal(one, same) and not torch.equal(one, other)
+        one, same, other = (
+            generate(of_any_head, seed=i, generator=torch.Generator().manual_seed(seed), max_new_tokens=16, **kwargs)
+            for i, seed in enumerate((0, 0, 1))
+        )
+        assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -262,7 +248,7 @@ def test_greedy_is_one_text_per_prompt_batched_or_not(of_any_head):
     tokenizer = tiny_tokenizer()
     texts = ["once", "upon a time", "a", "there was a fox"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    kwargs = {"do_sample": False, "max_new_tokens": 10, "num_candidates": 30, **NO_EOS}
+    kwargs = GREEDY | {"max_new_tokens": 10}
     together = generate(model, batch["input_ids"], attention_mask=batch["attention_mask"], **kwargs)
     for seed, (text, row) in enumerate(zip(texts, together, strict=True)):
         alone = generate(model, tokenizer(text, return_tensors="pt")["input_ids"], seed=seed, **kwargs)
@@ -270,13 +256,10 @@ def test_greedy_is_one_text_per_prompt_batched_or_not(of_any_head):
 
 
 def test_no_cache_and_static_cache_give_the_same_text(model):
-    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 14, **NO_EOS}
+    kwargs = GREEDY | {"max_new_tokens": 14}
     expected = generate(model, **kwargs)
     assert torch.equal(generate(model, use_cache=False, **kwargs), expected)
     assert torch.equal(generate(model, cache_implementation="static", **kwargs), expected)
-
-
-# Prompts
 
 
 def test_pack_prompts_by_hand():
@@ -285,17 +268,13 @@ def test_pack_prompts_by_hand():
     packed, patches = pack_prompts(ids, mask, 2, 77)
     assert packed.tolist() == [[77, 77, 77, 1, 2, 3], [77, 4, 5, 6, 7, 8], [77, 77, 77, 77, 77, 9]]
     assert patches.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
-
-
-def test_pack_prompts_strips_padding_anywhere():
-    mask = torch.tensor([[1, 0, 1, 1, 0]])
-    packed, patches = pack_prompts(torch.tensor([[1, 0, 2, 3, 0]]), mask, 4, 9)
+    packed, patches = pack_prompts(torch.tensor([[1, 0, 2, 3, 0]]), torch.tensor([[1, 0, 1, 1, 0]]), 4, 9)
     assert packed.tolist() == [[9, 1, 2, 3]] and patches.tolist() == [[1]]
 
 
 def test_padding_does_not_change_a_row(model):
     """On either side."""
-    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 9, **NO_EOS}
+    kwargs = GREEDY | {"max_new_tokens": 9}
     alone = generate(model, **kwargs)[0, 6:]
     left = torch.cat([torch.full((1, 5), PAD), PROMPT], dim=1)
     mask = torch.cat([torch.zeros(1, 5), torch.ones(1, 6)], dim=1).long()
@@ -305,29 +284,25 @@ def test_padding_does_not_change_a_row(model):
 
 
 def test_the_filler_is_the_models_whatever_pads_the_output(model):
-    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 8, **NO_EOS}
+    kwargs = GREEDY | {"max_new_tokens": 8}
     expected = generate(model, **kwargs)
     assert torch.equal(generate(model, pad_token_id=EOS, **kwargs), expected)
 
 
 def test_empty_prompts_start_from_bos(model):
-    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 6, **NO_EOS}
+    kwargs = GREEDY | {"max_new_tokens": 6}
     from_bos = generate(model, torch.tensor([[BOS]]), **kwargs)[0, 1:]
     torch.manual_seed(0)
     assert torch.equal(model.generate(**kwargs)[0, 1:], from_bos)
     assert torch.equal(generate(model, torch.empty(1, 0, dtype=torch.long), **kwargs)[0], from_bos)
     batch, mask = torch.tensor([[10, 11], [PAD, PAD]]), torch.tensor([[1, 1], [0, 0]])
     assert torch.equal(generate(model, batch, attention_mask=mask, **kwargs)[1, 2:], from_bos)
-
-
-@pytest.mark.parametrize("mask", [{}, {"attention_mask": torch.empty(2, 0, dtype=torch.long)}], ids=["", "mask"])
-def test_a_batch_of_empty_prompts(model, mask):
-    """A tokenizer makes floats of empty texts."""
-    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 6, **NO_EOS}
-    from_bos = generate(model, torch.tensor([[BOS]]), **kwargs)[:, 1:]
-    assert torch.equal(generate(model, torch.empty(2, 0), **mask, **kwargs), from_bos.repeat(2, 1))
-    four = generate(model, torch.empty(2, 0), num_return_sequences=2, max_new_tokens=6, **mask)
-    assert four.shape[0] == 4 and four.shape[1] <= 6
+    for more in (
+        {},
+        {"attention_mask": torch.empty(2, 0, dtype=torch.long)},
+    ):  # a tokenizer makes floats of empty texts
+        assert torch.equal(generate(model, torch.empty(2, 0), **more, **kwargs), from_bos.repeat(2, 1))
+        assert len(generate(model, torch.empty(2, 0), num_return_sequences=2, max_new_tokens=6, **more)) == 4
 
 
 def test_ids_of_any_whole_type(model):
@@ -343,7 +318,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, model, chunk_s
     ids = torch.randint(3, PAD, (2, 22), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :14] = 0
-    kwargs = {"do_sample": False, "num_candidates": 30, "max_new_tokens": 10, "attention_mask": mask, **NO_EOS}
+    kwargs = GREEDY | {"max_new_tokens": 10, "attention_mask": mask}
     expected, lengths, forward = generate(model, ids, **kwargs), [], type(model.model).forward
 
     def note(self, input_ids=None, **inputs):
@@ -355,8 +330,6 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, model, chunk_s
     size = max(4, chunk_size // 4 * 4)
     assert lengths == [min(size, 24 - start) for start in range(0, 24, size)] + [4, 4]
 
-
-# What is refused
 
 REFUSED = [
     ({"num_beams": 2, "do_sample": False}, "no beam search"),
@@ -383,6 +356,10 @@ REFUSED = [
     ({"inputs": [[1, 2]]}, "generate.. got list: it takes ids as a tensor"),
     ({"generator": 5}, "generator=5: must be a torch.Generator"),
     ({"attention_mask": [[1] * 6]}, "attention_mask that is a list"),
+    ({"logits_processor": lambda ids, scores: scores}, "logits_processor=.*: must be a list of processors"),
+    ({"logits_processor": ["x"]}, "logits_processor=.*: must be a list of processors"),
+    ({"inputs": torch.empty(0, 4, dtype=torch.long)}, "empty batch"),
+    *(({"inputs": torch.tensor([[10, x]])}, f"token id {x}, outside the vocabulary 0 … 95") for x in (96, -1)),
     *(({"prefill_chunk_size": size}, f"prefill_chunk_size={size!r}: must be a positive") for size in (0, 2.5)),
     ({"compile_config": CompileConfig()}, 'compiled with a cache of fixed size; add cache_implementation="static"'),
 ]
@@ -404,11 +381,6 @@ def test_an_empty_cache_is_filled(model, name):
 
 
 def test_more_refusals(monkeypatch, model):
-    with pytest.raises(ValueError, match="empty batch"):
-        generate(model, torch.empty(0, 4, dtype=torch.long))
-    for bad in (96, -1):
-        with pytest.raises(ValueError, match=f"token id {bad}, outside the vocabulary 0 … 95"):
-            generate(model, torch.tensor([[10, bad]]))
     with pytest.raises(ValueError, match="no assisted generation"):
         generate(model, assistant_model=model)
     cache = model(PROMPT[:, :4], use_cache=True).past_key_values
@@ -416,24 +388,11 @@ def test_more_refusals(monkeypatch, model):
         generate(model, past_key_values=cache)
     with pytest.raises(NotImplementedError, match="no continuous batching"):
         model.generate_batch([[1, 2]])
+    assert not hasattr(model, "init_continuous_batching")  # transformers serve asks so, and then generates
+    assert not hasattr(model, "continuous_batching_context_manager")
     monkeypatch.setattr(model.generation_config, "bos_token_id", None)
     with pytest.raises(ValueError, match="empty prompt, and bos_token_id"):
         generate(model, torch.empty(1, 0, dtype=torch.long))
-
-
-def test_servers_that_ask_for_continuous_batching_hear_that_there_is_none(model):
-    """transformers serve asks with hasattr, and generates in the ordinary way where it isn't there."""
-    assert not hasattr(model, "init_continuous_batching")
-    assert not hasattr(model, "continuous_batching_context_manager")
-
-
-def test_sampling_settings_come_from_the_generation_config():
-    config = GenerationConfig(do_sample=True, temperature=0.25, num_candidates=7, sampling_method="exact")
-    assert PatchSampling.from_generation_config(config) == PatchSampling(True, 0.25, 7, "exact")
-    assert PatchSampling.from_generation_config(config, num_candidates=9).num_candidates == 9
-    assert PatchSampling.from_generation_config(GenerationConfig(temperature=0.3)).do_sample is False
-    assert PatchSampling.from_generation_config(GenerationConfig()).sampling_method == "adaptive"
-    assert PatchSampling.from_generation_config(config, lazy_decoding=False).lazy_decoding is False
 
 
 @pytest.mark.parametrize(
