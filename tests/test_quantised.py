@@ -62,7 +62,7 @@ def test_bitsandbytes(tmp_path, head_type):
         if bits == 8:
             small.save_pretrained(tmp_path / "small")
             loaded = CALMForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
-            assert text_and_loss(loaded) == text_and_loss(model)
+            assert text_and_loss(loaded) == text_and_loss(small)
 
 
 @pytest.mark.parametrize(
