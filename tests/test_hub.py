@@ -68,7 +68,7 @@ def push_convert_push(folder, published, bundle):
 
 
 def code_of(commit):
-    return {path: hashlib.sha256(file.content).hexdigest() for path, file in commit.files.items() if ".py" in path}
+    return {path: hashlib.sha256(content).hexdigest() for path, content in commit.files.items() if ".py" in path}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_pushed_repository_holds_the_model_and_its_code(hub, pushed):
     code = code_of(latest)
     assert code == root_code(), "the root's code files and nothing of training, evaluation, benchmarks or tests"
     assert set(latest.files) - set(code) == BUNDLE_FILES
-    assert json.loads(latest.files["config.json"].content)["auto_map"] == AUTO_MAP
+    assert json.loads(latest.files["config.json"])["auto_map"] == AUTO_MAP
 
 
 def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
@@ -114,7 +114,7 @@ def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub
         others = {path for path in commit.files if not path.endswith(".py")}
         assert BUNDLE_FILES - {"README.md"} <= others
         assert others - BUNDLE_FILES <= {"recipe.yaml", "training_args.bin", "trainer_state.json"}
-    recipe = commits[0].files["recipe.yaml"].content.decode()
+    recipe = commits[0].files["recipe.yaml"].decode()
     assert "hub_model_id" in recipe and TOKEN not in recipe
 
 
@@ -129,6 +129,6 @@ def test_ids_of_the_hub_are_converted_and_the_bundle_is_pushed(hub, tmp_path):
     files = next(hub.commits(ids["bundle"])).files
     assert {path for path in files if not path.endswith(".py")} == BUNDLE_FILES
     assert code_of(next(hub.commits(ids["bundle"]))) == root_code()
-    card = files["README.md"].content.decode()
+    card = files["README.md"].decode()
     assert f"base_model:\n- {USER}/published-calm\n- {USER}/published-autoencoder\n" in card
     assert f'model="{USER}/bundle"' in card
