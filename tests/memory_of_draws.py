@@ -20,17 +20,9 @@ def memory_of_draws(num_draws, temperature):
     torch.manual_seed(0)
     autoencoder = CALMAutoencoder(CALMAutoencoderConfig(vocab_size=4096)).eval()
     latents_NZ = 5 * torch.randn(num_draws, 128)
-    drawn = 0
-
-    def draw(rows_R, num):
-        nonlocal drawn
-        drawn += num
-        return latents_NZ[drawn - num : drawn, None]
 
     def sample(max_draws):
-        nonlocal drawn
-        drawn = 0
-        pool = LazyPool(draw, torch.arange(1), autoencoder)
+        pool = LazyPool(lambda _, num: latents_NZ[pool.num_drawn :][:num, None], torch.arange(1), autoencoder)
         exact_temperature_sample(pool, temperature, max_draws, torch.Generator().manual_seed(0))
         pool.classes(pool.rows_B)
 

@@ -233,8 +233,8 @@ def test_rows_that_end_before_others(model):
         for number, step in enumerate(outputs.scores):
             assert (step.chosen[row] >= 0) == (number < num) == bool(step.counts[row].sum() > 0)
             if number >= num:
-                assert (step.patches[row] == NO_TOKEN).all() and not step.weights[row].any()
-                assert not step.is_exact[row]
+                assert (step.patches[row] == NO_TOKEN).all() and not step.is_exact[row]
+                assert not step.weights[row].any() and not step.counts[row].any()
             elif number < num - 1:
                 assert torch.equal(step.patches[row, step.chosen[row]], written_BSK[row, number])
 
