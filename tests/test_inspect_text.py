@@ -1,6 +1,6 @@
 """Inspecting a text: what each patch was chosen from, its weights at every T, the listing, the page in a browser."""
 
-import json
+import contextlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +11,7 @@ from browser import complaints, needs_browser, requests, set_width
 from commands import refusal
 from tiny import BOS, tiny_model, tiny_tokenizer
 
+from calm_transformers.loading import load_calm
 from calm_transformers.model.generation_calm_weights import Truncation
 from calm_transformers.pages import inspect_page, inspect_text
 
@@ -20,7 +21,7 @@ PROMPT = "Once upon a time"
 
 @pytest.fixture(scope="module")
 def demo():
-    return inspect_text.load(str(ROOT), "cpu")
+    return load_calm(str(ROOT), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +29,9 @@ def story(demo):
     """A text of the demo model, and what generate writes of its own with the same seed."""
     model, tokenizer = demo
     inspection = inspect_text.inspect_text(model, tokenizer, PROMPT, 15, seed=3, temperature=0.5)
+    settings = {"do_sample": True, "temperature": 0.5, "sampling_method": "batch", "max_new_tokens": 15}
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    ids = model.generate(
-        **prompt,
-        max_new_tokens=15,
-        do_sample=True,
-        temperature=0.5,
-        sampling_method="batch",
-        generator=torch.Generator().manual_seed(3),
-    )
+    ids = model.generate(**prompt, **settings, generator=torch.Generator().manual_seed(3))
     return inspection, tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
@@ -57,17 +52,9 @@ class Listener:
 @pytest.mark.parametrize("output_scores", [True, False])
 def test_a_streamer_is_handed_each_step_s_scores_before_its_tokens(output_scores):
     model, listener = tiny_model(), Listener()
-    output = model.generate(
-        torch.tensor([[BOS, 5, 6, 7]]),
-        max_new_tokens=8,
-        min_new_tokens=8,
-        do_sample=True,
-        temperature=0.5,
-        num_candidates=20,
-        return_dict_in_generate=True,
-        output_scores=output_scores,
-        streamer=listener,
-    )
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": True, "temperature": 0.5, "num_candidates": 20}
+    settings |= {"return_dict_in_generate": True, "output_scores": output_scores}
+    output = model.generate(torch.tensor([[BOS, 5, 6, 7]]), **settings, streamer=listener)
     tokens = [[token] for token in output.sequences[0, 4:].tolist()]
     prompt, *heard = listener.heard
     assert prompt == [[BOS, 5, 6, 7]]
@@ -93,11 +80,10 @@ def test_the_text_is_generate_s_and_each_patch_is_among_its_candidates(story):
 
 
 def test_the_prompt_s_patches_have_the_draws_after_what_stands_before_them(story):
-    first, *others = [patch for patch in story[0].patches if patch.is_prompt]
+    first, *_, last = [patch for patch in story[0].patches if patch.is_prompt]
     assert first.candidates == [] and first.chosen is None
-    last = others[-1]  # stories begin like that
-    assert last.candidates[last.chosen].text == last.text
-    assert last.candidates[last.chosen].count > 150
+    written = last.candidates[last.chosen]  # stories begin like that
+    assert written.text == last.text and written.count > 150
 
 
 def test_prompts_of_any_length_are_cut_as_the_model_reads_them():
@@ -106,8 +92,7 @@ def test_prompts_of_any_length_are_cut_as_the_model_reads_them():
     inspection = inspect_text.inspect_text(model, tokenizer, prompt, 4, seed=0, num_candidates=4, temperature=0.5)
     patches = [patch for patch in inspection.patches if patch.is_prompt]
     assert "".join(patch.text for patch in patches) == prompt
-    lengths = [len(patch.tokens) for patch in patches]
-    assert lengths == [3, *[4] * 12]
+    assert [len(patch.tokens) for patch in patches] == [3, *[4] * 12]
     assert [bool(patch.candidates) for patch in patches] == [False, *[True] * 12]
 
 
@@ -120,12 +105,17 @@ def test_at_temperature_1_all_candidates_are_drawn(demo):
     assert inspection.settings["top_k"] == 0
 
 
-def test_weights_of_counts():
-    keep_all = Truncation()
-    assert inspect_text.weights_at([5, 3, 1], 0.5, keep_all) == pytest.approx([10 / 13, 3 / 13, 0])  # C(c, 2)
-    assert inspect_text.weights_at([5, 3, 1], 1 / 3, keep_all) == pytest.approx([10 / 11, 1 / 11, 0])  # C(c, 3)
-    assert inspect_text.weights_at([1, 1], 0.5, keep_all) == pytest.approx([0.5, 0.5])
-    assert inspect_text.weights_at([5, 3, 1], 0.5, Truncation(top_k=1)) == pytest.approx([1, 0, 0])
+@pytest.mark.parametrize(
+    "counts, temperature, truncation, weights",
+    [
+        ([5, 3, 1], 0.5, Truncation(), [10 / 13, 3 / 13, 0]),  # C(c, 2)
+        ([5, 3, 1], 1 / 3, Truncation(), [10 / 11, 1 / 11, 0]),  # C(c, 3)
+        ([1, 1], 0.5, Truncation(), [0.5, 0.5]),
+        ([5, 3, 1], 0.5, Truncation(top_k=1), [1, 0, 0]),
+    ],
+)
+def test_weights_of_counts(counts, temperature, truncation, weights):
+    assert inspect_text.weights_at(counts, temperature, truncation) == pytest.approx(weights)
 
 
 def test_a_character_waits_for_its_last_byte(demo):
@@ -136,14 +126,13 @@ def test_a_character_waits_for_its_last_byte(demo):
     assert "".join(pieces) == "a é ☃ b" and "\ufffd" not in "".join(pieces)
 
 
-def test_an_empty_prompt_begins_with_bos_or_is_refused(demo):
+def test_an_empty_prompt_begins_with_bos_or_is_refused():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None
-    with pytest.raises(ValueError, match="empty prompt"):
-        model.generation_config.bos_token_id = None
-        inspect_text.inspect_text(model, tokenizer, "", 4, seed=0, num_candidates=4)
-    model.generation_config.bos_token_id = BOS
-    inspection = inspect_text.inspect_text(model, tokenizer, "", 4, seed=0, num_candidates=4, temperature=0.5)
+    for bos in (BOS, None):
+        model.generation_config.bos_token_id = bos
+        with contextlib.nullcontext() if bos else pytest.raises(ValueError, match="empty prompt"):
+            inspection = inspect_text.inspect_text(model, tokenizer, "", 4, seed=0, num_candidates=4, temperature=0.5)
     assert [patch.is_prompt for patch in inspection.patches] == [True, False]
 
 
@@ -162,10 +151,7 @@ def test_the_command_lists_patches_with_the_weights_at_several_temperatures(tiny
         (["--temperature", "3"], "temperature=3.0: sampling needs a temperature in (0, 2]"),
         (["--compare", "0"], "temperature=0.0: sampling needs"),
         (["--top_p", "1.5"], "top_p=1.5: must be a share"),
-        (
-            ["--max_new_tokens", "5000000"],
-            "the prompt has 6 tokens and 5000000 are to be written",
-        ),
+        (["--max_new_tokens", "5000000"], "the prompt has 6 tokens and 5000000 are to be written"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tiny_folder, capsys, options, message):
@@ -174,12 +160,11 @@ def test_what_is_wrong_is_one_sentence(tiny_folder, capsys, options, message):
 
 def test_folders_without_a_model_or_a_tokenizer_are_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    said = refusal(capsys, inspect_text.main, str(tmp_path))
-    assert said.strip() == f"{tmp_path}: its config.json names no model_type."
+    said = f"{tmp_path}: its config.json names no model_type."
+    assert refusal(capsys, inspect_text.main, tmp_path) == said
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copyfile(ROOT / name, tmp_path / name)
-    said = refusal(capsys, inspect_text.main, str(tmp_path))
-    assert said.strip() == f"{tmp_path}: no tokenizer can be read there."
+    assert refusal(capsys, inspect_text.main, tmp_path) == f"{tmp_path}: no tokenizer can be read there."
 
 
 @pytest.fixture
@@ -203,55 +188,48 @@ def hover(driver, number):
 
 @needs_browser
 @pytest.mark.slow
+@pytest.mark.transformers
 class TestPage:
-    def test_it_asks_for_nothing_but_itself(self, driver, page):
-        assert requests(driver) == [page.as_uri()]
-        assert complaints(driver) == []
+    def test_it_asks_for_nothing_but_itself_and_fits_a_phone(self, driver, page):
+        assert requests(driver) == [page.as_uri()] and complaints(driver) == []
         assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
-
-    def test_it_shows_the_patches_and_on_hover_their_candidates(self, driver, page, story):
-        patches = story[0].patches
-        spans = driver.find_elements("css selector", "#text .patch")
-        assert [span.get_property("textContent") for span in spans] == [patch.text or "⏹" for patch in patches]
-        for number in (2, len(patches) - 2):
-            hover(driver, number)
-            first = driver.find_element("css selector", "#panel tbody code").get_property("textContent")
-            assert first == patches[number].candidates[0].text
-            chosen = driver.find_elements("css selector", "#panel tr.chosen code")
-            assert [code.get_property("textContent") for code in chosen] == [patches[number].text]
-
-    def test_the_slider_weighs_anew(self, driver, page, story):
-        number = next(
-            i for i, patch in enumerate(story[0].patches) if patch.candidates and patch.candidates[0].weight < 0.99
-        )
-        span = hover(driver, number)
-        slide = (
-            "const slider = document.getElementById('slider'); slider.value = arguments[0];"
-            "slider.dispatchEvent(new Event('input'));"
-        )
-        seen = set()
-        for temperature in (0.2, 0.5, 1.0):
-            driver.execute_script(slide, temperature)
-            cells = driver.find_elements("css selector", "#panel .weight")
-            counts = [candidate.count for candidate in story[0].patches[number].candidates]
-            expected = inspect_text.weights_at(counts, temperature, Truncation())[0]
-            assert float(cells[0].text.removesuffix(" %")) == pytest.approx(100 * expected, abs=0.051)
-            seen.add((cells[0].text, span.value_of_css_property("--weight")))
-        assert len(seen) == 3
-
-    @pytest.mark.parametrize("temperature", [2.0, 1.3, 1.0, 0.7, 1 / 3, 0.1])
-    @pytest.mark.parametrize("truncation", [Truncation(), Truncation(3, 0.9, 0.05), Truncation(top_p=0.6)])
-    def test_its_weights_are_the_sampler_s(self, driver, page, temperature, truncation):
-        for counts in ([40, 20, 7, 3, 2, 2, 1, 1, 1, 1], [1, 1, 1], [12], [3, 3, 2]):
-            weights = driver.execute_script("return weigh(...arguments)", counts, temperature, truncation._asdict())
-            expected = inspect_text.weights_at(counts, temperature, truncation)
-            assert weights == pytest.approx(expected, abs=2e-5), counts
-
-    def test_it_fits_a_phone(self, driver, page):
         set_width(driver, 360, 740)
         driver.refresh()
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
         assert driver.execute_script("return getComputedStyle(document.getElementById('panel')).position") == "fixed"
+
+    def test_it_shows_the_patches_and_on_hover_their_candidates_which_a_slider_weighs_anew(self, driver, page, story):
+        patches = story[0].patches
+        spans = driver.find_elements("css selector", "#text .patch")
+        assert [span.get_property("textContent") for span in spans] == [patch.text or "⏹" for patch in patches]
+        number = next(i for i, patch in enumerate(patches) if patch.candidates and patch.candidates[0].weight < 0.99)
+        for place in (2, number):
+            span = hover(driver, place)
+            first = driver.find_element("css selector", "#panel tbody code").get_property("textContent")
+            assert first == patches[place].candidates[0].text
+            chosen = driver.find_elements("css selector", "#panel tr.chosen code")
+            assert [code.get_property("textContent") for code in chosen] == [patches[place].text]
+        slide = (
+            "const s = document.getElementById('slider'); s.value = arguments[0]; s.dispatchEvent(new Event('input'));"
+        )
+        counts, seen = [candidate.count for candidate in patches[number].candidates], set()
+        for temperature in (0.2, 0.5, 1.0):
+            driver.execute_script(slide, temperature)
+            cell = driver.find_element("css selector", "#panel .weight").text
+            expected = inspect_text.weights_at(counts, temperature, Truncation())[0]
+            assert float(cell.removesuffix(" %")) == pytest.approx(100 * expected, abs=0.051)
+            seen.add((cell, span.value_of_css_property("--weight")))
+        assert len(seen) == 3
+
+    @pytest.mark.parametrize("truncation", [Truncation(), Truncation(3, 0.9, 0.05), Truncation(top_p=0.6)])
+    def test_its_weights_are_the_sampler_s(self, driver, page, truncation):
+        for counts in ([40, 20, 7, 3, 2, 2, 1, 1, 1, 1], [1, 1, 1], [12], [3, 3, 2]):
+            for temperature in (2.0, 1.3, 1.0, 0.7, 1 / 3, 0.1):
+                weights = driver.execute_script(
+                    "return weigh(...arguments)", counts, temperature, truncation._asdict()
+                )
+                expected = inspect_text.weights_at(counts, temperature, truncation)
+                assert weights == pytest.approx(expected, abs=2e-5), (counts, temperature)
 
     def test_no_text_ends_its_script(self, driver, story, tmp_path):
         data = asdict(story[0])
@@ -262,9 +240,3 @@ class TestPage:
         spans = driver.find_elements("css selector", "#text .patch")
         assert spans[1].get_property("textContent") == data["patches"][1]["text"]
         assert driver.title != "broken out"
-
-
-def test_the_page_s_data_is_the_inspection(story):
-    text = inspect_page.page(asdict(story[0]))
-    data = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    assert json.loads(data) == json.loads(json.dumps(asdict(story[0])))
