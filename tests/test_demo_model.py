@@ -49,13 +49,11 @@ def test_a_run_that_was_stopped_goes_on_and_writes_a_model_that_writes(corpus, t
     printed = capsys.readouterr().out
     assert "train tokenizer" not in printed and "resuming from checkpoint-1" in printed
     output = tmp_path / "output"
-    settings = GenerationConfig.from_pretrained(output)
+    settings, config = GenerationConfig.from_pretrained(output), CALMConfig.from_pretrained(output)
     assert (settings.temperature, settings.num_candidates, settings.sampling_method) == (0.5, 200, "adaptive")
-    config = CALMConfig.from_pretrained(output)
     assert (config.head_type, config.vocab_size) == ("token_chain", 1024)
-    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = AutoTokenizer.from_pretrained(output)("abc", return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
-    ids = tokenizer("abc", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4, num_candidates=4).shape[1] <= ids["input_ids"].shape[1] + 4
     trained, written = load_file(tmp_path / "runs" / "demo" / WEIGHTS), load_file(output / WEIGHTS)
     assert all((trained[key] == written[key]).all() for key in trained)
@@ -63,24 +61,19 @@ def test_a_run_that_was_stopped_goes_on_and_writes_a_model_that_writes(corpus, t
     assert all((value == written[key]).all() for key, value in load_file(output / WEIGHTS).items())
 
 
-@pytest.mark.parametrize("max_steps", [0, -1])
-def test_no_steps_are_refused(tmp_path, capsys, max_steps):
-    error = refusal(capsys, main, "--corpus", tmp_path, "--runs", tmp_path / "runs", "--max_steps", max_steps)
-    assert error.startswith(f"argument --max_steps: {max_steps}: must be a whole number of at least 1")
-
-
-def test_a_failed_phase_ends_the_run(tmp_path, capsys):
-    error = refusal(capsys, main, "--corpus", tmp_path / "nowhere", "--runs", tmp_path / "runs")
-    assert error.endswith("tinystories-train.jsonl.xz: no such file or folder.")
+def test_no_steps_are_refused_and_a_failed_phase_ends_the_run(tmp_path, capsys):
+    words = ["--corpus", tmp_path / "nowhere", "--runs", tmp_path / "runs"]
+    error = refusal(capsys, main, *words, "--max_steps", "0")
+    assert error.startswith("argument --max_steps: 0: must be a whole number of at least 1")
+    assert refusal(capsys, main, *words).endswith("tinystories-train.jsonl.xz: no such file or folder.")
 
 
 def test_the_weights_come_last_and_each_file_whole(tmp_path, monkeypatch):
     model, output = tmp_path / "model", tmp_path / "output"
-    model.mkdir()
-    for name in (*FILES, "modeling_calm.py"):
-        (model / name).write_text(f"new {name}")
-    output.mkdir()
-    (output / WEIGHTS).write_text("old")
+    for folder, content in ((model, "new"), (output, "old")):
+        folder.mkdir()
+        for name in (*FILES, "modeling_calm.py"):
+            (folder / name).write_text(f"{content} {name}")
     copy = demo_model.shutil.copyfile
 
     def full_disk(source, target):
@@ -92,7 +85,7 @@ def test_the_weights_come_last_and_each_file_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model.shutil, "copyfile", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(model, output)
-    assert (output / WEIGHTS).read_text() == "old"
+    assert (output / WEIGHTS).read_text() == f"old {WEIGHTS}" and (output / FILES[0]).read_text() == f"new {FILES[0]}"
     monkeypatch.setattr(demo_model.shutil, "copyfile", copy)
     write(model, output)
     assert all((output / name).read_text() == f"new {name}" for name in (*FILES, "modeling_calm.py"))

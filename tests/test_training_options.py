@@ -16,6 +16,11 @@ from calm_transformers.training.train import main, make_model
 from calm_transformers.training.trainer import begin, fit
 
 
+def words_of(fields: dict, tmp_path) -> list[str]:
+    own = {"recipe": RECIPES / "calm.yaml", "output_dir": tmp_path / "run", **fields}
+    return [str(word) for name, value in own.items() for word in (f"--{name}", value)]
+
+
 @pytest.fixture
 def run(workshop, tmp_path):
     """Trains with fixed draws, in a process of its own, for accelerate keeps such options; weights and losses."""
@@ -87,15 +92,13 @@ def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made
     words, message, workshop, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.delattr("calm_transformers.training.train.make_model")
-    fields = [word for name, value in workshop.items() for word in (f"--{name}", value)]
-    recipe = ["--recipe", str(RECIPES / "calm.yaml"), "--output_dir", str(tmp_path / "run")]
-    assert message in refusal(capsys, main, "calm", *recipe, *fields, *re.findall(r"\{.*?\}|\S+", words))
+    words = [*words_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
+    assert message in refusal(capsys, main, "calm", *words)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_only_the_model_or_the_data_show_is_one_line_too(workshop, tmp_path, capsys):
-    fields = [word for name, value in workshop.items() for word in (f"--{name}", value)]
-    recipe = ["--recipe", RECIPES / "calm.yaml", "--output_dir", tmp_path / "run", "--max_steps", "1"]
+    fields = words_of(workshop | {"max_steps": 1}, tmp_path)
     for words, message in {
         ("--dataloader_num_workers", "-1"): "num_workers",
         ("--attn_implementation", "nope"): "nope",
@@ -104,13 +107,13 @@ def test_what_only_the_model_or_the_data_show_is_one_line_too(workshop, tmp_path
         ("--autoencoder", workshop["tokenizer"]): "holds none, its config.json has model_type None",
         ("--autoencoder", "nowhere/at/all"): "no such folder",
     }.items():
-        assert message in refusal(capsys, main, "calm", *recipe, *fields, *words)
+        assert message in refusal(capsys, main, "calm", *fields, *words)
 
 
 def test_the_autoencoder_of_a_calm_will_do_and_a_run_changes_neither_recipe_nor_arguments(workshop, tmp_path):
     def weights(name, autoencoder):
         own = {"autoencoder": autoencoder, "max_steps": 1, "output_dir": str(tmp_path / name)}
-        recipe = load_recipe(str(RECIPES / "calm.yaml"), {**workshop, **own, "fsdp_config": {"version": 2}})
+        recipe = load_recipe(str(RECIPES / "calm.yaml"), {**workshop, **own})
         stated, tokenizer = begin(recipe), load_tokenizer(workshop["tokenizer"])
         before = copy.deepcopy(recipe), copy.deepcopy(stated.to_dict())
         fit(recipe, stated, make_model(recipe, tokenizer), tokenizer, 4)()

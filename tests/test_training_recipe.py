@@ -29,14 +29,17 @@ RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.js
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_a_recipe_comes_to_is_what_was_recorded_and_is_accepted(name, tmp_path):
+def test_what_a_recipe_comes_to_is_what_was_recorded_and_is_accepted(name, tmp_path, monkeypatch):
     """With its bases; recorded when every recipe stood by itself."""
     assert dataclasses.asdict(load_recipe(name)) == {**RESOLVED[name], "found": {}}
-    recipe = load_recipe(name, {"output_dir": str(tmp_path), "bf16": False})
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # as Trainer's arguments would
+    fields = {"output_dir": str(tmp_path), "bf16": False, "fsdp": True, "fsdp_config": {"fsdp_version": 2}}
+    recipe = load_recipe(name, fields)
     if recipe.kind != "tokenizer":
         config = make_config(CONFIGS[recipe.kind], recipe.model)
         assert all(getattr(config, key) == value for key, value in recipe.model.items())
         assert training_arguments(recipe).learning_rate == recipe.training["learning_rate"]
+        assert recipe.training["fsdp_config"] == {"fsdp_version": 2}  # which Trainer's arguments rewrite
 
 
 # Of the published training scripts, on eight processes: block, rows, rows accumulated, steps, warm-up.
