@@ -70,9 +70,7 @@ class HubApi:
     def create_repo(self, body):
         request = json.loads(body)
         repo = f"{request.get('organization') or USER}/{request['name']}"
-        if repo in self.repositories:
-            raise HubError(409, "", "You already created this model repo")
-        self.repositories[repo] = Repository()
+        self.repositories.setdefault(repo, Repository())
         return {"url": f"{self.url}/{repo}", "name": repo}
 
     def validate_yaml(self, body):

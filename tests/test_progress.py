@@ -53,8 +53,8 @@ def test_training_shows_its_steps_and_an_error_on_a_line_of_its_own(tmp_path, mo
     terminal = on_terminal(monkeypatch)
     corpus, tokenizer = str(write_corpus(tmp_path / "corpus.jsonl")), str(tmp_path / "tokenizer")
     assert train("tokenizer", train_files=corpus, output_dir=tokenizer) == 0
-    fields = {"train_files": corpus, "tokenizer": tokenizer, "eval_strategy": "no", "max_steps": 2}
-    fields["cache_dir"] = str(tmp_path / "tokens")
+    fields = {"train_files": corpus, "tokenizer": tokenizer, "cache_dir": str(tmp_path / "tokens")}
+    fields |= {"eval_strategy": "no", "max_steps": 2}
     assert train("ar", **fields, output_dir=str(tmp_path / "run")) == 0
     assert {"Counting words", "Tokenising, train"} <= terminal.ended() and "2/2 [00:00<00:00" in terminal.getvalue()
     wild = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}

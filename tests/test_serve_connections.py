@@ -38,10 +38,9 @@ def address(monkeypatch):
 
 
 @contextlib.contextmanager
-def connected(address, *sent):
+def connected(address, sent=b""):
     with socket.create_connection(address, timeout=30) as client:
-        for part in sent:
-            client.sendall(part)
+        client.sendall(sent)
         yield client
 
 
@@ -73,6 +72,9 @@ def seconds_until_closed(client, trickle=b""):
     return time.monotonic() - begin
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n"
+
+
 @pytest.mark.parametrize("sent, trickle", [(b"", b""), (HEAD[:9], b"a")])
 def test_a_head_has_its_time_however_it_comes(address, sent, trickle):
     with connected(address, sent) as client:
@@ -80,34 +82,29 @@ def test_a_head_has_its_time_however_it_comes(address, sent, trickle):
 
 
 def test_so_has_the_next_one_of_a_connection_which_is_kept_until_then(address):
-    with connected(address, b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n") as client:
-        assert answer(client).startswith(b"HTTP/1.1 200")
-        time.sleep(1)
-        client.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
-        assert answer(client).startswith(b"HTTP/1.1 200")
+    with connected(address) as client:
+        for pause in (0, 1):
+            time.sleep(pause)
+            client.sendall(HEALTH)
+            assert answer(client).startswith(b"HTTP/1.1 200")
         assert seconds_until_closed(client, b"a") < 5
 
 
 def test_a_body_has_its_time_and_is_told_so_and_a_refused_one_has_no_more(address):
-    with connected(address, HEAD, b"{") as client:
+    with connected(address, HEAD + b"{") as client:
         said = answer(client)
         assert said.startswith(b"HTTP/1.1 408") and b"The body took more than 0.5 seconds to arrive." in said
         assert seconds_until_closed(client, b" ") < 5
 
 
-def test_of_too_many_connections_those_that_wait_longest_make_room(address, monkeypatch):
-    monkeypatch.setattr(connections, "CLIENT_SECONDS", 60)
-    monkeypatch.setattr(app, "CLIENT_SECONDS", 60)
+def test_of_too_many_connections_those_that_wait_longest_make_room_and_busy_ones_are_a_503(address, monkeypatch):
+    for module in (connections, app):
+        monkeypatch.setattr(module, "CLIENT_SECONDS", 60)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connected(address, part)) for part in (HEAD[:20], HEAD + b"{") * 8]
         assert health(address) == 200
         assert all(seconds_until_closed(client) < 5 for client in clients[:2])
-
-
-def test_all_connections_busy_is_a_503(address, monkeypatch):
-    monkeypatch.setattr(connections, "CLIENT_SECONDS", 60)
-    monkeypatch.setattr(connections.Connection, "is_idle", False)
-    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(connections.Connection, "is_idle", False)
         for _ in range(6):
             stack.enter_context(connected(address))
         assert health(address) == 503

@@ -61,21 +61,20 @@ def test_a_completion_is_prompt_and_completion_without_the_prompt(kind, text):
         before = tokenizer.decode(ids[:length])
         if before.endswith("\ufffd"):  # amid a character
             continue
-        assembler = TextAssembler(tokenizer, prompt=ids[:length])
-        pieces = []
+        assembler, pieces = TextAssembler(tokenizer, prompt=ids[:length]), []
         for token in ids[length:]:
             assembler.push(token)
             pieces.append(assembler.take())
-        assert "".join(pieces) == assembler.text == text[len(before) :] and text.startswith(before)
+        assert before + "".join(pieces) == before + assembler.text == text
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_special_tokens_before_a_completion_are_no_text_and_a_long_prompt_is_not_decoded_whole():
+def test_special_tokens_are_no_text_and_a_long_prompt_is_not_decoded_whole():
     tokenizer = space_tokenizer("Llama")
     one, two = tokenizer("one two")["input_ids"]
     for prompt, text in (([one, 0], " two"), ([0], "two"), ([], "two"), ([one] * 1000, " two")):
         assembler = TextAssembler(tokenizer, prompt=prompt)
-        assembler.push(two)
+        [assembler.push(token) for token in (two, 0)]
         assert assembler.take() == text
 
 
@@ -101,23 +100,19 @@ def test_what_may_become_a_stop_string_is_held_back(text, stop, pieces):
 
 
 def test_the_earliest_of_several_stop_strings_counts():
-    tokenizer = byte_tokenizer()
-    assembler = TextAssembler(tokenizer, ["cd", "bc", "nowhere", *map(str, range(100))])
-    assert [assembler.push(token) for token in tokenizer("abc")["input_ids"]] == [False, False, True]
-    assert assembler.take(is_last=True) == "a"
+    pieces, assembler = pieces_of(byte_tokenizer(), "abc", ["cd", "bc", "nowhere", *map(str, range(100))])
+    assert "".join(pieces) == "a" and assembler.has_stopped
 
 
-def test_special_tokens_are_not_text():
-    assembler = TextAssembler(tiny_tokenizer())
-    [assembler.push(token) for token in tiny_tokenizer()("ab")["input_ids"] + [2]]
-    assert assembler.take(is_last=True) == "ab"
-
-
-def test_refusals():
-    with pytest.raises(ValueError, match="stop: holds an empty string"):
-        TextAssembler(tiny_tokenizer(), ["a", ""])
-    for stop in (["a"] * 257, ["a" * 257]):
-        with pytest.raises(ValueError, match="stop: may hold 256 strings of 256 characters each"):
-            TextAssembler(tiny_tokenizer(), stop)
-    with pytest.raises(ValueError, match="SimpleNamespace is no fast tokenizer"):
-        TextAssembler(SimpleNamespace(is_fast=False))
+@pytest.mark.parametrize(
+    "tokenizer, stop, sentence",
+    [
+        (tiny_tokenizer(), ["a", ""], "stop: holds an empty string"),
+        (tiny_tokenizer(), ["a"] * 257, "stop: may hold 256 strings of 256 characters each"),
+        (tiny_tokenizer(), ["a" * 257], "stop: may hold 256 strings of 256 characters each"),
+        (SimpleNamespace(is_fast=False), [], "SimpleNamespace is no fast tokenizer"),
+    ],
+)
+def test_refusals(tokenizer, stop, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TextAssembler(tokenizer, stop)

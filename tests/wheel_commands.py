@@ -50,18 +50,10 @@ def run(module: str, *arguments: str) -> dict:
 
 def save_a_model(folder: str) -> list[str]:
     """Names of the code files that a model leaves beside its weights."""
-    configuration, modeling = (
-        importlib.import_module(f"calm_transformers.model.{name}_calm") for name in ("configuration", "modeling")
-    )
-    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8}
-    config = configuration.CALMConfig(
-        **sizes,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        latent_size=4,
-        autoencoder_config={**sizes, "latent_size": 4},
-    )
-    modeling.CALMForCausalLM(config).save_pretrained(folder)
+    model = importlib.import_module("calm_transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "latent_size": 4}
+    config = model.CALMConfig(**sizes, num_hidden_layers=1, num_attention_heads=1, autoencoder_config=sizes)
+    model.CALMForCausalLM(config).save_pretrained(folder)
     return sorted(path.name for path in Path(folder).glob("*.py"))
 
 
