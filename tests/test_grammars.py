@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jsonschema
-import llguidance
 import pytest
 import torch
 from tiny import tiny_tokenizer
@@ -30,20 +29,11 @@ def record(**properties):
     return {"type": "object", "additionalProperties": False, **fields}
 
 
-SCHEMAS = {
-    "string": {"type": "string", "maxLength": 20},
-    "long string": {"type": "string", "minLength": 3, "maxLength": 300},
-    "integer": {"type": "integer"},
-    "number or nothing": {"anyOf": [{"type": "number"}, {"type": "null"}]},
-    "enum": {"enum": ["red", "green", "blue", 3, None]},
-    "array": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4},
-    "nested": record(
-        name={"type": "string", "maxLength": 12},
-        age={"type": "string", "pattern": "^[1-9][0-9]?$"},
-        pets={"type": "array", "items": record(kind={"enum": ["cat", "dog"]}), "minItems": 1, "maxItems": 2},
-    ),
-}
-LAWS = [{"temperature": 0.5}, {"temperature": 1.0}, {"do_sample": False}]
+NESTED = record(
+    name={"type": "string", "maxLength": 12},
+    age={"type": "string", "pattern": "^[1-9][0-9]?$"},
+    pets={"type": "array", "items": record(kind={"enum": ["cat", "dog"]}), "minItems": 1, "maxItems": 2},
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,71 +48,54 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT)
 
 
-def texts(model, tokenizer, grammar, prompts=(PROMPT,), seed=0, max_new_tokens=120, **law):
+def texts(model, tokenizer, grammar, prompts=(PROMPT,), max_new_tokens=120, **law):
     """What follows the prompts, special tokens left out, and the ids."""
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    ids = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-        logits_processor=[grammar],
-        max_new_tokens=max_new_tokens,
-        **law,
-    )[:, inputs["input_ids"].shape[1] :]
+    seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    settings = {"generator": seeds, "logits_processor": [grammar], "max_new_tokens": max_new_tokens, **law}
+    ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+    ids = ids[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(ids, skip_special_tokens=True), ids.tolist()
 
 
 @needs_demo
-@pytest.mark.parametrize(
-    "name, law", [*((name, LAWS[0]) for name in SCHEMAS), *(("nested", law) for law in LAWS[1:])], ids=str
-)
-def test_json_is_valid_in_batches(model, tokenizer, name, law):
-    grammar = Grammar(tokenizer, json_schema=SCHEMAS[name])
+@pytest.mark.parametrize("law", [{"temperature": 0.5}, {"temperature": 1.0}, {"do_sample": False}], ids=str)
+def test_json_is_valid_in_batches(model, tokenizer, law):
+    grammar = Grammar(tokenizer, json_schema=json.dumps(NESTED))
     together, ids = texts(model, tokenizer, grammar, [PROMPT, "A", "He had " * 9], **law)
     for text, tokens in zip(together, ids, strict=True):
-        jsonschema.validate(json.loads(text), SCHEMAS[name])
+        jsonschema.validate(json.loads(text), NESTED)
         written = tokens[: tokens.index(tokenizer.eos_token_id)]
         assert not set(written) & set(tokenizer.all_special_ids)
-
-
-@needs_demo
-def test_seeds_give_different_json(model, tokenizer):
-    grammar = Grammar(tokenizer, json_schema=json.dumps(SCHEMAS["string"]))
-    assert len(set(texts(model, tokenizer, grammar, [PROMPT] * 6, temperature=1.0)[0])) > 3
+    assert len(set(together)) == 3
 
 
 @needs_demo
 def test_a_regex_is_matched_and_its_end_may_lie_within_a_patch(model, tokenizer):
-    """Of texts of two lengths one ends within a patch."""
+    """Of texts of two lengths one ends within a patch; what is cut off is a beginning that matches."""
     lengths = set()
     for regex in ("[a-z]{3}", "[a-z]{4}", "(cat|dog)s? [0-9]{1,3}!", "(é|ü|☃){2}"):
         (text,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex=regex), max_new_tokens=30, temperature=0.5)
         assert re.fullmatch(regex, text)
         lengths.add(ids.index(tokenizer.eos_token_id) % model.config.patch_size)
     assert lengths == {0, 1}
-
-
-@needs_demo
-def test_what_is_cut_off_is_a_beginning_that_matches(model, tokenizer):
     (text,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex="[a-z ]{60,}"), max_new_tokens=15)
     assert re.fullmatch("[a-z ]+", text) and len(ids) == 15
 
 
 @needs_demo
 def test_a_grammar_is_a_rule_of_one_text_of_a_batcher(model, tokenizer):
-    grammar = Grammar(tokenizer, json_schema=SCHEMAS["nested"])
+    grammar = Grammar(tokenizer, regex="(cat|dog)s? [0-9]{1,3}!")
     with Batcher(model, tokenizer) as batcher:
-        ask = {"max_new_tokens": 120, "temperature": 0.5}
+        ask = {"max_new_tokens": 20, "temperature": 0.5}
         futures = [batcher.submit(PROMPT, seed=i, logits_processor=[grammar], **ask) for i in range(3)]
-        free = batcher.submit(PROMPT, seed=0, max_new_tokens=20, temperature=0.5)
+        free = batcher.submit(PROMPT, seed=0, **ask)
         for future in futures:
-            jsonschema.validate(json.loads(future.result(60).text), SCHEMAS["nested"])
+            assert re.fullmatch("(cat|dog)s? [0-9]{1,3}!", future.result(60).text)
             assert future.result().finish_reason == "stop"
-        assert not free.result(60).text.startswith("{")
+        assert not free.result(60).text.startswith(("cat", "dog"))
 
-
-# As a processor, of any tokenizer
 
 TEXTS = ["Hello, world", " a  b\n\tc", "naïve ☃ 你好 🎈", "x" * 30, "don't"]
 
@@ -155,10 +128,14 @@ def sentence_piece():
 
 
 MAKERS = {"demo": lambda: AutoTokenizer.from_pretrained(ROOT), "bytes": byte_level, "sentences": sentence_piece}
-VALUE = {"type": "integer", "minimum": 3, "maximum": 3444}
-TREE = record(v=VALUE, c={"type": "array", "items": {"$ref": "#/$defs/tree"}})
+TREE = record(
+    v={"type": "integer", "minimum": 3, "maximum": 3444}, c={"type": "array", "items": {"$ref": "#/$defs/tree"}}
+)
 WALKED = {
-    **SCHEMAS,
+    "nested": NESTED,
+    "long string": {"type": "string", "minLength": 3, "maxLength": 300},
+    "number or nothing": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+    "enum": {"enum": ["red", "green", "blue", 3, None]},
     "all of": {
         "allOf": [
             {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
@@ -167,29 +144,15 @@ WALKED = {
     },
     "recursion": {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"},
     "one property at least": {"type": "object", "minProperties": 1, "additionalProperties": {"type": "boolean"}},
-    "two properties at most": {"type": "object", "maxProperties": 2, "additionalProperties": {"type": "null"}},
-    "bounds": {
-        "type": "array",
-        "items": {"type": "number", "exclusiveMinimum": -1.5, "maximum": 20.25},
-        "maxItems": 3,
-    },
-    "multiples": {"type": "integer", "multipleOf": 7, "minimum": -50, "maximum": 1000},
-    "formats": record(**{name: {"type": "string", "format": name} for name in ("date", "uuid", "ipv4")}),
     "properties of other names": {
         "type": "object",
         "properties": {"a": {"type": "integer"}, "n": {"type": "integer"}},
         "additionalProperties": {"type": "string", "maxLength": 3},
     },
-    "names of a pattern": {
-        "type": "object",
-        "patternProperties": {"^[ae]": {"type": "integer"}},
-        "additionalProperties": {"type": "boolean"},
-    },
     "tuple": {"type": "array", "prefixItems": [{"const": "é\n"}, {"type": "null"}], "items": False, "minItems": 1},
-    "nested arrays": {"type": "array", "items": {"type": "array", "items": {"type": "array", "items": {"const": 1}}}},
     "any object": {"type": "object"},
 }
-REGEXES = ["[a-z]{3}", "(cat|dog)s? [0-9]{1,3}!", "(é|ü|☃){2}", "((Hello|☃) *)+", r"-?[0-9]+(\.[0-9]+)?", "a{0,20}"]
+REGEXES = ["(cat|dog)s? [0-9]{1,3}!", "((Hello|☃) *)+", "a{0,20}"]
 
 
 def walk(tokenizer, grammar, seed, length=4):
@@ -247,7 +210,7 @@ def test_candidates_are_masked_as_texts_read_from_the_beginning():
         assert ((together == scores) | (together == -torch.inf)).all()
 
 
-@pytest.mark.parametrize("asked", ["<|eos|>", "a<|pad|>b", "<|bos|>"])
+@pytest.mark.parametrize("asked", ["<|eos|>", "a<|pad|>b"])
 def test_what_spells_a_special_token_is_text(asked):
     tokenizer = AutoTokenizer.from_pretrained(ROOT)
     for rules in ({"json_schema": {"const": asked}}, {"regex": re.escape(asked)}):
@@ -260,25 +223,21 @@ def test_what_spells_a_special_token_is_text(asked):
         assert tokenizer.decode(ids[:-1]) == expected and not set(ids[:-1]) & set(tokenizer.all_special_ids)
 
 
-def test_threads_share_a_grammar_and_a_tokenizer_is_wrapped_once(monkeypatch):
-    tokenizer, made = byte_level(), []
-    wrap = llguidance.LLTokenizer
-    monkeypatch.setattr(llguidance, "LLTokenizer", lambda *each, **more: made.append(each) or wrap(*each, **more))
+def test_threads_share_a_grammar():
+    tokenizer = byte_level()
+    grammar = Grammar(tokenizer, regex="[a-z]{1,40}")
+    alone = [walk(tokenizer, grammar, seed) for seed in range(16)]
     with ThreadPoolExecutor(8) as threads:
-        grammars = list(threads.map(lambda _: Grammar(tokenizer, regex="[a-z]{1,40}"), range(8)))
-        alone = [walk(tokenizer, grammars[0], seed) for seed in range(16)]
-        assert list(threads.map(lambda seed: walk(tokenizer, grammars[0], seed), range(16))) == alone
-    assert len(made) == 1
+        assert list(threads.map(lambda seed: walk(tokenizer, grammar, seed), range(16))) == alone
 
 
 def test_a_text_may_go_on_from_where_it_may_end_and_has_ended_after_eos():
     tokenizer = byte_level()
     processor = Grammar(tokenizer, json_schema={"type": "number"}).after_prompt(0)
-    for text in ("1", "-12", "1.5", "10.25e-3"):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        for end in ([], [tokenizer.eos_token_id], [tokenizer.eos_token_id] * 3):
-            allowed = processor(torch.tensor([ids + end]), torch.zeros(1, len(tokenizer)))[0] == 0
-            assert allowed[tokenizer.eos_token_id] and (allowed.sum() > 1) == (not end)
+    ids = tokenizer("10.25e-3", add_special_tokens=False)["input_ids"]
+    for end in ([], [tokenizer.eos_token_id], [tokenizer.eos_token_id] * 3):
+        allowed = processor(torch.tensor([ids + end]), torch.zeros(1, len(tokenizer)))[0] == 0
+        assert allowed[tokenizer.eos_token_id] and (allowed.sum() > 1) == (not end)
 
 
 def test_a_text_that_left_its_grammar_is_an_error():
@@ -288,37 +247,28 @@ def test_a_text_that_left_its_grammar_is_an_error():
         processor(torch.tensor([tokenizer.convert_tokens_to_ids(["a", "a"])]), torch.zeros(1, len(tokenizer)))
 
 
-# Refusals
-
-
 @pytest.fixture(scope="module")
 def some_tokenizer():
     return byte_level()
 
 
-@pytest.mark.parametrize(
-    "asked, sentence",
-    [
-        ({}, "is a json_schema or a regex: pass one of them"),
-        ({"json_schema": {}, "regex": "a"}, "is a json_schema or a regex: pass one of them"),
-        ({"json_schema": {"type": "strin"}}, "The json_schema can't be made a grammar .* Invalid type: strin"),
-        ({"json_schema": "{"}, "The json_schema can't be made .* Expecting property name"),
-        ({"json_schema": {"$ref": "#/nowhere"}}, "The json_schema can't be made .* Pointer '/nowhere' does not exist"),
-        ({"json_schema": {"$ref": "#"}}, "The json_schema can't be made"),
-        ({"json_schema": {"enum": [{1}]}}, "Object of type set is not JSON serializable"),
-        ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 2}}, r"minimum \(3\) is greater than maximum"),
-        ({"json_schema": record(a={"type": "array", "uniqueItems": True})}, 'Unimplemented keys: ."uniqueItems"'),
-        ({"json_schema": {"type": "array", "contains": {}, "x-guidance": {"lenient": True}}}, '."contains"'),
-        ({"json_schema": {"type": "string", "format": "colour"}}, "Unknown format: colour"),
-        ({"json_schema": record(a={"type": "object", "minProperties": 2})}, "minProperties=2 may be met by one name"),
-        ({"json_schema": '{"items":' * 200 + "{}" + "}" * 200}, "recursion limit exceeded"),
-        ({"json_schema": {"enum": list(map(str, range(10**5)))}}, "grammar. too big"),
-        ({"regex": "("}, "The regex can't be made a grammar of this tokenizer's tokens: unclosed group"),
-        ({"regex": r"(a)\1"}, "backreferences are not supported"),
-        ({"regex": 5}, "The regex can't be made a grammar .* 'int'"),
-    ],
-    ids=str,
-)
+REFUSED = [
+    ({}, "is a json_schema or a regex: pass one of them"),
+    ({"json_schema": {}, "regex": "a"}, "is a json_schema or a regex: pass one of them"),
+    ({"json_schema": {"type": "strin"}}, "The json_schema can't be made a grammar .* Invalid type: strin"),
+    ({"json_schema": "{"}, "The json_schema can't be made .* Expecting property name"),
+    ({"json_schema": {"enum": [{1}]}}, "Object of type set is not JSON serializable"),
+    ({"json_schema": record(a={"type": "array", "uniqueItems": True})}, 'Unimplemented keys: ."uniqueItems"'),
+    ({"json_schema": {"type": "array", "contains": {}, "x-guidance": {"lenient": True}}}, '."contains"'),
+    ({"json_schema": record(a={"type": "object", "minProperties": 2})}, "minProperties=2 may be met by one name"),
+    ({"json_schema": '{"items":' * 200 + "{}" + "}" * 200}, "recursion limit exceeded"),
+    ({"json_schema": {"enum": list(map(str, range(10**5)))}}, "grammar. too big"),
+    ({"regex": "("}, "The regex can't be made a grammar of this tokenizer's tokens: unclosed group"),
+    ({"regex": 5}, "The regex can't be made a grammar .* 'int'"),
+]
+
+
+@pytest.mark.parametrize("asked, sentence", REFUSED, ids=[sentence for _, sentence in REFUSED])
 def test_what_is_no_grammar_is_refused_in_a_sentence(some_tokenizer, asked, sentence):
     with pytest.raises(ValueError, match=sentence) as refused:
         Grammar(some_tokenizer, **asked)
