@@ -193,11 +193,9 @@ def load_calm(name: str, device: str | None, dtype: Any = "auto"):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with known_errors():
-        model = load_causal_lm(name, dtype, device)
+        model, tokenizer = load_with_tokenizer(name, dtype=dtype, device=device)
         if not is_calm(model):
             raise ValueError(f"{name} is no CALM: its model_type is {model.config.model_type!r}.")
-        tokenizer = load_tokenizer(name)
-        check_tokenizer(model, tokenizer, name)
     return model, tokenizer
 
 

@@ -16,6 +16,7 @@ from calm_transformers.command_line import InputError, Parser, command, known_er
 from calm_transformers.files import unfinished
 from calm_transformers.loading import is_calm, load_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.configuration_calm import TRANSFORMERS
+from calm_transformers.pages.app_page import Writer, create_page, launch
 
 PROGRAM = "calm app"
 SDK_VERSION = "6.17.3"  # of gradio, with which the page is tested
@@ -100,8 +101,6 @@ def serve(options) -> None:
     with known_errors(OSError), listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]  # known to be free before models are loaded
     writers = load_writers(options.model, options.baseline, options.device)
-    from calm_transformers.pages.app_page import create_page, launch
-
     page = create_page(writers)
     print(f"{options.model} writes at http://{options.host}:{port}", flush=True)
     with known_errors(OSError):
@@ -113,8 +112,6 @@ def load_writers(model: str, baseline: str | None, device: str | None) -> list:
     Raises:
         InputError: one can't be loaded, or is not of its kind.
     """
-    from calm_transformers.pages.app_page import Writer
-
     writers = [Writer(display_name(model), *load_calm(model, device))]
     if baseline is not None:
         with known_errors():

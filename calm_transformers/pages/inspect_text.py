@@ -7,22 +7,25 @@ each patch of the prompt the same draws, made after what stands before it: wheth
 Axes: P patches, K tokens per patch, D hidden, N draws, M distinct patches among them.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
 from calm_transformers.files import unfinished
 from calm_transformers.loading import check_length, load_calm
+from calm_transformers.model.generation_calm_candidates import candidate_scores
+from calm_transformers.model.generation_calm_weights import Truncation, check_temperature, draw_weights
+from calm_transformers.pages.app_page import ALL_CANDIDATES, text_after
+from calm_transformers.pages.inspect_page import page
 
 PROGRAM = "calm inspect"
 STORY = "Once upon a time, there was a little girl named Lily."
 COMPARED = (1.0, 0.5, 1 / 3)  # temperatures whose weights stand beside those of the text's own
-ALL_CANDIDATES = 2**31 - 1  # a top-k that keeps all, yet lets a step at T = 1 draw N
 ROWS_AT_ONCE = 8  # patches of the prompt
 BAR = 12  # characters of a weight of 1
 
@@ -92,8 +95,6 @@ class TextPieces:
 
     def of(self, tokens: Sequence[int], begin: int) -> str:
         """The text of these tokens after `ids[:begin]`; special ones by their names."""
-        from calm_transformers.pages.app_page import text_after
-
         return text_after(self.tokenizer, self.ids[:begin], tokens)
 
     def in_turn(self, lengths: Sequence[int]) -> list[str]:
@@ -123,8 +124,6 @@ def inspect_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, 
     Raises:
         ValueError: an option, or a prompt, that `generate` refuses.
     """
-    import torch
-
     sampling = model.patch_sampling(do_sample=True, sampling_method="batch", **options)
     ids_1L = tokenizer(prompt, return_tensors="pt").input_ids.long().to(model.device)
     check_length(model, ids_1L.shape[1], max_new_tokens)
@@ -188,8 +187,6 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
         sampling: how many are drawn, and the law of the weights.
         seed: of the draws.
     """
-    import torch
-
     size, ids = model.config.patch_size, packed_1L[0].tolist()
     fill = len(ids) - num_tokens
     spans = [(start, start + size) for start in range(0, len(ids), size)]
@@ -217,10 +214,6 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
 
 def drawn_candidates(model, hidden_RD, sampling, generator):
     """N draws after each hidden state, as `CandidateScores`; what is chosen among them has no meaning here."""
-    from dataclasses import replace
-
-    from calm_transformers.model.generation_calm_candidates import candidate_scores
-
     drawing = replace(sampling, lazy_decoding=False, top_k=ALL_CANDIDATES if sampling.draws_once else sampling.top_k)
     pool, index_R = model.choose_patches(hidden_RD, drawing, generator)
     return candidate_scores(pool, index_R, sampling.weigh)
@@ -228,10 +221,6 @@ def drawn_candidates(model, hidden_RD, sampling, generator):
 
 def weights_at(counts: Sequence[int], temperature: float, truncation) -> list[float]:
     """What distinct patches that were drawn so often weigh at a temperature: C(count, 1/T), truncated, of sum 1."""
-    import torch
-
-    from calm_transformers.model.generation_calm_weights import draw_weights
-
     counts_M = torch.tensor(counts)
     first_M = counts_M.cumsum(0) - counts_M
     return draw_weights(first_M.repeat_interleave(counts_M)[None], temperature, truncation)[0, first_M].tolist()
@@ -242,8 +231,6 @@ def weights_at(counts: Sequence[int], temperature: float, truncation) -> list[fl
 
 def listing(inspection: Inspection, temperatures: Sequence[float], num_shown: int) -> str:
     """The inspection as plain text: a line a patch, below it its candidates and their weights at each temperature."""
-    from calm_transformers.model.generation_calm_weights import Truncation
-
     settings = inspection.settings
     truncation = Truncation(settings["top_k"], settings["top_p"], settings["min_p"])
     own = settings["temperature"]
@@ -294,8 +281,6 @@ def visible(text: str) -> str:
 
 
 def write_page(path: Path, inspection: Inspection) -> None:
-    from calm_transformers.pages.inspect_page import page
-
     with unfinished(path) as aside:
         aside.write_text(page(asdict(inspection)), encoding="utf-8")
 
@@ -323,8 +308,6 @@ def parse(argv: list[str] | None):
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    from calm_transformers.model.generation_calm_weights import check_temperature
-
     with known_errors(ValueError):
         for temperature in options.compare:
             check_temperature(temperature)

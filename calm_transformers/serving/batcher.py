@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +32,10 @@ from transformers import PreTrainedTokenizerBase
 from calm_transformers.model.generation_calm_rules import Processors
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import RULE_SETTINGS
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.engine import Engine
 from calm_transformers.serving.rows import FinishReason, Piece, Row, TextAssembler, Written
 from calm_transformers.serving.rules import processors_of_text
-
-if TYPE_CHECKING:
-    from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 SEED_BITS = 63
 

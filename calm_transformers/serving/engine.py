@@ -8,10 +8,6 @@ Axes: R rows, P patches, K tokens per patch, D hidden size; of the cache B rows 
 of a slot, d size of a head.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -19,10 +15,8 @@ from transformers.cache_utils import Cache
 from calm_transformers.model.generation_calm_rules import TokenRules
 from calm_transformers.model.generation_calm_samplers import BlockPlan, PatchSampling
 from calm_transformers.model.generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.rows import FinishReason, Row
-
-if TYPE_CHECKING:
-    from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 FIRST_CAPACITY = 64  # patches a slot; doubled as it is needed
 PLANS_KEPT = 64  # block plans of laws that were sampled lately

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateSyntaxError
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors, listen, positive, utf8
 from calm_transformers.loading import load_calm
@@ -135,8 +136,6 @@ def check_chat_template(tokenizer) -> None:
     Raises:
         ValueError: it is no Jinja.
     """
-    from jinja2 import TemplateSyntaxError
-
     if tokenizer.chat_template is None:
         return
     try:
