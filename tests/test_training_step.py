@@ -1,7 +1,6 @@
-"""The training-step benchmark: time lands on its part, the head reads the context once."""
+"""The training-step benchmark: its figures belong together, and the head reads the context once."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from calm_transformers.benchmarks import meters, training_step
-from calm_transformers.benchmarks.meters import Meter, wrapped
-from calm_transformers.benchmarks.training_step import PARTS, TrainingStep, parse_options
 from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.training.cost import calm_cost
 
@@ -34,9 +31,8 @@ def test_the_whole_command(shapes, tmp_path, capsys):
     report = json.loads(path.read_text())
     assert [row["shape"] for row in report["steps"]] == ["energy", "flow", "llama"]
     for row in report["steps"]:
-        parts = {part: row[f"{part}_ms"] for part in PARTS}
-        assert (parts.pop("autoencoder") > 0) == (row["shape"] != "llama")
-        assert all(value > 0 for value in parts.values())
+        low, high = row["step_ms_range"]
+        assert 0 < low <= row["step_ms"] <= high
         assert row["tokens_per_second"] == pytest.approx(1000 * 32 / row["step_ms"])
         assert row["mfu"] == pytest.approx(1000 * row["flops"] / row["step_ms"] / report["flop_rate"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -45,7 +41,7 @@ def test_the_whole_command(shapes, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_bfloat16_and_compiled_parts(shapes, monkeypatch, tmp_path):
+def test_bfloat16_and_compiled(shapes, monkeypatch, tmp_path):
     """The eager backend skips the code generation, which takes minutes; loading the compiler takes seconds."""
     monkeypatch.setattr(training_step, "COMPILE_BACKEND", "eager")
     path = tmp_path / "figures.json"
@@ -64,51 +60,6 @@ def test_bad_options_are_refused_before_any_work(shapes, monkeypatch, capsys):
         ("--json", "nowhere/figures.json"): "its folder does not exist",
     }.items():
         assert complaint in refusal(capsys, training_step.main, "--shape", "energy", *ARGUMENTS, *options)
-
-
-class SlowGradient(torch.autograd.Function):
-    """The identity, but its gradient takes a second of the clock's."""
-
-    @staticmethod
-    def forward(ctx, x, clock):
-        ctx.clock = clock
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.clock.now += 1
-        return grad, None
-
-
-@pytest.mark.parametrize("shape", ["energy", "llama"])
-def test_time_lands_on_the_part_that_took_it(shapes, shape):
-    """On a clock that goes on only where a part is slow."""
-    step, clock = TrainingStep(shape, parse_options(ARGUMENTS)), SimpleNamespace(now=0)
-    step.clock = Meter(lambda: clock.now, lambda before, after: after - before)
-
-    def slow_forward(method):
-        def call(*args, **kwargs):
-            clock.now += 1
-            return method(*args, **kwargs)
-
-        return call
-
-    def slow_backward(method):
-        return lambda *args, **kwargs: SlowGradient.apply(method(*args, **kwargs), clock)
-
-    def parts_that_took_time(owner, name, wrapper):
-        with wrapped(owner, name, wrapper):
-            step()
-        return {part: values[-1] for part, values in step.seconds.items() if values[-1]}
-
-    for part, method in step.methods().items():
-        name = part if part == "autoencoder" else f"{part}_forward"
-        assert parts_that_took_time(*method, slow_forward) == {name: 1}
-    model = step.model
-    if shape != "llama":  # there the head is one matrix, with nothing inside to be slow
-        assert parts_that_took_time(model.head.out_hidden, "forward", slow_backward) == {"head_backward": 1}
-    assert parts_that_took_time(model.get_input_embeddings(), "forward", slow_backward) == {"backbone_backward": 1}
-    assert parts_that_took_time(step.optimiser, "step", slow_forward) == {"optimiser": 1}
 
 
 def test_the_context_passes_each_block_of_the_head_once():

@@ -24,6 +24,7 @@ import datetime
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from calm_transformers.benchmarks.runs import PARTS, Subject, compare, lent_prod
 from calm_transformers.benchmarks.workloads import (
     DEMO_FOLDER,
     Replay,
+    add_device_options,
+    check_device,
     check_worst_case,
     distinct_share,
     draw_candidates,
@@ -54,6 +57,10 @@ WORKLOADS = ("worst", "real")
 # The benchmark's own options beside the temperature, of which it takes several.
 NOT_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 SAMPLING_OPTIONS = tuple(name for name in PatchSampling.option_names() if name not in NOT_OPTIONS)
+ASKED = (
+    *("baseline", "fast_baseline", "device", "dtype", *SAMPLING_OPTIONS),
+    *("prompt_length", "output_length", "repetitions"),
+)
 
 
 class Benchmark:
@@ -71,8 +78,7 @@ class Benchmark:
 
     def _check(self) -> None:
         options = self.options
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
+        check_device(options.device)
         if options.plot is not None:
             need("matplotlib", "eval", "--plot")
         for temperature in options.temperature:
@@ -98,19 +104,22 @@ class Benchmark:
                 )
 
     def rows(self) -> Iterator[dict]:
-        for shape in self.options.shape:
-            for workload in self.options.workload:
-                yield from self._workload_rows(shape, workload)
-
-    def _workload_rows(self, shape: str, workload: str) -> Iterator[dict]:
-        trained = workload == "real" and is_trained(shape)
-        model = self._model(shape, with_weights=trained)
-        for temperature in self.options.temperature:
-            replay, share = self._candidates(model, workload, trained, temperature)
-            for batch_size in self.options.batch_size:
-                calm = self._calm(model, trained, temperature, batch_size, replay)
-                figures = self._compare(calm, temperature, batch_size)
-                yield self._row(shape, workload, temperature, batch_size, {"distinct_share": share, **figures})
+        options = self.options
+        for shape, workload in product(options.shape, options.workload):
+            trained = workload == "real" and is_trained(shape)
+            model = self._model(shape, with_weights=trained)
+            for temperature in options.temperature:
+                replay, share = self._candidates(model, workload, trained, temperature)
+                for batch_size in options.batch_size:
+                    calm = self._calm(model, trained, temperature, batch_size, replay)
+                    yield {
+                        **{"shape": shape, "workload": workload, "temperature": temperature, "batch_size": batch_size},
+                        **{name: getattr(options, name) for name in ASKED},
+                        **{"distinct_share": share, **self._compare(calm, temperature, batch_size)},
+                        **{"device_name": device_name(self.device), "threads": torch.get_num_threads()},
+                        "date": datetime.date.today().isoformat(),
+                        **{"torch": torch.__version__, "transformers": transformers.__version__},
+                    }
 
     def _model(self, name: str, with_weights: bool):
         if with_weights:
@@ -138,11 +147,8 @@ class Benchmark:
         return replay, distinct_share(candidates[:, :N]) if temperature < 1 else None
 
     def _calm(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Subject:
-        options, length = self.options, self.options.prompt_length
-        if trained:
-            prompts = own_prompts(model, batch_size, length, temperature, options.num_candidates)
-        else:
-            prompts = random_prompts(model, batch_size, length)
+        options, size = self.options, (model, batch_size, self.options.prompt_length)
+        prompts = own_prompts(*size, temperature, options.num_candidates) if trained else random_prompts(*size)
         settings = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
         return Subject(model, prompts, {"temperature": temperature, **settings}, replay)
 
@@ -152,23 +158,6 @@ class Benchmark:
         products = lent_products if options.fast_baseline else nullcontext
         baseline = Subject(self.baseline, prompts, {"temperature": temperature, "top_k": 0}, products=products)
         return compare(calm, baseline, options.output_length, options.repetitions)
-
-    def _row(self, shape: str, workload: str, temperature: float, batch_size: int, figures: dict) -> dict:
-        names = ("baseline", "fast_baseline", "device", "dtype", *SAMPLING_OPTIONS)
-        lengths = ("prompt_length", "output_length", "repetitions")
-        return {
-            "shape": shape,
-            "workload": workload,
-            "temperature": temperature,
-            "batch_size": batch_size,
-            **{name: getattr(self.options, name) for name in (*names, *lengths)},
-            **figures,
-            "device_name": device_name(self.device),
-            "threads": torch.get_num_threads(),
-            "date": datetime.date.today().isoformat(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
 
 
 # reports
@@ -223,14 +212,12 @@ def write_plot(path: Path, rows: list[dict]) -> None:
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = Parser("calm bench generation", __doc__)
     parser.add_argument("--shape", nargs="+", default=["calm-m"], help="calm-m, calm-l, calm-xl, demo, or a model")
     parser.add_argument("--baseline", default="transformer-s", help="transformer-s, transformer-m, or a model")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--demo", default=str(DEMO_FOLDER), help="the demo model (default: the bundled one)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
+    add_device_options(parser, torch.cuda.is_available())
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--num_candidates", type=positive, default=200)
     parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="adaptive")
@@ -243,7 +230,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=positive, default=64, help="tokens a row")
     parser.add_argument("--output_length", type=positive, default=64, help="new tokens a row")
-    parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--json", type=writable, help="write the rows, after each")
     parser.add_argument("--plot", type=picture, help="write the plot")
     return parser.parse_args(argv)

@@ -38,6 +38,7 @@ from calm_transformers.benchmarks.golden import HEAD_TYPES, golden_errors
 from calm_transformers.benchmarks.meters import device_name, synchronise
 from calm_transformers.benchmarks.workloads import (
     DEMO_FOLDER,
+    add_device_options,
     random_model,
     random_prompts,
     shape_config,
@@ -179,8 +180,6 @@ def parts(options: argparse.Namespace, models: Models) -> Iterator[tuple[str, Ca
 
 def check(options: argparse.Namespace) -> None:
     """Raises InputError for what can't be measured."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no GPU here; a dry run takes --device cpu.")
     for pair in options.pairs:
         names = pair.split(":")
         is_pair = len(names) == 2 and [isinstance(shape_config(name), CALMConfig) for name in names] == [True, False]
@@ -202,11 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt_length", type=positive, default=64)
     parser.add_argument("--output_length", type=positive, default=64)
-    parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--block_size", type=positive, default=2048, help="tokens a row of a training step")
     parser.add_argument("--train_batch_size", type=positive, default=8, help="rows of a training step")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    add_device_options(parser, gpu=True)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     options, start = parser.parse_args(argv), time.monotonic()
     transformers.logging.set_verbosity_error()

@@ -241,15 +241,9 @@ def update_budget(rows: list[dict], path: Path) -> None:
 
 def table(rows: list[dict]) -> str:
     parts = ("backbone", "head", "decode")
-    lines = [
-        [
-            row["case"],
-            *(str(row.get(name, "–")) for name in ("operations", *parts, "waits")),
-            f"{row['of_baseline']:.3f}",
-        ]
-        for row in rows
-    ]
-    return markdown(["case", "operations", *parts, "waits", "÷ baseline"], lines)
+    columns = ("case", "operations", *parts, "waits")
+    lines = [[*(str(row.get(name, "–")) for name in columns), f"{row['of_baseline']:.3f}"] for row in rows]
+    return markdown([*columns, "÷ baseline"], lines)
 
 
 @command

@@ -12,6 +12,7 @@ row, D hidden size, Z latent size.
 
 from __future__ import annotations
 
+import argparse
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm_transformers.benchmarks.meters import wrapped
-from calm_transformers.command_line import InputError, sentence
+from calm_transformers.command_line import InputError, positive, sentence
 from calm_transformers.loading import is_calm, load_causal_lm, load_config
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_candidates import LazyPool, PlainPool
@@ -33,6 +34,22 @@ DEMO_FOLDER = Path(__file__).parents[2]
 RECORDED_ROWS, RECORDED_STEPS = 8, 32  # texts that the demo model writes, and patches of each
 SHARE_CONTEXTS = 16  # whose candidates are compared
 WORST_DISTINCT_SHARE = 0.99
+
+
+# options
+
+
+def add_device_options(parser: argparse.ArgumentParser, gpu: bool) -> None:
+    """What is measured on, by default a GPU in bfloat16 or a CPU in float32, and how often."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32")
+    parser.add_argument("--repetitions", type=positive, default=3)
+
+
+def check_device(name: str) -> None:
+    """Raises InputError where there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
 
 
 # models

@@ -31,10 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     stories = [FOLDER / "stories.yaml"] if args.corpus else []
     with known_errors(InputError, OSError):
         need("matplotlib", "eval", "the learning curves")
-        plans = [
-            Plan(file, args.output, args.corpus, args.only)
-            for file in args.experiments or [FOLDER / "language.yaml", *stories]
-        ]
+        files = args.experiments or [FOLDER / "language.yaml", *stories]
+        plans = [Plan(file, args.output, args.corpus, args.only) for file in files]
         runs = {name: run for plan in plans for name, run in plan.runs.items()}
         path = args.output / "experiments.json"
         records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -87,9 +87,8 @@ class Plan:
             names = self.content["text"].values()
             if corpus is None or not all((corpus / name).is_file() for name in names):
                 where = file.name if corpus is None else corpus
-                raise InputError(
-                    f"{where}: give --corpus (make: CORPUS=) the folder that holds {' and '.join(names)}."
-                )
+                files = " and ".join(names)
+                raise InputError(f"{where}: give --corpus (make: CORPUS=) the folder that holds {files}.")
             self.train, self.held_out = (corpus / self.content["text"][part] for part in ("train", "validation"))
             self.tokenizer = self._training("tokenizer", {"recipe": self.content["tokenizer"]}, "tokenizer.json")
         rows = [self.models(row["model"]) for table in self.tables for row in table["rows"]]

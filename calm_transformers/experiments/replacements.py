@@ -24,7 +24,7 @@ from calm_transformers.evaluation.branching import CalmReader
 from calm_transformers.evaluation.brier import MAX_N
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage
-from calm_transformers.experiments.share import measure, parser_of, share_of, text_of
+from calm_transformers.experiments.share import measure, parse_with_blocks, parser_of, share_of, text_of
 from calm_transformers.loading import is_calm, load_causal_lm
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -100,7 +100,7 @@ def readers(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parser_of("python -m calm_transformers.experiments.replacements", __doc__).parse_args(argv)
+    args = parse_with_blocks(parser_of("python -m calm_transformers.experiments.replacements", __doc__), argv)
     with known_errors(ValueError, OSError):
         model = load_causal_lm(args.model, device="cpu")
         if not is_calm(model):

@@ -139,19 +139,22 @@ def measure(
     return summary(np.concatenate(sums), np.concatenate(best), positions)
 
 
-def parser_of(prog: str, description: str | None) -> Parser:
-    """The options that say what is measured, and where."""
+def parser_of(prog: str, description: str | None, **draws) -> Parser:
+    """The options that say which model is measured, and on which language; `draws` are those of --draws."""
     parser = Parser(prog, description)
-    parser.add_argument("--model", required=True, help="folder")
-    parser.add_argument(
-        "--language", required=True, type=Path, help="folder that calm_transformers.experiments.language wrote"
-    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of a model trained on the language")
+    parser.add_argument("--language", required=True, type=Path, help="folder that experiments.language wrote")
+    parser.add_argument("--draws", type=positive, **{"default": 4, "help": "of each position", **draws})
+    parser.add_argument("--json", type=writable, help="write the figures")
+    return parser
+
+
+def parse_with_blocks(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """And the options that say on how much of the language's text."""
     parser.add_argument("--block_size", type=positive, default=256)
     parser.add_argument("--max_positions", type=positive, default=100_000)
-    parser.add_argument("--draws", type=positive, default=4, help="of each position")
     parser.add_argument("--batch_size", type=positive, default=16, help="blocks at a time")
-    parser.add_argument("--json", type=writable, help="write the result")
-    return parser
+    return parser.parse_args(argv)
 
 
 def text_of(model, args: argparse.Namespace) -> tuple[HiddenMarkovLanguage, Tensor]:
@@ -175,7 +178,7 @@ def text_of(model, args: argparse.Namespace) -> tuple[HiddenMarkovLanguage, Tens
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parser_of("python -m calm_transformers.experiments.share", __doc__).parse_args(argv)
+    args = parse_with_blocks(parser_of("python -m calm_transformers.experiments.share", __doc__), argv)
     with known_errors(ValueError, OSError):
         model = load_causal_lm(args.model, device="cpu")
         language, blocks_BL = text_of(model, args)

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calm_transformers.command_line import Parser, command, known_errors, positive, writable
+from calm_transformers.command_line import command, known_errors, positive
 from calm_transformers.documents import read_documents
 from calm_transformers.evaluation.branching import CalmReader
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage, load
+from calm_transformers.experiments.share import parser_of
 from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, BlockPlan, Pairs, PatchSampling
 from calm_transformers.model.generation_calm_weights import patch_classes
@@ -229,13 +230,8 @@ def measure_model(
         own.append([law.compare(law.draw(num_recorded, generator)), law.compare(model_M)])
         figures.append(measure(law, model_M, num_patches, generator))
         entropies.append([law.sharpened(sampling.temperature).entropy for sampling in SETTINGS])
-    sizes = {
-        "contexts": len(ids_CL),
-        "context_length": ids_CL.shape[1],
-        "draws": num_patches,
-        "recorded": num_recorded,
-    }
-    return results(np.array(figures), np.array(entropies), np.array(own)) | sizes
+    sizes = {"contexts": len(ids_CL), "context_length": ids_CL.shape[1], "draws": num_patches}
+    return results(np.array(figures), np.array(entropies), np.array(own)) | sizes | {"recorded": num_recorded}
 
 
 def results(figures_CJA2: np.ndarray, entropies_CJ: np.ndarray, own_C22: np.ndarray) -> dict:
@@ -323,15 +319,10 @@ def load_model(name: str, language: HiddenMarkovLanguage) -> CALMForCausalLM:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m calm_transformers.experiments.sharpening", __doc__)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a CALM trained on the language")
-    parser.add_argument(
-        "--language", required=True, type=Path, help="folder of calm_transformers.experiments.language"
-    )
+    chosen = {"default": 1000, "help": "patches chosen after each context (default: 1,000)"}
+    parser = parser_of("python -m calm_transformers.experiments.sharpening", __doc__, **chosen)
     parser.add_argument("--contexts", type=positive, default=16, help="two at least (default: 16)")
-    parser.add_argument("--draws", type=positive, default=1000, help="patches chosen after each (default: 1,000)")
     parser.add_argument("--recorded", type=positive, default=2**15, help="draws of the model after each, a power of 2")
-    parser.add_argument("--json", type=writable, help="write the figures")
     args = parser.parse_args(argv)
     if args.contexts < 2:
         parser.error("--contexts 1: a standard error needs two")

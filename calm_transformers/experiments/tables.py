@@ -1,9 +1,9 @@
 """The tables of what was measured, in Markdown, and the learning curves as a picture."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from calm_transformers.evaluation.report import markdown, picture_of
 from calm_transformers.experiments import sharpening
@@ -15,8 +15,7 @@ PARTS = ("nothing", "solver", "head", "head and backbone")
 SIGMAS = (0.0, 0.3, 0.5, 1.0)
 
 
-@dataclass
-class Measured:
+class Measured(NamedTuple):
     """A row's scores, one a seed: percent of the best score, or BrierLM where no best is known.
 
     Args:
@@ -41,16 +40,16 @@ def measured(plan: Plan, row: dict, records: dict[str, dict]) -> Measured | None
     done = [records[name] for name in names if name in records]
     if not done:
         return None
-    if plan.is_language:
-        scores = [100 * record["share"] for record in done]
-        low, high = (100 * bound for bound in done[0]["share_interval"])
-    else:
-        scores = [record["brierlm"]["value"] for record in done]
-        low, high = done[0]["brierlm"]["low"], done[0]["brierlm"]["high"]
+    brierlms = [record["brierlm"]["value"] for record in done]
+    scores = [100 * record["share"] for record in done] if plan.is_language else brierlms
     if len(done) > 1:
         low, high = min(scores), max(scores)
+    elif plan.is_language:
+        low, high = (100 * bound for bound in done[0]["share_interval"])
+    else:
+        low, high = done[0]["brierlm"]["low"], done[0]["brierlm"]["high"]
     cost = {name: mean(record["cost"][name] for record in done) for name in done[0]["cost"]}
-    return Measured(mean(scores), low, high, mean(r["brierlm"]["value"] for r in done), len(done), cost)
+    return Measured(mean(scores), low, high, mean(brierlms), len(done), cost)
 
 
 def comparison(plan: Plan, rows: list[dict], records: dict[str, dict]) -> str:
@@ -63,29 +62,24 @@ def comparison(plan: Plan, rows: list[dict], records: dict[str, dict]) -> str:
         if found is None:
             lines.append([row["label"], "not run yet", *[""] * 4, paper, ""])
             continue
-        interval = f"{found.low:.2f} to {found.high:.2f}"
-        if plan.is_language:
-            interval = f"{found.low:.1f}% to {found.high:.1f}%"
-        interval = f"({interval}, {found.seeds} seeds)" if found.seeds > 1 else f"({interval})"
-        interval = f"{found.score:.1f}% {interval}" if plan.is_language else interval
+        form = "{:.1f}%" if plan.is_language else "{:.2f}"
+        seeds = f", {found.seeds} seeds" if found.seeds > 1 else ""
+        interval = f"({form.format(found.low)} to {form.format(found.high)}{seeds})"
+        interval = f"{form.format(found.score)} {interval}" if plan.is_language else interval
         cost = [
             f"{found.cost['tokens'] / 1e6:.2f} M",
             f"{found.cost['flops']:.1e}",
             f"{found.cost['cpu_seconds']:.0f}",
         ]
-        is_first = row is rows[0] or first is None
-        verdict = "" if is_first else direction(found, first, row.get("paper"), rows[0].get("paper"))
+        papers = row.get("paper"), rows[0].get("paper")
+        verdict = "" if first is None or row is rows[0] else direction(found, first, *papers)
         lines.append([row["label"], *cost, f"{found.brierlm:.2f}", interval, paper, verdict])
     return markdown(header, lines)
 
 
-def direction(found: Measured, first: Measured | None, paper: float | None, paper_first: float | None) -> str:
-    """Whether a row lies on the same side of the table's first row as in the paper.
-
-    "Within the intervals": the two intervals overlap, so nothing can be said.
-    """
-    if first is None:
-        return ""
+def direction(found: Measured, first: Measured, paper: float | None, paper_first: float | None) -> str:
+    """Whether a row lies on the same side of the table's first row as in the paper; nothing can be said where the two
+    intervals overlap."""
     if found.low <= first.high and first.low <= found.high:
         return "within the intervals"
     is_above = found.low > first.high
@@ -101,12 +95,9 @@ def document(plans: list[Plan], records: dict[str, dict]) -> str:
     for plan in plans:
         for table in plan.tables:
             parts += [f"## {table['title']}", comparison(plan, table["rows"], records)]
+        done = [name for name in plan.runs if name in records]
         for kind, table_of in (("replacements", replaced), ("sharpening", sharpening.report), ("noise", noise)):
-            found = {
-                name.split("/")[2]: records[name]
-                for name in plan.runs
-                if name.endswith(f"/{kind}") and name in records
-            }
+            found = {name.split("/")[2]: records[name] for name in done if name.endswith(f"/{kind}")}
             if found:
                 parts += [f"## {kind.capitalize()}", table_of(found)]
     return "\n\n".join(parts) + "\n"
@@ -132,12 +123,10 @@ def noise(found: dict[str, dict]) -> str:
 
 def draw_curves(plans: list[Plan], records: dict[str, dict], path: Path) -> None:
     """The rows of one label in the table of that group are the points of one line, over tokens and CPU seconds."""
-    lines = defaultdict(list)
-    tables = [(plan, table) for plan in plans for table in plan.tables if table["group"] == CURVES]
-    for plan, table in tables:
-        for row in table["rows"]:
-            if found := measured(plan, row, records):
-                lines[row["label"]].append(found)
+    lines, tables = defaultdict(list), [(plan, table) for plan in plans for table in plan.tables]
+    for plan, row in ((plan, row) for plan, table in tables if table["group"] == CURVES for row in table["rows"]):
+        if found := measured(plan, row, records):
+            lines[row["label"]].append(found)
     if not lines:
         return
     with picture_of(path, 1, 2, figsize=(10, 4), sharey=True) as (figure, panels):
