@@ -1,11 +1,10 @@
 """PEFT's LoRA, DoRA and IA3 on a CALM: what they write and what they train; virtual tokens: test_virtual_tokens.py."""
 
-import copy
-
 import peft
 import pytest
 import torch
 from model_copies import ROOT
+from text_and_loss import moved_by_training
 from tiny import BOS, tiny_model
 from transformers import AutoTokenizer
 
@@ -21,19 +20,12 @@ MASK = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
 
 def config_of(kind: str, *, is_new: bool = False):
     """A configuration as documented; unless it is new, its weights already say something."""
+    common = {"task_type": "CAUSAL_LM", "exclude_modules": NOT_THE_AUTOENCODER}
     if kind == "ia3":
         targets = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-        return peft.IA3Config(
-            task_type="CAUSAL_LM", exclude_modules=NOT_THE_AUTOENCODER, init_ia3_weights=is_new, **targets
-        )
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        target_modules="all-linear",
-        exclude_modules=NOT_THE_AUTOENCODER,
-        use_dora=kind == "dora",
-        init_lora_weights=is_new,
-    )
+        return peft.IA3Config(**common, **targets, init_ia3_weights=is_new)
+    lora = {"r": 4, "target_modules": "all-linear", "use_dora": kind == "dora", "init_lora_weights": is_new}
+    return peft.LoraConfig(**common, **lora)
 
 
 def exact_model():
@@ -56,55 +48,30 @@ def text_of(model, temperature: float = 0.5) -> list:
     return model.generate(input_ids=PROMPTS, attention_mask=MASK, do_sample=True, **settings)[:, 7:].tolist()
 
 
-@pytest.fixture(scope="module")
-def plain_text():
-    return text_of(exact_model())
-
-
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 class TestAdapters:
-    def test_an_adapter_changes_the_text_and_switched_off_it_does_not(self, kind, plain_text):
-        model = adapted(kind)
-        assert text_of(model) != plain_text
+    def test_it_changes_the_text_until_it_is_switched_off_also_merged_saved_and_loaded(self, kind, tmp_path):
+        model, plain_text = adapted(kind), text_of(exact_model())
+        text = text_of(model)
+        assert text != plain_text
         with model.disable_adapter():
             assert text_of(model) == plain_text
-
-    def test_merged_it_writes_the_same(self, kind):
-        model = adapted(kind)
-        text = text_of(model)
-        merged = model.merge_and_unload()
-        assert type(merged) is type(tiny_model()) and not any("lora" in n or "ia3" in n for n in merged.state_dict())
-        assert text_of(merged) == text
-
-    @pytest.mark.parametrize("loads", ["PeftModel.from_pretrained", "model.load_adapter"])
-    def test_saved_and_loaded_it_writes_the_same(self, kind, loads, tmp_path, plain_text):
-        model = adapted(kind)
         model.save_pretrained(tmp_path)
         loaded = exact_model()
-        if loads == "model.load_adapter":
-            loaded.load_adapter(str(tmp_path))
-        else:
-            loaded = peft.PeftModel.from_pretrained(loaded, tmp_path)
-        assert text_of(loaded.double()) == text_of(model) != plain_text
+        loaded.load_adapter(str(tmp_path))
+        for each in (loaded, peft.PeftModel.from_pretrained(exact_model(), tmp_path)):
+            assert text_of(each.double()) == text
+        merged = model.merge_and_unload()
+        assert type(merged) is CALMForCausalLM and not any("lora" in n or "ia3" in n for n in merged.state_dict())
+        assert text_of(merged) == text
 
     def test_training_moves_the_adapter_alone_and_the_loss_falls(self, kind):
         torch.manual_seed(1)
         model = peft.get_peft_model(tiny_model(), config_of(kind, is_new=True)).train()
-        ids = torch.randint(3, 95, (4, 16))
-        before = copy.deepcopy(model.state_dict())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-
-        def loss_of():
-            return model(input_ids=ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss
-
-        first = loss_of().item()
-        for _ in range(10):
-            optimizer.zero_grad()
-            loss_of().backward()
-            optimizer.step()
-        assert loss_of().item() < 0.99 * first
-        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert moved == {name for name in before if "lora_" in name or "ia3_" in name}
+        ids, weights = torch.randint(3, 95, (4, 16)), set(model.state_dict())
+        moved, first, last = moved_by_training(model, 10, 0.02, input_ids=ids, labels=ids)
+        assert last < 0.99 * first
+        assert moved == {name for name in weights if "lora_" in name or "ia3_" in name}
         assert not any("autoencoder" in name for name in moved) and any(".head." in name for name in moved)
 
 

@@ -38,8 +38,8 @@ def config(backend="eager"):
 
 
 def write(model, seeds=(1, 2), **settings):
-    """With a generator a row, whose random numbers are the same however many are drawn at a time."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    """With a generator a row, whose random numbers are the same however many are drawn at once; or the global one."""
+    generators = seeds and [torch.Generator().manual_seed(seed) for seed in seeds]
     defaults = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "num_candidates": 12, "eos_token_id": None}
     return model.generate(PROMPT, attention_mask=MASK, generator=generators, **STATIC, **defaults | settings)
 
@@ -58,7 +58,12 @@ def graphs():
 
 
 @pytest.mark.parametrize(
-    "head, law", [*(("energy", law) for law in LAWS), *((head, "adaptive") for head in HEAD_TYPES if head != "energy")]
+    "head, law",
+    [
+        *(("energy", law) for law in ("batch", "exact", "greedy")),
+        *(pytest.param("energy", law, marks=pytest.mark.slow) for law in ("T = 1", "adaptive", "1/T not whole")),
+        *(pytest.param(head, "adaptive", marks=pytest.mark.slow) for head in HEAD_TYPES if head != "energy"),
+    ],
 )
 def test_one_graph_for_all_steps_of_all_texts_which_are_the_uncompiled_ones(graphs, head, law):
     model, compiled = small_model(head), {"compile_config": config(graphs)}
@@ -74,27 +79,29 @@ def test_the_same_text_with_the_inductor():
 
 
 @pytest.mark.slow
-def test_many_laws_each_have_their_graph(graphs):
+def test_many_laws_each_have_their_graph_and_no_more_are_kept_than_may_be(graphs, monkeypatch):
     """PyTorch by itself compiles a function eight times at most."""
     model = small_model()
     for number in range(2, 12):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
     assert len(graphs.made) == 10
+    monkeypatch.setattr(generation_calm_compiled, "LAWS_KEPT", 1)
+    for number in (2, 12):
+        write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
+    assert len(generation_calm_compiled.COMPILED[model]) == 1
 
 
+@pytest.mark.slow
 def test_the_global_generator_gives_the_draws_of_uncompiled_steps():
-    """Of the batch method, which draws as many at once."""
+    """Of the batch method, which draws as many at once; of a prompt read in chunks."""
     texts = []
     for settings in ({}, {"compile_config": config()}):
         torch.manual_seed(0)
-        text = small_model().generate(
-            PROMPT, attention_mask=MASK, do_sample=True, max_new_tokens=NEW_TOKENS, num_candidates=12, **STATIC,
-            **LAWS["batch"], **settings,
-        )  # fmt: skip
-        texts.append(text)
+        texts.append(write(small_model(), None, **LAWS["batch"], prefill_chunk_size=8, **settings))
     assert torch.equal(*texts)
 
 
+@pytest.mark.slow
 def test_rows_that_end_and_tokens_that_may_not_stand(graphs):
     """EOS ends a row and is kept out of the first tokens: the graph stays one, and the text the uncompiled one's."""
     model = small_model()
@@ -114,6 +121,7 @@ def test_disable_compile_leaves_steps_as_they_are(graphs):
     assert not graphs.made
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
     model = small_model()
     text = write(model, temperature=0.5, compile_config=config())
@@ -132,6 +140,7 @@ def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
         ({"cache_implementation": "dynamic"}, 'add cache_implementation="static"'),
         ({"use_cache": False}, 'add cache_implementation="static"'),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "return no hidden_states; leave it out"),
+        ({"repetition_penalty": 2.0}, "compiled steps ask no logits processors"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(settings, message):
@@ -140,31 +149,11 @@ def test_what_cannot_be_compiled_is_refused(settings, message):
         small_model().generate(PROMPT, **settings)
 
 
-def test_a_prompt_read_in_chunks():
-    """The first compiled step knows where the whole prompt ends, not its last chunk."""
+def test_a_model_that_cannot_be_compiled_is_refused():
     model = small_model()
-    settings = {"temperature": 0.5, "prefill_chunk_size": 8}
-    assert torch.equal(write(model, compile_config=config(), **settings), write(model, **settings))
-
-
-def test_a_call_keeps_no_more_laws_than_it_may(monkeypatch, graphs):
-    monkeypatch.setattr(generation_calm_compiled, "LAWS_KEPT", 1)
-    model = small_model()
-    for number in (2, 3, 2):
-        write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
-        assert len(generation_calm_compiled.COMPILED[model]) == 1
-    assert len(graphs.made) == 3
-
-
-def test_an_attention_that_takes_no_mask_is_refused():
-    model = small_model()
-    model.config._attn_implementation = "flex_attention"
+    model.config._attn_implementation = "flex_attention"  # which takes no mask
     with pytest.raises(ValueError, match="attn_implementation='flex_attention'"):
         write(model, compile_config=config())
-
-
-def test_an_offloaded_model_is_refused():
-    model = small_model()
-    model.head._hf_hook = object()  # as accelerate leaves it there
+    model.head._hf_hook = object()  # as accelerate leaves it where weights are offloaded
     with pytest.raises(ValueError, match="offloaded"):
         write(model, compile_config=config())

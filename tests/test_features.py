@@ -18,32 +18,20 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT)
 
 
-def test_the_texts_are_of_all_kinds(tokenizer):
-    lengths = [len(ids) for ids in tokenizer(TEXTS).input_ids]
-    assert {length % K for length in lengths} == {0, 1} and max(lengths) > 2 * min(lengths)
-
-
-class TestPipeline:
-    @pytest.fixture(scope="class")
-    def extract(self):
-        return pipeline("feature-extraction", str(ROOT), trust_remote_code=True, device="cpu")
-
-    def test_it_gives_a_vector_a_patch_by_one_setting(self, extract, tokenizer):
-        for text in TEXTS:
-            patches = -(-len(tokenizer(text).input_ids) // K)
-            assert extract(text, return_tensors=True, tokenize_kwargs=PADDED).shape == (1, patches, D)
-
-    def test_without_the_setting_the_model_names_it(self, extract, tokenizer):
-        (uneven, *_) = [text for text in TEXTS if len(tokenizer(text).input_ids) % K]
-        with pytest.raises(ValueError, match="pad_to_multiple_of=2"):
-            extract(uneven)
-
-    def test_a_text_has_the_same_features_alone_and_in_a_batch(self, extract):
-        """Left-padded, so a text's own patches stand at the end, as its tokens do with any decoder."""
-        alone = [extract(text, return_tensors=True, tokenize_kwargs=PADDED)[0] for text in TEXTS]
-        together = extract(TEXTS, return_tensors=True, tokenize_kwargs=PADDED, batch_size=len(TEXTS))
-        for one, among in zip(alone, together, strict=True):
-            assert torch.allclose(one, among.squeeze(0)[-len(one) :], atol=1e-4)
+def test_the_pipeline_gives_a_vector_a_patch_by_one_setting(tokenizer):
+    """The same alone and in a batch: left-padded, so a text's own patches stand at the end, as with any decoder."""
+    extract = pipeline("feature-extraction", str(ROOT), trust_remote_code=True, device="cpu")
+    together = extract(TEXTS, return_tensors=True, tokenize_kwargs=PADDED, batch_size=len(TEXTS))
+    for text, among in zip(TEXTS, together, strict=True):
+        alone, patches = (
+            extract(text, return_tensors=True, tokenize_kwargs=PADDED),
+            -(-len(tokenizer(text).input_ids) // K),
+        )
+        assert alone.shape == (1, patches, D)
+        assert torch.allclose(alone[0], among.squeeze(0)[-patches:], atol=1e-4)
+    (uneven, *_) = [text for text in TEXTS if len(tokenizer(text).input_ids) % K]
+    with pytest.raises(ValueError, match="pad_to_multiple_of=2"):  # the model names the setting
+        extract(uneven)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

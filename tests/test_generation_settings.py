@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import BOS, tiny_model, tiny_tokenizer
-from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
+from transformers import GenerationConfig, WatermarkingConfig
 
 from calm_transformers.model.generation_calm_upstream import (
     GENERATION_SETTINGS,
@@ -33,19 +33,12 @@ def test_every_field_has_a_class():
     assert [name for name in FIELDS if name not in GENERATION_SETTINGS] == []
 
 
-# Used: two values of a setting, and what differs between their results.
-
-
 def ids(result):
     return result.tolist()
 
 
 def shape(result):
     return list(result.shape)
-
-
-def cache(result):
-    return type(result.past_key_values).__name__
 
 
 def cache_room(result):
@@ -56,16 +49,14 @@ def kind(result):
     return type(result).__name__
 
 
-def first_new(result):
-    return result[0, PROMPT.shape[1]].item()
-
-
 def has(name):
     return lambda result: getattr(result, name) is not None
 
 
+# Two values of a setting, others beside it, and what differs between their results.
 MANY = {"temperature": 1.0, "max_new_tokens": 24}
 DICT = {"return_dict_in_generate": True}
+STATIC = DICT | {"cache_implementation": "static"}
 EMPTY = {"inputs": torch.empty(1, 0, dtype=torch.long), "do_sample": False}
 TWO_ROWS = {"inputs": PROMPT.repeat(2, 1)}
 EFFECTS = {
@@ -76,9 +67,9 @@ EFFECTS = {
     "max_new_tokens": ([3, 4], {}, shape),
     "max_time": ([0.0, 1000.0], {}, shape),
     "num_return_sequences": ([1, 2], {}, shape),
-    "use_cache": ([True, False], DICT, cache),
-    "cache_implementation": (["dynamic", "static"], DICT, cache),
-    "max_cache_len": ([40, 400], DICT | {"cache_implementation": "static"}, cache_room),
+    "use_cache": ([True, False], DICT, has("past_key_values")),
+    "cache_implementation": (["dynamic", "static"], DICT, lambda result: kind(result.past_key_values)),
+    "max_cache_len": ([40, 400], STATIC, cache_room),
     "output_attentions": ([True, False], DICT, has("attentions")),
     "output_hidden_states": ([True, False], DICT, has("hidden_states")),
     "return_dict_in_generate": ([True, False], {}, kind),
@@ -95,19 +86,10 @@ EFFECTS = {
     "forced_eos_token_id": ([7, 8], {}, ids),
     "exponential_decay_length_penalty": ([(1, 1e6), (500, 1.1)], {"eos_token_id": 7, "max_new_tokens": 40}, shape),
 }
-# Those whose two values depend on what is generated, or that do something besides the result.
-OTHER_EFFECTS = {
-    "eos_token_id",
-    "pad_token_id",
-    "min_length",
-    "min_new_tokens",
-    "stop_strings",
-    "cache_config",
-    "prefill_chunk_size",
-    "compile_config",  # test_compiled.py
-    "forced_bos_token_id",
-    "remove_invalid_values",
-    "disable_compile",
+OTHER_EFFECTS = {  # which depend on what is generated, or are more than the result
+    *("eos_token_id", "pad_token_id", "min_length", "min_new_tokens", "stop_strings", "cache_config"),
+    *("prefill_chunk_size", "forced_bos_token_id", "remove_invalid_values"),  # the first is test_generation.py's
+    *("compile_config", "disable_compile"),  # test_compiled.py
 }
 
 
@@ -135,7 +117,7 @@ def test_tokens_that_end_and_fill_rows(model):
 
 @pytest.mark.parametrize("minimum", [{"min_length": 11}, {"min_new_tokens": 5}], ids=str)
 def test_lengths_at_least(model, minimum):
-    eos = first_new(generate(model))
+    eos = generate(model)[0, 6].item()
     assert shape(generate(model, eos_token_id=eos)) == [1, 7]
     assert shape(generate(model, eos_token_id=eos, **minimum))[1] >= 11
 
@@ -151,16 +133,10 @@ def test_logits_that_are_no_numbers_are_put_right(model):
 
     with_nan = generate(model, logits_processor=[spoil])
     assert set(with_nan[0, 6:].tolist()) == {9}  # of NaN and numbers, torch's maximum is NaN
-    kept = model._get_logits_processor(
-        generation_config=settings_of(model, remove_invalid_values=True), input_ids_seq_length=6
-    )
-    assert [type(processor).__name__ for processor in kept.of_row(0, 6)] == ["InfNanRemoveLogitsProcessor"]
-
-
-def settings_of(model, **settings):
-    config, _ = model._prepare_generation_config(None, max_length=20, **settings)
+    config = model._prepare_generation_config(None, max_length=20, remove_invalid_values=True)[0]
     config._eos_token_tensor = None
-    return config
+    (kept,) = model._get_logits_processor(generation_config=config, input_ids_seq_length=6).of_row(0, 6)
+    assert kind(kept) == "InfNanRemoveLogitsProcessor"
 
 
 def test_stop_strings(model):
@@ -176,26 +152,11 @@ def test_a_cache_s_configuration_names_its_package(model):
             generate(model, cache_implementation="quantized", cache_config={"backend": backend})
 
 
-def test_a_prompt_is_read_in_chunks(model):
-    calls = []
-    hook = model.model.register_forward_pre_hook(lambda *a: calls.append(1))
-    counts = []
-    for size in (None, 4):
-        calls.clear()
-        generate(model, prefill_chunk_size=size, max_new_tokens=1)
-        counts.append(len(calls))
-    hook.remove()
-    assert counts == [1, 2]
-
-
 @pytest.mark.skipif("max_cache_len" not in FIELDS, reason="this transformers has no max_cache_len")
 def test_max_cache_len_counts_tokens(model):
     """K = 4: room for 400 tokens is room for 100 patches and one."""
-    result = generate(model, cache_implementation="static", max_cache_len=400, **DICT)
-    assert cache_room(result) == 101
+    assert cache_room(generate(model, max_cache_len=400, **STATIC)) == 101
 
-
-# Harmless
 
 HARMLESS_VALUES = {
     "early_stopping": "never",
@@ -218,22 +179,15 @@ def test_a_harmless_field_changes_nothing(model, name):
     assert torch.equal(model.generate(PROMPT, generation_config=config), generate(model))
 
 
-# Refused
-
 REFUSED = sorted(set(REFUSED_SETTINGS) & set(FIELDS))
 REFUSED_VALUES = {
     "force_words_ids": [[5]],
     "constraints": [object()],
     "dola_layers": "low",
     "watermarking_config": WatermarkingConfig(),
-    "compile_config": CompileConfig(),
     "encoder_no_repeat_ngram_size": 3,
-    "num_beams": 2,
-    "num_beam_groups": 2,
-    "prompt_lookup_num_tokens": 3,
-    "assistant_early_exit": 1,
-    **dict.fromkeys(("output_logits", "token_healing"), True),
-    **dict.fromkeys(("is_assistant", "use_mtp"), True),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "prompt_lookup_num_tokens", "assistant_early_exit"), 2),
+    **dict.fromkeys(("output_logits", "token_healing", "is_assistant", "use_mtp"), True),
 }
 
 

@@ -4,7 +4,6 @@ import functools
 import json
 
 import pytest
-import torch
 from model_copies import ROOT
 from tiny import tiny_model, tiny_tokenizer
 
@@ -75,31 +74,14 @@ def test_texts_are_the_models_own_and_are_scored(batch_size, tmp_path):
 def test_by_name_with_trust_remote_code(tmp_path):
     """The snippet of docs/clients.md on the bundled model."""
     answers = {"Once upon a time, there was a little": "girl", "The dog": "nothing of the kind"}
-    results = evaluate(
-        "hf",
-        GENERATES,
-        tmp_path,
-        answers,
-        model_args={"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"},
-        batch_size=2,
-        device="cpu",
-    )
+    loaded = {"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"}
+    results = evaluate("hf", GENERATES, tmp_path, answers, model_args=loaded, batch_size=2, device="cpu")
     written = [sample["filtered_resps"][0] for sample in results["samples"]["continues"]]
     assert all(len(text) > 3 and "." not in text for text in written), written
     assert results["results"]["continues"]["exact_match,none"] <= 0.5
 
 
-def test_sampled_at_a_temperature(tmp_path):
-    task = {
-        **GENERATES,
-        "generation_kwargs": {"until": ["."], "max_gen_toks": 8, "do_sample": True, "temperature": 0.5},
-    }
-    torch.manual_seed(0)
-    results = evaluate(wrapped(tiny_model(), tiny_tokenizer(), 2), task, tmp_path, {"once": "a", "the dog": "b"})
-    assert "continues" in results["results"]
-
-
-@pytest.mark.parametrize("question", ["a dog?", "a do?", "a d?", "is it a dog?"])
+@pytest.mark.parametrize("question", ["a dog?", "a do?", "a d?"])
 def test_likelihoods_are_refused_in_a_sentence(question, tmp_path):
     """Whatever the prompt's length, whole patches or not."""
     with pytest.raises((AttributeError, ValueError), match="CALM has no logits"):

@@ -1,10 +1,9 @@
 """PEFT's prompt tuning, p-tuning and prefix tuning on a CALM: whole patches of virtual tokens, read and trained."""
 
-import copy
-
 import peft
 import pytest
 import torch
+from text_and_loss import moved_by_training
 from tiny import BOS, PAD, tiny_model
 from transformers import CompileConfig
 
@@ -74,48 +73,35 @@ def text_by_hand(adapter: peft.PeftModel, row: list[int]) -> list:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-class TestGeneration:
-    def test_the_text_is_that_of_a_loop_by_hand(self, kind):
-        model = adapted(kind)
-        for row in ROWS:
-            assert text_of(model, row) == text_by_hand(model, row)
-        assert text_of(model) != text_of(exact())
-        with model.disable_adapter():
-            assert text_of(model) == text_of(exact())
-
-    def test_a_row_in_a_batch_is_what_it_is_alone(self, kind):
-        model = adapted(kind)
-        together = model.generate(**batch_of(ROWS), **LAW, generator=generators(3))[:, 10:].tolist()
-        for b, row in enumerate(ROWS):
-            assert together[b] == text_of(model, row, generator=[generators(3)[b]])[0]
-
-    def test_other_ways_of_reading_come_to_the_same(self, kind):
-        model = adapted(kind)
-        plain = model.generate(**batch_of(ROWS), **LAW, generator=generators(3))
-        for settings in ({"prefill_chunk_size": K}, {"cache_implementation": "static"}):
-            assert torch.equal(model.generate(**batch_of(ROWS), **LAW, **settings, generator=generators(3)), plain)
-
-    def test_saved_and_loaded_it_writes_the_same(self, kind, tmp_path):
-        model = adapted(kind)
-        text = text_of(model)
-        model.save_pretrained(tmp_path)
-        assert text_of(peft.PeftModel.from_pretrained(exact(), tmp_path).double()) == text
-
-    def test_what_cannot_work_is_refused_and_the_model_stays_whole(self, kind):
-        model = adapted(kind)
-        for settings, sentence in [
-            ({"use_cache": False}, "use_cache=False: virtual tokens"),
-            ({"cache_implementation": "static", "compile_config": CompileConfig()}, "compile_config: virtual tokens"),
-            ({"num_candidate": 3}, "num_candidate"),
-        ]:
-            with pytest.raises(ValueError, match=sentence):
-                text_of(model, **settings)
-        assert text_of(model.get_base_model()) == text_of(exact())
+def test_the_text_is_that_of_a_loop_by_hand(kind, tmp_path):
+    """Alone and in a batch, read in other ways, saved and loaded, switched off."""
+    model, plain = adapted(kind), exact()
+    alone = [text_of(model, row, generator=[generators(3)[b]])[0] for b, row in enumerate(ROWS)]
+    assert [alone[0]] == text_by_hand(model, ROWS[0]) != text_of(plain)
+    for settings in ({}, {"prefill_chunk_size": K}, {"cache_implementation": "static"}):
+        together = model.generate(**batch_of(ROWS), **LAW, **settings, generator=generators(3))
+        assert together[:, 10:].tolist() == alone
+    with model.disable_adapter():
+        assert text_of(model) == text_of(plain)
+    model.save_pretrained(tmp_path)
+    assert text_of(peft.PeftModel.from_pretrained(exact(), tmp_path).double()) == [alone[0]]
 
 
-@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
-def test_virtual_tokens_must_be_whole_patches(kind):
-    model = adapted(kind, num_virtual_tokens=6)
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_what_cannot_work_is_refused_and_the_model_stays_whole(kind):
+    model = adapted(kind)
+    for settings, sentence in [
+        ({"use_cache": False}, "use_cache=False: virtual tokens"),
+        ({"cache_implementation": "static", "compile_config": CompileConfig()}, "compile_config: virtual tokens"),
+        ({"num_candidate": 3}, "num_candidate"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            text_of(model, **settings)
+    assert text_of(model.get_base_model()) == text_of(exact())
+
+
+def test_virtual_tokens_must_be_whole_patches():
+    model = adapted("prompt", num_virtual_tokens=6)
     with pytest.raises(ValueError, match="num_virtual_tokens=6: must be a multiple of patch_size=4"):
         text_of(model)
     ids = torch.tensor([ROWS[0][:8]])
@@ -123,14 +109,9 @@ def test_virtual_tokens_must_be_whole_patches(kind):
         model(input_ids=ids, labels=ids)
 
 
-def test_those_of_a_prefix_need_not_be():
-    """Each is a patch of its own in the cache."""
-    model = adapted("prefix", num_virtual_tokens=3)
-    assert text_of(model) == text_by_hand(model, ROWS[0])
-
-
-def test_keys_and_values_shared_by_heads():
-    model = adapted("prefix", num_key_value_heads=2)
+@pytest.mark.parametrize("overrides", [{"num_virtual_tokens": 3}, {"num_key_value_heads": 2}], ids=str)
+def test_those_of_a_prefix_are_keys_and_values_of_patches(overrides):
+    model = adapted("prefix", **overrides)
     assert text_of(model) == text_by_hand(model, ROWS[0])
 
 
@@ -155,44 +136,30 @@ def test_another_replacement_is_refused():
         text_of(model)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_the_loss_is_that_of_the_same_inputs_by_hand(kind):
+    """Rows of unequal length. With virtual tokens before it, a row's first patch is a target."""
+    adapter, ids = adapted(kind, head_type="token_chain"), torch.randint(3, 95, (2, 12))
+    mask = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
+    loss = adapter(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    model, virtual, terms = adapter.get_base_model(), adapter.get_prompt(1), []
+    for b, length in enumerate((12, 8)):
+        row = ids[b : b + 1, :length]
+        if kind == "prompt":
+            embeds = torch.cat([virtual, model.get_input_embeddings()(row)], dim=1)
+            own = torch.cat([row.new_full((1, 8), -100), row], dim=1)
+            terms.append(model(inputs_embeds=embeds, labels=own).loss * (length // K))
+        else:
+            terms.append(model(row, past_key_values=adapter.get_prompt(1), labels=row).loss * (length // K - 1))
+    assert torch.allclose(loss, torch.stack(terms).sum() / (5 if kind == "prompt" else 3))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-class TestTraining:
-    def test_the_loss_is_that_of_the_same_inputs_by_hand(self, kind):
-        """Rows of unequal length. With virtual tokens before it, a row's first patch is a target."""
-        adapter, ids = adapted(kind, head_type="token_chain"), torch.randint(3, 95, (2, 12))
-        mask = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
-        labels = ids.masked_fill(mask == 0, -100)
-        loss = adapter(input_ids=ids, attention_mask=mask, labels=labels).loss
-        model, virtual, terms = adapter.get_base_model(), adapter.get_prompt(1), []
-        for b, length in enumerate((12, 8)):
-            row = ids[b : b + 1, :length]
-            if isinstance(virtual, torch.Tensor):
-                embeds = torch.cat([virtual, model.get_input_embeddings()(row)], dim=1)
-                own = torch.cat([row.new_full((1, 8), -100), row], dim=1)
-                terms.append(model(inputs_embeds=embeds, labels=own).loss * (length // K))
-            else:
-                own = model(row, past_key_values=adapter.get_prompt(1), labels=row).loss
-                terms.append(own * (length // K - 1))
-        count = 5 if isinstance(virtual, torch.Tensor) else 3
-        assert torch.allclose(loss, torch.stack(terms).sum() / count)
-
-    def test_training_moves_the_virtual_tokens_alone_and_the_loss_falls(self, kind):
-        torch.manual_seed(1)
-        model, ids = (
-            peft.get_peft_model(tiny_model("token_chain"), config_of(kind)).train(),
-            torch.randint(3, 95, (4, 16)),
-        )
-        before = copy.deepcopy(model.state_dict())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-
-        def loss_of():
-            return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-
-        first = loss_of().item()
-        for _ in range(15):
-            optimizer.zero_grad()
-            loss_of().backward()
-            optimizer.step()
-        assert loss_of().item() < 0.95 * first
-        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert moved and all(name.startswith("prompt_encoder.") for name in moved)
+def test_training_moves_the_virtual_tokens_alone_and_the_loss_falls(kind):
+    torch.manual_seed(1)
+    model = peft.get_peft_model(tiny_model("token_chain"), config_of(kind)).train()
+    ids = torch.randint(3, 95, (4, 16))
+    moved, first, last = moved_by_training(
+        model, 15, 0.05, input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids
+    )
+    assert last < 0.95 * first and moved and all(name.startswith("prompt_encoder.") for name in moved)

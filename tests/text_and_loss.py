@@ -16,3 +16,18 @@ def text_and_loss(model, **settings):
     ids = model.generate(prompts, attention_mask=(prompts != PAD).long(), do_sample=True, **settings)
     labels, generator = some_ids(), torch.Generator().manual_seed(0)
     return ids.tolist(), model(some_ids(), labels=labels, generator=generator).loss.item()
+
+
+def moved_by_training(model, num_steps, rate, **inputs):
+    """The names of the weights that steps on one batch have moved, and the losses before and after them."""
+    before, losses = {name: tensor.clone() for name, tensor in model.state_dict().items()}, []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(num_steps + 1):
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        losses.append(model(**inputs).loss)
+        losses[-1].backward()
+        if len(losses) <= num_steps:
+            optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    return moved, losses[0].item(), losses[-1].item()
