@@ -1,5 +1,6 @@
 """The energy score and the clipped KL: hand values, a loop twin in float64, coinciding samples, memory."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -14,18 +15,15 @@ from calm_transformers.model.modeling_calm_autoencoder import clipped_kl
 
 def energy_score_by_loops(samples_NPZ, targets_SPZ, beta):
     """The definition, pair by pair; differentiable by autograd where no pair coincides."""
-    num_samples, num_patches, _ = samples_NPZ.shape
+    samples_PNZ, targets_PSZ = samples_NPZ.transpose(0, 1), targets_SPZ.transpose(0, 1)
+
+    def mean_distance(pairs):
+        return torch.stack([(x - y).square().sum() ** (beta / 2) for x, y in pairs]).mean()
+
     scores = []
-    for p in range(num_patches):
-        repulsion, attraction = [], []
-        for i in range(num_samples):
-            repulsion += [
-                (samples_NPZ[i, p] - samples_NPZ[j, p]).square().sum() ** (beta / 2)
-                for j in range(num_samples)
-                if i != j
-            ]
-            attraction += [(samples_NPZ[i, p] - y).square().sum() ** (beta / 2) for y in targets_SPZ[:, p]]
-        scores.append(torch.stack(repulsion).mean() - 2 * torch.stack(attraction).mean())
+    for samples, targets in zip(samples_PNZ, targets_PSZ, strict=True):
+        repulsion = mean_distance(itertools.permutations(samples, 2))
+        scores.append(repulsion - 2 * mean_distance(itertools.product(samples, targets)))
     return torch.stack(scores)
 
 
@@ -37,8 +35,7 @@ def value_and_gradient(score, samples, targets, beta):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 1.25, 1.5, 1.9])
-@pytest.mark.parametrize("num_samples", [2, 3, 8])
+@pytest.mark.parametrize("beta, num_samples", [(0.1, 3), (0.5, 2), (1.0, 8), (1.5, 3), (1.9, 2)])
 @pytest.mark.parametrize("spread", [1.0, 0.05], ids=["wide posterior", "narrow posterior"])
 def test_agrees_with_the_loop_twin(dtype, tolerance, beta, num_samples, spread):
     generator = torch.Generator().manual_seed(1)
@@ -78,17 +75,8 @@ def test_prefers_the_truth():
     assert honest > energy_score(0.5 * samples, targets).mean() + 0.05
 
 
-def test_order_of_samples_shift_and_scale():
-    generator = torch.Generator().manual_seed(0)
-    samples, targets = torch.randn(6, 3, 5, generator=generator), torch.randn(9, 3, 5, generator=generator)
-    score = energy_score(samples, targets, beta=1.5)
-    torch.testing.assert_close(energy_score(samples.flip(0), targets.roll(2, 0), beta=1.5), score)
-    torch.testing.assert_close(energy_score(samples + 10, targets + 10, beta=1.5), score, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(energy_score(3 * samples, 3 * targets, beta=1.5), 3**1.5 * score)
-
-
-@pytest.mark.parametrize("beta", [0.01, 0.5, 1.0, 1.01, 1.5, 1.99])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0.01, 1.0, 1.01, 1.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_finite_where_samples_coincide(beta, dtype):
     point = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     for samples, targets in [
@@ -139,22 +127,18 @@ def test_never_builds_the_difference_tensor():
 
 
 @pytest.mark.parametrize(
-    "shapes, beta, sentence",
+    "samples, targets, beta, sentence",
     [
-        (((1, 3, 4), (5, 3, 4)), 1.0, "at least 2"),
-        (((2, 3, 4), (5, 3, 4)), 2.0, "beta=2.0"),
-        (((2, 3, 4), (5, 3, 4)), 0.0, "beta=0.0"),
-        (((2, 3, 4), (5, 2, 4)), 1.0, "must agree"),
+        ((1, 3, 4), (5, 3, 4), 1.0, "at least 2"),
+        ((2, 3, 4), (5, 3, 4), 2.0, "beta=2.0"),
+        ((2, 3, 4), (5, 3, 4), 0.0, "beta=0.0"),
+        ((2, 3, 4), (5, 2, 4), 1.0, "must agree"),
+        ((2, 3, 4), (5, 3, 4), 1.0, "detach"),
     ],
 )
-def test_refuses(shapes, beta, sentence):
+def test_refuses(samples, targets, beta, sentence):
     with pytest.raises(ValueError, match=sentence):
-        energy_score(torch.zeros(shapes[0]), torch.zeros(shapes[1]), beta)
-
-
-def test_refuses_a_gradient_in_the_targets():
-    with pytest.raises(ValueError, match="detach"):
-        energy_score(torch.zeros(2, 3, 4), torch.zeros(5, 3, 4, requires_grad=True))
+        energy_score(torch.zeros(samples), torch.zeros(targets, requires_grad=sentence == "detach"), beta)
 
 
 def test_clipped_kl_by_hand():

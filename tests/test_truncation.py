@@ -1,24 +1,26 @@
 """Truncations and T > 1: hand values, upstream's warpers, compiled and eager, and the laws that choices come to."""
 
+import functools
 import math
 from functools import partial
 
 import pytest
 import torch
 from enumerable_laws import StubPool, chi_square_p_value, seeded, sharpened, total_variation, zipf
-from tiny import tiny_model
-from transformers import CompileConfig
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from calm_transformers.benchmarks import truncation as report
 from calm_transformers.benchmarks.truncation import LAWS, Pools, meant_law, plug_in_weights
-from calm_transformers.model.generation_calm_samplers import batch_temperature_select, exact_temperature_sample
+from calm_transformers.model.generation_calm_samplers import (
+    PatchSampling,
+    batch_temperature_select,
+    exact_temperature_sample,
+)
 from calm_transformers.model.generation_calm_weights import (
     KEEP_ALL,
     Truncation,
     choose_by_weight,
     draw_weights,
-    log_weight_of_unseen,
     patch_classes,
     truncated,
 )
@@ -27,11 +29,9 @@ TRUNCATIONS = [
     Truncation(top_k=1),
     Truncation(top_k=5),
     Truncation(top_p=0.0),
-    Truncation(top_p=0.3),
     Truncation(top_p=0.95),
     Truncation(min_p=0.05),
     Truncation(min_p=1.0),
-    Truncation(top_k=7, top_p=0.8),
     Truncation(top_k=30, top_p=0.9, min_p=0.1),
     Truncation(top_p=0.5, min_p=0.5),
     KEEP_ALL,
@@ -50,7 +50,7 @@ def by_patch(weights_1N, counts):
 
 class TestTruncated:
     @pytest.mark.parametrize("truncation", TRUNCATIONS)
-    @pytest.mark.parametrize("size", [1, 2, 40, 500])
+    @pytest.mark.parametrize("size", [1, 2, 500])
     def test_keeps_what_upstream_s_warpers_keep(self, truncation, size):
         logits_BN = 3 * torch.randn(20, size, generator=seeded(size))
         warped_BN = logits_BN
@@ -70,16 +70,10 @@ class TestTruncated:
     @pytest.mark.parametrize(
         "truncation, kept",
         [
-            (Truncation(top_k=2), [1, 3]),
-            (Truncation(top_k=9), [0, 1, 2, 3, 4]),
             (Truncation(top_p=0.4), [1]),
             (Truncation(top_p=0.41), [1, 3]),
-            (Truncation(top_p=0.7), [1, 3]),
-            (Truncation(top_p=0.95), [0, 1, 3, 4]),
-            (Truncation(top_p=0.0), [1]),
             (Truncation(min_p=0.25), [0, 1, 3, 4]),
             (Truncation(min_p=0.26), [1, 3, 4]),
-            (Truncation(min_p=1.0), [1]),
             (Truncation(top_k=2, top_p=0.5), [1]),  # 0.4 of the 0.7 that top-k leaves
             (Truncation(top_k=3, min_p=0.3), [1, 3, 4]),
         ],
@@ -95,59 +89,34 @@ class TestTruncated:
             assert (truncated(equal, truncation)[0] > 0).tolist() == [True] * 3 + [False] * 7
         assert (truncated(equal, Truncation(min_p=1.0)) > 0).all()
 
-    @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9])
+    @pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 0.5, 0.9])
     def test_what_lies_exactly_on_an_edge(self, share):
         """Of n·20 equal ones n·20·share are the fewest; and a count of exactly that share of the largest stays."""
         for size in range(20, 201, 20):
             weights = draw_weights(torch.arange(size)[None], 1.0, Truncation(top_p=share))
             assert int((weights > 0).sum()) == round(share * size)
             counts = (size, round(share * size), round(share * size) - 1)
-            weights = draw_weights(classes_of(*counts[: 3 if counts[2] else 2]), 1.0, Truncation(min_p=share))
+            weights = draw_weights(classes_of(*counts), 1.0, Truncation(min_p=share))
             assert int((weights > 0).sum()) == 2
 
     @pytest.mark.parametrize(
-        "truncation, message",
+        "settings, message",
         [
-            (Truncation(top_k=-1), "top_k=-1: must be a whole number of patches"),
-            (Truncation(top_k=2.5), "top_k=2.5: must be a whole"),
-            (Truncation(top_k=True), "top_k=True: must be a whole"),
-            (Truncation(top_p=1.5), r"top_p=1.5: must be a share, in \[0, 1\]"),
-            (Truncation(top_p="all"), "top_p='all': must be a share"),
-            (Truncation(min_p=-0.1), "min_p=-0.1: must be a share"),
-            (Truncation(min_p=math.nan), "min_p=nan: must be a share"),
+            ({"top_k": -1}, "top_k=-1: must be a whole number of patches"),
+            ({"top_k": 2.5}, "top_k=2.5: must be a whole"),
+            ({"top_k": True}, "top_k=True: must be a whole"),
+            ({"top_p": 1.5}, r"top_p=1.5: must be a share, in \[0, 1\]"),
+            ({"top_p": "all"}, "top_p='all': must be a share"),
+            ({"min_p": -0.1}, "min_p=-0.1: must be a share"),
+            ({"min_p": math.nan}, "min_p=nan: must be a share"),
         ],
     )
-    def test_values_outside_the_range(self, truncation, message):
+    def test_values_outside_the_range(self, settings, message):
         with pytest.raises(ValueError, match=message):
-            truncation.check()
-
-    def test_what_keeps_all(self):
-        assert KEEP_ALL.keeps_all and Truncation(0, 1, 0).keeps_all
-        for truncation in TRUNCATIONS[:-1]:
-            truncation.check()
-            assert not truncation.keeps_all
+            PatchSampling(**settings)
 
 
-class TestDrawWeights:
-    def test_at_one_half_by_hand(self):
-        """Counts 4, 3, 2, 1 weigh C(c, 2) = 6, 3, 1, 0."""
-        class_1N = classes_of(1, 4, 2, 3)
-        assert by_patch(draw_weights(class_1N, 0.5), (1, 4, 2, 3)) == pytest.approx([0, 0.6, 0.1, 0.3], abs=1e-6)
-        of_two = draw_weights(class_1N, 0.5, Truncation(top_k=2))
-        assert by_patch(of_two, (1, 4, 2, 3)) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=1e-6)
-        of_share = draw_weights(class_1N, 0.5, Truncation(top_p=0.6))
-        assert by_patch(of_share, (1, 4, 2, 3)) == pytest.approx([0, 1, 0, 0], abs=1e-6)
-
-    @pytest.mark.parametrize("temperature", [0.3, 0.5, 0.7, 1.0, 1.5, 2.0])
-    @pytest.mark.parametrize("truncation", TRUNCATIONS)
-    def test_each_row_sums_to_1_on_first_occurrences(self, temperature, truncation):
-        class_BN = patch_classes(torch.randint(12, (8, 60, 1), generator=seeded()))
-        weights_BN = draw_weights(class_BN, temperature, truncation)
-        torch.testing.assert_close(weights_BN.sum(-1), torch.ones(8))
-        assert not weights_BN[class_BN != torch.arange(60)].any()
-        alone = torch.cat([draw_weights(class_N[None], temperature, truncation) for class_N in class_BN])
-        torch.testing.assert_close(weights_BN, alone)
-
+class TestWeights:
     @pytest.mark.parametrize(
         "temperature, truncation", [(0.5, Truncation(top_k=2)), (1.5, KEEP_ALL), (1.0, Truncation(top_p=0.7))]
     )
@@ -161,37 +130,18 @@ class TestDrawWeights:
         number, law = torch.searchsorted(kept, chosen), weights_1N[0, kept].double()
         assert chi_square_p_value(number, law / law.sum()) > 1e-3
 
-    def test_noise_alone_decides(self):
-        """The smallest of noise ÷ weight."""
-        class_1N, noise_1N = classes_of(1, 1, 1), torch.tensor([[1.0, 0.3, 0.6]])
-        assert choose_by_weight(class_1N, noise_1N, 1.0).tolist() == [1]
-        assert choose_by_weight(classes_of(3, 1), torch.tensor([[0.9, 9.0, 9.0, 0.4]]), 1.0).tolist() == [0]
-        assert choose_by_weight(classes_of(3, 1), torch.tensor([[1.3, 9.0, 9.0, 0.4]]), 1.0).tolist() == [3]
-        top = Truncation(top_k=1)
-        assert choose_by_weight(classes_of(3, 1), torch.tensor([[1.3, 9.0, 9.0, 1e-6]]), 1.0, top).tolist() == [0]
-
-
-class TestUnseen:
     @pytest.mark.parametrize(
-        "counts, f1, f2",
-        [((1, 1, 1, 2, 5), 3, 1), ((1, 1, 1, 1), 4, 0), ((2, 2, 1, 1, 3), 2, 2), ((1, 2, 2), 1, 2), ((3, 4), 0, 0)],
+        "counts, f1, f2", [((1, 1, 1, 2, 5), 3, 1), ((1, 1, 1, 1), 4, 0), ((1, 2, 2), 1, 2), ((3, 4), 0, 0)]
     )
-    @pytest.mark.parametrize("temperature", [1.25, 1.5, 2.0])
-    def test_by_hand(self, counts, f1, f2, temperature):
+    @pytest.mark.parametrize("temperature", [1.25, 2.0])
+    def test_of_the_unseen_by_hand(self, counts, f1, f2, temperature):
         """Chao's f1 (f1 − 1) / (2 (f2 + 1)) patches that were not seen, of weight C(0, 1/T), over the f1."""
         s = 1 / temperature
-        weight_0 = 1 / (math.gamma(s + 1) * math.gamma(1 - s))
-        unseen = f1 * (f1 - 1) / (2 * (f2 + 1))
-        sizes_1N = torch.cat([torch.full((count,), count) for count in counts])[None]
-        weight = log_weight_of_unseen(sizes_1N, temperature).exp().item()
-        assert weight == pytest.approx(unseen * weight_0 / f1 if f1 else 0, rel=1e-5)
-
+        unseen = f1 * (f1 - 1) / (2 * (f2 + 1)) / (math.gamma(s + 1) * math.gamma(1 - s))
         plain = [math.gamma(c + 1) / (math.gamma(s + 1) * math.gamma(c - s + 1)) for c in counts]
-        expected = [w + (weight if c == 1 else 0) for w, c in zip(plain, counts, strict=True)]
+        expected = [w + (unseen / f1 if c == 1 else 0) for w, c in zip(plain, counts, strict=True)]
         found = by_patch(draw_weights(classes_of(*counts), temperature), counts)
         assert found == pytest.approx([w / sum(expected) for w in expected], rel=1e-5)
-        together = sum(expected) - sum(plain)
-        assert together == pytest.approx(unseen * weight_0, rel=1e-5, abs=1e-9)
 
     def test_is_continuous_at_1(self):
         class_BN = patch_classes(torch.randint(20, (4, 30, 1), generator=seeded()))
@@ -207,56 +157,29 @@ class TestUnseen:
             exact_temperature_sample(StubPool(zipf(5)[None], seeded()), 1.5, 10)
 
 
-class TestCompiled:
-    @pytest.mark.parametrize(
-        "backend, temperature, truncation",
-        [
-            ("aot_eager", 0.5, KEEP_ALL),
-            ("aot_eager", 1.5, Truncation(5, 0.9, 0.05)),
-            pytest.param("inductor", 1.5, Truncation(5, 0.9, 0.05), marks=pytest.mark.slow),
-        ],
-    )
-    def test_the_choice_equals_the_eager_one(self, backend, temperature, truncation):
-        class_BN = patch_classes(torch.randint(30, (16, 60, 1), generator=seeded()))
-        noise_BN = torch.empty(16, 60).exponential_(generator=seeded(1))
-        choose = partial(choose_by_weight, temperature=temperature, truncation=truncation)
-        torch._dynamo.reset()  # it counts compilations by code
-        compiled = torch.compile(choose, fullgraph=True, backend=backend)
-        with torch._dynamo.config.patch(specialize_float=True):  # as generation_calm_compiled.py does
-            chosen_B = compiled(class_BN, noise_BN)
-        assert torch.equal(chosen_B, choose(class_BN, noise_BN))
-
-    @pytest.mark.parametrize(
-        "settings",
-        [pytest.param({"temperature": 1.5}, marks=pytest.mark.slow), {"temperature": 0.5, "top_k": 3, "min_p": 0.1}],
-        ids=str,
-    )
-    def test_text_of_compiled_steps(self, settings):
-        model, prompt = tiny_model(), torch.randint(10, 60, (2, 17), generator=seeded())
-        settings = settings | {"do_sample": True, "num_candidates": 12, "max_new_tokens": 16, "eos_token_id": None}
-        texts = []
-        for compiled in ({}, {"compile_config": CompileConfig(backend="aot_eager", mode=None)}):
-            generators = [seeded(1), seeded(2)]
-            texts.append(
-                model.generate(prompt, generator=generators, cache_implementation="static", **settings, **compiled)
-            )
-        assert torch.equal(*texts) and texts[0].shape == (2, 33)
+@pytest.mark.parametrize(
+    "backend, temperature, truncation",
+    [
+        ("aot_eager", 0.5, KEEP_ALL),
+        ("aot_eager", 1.5, Truncation(5, 0.9, 0.05)),
+        pytest.param("inductor", 1.5, Truncation(5, 0.9, 0.05), marks=pytest.mark.slow),
+    ],
+)
+def test_the_compiled_choice_equals_the_eager_one(backend, temperature, truncation):
+    class_BN = patch_classes(torch.randint(30, (16, 60, 1), generator=seeded()))
+    noise_BN = torch.empty(16, 60).exponential_(generator=seeded(1))
+    choose = partial(choose_by_weight, temperature=temperature, truncation=truncation)
+    torch._dynamo.reset()  # it counts compilations by code
+    compiled = torch.compile(choose, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(specialize_float=True):  # as generation_calm_compiled.py does
+        chosen_B = compiled(class_BN, noise_BN)
+    assert torch.equal(chosen_B, choose(class_BN, noise_BN))
 
 
-CHOSEN = 2000  # pools
-
-
-@pytest.fixture(scope="module")
-def pools():
+@functools.cache
+def pools(name, num_draws):
     """Of each law and N, made once."""
-    made = {}
-
-    def get(name, num_draws):
-        if (name, num_draws) not in made:
-            made[name, num_draws] = Pools(LAWS[name], CHOSEN, num_draws)
-        return made[name, num_draws]
-
-    return get
+    return Pools(LAWS[name], 2000, num_draws)
 
 
 class TestLaws:
@@ -268,14 +191,11 @@ class TestLaws:
             ("zipf(20)", 50, 1.5, 0.012),
             ("zipf(20)", 50, 2.0, 0.025),
             ("zipf(100)", 200, 1.25, 0.015),
-            ("zipf(100)", 200, 2.0, 0.04),
-            ("zipf(1000)", 200, 1.5, 0.12),
             ("zipf(1000)", 1000, 2.0, 0.09),
-            ("peaked(50)", 50, 1.5, 0.04),
             ("peaked(50)", 200, 2.0, 0.012),
         ],
     )
-    def test_flattened(self, pools, name, num_draws, temperature, bound):
+    def test_flattened(self, name, num_draws, temperature, bound):
         law, meant = pools(name, num_draws), meant_law(LAWS[name], temperature)
 
         def distance(weigh):
@@ -288,17 +208,15 @@ class TestLaws:
     @pytest.mark.parametrize(
         "name, num_draws, temperature, truncation, bound",
         [
-            ("zipf(20)", 200, 1.0, Truncation(top_k=5), 0.08),
             ("zipf(100)", 1000, 1.0, Truncation(top_k=5), 0.04),
             ("zipf(1000)", 200, 0.5, Truncation(top_k=5), 0.05),
-            ("zipf(20)", 1000, 1.0, Truncation(top_p=0.9), 0.04),
             ("zipf(100)", 200, 0.5, Truncation(top_p=0.9), 0.035),
             ("zipf(100)", 200, 1.0, Truncation(min_p=0.1), 0.15),
             ("peaked(50)", 200, 1.0, Truncation(min_p=0.1), 0.01),
             ("zipf(100)", 1000, 1.5, Truncation(top_k=5), 0.06),
         ],
     )
-    def test_truncated(self, pools, name, num_draws, temperature, truncation, bound):
+    def test_truncated(self, name, num_draws, temperature, truncation, bound):
         law, meant = pools(name, num_draws), meant_law(LAWS[name], temperature, truncation)
 
         def distance(**settings):
@@ -329,11 +247,9 @@ class TestReport:
         )
         torch.testing.assert_close(meant_law(law, 0.5), (law**2 / 0.38))
         torch.testing.assert_close(meant_law(law, 2.0), sharpened(law, 2.0))
+        assert by_patch(plug_in_weights(classes_of(4, 1), 2.0), (4, 1)) == pytest.approx([2 / 3, 1 / 3])
         ties = torch.tensor([0.4, 0.2, 0.2, 0.2], dtype=torch.float64)  # one of the three stays, each as often
         torch.testing.assert_close(meant_law(ties, 1.0, Truncation(top_k=2)), torch.tensor([6, 1, 1, 1]).double() / 9)
-
-    def test_plug_in_by_hand(self):
-        assert by_patch(plug_in_weights(classes_of(4, 1), 2.0), (4, 1)) == pytest.approx([2 / 3, 1 / 3])
 
     def test_law_of_choice_by_loops(self):
         pools, law = Pools(zipf(5), 30, 7), torch.zeros(5, dtype=torch.float64)
