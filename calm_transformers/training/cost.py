@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
-from calm_transformers.model.heads_calm import GenerativeHead, PatchTarget
+from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.auxiliary import MultiTokenLoss
@@ -86,39 +86,19 @@ def attention_flops(config, num_positions: int) -> int:
     return 4 * num_positions * size * config.num_hidden_layers
 
 
-def encoding(autoencoder: CALMAutoencoder) -> Work:
-    """One patch through the encoder."""
-    return work_of(autoencoder.encode, torch.zeros(1, autoencoder.config.patch_size, dtype=torch.long, device="meta"))
-
-
-def decoding(autoencoder: CALMAutoencoder) -> Work:
-    """One patch through the decoder, output matrix included."""
-    return work_of(autoencoder.decode, torch.zeros(1, autoencoder.config.latent_size, device="meta"))
-
-
-def scoring(model: CALMForCausalLM) -> tuple[Work, int]:
-    """One patch through the head's loss, and the FLOPs of the autoencoder where the head asks for the posterior."""
-    config = model.config
-    context = torch.zeros(1, config.hidden_size, device="meta")
-    latent = torch.zeros(1, config.latent_size, device="meta")
-    tokens = torch.zeros(1, config.patch_size, dtype=torch.long, device="meta")
-    work = work_of(model.head.loss, context, PatchTarget(tokens, posterior=(latent, latent)))
-    return work, work_of(model.head.loss, context, PatchTarget(tokens, model.autoencoder)).flops - work.flops
-
-
-def drawing(head: GenerativeHead, config) -> Work:
-    """One draw of the head, for a context of its own."""
-    with torch.no_grad():
-        return work_of(head.sample, torch.zeros(1, config.hidden_size, device="meta"), num_samples=1)
-
-
 def calm_cost(config, block_size: int) -> Cost:
     with torch.device("meta"):
         model = CALMForCausalLM(config)
-    K, head, backbone = config.patch_size, model.head, model.model
+        context, latent = torch.zeros(1, config.hidden_size), torch.zeros(1, config.latent_size)
+        tokens = torch.zeros(1, config.patch_size, dtype=torch.long)
+    K, head, backbone, autoencoder = config.patch_size, model.head, model.model, model.autoencoder
     embedding, layers = once(backbone.embed_proj), once(backbone.layers)
-    head_work, encoding_flops = scoring(model)
     layer_flops = layers.flops + attention_flops(config, block_size // K)
+    scoring = work_of(head.loss, context, PatchTarget(tokens, posterior=(latent, latent)))
+    # The head's loss may ask the autoencoder for the posterior.
+    encoding_flops = work_of(head.loss, context, PatchTarget(tokens, autoencoder)).flops - scoring.flops
+    with torch.no_grad():
+        drawing = work_of(head.sample, context, num_samples=1)
     parameters = {
         "token embedding": count(backbone.embed_tokens),
         "patch embedding": count(backbone.embed_proj),
@@ -126,21 +106,21 @@ def calm_cost(config, block_size: int) -> Cost:
         "head": count(head) - sum(p.numel() for p in head.parameters() if not p.requires_grad),
     }
     return Cost(
-        parameters | {"autoencoder (frozen)": count(model.autoencoder)},
+        parameters | {"autoencoder (frozen)": count(autoencoder)},
         {
             "patch embedding": 3 * embedding.flops / K,
             "backbone": 3 * layer_flops / K,
-            "head": 3 * head_work.flops / K,
+            "head": 3 * scoring.flops / K,
             "autoencoder": encoding_flops / K,
         },
         {
             "patch embedding": embedding.flops / K,
             "backbone": layer_flops / K,
-            "head": drawing(head, config).flops / K,
-            "autoencoder": decoding(model.autoencoder).flops / K,
+            "head": drawing.flops / K,
+            "autoencoder": work_of(autoencoder.decode, latent).flops / K,
         },
         sum(parameters.values()),
-        (embedding.kept + layers.kept + head_work.kept) / K,
+        (embedding.kept + layers.kept + scoring.kept) / K,
         head.network_calls,
     )
 
@@ -148,10 +128,11 @@ def calm_cost(config, block_size: int) -> Cost:
 def autoencoder_cost(config: CALMAutoencoderConfig) -> Cost:
     with torch.device("meta"):
         model = CALMAutoencoder(config)
+        patch, latent = torch.zeros(1, config.patch_size, dtype=torch.long), torch.zeros(1, config.latent_size)
     K, parameters = config.patch_size, {"encoder": count(model.encoder)}
     parameters["decoder"] = count(model) - parameters["encoder"]  # the output matrix is the encoder's embedding
-    parts = {"encoder": encoding(model).flops / K, "decoder": decoding(model).flops / K}
-    patch = torch.zeros(1, K, dtype=torch.long, device="meta")
+    work = {"encoder": work_of(model.encode, patch), "decoder": work_of(model.decode, latent)}
+    parts = {part: done.flops / K for part, done in work.items()}
     kept = work_of(model, patch, labels=patch).kept / K
     return Cost(parameters, {part: 3 * value for part, value in parts.items()}, parts, sum(parameters.values()), kept)
 
@@ -165,34 +146,28 @@ def ar_cost(config, block_size: int) -> Cost:
         "output matrix": 0 if config.tie_word_embeddings else count(model.lm_head),
     }
     layers, output = once(model.model.layers), once(model.lm_head)
-    parts: dict[str, float] = {
-        "backbone": layers.flops + attention_flops(config, block_size),
-        "output matrix": output.flops,
-    }
-    return Cost(
-        parameters,
-        {part: 3 * value for part, value in parts.items()},
-        parts,
-        sum(parameters.values()),
-        layers.kept + output.kept,
-    )
+    backbone_flops = layers.flops + attention_flops(config, block_size)
+    parts: dict[str, float] = {"backbone": backbone_flops, "output matrix": output.flops}
+    train_flops = {part: 3 * value for part, value in parts.items()}
+    return Cost(parameters, train_flops, parts, sum(parameters.values()), layers.kept + output.kept)
 
 
 def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
+    """With what the recipe adds to a CALM (auxiliary loss, teacher) and leaves out (head, gradients)."""
     config = config or CONFIGS[recipe.kind](**recipe.model)
     if recipe.kind == "autoencoder":
         return autoencoder_cost(config)
     if recipe.kind == "ar":
         return ar_cost(config, recipe.data.block_size)
-    return as_trained(calm_cost(config, recipe.data.block_size), recipe, config, teacher)
-
-
-def as_trained(cost: Cost, recipe: Recipe, config, teacher=None) -> Cost:
-    """The cost of a CALM with what the recipe adds (auxiliary loss, teacher) and leaves out (head, gradients)."""
+    cost = calm_cost(config, recipe.data.block_size)
     flops_of = cost.train_flops
     if recipe.auxiliary_weight:
-        scored, drawn = auxiliary_flops(config)
-        flops_of["auxiliary loss"] = (3 * scored + recipe.auxiliary_targets * drawn) / config.patch_size
+        with torch.device("meta"):
+            loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
+            hidden = torch.zeros(1, 2, config.hidden_size)
+            labels = torch.zeros(1, 2 * config.patch_size, dtype=torch.long)
+        scored, drawn = work_of(loss, hidden, labels), work_of(loss.draw, hidden[:, 0], num_draws=1)
+        flops_of["auxiliary loss"] = (3 * scored.flops + recipe.auxiliary_targets * drawn.flops) / config.patch_size
         cost.inference_flops["auxiliary loss"] = 0
         flops_of["autoencoder"] *= 1 + recipe.auxiliary_targets
     if teacher is not None:
@@ -204,15 +179,6 @@ def as_trained(cost: Cost, recipe: Recipe, config, teacher=None) -> Cost:
     if recipe.freeze_backbone:
         flops_of |= {part: flops_of[part] / 3 for part in ("patch embedding", "backbone")}
     return cost
-
-
-def auxiliary_flops(config) -> tuple[int, int]:
-    """One patch through the auxiliary loss, forward, and one patch drawn by it."""
-    with torch.device("meta"):
-        loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
-    hidden = torch.zeros(1, 2, config.hidden_size, device="meta")
-    scored = work_of(loss, hidden, torch.zeros(1, 2 * config.patch_size, dtype=torch.long, device="meta")).flops
-    return scored, work_of(loss.draw, hidden[:, 0], num_draws=1).flops
 
 
 def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) -> None:
@@ -233,10 +199,9 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) 
     if cost.network_calls is not None:
         print(f"  a draw of the head: {cost.network_calls} network call{'s' if cost.network_calls > 1 else ''}")
 
-    rows = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
-    tokens = rows * recipe.data.block_size
-    weights = (16 * cost.trainable + 4 * (sum(cost.parameters.values()) - cost.trainable)) / 2**30
     micro_batch = training.get("per_device_train_batch_size", 8) * recipe.data.block_size
+    tokens = micro_batch * training.get("gradient_accumulation_steps", 1)
+    weights = (16 * cost.trainable + 4 * (sum(cost.parameters.values()) - cost.trainable)) / 2**30
     activations = (2 if training.get("bf16") else 4) * cost.kept * micro_batch / 2**30
     print(f"\na step of one process: {tokens:,} tokens, {train * tokens:.2e} FLOPs")
     print(f"memory: {weights:.2f} GiB for float32 weights, gradients and Adam,")

@@ -72,11 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(recipe: Recipe, resume: str = "auto") -> Callable[[], None] | None:
-    """Trains a tokenizer, from the start whatever `resume` says; prepares any other training.
-
-    Returns:
-        the training, as `fit`.
-    """
+    """Trains a tokenizer, from the start whatever `resume` says; of any other training, what `fit` returns."""
     if recipe.kind == "tokenizer":
         return train_tokenizer(recipe)
     tokenizer = tokenizer_of(recipe)
@@ -108,11 +104,7 @@ def dry_run(recipe: Recipe) -> None:
 
 
 class NotThere(InputError):
-    """What a recipe needs is not named or, so far, not there; a dry run can do without.
-
-    Args:
-        why: half a sentence.
-    """
+    """What a recipe needs is not named or, so far, not there; a dry run can do without. `why` is half a sentence."""
 
     def __init__(self, message: str, why: str):
         super().__init__(message)
@@ -120,15 +112,10 @@ class NotThere(InputError):
 
 
 def read(what: str, where: str | None, reader):
-    """`reader(where)`, of the folder or Hub id that a recipe names in the field `what`.
-
-    Raises:
-        NotThere: it is not named, no such folder, or not to be had from the Hub.
-        InputError: the folder is there, and is none.
-    """
+    """`reader(where)`, of the folder or Hub id that a recipe names in the field `what`, or `NotThere`."""
     if where is None:
-        message = f"no {what}: give --{what} a folder or a Hub id ({MAKERS[what]} makes one)."
-        raise NotThere(message, f"no {what} is named")
+        why = f"no {what} is named"
+        raise NotThere(f"no {what}: give --{what} a folder or a Hub id ({MAKERS[what]} makes one).", why)
     is_there = Path(where).exists()
     if is_missing_folder(where) or (where.startswith("runs/") and not is_there):
         message = f"{what} {where}: no such folder ({MAKERS[what]} makes one)."
@@ -202,13 +189,8 @@ def check_tokens(what: str, where: str, llama: LlamaConfig, tokenizer) -> None:
 
 
 def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig | None = None):
-    """The configuration that the recipe states around the tokenizer and, of a CALM, the autoencoder; or, with
-    `init_from`, that of the model before, which a CALM's recipe changes.
-
-    Args:
-        recipe: states the rest.
-        tokenizer: `None` only in a dry run, where it is not there yet, and with `init_from`, which has one.
-        autoencoder: its configuration; `None` as for the tokenizer, and for what is no CALM.
+    """The configuration that the recipe states around the tokenizer and, of a CALM, the autoencoder, both `None` where
+    a dry run has none; or, with `init_from`, that of the model before, which a CALM's recipe changes.
     """
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
@@ -276,7 +258,6 @@ def tokenizer_fields(tokenizer) -> dict:
 
 
 def make_config(config_class, values: dict):
-    """The configuration."""
     try:
         config = config_class(**values)
     except (ValueError, TypeError) as error:
@@ -328,9 +309,7 @@ def _if_there(load, recipe: Recipe, named: str | None, fields: list[str], notes:
 
 
 def make_model(recipe: Recipe, tokenizer):
-    """A model to go on from, or a new one; a CALM around the trained autoencoder, with the backbone of a Llama or
-    without.
-    """
+    """A model to go on from, or a new one; a CALM around the trained autoencoder."""
     if recipe.kind == "calm":
         model = calm_to_go_on_from(recipe) if recipe.init_from else new_calm(recipe, tokenizer)
         if not model.head.is_fitted:  # to the autoencoder and to the multi-token loss, where there is one
@@ -370,12 +349,11 @@ def calm_to_go_on_from(recipe: Recipe) -> CALMForCausalLM:
 
 
 def backbone_of(recipe: Recipe) -> LlamaForCausalLM:
-    config = read_config("init_backbone", recipe.init_backbone, LlamaConfig)
-    return load_llama("init_backbone", str(recipe.init_backbone), config)
+    where = str(recipe.init_backbone)
+    return load_llama("init_backbone", where, read_config("init_backbone", where, LlamaConfig))
 
 
 def teacher_of(recipe: Recipe, tokenizer, config: CALMConfig) -> Teacher:
-    """The teacher that the recipe names."""
     where = str(recipe.distil)
     theirs = read_config("distil", where, LlamaConfig)
     if theirs.max_position_embeddings < recipe.data.block_size:
@@ -417,14 +395,8 @@ def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
         model.model.requires_grad_(False)
     if recipe.auxiliary_weight:
         teacher = teacher_of(recipe, tokenizer, model.config) if recipe.distil else None
-        with_loss = WithAuxiliary(
-            model,
-            recipe.auxiliary_weight,
-            recipe.head_weight,
-            decay=recipe.auxiliary_decay,
-            num_targets=recipe.auxiliary_targets,
-            teacher=teacher,
-        )
+        more = {"decay": recipe.auxiliary_decay, "num_targets": recipe.auxiliary_targets, "teacher": teacher}
+        with_loss = WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, **more)
         if state := multi_token_loss_before(recipe, model.config):
             with_loss.auxiliary.load_state_dict(state)
         return with_loss

@@ -163,22 +163,16 @@ def say(line: str) -> None:
 class CALMTrainer(Trainer):
     """Trainer for the autoencoder, CALM and AR models.
 
-    The order of the data is the dataset's own (see `PackedBlocks`). The logs have, beside Trainer's, each loss term,
-    the diagnostics of diagnostics.py, the tokens per second of all processes together, and those per second of
-    this process's CPU time, which other work on the machine moves less. An `average` of the weights is evaluated and
-    exported in their place.
+    The dataset has the order of the data (see `PackedBlocks`). The logs have, beside Trainer's, each loss term, the
+    diagnostics, the tokens per second of all processes together, and those per second of this process's CPU time,
+    which other work on the machine moves less. An `average` of the weights is evaluated and exported in their place.
     """
 
-    def __init__(
-        self,
-        model,
-        *args,
-        average: WeightAverage | None = None,
-        head_learning_rate: float | None = None,
-        **kwargs,
-    ):
-        with keeping_use_cache(model.config):
-            super().__init__(model, *args, **kwargs)
+    def __init__(self, model, *args, average: WeightAverage | None = None, head_learning_rate=None, **kwargs):
+        use_cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
+        super().__init__(model, *args, **kwargs)
+        vars(model.config).pop("use_cache", None)  # which upstream turns off, or puts where it is not
+        vars(model.config).update(use_cache)
         self.average, self.head_learning_rate = average, head_learning_rate
         if average is not None:
             self.add_callback(average)
@@ -186,8 +180,7 @@ class CALMTrainer(Trainer):
         self._no_cache = {"use_cache": False} if has_cache else {}
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens, self._first_step = 0, 0
-        self._clock: float | None = None  # when the first batch since the last log came; None before
-        self._cpu_clock = 0.0
+        self._clocks: tuple[float, float] | None = None  # when the first batch since the last log came; None before
         self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def _get_train_sampler(self, *args, **kwargs):
@@ -214,9 +207,8 @@ class CALMTrainer(Trainer):
         if model.training:
             if not torch.isfinite(loss):
                 self._stop(f"the loss is {loss.item()}", block_ids)
-            if self._clock is None:
-                self._clock, self._first_step = time.perf_counter(), self.state.global_step
-                self._cpu_clock = time.process_time()
+            if self._clocks is None:
+                self._clocks, self._first_step = (time.perf_counter(), time.process_time()), self.state.global_step
             for name in LOSS_TERMS:
                 if outputs.get(name) is not None:
                     self._sums[name] = self._sums.get(name, 0) + outputs[name].detach()
@@ -237,27 +229,23 @@ class CALMTrainer(Trainer):
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and self._last_batch is not None:
             steps = self.state.global_step - self._first_step
+            # Where Trainer passes the whole batch's item count to the model, the terms are shares of a mean already.
+            is_share = self.model_accepts_loss_kwargs
+            parts = 1 if is_share else self.args.gradient_accumulation_steps * self.args.world_size
             for name, total in self._sums.items():
-                of_all = self.accelerator.reduce(total, "sum")
-                assert isinstance(of_all, torch.Tensor), "as what it sums up"
-                logs[name] = of_all.item() / self._terms_per_step() / steps
-            assert self._clock is not None, "the first batch of these steps started it"
-            seconds = time.perf_counter() - self._clock
+                of_all: Any = self.accelerator.reduce(total, "sum")
+                logs[name] = of_all.item() / parts / steps
+            assert self._clocks is not None, "the first batch of these steps started them"
+            start, cpu_start = self._clocks
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
-            logs["tokens_per_cpu_second"] = round(self._tokens / (time.process_time() - self._cpu_clock), 1)
-            self._sums, self._tokens, self._clock = {}, 0, None
+            logs["tokens_per_cpu_second"] = round(self._tokens / cpu_seconds, 1)
+            self._sums, self._tokens, self._clocks = {}, 0, None
             if not self.is_fsdp_enabled:  # its parameters are at home only inside forward
                 input_ids, hidden = self._last_batch
                 model = bare(self.accelerator.unwrap_model(self.model))
                 logs.update(diagnose(model, input_ids, hidden, seed=self.state.global_step))
         super().log(logs, *args, **kwargs)
-
-    def _terms_per_step(self) -> int:
-        """By what a term, summed over the micro-batches and processes of a step, is to be divided.
-
-        Where Trainer passes the whole batch's item count to the model, the terms are shares of a mean already.
-        """
-        return 1 if self.model_accepts_loss_kwargs else self.args.gradient_accumulation_steps * self.args.world_size
 
     def evaluate(self, *args, **kwargs):
         with self.average.in_place_of_weights(self.model) if self.average else contextlib.nullcontext():
@@ -311,16 +299,17 @@ class CALMTrainer(Trainer):
                 self.model.auxiliary.load_state_dict(auxiliary)
                 model = self.model.calm
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except InputError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{resume_from_checkpoint} can't be loaded: {sentence(error)}") from error
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
         """Upstream's, with the model's code, which upstream leaves behind; once, for an upload may go on."""
+        folder = folder_of(self.args)
         for file in Path(checkpoint_folder).glob("*.py") if self.is_world_process_zero() else ():
-            if not (folder_of(self.args) / file.name).exists():
-                shutil.copy(file, folder_of(self.args))
+            if not (folder / file.name).exists():
+                shutil.copy(file, folder)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
@@ -336,9 +325,8 @@ class CALMTrainer(Trainer):
             )
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if isinstance(self.model, WithAuxiliary) and best is not None:
-            self._load_from_checkpoint(best)
+        if isinstance(self.model, WithAuxiliary) and self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
@@ -356,10 +344,8 @@ class CALMTrainer(Trainer):
     # export
 
     def export(self) -> None:
-        """Writes the model to `output_dir`, weights and code, as a repository that loads by itself.
-
-        A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`. Where there is an
-        average of the weights, it goes before them. With `push_to_hub` the repository is uploaded.
+        """Writes the model to `output_dir`, or its average, as a repository that loads by itself, and uploads it with
+        `push_to_hub`. A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`.
         """
         folder = folder_of(self.args)
         if self.average is not None:
@@ -399,17 +385,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Says what is wrong with a checkpoint, half a sentence, from the files' ends and not from every byte."""
+    """Says what is wrong with a checkpoint, half a sentence, from its files' ends."""
     if not (checkpoint / TRAINER_STATE).is_file():
         return "was not finished"
-    needed = {
-        "weights": ("*model*.safetensors", "*_fsdp*"),
-        "optimizer": ("optimizer*",),
-        "schedule": ("scheduler.pt",),
-    }
-    for what, patterns in needed.items():
-        if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
-            return f"has no {what} ({patterns[0]})"
+    needed = {"weights": "*model*.safetensors", "optimizer": "optimizer*", "schedule": "scheduler.pt"}
+    for what, pattern in needed.items():
+        if not any(checkpoint.glob(pattern)) and not (what == "weights" and any(checkpoint.glob("*_fsdp*"))):
+            return f"has no {what} ({pattern})"
     for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
         try:
             if file.suffix == ".json":
@@ -423,17 +405,6 @@ def damage(checkpoint: Path) -> str | None:
         except Exception as error:  # each format has its own
             return f"has a damaged {file.name} ({sentence(error)})"
     return None
-
-
-@contextlib.contextmanager
-def keeping_use_cache(config):
-    """transformers 5's Trainer turns `use_cache` off, or puts it, in a configuration that is not its own."""
-    before = {name: value for name, value in vars(config).items() if name == "use_cache"}
-    try:
-        yield
-    finally:
-        vars(config).pop("use_cache", None)
-        vars(config).update(before)
 
 
 def bare(model: torch.nn.Module) -> torch.nn.Module:
