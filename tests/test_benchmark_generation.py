@@ -1,7 +1,6 @@
 """The generation benchmark: its workloads are what they claim, its figures agree with counts by hand."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from tiny import BOS, VOCAB_SIZE, tiny_config, tiny_model
 from transformers import LlamaConfig
 
 from calm_transformers.benchmarks import generation, runs, workloads
-from calm_transformers.benchmarks.meters import Meter, Parts, PeakMemory, weight_bytes, wrapped
+from calm_transformers.benchmarks.meters import Meter, PeakMemory, weight_bytes, wrapped
 from calm_transformers.benchmarks.runs import Subject, compare, timed_run
 from calm_transformers.benchmarks.workloads import Replay, random_model
 from calm_transformers.command_line import InputError
@@ -190,18 +189,6 @@ def test_what_is_no_measurement_is_refused():
 # Meters
 
 
-def test_parts_are_read_around_calls_and_taken_off_again():
-    values = iter([1, 4, 10, 15, 20, 100])
-    owner = SimpleNamespace(work=lambda x: 2 * x, more=lambda: None)
-    before = dict(vars(owner))
-    parts = Parts(Meter(lambda: next(values), lambda a, b: b - a), {"work": (owner, "work"), "more": (owner, "more")})
-    with parts.measured(), wrapped(owner, "work", lambda method: lambda x: method(x) + 1):
-        assert (owner.work(3), owner.work(x=4)) == (7, 9)
-        owner.more()
-    assert vars(owner) == before
-    assert (parts.calls("work"), parts.calls("more"), parts.calls("nothing")) == ([3, 5], [80], [])
-
-
 @pytest.mark.parametrize("part", ["backbone", "head", "decode"])
 def test_time_lands_on_the_part_that_took_it(monkeypatch, part):
     """By a clock that stands still but for calls of one part: of the prompt, and of three steps."""
@@ -219,6 +206,7 @@ def test_time_lands_on_the_part_that_took_it(monkeypatch, part):
         run = timed_run(subject, 12, seed=0)
     assert run.step_ms == {name: 1000.0 * (name == part) for name in runs.PARTS}
     assert (run.prompt_seconds, run.seconds, run.draws) == (part == "backbone", 3, 3 * 4)
+    assert not {"sample", "next_patches"} & (vars(model).keys() | vars(model.head).keys()), "all is taken off again"
 
 
 def test_peak_memory_counts_what_the_block_needs():

@@ -1,18 +1,10 @@
 """The BrierLM metric: by hand, against its definition, and against the published code's recorded numbers."""
 
-import json
-import re
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from calm_transformers.benchmarks.golden import HEAD_TYPES, recorded_model, recorded_tensors
 from calm_transformers.evaluation.brier import BrierCounts, brierlm
-from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
-from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def test_estimates_by_hand():
@@ -87,28 +79,12 @@ def test_errors():
         BrierCounts.from_draws(*torch.zeros(3, 1, 1, 3))
 
 
-def published_autoencoder(folder):
-    """The decoder's side is all that is needed here; conversion as a whole is tested elsewhere."""
-    config = json.loads((folder / "config.json").read_text())
-    model = CALMAutoencoder(CALMAutoencoderConfig(**config)).eval()
-    file = folder / "model.safetensors"
-    weights = load_file(file) if file.exists() else torch.load(folder / "pytorch_model.bin", weights_only=True)
-    weights = {
-        re.sub(r"(en|de)coder_layers", "layers", name).replace("layernorm", "norm"): tensor
-        for name, tensor in weights.items()
-        if name != "decoder.lm_head_weight"
-    }
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert (missing, unexpected) == (["decoder.lm_head.weight"], [])
-    return model
-
-
-@pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])
+@pytest.mark.parametrize("head", HEAD_TYPES)
 def test_published_numbers(head):
     """Two draws for each of 16 x 12 patches, decoded, give the Brier-1..4 that the published code recorded."""
-    golden = load_file(FIXTURES / f"{head}_k4" / "golden.safetensors")
+    golden = recorded_tensors(head)
     with torch.no_grad():
-        draws = published_autoencoder(FIXTURES / f"{head}_k4" / "autoencoder").decoder(golden["brier.latents"])
+        draws = recorded_model(head).autoencoder.decoder(golden["brier.latents"])
     targets = golden["brier.targets"].unflatten(1, (12, 4))
     score = BrierCounts.from_draws(*draws.argmax(-1), targets).score()
     assert score.positions == 16 * 12

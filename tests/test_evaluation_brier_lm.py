@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from tiny import VOCAB_SIZE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm_transformers.evaluation import brier_lm
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.evaluation.brier_lm import main
 from calm_transformers.evaluation.models import count_model
@@ -39,14 +37,6 @@ def test_json_of_one_model(folder, tmp_path, capsys):
     assert lm["low"] <= lm["value"] <= lm["high"]
     printed = capsys.readouterr().out
     assert f"{lm['value']:.2f}" in printed and "| 24 | 1040 |" in printed
-
-
-@pytest.mark.parametrize(("rank", "blocks"), [(0, 3), (1, 2)])
-def test_a_process_takes_its_share_of_the_blocks(folder, monkeypatch, tmp_path, rank, blocks):
-    share = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", is_main_process=True)
-    monkeypatch.setattr(brier_lm, "PartialState", lambda cpu: share)
-    run(folder, "--max_positions", 100, "--json", tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text())[0]["blocks"] == blocks
 
 
 @pytest.mark.slow

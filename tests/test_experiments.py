@@ -1,11 +1,7 @@
 """`calm experiments`: the commands that it runs, what it skips, and the tables of what was measured."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -151,22 +147,8 @@ def test_direction(interval, verdict):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    """Killed with all its processes at a training's first checkpoint, and run to its end."""
-    words = [sys.executable, "-m", "calm_transformers.experiments", "--output", tmp_path, "--experiments", FILE]
-    killed = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
-    models = tmp_path / "language" / "models"
-    try:
-        deadline = time.monotonic() + 300
-        while not (models / "ar-seed1" / "checkpoint-1" / "trainer_state.json").exists():
-            assert killed.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
-    subprocess.run(words, check=True)
-    log = (models / "ar-seed1.log").read_text()
-    assert log.count("from the start") == 1 and log.count("resuming from checkpoint-") <= 1
+def test_a_whole_run(tmp_path):
+    assert main(["--output", str(tmp_path), "--experiments", str(FILE)]) == 0
     ar, calm, begun = (
         json.loads((tmp_path / "experiments.json").read_text())[f"language/models/{name}-seed1/score"]
         for name in ("ar", "calm", "begun")
