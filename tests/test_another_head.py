@@ -90,14 +90,10 @@ def test_it_is_one_of_the_heads():
         tiny_config("gauss")
 
 
-def test_it_is_initialised_and_fitted_as_it_says(trained, workshop):
-    new = CALMForCausalLM(tiny_config("gaussian"))
-    assert not new.head.out.weight.any() and new.head.hidden.weight.any() and new.head.spread.item() == 2.0
-    assert not new.head.is_fitted
+def test_it_is_initialised_and_fitted_as_it_says_learns_and_resumes(trained, workshop, tmp_path):
+    new = CALMForCausalLM(tiny_config("gaussian")).head
+    assert not new.out.weight.any() and new.hidden.weight.any() and new.spread.item() == 2.0 and not new.is_fitted
     assert CALMForCausalLM.from_pretrained(trained).head.is_fitted  # training did it
-
-
-def test_it_learns_and_resumes(trained, workshop, tmp_path):
     losses = log_of(trained)
     assert losses[-1] < losses[0] - 1
     assert train("calm", **workshop | {"max_steps": 4}, output_dir=str(tmp_path)) == 0
@@ -106,22 +102,17 @@ def test_it_learns_and_resumes(trained, workshop, tmp_path):
 
 
 def test_it_is_saved_and_loaded_and_generates_the_same(trained, tmp_path):
-    loaded = CALMForCausalLM.from_pretrained(trained).eval()
+    loaded, texts = CALMForCausalLM.from_pretrained(trained), []
     loaded.save_pretrained(tmp_path)
-    texts = []
-    for model in (loaded, CALMForCausalLM.from_pretrained(tmp_path).eval()):
+    for model in (loaded, CALMForCausalLM.from_pretrained(tmp_path)):
         torch.manual_seed(0)
         settings = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 13}
-        texts.append(model.generate(torch.tensor([[BOS, 10, 11]]), eos_token_id=None, **settings).tolist())
-    assert texts[0] == texts[1] and len(texts[0][0]) == 3 + 13
+        texts.append(model.eval().generate(torch.tensor([[BOS, 10, 11]]), eos_token_id=None, **settings))
+    assert torch.equal(*texts) and texts[0].shape == (1, 3 + 13)
 
 
-def test_it_is_scored():
-    ids = torch.randint(3, 90, (2, 24))
-    assert count_model(tiny_model("gaussian"), ids, batch_size=1, seed=0).score().positions > 0
-
-
-def test_a_dry_run_counts_it(workshop, capsys):
+def test_it_is_scored_and_a_dry_run_counts_it(workshop, capsys):
+    assert count_model(tiny_model("gaussian"), torch.randint(3, 90, (2, 24)), batch_size=1).score().positions > 0
     config = tiny_config("gaussian")
     size, latent = config.hidden_size, config.latent_size
     cost = calm_cost(config, 64)

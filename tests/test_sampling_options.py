@@ -13,6 +13,7 @@ from calm_transformers.model import generation_calm
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 
 OPTIONS = fields(PatchSampling)
+PROMPT = torch.tensor([[BOS, 5, 6, 7]])
 pytestmark = pytest.mark.transformers
 
 
@@ -37,9 +38,9 @@ def sampling_used(monkeypatch, model, **arguments):
         seen.append(sampling)
         return choose(hidden_RD, sampling, *args)
 
-    monkeypatch.setattr(model, "next_patches", note)
-    prompt = torch.tensor([[BOS, 5, 6, 7]])
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, eos_token_id=None, **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "next_patches", note)
+        model.generate(PROMPT, max_new_tokens=4, eos_token_id=None, **arguments)
     (sampling,) = seen
     return sampling
 
@@ -52,25 +53,19 @@ def test_every_field_is_an_option_of_generate(monkeypatch, option, way):
     expected = PatchSampling(**settings)
     assert expected != PatchSampling()
     if way == "argument":
-        sampling = sampling_used(monkeypatch, model, **settings)
+        assert sampling_used(monkeypatch, model, **settings) == expected
     elif way == "generation_config":
-        sampling = sampling_used(monkeypatch, model, generation_config=GenerationConfig(**settings))
+        assert sampling_used(monkeypatch, model, generation_config=GenerationConfig(**settings)) == expected
     else:
         model.generation_config = GenerationConfig(**settings)
-        sampling = sampling_used(monkeypatch, model)
-    assert sampling == expected
-
-
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.default is not None], ids=lambda option: option.name)
-def test_an_argument_goes_before_the_model_s(monkeypatch, option):
-    model = tiny_model()
-    model.generation_config = GenerationConfig(**{"do_sample": True, option.name: another_value(option)})
-    assert sampling_used(monkeypatch, model, **{option.name: option.default}) == PatchSampling()
+        assert sampling_used(monkeypatch, model) == expected
+        if option.default is not None:  # an argument goes before the model's
+            assert sampling_used(monkeypatch, model, **{option.name: option.default}) == PatchSampling()
 
 
 def test_a_misspelt_option_is_refused():
     with pytest.raises(ValueError, match="num_candidate"):
-        tiny_model().generate(torch.tensor([[BOS, 5, 6, 7]]), num_candidate=9, max_new_tokens=4)
+        tiny_model().generate(PROMPT, num_candidate=9, max_new_tokens=4)
 
 
 def test_what_a_bundle_states_is_read_back():
@@ -82,25 +77,22 @@ def test_what_a_bundle_states_is_read_back():
 def test_more_draws_than_fit_are_refused_before_any_work(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
-    prompt, sentence = torch.tensor([[BOS, 5, 6, 7]]), "patches in a step: at most 4194304 fit"
+    sentence = "patches in a step: at most 4194304 fit"
     for settings in ({"num_candidates": 10**8}, {"num_return_sequences": 10**5}):
         with pytest.raises(ValueError, match=sentence):
-            model.generate(prompt, do_sample=True, temperature=0.5, **settings)
+            model.generate(PROMPT, do_sample=True, temperature=0.5, **settings)
     with pytest.raises(ValueError, match=sentence):
         PatchSampling(temperature=0.5, num_candidates=10**6, sampling_method="exact")
     assert PatchSampling(num_candidates=10**8).draws_once  # T = 1 draws one
 
 
-@pytest.mark.parametrize("way", ["generation_config", "model's"])
 @pytest.mark.parametrize("top_k", [49, 50, None])
-def test_a_top_k_is_what_was_asked_for(monkeypatch, way, top_k):
+def test_a_top_k_is_what_was_asked_for(monkeypatch, top_k):
+    """Also where it is upstream's default."""
     model, config = tiny_model(), GenerationConfig(do_sample=True, top_k=top_k)
-    if way == "model's":
-        model.generation_config = config
-        assert model.patch_sampling().top_k == (top_k or 0)
-        assert sampling_used(monkeypatch, model).top_k == (top_k or 0)
-    else:
-        assert sampling_used(monkeypatch, model, generation_config=config).top_k == (top_k or 0)
+    assert sampling_used(monkeypatch, model, generation_config=config).top_k == (top_k or 0)
+    model.generation_config = config
+    assert sampling_used(monkeypatch, model).top_k == (top_k or 0) == model.patch_sampling().top_k
 
 
 def test_fields_that_nobody_reads_are_warned_of(monkeypatch):
