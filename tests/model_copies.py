@@ -11,24 +11,12 @@ ROOT = Path(__file__).parent.parent
 # Everything that modeling_calm.py needs, and nothing else, travels with the weights.
 CODE_FILES = {
     "configuration_calm.py",
-    "generation_calm_candidates.py",
-    "generation_calm.py",
-    "generation_calm_compiled.py",
-    "heads_calm_diffusion.py",
-    "heads_calm_energy.py",
-    "heads_calm_flow.py",
-    "heads_calm.py",
     "kernels_calm.py",
-    "heads_calm_token_chain.py",
     "modeling_calm.py",
     "modeling_calm_autoencoder.py",
-    "generation_calm_randomness.py",
-    "generation_calm_samplers.py",
-    "generation_calm_rules.py",
-    "generation_calm_texts.py",
-    "generation_calm_upstream.py",
-    "generation_calm_virtual_tokens.py",
-    "generation_calm_weights.py",
+    *(f"heads_calm{part}.py" for part in ("", "_diffusion", "_energy", "_flow", "_token_chain")),
+    *(f"generation_calm{part}.py" for part in ("", "_candidates", "_compiled", "_randomness", "_rules", "_samplers")),
+    *(f"generation_calm{part}.py" for part in ("_texts", "_upstream", "_virtual_tokens", "_weights")),
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",
@@ -85,7 +73,7 @@ def run_snippet(folder):
 def load_every_way(folder, copy):
     """In a fresh process: loads a repository in every way, says what came out, and saves it in `copy`."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -94,19 +82,14 @@ def load_every_way(folder, copy):
     assert weights_digest(backbone) == weights_digest(model.model)
 
     torch.manual_seed(0)
-    MODEL = folder
-    # The model card's snippet.
-    outputs = pipeline(
-        "text-generation", MODEL, trust_remote_code=True, torch_dtype=torch.bfloat16, device_map="auto"
-    )("The key to life is", max_new_tokens=20, do_sample=True)
-
+    snippet = run_snippet(folder)
     model.save_pretrained(copy)
     tokenizer.save_pretrained(copy)
     return {
         "classes": [type(part).__name__ for part in (config, backbone, model)],
         "weights": weights_digest(model),
         "text": sample_text(model, tokenizer),
-        "snippet": outputs[0]["generated_text"],
+        "snippet": snippet["text"],
     }
 
 

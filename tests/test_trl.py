@@ -26,6 +26,11 @@ def args_for(cls, folder, **overrides):
     return cls(output_dir=str(folder), **{**fields, **overrides})
 
 
+def losses_of(trainer) -> list[float]:
+    trainer.train()
+    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+
 def moved_by_one_step(trainer) -> dict[str, torch.Tensor]:
     """How far a step of SGD at learning rate 1 moves each parameter: its gradient."""
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -34,6 +39,7 @@ def moved_by_one_step(trainer) -> dict[str, torch.Tensor]:
 
 
 SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+OURS = PatchCollator(K, pad_token_id=PAD, end_token_id=EOS)
 
 
 def token_rows() -> list[dict]:
@@ -46,40 +52,27 @@ def own_loss(model, batch) -> torch.Tensor:
 
 
 class TestTrainer:
-    def test_one_setting_of_upstreams_collator(self, tmp_path):
-        collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False, pad_to_multiple_of=K)
+    def test_upstreams_collator_needs_one_setting_which_the_model_names(self, tmp_path):
         args = args_for(TrainingArguments, tmp_path)
-        trainer = Trainer(tiny_model(), args, data_collator=collator, train_dataset=token_rows())
-        trainer.train()
-        losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-        assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
+        for setting in ({"pad_to_multiple_of": K}, {}):
+            collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False, **setting)
+            trainer = Trainer(tiny_model(), args, data_collator=collator, train_dataset=token_rows()[:1] * 6)
+            if setting:
+                losses = losses_of(trainer)
+                assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
+            else:
+                with pytest.raises(ValueError, match="pad_to_multiple_of=4"):
+                    trainer.train()
 
-    def test_without_it_the_model_names_it(self, tmp_path):
-        collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
-        args = args_for(TrainingArguments, tmp_path, per_device_train_batch_size=1)
-        trainer = Trainer(tiny_model(), args, data_collator=collator, train_dataset=token_rows()[1:2] * 3)
-        assert len(token_rows()[1]["input_ids"]) % K == 0  # right by chance: no complaint
-        trainer.train()
-        trainer = Trainer(tiny_model(), args, data_collator=collator, train_dataset=token_rows()[:1] * 3)
-        with pytest.raises(ValueError, match="pad_to_multiple_of=4"):
-            trainer.train()
-
-    @pytest.mark.parametrize("batch_size, accumulation", [(6, 1), (2, 3), (1, 6)])
-    def test_with_our_collator_accumulated_gradients_are_exact(self, batch_size, accumulation, tmp_path):
-        collator = PatchCollator(K, pad_token_id=PAD, end_token_id=EOS)
-        args = args_for(
-            TrainingArguments,
-            tmp_path,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            **SGD,
-        )
+    @pytest.mark.parametrize("batch_size", [6, 2, 1])
+    def test_with_our_collator_accumulated_gradients_are_exact(self, batch_size, tmp_path):
+        steps = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 6 // batch_size}
+        args = args_for(TrainingArguments, tmp_path, **steps, **SGD)
         model = tiny_model("token_chain")
-        own_loss(model, collator(token_rows())).backward()
+        own_loss(model, OURS(token_rows())).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        moved = moved_by_one_step(
-            Trainer(tiny_model("token_chain"), args, data_collator=collator, train_dataset=token_rows())
-        )
+        trainer = Trainer(tiny_model("token_chain"), args, data_collator=OURS, train_dataset=token_rows())
+        moved = moved_by_one_step(trainer)
         for name, gradient in gradients.items():
             assert torch.allclose(moved[name], gradient, rtol=1e-3, atol=1e-5), name
         assert not any(moved[name].any() for name in moved.keys() - gradients.keys())
@@ -127,7 +120,7 @@ class TestSFTTrainer:
         [
             {"pad_to_multiple_of": K},
             {"packing": True, "packing_strategy": "wrapped", "max_length": 4 * K, "pad_to_multiple_of": K},
-            {"collator": PatchCollator(K, pad_token_id=PAD, end_token_id=EOS)},
+            {"collator": OURS},
         ],
         ids=["padded", "packed", "our collator"],
     )
@@ -136,8 +129,7 @@ class TestSFTTrainer:
         if "collator" not in settings:  # then Trainer would divide by labels that are no targets, too
             model.accepts_loss_kwargs = False
         trainer = self.trainer(tmp_path, model=model, **settings)
-        trainer.train()
-        losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+        losses = losses_of(trainer)
         assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.model.eval()
@@ -151,9 +143,8 @@ class TestSFTTrainer:
     def test_with_our_collator_accumulated_gradients_are_exact(self, tmp_path):
         moved = []
         for batch_size in (6, 1):
-            collator = PatchCollator(K, pad_token_id=PAD, end_token_id=EOS)
             steps = {"gradient_accumulation_steps": 6 // batch_size, "per_device_train_batch_size": batch_size}
-            moved.append(moved_by_one_step(self.trainer(tmp_path, collator=collator, **steps, **SGD)))
+            moved.append(moved_by_one_step(self.trainer(tmp_path, collator=OURS, **steps, **SGD)))
         assert any(step.any() for step in moved[0].values())
         for name in moved[0]:
             assert torch.allclose(moved[0][name], moved[1][name], rtol=1e-3, atol=1e-5), name
@@ -163,7 +154,7 @@ class TestSFTTrainer:
         from datasets import Dataset
 
         dataset = Dataset.from_dict({"prompt": ["abcde"] * 2, "completion": ["fghijk"] * 2})  # 1 + 5, 6 and </s>
-        trainer = self.trainer(tmp_path, dataset, collator=PatchCollator(K, pad_token_id=PAD, end_token_id=EOS))
+        trainer = self.trainer(tmp_path, dataset, collator=OURS)
         labels = next(iter(trainer.get_train_dataloader()))["labels"]
         written = tiny_tokenizer()("hijk").input_ids[1:]
         assert labels[0].tolist() == [-100] * 8 + [*written, EOS, EOS, EOS, EOS][:8]
