@@ -10,10 +10,9 @@ import re
 
 import pytest
 import transformers
-import upstream_contacts
 from model_copies import ROOT
 from packaging.version import Version
-from transformers import GenerationMixin, Trainer
+from transformers import GenerationMixin
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils import logging
 from upstream_contacts import differences, found_contacts, inner_names, overrides, read_records
@@ -63,40 +62,6 @@ def test_a_change_is_named():
     ]
 
 
-def test_a_new_override_is_found():
-    class Other(Trainer):
-        _hook_of_our_own = 1
-
-        def _inner_training_loop(self, *args):
-            return super()._inner_training_loop(*args)
-
-    assert set(overrides([Other])) == {"Trainer._inner_training_loop"}
-    assert "Trainer._inner_training_loop" not in read_records()[nearest(read_records(), transformers.__version__)]
-
-
-def test_inner_names_that_are_read_are_found():
-    ours = "class A:\n    def _own(self):\n        self._set = 1\n        return self._set, self._own(), config._inner"
-    assert inner_names([ast.parse(ours)]) == {"_inner"}
-
-
-def test_uses_in_a_source():
-    source = """
-import torch
-from .utils import helper
-MAP = {"sample": "_sample"}
-class Mixin:
-    def generate(self, a: int, b: int = 2):
-        torch._sample()
-        self._hook(a)
-        return getattr(self, "_asked")
-"""
-    uses = upstream_contacts.Uses()
-    upstream_contacts._Reader("utils.py", uses).visit(ast.parse(source))
-    found = {name: uses.places.get(name, set()) for name in ("_sample", "_hook", "_asked", "helper")}
-    in_generate = {"utils.py: Mixin.generate"}
-    assert found == {"_sample": {"utils.py"}, "_hook": in_generate, "_asked": in_generate, "helper": {"utils.py"}}
-
-
 def test_what_the_known_hooks_are_used_by():
     """Some uses that are sure, so that an index that finds nothing would not pass."""
     found = found_contacts()
@@ -126,30 +91,27 @@ def test_the_table_of_settings_has_no_field_that_neither_version_has():
     assert recorded == GENERATION_SETTINGS
 
 
-class TestRange:
-    def test_it_ends_where_the_tests_end(self):
-        oldest, newest = sorted(map(Version, read_records()))
-        assert f"transformers>={oldest.major}.{oldest.minor},<{newest.major}.{newest.minor + 1}" == TRANSFORMERS
+def test_the_range_ends_where_the_tests_end_and_is_the_same_wherever_it_is_stated():
+    oldest, newest = sorted(map(Version, read_records()))
+    assert f"transformers>={oldest.major}.{oldest.minor},<{newest.major}.{newest.minor + 1}" == TRANSFORMERS
+    stated = {path.name: RANGE.findall(path.read_text()) for path in (ROOT / "setup.cfg", *ROOT.glob("*.md"))}
+    assert stated["setup.cfg"] and stated["README.md"]
+    assert {each for found in stated.values() for each in found} == {TRANSFORMERS}
 
-    def test_it_is_the_same_wherever_it_is_stated(self):
-        stated = {path.name: RANGE.findall(path.read_text()) for path in (ROOT / "setup.cfg", *ROOT.glob("*.md"))}
-        assert stated["setup.cfg"] and stated["README.md"]
-        assert {each for found in stated.values() for each in found} == {TRANSFORMERS}
 
-    def test_an_older_version_is_an_error(self, monkeypatch):
-        monkeypatch.setattr("importlib.metadata.version", lambda name: "5.16.1")
-        with pytest.raises(ImportError, match=f'found transformers==5.16.1.\n.*pip install "{TRANSFORMERS}"'):
-            check_transformers()
-
-    @pytest.mark.parametrize("version, warnings", [("5.17.0", 0), ("5.24.9", 0), ("5.25.0", 1), ("6.0.0", 1)])
-    def test_a_newer_version_is_warned_of(self, version, warnings, monkeypatch):
-        heard = []
-        monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-        monkeypatch.setattr(
-            logging.get_logger("calm_transformers.model.configuration_calm"), "warning_once", heard.append
-        )
+def test_an_older_version_is_an_error(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.16.1")
+    with pytest.raises(ImportError, match=f'found transformers==5.16.1.\n.*pip install "{TRANSFORMERS}"'):
         check_transformers()
-        assert len(heard) == warnings and all(TRANSFORMERS in text for text in heard)
+
+
+@pytest.mark.parametrize("version, warnings", [("5.17.0", 0), ("5.24.9", 0), ("5.25.0", 1), ("6.0.0", 1)])
+def test_a_newer_version_is_warned_of(version, warnings, monkeypatch):
+    heard, logger = [], logging.get_logger("calm_transformers.model.configuration_calm")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr(logger, "warning_once", heard.append)
+    check_transformers()
+    assert len(heard) == warnings and all(TRANSFORMERS in text for text in heard)
 
 
 def test_what_is_imported_and_not_overridden_is_recorded():

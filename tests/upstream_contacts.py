@@ -16,7 +16,6 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -28,40 +27,26 @@ RECORDS = Path(__file__).with_suffix(".json")
 UPSTREAM = Path(transformers.__file__).parent
 # Where something can use a model, its configuration or a Trainer.
 SOURCES = (
-    "*.py",
-    "generation/**/*.py",
-    "integrations/*.py",
-    "pipelines/__init__.py",
-    "pipelines/base.py",
-    "pipelines/text_generation.py",
-    "cli/serve.py",
-    "cli/serving/*.py",
-    "models/auto/*.py",
-    "models/llama/*.py",
-    "utils/generic.py",
+    *("*.py", "generation/**/*.py", "integrations/*.py", "cli/serve.py", "cli/serving/*.py", "utils/generic.py"),
+    *("pipelines/__init__.py", "pipelines/base.py", "pipelines/text_generation.py"),
+    *("models/auto/*.py", "models/llama/*.py"),
 )
 
 
-@dataclass
-class Uses:
+class Uses(ast.NodeVisitor):
     """What transformers' source says: which names it defines, and where it uses each."""
 
-    places: dict[str, set[str]] = field(default_factory=dict)
-    defined: set[str] = field(default_factory=set)
+    def __init__(self):
+        self.places: dict[str, set[str]] = {}
+        self.defined: set[str] = set()
 
-
-class _Reader(ast.NodeVisitor):
-    """Notes the uses of names in one file."""
-
-    def __init__(self, file: str, uses: Uses):
-        self.file, self.uses, self.scope = file, uses, []
-        self.modules = {"logger", "nn", "F"}
-
-    def place(self) -> str:
-        return f"{self.file}: {'.'.join(self.scope)}" if self.scope else self.file
+    def read(self, file: str, source: str) -> None:
+        self.place, self.modules = [file], {"logger", "nn", "F"}
+        self.visit(ast.parse(source))
 
     def note(self, name: str) -> None:
-        self.uses.places.setdefault(name, set()).add(self.place())
+        file, *scope = self.place
+        self.places.setdefault(name, set()).add(f"{file}: {'.'.join(scope)}" if scope else file)
 
     def visit_Import(self, node):
         self.modules |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
@@ -71,29 +56,23 @@ class _Reader(ast.NodeVisitor):
             self.note(alias.name)
 
     def visit_ClassDef(self, node):
-        self.scope.append(node.name)
+        self.defined.add(node.name)
+        self.place.append(node.name)
         self.generic_visit(node)
-        self.scope.pop()
+        self.place.pop()
 
-    def visit_FunctionDef(self, node):
-        self.uses.defined.add(node.name)
-        self.scope.append(node.name)
-        self.generic_visit(node)
-        self.scope.pop()
-
-    visit_AsyncFunctionDef = visit_FunctionDef
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef
 
     def visit_Attribute(self, node):
-        is_of_a_module = isinstance(node.value, ast.Name) and node.value.id in self.modules
-        if not is_of_a_module:
+        if not (isinstance(node.value, ast.Name) and node.value.id in self.modules):
             self.note(node.attr)
             if isinstance(node.ctx, ast.Store):
-                self.uses.defined.add(node.attr)
+                self.defined.add(node.attr)
         self.generic_visit(node)
 
     def visit_Name(self, node):
-        if isinstance(node.ctx, ast.Store) and self.scope:
-            self.uses.defined.add(node.id)
+        if isinstance(node.ctx, ast.Store) and len(self.place) > 1:
+            self.defined.add(node.id)
 
     def visit_Constant(self, node):
         if isinstance(node.value, str) and node.value.isidentifier():
@@ -103,11 +82,8 @@ class _Reader(ast.NodeVisitor):
 def upstream_uses() -> Uses:
     uses = Uses()
     for path in sorted({path for pattern in SOURCES for path in UPSTREAM.glob(pattern)}):
-        _Reader(str(path.relative_to(UPSTREAM)), uses).visit(ast.parse(path.read_text(encoding="utf-8")))
+        uses.read(str(path.relative_to(UPSTREAM)), path.read_text(encoding="utf-8"))
     return uses
-
-
-# our side
 
 
 def parsed(paths: Iterable[Path]) -> list[ast.Module]:
@@ -122,12 +98,8 @@ def our_classes() -> list[type]:
     """Every class of the package that has a base in transformers."""
     modules = [importlib.import_module(name) for name in MODULES]
     classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    ours = [
-        cls
-        for cls in classes
-        if cls.__module__.startswith("calm_transformers.") and any(map(is_upstream, cls.__mro__))
-    ]
-    return sorted(ours, key=lambda cls: cls.__name__)
+    ours = {cls for cls in classes if cls.__module__.startswith("calm_transformers.")}
+    return sorted((cls for cls in ours if any(map(is_upstream, cls.__mro__))), key=lambda cls: cls.__name__)
 
 
 def names_in_body(cls: type) -> list[str]:
@@ -201,10 +173,6 @@ def signature(value) -> str:
     return str(given.replace(parameters=parameters, return_annotation=nothing))
 
 
-def generation_fields() -> list[str]:
-    return sorted(vars(transformers.GenerationConfig()))
-
-
 @functools.cache
 def found_contacts() -> dict[str, dict]:
     """Of the installed version: contact → {"signature": …, "used by": […]}."""
@@ -223,7 +191,7 @@ def found_contacts() -> dict[str, dict]:
     for name in inner_names(ours) & uses.defined:
         base = next((base for base in bases if name in vars(base)), None)
         note(name if base is None else f"{base.__name__}.{name}", signature(vars(base)[name]) if base else "", name)
-    note("GenerationConfig", ", ".join(generation_fields()))
+    note("GenerationConfig", ", ".join(sorted(vars(transformers.GenerationConfig()))))
     return dict(sorted(contacts.items()))
 
 
