@@ -94,11 +94,6 @@ def test_a_path_that_is_not_there_is_one_line_that_names_it(module, capsys, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_an_option_without_its_value_is_one_line(capsys):
-    main = main_of("calm_transformers.training.train")
-    assert "train_files" in refusal(capsys, main, "calm", "--recipe", "demo-backbone", "--train_files")
-
-
 def test_only_what_is_known_becomes_a_line(capsys):
     @command
     def main(argv: list[str]) -> None:
@@ -222,7 +217,6 @@ def test_a_prompt_that_is_not_utf_8_is_one_line(module, words, capsys):
     "types, error, line",
     [
         ((), RecursionError("deep"), "deep"),
-        ((), InputError("so it was"), "so it was"),
         ((ValueError,), ValueError("one\n  two\n\nthree"), "one two three"),
         ((OSError,), FileNotFoundError(2, "No such file", "nowhere.txt"), "nowhere.txt: No such file."),
     ],

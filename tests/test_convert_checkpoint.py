@@ -15,7 +15,7 @@ from published import BUNDLE_FILES, LAYOUTS, PublishedRepository, write_tokenize
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from calm_transformers.conversion.convert import main
+from calm_transformers.conversion import convert
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
@@ -37,7 +37,7 @@ class Workshop:
             source.write(layout)
 
     def run(self, *more: str) -> int:
-        return main(
+        return convert.main(
             ["--calm", str(self.calm.folder), "--autoencoder", str(self.autoencoder.folder)]
             + ["--output", str(self.output), *more]
         )
@@ -48,12 +48,11 @@ class Workshop:
         assert code == 0, self.capsys.readouterr().err
         return load_file(self.output / "model.safetensors")
 
-    def refuse(self, *mentions: object, more: tuple[str, ...] = ()) -> None:
-        """Converts, which must fail as promised: exit code 2, one sentence with `mentions`, nothing left behind."""
+    def refuse(self, *mentions: object, more: tuple[str, ...] = (), code: int = 2) -> None:
+        """Converts, which must fail as promised: exit code, one sentence with `mentions`, nothing left behind."""
         before = sorted(self.folder.rglob("*"))
-        code = self.run(*more)
+        assert self.run(*more) == code
         message = self.capsys.readouterr().err
-        assert code == 2
         assert message.startswith("error: ") and message.count("\n") == 1
         for mention in mentions:
             assert str(mention) in message
@@ -445,16 +444,6 @@ def test_an_index_that_names_a_file_of_another_folder_is_refused(shop, place):
     shop.refuse(index, shard, "not in the same folder")
 
 
-def test_the_files_of_a_hub_cache_are_links_to_another_folder(shop):
-    shop.calm.write("sharded safetensors")
-    blobs = shop.folder / "blobs"
-    blobs.mkdir()
-    for path in list(shop.calm.folder.iterdir()):
-        path.rename(blobs / path.name)
-        path.symlink_to(Path("..") / "blobs" / path.name)
-    shop.convert()
-
-
 def test_a_tensor_in_two_shards_is_refused(shop):
     shop.calm.write("sharded safetensors")
     first, second = sorted(shop.calm.folder.glob("*.safetensors"))
@@ -501,10 +490,19 @@ def raising(error):
     return fail
 
 
-@pytest.mark.parametrize("of, method", [(Path, "mkdir"), (Path, "write_text"), (os, "replace")])
-def test_a_disk_that_fails_on_the_way_leaves_nothing(shop, monkeypatch, of, method):
-    monkeypatch.setattr(of, method, raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    shop.refuse(shop.output, os.strerror(errno.ENOSPC))
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "of, method, error, code, said",
+    [
+        *((of, method, NO_SPACE, 2, NO_SPACE.strerror) for of, method in ((Path, "write_text"), (os, "replace"))),
+        (convert, "merge", KeyboardInterrupt(), 130, "error: interrupted.\n"),
+    ],
+)
+def test_what_fails_on_the_way_leaves_nothing(shop, monkeypatch, of, method, error, code, said):
+    monkeypatch.setattr(of, method, raising(error))
+    shop.refuse(said, code=code)
 
 
 def test_the_output_must_be_new(shop):
@@ -513,14 +511,6 @@ def test_the_output_must_be_new(shop):
     shop.refuse(shop.output, "not an empty folder")
     shop.output = shop.calm.weights / "bundle"
     shop.refuse(shop.calm.weights)
-
-
-def test_an_interrupted_conversion_is_one_sentence_and_leaves_nothing(shop, monkeypatch):
-    monkeypatch.setattr("calm_transformers.conversion.convert.merge", raising(KeyboardInterrupt()))
-    before = sorted(shop.folder.rglob("*"))
-    assert shop.run() == 130
-    assert shop.capsys.readouterr().err == "error: interrupted.\n"
-    assert sorted(shop.folder.rglob("*")) == before
 
 
 def test_a_hub_that_does_not_take_the_bundle_is_one_sentence_and_the_bundle_stays(shop, monkeypatch):

@@ -120,7 +120,7 @@ def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub
 
 def test_ids_of_the_hub_are_converted_and_the_bundle_is_pushed(hub, tmp_path):
     PublishedRepository("energy_k4/calm", tmp_path / "calm")
-    PublishedRepository("energy_k4/autoencoder", tmp_path / "autoencoder").write("safetensors")
+    PublishedRepository("energy_k4/autoencoder", tmp_path / "autoencoder").write("sharded safetensors")
     write_tokenizer(tmp_path / "calm")
     ids = {"published": f"{USER}/published", "bundle": f"{USER}/bundle"}
     environment = hub.client_environment()

@@ -35,37 +35,6 @@ def story(demo):
     return inspection, tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-class Listener:
-    def __init__(self):
-        self.heard = []
-
-    def put(self, tokens):
-        self.heard.append(tokens.tolist())
-
-    def put_scores(self, scores):
-        self.heard.append(scores)
-
-    def end(self):
-        self.heard.append("end")
-
-
-@pytest.mark.parametrize("output_scores", [True, False])
-def test_a_streamer_is_handed_each_step_s_scores_before_its_tokens(output_scores):
-    model, listener = tiny_model(), Listener()
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": True, "temperature": 0.5, "num_candidates": 20}
-    settings |= {"return_dict_in_generate": True, "output_scores": output_scores}
-    output = model.generate(torch.tensor([[BOS, 5, 6, 7]]), **settings, streamer=listener)
-    tokens = [[token] for token in output.sequences[0, 4:].tolist()]
-    prompt, *heard = listener.heard
-    assert prompt == [[BOS, 5, 6, 7]]
-    if not output_scores:
-        assert heard == [*tokens, "end"]
-        return
-    first, second = output.scores
-    assert heard[0] is first and heard[1:5] == tokens[:4]
-    assert heard[5] is second and heard[6:] == [*tokens[4:], "end"]
-
-
 def test_the_text_is_generate_s_and_each_patch_is_among_its_candidates(story):
     inspection, expected = story
     assert inspection.text == expected

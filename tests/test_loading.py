@@ -35,8 +35,15 @@ def check_loads_every_way(folder, home):
 
 
 @pytest.mark.slow
-def test_the_root_loads(tmp_path):
-    check_loads_every_way(ROOT, tmp_path / "home")
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_the_root_and_a_converted_checkpoint_load(tmp_path, is_converted):
+    if is_converted:
+        published, tokenizer = ROOT / "tests/fixtures/energy_k4", tmp_path / "tokenizer"
+        tiny_tokenizer().save_pretrained(tokenizer)
+        pair = str(published / "calm"), str(published / "autoencoder")
+        convert(*pair, tmp_path / "converted", str(tokenizer))
+        assert_carries_its_code(tmp_path / "converted")
+    check_loads_every_way(tmp_path / "converted" if is_converted else ROOT, tmp_path / "home")
 
 
 def test_a_saved_model_and_a_copy_of_its_copy_load_alike(tmp_path):
@@ -47,15 +54,6 @@ def test_a_saved_model_and_a_copy_of_its_copy_load_alike(tmp_path):
     first, copy = check_loads_every_way(saved, tmp_path / "first")
     second, _ = check_loads_every_way(copy, tmp_path / "second")
     assert second == first
-
-
-@pytest.mark.slow
-def test_a_converted_checkpoint_loads(tmp_path):
-    published, tokenizer, converted = ROOT / "tests/fixtures/energy_k4", tmp_path / "tokenizer", tmp_path / "converted"
-    tiny_tokenizer().save_pretrained(tokenizer)
-    convert(str(published / "calm"), str(published / "autoencoder"), converted, str(tokenizer))
-    assert_carries_its_code(converted)
-    check_loads_every_way(converted, tmp_path / "home")
 
 
 # Weights

@@ -119,11 +119,3 @@ def test_server(tmp_path):
         status, answer = server.post("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 8, "seed": 0})
         assert status == 200 and answer["usage"]["completion_tokens"] == 8 and answer["choices"][0]["text"]
     assert deprecations(server.log.read_text()) == []
-
-
-def test_onnx_export(tmp_path):
-    """The command compares the graphs with the model by itself."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} (extra [onnx]) is not installed")
-    run(tmp_path, "-m", "calm_transformers.onnx_export.export", ROOT, "--output", "exported")
-    assert run(tmp_path, "exported/generate.py", PROMPTS[0], "--max_new_tokens", "8").startswith(PROMPTS[0])

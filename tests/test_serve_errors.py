@@ -118,20 +118,19 @@ def test_bad_input_is_a_4xx_that_names_the_field(api, path, body, param, sentenc
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-def test_a_stream_s_bad_input_is_no_event_and_the_next_request_is_served(api):
+def test_a_stream_s_bad_input_is_no_event(api):
     status, answer = post(api, "/v1/completions", {"prompt": "a", "top_p": 1.1, "stream": True})
     assert status == 400 and answer["error"]["param"] == "top_p"
-    assert post(api, "/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
 
 
-@pytest.mark.parametrize("depth", [300, 970, 3000])
-def test_no_depth_is_a_fault(api, depth):
+def test_no_depth_is_a_fault(api):
     """Python's recursion limit is met in other places at other depths."""
-    nested = b"[" * depth + b"]" * depth
-    message = b'{"messages": [{"role": "user", "content": "a", "more": %s}], "max_tokens": 1}'
-    for path, body in (("completions", b'{"prompt": %s}'), ("chat/completions", message)):
-        status, answer = post(api, f"/v1/{path}", body % nested)
-        assert status in (200, 400), answer
+    for depth in (300, 970, 3000):
+        nested = b"[" * depth + b"]" * depth
+        message = b'{"messages": [{"role": "user", "content": "a", "more": %s}], "max_tokens": 1}'
+        for path, body in (("completions", b'{"prompt": %s}'), ("chat/completions", message)):
+            status, answer = post(api, f"/v1/{path}", body % nested)
+            assert status in (200, 400), answer
 
 
 def test_what_clients_add_to_messages_is_no_error(api):
@@ -229,14 +228,14 @@ def test_a_client_that_leaves_is_noticed_whatever_its_server_says_of_itself(tiny
 
 
 @pytest.mark.parametrize(
-    "request_type, fields",
+    "kind, fields",
     [
         (CompletionRequest, {"prompt": [1] * 200_000 + ["a"]}),
         (ChatRequest, {"messages": [{"role": "robot"}] * 50_000}),
         (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 50_000}]}),
     ],
 )
-def test_of_a_long_list_of_mistakes_one_is_named(request_type, fields):
+def test_of_a_long_list_of_mistakes_one_is_named(kind, fields):
     with pytest.raises(BadRequest) as refused:
-        request_type.parse(json.dumps(fields).encode())
+        kind.parse(json.dumps(fields).encode())
     assert len(str(refused.value)) < 200
