@@ -25,6 +25,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,15 +167,13 @@ def parts(options: argparse.Namespace, models: Models) -> Iterator[tuple[str, Ca
     yield "goldens", lambda: golden_rows(models.device)
     yield "demo", lambda: demo_text(models.device, models.dtype, options.output_length)
     for compiled in (False, True):
-        for calm, llama in pairs[:1] if compiled else pairs:
-            for shape, temperatures in ((calm, TEMPERATURES), (llama, TEMPERATURES[:1])):
-                for batch_size in options.batch_size:
-                    for T in temperatures:
-                        name = (
-                            f"generation {shape}, {'compiled' if compiled else 'eager'}, T={T:g}, batch {batch_size}"
-                        )
-                        arguments = (models, shape, T, batch_size, options, compiled)
-                        yield name, lambda arguments=arguments: [generation_row(*arguments)]
+        mode = "compiled" if compiled else "eager"
+        first_or_all = pairs[:1] if compiled else pairs
+        shapes = [each for calm, llama in first_or_all for each in ((calm, TEMPERATURES), (llama, TEMPERATURES[:1]))]
+        for shape, temperatures in shapes:
+            for batch_size, T in product(options.batch_size, temperatures):
+                work = partial(generation_row, models, shape, T, batch_size, options, compiled)
+                yield f"generation {shape}, {mode}, T={T:g}, batch {batch_size}", lambda work=work: [work()]
         if not compiled:
             yield "training " + " ".join(pairs[0]), lambda: training_rows(pairs[0], options)
 

@@ -46,29 +46,15 @@ TRUNCATIONS = {
 TRUNCATED_TEMPERATURES = (1.0, 0.5)
 
 
-def zipf(num_outcomes: int) -> Tensor:
-    """The i-th has 1/i of the first."""
-    weights_V = 1 / torch.arange(1, num_outcomes + 1, dtype=torch.float64)
+def law_of(*weights: float) -> Tensor:
+    weights_V = torch.tensor(weights, dtype=torch.float64)
     return weights_V / weights_V.sum()
 
 
-def peaked(num_outcomes: int, top: float = 0.6) -> Tensor:
-    """One has `top`, the others share the rest equally."""
-    law_V = torch.full((num_outcomes,), (1 - top) / (num_outcomes - 1), dtype=torch.float64)
-    law_V[0] = top
-    return law_V
-
-
-def flat(num_outcomes: int) -> Tensor:
-    return torch.full((num_outcomes,), 1 / num_outcomes, dtype=torch.float64)
-
-
-LAWS = {
-    "zipf(20)": zipf(20),
-    "zipf(100)": zipf(100),
-    "zipf(1000)": zipf(1000),
-    "peaked(50)": peaked(50),
-    "flat(100)": flat(100),
+LAWS = {  # zipf: the i-th has 1/i of the first; peaked: one has 0.6, the others share the rest equally
+    **{f"zipf({size})": law_of(*(1 / i for i in range(1, size + 1))) for size in (20, 100, 1000)},
+    "peaked(50)": law_of(0.6, *[0.4 / 49] * 49),
+    "flat(100)": law_of(*[1.0] * 100),
 }
 
 

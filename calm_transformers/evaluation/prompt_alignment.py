@@ -18,6 +18,7 @@ from tqdm import tqdm
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts, BrierScore
+from calm_transformers.evaluation.report import markdown
 from calm_transformers.loading import check_tokenizer, is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.progress import progress_bar
 
@@ -112,18 +113,15 @@ def measure(
 
 def table(rows: list[dict[str, BrierScore]]) -> str:
     """Markdown, one line for each length mod K."""
-    lines = [
-        f"| length mod K | {' | '.join(f'{case}: Brier-1 | {case}: BrierLM ×100' for case in CASES)} | prompts |",
-        f"| --- | {' | '.join(['---'] * 2 * len(CASES))} | --- |",
-    ]
+    lines = []
     for extra, scores in enumerate(rows):
         cells = [str(extra)]
-        for case in CASES:
-            score = scores[case]
+        for score in scores.values():
             lm = score.brierlm
             cells += [f"{score.brier[0]:.4f}", f"{lm.value:.2f} ({lm.low:.2f} to {lm.high:.2f})"]
-        lines.append(f"| {' | '.join(cells)} | {scores['left'].positions} |")
-    return "\n".join(lines)
+        lines.append([*cells, str(scores["left"].positions)])
+    columns = [f"{case}: {figure}" for case in CASES for figure in ("Brier-1", "BrierLM ×100")]
+    return markdown(["length mod K", *columns, "prompts"], lines)
 
 
 def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length: int, command: str) -> str:
