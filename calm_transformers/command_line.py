@@ -6,8 +6,6 @@
         with known_errors():
             text = read(options.text)
         ...
-
-Imports nothing but the standard library, so that `--help` is quick.
 """
 
 import argparse
