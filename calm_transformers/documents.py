@@ -29,17 +29,12 @@ from calm_transformers.progress import progress_bar, shows_bars
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".xz", ".zst", ".gz")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-# Documents are tokenised in batches of about this many characters.
-CHARACTERS_PER_BATCH = 4_000_000
+CHARACTERS_PER_BATCH = 4_000_000  # that are tokenised together
 MAX_ZSTD_WINDOW = 2**31  # bytes; what `zstd --long=31` writes, and the most that the library reads
 
 
 class BadLines:
-    """What to do with a line that holds no document: stop there, or skip it and count it.
-
-    Args:
-        skip: False raises `InputError` at the first bad line; `None` as well, where there is no option to skip it.
-    """
+    """What to do with a line that holds no document: skip and count it, or stop there (`None`: there's no option)."""
 
     def __init__(self, skip: bool | None = None):
         self.skip, self.count, self.first = skip, 0, None
@@ -142,20 +137,10 @@ def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def read_documents(
     files: Iterable[Path], text_column: str = "text", bad_lines: BadLines | None = None, bar: tqdm | None = None
 ) -> Iterator[str]:
-    """Documents of the files, in order.
-
-    Args:
-        files: as `expand_paths` gives them.
-        text_column: field of a .jsonl line, or column of a .parquet file, that holds the text.
-        bad_lines: counts what is skipped; `None` stops at the first bad line.
-        bar: advances by the files' bytes, compressed as they are.
-    """
-    bad_lines = bad_lines or BadLines()
+    """Documents of the files that `expand_paths` gives, in order; the bar counts their bytes as they are."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for path in files:
-        suffix = _format(path)
-        assert suffix is not None, f"{path}: expand_paths gives files of a known format only"
-        yield from readers[suffix](path, text_column, bad_lines, bar)
+        yield from readers[str(_format(path))](path, text_column, bad_lines or BadLines(), bar)
 
 
 def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
@@ -189,11 +174,7 @@ def _why(error: Exception) -> str:
 
 
 def _document(text, missing: str) -> str:
-    """The text, if it is one.
-
-    Raises:
-        ValueError: it is no string (`missing` says so), or one that is no Unicode text.
-    """
+    """The text; a ValueError where it is no string (`missing` says so), or one that is no Unicode text."""
     if not isinstance(text, str):
         raise ValueError(missing)
     text.encode()  # half of a surrogate pair is UTF-8 for no tokenizer
@@ -223,6 +204,11 @@ def _read_jsonl(path, text_column, bad_lines, bar):
             bad_lines.report(path, number, _why(error))
 
 
+def _no_column(where, text_column: str, columns: Iterable[str]) -> InputError:
+    has = ", ".join(columns)
+    return InputError(f'{where}: no column "{text_column}"; it has {has} (text_column names the right one).')
+
+
 def _read_parquet(path, text_column, bad_lines, bar):
     need("pyarrow", "train", path)
     import pyarrow
@@ -235,9 +221,7 @@ def _read_parquet(path, text_column, bad_lines, bar):
         table = pyarrow.parquet.ParquetFile(source)
         columns = table.schema_arrow.names
         if text_column not in columns:
-            raise InputError(
-                f'{path}: no column "{text_column}"; it has {", ".join(columns)} (text_column names the right one).'
-            )
+            raise _no_column(path, text_column, columns)
         kind = table.schema_arrow.types[columns.index(text_column)]
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if str(kind) not in ("string", "large_string", "string_view"):
@@ -258,18 +242,14 @@ def _read_parquet(path, text_column, bad_lines, bar):
 def read_hub_dataset(
     dataset, text_column: str = "text", bad_lines: BadLines | None = None, bar: tqdm | None = None
 ) -> Iterator[str]:
-    """Documents of a `datasets.Dataset` or `IterableDataset`, in order.
-
-    In a worker of a DataLoader these are all of them, too: `iter` doesn't divide them, as a loop over rows would.
+    """Documents of a `datasets.Dataset` or `IterableDataset`, in order, and all of them in each worker of a
+    DataLoader: `iter` doesn't divide them, as a loop over rows would.
     """
     bad_lines, number = bad_lines or BadLines(), 0
     try:
         for batch in dataset.iter(batch_size=256):
             if text_column not in batch:
-                has = ", ".join(batch)
-                raise InputError(
-                    f'dataset: no column "{text_column}"; it has {has} (text_column names the right one).'
-                )
+                raise _no_column("dataset", text_column, batch)
             for text in batch[text_column]:
                 number += 1
                 if bar is not None:
@@ -344,10 +324,8 @@ class Documents:
     Args:
         read: (bad_lines, bar) → the documents.
         where: they come from, for messages.
-        limit: read only the first so many; `None` for all.
-        skip_bad_lines: skip and count lines that hold no document.
-        what: is done with them, for a bar that shows how many are read; `None` for none.
-        unit, total: of the bar.
+        limit, skip_bad_lines: as `DataOptions` has them.
+        what, unit, total: of a bar that shows how many are read.
     """
 
     read: Callable[..., Iterator[str]]
@@ -376,10 +354,7 @@ class Documents:
 def documents(options: DataOptions, part: str, what: str | None = None) -> tuple[Documents, list]:
     """Documents of the "train" or "validation" part, and where they come from (JSON, for the key of the token cache).
 
-    Args:
-        options: where they are.
-        part: which.
-        what: is done with them, for a bar that shows how many are read; `None` for none.
+    `what` is done with them, for a bar that shows how many are read.
     """
     paths, limit = options.train_files if part == "train" else options.validation_files, options.max_documents
     split = options.dataset_split if part == "train" else options.validation_split
@@ -421,6 +396,19 @@ class Separation:
     patch_size: int = 1
 
 
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Of about `CHARACTERS_PER_BATCH` characters; empty documents are left out."""
+    batch, size = [], 0
+    for document in filter(None, documents):
+        batch.append(document)
+        size += len(document)
+        if size >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separation) -> Iterator[np.ndarray]:
     """Token ids of each document, ends as `separation` says; empty documents are left out.
 
@@ -434,8 +422,7 @@ def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separati
     special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
     num_added, num_spelled = tokenizer.num_special_tokens_to_add(), 0
 
-    def flush(batch):
-        nonlocal num_spelled
+    for batch in _batches(documents):
         encoded = tokenizer(batch, return_attention_mask=False, split_special_tokens=True, verbose=False)
         for ids in encoded["input_ids"]:
             num_spelled += int(np.isin(ids, special).sum()) > num_added
@@ -444,18 +431,6 @@ def tokenize_documents(documents: Iterable[str], tokenizer, separation: Separati
             if separation.pad_to_patch:
                 ids += [tokenizer.pad_token_id] * (-len(ids) % separation.patch_size)
             yield np.asarray(ids, dtype=np.uint32)
-
-    batch, size = [], 0
-    for document in documents:
-        if not document:
-            continue
-        batch.append(document)
-        size += len(document)
-        if size >= CHARACTERS_PER_BATCH:
-            yield from flush(batch)
-            batch, size = [], 0
-    if batch:
-        yield from flush(batch)
     if num_spelled:
         what = "spell special tokens, which this tokenizer doesn't read as text"
         print(f"warning: {num_spelled} document(s) {what}", file=sys.stderr)

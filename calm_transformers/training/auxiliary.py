@@ -69,13 +69,7 @@ class MultiTokenLoss(TokenChain):
 class WithAuxiliary(nn.Module):
     """A CALM model with the auxiliary loss added to its own, as one module, so that DDP and FSDP see all parameters.
 
-    Args:
-        calm: the model.
-        weight: of the auxiliary loss.
-        head_weight: of the head's own loss; 0 leaves the head out, to train the backbone alone first.
-        decay: share of the steps over which the weight falls linearly to 0; 0 keeps it.
-        num_targets: A, patches that the auxiliary loss draws as targets of the head, beside each of the text's.
-        teacher: what the auxiliary loss learns from beside the labels.
+    `weight`, `head_weight`, `decay` and `num_targets` (A) are a recipe's, as is the teacher.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch

@@ -19,13 +19,7 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 
 def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
-    """A Llama with its output matrix, in the dtype of its checkpoint.
-
-    Args:
-        what: the recipe's field that names it.
-        where: folder or Hub id.
-        config: its configuration.
-    """
+    """The Llama that a recipe names in the field `what`, output matrix included, in the dtype of its checkpoint."""
     if getattr(config, "quantization_config", None):
         raise InputError(f"{what} {where}: its weights are quantised; name the checkpoint that they were made from.")
     try:
@@ -43,12 +37,7 @@ def load_llama(what: str, where: str, config: LlamaConfig) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def begin_with_llama(model: CALMForCausalLM, llama: LlamaForCausalLM, decay: float) -> int:
-    """Fills the backbone of a new model with the weights of a Llama of its sizes.
-
-    Args:
-        model: the new one.
-        llama: the other.
-        decay: as in `begin_patch_embedding`.
+    """Fills the backbone of a new model with the weights of a Llama of its sizes (decay: see `begin_patch_embedding`).
 
     Returns:
         how many tokens the Llama doesn't know, at the end of the vocabulary: they get the mean of those that it knows.

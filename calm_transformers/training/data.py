@@ -35,12 +35,9 @@ NOT_IN_TOKENS = {
 
 @dataclass(frozen=True)
 class Length:
-    """How long a training is to be.
+    """How long a training is to be: `epochs` of the data, or `max_steps` where it is above 0.
 
-    Args:
-        batch_size: blocks a step, those of all processes and all accumulated batches together.
-        epochs: how often the data are seen.
-        max_steps: where it is above 0, it counts and the epochs don't.
+    A step has `batch_size` blocks, those of all processes and all accumulated batches together.
     """
 
     batch_size: int
@@ -106,20 +103,16 @@ class TokenFile:
     document_starts: np.ndarray
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
-    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def _hash(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cached_tokens(folder: Path, key: dict, write: Callable[[], Iterable[np.ndarray]]) -> TokenFile:
-    """Opens the token file for `key` under `folder`, written first by `write()` if it is not there, or damaged.
+    """Opens the token file for `key` (JSON), written first if it is not there, or damaged; `write` gives documents.
 
-    Args:
-        folder: of the caches. Each is a sub-folder that appears only when complete, so a kill leaves no half one.
-        key: everything that the tokens depend on (JSON).
-        write: () → iterator of the documents' token ids.
+    Each is a sub-folder of `folder` that appears only when complete, so a kill leaves no half one.
     """
-    target = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    target = folder / _hash(key)
     found = _open_tokens(target)
     if found is None:
         try:
@@ -179,7 +172,7 @@ def token_file(options: DataOptions, part: str, tokenizer, patch_size: int, fold
         "source": source,
         "options": {name: getattr(options, name) for name in fields},
         "patch_size": separation.patch_size,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": _hash([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.pad_token_id]),
     }
     return cached_tokens(folder, key, lambda: tokenize_documents(texts, tokenizer, separation))
 
@@ -214,9 +207,8 @@ def blocks_per_epoch(num_tokens: int, block_size: int, random_phase: bool = Fals
 class PackedBlocks(Dataset):
     """Blocks of `block_size` tokens; the i-th is a pure function of the seed and i.
 
-    Block i belongs to epoch i // blocks_per_epoch. Every epoch visits each block once, in an order of its own, so
-    shuffling, sharding over processes and resuming all come down to which i is asked for: batches are taken in order
-    of i, the processes take turns, and a resumed run goes on with the next i.
+    Every epoch visits each block once, in an order of its own. Sharding over processes and resuming come down to which
+    i is asked for: the processes take turns, and a resumed run goes on with the next i.
 
     Args:
         data: the tokens.
@@ -224,9 +216,8 @@ class PackedBlocks(Dataset):
         patch_size: K.
         num_blocks: length of the dataset, over all epochs; `None` is one epoch.
         seed: of the order, the phases and the fillings. `None`: in file order, and neither phase nor filling.
-        random_phase: each epoch begins at a random one of the first L tokens, so that it is cut at other places.
-        left_fill: share of blocks that look like a short prompt: they begin with a document, after 0 to K − 1 tokens
-            `filler_token_id`.
+        random_phase, left_fill, filler_token_id: as `DataOptions` has them; an epoch begins at one of the first L
+            tokens.
     """
 
     def __init__(
@@ -240,7 +231,6 @@ class PackedBlocks(Dataset):
         left_fill: float = 0.0,
         filler_token_id: int | None = None,
     ):
-        check_cut(block_size, patch_size, left_fill, filler_token_id)
         self.data, self.block_size, self.patch_size = data, block_size, patch_size
         self.seed, self.left_fill, self.filler_token_id = seed, left_fill, filler_token_id
         self.random_phase = random_phase and seed is not None
@@ -294,28 +284,22 @@ class StreamedBlocks(IterableDataset):
     blocks come in random order; what is left over at its end goes to the next one. A resumed run reads again up to
     where it was.
 
-    Each worker of a DataLoader reads all documents, and tokenises those that are its own: in an epoch every document
-    is that of one worker, in the next one that of the next worker, so that none comes more often because its worker
-    has little else. The stream depends on the seed and the number of workers alone; of several processes the first
-    one reads and hands out, or each takes its share of the same stream.
+    Each worker of a DataLoader reads all documents, and tokenises its own: in an epoch every document is that of one
+    worker, in the next one that of the next worker, so that none comes more often because its worker has little else.
+    The stream depends on the seed and the number of workers alone; each process takes its share of the same stream.
 
-    Args:
-        documents: read anew in each epoch.
-        tokenize: documents → their token ids.
-        block_size, patch_size, left_fill, filler_token_id: as in `PackedBlocks`.
-        random_phase: each epoch leaves out a random number of tokens, up to L − 1, at its start.
-        shard_tokens: tokens to shuffle among.
+    With `random_phase` each epoch leaves out up to L − 1 tokens at its start. `filling`: as in `PackedBlocks`.
     """
 
     def __init__(
         self,
-        documents: Iterable,
+        documents: Iterable,  # read anew in each epoch
         tokenize: Callable[[Iterable], Iterable[np.ndarray]],
         block_size: int,
         patch_size: int = 1,
         seed: int = 0,
         random_phase: bool = False,
-        shard_tokens: int = 2**22,
+        shard_tokens: int = 2**22,  # to shuffle among
         **filling,
     ):
         self.documents, self.tokenize = documents, tokenize

@@ -25,13 +25,7 @@ FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 
 def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[list[str]]:
-    """The words of each training behind `calm train`, in order.
-
-    Args:
-        corpus: see the module's description.
-        runs: folder of everything that is made on the way.
-        max_steps: that of each training in place of the recipe's, to try the whole thing out.
-    """
+    """The words of each training behind `calm train`, in order; what is made on the way is in the folder `runs`."""
     files = {part: str(corpus / f"tinystories-{part}.jsonl.xz") for part in ("train", "validation")}
 
     def training(kind: str, recipe: str, *words: str) -> list[str]:

@@ -14,24 +14,15 @@ from transformers import LlamaForCausalLM
 
 @dataclass
 class Lesson:
-    """What a teacher expects of the tokens of a batch.
+    """What a teacher expects of the tokens of a batch."""
 
-    Args:
-        probabilities: of the tokens that it knows, the vocabulary's first, `(…, U)`; of all others 0.
-        share: in the loss; the rest is the labels'.
-    """
-
-    probabilities: Tensor
-    share: float
+    probabilities: Tensor  # of the tokens that it knows, the vocabulary's first, (…, U); of all others 0
+    share: float  # in the loss; the rest is the labels'
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(1 − share) · −log q(label) + share · −Σ p log q, nats; 0 where there is no label.
+        """(1 − share) · −log q(label) + share · −Σ p log q, nats; 0 where the label is −100.
 
-        A label that the teacher doesn't know counts alone.
-
-        Args:
-            logits: of q, `(…, V)`.
-            labels (`(…)`): −100 for none.
+        `logits` (…, V) are of q. A label that the teacher doesn't know counts alone.
         """
         log_q = logits.log_softmax(-1)
         hard = F.nll_loss(log_q.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)

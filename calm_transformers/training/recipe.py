@@ -139,12 +139,9 @@ class Recipe:
 
 
 def changes(before: Recipe, now: Recipe) -> str:
-    """Compares the recipe of a run with that by which it is to be resumed.
+    """What has changed from the recipe of a run to that by which it is to be resumed, in words.
 
     The text is compared by its tokens, not by where it lies, unless it is a stream.
-
-    Returns:
-        what has changed, as a list of words.
     """
     fields = section_fields(now.kind)
     kept = KEPT | fields[""] - {"name"} | fields["model"] | {"batch_size", "tokens"}
@@ -298,26 +295,21 @@ def _settle_upstreams(sections: dict[str, dict], kind: str) -> None:
     types |= {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments)} | {"fsdp": "bool"}  # takes it, too
     for section in ("model", "training"):
         for key, value in sections[section].items():
-            sections[section][key] = _settled(key, value, types.get(key, ""))
-
-
-def _settled(key: str, value, wanted: str):
-    """The value, as a field takes it whose type is printed as `wanted`."""
-    if value is True and "bool" not in wanted:
-        raise InputError(f"{key} needs a value: --{key} VALUE.")
-    if value is None or (isinstance(value, list) and key.endswith("_token_id")):  # there may be several
-        return value
-    if "dict" in wanted and not isinstance(value, dict | str):
-        raise InputError(f"{key}={value!r}: must have fields, as in --{key} '{{name: value}}'.")
-    if wanted not in (str(int), str(float)):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{key}={value!r}: must be a number.")
-    if wanted == str(float):
-        return value
-    if not float(value).is_integer():
-        raise InputError(f"{key}={value!r}: must be a whole number.")
-    return int(value)
+            wanted = types.get(key, "")
+            if value is True and "bool" not in wanted:
+                raise InputError(f"{key} needs a value: --{key} VALUE.")
+            if value is None or (isinstance(value, list) and key.endswith("_token_id")):  # there may be several
+                continue
+            if "dict" in wanted and not isinstance(value, dict | str):
+                raise InputError(f"{key}={value!r}: must have fields, as in --{key} '{{name: value}}'.")
+            if wanted not in (str(int), str(float)):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{key}={value!r}: must be a number.")
+            if wanted == str(int):
+                if not float(value).is_integer():
+                    raise InputError(f"{key}={value!r}: must be a whole number.")
+                sections[section][key] = int(value)
 
 
 def _unknown(key: str, known: set[str], section: str) -> str:
@@ -363,8 +355,8 @@ def check_fields(recipe: Recipe) -> None:
     weights |= {"head_learning_rate": r.head_learning_rate, "weight_decay": r.training.get("weight_decay")}
     for name, value in weights.items():
         refuse(value is not None and value < 0, f"{name}={value}: must not be negative")
-    distils = f"distil {r.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0"
-    refuse(r.distil and not r.auxiliary_weight, distils)
+    idle = f"distil {r.distil}: teaches through the multi-token loss, whose auxiliary_weight is 0"
+    refuse(r.distil and not r.auxiliary_weight, idle)
     decay = f"auxiliary_decay={r.auxiliary_decay}: must lie in [0, 1], a share of the steps"
     refuse(not 0 <= r.auxiliary_decay <= 1, decay)
     is_share = r.distil_weight == 1 or (r.distil and 0 < r.distil_weight < 1)
@@ -382,20 +374,6 @@ def check_fields(recipe: Recipe) -> None:
     refuse(r.ema_decay and r.training.get("load_best_model_at_end"), best)
 
 
-def defaults() -> dict:
-    """Trainer's settings that recipes may change."""
-    return {
-        "report_to": "none",
-        "logging_steps": 10,
-        "save_steps": 500,
-        "save_total_limit": 2,
-        "eval_steps": 500,
-        "disable_tqdm": not shows_bars(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
-    }
-
-
 def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
     """Trainer's arguments as the recipe states them, but for what is settled by now."""
     given = copy.deepcopy(recipe.training)  # Trainer rewrites nested ones
@@ -404,11 +382,20 @@ def training_arguments(recipe: Recipe, **settled) -> TrainingArguments:
             raise InputError(f"{name}={given[name]!r}: leave it out, training here relies on {value!r}.")
     if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
         given["eval_strategy"] = "steps"
-    unused = {"ddp_find_unused_parameters": recipe.head_weight == 0}
+    defaults = {
+        "output_dir": recipe.output_dir,
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "eval_steps": 500,
+        "disable_tqdm": not shows_bars(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # torchrun on CPUs needs to be told
+        "ddp_find_unused_parameters": recipe.head_weight == 0,
+    }
     try:
-        return TrainingArguments(
-            **{**defaults(), **unused, "output_dir": recipe.output_dir, **given, **FIXED, **settled}
-        )
+        return TrainingArguments(**{**defaults, **given, **FIXED, **settled})
     except (ValueError, TypeError) as error:
         raise InputError(f"section training: {error}") from error
 
