@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import zstandard
-from accelerate.data_loader import IterableDatasetShard, skip_first_batches
+from accelerate.data_loader import IterableDatasetShard
 from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
@@ -213,19 +213,20 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(tmp_path):
         return datasets.IterableDataset.from_generator(rows)
 
     rows = datasets.Dataset.from_dict({"body": TEXTS, "n": [1, None, 3]})
+    surrogate = stream(lambda: iter([{"text": "a"}, {"text": "\ud800"}]))
     for dataset, column, message in [
         (stream(broken), "text", r"dataset, after row \d: cannot be read \(.*no route"),
         (rows, "text", 'no column "text"; it has body, n'),
         (rows, "n", 'dataset, line 1: no string in the column "n"'),
-        (stream(lambda: iter([{"text": "a"}, {"text": "\ud800"}])), "text", "dataset, line 2: no text: character 1"),
+        (surrogate, "text", "dataset, line 2: no text: character 1"),
     ]:
         with pytest.raises(InputError, match=message):
             list(read_hub_dataset(dataset, column))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text"')
-    for part, message in [
-        ("train", "neither a file here nor a Hub dataset"),
-        ("validation", "no held-out data: give --validation_files or --validation_split"),
-    ]:
+    for part, message in {
+        "train": "neither a file here nor a Hub dataset",
+        "validation": "no held-out data: give",
+    }.items():
         with pytest.raises(InputError, match=message):
             documents(DataOptions(dataset=str(tmp_path)), part)
 
@@ -245,24 +246,18 @@ def test_what_was_skipped_is_said_once_also_where_nothing_is_left(tmp_path, caps
 # tokens
 
 
-@pytest.mark.parametrize("kind", ["characters", "trained"])
-def test_a_document_that_spells_special_tokens_is_text(kind, capsys):
-    if kind == "characters":
-        tokenizer, special = tiny_tokenizer(), ["<s>", "</s>", "<pad>"]
-    else:
-        special = ["<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>"]
-        tokenizer = train_bpe([f"{token} and <|bos|><|eos|>" for token in special] * 9, 270)
-    ids = tokenizer.convert_tokens_to_ids(special)
+def test_a_document_that_spells_special_tokens_is_text(capsys):
+    special = ["<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>"]
+    tokenizer = train_bpe([f"{token} and <|bos|><|eos|>" for token in special] * 9, 270)
     texts = [f"{token}one {token} two{token}" for token in special]
     for text, found in zip(texts, tokenize_documents(texts, tokenizer, Separation()), strict=True):
-        assert found[0] == tokenizer.bos_token_id and not set(found[1:].tolist()) & set(ids)
-        assert tokenizer.decode(found[1:]) == text
+        assert found[0] == tokenizer.bos_token_id and min(found[1:]) > 3 and tokenizer.decode(found[1:]) == text
     blocks_BL = pack_blocks(texts, tokenizer, 4)
     assert (blocks_BL == tokenizer.bos_token_id).sum() <= len(texts) and tokenizer.eos_token_id not in blocks_BL
     plain = ["one two", "  \tthree\n\n four "]
     as_ever = tokenizer(plain)["input_ids"]
     assert [ids.tolist() for ids in tokenize_documents(plain, tokenizer, Separation())] == as_ever
-    assert tokenizer(special[1])["input_ids"] == [tokenizer.bos_token_id, ids[1]]  # in a prompt it is what it says
+    assert tokenizer(special[2])["input_ids"] == [tokenizer.bos_token_id, 2]  # in a prompt it is what it says
     assert capsys.readouterr().err == ""
 
 
@@ -459,16 +454,15 @@ def test_steps_and_blocks_by_hand():
 
 def test_labels_count_what_the_loss_predicts():
     """Rows of every length mod K: Trainer divides by the labels that are counted, the model by its targets · K."""
-    model = tiny_model()
     rows = [{"input_ids": torch.arange(2, 2 + length)} for length in (16, 15, 9, 8, 5, 4)]
-    batch = PatchCollator(4, pad_token_id=0)(rows)
+    model, batch = tiny_model(), PatchCollator(4, pad_token_id=0)(rows)
     counted = (batch["labels"] != -100).sum()
     assert counted == 4 * (3 + 2 + 1 + 1 + 0 + 0)
-    losses = [
-        model(**batch, num_items_in_batch=number, generator=torch.Generator().manual_seed(0)).loss
-        for number in (None, counted)
-    ]
-    torch.testing.assert_close(losses[0], losses[1])
+
+    def loss(number):
+        return model(**batch, num_items_in_batch=number, generator=torch.Generator().manual_seed(0)).loss
+
+    torch.testing.assert_close(loss(None), loss(counted))
 
 
 NONE = [-100] * 4
@@ -509,8 +503,8 @@ def stream(lengths=(7, 30, 5, 11), seed=0, **options) -> StreamedBlocks:
     return StreamedBlocks(documents, iter, block_size=4, seed=seed, **options)
 
 
-def first_blocks(stream, number: int, num_workers: int = 0, batch_size: int = 1, skip: int = 0) -> list[tuple]:
-    loader = skip_first_batches(DataLoader(stream, batch_size, num_workers=num_workers, collate_fn=list), skip)
+def first_blocks(stream, number: int, num_workers: int = 0, batch_size: int = 1) -> list[tuple]:
+    loader = DataLoader(stream, batch_size, num_workers=num_workers, collate_fn=list)
     batches = itertools.islice(loader, number // batch_size)
     return [tuple(block["input_ids"].tolist()) for batch in batches for block in batch]
 
@@ -529,23 +523,11 @@ def test_workers_of_unequal_shares_see_all_documents_as_often():
     assert [round(seen[d] / 20, 1) for d in range(3)] == [10, 1, 10]
 
 
-def test_processes_share_a_stream_and_a_resumed_run_goes_on_with_the_next():
+def test_processes_share_a_stream():
     def of_process(rank):
         return first_blocks(IterableDatasetShard(stream(), 2, num_processes=2, process_index=rank), 12, 2, 2)
 
-    whole = first_blocks(stream(), 24, num_workers=2, batch_size=2)
-    assert len({*of_process(0), *of_process(1)}) == len(set(whole))
-    assert first_blocks(stream(), 14, num_workers=2, batch_size=2, skip=5) == whole[10:]
-
-
-def test_workers_share_a_hub_data_set_whatever_its_files(tmp_path):
-    """`datasets` itself gives whole files to workers, and none to some."""
-    for part in ("abc", "def"):
-        (tmp_path / f"train-{part}.jsonl").write_bytes(jsonl(letter * 4 for letter in part))
-    options = DataOptions(dataset=str(tmp_path), streaming=True, block_size=5)
-    parts = data_sets(options, tiny_tokenizer(), 1, Length(1, max_steps=9), 0, tmp_path, evaluates=False)
-    seen = Counter(first_blocks(parts.train, 6, 2))
-    assert len(seen) == 6 and {ids[0] for ids in seen} == {BOS}
+    assert len({*of_process(0), *of_process(1)}) == len(set(first_blocks(stream(), 24, num_workers=2, batch_size=2)))
 
 
 def test_a_stream_loses_and_repeats_nothing_within_an_epoch_and_depends_on_the_seed_alone():

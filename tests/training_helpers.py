@@ -58,18 +58,15 @@ def make_workshop(folder: Path, **autoencoder_fields) -> dict:
 def same_draws_for_every_patch(monkeypatch) -> None:
     """The energy loss without luck: sample n has the same noise at each patch, in whatever batch the patch is."""
 
-    def repeated(shape, size, draw):
-        fixed = draw((shape[0], *[1] * (len(shape) - 1), size), generator=torch.Generator().manual_seed(0))
-        return fixed.expand(*shape, size)
+    def repeated(shape, draw):
+        fixed = draw((shape[0], *[1] * (len(shape) - 2), shape[-1]), generator=torch.Generator().manual_seed(0))
+        return fixed.expand(*shape)
 
     def noise(head, shape, like, generator):
-        return repeated(shape, head.noise_size, torch.rand) - 0.5
-
-    def normal(shape, like, generator):
-        return repeated(shape[:-1], shape[-1], torch.randn)
+        return repeated((*shape, head.noise_size), torch.rand) - 0.5
 
     monkeypatch.setattr(EnergyHead, "initial_noise", noise)
-    monkeypatch.setattr(heads_calm, "standard_normal", normal)
+    monkeypatch.setattr(heads_calm, "standard_normal", lambda shape, like, generator: repeated(shape, torch.randn))
 
 
 def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_draws: bool) -> None:
@@ -83,9 +80,7 @@ def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_draws:
     sys.exit(code)
 
 
-def start_training(
-    log: Path, kind: str, environment: dict | None = None, fixed_draws: bool = False, **fields
-) -> multiprocessing.Process:
+def start_training(log: Path, kind: str, environment=None, fixed_draws: bool = False, **fields):
     """A training in a process of its own, forked from a server that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["calm_transformers.training.train"])
@@ -94,7 +89,7 @@ def start_training(
     return process
 
 
-def start_training_together(log: Path, kind: str, num_processes: int = 2, **fields) -> list[multiprocessing.Process]:
+def start_training_together(log: Path, kind: str, num_processes: int = 2, **fields) -> list:
     """A training as torchrun starts it, on `num_processes` CPU processes with gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

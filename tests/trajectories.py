@@ -17,25 +17,13 @@ from training_helpers import make_workshop, train
 RECORD = Path(__file__).with_suffix(".json")
 # Large steps, so that a small change of any of these is seen within five; more than one batch a step, and clipped.
 SETTINGS = {
-    "max_steps": 5,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 2,
-    "adam_beta2": 0.95,
-    "weight_decay": 10.0,
-    "max_grad_norm": 0.2,
-    "seed": 1,
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "use_cpu": True,
+    **{"max_steps": 5, "gradient_accumulation_steps": 2, "warmup_steps": 2, "max_grad_norm": 0.2},
+    **{"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "adam_beta2": 0.95, "weight_decay": 10.0, "seed": 1},
+    **{"eval_strategy": "no", "save_strategy": "no", "use_cpu": True},
 }
 RUNS = {
     "autoencoder": ("autoencoder", {"kl_clamp": 0.01, "kl_weight": 0.1}),  # so that the KL term has a gradient
-    "energy": ("calm", {"head_type": "energy"}),
-    "flow": ("calm", {"head_type": "flow"}),
-    "diffusion": ("calm", {"head_type": "diffusion"}),
-    "token_chain": ("calm", {"head_type": "token_chain"}),
+    **{head: ("calm", {"head_type": head}) for head in ("energy", "flow", "diffusion", "token_chain")},
     "auxiliary": ("calm", {"head_type": "energy", "auxiliary_weight": 0.5}),
     "ar": ("ar", {}),
 }
@@ -47,14 +35,7 @@ def workshop(folder: Path) -> dict:
 
 
 def first_steps(run: str, fields: dict, output_dir: Path, **changes) -> dict[str, list[float]]:
-    """The losses and gradient norms of a run.
-
-    Args:
-        run: a name in `RUNS`.
-        fields: of the workshop.
-        output_dir: the run's folder.
-        changes: settings other than `SETTINGS` and `RUNS` say.
-    """
+    """The losses and gradient norms of a run; `changes` are settings other than `SETTINGS` and `RUNS` say."""
     kind, options = RUNS[run]
     if kind != "calm":
         fields = {name: value for name, value in fields.items() if name != "autoencoder"}
