@@ -6,9 +6,13 @@ from calm_transformers.command_line import InputError
 from calm_transformers.files import unfinished
 
 
-def test_a_file_takes_the_place_of_the_old_one(tmp_path):
+def test_a_file_takes_the_place_of_the_old_one_unless_there_is_an_error(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), unfinished(path) as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with unfinished(path) as aside:
         aside.write_text("new")
         assert path.read_text() == "old"
@@ -23,15 +27,6 @@ def test_a_folder_of_an_interrupted_run_is_not_mixed_with_the_next(tmp_path):
         aside.mkdir()
         (aside / "new").touch()
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"] and not left.exists()
-
-
-def test_an_error_leaves_what_was_there(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), unfinished(path) as aside:
-        aside.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_one_process_writes_at_a_time(tmp_path):

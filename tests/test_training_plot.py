@@ -39,12 +39,9 @@ def test_several_runs_share_a_picture(tmp_path):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each run
 
 
-def test_a_run_that_goes_on_is_drawn_from_its_last_checkpoint(tmp_path):
+def test_a_run_that_goes_on_is_drawn_from_its_last_checkpoint_and_one_without_a_log_refused(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "no trainer_state.json" in capsys.readouterr().err
     for step in (9, 10):
         write_run(tmp_path / "run" / f"checkpoint-{step}", [{"loss": float(step), "step": step}])
     assert read_log(tmp_path / "run") == [{"loss": 10.0, "step": 10}]
-
-
-def test_a_folder_without_a_log_is_an_error(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
-    assert "no trainer_state.json" in capsys.readouterr().err
