@@ -39,18 +39,14 @@ def test_the_configuration_is_the_one_that_a_run_trains(kind, workshop, tmp_path
     assert values(dry_run_config(kind, monkeypatch, **goes_on)) == values(trained)
 
 
-@pytest.mark.parametrize(
-    "kind, recipe, total",
-    [
-        ("ar", "demo-transformer", "3.3 M"),
-        ("autoencoder", "demo-autoencoder", "1.94 M"),
-        ("calm", "demo-backbone", "4.59 M"),
-    ],
-)
+DEMO = [("ar", "transformer", "3.3 M"), ("autoencoder", "autoencoder", "1.94 M"), ("calm", "backbone", "4.59 M")]
+
+
+@pytest.mark.parametrize("kind, recipe, total", DEMO)
 def test_the_demo_recipes_count_with_what_is_there(kind, recipe, total, workshop, tmp_path, capsys):
     CALMAutoencoderConfig(vocab_size=300, latent_size=64, hidden_size=256).save_pretrained(tmp_path)
     named = {"tokenizer": workshop["tokenizer"]} | ({"autoencoder": str(tmp_path)} if kind == "calm" else {})
-    lines = report(kind, recipe, capsys, **named)
+    lines = report(kind, f"demo-{recipe}", capsys, **named)
     assert lines[1] == ""  # nothing is assumed
     counted = next(line for line in lines if line.strip().startswith("total"))
     assert counted.split()[-2:] == total.split()

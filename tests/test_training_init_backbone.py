@@ -191,11 +191,11 @@ def with_tokens(tokenizer: str, folder: Path, changed: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("field", ["init_backbone", "distil"])
 def test_a_tokenizer_that_differs_is_refused_naming_the_token(field, workshop, llama, tmp_path, capsys):
-    tokens = load_tokenizer(llama).convert_ids_to_tokens(range(NUM_KNOWN))
-    swapped = with_tokens(llama, tmp_path / "other", {tokens[290]: tokens[295], tokens[295]: tokens[290]})
-    fields = {**workshop, "auxiliary_weight": 0.5, "output_dir": str(tmp_path / "run")}
-    assert refusal(capsys, **fields, **{field: swapped}) == (
-        f"{field} {swapped}: token 290 is {tokens[295]!r} in its tokenizer and {tokens[290]!r} in the autoencoder's, "
+    one, other = load_tokenizer(llama).convert_ids_to_tokens([290, 295])
+    swapped = with_tokens(llama, tmp_path / "other", {one: other, other: one})
+    fields = {**workshop, "auxiliary_weight": 0.5, "output_dir": str(tmp_path / "run"), field: swapped}
+    assert refusal(capsys, **fields) == (
+        f"{field} {swapped}: token 290 is {other!r} in its tokenizer and {one!r} in the autoencoder's, "
         "so that the two read text differently."
     )
 
