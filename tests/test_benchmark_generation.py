@@ -162,13 +162,15 @@ def test_a_replay_imposes_its_patches_and_leaves_the_work_as_it_was(monkeypatch,
     assert "new_pool" not in vars(model)
 
 
-def test_a_replay_gives_draws_in_their_order():
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_replay_gives_draws_in_their_order(lazy):
     """Recorded draws are equal in pairs: of four draws, (c, 0) and (c, 1) come twice each, and no other."""
     recorded = labelled_recording(1, 16)
     recorded[..., 1] //= 2
+    sampling = PatchSampling(True, 0.5, 4, "batch", lazy_decoding=lazy)
     model = tiny_model()
     with Replay(recorded).on(model):
-        patches = [model.next_patches(torch.randn(8, 48), PatchSampling(True, 0.5, 4, "batch")) for _ in range(4)]
+        patches = [model.next_patches(torch.randn(8, 48), sampling) for _ in range(4)]
     assert torch.cat(patches)[:, 1].unique().tolist() == [0, 1]
 
 
