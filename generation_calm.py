@@ -302,18 +302,15 @@ class CALMGenerationMixin(PatchGenerationMixin):
         rules: TokenRules | None = None,
     ) -> PlainPool:
         """The candidates of one step, none drawn yet; for `draw` see `PlainPool`."""
-        if rules is None and self._decodes_lazily(sampling):
-            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV)
-        return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
-
-    def _decodes_lazily(self, sampling: PatchSampling) -> bool:
         # How much is left to decode depends on the draws, which a graph's steps don't; and shards, as of FSDP2, are
         # gathered by a module's forward alone.
-        is_sharded = hasattr(self.autoencoder.decoder.lm_head.weight, "full_tensor")
-        if torch.compiler.is_compiling() or is_sharded:
-            return False
+        is_whole = not torch.compiler.is_compiling() and not hasattr(
+            self.autoencoder.decoder.lm_head.weight, "full_tensor"
+        )
         lazy = sampling.lazy_decoding
-        return self.autoencoder.device.type == "cpu" if lazy is None else lazy
+        if is_whole and rules is None and (self.autoencoder.device.type == "cpu" if lazy is None else lazy):
+            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV)
+        return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
 
     def pack_for_generation(
         self,
