@@ -181,7 +181,7 @@ def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux tells it")
 @pytest.mark.parametrize("temperature", [1 / 2, 0.7])
 def test_ten_thousand_draws_of_a_row_stay_within_100_mb(tmp_path, temperature):
-    """Beyond their latent vectors, so without a table of all pairs; in a process whose allocator keeps nothing free."""
+    """Beyond their latent vectors, so without a table of all pairs; where the allocator keeps nothing free."""
     settings = {"num_draws": 10_000, "temperature": temperature}
     environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     memory = fresh_process.call(memory_of_draws, tmp_path, environment, **settings).result
