@@ -77,13 +77,12 @@ class RecordedRandomness(StepRandomness):
     def exponential(self, rows_R: Tensor, num_draws: int) -> Tensor:
         return self.draws["exponential"]
 
-    def for_head(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
-        return {"generator": None} | self.recorded_for_head(head, context_RD, rows_R, num_draws)
-
     def recorded_for_head(
         self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
     ) -> dict[str, Tensor]:
         return {name: x for name, x in self.draws.items() if name not in KINDS}
+
+    for_head = recorded_for_head
 
 
 class RowRandomness(StepRandomness):
@@ -100,16 +99,16 @@ class RowRandomness(StepRandomness):
         self.num_taken = dict.fromkeys(KINDS, 0)
 
     def uniform(self, rows_R: Tensor, num_draws: int) -> Tensor:
-        def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-            return {"values": torch.rand(size, 1, 1, generator=generator, device=generator.device)}
-
-        return self._take("uniform", rows_R, num_draws, rows_R.device, make)["values"][..., 0].T
+        return self._numbers("uniform", rows_R, num_draws, Tensor.uniform_)
 
     def exponential(self, rows_R: Tensor, num_draws: int) -> Tensor:
-        def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-            return {"values": torch.empty(size, 1, 1, device=generator.device).exponential_(generator=generator)}
+        return self._numbers("exponential", rows_R, num_draws, Tensor.exponential_)
 
-        return self._take("exponential", rows_R, num_draws, rows_R.device, make)["values"][..., 0].T
+    def _numbers(self, kind: str, rows_R: Tensor, num_draws: int, fill: Callable[..., Tensor]) -> Tensor:
+        def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"values": fill(torch.empty(size, 1, 1, device=generator.device), generator=generator)}
+
+        return self._take(kind, rows_R, num_draws, rows_R.device, make)["values"][..., 0].T
 
     def recorded_for_head(
         self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
@@ -119,8 +118,7 @@ class RowRandomness(StepRandomness):
 
         return self._take("head", rows_R, num_draws, context_RD.device, make)
 
-    def for_head(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
-        return {"generator": None} | self.recorded_for_head(head, context_RD, rows_R, num_draws)
+    for_head = recorded_for_head
 
     def _take(self, kind: str, rows_R: Tensor, num_draws: int, device: torch.device, make: MakePage) -> dict:
         """Tensors (..., N, R, size) of the next draws of these rows."""

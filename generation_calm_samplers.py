@@ -27,7 +27,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -94,20 +94,6 @@ class Pool(Protocol):
         ...
 
 
-class ExactSample(NamedTuple):
-    """What `exact_temperature_sample` chose.
-
-    Args:
-        index_B: the draw chosen, on the pool's device.
-        is_exact_B: whether an attempt was accepted, so that its law is exact; on the CPU.
-        num_draws_B: how many draws were made; on the CPU.
-    """
-
-    index_B: Tensor
-    is_exact_B: Tensor
-    num_draws_B: Tensor
-
-
 # The methods
 
 
@@ -153,7 +139,7 @@ def exact_temperature_sample(
     max_draws: int,
     generator: Randomness = None,
     plan: BlockPlan | None = None,
-) -> ExactSample:
+) -> tuple[Tensor, Tensor]:
     """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_draws` draws a row.
 
     Each block of draws doubles the pool; a row whose draws hold an accepted attempt stops, and only the others draw
@@ -164,6 +150,9 @@ def exact_temperature_sample(
     it a substitute for `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every
     case enumerated, at other T no larger within the noise of a simulation (tests/test_samplers.py, TestFallback).
     Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
+
+    Returns:
+        index of the draw chosen (B,), on the pool's device, and whether an attempt was accepted (B,), on the CPU.
     """
     check_num_candidates(max_draws, temperature)
     if temperature > 1:
@@ -172,7 +161,7 @@ def exact_temperature_sample(
     attempt_length, num_rows = math.ceil(exponent), len(pool.rows_B)
     plan, randomness = BlockPlan() if plan is None else plan, StepRandomness.of(generator)
     first_block = plan.first_block(min(max(LEAST_BLOCK, attempt_length), max_draws), num_rows, max_draws)
-    chosen, num_draws = [0] * num_rows, [max_draws] * num_rows
+    chosen = [0] * num_rows
     left, rows_R = list(range(num_rows)), pool.rows_B  # rows that draw, on the host and on the pool's device
     uniform_RN = noise_RN = None
     for num_drawn, size in block_sizes(first_block, max_draws):
@@ -187,7 +176,7 @@ def exact_temperature_sample(
         kept = [i for i, start in enumerate(starts) if start == num_drawn]
         for row, start in zip(left, starts, strict=True):
             if start < num_drawn:
-                chosen[row], num_draws[row] = start, num_drawn
+                chosen[row] = start
         plan.note(start + attempt_length for start in starts if start < num_drawn)
         if len(kept) < len(left):
             left, kept_R = [left[i] for i in kept], to_device(kept, rows_R.device)
@@ -201,9 +190,9 @@ def exact_temperature_sample(
     if left and noise_RN is not None:
         index_R = choose_from_full_pool(pool.classes(rows_R), uniform_RN, noise_RN, temperature)
         index_B = index_R if len(left) == num_rows else index_B.index_copy(0, rows_R, index_R)
-    fell_back = set(left)
-    is_exact = [row not in fell_back for row in range(num_rows)]
-    return ExactSample(index_B, torch.tensor(is_exact), torch.tensor(num_draws))
+    is_exact_B = torch.ones(num_rows, dtype=torch.bool)
+    is_exact_B[left] = False
+    return index_B, is_exact_B
 
 
 def one_block_temperature_sample(
@@ -211,10 +200,8 @@ def one_block_temperature_sample(
 ) -> tuple[Tensor, Tensor]:
     """`exact_temperature_sample` with all draws in one block, and nothing for the host to read.
 
-    More draws, fewer waits; the distribution depends on no block size, so it is the same.
-
-    Returns:
-        index of the draw chosen (B,), and whether an attempt was accepted (B,), on the pool's device.
+    More draws, fewer waits; the distribution depends on no block size, so it is the same. All is returned on the
+    pool's device.
     """
     check_num_candidates(num_draws, temperature)
     randomness, uniform_BN = StepRandomness.of(generator), None
@@ -238,11 +225,7 @@ def choose_from_full_pool(class_RN: Tensor, uniform_RN: Tensor | None, noise_RN:
     (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
     at 1/T a whole number all of them: nothing waits there.
 
-    Args:
-        class_RN: class ids of all pairs.
-        uniform_RN: as in `first_accepted_attempt`.
-        noise_RN: as in `choose_by_weight`.
-        temperature: T.
+    The arguments are those of `first_accepted_attempt` and `choose_by_weight`, class ids of all pairs.
     """
     by_weight_R = choose_by_weight(class_RN, noise_RN, temperature)
     if uniform_RN is None:
@@ -477,10 +460,10 @@ class PatchSampling:
         if isinstance(plan, OneBlock):
             index_B, plan.is_exact_B = one_block_temperature_sample(*sampler)
             return index_B
-        chosen = exact_temperature_sample(*sampler, plan)
+        index_B, is_exact_B = exact_temperature_sample(*sampler, plan)
         if plan is not None:
-            plan.is_exact_B = chosen.is_exact_B
-        return chosen.index_B
+            plan.is_exact_B = is_exact_B
+        return index_B
 
     def is_exact(self, plan: BlockPlan | OneBlock, num_rows: int, has_rules: bool) -> Tensor:
         """In which of the rows that `choose` was given last the patch is a sample of P(patch)^(1/T)/Z, (B,) bool."""

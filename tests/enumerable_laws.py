@@ -69,6 +69,10 @@ class StubPool:
     def tokens(self, rows_R, index_R):
         return as_patches(self.outcomes_BN[rows_R, index_R])
 
+    @property
+    def num_draws_B(self):
+        return (self.outcomes_BN >= 0).sum(-1)
+
     def outcomes(self, index_B):
         """The outcomes of one draw of each row."""
         return self.outcomes_BN[self.rows_B, index_B]

@@ -149,12 +149,12 @@ def test_flops_are_counted_as_ever(calls):
 @needs_one_dnn
 @pytest.mark.parametrize("one_dnn, is_faster", [(0.9, False), (0.5, True), (None, False)])
 def test_what_is_faster_is_measured_and_without_the_operator_pytorch_multiplies(monkeypatch, one_dnn, is_faster):
-    def best_seconds(product, rows, weight):
-        if product is not F.linear and one_dnn is None:
+    def seconds(work, trials):
+        if work.func is not F.linear and one_dnn is None:
             raise RuntimeError("no such overload")
-        return 1.0 if product is F.linear else one_dnn
+        return 1.0 if work.func is F.linear else one_dnn
 
-    monkeypatch.setattr(kernels_calm, "_best_seconds", best_seconds)
+    monkeypatch.setattr(kernels_calm, "_seconds", seconds)
     kernels_calm.one_dnn_is_faster.cache_clear()
     assert kernels_calm.one_dnn_is_faster() == is_faster
     kernels_calm.one_dnn_is_faster.cache_clear()

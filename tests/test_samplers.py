@@ -62,8 +62,8 @@ def batch_law(outcomes_BN: torch.Tensor, temperature: float, num_outcomes: int) 
 def sample_exactly(law_BV, temperature, max_draws, seed):
     """Outcomes, whether they are exact, and numbers of draws (B,)."""
     pool = StubPool(law_BV, seeded(seed))
-    chosen = exact_temperature_sample(pool, temperature, max_draws, seeded(seed + 1), FixedPlan(4))
-    return pool.outcomes(chosen.index_B), chosen.is_exact_B, chosen.num_draws_B
+    index_B, is_exact_B = exact_temperature_sample(pool, temperature, max_draws, seeded(seed + 1), FixedPlan(4))
+    return pool.outcomes(index_B), is_exact_B, pool.num_draws_B
 
 
 @pytest.mark.parametrize("way", ["all pairs at once", "sorted"])
@@ -242,9 +242,9 @@ class TestAlgorithm1:
     def test_only_unfinished_rows_draw_on(self):
         laws = torch.cat((peaked(1000, 1.0).expand(3, -1), flat(1000).expand(3, -1)))
         pool = StubPool(laws, seeded())
-        index, exact, num_draws = exact_temperature_sample(pool, 0.25, 30, seeded(), FixedPlan(4))
+        index, exact = exact_temperature_sample(pool, 0.25, 30, seeded(), FixedPlan(4))
         assert pool.extended == [([0, 1, 2, 3, 4, 5], 4), ([3, 4, 5], 4), ([3, 4, 5], 8), ([3, 4, 5], 14)]
-        assert num_draws.tolist() == [4, 4, 4, 30, 30, 30]
+        assert pool.num_draws_B.tolist() == [4, 4, 4, 30, 30, 30]
         assert exact.tolist() == [True] * 3 + [False] * 3
         assert pool.outcomes(index)[:3].tolist() == [0, 0, 0]
 
@@ -271,7 +271,7 @@ class TestBlockPlan:
         generator = seeded(12)
         for _ in range(100):
             pool = StubPool(law.expand(40, -1), generator)
-            index, exact, _ = exact_temperature_sample(pool, temperature, 2**15, generator, plan)
+            index, exact = exact_temperature_sample(pool, temperature, 2**15, generator, plan)
             assert exact.all()
             outcomes.append(pool.outcomes(index))
             first_blocks.add(pool.extended[0][1])
@@ -336,7 +336,7 @@ class TestFallback:
     def test_all_distinct_is_uniform_and_where_1_over_t_is_whole_known_before(self, temperature, is_promised):
         """Also where the pool comes in blocks."""
         pool = StubPool(stream_BN=torch.arange(20).expand(2000, -1))
-        index, exact, _ = exact_temperature_sample(pool, temperature, 20, seeded())
+        index, exact = exact_temperature_sample(pool, temperature, 20, seeded())
         promised = [noise.argmin(-1) for _, noise in pool.asked if noise is not None]
         assert len(promised) == is_promised
         if is_promised:
@@ -352,7 +352,7 @@ class TestFallback:
             for kind in (StubPool, PoolOfPairs)
         )
         assert all(torch.equal(a, b) for a, b in zip(plain, by_pairs, strict=True))
-        assert temperature == 1 or not plain.is_exact_B.all()
+        assert temperature == 1 or not plain[1].all()
 
 
 class PoolOfPairs(StubPool):
