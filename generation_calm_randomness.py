@@ -24,11 +24,7 @@ MakePage = Callable[[int, torch.Generator], dict[str, Tensor]]  # of so many dra
 
 
 class StepRandomness:
-    """Random numbers of one step, all from one generator, in the order in which they are asked for.
-
-    Args:
-        generator: `None` is torch's own.
-    """
+    """Random numbers of one step, all from one generator (None: torch's own), in the order they are asked for."""
 
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
@@ -86,11 +82,7 @@ class RecordedRandomness(StepRandomness):
 
 
 class RowRandomness(StepRandomness):
-    """Random numbers of one step, each row's from its own generator, which gives three seeds a step and no more.
-
-    Args:
-        generators: one a row, on any device.
-    """
+    """Random numbers of one step, each row's from its own generator, which gives three seeds a step and no more."""
 
     def __init__(self, generators: Sequence[torch.Generator]):
         super().__init__()

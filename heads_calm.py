@@ -225,14 +225,8 @@ class GenerativeHead(nn.Module):
     def recorded_draws(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """Draws for `sample`, of as many contexts (R, D) as rows; one row's can be shared by any number of contexts.
-
-        Args:
-            num_samples: N.
-            num_rows: R.
-            like: tensor whose dtype and device the draws take.
-            generator: their source.
-        """
+        """Draws for `sample`, of as many contexts (R, D) as rows, in the dtype and on the device of `like`; one row's
+        can be shared by any number of contexts."""
         return {"noise": self.initial_noise((num_samples, num_rows), like, generator)}
 
     def forward(self, context: Tensor, target: PatchTarget | None = None, **kwargs) -> Tensor:

@@ -25,13 +25,7 @@ CODE_CHUNK = 8192  # patches encoded at once
 
 
 class TokenChain(nn.Module):
-    """A patch's tokens one after the other: p(x_k | state_k, x_<k), the same small MLP at every place.
-
-    Args:
-        hidden_size: D.
-        vocab_size: V.
-        patch_size: K.
-    """
+    """A patch's tokens one after the other: p(x_k | state_k, x_<k), the same small MLP at every place."""
 
     def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):
         super().__init__()
@@ -78,11 +72,8 @@ class TokenChain(nn.Module):
 @torch.no_grad()
 def token_codes(autoencoder: CALMAutoencoder, num_contexts: int = CODE_CONTEXTS) -> Tensor:
     """The point of every token at every place of a patch, (K, V, Z): the mean latent of random patches that have it
-    there, less what the other places add. A patch's points sum to about the mean of its posterior.
-
-    Args:
-        autoencoder: one whose latents are nearly additive in the tokens.
-        num_contexts: random patches that each token is put into; always the same ones.
+    there, always the same `num_contexts`, less what the other places add. Where latents are nearly additive in the
+    tokens, a patch's points sum to about the mean of its posterior.
     """
     config = autoencoder.config
     K, V, Z = config.patch_size, config.vocab_size, config.latent_size

@@ -113,16 +113,13 @@ def float32_is_exact() -> bool:
 
 
 def fast_products(num_rows: int, width: int) -> AbstractContextManager:
-    """A context in which linear layers multiply by oneDNN, in float32 on a CPU and without gradients, if that pays.
+    """A context in which linear layers of this width, given so many rows, multiply by oneDNN, if that pays: in float32
+    on a CPU and without gradients.
 
     The values differ by rounding alone. Other layers, quantised ones, other dtypes and other devices are left as they
     are; so is everything under autocast, in a graph that is compiled or traced, where less than float32 was asked for
     (PyTorch then takes oneDNN itself), and where operators are watched, as a counter of FLOPs does, which doesn't know
     this one.
-
-    Args:
-        num_rows: that the layers are given.
-        width: of the layers.
     """
     is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if torch.compiler.is_compiling() or is_traced or torch.is_grad_enabled():
@@ -179,11 +176,7 @@ def one_dnn_is_faster() -> bool:
 
 
 class VocabularyScreen:
-    """An output matrix (V, d), float32 or bfloat16, rounded to int8 for `argmax`; takes V·d bytes.
-
-    Args:
-        weight_Vd: the matrix, on a CPU.
-    """
+    """An output matrix (V, d), float32 or bfloat16, on a CPU, rounded to int8 for `argmax`; takes V·d bytes."""
 
     def __init__(self, weight_Vd: Tensor):
         self.key = _key(weight_Vd)

@@ -224,17 +224,9 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
-    """KL divergence of N(mean, std²) from N(0, 1), summed over the latent axis, each dimension at least `clamp`.
+    """KL divergence of N(mean, std²) from N(0, 1), (..., Z) → (...): nats per patch, each dimension at least `clamp`.
 
     A dimension at the floor has no gradient: it is not pushed further towards the prior (KL clipping, paper 2.2).
-
-    Args:
-        mean (`(..., Z)`): of the posterior.
-        log_std (`(..., Z)`): natural logarithm of its standard deviation.
-        clamp: floor in nats per latent dimension.
-
-    Returns:
-        `(...)`: nats per patch.
     """
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
     return kl.clamp(min=clamp).sum(-1)
@@ -352,13 +344,7 @@ class CALMAutoencoder(OffloadableModel):
 
     @torch.no_grad()
     def read_tokens(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
-        """The most probable tokens, as in `decode_tokens`, of single states from `decode_states`: (M, d) → ids (M,).
-
-        Args:
-            states_Md: of tokens of any patches.
-            positions_M: at which of the K positions each stands.
-            forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
-        """
+        """As `decode_tokens`, of single states from `decode_states` and their positions in the patch: → ids (M,)."""
         with self._fast_products(states_Md):
             return self.decoder.most_probable_tokens(states_Md, positions_M, forbidden_KV)
 
