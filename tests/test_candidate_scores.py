@@ -10,8 +10,7 @@ from tiny import BOS, PAD, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
 from calm_transformers.model import generation_calm, generation_calm_samplers
-from calm_transformers.model.generation_calm_candidates import NO_TOKEN, CandidateScores, PlainPool, candidate_scores
-from calm_transformers.model.generation_calm_samplers import PatchSampling
+from calm_transformers.model.generation_calm_candidates import NO_TOKEN, CandidateScores, PlainPool
 from calm_transformers.model.generation_calm_upstream import CACHE_ARGUMENT
 
 PROMPT = torch.tensor([[BOS, 5, 6, 7, 8], [PAD, PAD, BOS, 9, 10], [BOS, 7, 7, 8, 9]])
@@ -189,33 +188,6 @@ def test_a_row_that_has_stopped_counts_nothing_of_later_blocks(monkeypatch, mode
         assert step.counts.sum(-1).tolist() == expected
         is_told_apart |= len(set(expected)) > 1
     assert is_told_apart
-
-
-class Reader:
-    """Latents are the patches themselves."""
-
-    def decode_tokens(self, latents, forbidden_KV=None):
-        return latents
-
-
-A, B, C, D = [1, 1], [2, 1], [1, 2], [3, 3]
-
-
-@pytest.mark.parametrize(
-    "draws, chosen, sampling, patches, weights",
-    [
-        ([A, B, C, B, C, B], (4, 1), {"temperature": 0.5}, [B, C, A], [0.75, 0.25, 0]),  # 3, 2, 1 weigh C(c, 2)
-        ([C, A, B, A, C, D], (5, 3), {}, [C, A, B, D], [1 / 3, 1 / 3, 1 / 6, 1 / 6]),  # of equals the first drawn
-        ([A, B, A, C], (0, 0), {"do_sample": False, "temperature": 0.5, "top_k": 1}, [A, B, C], [0.5, 0.25, 0.25]),
-    ],
-)
-def test_hand_values(draws, chosen, sampling, patches, weights):
-    pool = PlainPool(lambda rows_R, num: torch.tensor(draws)[:, None], torch.arange(1), Reader())
-    pool.extend(pool.rows_B, len(draws))
-    scores = candidate_scores(pool, torch.tensor(chosen[:1]), PatchSampling(**sampling).weigh)
-    assert scores.patches.tolist() == [patches] and scores.chosen.tolist() == list(chosen[1:])
-    assert scores.counts.tolist() == [[draws.count(patch) for patch in patches]]
-    torch.testing.assert_close(scores.weights, torch.tensor([weights]).float())
 
 
 def test_rows_that_end_before_others(model):

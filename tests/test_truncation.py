@@ -65,24 +65,6 @@ class TestTruncated:
         assert (kept_BN > 0).any(-1).all()
         torch.testing.assert_close(kept_BN / kept_BN.sum(-1, keepdim=True), warped_BN.softmax(-1))
 
-    WEIGHTS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])
-
-    @pytest.mark.parametrize(
-        "truncation, kept",
-        [
-            (Truncation(top_p=0.4), [1]),
-            (Truncation(top_p=0.41), [1, 3]),
-            (Truncation(min_p=0.25), [0, 1, 3, 4]),
-            (Truncation(min_p=0.26), [1, 3, 4]),
-            (Truncation(top_k=2, top_p=0.5), [1]),  # 0.4 of the 0.7 that top-k leaves
-            (Truncation(top_k=3, min_p=0.3), [1, 3, 4]),
-        ],
-    )
-    def test_hand_values(self, truncation, kept):
-        result = truncated(self.WEIGHTS, truncation)
-        assert (result[0] > 0).nonzero()[:, 0].tolist() == kept
-        assert torch.equal(result[0, kept], self.WEIGHTS[0, kept])
-
     def test_of_equal_weights_the_earlier_stay(self):
         equal = torch.full((1, 10), 0.1)
         for truncation in (Truncation(top_k=3), Truncation(top_p=0.3), Truncation(top_p=0.21)):
@@ -264,10 +246,9 @@ class TestReport:
         assert report.main(["--pools", "20"]) == 0
         printed = capsys.readouterr().out
         assert report.main(["--pools", "20"]) == 0 and capsys.readouterr().out == printed
-        first, second = (table.splitlines() for table in printed.strip().split("\n\n"))
-        for table, columns in ((first, 12), (second, 14)):
-            assert len(table) == 2 + 2 * 3 and {line.count("|") for line in table} == {columns + 1}
-        cells = [float(cell) for line in (*first[2:], *second[2:]) for cell in line.strip("| ").split(" | ")[2:]]
-        assert all(0 <= cell <= 1 for cell in cells)
+        lines = [line.strip("| ").split(" | ")[2:] for line in printed.splitlines() if line.count("|") > 2]
+        numbers = [[float(cell) for cell in line] for line in lines if line[0][0].isdigit()]
+        assert [len(line) for line in numbers] == [10] * 6 + [12] * 6
+        assert all(0 <= number <= 1 for line in numbers for number in line)
         assert report.main(["--pools", "0"]) == 2
         assert "--pools: 0: must be a whole number of at least 1" in capsys.readouterr().err
