@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     group = words[0] if words and words[0] in groups else ""
     asked = words[1:] if group else words
     if asked and asked[0] not in ("-h", "--help"):
-        raise InputError(
-            f"{' '.join(['calm', *words[: 2 if group else 1]])}: no such command (see calm {group} --help)."
-        )
+        typed = " ".join(words[: 2 if group else 1])
+        raise InputError(f"calm {typed}: no such command (see {f'calm {group}'.strip()} --help).")
     print(overview(group))
     return 0
 

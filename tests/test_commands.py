@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import COMMANDS, ROOT, main_of, refusal
+from commands import CLI, COMMANDS, ROOT, main_of, refusal
 from tiny import tiny_model, tiny_tokenizer
 
 from calm_transformers.command_line import CLOSED, WRONG, InputError, Parser, command, known_errors
@@ -218,3 +218,12 @@ def test_a_prompt_that_is_not_utf_8_is_one_line(module, words, capsys):
 def test_where_things_are_read_an_error_is_a_line(types, error, line):
     with pytest.raises(InputError, match=f"^{re.escape(line)}$"), known_errors(*types):
         raise error
+
+
+def test_the_command_lists_its_subcommands_and_finds_them(capsys):
+    assert cli.main(["--help"]) == 0 and cli.main(["bench"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  calm {name} " in printed for name in CLI)
+    assert refusal(capsys, cli.main, "nope") == "calm nope: no such command (see calm --help)."
+    assert refusal(capsys, cli.main, "bench", "nope") == "calm bench nope: no such command (see calm bench --help)."
+    assert "--recipe" in refusal(capsys, cli.main, "train", "calm")
