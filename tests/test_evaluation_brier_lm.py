@@ -14,7 +14,6 @@ from tiny import VOCAB_SIZE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.evaluation.brier_lm import main
 from calm_transformers.evaluation.models import count_model
 from calm_transformers.loading import load_causal_lm
@@ -136,19 +135,6 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, capsys):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     error = refusal(capsys, lambda words: run(folder, *words, model=(tmp_path,)), "--tokenizer", folder / "calm")
     assert error.endswith("It is another model's tokenizer.")
-
-
-def test_blocks_are_the_documents_in_order(folder):
-    class Letters:
-        eos_token_id, pad_token_id, unk_token_id, added_tokens_decoder = 0, None, None, {}
-        num_special_tokens_to_add = staticmethod(lambda: 0)
-
-        def __call__(self, batch, **kwargs):
-            return {"input_ids": [[ord(c) for c in text] for text in batch]}
-
-    assert pack_blocks(["abc", "defg", "h"], Letters(), 3).tolist() == [[97, 98, 99], [100, 101, 102]]
-    assert pack_blocks(["abc", "defg", "h"], Letters(), 3, max_blocks=1).tolist() == [[97, 98, 99]]
-    assert pack_blocks(["abc", "d"], Letters(), 3, append_eos=True).tolist() == [[97, 98, 99], [0, 100, 0]]
 
 
 @pytest.mark.parametrize("name", ["ar", "calm"])

@@ -8,8 +8,6 @@ from commands import refusal
 from tiny import tiny_model, tiny_tokenizer
 
 from calm_transformers.evaluation import ranking
-from calm_transformers.evaluation.ranking import long_documents, pairs_of, scores_of, share_ranked_rightly
-from calm_transformers.evaluation.text_scores import score_texts
 from calm_transformers.model.modeling_calm import CALMOutputWithPast
 
 LETTERS = "abcdefghijkl"
@@ -74,42 +72,6 @@ def test_a_random_model_is_at_chance(capsys, folder):
     assert pairs == "60" and all(20 < float(share.removesuffix("%")) < 80 for share in shares)
     assert table(capsys, *arguments) == [["4", "20", pairs, *shares]]
     assert table(capsys, *arguments, "--seed", 1) != [["4", "20", pairs, *shares]]
-
-
-def test_pairs_and_shares_by_hand():
-    ids_BL = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15]])
-    true_BL, wrong_BL = pairs_of(ids_BL, num_before=2, num_after=2)
-    assert true_BL.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9], [11, 12, 13, 14]]
-    assert wrong_BL.tolist() == [[1, 2, 8, 9], [6, 7, 13, 14], [11, 12, 3, 4]]
-    ties_B = torch.tensor([0.0, 2.0, 4.0, 0.0])  # count half
-    assert share_ranked_rightly(torch.tensor([1.0, 2.0, 3.0, 0.0]), ties_B) == 0.5
-
-
-def test_scores_are_means_over_the_continuation(monkeypatch):
-    monkeypatch.setattr(ranking, "TEXTS_AT_ONCE", 2)
-    model, ids_BL = tiny_model(), torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
-    found = scores_of(model, ids_BL, num_after=8, num_samples=6, seed=1)
-    generator = torch.Generator().manual_seed(1)
-    parts = [score_texts(model, ids, num_samples=6, generator=generator) for ids in ids_BL.split(2)]
-    torch.testing.assert_close(found["energy"], torch.cat([part.energy for part in parts])[:, 4:].mean(1))
-    brier_BPK = torch.cat([part.brier for part in parts])[:, 4:]
-    torch.testing.assert_close(found["Brier-1"], brier_BPK[..., 0].mean(1))
-    torch.testing.assert_close(found["Brier-K"], brier_BPK[..., 3].mean(1))
-
-
-def test_no_more_documents_are_read_than_pairs_need(monkeypatch):
-    monkeypatch.setattr("calm_transformers.documents.CHARACTERS_PER_BATCH", 10)
-    read = []
-
-    def documents():
-        for letter in LETTERS:
-            read.append(letter)
-            yield letter * 11
-
-    ids_BL = long_documents(documents(), tiny_tokenizer(), num_tokens=12, most=3, append_eos=False)
-    assert ids_BL.shape == (3, 12) and read == ["a", "b", "c"]
-    with_end = long_documents(documents(), tiny_tokenizer(), num_tokens=13, most=3, append_eos=True)
-    assert (with_end[:, -1] == tiny_tokenizer().eos_token_id).all()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from evaluation_folder import EVALUATIONS, evaluations, tiny_llama
 from tiny import PAD, tiny_model, tiny_tokenizer
 
 from calm_transformers.evaluation import autoencoder_report, calibration, invented_words, prompt_alignment
-from calm_transformers.evaluation.autoencoder_report import noise_accuracy, posterior_statistics
+from calm_transformers.evaluation.autoencoder_report import noise_accuracy
 
 
 class SignAutoencoder(torch.nn.Module):
@@ -29,13 +29,6 @@ def test_noise_accuracy_of_a_known_code():
     assert clean == {"sigma": 0.0, "token_accuracy": 1, "patch_accuracy": 1}
     assert noisy["token_accuracy"] == pytest.approx(0.8413, abs=0.01)  # standard normal below 1
     assert noisy["patch_accuracy"] == pytest.approx(0.8413**2, abs=0.02)
-
-
-def test_posterior_statistics_by_hand():
-    """One latent at the prior, one at N(2, 1): KL 0 and 2 nats."""
-    statistics = posterior_statistics(torch.tensor([[0.0, 2.0]] * 3), torch.zeros(3, 2))
-    assert statistics["kl"] == pytest.approx(2) and statistics["posterior_sigma"] == 1
-    assert (statistics["active_dimensions"], statistics["latent_size"]) == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["calm", "autoencoder"])
@@ -71,15 +64,6 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
     assert "holds 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
 
 
-def test_correlations_and_cross_entropy_by_hand():
-    found = calibration.correlations([1, 2, 3], [1, 4, 9])
-    assert found == pytest.approx({"pearson": 0.98974, "spearman": 1}, abs=1e-4)
-    assert calibration.correlations([1, 2, 3], [3, 2, 1]) == pytest.approx({"pearson": -1, "spearman": -1})
-    model, blocks = tiny_llama(), torch.randint(90, (3, 12), generator=torch.Generator().manual_seed(0))
-    expected = torch.nn.functional.cross_entropy(model(blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
-    assert calibration.cross_entropy(model, blocks, batch_size=2) == pytest.approx(expected.item(), rel=1e-5)
-
-
 class RecordingModel:
     """Continues every prompt by its last token plus 1, 2, 3, 4 when it is without PAD, else wrongly."""
 
@@ -93,13 +77,6 @@ class RecordingModel:
 
     class config:
         patch_size = 4
-
-
-def test_windows_are_spread_over_the_text():
-    assert prompt_alignment.spread_windows(torch.arange(20), 8, 3)[:, 0].tolist() == [0, 6, 12]
-    assert prompt_alignment.spread_windows(torch.arange(100), 8, 3)[:, 0].tolist() == [0, 8, 16]
-    with pytest.raises(ValueError, match="has 20 tokens; 5 prompts need at least 24"):
-        prompt_alignment.spread_windows(torch.arange(20), 8, 5)
 
 
 def test_alignment_prompts_end_at_the_same_place():
