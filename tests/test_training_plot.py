@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-from calm_transformers.evaluation.plot import main, read_log, series
+from calm_transformers.evaluation.plot import main, read_log
 
 LOG = [
     {"loss": 2.0, "grad_norm": 1.0, "tokens_per_second": 10.0, "epoch": 0.5, "step": 1},
@@ -18,15 +18,6 @@ def write_run(folder, log=LOG):
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     return folder
-
-
-def test_series_are_the_figures_by_step():
-    assert series(LOG) == {
-        "loss": ([1, 2], [2.0, 1.5]),
-        "grad_norm": ([1, 2], [1.0, 0.5]),
-        "tokens_per_second": ([1, 2], [10.0, 12.0]),
-        "eval_loss": ([2], [1.7]),
-    }
 
 
 def test_several_runs_share_a_picture(tmp_path):

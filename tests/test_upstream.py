@@ -5,7 +5,6 @@ the code if it matters, and record anew, with each supported version, by `python
 version than those recorded is compared with the nearest older one: what it names is what there is to check.
 """
 
-import ast
 import re
 
 import pytest
@@ -15,11 +14,10 @@ from packaging.version import Version
 from transformers import GenerationMixin
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils import logging
-from upstream_contacts import differences, found_contacts, inner_names, overrides, read_records
+from upstream_contacts import differences, found_contacts, read_records
 
 from calm_transformers.model.configuration_calm import TRANSFORMERS, check_transformers
-from calm_transformers.model.generation_calm import CALMGenerationMixin
-from calm_transformers.model.generation_calm_upstream import CACHE_ARGUMENT, GENERATION_SETTINGS, PatchGenerationMixin
+from calm_transformers.model.generation_calm_upstream import GENERATION_SETTINGS
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers
@@ -47,35 +45,6 @@ def test_both_supported_versions_are_recorded():
         for name in ("constraints.txt", "constraints-compat.txt")
     ]
     assert sorted(read_records()) == sorted(pinned)
-
-
-def test_a_change_is_named():
-    old = {"signature": "(self, a)", "used by": ["utils.py: generate"]}
-    assert differences({"M._hook": old}, {"M._hook": dict(old)}) == []
-    assert differences({}, {"M._hook": old}) == ["M._hook: is touched and has no record."]
-    assert differences({"M._hook": old}, {}) == ["M._hook: is recorded, and no longer there or no longer touched."]
-    new = {"signature": "(self, a, b)", "used by": ["utils.py: prepare"]}
-    assert differences({"M._hook": old}, {"M._hook": new}) == [
-        "M._hook: its signature was (self, a) and is (self, a, b).",
-        "M._hook: no longer used by utils.py: generate.",
-        "M._hook: now used by utils.py: prepare.",
-    ]
-
-
-def test_what_the_known_hooks_are_used_by():
-    """Some uses that are sure, so that an index that finds nothing would not pass."""
-    found = found_contacts()
-    assert "generation/utils.py: GenerationMixin.generate" in found["GenerationMixin._prepare_model_inputs"]["used by"]
-    assert "generation/utils.py" in found["GenerationMixin._sample"]["used by"]  # GENERATION_MODES_MAPPING
-    assert found["GenerationMixin._validate_model_kwargs"]["signature"] == "(self, model_kwargs)"
-    assert found["Trainer._save_checkpoint"]["used by"] and found["_pad_token_tensor"]["used by"]
-
-
-def test_the_loop_s_file_has_no_inner_parts_of_upstream():
-    """Among the hooks of `generate` it has one, which upstream documents."""
-    assert set(overrides([CALMGenerationMixin])) == {"GenerationMixin.prepare_inputs_for_generation"}
-    assert inner_names([ast.parse((ROOT / "generation_calm.py").read_text())]) == set()
-    assert len(overrides([PatchGenerationMixin])) > 10
 
 
 def test_the_model_is_one_that_generates():
@@ -112,10 +81,3 @@ def test_a_newer_version_is_warned_of(version, warnings, monkeypatch):
     monkeypatch.setattr(logger, "warning_once", heard.append)
     check_transformers()
     assert len(heard) == warnings and all(TRANSFORMERS in text for text in heard)
-
-
-def test_what_is_imported_and_not_overridden_is_recorded():
-    """Arguments and fields of outputs, such as the cache's, whose name transformers 5.24 changed."""
-    found = found_contacts()
-    for contact in ("GenerateDecoderOnlyOutput.__init__", "BaseModelOutputWithPast.__init__", "LlamaModel.forward"):
-        assert f", {CACHE_ARGUMENT}=None" in found[contact]["signature"]
