@@ -58,7 +58,6 @@ MANY = {"temperature": 1.0, "max_new_tokens": 24}
 DICT = {"return_dict_in_generate": True}
 STATIC = DICT | {"cache_implementation": "static"}
 EMPTY = {"inputs": torch.empty(1, 0, dtype=torch.long), "do_sample": False}
-TWO_ROWS = {"inputs": PROMPT.repeat(2, 1)}
 EFFECTS = {
     "do_sample": ([False, True], {}, ids),
     "temperature": ([0.5, 1.0], {}, ids),
@@ -87,9 +86,9 @@ EFFECTS = {
     "exponential_decay_length_penalty": ([(1, 1e6), (500, 1.1)], {"eos_token_id": 7, "max_new_tokens": 40}, shape),
 }
 OTHER_EFFECTS = {  # which depend on what is generated, or are more than the result
-    *("eos_token_id", "pad_token_id", "min_length", "min_new_tokens", "stop_strings", "cache_config"),
-    *("prefill_chunk_size", "forced_bos_token_id", "remove_invalid_values"),  # the first is test_generation.py's
-    *("compile_config", "disable_compile"),  # test_compiled.py
+    *("stop_strings", "cache_config", "remove_invalid_values"),  # the last is upstream's alone
+    *("eos_token_id", "pad_token_id", "min_length", "min_new_tokens", "prefill_chunk_size"),  # test_generation.py
+    *("forced_bos_token_id", "compile_config", "disable_compile"),  # test_token_rules.py, test_compiled.py
 }
 
 
@@ -102,41 +101,6 @@ def test_a_used_field_does_something(model, name):
     values, settings, observed = EFFECTS[name]
     one, same, other = (observed(generate(model, **settings, **{name: value})) for value in (values[0], *values))
     assert one == same != other
-
-
-def test_tokens_that_end_and_fill_rows(model):
-    """One of two rows ends at its first token: the other goes on, and the first is filled."""
-    rows = generate(model, **TWO_ROWS)
-    eos = next(int(token) for token in rows[0, 6:] if token not in rows[1, 6:])
-    place = rows[0].tolist().index(eos, 6)
-    for pad in (50, 60):
-        ended = generate(model, **TWO_ROWS, eos_token_id=eos, pad_token_id=pad)
-        assert ended[0, 6 : place + 1].tolist() == rows[0, 6 : place + 1].tolist()
-        assert set(ended[0, place + 1 :].tolist()) == {pad}
-
-
-@pytest.mark.parametrize("minimum", [{"min_length": 11}, {"min_new_tokens": 5}], ids=str)
-def test_lengths_at_least(model, minimum):
-    eos = generate(model)[0, 6].item()
-    assert shape(generate(model, eos_token_id=eos)) == [1, 7]
-    assert shape(generate(model, eos_token_id=eos, **minimum))[1] >= 11
-
-
-def test_a_first_token_is_forced_after_one(model):
-    rows = [generate(model, inputs=PROMPT[:, :1], forced_bos_token_id=token) for token in (7, 8)]
-    assert [row[0, 1].item() for row in rows] == [7, 8]
-
-
-def test_logits_that_are_no_numbers_are_put_right(model):
-    def spoil(input_ids, scores):
-        return scores.index_fill(1, torch.tensor([9]), torch.nan)
-
-    with_nan = generate(model, logits_processor=[spoil])
-    assert set(with_nan[0, 6:].tolist()) == {9}  # of NaN and numbers, torch's maximum is NaN
-    config = model._prepare_generation_config(None, max_length=20, remove_invalid_values=True)[0]
-    config._eos_token_tensor = None
-    (kept,) = model._get_logits_processor(generation_config=config, input_ids_seq_length=6).of_row(0, 6)
-    assert kind(kept) == "InfNanRemoveLogitsProcessor"
 
 
 def test_stop_strings(model):

@@ -1,6 +1,5 @@
 """Importing the package: every module, in a fresh process, asks nothing of a GPU; it registers the Auto classes."""
 
-import ast
 from pathlib import Path
 
 import fresh_process
@@ -65,48 +64,3 @@ def test_with_the_package_imported_auto_classes_need_no_remote_code(tmp_path):
         ["calm_transformers.model.modeling_calm", "CALMForCausalLM"],
         ["transformers.models.llama.modeling_llama", "LlamaForCausalLM"],
     ]
-
-
-NOT_NEEDED = [  # for speed, or for a sentence
-    ("torch.utils._python_dispatch", "_get_current_dispatch_mode"),
-    ("torch._guards", "detect_fake_mode"),
-]
-
-
-def text_without(names):
-    """In a fresh process: a tiny model's text where these names can't be imported by the package."""
-    import builtins
-
-    import_module = builtins.__import__
-
-    def without(name, globals=None, locals=None, fromlist=(), level=0):
-        importer = (globals or {}).get("__name__", "")
-        if importer.startswith("calm_transformers.") and any([name, each] in names for each in fromlist or ()):
-            raise ImportError(f"no {name}.{fromlist}")
-        return import_module(name, globals, locals, fromlist, level)
-
-    builtins.__import__ = without
-    import torch
-    from tiny import BOS, tiny_model
-
-    prompt = torch.tensor([[BOS, 5, 6, 7]])
-    settings = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 8, "eos_token_id": None}
-    return tiny_model().generate(prompt, generator=torch.Generator().manual_seed(0), **settings).tolist()
-
-
-def test_every_private_name_is_in_the_list():
-    found = {
-        (node.module, name.name)
-        for path in ROOT.glob("*_calm*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.level == 0
-        for name in node.names
-        if "._" in f".{node.module}.{name.name}" and not node.module.startswith("__")
-    }
-    assert found == {each for each in NOT_NEEDED if "._" in ".".join(each)}
-
-
-@pytest.mark.slow
-def test_private_names_that_are_gone_cost_speed_alone(tmp_path):
-    text = fresh_process.call(text_without, tmp_path / "without", names=NOT_NEEDED).result
-    assert text == fresh_process.call(text_without, tmp_path / "with", names=[]).result

@@ -11,7 +11,6 @@ import transformers
 from text_and_loss import some_ids, text_and_loss
 from tiny import HEAD_TYPES, tiny_model, tiny_tokenizer
 
-from calm_transformers.model.generation_calm_upstream import execution_device
 from calm_transformers.model.modeling_calm import CALMForCausalLM, CALMModel
 from calm_transformers.serving.engine import Engine
 
@@ -101,13 +100,3 @@ def test_inputs_belong_where_weights_are_moved_to(tmp_path):
         torch.manual_seed(0)
         texts.append(generate("a fox", max_new_tokens=8, do_sample=True)[0]["generated_text"])
     assert texts[0] == texts[1]
-
-
-def test_the_device_of_a_model_without_hooks():
-    with torch.device("meta"):
-        assert CALMForCausalLM(tiny_model().config).device.type == "meta"
-    model = tiny_model()
-    assert model.device == CPU and execution_device(model) is None
-    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook(io_same_device=True))
-    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu"), append=True)
-    assert execution_device(model) == CPU and not hasattr(model._hf_hook, "execution_device")

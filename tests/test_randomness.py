@@ -14,15 +14,6 @@ def rows_of(*numbers):
     return torch.tensor(numbers)
 
 
-@pytest.mark.parametrize("kind", ("uniform", "exponential"))
-def test_the_numbers_of_a_row_are_the_same_in_any_blocks_and_any_company(kind):
-    alone = getattr(RowRandomness([seeded(7)]), kind)(rows_of(0), 200)
-    many = RowRandomness([seeded(3), seeded(7), seeded(4)])
-    blocks = [getattr(many, kind)(rows_of(0, 1, 2), size)[1:2] for size in (1, 4, 5, 60)]
-    blocks += [getattr(many, kind)(rows_of(1), 130)]  # the others have stopped
-    assert torch.equal(torch.cat(blocks, dim=1), alone)
-
-
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_so_are_the_draws_of_a_head(head_type):
     model, context = tiny_model(head_type).double(), torch.randn(3, 48, generator=seeded(), dtype=torch.float64)
@@ -46,13 +37,6 @@ def test_the_numbers_have_their_law_along_a_row_and_across_rows_and_steps(kind, 
     steps = [getattr(RowRandomness(generators), kind)(torch.arange(500), 1)[:, 0] for _ in range(20)]
     assert kstest(torch.stack(steps).flatten().numpy(), law).pvalue > 1e-3
     assert len(torch.stack(steps).unique()) > 9_900  # no two rows, and no two steps, have the same
-
-
-def test_the_kinds_of_one_row_are_independent():
-    randomness, row = RowRandomness([seeded(0)]), rows_of(0)
-    uniform, exponential = randomness.uniform(row, 5000)[0], randomness.exponential(row, 5000)[0]
-    assert torch.corrcoef(torch.stack([uniform, exponential]))[0, 1].abs() < 0.05
-    assert torch.corrcoef(torch.stack([uniform[1:], uniform[:-1]]))[0, 1].abs() < 0.05
 
 
 @pytest.mark.parametrize("law_V, temperature", [(peaked(6), 0.5), (flat(5), 0.4), (zipf(30), 0.4)], ids=str)

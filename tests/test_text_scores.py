@@ -90,6 +90,7 @@ def test_energy_and_brier_of_the_same_draws(drawn, patch_size, num_samples):
     brier_MK, hits_MK = (torch.tensor(values) for values in zip(*expected, strict=True))
     torch.testing.assert_close(scores.brier[scores.is_scored], brier_MK)
     torch.testing.assert_close(scores.hits[scores.is_scored], hits_MK)
+    torch.testing.assert_close(scores.means()["brier"], brier_MK.unflatten(0, (2, -1)).mean(1))
     assert len(set(brier_MK.flatten().tolist())) > 2, "nothing to tell apart"
 
 
@@ -214,16 +215,6 @@ def test_draws_are_made_some_at_a_time(monkeypatch, drawn):
     tokens_MNK = model.autoencoder.decode_tokens(torch.cat(drawn.samples, dim=1)).movedim(0, 1)
     hits_M = (tokens_MNK == scores.patches[scores.is_scored][:, None]).all(-1).float().mean(-1)
     assert torch.equal(scores.hits[scores.is_scored][:, 0], hits_M)  # each chunk's scores are where they belong
-
-
-def test_means_by_hand():
-    scores = text_scores.TextScores(
-        energy=torch.tensor([[0.0, -1.0, -3.0], [0.0, 0.0, -5.0]]),
-        brier=torch.tensor([[[0.0, 0.0], [0.5, 0.25], [0.1, 0.05]], [[0.0, 0.0], [0.0, 0.0], [1.0, -1.0]]]),
-        is_scored=torch.tensor([[False, True, True], [False, False, True]]),
-    )
-    assert scores.means()["energy"].tolist() == [-2, -5]
-    torch.testing.assert_close(scores.means()["brier"], torch.tensor([[0.3, 0.15], [1.0, -1.0]]))
 
 
 @pytest.mark.parametrize(

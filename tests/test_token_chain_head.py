@@ -113,32 +113,11 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch):
     assert (head.sample(torch.randn(48), noise=noise) == 7).all()
 
 
-def test_a_draw_is_the_sum_of_its_tokens_points(monkeypatch):
-    head, context = tiny_model("token_chain").head, torch.randn(3, 48)
-    noise = head.initial_noise((5, 3), context, torch.Generator().manual_seed(0))
-    latents = head.sample(context, noise=noise)
-    tokens_of(head, monkeypatch)
-    tokens = head.sample(context, noise=noise).long()
-    assert len(tokens.unique()) > 10
-    torch.testing.assert_close(latents, sum(head.codes[k, tokens[..., k]] for k in range(K)))
-
-
 def test_noise_keeps_its_precision_in_bfloat16():
     head = tiny_model("token_chain").head.bfloat16()
     noise = head.initial_noise((1000,), torch.zeros(1, dtype=torch.bfloat16), torch.Generator().manual_seed(0))
     assert noise.dtype == torch.float32 and len(noise.unique()) > 3990
     assert head.sample(torch.zeros(48, dtype=torch.bfloat16), noise=noise).dtype == torch.bfloat16
-
-
-@pytest.mark.transformers
-def test_codes_are_saved_and_loaded(tmp_path):
-    model = tiny_model("token_chain")
-    assert model.head.codes.any()
-    model.save_pretrained(tmp_path)
-    for dtype in (torch.float32, torch.bfloat16):
-        loaded = CALMForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-        assert torch.equal(loaded.head.codes, model.head.codes.to(dtype))
-        assert not loaded.head.codes.requires_grad and not loaded.train().head.codes.requires_grad
 
 
 @pytest.mark.transformers

@@ -119,13 +119,3 @@ def test_training_leaves_configurations_arguments_and_data_as_they_were(tmp_path
     checkpoint = tmp_path / "checkpoint-2"
     assert json.loads((checkpoint / "config.json").read_text())["use_cache"] is True
     assert torch.load(checkpoint / "training_args.bin", weights_only=False).output_dir == str(tmp_path)
-
-
-def test_a_failed_checkpoint_leaves_the_arguments_as_they_were(tmp_path, monkeypatch):
-    args, collator = arguments(tmp_path), PatchCollator(4, True, 95)
-    trainer = CALMTrainer(model=tiny_llama(), args=args, train_dataset=BLOCKS, data_collator=collator)
-    monkeypatch.setattr(trainer, "_save_rng_state", lambda *a: (_ for _ in ()).throw(OSError("no space")))
-    before = args.to_dict()
-    with pytest.raises(OSError, match="no space"):
-        trainer.train()
-    assert args.to_dict() == before and trainer._get_output_dir(None) == str(tmp_path)
