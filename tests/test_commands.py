@@ -13,6 +13,7 @@ import pytest
 from commands import CLI, COMMANDS, ROOT, main_of, refusal
 from tiny import tiny_model, tiny_tokenizer
 
+from calm_transformers import cli
 from calm_transformers.command_line import CLOSED, WRONG, InputError, Parser, command, known_errors
 from calm_transformers.loading import load_causal_lm
 
