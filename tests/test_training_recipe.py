@@ -42,41 +42,6 @@ def test_what_a_recipe_comes_to_is_what_was_recorded_and_is_accepted(name, tmp_p
         assert recipe.training["fsdp_config"] == {"fsdp_version": 2}  # which Trainer's arguments rewrite
 
 
-# Of the published training scripts, on eight processes: block, rows, rows accumulated, steps, warm-up.
-PUBLISHED = {
-    "autoencoder": (2048, 8, 4, 30_000, 1000),
-    "calm": (8192, 4, 8, 250_000, 2000),
-    "ar": (2048, 4, 32, 250_000, 2000),
-}
-PUBLISHED_OPTIMISER = {
-    **{"learning_rate": 3e-4, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.95},
-    **{"weight_decay": 0.1, "max_grad_norm": 1.0, "bf16": True, "seed": 1},
-}
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("demo") and not name.endswith("fast")])
-def test_published_recipes_have_the_constants_of_the_published_scripts(name):
-    recipe = load_recipe(name)
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "warmup_steps")
-    block_size, *constants = PUBLISHED[recipe.kind]
-    assert recipe.data.block_size == block_size
-    assert recipe.training == PUBLISHED_OPTIMISER | dict(zip(names, constants, strict=True))
-
-
-def test_fields_of_every_section_can_be_overridden():
-    own = {"tokenizer": "changed", "lora_rank": 7, "head_weight": 7}
-    sections = {
-        "model": {"num_mlp_layers": 7, "head_type": "flow"},
-        "data": {"block_size": 7, "append_eos": True, "left_fill": 0.5},
-        "training": {"learning_rate": 7.0, "optim": "changed", "bf16": False},
-    }
-    changed = dataclasses.asdict(
-        load_recipe("calm-m", own | sections["model"] | sections["data"] | sections["training"])
-    )
-    assert all(changed[section].items() >= fields.items() for section, fields in sections.items())
-    assert changed.items() >= own.items()
-
-
 AUXILIARY = {"auxiliary_weight": 0.1}
 
 
