@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from calm_transformers.conversion import convert
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 COPIES = ("mlp_generator.", "generative_head.", "ae_model.")  # prefixes of tensors that are stored twice
 
@@ -89,7 +88,6 @@ def test_a_bundle_is_complete_and_fields_that_published_configs_lack_get_the_pub
     assert (nested["ae_dropout"], nested["kl_clamp"], nested["kl_weight"]) == (0.15, 0.5, 1e-3)
     settings = GenerationConfig.from_pretrained(converted.output)
     assert (settings.do_sample, settings.temperature, settings.num_candidates) == (True, 0.5, 200)
-    assert settings.sampling_method == "adaptive"
     assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, 2, 95)
 
 
@@ -149,7 +147,6 @@ def test_an_energy_block_is_cut_in_two_and_what_is_tied_or_repeated_is_written_o
     "calm, autoencoder, has_copy, option, written",
     [
         ("bfloat16", "float32", True, None, "float32"),
-        ("float32", "float16", True, None, "float32"),
         ("bfloat16", "float16", False, None, "float32"),  # which holds both
         ("bfloat16", "bfloat16", True, None, "bfloat16"),
         ("float32", "float32", True, "bfloat16", "bfloat16"),
@@ -165,15 +162,11 @@ def test_the_widest_published_type_or_the_one_asked_for_is_written(shop, calm, a
     weights = shop.convert(*(["--dtype", option] if option else []))
     dtype = getattr(torch, written)
     assert {tensor.dtype for tensor in weights.values()} == {dtype} and shop.config()["dtype"] == written
-    model = CALMForCausalLM.from_pretrained(shop.output, dtype="auto")
-    assert torch.equal(model.model.norm.weight, shop.calm.tensors["transformer.norm.weight"].to(dtype))
+    assert torch.equal(weights["model.norm.weight"], shop.calm.tensors["transformer.norm.weight"].to(dtype))
     name = "encoder.embed_tokens.weight"
-    copies = [
-        shop.autoencoder.tensors[name],
-        shop.calm.tensors.get(f"ae_model.{name}", torch.zeros(0, dtype=torch.half)),
-    ]
+    copies = [shop.autoencoder.tensors[name], shop.calm.tensors.get(f"ae_model.{name}")][: 1 + has_copy]
     widest = max(copies, key=lambda tensor: tensor.dtype.itemsize)
-    assert torch.equal(model.autoencoder.encoder.embed_tokens.weight, widest.to(dtype))
+    assert torch.equal(weights[f"autoencoder.{name}"], widest.to(dtype))
 
 
 def peak_memory():
@@ -224,16 +217,10 @@ def test_the_tokenizer_may_stand_elsewhere(shop):
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+NAMED = json.dumps({"chat_template": [{"name": "default", "template": TEMPLATE}]})
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("chat_template.jinja", TEMPLATE),
-        ("tokenizer_config.json", json.dumps({"chat_template": TEMPLATE})),
-        ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "default", "template": TEMPLATE}]})),
-    ],
-)
+@pytest.mark.parametrize("name, text", [("chat_template.jinja", TEMPLATE), ("tokenizer_config.json", NAMED)])
 def test_a_chat_template_goes_with_the_tokenizer(shop, name, text):
     (shop.calm.folder / name).write_text(text)
     shop.convert()
@@ -282,18 +269,13 @@ REFUSALS = [
         )
     ),
     ("calm", f"transformer.{EMBEDDING}", None, ["lacks the tensor transformer.embed", "{calm}"]),
-    ("calm", "embed_proj.3.bias", None, ["lacks the tensor", "embed_proj.3", "{calm}"]),
-    ("autoencoder", "encoder.squeeze_layer.weight", None, ["lacks the tensor enc", "{autoencoder}"]),
     ("calm", "lm_head.weight", torch.zeros(48), ["no place for", "lm_head.weight", "{calm}"]),
-    ("autoencoder", "transformer.norm.weight", torch.zeros(48), ["transformer.norm", "{autoencoder}"]),
     ("calm", "embed_proj.3.bias", torch.zeros(47), ["embed_proj.3.bias (47,)", "(48,)", "{calm}"]),
     ("calm", "embed_proj.0.weight", torch.zeros(96, 191), ["embed_proj.0.weight", "multiple of 48"]),
     ("calm", f"transformer.{EMBEDDING}", torch.zeros(96), ["embed_tokens", "should be a matrix"]),
     ("calm", "embed_proj.3.bias", torch.zeros(48, dtype=torch.int64), ["embed_proj.3.bias", "torch.int64"]),
     ("calm", "embed_proj.3.bias", with_value(torch.nan), ["embed_proj.3.bias", "{calm}", NO_NUMBER]),
-    # In one of two copies, too, which then differ.
-    ("calm", f"mlp_generator.{BIAS}", with_value(torch.inf), [f"mlp_generator.{BIAS}", NO_NUMBER]),
-    ("calm", f"generative_head.{BIAS}", with_value(torch.nan), [f"generative_head.{BIAS}", NO_NUMBER]),
+    ("calm", f"generative_head.{BIAS}", with_value(torch.inf), [f"generative_head.{BIAS}", NO_NUMBER]),  # a copy
     ("autoencoder", "decoder.lm_head_weight", plus(1e-3), ["lm_head_weight", "should be equal"]),
     ("calm", f"generative_head.{BIAS}", plus(1e-3), [f"generative_head.{BIAS}", "should be equal"]),
 ]
@@ -311,11 +293,12 @@ def test_repositories_that_make_no_model_are_refused(shop, repository, name, val
     shop.refuse(*(mention.format(**places) for mention in mentions))
 
 
-def test_the_two_exchanged_and_one_without_a_head_are_refused(shop):
-    shop.calm, shop.autoencoder = shop.autoencoder, shop.calm
-    shop.refuse("lacks the tensor transformer.embed_tokens.weight", shop.calm.weights)
-    shop.calm, shop.autoencoder = shop.autoencoder, shop.calm
-    shop.calm.tensors = {name: t for name, t in shop.calm.tensors.items() if not name.startswith(COPIES[:2])}
+def test_one_without_a_head_and_values_too_large_for_the_type_are_refused(shop):
+    tensors = shop.calm.tensors
+    shop.calm.tensors = {**tensors, "embed_proj.3.bias": torch.full((48,), 1e6)}
+    shop.calm.write()
+    shop.refuse("embed_proj.3.bias", "float16", more=("--dtype", "float16"))
+    shop.calm.tensors = {name: t for name, t in tensors.items() if not name.startswith(COPIES[:2])}
     shop.calm.write()
     shop.refuse(shop.calm.weights, "generative_head.noise_embd.weight")
 
@@ -350,12 +333,6 @@ def test_a_head_of_no_known_type_is_named(tmp_path, capsys):
     shop.refuse(name, shop.calm.weights)
 
 
-def test_values_too_large_for_the_type_are_refused(shop):
-    shop.calm.tensors["embed_proj.3.bias"] = torch.full((48,), 1e6)
-    shop.calm.write()
-    shop.refuse("embed_proj.3.bias", "float16", more=("--dtype", "float16"))
-
-
 # Broken files
 
 
@@ -363,7 +340,7 @@ def test_values_too_large_for_the_type_are_refused(shop):
 def test_a_truncated_file_is_refused(shop, layout):
     shop.calm.write(layout)
     content = shop.calm.weights.read_bytes()
-    for kept in (0, 0.5, 0.999):
+    for kept in (0, 0.999):
         shop.calm.weights.write_bytes(content[: int(kept * len(content))])
         shop.refuse(shop.calm.weights)
 
@@ -378,15 +355,6 @@ def test_a_flipped_bit_that_the_archive_knows_of_is_refused(shop, member):
     damaged[place] ^= 1
     shop.calm.weights.write_bytes(damaged)
     shop.refuse(shop.calm.weights, member)
-
-
-def test_an_archive_without_checksums_is_read(shop):
-    torch.serialization.set_crc32_options(False)
-    try:
-        shop.calm.write()
-    finally:
-        torch.serialization.set_crc32_options(True)
-    shop.convert()
 
 
 class Malicious:
@@ -432,42 +400,29 @@ def test_missing_files_and_an_index_without_its_map_are_named(shop):
     shop.refuse(shop.calm.folder / "config.json", "does not exist", "holds the language model")
 
 
-@pytest.mark.parametrize("place", ["../elsewhere", "{folder}/elsewhere", "within"])
-def test_an_index_that_names_a_file_of_another_folder_is_refused(shop, place):
+def test_a_tensor_in_two_shards_and_an_index_that_names_a_file_of_another_folder_are_refused(shop):
     shop.calm.write("sharded safetensors")
     (index,) = shop.calm.folder.glob("*.index.json")
-    shard = sorted(set(json.loads(index.read_text())["weight_map"].values()))[0]
-    moved = shop.calm.folder / place.format(folder=shop.folder) / shard
-    moved.parent.mkdir()
-    (shop.calm.folder / shard).rename(moved)
-    index.write_text(index.read_text().replace(shard, f"{place.format(folder=shop.folder)}/{shard}"))
-    shop.refuse(index, shard, "not in the same folder")
-
-
-def test_a_tensor_in_two_shards_is_refused(shop):
-    shop.calm.write("sharded safetensors")
     first, second = sorted(shop.calm.folder.glob("*.safetensors"))
+    content = index.read_text()
+    for place in ("..", str(shop.folder)):
+        first.rename(shop.folder / first.name)
+        index.write_text(content.replace(first.name, f"{place}/{first.name}"))
+        shop.refuse(index, first.name, "not in the same folder")
+        (shop.folder / first.name).rename(first)
+    index.write_text(content)
     second.write_bytes(first.read_bytes())
     shop.refuse(first, second)
 
 
-@pytest.mark.parametrize(
-    "option, path, what",
-    [
-        *(("--calm", path, "language model") for path in ("./calm-m", "../calm-m", "{folder}/calm-m", "~/calm-m")),
-        ("--autoencoder", "./calm-m", "autoencoder"),
-        ("--tokenizer", "{folder}/calm/config.json", "tokenizer"),
-    ],
-)
-def test_a_path_is_not_asked_of_the_hub(shop, monkeypatch, option, path, what):
-    monkeypatch.setattr("calm_transformers.conversion.checkpoint_files.snapshot_download", None)
-    path = path.format(folder=shop.folder)
-    shop.refuse(f"{path} is no folder: name the one that holds the {what}, or a Hub id", more=(option, path))
-
-
-def test_an_id_that_is_neither_folder_nor_repository_is_named(shop, monkeypatch):
+def test_a_path_is_not_asked_of_the_hub_and_an_id_that_is_neither_is_named(shop, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shop.refuse("some/where is no folder, and no Hub repository within reach", more=("--calm", "some/where"))
+    monkeypatch.setattr("calm_transformers.conversion.checkpoint_files.snapshot_download", None)
+    for option, what in (("calm", "language model"), ("autoencoder", "autoencoder"), ("tokenizer", "tokenizer")):
+        for path in ("./calm-m", "~/calm-m", str(shop.calm.folder / "config.json")):
+            said = f"{path} is no folder: name the one that holds the {what}, or a Hub id"
+            shop.refuse(said, more=(f"--{option}", path))
 
 
 # What fails on the way
@@ -493,16 +448,13 @@ def raising(error):
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize(
-    "of, method, error, code, said",
-    [
-        *((of, method, NO_SPACE, 2, NO_SPACE.strerror) for of, method in ((Path, "write_text"), (os, "replace"))),
-        (convert, "merge", KeyboardInterrupt(), 130, "error: interrupted.\n"),
-    ],
-)
-def test_what_fails_on_the_way_leaves_nothing(shop, monkeypatch, of, method, error, code, said):
-    monkeypatch.setattr(of, method, raising(error))
-    shop.refuse(said, code=code)
+def test_what_fails_on_the_way_leaves_nothing(shop, monkeypatch):
+    for of, method in ((Path, "write_text"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(of, method, raising(NO_SPACE))
+            shop.refuse(NO_SPACE.strerror)
+    monkeypatch.setattr(os, "replace", raising(KeyboardInterrupt()))
+    shop.refuse("error: interrupted.\n", code=130)
 
 
 def test_the_output_must_be_new(shop):
