@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from calm_transformers import grammars
 from calm_transformers.grammars import Grammar
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.serving.batcher import Batcher
 
 ROOT = Path(__file__).parents[1]
 needs_demo = pytest.mark.skipif(
@@ -82,19 +81,6 @@ def test_a_regex_is_matched_and_its_end_may_lie_within_a_patch(model, tokenizer)
     assert lengths == {0, 1}
     (text,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex="[a-z ]{60,}"), max_new_tokens=15)
     assert re.fullmatch("[a-z ]+", text) and len(ids) == 15
-
-
-@needs_demo
-def test_a_grammar_is_a_rule_of_one_text_of_a_batcher(model, tokenizer):
-    grammar = Grammar(tokenizer, regex="(cat|dog)s? [0-9]{1,3}!")
-    with Batcher(model, tokenizer) as batcher:
-        ask = {"max_new_tokens": 20, "temperature": 0.5}
-        futures = [batcher.submit(PROMPT, seed=i, logits_processor=[grammar], **ask) for i in range(3)]
-        free = batcher.submit(PROMPT, seed=0, **ask)
-        for future in futures:
-            assert re.fullmatch("(cat|dog)s? [0-9]{1,3}!", future.result(60).text)
-            assert future.result().finish_reason == "stop"
-        assert not free.result(60).text.startswith(("cat", "dog"))
 
 
 TEXTS = ["Hello, world", " a  b\n\tc", "naïve ☃ 你好 🎈", "x" * 30, "don't"]

@@ -244,16 +244,6 @@ def test_a_row_in_a_padded_batch_is_what_it_is_alone(model, settings, side):
         assert text == alone + [PAD] * (len(text) - len(alone))
 
 
-def test_rows_of_several_returned_sequences(model):
-    generators = [seeded(seed) for seed in range(4)]
-    settings = {"repetition_penalty": 4.0, "max_new_tokens": NUM_NEW, "temperature": 0.5}
-    ids = torch.tensor([PROMPT, PROMPT])
-    texts = model.generate(ids, generator=generators, num_return_sequences=2, **settings)
-    for seed, text in enumerate(texts[:, len(PROMPT) :].tolist()):
-        alone = write(model, PROMPT, seed, **settings)
-        assert text == alone + [PAD] * (len(text) - len(alone))
-
-
 def test_a_function_of_rows_gets_the_rows_number_and_its_ids_without_padding(model):
     """Each row may write one token of its own; rows end at different lengths."""
     ids, mask = padded(PROMPTS, "left")

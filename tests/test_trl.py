@@ -84,15 +84,15 @@ class TestSFTTrainer:
         pytest.importorskip("trl", reason="trl (extra [clients]) is not installed")
 
     @staticmethod
-    def trainer(folder, dataset=None, model=None, collator=None, is_documented=True, **settings):
-        """With the subclass of docs/clients.md, or trl's own."""
+    def trainer(folder, dataset=None, model=None, collator=None, **settings):
+        """With the subclass of docs/clients.md."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         class CALMSFTTrainer(SFTTrainer):
             compute_loss, prediction_step = Trainer.compute_loss, Trainer.prediction_step
 
-        return (CALMSFTTrainer if is_documented else SFTTrainer)(
+        return CALMSFTTrainer(
             model or tiny_model("token_chain"),
             args_for(SFTConfig, folder, bf16=False, **settings),  # its default would round
             data_collator=collator,
@@ -100,11 +100,6 @@ class TestSFTTrainer:
             eval_dataset=Dataset.from_dict({"text": TEXTS[:2]}),
             processing_class=tiny_tokenizer(),
         )
-
-    def test_as_it_is_it_asks_for_an_output_matrix(self, tmp_path):
-        """What the subclass is for: if this fails, the documented subclass may be dropped."""
-        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'weight'"):
-            self.trainer(tmp_path, pad_to_multiple_of=K, is_documented=False).train()
 
     @pytest.mark.parametrize(
         "settings",
