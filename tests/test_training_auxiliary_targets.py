@@ -8,7 +8,6 @@ import torch
 from enumerable_laws import chi_square_p_value
 from tiny import tiny_model
 
-from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.training.auxiliary import MultiTokenLoss, WithAuxiliary
 
 V, K = 5, 3
@@ -38,17 +37,6 @@ def test_draws_follow_the_law(loss):
     laws = [law_of(loss, row) for row in hidden]
     assert all(chi_square_p_value(numbers[:, row], laws[row]) > 1e-4 for row in (0, 1))
     assert chi_square_p_value(numbers[:, 0], laws[1]) < 1e-9
-
-
-def test_latents_are_drawn_from_all_targets_in_turn():
-    model = tiny_model()
-    own, further = torch.randint(90, (7, 4)), torch.randint(90, (2, 7, 4))
-    target = PatchTarget(own, model.autoencoder, further=further)
-    noise = torch.randn(6, 7, 16)
-    latents = target.draw_latents(6, noise=noise)
-    for i, patch in enumerate([own, *further] * 2):
-        alone = PatchTarget(patch, model.autoencoder).draw_latents(1, noise=noise[i : i + 1])
-        torch.testing.assert_close(latents[i], alone[0])
 
 
 def test_a_target_like_the_text_s_own_changes_nothing():

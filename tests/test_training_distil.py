@@ -48,15 +48,6 @@ def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
     assert torch.allclose(losses, torch.stack(expected))
 
 
-def test_no_loss_is_below_the_teachers_entropy_and_its_own_law_reaches_it():
-    probabilities = torch.rand(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    probabilities /= probabilities.sum(-1, keepdim=True)
-    labels, entropy = torch.zeros(6, dtype=torch.long), -(probabilities * probabilities.log()).sum(-1)
-    lesson = Lesson(probabilities, 1.0)
-    assert torch.allclose(lesson.cross_entropy(probabilities.log(), labels), entropy)
-    assert (lesson.cross_entropy(probabilities.log() + torch.randn(6, 12), labels) > entropy).all()
-
-
 def test_a_lesson_is_the_llamas_law_of_each_true_prefix(llama):
     before = LlamaForCausalLM.from_pretrained(llama).train()
     ids = torch.randint(NUM_KNOWN, (2, 3 * K))

@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_helpers import train
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM
 
 from calm_transformers.training.auxiliary import AUXILIARY_FILE
-from calm_transformers.training.trainer import set_apart
 
 FIELDS = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4, "eval_strategy": "no", "weight_decay": 1.0}
 FALLING = {"auxiliary_weight": 0.5, "auxiliary_decay": 0.75, "head_weight": 0.0}
@@ -43,19 +42,6 @@ def test_the_head_learns_at_a_rate_of_its_own(run, tmp_path):
     assert differing(still, load_file(tmp_path / "still" / "checkpoint-1" / "model.safetensors")) == {"model"}
     alone, _ = run("alone", **own | {"learning_rate": 0.0}, head_learning_rate=1e-3)
     assert differing(alone, load_file(tmp_path / "alone" / "checkpoint-1" / "model.safetensors")) == {"head"}
-
-
-def test_groups_keep_their_weight_decay_and_follow_one_schedule():
-    a, b, c, d = (torch.nn.Parameter(torch.ones(1)) for _ in range(4))
-    decayed, others = {"params": [a, b], "weight_decay": 0.1}, {"params": [c, d], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([decayed, others], lr=1e-3)
-    set_apart([b, c], optimizer, rate=1e-2)
-    groups = [(*map(id, group["params"]), group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
-    assert groups == [(id(a), 0.1, 1e-3), (id(d), 0.0, 1e-3), (id(b), 0.1, 1e-2), (id(c), 0.0, 1e-2)]
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=4)
-    optimizer.step()
-    schedule.step()
-    assert schedule.get_last_lr() == pytest.approx([0.75e-3, 0.75e-3, 0.75e-2, 0.75e-2])
 
 
 @pytest.mark.parametrize("own", [{"head_learning_rate": 1e-2}, FALLING], ids=["rate", "falling"])
