@@ -10,7 +10,7 @@ from commands import ROOT, refusal
 from calm_transformers.experiments import plan
 from calm_transformers.experiments.__main__ import main
 from calm_transformers.experiments.plan import FOLDER, Plan, Run
-from calm_transformers.experiments.tables import Measured, comparison, direction, document, draw_curves
+from calm_transformers.experiments.tables import comparison, document, draw_curves
 
 FILE = Path(__file__).parent / "fixtures" / "language.yaml"
 DOCS = ROOT / "docs"
@@ -127,20 +127,6 @@ def test_seeds_are_averaged_and_curves_drawn(tmp_path):
     assert line == "| calm-fast | 1.00 M | 1.0e+09 | 7 | 3.00 | 30.0% (20.0% to 40.0%, 2 seeds) |  |  |"
     draw_curves([two], of_seeds, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("interval", "verdict"),
-    [
-        ([0.01, 0.02], "below: agrees"),
-        ([0.31, 0.32], "above: against the paper"),
-        ([0.05, 0.15], "within the intervals"),
-    ],
-)
-def test_direction(interval, verdict):
-    row, reference = (Measured(0.0, *bounds, 0.0, 1, {}) for bounds in (interval, [0.1, 0.3]))
-    assert direction(row, reference, 5.72, 6.05) == verdict
-    assert direction(row, reference, None, 6.05) == verdict.partition(":")[0]
 
 
 # the whole
