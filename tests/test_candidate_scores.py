@@ -27,7 +27,7 @@ LAWS = {
     "T = 1.5": {"temperature": 1.5},
     "top_p": {"top_p": 0.6},
     "top_k, T = 0.5": {"top_k": 2, "temperature": 0.5},
-    "min_p, T = 1.5": {"min_p": 0.4, "temperature": 1.5},
+    "min_p, T = 1.5": {"min_p": 0.8, "temperature": 1.5},
     "greedy": {"do_sample": False},
 }
 
