@@ -191,30 +191,6 @@ def test_ten_thousand_draws_of_a_row_stay_within_100_mb(tmp_path, temperature):
 # Work
 
 
-@pytest.fixture
-def tokens_read(monkeypatch):
-    """(Row, candidate, position) of each token that is read, none twice."""
-    seen, read = [], LazyPool.read
-
-    def once(self, *index):
-        seen.extend(zip(*(i.tolist() for i in index), strict=True))
-        assert len(set(seen)) == len(seen)
-        return read(self, *index)
-
-    monkeypatch.setattr(LazyPool, "read", once)
-    return seen
-
-
-def test_tokens_are_read_once(tokens_read, autoencoder):
-    """However the candidates come in blocks, and the chosen patch included."""
-    pool = pool_of(LazyPool, autoencoder, some_latents(40, 2))
-    for num_draws in (4, 4, 8, 24):
-        pool.extend(pool.rows_B, num_draws)
-        pool.classes(pool.rows_B)
-    pool.tokens(pool.rows_B, torch.tensor([39, 38]))
-    assert 2 * 40 < len(tokens_read) < 2 * 40 * K
-
-
 @pytest.mark.parametrize("temperature, tokens", [(1 / 2, 8 + 2 * 3), (1 / 3, 9 + 3 * 3)])
 def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
     monkeypatch, autoencoder, temperature, tokens

@@ -12,7 +12,6 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 from calm_transformers.benchmarks import truncation as report
 from calm_transformers.benchmarks.truncation import LAWS, Pools, meant_law, plug_in_weights
 from calm_transformers.model.generation_calm_samplers import (
-    PatchSampling,
     batch_temperature_select,
     exact_temperature_sample,
 )
@@ -81,22 +80,6 @@ class TestTruncated:
             weights = draw_weights(classes_of(*counts), 1.0, Truncation(min_p=share))
             assert int((weights > 0).sum()) == 2
 
-    @pytest.mark.parametrize(
-        "settings, message",
-        [
-            ({"top_k": -1}, "top_k=-1: must be a whole number of patches"),
-            ({"top_k": 2.5}, "top_k=2.5: must be a whole"),
-            ({"top_k": True}, "top_k=True: must be a whole"),
-            ({"top_p": 1.5}, r"top_p=1.5: must be a share, in \[0, 1\]"),
-            ({"top_p": "all"}, "top_p='all': must be a share"),
-            ({"min_p": -0.1}, "min_p=-0.1: must be a share"),
-            ({"min_p": math.nan}, "min_p=nan: must be a share"),
-        ],
-    )
-    def test_values_outside_the_range(self, settings, message):
-        with pytest.raises(ValueError, match=message):
-            PatchSampling(**settings)
-
 
 class TestWeights:
     @pytest.mark.parametrize(
@@ -124,15 +107,6 @@ class TestWeights:
         expected = [w + (unseen / f1 if c == 1 else 0) for w, c in zip(plain, counts, strict=True)]
         found = by_patch(draw_weights(classes_of(*counts), temperature), counts)
         assert found == pytest.approx([w / sum(expected) for w in expected], rel=1e-5)
-
-    def test_is_continuous_at_1(self):
-        class_BN = patch_classes(torch.randint(20, (4, 30, 1), generator=seeded()))
-        torch.testing.assert_close(draw_weights(class_BN, 1 + 1e-5), draw_weights(class_BN, 1.0), rtol=0, atol=1e-4)
-
-    def test_flatter_with_each_temperature(self):
-        class_1N = classes_of(1, 5, 20)
-        rare = [by_patch(draw_weights(class_1N, t), (1, 5, 20))[0] for t in (0.5, 1.0, 1.25, 1.5, 2.0)]
-        assert rare == sorted(rare) and len(set(rare)) == 5
 
     def test_algorithm_1_only_sharpens(self):
         with pytest.raises(ValueError, match="Algorithm 1 sharpens; above 1 patches are chosen by weight"):
