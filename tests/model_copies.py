@@ -24,7 +24,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_calm.CALMForCausalLM",
 }
 PROMPT = "The key to life is"
-LAWS = [{"temperature": 0.5}, {"temperature": 0.7}, {"temperature": 1.0}, {"sampling_method": "batch"}]
 
 
 def code_digests(folder):
@@ -99,17 +98,16 @@ def assert_carries_its_code(folder):
     assert json.loads((Path(folder) / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
-def texts_of_a_batcher(folder):
-    """In a fresh process: what a model writes that was loaded with the code in its folder."""
+def text_of_a_batcher(folder):
+    """In a fresh process: the ids that a model writes that was loaded with the code in its folder."""
     from transformers import AutoModelForCausalLM
-
-    from calm_transformers.serving.batcher import Batcher
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
+    from calm_transformers.serving.batcher import Batcher  # which registers the package's own classes
+
     with Batcher(model) as batcher:
-        futures = [batcher.submit([1, 40], seed=7, max_new_tokens=20, num_candidates=20, **law) for law in LAWS]
-        return [future.result().tokens for future in futures]
+        return batcher.submit([1, 40], seed=7, max_new_tokens=20).result().tokens
 
 
 def loaded_by_auto_model(folder, ids):

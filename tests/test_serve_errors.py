@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.app import ServerOptions, create_app
 from calm_transformers.serving.batcher import Batcher
-from calm_transformers.serving.openai_api import WITHOUT_EFFECT, BadRequest, ChatRequest, CompletionRequest
+from calm_transformers.serving.openai_api import WITHOUT_EFFECT
 
 
 def post(api, path, body):
@@ -31,47 +31,32 @@ FIELDS = [  # beside a prompt, and what is said of it
     ("max_tokens", 10**6, "the prompt has 2 tokens and max_tokens"),
     ("max_tokens", "5", "valid integer"),
     ("prompt", "x" * 17_000, "the prompt has 17001 tokens"),
-    ("prompt", 5, "must be a text, a list of texts, or token ids"),
     ("prompt", [["a"]], "holds 'a': ids are whole numbers"),
     ("prompt", [], "is an empty list"),
     ("prompt", [5, 4000], "holds 4000: ids are whole numbers in 0 … 95"),
     ("prompt", "\ud800", HALF),
-    ("stop", ["\ud800"], HALF),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "\ud800"}}, HALF),
     ("response_format", {"type": "json_schema", "json_schema": {"schema": {"minimum": math.inf}}}, INFINITE),
-    ("response_format", {"type": "json"}, "'json_schema'"),
     ("response_format", {"type": "json_schema"}, '{"schema": ...}'),
     ("temperature", math.nan, INFINITE),
-    ("temperature", math.inf, INFINITE),
-    ("temperature", -1, "sampling needs a temperature in"),
-    ("temperature", 2.5, "in (0, 2]"),
+    ("temperature", 2.5, "sampling needs a temperature in (0, 2]"),
     ("temperature", 1e-4, "is too few for temperature=0.0001"),
     ("temperature", 1e-320, "temperature=1e-320"),
     ("seed", 2**63, "less than"),
     ("stop", 5, "must be a text or a list of texts"),
     ("stop", ["a", ""], "holds an empty string"),
     ("stop", ["b"] * 257, "stop: may hold 256 strings of 256 characters"),
-    ("n", 0, "greater than or equal to 1"),
     ("n", 9, "9 texts are asked for at once, and 8 may be"),
     ("num_candidates", 10**6, "patches in a step: 1000 are allowed here"),
-    ("top_p", 1.1, "less than or equal to 1"),
-    ("min_p", -1, "greater than or equal to 0"),
     ("frequency_penalty", 3, "less than or equal to 2"),
     ("repetition_penalty", 0, "greater than 0"),
-    ("repetition_penalty", math.inf, "not finite"),
-    ("logit_bias", {"x": 1}, "'x' is no token id in 0 … "),
     ("logit_bias", {"96": 1}, "is no token id in 0 … 95"),
     ("logit_bias", {"9" * 5000: 1}, "is no token id in"),
     ("logit_bias", {"5": math.inf}, INFINITE),
     ("sampling_method", "best", "'batch'"),
 ]
 ACTIVE = {"logprobs": True, "top_logprobs": 2, "best_of": 3, "suffix": "end", "modalities": ["audio"]}
-ACTIVE |= {
-    "tools": [{"type": "function"}],
-    "tool_choice": "required",
-    "functions": [{}],
-    "function_call": {"name": "f"},
-}
+ACTIVE |= {"tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "function_call": {}}
 assert set(ACTIVE) == set(WITHOUT_EFFECT)
 BODIES = [  # the field named, and what is said of it
     (b"{", None, "The body is no JSON"),
@@ -82,27 +67,18 @@ BODIES = [  # the field named, and what is said of it
     (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", HALF),
     ([], None, "The body must be a JSON object"),
     ({}, "prompt", "prompt: is missing"),
-    (
-        {"prompt": "a", "min_tokens": 3, "response_format": SCHEMA},
-        "min_tokens",
-        "min_tokens: a text of a response_format ends where its schema does; leave it out",
-    ),
-    (
-        {"prompt": "a", "num_candidates": 101, "sampling_method": "exact"},
-        "num_candidates",
-        "may draw 1010 patches in a step: 1000 are allowed here",
-    ),
+    ({"prompt": "a", "min_tokens": 3, "response_format": SCHEMA}, "min_tokens", "ends where its schema does"),
+    ({"prompt": "a", "num_candidates": 101, "sampling_method": "exact"}, "num_candidates", "may draw 1010 patches"),
+    ({"prompt": "a", "top_p": 1.1, "stream": True}, "top_p", "less than or equal to 1"),  # is no event
     *(({"prompt": "a", name: value}, name, sentence) for name, value, sentence in FIELDS),
     *(({"prompt": "a", name: value}, name, f"{name}: ") for name, value in ACTIVE.items()),
 ]
 OF_CHATS = [
     ({}, "messages: is missing"),
     ({"messages": []}, "messages: "),
-    ({"messages": "hello"}, "messages: "),
     ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: "),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x" * 17_000}]}, "messages: the prompt has 17001 tokens"),
-    ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages: holds half a surrogate pair"),
     ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds half a surrogate pair"),
 ]
 BAD = [
@@ -116,11 +92,6 @@ def test_bad_input_is_a_4xx_that_names_the_field(api, path, body, param, sentenc
     status, answer = post(api, f"/v1/{path}", body)
     assert status == 400 and answer["error"]["param"] == param and sentence in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
-
-
-def test_a_stream_s_bad_input_is_no_event(api):
-    status, answer = post(api, "/v1/completions", {"prompt": "a", "top_p": 1.1, "stream": True})
-    assert status == 400 and answer["error"]["param"] == "top_p"
 
 
 def test_no_depth_is_a_fault(api):
@@ -175,9 +146,8 @@ def test_a_fault_is_an_answer_that_is_counted_and_that_pages_can_read(app_client
 def test_a_text_that_fails_is_a_500_that_says_why_and_health_tells_when_no_more_are_written(app_client, monkeypatch):
     def answer(path="completions"):
         """Status and sentence, if it is an error."""
-        got = (
-            app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json={"prompt": "a"})
-        )
+        body = {"prompt": "a"}
+        got = app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json=body)
         return got.status_code, got.json().get("error", {}).get("message", "")
 
     with monkeypatch.context() as patch:
@@ -201,8 +171,7 @@ def test_a_server_that_stops_says_so(app_client):
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
 
 
-@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
-def test_a_client_that_leaves_is_noticed_whatever_its_server_says_of_itself(tiny_folder, spec_version):
+def test_a_client_that_leaves_is_noticed_by_a_server_whose_sending_tells_nothing(tiny_folder):
     body = json.dumps({"prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}).encode()
 
     async def ask(app):
@@ -218,7 +187,7 @@ def test_a_client_that_leaves_is_noticed_whatever_its_server_says_of_itself(tiny
             if message.get("body"):
                 has_begun.set()
 
-        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": spec_version}, "http_version": "1.1"}
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1"}
         scope |= {"method": "POST", "path": "/v1/completions", "query_string": b"", "headers": [], "scheme": "http"}
         await app(scope, receive, send)
 
@@ -227,15 +196,7 @@ def test_a_client_that_leaves_is_noticed_whatever_its_server_says_of_itself(tiny
     assert batcher.stats().cancelled == 1
 
 
-@pytest.mark.parametrize(
-    "kind, fields",
-    [
-        (CompletionRequest, {"prompt": [1] * 200_000 + ["a"]}),
-        (ChatRequest, {"messages": [{"role": "robot"}] * 50_000}),
-        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 50_000}]}),
-    ],
-)
-def test_of_a_long_list_of_mistakes_one_is_named(kind, fields):
-    with pytest.raises(BadRequest) as refused:
-        kind.parse(json.dumps(fields).encode())
-    assert len(str(refused.value)) < 200
+@pytest.mark.parametrize("message", [{"role": "robot"}, {"role": "user", "content": [{"type": "text"}] * 40}])
+def test_of_a_long_list_of_mistakes_one_is_named(api, message):
+    status, answer = post(api, "/v1/chat/completions", {"messages": [message] * 15})
+    assert status == 400 and len(answer["error"]["message"]) < 200
