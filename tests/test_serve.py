@@ -1,6 +1,5 @@
 """The server, asked with the official client in this process; one of its own: curl, clients that leave, its end."""
 
-import concurrent.futures
 import http.client
 import importlib.util
 import json
@@ -95,9 +94,8 @@ def test_chat_completions_are_what_generate_writes(chat, expected):
     answer = chat(PROMPT, temperature=0)
     assert answer.choices[0].message.content == expected
     assert answer.choices[0].message.role == "assistant"
-    parts = [{"type": "text", "text": PROMPT[:4]}, {"type": "text", "text": PROMPT[4:]}]
-    assert chat(parts, temperature=0).choices[0].message.content == expected
-    assert chat(PROMPT[:4], PROMPT[4:], temperature=0, max_completion_tokens=24).choices[0].message.content == expected
+    parts = [{"type": "text", "text": PROMPT[:4]}, {"type": "text", "text": PROMPT[4:8]}]
+    assert chat(parts, PROMPT[8:], temperature=0, max_completion_tokens=24).choices[0].message.content == expected
 
 
 def test_a_stream_is_the_answer_in_pieces(completions, chat, expected):
@@ -120,10 +118,8 @@ def test_no_character_of_a_text_ends_a_line_of_a_stream(api):
     *events, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     texts = [json.loads(event)["choices"][0]["text"] for event in events]
     assert texts[0] == prompt and done == "[DONE]"
-    assert (
-        answer.headers["content-type"].startswith("text/event-stream")
-        and "no-cache" in answer.headers["cache-control"]
-    )
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert "no-cache" in answer.headers["cache-control"]
 
 
 def test_requests_at_a_clients_defaults_work(client, chat, completions):
@@ -132,17 +128,9 @@ def test_requests_at_a_clients_defaults_work(client, chat, completions):
     everything = completions(seed=3, temperature=1).choices[0].text
     assert completions(seed=3, temperature=1, extra_body={"top_k": -1, "min_p": 0}).choices[0].text == everything
     neutral = {"temperature": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "n": 1, "logit_bias": {}}
-    assert completions(**neutral, user="me", best_of=1, suffix="").choices[0].text
+    assert completions(**neutral, best_of=1, suffix="").choices[0].text
     ignored = {"user": "me", "store": False, "metadata": {"a": "b"}, "tools": [], "response_format": {"type": "text"}}
     assert chat("a", **neutral, **ignored, logprobs=False).choices[0].message.content
-
-
-def test_a_seed_gives_the_same_text_streamed_or_not_and_beside_others(completions):
-    first, other = (completions(seed=seed, max_tokens=32).choices[0].text for seed in (7, 8))
-    assert [first] == streamed(completions(seed=7, max_tokens=32, stream=True)) != [other]
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        texts = list(threads.map(lambda seed: completions(seed=seed, max_tokens=32).choices[0].text, (7, 9, 8, 7)))
-    assert texts[0] == texts[3] == first and texts[2] == other
 
 
 def test_n_choices_of_each_prompt(completions):
@@ -156,8 +144,7 @@ def test_n_choices_of_each_prompt(completions):
 
 def test_ids_in_place_of_text_echo_and_an_empty_prompt(completions):
     ids = tiny_tokenizer()(PROMPT)["input_ids"]
-    text = completions(seed=1).choices[0].text
-    assert completions(prompt=ids, seed=1).choices[0].text == text
+    text = completions(prompt=ids, seed=1).choices[0].text
     assert completions(prompt=[ids], seed=1, echo=True).choices[0].text == PROMPT + text
     assert streamed(completions(seed=1, echo=True, stream=True)) == [PROMPT + text]
     assert completions(prompt="", seed=1).choices[0].text == completions(prompt=[1], seed=1).choices[0].text
@@ -167,18 +154,14 @@ def test_stop_lists(completions):
     ask = {"seed": 2, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
     whole = completions(**ask).choices[0].text
     stop = whole[20:22]
-    for given in (stop, [stop], [f"never {i}" for i in range(99)] + [stop]):
-        answer = completions(**ask, stop=given).choices[0]
-        assert answer.text == whole[: whole.index(stop)] and answer.finish_reason == "stop"
+    answer = completions(**ask, stop=[f"never {i}" for i in range(99)] + [stop]).choices[0]
+    assert answer.text == whole[: whole.index(stop)] and answer.finish_reason == "stop"
     assert streamed(completions(**ask, stop=stop, stream=True)) == [whole[: whole.index(stop)]]
 
 
 SHAPED = [  # fields, and what generate calls them
     ({"num_candidates": 7, "sampling_method": "batch"}, {}),
-    ({"top_p": 0.3, "temperature": 1.0}, {}),
-    ({"top_k": 3, "temperature": 1.0}, {}),
-    ({"min_p": 0.5, "temperature": 1.0}, {}),
-    ({"temperature": 1.5}, {}),
+    *(({name: value, "temperature": 1.0}, {}) for name, value in (("top_p", 0.3), ("top_k", 3), ("min_p", 0.5))),
     ({"repetition_penalty": 4.0}, {}),
     ({"logit_bias": {"40": 100, "50": -100}}, {"sequence_bias": {(40,): 100.0, (50,): -100.0}}),
     ({"frequency_penalty": 2, "presence_penalty": 1.5}, {"logits_processor": [CountPenalty(2.0, 1.5)]}),
@@ -188,9 +171,8 @@ SHAPED = [  # fields, and what generate calls them
 @pytest.mark.parametrize("fields, settings", SHAPED)
 def test_fields_that_shape_a_text_do_what_generate_does(completions, generated, fields, settings):
     text = generated(min_new_tokens=24, **settings or fields)
-    plain, shaped = (
-        completions(seed=3, extra_body={"min_tokens": 24, **more}).choices[0].text for more in ({}, fields)
-    )
+    asked = [{"seed": 3, "extra_body": {"min_tokens": 24, **more}} for more in ({}, fields)]
+    plain, shaped = (completions(**ask).choices[0].text for ask in asked)
     assert shaped == text != plain
     if "logit_bias" in fields:
         assert set(text) == {tiny_tokenizer().decode([40])}
@@ -202,8 +184,6 @@ def test_count_penalties_by_hand():
     scores = penalty(torch.tensor([[5, 5, 7, 5, 7], [5, 5, 6, 6, 6]]), torch.ones(2, 9))
     assert scores[0].tolist() == [1, 1, 1, 1, 1, 1 - 0.75, 1, 1 - 1.25, 1]
     assert scores[1].tolist() == [1, 1, 1, 1, 1, 1, 1 - 1.75, 1, 1]
-    assert torch.equal(CountPenalty(-1.0, 0.0, 2)(torch.tensor([[5, 5, 7]]), torch.zeros(1, 9))[0, 7:8], torch.ones(1))
-    assert torch.equal(penalty(torch.tensor([[5, 5]]), torch.ones(1, 9)), torch.ones(1, 9))
 
 
 def test_models(client):
@@ -232,19 +212,17 @@ def test_pages_of_allowed_origins_may_ask_errors_included(api):
 
 def test_a_key_a_template_and_a_time_limit(tiny_folder):
     with in_process(tiny_folder, {"api_key": "secret", "timeout_s": 1}) as api:
-        api.batcher.tokenizer.chat_template = (
-            "{{ raise_exception('only users here') if messages[0].role != 'user' else messages[0].content }}"
-        )
+        api.batcher.tokenizer.chat_template = "{{ raise_exception('only users here') }}"
 
         def ask(body, path="completions", key="Bearer secret", **headers):
             answer = api.post(f"/v1/{path}", json=body, headers={"Authorization": key, **headers})
             return answer.status_code, answer.text
 
         assert [ask({}, key=key)[0] for key in ("", "Bearer wrong", "Basic secret")] == [401] * 3
-        assert [ask({}, key=key)[0] for key in ("bearer secret", "BEARER secret")] == [400] * 2
+        assert ask({}, key="bearer secret")[0] == 400
         assert ask({}, key="", Host="a/health?")[0] == 401  # no path but the request's own counts
         assert api.get("/health").status_code == 200
-        status, said = ask({"messages": [{"role": "system", "content": "a"}]}, "chat/completions")
+        status, said = ask({"messages": [{"role": "user", "content": "a"}]}, "chat/completions")
         assert status == 400 and "the chat template refuses them: only users here" in said
         status, said = ask(LONG)
         assert status == 504 and "took more than 1 seconds" in said
@@ -257,6 +235,7 @@ def test_a_key_a_template_and_a_time_limit(tiny_folder):
 
 def test_requests_are_written_together_and_the_queue_is_bounded(server):
     cancelled = server.metric("calm_cancelled_total")
+    begun = server.metric("calm_first_token_seconds_count")
     connections = [server.connect(LONG) for _ in range(8)]
     server.wait_for_metric("calm_waiting", 4)
     assert server.metric("calm_running") == 4
@@ -269,16 +248,9 @@ def test_requests_are_written_together_and_the_queue_is_bounded(server):
     server.wait_for_metric("calm_running", 0)
     assert server.metric("calm_waiting") == 0 and server.metric("calm_cancelled_total") == cancelled + 8
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
-
-
-def test_metrics_count_requests_and_times(server):
-    before = server.metric("calm_first_token_seconds_count")
-    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 4})[0] == 200
-    assert server.metric("calm_first_token_seconds_count") == before + 1
-    assert server.post("/v1/embeddings", {})[0] == 404
+    assert server.metric("calm_first_token_seconds_count") > begun
     page = server.get("/metrics").read().decode()
-    assert 'calm_requests_total{path="/v1/completions",status="200"}' in page
-    assert 'calm_requests_total{path="other",status="404"}' in page
+    assert all(f'calm_requests_total{{path="/v1/completions",status="{status}"}}' in page for status in (200, 429))
 
 
 def test_no_line_of_the_log_is_as_long_as_a_client_wants(server):
@@ -286,7 +258,7 @@ def test_no_line_of_the_log_is_as_long_as_a_client_wants(server):
         connection = http.client.HTTPConnection(server.address, timeout=30)
         connection.request("GET", "/" + "a" * 8000, headers=header)
         assert connection.getresponse().status == 404
-    server.get("/health")
+    assert 'calm_requests_total{path="other",status="404"}' in server.get("/metrics").read().decode()
     lines = server.log.read_text().splitlines()
     assert any("aaaa" in line for line in lines) and any("bbbb" in line for line in lines)
     assert max(map(len, lines)) < 1200
@@ -350,14 +322,11 @@ def test_the_demo_model_is_served_and_writes_in_formats():
             extra = {"response_format": response_format} if response_format else {}
             return client.completions.create(model=".", prompt=PROMPT, max_tokens=60, n=2, seed=0, extra_body=extra)
 
-        answer = ask()
-        assert answer.choices[0].text.strip() and answer.usage.completion_tokens == 120
+        assert ask().usage.completion_tokens == 120
         for choice in ask(type="json_schema", json_schema={"name": "child", "strict": True, "schema": schema}).choices:
             child = json.loads(choice.text)
             assert len(child["name"]) <= 9 and child["pet"] in ("cat", "dog") and choice.finish_reason == "stop"
-        any_object = ask(type="json_object").choices
-        ended = [json.loads(choice.text) for choice in any_object if choice.finish_reason == "stop"]
-        assert all(choice.text.startswith("{") for choice in any_object) and all(type(it) is dict for it in ended)
+        assert all(choice.text.startswith("{") for choice in ask(type="json_object").choices)
         with pytest.raises(openai.BadRequestError, match="response_format: .*uniqueItems") as refused:
             ask(type="json_schema", json_schema={"schema": {"type": "array", "uniqueItems": True}})
         assert refused.value.param == "response_format"
@@ -376,7 +345,7 @@ def test_the_example_of_the_documents_runs():
 # The command
 
 
-def test_a_port_that_another_server_took_while_the_model_was_loaded(monkeypatch):
+def test_a_port_that_another_server_took_while_the_model_was_loaded():
     with serve.listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with serve.listen("127.0.0.1", port) as second:
@@ -397,7 +366,6 @@ def test_an_address_that_no_one_can_listen_on_is_known_before_the_model_is_loade
 REFUSALS = [
     (["{tiny}", "--dtype", "float33"], "--dtype float33: must be auto or a type of torch"),
     (["{tiny}", "--timeout", "nan"], "nan: must be a number of seconds that is not negative"),
-    (["{tiny}", "--chat_template", "{tmp}/none.jinja"], "none.jinja"),
     (["{tiny}", "--chat_template", "{tmp}/bytes.jinja"], "bytes.jinja: is no text in UTF-8"),
     (["{tiny}", "--chat_template", "{tmp}/bad.jinja"], "the chat template is no Jinja, in line 2"),
     (["{tiny}", "--max_draws", "20"], "patches in a step: 20 are allowed here"),  # of the settings it was saved with
