@@ -74,7 +74,6 @@ def test_what_time_or_a_failure_left_out_is_named_and_made_by_the_next_run(words
     "more, sentence",
     [
         (["--pairs", "calm-tiny"], "must be CALM:TRANSFORMER"),
-        (["--pairs", "transformer-tiny:calm-tiny"], "must be CALM:TRANSFORMER"),
         (["--pairs", "calm-tiny:calm-tiny"], "must be CALM:TRANSFORMER"),
         (["--device", "cuda"], "finds no GPU"),
         (["--block_size", "7"], "calm-tiny needs at least two patches of 4 tokens"),

@@ -73,11 +73,9 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
     "words, message",
     [
         ("--seed -1", "seed=-1: must be a whole number from 0"),
-        ("--data_seed 4294967296", "data_seed=4294967296: must be"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0: must be at least 1"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps=0: must be at least 1"),
         ("--max_steps -1 --num_train_epochs 0", "num_train_epochs=0: must be above 0"),
-        ("--max_steps -1 --num_train_epochs .inf", "num_train_epochs=inf: must be above 0"),
         ("--learning_rate -1", "optim adamw_torch_fused: Invalid learning rate: -1"),
         ("--optim lomo", "optim lomo: "),
         ("--optim adamw_torch --optim_args 5", "optim adamw_torch: "),
