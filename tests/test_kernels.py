@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calm_transformers.model import kernels_calm
 from calm_transformers.model.heads_calm_diffusion import diffusion_schedule
-from calm_transformers.model.kernels_calm import SWITCH, VocabularyScreen, fast_products, numbers_up_to
+from calm_transformers.model.kernels_calm import SWITCH, VocabularyScreen, fast_products, numbers_up_to, to_device
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 CPU = torch.device("cpu")
@@ -60,6 +60,14 @@ def test_a_table_of_inference_mode_is_used_in_training():
     with torch.inference_mode():
         numbers_up_to(973, CPU)
     (numbers_up_to(973, CPU) * torch.ones(973, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize(("device", "waits_not"), [("cuda", True), ("mps", False), ("xpu", False), ("cpu", False)])
+def test_only_cuda_copies_without_waiting(monkeypatch, device, waits_not):
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: seen.append(non_blocking))
+    to_device([1, 2], torch.device(device))
+    assert seen == [waits_not]
 
 
 # float32 products
