@@ -32,13 +32,7 @@ def save_tiny_model(folder, **overrides):
 
 @contextlib.contextmanager
 def in_process(folder, options=None, **limits):
-    """A client of the application in this process, and its `batcher`, whose methods a test may replace.
-
-    Args:
-        folder: of the model.
-        options: fields of `ServerOptions`.
-        limits: of the batcher.
-    """
+    """A client of the application (`options` of `ServerOptions`) in this process; its `batcher` has the `limits`."""
     from starlette.testclient import TestClient
     from tiny import tiny_tokenizer
 
@@ -118,9 +112,8 @@ class ServerProcess:
 
     def post(self, path, body):
         """Status and JSON of an answer."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 return answer.status, json.load(answer)

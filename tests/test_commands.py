@@ -114,7 +114,6 @@ def cut_short(path: Path) -> None:
 
 DAMAGES = {
     "no config.json": ("config.json", Path.unlink),
-    "another kind of config.json": ("config.json", lambda path: path.write_text("[1, 2]")),
     "a half of config.json": ("config.json", lambda path: path.write_text('{"model_type": "calm", ')),
     "a deep config.json": ("config.json", lambda path: path.write_text(100_000 * "[")),
     "weights cut short": ("model.safetensors", cut_short),
@@ -195,30 +194,18 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word_and_a_terminal_that
     assert (run.stderr.read(), run.wait(30)) == (b"", CLOSED)
 
 
-@pytest.mark.parametrize(
-    "module, words",
-    [
-        ("pages.inspect_text", ["."]),
-        ("generate", ["."]),
-        ("evaluation.invented_words", ["--model", ".", "--text", ".", "--prompt"]),
-    ],
-)
+INVENTED = "evaluation.invented_words", ["--model", ".", "--text", ".", "--prompt"]
+
+
+@pytest.mark.parametrize("module, words", [("pages.inspect_text", ["."]), ("generate", ["."]), INVENTED])
 def test_a_prompt_that_is_not_utf_8_is_one_line(module, words, capsys):
     said = refusal(capsys, main_of(f"calm_transformers.{module}"), *words, "caf\udcff")
     assert r"'caf\udcff': is no text at character 4" in said
 
 
-@pytest.mark.parametrize(
-    "types, error, line",
-    [
-        ((), RecursionError("deep"), "deep"),
-        ((ValueError,), ValueError("one\n  two\n\nthree"), "one two three"),
-        ((OSError,), FileNotFoundError(2, "No such file", "nowhere.txt"), "nowhere.txt: No such file."),
-    ],
-)
-def test_where_things_are_read_an_error_is_a_line(types, error, line):
-    with pytest.raises(InputError, match=f"^{re.escape(line)}$"), known_errors(*types):
-        raise error
+def test_an_error_of_several_lines_is_one():
+    with pytest.raises(InputError, match="^one two three$"), known_errors(ValueError):
+        raise ValueError("one\n  two\n\nthree")
 
 
 def test_the_command_lists_its_subcommands_and_finds_them(capsys):

@@ -1,7 +1,6 @@
 """Inspecting a text: what each patch was chosen from, its weights at every T, the listing, the page in a browser."""
 
 import contextlib
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,16 +68,13 @@ def test_at_temperature_1_all_candidates_are_drawn(demo):
     inspection = inspect_text.inspect_text(*demo, PROMPT, 4, seed=0, temperature=1.0, num_candidates=30)
     for patch in inspection.patches[1:]:
         assert sum(candidate.count for candidate in patch.candidates) == 30
-        for candidate in patch.candidates:
-            assert candidate.weight == pytest.approx(candidate.count / 30, abs=1e-6)
-    assert inspection.settings["top_k"] == 0
+        assert all(each.weight == pytest.approx(each.count / 30, abs=1e-6) for each in patch.candidates)
 
 
 @pytest.mark.parametrize(
     "counts, temperature, truncation, weights",
     [
         ([5, 3, 1], 0.5, Truncation(), [10 / 13, 3 / 13, 0]),  # C(c, 2)
-        ([5, 3, 1], 1 / 3, Truncation(), [10 / 11, 1 / 11, 0]),  # C(c, 3)
         ([1, 1], 0.5, Truncation(), [0.5, 0.5]),
         ([5, 3, 1], 0.5, Truncation(top_k=1), [1, 0, 0]),
     ],
@@ -117,7 +113,6 @@ def test_the_command_lists_patches_with_the_weights_at_several_temperatures(tiny
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--temperature", "3"], "temperature=3.0: sampling needs a temperature in (0, 2]"),
         (["--compare", "0"], "temperature=0.0: sampling needs"),
         (["--top_p", "1.5"], "top_p=1.5: must be a share"),
         (["--max_new_tokens", "5000000"], "the prompt has 6 tokens and 5000000 are to be written"),
@@ -127,12 +122,8 @@ def test_what_is_wrong_is_one_sentence(tiny_folder, capsys, options, message):
     assert message in refusal(capsys, inspect_text.main, tiny_folder, "Hello", *options)
 
 
-def test_folders_without_a_model_or_a_tokenizer_are_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    said = f"{tmp_path}: its config.json names no model_type."
-    assert refusal(capsys, inspect_text.main, tmp_path) == said
-    for name in ("config.json", "generation_config.json", "model.safetensors"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path)
     assert refusal(capsys, inspect_text.main, tmp_path) == f"{tmp_path}: no tokenizer can be read there."
 
 
@@ -178,9 +169,7 @@ class TestPage:
             assert first == patches[place].candidates[0].text
             chosen = driver.find_elements("css selector", "#panel tr.chosen code")
             assert [code.get_property("textContent") for code in chosen] == [patches[place].text]
-        slide = (
-            "const s = document.getElementById('slider'); s.value = arguments[0]; s.dispatchEvent(new Event('input'));"
-        )
+        slide = "slider.value = arguments[0]; slider.dispatchEvent(new Event('input'));"
         counts, seen = [candidate.count for candidate in patches[number].candidates], set()
         for temperature in (0.2, 0.5, 1.0):
             driver.execute_script(slide, temperature)
@@ -194,9 +183,8 @@ class TestPage:
     def test_its_weights_are_the_sampler_s(self, driver, page, truncation):
         for counts in ([40, 20, 7, 3, 2, 2, 1, 1, 1, 1], [1, 1, 1], [12], [3, 3, 2]):
             for temperature in (2.0, 1.3, 1.0, 0.7, 1 / 3, 0.1):
-                weights = driver.execute_script(
-                    "return weigh(...arguments)", counts, temperature, truncation._asdict()
-                )
+                asked = counts, temperature, truncation._asdict()
+                weights = driver.execute_script("return weigh(...arguments)", *asked)
                 expected = inspect_text.weights_at(counts, temperature, truncation)
                 assert weights == pytest.approx(expected, abs=2e-5), (counts, temperature)
 

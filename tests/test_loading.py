@@ -1,6 +1,7 @@
 """Loading a repository in a fresh, offline process through every Auto class and the pipeline, without a warning."""
 
 import contextlib
+import functools
 import json
 
 import fresh_process
@@ -14,7 +15,6 @@ from calm_transformers import loading
 from calm_transformers.conversion.convert import convert
 from calm_transformers.evaluation.text_scores import score_texts
 from calm_transformers.loading import check_tokenizer, load_causal_lm
-from calm_transformers.model.generation_calm_upstream import non_finite_weight
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher
 
@@ -86,13 +86,10 @@ def add(tensors):
 @pytest.mark.parametrize(("change", "what"), [(lose, "loaded without values of"), (spoil, "NaN")])
 def test_weights_that_no_training_made_write_nothing(tmp_path, change, what):
     model = CALMForCausalLM.from_pretrained(damaged(tmp_path, change))
-    for write in (
-        lambda: model.generate(PROMPT_IDS, max_new_tokens=4),
-        lambda: score_texts(model, PROMPT_IDS.repeat(1, 2)),
-        lambda: Batcher(model),
-    ):
+    generate = functools.partial(CALMForCausalLM.generate, max_new_tokens=4)
+    for write, *more in ((generate, PROMPT_IDS), (score_texts, PROMPT_IDS.repeat(1, 2)), (Batcher,)):
         with pytest.raises(ValueError, match=what) as error:
-            write()
+            write(model, *more)
         assert WEIGHT in str(error.value) and "\n" not in str(error.value)
 
 
@@ -114,17 +111,7 @@ def test_weights_are_read_again_when_they_have_changed():
         model.half().generate(PROMPT_IDS, max_new_tokens=4)
 
 
-def test_weights_of_extreme_values_are_finite():
-    layer = torch.nn.Linear(4, 4, dtype=torch.float64)
-    torch.nn.init.constant_(layer.weight, 1e300)  # the sum in float32 is infinite
-    assert non_finite_weight(layer) is None
-    layer.bias.data[1] = -torch.inf
-    assert non_finite_weight(layer) == "bias"
-
-
-@pytest.mark.parametrize(
-    ("change", "what"), [(lose, "lack head.blocks.0"), (add, "no place for: head"), (spoil, "NaN")]
-)
+@pytest.mark.parametrize(("change", "what"), [(lose, "lack head.block"), (add, "no place for: h"), (spoil, "NaN")])
 def test_a_command_refuses_a_folder_whose_weights_are_not_its_model_s(tmp_path, change, what):
     with pytest.raises(ValueError, match=what) as error:
         load_causal_lm(str(damaged(tmp_path, change)))
@@ -136,17 +123,10 @@ def test_a_command_refuses_a_tokenizer_of_another_model(monkeypatch):
     monkeypatch.setattr(loading.logger, "warning", warnings.append)
     check_tokenizer(model, tokenizer)
     assert not warnings
-
     model.config.vocab_size = VOCAB_SIZE + 4  # rounded up
     check_tokenizer(model, tokenizer, "there")
     (warning,) = warnings
     assert warning.startswith("there: has no token for 4 of the 100 ids of the model, as 96, 97, 98 and 1 more: if")
-
     model.config.vocab_size = 2 * VOCAB_SIZE
     with pytest.raises(ValueError, match="there: has no token for 96 of the 192 ids .* another model's tokenizer"):
         check_tokenizer(model, tokenizer, "there")
-    known = tokenizer.get_vocab()
-    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {token: i for token, i in known.items() if i != 9})
-    model.config.vocab_size = VOCAB_SIZE
-    with pytest.raises(ValueError, match="no token for 1 of the 96 ids of the model, as 9. It is"):
-        check_tokenizer(model, tokenizer)
