@@ -226,10 +226,10 @@ def test_padding_does_not_change_a_row(model):
     """On either side."""
     kwargs = GREEDY | {"max_new_tokens": 9}
     alone = generate(model, **kwargs)[0, 6:]
-    left = torch.cat([torch.full((1, 5), PAD), PROMPT], dim=1)
+    left = torch.cat([torch.full((1, 5), 7), PROMPT], dim=1)  # masked, whatever it holds
     mask = torch.cat([torch.zeros(1, 5), torch.ones(1, 6)], dim=1).long()
     assert torch.equal(generate(model, left, attention_mask=mask, **kwargs)[0, 11:], alone)
-    right = torch.cat([PROMPT, torch.full((1, 5), PAD)], dim=1)
+    right = torch.cat([PROMPT, torch.full((1, 5), 7)], dim=1)
     assert torch.equal(generate(model, right, attention_mask=mask.flip(1), **kwargs)[0, 11:], alone)
 
 

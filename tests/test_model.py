@@ -127,6 +127,19 @@ def test_many_draws_pass_the_head_in_chunks(monkeypatch, head_type):
     torch.testing.assert_close(draws[1], draws[0], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_times_of_the_flow_loss_are_those_of_the_config():
+    """Uniform as published; with a logit mean of −1, their logits are Normal(−1, 1)."""
+    times, ids = [], some_ids(200)
+    for settings in ({}, {"flow_time_logit_mean": -1.0}):
+        model = tiny_model("flow", **settings)
+        model.head.net.register_forward_pre_hook(lambda net, args: times.append((args[1].flatten() + 0.5) / 1000))
+        model(ids, labels=ids, generator=generator())
+    assert times[0].mean() == pytest.approx(0.5, abs=0.02) and times[0].var() == pytest.approx(1 / 12, abs=0.005)
+    logits = times[1].logit()
+    assert logits.mean() == pytest.approx(-1, abs=0.06) and logits.std() == pytest.approx(1, abs=0.06)
+
+
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 @torch.no_grad()
 def test_context_layers_change_the_hidden_state(head_type):
