@@ -163,6 +163,13 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(copied_run, caps
     assert state.is_file()  # written again
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+def test_every_optimizer_is_resumed(workshop, tmp_path, optim):
+    fields = fields_of_run(workshop, tmp_path) | {"optim": optim, "max_steps": 2}
+    assert train("calm", **fields) == 0
+    assert train("calm", **fields | {"max_steps": 3}) == 0
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
