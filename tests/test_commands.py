@@ -53,9 +53,7 @@ WRONG_PATHS = {  # modules of the package, and scripts of docs/
     "training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
     "training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
 }
-WRONG_PATHS = {
-    name if name.startswith("docs.") else f"calm_transformers.{name}": it for name, it in WRONG_PATHS.items()
-}
+WRONG_PATHS = {n if n.startswith("docs.") else f"calm_transformers.{n}": it for n, it in WRONG_PATHS.items()}
 # Of the others one needs an option, before which none that is unknown is told.
 WITHOUT_OPTIONS = {f"calm_transformers.benchmarks.{name}" for name in ("generation", "truncation")}
 WITHOUT_OPTIONS |= {name for name in WRONG_PATHS if name.startswith("docs.")}

@@ -89,11 +89,9 @@ def test_a_pushed_repository_holds_the_model_and_its_code(hub, pushed):
 def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
     older, latest = pushed
     assert older["weights"] != latest["weights"] and older["text"] != latest["text"]
-    copy = tmp_path / "copy"
-    revisions = [older["commit"], None]
-    pulled = fresh_process.call(
-        pull, tmp_path / "home", hub.client_environment(), repo=REPO, revisions=revisions, copy=str(copy)
-    ).result
+    copy, environment = tmp_path / "copy", hub.client_environment()
+    asked = {"repo": REPO, "revisions": [older["commit"], None], "copy": str(copy)}
+    pulled = fresh_process.call(pull, tmp_path / "home", environment, **asked).result
     for before, after in zip(pushed, pulled, strict=True):
         code = code_of(hub.api.repositories[REPO].at(before["commit"]))
         assert after == {"code": code, "weights": before["weights"], "text": before["text"]}
@@ -107,8 +105,7 @@ def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub
     trained = fresh_process.call(train_and_push, tmp_path / "home", environment, folder=str(tmp_path), repo=repo)
     assert trained.result == 0
     commits = list(hub.commits(repo))
-    messages = [commit.message for commit in commits]
-    assert messages[0] == "End of training" and messages[1].startswith("Training in progress, step")
+    assert [commit.message[:11] for commit in commits[:2]] == ["End of trai", "Training in"]
     for commit in commits:
         assert code_of(commit) == root_code()
         others = {path for path in commit.files if not path.endswith(".py")}

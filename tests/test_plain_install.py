@@ -64,16 +64,13 @@ def calls_of_a_model(folder, prompts):
     write(prompts[0], streamer=streamer)
     ids = tokenizer(prompts[0], return_tensors="pt").input_ids[:, :4]
 
-    def in_two_parts(argument, read):
+    def in_two_parts(name):
         first = model(ids[:, :2], use_cache=True)
-        rest = model(ids[:, 2:], **{argument: read(first)})
+        rest = model(ids[:, 2:], **{name: getattr(first, name)})
         return torch.cat([first.last_hidden_state, rest.last_hidden_state], dim=1)
 
     whole = model(ids, labels=ids, generator=torch.Generator().manual_seed(0))
-    parts = [
-        in_two_parts("cache", lambda output: output.cache),
-        in_two_parts("past_key_values", lambda output: output["past_key_values"]),
-    ]
+    parts = [in_two_parts(name) for name in ("cache", "past_key_values")]
     return {
         "alone": [write(prompt)[0] for prompt in prompts],
         "together": write(*prompts),
