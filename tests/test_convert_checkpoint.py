@@ -209,11 +209,9 @@ def test_the_tokenizer_pads_on_the_left_with_the_models_pad_token(converted):
 
 
 def test_the_tokenizer_may_stand_elsewhere(shop):
-    elsewhere = shop.folder / "tokenizer"
-    elsewhere.mkdir()
-    (shop.calm.folder / "tokenizer.json").rename(elsewhere / "tokenizer.json")
+    (shop.calm.folder / "tokenizer.json").rename(shop.folder / "tokenizer.json")
     shop.refuse(shop.calm.folder / "tokenizer.json", "--tokenizer")
-    shop.convert("--tokenizer", str(elsewhere))
+    shop.convert("--tokenizer", str(shop.folder))
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -308,21 +306,15 @@ def test_a_field_that_is_not_known_is_refused_unless_it_computes_nothing(shop, r
     source = getattr(shop, repository)
     harmless = {"_name_or_path": "x", "torch_dtype": "float32", "id2label": {}, "ae_path": "/x"}
     source.config |= {**harmless, "sliding_window": None}
-    source.write()
+    del shop.calm.config["rope_theta"]
+    shop.calm.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}  # as newer versions state it
+    shop.write()
     shop.convert()
-    assert not harmless.keys() & shop.config().keys()
+    assert not harmless.keys() & shop.config().keys() and shop.config()["rope_parameters"]["rope_theta"] == 5e5
     shop.output = shop.folder / "again"
     source.config |= {"attn_logit_softcapping": 50.0, "qk_norm": True}
     source.write()
     shop.refuse(source.folder / "config.json", "attn_logit_softcapping, qk_norm", "remove")
-
-
-def test_rotations_may_be_stated_as_newer_versions_do(shop):
-    del shop.calm.config["rope_theta"]
-    shop.calm.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
-    shop.calm.write()
-    shop.convert()
-    assert shop.config()["rope_parameters"]["rope_theta"] == 5e5
 
 
 def test_a_head_of_no_known_type_is_named(tmp_path, capsys):
@@ -393,9 +385,8 @@ def test_missing_files_and_an_index_without_its_map_are_named(shop):
     for path in shop.calm.folder.glob("pytorch_model*"):
         path.unlink()
     shop.refuse(shop.calm.folder, "pytorch_model.bin")
-    for text in ("{", "[]"):
-        (shop.calm.folder / "config.json").write_text(text)
-        shop.refuse(shop.calm.folder / "config.json")
+    (shop.calm.folder / "config.json").write_text("[]")
+    shop.refuse(shop.calm.folder / "config.json")
     (shop.calm.folder / "config.json").unlink()
     shop.refuse(shop.calm.folder / "config.json", "does not exist", "holds the language model")
 

@@ -71,16 +71,9 @@ def test_at_temperature_1_all_candidates_are_drawn(demo):
         assert all(each.weight == pytest.approx(each.count / 30, abs=1e-6) for each in patch.candidates)
 
 
-@pytest.mark.parametrize(
-    "counts, temperature, truncation, weights",
-    [
-        ([5, 3, 1], 0.5, Truncation(), [10 / 13, 3 / 13, 0]),  # C(c, 2)
-        ([1, 1], 0.5, Truncation(), [0.5, 0.5]),
-        ([5, 3, 1], 0.5, Truncation(top_k=1), [1, 0, 0]),
-    ],
-)
-def test_weights_of_counts(counts, temperature, truncation, weights):
-    assert inspect_text.weights_at(counts, temperature, truncation) == pytest.approx(weights)
+def test_weights_of_counts():
+    for top_k, weights in ((0, [10 / 13, 3 / 13, 0]), (1, [1, 0, 0])):  # C(c, 2)
+        assert inspect_text.weights_at([5, 3, 1], 0.5, Truncation(top_k)) == pytest.approx(weights)
 
 
 def test_a_character_waits_for_its_last_byte(demo):

@@ -312,8 +312,8 @@ def test_a_server_may_be_stopped_while_it_loads(tiny_folder, tmp_path, sign, cod
 
 
 def test_the_demo_model_is_served_and_writes_in_formats():
-    schema = {"type": "object", "required": ["name", "pet"], "additionalProperties": False}
-    schema["properties"] = {"name": {"type": "string", "maxLength": 9}, "pet": {"enum": ["cat", "dog"]}}
+    schema = {"type": "object", "required": ["pet"], "additionalProperties": False}
+    schema["properties"] = {"pet": {"enum": ["cat", "dog"]}}
     options = serve.parse([str(ROOT), "--device", "cpu"])
     with serve.load_batcher(options) as batcher, TestClient(create_app(batcher, ServerOptions("."))) as api:
         client = OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=api)
@@ -324,8 +324,7 @@ def test_the_demo_model_is_served_and_writes_in_formats():
 
         assert ask().usage.completion_tokens == 120
         for choice in ask(type="json_schema", json_schema={"name": "child", "strict": True, "schema": schema}).choices:
-            child = json.loads(choice.text)
-            assert len(child["name"]) <= 9 and child["pet"] in ("cat", "dog") and choice.finish_reason == "stop"
+            assert json.loads(choice.text)["pet"] in ("cat", "dog") and choice.finish_reason == "stop"
         assert all(choice.text.startswith("{") for choice in ask(type="json_object").choices)
         with pytest.raises(openai.BadRequestError, match="response_format: .*uniqueItems") as refused:
             ask(type="json_schema", json_schema={"schema": {"type": "array", "uniqueItems": True}})
