@@ -236,7 +236,7 @@ def test_a_key_a_template_and_a_time_limit(tiny_folder):
 def test_requests_are_written_together_and_the_queue_is_bounded(server):
     cancelled = server.metric("calm_cancelled_total")
     begun = server.metric("calm_first_token_seconds_count")
-    connections = [server.connect(LONG) for _ in range(8)]
+    connections = [server.connect({**LONG, "stream": i % 2 == 0}) for i in range(8)]
     server.wait_for_metric("calm_waiting", 4)
     assert server.metric("calm_running") == 4
     status, answer = server.post("/v1/completions", LONG)

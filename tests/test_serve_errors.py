@@ -1,16 +1,11 @@
 """What the server refuses, in which words, and what a fault becomes. All in this process."""
 
-import asyncio
 import json
 import math
 
 import pytest
 from server_process import in_process
-from tiny import tiny_tokenizer
 
-from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.serving.app import ServerOptions, create_app
-from calm_transformers.serving.batcher import Batcher
 from calm_transformers.serving.openai_api import WITHOUT_EFFECT
 
 
@@ -169,31 +164,6 @@ def test_a_server_that_stops_says_so(app_client):
     assert app_client.get("/health").status_code == 503
     answer = app_client.post("/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
-
-
-def test_a_client_that_leaves_is_noticed_by_a_server_whose_sending_tells_nothing(tiny_folder):
-    body = json.dumps({"prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}).encode()
-
-    async def ask(app):
-        has_begun, messages = asyncio.Event(), [{"type": "http.request", "body": body}]
-
-        async def receive():
-            if messages:
-                return messages.pop()
-            await has_begun.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):  # goes nowhere, without an error, when the client has left
-            if message.get("body"):
-                has_begun.set()
-
-        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1"}
-        scope |= {"method": "POST", "path": "/v1/completions", "query_string": b"", "headers": [], "scheme": "http"}
-        await app(scope, receive, send)
-
-    with Batcher(CALMForCausalLM.from_pretrained(tiny_folder), tiny_tokenizer()) as batcher:
-        asyncio.run(ask(create_app(batcher, ServerOptions(model_name="tiny"))))
-    assert batcher.stats().cancelled == 1
 
 
 @pytest.mark.parametrize("message", [{"role": "robot"}, {"role": "user", "content": [{"type": "text"}] * 40}])
