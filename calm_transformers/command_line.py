@@ -1,11 +1,11 @@
 """What all commands share: how options are read, and one sentence on stderr with exit code 2 for what is wrong.
 
-    @command
-    def main(argv: list[str] | None = None) -> int | None:
-        options = parse(argv)
-        with known_errors():
-            text = read(options.text)
-        ...
+@command
+def main(argv: list[str] | None = None) -> int | None:
+    options = parse(argv)
+    with known_errors():
+        text = read(options.text)
+    ...
 """
 
 import argparse
