@@ -349,6 +349,15 @@ def test_a_flipped_bit_that_the_archive_knows_of_is_refused(shop, member):
     shop.refuse(shop.calm.weights, member)
 
 
+def test_an_archive_without_checksums_is_read(shop):
+    torch.serialization.set_crc32_options(False)
+    try:
+        shop.calm.write()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    shop.convert()
+
+
 class Malicious:
     def __init__(self, victim):
         self.victim = victim

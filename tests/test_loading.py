@@ -15,6 +15,7 @@ from calm_transformers import loading
 from calm_transformers.conversion.convert import convert
 from calm_transformers.evaluation.text_scores import score_texts
 from calm_transformers.loading import check_tokenizer, load_causal_lm
+from calm_transformers.model.generation_calm_upstream import non_finite_weight
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher
 
@@ -130,3 +131,16 @@ def test_a_command_refuses_a_tokenizer_of_another_model(monkeypatch):
     model.config.vocab_size = 2 * VOCAB_SIZE
     with pytest.raises(ValueError, match="there: has no token for 96 of the 192 ids .* another model's tokenizer"):
         check_tokenizer(model, tokenizer, "there")
+    known = tokenizer.get_vocab()
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {token: i for token, i in known.items() if i != 9})
+    model.config.vocab_size = VOCAB_SIZE
+    with pytest.raises(ValueError, match="no token for 1 of the 96 ids of the model, as 9. It is"):
+        check_tokenizer(model, tokenizer)
+
+
+def test_weights_of_extreme_values_are_finite():
+    layer = torch.nn.Linear(4, 4, dtype=torch.float64)
+    torch.nn.init.constant_(layer.weight, 1e300)  # the sum in float32 is infinite
+    assert non_finite_weight(layer) is None
+    layer.bias.data[1] = -torch.inf
+    assert non_finite_weight(layer) == "bias"
