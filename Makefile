@@ -4,7 +4,7 @@
 # make test-slow     the tests that it leaves out
 # make test-all      both, with coverage
 # make test-oldest   what depends on transformers, on the oldest supported one, with the packages of the extra [clients]
-# make test-newest   the same on a plain installation without constraints, so on the newest one that setup.cfg allows
+# make test-newest   the quick ones of these without constraints, so on the newest one that setup.cfg allows
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
 # make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; resumes where it was stopped
@@ -44,7 +44,7 @@ test-newest:
 	rm -rf build .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	$(NEWEST)/python -m pip install -q "$$(grep ^torch== constraints.txt)" ".[test,onnx]"
-	$(NEWEST)/python -m pytest -m "transformers and not gpu"
+	$(NEWEST)/python -m pytest -m "transformers and not slow and not gpu"
 
 test-gpu: .venv/.full
 	$(BIN)/python -m pytest -m gpu -n 0
