@@ -14,6 +14,7 @@ COMMANDS = {  # as typed → the module in this package, what it does
     "convert": ("conversion.convert", "published weights -> one model folder"),
     "export": ("onnx_export.export", "a model -> ONNX graphs"),
     "train": ("training.train", "tokenizer, autoencoder, calm or ar (an ordinary Llama)"),
+    "tokenize": ("training.tokenize", "a recipe's text -> tokens, before its training"),
     "evaluate brier_lm": ("evaluation.brier_lm", "BrierLM on held-out text, of any causal LM"),
     "evaluate autoencoder": ("evaluation.autoencoder_report", "reconstruction, noise, posterior"),
     "evaluate calibration": ("evaluation.calibration", "BrierLM beside cross-entropy over a training"),

@@ -51,6 +51,7 @@ WRONG_PATHS = {  # modules of the package, and scripts of docs/
     "experiments.sharpening": ["--model", NOWHERE, "--language", NOWHERE],
     "serving.serve": [NOWHERE, "--port", "0"],
     "training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
+    "training.tokenize": ["--recipe", "demo-backbone", *TOKENIZER],
     "training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
 }
 WRONG_PATHS = {n if n.startswith("docs.") else f"calm_transformers.{n}": it for n, it in WRONG_PATHS.items()}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import start_training_together, train
+from training_helpers import RECIPES, start_training_together, train
 
+from calm_transformers.training import data, tokenize
 from calm_transformers.training.trainer import CALMTrainer
 
 
@@ -92,3 +93,13 @@ def test_what_is_wrong_with_a_stream_is_one_sentence(workshop, tmp_path, capsys)
     ]:
         assert train("calm", **own | fields) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_training_finds_what_was_tokenised_before(workshop, tmp_path, monkeypatch, capsys):
+    fields = {**workshop, "cache_dir": tmp_path / "tokens"}
+    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    assert tokenize.main(["--recipe", str(RECIPES / "calm.yaml"), *words]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["train", "validation"]
+    monkeypatch.setattr(data, "tokenize_documents", None)
+    assert train("calm", **fields, output_dir=str(tmp_path / "run")) == 0
+    assert tokenize.main(["--recipe", "demo-tokenizer", *words]) == 2

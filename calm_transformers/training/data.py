@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HOME
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from calm_transformers.command_line import InputError
@@ -93,6 +94,11 @@ def data_sets(
 
 
 # tokens
+
+
+def cache_of(options: DataOptions) -> Path:
+    """The folder of token files."""
+    return Path(options.cache_dir or Path(HF_HOME) / "calm" / "tokens")
 
 
 @dataclass

@@ -21,7 +21,6 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from huggingface_hub.constants import HF_HOME
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -36,7 +35,7 @@ from calm_transformers.training.auxiliary import (
     without_auxiliary,
 )
 from calm_transformers.training.average import WeightAverage
-from calm_transformers.training.data import Length, PackedBlocks, PatchCollator, data_sets
+from calm_transformers.training.data import Length, PackedBlocks, PatchCollator, cache_of, data_sets
 from calm_transformers.training.diagnostics import diagnose
 from calm_transformers.training.recipe import (
     Recipe,
@@ -89,7 +88,7 @@ def fit(
             patch_size,
             Length(batch_size, stated.num_train_epochs, stated.max_steps),
             seed=stated.seed if stated.data_seed is None else stated.data_seed,
-            cache=Path(recipe.data.cache_dir or Path(HF_HOME) / "calm" / "tokens"),
+            cache=cache_of(recipe.data),
             evaluates=stated.eval_strategy != "no",
         )
     recipe.found = {"batch_size": batch_size, "tokens": digest(data.train)}
