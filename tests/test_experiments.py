@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 from commands import ROOT, refusal
 
-from calm_transformers.command_line import InputError
 from calm_transformers.experiments import plan
 from calm_transformers.experiments.__main__ import main
 from calm_transformers.experiments.plan import FOLDER, Plan, Run
 from calm_transformers.experiments.tables import document, draw_curves
-from calm_transformers.training.recipe import load_recipe, parse_command_line
 
 FILE = Path(__file__).parent / "fixtures" / "language.yaml"
 DOCS = ROOT / "docs"
@@ -60,18 +58,6 @@ def test_a_field_that_no_recipe_has_is_refused_before_any_work(tmp_path, capsys)
     assert "unknown field 'num_mlp_layer': did you mean num_mlp_layers" in error
     assert "give --corpus" in refusal(capsys, main, "--corpus", tmp_path, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path):
-    words = Plan(FILE, tmp_path, None, None).runs["language/models/ar-seed1"].words
-    fields = parse_command_line(words[4:])
-    folder = Path(fields["output_dir"])
-    folder.mkdir(parents=True)
-    load_recipe(words[3], fields).save(folder / "recipe.yaml")
-    Plan(FILE, tmp_path, None, None)
-    load_recipe(words[3], fields | {"learning_rate": 7e-4}).save(folder / "recipe.yaml")
-    with pytest.raises(InputError, match="another training .learning_rate"):
-        Plan(FILE, tmp_path, None, None)
 
 
 def share(value):
@@ -145,7 +131,6 @@ def test_curves_are_drawn(tmp_path):
 @pytest.mark.slow
 def test_a_whole_run(tmp_path):
     assert main(["--output", str(tmp_path), "--experiments", str(FILE)]) == 0
-    assert main(["--output", str(tmp_path), "--experiments", str(FILE)]) == 0  # all is there, by the same recipes
     ar, calm, begun = (
         json.loads((tmp_path / "experiments.json").read_text())[f"language/models/{name}-seed1/score"]
         for name in ("ar", "calm", "begun")

@@ -4,7 +4,7 @@
 
 On a language whose best score is known (language.py) and, with a corpus of stories, on those too. Trainings and
 evaluations are commands of this package, run one after another, their output in .log files. What is finished is
-skipped, but refused where its recipe is another by now; a training that was stopped resumes from its last checkpoint. In the end tables, records and learning
+skipped, and a training that was stopped resumes from its last checkpoint. In the end tables, records and learning
 curves are written: experiments.md, .json and .png in the output folder.
 """
 

@@ -14,7 +14,7 @@ import yaml
 from calm_transformers.command_line import InputError
 from calm_transformers.loading import load_config
 from calm_transformers.training.cost import recipe_cost
-from calm_transformers.training.recipe import changes, load_recipe, parse_command_line
+from calm_transformers.training.recipe import load_recipe, parse_command_line
 
 FOLDER = Path(__file__).parent
 STUDIES = ("replacements", "sharpening")
@@ -132,10 +132,8 @@ class Plan:
         if last == "trainer_state.json":
             options |= {"tokenizer": self.tokenizer, "cache_dir": self.folder / "tokens"}
         del options["recipe"]
-        now = load_recipe(str(recipe), parse_command_line(words_of(options)))  # refuses unknown fields at once
-        if (folder / "recipe.yaml").is_file():
-            changes(load_recipe(str(folder / "recipe.yaml")), now)  # a finished run isn't asked again
-        self._add(place, f"calm_transformers.training.train {now.kind}", {"recipe": recipe, **options}, folder / last)
+        kind = load_recipe(str(recipe), parse_command_line(words_of(options))).kind  # refuses unknown fields now
+        self._add(place, f"calm_transformers.training.train {kind}", {"recipe": recipe, **options}, folder / last)
         return folder
 
     def _evaluation(self, model: Path, kind: str, module: str, options: dict[str, Any]) -> None:
