@@ -6,6 +6,7 @@ On a language whose best score is known (language.py) and, with a corpus of stor
 evaluations are commands of this package, run one after another, their output in .log files. What is finished is
 skipped, and a training that was stopped resumes from its last checkpoint. In the end tables, records and learning
 curves are written: experiments.md, .json and .png in the output folder.
+Where a recipe has changed, remove the folder of what it trained: its result would be taken for the new one's.
 """
 
 import json
