@@ -18,16 +18,22 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .generation_calm_candidates import CandidateScores, LazyPool, PlainPool, candidate_scores, compute_patch_scores
+from .generation_calm_candidates import (
+    CandidateBatch,
+    CandidateScores,
+    LazyCandidateBatch,
+    candidate_scores,
+    compute_patch_scores,
+)
 from .generation_calm_compiled import CompiledSteps
-from .generation_calm_randomness import Randomness, RecordedRandomness, StepRandomness
-from .generation_calm_rules import RulesOfTexts, TokenRules
-from .generation_calm_samplers import BlockPlan, OneBlock, PatchSampling
-from .generation_calm_texts import GrowingTexts
+from .generation_calm_randomness import PredrawnRandomness, Randomness, StepRandomness
+from .generation_calm_rules import CandidateProcessors, SequenceProcessors
+from .generation_calm_samplers import BlockSchedule, OneBlock, PatchSampling
+from .generation_calm_sequences import GenerationState
 from .generation_calm_upstream import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin
 from .generation_calm_virtual_tokens import read_virtual_tokens
 from .heads_calm import GenerativeHead
-from .kernels_calm import numbers_up_to
+from .kernels_calm import arange
 from .modeling_calm_autoencoder import CALMAutoencoder
 
 GREEDY_SEED = 0
@@ -112,8 +118,8 @@ class Fallbacks:
         if all(is_exact):
             return
         sampling = self.sampling
-        why = f"as {sampling.most_draws} candidates held no accepted attempt; raise num_candidates or the temperature"
-        if self.has_rules or sampling.weighs_all:
+        why = f"as {sampling.max_samples} candidates held no accepted attempt; raise num_candidates or the temperature"
+        if self.has_rules or sampling.uses_batch_rule:
             why = "which logits processors, top_k, top_p, min_p and a temperature above 1 ask for"
         logger.warning(
             f'sampling_method="exact": {is_exact.count(False)} of {len(is_exact)} patches were chosen by the batch '
@@ -161,7 +167,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def write_patches(
         self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Generates patch by patch; every stopping rule sees each token (see generation_calm_texts.py).
+        """Generates patch by patch; every stopping rule sees each token (see generation_calm_sequences.py).
 
         Returns the prompts as they came, padding included, followed by the new tokens; a row that has stopped gets
         padding, also after an EOS within a patch. Where scores are returned, a streamer that has a method
@@ -191,7 +197,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         rules = None
         if call.processors is not None:
             mask = model_kwargs.get("attention_mask")
-            rules = RulesOfTexts(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
+            rules = SequenceProcessors(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
         inputs = read_virtual_tokens(
             self, inputs, cache, call.compile_config is not None, model_kwargs.get("task_ids")
         )
@@ -202,14 +208,14 @@ class CALMGenerationMixin(PatchGenerationMixin):
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not returned.states and not call.synced_gpus:
             inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
-        texts = GrowingTexts(input_ids, call)
+        texts = GenerationState(input_ids, call)
         # Processes that share shards must call each module equally often: a number of blocks would be each one's own.
-        plan = OneBlock() if steps is not None or call.synced_gpus else BlockPlan()
+        plan = OneBlock() if steps is not None or call.synced_gpus else BlockSchedule()
         fallbacks = Fallbacks(sampling, rules is not None)
         while call.goes_on(texts.is_finished, input_ids.device):
             forbidden_KV = self.forbidden_tokens(min_length - texts.length, call.eos_tokens, input_ids.device)
             if steps is not None and steps.has_begun:
-                patches_BK = steps.next_patches(generator, forbidden_KV, plan)
+                patches_BK = steps.sample_patches(generator, forbidden_KV, plan)
                 if fallbacks.is_exact_asked_for:
                     fallbacks.is_exact.append(texts.rows(sampling.is_exact(plan, len(patches_BK), has_rules=False)))
                 steps.read(texts.append(patches_BK))
@@ -227,7 +233,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 token_rules = rules.of_rows(texts.drawing, texts.ids_BL, num_left)
             arguments = hidden_RD, sampling, generators, forbidden_KV, plan, token_rules
             if returned.scores is None:
-                patches_RK = self.next_patches(*arguments)
+                patches_RK = self.sample_patches(*arguments)
             else:
                 pool, index_R = self.choose_patches(*arguments)
                 patches_RK = pool.tokens(pool.rows_B, index_R)
@@ -248,7 +254,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             call.streamer.end()
         return returned.result(texts.ids_BL, cache)
 
-    def next_patches(self, hidden_RD: Tensor, sampling: PatchSampling, *options, **named_options) -> Tensor:
+    def sample_patches(self, hidden_RD: Tensor, sampling: PatchSampling, *options, **named_options) -> Tensor:
         """Chooses the next patch of each row given its last hidden state: token ids (R, K). See `choose_patches`."""
         pool, index_R = self.choose_patches(hidden_RD, sampling, *options, **named_options)
         return pool.tokens(pool.rows_B, index_R)
@@ -259,9 +265,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
         sampling: PatchSampling,
         generator: Randomness = None,
         forbidden_KV: Tensor | None = None,
-        plan: BlockPlan | OneBlock | None = None,
-        rules: TokenRules | None = None,
-    ) -> tuple[PlainPool, Tensor]:
+        plan: BlockSchedule | OneBlock | None = None,
+        rules: CandidateProcessors | None = None,
+    ) -> tuple[CandidateBatch, Tensor]:
         """Draws candidates for the next patch of each row given its last hidden state, and chooses one.
 
         Args:
@@ -280,28 +286,28 @@ class CALMGenerationMixin(PatchGenerationMixin):
         randomness = StepRandomness.of(generator)
 
         def draw(rows: Tensor, num_draws: int) -> Tensor:
-            noise = randomness.for_head(self.head, hidden_RD, rows, num_draws)
+            noise = randomness.head_noise(self.head, hidden_RD, rows, num_draws)
             context = hidden_RD if rows is rows_R else hidden_RD[rows]
             return self.head.sample(context, num_samples=num_draws, **noise)
 
-        rows_R = numbers_up_to(len(hidden_RD), hidden_RD.device)
-        pool = self.new_pool(draw, rows_R, sampling, forbidden_KV, rules)
+        rows_R = arange(len(hidden_RD), hidden_RD.device)
+        pool = self.new_candidates(draw, rows_R, sampling, forbidden_KV, rules)
         return pool, sampling.choose(pool, randomness, plan)
 
-    def greedy_randomness(self, sampling: PatchSampling, like: Tensor) -> RecordedRandomness:
+    def greedy_randomness(self, sampling: PatchSampling, like: Tensor) -> PredrawnRandomness:
         """The draws that are the same in every step and row when `do_sample` is False."""
         fixed = torch.Generator(like.device).manual_seed(GREEDY_SEED)
-        return RecordedRandomness(self.head.recorded_draws(sampling.num_candidates, 1, like, fixed))
+        return PredrawnRandomness(self.head.predrawn_noise(sampling.num_candidates, 1, like, fixed))
 
-    def new_pool(
+    def new_candidates(
         self,
         draw: Callable[[Tensor, int], Tensor],
         rows_R: Tensor,
         sampling: PatchSampling,
         forbidden_KV: Tensor | None = None,
-        rules: TokenRules | None = None,
-    ) -> PlainPool:
-        """The candidates of one step, none drawn yet; for `draw` see `PlainPool`."""
+        rules: CandidateProcessors | None = None,
+    ) -> CandidateBatch:
+        """The candidates of one step, none drawn yet; for `draw` see `CandidateBatch`."""
         # How much is left to decode depends on the draws, which a graph's steps don't; and shards, as of FSDP2, are
         # gathered by a module's forward alone.
         is_whole = not torch.compiler.is_compiling() and not hasattr(
@@ -309,8 +315,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         )
         lazy = sampling.lazy_decoding
         if is_whole and rules is None and (self.autoencoder.device.type == "cpu" if lazy is None else lazy):
-            return LazyPool(draw, rows_R, self.autoencoder, forbidden_KV)
-        return PlainPool(draw, rows_R, self.autoencoder, forbidden_KV, rules)
+            return LazyCandidateBatch(draw, rows_R, self.autoencoder, forbidden_KV)
+        return CandidateBatch(draw, rows_R, self.autoencoder, forbidden_KV, rules)
 
     def pack_for_generation(
         self,
@@ -341,7 +347,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             input_ids = F.pad(input_ids, (0, 1), value=int(bos_token))
             mask = torch.cat([mask, is_empty_B1.to(mask)], dim=1)
         if bos_token is not None and input_ids.shape[1] > 1:
-            begin_B2 = mask.argmax(-1, keepdim=True).clamp(max=mask.shape[1] - 2) + numbers_up_to(2, mask.device)
+            begin_B2 = mask.argmax(-1, keepdim=True).clamp(max=mask.shape[1] - 2) + arange(2, mask.device)
             is_bos_B2 = (input_ids == bos_token).gather(1, begin_B2) & mask.gather(1, begin_B2).bool()
             if bool(is_bos_B2.all(-1).any()):
                 logger.warning_once(

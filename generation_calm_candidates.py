@@ -2,8 +2,8 @@
 
 The samplers ask of a candidate only which others of its row are the same patch. Two patches are the same when all K
 tokens are, so a candidate whose token at one position no other has is known to be alone, and its other tokens matter
-only if it is chosen. `LazyPool` decodes position by position on that ground, and only candidates of the pairs that are
-asked for; `PlainPool` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
+only if it is chosen. `LazyCandidateBatch` decodes position by position on that ground, and only candidates of the pairs that are
+asked for; `CandidateBatch` decodes every token of every candidate as it comes, and is what the lazy one is tested against.
 
 Axes: B rows of the pool, R of these that still draw, N candidates of a row so far, n new ones, K tokens per patch, Z
 latent size, d width of the decoder, V vocabulary, C candidates of a chunk, M tokens to
@@ -20,23 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .generation_calm_rules import TokenRules
+from .generation_calm_rules import CandidateProcessors
 from .generation_calm_samplers import Pairs
-from .generation_calm_weights import class_sizes, patch_classes
-from .kernels_calm import numbers_up_to
-from .modeling_calm_autoencoder import CALMAutoencoder, logits_at_once
+from .generation_calm_weights import first_occurrences, occurrence_counts
+from .kernels_calm import arange
+from .modeling_calm_autoencoder import CALMAutoencoder, logits_chunk_size
 
 FEW_TOKENS = 96  # so many are read at once: a product with the vocabulary costs as much as 25 more tokens
-TOKENS_AT_ONCE = 1000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
+TOKENS_CHUNK_SIZE = 1000  # decoded at a time at most: what the decoder's layers hold doesn't grow with N
 NOTHING = torch.empty(0)  # is known of what is not drawn
 LEAST_FACTOR = 10.0  # nats: candidates that rules make so much lighter than a row's heaviest are left out
 UNKNOWN = -1  # id of a token that isn't decoded yet
 NO_TOKEN = -1
-Weigh = Callable[..., Tensor]  # (class ids (1, N), log_factors_BN=...)
+Weigh = Callable[..., Tensor]  # (class ids (1, N), processor_log_weights_BN=...)
 
 
-class PlainPool:
-    """A `generation_calm_samplers.Pool` whose candidates are all decoded in full as they come.
+class CandidateBatch:
+    """A `generation_calm_samplers.Candidates` whose candidates are all decoded in full as they come.
 
     Args:
         draw: `draw(rows_R, n)` gives so many latent vectors for each of these rows, (n, R, Z).
@@ -52,12 +52,12 @@ class PlainPool:
         rows_B: Tensor,
         autoencoder: CALMAutoencoder,
         forbidden_KV: Tensor | None = None,
-        rules: TokenRules | None = None,
+        rules: CandidateProcessors | None = None,
     ):
         self.draw, self.rows_B, self.autoencoder = draw, rows_B, autoencoder
         self.forbidden_KV, self.rules = forbidden_KV, rules
-        self.has_factors = rules is not None
-        self.log_factors_BN: Tensor | None = None
+        self.has_processors = rules is not None
+        self.processor_log_weights_BN: Tensor | None = None
         self.blocks: list[tuple[Tensor, int]] = []  # which rows drew, and how many each
         self.tokens_BNK: Tensor = NOTHING
         self._classes: tuple[Tensor, Tensor] | None = None  # rows, and the class ids of all their draws
@@ -78,25 +78,27 @@ class PlainPool:
             by_row = zip(rows_R.tolist(), latents_nRZ.unbind(1), tokens_nRK.unbind(1), strict=True)
             ruled = [self._by_rules(self.rules, *row) for row in by_row]
             tokens_nRK, factors_nR = (torch.stack(parts, dim=1) for parts in zip(*ruled, strict=True))
-            old_BN = NOTHING if self.log_factors_BN is None else self.log_factors_BN
-            self.log_factors_BN = self._grown(old_BN, rows_R, factors_nR)
+            old_BN = NOTHING if self.processor_log_weights_BN is None else self.processor_log_weights_BN
+            self.processor_log_weights_BN = self._grown(old_BN, rows_R, factors_nR)
         self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, tokens_nRK)
 
-    def _by_rules(self, rules: TokenRules, row: int, latents_nZ: Tensor, tokens_nK: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_rules(
+        self, rules: CandidateProcessors, row: int, latents_nZ: Tensor, tokens_nK: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One row's new candidates as its rules leave them: tokens (n, K), and the logarithm of what each weighs (n,).
 
         Of those that are the same patch without rules the first stands for all.
         """
-        first_C, place_n = patch_classes(tokens_nK[None])[0].unique(return_inverse=True)
+        first_C, place_n = first_occurrences(tokens_nK[None])[0].unique(return_inverse=True)
         chunks = latents_nZ[first_C.to(latents_nZ.device)].split(self._candidates_at_once(latents_nZ.device))
         decoded = [rules.decode(row, self._logits(latents_cZ)) for latents_cZ in chunks]
         patches_CK, factors_C = (torch.cat(parts).to(tokens_nK.device) for parts in zip(*decoded, strict=True))
         patches_nK, factors_n = patches_CK[place_n], factors_C[place_n]
         # Draws that are the same patch now weigh what they weigh on average.
-        class_n = patch_classes(patches_nK[None])[0]
+        first_n = first_occurrences(patches_nK[None])[0]
         largest = factors_n.amax()
-        sums_n = torch.zeros_like(factors_n).scatter_add(0, class_n, (factors_n - largest).exp())
-        means_n = (sums_n / class_n.bincount(minlength=len(class_n)).clamp(min=1)).log()[class_n]
+        sums_n = torch.zeros_like(factors_n).scatter_add(0, first_n, (factors_n - largest).exp())
+        means_n = (sums_n / first_n.bincount(minlength=len(first_n)).clamp(min=1)).log()[first_n]
         return patches_nK, means_n.masked_fill(means_n < means_n.amax() - LEAST_FACTOR, -torch.inf)
 
     def _logits(self, latents_CZ: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class PlainPool:
 
     def _candidates_at_once(self, device: torch.device) -> int:
         config = self.autoencoder.config
-        return max(1, logits_at_once(device) // (config.patch_size * config.vocab_size))
+        return max(1, logits_chunk_size(device) // (config.patch_size * config.vocab_size))
 
     def _grown(self, old_BN: Tensor, rows_R: Tensor, new_nR: Tensor) -> Tensor:
         """What is known of each candidate, and the same of new ones; zero for rows that don't draw."""
@@ -123,10 +125,10 @@ class PlainPool:
         """The values of these rows, of values by row."""
         return values_B if rows_R is self.rows_B else values_B[rows_R.to(values_B.device)]
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Class ids of all candidates of these rows so far, (R, N); those of every pair, for all tokens are known."""
         if self._classes is None or self._classes[0] is not rows_R:
-            self._classes = rows_R, patch_classes(self._of(rows_R, self.tokens_BNK))
+            self._classes = rows_R, first_occurrences(self._of(rows_R, self.tokens_BNK))
         return self._classes[1]
 
     def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
@@ -136,10 +138,10 @@ class PlainPool:
         return self.tokens_BNK[rows_R, index_R]
 
 
-class LazyPool(PlainPool):
+class LazyCandidateBatch(CandidateBatch):
     """Decodes only the tokens that decide which candidates of a row are the same patch. Same results, less work.
 
-    Args: as in `PlainPool`, but no rules.
+    Args: as in `CandidateBatch`, but no rules.
     """
 
     latents_BNZ: Tensor = NOTHING
@@ -150,18 +152,18 @@ class LazyPool(PlainPool):
         self.latents_BNZ = self._grown(self.latents_BNZ, rows_R, latents_nRZ)
         self.tokens_BNK = self._grown(self.tokens_BNK, rows_R, unknown_nRK)
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
-        """Class ids of the candidates of these rows so far, (R, N): see `generation_calm_samplers.Pool`.
+    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+        """Class ids of the candidates of these rows so far, (R, N): see `generation_calm_samplers.Candidates`.
 
         The likely ones are decoded in full, in the same product with the vocabulary as the first tokens of the others.
         """
-        index_N = numbers_up_to(self.num_drawn, rows_R.device)
+        index_N = arange(self.num_drawn, rows_R.device)
         # Candidates with one id may be the same patch, as far as is known.
-        class_RN = (index_N - index_N % 2 if pairs == "disjoint" else index_N * 0).expand(len(rows_R), -1)
+        first_RN = (index_N - index_N % 2 if pairs == "disjoint" else index_N * 0).expand(len(rows_R), -1)
         wanted_RNK = self._whole_patches(rows_R, None if noise_RN is None else noise_RN.argmin(-1))
         positions = list(range(self.tokens_BNK.shape[-1]))
         while positions:
-            is_open_RN1 = (class_sizes(class_RN) > 1)[..., None]
+            is_open_RN1 = (occurrence_counts(first_RN) > 1)[..., None]
             # The last token is the one that most often tells patches apart: the context says least about it.
             at_once = positions if is_open_RN1.sum() * len(positions) <= FEW_TOKENS else positions[-1:]
             positions = positions[: -len(at_once)]
@@ -169,9 +171,9 @@ class LazyPool(PlainPool):
             self._decode(rows_R, wanted_RNK)
             # Tokens that are unknown are of candidates whose id no other has.
             tokens_RNk = self._of(rows_R, self.tokens_BNK)[..., at_once].clamp(min=0)
-            keys_RNk = torch.cat([class_RN[..., None], tokens_RNk], dim=-1)
-            class_RN = patch_classes(keys_RNk) if pairs == "all" else _runs(keys_RNk)
-        return class_RN
+            keys_RNk = torch.cat([first_RN[..., None], tokens_RNk], dim=-1)
+            first_RN = first_occurrences(keys_RNk) if pairs == "all" else _runs(keys_RNk)
+        return first_RN
 
     def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
         """The patches of one candidate of each of these rows, (R, K), decoded where they aren't yet."""
@@ -182,7 +184,7 @@ class LazyPool(PlainPool):
         """Marks all tokens of one candidate of each row, or none, (R, N, K)."""
         marked_RNK = torch.zeros(len(rows_R), *self.tokens_BNK.shape[1:], dtype=torch.bool, device=rows_R.device)
         if index_R is not None:
-            marked_RNK[numbers_up_to(len(rows_R), rows_R.device), index_R] = True
+            marked_RNK[arange(len(rows_R), rows_R.device), index_R] = True
         return marked_RNK
 
     def _decode(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
@@ -190,7 +192,7 @@ class LazyPool(PlainPool):
         is_unknown_RNK = self._of(rows_R, self.tokens_BNK) == UNKNOWN
         row, candidate, position = (wanted_RNK & is_unknown_RNK).nonzero().unbind(-1)
         row = row if rows_R is self.rows_B else rows_R[row]
-        for index in zip(*(index.split(TOKENS_AT_ONCE) for index in (row, candidate, position)), strict=True):
+        for index in zip(*(index.split(TOKENS_CHUNK_SIZE) for index in (row, candidate, position)), strict=True):
             if len(index[0]):
                 self.tokens_BNK[index] = self.read(*index)
 
@@ -206,7 +208,7 @@ class LazyPool(PlainPool):
 def _runs(keys_RNk: Tensor) -> Tensor:
     """For each candidate the first of the run of equal ones that it is in, (R, N)."""
     is_same_RN = F.pad((keys_RNk[:, 1:] == keys_RNk[:, :-1]).all(-1), (1, 0))
-    return numbers_up_to(is_same_RN.shape[1], is_same_RN.device).masked_fill(is_same_RN, 0).cummax(-1).values
+    return arange(is_same_RN.shape[1], is_same_RN.device).masked_fill(is_same_RN, 0).cummax(-1).values
 
 
 # What a step chose from
@@ -246,11 +248,11 @@ class CandidateScores(NamedTuple):
 
 
 def candidate_scores(
-    pool: PlainPool, index_B: Tensor, weigh: Weigh, is_exact_B: Tensor | None = None
+    pool: CandidateBatch, index_B: Tensor, weigh: Weigh, is_exact_B: Tensor | None = None
 ) -> CandidateScores:
     """
     Args:
-        pool: one that decodes its candidates in full, so no `LazyPool`.
+        pool: one that decodes its candidates in full, so no `LazyCandidateBatch`.
         index_B: the draw that was chosen.
         weigh: class ids and log factors (1, N) → the weight of each draw, all of it on the first of equal ones.
         is_exact_B: see `CandidateScores`; by default nowhere.
@@ -270,16 +272,16 @@ def candidate_scores(
     )
 
 
-def _of_row(pool: PlainPool, row: int, index: int, num_draws: int, weigh: Weigh) -> tuple[Tensor, ...]:
+def _of_row(pool: CandidateBatch, row: int, index: int, num_draws: int, weigh: Weigh) -> tuple[Tensor, ...]:
     tokens_NK = pool.tokens_BNK[row, :num_draws]
-    class_1N = patch_classes(tokens_NK[None])
-    factors_BN = pool.log_factors_BN
+    first_1N = first_occurrences(tokens_NK[None])
+    factors_BN = pool.processor_log_weights_BN
     factors_1N = None if factors_BN is None else factors_BN[row, None, :num_draws]
-    weights_N = weigh(class_1N, log_factors_BN=factors_1N)[0]
-    first_D = (class_1N[0] == numbers_up_to(num_draws, class_1N.device)).nonzero()[:, 0]
+    weights_N = weigh(first_1N, processor_log_weights_BN=factors_1N)[0]
+    first_D = (first_1N[0] == arange(num_draws, first_1N.device)).nonzero()[:, 0]
     first_D = first_D[weights_N[first_D].sort(descending=True, stable=True).indices]
-    chosen = (first_D == class_1N[0, index]).nonzero()[0, 0]
-    return tokens_NK[first_D], class_sizes(class_1N)[0, first_D], weights_N[first_D], chosen
+    chosen = (first_D == first_1N[0, index]).nonzero()[0, 0]
+    return tokens_NK[first_D], occurrence_counts(first_1N)[0, first_D], weights_N[first_D], chosen
 
 
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:

@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig
 
-from .generation_calm_randomness import Randomness, RecordedRandomness, StepRandomness
-from .generation_calm_samplers import BlockPlan, OneBlock, PatchSampling
+from .generation_calm_randomness import PredrawnRandomness, Randomness, StepRandomness
+from .generation_calm_samplers import BlockSchedule, OneBlock, PatchSampling
 from .generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
 from .generation_calm_weights import inverse_temperature
-from .kernels_calm import numbers_up_to
+from .kernels_calm import arange
 
 # Of each model its compiled steps, by law and configuration. Not kept in the model, which is pickled and copied.
 COMPILED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-LAWS_KEPT = 64
+MAX_COMPILED_STEPS = 64
 
 
 class CompiledSteps:
@@ -74,7 +74,7 @@ class CompiledSteps:
         no_padding_B = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.padding_B = no_padding_B if mask_BP is None else num_patches - mask_BP.sum(-1)
         self.place_1 = torch.full((1,), num_patches, device=device)
-        self.places_P = numbers_up_to(getattr(cache.layers[0], "max_cache_len"), device)  # noqa: B009 (of static layers)
+        self.places_P = arange(getattr(cache.layers[0], "max_cache_len"), device)  # noqa: B009 (of static layers)
         shape = model.config.patch_size, model.config.vocab_size
         self.nothing_forbidden_KV = torch.zeros(shape, dtype=torch.bool, device=device) if forbids else None
         self.unread_BK: Tensor | None = None
@@ -87,10 +87,12 @@ class CompiledSteps:
         """Gives the next step what it is to read, each row's last patch."""
         self.unread_BK = patches_BK
 
-    def next_patches(self, generator: Randomness, forbidden_KV: Tensor | None, plan: BlockPlan | OneBlock) -> Tensor:
+    def sample_patches(
+        self, generator: Randomness, forbidden_KV: Tensor | None, plan: BlockSchedule | OneBlock
+    ) -> Tensor:
         """Reads each row's last patch, and chooses its next, (B, K); tells the plan where it is exact."""
         assert self.unread_BK is not None
-        draws = drawn_before(self.model, self.sampling, len(self.unread_BK), generator)
+        draws = predraw_noise(self.model, self.sampling, len(self.unread_BK), generator)
         forbidden_KV = self.nothing_forbidden_KV if forbidden_KV is None else forbidden_KV
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(specialize_float=True):  # the law is the graph's own, T and all
@@ -114,7 +116,7 @@ def _compiled(model: Any, config: CompileConfig, sampling: PatchSampling) -> Cal
     steps = COMPILED.setdefault(model, {})
     key = sampling, repr(sorted(settings.items()))
     if key not in steps:
-        if len(steps) >= LAWS_KEPT:
+        if len(steps) >= MAX_COMPILED_STEPS:
             steps.clear()
         step = _step_of(model)
         # PyTorch counts what it compiles by code object, and refuses a ninth: each law has its own.
@@ -123,14 +125,14 @@ def _compiled(model: Any, config: CompileConfig, sampling: PatchSampling) -> Cal
     return steps[key]
 
 
-def drawn_before(model: Any, sampling: PatchSampling, num_rows: int, generator: Randomness) -> dict[str, Tensor]:
-    """The random numbers of one step, for so many rows, as tensors that `RecordedRandomness` takes."""
+def predraw_noise(model: Any, sampling: PatchSampling, num_rows: int, generator: Randomness) -> dict[str, Tensor]:
+    """The random numbers of one step, for so many rows, as tensors that `PredrawnRandomness` takes."""
     context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    randomness, num_draws = StepRandomness.of(generator), sampling.num_draws_at_once
-    rows_B = numbers_up_to(num_rows, context_BD.device)
-    draws = dict(randomness.recorded_for_head(model.head, context_BD, rows_B, num_draws))
-    if sampling.do_sample and not sampling.draws_once:
-        if not sampling.weighs_all and not inverse_temperature(sampling.temperature).is_integer():
+    randomness, num_draws = StepRandomness.of(generator), sampling.samples_in_one_block
+    rows_B = arange(num_rows, context_BD.device)
+    draws = dict(randomness.predrawn_head_noise(model.head, context_BD, rows_B, num_draws))
+    if sampling.do_sample and not sampling.takes_single_sample:
+        if not sampling.uses_batch_rule and not inverse_temperature(sampling.temperature).is_integer():
             draws["uniform"] = randomness.uniform(rows_B, num_draws)
         draws["exponential"] = randomness.exponential(rows_B, num_draws)
     return draws
@@ -165,7 +167,7 @@ def _step_of(model: Any):
         )
         hidden_BD = outputs.last_hidden_state[:, -1]
         plan = OneBlock()
-        patches_BK = calm.next_patches(hidden_BD, sampling, RecordedRandomness(draws), forbidden_KV, plan)
+        patches_BK = calm.sample_patches(hidden_BD, sampling, PredrawnRandomness(draws), forbidden_KV, plan)
         return patches_BK, plan.is_exact_B if sampling.sampling_method == "exact" else None
 
     return step

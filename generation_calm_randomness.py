@@ -45,18 +45,18 @@ class StepRandomness:
         noise_RN = torch.empty(len(rows_R), num_draws, device=rows_R.device, dtype=torch.float32)
         return noise_RN.exponential_(generator=self.generator)
 
-    def for_head(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
+    def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int) -> dict[str, Any]:
         """What `head.sample` is given beside the contexts of these rows; otherwise as `uniform`."""
         return {"generator": self.generator}
 
-    def recorded_for_head(
+    def predrawn_head_noise(
         self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
     ) -> dict[str, Tensor]:
         """The same as tensors, drawn now."""
-        return head.recorded_draws(num_draws, len(rows_R), context_RD, self.generator)
+        return head.predrawn_noise(num_draws, len(rows_R), context_RD, self.generator)
 
 
-class RecordedRandomness(StepRandomness):
+class PredrawnRandomness(StepRandomness):
     """Random numbers that are drawn already, as many as one step takes.
 
     Args:
@@ -73,12 +73,12 @@ class RecordedRandomness(StepRandomness):
     def exponential(self, rows_R: Tensor, num_draws: int) -> Tensor:
         return self.draws["exponential"]
 
-    def recorded_for_head(
+    def predrawn_head_noise(
         self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
     ) -> dict[str, Tensor]:
         return {name: x for name, x in self.draws.items() if name not in KINDS}
 
-    for_head = recorded_for_head
+    head_noise = predrawn_head_noise
 
 
 class RowRandomness(StepRandomness):
@@ -102,15 +102,15 @@ class RowRandomness(StepRandomness):
 
         return self._take(kind, rows_R, num_draws, rows_R.device, make)["values"][..., 0].T
 
-    def recorded_for_head(
+    def predrawn_head_noise(
         self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_draws: int
     ) -> dict[str, Tensor]:
         def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-            return head.recorded_draws(size, 1, context_RD, generator)
+            return head.predrawn_noise(size, 1, context_RD, generator)
 
         return self._take("head", rows_R, num_draws, context_RD.device, make)
 
-    for_head = recorded_for_head
+    head_noise = predrawn_head_noise
 
     def _take(self, kind: str, rows_R: Tensor, num_draws: int, device: torch.device, make: MakePage) -> dict:
         """Tensors (..., N, R, size) of the next draws of these rows."""

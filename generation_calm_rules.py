@@ -21,7 +21,7 @@ from torch import Tensor
 Processors = Callable[..., Tensor]  # ids (M, L), logits (M, V) float32 → logits (M, V)
 
 
-class TokenRules:
+class CandidateProcessors:
     """The processors of rows that are written together, each with the text of its row.
 
     A processor must be a function of the ids and logits that it is given: it is asked about many candidates, which
@@ -94,7 +94,7 @@ class TokenRules:
         return after_MV.masked_fill(logits_MV == -torch.inf, -torch.inf)  # some make NaN of it
 
 
-class RulesOfTexts:
+class SequenceProcessors:
     """The rules of the texts of one call of `generate`: each row has processors of its own, made for its own text.
 
     So a row's padding is no text to them, and lengths that they count from are the row's own: what a row may write
@@ -120,7 +120,7 @@ class RulesOfTexts:
         self.processors_B = [make_processors(row, len(ids_L)) for row, ids_L in enumerate(self.prompts_B)]
         self.prompt_length, self.eos_tokens = prompts_BL.shape[1], eos_tokens
 
-    def of_rows(self, rows: Sequence[int], ids_BL: Tensor, num_left: int) -> TokenRules:
+    def of_rows(self, rows: Sequence[int], ids_BL: Tensor, num_left: int) -> CandidateProcessors:
         """Those of rows that go on, whose prompts and texts so far are `ids_BL`, with so many tokens left to write."""
         texts = [torch.cat([self.prompts_B[row], ids_BL[row, self.prompt_length :]]) for row in rows]
-        return TokenRules([self.processors_B[row] for row in rows], texts, self.eos_tokens, num_left)
+        return CandidateProcessors([self.processors_B[row] for row in rows], texts, self.eos_tokens, num_left)

@@ -3,10 +3,10 @@
 Axes: B rows of a pool, R rows that still draw, N draws of a row, K tokens per patch.
 
 The target at temperature T is P(x)^s / Z with the exponent s = 1/T, over whole patches x, when all one can do is draw
-patches from P. A `Pool` draws, and knows which of its draws are the same patch. Each method makes it draw, and returns
+patches from P. A `Candidates` draws, and knows which of its draws are the same patch. Each method makes it draw, and returns
 which draw of each row it chose; none knows a token:
 
-- `single_draw`                T = 1;
+- `single_sample`                T = 1;
 - `batch_temperature_select`   weighs the distinct patches among N draws (paper, Algorithm 2, extended to every T), and
                                truncates what it weighed (top-k, top-p, min-p);
 - `exact_temperature_sample`   the paper's Algorithm 1, drawing in growing blocks up to a bound, then the batch rule;
@@ -36,22 +36,22 @@ from transformers.generation.configuration_utils import GenerationConfig
 
 from .generation_calm_randomness import Randomness, StepRandomness
 from .generation_calm_weights import (
-    KEEP_ALL,
+    NO_TRUNCATION,
     Truncation,
+    candidate_weights,
     check_num_candidates,
     check_temperature,
-    choose_by_weight,
-    class_sizes,
-    draw_weights,
     inverse_temperature,
+    occurrence_counts,
+    sample_by_weight,
 )
-from .kernels_calm import made_once, numbers_up_to, to_device, where_float64_is
+from .kernels_calm import arange, as_tensor, cached_per_device, float64_device
 
-LEAST_BLOCK = 4  # draws of the exact sampler's first block, at least; the pool then doubles until a row is done
+MIN_BLOCK_SIZE = 4  # draws of the exact sampler's first block, at least; the pool then doubles until a row is done
 BLOCK_COST = 15  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
 FIRST_GUESS = 64  # draws that a row is thought to need before any is known
 STEPS_REMEMBERED = 32
-MOST_DRAWS = 2**22  # of a step: what is kept of them, about a kilobyte each, takes 4 GB
+MAX_SAMPLES_PER_STEP = 2**22  # of a step: what is kept of them, about a kilobyte each, takes 4 GB
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
 EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
@@ -59,25 +59,25 @@ EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_
 Pairs = Literal["all", "adjacent", "disjoint"]
 
 
-class Pool(Protocol):
+class Candidates(Protocol):
     """Independent draws of patches, a sequence for each of B rows, that grows as it is asked to.
 
     Args:
         rows_B: the numbers of its rows, 0 … B − 1, on the device on which it answers.
-        has_factors: whether draws weigh differently, by what they are: then all must be weighed.
-        log_factors_BN: then, by what each draw's probability is to be multiplied, the natural logarithm; equal draws
+        has_processors: whether draws weigh differently, by what they are: then all must be weighed.
+        processor_log_weights_BN: then, by what each draw's probability is to be multiplied, the natural logarithm; equal draws
             have equal ones.
     """
 
     rows_B: Tensor
-    has_factors: bool
-    log_factors_BN: Tensor | None
+    has_processors: bool
+    processor_log_weights_BN: Tensor | None
 
     def extend(self, rows_R: Tensor, num_draws: int) -> None:
         """Draws so many more for each of these rows, which must have drawn in every call before."""
         ...
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Class ids of all draws of these rows so far, (R, N): a draw's is the index of the first one equal to it.
 
         Args:
@@ -97,29 +97,29 @@ class Pool(Protocol):
 # The methods
 
 
-def single_draw(pool: Pool) -> Tensor:
+def single_sample(pool: Candidates) -> Tensor:
     """The law of the draws themselves, T = 1: draws once; index (B,)."""
     pool.extend(pool.rows_B, 1)
     return torch.zeros_like(pool.rows_B)
 
 
-def most_frequent_patch(pool: Pool, num_draws: int) -> Tensor:
+def most_frequent_patch(pool: Candidates, num_draws: int) -> Tensor:
     """The patch seen most often in each row's draws, of equals the one seen first; index (B,)."""
     pool.extend(pool.rows_B, num_draws)
-    class_BN = pool.classes(pool.rows_B)
-    if pool.log_factors_BN is not None:
-        return draw_weights(class_BN, 1.0, log_factors_BN=pool.log_factors_BN).argmax(-1)
-    sizes_BN = class_sizes(class_BN)
+    first_BN = pool.first_occurrences(pool.rows_B)
+    if pool.processor_log_weights_BN is not None:
+        return candidate_weights(first_BN, 1.0, processor_log_weights_BN=pool.processor_log_weights_BN).argmax(-1)
+    sizes_BN = occurrence_counts(first_BN)
     earliness_N = torch.arange(num_draws - 1, -1, -1, device=sizes_BN.device)
     return (sizes_BN * num_draws + earliness_N).argmax(-1)
 
 
 def batch_temperature_select(
-    pool: Pool,
+    pool: Candidates,
     temperature: float,
     num_draws: int,
     generator: Randomness = None,
-    truncation: Truncation = KEEP_ALL,
+    truncation: Truncation = NO_TRUNCATION,
 ) -> Tensor:
     """Chooses one of N draws of each row, approximately by P^(1/T)/Z (paper, Algorithm 2); index (B,).
 
@@ -129,21 +129,21 @@ def batch_temperature_select(
     check_num_candidates(num_draws, temperature)
     pool.extend(pool.rows_B, num_draws)
     noise_BN = StepRandomness.of(generator).exponential(pool.rows_B, num_draws)
-    class_BN = pool.classes(pool.rows_B)
-    return choose_by_weight(class_BN, noise_BN, temperature, truncation, pool.log_factors_BN)
+    first_BN = pool.first_occurrences(pool.rows_B)
+    return sample_by_weight(first_BN, noise_BN, temperature, truncation, pool.processor_log_weights_BN)
 
 
 def exact_temperature_sample(
-    pool: Pool,
+    pool: Candidates,
     temperature: float,
     max_draws: int,
     generator: Randomness = None,
-    plan: BlockPlan | None = None,
+    plan: BlockSchedule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_draws` draws a row.
 
     Each block of draws doubles the pool; a row whose draws hold an accepted attempt stops, and only the others draw
-    on. A row that reaches `max_draws` without one chooses from what it has, see `choose_from_full_pool`. A `plan` that
+    on. A row that reaches `max_draws` without one chooses from what it has, see `choose_at_limit`. A `plan` that
     is handed from step to step fits the first block to what the steps before needed.
 
     The total-variation distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes
@@ -159,8 +159,8 @@ def exact_temperature_sample(
         raise ValueError(f"temperature={temperature}: Algorithm 1 sharpens; above 1 patches are chosen by weight.")
     exponent, pairs = inverse_temperature(temperature), compared_pairs(temperature)
     attempt_length, num_rows = math.ceil(exponent), len(pool.rows_B)
-    plan, randomness = BlockPlan() if plan is None else plan, StepRandomness.of(generator)
-    first_block = plan.first_block(min(max(LEAST_BLOCK, attempt_length), max_draws), num_rows, max_draws)
+    plan, randomness = BlockSchedule() if plan is None else plan, StepRandomness.of(generator)
+    first_block = plan.first_block(min(max(MIN_BLOCK_SIZE, attempt_length), max_draws), num_rows, max_draws)
     chosen = [0] * num_rows
     left, rows_R = list(range(num_rows)), pool.rows_B  # rows that draw, on the host and on the pool's device
     uniform_RN = noise_RN = None
@@ -171,31 +171,31 @@ def exact_temperature_sample(
             uniform_RN = new_RN if uniform_RN is None else torch.cat([uniform_RN, new_RN], dim=1)
         if num_drawn == max_draws:
             noise_RN = randomness.exponential(rows_R, max_draws)
-        class_RN = pool.classes(rows_R, pairs, None if pairs == "all" else noise_RN)
-        starts = first_accepted_attempt(class_RN, uniform_RN, temperature).tolist()
+        first_RN = pool.first_occurrences(rows_R, pairs, None if pairs == "all" else noise_RN)
+        starts = first_accepted_attempt(first_RN, uniform_RN, temperature).tolist()
         kept = [i for i, start in enumerate(starts) if start == num_drawn]
         for row, start in zip(left, starts, strict=True):
             if start < num_drawn:
                 chosen[row] = start
         plan.note(start + attempt_length for start in starts if start < num_drawn)
         if len(kept) < len(left):
-            left, kept_R = [left[i] for i in kept], to_device(kept, rows_R.device)
+            left, kept_R = [left[i] for i in kept], as_tensor(kept, rows_R.device)
             if not left:
                 break
             rows_R = rows_R[kept_R]
             uniform_RN, noise_RN = (x if x is None else x[kept_R] for x in (uniform_RN, noise_RN))
 
     plan.note([max_draws] * len(left))
-    index_B = to_device(chosen, rows_R.device)
+    index_B = as_tensor(chosen, rows_R.device)
     if left and noise_RN is not None:
-        index_R = choose_from_full_pool(pool.classes(rows_R), uniform_RN, noise_RN, temperature)
+        index_R = choose_at_limit(pool.first_occurrences(rows_R), uniform_RN, noise_RN, temperature)
         index_B = index_R if len(left) == num_rows else index_B.index_copy(0, rows_R, index_R)
     fell_back = set(left)
     return index_B, torch.tensor([row not in fell_back for row in range(num_rows)])
 
 
 def one_block_temperature_sample(
-    pool: Pool, temperature: float, num_draws: int, generator: Randomness = None
+    pool: Candidates, temperature: float, num_draws: int, generator: Randomness = None
 ) -> tuple[Tensor, Tensor]:
     """`exact_temperature_sample` with all draws in one block, and nothing for the host to read.
 
@@ -208,14 +208,14 @@ def one_block_temperature_sample(
     if not inverse_temperature(temperature).is_integer():
         uniform_BN = randomness.uniform(pool.rows_B, num_draws)
     noise_BN = randomness.exponential(pool.rows_B, num_draws)
-    class_BN = pool.classes(pool.rows_B)
-    start_B = first_accepted_attempt(class_BN, uniform_BN, temperature)
-    fallback_B = choose_from_full_pool(class_BN, uniform_BN, noise_BN, temperature)
+    first_BN = pool.first_occurrences(pool.rows_B)
+    start_B = first_accepted_attempt(first_BN, uniform_BN, temperature)
+    fallback_B = choose_at_limit(first_BN, uniform_BN, noise_BN, temperature)
     is_exact_B = start_B < num_draws
     return torch.where(is_exact_B, start_B, fallback_B), is_exact_B
 
 
-def choose_from_full_pool(class_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor, temperature: float) -> Tensor:
+def choose_at_limit(first_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor, temperature: float) -> Tensor:
     """Algorithm 1 when no more draws may be made, in rows where none was accepted; index (R,).
 
     An attempt that was waiting for its patch to come again reads the pool's earlier draws as if they came next, and
@@ -224,13 +224,13 @@ def choose_from_full_pool(class_RN: Tensor, uniform_RN: Tensor | None, noise_RN:
     (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
     at 1/T a whole number all of them: nothing waits there.
 
-    The arguments are those of `first_accepted_attempt` and `choose_by_weight`, class ids of all pairs.
+    The arguments are those of `first_accepted_attempt` and `sample_by_weight`, class ids of all pairs.
     """
-    by_weight_R = choose_by_weight(class_RN, noise_RN, temperature)
+    by_weight_R = sample_by_weight(first_RN, noise_RN, temperature)
     if uniform_RN is None:
         return by_weight_R
-    start_R = first_accepted_attempt(class_RN, uniform_RN, temperature, circular=True)
-    return torch.where(start_R < class_RN.shape[1], start_R, by_weight_R)
+    start_R = first_accepted_attempt(first_RN, uniform_RN, temperature, circular=True)
+    return torch.where(start_R < first_RN.shape[1], start_R, by_weight_R)
 
 
 # The plan of the exact method
@@ -258,7 +258,7 @@ def block_sizes(first: int, max_draws: int) -> Iterator[tuple[int, int]]:
 
 
 class OneBlock:
-    """In the place of a `BlockPlan`: as much is drawn at once as the method draws at most, and the host reads nothing.
+    """In the place of a `BlockSchedule`: as much is drawn at once as the method draws at most, and the host reads nothing.
 
     Attributes:
         is_exact_B: of the last step, whether Algorithm 1 accepted an attempt (B,); `None` where it was not asked.
@@ -267,7 +267,7 @@ class OneBlock:
     is_exact_B: Tensor | None = None
 
 
-class BlockPlan:
+class BlockSchedule:
     """How large the first block of `exact_temperature_sample` should be, judged by what the steps before needed.
 
     Small blocks waste no draws, large ones read the weights less often. What is drawn has the same law either way.
@@ -300,7 +300,7 @@ class BlockPlan:
 
 
 def first_accepted_attempt(
-    class_BN: Tensor, uniform_BN: Tensor | None, temperature: float, circular: bool = False
+    first_BN: Tensor, uniform_BN: Tensor | None, temperature: float, circular: bool = False
 ) -> Tensor:
     """Run Algorithm 1 along each row's draws, attempt after attempt, and find the first that accepts.
 
@@ -315,13 +315,13 @@ def first_accepted_attempt(
     exponent = inverse_temperature(temperature)
     whole = math.floor(exponent)
     fraction = exponent - whole
-    num_draws = class_BN.shape[-1]
-    start_N = numbers_up_to(num_draws, class_BN.device)
+    num_draws = first_BN.shape[-1]
+    start_N = arange(num_draws, first_BN.device)
     if exponent == 2 and num_draws > 1:  # each attempt reads two draws, whatever they are
-        differs_BP = class_BN[:, :-1:2] != class_BN[:, 1::2]
+        differs_BP = first_BN[:, :-1:2] != first_BN[:, 1::2]
         return start_N[:-1:2].expand_as(differs_BP).masked_fill(differs_BP, num_draws).amin(-1)
 
-    differs_BN = _next_different(class_BN)
+    differs_BN = _next_different(first_BN)
     accepts_BN = differs_BN - start_N >= whole
     next_start_BN = differs_BN + 1
     if fraction > 0:
@@ -329,7 +329,7 @@ def first_accepted_attempt(
         last_N = (start_N + whole - 1).clamp(max=num_draws - 1)
         gives_up_BN = last_N + _restart_times(uniform_BN, fraction)
         next_start_BN = torch.where(accepts_BN, gives_up_BN + 1, next_start_BN)
-        meets_BN = _next_equal(class_BN, circular)[:, last_N]
+        meets_BN = _next_equal(first_BN, circular)[:, last_N]
         accepts_BN = accepts_BN & (meets_BN <= gives_up_BN) & (circular | (meets_BN < num_draws))
 
     # An accepting attempt points at itself, any other at its successor, index N stands for "ran out of draws".
@@ -347,39 +347,39 @@ def _restart_times(uniform_BN: Tensor, fraction: float) -> Tensor:
     return 1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True)
 
 
-@made_once
+@cached_per_device
 def _restart_table(num_draws: int, fraction: float, device: torch.device) -> Tensor:
     """The probability of a restart by the i-th further draw, i = 1 … N, float32."""
-    further_N = torch.arange(1, num_draws + 1, dtype=torch.float64, device=where_float64_is(device))
+    further_N = torch.arange(1, num_draws + 1, dtype=torch.float64, device=float64_device(device))
     return (1 - torch.cumprod(1 - fraction / further_N, dim=0)).to(device, torch.float32)
 
 
-def _next_different(class_BN: Tensor) -> Tensor:
+def _next_different(first_BN: Tensor) -> Tensor:
     """For each draw, the index of the first later draw that differs from it; N where there is none."""
-    num_draws = class_BN.shape[-1]
-    changed_BN = class_BN[:, 1:] != class_BN[:, :-1]
-    next_index_N = numbers_up_to(num_draws, class_BN.device)[1:]
+    num_draws = first_BN.shape[-1]
+    changed_BN = first_BN[:, 1:] != first_BN[:, :-1]
+    next_index_N = arange(num_draws, first_BN.device)[1:]
     changes_BN = F.pad(torch.where(changed_BN, next_index_N, num_draws), (0, 1), value=num_draws)
     return changes_BN.flip(-1).cummin(-1).values.flip(-1)
 
 
-def _next_equal(class_BN: Tensor, circular: bool) -> Tensor:
+def _next_equal(first_BN: Tensor, circular: bool) -> Tensor:
     """For each draw, the index of the first later draw that equals it; N where there is none.
 
     `circular`: the draws go on with index N + i equal to draw i, so that at the latest a draw meets itself.
     """
-    num_draws = class_BN.shape[-1]
-    sorted_BN, order_BN = torch.sort(class_BN, dim=-1, stable=True)
+    num_draws = first_BN.shape[-1]
+    sorted_BN, order_BN = torch.sort(first_BN, dim=-1, stable=True)
     # A class id is the index of its first draw, which is therefore the next one around the circle.
-    follower_BN = num_draws + sorted_BN if circular else torch.full_like(class_BN, num_draws)
+    follower_BN = num_draws + sorted_BN if circular else torch.full_like(first_BN, num_draws)
     same_BN = sorted_BN[:, 1:] == sorted_BN[:, :-1]
     follower_BN[:, :-1] = torch.where(same_BN, order_BN[:, 1:], follower_BN[:, :-1])
-    return torch.empty_like(class_BN).scatter_(-1, order_BN, follower_BN)
+    return torch.empty_like(first_BN).scatter_(-1, order_BN, follower_BN)
 
 
 @dataclass(frozen=True)
 class PatchSampling:
-    """How `CALMGenerationMixin.next_patches` chooses a patch.
+    """How `CALMGenerationMixin.sample_patches` chooses a patch.
 
     Its fields are the options of `generate` that concern sampling: each may be an argument of the call or a field of
     the generation configuration.
@@ -419,12 +419,12 @@ class PatchSampling:
         self.check_draws(1)
 
     def check_draws(self, num_rows: int) -> None:
-        """Raises `ValueError` where a step of so many rows may hold more than `MOST_DRAWS` draws."""
-        num_draws = num_rows * self.num_draws_at_once
-        if num_draws > MOST_DRAWS:
+        """Raises `ValueError` where a step of so many rows may hold more than `MAX_SAMPLES_PER_STEP` draws."""
+        num_draws = num_rows * self.samples_in_one_block
+        if num_draws > MAX_SAMPLES_PER_STEP:
             raise ValueError(
                 f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r} and {num_rows} "
-                f"sequences may draw {num_draws} patches in a step: at most {MOST_DRAWS} fit."
+                f"sequences may draw {num_draws} patches in a step: at most {MAX_SAMPLES_PER_STEP} fit."
             )
 
     @classmethod
@@ -444,18 +444,20 @@ class PatchSampling:
             settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
         return cls(**{name: value for name, value in settings.items() if value is not None})
 
-    def choose(self, pool: Pool, generator: Randomness = None, plan: BlockPlan | OneBlock | None = None) -> Tensor:
+    def choose(
+        self, pool: Candidates, generator: Randomness = None, plan: BlockSchedule | OneBlock | None = None
+    ) -> Tensor:
         """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,).
 
         A plan is told in which rows Algorithm 1 chose.
         """
         if not self.do_sample:
             return most_frequent_patch(pool, self.num_candidates)
-        if self.draws_once and not pool.has_factors:
-            return single_draw(pool)
-        if self.weighs_all or pool.has_factors:
+        if self.takes_single_sample and not pool.has_processors:
+            return single_sample(pool)
+        if self.uses_batch_rule or pool.has_processors:
             return batch_temperature_select(pool, self.temperature, self.num_candidates, generator, self.truncation)
-        sampler = (pool, self.temperature, self.most_draws, generator)
+        sampler = (pool, self.temperature, self.max_samples, generator)
         if isinstance(plan, OneBlock):
             index_B, plan.is_exact_B = one_block_temperature_sample(*sampler)
             return index_B
@@ -464,38 +466,38 @@ class PatchSampling:
             plan.is_exact_B = is_exact_B
         return index_B
 
-    def is_exact(self, plan: BlockPlan | OneBlock, num_rows: int, has_rules: bool) -> Tensor:
+    def is_exact(self, plan: BlockSchedule | OneBlock, num_rows: int, has_rules: bool) -> Tensor:
         """In which of the rows that `choose` was given last the patch is a sample of P(patch)^(1/T)/Z, (B,) bool."""
         if plan.is_exact_B is not None:
             return plan.is_exact_B
-        return torch.full((num_rows,), self.draws_once and not has_rules)
+        return torch.full((num_rows,), self.takes_single_sample and not has_rules)
 
-    def weigh(self, class_BN: Tensor, log_factors_BN: Tensor | None = None) -> Tensor:
+    def weigh(self, first_BN: Tensor, processor_log_weights_BN: Tensor | None = None) -> Tensor:
         """How much each draw weighs in the choice, all of it on the first of equal ones, each row's sum 1; (B, N)."""
         if self.do_sample:
-            return draw_weights(class_BN, self.temperature, self.truncation, log_factors_BN)
-        return draw_weights(class_BN, 1.0, log_factors_BN=log_factors_BN)
+            return candidate_weights(first_BN, self.temperature, self.truncation, processor_log_weights_BN)
+        return candidate_weights(first_BN, 1.0, processor_log_weights_BN=processor_log_weights_BN)
 
     @property
-    def num_draws_at_once(self) -> int:
+    def samples_in_one_block(self) -> int:
         """The patches that `choose` draws with the plan `OneBlock`."""
         if not self.do_sample:
             return self.num_candidates
-        return 1 if self.draws_once else self.most_draws
+        return 1 if self.takes_single_sample else self.max_samples
 
     @property
-    def most_draws(self) -> int:
+    def max_samples(self) -> int:
         """The most patches that are drawn for one row in one step where more than one is."""
-        is_exact = self.sampling_method == "exact" and not self.weighs_all
+        is_exact = self.sampling_method == "exact" and not self.uses_batch_rule
         return self.num_candidates * (EXACT_DRAWS_PER_CANDIDATE if is_exact else 1)
 
     @property
-    def draws_once(self) -> bool:
+    def takes_single_sample(self) -> bool:
         """Whether a step draws one patch and takes it."""
         return self.do_sample and self.temperature == 1 and self.truncation.keeps_all
 
     @property
-    def weighs_all(self) -> bool:
+    def uses_batch_rule(self) -> bool:
         """Whether a step draws all candidates and weighs them, whatever the first of them are."""
         return self.sampling_method == "batch" or self.temperature > 1 or not self.truncation.keeps_all
 

@@ -51,14 +51,14 @@ SCORES = "CALM has no token logits to return; output_scores=True returns each st
 LENGTH_SETTINGS = (
     *("eos_token_id", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings"),
 )
-RULE_SETTINGS = (  # act on the decoder's logits, position by position
+PROCESSOR_SETTINGS = (  # act on the decoder's logits, position by position
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens"),
     *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
     "remove_invalid_values",
 )
 USED_SETTINGS = (
     *LENGTH_SETTINGS,
-    *RULE_SETTINGS,
+    *PROCESSOR_SETTINGS,
     *("do_sample", "temperature", "top_k", "top_p", "min_p"),
     *("bos_token_id", "pad_token_id", "num_return_sequences", "prefill_chunk_size"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
@@ -70,7 +70,7 @@ HARMLESS_SETTINGS = (  # nothing on our way reads them
     *("assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind", "target_lookbehind"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "max_matching_ngram_size", "speculation_type"),
 )
-REFUSED_SETTINGS = {  # name → the sentence, and the values beside None at which it asks for nothing
+UNSUPPORTED_SETTINGS = {  # name → the sentence, and the values beside None at which it asks for nothing
     "top_h": (TOKENS,),
     "typical_p": (TOKENS, 1.0),
     "epsilon_cutoff": (TOKENS, 0.0),
@@ -92,7 +92,7 @@ REFUSED_SETTINGS = {  # name → the sentence, and the values beside None at whi
     "use_mtp": (MODES, False),
     "output_logits": (SCORES, False),
 }
-GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *REFUSED_SETTINGS}
+GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
@@ -357,7 +357,7 @@ class PatchGenerationMixin(_Base):
             )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        for name, (why, *off) in REFUSED_SETTINGS.items():
+        for name, (why, *off) in UNSUPPORTED_SETTINGS.items():
             value = getattr(generation_config, name, None)
             if value is not None and value not in off:
                 said = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""

@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_calm import made_once, numbers_up_to, where_float64_is
+from .kernels_calm import arange, cached_per_device, float64_device
 
 # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
 WHOLE_TOLERANCE = 1e-6
 # Comparisons of pairs of draws, B·N²·K, up to which all are made at once: few operations, where these are what costs.
-COMPARISONS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
+MAX_COMPARISONS = {"cpu": 2**18, "other": 2**26}
 NO_WEIGHT = 1000.0  # nats: e^-1000 is 0 in float32
 ROUNDING = 1e-5  # of shares: counts are whole, so that many of them lie exactly on the edge of a truncation
-HIGHEST_TEMPERATURE = 2.0  # above, most of the law is patches that no pool has seen
+MAX_TEMPERATURE = 2.0  # above, most of the law is patches that no pool has seen
 
 
 class Truncation(NamedTuple):
@@ -42,7 +42,7 @@ class Truncation(NamedTuple):
 
     @property
     def keeps_all(self) -> bool:
-        return self == KEEP_ALL
+        return self == NO_TRUNCATION
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -53,7 +53,7 @@ class Truncation(NamedTuple):
                 raise ValueError(f"{name}={value!r}: must be a share, in [0, 1].")
 
 
-KEEP_ALL = Truncation()
+NO_TRUNCATION = Truncation()
 
 
 def _is_number(value: object) -> bool:
@@ -62,9 +62,9 @@ def _is_number(value: object) -> bool:
 
 def check_temperature(temperature: float) -> None:
     """Raise ValueError unless 0 < temperature <= 2."""
-    if not (_is_number(temperature) and 0 < temperature <= HIGHEST_TEMPERATURE):
+    if not (_is_number(temperature) and 0 < temperature <= MAX_TEMPERATURE):
         raise ValueError(
-            f"temperature={temperature!r}: sampling needs a temperature in (0, {HIGHEST_TEMPERATURE:g}]; for the most "
+            f"temperature={temperature!r}: sampling needs a temperature in (0, {MAX_TEMPERATURE:g}]; for the most "
             "frequent patch use do_sample=False."
         )
 
@@ -91,7 +91,7 @@ def inverse_temperature(temperature: float) -> float:
     return float(round(exponent)) if abs(exponent - round(exponent)) <= WHOLE_TOLERANCE * exponent else exponent
 
 
-def patch_classes(patches_BNK: Tensor) -> Tensor:
+def first_occurrences(patches_BNK: Tensor) -> Tensor:
     """For each patch the index of the first one of its row that equals it, (B, N); exact for any K and vocabulary.
 
     Token ids must lie in [0, 2^32).
@@ -102,7 +102,7 @@ def patch_classes(patches_BNK: Tensor) -> Tensor:
 
 
 def _comparisons_at_once(device: torch.device) -> int:
-    return COMPARISONS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
+    return MAX_COMPARISONS["cpu" if device.type == "cpu" else "other"]
 
 
 def _classes_by_pairs(patches_BNK: Tensor) -> Tensor:
@@ -119,16 +119,16 @@ def _classes_by_sorting(patches_BNK: Tensor) -> Tensor:
         is_new_BN[:, 1:] = key_BN[:, 1:] != key_BN[:, :-1]
         rank_BN = torch.empty_like(rank_BN).scatter_(-1, order_BN, is_new_BN.cumsum(-1))
 
-    index_BN = numbers_up_to(rank_BN.shape[-1], rank_BN.device).expand_as(rank_BN)
+    index_BN = arange(rank_BN.shape[-1], rank_BN.device).expand_as(rank_BN)
     first_of_rank_BN = torch.zeros_like(rank_BN).scatter_reduce_(-1, rank_BN, index_BN, "amin", include_self=False)
     return first_of_rank_BN.gather(-1, rank_BN)
 
 
-def class_sizes(class_BN: Tensor) -> Tensor:
+def occurrence_counts(first_BN: Tensor) -> Tensor:
     """How many draws of the row have the same class id, (B, N)."""
-    if class_BN.numel() * class_BN.shape[1] <= _comparisons_at_once(class_BN.device):
-        return (class_BN[..., None] == class_BN[..., None, :]).sum(-1)
-    return torch.zeros_like(class_BN).scatter_add_(-1, class_BN, torch.ones_like(class_BN)).gather(-1, class_BN)
+    if first_BN.numel() * first_BN.shape[1] <= _comparisons_at_once(first_BN.device):
+        return (first_BN[..., None] == first_BN[..., None, :]).sum(-1)
+    return torch.zeros_like(first_BN).scatter_add_(-1, first_BN, torch.ones_like(first_BN)).gather(-1, first_BN)
 
 
 def repetition_log_weights(num_draws: int, exponent: float, device: torch.device | None = None) -> Tensor:
@@ -145,24 +145,24 @@ def repetition_log_weights(num_draws: int, exponent: float, device: torch.device
     return log_weights.masked_fill(count <= exponent - 1, -math.inf)
 
 
-def draw_log_weights(class_BN: Tensor, temperature: float) -> Tensor:
+def candidate_log_weights(first_BN: Tensor, temperature: float) -> Tensor:
     """Unnormalised log probability of choosing each draw by the batch rule; shape (B, N), float32.
 
     A patch seen c times weighs C(c, 1/T), all of it on its first occurrence. A row in which that leaves nothing falls
     back to smaller exponents n-1, n-2, ..., which ends at equal weights for the patches seen most often. At T > 1 the
-    patches seen once also have the weight of those that were not seen, see `log_weight_of_unseen`.
+    patches seen once also have the weight of those that were not seen, see `unseen_log_weight`.
     """
-    num_draws = class_BN.shape[1]
-    sizes_BN = class_sizes(class_BN)
-    log_weights_BN = _log_weight_table(num_draws, temperature, class_BN.device)[sizes_BN]
+    num_draws = first_BN.shape[1]
+    sizes_BN = occurrence_counts(first_BN)
+    log_weights_BN = _log_weight_table(num_draws, temperature, first_BN.device)[sizes_BN]
     if temperature > 1:
-        unseen_B1 = log_weight_of_unseen(sizes_BN, temperature)
+        unseen_B1 = unseen_log_weight(sizes_BN, temperature)
         log_weights_BN = torch.where(sizes_BN == 1, log_weights_BN.logaddexp(unseen_B1), log_weights_BN)
-    is_later_BN = class_BN != numbers_up_to(num_draws, class_BN.device)
+    is_later_BN = first_BN != arange(num_draws, first_BN.device)
     return log_weights_BN.masked_fill(is_later_BN, -math.inf)
 
 
-def log_weight_of_unseen(sizes_BN: Tensor, temperature: float) -> Tensor:
+def unseen_log_weight(sizes_BN: Tensor, temperature: float) -> Tensor:
     """At T > 1, the log weight of all patches that were not seen, per patch seen once; (B, 1), float32.
 
     From f1 patches seen once and f2 seen twice, f1 (f1 - 1) / (2 (f2 + 1)) is Chao's estimate (1984) of how many were
@@ -175,11 +175,11 @@ def log_weight_of_unseen(sizes_BN: Tensor, temperature: float) -> Tensor:
     return unseen_B1.log() + _log_weight_table(1, temperature, sizes_BN.device)[0]
 
 
-@made_once
+@cached_per_device
 def _log_weight_table(num_draws: int, temperature: float, device: torch.device) -> Tensor:
     """Log weights of 0 … N repetitions, float32. Where C(c, 1/T) is 0 they are so low, and the lower the smaller c is,
     that beside any larger count the weight is 0 in float32: alone, the largest counts weigh 1."""
-    log_weights = repetition_log_weights(num_draws, inverse_temperature(temperature), where_float64_is(device))
+    log_weights = repetition_log_weights(num_draws, inverse_temperature(temperature), float64_device(device))
     steps_down = torch.arange(-num_draws - 1, 0, dtype=torch.float64, device=log_weights.device) * NO_WEIGHT
     return torch.where(log_weights == -math.inf, steps_down, log_weights).to(device, torch.float32)
 
@@ -191,7 +191,7 @@ def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
     """
     top_k, top_p, min_p = truncation
     sorted_BN, order_BN = weights_BN.sort(dim=-1, descending=True, stable=True)
-    rank_N = numbers_up_to(weights_BN.shape[-1], weights_BN.device)
+    rank_N = arange(weights_BN.shape[-1], weights_BN.device)
     if top_k > 0:
         sorted_BN = sorted_BN.masked_fill(rank_N >= top_k, 0)
     if top_p < 1:
@@ -203,19 +203,19 @@ def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
     return torch.empty_like(weights_BN).scatter_(-1, order_BN, sorted_BN)
 
 
-def draw_weights(
-    class_BN: Tensor,
+def candidate_weights(
+    first_BN: Tensor,
     temperature: float,
-    truncation: Truncation = KEEP_ALL,
-    log_factors_BN: Tensor | None = None,
+    truncation: Truncation = NO_TRUNCATION,
+    processor_log_weights_BN: Tensor | None = None,
 ) -> Tensor:
     """The probability of choosing each draw by the batch rule, on the first of equal ones; (B, N), float32.
 
     With factors the law is (P · factor)^(1/T) / Z; `truncation` then sees what they leave.
     """
-    log_weights_BN = draw_log_weights(class_BN, temperature)
-    if log_factors_BN is not None:
-        log_weights_BN = log_weights_BN + log_factors_BN / temperature
+    log_weights_BN = candidate_log_weights(first_BN, temperature)
+    if processor_log_weights_BN is not None:
+        log_weights_BN = log_weights_BN + processor_log_weights_BN / temperature
     weights_BN = log_weights_BN.softmax(-1)
     if truncation.keeps_all:
         return weights_BN
@@ -223,16 +223,16 @@ def draw_weights(
     return weights_BN / weights_BN.sum(-1, keepdim=True)
 
 
-def choose_by_weight(
-    class_BN: Tensor,
+def sample_by_weight(
+    first_BN: Tensor,
     noise_BN: Tensor,
     temperature: float,
-    truncation: Truncation = KEEP_ALL,
-    log_factors_BN: Tensor | None = None,
+    truncation: Truncation = NO_TRUNCATION,
+    processor_log_weights_BN: Tensor | None = None,
 ) -> Tensor:
     """The batch rule's choice; index (B,).
 
     Each draw's exponential noise ÷ its weight is an exponential variate too, with the weight for its rate; the draw
     with the smallest is chosen, which is each in proportion to its weight.
     """
-    return (draw_weights(class_BN, temperature, truncation, log_factors_BN) / noise_BN).argmax(-1)
+    return (candidate_weights(first_BN, temperature, truncation, processor_log_weights_BN) / noise_BN).argmax(-1)

@@ -19,7 +19,7 @@ from .kernels_calm import fast_products
 from .modeling_calm_autoencoder import CALMAutoencoder
 
 LAYER_NORM_EPS = 1e-6  # published code
-DRAWS_AT_ONCE = {"cpu": 2**15, "other": 2**18}  # what a head's layers hold of them at CALM-M's width: 1 GB, 6 GB
+SAMPLES_CHUNK_SIZE = {"cpu": 2**15, "other": 2**18}  # what a head's layers hold of them at CALM-M's width: 1 GB, 6 GB
 
 
 def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -28,9 +28,9 @@ def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Gener
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
-    """A function of draws (N, ..., size), each for itself, that is never given more than `DRAWS_AT_ONCE`."""
+    """A function of draws (N, ..., size), each for itself, that is never given more than `SAMPLES_CHUNK_SIZE`."""
     num_rows = draws[0, ..., 0].numel() if len(draws) else 1
-    at_once = max(1, DRAWS_AT_ONCE["cpu" if draws.device.type == "cpu" else "other"] // max(1, num_rows))
+    at_once = max(1, SAMPLES_CHUNK_SIZE["cpu" if draws.device.type == "cpu" else "other"] // max(1, num_rows))
     if len(draws) <= at_once:
         return function(draws)
     return torch.cat([function(chunk) for chunk in draws.split(at_once)])
@@ -104,7 +104,7 @@ class PatchTarget:
         mean, log_std = (part.view(*tokens.shape[:-1], part.shape[-1]).to(tokens.device) for part in parts)
         return mean, log_std
 
-    def draw_latents(
+    def sample_latents(
         self, num_draws: int, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """Draws (N, ..., Z) from the posterior; `noise` (N, ..., Z), standard normal, goes before `num_draws`."""
@@ -222,7 +222,7 @@ class GenerativeHead(nn.Module):
         """
         return self(context, target, generator=generator, **draws)
 
-    def recorded_draws(
+    def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         """Draws for `sample`, of as many contexts (R, D) as rows, in the dtype and on the device of `like`; one row's

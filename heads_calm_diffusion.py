@@ -14,7 +14,7 @@ from torch import Tensor
 from .configuration_calm import CALMConfig, require
 from .heads_calm import GenerativeHead, PatchTarget, in_chunks, standard_normal
 from .heads_calm_flow import ModulatedMLP
-from .kernels_calm import made_once, where_float64_is
+from .kernels_calm import cached_per_device, float64_device
 
 DIFFUSION_TRAIN_STEPS = 1000  # published code
 DIFFUSION_SAMPLING_STEPS = 100  # published code
@@ -43,10 +43,10 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
     def network_calls(self) -> int:
         return self.num_steps
 
-    def recorded_draws(
+    def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        draws = super().recorded_draws(num_samples, num_rows, like, generator)
+        draws = super().predrawn_noise(num_samples, num_rows, like, generator)
         return draws | {"step_noise": self.initial_noise((self.num_steps, num_samples, num_rows), like, generator)}
 
     def draw(
@@ -59,7 +59,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         """step_noise (T, N, ..., Z): standard normal noise of the steps, in the order they are taken."""
         schedule = diffusion_schedule(self.num_steps, context.device)
         x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
-        all_conditions = self.net.conditions_at(schedule.timesteps.flip(0), context)
+        all_conditions = self.net.precompute_modulation(schedule.timesteps.flip(0), context)
         for index, conditions in enumerate(all_conditions):
             step = self.num_steps - 1 - index
             outputs = in_chunks(partial(self.net.given, conditions), x.to(context.dtype))
@@ -83,7 +83,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
 
         Draws: posterior_noise, noise (N, ..., Z) standard normal, time (N, ...) integers in 0 … 999.
         """
-        x0 = target.draw_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
+        x0 = target.sample_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
             time = torch.empty(x0.shape[:-1], dtype=torch.long, device=x0.device)
             time.random_(DIFFUSION_TRAIN_STEPS, generator=generator)
@@ -101,7 +101,7 @@ class DiffusionSchedule:
 
     def __init__(self, num_steps: int, device: torch.device):
         # Tables are of float64, so that the last steps' are right.
-        float64: dict[str, Any] = {"dtype": torch.float64, "device": where_float64_is(device)}
+        float64: dict[str, Any] = {"dtype": torch.float64, "device": float64_device(device)}
         full = torch.arange(DIFFUSION_TRAIN_STEPS + 1, **float64) / DIFFUSION_TRAIN_STEPS
         alpha_bar = ((full + 0.008) / 1.008 * math.pi / 2).cos().square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
@@ -158,7 +158,7 @@ class DiffusionSchedule:
         return picked.unsqueeze(-1) if picked.dim() else picked
 
 
-@made_once
+@cached_per_device
 def diffusion_schedule(num_steps: int, device: torch.device) -> DiffusionSchedule:
     """The schedule of so many steps."""
     return DiffusionSchedule(num_steps, device)

@@ -14,7 +14,7 @@ from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, zero_linear
 
 # Patches handled at once: bounds the targets' copy and the (chunk, N, S) distances, so that memory doesn't grow with
 # the batch. On a CPU they should stay in the cache; a GPU needs larger chunks to be busy.
-PATCHES_PER_CHUNK = {"cpu": 64, "other": 2048}
+PATCHES_CHUNK_SIZE = {"cpu": 64, "other": 2048}
 
 
 class EnergyBlock(nn.Module):
@@ -90,7 +90,7 @@ class EnergyHead(GenerativeHead, head_type="energy"):
     ) -> Tensor:
         """−energy score; draws: noise (N, ..., noise size) uniform, posterior_noise (S, ..., Z) standard normal."""
         samples = self._sample(context, self.num_samples, generator, noise)
-        targets = target.draw_latents(self.num_posterior_samples, generator, posterior_noise)
+        targets = target.sample_latents(self.num_posterior_samples, generator, posterior_noise)
         return -energy_score(samples, targets, self.beta)
 
 
@@ -102,7 +102,7 @@ class _EnergyScore(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, samples_NPZ: Tensor, targets_SPZ: Tensor, beta: float) -> Tensor:
-        chunk = PATCHES_PER_CHUNK["cpu" if samples_NPZ.device.type == "cpu" else "other"]
+        chunk = PATCHES_CHUNK_SIZE["cpu" if samples_NPZ.device.type == "cpu" else "other"]
         scores, grads = [], []
         for samples, targets in zip(samples_NPZ.split(chunk, dim=1), targets_SPZ.split(chunk, dim=1), strict=True):
             samples_PNZ = samples.transpose(0, 1).contiguous()

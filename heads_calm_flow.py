@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .configuration_calm import CALMConfig
 from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, standard_normal, zero_linear
-from .kernels_calm import made_once
+from .kernels_calm import cached_per_device
 
 TIME_FEATURES = 256  # width of the sinusoidal embedding of time; published code
 FLOW_STEPS = 10  # midpoint steps; published code
-CONDITIONS_AT_ONCE = 1024  # of a solver's times and contexts; at D = 1024 with 4 blocks, in float32, 80 MB
+MODULATION_CHUNK_SIZE = 1024  # of a solver's times and contexts; at D = 1024 with 4 blocks, in float32, 80 MB
 
 
 class ModulatedBlock(nn.Module):
@@ -38,7 +38,7 @@ class ModulatedBlock(nn.Module):
         return shift, 1 + scale, gate
 
 
-Conditions = list[tuple[Tensor, ...]]  # what a net's blocks and its output know of time and context
+Modulation = list[tuple[Tensor, ...]]  # what a net's blocks and its output know of time and context
 
 
 class ModulatedMLP(nn.Module):
@@ -64,7 +64,7 @@ class ModulatedMLP(nn.Module):
         """time: integer steps, broadcastable to x's leading axes."""
         return self.given(self.conditions(time, context), x)
 
-    def conditions(self, time: Tensor, context: Tensor) -> Conditions:
+    def conditions(self, time: Tensor, context: Tensor) -> Modulation:
         """Of `given`, for integer steps and contexts (..., D) whose axes broadcast."""
         # In rows, for a solver's time is one number, and quantised layers take no single vectors.
         features = self._time_features(time.flatten(), context.dtype)
@@ -74,15 +74,15 @@ class ModulatedMLP(nn.Module):
         blocks = cast(Iterable[ModulatedBlock], self.blocks)
         return [*(block.condition(condition) for block in blocks), (shift, 1 + scale)]
 
-    def conditions_at(self, times_T: Tensor, context: Tensor) -> Iterator[Conditions]:
+    def precompute_modulation(self, times_T: Tensor, context: Tensor) -> Iterator[Modulation]:
         """Those of one time after the other, for contexts (..., D)."""
         num_contexts = max(1, context[..., 0].numel())
-        for chunk in times_T.split(max(1, CONDITIONS_AT_ONCE // num_contexts)):
+        for chunk in times_T.split(max(1, MODULATION_CHUNK_SIZE // num_contexts)):
             of_chunk = self.conditions(chunk.view(-1, *[1] * (context.dim() - 1)), context)
             for index in range(len(chunk)):
                 yield [tuple(values[index] for values in layer) for layer in of_chunk]
 
-    def given(self, conditions: Conditions, x: Tensor) -> Tensor:
+    def given(self, conditions: Modulation, x: Tensor) -> Tensor:
         """x (..., Z) → (..., out_size)."""
         hidden = self.input_proj(x)
         *of_blocks, (shift, factor) = conditions
@@ -96,7 +96,7 @@ class ModulatedMLP(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
-@made_once
+@cached_per_device
 def _time_frequencies(device: torch.device) -> Tensor:
     half = TIME_FEATURES // 2
     return torch.exp(-math.log(10000) / half * torch.arange(half, device=device, dtype=torch.float32))
@@ -122,7 +122,7 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
     def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
         x = begin = noise.float()  # the state stays in float32: steps would be lost in bfloat16
         times = solver_times(self.num_steps, context.device)
-        for index, conditions in enumerate(self.net.conditions_at(times, context)):
+        for index, conditions in enumerate(self.net.precompute_modulation(times, context)):
             velocity = self.net.given(conditions, x.to(context.dtype)).to(x.dtype)
             # From where a step begins, half of it on by an even velocity, the whole by the odd one after it.
             x = begin + velocity / (self.num_steps if index % 2 else 2 * self.num_steps)
@@ -142,7 +142,7 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
 
         Draws: posterior_noise, noise (N, ..., Z) standard normal; time (N, ...) in [0, 1).
         """
-        end = target.draw_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
+        end = target.sample_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
             time = self._draw_times(end, generator)
         start = standard_normal(end.shape, end, generator) if noise is None else noise
@@ -157,7 +157,7 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         return torch.sigmoid(times.normal_(self.time_logit_mean, generator=generator))
 
 
-@made_once
+@cached_per_device
 def solver_times(num_steps: int, device: torch.device) -> Tensor:
     """⌊1000·t⌋ at the start and the middle of each step, (2·T,), in integers: no rounding can lower them."""
     index_T = torch.arange(num_steps, device=device)

@@ -20,8 +20,8 @@ from .configuration_calm import CALMConfig, require
 from .heads_calm import GenerativeHead, PatchTarget
 from .modeling_calm_autoencoder import CALMAutoencoder
 
-CODE_CONTEXTS = 64  # random patches over which a token's point is averaged
-CODE_CHUNK = 8192  # patches encoded at once
+NUM_CONTEXTS = 64  # random patches over which a token's point is averaged
+PATCHES_CHUNK_SIZE = 8192  # patches encoded at once
 
 
 class TokenChain(nn.Module):
@@ -70,7 +70,7 @@ class TokenChain(nn.Module):
 
 
 @torch.no_grad()
-def token_codes(autoencoder: CALMAutoencoder, num_contexts: int = CODE_CONTEXTS) -> Tensor:
+def latent_token_embeddings(autoencoder: CALMAutoencoder, num_contexts: int = NUM_CONTEXTS) -> Tensor:
     """The point of every token at every place of a patch, (K, V, Z): the mean latent of random patches that have it
     there, always the same `num_contexts`, less what the other places add. Where latents are nearly additive in the
     tokens, a patch's points sum to about the mean of its posterior.
@@ -80,7 +80,7 @@ def token_codes(autoencoder: CALMAutoencoder, num_contexts: int = CODE_CONTEXTS)
     device = autoencoder.device
     contexts = torch.randint(V, (num_contexts, K), generator=torch.Generator().manual_seed(0)).to(device)
     codes = torch.empty(K, V, Z, device=device)
-    per_chunk = max(1, CODE_CHUNK // num_contexts)
+    per_chunk = max(1, PATCHES_CHUNK_SIZE // num_contexts)
     for k in range(K):
         for tokens in torch.arange(V, device=device).split(per_chunk):
             patches = contexts.repeat(len(tokens), 1, 1)
@@ -123,7 +123,7 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
 
     def fit(self, autoencoder: CALMAutoencoder, multi_token_loss: dict[str, Tensor] | None = None) -> None:
         """Computes the codes, and takes over the chain of the backbone's multi-token loss."""
-        self.codes.copy_(token_codes(autoencoder))
+        self.codes.copy_(latent_token_embeddings(autoencoder))
         if multi_token_loss is not None:
             self.chain.load_state_dict(multi_token_loss)
 

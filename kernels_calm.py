@@ -43,19 +43,19 @@ try:
 except ImportError:  # private: without it nobody knows whether operators are watched, and products stay plain
     _get_current_dispatch_mode = None
 
-TABLES_KEPT = 64  # of each kind
+CACHE_SIZE = 64  # of each kind
 SWITCH = "CALM_PRODUCTS"
-LEAST_ROWS = 4  # a single row reads the weights, which no library does faster
-LEAST_WORK = 2**21  # multiplications from which on oneDNN makes up for what its call costs
+MIN_ROWS = 4  # a single row reads the weights, which no library does faster
+MIN_MULTIPLICATIONS = 2**21  # multiplications from which on oneDNN makes up for what its call costs
 PRODUCT_TRIAL = 64, 768, 768  # rows, columns and width of the product that is timed; at most a few milliseconds in all
 PRODUCT_TRIALS = 7
-LEAST_GAIN = 1.25  # so much faster must oneDNN be: either 2 times, or as fast as MKL
+MIN_SPEEDUP = 1.25  # so much faster must oneDNN be: either 2 times, or as fast as MKL
 TILE = 2**12  # rows multiplied at a time: the products stay in the cache
 GROUP_SIZE = 8  # rows judged together
-LARGEST_STATE = 127
-LARGEST_WEIGHTS = 127, 63  # without VNNI, sums of two products overflow with 8 bits on both sides
-MOST_SURVIVORS = 2**14  # with more, the full product is better
-SURVIVORS_AT_ONCE = 2**9
+MAX_STATE = 127
+MAX_WEIGHTS = 127, 63  # without VNNI, sums of two products overflow with 8 bits on both sides
+MAX_SURVIVORS = 2**14  # with more, the full product is better
+SURVIVORS_CHUNK_SIZE = 2**9
 TRIAL_SIZE = 64
 SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
 
@@ -63,10 +63,10 @@ SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
 # Tables
 
 
-def made_once(function: Callable[..., Any]) -> Callable[..., Any]:
+def cached_per_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps what a function returns for its arguments, which must be hashable and say the device."""
 
-    @functools.lru_cache(TABLES_KEPT)
+    @functools.lru_cache(CACHE_SIZE)
     def keep(*arguments):
         with torch.inference_mode(False):  # a table made in inference mode could not be used in training
             return function(*arguments)
@@ -81,18 +81,18 @@ def made_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@made_once
-def numbers_up_to(end: int, device: torch.device) -> Tensor:
+@cached_per_device
+def arange(end: int, device: torch.device) -> Tensor:
     """0 … end − 1."""
     return torch.arange(end, device=device)
 
 
-def where_float64_is(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """The device itself, if it has float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def to_device(values: list[int], device: torch.device) -> Tensor:
+def as_tensor(values: list[int], device: torch.device) -> Tensor:
     """A tensor of them, without waiting for a GPU of CUDA; others may read memory that is freed by then."""
     return torch.tensor(values, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
 
@@ -124,13 +124,13 @@ def fast_products(num_rows: int, width: int) -> AbstractContextManager:
     is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if torch.compiler.is_compiling() or is_traced or torch.is_grad_enabled():
         return nullcontext()
-    is_large = num_rows >= LEAST_ROWS and num_rows * width * width >= LEAST_WORK
+    is_large = num_rows >= MIN_ROWS and num_rows * width * width >= MIN_MULTIPLICATIONS
     is_watched = _get_current_dispatch_mode is None or _get_current_dispatch_mode() is not None
     pays = is_large and not is_watched and float32_is_exact() and not plain_products() and one_dnn_is_faster()
-    return OneDNNProducts() if pays else nullcontext()
+    return OneDNNLinear() if pays else nullcontext()
 
 
-class OneDNNProducts(TorchFunctionMode):
+class OneDNNLinear(TorchFunctionMode):
     """Answers `torch.nn.functional.linear` by oneDNN where it can."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -144,8 +144,8 @@ def _is_suitable(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bo
     return (
         all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 for x in tensors)
         and all(x.device.type == "cpu" for x in tensors)
-        and rows.numel() >= LEAST_ROWS * rows.shape[-1]
-        and rows.numel() * len(weight) >= LEAST_WORK
+        and rows.numel() >= MIN_ROWS * rows.shape[-1]
+        and rows.numel() * len(weight) >= MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -169,7 +169,7 @@ def one_dnn_is_faster() -> bool:
             )
         except RuntimeError:  # a PyTorch whose operator is another
             return False
-    return plain >= LEAST_GAIN * fast
+    return plain >= MIN_SPEEDUP * fast
 
 
 # The argmax
@@ -244,7 +244,7 @@ class VocabularyScreen:
             None where it can't say, or not at less cost than the full product.
         """
         states, tiny = states_Md.float() @ self.rotation_dd, torch.finfo(torch.float32).tiny
-        step_M1 = (states.abs().amax(-1, keepdim=True) / LARGEST_STATE).clamp_min(tiny)
+        step_M1 = (states.abs().amax(-1, keepdim=True) / MAX_STATE).clamp_min(tiny)
         whole_Md = (states / step_M1).round()
         # What summing d products in float32 may add to the error: here, below, and in either rotation.
         summing_M1 = 6 * states.shape[-1] * torch.finfo(torch.float32).eps * states.norm(dim=-1, keepdim=True)
@@ -268,14 +268,14 @@ class VocabularyScreen:
         if forbidden_KV is not None and positions_M is not None:
             has_forbidden_MG = forbidden_KV[:, self.rows_GI].any(-1)[positions_M]
             likely_M = most_MG.masked_fill(has_forbidden_MG, -torch.inf).argmax(-1)
-        likely_M = logits(numbers_up_to(len(states_Md), states_Md.device), likely_M).amax(-1).float()
+        likely_M = logits(arange(len(states_Md), states_Md.device), likely_M).amax(-1).float()
         # A product below the likely one may be rounded up to it.
         least_M = likely_M - torch.finfo(weight_Vd.dtype).eps * likely_M.abs()
         state_S, group_S = (most_MG >= (least_M / step_M1[:, 0])[:, None]).nonzero().unbind(-1)
-        if len(state_S) > MOST_SURVIVORS:
+        if len(state_S) > MAX_SURVIVORS:
             return None
 
-        chunks = zip(state_S.split(SURVIVORS_AT_ONCE), group_S.split(SURVIVORS_AT_ONCE), strict=True)
+        chunks = zip(state_S.split(SURVIVORS_CHUNK_SIZE), group_S.split(SURVIVORS_CHUNK_SIZE), strict=True)
         logits_SI = torch.cat([logits(*chunk) for chunk in chunks])
         best_M = logits_SI.new_full((len(states_Md),), -torch.inf)
         best_M = best_M.scatter_reduce(0, state_S, logits_SI.amax(-1), "amax")
@@ -298,15 +298,13 @@ class VocabularyScreen:
 @functools.cache
 def largest_weight() -> int | None:
     """The largest whole number that rows may hold; None where products are wrong. Tried, for an overflow is silent."""
-    for largest in LARGEST_WEIGHTS:
-        state_Md, row_Td = (
-            torch.full((TRIAL_SIZE, TRIAL_SIZE), x, dtype=torch.int8) for x in (LARGEST_STATE, largest)
-        )
+    for largest in MAX_WEIGHTS:
+        state_Md, row_Td = (torch.full((TRIAL_SIZE, TRIAL_SIZE), x, dtype=torch.int8) for x in (MAX_STATE, largest))
         try:
             product_MT = torch.ops.aten._int_mm(state_Md, row_Td.T)
         except (AttributeError, NotImplementedError, RuntimeError):
             return None
-        if bool((product_MT == TRIAL_SIZE * LARGEST_STATE * largest).all()):
+        if bool((product_MT == TRIAL_SIZE * MAX_STATE * largest).all()):
             return largest
     return None
 

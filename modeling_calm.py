@@ -301,7 +301,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             raise ValueError(
                 f"labels have length {labels.shape[1]}, but the input has {patch_size * hidden_BPD.shape[1]} tokens."
             )
-        labels_BPK = next_patches(labels.long().to(hidden_BPD.device), patch_size)
+        labels_BPK = target_patches(labels.long().to(hidden_BPD.device), patch_size)
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
         posterior = (
@@ -324,7 +324,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         return mean[:, 1:][is_target.to(mean.device)], log_std[:, 1:][is_target.to(log_std.device)]
 
 
-def next_patches(labels_BL: Tensor, patch_size: int) -> Tensor:
+def target_patches(labels_BL: Tensor, patch_size: int) -> Tensor:
     """(B, P − 1, K), a view: the patches that the hidden states predict, each at the patch before. A row's first patch
     is given."""
     return labels_BL.unflatten(1, (-1, patch_size))[:, 1:]

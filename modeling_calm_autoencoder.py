@@ -19,11 +19,11 @@ from .kernels_calm import VocabularyScreen, fast_products
 
 ACTIVE_NATS = 0.01  # a latent dimension is active when its mean KL divergence exceeds this
 # Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
-LOGITS_PER_CHUNK = {"cpu": 2**24, "other": 2**28}
+LOGITS_CHUNK_SIZE = {"cpu": 2**24, "other": 2**28}
 # Sizes of the products in most_probable_tokens. On a CPU a tile of logits stays in the cache.
 VOCABULARY_TILE = {"cpu": 2**11, "other": 2**15}
-STATES_AT_ONCE = {"cpu": 400, "other": 2**13}
-STATES_AT_LEAST = 16  # matrix products are slower with 2 … 15 columns than with 16, on a CPU by half
+STATES_CHUNK_SIZE = {"cpu": 400, "other": 2**13}
+MIN_STATES = 16  # matrix products are slower with 2 … 15 columns than with 16, on a CPU by half
 
 
 @dataclass
@@ -140,7 +140,7 @@ class AutoencoderDecoder(nn.Module):
         if not is_plain_linear(self.lm_head):
             return self._argmax_of_layer(states_Md, positions_M, forbidden_KV)
         forbidden_KV = None if forbidden_KV is None else forbidden_KV.to(states_Md.device)
-        at_once = STATES_AT_ONCE["cpu" if states_Md.device.type == "cpu" else "other"]
+        at_once = STATES_CHUNK_SIZE["cpu" if states_Md.device.type == "cpu" else "other"]
         chunks = zip(states_Md.split(at_once), positions_M.split(at_once), strict=True)
         return torch.cat([self._argmax_of_rows(*chunk, forbidden_KV) for chunk in chunks])
 
@@ -169,9 +169,9 @@ class AutoencoderDecoder(nn.Module):
 
     def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
         num_states, tile = len(states_Md), VOCABULARY_TILE["cpu" if states_Md.device.type == "cpu" else "other"]
-        if 1 < num_states < STATES_AT_LEAST:
-            states_Md = F.pad(states_Md, (0, 0, 0, STATES_AT_LEAST - num_states))
-            positions_M = F.pad(positions_M, (0, STATES_AT_LEAST - num_states))
+        if 1 < num_states < MIN_STATES:
+            states_Md = F.pad(states_Md, (0, 0, 0, MIN_STATES - num_states))
+            positions_M = F.pad(positions_M, (0, MIN_STATES - num_states))
         best_M = ids_M = None
         for start in range(0, self.lm_head.out_features, tile):
             logits_TM = F.linear(self.lm_head.weight[start : start + tile], states_Md)
@@ -189,7 +189,7 @@ class AutoencoderDecoder(nn.Module):
         return ids_M[:num_states]
 
     def _argmax_of_layer(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
-        at_once, ids = max(1, logits_at_once(states_Md.device) // self.vocab_size), []
+        at_once, ids = max(1, logits_chunk_size(states_Md.device) // self.vocab_size), []
         for states_md, positions_m in zip(states_Md.split(at_once), positions_M.split(at_once), strict=True):
             logits_mV = self.lm_head(states_md)
             if forbidden_KV is not None:
@@ -204,8 +204,8 @@ class AutoencoderDecoder(nn.Module):
         return self.lm_head(self.finish(states.flatten(0, -2))).unflatten(0, states.shape[:-1])
 
 
-def logits_at_once(device: torch.device) -> int:
-    return LOGITS_PER_CHUNK["cpu" if device.type == "cpu" else "other"]
+def logits_chunk_size(device: torch.device) -> int:
+    return LOGITS_CHUNK_SIZE["cpu" if device.type == "cpu" else "other"]
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -352,14 +352,14 @@ class CALMAutoencoder(OffloadableModel):
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
         """The most probable tokens of each latent vector: (..., Z) → ids (..., K).
 
-        Works through the latents in chunks, so that there are never more logits than `LOGITS_PER_CHUNK`.
+        Works through the latents in chunks, so that there are never more logits than `LOGITS_CHUNK_SIZE`.
 
         Args:
             latents (`(..., Z)`): of patches.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
         """
         flat = latents.reshape(-1, latents.shape[-1])
-        rows = max(1, logits_at_once(latents.device) // (self.config.patch_size * self.config.vocab_size))
+        rows = max(1, logits_chunk_size(latents.device) // (self.config.patch_size * self.config.vocab_size))
         ids = []
         for chunk in flat.split(rows):
             logits = self.decode(chunk)

@@ -13,7 +13,7 @@ def memory_of_draws(num_draws, temperature):
 
     from calm_transformers.benchmarks.meters import PeakMemory
     from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
-    from calm_transformers.model.generation_calm_candidates import LazyPool
+    from calm_transformers.model.generation_calm_candidates import LazyCandidateBatch
     from calm_transformers.model.generation_calm_samplers import exact_temperature_sample
     from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
@@ -22,9 +22,11 @@ def memory_of_draws(num_draws, temperature):
     latents_NZ = 5 * torch.randn(num_draws, 128)
 
     def sample(max_draws):
-        pool = LazyPool(lambda _, num: latents_NZ[pool.num_drawn :][:num, None], torch.arange(1), autoencoder)
+        pool = LazyCandidateBatch(
+            lambda _, num: latents_NZ[pool.num_drawn :][:num, None], torch.arange(1), autoencoder
+        )
         exact_temperature_sample(pool, temperature, max_draws, torch.Generator().manual_seed(0))
-        pool.classes(pool.rows_B)
+        pool.first_occurrences(pool.rows_B)
 
     with torch.inference_mode():
         sample(64)  # what is set up once

@@ -56,7 +56,7 @@ class GaussianHead(GenerativeHead, head_type="gaussian"):
 
     def compute_loss(self, context, target, generator, posterior_noise=None):
         mean, log_std = self._law(context)
-        targets = target.draw_latents(self.num_samples, generator, posterior_noise)
+        targets = target.sample_latents(self.num_samples, generator, posterior_noise)
         deviation = ((targets - mean) / log_std.exp()).square() / 2 + log_std + math.log(2 * math.pi) / 2
         return deviation.sum(-1).mean(0)
 

@@ -112,7 +112,7 @@ def test_decode_tokens_is_the_argmax_in_chunks(monkeypatch):
     expected = model.decoder(latents).argmax(-1)
     assert torch.equal(model.decode_tokens(latents), expected)
     monkeypatch.setattr(
-        "calm_transformers.model.modeling_calm_autoencoder.LOGITS_PER_CHUNK", {"cpu": 2 * 4 * VOCAB_SIZE}
+        "calm_transformers.model.modeling_calm_autoencoder.LOGITS_CHUNK_SIZE", {"cpu": 2 * 4 * VOCAB_SIZE}
     )
     assert torch.equal(model.decode_tokens(latents), expected)
     forbidden = torch.zeros(4, VOCAB_SIZE, dtype=torch.bool)

@@ -192,14 +192,14 @@ def test_a_step_that_fails_ends_its_texts_and_the_next_are_written(monkeypatch, 
 def test_a_listener_that_raises_or_a_law_that_fails_ends_its_own_texts_alone(
     monkeypatch, model, batcher, on_piece, temperature
 ):
-    next_patches = model.next_patches
+    sample_patches = model.sample_patches
 
     def fail_at_1(hidden, sampling, *others):
         if sampling.temperature == 1:
             raise RuntimeError("no thanks")
-        return next_patches(hidden, sampling, *others)
+        return sample_patches(hidden, sampling, *others)
 
-    monkeypatch.setattr(model, "next_patches", fail_at_1)
+    monkeypatch.setattr(model, "sample_patches", fail_at_1)
     settings = {"max_new_tokens": 20, "seed": 3, "ignore_eos": True}
     other = batcher.submit("once", temperature=0.5, **settings)
     with pytest.raises(RuntimeError, match="no thanks"):

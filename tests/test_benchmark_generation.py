@@ -128,13 +128,13 @@ def test_a_replay_imposes_its_patches_and_leaves_the_work_as_it_was(monkeypatch,
     sampling = PatchSampling(True, 0.5, 16, method, lazy_decoding=lazy)
     with wrapped(*where, lambda call: lambda first, *more: work.append(len(first)) or call(first, *more)):
         with Replay(labelled_recording(50, 16)).on(model):
-            (first, *_), (later, *_) = (model.next_patches(torch.randn(3, 48), sampling).T for _ in range(2))
-            patches_3K = model.next_patches(torch.randn(3, 48), sampling)
+            (first, *_), (later, *_) = (model.sample_patches(torch.randn(3, 48), sampling).T for _ in range(2))
+            patches_3K = model.sample_patches(torch.randn(3, 48), sampling)
     assert sum(work) == 3 * 3 * (3 * 16 + 1 if lazy else 16)
     assert (patches_3K[:, 2:] == 0).all() and (patches_3K[:, 1] < 16).all()
     assert first.unique().numel() == 3, "each row has a context of its own"
     assert (later != first).any(), "and the next step others"
-    assert "new_pool" not in vars(model)
+    assert "new_candidates" not in vars(model)
 
 
 def test_what_is_no_measurement_is_refused():
@@ -145,7 +145,7 @@ def test_what_is_no_measurement_is_refused():
     model = tiny_model()
     with pytest.raises(InputError, match="16 draws of a row, of 8 recorded"):
         with Replay(labelled_recording(2, 8)).on(model):
-            model.next_patches(torch.randn(1, 48), sampling)
+            model.sample_patches(torch.randn(1, 48), sampling)
     model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
     with pytest.raises(InputError, match="1 tokens were generated instead of 8"):
         workloads.write(model, torch.full((1, 4), BOS), 8)
@@ -171,7 +171,7 @@ def test_time_lands_on_the_part_that_took_it(monkeypatch, part):
         run = timed_run(subject, 12, seed=0)
     assert run.step_ms == {name: 1000.0 * (name == part) for name in runs.PARTS}
     assert (run.prompt_seconds, run.seconds, run.draws) == (part == "backbone", 3, 3 * 4)
-    assert not {"sample", "next_patches"} & (vars(model).keys() | vars(model.head).keys()), "all is taken off again"
+    assert not {"sample", "sample_patches"} & (vars(model).keys() | vars(model.head).keys()), "all is taken off again"
 
 
 def test_peak_memory_counts_what_the_block_needs():

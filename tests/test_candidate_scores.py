@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
-from enumerable_laws import seeded
+from enumerable_distributions import seeded
 from tiny import BOS, PAD, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
 from calm_transformers.model import generation_calm, generation_calm_samplers
-from calm_transformers.model.generation_calm_candidates import NO_TOKEN, CandidateScores, PlainPool
+from calm_transformers.model.generation_calm_candidates import NO_TOKEN, CandidateBatch, CandidateScores
 from calm_transformers.model.generation_calm_upstream import CACHE_ARGUMENT
 
 PROMPT = torch.tensor([[BOS, 5, 6, 7, 8], [PAD, PAD, BOS, 9, 10], [BOS, 7, 7, 8, 9]])
@@ -173,13 +173,13 @@ def test_counts_are_those_of_the_draws_and_weights_by_hand(monkeypatch, model, l
 
 
 def test_a_row_that_has_stopped_counts_nothing_of_later_blocks(monkeypatch, model):
-    drawn, extend, is_told_apart = [], PlainPool.extend, False
+    drawn, extend, is_told_apart = [], CandidateBatch.extend, False
 
     def note(pool, rows_R, num_draws):
         drawn.append((rows_R.tolist(), num_draws))
         extend(pool, rows_R, num_draws)
 
-    monkeypatch.setattr(PlainPool, "extend", note)
+    monkeypatch.setattr(CandidateBatch, "extend", note)
     for seed in range(8):
         drawn.clear()
         settings = {"temperature": 0.4, "sampling_method": "exact", "generator": seeded(seed)}
@@ -229,13 +229,13 @@ class TestExact:
     SETTINGS = {"temperature": 0.25, "sampling_method": "exact", "num_candidates": 4, "max_new_tokens": 20}
 
     def test_each_row_and_step_tells_and_a_call_warns_once(self, monkeypatch, warnings, model):
-        fell_back, choose = [], generation_calm_samplers.choose_from_full_pool
+        fell_back, choose = [], generation_calm_samplers.choose_at_limit
 
-        def note(class_RN, *args):
-            fell_back.append(len(class_RN))
-            return choose(class_RN, *args)
+        def note(first_RN, *args):
+            fell_back.append(len(first_RN))
+            return choose(first_RN, *args)
 
-        monkeypatch.setattr(generation_calm_samplers, "choose_from_full_pool", note)
+        monkeypatch.setattr(generation_calm_samplers, "choose_at_limit", note)
         is_exact_SB = torch.stack([step.is_exact for step in write(model, **self.SETTINGS).scores])
         assert is_exact_SB.shape == (10, 3) and is_exact_SB.any() and not is_exact_SB.all()
         assert (~is_exact_SB).sum() == sum(fell_back)

@@ -10,8 +10,8 @@ from memory_of_draws import memory_of_draws
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 
 from calm_transformers.model import generation_calm_candidates, modeling_calm_autoencoder
-from calm_transformers.model.generation_calm_candidates import LazyPool, PlainPool
-from calm_transformers.model.generation_calm_samplers import BlockPlan, PatchSampling, compared_pairs
+from calm_transformers.model.generation_calm_candidates import CandidateBatch, LazyCandidateBatch
+from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling, compared_pairs
 
 K, Z = 4, 16
 NO_EOS = {"eos_token_id": None}
@@ -68,7 +68,7 @@ FORBIDDEN_KV = (torch.arange(VOCAB_SIZE) >= 5) | F.one_hot(torch.arange(K), VOCA
 @pytest.mark.parametrize("num_states, tile", [(1, 7), (2, 1), (16, 32), (37, 95), (37, 96), (2, 200)])
 def test_tokens_are_the_argmax_whatever_the_tiles(monkeypatch, autoencoder, num_states, tile):
     monkeypatch.setitem(modeling_calm_autoencoder.VOCABULARY_TILE, "cpu", tile)
-    monkeypatch.setitem(modeling_calm_autoencoder.STATES_AT_ONCE, "cpu", 20)
+    monkeypatch.setitem(modeling_calm_autoencoder.STATES_CHUNK_SIZE, "cpu", 20)
     states, positions = STATES[:num_states], torch.arange(num_states) % K
     plain = logits(autoencoder, states)
     assert torch.equal(autoencoder.read_tokens(states, positions), plain.argmax(-1))
@@ -101,7 +101,7 @@ def test_of_equal_logits_in_bfloat16_the_first_wins_on_every_path(monkeypatch, t
 @pytest.mark.parametrize("at_once", [1, 1000, 10**6])
 def test_a_layer_that_cannot_be_cut_is_read_as_a_whole(monkeypatch, autoencoder, at_once):
     """Quantised, offloaded or hooked: through the module, so that what it does beside its weight is done."""
-    monkeypatch.setitem(modeling_calm_autoencoder.LOGITS_PER_CHUNK, "cpu", at_once)
+    monkeypatch.setitem(modeling_calm_autoencoder.LOGITS_CHUNK_SIZE, "cpu", at_once)
     layer, positions, expected = autoencoder.decoder.lm_head, torch.arange(37) % K, -logits(autoencoder, STATES)
     forward = layer.forward
     with monkeypatch.context() as patch:
@@ -124,14 +124,16 @@ def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoe
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", few)
     forbidden_KV = torch.arange(VOCAB_SIZE).expand(K, -1) % 3 == 0 if forbid else None
     latents = some_latents(25, 5)
-    lazy, plain = (pool_of(kind, autoencoder, latents, forbidden_KV=forbidden_KV) for kind in (LazyPool, PlainPool))
+    lazy, plain = (
+        pool_of(kind, autoencoder, latents, forbidden_KV=forbidden_KV) for kind in (LazyCandidateBatch, CandidateBatch)
+    )
     for rows, num_draws in [([0, 1, 2, 3, 4], 6), ([0, 2, 4], 6), ([4], 12), ([4], 1)]:
         rows = torch.tensor(rows)
         for pool in (lazy, plain):
             pool.extend(rows, num_draws)
         patches = autoencoder.decode_tokens(latents[: lazy.num_drawn, rows], forbidden_KV).transpose(0, 1).tolist()
         expected = [[row.index(patch) for patch in row] for row in patches]
-        assert lazy.classes(rows).tolist() == plain.classes(rows).tolist() == expected
+        assert lazy.first_occurrences(rows).tolist() == plain.first_occurrences(rows).tolist() == expected
         last = torch.full_like(rows, lazy.num_drawn - 1)
         assert lazy.tokens(rows, last).tolist() == plain.tokens(rows, last).tolist() == [row[-1] for row in patches]
     assert len({tuple(patch) for patch in patches[0]}) < 25, "some repeat"
@@ -173,8 +175,10 @@ def test_the_text_is_that_of_decoding_everything(head_type, settings, dtype):
 
 def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
     model = tiny_model()
-    kinds = [type(model.new_pool(None, torch.arange(1), PatchSampling(lazy_decoding=x))) for x in (None, True, False)]
-    assert kinds == [LazyPool, LazyPool, PlainPool]
+    kinds = [
+        type(model.new_candidates(None, torch.arange(1), PatchSampling(lazy_decoding=x))) for x in (None, True, False)
+    ]
+    assert kinds == [LazyCandidateBatch, LazyCandidateBatch, CandidateBatch]
 
 
 @pytest.mark.slow
@@ -198,11 +202,13 @@ def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
     """Candidates 0, 2, 3, 4 and 7 are equal: at T = 1/2 2 and 3 are compared, at T = 1/3 3 and 4 as well."""
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     work, token_N = [], torch.tensor([7, 11, 7, 7, 7, 15, 16, 7, 18])
-    monkeypatch.setattr(LazyPool, "read", lambda self, _, draws, __: work.append(len(draws)) or token_N[draws])
-    pool = pool_of(LazyPool, autoencoder, torch.zeros(9, 1, Z), 9)
-    pool.classes(pool.rows_B, compared_pairs(temperature))
+    monkeypatch.setattr(
+        LazyCandidateBatch, "read", lambda self, _, draws, __: work.append(len(draws)) or token_N[draws]
+    )
+    pool = pool_of(LazyCandidateBatch, autoencoder, torch.zeros(9, 1, Z), 9)
+    pool.first_occurrences(pool.rows_B, compared_pairs(temperature))
     assert sum(work) == tokens
-    assert pool.classes(pool.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]
+    assert pool.first_occurrences(pool.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]
 
 
 def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatch):
@@ -210,10 +216,12 @@ def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatc
     model, work = tiny_model(), []
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     monkeypatch.setattr(
-        LazyPool, "read", lambda self, rows, draws, positions: work.append(len(rows)) or draws + 40 * positions
+        LazyCandidateBatch,
+        "read",
+        lambda self, rows, draws, positions: work.append(len(rows)) or draws + 40 * positions,
     )
-    sampling, plan = PatchSampling(temperature=0.5, num_candidates=30), BlockPlan()
+    sampling, plan = PatchSampling(temperature=0.5, num_candidates=30), BlockSchedule()
     plan.note([30])
-    patches_RK = model.next_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), plan=plan)
+    patches_RK = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), plan=plan)
     assert work == [2 * (30 + K - 1)]
     assert torch.equal(patches_RK - patches_RK[:, :1], 40 * torch.arange(K).expand(2, -1))

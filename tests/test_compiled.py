@@ -85,7 +85,7 @@ def test_many_laws_each_have_their_graph_and_no_more_are_kept_than_may_be(graphs
     for number in range(2, 11):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
     assert len(graphs.made) == 9
-    monkeypatch.setattr(generation_calm_compiled, "LAWS_KEPT", 1)
+    monkeypatch.setattr(generation_calm_compiled, "MAX_COMPILED_STEPS", 1)
     for number in (2, 11):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
     assert len(generation_calm_compiled.COMPILED[model]) == 1

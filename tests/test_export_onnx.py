@@ -139,7 +139,7 @@ def test_graphs_are_the_model_at_other_sizes(exported, head_type, part):
 def test_the_laws_of_noise_are_the_heads(head_type):
     model = small_model(head_type)
     like, generator = torch.zeros(1, model.config.hidden_size), torch.Generator().manual_seed(0)
-    facts, draws = export_onnx.facts(model), model.head.recorded_draws(4000, 1, like, generator)
+    facts, draws = export_onnx.facts(model), model.head.predrawn_noise(4000, 1, like, generator)
     assert [spec["name"] for spec in facts["noises"]] == list(draws)
     for spec, theirs in zip(facts["noises"], draws.values(), strict=True):
         shape = tuple({"draws": 4000, "rows": 1}.get(size, size) for size in spec["shape"])
@@ -157,7 +157,7 @@ def recorded_text(model, monkeypatch, prompt: str, length: int, **settings):
     recorded = {"exponential": []}
 
     def keep_noise(_, __, given):
-        for name in model.head.recorded_draws(1, 1, torch.zeros(1, model.config.hidden_size), None):
+        for name in model.head.predrawn_noise(1, 1, torch.zeros(1, model.config.hidden_size), None):
             recorded.setdefault(name, []).append(given[name].numpy())
 
     exponential = RowRandomness.exponential

@@ -48,9 +48,9 @@ class Scripted:
 
     def __init__(self, monkeypatch, rows):
         self.rows, self.position = rows, 0
-        monkeypatch.setattr(CALMForCausalLM, "next_patches", self.next_patches)
+        monkeypatch.setattr(CALMForCausalLM, "sample_patches", self.sample_patches)
 
-    def next_patches(self, hidden_RD, *args):
+    def sample_patches(self, hidden_RD, *args):
         going_on = [row for row in self.rows if EOS not in row[: self.position]]
         assert len(hidden_RD) == len(going_on)
         self.position += 4

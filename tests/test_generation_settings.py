@@ -8,7 +8,7 @@ from transformers import GenerationConfig, WatermarkingConfig
 from calm_transformers.model.generation_calm_upstream import (
     GENERATION_SETTINGS,
     HARMLESS_SETTINGS,
-    REFUSED_SETTINGS,
+    UNSUPPORTED_SETTINGS,
     USED_SETTINGS,
 )
 
@@ -143,7 +143,7 @@ def test_a_harmless_field_changes_nothing(model, name):
     assert torch.equal(model.generate(PROMPT, generation_config=config), generate(model))
 
 
-REFUSED = sorted(set(REFUSED_SETTINGS) & set(FIELDS))
+REFUSED = sorted(set(UNSUPPORTED_SETTINGS) & set(FIELDS))
 REFUSED_VALUES = {
     "force_words_ids": [[5]],
     "constraints": [object()],
@@ -165,8 +165,8 @@ def test_a_refused_field_is_refused_in_a_sentence_before_any_work(monkeypatch, m
     assert len(sentence) < 250 and sentence.endswith(".")
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if REFUSED_SETTINGS[name][1:]])
+@pytest.mark.parametrize("name", [name for name in REFUSED if UNSUPPORTED_SETTINGS[name][1:]])
 def test_the_values_that_ask_for_nothing_are_accepted(model, name):
     expected = generate(model)
-    for value in REFUSED_SETTINGS[name][1:]:
+    for value in UNSUPPORTED_SETTINGS[name][1:]:
         assert torch.equal(generate(model, **{name: value}), expected)

@@ -55,7 +55,7 @@ def test_golden_outputs_are_reproduced(head_type, dtype, tolerance):
 def test_latents_of_the_same_draws_are_those_of_the_cpu(models):
     on_cpu, on_gpu = models
     context_RD = torch.randn(3, on_cpu.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    draws = on_cpu.head.recorded_draws(5, 1, context_RD, torch.Generator().manual_seed(1))
+    draws = on_cpu.head.predrawn_noise(5, 1, context_RD, torch.Generator().manual_seed(1))
     expected = on_cpu.head.sample(context_RD, num_samples=5, **draws)
     draws = {name: value.to(DEVICE) for name, value in draws.items()}
     found = on_gpu.head.sample(context_RD.to(DEVICE), num_samples=5, **draws)

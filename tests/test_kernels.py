@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calm_transformers.model import kernels_calm
 from calm_transformers.model.heads_calm_diffusion import diffusion_schedule
-from calm_transformers.model.kernels_calm import SWITCH, VocabularyScreen, fast_products, numbers_up_to, to_device
+from calm_transformers.model.kernels_calm import SWITCH, VocabularyScreen, arange, as_tensor, fast_products
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def float32_precision(precision):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda size: numbers_up_to(size, CPU), lambda size: diffusion_schedule(size, CPU).log_betas]
+    "make", [lambda size: arange(size, CPU), lambda size: diffusion_schedule(size, CPU).log_betas]
 )
 def test_a_trace_neither_gets_a_kept_table_nor_leaves_one(make):
     kept = make(971)
@@ -58,15 +58,15 @@ def test_a_trace_neither_gets_a_kept_table_nor_leaves_one(make):
 
 def test_a_table_of_inference_mode_is_used_in_training():
     with torch.inference_mode():
-        numbers_up_to(973, CPU)
-    (numbers_up_to(973, CPU) * torch.ones(973, requires_grad=True)).sum().backward()
+        arange(973, CPU)
+    (arange(973, CPU) * torch.ones(973, requires_grad=True)).sum().backward()
 
 
 @pytest.mark.parametrize(("device", "waits_not"), [("cuda", True), ("mps", False), ("xpu", False), ("cpu", False)])
 def test_only_cuda_copies_without_waiting(monkeypatch, device, waits_not):
     seen = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: seen.append(non_blocking))
-    to_device([1, 2], torch.device(device))
+    as_tensor([1, 2], torch.device(device))
     assert seen == [waits_not]
 
 
@@ -78,8 +78,8 @@ def calls(monkeypatch):
     """The shapes of all products that oneDNN makes: of small ones, too, on every processor."""
     seen, product = [], kernels_calm._one_dnn_linear
     monkeypatch.setattr(kernels_calm, "_one_dnn_linear", lambda *args: seen.append(args[0].shape) or product(*args))
-    monkeypatch.setattr(kernels_calm, "LEAST_ROWS", 1)
-    monkeypatch.setattr(kernels_calm, "LEAST_WORK", 1)
+    monkeypatch.setattr(kernels_calm, "MIN_ROWS", 1)
+    monkeypatch.setattr(kernels_calm, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(kernels_calm, "one_dnn_is_faster", lambda: True)
     return seen
 
@@ -130,7 +130,7 @@ def test_what_is_left_to_pytorch(monkeypatch, calls, case):
     elif case == "medium":
         context = float32_precision("medium")
     elif case == "small":
-        monkeypatch.setattr(kernels_calm, "LEAST_WORK", 2**21)
+        monkeypatch.setattr(kernels_calm, "MIN_MULTIPLICATIONS", 2**21)
     with context:
         plain = F.linear(rows, weight)
         with fast_products(100, 100):
@@ -296,7 +296,7 @@ def test_the_full_product_where_it_cannot_be_screened(monkeypatch, autoencoder, 
     elif case == "medium":
         context = float32_precision("medium")
     elif case == "undecided":
-        monkeypatch.setattr(kernels_calm, "MOST_SURVIVORS", 0)
+        monkeypatch.setattr(kernels_calm, "MAX_SURVIVORS", 0)
     else:  # by another thread
         autoencoder.read_tokens(states, POSITIONS)
         autoencoder.decoder.screen.tiles = []

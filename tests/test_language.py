@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refusal
-from enumerable_laws import chi_square_p_value
+from enumerable_distributions import chi_square_p_value
 from language_oracle import LANGUAGE, OTHER, Oracle, S, V, continuations, ids_of
 
 from calm_transformers.evaluation.ar_estimator import count_ar

@@ -122,7 +122,7 @@ def test_loss_without_targets_is_zero_and_differentiable(head_type):
 def test_many_draws_pass_the_head_in_chunks(monkeypatch, head_type):
     head, context = tiny_model(head_type).head, torch.randn(2, 48)
     draws = [head.sample(context, num_samples=24, generator=generator())]
-    monkeypatch.setitem(heads_calm.DRAWS_AT_ONCE, "cpu", 10)
+    monkeypatch.setitem(heads_calm.SAMPLES_CHUNK_SIZE, "cpu", 10)
     draws.append(head.sample(context, num_samples=24, generator=generator()))
     torch.testing.assert_close(draws[1], draws[0], rtol=1e-4, atol=1e-5)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from enumerable_laws import FixedPlan, StubPool, chi_square_p_value, flat, peaked, seeded, sharpened, zipf
+from enumerable_distributions import FixedPlan, StubPool, chi_square_p_value, flat, peaked, seeded, sharpened, zipf
 from scipy.stats import kstest
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
 
@@ -19,7 +19,7 @@ def test_so_are_the_draws_of_a_head(head_type):
     model, context = tiny_model(head_type).double(), torch.randn(3, 48, generator=seeded(), dtype=torch.float64)
 
     def draws(randomness, rows, num_draws):
-        noise = randomness.for_head(model.head, context, rows, num_draws)
+        noise = randomness.head_noise(model.head, context, rows, num_draws)
         return model.head.sample(context[[1] * len(rows)], num_samples=num_draws, **noise)
 
     alone = draws(RowRandomness([seeded(7)]), rows_of(0), 2 * FIRST_PAGE + 5)

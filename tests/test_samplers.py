@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from enumerable_laws import (
+from enumerable_distributions import (
     FixedPlan,
     StubPool,
     chi_square_p_value,
@@ -24,18 +24,18 @@ from sampler_twins import first_attempt_by_loops, published_laws_by_loops, table
 
 from calm_transformers.model import generation_calm_weights
 from calm_transformers.model.generation_calm_samplers import (
-    BlockPlan,
+    BlockSchedule,
     batch_temperature_select,
     exact_temperature_sample,
     first_accepted_attempt,
     most_frequent_patch,
 )
 from calm_transformers.model.generation_calm_weights import (
+    candidate_log_weights,
     check_num_candidates,
-    class_sizes,
-    draw_log_weights,
+    first_occurrences,
     inverse_temperature,
-    patch_classes,
+    occurrence_counts,
     repetition_log_weights,
 )
 
@@ -44,11 +44,11 @@ SIGNIFICANCE = 1e-3
 
 
 def classes_of(outcomes_BN: torch.Tensor) -> torch.Tensor:
-    return patch_classes(outcomes_BN[..., None])
+    return first_occurrences(outcomes_BN[..., None])
 
 
 def choice_probabilities(outcomes_BN: torch.Tensor, temperature: float) -> torch.Tensor:
-    return draw_log_weights(classes_of(outcomes_BN), temperature).double().softmax(-1)
+    return candidate_log_weights(classes_of(outcomes_BN), temperature).double().softmax(-1)
 
 
 def batch_law(outcomes_BN: torch.Tensor, temperature: float, num_outcomes: int) -> torch.Tensor:
@@ -70,15 +70,15 @@ class TestClasses:
     @pytest.fixture(autouse=True)
     def size_that_is_compared_at_once(self, way, monkeypatch):
         most = 2**30 if way == "all pairs at once" else 0
-        monkeypatch.setattr(generation_calm_weights, "COMPARISONS_AT_ONCE", {"cpu": most, "other": most})
+        monkeypatch.setattr(generation_calm_weights, "MAX_COMPARISONS", {"cpu": most, "other": most})
 
     @pytest.mark.parametrize("patch_size", [1, 4])
     def test_equals_loops(self, patch_size):
         patches = torch.randint(2, (5, 30, patch_size), generator=seeded())
-        classes = patch_classes(patches)
+        classes = first_occurrences(patches)
         for b, row in enumerate(patches.tolist()):
             assert classes[b].tolist() == [row.index(patch) for patch in row]
-            assert class_sizes(classes)[b].tolist() == [row.count(patch) for patch in row]
+            assert occurrence_counts(classes)[b].tolist() == [row.count(patch) for patch in row]
 
     def test_patches_too_large_to_pack_into_one_integer(self):
         # 128257^8 > 2^135: base-V packing modulo 2^64 would confuse patches that differ in the first tokens only.
@@ -87,9 +87,9 @@ class TestClasses:
         for position in range(8):
             patches[0, 1 + position, position] = (base[position] + 1) % 128257
             patches[0, 9 + position, position] = (base[position] + 65536) % 128257
-        assert patch_classes(patches).tolist() == [list(range(17))]
+        assert first_occurrences(patches).tolist() == [list(range(17))]
         ids = torch.tensor([[[2**31 - 1], [0], [2**31 - 1]]], dtype=torch.int32)
-        assert patch_classes(ids).tolist() == [[0, 1, 0]]
+        assert first_occurrences(ids).tolist() == [[0, 1, 0]]
 
 
 class TestWeights:
@@ -199,7 +199,7 @@ class TestAlgorithm1:
     @pytest.mark.parametrize("temperature", [0.5, 0.7])
     def test_the_law_stays_from_step_to_step(self, temperature):
         """Blocks are sized by the steps before, the law of a step is the same whatever they were."""
-        plan, law, first_blocks, outcomes = BlockPlan(), zipf(10), set(), []
+        plan, law, first_blocks, outcomes = BlockSchedule(), zipf(10), set(), []
         generator = seeded(12)
         for _ in range(100):
             pool = StubPool(law.expand(40, -1), generator)
@@ -277,7 +277,7 @@ class TestFallback:
 class PoolOfPairs(StubPool):
     """Tells equal only the draws that are compared, and those that follow from them."""
 
-    def classes(self, rows_R, pairs="all", noise_RN=None):
+    def first_occurrences(self, rows_R, pairs="all", noise_RN=None):
         outcomes = self.outcomes_BN[rows_R]
         linked = (outcomes[:, :, None] == outcomes[:, None]) & table_of_pairs(pairs, outcomes.shape[1])
         for _ in range(outcomes.shape[1].bit_length()):  # equal to one that is equal to a third

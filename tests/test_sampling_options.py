@@ -32,14 +32,14 @@ def another_value(option):
 
 def sampling_used(monkeypatch, model, **arguments):
     """What `generate` hands to the choice of a patch."""
-    seen, choose = [], model.next_patches
+    seen, choose = [], model.sample_patches
 
     def note(hidden_RD, sampling, *args):
         seen.append(sampling)
         return choose(hidden_RD, sampling, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "next_patches", note)
+        patch.setattr(model, "sample_patches", note)
         model.generate(PROMPT, max_new_tokens=4, eos_token_id=None, **arguments)
     (sampling,) = seen
     return sampling
@@ -83,7 +83,7 @@ def test_more_draws_than_fit_are_refused_before_any_work(monkeypatch):
             model.generate(PROMPT, do_sample=True, temperature=0.5, **settings)
     with pytest.raises(ValueError, match=sentence):
         PatchSampling(temperature=0.5, num_candidates=10**6, sampling_method="exact")
-    assert PatchSampling(num_candidates=10**8).draws_once  # T = 1 draws one
+    assert PatchSampling(num_candidates=10**8).takes_single_sample  # T = 1 draws one
 
 
 @pytest.mark.parametrize("top_k", [49, 50, None])

@@ -79,7 +79,7 @@ def test_chunks_of_patches_are_invisible(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     samples, targets = torch.randn(4, 3, 11, 6, generator=generator), torch.randn(5, 3, 11, 6, generator=generator)
     whole = value_and_gradient(energy_score, samples, targets, 1.0)
-    monkeypatch.setitem(heads_calm_energy.PATCHES_PER_CHUNK, "cpu", 4)
+    monkeypatch.setitem(heads_calm_energy.PATCHES_CHUNK_SIZE, "cpu", 4)
     chunked = value_and_gradient(energy_score, samples, targets, 1.0)
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

@@ -146,7 +146,7 @@ def test_a_text_that_fails_is_a_500_that_says_why_and_health_tells_when_no_more_
         return got.status_code, got.json().get("error", {}).get("message", "")
 
     with monkeypatch.context() as patch:
-        patch.setattr(app_client.batcher.model, "next_patches", failing(RuntimeError("out of memory")))
+        patch.setattr(app_client.batcher.model, "sample_patches", failing(RuntimeError("out of memory")))
         assert answer() == (500, "The text could not be written: RuntimeError: out of memory.")
         said = "The last text failed, and so did another since: RuntimeError: out of memory."
         assert answer("health") == (503, said)

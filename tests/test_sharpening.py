@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refusal
-from enumerable_laws import chi_square_p_value
+from enumerable_distributions import chi_square_p_value
 from language_oracle import LANGUAGE, Oracle, V, continuations
 from tiny import tiny_model
 

@@ -10,14 +10,14 @@ from scipy.stats import chi2
 from tiny import HEAD_TYPES, tiny_model
 
 from calm_transformers.model.generation_calm_samplers import PatchSampling
-from calm_transformers.model.generation_calm_weights import patch_classes
+from calm_transformers.model.generation_calm_weights import first_occurrences
 
 HISTOGRAMS = {"T1": 1.0, "T1_2": 1 / 2, "T1_3": 1 / 3}
 
 
 def histograms(patches_MK, chunks_CK, recorded_C):
     """Ours and the recorded counts over the patches that either has seen."""
-    classes = patch_classes(torch.cat([chunks_CK, patches_MK])[None])[0]
+    classes = first_occurrences(torch.cat([chunks_CK, patches_MK])[None])[0]
     size = len(chunks_CK) + len(patches_MK)
     ours = torch.bincount(classes[len(chunks_CK) :], minlength=size)
     theirs = torch.nn.functional.pad(recorded_C, (0, size - len(recorded_C)))
@@ -39,7 +39,7 @@ def draws(model, hidden, sampling, num_patches, rows_at_once=500, seed=0):
     """Patches (num_patches, K) that a model chooses in one context, on the CPU wherever it is."""
     generator = torch.Generator(model.device).manual_seed(seed)
     context = hidden.to(model.device).expand(rows_at_once, -1)
-    chunks = [model.next_patches(context, sampling, generator) for _ in range(num_patches // rows_at_once)]
+    chunks = [model.sample_patches(context, sampling, generator) for _ in range(num_patches // rows_at_once)]
     return torch.cat(chunks).cpu()
 
 

@@ -32,7 +32,7 @@ def drawn(monkeypatch):
                 return lambda *args, **kwargs: where.append(function(*args, **kwargs)) or where[-1]
 
             monkeypatch.setattr(model.head, "sample", kept(model.head.sample, self.samples))
-            monkeypatch.setattr(PatchTarget, "draw_latents", kept(PatchTarget.draw_latents, self.targets))
+            monkeypatch.setattr(PatchTarget, "sample_latents", kept(PatchTarget.sample_latents, self.targets))
             return model
 
     return Drawn()
@@ -47,7 +47,7 @@ def without_randomness(monkeypatch, model):
 
     monkeypatch.setattr(model.head, "sample", sample)
     monkeypatch.setattr(
-        PatchTarget, "draw_latents", lambda self, num, generator: self.posterior()[0].expand(num, -1, -1)
+        PatchTarget, "sample_latents", lambda self, num, generator: self.posterior()[0].expand(num, -1, -1)
     )
     return model
 
@@ -207,7 +207,7 @@ def test_bfloat16():
 
 
 def test_draws_are_made_some_at_a_time(monkeypatch, drawn):
-    monkeypatch.setitem(text_scores.DRAWS_AT_ONCE, "cpu", 64)
+    monkeypatch.setitem(text_scores.SAMPLES_CHUNK_SIZE, "cpu", 64)
     model = drawn(few_tokens(tiny_model(patch_size=1), 20))
     scores = score_texts(model, IDS.repeat(3, 1), num_samples=10, generator=seeded())
     sizes = [samples_NmZ.shape[0] * samples_NmZ.shape[1] for samples_NmZ in drawn.samples]

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from enumerable_laws import chi_square_p_value
+from enumerable_distributions import chi_square_p_value
 from tiny import tiny_config, tiny_model
 from torch import nn
 
 from calm_transformers.model.heads_calm import PatchTarget
-from calm_transformers.model.heads_calm_token_chain import token_codes
+from calm_transformers.model.heads_calm_token_chain import latent_token_embeddings
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.auxiliary import MultiTokenLoss
 
@@ -35,11 +35,11 @@ class AdditiveAutoencoder(nn.Module):
 
 def test_codes_of_an_additive_autoencoder_sum_to_its_means():
     autoencoder = AdditiveAutoencoder()
-    codes = token_codes(autoencoder)
+    codes = latent_token_embeddings(autoencoder)
     patches = torch.randint(V, (1, 50 * K))
     summed = codes[torch.arange(K), patches.view(50, K)].sum(1)
     torch.testing.assert_close(summed, autoencoder.encode(patches)[0][0], atol=1e-4, rtol=1e-4)
-    assert torch.equal(codes, token_codes(autoencoder))
+    assert torch.equal(codes, latent_token_embeddings(autoencoder))
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_draws_have_the_chain_s_law(monkeypatch):
     patches = [(first, second) for first in range(24) for second in range(24)]
     laws = torch.tensor([[log_probability(head, c, patch) for patch in patches] for c in contexts]).double().exp()
     tokens_of(head, monkeypatch)
-    for shared in ({}, head.recorded_draws(20000, 1, contexts, torch.Generator().manual_seed(0))):
+    for shared in ({}, head.predrawn_noise(20000, 1, contexts, torch.Generator().manual_seed(0))):
         drawn = head.sample(contexts, num_samples=20000, generator=torch.Generator().manual_seed(0), **shared).long()
         numbers = drawn[..., 0] * 24 + drawn[..., 1]
         assert chi_square_p_value(numbers[:, 0], laws[0]) > SIGNIFICANCE
@@ -129,5 +129,5 @@ def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
     assert not model.head.codes.any()
     loss = MultiTokenLoss(48, V, K)
     model.head.fit(model.autoencoder, loss.state_dict())
-    assert torch.equal(model.head.codes, token_codes(model.autoencoder))
+    assert torch.equal(model.head.codes, latent_token_embeddings(model.autoencoder))
     assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor
 
 from calm_transformers.model.generation_calm_randomness import StepRandomness
-from calm_transformers.model.generation_calm_samplers import BlockPlan, PatchSampling
+from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher
 
@@ -63,16 +63,16 @@ class PoolByHand:
     for all, equal ones with rules weigh what they weigh on average, and those far below the heaviest nothing.
     """
 
-    has_factors = True
+    has_processors = True
 
     def __init__(self, model, hidden_1D, randomness, text, processors, num_left):
         self.model, self.hidden_1D, self.randomness = model, hidden_1D, randomness
         self.text, self.processors, self.num_left = text, processors, num_left
-        self.rows_B, self.patches, self.log_factors_BN = torch.tensor([0]), [], None
+        self.rows_B, self.patches, self.processor_log_weights_BN = torch.tensor([0]), [], None
 
     def extend(self, rows_R, num_draws):
         assert not self.patches, "with rules all are drawn at once"
-        noise = self.randomness.for_head(self.model.head, self.hidden_1D, self.rows_B, num_draws)
+        noise = self.randomness.head_noise(self.model.head, self.hidden_1D, self.rows_B, num_draws)
         latents_N1Z = self.model.head.sample(self.hidden_1D, num_samples=num_draws, **noise)
         ruled, factors = {}, []
         for latent_Z in latents_N1Z[:, 0]:
@@ -86,7 +86,7 @@ class PoolByHand:
         for patch in self.patches:
             own = [math.exp(f) for p, f in zip(self.patches, factors, strict=True) if p == patch]
             means.append(math.log(sum(own) / len(own)) if sum(own) else -math.inf)
-        self.log_factors_BN = torch.tensor([[f if f >= max(means) - 10 else -math.inf for f in means]])
+        self.processor_log_weights_BN = torch.tensor([[f if f >= max(means) - 10 else -math.inf for f in means]])
 
     def plain(self, logits_KV):
         ids = list(self.text)
@@ -112,7 +112,7 @@ class PoolByHand:
             patch.append(token)
         return tuple(patch), factor
 
-    def classes(self, rows_R, pairs="all", noise_RN=None):
+    def first_occurrences(self, rows_R, pairs="all", noise_RN=None):
         return torch.tensor([[self.patches.index(patch) for patch in self.patches]])
 
 
@@ -120,7 +120,7 @@ class PoolByHand:
 def write_by_hand(model, processors, prompt=PROMPT, seed=0, num_new=NUM_NEW, **law):
     sampling = PatchSampling(**{"num_candidates": 12, "do_sample": True, **law})
     ids = model.pack_for_generation(torch.tensor([prompt]), bos_token=BOS)["input_ids"]
-    generators, plan, new = [seeded(seed)], BlockPlan(), []
+    generators, plan, new = [seeded(seed)], BlockSchedule(), []
     while True:
         hidden_1D = model(input_ids=ids).last_hidden_state[:, -1]
         randomness = StepRandomness.of(generators)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable_laws import chi_square_p_value
+from enumerable_distributions import chi_square_p_value
 from tiny import tiny_model
 
 from calm_transformers.training.auxiliary import MultiTokenLoss, WithAuxiliary

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable_laws import StubPool, chi_square_p_value, seeded, sharpened, total_variation, zipf
+from enumerable_distributions import StubPool, chi_square_p_value, seeded, sharpened, total_variation, zipf
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from calm_transformers.benchmarks import truncation as report
@@ -16,11 +16,11 @@ from calm_transformers.model.generation_calm_samplers import (
     exact_temperature_sample,
 )
 from calm_transformers.model.generation_calm_weights import (
-    KEEP_ALL,
+    NO_TRUNCATION,
     Truncation,
-    choose_by_weight,
-    draw_weights,
-    patch_classes,
+    candidate_weights,
+    first_occurrences,
+    sample_by_weight,
     truncated,
 )
 
@@ -33,7 +33,7 @@ TRUNCATIONS = [
     Truncation(min_p=1.0),
     Truncation(top_k=30, top_p=0.9, min_p=0.1),
     Truncation(top_p=0.5, min_p=0.5),
-    KEEP_ALL,
+    NO_TRUNCATION,
 ]
 
 
@@ -74,22 +74,22 @@ class TestTruncated:
     def test_what_lies_exactly_on_an_edge(self, share):
         """Of n·20 equal ones n·20·share are the fewest; and a count of exactly that share of the largest stays."""
         for size in range(20, 201, 20):
-            weights = draw_weights(torch.arange(size)[None], 1.0, Truncation(top_p=share))
+            weights = candidate_weights(torch.arange(size)[None], 1.0, Truncation(top_p=share))
             assert int((weights > 0).sum()) == round(share * size)
             counts = (size, round(share * size), round(share * size) - 1)
-            weights = draw_weights(classes_of(*counts), 1.0, Truncation(min_p=share))
+            weights = candidate_weights(classes_of(*counts), 1.0, Truncation(min_p=share))
             assert int((weights > 0).sum()) == 2
 
 
 class TestWeights:
     @pytest.mark.parametrize(
-        "temperature, truncation", [(0.5, Truncation(top_k=2)), (1.5, KEEP_ALL), (1.0, Truncation(top_p=0.7))]
+        "temperature, truncation", [(0.5, Truncation(top_k=2)), (1.5, NO_TRUNCATION), (1.0, Truncation(top_p=0.7))]
     )
     def test_the_choice_follows_them(self, temperature, truncation):
-        class_1N = classes_of(1, 4, 2, 3, 2, 1, 2)
-        weights_1N = draw_weights(class_1N, temperature, truncation)
-        noise_BN = torch.empty(20_000, class_1N.shape[1]).exponential_(generator=seeded())
-        chosen = choose_by_weight(class_1N.expand(20_000, -1), noise_BN, temperature, truncation)
+        first_1N = classes_of(1, 4, 2, 3, 2, 1, 2)
+        weights_1N = candidate_weights(first_1N, temperature, truncation)
+        noise_BN = torch.empty(20_000, first_1N.shape[1]).exponential_(generator=seeded())
+        chosen = sample_by_weight(first_1N.expand(20_000, -1), noise_BN, temperature, truncation)
         assert not (weights_1N[0, chosen] == 0).any()
         kept = weights_1N[0].nonzero()[:, 0]
         number, law = torch.searchsorted(kept, chosen), weights_1N[0, kept].double()
@@ -105,7 +105,7 @@ class TestWeights:
         unseen = f1 * (f1 - 1) / (2 * (f2 + 1)) / (math.gamma(s + 1) * math.gamma(1 - s))
         plain = [math.gamma(c + 1) / (math.gamma(s + 1) * math.gamma(c - s + 1)) for c in counts]
         expected = [w + (unseen / f1 if c == 1 else 0) for w, c in zip(plain, counts, strict=True)]
-        found = by_patch(draw_weights(classes_of(*counts), temperature), counts)
+        found = by_patch(candidate_weights(classes_of(*counts), temperature), counts)
         assert found == pytest.approx([w / sum(expected) for w in expected], rel=1e-5)
 
     def test_algorithm_1_only_sharpens(self):
@@ -116,20 +116,20 @@ class TestWeights:
 @pytest.mark.parametrize(
     "backend, temperature, truncation",
     [
-        ("aot_eager", 0.5, KEEP_ALL),
+        ("aot_eager", 0.5, NO_TRUNCATION),
         ("aot_eager", 1.5, Truncation(5, 0.9, 0.05)),
         pytest.param("inductor", 1.5, Truncation(5, 0.9, 0.05), marks=pytest.mark.slow),
     ],
 )
 def test_the_compiled_choice_equals_the_eager_one(backend, temperature, truncation):
-    class_BN = patch_classes(torch.randint(30, (16, 60, 1), generator=seeded()))
+    first_BN = first_occurrences(torch.randint(30, (16, 60, 1), generator=seeded()))
     noise_BN = torch.empty(16, 60).exponential_(generator=seeded(1))
-    choose = partial(choose_by_weight, temperature=temperature, truncation=truncation)
+    choose = partial(sample_by_weight, temperature=temperature, truncation=truncation)
     torch._dynamo.reset()  # it counts compilations by code
     compiled = torch.compile(choose, fullgraph=True, backend=backend)
     with torch._dynamo.config.patch(specialize_float=True):  # as generation_calm_compiled.py does
-        chosen_B = compiled(class_BN, noise_BN)
-    assert torch.equal(chosen_B, choose(class_BN, noise_BN))
+        chosen_B = compiled(first_BN, noise_BN)
+    assert torch.equal(chosen_B, choose(first_BN, noise_BN))
 
 
 @functools.cache
@@ -157,9 +157,9 @@ class TestLaws:
         def distance(weigh):
             return total_variation(law.law_of_choice(weigh), meant)
 
-        assert distance(partial(draw_weights, temperature=temperature)) < bound
+        assert distance(partial(candidate_weights, temperature=temperature)) < bound
         assert distance(partial(plug_in_weights, temperature=temperature)) > bound
-        assert distance(partial(draw_weights, temperature=1.0)) > bound  # not flattened
+        assert distance(partial(candidate_weights, temperature=1.0)) > bound  # not flattened
 
     @pytest.mark.parametrize(
         "name, num_draws, temperature, truncation, bound",
@@ -176,7 +176,7 @@ class TestLaws:
         law, meant = pools(name, num_draws), meant_law(LAWS[name], temperature, truncation)
 
         def distance(**settings):
-            return total_variation(law.law_of_choice(partial(draw_weights, **settings)), meant)
+            return total_variation(law.law_of_choice(partial(candidate_weights, **settings)), meant)
 
         assert distance(temperature=temperature, truncation=truncation) < bound
         assert distance(temperature=temperature) > bound  # not truncated
@@ -210,10 +210,10 @@ class TestReport:
     def test_law_of_choice_by_loops(self):
         pools, law = Pools(zipf(5), 30, 7), torch.zeros(5, dtype=torch.float64)
         for outcomes in pools.outcomes_BN.tolist():
-            weights = draw_weights(patch_classes(torch.tensor(outcomes)[None, :, None]), 0.5)[0].tolist()
+            weights = candidate_weights(first_occurrences(torch.tensor(outcomes)[None, :, None]), 0.5)[0].tolist()
             for outcome, weight in zip(outcomes, weights, strict=True):
                 law[outcome] += weight / 30
-        torch.testing.assert_close(pools.law_of_choice(partial(draw_weights, temperature=0.5)), law)
+        torch.testing.assert_close(pools.law_of_choice(partial(candidate_weights, temperature=0.5)), law)
 
     def test_command(self, monkeypatch, capsys):
         monkeypatch.setattr(report, "LAWS", {name: LAWS[name] for name in ("zipf(20)", "flat(100)")})

@@ -142,7 +142,7 @@ class Benchmark:
         else:
             demo = self._model("demo", with_weights=True)
             sampling = PatchSampling(True, temperature, N, self.options.sampling_method)
-            candidates = record(demo, temperature, sampling.most_draws)
+            candidates = record(demo, temperature, sampling.max_samples)
             replay = Replay(candidates)
         return replay, distinct_share(candidates[:, :N]) if temperature < 1 else None
 

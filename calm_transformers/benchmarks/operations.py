@@ -42,7 +42,7 @@ from calm_transformers.benchmarks.workloads import random_model, random_prompts,
 from calm_transformers.command_line import InputError, Parser, command, known_errors, writable
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.model.configuration_calm import HEADS, CALMConfig
-from calm_transformers.model.generation_calm_samplers import BlockPlan
+from calm_transformers.model.generation_calm_samplers import BlockSchedule
 from calm_transformers.model.kernels_calm import SWITCH
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
@@ -115,7 +115,7 @@ class Case:
     blocks: int = 1
 
 
-class FixedBlocks(BlockPlan):
+class FixedBlocks(BlockSchedule):
     """Begins with a block of the same size, whatever the steps before needed."""
 
     def __init__(self, size: int):
@@ -168,7 +168,7 @@ def count(model, case: Case) -> dict:
         with ExitStack() as stack:
             if case.head is not None:
                 plan = FixedBlocks(NUM_CANDIDATES // case.blocks)
-                stack.enter_context(wrapped(model, "next_patches", lambda method: _with_plan(method, plan)))
+                stack.enter_context(wrapped(model, "sample_patches", lambda method: _with_plan(method, plan)))
             stack.enter_context(parts.measured())
             # What is faster is measured, and so could be another way on another machine.
             stack.enter_context(patch.dict(os.environ, {SWITCH: "plain"}))
@@ -182,9 +182,9 @@ def count(model, case: Case) -> dict:
     return {"operations": more.operations - fewer.operations, "waits": more.waits - fewer.waits, **parts}
 
 
-def _with_plan(next_patches, plan: BlockPlan):
+def _with_plan(sample_patches, plan: BlockSchedule):
     def call(hidden_RD, sampling, generator, forbidden_KV, _, *others):
-        return next_patches(hidden_RD, sampling, generator, forbidden_KV, plan, *others)
+        return sample_patches(hidden_RD, sampling, generator, forbidden_KV, plan, *others)
 
     return call
 

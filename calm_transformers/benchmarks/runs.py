@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from calm_transformers.benchmarks.meters import Meter, Parts, PeakMemory, synchronise, weight_bytes, wrapped
 from calm_transformers.benchmarks.workloads import Replay, write
 from calm_transformers.loading import is_calm
-from calm_transformers.model.kernels_calm import OneDNNProducts, one_dnn_is_faster
+from calm_transformers.model.kernels_calm import OneDNNLinear, one_dnn_is_faster
 
 PARTS = ("backbone", "head", "decode", "selection", "other")
 DECODING = ("decode_tokens", "decode_states", "read_tokens")
@@ -56,7 +56,7 @@ class Subject:
             "backbone": (self.model.model, "forward"),
             "head": (self.model.head, "sample"),
             "decode": [(self.model.autoencoder, name) for name in DECODING],
-            "choice": (self.model, "next_patches"),
+            "choice": (self.model, "sample_patches"),
         }
 
     def write(self, length: int, parts: Parts) -> int:
@@ -84,7 +84,7 @@ class Subject:
 
 def lent_products() -> AbstractContextManager:
     """For an ordinary language model: the products of linear layers that a CALM makes by itself (kernels_calm.py)."""
-    return OneDNNProducts() if one_dnn_is_faster() else nullcontext()
+    return OneDNNLinear() if one_dnn_is_faster() else nullcontext()
 
 
 @dataclass

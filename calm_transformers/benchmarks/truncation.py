@@ -3,7 +3,7 @@
     python -m calm_transformers.benchmarks.truncation
 
 A law P over V patches is known exactly; of each pool of N draws one patch is chosen by
-`generation_calm_weights.draw_weights`. The figures are total variations between the law of that choice, the mean over
+`generation_calm_weights.candidate_weights`. The figures are total variations between the law of that choice, the mean over
 the pools, and the law that is meant: P^(1/T)/Z, truncated. Where equal probabilities meet at the edge of a
 truncation, each of them is meant equally often.
 
@@ -27,11 +27,11 @@ from torch import Tensor
 from calm_transformers.command_line import Parser, command, positive
 from calm_transformers.evaluation.report import markdown
 from calm_transformers.model.generation_calm_weights import (
-    KEEP_ALL,
+    NO_TRUNCATION,
     Truncation,
-    class_sizes,
-    draw_weights,
-    patch_classes,
+    candidate_weights,
+    first_occurrences,
+    occurrence_counts,
     truncated,
 )
 from calm_transformers.progress import progress_bar
@@ -58,7 +58,7 @@ LAWS = {  # zipf: the i-th has 1/i of the first; peaked: one has 0.6, the others
 }
 
 
-def meant_law(law_V: Tensor, temperature: float, truncation: Truncation = KEEP_ALL) -> Tensor:
+def meant_law(law_V: Tensor, temperature: float, truncation: Truncation = NO_TRUNCATION) -> Tensor:
     """P^(1/T)/Z, truncated as `truncated` does it, equal probabilities alike."""
     power_V = law_V ** (1 / temperature)
     power_V = power_V / power_V.sum()
@@ -71,10 +71,10 @@ def meant_law(law_V: Tensor, temperature: float, truncation: Truncation = KEEP_A
     return kept_V / kept_V.sum()
 
 
-def plug_in_weights(class_BN: Tensor, temperature: float) -> Tensor:
+def plug_in_weights(first_BN: Tensor, temperature: float) -> Tensor:
     """count^(1/T), on the first of equal draws, each row's sum 1."""
-    is_first_BN = class_BN == torch.arange(class_BN.shape[1])
-    weights_BN = class_sizes(class_BN).double().pow(1 / temperature) * is_first_BN
+    is_first_BN = first_BN == torch.arange(first_BN.shape[1])
+    weights_BN = occurrence_counts(first_BN).double().pow(1 / temperature) * is_first_BN
     return weights_BN / weights_BN.sum(-1, keepdim=True)
 
 
@@ -85,11 +85,11 @@ class Pools:
         generator = torch.Generator().manual_seed(0)
         draws = torch.multinomial(law_V, num_pools * num_draws, replacement=True, generator=generator)
         self.num_outcomes, self.outcomes_BN = len(law_V), draws.view(num_pools, num_draws)
-        self.class_BN = patch_classes(self.outcomes_BN[..., None])
+        self.first_BN = first_occurrences(self.outcomes_BN[..., None])
 
     def law_of_choice(self, weigh: Callable[[Tensor], Tensor]) -> Tensor:
         """The law (V,) of a choice by weights (B, N) of class ids (B, N)."""
-        weights_BN, law_V = weigh(self.class_BN).double(), torch.zeros(self.num_outcomes, dtype=torch.float64)
+        weights_BN, law_V = weigh(self.first_BN).double(), torch.zeros(self.num_outcomes, dtype=torch.float64)
         return law_V.index_add(0, self.outcomes_BN.flatten(), weights_BN.flatten()) / len(weights_BN)
 
 
@@ -100,11 +100,11 @@ def total_variation(law_V: Tensor, other_V: Tensor) -> float:
 def flattened_row(law_V: Tensor, pools: Pools) -> list[float]:
     """The noise; then for each T ours, the plug-in's and the untouched law's distance."""
     row = [
-        total_variation(pools.law_of_choice(lambda class_BN: torch.full(class_BN.shape, 1 / class_BN.shape[1])), law_V)
+        total_variation(pools.law_of_choice(lambda first_BN: torch.full(first_BN.shape, 1 / first_BN.shape[1])), law_V)
     ]
     for temperature in TEMPERATURES:
         meant_V = meant_law(law_V, temperature)
-        ways = (partial(way, temperature=temperature) for way in (draw_weights, plug_in_weights))
+        ways = (partial(way, temperature=temperature) for way in (candidate_weights, plug_in_weights))
         row += [*(total_variation(pools.law_of_choice(way), meant_V) for way in ways), total_variation(law_V, meant_V)]
     return row
 
@@ -115,7 +115,7 @@ def truncated_row(law_V: Tensor, pools: Pools) -> list[float]:
     for temperature in TRUNCATED_TEMPERATURES:
         for truncation in TRUNCATIONS.values():
             meant_V = meant_law(law_V, temperature, truncation)
-            weigh = partial(draw_weights, temperature=temperature, truncation=truncation)
+            weigh = partial(candidate_weights, temperature=temperature, truncation=truncation)
             untouched = total_variation(meant_law(law_V, temperature), meant_V)
             row += [total_variation(pools.law_of_choice(weigh), meant_V), untouched]
     return row

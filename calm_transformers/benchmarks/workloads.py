@@ -26,7 +26,7 @@ from calm_transformers.benchmarks.meters import wrapped
 from calm_transformers.command_line import InputError, positive, sentence
 from calm_transformers.loading import is_calm, load_causal_lm, load_config
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.generation_calm_candidates import LazyPool, PlainPool
+from calm_transformers.model.generation_calm_candidates import CandidateBatch, LazyCandidateBatch
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.recipe import load_recipe, recipe_names
 
@@ -220,21 +220,21 @@ class Replay:
                 f"the recorded patches have {patch_size} tokens, the model's "
                 f"{getattr(model.config, 'patch_size', 1)}: record a model of the same patch size (--demo)."
             )
-        with wrapped(model, "new_pool", self._impose):
+        with wrapped(model, "new_candidates", self._impose):
             yield
 
-    def _impose(self, new_pool):
+    def _impose(self, new_candidates):
         def call(draw, rows_B, *args):
             num_contexts, device = len(self.patches_CMK), self.patches_CMK.device
             contexts_B = torch.randint(num_contexts, (len(rows_B),), generator=self.generator, device=device)
-            pool = new_pool(draw, rows_B, *args)
-            kind = LazyReplay if isinstance(pool, LazyPool) else PlainReplay
+            pool = new_candidates(draw, rows_B, *args)
+            kind = LazyReplay if isinstance(pool, LazyCandidateBatch) else PlainReplay
             return kind(pool, self.patches_CMK[contexts_B])
 
         return call
 
 
-class PlainReplay(PlainPool):
+class PlainReplay(CandidateBatch):
     """A pool that draws and decodes like another, and then takes a recording's candidates for its own.
 
     Args:
@@ -242,7 +242,7 @@ class PlainReplay(PlainPool):
         patches_BMK: the recorded candidates of each row.
     """
 
-    def __init__(self, pool: PlainPool, patches_BMK: Tensor):
+    def __init__(self, pool: CandidateBatch, patches_BMK: Tensor):
         super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV, pool.rules)
         self.patches_BMK = patches_BMK
 
@@ -252,10 +252,10 @@ class PlainReplay(PlainPool):
         self.tokens_BNK = self.patches_BMK[:, : self.num_drawn]
 
 
-class LazyReplay(LazyPool):
+class LazyReplay(LazyCandidateBatch):
     """The same for lazy decoding: each token that is read is that of the recording."""
 
-    def __init__(self, pool: LazyPool, patches_BMK: Tensor):
+    def __init__(self, pool: LazyCandidateBatch, patches_BMK: Tensor):
         super().__init__(pool.draw, pool.rows_B, pool.autoencoder, pool.forbidden_KV)
         self.patches_BMK = patches_BMK
 

@@ -16,13 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import ModelOutput
 
 from calm_transformers.model.generation_calm_upstream import checked_ids
-from calm_transformers.model.generation_calm_weights import class_sizes, patch_classes
+from calm_transformers.model.generation_calm_weights import first_occurrences, occurrence_counts
 from calm_transformers.model.heads_calm import PatchTarget
 
 if TYPE_CHECKING:
     from calm_transformers.model.modeling_calm import CALMForCausalLM
 
-DRAWS_AT_ONCE = {"cpu": 2**12, "other": 2**16}
+SAMPLES_CHUNK_SIZE = {"cpu": 2**12, "other": 2**16}
 
 
 @dataclass
@@ -106,7 +106,7 @@ def score_texts(
     energy_BP = hidden_BPD.new_zeros(is_scored_BP.shape, dtype=torch.float32)
     brier_BPK, hits_BPK = (energy_BP[..., None].repeat(1, 1, patch_size) for _ in range(2))
     if len(context_MD):
-        at_once = max(1, DRAWS_AT_ONCE["cpu" if ids_BL.device.type == "cpu" else "other"] // num_samples)
+        at_once = max(1, SAMPLES_CHUNK_SIZE["cpu" if ids_BL.device.type == "cpu" else "other"] // num_samples)
         chunks = [values.split(at_once) for values in (context_MD, target_MK, mean_MZ, log_std_MZ)]
         parts = [
             _score_patches(model, context, target, mean, log_std, num_samples, generator)
@@ -162,13 +162,13 @@ def _score_patches(
     """The energy score (m,), and by length Brier and hits (m, K)."""
     target = PatchTarget(target_mK, posterior=(mean_mZ, log_std_mZ))
     samples_NmZ = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
-    targets_SmZ = target.draw_latents(model.config.num_posterior_samples, generator)
+    targets_SmZ = target.sample_latents(model.config.num_posterior_samples, generator)
     energy_m = _energy(samples_NmZ.float(), targets_SmZ.float(), model.config.beta)
     tokens_mNK = model.autoencoder.decode_tokens(samples_NmZ).movedim(0, 1)
     hits_mK = (tokens_mNK == target_mK[:, None]).cumprod(-1).float().mean(1)
     collisions_mK = torch.stack(
         [
-            (class_sizes(patch_classes(tokens_mNK[..., : n + 1])) - 1).float().mean(-1) / (num_samples - 1)
+            (occurrence_counts(first_occurrences(tokens_mNK[..., : n + 1])) - 1).float().mean(-1) / (num_samples - 1)
             for n in range(tokens_mNK.shape[-1])
         ],
         dim=-1,

@@ -35,8 +35,8 @@ from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage, load
 from calm_transformers.experiments.share import parser_of
 from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
-from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, BlockPlan, Pairs, PatchSampling
-from calm_transformers.model.generation_calm_weights import patch_classes
+from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, BlockSchedule, Pairs, PatchSampling
+from calm_transformers.model.generation_calm_weights import first_occurrences
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import progress_bar
 
@@ -51,7 +51,7 @@ SETTINGS = [
         for num_candidates in CANDIDATES
     ),
 ]
-MOST_DRAWS = max(sampling.most_draws for sampling in SETTINGS)
+MAX_SAMPLES_PER_STEP = max(sampling.max_samples for sampling in SETTINGS)
 COLUMNS = ("exact draws", "true law", "true law, recorded", "model")
 FIGURES = {  # title of the table, name in a row, and format
     "total_variation": ("Total variation from the sharpened law:", "total variation", "{:.3f} ± {:.3f}"),
@@ -64,7 +64,7 @@ CONTEXT_LENGTH = 64
 TRUE_RECORD = 2**20  # draws of P are cheap: so many that what rows share of them doesn't show
 LEAST = 1e-9  # less probable patches are left out: together about 1e-4 of the command's language
 LARGEST_PATCH = 4  # of more symbols there are too many to enumerate
-DRAWS_AT_ONCE = 2**12  # of a model
+SAMPLES_CHUNK_SIZE = 2**12  # of a model
 ROWS_AT_ONCE = 100  # pools of up to 10,000 draws: what the samplers make of them stays in the cache
 
 
@@ -111,7 +111,7 @@ class PatchLaw:
 
 
 class RecordedPool:
-    """A `generation_calm_samplers.Pool` whose rows read a record of draws, each in an order of its own.
+    """A `generation_calm_samplers.Candidates` whose rows read a record of draws, each in an order of its own.
 
     No row reads a draw twice, so its draws are as independent as fresh ones; only different rows share some.
 
@@ -124,8 +124,8 @@ class RecordedPool:
     def __init__(self, record_M: Tensor, num_rows: int, generator: torch.Generator):
         size = len(record_M)
         self.record_M, self.rows_B, self.num_drawn = record_M, torch.arange(num_rows), 0
-        self.has_factors: bool = False
-        self.log_factors_BN: Tensor | None = None
+        self.has_processors: bool = False
+        self.processor_log_weights_BN: Tensor | None = None
         self.start_B = torch.randint(size, (num_rows,), generator=generator)
         self.stride_B = 1 + 2 * torch.randint(size, (num_rows,), generator=generator)  # odd: M steps meet every draw
 
@@ -139,12 +139,12 @@ class RecordedPool:
         if self.num_drawn > len(self.record_M):
             raise ValueError(f"{self.num_drawn} draws of a record of {len(self.record_M)}.")
 
-    def classes(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Class ids of the draws of these rows so far, (R, N): where only neighbours are compared, of each run."""
         index_N = torch.arange(self.num_drawn)
         patches_RN = self.read(rows_R, index_N)
         if pairs == "all":
-            return patch_classes(patches_RN[..., None])
+            return first_occurrences(patches_RN[..., None])
         repeats_RN = torch.zeros_like(patches_RN, dtype=torch.bool)
         repeats_RN[:, 1:] = patches_RN[:, 1:] == patches_RN[:, :-1]
         return index_N.masked_fill(repeats_RN, 0).cummax(-1).values
@@ -176,7 +176,7 @@ def next_patch_law(language: HiddenMarkovLanguage, ids_L: Tensor, patch_size: in
 
 def choose(record_M: Tensor, sampling: PatchSampling, num_patches: int, generator: torch.Generator) -> Tensor:
     """(B,): patches that a sampling method chooses, each from a pool of its own."""
-    chosen, plan = [], BlockPlan()
+    chosen, plan = [], BlockSchedule()
     for rows in torch.arange(num_patches).split(ROWS_AT_ONCE):
         pool = RecordedPool(record_M, len(rows), generator)
         chosen.append(pool.tokens(pool.rows_B, sampling.choose(pool, generator, plan))[:, 0])
@@ -198,7 +198,7 @@ def measure(law: PatchLaw, model_M: Tensor, num_patches: int, generator: torch.G
 @torch.no_grad()
 def record(reader: CalmReader, state_D: Tensor, num_draws: int, vocab_size: int, generator: torch.Generator) -> Tensor:
     """(M,): a model's draws of the patch after one context."""
-    sizes = [min(DRAWS_AT_ONCE, num_draws - start) for start in range(0, num_draws, DRAWS_AT_ONCE)]
+    sizes = [min(SAMPLES_CHUNK_SIZE, num_draws - start) for start in range(0, num_draws, SAMPLES_CHUNK_SIZE)]
     return torch.cat([as_numbers(reader.draw(state_D, size, generator), vocab_size) for size in sizes])
 
 
@@ -218,7 +218,7 @@ def measure_model(
         ids_CL: contexts, whole patches of the beginnings of texts.
         patch_size: K.
         num_patches: B.
-        num_recorded: M, a power of 2 of at least `MOST_DRAWS`.
+        num_recorded: M, a power of 2 of at least `MAX_SAMPLES_PER_STEP`.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(language.ids(np.array(language.vocab_size)))
@@ -326,8 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.contexts < 2:
         parser.error("--contexts 1: a standard error needs two")
-    if args.recorded < MOST_DRAWS or args.recorded & (args.recorded - 1):
-        parser.error(f"--recorded {args.recorded}: must be a power of 2, and at least {MOST_DRAWS}")
+    if args.recorded < MAX_SAMPLES_PER_STEP or args.recorded & (args.recorded - 1):
+        parser.error(f"--recorded {args.recorded}: must be a power of 2, and at least {MAX_SAMPLES_PER_STEP}")
     with known_errors():
         language = load(args.language)
         model = load_model(args.model, language)

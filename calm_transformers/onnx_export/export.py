@@ -44,11 +44,11 @@ from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import (
     FIXED_ROTATIONS,
     LENGTH_SETTINGS,
-    REFUSED_SETTINGS,
-    RULE_SETTINGS,
+    PROCESSOR_SETTINGS,
+    UNSUPPORTED_SETTINGS,
 )
 from calm_transformers.model.heads_calm import GenerativeHead
-from calm_transformers.model.heads_calm_flow import Conditions, ModulatedMLP
+from calm_transformers.model.heads_calm_flow import ModulatedMLP, Modulation
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.onnx_export import generate_onnx
@@ -58,7 +58,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LEAST_OPSET = 18  # torch's exporter knows none below
 DYNAMIC = torch.export.Dim.DYNAMIC
 UNIFORM, NORMAL = "uniform", "normal"
-# The laws of the noises that a head is given, as its `recorded_draws` names them.
+# The laws of the noises that a head is given, as its `predrawn_noise` names them.
 NOISE_LAWS: dict[str, dict[str, dict[str, Any]]] = {
     "energy": {"noise": {"law": UNIFORM, "range": [-0.5, 0.5]}},
     "flow": {"noise": {"law": NORMAL}},
@@ -197,7 +197,7 @@ def head_graph(model: CALMForCausalLM) -> Graph:
 
     def example(num_draws: int, num_rows: int) -> tuple[Tensor, dict[str, Any]]:
         hidden = torch.randn(num_rows, size, generator=generator)
-        return hidden, head.recorded_draws(num_draws, num_rows, hidden, generator)
+        return hidden, head.predrawn_noise(num_draws, num_rows, hidden, generator)
 
     hidden, draws = example(5, 2)
     axes = [{noise.dim() - 3: DYNAMIC, noise.dim() - 2: DYNAMIC} for noise in draws.values()]
@@ -244,7 +244,7 @@ def traceable(head: GenerativeHead) -> Iterator[None]:
     times = heads_calm_flow.solver_times(num_steps, device)
     schedule = heads_calm_diffusion.diffusion_schedule(num_steps, device)
 
-    def conditions_at(net: ModulatedMLP, times_T: Tensor, context: Tensor) -> Iterator[Conditions]:
+    def precompute_modulation(net: ModulatedMLP, times_T: Tensor, context: Tensor) -> Iterator[Modulation]:
         of_all = net.conditions(times_T.view(-1, *[1] * (context.dim() - 1)), context)
         for index in range(len(times_T)):
             yield [tuple(values[index] for values in layer) for layer in of_all]
@@ -252,7 +252,7 @@ def traceable(head: GenerativeHead) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(heads_calm_flow, "solver_times", lambda *_: times))
         stack.enter_context(mock.patch.object(heads_calm_diffusion, "diffusion_schedule", lambda *_: schedule))
-        stack.enter_context(mock.patch.object(ModulatedMLP, "conditions_at", conditions_at))
+        stack.enter_context(mock.patch.object(ModulatedMLP, "precompute_modulation", precompute_modulation))
         yield
 
 
@@ -350,7 +350,7 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
     fillers = (config.prompt_filler_token_id, config.pad_token_id, generation.pad_token_id, 0)
     laws, draws = (
         NOISE_LAWS[config.head_type],
-        model.head.recorded_draws(1, 1, torch.zeros(1, config.hidden_size), None),
+        model.head.predrawn_noise(1, 1, torch.zeros(1, config.hidden_size), None),
     )
     return {
         "patch_size": config.patch_size,
@@ -374,10 +374,10 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
 
 def left_out(generation: GenerationConfig) -> list[str]:
     """What a generation configuration asks of `generate` that generate.py doesn't do, as "field=value"."""
-    acting = {*LENGTH_SETTINGS, *RULE_SETTINGS} - EXPORTED | REFUSED_SETTINGS.keys() | NEUTRAL.keys()
+    acting = {*LENGTH_SETTINGS, *PROCESSOR_SETTINGS} - EXPORTED | UNSUPPORTED_SETTINGS.keys() | NEUTRAL.keys()
     values = {name: getattr(generation, name, None) for name in sorted(acting)}
     values["do_sample"] = bool(values["do_sample"])  # not set: off, as upstream takes it
-    off = {name: (*NEUTRAL.get(name, ()), *REFUSED_SETTINGS.get(name, ())[1:]) for name in acting}
+    off = {name: (*NEUTRAL.get(name, ()), *UNSUPPORTED_SETTINGS.get(name, ())[1:]) for name in acting}
     return [f"{name}={value!r}" for name, value in values.items() if value is not None and value not in off[name]]
 
 

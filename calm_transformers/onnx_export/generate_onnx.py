@@ -38,7 +38,7 @@ INTERRUPTED = 130  # and for Ctrl-C, as shells say
 LOGITS_AT_ONCE = 2**24  # 64 MiB
 WHOLE_TOLERANCE = 1e-6  # 1/T this close (relatively) to a whole number counts as whole
 ROUNDING = 1e-5  # of shares: counts are whole, so that many of them lie exactly on the edge of a truncation
-HIGHEST_TEMPERATURE = 2.0
+MAX_TEMPERATURE = 2.0
 NO_WEIGHT = 1000.0  # nats
 UNFINISHED = "\ufffd"  # what a decoder writes for a part of a character
 
@@ -70,8 +70,8 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raises `Refusal` for a value outside its range, or fewer than 1/T candidates."""
-        if not 0 < self.temperature <= HIGHEST_TEMPERATURE:
-            raise Refusal(f"temperature={self.temperature}: must lie in (0, {HIGHEST_TEMPERATURE:g}].")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise Refusal(f"temperature={self.temperature}: must lie in (0, {MAX_TEMPERATURE:g}].")
         if self.top_k < 0:
             raise Refusal(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
         for name in ("top_p", "min_p"):
@@ -214,7 +214,7 @@ class ExportedCALM:
         if len(patches_NK) == 1:
             return patches_NK[0]
         noise_N = randomness.exponential(len(patches_NK))
-        return patches_NK[choose_by_weight(patch_classes(patches_NK), noise_N, sampling)]
+        return patches_NK[sample_by_weight(first_occurrences(patches_NK), noise_N, sampling)]
 
     def _decode(self, latents_NZ: np.ndarray) -> np.ndarray:
         """The most probable tokens (N, K), so many latent vectors at a time that their logits stay few."""
@@ -242,13 +242,13 @@ def inverse_temperature(temperature: float) -> float:
     return float(round(exponent)) if abs(exponent - round(exponent)) <= WHOLE_TOLERANCE * exponent else exponent
 
 
-def patch_classes(patches_NK: np.ndarray) -> np.ndarray:
+def first_occurrences(patches_NK: np.ndarray) -> np.ndarray:
     """For each patch the index of the first one that equals it, (N,)."""
     _, first, inverse = np.unique(patches_NK, axis=0, return_index=True, return_inverse=True)
     return first[inverse.reshape(-1)]
 
 
-def draw_log_weights(class_N: np.ndarray, temperature: float) -> np.ndarray:
+def candidate_log_weights(first_N: np.ndarray, temperature: float) -> np.ndarray:
     """Unnormalised log probability of choosing each draw, (N,).
 
     A patch seen c times weighs C(c, s), s = 1/T, all of it on its first occurrence; with the gamma function for
@@ -256,20 +256,20 @@ def draw_log_weights(class_N: np.ndarray, temperature: float) -> np.ndarray:
     they have no say beside a larger one, and where there is none, the largest of them are chosen from evenly. At T > 1
     the patches seen once also have the weight of those that were not seen, whose number Chao's estimate gives.
     """
-    num_draws, exponent = len(class_N), inverse_temperature(temperature)
+    num_draws, exponent = len(first_N), inverse_temperature(temperature)
     table = [
         math.lgamma(count + 1) - math.lgamma(exponent + 1) - math.lgamma(count - exponent + 1)
         if count > exponent - 1
         else (count - num_draws - 1) * NO_WEIGHT
         for count in range(num_draws + 1)
     ]
-    sizes_N = np.bincount(class_N, minlength=num_draws)[class_N]
+    sizes_N = np.bincount(first_N, minlength=num_draws)[first_N]
     log_weights_N = np.array(table)[sizes_N]
     num_once, num_twice = (sizes_N == 1).sum(), (sizes_N == 2).sum() / 2
     if temperature > 1 and num_once > 1:
         log_unseen = math.log((num_once - 1) / (2 * (num_twice + 1))) + table[0]
         log_weights_N = np.where(sizes_N == 1, np.logaddexp(log_weights_N, log_unseen), log_weights_N)
-    return np.where(class_N == np.arange(num_draws), log_weights_N, -np.inf)
+    return np.where(first_N == np.arange(num_draws), log_weights_N, -np.inf)
 
 
 def truncated(weights_N: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -288,9 +288,9 @@ def truncated(weights_N: np.ndarray, sampling: Sampling) -> np.ndarray:
     return left_N
 
 
-def choose_by_weight(class_N: np.ndarray, noise_N: np.ndarray, sampling: Sampling) -> int:
+def sample_by_weight(first_N: np.ndarray, noise_N: np.ndarray, sampling: Sampling) -> int:
     """The draw with the smallest of exponential variates whose rates are the weights: so each has its own chance."""
-    log_weights_N = draw_log_weights(class_N, sampling.temperature)
+    log_weights_N = candidate_log_weights(first_N, sampling.temperature)
     weights_N = truncated(np.exp(log_weights_N - log_weights_N.max()), sampling)
     return int((weights_N / np.maximum(noise_N, np.finfo(np.float32).tiny)).argmax())
 

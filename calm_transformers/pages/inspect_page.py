@@ -57,7 +57,7 @@ tr.chosen .track i { background: var(--chosen); }
 }
 """
 
-# `weigh` is generation_calm_weights.py's draw_weights and truncated, on counts.
+# `weigh` is generation_calm_weights.py's candidate_weights and truncated, on counts.
 SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);

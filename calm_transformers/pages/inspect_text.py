@@ -19,7 +19,7 @@ from calm_transformers.command_line import Parser, command, known_errors, natura
 from calm_transformers.files import unfinished
 from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_candidates import candidate_scores
-from calm_transformers.model.generation_calm_weights import Truncation, check_temperature, draw_weights
+from calm_transformers.model.generation_calm_weights import Truncation, candidate_weights, check_temperature
 from calm_transformers.pages.app_page import ALL_CANDIDATES, text_after
 from calm_transformers.pages.inspect_page import page
 
@@ -127,7 +127,9 @@ def inspect_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, 
     sampling = model.patch_sampling(do_sample=True, sampling_method="batch", **options)
     ids_1L = tokenizer(prompt, return_tensors="pt").input_ids.long().to(model.device)
     check_length(model, ids_1L.shape[1], max_new_tokens)
-    keeps_all = sampling.draws_once  # at T = 1 a step would draw one patch: here it draws N, which is the same law
+    keeps_all = (
+        sampling.takes_single_sample
+    )  # at T = 1 a step would draw one patch: here it draws N, which is the same law
     with torch.no_grad():
         output = model.generate(
             ids_1L,
@@ -214,7 +216,9 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
 
 def drawn_candidates(model, hidden_RD, sampling, generator):
     """N draws after each hidden state, as `CandidateScores`; what is chosen among them has no meaning here."""
-    drawing = replace(sampling, lazy_decoding=False, top_k=ALL_CANDIDATES if sampling.draws_once else sampling.top_k)
+    drawing = replace(
+        sampling, lazy_decoding=False, top_k=ALL_CANDIDATES if sampling.takes_single_sample else sampling.top_k
+    )
     pool, index_R = model.choose_patches(hidden_RD, drawing, generator)
     return candidate_scores(pool, index_R, sampling.weigh)
 
@@ -223,7 +227,7 @@ def weights_at(counts: Sequence[int], temperature: float, truncation) -> list[fl
     """What distinct patches that were drawn so often weigh at a temperature: C(count, 1/T), truncated, of sum 1."""
     counts_M = torch.tensor(counts)
     first_M = counts_M.cumsum(0) - counts_M
-    return draw_weights(first_M.repeat_interleave(counts_M)[None], temperature, truncation)[0, first_M].tolist()
+    return candidate_weights(first_M.repeat_interleave(counts_M)[None], temperature, truncation)[0, first_M].tolist()
 
 
 # The listing

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm_transformers.model.generation_calm_rules import Processors
 from calm_transformers.model.generation_calm_samplers import PatchSampling
-from calm_transformers.model.generation_calm_upstream import RULE_SETTINGS
+from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.engine import Engine
 from calm_transformers.serving.rows import FinishReason, Piece, Row, TextAssembler, Written
@@ -147,7 +147,7 @@ class Batcher:
             generator: in place of a seed, on any device.
             on_piece: called in the batcher's thread after each patch; it must be quick. What it raises ends its text.
             logits_processor: upstream's or one's own, each a function of ids and logits alone, as a `Grammar` is.
-            **options: the fields of `PatchSampling`, and `RULE_SETTINGS` as penalties and bans of tokens; by default
+            **options: the fields of `PatchSampling`, and `PROCESSOR_SETTINGS` as penalties and bans of tokens; by default
                 the generation configuration's. A temperature asks for sampling.
 
         Raises:
@@ -157,7 +157,7 @@ class Batcher:
         """
         stated = self.model.generation_config
         assert stated is not None, "a model that generates has one"
-        rules = {name: options.pop(name) for name in RULE_SETTINGS if name in options}
+        rules = {name: options.pop(name) for name in PROCESSOR_SETTINGS if name in options}
         sampling, unknown = options, set(options) - set(PatchSampling.option_names())
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: no option of a text; see Batcher.submit.")
@@ -173,10 +173,10 @@ class Batcher:
         if not isinstance(min_new_tokens, int) or min_new_tokens < 0:
             raise ValueError(f"min_new_tokens={min_new_tokens!r}: must be a whole number, and not negative.")
         law = self.model.patch_sampling(**sampling)  # of the model's own code, wherever that is
-        if self.max_draws is not None and law.most_draws > self.max_draws:
+        if self.max_draws is not None and law.max_samples > self.max_draws:
             raise ValueError(
                 f"num_candidates={law.num_candidates} with sampling_method={law.sampling_method!r} may draw "
-                f"{law.most_draws} patches in a step: {self.max_draws} are allowed here."
+                f"{law.max_samples} patches in a step: {self.max_draws} are allowed here."
             )
         ids = self.encode(prompt)
         packed = self.model.pack_for_generation(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from calm_transformers.model.generation_calm_rules import TokenRules
-from calm_transformers.model.generation_calm_samplers import BlockPlan, PatchSampling
+from calm_transformers.model.generation_calm_rules import CandidateProcessors
+from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
 from calm_transformers.model.generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.rows import FinishReason, Row
@@ -113,7 +113,7 @@ class Engine:
         self._num_added = 0
         self.device = model.device
         self._cache = SlotCache()
-        self._plans: dict[PatchSampling, BlockPlan] = {}
+        self._plans: dict[PatchSampling, BlockSchedule] = {}
 
     def add(self, row: Row) -> None:
         row.number = self._num_added
@@ -229,22 +229,22 @@ class Engine:
         hidden_RD = torch.stack([row.hidden_D for row in rows if row.hidden_D is not None])
         if len(self._plans) >= PLANS_KEPT:
             self._plans.clear()
-        return self.model.next_patches(
+        return self.model.sample_patches(
             hidden_RD,
             sampling,
             [row.generator for row in rows],
             self.model.forbidden_tokens(num_eos_free, eos_E, hidden_RD.device),
-            self._plans.setdefault(sampling, BlockPlan()),
+            self._plans.setdefault(sampling, BlockSchedule()),
             rules_of(rows, eos_E),
         ).tolist()
 
 
-def rules_of(rows: list[Row], eos_E: Tensor) -> TokenRules | None:
+def rules_of(rows: list[Row], eos_E: Tensor) -> CandidateProcessors | None:
     """Those of rows that are drawn together: of one row alone, or none."""
     processors = [row.processors for row in rows if row.processors is not None]
     texts = [torch.cat([row.prompt_L, torch.tensor(row.tokens, dtype=torch.long)]) for row in rows]
     num_left = max(row.max_new_tokens - len(row.tokens) for row in rows)
-    return TokenRules(processors, texts, eos_E, num_left) if processors else None
+    return CandidateProcessors(processors, texts, eos_E, num_left) if processors else None
 
 
 def check_model(model: CALMForCausalLM) -> None:
@@ -253,7 +253,7 @@ def check_model(model: CALMForCausalLM) -> None:
         ValueError: it is no CALM, its attention or rotations depend on the other rows of a pass, or as
             `check_weights`.
     """
-    if not hasattr(model, "next_patches") or not hasattr(model, "pack_for_generation"):
+    if not hasattr(model, "sample_patches") or not hasattr(model, "pack_for_generation"):
         raise ValueError(f"{type(model).__name__} can't be batched: a Batcher takes a CALMForCausalLM.")
     model.check_weights()
     attention = model.config._attn_implementation

@@ -17,7 +17,7 @@ def processors_of_text(
         prompt_length: tokens of its prompt.
         max_new_tokens: that may follow.
         logits_processor: the caller's own.
-        **settings: those of `RULE_SETTINGS` that are not to be the generation configuration's.
+        **settings: those of `PROCESSOR_SETTINGS` that are not to be the generation configuration's.
 
     Raises:
         ValueError: a setting makes no sense.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_transformers.model.heads_calm_token_chain import TokenChain
-from calm_transformers.model.modeling_calm import CALMForCausalLM, next_patches
+from calm_transformers.model.modeling_calm import CALMForCausalLM, target_patches
 from calm_transformers.training.distil import Lesson, Teacher
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights
@@ -44,7 +44,7 @@ class MultiTokenLoss(TokenChain):
             num_items_in_batch: number of counted labels in the whole accumulated batch.
             lesson: what a teacher expects of the same tokens.
         """
-        labels_BPK = next_patches(labels, self.patch_size)
+        labels_BPK = target_patches(labels, self.patch_size)
         logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0)).float()
         if lesson is None:
             total = F.cross_entropy(logits.flatten(0, 2), labels_BPK.flatten(), reduction="sum")

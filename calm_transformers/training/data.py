@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from calm_transformers.command_line import InputError
 from calm_transformers.documents import DataOptions, Separation, documents, tokenize_documents
-from calm_transformers.model.modeling_calm import next_patches
+from calm_transformers.model.modeling_calm import target_patches
 from calm_transformers.training.tokenizer import filler_token_id
 
 # Of the key of a cache: 2, since documents that spell a special token are text.
@@ -366,7 +366,7 @@ class PatchCollator:
 
     Args:
         patch_size: K.
-        first_patch_is_given: only `next_patches` carry labels, as no hidden state predicts the first one (CALM, AR
+        first_patch_is_given: only `target_patches` carry labels, as no hidden state predicts the first one (CALM, AR
             with K = 1). False for the autoencoder, which reconstructs every token.
         pad_token_id: needed only for rows of unequal length.
         end_token_id: completes the last patch of each row, and is learnt. Without it, a row's last tokens, the end
@@ -405,7 +405,7 @@ class PatchCollator:
         if self.first_patch_is_given:
             every = labels
             labels = torch.full_like(every, -100)
-            next_patches(labels, self.patch_size).copy_(next_patches(every, self.patch_size))
+            target_patches(labels, self.patch_size).copy_(target_patches(every, self.patch_size))
         batch = {"input_ids": input_ids, "labels": labels}
         if ragged:
             batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()

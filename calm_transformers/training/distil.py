@@ -42,7 +42,7 @@ class Teacher:
 
     @torch.no_grad()
     def lesson(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Lesson:
-        """The probabilities of each patch but the first, `(B, P − 1, K, U)`, as `next_patches` has the labels.
+        """The probabilities of each patch but the first, `(B, P − 1, K, U)`, as `target_patches` has the labels.
 
         Args:
             input_ids (`(B, L)`): the model's; tokens that the teacher doesn't know are hidden from it.

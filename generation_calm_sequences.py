@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from .kernels_calm import numbers_up_to, to_device
+from .kernels_calm import arange, as_tensor
 
 if TYPE_CHECKING:
     from .generation_calm_upstream import GenerateCall
 
-RULES_OF_IDS = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
+TOKEN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 
 
-class GrowingTexts:
+class GenerationState:
     """Prompts and what was written after them, row by row.
 
     Args:
@@ -39,7 +39,7 @@ class GrowingTexts:
         self.is_finished = False
         self.drawing = list(range(len(prompts_BL)))
         criteria: Any = call.stopping_criteria
-        self.is_asked_by_patch = isinstance(criteria, list) and all(type(rule) in RULES_OF_IDS for rule in criteria)
+        self.is_asked_by_patch = isinstance(criteria, list) and all(type(rule) in TOKEN_CRITERIA for rule in criteria)
         self.rules: list[Any] = list(criteria) if self.is_asked_by_patch else []
 
     @property
@@ -50,7 +50,7 @@ class GrowingTexts:
         """Of values by row those of the rows that are drawn."""
         if len(self.drawing) == len(values_B):
             return values_B
-        return values_B[to_device(self.drawing, values_B.device)]
+        return values_B[as_tensor(self.drawing, values_B.device)]
 
     def append(self, patches_RK: Tensor) -> Tensor:
         """Appends a patch to each row that isn't finished, up to its end, and to the others padding.
@@ -63,7 +63,7 @@ class GrowingTexts:
         """
         patches_BK = patches_RK.to(self.ids_BL.device)
         if len(patches_BK) < len(self.ids_BL):
-            index_R = to_device(self.drawing, patches_BK.device)
+            index_R = as_tensor(self.drawing, patches_BK.device)
             patches_BK = patches_BK.new_zeros(len(self.ids_BL), patches_BK.shape[1]).index_copy(0, index_R, patches_BK)
         if not self.is_finished:
             (self._append_at_once if self.is_asked_by_patch else self._append_one_by_one)(patches_BK)
@@ -77,8 +77,8 @@ class GrowingTexts:
         tokens_BK = patches_BK[:, :num_tokens]
         lengths = [min(last[row] + 1, num_tokens) if row in is_open else 0 for row in range(num_rows)]
         if self.call.pad_token is not None and min(lengths) < num_tokens:
-            lengths_B = to_device(lengths, tokens_BK.device)
-            is_padding_BK = numbers_up_to(num_tokens, tokens_BK.device) >= lengths_B[:, None]
+            lengths_B = as_tensor(lengths, tokens_BK.device)
+            is_padding_BK = arange(num_tokens, tokens_BK.device) >= lengths_B[:, None]
             tokens_BK = torch.where(is_padding_BK, self.call.pad_token, tokens_BK)
         self.ids_BL = torch.cat([self.ids_BL, tokens_BK], dim=1)
         self._warn_of_length()
@@ -121,7 +121,7 @@ class GrowingTexts:
     def _append_one_by_one(self, patches_BK: Tensor) -> None:
         for tokens_B in patches_BK.unbind(1):
             if self.call.pad_token is not None and len(self.drawing) < len(self.ids_BL):
-                index_R = to_device(self.drawing, tokens_B.device)
+                index_R = as_tensor(self.drawing, tokens_B.device)
                 tokens_B = self.call.pad_token.expand_as(tokens_B).index_copy(0, index_R, tokens_B[index_R])
             self.ids_BL = torch.cat([self.ids_BL, tokens_B[:, None]], dim=1)
             if self.call.streamer is not None:

@@ -5,8 +5,8 @@
 import torch
 from scipy.stats import chisquare
 
-from calm_transformers.model.generation_calm_samplers import BlockPlan
-from calm_transformers.model.generation_calm_weights import patch_classes
+from calm_transformers.model.generation_calm_samplers import BlockSchedule
+from calm_transformers.model.generation_calm_weights import first_occurrences
 
 TOKENS = 40  # outcome v is the patch (v // TOKENS, v % TOKENS)
 
@@ -44,7 +44,7 @@ class StubPool:
     What was asked of it is kept: (rows, number of draws) of each `extend`, (pairs, noise) of each `classes`.
     """
 
-    has_factors, log_factors_BN = False, None
+    has_processors, processor_log_weights_BN = False, None
 
     def __init__(self, law_BV=None, generator=None, stream_BN=None):
         self.law_BV, self.generator, self.stream_BN = law_BV, generator, stream_BN
@@ -61,10 +61,10 @@ class StubPool:
             new_BN[rows_R] = self.stream_BN[rows_R, start : start + num_draws]
         self.outcomes_BN = torch.cat((self.outcomes_BN, new_BN), dim=1)
 
-    def classes(self, rows_R, pairs="all", noise_RN=None):
+    def first_occurrences(self, rows_R, pairs="all", noise_RN=None):
         self.asked.append((pairs, noise_RN))
         assert (self.outcomes_BN[rows_R] >= 0).all(), "a row that had stopped draws again"
-        return patch_classes(self.outcomes_BN[rows_R, :, None])
+        return first_occurrences(self.outcomes_BN[rows_R, :, None])
 
     def tokens(self, rows_R, index_R):
         return as_patches(self.outcomes_BN[rows_R, index_R])
@@ -78,7 +78,7 @@ class StubPool:
         return self.outcomes_BN[self.rows_B, index_B]
 
 
-class FixedPlan(BlockPlan):
+class FixedPlan(BlockSchedule):
     """Begins with a block of the same size whatever it is told."""
 
     def __init__(self, size):
