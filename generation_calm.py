@@ -1,13 +1,13 @@
-"""Text generation of CALM under Hugging Face's `generate`: one loop that draws a patch a step and emits K tokens.
+"""Text generation of CALM under Hugging Face's `generate`: one loop that samples a patch a step and emits K tokens.
 
-What `generate` asks of a model, and what it is refused, is in generation_calm_upstream.py; the temperature samplers
-are in generation_calm_samplers.py. Axes: B batch, R rows that draw, L tokens, P patches, K tokens per patch, D hidden,
-N candidates, V vocabulary.
+Read `generate_patches` first: it prepares a call, takes steps, and collects what is returned. What `generate` asks of a
+model, and what it can't have, is in generation_calm_upstream.py; the sampling methods are in generation_calm_samplers.py.
+Axes: B batch, R rows that are sampled, L tokens, P patches, K tokens per patch, D hidden, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,18 +22,28 @@ from .generation_calm_candidates import (
     CandidateBatch,
     CandidateScores,
     LazyCandidateBatch,
+    PatchSample,
     candidate_scores,
     compute_patch_scores,
 )
-from .generation_calm_compiled import CompiledSteps
-from .generation_calm_randomness import PredrawnRandomness, Randomness, StepRandomness
-from .generation_calm_rules import CandidateProcessors, SequenceProcessors
-from .generation_calm_samplers import BlockSchedule, OneBlock, PatchSampling
-from .generation_calm_sequences import GenerationState
-from .generation_calm_upstream import CACHE_ARGUMENT, GENERATION_SETTINGS, GenerateCall, PatchGenerationMixin
-from .generation_calm_virtual_tokens import read_virtual_tokens
+from .generation_calm_compiled import CompiledStep
+from .generation_calm_samplers import (
+    BlockSchedule,
+    OneBlock,
+    PatchSampling,
+    PredrawnRandomness,
+    Randomness,
+    StepRandomness,
+)
+from .generation_calm_sequences import CandidateProcessors, GenerationState, SequenceProcessors
+from .generation_calm_upstream import (
+    CACHE_ARGUMENT,
+    GenerateCall,
+    PatchGenerationMixin,
+    read_virtual_tokens,
+)
 from .heads_calm import GenerativeHead
-from .kernels_calm import arange
+from .kernels_calm import arange, cpu_kernels
 from .modeling_calm_autoencoder import CALMAutoencoder
 
 GREEDY_SEED = 0
@@ -42,8 +52,8 @@ logger = logging.get_logger(__name__)
 
 
 def takes_sampling_options(method):
-    """Adds the fields of `PatchSampling` to the parameters that a method is known to take (upstream asks for those of
-    `prepare_inputs_for_generation`, to tell arguments of `generate` from misspelt ones)."""
+    """Adds the fields of `PatchSampling` to a method's signature, by which upstream tells arguments of `generate` from
+    misspelt ones (it reads that of `prepare_inputs_for_generation`)."""
     signature = inspect.signature(method)
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in PatchSampling.option_names()
@@ -54,17 +64,17 @@ def takes_sampling_options(method):
 
 
 def pack_prompts(input_ids: Tensor, attention_mask: Tensor, patch_size: int, filler: int) -> tuple[Tensor, Tensor]:
-    """Re-packs prompts into patches, each row on its own: its padding is stripped and it ends with its last patch.
+    """Packs each prompt, without its padding, into patches that end with the prompt's last token.
 
     Args:
         input_ids (`(B, L)`): prompts, padded anywhere.
         attention_mask (`(B, L)`): 1 where a token is the prompt's own.
         patch_size: K.
-        filler: id of what fills the first patch of a row, and whole patches before it, on the left.
+        filler: id that fills the first patch of a row, and whole patches before it, on the left.
 
     Returns:
-        ids `(B, P·K)` and the mask by patch `(B, P)`, 1 where the patch holds a token of the prompt. P is the largest
-        row's ⌈length / K⌉, at least 1.
+        ids `(B, P·K)` and the mask by patch `(B, P)`, 1 where the patch holds a token of the prompt. P is ⌈length / K⌉
+        of the longest row, at least 1.
     """
     # A stable sort of the mask moves the padding to the left and keeps the order of the rest.
     is_own, order = attention_mask.bool().long().sort(dim=1, stable=True)
@@ -76,247 +86,269 @@ def pack_prompts(input_ids: Tensor, attention_mask: Tensor, patch_size: int, fil
     return packed, (patch_index >= num_patches - patches_B1).long()
 
 
-class Returned:
-    """What a call of `generate` returns beside ids, as far as its configuration asks for it."""
+class GenerationOutputs:
+    """Collects what a call of `generate` returns beside ids, as far as its configuration asks for it."""
 
-    def __init__(self, config: GenerationConfig):
+    def __init__(self, config: GenerationConfig, sampling: PatchSampling, call: GenerateCall):
+        self.sampling, self.has_processors = sampling, call.processors is not None
         self.is_dict = bool(config.return_dict_in_generate)
-        names = [n for n in ("hidden_states", "attentions") if self.is_dict and getattr(config, f"output_{n}")]
-        self.states: dict[str, tuple] = {name: () for name in names}
+        self.states: dict[str, tuple] = {}
+        self.requested: dict[str, bool] = {}  # arguments of `forward`
+        for name in ("hidden_states", "attentions"):
+            if self.is_dict and getattr(config, f"output_{name}"):
+                self.states[name], self.requested[f"output_{name}"] = (), True
         # A list, for upstream's pipeline would try to stack a tuple of them.
         self.scores: list[CandidateScores] | None = [] if self.is_dict and config.output_scores else None
+        self.put_scores = getattr(call.streamer, "put_scores", None)
+        self.warns = sampling.do_sample and sampling.sampling_method == "exact"
+        self.is_exact: list[Tensor] = []  # of each step (R,), on the device until the end
 
-    def check_compiled(self, call: GenerateCall) -> None:
-        """Raises `ValueError` where it asks for what compiled steps don't return, or for logits processors."""
+    def check_compiled(self) -> None:
+        """Raises ValueError where the call asks for what compiled steps can't return, or has logits processors."""
         unreturned = [*self.states, *([] if self.scores is None else ["scores"])]
         if unreturned:
             raise ValueError(f"compile_config: compiled steps return no {' and no '.join(unreturned)}; leave it out.")
-        if call.processors is not None:
-            raise ValueError("compile_config: compiled steps ask no logits processors; leave it out.")
+        if self.has_processors:
+            raise ValueError("compile_config: compiled steps call no logits processors; leave it out.")
 
-    def take(self, outputs: Any) -> None:
-        """Keeps what a forward pass returned."""
-        self.states = {name: (*steps, getattr(outputs, name)) for name, steps in self.states.items()}
+    def add(self, sample: PatchSample, state: GenerationState) -> None:
+        """Keeps what a step's sample has of what will be returned."""
+        for name in self.states:
+            self.states[name] = (*self.states[name], getattr(sample.outputs, name))
+        if self.scores is not None and sample.candidates is not None and sample.index is not None:
+            scores = candidate_scores(sample.candidates, sample.index, self.sampling.weights, sample.is_exact)
+            self.scores.append(scores.in_rows(state.active_rows, len(state.ids_BL)))
+            if self.put_scores is not None:
+                self.put_scores(self.scores[-1])
+        if self.warns and not state.is_finished:
+            is_exact = sample.is_exact
+            is_exact_R = is_exact if isinstance(is_exact, Tensor) else torch.full((len(state.active_rows),), is_exact)
+            self.is_exact.append(is_exact_R)
+
+    def warn_of_fallbacks(self) -> None:
+        """Warns once of the patches that `sampling_method="exact"` left to the batch rule."""
+        is_exact, sampling = torch.cat(self.is_exact).tolist(), self.sampling
+        if all(is_exact):
+            return
+        why = f"as {sampling.max_samples} candidates held no accepted attempt; raise num_candidates or the temperature"
+        if self.has_processors or sampling.uses_batch_rule:
+            why = "which logits processors, top_k, top_p, min_p and a temperature above 1 require"
+        logger.warning(
+            f'sampling_method="exact": {is_exact.count(False)} of {len(is_exact)} patches were chosen by the batch '
+            f"rule, {why}. `is_exact` in the scores (output_scores=True) tells which."
+        )
 
     def result(self, ids_BL: Tensor, cache: Cache | None) -> GenerateDecoderOnlyOutput | Tensor:
+        if self.is_exact:
+            self.warn_of_fallbacks()
         if not self.is_dict:
             return ids_BL
         fields: dict[str, Any] = {"sequences": ids_BL, CACHE_ARGUMENT: cache, "scores": self.scores, **self.states}
         return GenerateDecoderOnlyOutput(**fields)
 
 
-class Fallbacks:
-    """Counts the patches of one call that `sampling_method="exact"` left to the batch rule, to warn of them once."""
+@dataclass
+class EagerStep:
+    """Takes the steps of one call of `generate`: reads the patches that are not in the cache, and samples the next.
 
-    def __init__(self, sampling: PatchSampling, has_rules: bool):
-        self.sampling, self.has_rules = sampling, has_rules
-        self.is_exact_asked_for = sampling.do_sample and sampling.sampling_method == "exact"
-        self.is_exact: list[Tensor] = []  # of each step (R,), on the device until the end
+    Args:
+        model: the one that generates.
+        inputs: packed prompts, `input_ids` (B, P·K) and the `attention_mask` (B, P) by patch, or `None`.
+        cache: of the call; None reads the whole sequence anew in each step.
+        sampling: how patches are chosen.
+        generator: randomness, or a generator a row.
+        schedule: of blocks, passed from step to step.
+        processors (*optional*): logits processors of the call.
+        max_length: of the sequences.
+        requested: arguments of `forward` that request hidden states or attentions.
+    """
 
-    def warn(self) -> None:
-        is_exact = torch.cat(self.is_exact).tolist() if self.is_exact else []
-        if all(is_exact):
-            return
-        sampling = self.sampling
-        why = f"as {sampling.max_samples} candidates held no accepted attempt; raise num_candidates or the temperature"
-        if self.has_rules or sampling.uses_batch_rule:
-            why = "which logits processors, top_k, top_p, min_p and a temperature above 1 ask for"
-        logger.warning(
-            f'sampling_method="exact": {is_exact.count(False)} of {len(is_exact)} patches were chosen by the batch '
-            f"rule, {why}. `is_exact` in the scores (output_scores=True) tells which."
+    model: "CALMGenerationMixin"
+    inputs: dict[str, Any]
+    cache: Cache | None
+    sampling: PatchSampling
+    generator: Randomness
+    schedule: BlockSchedule | OneBlock
+    processors: SequenceProcessors | None
+    max_length: int
+    requested: dict[str, bool]
+
+    def __call__(self, state: GenerationState, forbidden_KV: Tensor | None) -> PatchSample:
+        """Samples the next patch of each active row."""
+        outputs = self.model.read_patches(self.inputs, self.cache, **self.requested)
+        hidden_RD = state.select(outputs.last_hidden_state[:, -1])
+        generator, processors = self.generator, None
+        if isinstance(generator, Sequence):
+            generator = [generator[row] for row in state.active_rows]
+        if self.processors is not None and not state.is_finished:  # if it is, this process only keeps up with others
+            num_left = max(self.max_length - state.ids_BL.shape[1], 1)
+            processors = self.processors.for_rows(state.active_rows, state.ids_BL, num_left)
+        sample = self.model.sample_patches(
+            hidden_RD, self.sampling, generator, forbidden_KV, self.schedule, processors
         )
+        return sample._replace(outputs=outputs)
+
+    def read_next(self, patches_BK: Tensor) -> None:
+        """Sets what the next step reads: each row's new patch."""
+        ids, mask = patches_BK.to(self.inputs["input_ids"].device), self.inputs["attention_mask"]
+        if self.cache is None:
+            ids = torch.cat([self.inputs["input_ids"], ids], dim=1)
+        mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        self.inputs = {"input_ids": ids, "attention_mask": mask}
 
 
 class CALMGenerationMixin(PatchGenerationMixin):
-    """`generate` for CALM: generation_calm_upstream.py receives its calls, here is what they come to."""
+    """`generate` for CALM: generation_calm_upstream.py receives its calls, here they are carried out."""
 
     head: GenerativeHead
     autoencoder: CALMAutoencoder
 
     @takes_sampling_options
     def prepare_inputs_for_generation(self, input_ids, generator=None, **kwargs):
-        """Names the arguments that `generate` accepts beside its own; `write_patches` builds its inputs itself.
+        """Names the arguments that `generate` accepts beside its own; `generate_patches` builds its inputs itself.
 
         Args:
             input_ids: the prompts.
             generator: a `torch.Generator` on the model's device in place of the global one; or a list of them, on any
-                device, one a row of the result: each row is then written as it would be alone.
+                device, one a row of the result: each row is then generated as it would be alone.
             kwargs: inputs, and the options of `PatchSampling`.
         """
         inputs = {name: value for name, value in kwargs.items() if name not in PatchSampling.option_names()}
         return {"input_ids": input_ids, **inputs}
 
     def patch_sampling(self, **options) -> PatchSampling:
-        """How patches are chosen with these options; those not given are the generation configuration's."""
+        """Returns how patches are chosen with these options; the others are the generation configuration's."""
         assert self.generation_config is not None, "a model that generates has one"
         return PatchSampling.from_generation_config(self.generation_config, **options)
 
     compute_patch_scores = staticmethod(compute_patch_scores)
 
-    def check_settings(self, generation_config: GenerationConfig) -> None:
-        PatchSampling.from_generation_config(generation_config)
-        known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
-        unknown = [
-            name
-            for name, value in vars(generation_config).items()
-            if name not in known and not name.startswith("_") and value is not None
-        ]
-        if unknown:
-            logger.warning_once(f"The generation configuration has {', '.join(unknown)}, which CALM doesn't read.")
-
-    def write_patches(
+    def generate_patches(
         self, input_ids: Tensor, generation_config: GenerationConfig, call: GenerateCall, model_kwargs: dict
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Generates patch by patch; every stopping rule sees each token (see generation_calm_sequences.py).
+        """Generates patch by patch; every stopping criterion sees each token (see generation_calm_sequences.py).
 
         Returns the prompts as they came, padding included, followed by the new tokens; a row that has stopped gets
         padding, also after an EOS within a patch. Where scores are returned, a streamer that has a method
-        `put_scores` is handed each step's `CandidateScores` before its tokens.
+        `put_scores` gets each step's `CandidateScores` before its tokens.
+        """
+        cache = model_kwargs.get(CACHE_ARGUMENT) if model_kwargs.get("use_cache", True) else None
+        prompt_length = input_ids.shape[1]
+        min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
+        step, outputs = self.prepare_steps(input_ids, generation_config, call, cache, min_length, model_kwargs)
+        state = GenerationState(input_ids, call)
+        while call.should_continue(state.is_finished, device=input_ids.device):
+            sample = step(
+                state, self.forbidden_tokens(min_length - state.ids_BL.shape[1], call.eos_tokens, input_ids.device)
+            )
+            outputs.add(sample, state)
+            step.read_next(state.append(sample.patches))
+        if call.streamer is not None:
+            call.streamer.end()
+        return outputs.result(state.ids_BL, cache)
+
+    def prepare_steps(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        call: GenerateCall,
+        cache: Cache | None,
+        min_length: int,
+        model_kwargs: dict,
+    ) -> tuple[EagerStep | CompiledStep, GenerationOutputs]:
+        """Checks and prepares one call: packs prompts, and reads virtual tokens and early chunks into the cache.
+
+        Returns:
+            The kind of step that it takes, and what collects its outputs.
         """
         sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
-        sampling.check_draws(len(input_ids))
-        generator = model_kwargs.get("generator")
+        sampling.check_num_rows(len(input_ids))
+        generator, mask = model_kwargs.get("generator"), model_kwargs.get("attention_mask")
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
             raise ValueError(
                 f"generator is a list of {len(generator)}, but {len(input_ids)} rows are generated: pass one "
                 "generator a row (num_return_sequences counts), or a single one for all."
             )
-        prompt_length = input_ids.shape[1]
-        min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
-        inputs: dict[str, Any] = self.pack_for_generation(
-            input_ids, model_kwargs.get("attention_mask"), call.pad_token, call.bos_token
-        )
-        inputs = {name: x.to(self.device) for name, x in inputs.items()}  # an offloaded model returns what it is given
+        outputs = GenerationOutputs(generation_config, sampling, call)
+        if outputs.scores is not None:
+            sampling = replace(sampling, lazy_decoding=False)  # every candidate is returned
+        inputs: dict[str, Any] = self.pack_for_generation(input_ids, mask, call.pad_token, call.bos_token)
+        for name in inputs:
+            inputs[name] = inputs[name].to(self.device)  # an offloaded model returns ids on the caller's device
         if bool(inputs["attention_mask"].all()):
             inputs["attention_mask"] = None  # a mask that hides nothing takes operations in every step
-        cache = model_kwargs.get(CACHE_ARGUMENT) if model_kwargs.get("use_cache", True) else None
-        returned = Returned(generation_config)
-        if returned.scores is not None:
-            sampling = replace(sampling, lazy_decoding=False)  # every candidate is returned
-        put_scores = getattr(call.streamer, "put_scores", None)
-        rules = None
+        processors = None
         if call.processors is not None:
-            mask = model_kwargs.get("attention_mask")
-            rules = SequenceProcessors(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
-        inputs = read_virtual_tokens(
-            self, inputs, cache, call.compile_config is not None, model_kwargs.get("task_ids")
-        )
-        steps = None
-        if call.compile_config is not None:
-            returned.check_compiled(call)
-            steps = CompiledSteps(self, cache, sampling, call.compile_config, inputs, min_length > prompt_length)
-        chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None and cache is not None and not returned.states and not call.synced_gpus:
-            inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
-        texts = GenerationState(input_ids, call)
+            processors = SequenceProcessors(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
+        compiles = call.compile_config is not None
+        inputs = read_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
         # Processes that share shards must call each module equally often: a number of blocks would be each one's own.
-        plan = OneBlock() if steps is not None or call.synced_gpus else BlockSchedule()
-        fallbacks = Fallbacks(sampling, rules is not None)
-        while call.goes_on(texts.is_finished, input_ids.device):
-            forbidden_KV = self.forbidden_tokens(min_length - texts.length, call.eos_tokens, input_ids.device)
-            if steps is not None and steps.has_begun:
-                patches_BK = steps.sample_patches(generator, forbidden_KV, plan)
-                if fallbacks.is_exact_asked_for:
-                    fallbacks.is_exact.append(texts.rows(sampling.is_exact(plan, len(patches_BK), has_rules=False)))
-                steps.read(texts.append(patches_BK))
-                continue
-            asked = {f"output_{name}": True for name in returned.states}
-            outputs = self(**inputs, cache=cache, use_cache=cache is not None, **asked)
-            returned.take(outputs)
-            hidden_RD = texts.rows(outputs.last_hidden_state[:, -1])
-            if not sampling.do_sample and not isinstance(generator, StepRandomness):
-                generator = self.greedy_randomness(sampling, hidden_RD)
-            generators = [generator[row] for row in texts.drawing] if isinstance(generator, Sequence) else generator
-            token_rules = None
-            if rules is not None and not texts.is_finished:  # if it is, this process only keeps up with others
-                num_left = max(generation_config.max_length - texts.length, 1)
-                token_rules = rules.of_rows(texts.drawing, texts.ids_BL, num_left)
-            arguments = hidden_RD, sampling, generators, forbidden_KV, plan, token_rules
-            if returned.scores is None:
-                patches_RK = self.sample_patches(*arguments)
-            else:
-                pool, index_R = self.choose_patches(*arguments)
-                patches_RK = pool.tokens(pool.rows_B, index_R)
-                is_exact_R = sampling.is_exact(plan, len(index_R), token_rules is not None)
-                scores = candidate_scores(pool, index_R, sampling.weigh, is_exact_R)
-                returned.scores.append(scores.in_rows(texts.drawing, len(input_ids)))
-                if put_scores is not None:
-                    put_scores(returned.scores[-1])
-            if fallbacks.is_exact_asked_for and not texts.is_finished:
-                fallbacks.is_exact.append(sampling.is_exact(plan, len(patches_RK), token_rules is not None))
-            patches_BK = texts.append(patches_RK)
-            inputs = self._extend_inputs(inputs, patches_BK, keep_past=cache is None)
-            if steps is not None:
-                steps.read(patches_BK)
+        schedule = OneBlock() if compiles or call.synced_gpus else BlockSchedule()
+        max_length, requested = generation_config.max_length, outputs.requested
+        step = eager = EagerStep(self, inputs, cache, sampling, generator, schedule, processors, max_length, requested)
+        if call.compile_config is not None:
+            outputs.check_compiled()
+            forbids = min_length > input_ids.shape[1]
+            step = CompiledStep(eager, self, cache, sampling, generator, call.compile_config, inputs, forbids)
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is not None and cache is not None and not outputs.states and not call.synced_gpus:
+            eager.inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
+        return step, outputs
 
-        fallbacks.warn()
-        if call.streamer is not None:
-            call.streamer.end()
-        return returned.result(texts.ids_BL, cache)
+    def read_patches(self, inputs: dict[str, Any], cache: Cache | None, **requested: bool) -> Any:
+        """Runs the backbone on `inputs`, whole patches, which `cache` then holds."""
+        with cpu_kernels(inputs["input_ids"].numel() // self.config.patch_size, self.config.hidden_size):
+            return self(**inputs, cache=cache, use_cache=cache is not None, **requested)
 
-    def sample_patches(self, hidden_RD: Tensor, sampling: PatchSampling, *options, **named_options) -> Tensor:
-        """Chooses the next patch of each row given its last hidden state: token ids (R, K). See `choose_patches`."""
-        pool, index_R = self.choose_patches(hidden_RD, sampling, *options, **named_options)
-        return pool.tokens(pool.rows_B, index_R)
-
-    def choose_patches(
+    def sample_patches(
         self,
         hidden_RD: Tensor,
         sampling: PatchSampling,
         generator: Randomness = None,
         forbidden_KV: Tensor | None = None,
-        plan: BlockSchedule | OneBlock | None = None,
-        rules: CandidateProcessors | None = None,
-    ) -> tuple[CandidateBatch, Tensor]:
-        """Draws candidates for the next patch of each row given its last hidden state, and chooses one.
+        schedule: BlockSchedule | OneBlock | None = None,
+        processors: CandidateProcessors | None = None,
+    ) -> PatchSample:
+        """Samples candidates for the next patch of each row given its last hidden state, and chooses one.
 
         Args:
             hidden_RD (`(R, D)`): hidden states.
-            sampling: the law.
+            sampling: how patches are chosen.
             generator: randomness, or a generator a row; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
-            plan: of the sizes of blocks, handed from step to step, or a `OneBlock`.
-            rules: of these rows' tokens.
-
-        Returns:
-            The candidates, and the index of the one chosen (R,).
+            schedule: of the sizes of blocks, passed from step to step, or a `OneBlock`.
+            processors: logits processors of these rows.
         """
-        if not sampling.do_sample and not isinstance(generator, StepRandomness):
-            generator = self.greedy_randomness(sampling, hidden_RD)
-        randomness = StepRandomness.of(generator)
+        randomness = self.step_randomness(sampling, generator, hidden_RD)
+        candidates = self.new_candidates(hidden_RD, randomness, sampling, forbidden_KV, processors)
+        index_R, is_exact = sampling.choose(candidates, randomness, schedule)
+        return PatchSample(candidates.tokens(candidates.rows_B, index_R), is_exact, candidates, index_R)
 
-        def draw(rows: Tensor, num_draws: int) -> Tensor:
-            noise = randomness.head_noise(self.head, hidden_RD, rows, num_draws)
-            context = hidden_RD if rows is rows_R else hidden_RD[rows]
-            return self.head.sample(context, num_samples=num_draws, **noise)
-
-        rows_R = arange(len(hidden_RD), hidden_RD.device)
-        pool = self.new_candidates(draw, rows_R, sampling, forbidden_KV, rules)
-        return pool, sampling.choose(pool, randomness, plan)
-
-    def greedy_randomness(self, sampling: PatchSampling, like: Tensor) -> PredrawnRandomness:
-        """The draws that are the same in every step and row when `do_sample` is False."""
+    def step_randomness(self, sampling: PatchSampling, generator: Randomness, like: Tensor) -> StepRandomness:
+        """Returns one step's random numbers, without `do_sample` the same in every step and row."""
+        if sampling.do_sample or isinstance(generator, StepRandomness):
+            return StepRandomness.of(generator)
         fixed = torch.Generator(like.device).manual_seed(GREEDY_SEED)
         return PredrawnRandomness(self.head.predrawn_noise(sampling.num_candidates, 1, like, fixed))
 
     def new_candidates(
         self,
-        draw: Callable[[Tensor, int], Tensor],
-        rows_R: Tensor,
+        hidden_RD: Tensor,
+        randomness: StepRandomness,
         sampling: PatchSampling,
         forbidden_KV: Tensor | None = None,
-        rules: CandidateProcessors | None = None,
+        processors: CandidateProcessors | None = None,
     ) -> CandidateBatch:
-        """The candidates of one step, none drawn yet; for `draw` see `CandidateBatch`."""
-        # How much is left to decode depends on the draws, which a graph's steps don't; and shards, as of FSDP2, are
+        """Returns the candidates of one step, none drawn yet, of the kind that the step allows."""
+        # How much is left to decode depends on the samples, which a graph's steps don't; and shards, as of FSDP2, are
         # gathered by a module's forward alone.
         is_whole = not torch.compiler.is_compiling() and not hasattr(
             self.autoencoder.decoder.lm_head.weight, "full_tensor"
         )
         lazy = sampling.lazy_decoding
-        if is_whole and rules is None and (self.autoencoder.device.type == "cpu" if lazy is None else lazy):
-            return LazyCandidateBatch(draw, rows_R, self.autoencoder, forbidden_KV)
-        return CandidateBatch(draw, rows_R, self.autoencoder, forbidden_KV, rules)
+        if is_whole and processors is None and (self.autoencoder.device.type == "cpu" if lazy is None else lazy):
+            return LazyCandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV)
+        return CandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV, processors)
 
     def pack_for_generation(
         self,
@@ -325,7 +357,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         pad_token: Tensor | int | None = None,
         bos_token: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Prompts as the first forward pass takes them.
+        """Packs prompts as the first forward pass takes them.
 
         Args:
             input_ids (`(B, L)`): prompts, padded anywhere.
@@ -355,8 +387,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
                     "text that has one, as of a chat template; tokenize that with add_special_tokens=False."
                 )
         # The filler is the model's: a pad token given to this call only marks where rows have ended.
-        fillers = self.config.prompt_filler_token_id, self.config.pad_token_id, pad_token, 0
-        filler = int(next(token for token in fillers if token is not None))
+        filler = self.config.prompt_filler_token_id
+        filler = self.config.pad_token_id if filler is None else filler
+        filler = pad_token if filler is None else filler
+        filler = 0 if filler is None else int(filler)
         packed, patch_mask = pack_prompts(input_ids, mask, self.config.patch_size, filler)
         return {"input_ids": packed, "attention_mask": patch_mask}
 
@@ -368,22 +402,14 @@ class CALMGenerationMixin(PatchGenerationMixin):
         *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
         for i, chunk in enumerate(chunks, start=1):
             mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : past + i * patches]
-            self(input_ids=chunk, attention_mask=mask, cache=cache, use_cache=True)
+            self.read_patches({"input_ids": chunk, "attention_mask": mask}, cache)
         return {**inputs, "input_ids": last}
 
     def forbidden_tokens(self, num_left: int, eos_tokens: Tensor | None, device) -> Tensor | None:
-        """(K, V) mask that keeps EOS out of the next `num_left` tokens; None when it would be empty."""
+        """Returns a mask (K, V) that forbids EOS in the next `num_left` tokens; None if it would be empty."""
         if num_left <= 0 or eos_tokens is None:
             return None
         forbidden_KV = torch.zeros(self.config.patch_size, self.config.vocab_size, dtype=torch.bool, device=device)
         eos_tokens = eos_tokens.to(device)
         forbidden_KV[:num_left, eos_tokens[eos_tokens < self.config.vocab_size]] = True
         return forbidden_KV
-
-    @staticmethod
-    def _extend_inputs(inputs: dict, patches_BK: Tensor, keep_past: bool) -> dict:
-        ids, mask = patches_BK.to(inputs["input_ids"].device), inputs["attention_mask"]
-        return {
-            "input_ids": torch.cat([inputs["input_ids"], ids], dim=1) if keep_past else ids,
-            "attention_mask": None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
-        }

@@ -1,401 +1,119 @@
-"""Temperature sampling of patches from black-box draws: functions of a pool, free of the model.
+"""Chooses patches by temperature from samples of them: the options, the methods, and where random numbers come from.
 
-Axes: B rows of a pool, R rows that still draw, N draws of a row, K tokens per patch.
+The target at temperature T is P(x)^(1/T) / Z over whole patches x, when all one can do is draw samples of P. The methods
+make a batch of candidates draw, and return the index of the one chosen for each row; none knows a token:
 
-The target at temperature T is P(x)^s / Z with the exponent s = 1/T, over whole patches x, when all one can do is draw
-patches from P. A `Candidates` draws, and knows which of its draws are the same patch. Each method makes it draw, and returns
-which draw of each row it chose; none knows a token:
+- `single_sample`              T = 1;
+- `batch_temperature_select`   weighs the distinct patches among N samples (paper, Algorithm 2, extended to every T), and
+                               truncates by weight (top-k, top-p, min-p);
+- `exact_temperature_sample`   the paper's Algorithm 1, drawing in growing blocks up to a limit, then the batch rule;
+- `most_frequent_patch`        the mode of N samples, for `do_sample=False`.
 
-- `single_sample`                T = 1;
-- `batch_temperature_select`   weighs the distinct patches among N draws (paper, Algorithm 2, extended to every T), and
-                               truncates what it weighed (top-k, top-p, min-p);
-- `exact_temperature_sample`   the paper's Algorithm 1, drawing in growing blocks up to a bound, then the batch rule;
-- `most_frequent_patch`        the mode of N draws, for `do_sample=False`.
+The exact one asks only which samples are equal; where 1/T is whole, only of the pairs that its attempts compare. And it
+draws the noise of the choice among distinct ones before it asks. So candidates need not all be decoded.
 
-The exact one asks only which draws are equal: where 1/T is whole, only of the pairs that its attempts compare. And it
-draws the choice among distinct ones before it asks. So a pool need not decode everything.
-
-Rows are independent, and all randomness but the pool's comes from `generator` (or from one a row, see
-generation_calm_randomness.py). What depends on draws stays on their device, but that after each block of the exact one
-the host reads, once, which rows are done. Tables that depend on no draw (weights, restarts) are made once, in float64.
+Rows are independent. What depends on samples stays on their device, but that after each block of the exact method the
+host reads, once, which rows are done. Axes: B rows of a step, R rows that still draw, N samples of a row, K tokens per
+patch, D hidden size.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol, get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationConfig
 
-from .generation_calm_randomness import Randomness, StepRandomness
-from .generation_calm_weights import (
+from .generation_calm_algorithms import (
     NO_TRUNCATION,
+    WHOLE_TOLERANCE,
+    Pairs,
     Truncation,
     candidate_weights,
-    check_num_candidates,
-    check_temperature,
+    choose_at_limit,
+    compared_pairs,
+    first_accepted_attempt,
     inverse_temperature,
     occurrence_counts,
     sample_by_weight,
 )
-from .kernels_calm import arange, as_tensor, cached_per_device, float64_device
+from .kernels_calm import as_tensor
 
-MIN_BLOCK_SIZE = 4  # draws of the exact sampler's first block, at least; the pool then doubles until a row is done
-BLOCK_COST = 15  # what a block costs beside its draws, in draws: the weights of head and vocabulary are read anew
-FIRST_GUESS = 64  # draws that a row is thought to need before any is known
+if TYPE_CHECKING:
+    from .heads_calm import GenerativeHead
+
+MIN_BLOCK_SIZE = (
+    4  # samples of the exact method's first block, at least; their number then doubles until a row is done
+)
+BLOCK_COST = 15  # of a block beside its samples, in samples: the weights of head and vocabulary are read anew
+FIRST_GUESS = 64  # samples that a row is expected to need before any step has been taken
 STEPS_REMEMBERED = 32
-MAX_SAMPLES_PER_STEP = 2**22  # of a step: what is kept of them, about a kilobyte each, takes 4 GB
+MAX_SAMPLES_PER_STEP = 2**22  # about a kilobyte is kept of each: 4 GB
+MAX_TEMPERATURE = 2.0  # above, most of the distribution is patches that were not drawn
+EXACT_LIMIT = 10  # most samples of the exact method, in units of num_candidates
+FIRST_CHUNK = 32  # samples
+NOISE_KINDS: tuple[str, ...] = ("uniform", "exponential", "head")
+
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
-EXACT_DRAWS_PER_CANDIDATE = 10  # bound of the exact algorithm, in units of num_candidates
 
-Pairs = Literal["all", "adjacent", "disjoint"]
 
+# The options
 
-class Candidates(Protocol):
-    """Independent draws of patches, a sequence for each of B rows, that grows as it is asked to.
 
-    Args:
-        rows_B: the numbers of its rows, 0 … B − 1, on the device on which it answers.
-        has_processors: whether draws weigh differently, by what they are: then all must be weighed.
-        processor_log_weights_BN: then, by what each draw's probability is to be multiplied, the natural logarithm; equal draws
-            have equal ones.
-    """
+def _is_number(value: object, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
-    rows_B: Tensor
-    has_processors: bool
-    processor_log_weights_BN: Tensor | None
 
-    def extend(self, rows_R: Tensor, num_draws: int) -> None:
-        """Draws so many more for each of these rows, which must have drawn in every call before."""
-        ...
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless 0 < temperature <= 2."""
+    if not (_is_number(temperature) and 0 < temperature <= MAX_TEMPERATURE):
+        raise ValueError(
+            f"temperature={temperature!r}: sampling needs a temperature in (0, {MAX_TEMPERATURE:g}]; for the most "
+            "frequent patch use do_sample=False."
+        )
 
-    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
-        """Class ids of all draws of these rows so far, (R, N): a draw's is the index of the first one equal to it.
 
-        Args:
-            rows_R: numbers of the rows.
-            pairs: of which pairs the ids must be equal exactly where the patches are: draws 2i and 2i + 1
-                ("disjoint"), i and i + 1 ("adjacent"), or all. Other equal draws may have two ids.
-            noise_RN: the draw with the least will be chosen if all are distinct: its tokens may be read on this
-                occasion.
-        """
-        ...
-
-    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
-        """The patches of one draw of each of these rows, (R, K)."""
-        ...
-
-
-# The methods
-
-
-def single_sample(pool: Candidates) -> Tensor:
-    """The law of the draws themselves, T = 1: draws once; index (B,)."""
-    pool.extend(pool.rows_B, 1)
-    return torch.zeros_like(pool.rows_B)
-
-
-def most_frequent_patch(pool: Candidates, num_draws: int) -> Tensor:
-    """The patch seen most often in each row's draws, of equals the one seen first; index (B,)."""
-    pool.extend(pool.rows_B, num_draws)
-    first_BN = pool.first_occurrences(pool.rows_B)
-    if pool.processor_log_weights_BN is not None:
-        return candidate_weights(first_BN, 1.0, processor_log_weights_BN=pool.processor_log_weights_BN).argmax(-1)
-    sizes_BN = occurrence_counts(first_BN)
-    earliness_N = torch.arange(num_draws - 1, -1, -1, device=sizes_BN.device)
-    return (sizes_BN * num_draws + earliness_N).argmax(-1)
-
-
-def batch_temperature_select(
-    pool: Candidates,
-    temperature: float,
-    num_draws: int,
-    generator: Randomness = None,
-    truncation: Truncation = NO_TRUNCATION,
-) -> Tensor:
-    """Chooses one of N draws of each row, approximately by P^(1/T)/Z (paper, Algorithm 2); index (B,).
-
-    The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
-    `repetition_log_weights` extends it to every T. Raises ValueError for T outside (0, 2] and for N < 1/T.
-    """
-    check_num_candidates(num_draws, temperature)
-    pool.extend(pool.rows_B, num_draws)
-    noise_BN = StepRandomness.of(generator).exponential(pool.rows_B, num_draws)
-    first_BN = pool.first_occurrences(pool.rows_B)
-    return sample_by_weight(first_BN, noise_BN, temperature, truncation, pool.processor_log_weights_BN)
-
-
-def exact_temperature_sample(
-    pool: Candidates,
-    temperature: float,
-    max_draws: int,
-    generator: Randomness = None,
-    plan: BlockSchedule | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_draws` draws a row.
-
-    Each block of draws doubles the pool; a row whose draws hold an accepted attempt stops, and only the others draw
-    on. A row that reaches `max_draws` without one chooses from what it has, see `choose_at_limit`. A `plan` that
-    is handed from step to step fits the first block to what the steps before needed.
-
-    The total-variation distance to the target is at most the share of rows not exact. `max_draws=num_candidates` makes
-    it a substitute for `batch_temperature_select` with fewer draws: at T = 1/n the distance was no larger in every
-    case enumerated, at other T no larger within the noise of a simulation (tests/test_samplers.py, TestFallback).
-    Raises ValueError for T outside (0, 1] and for max_draws < 1/T.
-
-    Returns:
-        index of the draw chosen (B,), on the pool's device, and whether an attempt was accepted (B,), on the CPU.
-    """
-    check_num_candidates(max_draws, temperature)
-    if temperature > 1:
-        raise ValueError(f"temperature={temperature}: Algorithm 1 sharpens; above 1 patches are chosen by weight.")
-    exponent, pairs = inverse_temperature(temperature), compared_pairs(temperature)
-    attempt_length, num_rows = math.ceil(exponent), len(pool.rows_B)
-    plan, randomness = BlockSchedule() if plan is None else plan, StepRandomness.of(generator)
-    first_block = plan.first_block(min(max(MIN_BLOCK_SIZE, attempt_length), max_draws), num_rows, max_draws)
-    chosen = [0] * num_rows
-    left, rows_R = list(range(num_rows)), pool.rows_B  # rows that draw, on the host and on the pool's device
-    uniform_RN = noise_RN = None
-    for num_drawn, size in block_sizes(first_block, max_draws):
-        pool.extend(rows_R, size)
-        if not exponent.is_integer():
-            new_RN = randomness.uniform(rows_R, size)
-            uniform_RN = new_RN if uniform_RN is None else torch.cat([uniform_RN, new_RN], dim=1)
-        if num_drawn == max_draws:
-            noise_RN = randomness.exponential(rows_R, max_draws)
-        first_RN = pool.first_occurrences(rows_R, pairs, None if pairs == "all" else noise_RN)
-        starts = first_accepted_attempt(first_RN, uniform_RN, temperature).tolist()
-        kept = [i for i, start in enumerate(starts) if start == num_drawn]
-        for row, start in zip(left, starts, strict=True):
-            if start < num_drawn:
-                chosen[row] = start
-        plan.note(start + attempt_length for start in starts if start < num_drawn)
-        if len(kept) < len(left):
-            left, kept_R = [left[i] for i in kept], as_tensor(kept, rows_R.device)
-            if not left:
-                break
-            rows_R = rows_R[kept_R]
-            uniform_RN, noise_RN = (x if x is None else x[kept_R] for x in (uniform_RN, noise_RN))
-
-    plan.note([max_draws] * len(left))
-    index_B = as_tensor(chosen, rows_R.device)
-    if left and noise_RN is not None:
-        index_R = choose_at_limit(pool.first_occurrences(rows_R), uniform_RN, noise_RN, temperature)
-        index_B = index_R if len(left) == num_rows else index_B.index_copy(0, rows_R, index_R)
-    fell_back = set(left)
-    return index_B, torch.tensor([row not in fell_back for row in range(num_rows)])
-
-
-def one_block_temperature_sample(
-    pool: Candidates, temperature: float, num_draws: int, generator: Randomness = None
-) -> tuple[Tensor, Tensor]:
-    """`exact_temperature_sample` with all draws in one block, and nothing for the host to read.
-
-    More draws, fewer waits; the distribution depends on no block size, so it is the same. All is returned on the
-    pool's device.
-    """
-    check_num_candidates(num_draws, temperature)
-    randomness, uniform_BN = StepRandomness.of(generator), None
-    pool.extend(pool.rows_B, num_draws)
-    if not inverse_temperature(temperature).is_integer():
-        uniform_BN = randomness.uniform(pool.rows_B, num_draws)
-    noise_BN = randomness.exponential(pool.rows_B, num_draws)
-    first_BN = pool.first_occurrences(pool.rows_B)
-    start_B = first_accepted_attempt(first_BN, uniform_BN, temperature)
-    fallback_B = choose_at_limit(first_BN, uniform_BN, noise_BN, temperature)
-    is_exact_B = start_B < num_draws
-    return torch.where(is_exact_B, start_B, fallback_B), is_exact_B
-
-
-def choose_at_limit(first_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor, temperature: float) -> Tensor:
-    """Algorithm 1 when no more draws may be made, in rows where none was accepted; index (R,).
-
-    An attempt that was waiting for its patch to come again reads the pool's earlier draws as if they came next, and
-    accepts when it has read them all without a restart. Averaged over the orders of a pool, this accepts a patch in
-    proportion to its batch weight C(c, 1/T). Dropping such attempts instead would discriminate against rare patches
-    (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
-    at 1/T a whole number all of them: nothing waits there.
-
-    The arguments are those of `first_accepted_attempt` and `sample_by_weight`, class ids of all pairs.
-    """
-    by_weight_R = sample_by_weight(first_RN, noise_RN, temperature)
-    if uniform_RN is None:
-        return by_weight_R
-    start_R = first_accepted_attempt(first_RN, uniform_RN, temperature, circular=True)
-    return torch.where(start_R < first_RN.shape[1], start_R, by_weight_R)
-
-
-# The plan of the exact method
-
-
-def compared_pairs(temperature: float) -> Pairs:
-    """Which pairs of draws the attempts of Algorithm 1 compare: 2i with 2i + 1, i with i + 1, or all.
-
-    Where 1/T is a whole n, an attempt goes on as long as each draw equals the one before it. At n = 2 it reads two
-    draws whatever they are, so that draws 2i and 2i + 1 are compared and no others.
-    """
-    exponent = inverse_temperature(temperature)
-    if not exponent.is_integer():
-        return "all"
-    return "disjoint" if exponent == 2 else "adjacent"
-
-
-def block_sizes(first: int, max_draws: int) -> Iterator[tuple[int, int]]:
-    """(Draws after the block, its size): each after the first doubles their number, up to `max_draws`."""
-    num_drawn = 0
-    while num_drawn < max_draws:
-        size = min(num_drawn or first, max_draws - num_drawn)
-        num_drawn += size
-        yield num_drawn, size
-
-
-class OneBlock:
-    """In the place of a `BlockSchedule`: as much is drawn at once as the method draws at most, and the host reads nothing.
-
-    Attributes:
-        is_exact_B: of the last step, whether Algorithm 1 accepted an attempt (B,); `None` where it was not asked.
-    """
-
-    is_exact_B: Tensor | None = None
-
-
-class BlockSchedule:
-    """How large the first block of `exact_temperature_sample` should be, judged by what the steps before needed.
-
-    Small blocks waste no draws, large ones read the weights less often. What is drawn has the same law either way.
-
-    Attributes:
-        is_exact_B: as in `OneBlock`.
-    """
-
-    def __init__(self):
-        self.needed = deque(maxlen=STEPS_REMEMBERED)
-        self.is_exact_B: Tensor | None = None
-
-    def note(self, num_draws: Iterable[int]) -> None:
-        """Remembers after how many draws rows had their patch."""
-        self.needed.extend(num_draws)
-
-    def first_block(self, least: int, num_rows: int, max_draws: int) -> int:
-        """The size, of `least` times powers of 2 and `max_draws`, that would have cost least in the steps before."""
-
-        def cost(size: int) -> float:
-            pool_sizes = [num_drawn for num_drawn, _ in block_sizes(size, max_draws)]
-            last_blocks = [bisect_left(pool_sizes, min(needed, max_draws)) for needed in self.needed or [FIRST_GUESS]]
-            return sum(pool_sizes[last] + (last + 1) * BLOCK_COST / num_rows for last in last_blocks)
-
-        sizes = [least << i for i in range(max_draws.bit_length()) if least << i < max_draws]
-        return min([*sizes, max_draws], key=cost)
-
-
-# Algorithm 1, along draws of which it is known which are equal
-
-
-def first_accepted_attempt(
-    first_BN: Tensor, uniform_BN: Tensor | None, temperature: float, circular: bool = False
-) -> Tensor:
-    """Run Algorithm 1 along each row's draws, attempt after attempt, and find the first that accepts.
-
-    With n = floor(1/T) and alpha = 1/T - n, an attempt reads draws until one differs from its first, or until n are
-    equal. Then, if alpha > 0, it reads on: at further draw i it accepts if that equals the n, and otherwise restarts
-    with probability alpha / i. The next attempt begins at the first unread draw, so every attempt sees fresh draws.
-
-    `uniform_BN` is uniform on [0, 1), one for the attempt that starts at a draw; None where 1/T is whole.
-    `circular`: an attempt that runs out of draws reads on from the first draw of the pool, up to its own start.
-    Returns where the accepted attempt starts (B,), N where there is none.
-    """
-    exponent = inverse_temperature(temperature)
-    whole = math.floor(exponent)
-    fraction = exponent - whole
-    num_draws = first_BN.shape[-1]
-    start_N = arange(num_draws, first_BN.device)
-    if exponent == 2 and num_draws > 1:  # each attempt reads two draws, whatever they are
-        differs_BP = first_BN[:, :-1:2] != first_BN[:, 1::2]
-        return start_N[:-1:2].expand_as(differs_BP).masked_fill(differs_BP, num_draws).amin(-1)
-
-    differs_BN = _next_different(first_BN)
-    accepts_BN = differs_BN - start_N >= whole
-    next_start_BN = differs_BN + 1
-    if fraction > 0:
-        assert uniform_BN is not None, "attempts restart by chance where 1/T is not whole"
-        last_N = (start_N + whole - 1).clamp(max=num_draws - 1)
-        gives_up_BN = last_N + _restart_times(uniform_BN, fraction)
-        next_start_BN = torch.where(accepts_BN, gives_up_BN + 1, next_start_BN)
-        meets_BN = _next_equal(first_BN, circular)[:, last_N]
-        accepts_BN = accepts_BN & (meets_BN <= gives_up_BN) & (circular | (meets_BN < num_draws))
-
-    # An accepting attempt points at itself, any other at its successor, index N stands for "ran out of draws".
-    # Squaring the pointers log2(N) times walks every row to the end of its chain without a loop over draws.
-    points_to_BN = torch.where(accepts_BN, start_N, next_start_BN.clamp(max=num_draws))
-    points_to_BN = F.pad(points_to_BN, (0, 1), value=num_draws)
-    for _ in range(num_draws.bit_length()):
-        points_to_BN = points_to_BN.gather(-1, points_to_BN)
-    return points_to_BN[:, 0]
-
-
-def _restart_times(uniform_BN: Tensor, fraction: float) -> Tensor:
-    """Turn uniforms into the i >= 1 of the first restart, each with probability alpha / i; N + 1 for later."""
-    restarted_by_N = _restart_table(uniform_BN.shape[-1], fraction, uniform_BN.device)
-    return 1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True)
-
-
-@cached_per_device
-def _restart_table(num_draws: int, fraction: float, device: torch.device) -> Tensor:
-    """The probability of a restart by the i-th further draw, i = 1 … N, float32."""
-    further_N = torch.arange(1, num_draws + 1, dtype=torch.float64, device=float64_device(device))
-    return (1 - torch.cumprod(1 - fraction / further_N, dim=0)).to(device, torch.float32)
-
-
-def _next_different(first_BN: Tensor) -> Tensor:
-    """For each draw, the index of the first later draw that differs from it; N where there is none."""
-    num_draws = first_BN.shape[-1]
-    changed_BN = first_BN[:, 1:] != first_BN[:, :-1]
-    next_index_N = arange(num_draws, first_BN.device)[1:]
-    changes_BN = F.pad(torch.where(changed_BN, next_index_N, num_draws), (0, 1), value=num_draws)
-    return changes_BN.flip(-1).cummin(-1).values.flip(-1)
-
-
-def _next_equal(first_BN: Tensor, circular: bool) -> Tensor:
-    """For each draw, the index of the first later draw that equals it; N where there is none.
-
-    `circular`: the draws go on with index N + i equal to draw i, so that at the latest a draw meets itself.
-    """
-    num_draws = first_BN.shape[-1]
-    sorted_BN, order_BN = torch.sort(first_BN, dim=-1, stable=True)
-    # A class id is the index of its first draw, which is therefore the next one around the circle.
-    follower_BN = num_draws + sorted_BN if circular else torch.full_like(first_BN, num_draws)
-    same_BN = sorted_BN[:, 1:] == sorted_BN[:, :-1]
-    follower_BN[:, :-1] = torch.where(same_BN, order_BN[:, 1:], follower_BN[:, :-1])
-    return torch.empty_like(first_BN).scatter_(-1, order_BN, follower_BN)
+def check_num_candidates(num_candidates: int, temperature: float) -> None:
+    """Raises ValueError unless the temperature is valid and `num_candidates` a whole number of at least 1/T."""
+    check_temperature(temperature)
+    if not _is_number(num_candidates, numbers.Integral) or num_candidates < 1:
+        raise ValueError(f"num_candidates={num_candidates!r}: it must be a positive whole number.")
+    if num_candidates * float(temperature) < 1 - WHOLE_TOLERANCE:
+        exponent = inverse_temperature(temperature)
+        least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
+        raise ValueError(
+            f"num_candidates={num_candidates} is too few for temperature={temperature}: "
+            f"a patch must be drawn 1/temperature times to count, so use at least {least}."
+        )
 
 
 @dataclass(frozen=True)
 class PatchSampling:
-    """How `CALMGenerationMixin.sample_patches` chooses a patch.
+    """Holds the options of `generate` that say how a patch is chosen, and chooses.
 
-    Its fields are the options of `generate` that concern sampling: each may be an argument of the call or a field of
-    the generation configuration.
+    Each field may be an argument of the call or a field of the generation configuration.
 
     Args:
         do_sample: False takes the most frequent of the candidates, drawn with a fixed seed.
-        temperature: T in (0, 2]; the law is P(patch)^(1/T), normalised.
-        num_candidates: N, patches drawn per step unless T = 1 and nothing else is asked for.
-        top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`.
+        temperature: T in (0, 2]; the target distribution is P(patch)^(1/T), normalised.
+        num_candidates: N, patches drawn per step unless T = 1 without truncation or logits processors.
         sampling_method: "batch" draws all N and weighs them (paper, Algorithm 2). "exact" draws in growing blocks
-            until Algorithm 1 has a result, and takes the batch result after 10·N draws without one. "adaptive" is
-            the same with a bound of N draws: at T = 1/n no further from the law than "batch", and faster where
+            until Algorithm 1 has a result, and takes the batch result after 10·N samples without one. "adaptive" is
+            the same with a limit of N samples: at T = 1/n no further from the target than "batch", and faster where
             patches repeat. At T > 1, or with a truncation, all three are "batch".
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
             are the same (see generation_calm_candidates.py). `None` is True on a CPU. With logits processors every
             candidate is drawn, decoded in full and weighed.
+        top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
@@ -413,94 +131,422 @@ class PatchSampling:
     def __post_init__(self):
         if self.sampling_method not in SAMPLING_METHODS:
             raise ValueError(f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.")
-        check_temperature(self.temperature)
         check_num_candidates(self.num_candidates, self.temperature)
-        self.truncation.check()
-        self.check_draws(1)
+        if not _is_number(self.top_k, numbers.Integral) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k!r}: must be a whole number of patches to keep, or 0 for all.")
+        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name}={value!r}: must be a fraction, in [0, 1].")
+        self.check_num_rows(1)
 
-    def check_draws(self, num_rows: int) -> None:
-        """Raises `ValueError` where a step of so many rows may hold more than `MAX_SAMPLES_PER_STEP` draws."""
-        num_draws = num_rows * self.samples_in_one_block
-        if num_draws > MAX_SAMPLES_PER_STEP:
+    def check_num_rows(self, num_rows: int) -> None:
+        """Raises ValueError where a step of this many rows may hold more than `MAX_SAMPLES_PER_STEP` samples."""
+        num_samples = num_rows * self.samples_in_one_block
+        if num_samples > MAX_SAMPLES_PER_STEP:
             raise ValueError(
                 f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r} and {num_rows} "
-                f"sequences may draw {num_draws} patches in a step: at most {MAX_SAMPLES_PER_STEP} fit."
+                f"sequences may draw {num_samples} patches in a step: at most {MAX_SAMPLES_PER_STEP} fit."
             )
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(cls))
+        return tuple(cls.__dataclass_fields__)
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig, **overrides) -> PatchSampling:
-        """Reads `generate`'s settings; `overrides` that are not None go before the configuration's fields, those of
-        other names are left out."""
-        settings = {}
-        for name in cls.option_names():
-            override = overrides.get(name)
-            settings[name] = getattr(config, name, None) if override is None else override
-        settings["do_sample"] = bool(settings["do_sample"])  # not set: off, as upstream takes it
-        if not settings["do_sample"]:  # these have no meaning then
-            settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
-        return cls(**{name: value for name, value in settings.items() if value is not None})
+        """Reads the options from a generation configuration; `overrides` that are not None take precedence.
 
-    def choose(
-        self, pool: Candidates, generator: Randomness = None, plan: BlockSchedule | OneBlock | None = None
-    ) -> Tensor:
-        """Makes a pool draw, and returns the index of the draw chosen for each of its rows, (B,).
-
-        A plan is told in which rows Algorithm 1 chose.
+        Overrides of other names are ignored.
         """
-        if not self.do_sample:
-            return most_frequent_patch(pool, self.num_candidates)
-        if self.takes_single_sample and not pool.has_processors:
-            return single_sample(pool)
-        if self.uses_batch_rule or pool.has_processors:
-            return batch_temperature_select(pool, self.temperature, self.num_candidates, generator, self.truncation)
-        sampler = (pool, self.temperature, self.max_samples, generator)
-        if isinstance(plan, OneBlock):
-            index_B, plan.is_exact_B = one_block_temperature_sample(*sampler)
-            return index_B
-        index_B, is_exact_B = exact_temperature_sample(*sampler, plan)
-        if plan is not None:
-            plan.is_exact_B = is_exact_B
-        return index_B
-
-    def is_exact(self, plan: BlockSchedule | OneBlock, num_rows: int, has_rules: bool) -> Tensor:
-        """In which of the rows that `choose` was given last the patch is a sample of P(patch)^(1/T)/Z, (B,) bool."""
-        if plan.is_exact_B is not None:
-            return plan.is_exact_B
-        return torch.full((num_rows,), self.takes_single_sample and not has_rules)
-
-    def weigh(self, first_BN: Tensor, processor_log_weights_BN: Tensor | None = None) -> Tensor:
-        """How much each draw weighs in the choice, all of it on the first of equal ones, each row's sum 1; (B, N)."""
-        if self.do_sample:
-            return candidate_weights(first_BN, self.temperature, self.truncation, processor_log_weights_BN)
-        return candidate_weights(first_BN, 1.0, processor_log_weights_BN=processor_log_weights_BN)
-
-    @property
-    def samples_in_one_block(self) -> int:
-        """The patches that `choose` draws with the plan `OneBlock`."""
-        if not self.do_sample:
-            return self.num_candidates
-        return 1 if self.takes_single_sample else self.max_samples
-
-    @property
-    def max_samples(self) -> int:
-        """The most patches that are drawn for one row in one step where more than one is."""
-        is_exact = self.sampling_method == "exact" and not self.uses_batch_rule
-        return self.num_candidates * (EXACT_DRAWS_PER_CANDIDATE if is_exact else 1)
-
-    @property
-    def takes_single_sample(self) -> bool:
-        """Whether a step draws one patch and takes it."""
-        return self.do_sample and self.temperature == 1 and self.truncation.keeps_all
-
-    @property
-    def uses_batch_rule(self) -> bool:
-        """Whether a step draws all candidates and weighs them, whatever the first of them are."""
-        return self.sampling_method == "batch" or self.temperature > 1 or not self.truncation.keeps_all
+        settings: dict[str, Any] = {"do_sample": False}  # upstream's default
+        for name in cls.option_names():
+            value = overrides.get(name)
+            value = getattr(config, name, None) if value is None else value
+            if value is not None:
+                settings[name] = value
+        if not settings["do_sample"]:  # these have no meaning then
+            settings = {n: v for n, v in settings.items() if n not in ("temperature", "top_k", "top_p", "min_p")}
+        return cls(**settings)
 
     @property
     def truncation(self) -> Truncation:
         return Truncation(self.top_k, self.top_p, self.min_p)
+
+    @property
+    def takes_single_sample(self) -> bool:
+        """Whether a step draws one patch and takes it."""
+        return self.do_sample and self.temperature == 1 and (self.top_k, self.top_p, self.min_p) == NO_TRUNCATION
+
+    @property
+    def uses_batch_rule(self) -> bool:
+        """Whether a step draws all candidates and weighs them, whatever the first of them are."""
+        return self.sampling_method == "batch" or self.temperature > 1 or self.truncation != NO_TRUNCATION
+
+    @property
+    def max_samples(self) -> int:
+        """The most patches drawn for one row in one step where more than one is drawn."""
+        is_exact = self.sampling_method == "exact" and not self.uses_batch_rule
+        return self.num_candidates * (EXACT_LIMIT if is_exact else 1)
+
+    @property
+    def samples_in_one_block(self) -> int:
+        """The number of patches that `choose` draws for a row with the schedule `OneBlock`."""
+        if not self.do_sample:
+            return self.num_candidates
+        return 1 if self.takes_single_sample else self.max_samples
+
+    def choose(
+        self, candidates: Candidates, generator: Randomness = None, schedule: BlockSchedule | OneBlock | None = None
+    ) -> tuple[Tensor, Tensor | bool]:
+        """Makes the candidates draw, and chooses one for each row.
+
+        Returns:
+            The index of the chosen candidate of each row (B,); and whether it is an exact sample of P^(1/T)/Z, one
+            value for all rows or (B,).
+        """
+        if not self.do_sample:
+            return most_frequent_patch(candidates, self.num_candidates), False
+        if self.takes_single_sample and not candidates.has_processors:
+            return single_sample(candidates), True
+        if self.uses_batch_rule or candidates.has_processors:
+            settings = self.temperature, self.num_candidates, generator, self.truncation
+            return batch_temperature_select(candidates, *settings), False
+        if isinstance(schedule, OneBlock):
+            return one_block_temperature_sample(candidates, self.temperature, self.max_samples, generator)
+        return exact_temperature_sample(candidates, self.temperature, self.max_samples, generator, schedule)
+
+    def weights(self, first_BN: Tensor, processor_log_weights_BN: Tensor | None = None) -> Tensor:
+        """Returns the weight of each candidate in the choice, on first occurrences, each row's sum 1; (B, N)."""
+        temperature, truncation = (self.temperature, self.truncation) if self.do_sample else (1.0, NO_TRUNCATION)
+        return candidate_weights(first_BN, temperature, truncation, processor_log_weights_BN)
+
+
+# The methods
+
+
+class Candidates(Protocol):
+    """Independent samples of patches, a growing sequence for each of B rows: what the methods need of them.
+
+    Args:
+        rows_B: the numbers of the rows, 0 … B − 1, on the device of all answers.
+        has_processors: whether logits processors weigh candidates: then all must be drawn and weighed.
+        processor_log_weights_BN: the natural logarithm of what they multiply each candidate's probability by; equal
+            patches have equal ones. None without processors.
+    """
+
+    rows_B: Tensor
+    has_processors: bool
+    processor_log_weights_BN: Tensor | None
+
+    def extend(self, rows_R: Tensor, num_samples: int) -> None:
+        """Draws more samples for each of these rows, which must have drawn in every call before."""
+        ...
+
+    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+        """Returns for each sample of these rows the index of the first one that equals it, (R, N).
+
+        Args:
+            rows_R: numbers of the rows.
+            pairs: the pairs that must be told apart: samples 2i and 2i + 1 ("disjoint"), i and i + 1 ("adjacent"), or
+                all. Other equal samples may have two indices.
+            noise_RN: the sample with the least noise will be chosen if all are distinct: it may be decoded in advance.
+        """
+        ...
+
+    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
+        """Returns the patch of one sample of each of these rows, (R, K)."""
+        ...
+
+
+def single_sample(candidates: Candidates) -> Tensor:
+    """Draws one sample of each row, which is T = 1, and returns its index, (B,)."""
+    candidates.extend(candidates.rows_B, 1)
+    return torch.zeros_like(candidates.rows_B)
+
+
+def most_frequent_patch(candidates: Candidates, num_samples: int) -> Tensor:
+    """Draws N samples and returns the index of each row's most frequent patch, of ties the first seen, (B,)."""
+    candidates.extend(candidates.rows_B, num_samples)
+    first_BN = candidates.first_occurrences(candidates.rows_B)
+    log_weights_BN = candidates.processor_log_weights_BN
+    if log_weights_BN is not None:
+        return candidate_weights(first_BN, 1.0, processor_log_weights_BN=log_weights_BN).argmax(-1)
+    counts_BN = occurrence_counts(first_BN)
+    earliness_N = torch.arange(num_samples - 1, -1, -1, device=counts_BN.device)
+    return (counts_BN * num_samples + earliness_N).argmax(-1)
+
+
+def batch_temperature_select(
+    candidates: Candidates,
+    temperature: float,
+    num_samples: int,
+    generator: Randomness = None,
+    truncation: Truncation = NO_TRUNCATION,
+) -> Tensor:
+    """Chooses one of N samples of each row, approximately by P^(1/T)/Z (paper, Algorithm 2), and returns its index, (B,).
+
+    The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
+    `repetition_log_weights` extends it to every T. Raises ValueError for T outside (0, 2] and for N < 1/T.
+    """
+    check_num_candidates(num_samples, temperature)
+    candidates.extend(candidates.rows_B, num_samples)
+    noise_BN = StepRandomness.of(generator).exponential(candidates.rows_B, num_samples)
+    first_BN = candidates.first_occurrences(candidates.rows_B)
+    return sample_by_weight(first_BN, noise_BN, temperature, truncation, candidates.processor_log_weights_BN)
+
+
+def exact_temperature_sample(
+    candidates: Candidates,
+    temperature: float,
+    max_samples: int,
+    generator: Randomness = None,
+    schedule: BlockSchedule | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_samples` samples of P a row.
+
+    Each block doubles the number of samples; a row with an accepted attempt stops, and only the others draw on. A row
+    that reaches `max_samples` without one chooses from what it has, see `choose_at_limit`. A `schedule` that is passed
+    from step to step fits the first block to what the steps before needed.
+
+    The total-variation distance to the target is at most the fraction of rows not exact. `max_samples=num_candidates`
+    makes it a substitute for `batch_temperature_select` with fewer samples: at T = 1/n the distance was no larger in
+    every case enumerated, at other T no larger within the noise of a simulation (tests/test_samplers.py,
+    TestFallback). Raises ValueError for T outside (0, 1] and for max_samples < 1/T.
+
+    Returns:
+        index of the sample chosen (B,), on the candidates' device, and whether an attempt was accepted (B,), on the
+        CPU.
+    """
+    check_num_candidates(max_samples, temperature)
+    if temperature > 1:
+        raise ValueError(f"temperature={temperature}: Algorithm 1 sharpens; above 1 patches are chosen by weight.")
+    exponent, pairs = inverse_temperature(temperature), compared_pairs(temperature)
+    attempt_length, num_rows = math.ceil(exponent), len(candidates.rows_B)
+    schedule, randomness = BlockSchedule() if schedule is None else schedule, StepRandomness.of(generator)
+    first_block = schedule.first_block(min(max(MIN_BLOCK_SIZE, attempt_length), max_samples), num_rows, max_samples)
+    chosen = [0] * num_rows
+    left, rows_R = list(range(num_rows)), candidates.rows_B  # rows that draw, on the host and on the device
+    uniform_RN = noise_RN = None
+    for num_drawn, size in block_sizes(first_block, max_samples):
+        candidates.extend(rows_R, size)
+        if not exponent.is_integer():
+            new_RN = randomness.uniform(rows_R, size)
+            uniform_RN = new_RN if uniform_RN is None else torch.cat([uniform_RN, new_RN], dim=1)
+        if num_drawn == max_samples:
+            noise_RN = randomness.exponential(rows_R, max_samples)
+        first_RN = candidates.first_occurrences(rows_R, pairs, None if pairs == "all" else noise_RN)
+        starts = first_accepted_attempt(first_RN, uniform_RN, temperature).tolist()
+        open_rows = [i for i, start in enumerate(starts) if start == num_drawn]
+        for row, start in zip(left, starts, strict=True):
+            if start < num_drawn:
+                chosen[row] = start
+        schedule.note(start + attempt_length for start in starts if start < num_drawn)
+        if len(open_rows) < len(left):
+            left, open_R = [left[i] for i in open_rows], as_tensor(open_rows, rows_R.device)
+            if not left:
+                break
+            rows_R = rows_R[open_R]
+            uniform_RN, noise_RN = (x if x is None else x[open_R] for x in (uniform_RN, noise_RN))
+
+    schedule.note([max_samples] * len(left))
+    index_B = as_tensor(chosen, rows_R.device)
+    if left and noise_RN is not None:
+        index_R = choose_at_limit(candidates.first_occurrences(rows_R), uniform_RN, noise_RN, temperature)
+        index_B = index_R if len(left) == num_rows else index_B.index_copy(0, rows_R, index_R)
+    is_exact_B = torch.ones(num_rows, dtype=torch.bool)
+    is_exact_B[left] = False
+    return index_B, is_exact_B
+
+
+def one_block_temperature_sample(
+    candidates: Candidates, temperature: float, num_samples: int, generator: Randomness = None
+) -> tuple[Tensor, Tensor]:
+    """Samples as `exact_temperature_sample`, all in one block, and returns index and acceptance (B,) on the device.
+
+    It draws more, and the host reads nothing. The distribution depends on no block size, so it is the same.
+    """
+    check_num_candidates(num_samples, temperature)
+    randomness, uniform_BN = StepRandomness.of(generator), None
+    candidates.extend(candidates.rows_B, num_samples)
+    if not inverse_temperature(temperature).is_integer():
+        uniform_BN = randomness.uniform(candidates.rows_B, num_samples)
+    noise_BN = randomness.exponential(candidates.rows_B, num_samples)
+    first_BN = candidates.first_occurrences(candidates.rows_B)
+    start_B = first_accepted_attempt(first_BN, uniform_BN, temperature)
+    fallback_B = choose_at_limit(first_BN, uniform_BN, noise_BN, temperature)
+    is_exact_B = start_B < num_samples
+    return torch.where(is_exact_B, start_B, fallback_B), is_exact_B
+
+
+# The blocks of the exact method
+
+
+def block_sizes(first: int, max_samples: int) -> Iterator[tuple[int, int]]:
+    """Yields (samples after the block, its size): each after the first doubles their number, up to `max_samples`."""
+    num_drawn = 0
+    while num_drawn < max_samples:
+        size = min(num_drawn or first, max_samples - num_drawn)
+        num_drawn += size
+        yield num_drawn, size
+
+
+class OneBlock:
+    """Stands in the place of a `BlockSchedule`: all is drawn in one block, and the host reads nothing."""
+
+
+@dataclass(eq=False)
+class BlockSchedule:
+    """Sizes the first block of `exact_temperature_sample` by what the steps before needed.
+
+    Small blocks waste no samples, large ones read the weights less often. The distribution is the same either way.
+    """
+
+    needed: deque = field(default_factory=partial(deque, maxlen=STEPS_REMEMBERED))  # samples, of the last rows
+
+    def note(self, num_samples: Iterable[int]) -> None:
+        """Remembers after how many samples rows had their patch."""
+        self.needed.extend(num_samples)
+
+    def first_block(self, least: int, num_rows: int, max_samples: int) -> int:
+        """Returns the size, of `least` times powers of 2 and `max_samples`, that would have cost least so far."""
+
+        def cost(size: int) -> float:
+            totals = [num_drawn for num_drawn, _ in block_sizes(size, max_samples)]
+            last_blocks = [bisect_left(totals, min(needed, max_samples)) for needed in self.needed or [FIRST_GUESS]]
+            return sum(totals[last] + (last + 1) * BLOCK_COST / num_rows for last in last_blocks)
+
+        sizes = [least << i for i in range(max_samples.bit_length()) if least << i < max_samples]
+        return min([*sizes, max_samples], key=cost)
+
+
+# Random numbers
+
+
+@dataclass(eq=False)
+class StepRandomness:
+    """Random numbers of one step, all from one generator (None: torch's own), in the order of the calls."""
+
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def of(cls, generator: Randomness) -> StepRandomness:
+        """Returns the random numbers of one step from a generator, or from a list of one for each row."""
+        if isinstance(generator, StepRandomness):
+            return generator
+        return RowRandomness(generator) if isinstance(generator, Sequence) else StepRandomness(generator)
+
+    def uniform(self, rows_R: Tensor, num_samples: int) -> Tensor:
+        """Returns float32 numbers on [0, 1), (R, N), for N more samples of these rows, which were in every call before."""
+        return torch.rand(len(rows_R), num_samples, generator=self.generator, device=rows_R.device)
+
+    def exponential(self, rows_R: Tensor, num_samples: int) -> Tensor:
+        """Returns standard exponential variates; otherwise as `uniform`."""
+        noise_RN = torch.empty(len(rows_R), num_samples, device=rows_R.device, dtype=torch.float32)
+        return noise_RN.exponential_(generator=self.generator)
+
+    def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict[str, Any]:
+        """Returns the source of randomness of `head.sample` as keyword arguments; otherwise as `uniform`."""
+        return {"generator": self.generator}
+
+    def predrawn_head_noise(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
+    ) -> dict[str, Tensor]:
+        """Returns the same as tensors, drawn now."""
+        return head.predrawn_noise(num_samples, len(rows_R), context_RD, self.generator)
+
+
+class PredrawnRandomness(StepRandomness):
+    """Random numbers of one step that are drawn already.
+
+    Args:
+        noise: "uniform" and "exponential" (R, N), where they are needed; the others are the head's.
+    """
+
+    def __init__(self, noise: dict[str, Tensor]):
+        super().__init__()
+        self.noise = noise
+
+    def uniform(self, rows_R: Tensor, num_samples: int) -> Tensor:
+        return self.noise["uniform"]
+
+    def exponential(self, rows_R: Tensor, num_samples: int) -> Tensor:
+        return self.noise["exponential"]
+
+    def predrawn_head_noise(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
+    ) -> dict[str, Tensor]:
+        return {name: x for name, x in self.noise.items() if name not in NOISE_KINDS}
+
+    head_noise = predrawn_head_noise
+
+
+class RowRandomness(StepRandomness):
+    """Random numbers of one step, each row's from its own generator, which gives three seeds a step.
+
+    So a row's patch depends on its own context and generator alone: neither on the rows beside it nor on block sizes.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]):
+        super().__init__()
+        seeds = [torch.randint(2**62, (len(NOISE_KINDS),), generator=g, device=g.device).tolist() for g in generators]
+        self.streams = {kind: [_NoiseStream(of_row[i]) for of_row in seeds] for i, kind in enumerate(NOISE_KINDS)}
+        self.num_taken = dict.fromkeys(NOISE_KINDS, 0)
+
+    def uniform(self, rows_R: Tensor, num_samples: int) -> Tensor:
+        return self._numbers("uniform", rows_R, num_samples, Tensor.uniform_)
+
+    def exponential(self, rows_R: Tensor, num_samples: int) -> Tensor:
+        return self._numbers("exponential", rows_R, num_samples, Tensor.exponential_)
+
+    def _numbers(self, kind: str, rows_R: Tensor, num_samples: int, fill: Callable[..., Tensor]) -> Tensor:
+        def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"values": fill(torch.empty(size, 1, 1, device=generator.device), generator=generator)}
+
+        return self._take(kind, rows_R, num_samples, rows_R.device, make)["values"][..., 0].T
+
+    def predrawn_head_noise(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
+    ) -> dict[str, Tensor]:
+        def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
+            return head.predrawn_noise(size, 1, context_RD, generator)
+
+        return self._take("head", rows_R, num_samples, context_RD.device, make)
+
+    head_noise = predrawn_head_noise
+
+    def _take(
+        self, kind: str, rows_R: Tensor, num_samples: int, device: torch.device, make: MakeNoise
+    ) -> dict[str, Tensor]:
+        """Returns the next N samples' noise of these rows, tensors (..., N, R, size)."""
+        start = self.num_taken[kind]
+        self.num_taken[kind] += num_samples
+        rows = [self.streams[kind][row].read(start + num_samples, device, make) for row in rows_R.tolist()]
+        return {
+            name: torch.cat([row[name].narrow(-3, start, num_samples) for row in rows], dim=-2) for name in rows[0]
+        }
+
+
+class _NoiseStream:
+    """The noise of one kind of one row's samples, drawn in chunks of 32, 32, 64, … samples.
+
+    Each chunk has a seed of its own: a generator asked for 3 numbers and then 5 need not give the 8 that it gives when
+    asked once.
+    """
+
+    def __init__(self, seed: int):
+        self.seed, self.num_drawn = seed, 0
+        self.noise: dict[str, Tensor] = {}
+
+    def read(self, num_samples: int, device: torch.device, make: MakeNoise) -> dict[str, Tensor]:
+        """Returns the noise of at least the first `num_samples` samples."""
+        while self.num_drawn < num_samples:
+            size = max(self.num_drawn, FIRST_CHUNK)
+            chunk = make(size, torch.Generator(device).manual_seed(self.seed + self.num_drawn))
+            old = self.noise
+            self.noise = {name: torch.cat([old[name], new], dim=-3) if old else new for name, new in chunk.items()}
+            self.num_drawn += size
+        return self.noise
+
+
+MakeNoise = Callable[[int, torch.Generator], dict[str, Tensor]]  # number of samples → tensors (..., N, 1, size)
+Randomness = torch.Generator | Sequence[torch.Generator] | StepRandomness | None

@@ -1,12 +1,21 @@
-"""The texts of one call of `generate`: they grow by a patch a step, until their stopping criteria end them.
+"""The sequences of one call of `generate`: how they grow and end, and logits processors on their candidate patches.
 
-A rule that looks at ids alone is asked about a whole patch at once, so that the host waits for the device once a step.
-A rule of the user's own, or of time, is asked after each token, as upstream does. Axes: B batch, L tokens so far, K
-tokens of a patch, R rows that aren't finished.
+Stopping criteria that look at ids alone are evaluated on a whole patch at once, so that the host waits for the device
+once a step; others, as the user's own or of time, after each token, as upstream does.
+
+Upstream's logits processors act on the model's logits of the next token. CALM samples a latent vector, and the
+decoder's logits say which tokens it stands for, position by position. So processors get these, with the ids before; the
+most probable token that they leave is taken; and the candidate's weight is multiplied by e^(that token's logit − the
+largest logit before processing). A candidate that satisfies the processors keeps its weight, one with a penalised token
+weighs less, and one that was forced against the decoder's certainty next to nothing, unless a step has no others.
+
+Axes: B batch, R rows that aren't finished, L tokens so far, K tokens per patch, k positions, C candidates of one row,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,119 +27,227 @@ from .kernels_calm import arange, as_tensor
 if TYPE_CHECKING:
     from .generation_calm_upstream import GenerateCall
 
-TOKEN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
+TOKEN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)  # they look at ids alone
+
+Processors = Callable[..., Tensor]  # ids (M, L), logits (M, V) float32 → logits (M, V)
 
 
 class GenerationState:
-    """Prompts and what was written after them, row by row.
+    """Holds prompts and the tokens generated so far, and appends patches to them.
 
     Args:
-        prompts_BL: ids where the texts begin.
+        prompts_BL: ids of the prompts.
         call: whose stopping criteria, padding and streamer are used.
 
     Attributes:
-        ids_BL: prompts and what was appended; after a row's end there is padding.
-        drawing: numbers of the rows that are to be drawn, on the host: of those that aren't finished, or of all once
-            all are, for then this process only keeps up with others.
+        ids_BL: prompts and what was appended, with padding after a row's end.
+        active_rows: numbers of the rows to be sampled, on the host: of those that aren't finished, or of all once all
+            are, for then this process only keeps up with others.
     """
 
     def __init__(self, prompts_BL: Tensor, call: GenerateCall):
         self.ids_BL, self.call = prompts_BL, call
         self.is_finished = False
-        self.drawing = list(range(len(prompts_BL)))
+        self.active_rows = list(range(len(prompts_BL)))
         criteria: Any = call.stopping_criteria
-        self.is_asked_by_patch = isinstance(criteria, list) and all(type(rule) in TOKEN_CRITERIA for rule in criteria)
-        self.rules: list[Any] = list(criteria) if self.is_asked_by_patch else []
+        self.criteria: list[Any] = criteria if isinstance(criteria, list) else [criteria]
+        self.are_on_tokens = set(map(type, self.criteria)) <= set(TOKEN_CRITERIA)
 
-    @property
-    def length(self) -> int:
-        return self.ids_BL.shape[1]
-
-    def rows(self, values_B: Tensor) -> Tensor:
-        """Of values by row those of the rows that are drawn."""
-        if len(self.drawing) == len(values_B):
+    def select(self, values_B: Tensor) -> Tensor:
+        """Returns the active rows' values, (R, …)."""
+        if len(self.active_rows) == len(values_B):
             return values_B
-        return values_B[as_tensor(self.drawing, values_B.device)]
+        return values_B[as_tensor(self.active_rows, values_B.device)]
 
     def append(self, patches_RK: Tensor) -> Tensor:
-        """Appends a patch to each row that isn't finished, up to its end, and to the others padding.
+        """Appends a patch to each unfinished row, up to its end, and padding to the others.
 
         Args:
-            patches_RK: of the rows `drawing`, or of all.
+            patches_RK: of the active rows, or of all.
 
         Returns:
-            The patches of all rows (B, K), as the model is to read them: zeros for rows that were not drawn.
+            The patches of all rows (B, K), as the model is to read them: zeros for rows that were not sampled.
         """
         patches_BK = patches_RK.to(self.ids_BL.device)
         if len(patches_BK) < len(self.ids_BL):
-            index_R = as_tensor(self.drawing, patches_BK.device)
+            index_R = as_tensor(self.active_rows, patches_BK.device)
             patches_BK = patches_BK.new_zeros(len(self.ids_BL), patches_BK.shape[1]).index_copy(0, index_R, patches_BK)
         if not self.is_finished:
-            (self._append_at_once if self.is_asked_by_patch else self._append_one_by_one)(patches_BK)
+            (self._append_patch if self.are_on_tokens else self._append_token_by_token)(patches_BK)
         return patches_BK
 
-    def _append_at_once(self, patches_BK: Tensor) -> None:
-        num_rows, patch_size = patches_BK.shape
-        is_open = set(self.drawing)
-        last = self._last_tokens(patches_BK)
-        num_tokens = max(min(last[row] + 1, patch_size) for row in is_open)  # upstream stops with the last row
+    def _append_patch(self, patches_BK: Tensor) -> None:
+        patch_size = patches_BK.shape[1]
+        lengths = self._lengths(patches_BK)
+        num_tokens = min(max(lengths), patch_size)  # upstream stops with the last row
         tokens_BK = patches_BK[:, :num_tokens]
-        lengths = [min(last[row] + 1, num_tokens) if row in is_open else 0 for row in range(num_rows)]
         if self.call.pad_token is not None and min(lengths) < num_tokens:
-            lengths_B = as_tensor(lengths, tokens_BK.device)
-            is_padding_BK = arange(num_tokens, tokens_BK.device) >= lengths_B[:, None]
+            is_padding_BK = arange(num_tokens, tokens_BK.device) >= as_tensor(lengths, tokens_BK.device)[:, None]
             tokens_BK = torch.where(is_padding_BK, self.call.pad_token, tokens_BK)
         self.ids_BL = torch.cat([self.ids_BL, tokens_BK], dim=1)
-        self._warn_of_length()
+        for criterion in self.criteria:  # upstream's warns, once, of sequences longer than the model takes
+            longest = getattr(criterion, "max_position_embeddings", None)
+            if longest is not None and self.ids_BL.shape[1] > longest:
+                criterion(self.ids_BL, None)
         if self.call.streamer is not None:
             for tokens_B in tokens_BK.cpu().unbind(1):
                 self.call.streamer.put(tokens_B)
-        self._go_on_with([row for row in self.drawing if last[row] == patch_size])
+        self._continue_with(lengths, patch_size + 1)
 
-    def _last_tokens(self, patches_BK: Tensor) -> list[int]:
-        """Of each row the place in the patch of its last token, K where it goes on."""
-        num_rows, room = patches_BK.shape
-        is_end_BK = None
-        for rule in self.rules:
-            if isinstance(rule, MaxLengthCriteria):
-                # Asked by its length alone; at least one token is written, as upstream does.
-                room = min(room, max(rule.max_length - self.length - 1, 0))
+    def _lengths(self, patches_BK: Tensor) -> list[int]:
+        """Returns how many of the patch's tokens each row takes: K + 1 where it continues, 0 where it has ended."""
+        room, is_end_BK = patches_BK.shape[1] + 1, None
+        for criterion in self.criteria:
+            if isinstance(criterion, MaxLengthCriteria):  # upstream writes one token at least
+                room = min(room, max(criterion.max_length - self.ids_BL.shape[1], 1))
                 continue
-            by_rule_BK = self._ends(rule, patches_BK)
-            is_end_BK = by_rule_BK if is_end_BK is None else is_end_BK | by_rule_BK
-        if is_end_BK is None:
-            return [room] * num_rows
-        return [ends_K[:room].index(True) if any(ends_K[:room]) else room for ends_K in is_end_BK.tolist()]
+            ends_BK = self._ends(criterion, patches_BK)
+            is_end_BK = ends_BK if is_end_BK is None else is_end_BK | ends_BK
+        lengths = [0] * len(patches_BK)
+        ends = [[False]] * len(patches_BK) if is_end_BK is None else is_end_BK.tolist()
+        for row in self.active_rows:
+            lengths[row] = min(ends[row].index(True) + 1, room) if True in ends[row] else room
+        return lengths
 
-    def _warn_of_length(self) -> None:
-        """A rule of length warns, once it is asked, of texts longer than the model takes."""
-        for rule in self.rules:
-            longest = getattr(rule, "max_position_embeddings", None)
-            if longest is not None and self.length > longest:
-                rule(self.ids_BL, None)
-
-    def _ends(self, rule: Any, patches_BK: Tensor) -> Tensor:
-        """Whether the text would end with each of a patch's tokens, (B, K)."""
-        if isinstance(rule, EosTokenCriteria):  # looks at the last token of its rows
+    def _ends(self, criterion: Any, patches_BK: Tensor) -> Tensor:
+        """Returns whether the sequence would end with each of a patch's tokens, (B, K)."""
+        if isinstance(criterion, EosTokenCriteria):  # looks at the last token of its rows
             last_token = patches_BK.reshape(-1, 1)
-            return rule(last_token, None).view(patches_BK.shape)  # pyright: ignore[reportArgumentType] (LongTensor)
+            return criterion(last_token, None).view(patches_BK.shape)  # pyright: ignore[reportArgumentType] (LongTensor)
         ids = torch.cat([self.ids_BL, patches_BK], dim=1)
-        ends = [rule(ids[:, : self.length + k + 1], None).to(ids.device) for k in range(patches_BK.shape[1])]
+        length, patch_size = self.ids_BL.shape[1], patches_BK.shape[1]
+        ends = [criterion(ids[:, : length + k + 1], None).to(ids.device) for k in range(patch_size)]
         return torch.stack(ends, dim=1)
 
-    def _append_one_by_one(self, patches_BK: Tensor) -> None:
+    def _append_token_by_token(self, patches_BK: Tensor) -> None:
         for tokens_B in patches_BK.unbind(1):
-            if self.call.pad_token is not None and len(self.drawing) < len(self.ids_BL):
-                index_R = as_tensor(self.drawing, tokens_B.device)
+            if self.call.pad_token is not None and len(self.active_rows) < len(self.ids_BL):
+                index_R = as_tensor(self.active_rows, tokens_B.device)
                 tokens_B = self.call.pad_token.expand_as(tokens_B).index_copy(0, index_R, tokens_B[index_R])
             self.ids_BL = torch.cat([self.ids_BL, tokens_B[:, None]], dim=1)
             if self.call.streamer is not None:
                 self.call.streamer.put(tokens_B.cpu())
-            ends = self.call.stopping_criteria(self.ids_BL, None).tolist()
-            self._go_on_with([row for row in self.drawing if not ends[row]])
+            is_finished = self.call.stopping_criteria(self.ids_BL, None).tolist()
+            self._continue_with(is_finished, False)
             if self.is_finished:
                 break
 
-    def _go_on_with(self, open_rows: list[int]) -> None:
-        self.is_finished = not open_rows
-        self.drawing = open_rows or list(range(len(self.ids_BL)))
+    def _continue_with(self, values: list, value: int) -> None:
+        """Keeps those rows active that have this value."""
+        active_rows = []
+        for row in self.active_rows:
+            if values[row] == value:
+                active_rows.append(row)
+        self.is_finished = not active_rows
+        self.active_rows = active_rows or list(range(len(self.ids_BL)))
+
+
+# Logits processors
+
+
+class CandidateProcessors:
+    """Applies logits processors to the decoder's logits of candidates, for rows that are sampled together.
+
+    A processor must be a function of the ids and logits that it is given: it is called on many candidates, which are
+    its rows, and on the same ids more than once.
+
+    Args:
+        processors_R: of each row, upstream's `LogitsProcessorList` or any such function.
+        ids_R: of each row the ids (L,) so far, without padding.
+        eos_tokens (`(E,)`, *optional*): after one of these a candidate has ended, and no processor is called.
+        num_left (*optional*): the number of tokens after which all sequences end.
+    """
+
+    def __init__(
+        self,
+        processors_R: list[Processors],
+        ids_R: list[Tensor],
+        eos_tokens: Tensor | None = None,
+        num_left: int | None = None,
+    ):
+        self.processors_R, self.ids_R = processors_R, ids_R
+        self.eos_tokens, self.num_left = eos_tokens, num_left
+
+    def decode(self, row: int, logits_CKV: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes candidates of one row under its processors.
+
+        Args:
+            row: its number among these rows.
+            logits_CKV: of the decoder, float32.
+
+        Returns:
+            The patches (C, K) and the log of the factor on each one's weight (C,), 0 where no processor acts.
+
+        Raises:
+            ValueError: the processors leave no token.
+        """
+        patches_Ck = torch.empty(len(logits_CKV), 0, dtype=torch.long, device=logits_CKV.device)
+        log_weights_C = torch.zeros(len(logits_CKV), device=logits_CKV.device)
+        for logits_CV in logits_CKV.unbind(1):
+            tokens_C = logits_CV.argmax(-1)  # the first of equal ones, as without processors
+            before_C = logits_CV.gather(1, tokens_C[:, None])[:, 0]
+            index_M = self._is_open(patches_Ck).nonzero()[:, 0]
+            if len(index_M):
+                after_MV = self._process(row, logits_CV[index_M], patches_Ck[index_M])
+                tokens_M1 = after_MV.argmax(-1, keepdim=True)
+                after_M, tokens_C[index_M] = after_MV.gather(1, tokens_M1)[:, 0], tokens_M1[:, 0]
+                if bool((after_M == -torch.inf).any()):
+                    raise ValueError(
+                        "The logits processors leave no token to write after a text of "
+                        f"{len(self.ids_R[row]) + patches_Ck.shape[1]} tokens: loosen one of bad_words_ids, "
+                        "suppress_tokens, prefix_allowed_tokens_fn or your own."
+                    )
+                # A token that is forced may have been given any number.
+                is_forced_M = (after_MV > -torch.inf).sum(-1) == 1
+                own_M = logits_CV[index_M].gather(1, tokens_M1)[:, 0]
+                change_M = torch.where(is_forced_M, own_M, after_M) - before_C[index_M]
+                log_weights_C[index_M] += change_M.nan_to_num()
+            patches_Ck = torch.cat([patches_Ck, tokens_C[:, None]], dim=1)
+        return patches_Ck, log_weights_C
+
+    def _is_open(self, before_Ck: Tensor) -> Tensor:
+        """Returns which candidates' sequences have not ended before a position, (C,) bool."""
+        if self.num_left is not None and before_Ck.shape[1] >= self.num_left:
+            return torch.zeros(len(before_Ck), dtype=torch.bool, device=before_Ck.device)
+        if self.eos_tokens is None:
+            return torch.ones(len(before_Ck), dtype=torch.bool, device=before_Ck.device)
+        return ~torch.isin(before_Ck, self.eos_tokens.to(before_Ck.device)).any(-1)
+
+    def _process(self, row: int, logits_MV: Tensor, before_Mk: Tensor) -> Tensor:
+        """Returns the row's logits (M, V) after its processors, given these tokens of candidates."""
+        ids_L = self.ids_R[row].to(logits_MV.device)
+        ids_ML = torch.cat([ids_L.expand(len(before_Mk), -1), before_Mk.to(ids_L.device)], dim=-1)
+        after_MV = self.processors_R[row](ids_ML, logits_MV.clone())
+        return after_MV.masked_fill(logits_MV == -torch.inf, -torch.inf)  # some make NaN of it
+
+
+class SequenceProcessors:
+    """Makes the logits processors of each row of a call, for its own prompt without padding.
+
+    So padding is no text to them, and lengths that they count from are the row's own: what a row may generate doesn't
+    depend on the rows beside it.
+
+    Args:
+        make_processors: the number of a row and the length of its prompt → its processors.
+        prompts_BL, mask_BL: prompts, padded anywhere, and where a token is the prompt's own.
+        bos_token, eos_tokens: ids; an empty prompt begins with the first.
+    """
+
+    def __init__(
+        self,
+        make_processors: Callable[[int, int], Processors],
+        prompts_BL: Tensor,
+        mask_BL: Tensor | None,
+        bos_token: Tensor | None,
+        eos_tokens: Tensor | None,
+    ):
+        mask_BL = torch.ones_like(prompts_BL) if mask_BL is None else mask_BL
+        own_B = [ids_L[mask_L.bool()] for ids_L, mask_L in zip(prompts_BL, mask_BL, strict=True)]
+        self.prompts_B = [ids_L if len(ids_L) or bos_token is None else bos_token.reshape(1) for ids_L in own_B]
+        self.processors_B = [make_processors(row, len(ids_L)) for row, ids_L in enumerate(self.prompts_B)]
+        self.prompt_length, self.eos_tokens = prompts_BL.shape[1], eos_tokens
+
+    def for_rows(self, rows: Sequence[int], ids_BL: Tensor, num_left: int) -> CandidateProcessors:
+        """Returns the processors of these rows, given the ids of all rows so far and how many tokens may follow."""
+        ids_R = [torch.cat([self.prompts_B[row], ids_BL[row, self.prompt_length :]]) for row in rows]
+        return CandidateProcessors([self.processors_B[row] for row in rows], ids_R, self.eos_tokens, num_left)

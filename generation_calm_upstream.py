@@ -1,9 +1,13 @@
-"""The room for upstream: every hook of transformers' `generate` that CALM overrides, and nothing of our own loop.
+"""The hooks of transformers' `generate` that CALM overrides, and what else depends on transformers, accelerate, PEFT.
 
-`generate` prepares a call, asks a model's hooks on the way, and dispatches greedy search and sampling to `_sample`,
-which hands the call on to `write_patches` (generation_calm.py). Everything else is refused in one sentence, before any
-work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures and callers
-with those recorded for the supported versions. Axes: B batch, L tokens.
+`generate` prepares a call, calls a model's hooks on the way, and dispatches greedy search and sampling to `_sample`,
+which passes the call to `generate_patches` (generation_calm.py). Everything else raises an error in one sentence,
+before any work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures
+and callers with those recorded for the supported versions.
+
+PEFT's virtual tokens (prompt tuning, p-tuning, prefix tuning) stand before the prompt's patches, in the cache.
+
+Axes: B batch, L tokens, P patches, K tokens per patch.
 """
 
 import copy
@@ -11,29 +15,33 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig, GenerationConfig, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.utils import logging
 
 from .configuration_calm import CALMConfig
-from .generation_calm_virtual_tokens import num_virtual_patches
+from .generation_calm_samplers import PatchSampling
 
 if TYPE_CHECKING:  # the class that the hooks are mixed into is a model, too
 
     class _Base(PreTrainedModel, GenerationMixin): ...
 else:
     _Base = GenerationMixin
+UPSTREAM: Any = GenerationMixin  # its hooks' `self` is typed as a protocol that no model satisfies
 
 
 def cache_argument(forward: Callable) -> str:
-    """The name of a forward's argument for its cache: "cache", or "past_key_values" before transformers 5.24."""
+    """Returns the name of a forward's argument for its cache: "cache", before transformers 5.24 "past_key_values"."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
@@ -42,12 +50,10 @@ TOKENS = (
     "CALM has no token probabilities for it to act on; temperature, top_k, top_p and min_p act on candidates, "
     "penalties and bans of tokens on the decoder's logits."
 )
-MODES = (
-    "CALM draws whole patches and decodes in no other way; use do_sample=True with a temperature, or do_sample=False."
-)
+MODES = "CALM samples whole patches and decodes in no other way; use do_sample=True with a temperature, or do_sample=False."
 SCORES = "CALM has no token logits to return; output_scores=True returns each step's candidates."
 
-# The fields of GenerationConfig in transformers 5.17.0 and 5.24.0, by what becomes of them.
+# The fields of GenerationConfig in transformers 5.17.0 and 5.24.0, by how they are treated.
 LENGTH_SETTINGS = (
     *("eos_token_id", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings"),
 )
@@ -64,13 +70,13 @@ USED_SETTINGS = (
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
     *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
 )
-HARMLESS_SETTINGS = (  # nothing on our way reads them
+HARMLESS_SETTINGS = (  # nothing that runs for CALM reads them
     *("transformers_version", "_from_model_config", "_commit_hash", "renormalize_logits", "decoder_start_token_id"),
     *("early_stopping", "length_penalty", "diversity_penalty", "low_memory", "continuous_batching_config"),
     *("assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind", "target_lookbehind"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "max_matching_ngram_size", "speculation_type"),
 )
-UNSUPPORTED_SETTINGS = {  # name → the sentence, and the values beside None at which it asks for nothing
+UNSUPPORTED_SETTINGS = {  # name → the error's sentence, and the values beside None that change nothing
     "top_h": (TOKENS,),
     "typical_p": (TOKENS, 1.0),
     "epsilon_cutoff": (TOKENS, 0.0),
@@ -97,26 +103,28 @@ MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
 SAMPLE_SIZE = 64  # values of a weight
+logger = logging.get_logger(__name__)
+NEEDS_CACHE = "virtual tokens (PEFT's prompt tuning, p-tuning, prefix tuning) stand in the cache"
 
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """What upstream prepared for one call of `generate`, beside the settings and the inputs.
+    """Holds what upstream prepared for one call of `generate`, beside the settings and the inputs.
 
     Args:
-        stopping_criteria: asked after each token.
-        goes_on: given whether this process has finished and a device, whether a further step must be taken: under
-            FSDP and ZeRO all processes take the same number.
+        stopping_criteria: evaluated after each token.
+        should_continue: given whether this process has finished and a device, whether another step must be taken:
+            under FSDP and ZeRO all processes take the same number.
         processors: the number of a row and the length of its prompt → its logits processors; `None` where there are
             none.
         pad_token, bos_token (scalars), eos_tokens (`(E,)`): ids, or `None`.
         streamer: gets each token.
         synced_gpus: whether other processes wait for this one's forward passes.
-        compile_config: how steps are compiled; `None` leaves them as they are.
+        compile_config: how steps are compiled; `None` runs them eagerly.
     """
 
     stopping_criteria: Callable[[Tensor, None], Tensor]
-    goes_on: Callable[[bool, torch.device], bool]
+    should_continue: Callable[[bool, torch.device], bool]
     processors: Callable[[int, int], LogitsProcessorList] | None = None
     pad_token: Tensor | None = None
     bos_token: Tensor | None = None
@@ -127,7 +135,7 @@ class GenerateCall:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device that accelerate's hooks move a module's weights to, of the first that have such a hook."""
+    """Returns the device that accelerate's hooks move the first hooked weights of a module to."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for each in getattr(hook, "hooks", [hook]):  # several are one that holds them
@@ -138,17 +146,17 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def non_finite_weight(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds NaN or infinity; `None` where there is none.
+    """Returns the name of the first parameter that holds NaN or infinity, or `None`.
 
-    Sums tell, read once for all of them. Weights that are quantised, offloaded or sharded are not looked at.
+    The host reads one sum for all of them. Weights that are quantised, offloaded or sharded are not checked.
     """
-    weights = {
-        name: parameter.data
-        for name, parameter in model.named_parameters()
-        if type(parameter.data) is Tensor and parameter.dtype in SUMMABLE and parameter.device.type != "meta"
-    }
-    sums = [weight.sum(dtype=torch.float32).nan_to_num(torch.inf, torch.inf) for weight in weights.values()]
-    if sums and bool(torch.stack([each.to(sums[0].device) for each in sums]).isfinite().all()):
+    weights, total = {}, torch.zeros(())
+    for name, parameter in model.named_parameters():
+        weight = parameter.data
+        if type(weight) is Tensor and weight.dtype in SUMMABLE and weight.device.type != "meta":
+            weights[name] = weight
+            total = total.to(weight.device) + weight.sum(dtype=torch.float32)
+    if bool(total.isfinite()):
         return None
     return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
 
@@ -158,66 +166,70 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 class OffloadableModel(PreTrainedModel):
-    """A model that knows what upstream's doesn't: where inputs belong when weights are offloaded, and whether its
-    weights are those of a model that was trained."""
+    """A model that knows its device also when its weights are offloaded, and checks that its weights were loaded."""
 
-    _checked: tuple = ()  # the weights that were found finite
-    _filled: dict[str, Tensor] = {}  # of the weights that were in no file: some of the values that they got instead
+    _checked: list = []  # the weights that were found finite
+    _initialised: dict[str, Tensor] = {}  # of weights that were in no file: some of their initial values
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where inputs belong. Offloaded weights are on "meta" between their layers' forwards; pipelines, and callers
+        """The device of inputs. Offloaded weights are on "meta" between their layers' forwards; pipelines, and callers
         that write `ids.to(model.device)`, need a device that holds values."""
         device = super().device
         return execution_device(self) or device if device.type == "meta" else device
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
-        """As upstream, which initialises weights that no file has; they are noted for `check_weights`."""
+        """Loads as upstream, and remembers for `check_weights` which weights no file had, so that they were initialised."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
         missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
         weights = {name: weight for name, weight in model.named_parameters() if name in missing}
-        model._filled = {name: _sample(weight) for name, weight in weights.items() if weight.device.type != "meta"}
+        model._initialised = {
+            name: _sample(weight) for name, weight in weights.items() if weight.device.type != "meta"
+        }
         return (model, info) if output_loading_info else model
 
     def check_weights(self) -> None:
-        """Makes sure that the weights can be used. They are read once, and again when some have been changed.
+        """Checks that all weights were loaded and are finite; reads them once, and again after a change.
 
         Raises:
-            ValueError: one of them was in no file and is as it was initialised, or holds NaN or infinity; the
-                sentence names it.
+            ValueError: one of them was in no file and has its initial values, or holds NaN or infinity.
         """
         weights = dict(self.named_parameters())
-        filled = [n for n, values in self._filled.items() if n in weights and torch.equal(_sample(weights[n]), values)]
-        if filled:
-            others = f" and of {len(filled) - 1} more" if len(filled) > 1 else ""
+        unloaded = []
+        for name, values in self._initialised.items():
+            if name in weights and torch.equal(_sample(weights[name]), values):
+                unloaded.append(name)
+        if unloaded:
+            others = f" and of {len(unloaded) - 1} more" if len(unloaded) > 1 else ""
             raise ValueError(
-                f"The model was loaded without values of {filled[0]}{others}, which are as they were initialised: "
+                f"The model was loaded without values of {unloaded[0]}{others}, which have their initial values: "
                 "load a complete model, or train this one first."
             )
-        state = [(id(w), w.dtype, 0 if w.is_inference() else w._version) for w in weights.values()]
-        if (*state,) == self._checked:
+        state = []
+        for weight in weights.values():
+            state.append((id(weight), weight.dtype, 0 if weight.is_inference() else weight._version))
+        if state == self._checked:
             return
         if (name := non_finite_weight(self)) is not None:
             raise ValueError(
                 f"The weight {name} holds NaN or infinity, so that nothing could be written but one token: load other "
                 "weights, in float16 perhaps bfloat16 ones."
             )
-        self._checked = (*state,)
+        self._checked = state
 
 
 class RowProcessors(LogitsProcessorList):
-    """Upstream's processors of a whole batch, for whoever asks for them, and those of each row by itself: `of_row`
-    takes its number and the length of its prompt."""
+    """A batch's processors for upstream, with `of_row`: a row's number and prompt length → its own processors."""
 
-    def __init__(self, processors: list, of_row: Callable[[int, int], LogitsProcessorList]):
-        super().__init__(processors)
-        self.of_row = of_row
+    of_row: Callable[[int, int], LogitsProcessorList]
 
 
 class _ViewForUpstream:
-    """A model as upstream's preparations take it: with positions that count tokens, and whatever they note down kept
-    to this call. The model itself stays as it is, for other threads may be generating with it."""
+    """Shows upstream's preparations the model with positions that count tokens, and keeps what they set to this call.
+
+    The model itself doesn't change, for other threads may be generating with it.
+    """
 
     def __init__(self, model):
         self.model, self.config = model, copy.copy(model.config)
@@ -229,16 +241,8 @@ class _ViewForUpstream:
         return types.MethodType(attribute.__func__, self) if is_own_method else attribute
 
 
-def checked_processors(processors) -> list:
-    """A caller's `logits_processor` as a list; `ValueError` where it is a single one, or holds something else."""
-    given = [] if processors is None else processors
-    if isinstance(given, list | tuple) and all(callable(each) or hasattr(each, "after_prompt") for each in given):
-        return list(given)
-    raise ValueError(f"logits_processor={given!r}: must be a list of processors, as logits_processor=[processor].")
-
-
 def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: str = "generate()") -> Tensor:
-    """The prompts' ids (B, L), int64.
+    """Returns the prompts' ids (B, L), int64.
 
     Raises:
         ValueError: not a batch of ids of the vocabulary, or a mask of another shape.
@@ -266,19 +270,88 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
     return inputs
 
 
+def adapter_of(model) -> Any:
+    """Returns PEFT's wrapper whose `generate` is calling, if it has virtual tokens, else None.
+
+    Raises:
+        ValueError: something else has replaced `prepare_inputs_for_generation`, and would be ignored.
+    """
+    replacement = vars(model).get("prepare_inputs_for_generation")
+    owner = getattr(replacement, "__self__", None)
+    if replacement is None or owner is model:  # PEFT puts it back so
+        return None
+    if not hasattr(owner, "get_prompt"):
+        raise ValueError(
+            "prepare_inputs_for_generation of this model was replaced: CALM's generate() packs patches itself and "
+            "would ignore the replacement."
+        )
+    return owner
+
+
+def num_virtual_patches(model) -> int:
+    """Returns the number of patches of virtual tokens; raises ValueError if they aren't divisible by the patch size."""
+    adapter = adapter_of(model)
+    if adapter is None:
+        return 0
+    config, patch_size = adapter.active_peft_config, model.config.patch_size
+    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        return config.num_virtual_tokens
+    if config.num_virtual_tokens % patch_size:
+        raise ValueError(
+            f"num_virtual_tokens={config.num_virtual_tokens}: must be divisible by patch_size={patch_size}, for "
+            "virtual tokens are read as whole patches."
+        )
+    return config.num_virtual_tokens // patch_size
+
+
+def read_virtual_tokens(
+    model, inputs: dict[str, Any], cache: Cache | None, compiles: bool, task_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """Runs the model on its virtual tokens, if it has any, to fill an empty cache.
+
+    Args:
+        model: the one that generates.
+        inputs: `input_ids` (B, P·K) and the `attention_mask` (B, P) by patch, or `None`.
+        cache: filled here.
+        compiles: whether steps will be compiled.
+        task_ids (`(B,)`): of multitask prompt tuning.
+
+    Returns:
+        The inputs, with a mask that counts the virtual patches.
+
+    Raises:
+        ValueError: no cache, or compiled steps.
+    """
+    num_patches = num_virtual_patches(model)
+    if not num_patches:
+        return inputs
+    if cache is None:
+        raise ValueError(f"use_cache=False: {NEEDS_CACHE}, so leave it on.")
+    if compiles:
+        raise ValueError(f"compile_config: {NEEDS_CACHE} before the padding, which compiled steps don't know.")
+    prompt = adapter_of(model).get_prompt(batch_size=len(inputs["input_ids"]), task_ids=task_ids)
+    if isinstance(prompt, Tensor):
+        model(inputs_embeds=prompt.to(model.dtype), cache=cache, use_cache=True)
+    else:
+        place = torch.arange(num_patches, device=inputs["input_ids"].device)
+        for index, layer in enumerate(prompt.layers):
+            keys, values = (states.to(model.dtype) for states in (layer.keys, layer.values))
+            cache.update(keys, values, index, {"cache_position": place})
+    mask = inputs["attention_mask"]
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(len(mask), num_patches), mask], dim=1)
+    return {**inputs, "attention_mask": mask}
+
+
 class PatchGenerationMixin(_Base):
-    """`GenerationMixin` for a model that writes whole patches: the hooks, around two methods of the model."""
+    """`GenerationMixin` for a model that samples whole patches: the hooks, around `generate_patches`."""
 
     config: CALMConfig
     generate: Callable[..., Any]  # upstream's, which types `self` as a protocol that no model satisfies
     check_weights: Callable[[], None]
-    check_settings: Callable[[GenerationConfig], None]  # raises ValueError where settings of our own make no sense
-    write_patches: Callable[..., Any]  # the loop: prompts (B, L) → prompts and new tokens, as `_sample` returns them
-
-    @property
-    def _upstream(self) -> Any:
-        """Upstream's own hooks. It types their `self` as a protocol that no model satisfies, hence `Any`."""
-        return super()
+    generate_patches: Callable[
+        ..., Any
+    ]  # the loop: prompts (B, L) → prompts and new tokens, as `_sample` returns them
 
     def _sample(
         self,
@@ -295,7 +368,7 @@ class PatchGenerationMixin(_Base):
             processors = getattr(logits_processor, "of_row", lambda row, length: logits_processor)
         call = GenerateCall(
             stopping_criteria=stopping_criteria,
-            goes_on=lambda finished, device: self._has_unfinished_sequences(finished, synced_gpus, device=device),
+            should_continue=partial(self._has_unfinished_sequences, synced_gpus=synced_gpus),
             processors=processors,
             pad_token=generation_config._pad_token_tensor,
             bos_token=generation_config._bos_token_tensor,
@@ -304,12 +377,12 @@ class PatchGenerationMixin(_Base):
             synced_gpus=synced_gpus,
             compile_config=None if generation_config.disable_compile else generation_config.compile_config,
         )
-        return self.write_patches(input_ids, generation_config, call, model_kwargs)
+        return self.generate_patches(input_ids, generation_config, call, model_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
         generator = model_kwargs.get("generator")
         generators = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
-        if not all(isinstance(each, torch.Generator) for each in generators):
+        if set(map(type, generators)) - {torch.Generator}:
             raise ValueError(
                 f"generator={generator!r}: must be a torch.Generator on the model's device, as "
                 "torch.Generator(device).manual_seed(0), or a list of them, one a row."
@@ -317,7 +390,7 @@ class PatchGenerationMixin(_Base):
         if num_virtual_patches(self):  # then upstream would look for our own arguments in PEFT's method
             own = inspect.signature(getattr(type(self), "prepare_inputs_for_generation")).parameters  # noqa: B009
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
-        self._upstream._validate_model_kwargs(model_kwargs)
+        UPSTREAM._validate_model_kwargs(self, model_kwargs)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict[str, Any]):
         if model_kwargs.get("inputs_embeds") is not None:
@@ -331,7 +404,7 @@ class PatchGenerationMixin(_Base):
                 "generate() got a filled cache: how a prompt is cut into patches depends on its whole "
                 "length, so pass the whole prompt without it."
             )
-        inputs, name, model_kwargs = self._upstream._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        inputs, name, model_kwargs = UPSTREAM._prepare_model_inputs(self, inputs, bos_token_id, model_kwargs)
         inputs = checked_ids(inputs, model_kwargs.get("attention_mask"), self.config.vocab_size)
         if inputs.shape[1] == 0 and len(inputs) > 1:
             # Upstream looks at the last column of a batch. Empty prompts are all alike: one, expanded later.
@@ -344,15 +417,15 @@ class PatchGenerationMixin(_Base):
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, num_empty_prompts=1, **model_kwargs
     ):
-        return self._upstream._expand_inputs_for_generation(
+        return super()._expand_inputs_for_generation(  # pyright: ignore
             expand_size * num_empty_prompts, is_encoder_decoder, input_ids, **model_kwargs
         )
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
-        """None; another mode is refused here, where upstream would send the reader to a repository that decodes so."""
+        """Raises ValueError for other modes, where upstream would name a repository that decodes so; returns None."""
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
             raise ValueError(
-                f"CALM has no {generation_mode.value.replace('_', ' ')}: it draws whole patches and has no token "
+                f"CALM has no {generation_mode.value.replace('_', ' ')}: it samples whole patches and has no token "
                 "probabilities; use do_sample=True with a temperature, or do_sample=False."
             )
 
@@ -365,13 +438,18 @@ class PatchGenerationMixin(_Base):
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
-        self.check_settings(generation_config)
+        PatchSampling.from_generation_config(generation_config)
+        known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
+        for name, value in vars(generation_config).items():
+            if name not in known and not name.startswith("_") and value is not None:
+                logger.warning_once(f"The generation configuration has {name}, which CALM doesn't read.")
         self.check_weights()
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
-        prepared, model_kwargs = self._upstream._prepare_generation_config(generation_config, *args, **kwargs)
-        if all(getattr(each, "top_k", None) is None for each in (generation_config, self.generation_config)):
-            prepared.top_k = kwargs.get("top_k")  # upstream puts 50 where nobody asked for any
+        prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
+        own = getattr(self.generation_config, "top_k", None)
+        if own is None and getattr(generation_config, "top_k", None) is None:
+            prepared.top_k = kwargs.get("top_k")  # upstream's default is 50
         if "cache" in model_kwargs:  # before 5.24, upstream would make another
             model_kwargs[CACHE_ARGUMENT] = model_kwargs.pop("cache")
         return prepared, model_kwargs
@@ -385,60 +463,66 @@ class PatchGenerationMixin(_Base):
         device: torch.device | None = None,
         **kwargs,
     ) -> RowProcessors:
-        """The processors of each row as upstream would make them if the row were alone.
+        """Returns the processors of each row as upstream would make them if the row were alone.
 
-        Sampling and lengths are none of theirs: what acts on a distribution acts on candidates, see `PatchSampling`.
+        Sampling settings and lengths make none: they act on candidates, see `PatchSampling`.
         """
         settings = copy.copy(generation_config)
         settings.do_sample, settings.min_length, settings.min_new_tokens, settings.renormalize_logits = (False,) * 4
-        make, allows = self._upstream._get_logits_processor, prefix_allowed_tokens_fn
-        given = checked_processors(logits_processor)
+        given, allows = logits_processor if logits_processor is not None else [], prefix_allowed_tokens_fn
+        for each in given if isinstance(given, list | tuple) else [None]:
+            if not callable(each) and not hasattr(each, "after_prompt"):
+                raise ValueError(f"logits_processor={given!r}: must be a list of processors, as [processor].")
 
         def of_length(length: int, allowed: Callable | None) -> LogitsProcessorList:
             own = copy.copy(settings)
             own.max_length += length - input_ids_seq_length
-            # One that has a method `after_prompt` is asked for the processor of texts with a prompt so long.
-            custom = [each.after_prompt(length) if hasattr(each, "after_prompt") else each for each in given]
-            return make(own, length, None, allowed, LogitsProcessorList(custom), device)
+            # `after_prompt`, where a processor has it, returns the one for prompts of this length.
+            custom = LogitsProcessorList()
+            for each in given:
+                custom.append(each.after_prompt(length) if hasattr(each, "after_prompt") else each)
+            return UPSTREAM._get_logits_processor(self, own, length, None, allowed, custom, device)
 
         def of_row(row: int, length: int) -> LogitsProcessorList:
             # Upstream numbers a row's candidates.
             return of_length(length, None if allows is None else lambda _, ids: allows(row, ids))  # pyright: ignore
 
-        return RowProcessors(of_length(max(input_ids_seq_length, 1), allows), of_row)  # an empty prompt gets a BOS
+        processors = RowProcessors(of_length(max(input_ids_seq_length, 1), allows))  # an empty prompt gets a BOS
+        processors.of_row = of_row
+        return processors
 
     def compute_transition_scores(self, *args, **kwargs):
-        """Refused: there is no score a token."""
+        """Raises ValueError: there are no token scores."""
         raise ValueError(
             "compute_transition_scores: CALM has no token probabilities; model.compute_patch_scores(outputs.scores) "
             "gives the logarithm of each written patch's weight among its step's candidates."
         )
 
     def _prepare_generated_length(self, *args, **kwargs):
-        return self._upstream._prepare_generated_length.__func__(_ViewForUpstream(self), *args, **kwargs)
+        return UPSTREAM._prepare_generated_length(_ViewForUpstream(self), *args, **kwargs)
 
     def _get_stopping_criteria(self, *args, **kwargs):
-        return self._upstream._get_stopping_criteria.__func__(_ViewForUpstream(self), *args, **kwargs)
+        return UPSTREAM._get_stopping_criteria(_ViewForUpstream(self), *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        patches = self._cached_patches(max_cache_length)
+        others, patch_size = num_virtual_patches(self) + 1, self.config.patch_size
+        patches = -(-max_cache_length // patch_size) + others
         if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
             generation_config = copy.copy(generation_config)
-            generation_config.max_cache_len = self._cached_patches(generation_config.max_cache_len)
-        prepare = self._upstream._prepare_cache_for_generation.__func__
-        return prepare(_ViewForUpstream(self), generation_config, model_kwargs, generation_mode, batch_size, patches)
-
-    def _cached_patches(self, num_tokens: int) -> int:
-        return num_virtual_patches(self) + -(-num_tokens // self.config.patch_size) + 1
+            generation_config.max_cache_len = -(-generation_config.max_cache_len // patch_size) + others
+        view = _ViewForUpstream(self)
+        return UPSTREAM._prepare_cache_for_generation(
+            view, generation_config, model_kwargs, generation_mode, batch_size, patches
+        )
 
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
     @property
     def init_continuous_batching(self):  # type: ignore[override]
-        """Absent, so that servers which ask for it with `hasattr` generate in the ordinary way."""
+        """Raises AttributeError, so that servers which look for it with `hasattr` use `generate`."""
         raise AttributeError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
     continuous_batching_context_manager = init_continuous_batching  # type: ignore[assignment]

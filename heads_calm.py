@@ -1,9 +1,9 @@
-"""The interface of the generative heads: each draws the next patch's latent vector given the backbone's hidden state.
+"""The interface of the generative heads: each samples the next patch's latent vector given the hidden state.
 
 A head is one file, like heads_calm_energy.py, and one line, its import in modeling_calm.py. Its class is defined with
-the `head_type` that configurations name it by, and answers every question about itself: how to draw and to score,
-which configurations it takes, what it must be fitted to before training, how many network calls a draw costs. What
-it costs in FLOPs is counted by running it (training/cost.py).
+the `head_type` that configurations name it by, and answers every question about itself: how to sample, how to compute
+the loss, which configurations it takes, what it must be fitted to before training, how many network calls a sample
+costs. What it costs in FLOPs is counted by running it (training/cost.py).
 
 Axes: N samples per patch, K tokens per patch, D hidden size, Z latent size. "..." stands for any leading axes, as
 (B, P). Samples come first: (N, ..., Z).
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_calm import HEADS, CALMConfig, require
-from .kernels_calm import fast_products
 from .modeling_calm_autoencoder import CALMAutoencoder
 
 LAYER_NORM_EPS = 1e-6  # published code
-SAMPLES_CHUNK_SIZE = {"cpu": 2**15, "other": 2**18}  # what a head's layers hold of them at CALM-M's width: 1 GB, 6 GB
+SAMPLES_CHUNK_SIZE = {"cpu": 2**15, "other": 2**18}  # a head's layers then hold 1 GB and 6 GB at CALM-M's width
 
 
 def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -27,31 +26,30 @@ def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Gener
     return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
 
 
-def in_chunks(function: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
-    """A function of draws (N, ..., size), each for itself, that is never given more than `SAMPLES_CHUNK_SIZE`."""
-    num_rows = draws[0, ..., 0].numel() if len(draws) else 1
-    at_once = max(1, SAMPLES_CHUNK_SIZE["cpu" if draws.device.type == "cpu" else "other"] // max(1, num_rows))
-    if len(draws) <= at_once:
-        return function(draws)
-    return torch.cat([function(chunk) for chunk in draws.split(at_once)])
+def in_chunks(function: Callable[..., Tensor], samples: Tensor, *arguments) -> Tensor:
+    """Applies a function to samples (N, ..., size), at most `SAMPLES_CHUNK_SIZE` at a time, with more arguments."""
+    num_rows = samples[0, ..., 0].numel() if len(samples) else 1
+    limit = SAMPLES_CHUNK_SIZE["cpu" if samples.device.type == "cpu" else "other"]
+    chunk_size = max(1, limit // max(1, num_rows))
+    if len(samples) <= chunk_size:
+        return function(samples, *arguments)
+    return torch.cat([function(chunk, *arguments) for chunk in samples.split(chunk_size)])
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer that the model's weight initialisation sets to zero."""
+    """Returns a linear layer that the model's weight initialisation sets to zero."""
     linear = nn.Linear(in_features, out_features)
     linear.zero_init = True  # pyright: ignore[reportArgumentType] (torch: a tensor or a module)
     return linear
 
 
 class PatchTarget:
-    """The patches that a head is trained to draw: their tokens and, when asked, the autoencoder's posterior of them.
+    """The patches that a head is trained on: their tokens and, on request, the autoencoder's posterior of them.
 
     Args:
         tokens (`(..., K)`, *optional*): ids.
-        autoencoder (*optional*): whose posterior it is; encodes at the first request.
+        autoencoder (*optional*): encodes the tokens at the first request of their posterior.
         posterior (*optional*): mean and log_std, `(..., Z)` each, where they are known.
-        further (`(A, ..., K)`, *optional*): ids of patches that might as well have followed; draws take all 1 + A in
-            turn.
     """
 
     def __init__(
@@ -59,18 +57,17 @@ class PatchTarget:
         tokens: Tensor | None = None,
         autoencoder: CALMAutoencoder | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
-        further: Tensor | None = None,
     ):
-        self._tokens, self._autoencoder, self._posterior, self._further = tokens, autoencoder, posterior, further
+        self._tokens, self._autoencoder, self._posterior = tokens, autoencoder, posterior
 
     def to(self, device: torch.device, **kwargs) -> "PatchTarget":
-        """On another device; offloading hooks call it, as they call a tensor's."""
-        tokens, further = (t if t is None else t.to(device, **kwargs) for t in (self._tokens, self._further))
+        """Returns the target on another device; offloading hooks call this, as they call a tensor's."""
+        tokens = None if self._tokens is None else self._tokens.to(device, **kwargs)
         posterior = None
         if self._posterior is not None:
             mean, log_std = self._posterior
             posterior = mean.to(device, **kwargs), log_std.to(device, **kwargs)
-        return PatchTarget(tokens, self._autoencoder, posterior, further)
+        return type(self)(tokens, self._autoencoder, posterior)
 
     @property
     def tokens(self) -> Tensor:
@@ -79,24 +76,18 @@ class PatchTarget:
         return self._tokens
 
     @property
-    def num_patches(self) -> int:
-        """Patches that draws take in turn, 1 + A."""
-        return 1 if self._further is None else 1 + len(self._further)
-
-    def draw_tokens(self, num_draws: int) -> Tensor:
-        """Ids (N, ..., K): the tokens, and those of the further patches, in turn."""
-        tokens = self.tokens[None]
-        if self._further is not None:
-            tokens = torch.cat([tokens, self._further])
-        return tokens[torch.arange(num_draws, device=tokens.device) % len(tokens)]
+    def all_tokens(self) -> Tensor:
+        """Ids (A, ..., K) of the patches over which a loss on tokens is averaged: here the one that follows."""
+        return self.tokens[None]
 
     def posterior(self) -> tuple[Tensor, Tensor]:
-        """Mean and natural logarithm of the standard deviation, (..., Z) each, on the tokens' device."""
+        """Returns mean and natural logarithm of the standard deviation, (..., Z) each, on the tokens' device."""
         if self._posterior is None:
-            self._posterior = self._encode(self.tokens)
+            self._posterior = self.encode(self.tokens)
         return self._posterior
 
-    def _encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and log_std, (..., Z) each, of patches (..., K)."""
         if self._autoencoder is None:
             raise ValueError("This target has tokens alone; the head asks for their posterior.")
         with torch.no_grad():
@@ -105,21 +96,17 @@ class PatchTarget:
         return mean, log_std
 
     def sample_latents(
-        self, num_draws: int, generator: torch.Generator | None = None, noise: Tensor | None = None
+        self, num_samples: int, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Draws (N, ..., Z) from the posterior; `noise` (N, ..., Z), standard normal, goes before `num_draws`."""
+        """Samples (N, ..., Z) from the posterior; standard normal `noise` (N, ..., Z) takes precedence over N."""
         mean, log_std = self.posterior()
         if noise is None:
-            noise = standard_normal((num_draws, *mean.shape), mean, generator)
-        if self._further is not None:
-            pairs = zip((mean, log_std), self._encode(self._further), strict=True)
-            turns = torch.arange(len(noise), device=mean.device) % (1 + len(self._further))
-            mean, log_std = (torch.cat([own[None], others])[turns] for own, others in pairs)
+            noise = standard_normal((num_samples, *mean.shape), mean, generator)
         return torch.addcmul(mean, log_std.exp(), noise)
 
 
 class ContextLayer(nn.Module):
-    """x + MLP(LayerNorm(x)) on the hidden state, the same for every draw and every solver step."""
+    """Computes x + MLP(LayerNorm(x)) on the hidden state, once for all samples and solver steps."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -131,13 +118,13 @@ class ContextLayer(nn.Module):
 
 
 class GenerativeHead(nn.Module):
-    """Base of the heads: `class MyHead(GenerativeHead, head_type="mine")` defines `draw` and `compute_loss`.
+    """Base of the heads: `class MyHead(GenerativeHead, head_type="mine")` defines `from_noise` and `compute_loss`.
 
     Callers use `sample` and `loss`; both pass through `forward`, where offloading and FSDP hooks fire.
     """
 
-    network_calls = 1  # of the head's net, for one draw
-    draws_further_noise = False  # whether `draw` asks the generator again: it then sees all draws at once
+    network_calls = 1  # of the head's net, for one sample
+    needs_step_noise = False  # whether `from_noise` draws more random numbers: it then gets all samples at once
     is_fitted = True  # whether `fit` has been called, in heads that need it
 
     def __init_subclass__(cls, head_type: str | None = None, **kwargs):
@@ -157,27 +144,22 @@ class GenerativeHead(nn.Module):
 
     @classmethod
     def check(cls, config: CALMConfig) -> None:
-        """Raises `ValueError` where the configuration makes no sense for this head."""
+        """Raises ValueError where the configuration makes no sense for this head."""
         require(config.num_samples >= 1, f"num_samples={config.num_samples}: must be at least 1.")
 
-    def fit(self, autoencoder: CALMAutoencoder, multi_token_loss: dict[str, Tensor] | None = None) -> None:
-        """Makes a new head ready for training, in heads that need it (`is_fitted`).
+    def fit(self, autoencoder: CALMAutoencoder) -> None:
+        """Fits a new head to the trained autoencoder, in heads that need it (`is_fitted`)."""
 
-        Args:
-            autoencoder: the trained one.
-            multi_token_loss: weights of the `MultiTokenLoss` that the backbone was trained with, where it was.
-        """
-
-    def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Latent vectors (N, ..., Z) from their starting noise; `context` (..., D) has passed the context layers."""
+    def from_noise(self, noise: Tensor, context: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Maps starting noise to latent vectors (N, ..., Z); `context` (..., D) is past the context layers."""
         raise NotImplementedError
 
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:
-        """See `loss`; `context` has passed the context layers, and `target` is on its device."""
+        """Returns the loss, see `loss`; `context` is past the context layers, and `target` on its device."""
         raise NotImplementedError
 
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Starting noise of draws of the given shape: standard normal in the latent's size."""
+        """Returns starting noise of samples of the given shape: standard normal in the latent's size."""
         return standard_normal((*shape, self.latent_size), like, generator)
 
     # what callers use
@@ -188,45 +170,42 @@ class GenerativeHead(nn.Module):
         num_samples: int = 1,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-        **draws: Tensor,
+        **step_noise: Tensor,
     ) -> Tensor:
-        """Draws latent vectors for each context.
+        """Samples latent vectors for each context.
 
         Args:
             context (`(..., D)`): hidden states.
-            num_samples: N draws per context.
+            num_samples: N samples per context.
             generator: source of all randomness that is not passed in.
-            noise (`(N, ..., noise size)`, *optional*): the draws' starting noise; its N goes before `num_samples`.
-            **draws: further recorded draws, named as in the head's `draw`.
+            noise (`(N, ..., noise size)`, *optional*): the starting noise; its N takes precedence.
+            **step_noise: more predrawn noise, named as in the head's `from_noise`.
 
         Returns:
             `(N, ..., Z)`: independent latent vectors.
         """
-        num_draws = (num_samples if noise is None else len(noise)) * context[..., 0].numel()
-        with fast_products(num_draws, context.shape[-1]):
-            return self(context, num_samples=num_samples, generator=generator, noise=noise, **draws)
+        return self(context, num_samples=num_samples, generator=generator, noise=noise, **step_noise)
 
     def loss(
-        self, context: Tensor, target: PatchTarget, generator: torch.Generator | None = None, **draws: Tensor
+        self, context: Tensor, target: PatchTarget, generator: torch.Generator | None = None, **noise: Tensor
     ) -> Tensor:
-        """Loss of each patch; lower is better.
+        """Returns the loss of each patch, (...); lower is better.
 
         Args:
             context (`(..., D)`): hidden states of the patches before.
             target: the patches to predict, of the same leading axes.
             generator: source of all randomness that is not passed in.
-            **draws: recorded draws, named as in the head's `compute_loss`.
-
-        Returns:
-            `(...)`: one value per patch.
+            **noise: predrawn noise, named as in the head's `compute_loss`.
         """
-        return self(context, target, generator=generator, **draws)
+        return self(context, target, generator=generator, **noise)
 
     def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """Draws for `sample`, of as many contexts (R, D) as rows, in the dtype and on the device of `like`; one row's
-        can be shared by any number of contexts."""
+        """Returns noise for `sample`, of as many contexts as rows, in the dtype and on the device of `like` (R, D).
+
+        One row's noise can be shared by any number of contexts.
+        """
         return {"noise": self.initial_noise((num_samples, num_rows), like, generator)}
 
     def forward(self, context: Tensor, target: PatchTarget | None = None, **kwargs) -> Tensor:
@@ -241,10 +220,10 @@ class GenerativeHead(nn.Module):
         num_samples: int,
         generator: torch.Generator | None,
         noise: Tensor | None,
-        **draws: Tensor,
+        **step_noise: Tensor,
     ) -> Tensor:
         if noise is None:
             noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
-        if self.draws_further_noise:
-            return self.draw(context, noise, generator, **draws)
-        return in_chunks(lambda chunk: self.draw(context, chunk, generator, **draws), noise)
+        if self.needs_step_noise:
+            return self.from_noise(noise, context, generator, **step_noise)
+        return in_chunks(self.from_noise, noise, context, generator)

@@ -73,7 +73,7 @@ class EnergyHead(GenerativeHead, head_type="energy"):
         noise = torch.empty((*shape, self.noise_size), dtype=like.dtype, device=like.device)
         return noise.uniform_(-0.5, 0.5, generator=generator)
 
-    def draw(self, context: Tensor, noise: Tensor, generator: torch.Generator | None) -> Tensor:
+    def from_noise(self, noise: Tensor, context: Tensor, generator: torch.Generator | None) -> Tensor:
         samples = self.norm_noise(self.noise_embed(noise))
         context = self.norm_context(self.context_embed(context))
         for block in self.blocks:
@@ -88,7 +88,7 @@ class EnergyHead(GenerativeHead, head_type="energy"):
         noise: Tensor | None = None,
         posterior_noise: Tensor | None = None,
     ) -> Tensor:
-        """−energy score; draws: noise (N, ..., noise size) uniform, posterior_noise (S, ..., Z) standard normal."""
+        """Returns −energy score; predrawn: uniform noise (N, ..., noise size), normal posterior_noise (S, ..., Z)."""
         samples = self._sample(context, self.num_samples, generator, noise)
         targets = target.sample_latents(self.num_posterior_samples, generator, posterior_noise)
         return -energy_score(samples, targets, self.beta)

@@ -1,10 +1,9 @@
-"""CALM: a Llama backbone over patches of K tokens whose head draws the next patch's latent vector.
+"""CALM: a Llama backbone over patches of K tokens whose head samples the next patch's latent vector.
 
 Read `CALMForCausalLM.forward` first. Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, D hidden size,
 Z latent size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +14,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-# A head is known once it is imported: the four below enter themselves in HEADS.
+# A head is known once it is imported: those below register themselves in HEADS.
 from .configuration_calm import HEADS, CALMConfig
 from .generation_calm import CALMGenerationMixin
 from .generation_calm_upstream import CACHE_ARGUMENT, OffloadableModel
 from .heads_calm import PatchTarget
-from .heads_calm_diffusion import DiffusionHead  # noqa: F401
 from .heads_calm_energy import EnergyHead  # noqa: F401
-from .heads_calm_flow import FlowMatchingHead  # noqa: F401
+from .heads_calm_flow_diffusion import DiffusionHead, FlowMatchingHead  # noqa: F401
 from .heads_calm_token_chain import TokenChainHead  # noqa: F401
-from .kernels_calm import fast_products
 from .modeling_calm_autoencoder import CALMAutoencoder
 
 NO_LOGITS = (
-    "CALM has no logits: it draws patches and has no token probabilities. Measure quality with BrierLM "
+    "CALM has no logits: it samples patches and has no token probabilities. Measure quality with BrierLM "
     "(calm_transformers.evaluation.brier_lm), and in lm-evaluation-harness with tasks of the type generate_until."
 )
 
@@ -56,7 +53,7 @@ class CALMOutputWithPast(ModelOutput):
 
     @property
     def logits(self):
-        """Absent: asking for them says why."""
+        """Raises an AttributeError that says why there are none."""
         raise AttributeError(NO_LOGITS)
 
     def __getitem__(self, key):
@@ -85,7 +82,7 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """The embeddings, where their number stays; any other raises `ValueError`."""
+        """Returns the embeddings if their number stays; any other number raises ValueError."""
         size, step = self.config.vocab_size, pad_to_multiple_of or 1
         if -(-(size if new_num_tokens is None else new_num_tokens) // step) * step == size:
             return self.get_input_embeddings()
@@ -134,7 +131,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             past_key_values: the cache by its name before transformers 5.24.
 
         Raises:
-            ValueError: two caches, L is no multiple of K, or a mask or positions of another length.
+            ValueError: two caches, L is not divisible by K, or a mask or positions of another length.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
@@ -149,29 +146,29 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
                 raise ValueError("cache and past_key_values are one argument: pass one of them.")
             cache = past_key_values
         past = cache.get_seq_length() if cache is not None else 0
-        attention_mask = self.patch_mask(attention_mask, past + patches.shape[1], past)
+        if attention_mask is not None:
+            attention_mask = self.patch_mask(attention_mask, past + patches.shape[1], past)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         if position_ids is not None and position_ids.shape[-1] != patches.shape[1]:
             raise ValueError(
                 f"position_ids has length {position_ids.shape[-1]}, but positions count patches: {patches.shape[1]}."
             )
-        with fast_products(patches[..., 0].numel(), patches.shape[-1]):
-            return super().forward(
-                inputs_embeds=patches,
-                attention_mask=attention_mask,
-                position_ids=position_ids,  # pyright: ignore[reportArgumentType] (upstream: LongTensor)
-                use_cache=use_cache,
-                **{CACHE_ARGUMENT: cache},
-                **kwargs,
-            )
+        return super().forward(
+            inputs_embeds=patches,
+            attention_mask=attention_mask,
+            position_ids=position_ids,  # pyright: ignore[reportArgumentType] (upstream: LongTensor)
+            use_cache=use_cache,
+            **{CACHE_ARGUMENT: cache},
+            **kwargs,
+        )
 
     def embed_patches(self, inputs_embeds: Tensor) -> Tensor:
-        """Token embeddings (B, L, D) → the backbone's inputs (B, P, D)."""
+        """Maps token embeddings (B, L, D) to the backbone's inputs (B, P, D)."""
         batch_size, length, _ = inputs_embeds.shape
         if length % self.config.patch_size:
             raise ValueError(
-                f"The model got {length} tokens a row, no multiple of patch_size={self.config.patch_size}: pad with "
+                f"The model got {length} tokens a row, not divisible by patch_size={self.config.patch_size}: pad with "
                 f"pad_to_multiple_of={self.config.patch_size} (an argument of tokenizers and data collators; "
                 "an adapter's virtual tokens count, too; generate() fills prompts by itself). For likelihoods no "
                 "length is right: CALM has no logits."
@@ -179,10 +176,12 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         num_patches, size = length // self.config.patch_size, self.config.patch_size * inputs_embeds.shape[-1]
         return self.embed_proj(inputs_embeds.reshape(batch_size, num_patches, size))
 
-    def patch_mask(self, attention_mask: Tensor | None, num_patches: int, past: int = 0) -> Tensor | None:
-        """A mask by token or by patch, or of `past` by patch and the rest by token → one by patch, (B, num_patches);
-        others than 2-D pass through."""
-        if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+    def patch_mask(self, attention_mask: Tensor, num_patches: int, past: int = 0) -> Tensor:
+        """Returns a mask by patch, (B, num_patches), from one by token or patch, or by patch for `past` and then by token.
+
+        Other masks than 2-D pass through.
+        """
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             return attention_mask
         if attention_mask.shape[1] == num_patches:
             return attention_mask
@@ -201,7 +200,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
     """The continuous autoregressive language model: backbone, generative head, frozen autoencoder."""
 
     def __init__(self, config: CALMConfig):
-        config.check()  # its fields may have been changed since it was made
+        config.check()  # its fields may have been changed since then
         super().__init__(config)
         self.model = CALMModel(config)
         self.head = HEADS[config.head_type](config)
@@ -212,7 +211,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         self.train(self.training)
 
     def train(self, mode: bool = True):
-        """As in torch, but the autoencoder stays frozen and in eval mode.
+        """Sets the mode as in torch, but the autoencoder stays frozen and in eval mode.
 
         `from_pretrained` creates parameters anew and calls this last, so here is the place to freeze.
         """
@@ -235,7 +234,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> CALMOutputWithPast:
-        """Embeds patches, runs the backbone, and with labels scores the head against the next patches.
+        """Embeds patches, runs the backbone, and with labels computes the head's loss on the next patches.
 
         Args:
             input_ids: as in `CALMModel`, like the next four.
@@ -279,23 +278,38 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
         input_ids: Tensor | None = None,
-        further: Callable[[Tensor], Tensor] | None = None,
-        **draws: Tensor,
+        **noise: Tensor,
     ) -> Tensor:
-        """Head loss of the targets in labels: their mean, or, given `num_items_in_batch`, their sum · K / that.
+        """Returns the head's loss on the targets in labels: the mean, or, given `num_items_in_batch`, sum · K / that.
 
         Args:
             hidden_BPD: hidden states of the input.
             labels (`(B, L)`): as in `forward`.
             num_items_in_batch: as in `forward`.
             generator: randomness of the loss.
-            input_ids (`(B, L)`): asked for where the encoder sees patches before the targets.
-            further: hidden states (..., D) → ids (A, ..., K) of patches that are targets beside the labels'.
-            **draws: recorded draws for the head.
+            input_ids (`(B, L)`): needed where the encoder sees patches before the targets.
+            **noise: predrawn noise of the head.
 
         Raises:
-            ValueError: labels of another length than the input, or no `input_ids` where they are asked for.
+            ValueError: labels of another length than the input, or no `input_ids` where they are needed.
         """
+        context, target = self.patch_targets(hidden_BPD, labels, input_ids)
+        losses = self.head.loss(context, target, generator=generator, **noise)
+        return self.mean_over_items(losses, num_items_in_batch)
+
+    def mean_over_items(self, losses_M: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Returns the mean of the patches' losses, or, given `num_items_in_batch`, their sum · K / that."""
+        num_patches = (
+            torch.sym_max(1, len(losses_M))
+            if num_items_in_batch is None
+            else num_items_in_batch / self.config.patch_size
+        )
+        return losses_M.sum() / num_patches
+
+    def patch_targets(
+        self, hidden_BPD: Tensor, labels: Tensor, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, PatchTarget]:
+        """Returns the hidden states (M, D) before the M target patches, and the targets; arguments of `patch_loss`."""
         patch_size = self.config.patch_size
         if labels.shape[1] != patch_size * hidden_BPD.shape[1]:
             raise ValueError(
@@ -307,14 +321,11 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         posterior = (
             self.posterior_in_context(input_ids, is_target) if self.autoencoder.config.encoder_context else None
         )
-        target = PatchTarget(tokens, self.autoencoder, posterior, further and further(context))
-        losses = self.head.loss(context, target, generator=generator, **draws)
-        count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch / patch_size
-        return losses.sum() / count
+        return context, PatchTarget(tokens, self.autoencoder, posterior)
 
     @torch.no_grad()
     def posterior_in_context(self, input_ids: Tensor | None, is_target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log_std, (M, Z) each, of the M targets marked in (B, P − 1), each encoded within its row."""
+        """Returns mean and log_std, (M, Z) each, of the M targets marked in (B, P − 1), encoded within their rows."""
         if input_ids is None:
             raise ValueError(
                 f"The autoencoder's encoder_context is {self.autoencoder.config.encoder_context}: a loss needs "
@@ -325,8 +336,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
 
 
 def target_patches(labels_BL: Tensor, patch_size: int) -> Tensor:
-    """(B, P − 1, K), a view: the patches that the hidden states predict, each at the patch before. A row's first patch
-    is given."""
+    """Returns the patches that the hidden states predict, (B, P − 1, K), a view: all but a row's first patch."""
     return labels_BL.unflatten(1, (-1, patch_size))[:, 1:]
 
 

@@ -1,10 +1,9 @@
 """The CALM autoencoder: K tokens to one Gaussian latent vector, and back (paper section 2).
 
 Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, d hidden size, Z latent size, V vocabulary, M single
-states of any patches (m of a chunk), T rows of a tile of the vocabulary.
+states of any patches (m of a chunk).
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +14,11 @@ from transformers.utils.generic import ModelOutput
 
 from .configuration_calm import CALMAutoencoderConfig
 from .generation_calm_upstream import OffloadableModel
-from .kernels_calm import VocabularyScreen, fast_products
+from .kernels_calm import is_plain_linear, vocabulary_argmax
 
 ACTIVE_NATS = 0.01  # a latent dimension is active when its mean KL divergence exceeds this
-# Logits made at once by the output layer: 64 MiB in float32 on a CPU; a GPU needs larger products to be busy.
+# Logits computed at once: 64 MiB in float32 on a CPU; a GPU needs larger matmuls to be busy.
 LOGITS_CHUNK_SIZE = {"cpu": 2**24, "other": 2**28}
-# Sizes of the products in most_probable_tokens. On a CPU a tile of logits stays in the cache.
-VOCABULARY_TILE = {"cpu": 2**11, "other": 2**15}
-STATES_CHUNK_SIZE = {"cpu": 400, "other": 2**13}
-MIN_STATES = 16  # matrix products are slower with 2 … 15 columns than with 16, on a CPU by half
 
 
 @dataclass
@@ -47,7 +42,7 @@ class CALMAutoencoderOutput(ModelOutput):
 
 
 class AutoencoderLayer(nn.Module):
-    """x + MLP(RMSNorm(x)), on tokens or on patches alike."""
+    """Computes x + MLP(RMSNorm(x)), on tokens or on patches alike."""
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__()
@@ -59,7 +54,7 @@ class AutoencoderLayer(nn.Module):
 
 
 class AutoencoderEncoder(nn.Module):
-    """Token ids (B, L) → mean and log standard deviation of the posterior, each (B, P, Z).
+    """Maps token ids (B, L) to mean and log standard deviation of the posterior, each (B, P, Z).
 
     With `encoder_context` a patch's posterior depends on the patches before it in its row as well.
     """
@@ -100,7 +95,7 @@ class AutoencoderEncoder(nn.Module):
 
 
 class AutoencoderDecoder(nn.Module):
-    """Latent vectors (..., Z) → logits (..., K, V)."""
+    """Maps latent vectors (..., Z) to logits (..., K, V)."""
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__()
@@ -111,86 +106,34 @@ class AutoencoderDecoder(nn.Module):
         self.expand_layer = nn.Linear(config.hidden_size, config.patch_size * config.hidden_size)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.screen = None
 
     def expand(self, latents: Tensor) -> Tensor:
-        """Latent vectors (..., Z) → a state for each token, (..., K, d): the layers that work on whole patches."""
+        """Maps latent vectors (..., Z) to a state for each token, (..., K, d), by the layers that work on whole patches."""
         hidden = self.latent_to_hidden(latents)
         for layer in self.layers[: self.num_patch_layers]:
             hidden = layer(hidden)
         return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
 
     def finish(self, states: Tensor) -> Tensor:
-        """Each token's state from `expand` (..., d) → its last hidden state, before the output matrix."""
+        """Maps each token's state from `expand` (..., d) to its last hidden state, before the output matrix."""
         for layer in self.layers[self.num_patch_layers :]:
             states = layer(states)
         return self.norm(states)
 
+    @torch.no_grad()
     def most_probable_tokens(
         self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None
     ) -> Tensor:
-        """The most probable tokens, (M,), of single states from `expand`, without ever holding all their logits.
+        """Returns the most probable tokens, (M,), of single states from `expand`, without ever holding all logits.
 
-        On a CPU the rows are screened (`VocabularyScreen`) where that is faster. Otherwise works through tiles of the
-        vocabulary with a running maximum; where the output matrix can't be cut, as it is quantised, offloaded or
-        adapted, through the layer itself, a few states at a time. Of equal logits the lowest id wins, as in argmax.
+        An output matrix that can't be cut into tiles, as it is quantised, offloaded or adapted, is called as a layer, on
+        a few states at a time. Of equal logits the lowest id wins, as in argmax.
         """
         states_Md = self.finish(states_Md)
-        positions_M = positions_M.to(states_Md.device)
-        if not is_plain_linear(self.lm_head):
-            return self._argmax_of_layer(states_Md, positions_M, forbidden_KV)
-        forbidden_KV = None if forbidden_KV is None else forbidden_KV.to(states_Md.device)
-        at_once = STATES_CHUNK_SIZE["cpu" if states_Md.device.type == "cpu" else "other"]
-        chunks = zip(states_Md.split(at_once), positions_M.split(at_once), strict=True)
-        return torch.cat([self._argmax_of_rows(*chunk, forbidden_KV) for chunk in chunks])
-
-    def _argmax_of_rows(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
-        weight_Vd, screen = self.lm_head.weight, self._current_screen()
-
-        def plain() -> Tensor:
-            return self._argmax(states_Md, positions_M, forbidden_KV)
-
-        def screened() -> Tensor | None:
-            return screen and screen.argmax(states_Md, weight_Vd, forbidden_KV, positions_M)
-
-        if screen is not None and screen.pays is None:
-            screen.measure(screened, plain)
-        ids_M = screened() if screen is not None and screen.pays else None
-        return plain() if ids_M is None else ids_M
-
-    def _current_screen(self) -> VocabularyScreen | None:
-        """The screen of the weights as they are now; None where there can be none."""
-        weight_Vd = self.lm_head.weight
-        if not VocabularyScreen.is_possible(weight_Vd):
-            self.screen = None
-        elif self.screen is None or not self.screen.is_of(weight_Vd):
-            self.screen = VocabularyScreen(weight_Vd)
-        return self.screen
-
-    def _argmax(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
-        num_states, tile = len(states_Md), VOCABULARY_TILE["cpu" if states_Md.device.type == "cpu" else "other"]
-        if 1 < num_states < MIN_STATES:
-            states_Md = F.pad(states_Md, (0, 0, 0, MIN_STATES - num_states))
-            positions_M = F.pad(positions_M, (0, MIN_STATES - num_states))
-        best_M = ids_M = None
-        for start in range(0, self.lm_head.out_features, tile):
-            logits_TM = F.linear(self.lm_head.weight[start : start + tile], states_Md)
-            if forbidden_KV is not None:
-                forbidden_TK = forbidden_KV[:, start : start + tile].T
-                logits_TM = logits_TM.masked_fill(forbidden_TK[:, positions_M], -torch.inf)
-            top_M, index_M = logits_TM.max(0)
-            if best_M is None or ids_M is None:
-                best_M, ids_M = top_M, index_M
-                continue
-            better_M = top_M > best_M
-            ids_M = torch.where(better_M, index_M + start, ids_M)
-            best_M = torch.where(better_M, top_M, best_M)
-        assert ids_M is not None, "a vocabulary has tokens"
-        return ids_M[:num_states]
-
-    def _argmax_of_layer(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None) -> Tensor:
-        at_once, ids = max(1, logits_chunk_size(states_Md.device) // self.vocab_size), []
-        for states_md, positions_m in zip(states_Md.split(at_once), positions_M.split(at_once), strict=True):
+        if is_plain_linear(self.lm_head):
+            return vocabulary_argmax(self.lm_head, states_Md, positions_M, forbidden_KV)
+        size, ids = max(1, logits_chunk_size(states_Md.device) // self.vocab_size), []
+        for states_md, positions_m in zip(states_Md.split(size), positions_M.split(size), strict=True):
             logits_mV = self.lm_head(states_md)
             if forbidden_KV is not None:
                 forbidden_mV = forbidden_KV.to(positions_m.device)[positions_m]
@@ -208,23 +151,8 @@ def logits_chunk_size(device: torch.device) -> int:
     return LOGITS_CHUNK_SIZE["cpu" if device.type == "cpu" else "other"]
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and nothing more: not quantised, wrapped, hooked or elsewhere.
-
-    Offloading, as other libraries do, puts a forward of its own on the instance.
-    """
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        and layer.weight.device.type != "meta"
-        and "forward" not in vars(layer)
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-    )
-
-
 def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
-    """KL divergence of N(mean, std²) from N(0, 1), (..., Z) → (...): nats per patch, each dimension at least `clamp`.
+    """Returns the KL divergence of N(mean, std²) from N(0, 1), (...), nats per patch, each dimension at least `clamp`.
 
     A dimension at the floor has no gradient: it is not pushed further towards the prior (KL clipping, paper 2.2).
     """
@@ -236,8 +164,8 @@ class CALMAutoencoder(OffloadableModel):
     """Maps patches of K tokens to Gaussian posteriors over one latent vector, and latent vectors back to tokens.
 
     Trained on its own first, then frozen inside `CALMForCausalLM`, which calls `encode`, `decode` and `decode_tokens`:
-    they pass `forward`, where the hooks of FSDP and of offloading fire. `decode_states` and `read_tokens` go from
-    layer to layer, each through its own forward.
+    they pass `forward`, where the hooks of FSDP and of offloading fire. Lazy decoding calls the decoder's `expand` and
+    `most_probable_tokens`, which call each layer through its own forward.
     """
 
     config_class = CALMAutoencoderConfig
@@ -275,16 +203,16 @@ class CALMAutoencoder(OffloadableModel):
     ) -> CALMAutoencoderOutput:
         """Encodes, draws one latent vector per patch, decodes; with labels also scores the reconstruction.
 
-        In training mode a share `token_dropout` of the input tokens is replaced by id 0, and a share `latent_dropout`
-        of latent dimensions is dropped.
+        In training mode a fraction `token_dropout` of the input tokens is replaced by id 0, and a fraction
+        `latent_dropout` of latent dimensions is dropped.
 
         Args:
             input_ids (`(B, L)`, *optional*): L a multiple of K.
-            labels (`(B, L)`, *optional*): the ids to reconstruct; −100 is left out. A patch's KL term counts by the
-                share of its labels that are kept.
-            latents (`(..., Z)`, *optional*): decodes these alone, to logits of shape (..., K, V).
-            output_logits: False encodes alone, whatever the mode.
-            num_items_in_batch: number of kept labels in the whole accumulated batch, for exact accumulation.
+            labels (`(B, L)`, *optional*): the ids to reconstruct; −100 is left out. A patch's KL term is weighted
+                by the fraction of its labels that count.
+            latents (`(..., Z)`, *optional*): decodes these and nothing else, to logits of shape (..., K, V).
+            output_logits: False only encodes, whatever the mode.
+            num_items_in_batch: number of labels that count in the whole accumulated batch, for exact accumulation.
             generator: randomness of the latent draw and the token replacement (not of the latent dropout, which is
                 torch's own).
             noise (`(B, P, Z)`, *optional*): standard normal noise of the latent draw.
@@ -327,30 +255,17 @@ class CALMAutoencoder(OffloadableModel):
         )
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) → (mean, log_std), each (B, P, Z); with `encoder_context` L counts from the row's beginning."""
+        """Encodes ids (B, L) to mean and log_std, each (B, P, Z); with `encoder_context`, L starts at the row's beginning."""
         outputs = self(input_ids, output_logits=False)
         return outputs.mean, outputs.log_std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latent vectors (..., Z) → logits (..., K, V)."""
-        with self._fast_products(latents):
-            return self(latents=latents).logits
-
-    @torch.no_grad()
-    def decode_states(self, latents: Tensor) -> Tensor:
-        """Latent vectors (..., Z) → a state for each token (..., K, d), from which `read_tokens` goes on."""
-        with self._fast_products(latents):
-            return self.decoder.expand(latents)
-
-    @torch.no_grad()
-    def read_tokens(self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
-        """As `decode_tokens`, of single states from `decode_states` and their positions in the patch: → ids (M,)."""
-        with self._fast_products(states_Md):
-            return self.decoder.most_probable_tokens(states_Md, positions_M, forbidden_KV)
+        """Decodes latent vectors (..., Z) to logits (..., K, V)."""
+        return self(latents=latents).logits
 
     @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
-        """The most probable tokens of each latent vector: (..., Z) → ids (..., K).
+        """Decodes latent vectors (..., Z) to their most probable tokens, ids (..., K).
 
         Works through the latents in chunks, so that there are never more logits than `LOGITS_CHUNK_SIZE`.
 
@@ -368,9 +283,6 @@ class CALMAutoencoder(OffloadableModel):
             ids.append(logits.argmax(-1))
         ids = torch.cat(ids) if len(ids) > 1 else ids[0]
         return ids.reshape(*latents.shape[:-1], self.config.patch_size)
-
-    def _fast_products(self, rows: Tensor) -> AbstractContextManager:
-        return fast_products(rows[..., 0].numel(), self.config.hidden_size)
 
     def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
         chance = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
