@@ -36,12 +36,7 @@ from .generation_calm_samplers import (
     StepRandomness,
 )
 from .generation_calm_sequences import CandidateProcessors, GenerationState, SequenceProcessors
-from .generation_calm_upstream import (
-    CACHE_ARGUMENT,
-    GenerateCall,
-    PatchGenerationMixin,
-    read_virtual_tokens,
-)
+from .generation_calm_upstream import CACHE_ARGUMENT, GenerateCall, PatchGenerationMixin, read_virtual_tokens
 from .heads_calm import GenerativeHead
 from .kernels_calm import arange, cpu_kernels
 from .modeling_calm_autoencoder import CALMAutoencoder

@@ -196,11 +196,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         return noise | {"step_noise": self.initial_noise((self.num_steps, num_samples, num_rows), like, generator)}
 
     def from_noise(
-        self,
-        noise: Tensor,
-        context: Tensor,
-        generator: torch.Generator | None,
-        step_noise: Tensor | None = None,
+        self, noise: Tensor, context: Tensor, generator: torch.Generator | None, step_noise: Tensor | None = None
     ) -> Tensor:
         """As the base class; `step_noise` (T, N, ..., Z): standard normal, in the order of the steps."""
         schedule = diffusion_schedule(self.num_steps, context.device)

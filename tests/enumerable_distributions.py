@@ -5,8 +5,8 @@
 import torch
 from scipy.stats import chisquare
 
+from calm_transformers.model.generation_calm_algorithms import first_occurrences
 from calm_transformers.model.generation_calm_samplers import BlockSchedule
-from calm_transformers.model.generation_calm_weights import first_occurrences
 
 TOKENS = 40  # outcome v is the patch (v // TOKENS, v % TOKENS)
 

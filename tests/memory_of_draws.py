@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 
 def memory_of_draws(num_draws, temperature):
@@ -14,7 +15,7 @@ def memory_of_draws(num_draws, temperature):
     from calm_transformers.benchmarks.meters import PeakMemory
     from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
     from calm_transformers.model.generation_calm_candidates import LazyCandidateBatch
-    from calm_transformers.model.generation_calm_samplers import exact_temperature_sample
+    from calm_transformers.model.generation_calm_samplers import StepRandomness, exact_temperature_sample
     from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
     torch.manual_seed(0)
@@ -22,9 +23,8 @@ def memory_of_draws(num_draws, temperature):
     latents_NZ = 5 * torch.randn(num_draws, 128)
 
     def sample(max_draws):
-        pool = LazyCandidateBatch(
-            lambda _, num: latents_NZ[pool.num_drawn :][:num, None], torch.arange(1), autoencoder
-        )
+        head = SimpleNamespace(sample=lambda _, num_samples, **__: latents_NZ[pool.num_drawn :][:num_samples, None])
+        pool = LazyCandidateBatch(head, torch.zeros(1, 1), StepRandomness(), autoencoder)
         exact_temperature_sample(pool, temperature, max_draws, torch.Generator().manual_seed(0))
         pool.first_occurrences(pool.rows_B)
 

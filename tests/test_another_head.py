@@ -42,7 +42,7 @@ class GaussianHead(GenerativeHead, head_type="gaussian"):
     def is_fitted(self):
         return bool(self.centre.any())
 
-    def fit(self, autoencoder, multi_token_loss=None):
+    def fit(self, autoencoder):
         ids = torch.arange(autoencoder.config.patch_size * 8)[None] % autoencoder.config.vocab_size
         self.centre.data.copy_(autoencoder.encode(ids)[0][0].mean(0))
 
@@ -50,7 +50,7 @@ class GaussianHead(GenerativeHead, head_type="gaussian"):
         mean, log_std = self.out(self.hidden(context).tanh()).chunk(2, dim=-1)
         return mean + self.centre, log_std + self.spread.log()
 
-    def draw(self, context, noise, generator):
+    def from_noise(self, noise, context, generator):
         mean, log_std = self._law(context)
         return mean + log_std.exp() * noise
 

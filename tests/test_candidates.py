@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from memory_of_draws import memory_of_draws
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 
-from calm_transformers.model import generation_calm_candidates, modeling_calm_autoencoder
+from calm_transformers.model import generation_calm_candidates, kernels_calm, modeling_calm_autoencoder
+from calm_transformers.model.generation_calm_algorithms import compared_pairs
 from calm_transformers.model.generation_calm_candidates import CandidateBatch, LazyCandidateBatch
-from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling, compared_pairs
+from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling, StepRandomness
 
 K, Z = 4, 16
 NO_EOS = {"eos_token_id": None}
@@ -44,10 +45,11 @@ def some_latents(num_draws, num_rows, seed=0, spread=0.3):
 def pool_of(kind, autoencoder, latents_NBZ, num_draws=0, **options):
     """A pool whose rows draw the given latent vectors, in order: so many are drawn."""
 
-    def draw(rows, num_draws):
-        return latents_NBZ[pool.num_drawn :][:num_draws, rows]
+    class Head:
+        def sample(self, numbers_R1, num_samples, generator):
+            return latents_NBZ[pool.num_drawn :][:num_samples, numbers_R1[:, 0]]
 
-    pool = kind(draw, torch.arange(latents_NBZ.shape[1]), autoencoder, **options)
+    pool = kind(Head(), torch.arange(latents_NBZ.shape[1])[:, None], StepRandomness(), autoencoder, **options)
     if num_draws:
         pool.extend(pool.rows_B, num_draws)
     return pool
@@ -67,35 +69,37 @@ FORBIDDEN_KV = (torch.arange(VOCAB_SIZE) >= 5) | F.one_hot(torch.arange(K), VOCA
 
 @pytest.mark.parametrize("num_states, tile", [(1, 7), (2, 1), (16, 32), (37, 95), (37, 96), (2, 200)])
 def test_tokens_are_the_argmax_whatever_the_tiles(monkeypatch, autoencoder, num_states, tile):
-    monkeypatch.setitem(modeling_calm_autoencoder.VOCABULARY_TILE, "cpu", tile)
-    monkeypatch.setitem(modeling_calm_autoencoder.STATES_CHUNK_SIZE, "cpu", 20)
+    monkeypatch.setitem(kernels_calm.VOCABULARY_TILE, "cpu", tile)
+    monkeypatch.setitem(kernels_calm.STATES_CHUNK_SIZE, "cpu", 20)
     states, positions = STATES[:num_states], torch.arange(num_states) % K
     plain = logits(autoencoder, states)
-    assert torch.equal(autoencoder.read_tokens(states, positions), plain.argmax(-1))
+    assert torch.equal(autoencoder.decoder.most_probable_tokens(states, positions), plain.argmax(-1))
     expected = plain.masked_fill(FORBIDDEN_KV[positions], -torch.inf).argmax(-1)
-    assert torch.equal(autoencoder.read_tokens(states, positions, FORBIDDEN_KV), expected)
+    assert torch.equal(autoencoder.decoder.most_probable_tokens(states, positions, FORBIDDEN_KV), expected)
 
 
 @pytest.mark.parametrize("tile", [7, 96])
 @torch.no_grad()
 def test_of_equal_logits_in_bfloat16_the_first_wins_on_every_path(monkeypatch, tile):
     """Every row of the output matrix stands there twice: half the vocabulary is never written."""
-    monkeypatch.setitem(modeling_calm_autoencoder.VOCABULARY_TILE, "cpu", tile)
+    monkeypatch.setitem(kernels_calm.VOCABULARY_TILE, "cpu", tile)
     model = tiny_model().bfloat16()
     weight = model.autoencoder.decoder.lm_head.weight
     weight[VOCAB_SIZE // 2 :] = weight[: VOCAB_SIZE // 2]
     latents = model.head.sample(torch.randn(2, 48).bfloat16(), num_samples=200)
-    states = model.autoencoder.decode_states(latents).flatten(0, -2)
+    states = model.autoencoder.decoder.expand(latents).flatten(0, -2)
     positions = torch.arange(len(states)) % K
     logits_MV = model.autoencoder.decode(latents).flatten(0, -2)
     first_M = (logits_MV == logits_MV.amax(-1, keepdim=True)).int().argmax(-1)
     assert (first_M < VOCAB_SIZE // 2).all()
     assert torch.equal(model.autoencoder.decode_tokens(latents).flatten(), first_M)
-    assert torch.equal(model.autoencoder.read_tokens(states, positions), first_M)
-    one_by_one = [model.autoencoder.read_tokens(states[i : i + 1], positions[i : i + 1]) for i in range(40)]
+    assert torch.equal(model.autoencoder.decoder.most_probable_tokens(states, positions), first_M)
+    one_by_one = [
+        model.autoencoder.decoder.most_probable_tokens(states[i : i + 1], positions[i : i + 1]) for i in range(40)
+    ]
     assert torch.equal(torch.cat(one_by_one), first_M[:40])
     monkeypatch.setattr(modeling_calm_autoencoder, "is_plain_linear", lambda layer: False)
-    assert torch.equal(model.autoencoder.read_tokens(states, positions), first_M)
+    assert torch.equal(model.autoencoder.decoder.most_probable_tokens(states, positions), first_M)
 
 
 @pytest.mark.parametrize("at_once", [1, 1000, 10**6])
@@ -106,11 +110,13 @@ def test_a_layer_that_cannot_be_cut_is_read_as_a_whole(monkeypatch, autoencoder,
     forward = layer.forward
     with monkeypatch.context() as patch:
         patch.setattr(layer, "forward", lambda x: -forward(x))
-        assert torch.equal(autoencoder.read_tokens(STATES, positions), expected.argmax(-1))
+        assert torch.equal(autoencoder.decoder.most_probable_tokens(STATES, positions), expected.argmax(-1))
     hook = layer.register_forward_hook(lambda layer, args, output: -output)
     try:
         allowed = expected.masked_fill(FORBIDDEN_KV[positions], -torch.inf)
-        assert torch.equal(autoencoder.read_tokens(STATES, positions, FORBIDDEN_KV), allowed.argmax(-1))
+        assert torch.equal(
+            autoencoder.decoder.most_probable_tokens(STATES, positions, FORBIDDEN_KV), allowed.argmax(-1)
+        )
     finally:
         hook.remove()
 
@@ -176,7 +182,8 @@ def test_the_text_is_that_of_decoding_everything(head_type, settings, dtype):
 def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
     model = tiny_model()
     kinds = [
-        type(model.new_candidates(None, torch.arange(1), PatchSampling(lazy_decoding=x))) for x in (None, True, False)
+        type(model.new_candidates(torch.zeros(1, 48), StepRandomness(), PatchSampling(lazy_decoding=x)))
+        for x in (None, True, False)
     ]
     assert kinds == [LazyCandidateBatch, LazyCandidateBatch, CandidateBatch]
 
@@ -222,6 +229,6 @@ def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatc
     )
     sampling, plan = PatchSampling(temperature=0.5, num_candidates=30), BlockSchedule()
     plan.note([30])
-    patches_RK = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), plan=plan)
+    sample = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), schedule=plan)
     assert work == [2 * (30 + K - 1)]
-    assert torch.equal(patches_RK - patches_RK[:, :1], 40 * torch.arange(K).expand(2, -1))
+    assert torch.equal(sample.patches - sample.patches[:, :1], 40 * torch.arange(K).expand(2, -1))

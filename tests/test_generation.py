@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from calm_transformers.model import generation_calm
+from calm_transformers.model.generation_calm_candidates import PatchSample
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers
@@ -54,7 +55,8 @@ class Scripted:
         going_on = [row for row in self.rows if EOS not in row[: self.position]]
         assert len(hidden_RD) == len(going_on)
         self.position += 4
-        return torch.tensor(going_on, device=hidden_RD.device)[:, self.position - 4 : self.position]
+        patches = torch.tensor(going_on, device=hidden_RD.device)[:, self.position - 4 : self.position]
+        return PatchSample(patches, is_exact=False)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 4, 5, 11])

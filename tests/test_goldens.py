@@ -12,8 +12,8 @@ from goldens import FORWARD_SEED, HEAD_TYPES, golden_model, golden_tensors, rela
 
 from calm_transformers.evaluation.brier import BrierCounts
 from calm_transformers.model.heads_calm import PatchTarget
-from calm_transformers.model.heads_calm_diffusion import DiffusionSchedule
 from calm_transformers.model.heads_calm_energy import energy_score
+from calm_transformers.model.heads_calm_flow_diffusion import DiffusionSchedule
 from calm_transformers.model.modeling_calm_autoencoder import clipped_kl
 
 USED = set()

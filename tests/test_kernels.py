@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from calm_transformers.model import kernels_calm
-from calm_transformers.model.heads_calm_diffusion import diffusion_schedule
+from calm_transformers.model.heads_calm_flow_diffusion import diffusion_schedule
 from calm_transformers.model.kernels_calm import SWITCH, VocabularyScreen, arange, as_tensor, fast_products
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
@@ -156,7 +156,7 @@ def test_backbone_head_and_decoder_gain_and_are_the_same_functions(monkeypatch, 
         "backbone": lambda: model(torch.tensor([[BOS, 5, 6, 7, 8, 9, 10, 11]])).last_hidden_state,
         "head": lambda: model.head.sample(contexts_BD, noise=noise),
         "decoder": lambda: model.autoencoder.decode(latents),
-        "its states": lambda: model.autoencoder.decode_states(latents),
+        "its states": lambda: model.autoencoder.decoder.expand(latents),
     }
     for part in parts.values():
         calls.clear()
@@ -298,17 +298,19 @@ def test_the_full_product_where_it_cannot_be_screened(monkeypatch, autoencoder, 
     elif case == "undecided":
         monkeypatch.setattr(kernels_calm, "MAX_SURVIVORS", 0)
     else:  # by another thread
-        autoencoder.read_tokens(states, POSITIONS)
+        autoencoder.decoder.most_probable_tokens(states, POSITIONS)
         autoencoder.decoder.screen.tiles = []
     with context:
-        assert torch.equal(autoencoder.read_tokens(states, POSITIONS), read_with_full_product(autoencoder, states))
+        assert torch.equal(
+            autoencoder.decoder.most_probable_tokens(states, POSITIONS), read_with_full_product(autoencoder, states)
+        )
     assert (autoencoder.decoder.screen is None) == (case not in ("undecided", "dropped meanwhile"))
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "cast"])
 @torch.no_grad()
 def test_changed_weights_are_packed_anew(autoencoder, change):
-    autoencoder.read_tokens(STATES, POSITIONS)
+    autoencoder.decoder.most_probable_tokens(STATES, POSITIONS)
     before, weight, states = autoencoder.decoder.screen, autoencoder.decoder.lm_head.weight, STATES
     if change == "in place":
         weight[1:].neg_()  # not what is kept of its values
@@ -316,13 +318,15 @@ def test_changed_weights_are_packed_anew(autoencoder, change):
         weight.data = -weight.data
     else:
         autoencoder, states = autoencoder.bfloat16(), states.bfloat16()
-    assert torch.equal(autoencoder.read_tokens(states, POSITIONS), read_with_full_product(autoencoder, states))
+    assert torch.equal(
+        autoencoder.decoder.most_probable_tokens(states, POSITIONS), read_with_full_product(autoencoder, states)
+    )
     assert autoencoder.decoder.screen not in (None, before)
 
 
 @pytest.mark.transformers
 def test_a_screened_model_can_be_copied_pickled_and_saved(autoencoder, tmp_path):
-    ids = autoencoder.read_tokens(STATES, POSITIONS)
+    ids = autoencoder.decoder.most_probable_tokens(STATES, POSITIONS)
     autoencoder.save_pretrained(tmp_path)
     loaded = type(autoencoder).from_pretrained(tmp_path)
     for again in (copy.deepcopy(autoencoder), pickle.loads(pickle.dumps(autoencoder)), loaded):
@@ -347,7 +351,7 @@ def real_decoder_and_states(num_states):
     num_ids = min(len(ids), num_states) // model.config.patch_size * model.config.patch_size
     mean, log_std = autoencoder.encode(ids[None, :num_ids])
     draws = values(-(-num_states // num_ids), *mean.shape[1:])
-    states = [autoencoder.decoder.finish(autoencoder.decode_states(mean + log_std.exp() * noise)) for noise in draws]
+    states = [autoencoder.decoder.finish(autoencoder.decoder.expand(mean + log_std.exp() * noise)) for noise in draws]
     return autoencoder.decoder, torch.cat(states).flatten(0, -2)[:num_states]
 
 

@@ -6,8 +6,7 @@ from enumerable_distributions import FixedPlan, StubPool, chi_square_p_value, fl
 from scipy.stats import kstest
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
 
-from calm_transformers.model.generation_calm_randomness import FIRST_PAGE, RowRandomness
-from calm_transformers.model.generation_calm_samplers import exact_temperature_sample
+from calm_transformers.model.generation_calm_samplers import FIRST_CHUNK, RowRandomness, exact_temperature_sample
 
 
 def rows_of(*numbers):
@@ -22,10 +21,10 @@ def test_so_are_the_draws_of_a_head(head_type):
         noise = randomness.head_noise(model.head, context, rows, num_draws)
         return model.head.sample(context[[1] * len(rows)], num_samples=num_draws, **noise)
 
-    alone = draws(RowRandomness([seeded(7)]), rows_of(0), 2 * FIRST_PAGE + 5)
+    alone = draws(RowRandomness([seeded(7)]), rows_of(0), 2 * FIRST_CHUNK + 5)
     many = RowRandomness([seeded(3), seeded(7)])
-    blocks = [draws(many, rows_of(0, 1), size)[:, 1:] for size in (1, FIRST_PAGE, 2)]
-    blocks += [draws(many, rows_of(1), FIRST_PAGE + 2)]
+    blocks = [draws(many, rows_of(0, 1), size)[:, 1:] for size in (1, FIRST_CHUNK, 2)]
+    blocks += [draws(many, rows_of(1), FIRST_CHUNK + 2)]
     torch.testing.assert_close(torch.cat(blocks), alone)
 
 

@@ -22,21 +22,21 @@ from enumerable_distributions import (
 )
 from sampler_twins import first_attempt_by_loops, published_laws_by_loops, table_of_pairs
 
-from calm_transformers.model import generation_calm_weights
-from calm_transformers.model.generation_calm_samplers import (
-    BlockSchedule,
-    batch_temperature_select,
-    exact_temperature_sample,
-    first_accepted_attempt,
-    most_frequent_patch,
-)
-from calm_transformers.model.generation_calm_weights import (
+from calm_transformers.model import generation_calm_algorithms
+from calm_transformers.model.generation_calm_algorithms import (
     candidate_log_weights,
-    check_num_candidates,
+    first_accepted_attempt,
     first_occurrences,
     inverse_temperature,
     occurrence_counts,
     repetition_log_weights,
+)
+from calm_transformers.model.generation_calm_samplers import (
+    BlockSchedule,
+    batch_temperature_select,
+    check_num_candidates,
+    exact_temperature_sample,
+    most_frequent_patch,
 )
 
 TEMPERATURES = (1.0, 0.9, 0.7, 0.5, 0.4, 1 / 3, 0.25)
@@ -70,7 +70,7 @@ class TestClasses:
     @pytest.fixture(autouse=True)
     def size_that_is_compared_at_once(self, way, monkeypatch):
         most = 2**30 if way == "all pairs at once" else 0
-        monkeypatch.setattr(generation_calm_weights, "MAX_COMPARISONS", {"cpu": most, "other": most})
+        monkeypatch.setattr(generation_calm_algorithms, "MAX_COMPARISONS", {"cpu": most, "other": most})
 
     @pytest.mark.parametrize("patch_size", [1, 4])
     def test_equals_loops(self, patch_size):

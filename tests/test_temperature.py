@@ -9,8 +9,8 @@ from goldens import golden_model, golden_tensors
 from scipy.stats import chi2
 from tiny import HEAD_TYPES, tiny_model
 
+from calm_transformers.model.generation_calm_algorithms import first_occurrences
 from calm_transformers.model.generation_calm_samplers import PatchSampling
-from calm_transformers.model.generation_calm_weights import first_occurrences
 
 HISTOGRAMS = {"T1": 1.0, "T1_2": 1 / 2, "T1_3": 1 / 3}
 
@@ -39,7 +39,7 @@ def draws(model, hidden, sampling, num_patches, rows_at_once=500, seed=0):
     """Patches (num_patches, K) that a model chooses in one context, on the CPU wherever it is."""
     generator = torch.Generator(model.device).manual_seed(seed)
     context = hidden.to(model.device).expand(rows_at_once, -1)
-    chunks = [model.sample_patches(context, sampling, generator) for _ in range(num_patches // rows_at_once)]
+    chunks = [model.sample_patches(context, sampling, generator).patches for _ in range(num_patches // rows_at_once)]
     return torch.cat(chunks).cpu()
 
 

@@ -8,7 +8,6 @@ from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_model
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor
 
-from calm_transformers.model.generation_calm_randomness import StepRandomness
 from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher
@@ -123,11 +122,10 @@ def write_by_hand(model, processors, prompt=PROMPT, seed=0, num_new=NUM_NEW, **l
     generators, plan, new = [seeded(seed)], BlockSchedule(), []
     while True:
         hidden_1D = model(input_ids=ids).last_hidden_state[:, -1]
-        randomness = StepRandomness.of(generators)
-        if not sampling.do_sample:
-            randomness = model.greedy_randomness(sampling, hidden_1D)
+        randomness = model.step_randomness(sampling, generators, hidden_1D)
         pool = PoolByHand(model, hidden_1D, randomness, prompt + new, processors, num_new - len(new))
-        patch = pool.patches[int(sampling.choose(pool, randomness, plan)[0])]
+        index_1, _ = sampling.choose(pool, randomness, plan)
+        patch = pool.patches[int(index_1)]
         for token in patch:
             new.append(token)
             if token == EOS or len(new) == num_new:

@@ -68,7 +68,7 @@ def text_by_hand(adapter: peft.PeftModel, row: list[int]) -> list:
             hidden = model(inputs_embeds=embeds).last_hidden_state
         else:
             hidden = model(ids, past_key_values=virtual).last_hidden_state
-        ids = torch.cat([ids, model.sample_patches(hidden[:, -1], sampling, [generator])], dim=1)
+        ids = torch.cat([ids, model.sample_patches(hidden[:, -1], sampling, [generator]).patches], dim=1)
     return ids[:, width:].tolist()
 
 
