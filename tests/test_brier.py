@@ -10,14 +10,14 @@ from calm_transformers.evaluation.brier import BrierCounts, brierlm
 def test_estimates_by_hand():
     """x1 = y for one token, x2 = y for three, x1 = x2 for one: 1+1-1, 0+1-0, 0+1-0, 0. A fifth token doesn't count."""
     draws = (torch.tensor([[ids]]) for ids in ([1, 9, 3, 4, 0], [1, 2, 3, 0, 0], [1, 2, 3, 4, 5]))
-    counts = BrierCounts.from_draws(*draws)
+    counts = BrierCounts.from_samples(*draws)
     assert counts.accuracy_B4.tolist() == [[2, 1, 1, 0]]
     assert counts.collision_B4.tolist() == [[1, 0, 0, 0]]
     assert counts.score().brier == [1, 1, 1, 0]
     target = torch.arange(24).view(1, 6, 4)
-    assert BrierCounts.from_draws(target, target, target).score().brierlm.value == pytest.approx(100)
+    assert BrierCounts.from_samples(target, target, target).score().brierlm.value == pytest.approx(100)
     stuck = torch.full_like(target, 99)
-    score = BrierCounts.from_draws(stuck, stuck, target).score()
+    score = BrierCounts.from_samples(stuck, stuck, target).score()
     assert (score.brier, score.brierlm.value) == ([-1, -1, -1, -1], 0)
 
 
@@ -29,7 +29,7 @@ def test_expectation_of_the_estimate_is_the_brier_score():
     target = outcomes[5]
     expectation = 0
     for i, j in zip(first, second, strict=True):
-        counts = BrierCounts.from_draws(*(x.view(1, 1, 4) for x in (outcomes[i], outcomes[j], target)))
+        counts = BrierCounts.from_samples(*(x.view(1, 1, 4) for x in (outcomes[i], outcomes[j], target)))
         expectation = expectation + probs[i] * probs[j] * torch.tensor(counts.score(resamples=1).brier)
     for n in range(1, 5):
         of_prefix = {}
@@ -49,7 +49,7 @@ def test_a_negative_brier_score_counts_as_zero():
 def random_counts(blocks, positions=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     first, second, target = torch.randint(0, 2, (3, blocks, positions, 4), generator=generator)
-    return BrierCounts.from_draws(first, second, target)
+    return BrierCounts.from_samples(first, second, target)
 
 
 def test_counts_add_up():
@@ -76,7 +76,7 @@ def test_errors():
     with pytest.raises(ValueError, match="no positions"):
         BrierCounts.empty().score()
     with pytest.raises(ValueError, match="continuation of 3 tokens"):
-        BrierCounts.from_draws(*torch.zeros(3, 1, 1, 3))
+        BrierCounts.from_samples(*torch.zeros(3, 1, 1, 3))
 
 
 @pytest.mark.parametrize("head", HEAD_TYPES)
@@ -86,6 +86,6 @@ def test_published_numbers(head):
     with torch.no_grad():
         draws = recorded_model(head).autoencoder.decoder(golden["brier.latents"])
     targets = golden["brier.targets"].unflatten(1, (12, 4))
-    score = BrierCounts.from_draws(*draws.argmax(-1), targets).score()
+    score = BrierCounts.from_samples(*draws.argmax(-1), targets).score()
     assert score.positions == 16 * 12
     assert score.brier == pytest.approx([golden[f"brier.brier{n}"].item() for n in range(1, 5)], abs=1e-6)

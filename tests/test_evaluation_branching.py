@@ -8,7 +8,7 @@ from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from calm_transformers.evaluation.ar_estimator import causal_lm_reader
-from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, RereadingReader
+from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, UncachedReader
 
 V, L = 11, 12
 SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
@@ -39,7 +39,7 @@ def test_tree_equals_rereading(model):
     """Two generations of branches with shared, forked and dropped parents, twice on the same block."""
     model = model()
     tokens = torch.randint(V, (2, L), generator=torch.Generator().manual_seed(1))
-    tree, slow = CausalLMReader(model), RereadingReader(model)
+    tree, slow = CausalLMReader(model), UncachedReader(model)
     torch.testing.assert_close(tree.read(tokens), slow.read(tokens))
     for positions in ([[0, 3, 7], [1, 1, 9]], [[5], [8]]):
         positions = torch.tensor(positions)
@@ -77,5 +77,5 @@ def test_reader_falls_back_where_branches_are_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(causal_lm_reader(mistral(window=64), tokens), CausalLMReader)
-    with pytest.warns(UserWarning, match="MistralForCausalLM cannot be read in branches"):
-        assert isinstance(causal_lm_reader(mistral(window=3), tokens), RereadingReader)
+    with pytest.warns(UserWarning, match="MistralForCausalLM does not support tree attention"):
+        assert isinstance(causal_lm_reader(mistral(window=3), tokens), UncachedReader)

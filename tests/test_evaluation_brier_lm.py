@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_transformers.evaluation.brier_lm import main
-from calm_transformers.evaluation.models import count_model
+from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.loading import load_causal_lm
 from calm_transformers.training.train import with_lora
 
@@ -113,9 +113,9 @@ def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("more", "options", "message"),
     [
-        ((), dict(model=("calm",), block_size=25), "multiple of the model's patch size 2"),
+        ((), dict(model=("calm",), block_size=25), "block_size=25: not divisible by the patch size 2"),
         ((), dict(block_size=4), "block_size=4: too short to predict 4 tokens"),
-        ((), dict(block_size=65), "reads at most 64 tokens"),
+        ((), dict(block_size=65), "supports at most 64 tokens"),
         ((), dict(model=("nowhere",)), "nowhere"),
         ((), dict(model=("calm",), block_size=2000), "has 1260 tokens, fewer than one block of 2000"),
         ((), dict(data="no_such_dataset"), "neither a file here nor a Hub dataset within reach"),
@@ -142,7 +142,7 @@ def test_batches_change_only_the_draws(folder, name):
     """Exact terms agree for every batch size; a seed fixes the rest."""
     model = load_causal_lm(str(folder / name))
     blocks = torch.randint(VOCAB_SIZE, (6, 12), generator=torch.Generator().manual_seed(0))
-    one, again, batched = (count_model(model, blocks, batch_size) for batch_size in (1, 1, 4))
+    one, again, batched = (brier_counts(model, blocks, batch_size) for batch_size in (1, 1, 4))
     assert one.score() == again.score()
     assert one.positions_B.tolist() == batched.positions_B.tolist()
     if name == "ar":
@@ -152,4 +152,4 @@ def test_batches_change_only_the_draws(folder, name):
 
 def test_ids_outside_the_vocabulary_are_refused(folder):
     with pytest.raises(ValueError, match="token id 96: outside the model's vocabulary of 96"):
-        count_model(load_causal_lm(str(folder / "ar")), torch.full((1, 12), VOCAB_SIZE))
+        brier_counts(load_causal_lm(str(folder / "ar")), torch.full((1, 12), VOCAB_SIZE))

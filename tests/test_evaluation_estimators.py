@@ -7,8 +7,8 @@ tested is everything an estimator does around a model: positions, targets, branc
 import pytest
 import torch
 
-from calm_transformers.evaluation.ar_estimator import count_ar
-from calm_transformers.evaluation.calm_estimator import count_calm
+from calm_transformers.evaluation.ar_estimator import brier_counts_ar
+from calm_transformers.evaluation.calm_estimator import brier_counts_calm
 
 V = 4  # states of the chains
 BLOCKS, LENGTH = 256, 48
@@ -84,7 +84,9 @@ def text():
 @pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
 def test_calm_estimator_is_unbiased(text, patch_size, model_seed):
     model = random_chain(model_seed)
-    counts = count_calm(ChainReader(model, patch_size), text, patch_size, torch.Generator().manual_seed(1), chunk=13)
+    counts = brier_counts_calm(
+        ChainReader(model, patch_size), text, patch_size, torch.Generator().manual_seed(1), chunk=13
+    )
     ends = torch.arange(LENGTH // patch_size - -(-4 // patch_size)) * patch_size + patch_size - 1
     targets = torch.stack([text[:, ends + i] for i in range(1, 5)], dim=-1)
     assert counts.positions_B.tolist() == [len(ends)] * BLOCKS
@@ -95,7 +97,7 @@ def test_calm_estimator_is_unbiased(text, patch_size, model_seed):
 def test_ar_estimator_is_unbiased(text, model_seed, chunk):
     """And Brier-1 is exact."""
     model = random_chain(model_seed)
-    counts = count_ar(ChainReader(model), text, torch.Generator().manual_seed(1), chunk)
+    counts = brier_counts_ar(ChainReader(model), text, torch.Generator().manual_seed(1), chunk)
     exact = exact_brier(model, text[:, :-4], text[:, 1:].unfold(1, 4, 1))
     assert counts.positions_B.tolist() == [LENGTH - 4] * BLOCKS
     assert_unbiased(counts, exact, most_error=0.005)
@@ -104,9 +106,9 @@ def test_ar_estimator_is_unbiased(text, model_seed, chunk):
 
 @pytest.mark.parametrize(
     ("length", "patch_size", "message"),
-    [(9, 4, "multiple of the patch size 4"), (4, 4, "at least 8"), (4, 1, "at least 5"), (4, None, "at least 5")],
+    [(9, 4, "not divisible by the patch size 4"), (4, 4, "at least 8"), (4, 1, "at least 5"), (4, None, "at least 5")],
 )
 def test_short_blocks_are_refused(length, patch_size, message):
     reader, blocks = ChainReader(random_chain(0), patch_size), torch.zeros(1, length, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
-        count_ar(reader, blocks) if patch_size is None else count_calm(reader, blocks, patch_size)
+        brier_counts_ar(reader, blocks) if patch_size is None else brier_counts_calm(reader, blocks, patch_size)

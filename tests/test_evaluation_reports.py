@@ -53,7 +53,7 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
         tiny_llama(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
     common = ["--data", str(folder / "text.jsonl.xz"), "--block_size", "24"]
     error = refusal(capsys, calibration.main, "--run", tmp_path, *common)
-    assert "neither it nor its checkpoints hold a tokenizer" in error
+    assert "neither the folder nor its checkpoints contain a tokenizer" in error
     tiny_tokenizer().save_pretrained(tmp_path)
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     more = ["--max_positions", "100", "--json", str(out), "--plot", str(plot)]
@@ -61,7 +61,7 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert [(row["step"], row["positions"]) for row in result["checkpoints"]] == [(2, 100), (10, 100)]
     assert "Spearman" in capsys.readouterr().out and plot.exists()
-    assert "holds 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
+    assert "contains 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
 
 
 class RecordingModel:

@@ -16,7 +16,7 @@ import torch
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
-from calm_transformers.evaluation.report import markdown, picture_of, write_json
+from calm_transformers.evaluation.report import markdown, saved_figure, write_json
 from calm_transformers.loading import (
     check_tokenizer,
     device_of,
@@ -96,7 +96,7 @@ def report(rows: list[dict], statistics: dict, num_patches: int) -> str:
 
 
 def write_plot(path: Path, rows: list[dict], posterior_sigma: float) -> None:
-    with picture_of(path, figsize=(6, 4)) as (_, axes):
+    with saved_figure(path, figsize=(6, 4)) as (_, axes):
         sigmas = [row["sigma"] for row in rows]
         for key in ("token_accuracy", "patch_accuracy"):
             axes.plot(sigmas, [row[key] for row in rows], marker="o", label=key.replace("_", " "))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from calm_transformers.command_line import Parser, command, known_errors, picture
-from calm_transformers.evaluation.report import picture_of
+from calm_transformers.evaluation.report import saved_figure
 
 # Not worth a panel: they count, or say what the recipe says.
 LEFT_OUT = {"step", "epoch", "total_flos", "train_loss"}
@@ -50,7 +50,7 @@ def draw(runs: list[Path], output: Path) -> None:
     panels = sorted(names, key=lambda name: name != "loss")  # the loss first
     rows = -(-len(panels) // PANELS_A_ROW)
     size = (4 * PANELS_A_ROW, 2.6 * rows)
-    with picture_of(output, rows, PANELS_A_ROW, figsize=size, squeeze=False, layout="tight") as (figure, axes):
+    with saved_figure(output, rows, PANELS_A_ROW, figsize=size, squeeze=False, layout="tight") as (figure, axes):
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         labels = {}

@@ -87,7 +87,7 @@ def count_continuations(
             generator=generator,
         )
         first, second = texts[:, -MAX_N:].unflatten(0, (-1, 2)).unsqueeze(2).unbind(1)
-        counts += BrierCounts.from_draws(first, second, targets.unsqueeze(1))
+        counts += BrierCounts.from_samples(first, second, targets.unsqueeze(1))
         bar.update(len(prompts))
     return counts
 
