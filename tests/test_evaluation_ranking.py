@@ -77,14 +77,14 @@ def test_a_random_model_is_at_chance(capsys, folder):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--tokens 3", "3 tokens are no whole number of patches of 2."),
-        ("--tokens_before 5", "5 tokens are no whole number of patches of 2."),
-        ("--tokens 8 100", "Fewer than two documents have 132 tokens: ask for shorter texts."),
-        ("--tokens 1000000", "32 + 1000000 tokens: the model reads at most "),
+        ("--tokens 3", "3 tokens: not divisible by the patch size 2."),
+        ("--tokens_before 5", "5 tokens: not divisible by the patch size 2."),
+        ("--tokens 8 100", "Fewer than two documents have 132 tokens: use shorter texts."),
+        ("--tokens 1000000", "32 + 1000000 tokens: the model supports at most "),
         ("--num_samples 1", "argument --num_samples: 1: must be at least 2"),
         ("--num_pairs 1", "argument --num_pairs: 1: must be at least 2"),
         ("--num_samples many", "argument --num_samples: many: must be a whole number of at least 1"),
-        ("--model {}/ar", "{}/ar: is no CALM; other models rank texts by their likelihood"),
+        ("--model {}/ar", "{}/ar: is not a CALM; other models rank texts by likelihood"),
     ],
 )
 def test_refusals(capsys, folder, options, message):

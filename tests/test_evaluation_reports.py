@@ -91,11 +91,11 @@ def test_alignment_prompts_end_at_the_same_place():
     assert rows[0]["left"].positions == 3
 
 
-def test_filling_on_the_left_is_what_another_filler_would_do():
+def test_padding_on_the_left_equals_another_filler_token():
     settings = {"max_new_tokens": 6, "do_sample": False, "num_candidates": 20, "eos_token_id": None}
     for length in (5, 7, 8):
         prompts = torch.arange(10, 10 + length).expand(2, -1)
-        padded = prompt_alignment.fill(prompts, 4, PAD, "left")
+        padded = prompt_alignment.pad(prompts, 4, PAD, "left")
         assert padded.shape[1] == 8
         expected = tiny_model(prompt_filler_token_id=PAD).generate(prompts, **settings)
         model = tiny_model(prompt_filler_token_id=5)
@@ -138,7 +138,7 @@ def test_invented_words_command(folder, tmp_path, capsys, kind, hottest):
     "name, options, message",
     [
         ("invented_words", "--temperature 0.5 3", "temperature=3.0: sampling needs a temperature in (0, 2]"),
-        ("invented_words", "--temperature 0", "--temperature 0: must be more than 0"),
+        ("invented_words", "--temperature 0", "--temperature 0: must be positive"),
         ("invented_words", "--num_candidates 1 --temperature 0.5", "num_candidates=1 is too few for temperature=0.5"),
         ("invented_words", "--num_candidates 0", "argument --num_candidates: 0: must be a whole number of at least 1"),
         ("invented_words", "--temperature 0.004", "num_candidates=200 is too few for temperature=0.004"),

@@ -27,9 +27,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", help="configuration of the Hub dataset")
     parser.add_argument("--split", default="test", help="split of the Hub dataset (default: test)")
     parser.add_argument("--text_column", default="text", help="name of the text field or column (default: text)")
-    parser.add_argument(
-        "--append_eos", action="store_true", help="append EOS to documents, if training did"
-    )
+    parser.add_argument("--append_eos", action="store_true", help="append EOS to documents, if training did")
 
 
 def open_documents(args: argparse.Namespace):
@@ -63,7 +61,5 @@ def pack_blocks(
     if not length:
         raise InputError("the data contains no text.")
     if blocks == 0:
-        raise InputError(
-            f"the data has {length} tokens, fewer than one block of {block_size}: use smaller blocks."
-        )
+        raise InputError(f"the data has {length} tokens, fewer than one block of {block_size}: use smaller blocks.")
     return torch.from_numpy(np.concatenate(chunks)[: blocks * block_size]).view(blocks, block_size)

@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", required=True, help="model folders or Hub ids; several are compared")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id for all models (default: each model's own)")
     add_data_arguments(parser)
-    parser.add_argument(
-        "--block_size", type=positive, required=True, help="tokens (published: 8192, AR 2048)"
-    )
+    parser.add_argument("--block_size", type=positive, required=True, help="tokens (published: 8192, AR 2048)")
     parser.add_argument("--max_positions", type=positive, help="stop after the block that reaches this many positions")
     parser.add_argument("--batch_size", type=positive, default=1, help="blocks per batch (default: 1)")
     parser.add_argument("--seed", type=natural, default=0)
@@ -87,9 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=picture, help="write a bar chart (default with several models: brier_lm.png)")
     args = parser.parse_args(argv)
     plot = args.plot or (Path("brier_lm.png") if len(args.model) > 1 else None)
-    state = PartialState(
-        cpu=not torch.cuda.is_available()
-    )  # accelerate's default forbids CPU processes
+    state = PartialState(cpu=not torch.cuda.is_available())  # accelerate needs cpu=True for CPU processes
     with known_errors(ValueError, OSError):
         if plot:
             need("matplotlib", "eval", "--plot")

@@ -64,9 +64,7 @@ def measure(run: Path, args: argparse.Namespace) -> list[dict]:
     for step, folder in progress_bar(checkpoints(run).items(), "Checkpoints", "checkpoint"):
         model, loaded_tokenizer = load_with_tokenizer(str(folder), str(tokenizer))
         if is_calm(model):
-            raise ValueError(
-                f"{folder}: a CALM has no cross-entropy; calibration needs a token-level model"
-            )
+            raise ValueError(f"{folder}: a CALM has no cross-entropy; calibration needs a token-level model")
         max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
         blocks_BL = read_blocks(args, loaded_tokenizer, args.block_size, max_blocks)
         score = brier_counts(model, blocks_BL, args.batch_size, args.seed).score()
@@ -100,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=positive, default=1)
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", type=writable, help="write the results")
-    parser.add_argument("--plot", type=picture, help="write BrierLM against cross-entropy")
+    parser.add_argument("--plot", type=picture, help="plot BrierLM against cross-entropy")
     args = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
         if args.plot:
