@@ -18,8 +18,8 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 def write_json(path: Path | None, content: Any) -> None:
     """Writes `content` as JSON; does nothing if `path` is None."""
     if path is not None:
-        with unfinished(path) as aside:
-            aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with unfinished(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -37,6 +37,6 @@ def saved_figure(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[
 
     figure, axes = plt.subplots(*subplots, **{"layout": "constrained", **settings})
     yield figure, axes
-    with unfinished(path) as aside:
-        figure.savefig(aside, dpi=120, bbox_inches="tight", format=path.suffix[1:])
+    with unfinished(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight", format=path.suffix[1:])
     plt.close(figure)

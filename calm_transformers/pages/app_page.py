@@ -133,14 +133,7 @@ class IncrementalDetokenizer:
 
 
 class GenerationState:
-    """The text generated so far, updated by the events of a `QueueStreamer`.
-
-    Args:
-        prompt: the prompt.
-        tokenizer: the model's tokenizer.
-        prompt_ids: token ids of the prompt.
-        step_size: tokens per step.
-    """
+    """The text generated so far, updated by the events of a `QueueStreamer`; each step has `step_size` tokens."""
 
     def __init__(self, prompt: str, tokenizer, prompt_ids: Sequence[int], step_size: int):
         self.prompt, self.step_size = prompt, step_size
@@ -209,13 +202,7 @@ class QueueStreamer(BaseStreamer):
 
 
 class PageModel:
-    """A CALM or another causal LM on the page, with its tokenizer.
-
-    Args:
-        name: displayed name.
-        model: the model, in eval mode.
-        tokenizer: its tokenizer.
-    """
+    """A CALM or another causal LM (in eval mode) with its tokenizer and the name that the page displays."""
 
     def __init__(self, name: str, model, tokenizer):
         self.name, self.model, self.tokenizer = name, model, tokenizer
@@ -293,10 +280,8 @@ class PageModel:
             streamer.events.put(("error", error))
 
     def _calm_options(self, settings: Settings) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "num_candidates": int(settings.num_candidates),
-            "generator": torch.Generator(self.model.device).manual_seed(int(settings.seed)),
-        }
+        generator = torch.Generator(self.model.device).manual_seed(int(settings.seed))
+        options: dict[str, Any] = {"num_candidates": int(settings.num_candidates), "generator": generator}
         if settings.show_candidates:  # sample all N, at T = 1 too
             options |= {"sampling_method": "batch", "top_k": ALL_CANDIDATES}
         return options
@@ -425,11 +410,9 @@ def _controls(gr, default: Settings, max_tokens: int) -> list:
 
 
 def launch(page, **options) -> None:
-    """Serves the page until the process ends, without requests to other servers.
+    """Serves a page of `create_page` until the process ends, without requests to other servers.
 
-    Args:
-        page: from `create_page`.
-        options: options of `gradio.Blocks.launch`.
+    options: options of `gradio.Blocks.launch`.
     """
     import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra [app]
 

@@ -83,18 +83,11 @@ class Inspection:
 
 
 def inspect_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, **options) -> Inspection:
-    """Generates a text and returns the candidates of each patch.
+    """Generates `max_new_tokens` tokens and returns the candidates of each patch.
 
-    Args:
-        model: a CALM.
-        tokenizer: its tokenizer.
-        prompt: the prompt.
-        max_new_tokens: number of tokens to generate.
-        seed: seed of the text, and of the candidates of the prompt's patches.
-        options: temperature, num_candidates, top_k, top_p, min_p as in `generate`; default: the model's.
-
-    Raises:
-        ValueError: `generate` doesn't support the prompt or an option.
+    seed: seed of the text, and of the candidates of the prompt's patches.
+    options: temperature, num_candidates, top_k, top_p, min_p as in `generate`; default: the model's.
+    Raises ValueError when `generate` doesn't support the prompt or an option.
     """
     sampling = model.patch_sampling(do_sample=True, sampling_method="batch", **options)
     ids_1L = tokenizer(prompt, return_tensors="pt").input_ids.long().to(model.device)
@@ -156,13 +149,8 @@ def candidates_of(scores, row: int, tokenizer, ids: list[int]) -> list[Candidate
 def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed: int) -> list[Patch]:
     """Returns the prompt's patches, each with candidates sampled after the patches before it.
 
-    Args:
-        model: a CALM.
-        tokenizer: its tokenizer.
-        packed_1L: the prompt, padded on the left to whole patches.
-        num_tokens: length of the prompt without padding.
-        sampling: the sampling settings.
-        seed: seed of the samples.
+    packed_1L: the prompt, padded on the left to whole patches.
+    num_tokens: length of the prompt without padding.
     """
     size, ids = model.config.patch_size, packed_1L[0].tolist()
     num_padding, starts = len(ids) - num_tokens, range(0, len(ids), size)
@@ -273,14 +261,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--top_p", type=float, help="keep the smallest set of this total weight")
     parser.add_argument("--min_p", type=float, help="minimum weight relative to the largest")
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument(
-        "--compare",
-        type=float,
-        nargs="+",
-        default=COMPARED_TEMPERATURES,
-        metavar="T",
-        help="printed temperatures (default: 1 0.5 0.333)",
-    )
+    compared = {"default": COMPARED_TEMPERATURES, "help": "printed temperatures (default: 1 0.5 0.333)"}
+    parser.add_argument("--compare", type=float, nargs="+", metavar="T", **compared)
     parser.add_argument("--show", type=positive, default=5, help="candidates to print per patch (default: 5)")
     parser.add_argument("--device", help="default: a GPU if available")
     return parser.parse_args(argv)
