@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, which reaches nothing but this machine and says what it asked for."""
+"""A headless Chromium for tests of pages: it reaches only this machine and records its requests."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ needs_browser = needs(BROWSER and DRIVER, "chromium or chromedriver")
 
 @contextlib.contextmanager
 def headless_browser(profile):
-    """A driver of a browser that keeps its things in the folder `profile`."""
+    """Yields a driver of a browser with its profile in the folder `profile`."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium (extra [clients]) is not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
@@ -37,10 +37,7 @@ def headless_browser(profile):
 
 
 def requests(driver) -> list[str]:
-    """Addresses that pages asked for since the last call, but those that name their own content.
-
-    What the browser's own pages ask for counts for nothing.
-    """
+    """Returns the URLs that pages requested since the last call, without data: and blob: and the browser's own."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     addresses = [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome")]
@@ -48,11 +45,11 @@ def requests(driver) -> list[str]:
 
 
 def complaints(driver) -> list[str]:
-    """What the browser's console has called errors since the last call."""
+    """Returns the errors on the browser's console since the last call."""
     return [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def set_width(driver, width: int, height: int) -> None:
-    """The window as a phone's; the driver's own window has a least width."""
+    """Emulates a screen of this size, e.g. a phone's; a real window has a minimum width."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

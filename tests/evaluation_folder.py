@@ -1,4 +1,4 @@
-"""What the tests of the evaluation commands share: tiny models, each with a tokenizer, and a text."""
+"""Tiny models with tokenizers, and a text, for the tests of the evaluation commands."""
 
 import json
 import lzma
@@ -19,7 +19,7 @@ def tiny_llama(seed=0):
 
 
 def make_folder(folder):
-    """`calm` (K = 2), `ar`, `run` with checkpoints of the latter, and `text.jsonl.xz`."""
+    """Writes `calm` (K = 2), `ar`, `run` with checkpoints of an AR model, and `text.jsonl.xz`."""
     run = ((f"run/checkpoint-{step}", tiny_llama(step)) for step in (1, 2, 3))
     for name, model in (("calm", tiny_model(patch_size=2)), ("ar", tiny_llama()), *run):
         model.save_pretrained(folder / name)
@@ -32,7 +32,7 @@ def make_folder(folder):
 
 
 def evaluations(folder) -> dict[str, list[str]]:
-    """Command → its words, of all that compute with a model of the folder."""
+    """Returns module → arguments of all evaluation commands that run a model."""
     data = ["--data", str(folder / "text.jsonl.xz")]
     calm = ["--model", str(folder / "calm")]
     return {

@@ -2,7 +2,7 @@
 
 import torch
 
-from calm_transformers.evaluation.branching import take
+from calm_transformers.evaluation.branching import gather_rows
 from calm_transformers.experiments.language import HiddenMarkovLanguage
 from calm_transformers.training.tokenizer import SPECIAL_TOKENS
 
@@ -41,10 +41,10 @@ class Oracle:
 
     def start(self, positions_BN):
         self.asked += sorted(set(positions_BN[0].tolist()))
-        self.beliefs_BNS = take(self.beliefs_BPS, positions_BN)
+        self.beliefs_BNS = gather_rows(self.beliefs_BPS, positions_BN)
 
     def extend(self, parents_BN, units_BN):
-        belief_BNS = take(self.beliefs_BNS, parents_BN)
+        belief_BNS = gather_rows(self.beliefs_BNS, parents_BN)
         units_BNK = units_BN[..., None] if self.patch_size is None else units_BN
         for symbols_BN in self.language.symbols(units_BNK).unbind(-1):
             joint_BNS = belief_BNS * self.emissions.T[symbols_BN]

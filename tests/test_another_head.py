@@ -10,7 +10,7 @@ from tiny import BOS, tiny_config, tiny_model
 from torch import nn
 from training_helpers import make_workshop, train
 
-from calm_transformers.evaluation.models import count_model
+from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.model.configuration_calm import HEADS
 from calm_transformers.model.heads_calm import GenerativeHead, zero_linear
 from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -112,7 +112,7 @@ def test_it_is_saved_and_loaded_and_generates_the_same(trained, tmp_path):
 
 
 def test_it_is_scored_and_a_dry_run_counts_it(workshop, capsys):
-    assert count_model(tiny_model("gaussian"), torch.randint(3, 90, (2, 24)), batch_size=1).score().positions > 0
+    assert brier_counts(tiny_model("gaussian"), torch.randint(3, 90, (2, 24)), batch_size=1).score().positions > 0
     config = tiny_config("gaussian")
     size, latent = config.hidden_size, config.latent_size
     cost = calm_cost(config, 64)

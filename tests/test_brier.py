@@ -1,4 +1,4 @@
-"""The BrierLM metric: by hand, against its definition, and against the published code's recorded numbers."""
+"""The BrierLM metric: hand-computed values, its definition, and recorded results of the published code."""
 
 import pytest
 import torch
@@ -9,34 +9,34 @@ from calm_transformers.evaluation.brier import BrierCounts, brierlm
 
 def test_estimates_by_hand():
     """x1 = y for one token, x2 = y for three, x1 = x2 for one: 1+1-1, 0+1-0, 0+1-0, 0. A fifth token doesn't count."""
-    draws = (torch.tensor([[ids]]) for ids in ([1, 9, 3, 4, 0], [1, 2, 3, 0, 0], [1, 2, 3, 4, 5]))
-    counts = BrierCounts.from_draws(*draws)
+    samples = (torch.tensor([[ids]]) for ids in ([1, 9, 3, 4, 0], [1, 2, 3, 0, 0], [1, 2, 3, 4, 5]))
+    counts = BrierCounts.from_samples(*samples)
     assert counts.accuracy_B4.tolist() == [[2, 1, 1, 0]]
     assert counts.collision_B4.tolist() == [[1, 0, 0, 0]]
     assert counts.score().brier == [1, 1, 1, 0]
     target = torch.arange(24).view(1, 6, 4)
-    assert BrierCounts.from_draws(target, target, target).score().brierlm.value == pytest.approx(100)
-    stuck = torch.full_like(target, 99)
-    score = BrierCounts.from_draws(stuck, stuck, target).score()
+    assert BrierCounts.from_samples(target, target, target).score().brierlm.value == pytest.approx(100)
+    constant = torch.full_like(target, 99)
+    score = BrierCounts.from_samples(constant, constant, target).score()
     assert (score.brier, score.brierlm.value) == ([-1, -1, -1, -1], 0)
 
 
 def test_expectation_of_the_estimate_is_the_brier_score():
-    """2 P(y) - sum P^2, over every pair of outcomes of an enumerated distribution."""
+    """Enumerates all pairs of outcomes; the expectation is 2 P(y) - sum P^2."""
     outcomes = torch.cartesian_prod(*[torch.arange(2)] * 4)
     probs = torch.softmax(torch.arange(16.0).sin() * 2, 0).double()
     first, second = torch.cartesian_prod(torch.arange(16), torch.arange(16)).unbind(1)
     target = outcomes[5]
     expectation = 0
     for i, j in zip(first, second, strict=True):
-        counts = BrierCounts.from_draws(*(x.view(1, 1, 4) for x in (outcomes[i], outcomes[j], target)))
+        counts = BrierCounts.from_samples(*(x.view(1, 1, 4) for x in (outcomes[i], outcomes[j], target)))
         expectation = expectation + probs[i] * probs[j] * torch.tensor(counts.score(resamples=1).brier)
     for n in range(1, 5):
-        of_prefix = {}
+        prefix_probs = {}
         for outcome, p in zip(outcomes, probs, strict=True):
             key = tuple(outcome[:n].tolist())
-            of_prefix[key] = of_prefix.get(key, 0) + p
-        exact = 2 * of_prefix[tuple(target[:n].tolist())] - sum(p**2 for p in of_prefix.values())
+            prefix_probs[key] = prefix_probs.get(key, 0) + p
+        exact = 2 * prefix_probs[tuple(target[:n].tolist())] - sum(p**2 for p in prefix_probs.values())
         assert expectation[n - 1] == pytest.approx(exact.item(), abs=1e-6)
 
 
@@ -49,11 +49,11 @@ def test_a_negative_brier_score_counts_as_zero():
 def random_counts(blocks, positions=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     first, second, target = torch.randint(0, 2, (3, blocks, positions, 4), generator=generator)
-    return BrierCounts.from_draws(first, second, target)
+    return BrierCounts.from_samples(first, second, target)
 
 
 def test_counts_add_up():
-    """Batches weigh by their positions, whatever their number of positions."""
+    """Batches are weighted by their number of positions."""
     parts = [random_counts(3, 7), random_counts(5, 2, seed=1)]
     total = sum(parts, BrierCounts.empty()).score()
     assert (total.positions, total.blocks) == (31, 8)
@@ -76,16 +76,16 @@ def test_errors():
     with pytest.raises(ValueError, match="no positions"):
         BrierCounts.empty().score()
     with pytest.raises(ValueError, match="continuation of 3 tokens"):
-        BrierCounts.from_draws(*torch.zeros(3, 1, 1, 3))
+        BrierCounts.from_samples(*torch.zeros(3, 1, 1, 3))
 
 
 @pytest.mark.parametrize("head", HEAD_TYPES)
 def test_published_numbers(head):
-    """Two draws for each of 16 x 12 patches, decoded, give the Brier-1..4 that the published code recorded."""
+    """Two decoded samples of each of 16 x 12 patches give the Brier-1..4 recorded from the published code."""
     golden = recorded_tensors(head)
     with torch.no_grad():
-        draws = recorded_model(head).autoencoder.decoder(golden["brier.latents"])
+        logits = recorded_model(head).autoencoder.decoder(golden["brier.latents"])
     targets = golden["brier.targets"].unflatten(1, (12, 4))
-    score = BrierCounts.from_draws(*draws.argmax(-1), targets).score()
+    score = BrierCounts.from_samples(*logits.argmax(-1), targets).score()
     assert score.positions == 16 * 12
     assert score.brier == pytest.approx([golden[f"brier.brier{n}"].item() for n in range(1, 5)], abs=1e-6)

@@ -1,4 +1,4 @@
-"""Branches read in one forward pass are what the model says of each continuation by itself."""
+"""Tree attention over all branches equals a separate forward pass per continuation."""
 
 import warnings
 
@@ -8,12 +8,10 @@ from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from calm_transformers.evaluation.ar_estimator import causal_lm_reader
-from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, RereadingReader
+from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, UncachedReader
 
 V, L = 11, 12
 SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
-
-
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -35,26 +33,26 @@ def mistral(window):
 
 
 @pytest.mark.parametrize("model", [llama, lambda: llama("eager"), gpt2], ids=["sdpa", "eager", "gpt2"])
-def test_tree_equals_rereading(model):
-    """Two generations of branches with shared, forked and dropped parents, twice on the same block."""
+def test_tree_attention_equals_separate_forward_passes(model):
+    """Two steps of branches with shared, forked and dropped parents, twice on the same block."""
     model = model()
     tokens = torch.randint(V, (2, L), generator=torch.Generator().manual_seed(1))
-    tree, slow = CausalLMReader(model), RereadingReader(model)
-    torch.testing.assert_close(tree.read(tokens), slow.read(tokens))
+    tree, uncached = CausalLMReader(model), UncachedReader(model)
+    torch.testing.assert_close(tree.read(tokens), uncached.read(tokens))
     for positions in ([[0, 3, 7], [1, 1, 9]], [[5], [8]]):
         positions = torch.tensor(positions)
         tree.start(positions)
-        slow.start(positions)
+        uncached.start(positions)
         parents = torch.zeros_like(positions)
         for step in range(2):
-            fed = (positions + step) % V
-            torch.testing.assert_close(tree.extend(parents, fed), slow.extend(parents, fed), atol=1e-5, rtol=1e-4)
+            ids = (positions + step) % V
+            torch.testing.assert_close(tree.extend(parents, ids), uncached.extend(parents, ids), atol=1e-5, rtol=1e-4)
             parents = torch.arange(positions.shape[1]).flip(0).expand_as(positions)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
-def test_calm_branches_equal_plain_reading(patch_size):
-    """Feeding the block's own patches as branches gives back the block's hidden states; a changed one does not."""
+def test_calm_branches_equal_a_plain_forward_pass(patch_size):
+    """Branches with the block's own patches have the block's hidden states."""
     autoencoder = {"vocab_size": V}
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = tiny_model(patch_size=patch_size, vocab_size=V, autoencoder_config=autoencoder, **ids)
@@ -71,11 +69,11 @@ def test_calm_branches_equal_plain_reading(patch_size):
     assert reader.draw(second, 3).shape == (3, 2, 2, patch_size)
 
 
-def test_reader_falls_back_where_branches_are_wrong():
-    """A sliding window shorter than the block: a 4D mask would let branches see further back than the model does."""
+def test_fallback_without_support_for_tree_attention():
+    """With a sliding window shorter than the block, a 4D mask would extend the attention of branches."""
     tokens = torch.randint(V, (1, L), generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(causal_lm_reader(mistral(window=64), tokens), CausalLMReader)
-    with pytest.warns(UserWarning, match="MistralForCausalLM cannot be read in branches"):
-        assert isinstance(causal_lm_reader(mistral(window=3), tokens), RereadingReader)
+    with pytest.warns(UserWarning, match="MistralForCausalLM does not support tree attention"):
+        assert isinstance(causal_lm_reader(mistral(window=3), tokens), UncachedReader)

@@ -1,4 +1,4 @@
-"""The command: models and text in, table, JSON and plot out; the same numbers whatever the batch size."""
+"""`calm evaluate brier_lm`: table, JSON and plot; exact terms don't depend on the batch size."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_transformers.evaluation.brier_lm import main
-from calm_transformers.evaluation.models import count_model
+from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.loading import load_causal_lm
 from calm_transformers.training.train import with_lora
 
@@ -39,8 +39,8 @@ def test_json_of_one_model(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_processes_share_the_blocks(folder, tmp_path):
-    """Two processes, as torchrun starts them, count what one counts."""
+def test_two_processes_equal_one(folder, tmp_path):
+    """Processes are started as by torchrun; each evaluates half of the blocks."""
     words = [sys.executable, "-m", "calm_transformers.evaluation.brier_lm", "--model", folder / "ar"]
     words += ["--data", folder / "text.jsonl.xz", "--block_size", "24", "--max_positions", "100"]
     words += ["--json", tmp_path / "two.json"]
@@ -59,7 +59,7 @@ def test_processes_share_the_blocks(folder, tmp_path):
     run(folder, "--max_positions", 100, "--json", tmp_path / "one.json")
     [two], [one] = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
     assert (two["positions"], two["blocks"]) == (one["positions"], one["blocks"]) == (100, 5)
-    assert two["brier"][0] == pytest.approx(one["brier"][0], rel=1e-5)  # Brier-1 of an AR model has no sampling in it
+    assert two["brier"][0] == pytest.approx(one["brier"][0], rel=1e-5)  # Brier-1 of an AR model is exact
 
 
 def test_comparison_of_models_and_plot(folder, tmp_path, monkeypatch, capsys):
@@ -79,8 +79,8 @@ def loss_of(model, blocks):
 
 
 @pytest.mark.parametrize("name", ["ar", "calm"])
-def test_an_adapter_is_its_base_with_the_adapter_on_it(folder, tmp_path, monkeypatch, name):
-    """As LoRA training writes it: without a configuration and a tokenizer of its own."""
+def test_an_adapter_equals_the_merged_model(folder, tmp_path, monkeypatch, name):
+    """The adapter is saved as by LoRA training, without configuration and tokenizer."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     adapted = with_lora(load_causal_lm(str(folder / name)), rank=2)
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_an_adapter_is_its_base_with_the_adapter_on_it(folder, tmp_path, monkeyp
     assert result["model"] == str(tmp_path / "adapter") and result["positions"] > 0
 
 
-def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, capsys):
+def test_an_adapter_without_a_base_raises(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     error = refusal(capsys, lambda _: run(folder, model=(tmp_path,)))
@@ -113,9 +113,9 @@ def test_an_adapter_without_a_base_is_refused(folder, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("more", "options", "message"),
     [
-        ((), dict(model=("calm",), block_size=25), "multiple of the model's patch size 2"),
+        ((), dict(model=("calm",), block_size=25), "block_size=25: not divisible by the patch size 2"),
         ((), dict(block_size=4), "block_size=4: too short to predict 4 tokens"),
-        ((), dict(block_size=65), "reads at most 64 tokens"),
+        ((), dict(block_size=65), "supports at most 64 tokens"),
         ((), dict(model=("nowhere",)), "nowhere"),
         ((), dict(model=("calm",), block_size=2000), "has 1260 tokens, fewer than one block of 2000"),
         ((), dict(data="no_such_dataset"), "neither a file here nor a Hub dataset within reach"),
@@ -130,7 +130,7 @@ def test_errors_are_one_sentence(folder, monkeypatch, capsys, more, options, mes
     assert message in refusal(capsys, lambda words: run(folder, *words, **options), *more)
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, capsys):
+def test_a_tokenizer_of_another_model_raises(folder, tmp_path, capsys):
     config = LlamaConfig.from_dict({**tiny_llama().config.to_dict(), "vocab_size": 2 * VOCAB_SIZE})
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     error = refusal(capsys, lambda words: run(folder, *words, model=(tmp_path,)), "--tokenizer", folder / "calm")
@@ -138,18 +138,18 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["ar", "calm"])
-def test_batches_change_only_the_draws(folder, name):
-    """Exact terms agree for every batch size; a seed fixes the rest."""
+def test_batch_size_changes_only_the_samples(folder, name):
+    """Exact terms don't depend on the batch size; a seed fixes the rest."""
     model = load_causal_lm(str(folder / name))
     blocks = torch.randint(VOCAB_SIZE, (6, 12), generator=torch.Generator().manual_seed(0))
-    one, again, batched = (count_model(model, blocks, batch_size) for batch_size in (1, 1, 4))
-    assert one.score() == again.score()
+    one, repeated, batched = (brier_counts(model, blocks, batch_size) for batch_size in (1, 1, 4))
+    assert one.score() == repeated.score()
     assert one.positions_B.tolist() == batched.positions_B.tolist()
     if name == "ar":
         torch.testing.assert_close(one.accuracy_B4, batched.accuracy_B4)
         torch.testing.assert_close(one.collision_B4[:, 0], batched.collision_B4[:, 0])
 
 
-def test_ids_outside_the_vocabulary_are_refused(folder):
+def test_ids_outside_the_vocabulary_raise(folder):
     with pytest.raises(ValueError, match="token id 96: outside the model's vocabulary of 96"):
-        count_model(load_causal_lm(str(folder / "ar")), torch.full((1, 12), VOCAB_SIZE))
+        brier_counts(load_causal_lm(str(folder / "ar")), torch.full((1, 12), VOCAB_SIZE))

@@ -1,4 +1,4 @@
-"""Autoencoder report, calibration over checkpoints, prompt alignment: right on models whose answer is known."""
+"""Autoencoder report, calibration, prompt alignment and invented words, on models with known results."""
 
 import json
 
@@ -13,7 +13,7 @@ from calm_transformers.evaluation.autoencoder_report import noise_accuracy
 
 
 class SignAutoencoder(torch.nn.Module):
-    """Two tokens of two kinds in two latents +1 and -1: noise of size s flips a token with P(s * noise > 1)."""
+    """Maps two binary tokens to two latents +1 or -1: noise of size s flips a token with P(s * noise > 1)."""
 
     def encoder(self, input_ids):
         latents = 2.0 * input_ids.unflatten(1, (-1, 2)) - 1
@@ -23,11 +23,11 @@ class SignAutoencoder(torch.nn.Module):
         return (latents > 0).long()
 
 
-def test_noise_accuracy_of_a_known_code():
+def test_noise_accuracy_of_a_known_autoencoder():
     patches = torch.randint(2, (4000, 2), generator=torch.Generator().manual_seed(0))
     clean, noisy = noise_accuracy(SignAutoencoder(), patches, sigmas=(0.0, 1.0))
     assert clean == {"sigma": 0.0, "token_accuracy": 1, "patch_accuracy": 1}
-    assert noisy["token_accuracy"] == pytest.approx(0.8413, abs=0.01)  # standard normal below 1
+    assert noisy["token_accuracy"] == pytest.approx(0.8413, abs=0.01)  # P(standard normal < 1)
     assert noisy["patch_accuracy"] == pytest.approx(0.8413**2, abs=0.02)
 
 
@@ -53,7 +53,7 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
         tiny_llama(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
     common = ["--data", str(folder / "text.jsonl.xz"), "--block_size", "24"]
     error = refusal(capsys, calibration.main, "--run", tmp_path, *common)
-    assert "neither it nor its checkpoints hold a tokenizer" in error
+    assert "neither the folder nor its checkpoints contain a tokenizer" in error
     tiny_tokenizer().save_pretrained(tmp_path)
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     more = ["--max_positions", "100", "--json", str(out), "--plot", str(plot)]
@@ -61,17 +61,16 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert [(row["step"], row["positions"]) for row in result["checkpoints"]] == [(2, 100), (10, 100)]
     assert "Spearman" in capsys.readouterr().out and plot.exists()
-    assert "holds 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
+    assert "contains 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
 
 
-class RecordingModel:
-    """Continues every prompt by its last token plus 1, 2, 3, 4 when it is without PAD, else wrongly."""
+class CountingModel:
+    """Continues prompts without PAD correctly, by their last token plus 1, 2, 3, 4, and others wrongly."""
 
     device = "cpu"
 
     def generate(self, prompts, num_return_sequences, **options):
-        right = PAD not in prompts
-        steps = torch.arange(1, 5) * right
+        steps = torch.arange(1, 5) * (PAD not in prompts)
         prompts = prompts.repeat_interleave(num_return_sequences, 0)
         return torch.cat([prompts, prompts[:, -1:] + steps], dim=1)
 
@@ -79,23 +78,23 @@ class RecordingModel:
         patch_size = 4
 
 
-def test_alignment_prompts_end_at_the_same_place():
+def test_alignment_prompts_end_at_the_same_position():
     windows = torch.arange(15).repeat(3, 1) + torch.tensor([[0], [100], [200]])
     prompts = prompt_alignment.cut_prompts(windows, 4, bos_token_id=None)
     assert prompts.tolist() == [[7, 8, 9, 10], [107, 108, 109, 110], [207, 208, 209, 210]]
     assert prompt_alignment.cut_prompts(windows, 3, bos_token_id=1)[0].tolist() == [1, 9, 10]
-    rows = prompt_alignment.measure(RecordingModel(), windows, length=8, bos_token_id=1, pad_token_id=PAD)
-    # Whole patches, the first row, have no filler.
+    rows = prompt_alignment.measure(CountingModel(), windows, length=8, bos_token_id=1, pad_token_id=PAD)
+    # The first row needs no padding.
     brier_1 = [[row[case].brier[0] for case in prompt_alignment.CASES] for row in rows]
     assert brier_1 == [[1, 1, 1], *[[1, -1, -1]] * 3]
     assert rows[0]["left"].positions == 3
 
 
-def test_filling_on_the_left_is_what_another_filler_would_do():
+def test_padding_on_the_left_equals_another_filler_token():
     settings = {"max_new_tokens": 6, "do_sample": False, "num_candidates": 20, "eos_token_id": None}
     for length in (5, 7, 8):
         prompts = torch.arange(10, 10 + length).expand(2, -1)
-        padded = prompt_alignment.fill(prompts, 4, PAD, "left")
+        padded = prompt_alignment.pad(prompts, 4, PAD, "left")
         assert padded.shape[1] == 8
         expected = tiny_model(prompt_filler_token_id=PAD).generate(prompts, **settings)
         model = tiny_model(prompt_filler_token_id=5)
@@ -104,7 +103,7 @@ def test_filling_on_the_left_is_what_another_filler_would_do():
 
 
 def test_alignment_command_writes_a_page(folder, tmp_path):
-    """Whole patches (length mod K = 0) are the same prompt under every alignment: the same draws, the same score."""
+    """At length mod K = 0 the prompts, hence samples and scores, are the same for every alignment."""
     page = tmp_path / "page.md"
     options = ["--prompts", "40", "--prompt_patches", "3", "--output", str(page)]
     prompt_alignment.main(["--model", str(folder / "calm"), "--data", str(folder / "text.jsonl.xz"), *options])
@@ -114,16 +113,16 @@ def test_alignment_command_writes_a_page(folder, tmp_path):
     assert "`calm evaluate prompt_alignment --model" in page.read_text()
 
 
-def test_invented_words_are_those_that_the_text_never_has():
+def test_invented_words_are_not_in_the_reference_text():
     known = invented_words.vocabulary_of(["Lily's mom said: \u201cGo!\u201d", "She didn\u2019t."])
     assert known == {"lily's", "mom", "said", "go", "she", "didn't"}
-    new, count = invented_words.invented(["Mom sayed, didn't she? go 123 awa"], known)  # the last may be cut off
+    new, count = invented_words.invented(["Mom sayed, didn't she? go 123 awa"], known)  # the last may be truncated
     assert (new, count) == (["sayed"], 5)
 
 
 @pytest.mark.parametrize(("kind", "hottest"), [("calm", 1.0), ("ar", 3.0)])
 def test_invented_words_command(folder, tmp_path, capsys, kind, hottest):
-    """A transformer may be flatter than a CALM, whose law is known at T in (0, 2]."""
+    """Other models may use a higher temperature than a CALM, which is limited to (0, 2]."""
     out = tmp_path / "out.json"
     size = ["--num_texts", "2", "--max_new_tokens", "30", "--temperature", "0.5", str(hottest), "--prompt", "ab"]
     options = [*size, "--num_candidates", "5", "--json", str(out)]
@@ -138,7 +137,7 @@ def test_invented_words_command(folder, tmp_path, capsys, kind, hottest):
     "name, options, message",
     [
         ("invented_words", "--temperature 0.5 3", "temperature=3.0: sampling needs a temperature in (0, 2]"),
-        ("invented_words", "--temperature 0", "--temperature 0: must be more than 0"),
+        ("invented_words", "--temperature 0", "--temperature 0: must be positive"),
         ("invented_words", "--num_candidates 1 --temperature 0.5", "num_candidates=1 is too few for temperature=0.5"),
         ("invented_words", "--num_candidates 0", "argument --num_candidates: 0: must be a whole number of at least 1"),
         ("invented_words", "--temperature 0.004", "num_candidates=200 is too few for temperature=0.004"),
@@ -147,14 +146,14 @@ def test_invented_words_command(folder, tmp_path, capsys, kind, hottest):
         ("prompt_alignment", "--model {}/ar", "{}/ar: must be a CALM with patches of at least 2 tokens"),
     ],
 )
-def test_refusals(folder, capsys, name, options, message):
+def test_errors(folder, capsys, name, options, message):
     command = main_of(f"calm_transformers.evaluation.{name}")
     words = [*evaluations(folder)[name], *options.format(folder).split()]
     assert refusal(capsys, command, *words).startswith(message.format(folder))
 
 
-@pytest.mark.parametrize("name", [name for name in EVALUATIONS if name != "brier_lm"])  # which asks accelerate
-def test_a_gpu_is_used_where_there_is_one(folder, name, capsys, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in EVALUATIONS if name != "brier_lm"])  # which uses accelerate
+def test_a_gpu_is_used_if_available(folder, name, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     command = main_of(f"calm_transformers.evaluation.{name}")
     assert "--device cuda: " in refusal(capsys, command, *evaluations(folder)[name])

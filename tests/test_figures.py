@@ -1,4 +1,4 @@
-"""The figures in README and docs that speak of the bundled weights: each with its command, none older than those."""
+"""Figures of the bundled weights in README and docs: each has its command and is as new as the weights."""
 
 import re
 import shlex
@@ -13,13 +13,13 @@ FIGURES = stale_figures.all_figures()
 
 
 def text_of(document: str) -> str:
-    """In one line, without the marks of code, quotations and continued lines."""
+    """Returns a document as one line, without marks of code, quotations and line continuations."""
     text = (ROOT / document).read_text(encoding="utf-8")
     return " ".join(re.sub(r"`|\\\n|^> ", " ", text, flags=re.MULTILINE).split())
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: figures.what)
-def test_the_document_has_the_figures_and_names_a_command_with_these_options(figures, capsys):
+def test_the_document_contains_the_figures_and_a_valid_command(figures, capsys):
     text, words = text_of(figures.document), shlex.split(figures.command)
     assert [quote for quote in figures.quotes if " ".join(quote.split()) not in text] == []
     assert figures.quotes and figures.command in text
@@ -27,13 +27,13 @@ def test_the_document_has_the_figures_and_names_a_command_with_these_options(fig
     with pytest.raises(SystemExit):
         main_of(module)(["--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    of_recipe = module == "calm_transformers.training.train"  # whose kinds and recipes' fields --help doesn't list
-    fields = {"--recipe", "--dry_run", "--init_from"} if of_recipe else set()
+    is_training = module == "calm_transformers.training.train"  # --help doesn't list the fields of recipes
+    fields = {"--recipe", "--dry_run", "--init_from"} if is_training else set()
     assert {word for word in words if word.startswith("--")} <= known | fields
 
 
 def test_no_figure_is_older_than_the_weights():
-    """Where this fails, the bundled weights have changed: measure again what it lists (docs/figures.yaml)."""
+    """If this fails, the bundled weights have changed: measure the listed figures again (docs/figures.yaml)."""
     assert stale_figures.stale(FIGURES, stale_figures.digits_of(stale_figures.WEIGHTS)) == []
 
 

@@ -198,7 +198,7 @@ def test_forward_brier(golden):
             draws["step_noise"] = torch.stack([torch.randn(20, 16) for _ in range(100)]).view(100, 2, 10, 16)
     first, second = model.autoencoder.decode_tokens(model.head.sample(context, **draws))
     target = ids.view(2, 6, 4)[:, 1:].reshape(10, 4)
-    brier = BrierCounts.from_draws(first[None], second[None], target[None]).score(resamples=1).brier
+    brier = BrierCounts.from_samples(first[None], second[None], target[None]).score(resamples=1).brier
     assert brier == pytest.approx([golden[f"forward.brier{n}"].item() for n in (1, 2, 3, 4)], abs=1e-6)
 
 

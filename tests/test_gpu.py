@@ -13,7 +13,7 @@ from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from training_helpers import train
 
 from calm_transformers.benchmarks import golden
-from calm_transformers.evaluation.models import count_model
+from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.loading import load_causal_lm
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
@@ -108,5 +108,5 @@ def test_every_evaluation_computes_there(folder, name):
 def test_brier_1_of_a_llama_is_the_cpus(folder):
     """There is no sampling in it."""
     blocks = torch.randint(VOCAB_SIZE, (6, 12), generator=torch.Generator().manual_seed(0))
-    scores = [count_model(load_causal_lm(str(folder / "ar"), device=d), blocks).score() for d in ("cpu", DEVICE)]
+    scores = [brier_counts(load_causal_lm(str(folder / "ar"), device=d), blocks).score() for d in ("cpu", DEVICE)]
     assert scores[1].brier[0] == pytest.approx(scores[0].brier[0], rel=1e-4)

@@ -1,4 +1,4 @@
-"""Inspecting a text: what each patch was chosen from, its weights at every T, the listing, the page in a browser."""
+"""`calm inspect`: the candidates of each patch, their weights at every T, the printed text, the page in a browser."""
 
 import contextlib
 from dataclasses import asdict
@@ -25,7 +25,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def story(demo):
-    """A text of the demo model, and what generate writes of its own with the same seed."""
+    """An inspected text of the demo model, and the output of generate with the same seed."""
     model, tokenizer = demo
     inspection = inspect_text.inspect_text(model, tokenizer, PROMPT, 15, seed=3, temperature=0.5)
     settings = {"do_sample": True, "temperature": 0.5, "sampling_method": "batch", "max_new_tokens": 15}
@@ -34,12 +34,12 @@ def story(demo):
     return inspection, tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def test_the_text_is_generate_s_and_each_patch_is_among_its_candidates(story):
+def test_the_text_equals_generate_and_each_patch_is_among_its_candidates(story):
     inspection, expected = story
     assert inspection.text == expected
-    written = [patch for patch in inspection.patches if not patch.is_prompt]
-    assert len(written) == 8 and len(written[-1].tokens) == 1
-    for patch in written[:-1]:
+    generated = [patch for patch in inspection.patches if not patch.is_prompt]
+    assert len(generated) == 8 and len(generated[-1].tokens) == 1
+    for patch in generated[:-1]:
         assert patch.candidates[patch.chosen].text == patch.text
         assert sum(candidate.count for candidate in patch.candidates) == inspection.settings["num_candidates"]
         assert sum(candidate.weight for candidate in patch.candidates) == pytest.approx(1, abs=1e-5)
@@ -47,14 +47,14 @@ def test_the_text_is_generate_s_and_each_patch_is_among_its_candidates(story):
         assert weights == sorted(weights, reverse=True)
 
 
-def test_the_prompt_s_patches_have_the_draws_after_what_stands_before_them(story):
+def test_prompt_patches_have_candidates_sampled_after_the_patches_before_them(story):
     first, *_, last = [patch for patch in story[0].patches if patch.is_prompt]
     assert first.candidates == [] and first.chosen is None
-    written = last.candidates[last.chosen]  # stories begin like that
-    assert written.text == last.text and written.count > 150
+    candidate = last.candidates[last.chosen]  # most stories begin like that
+    assert candidate.text == last.text and candidate.count > 150
 
 
-def test_prompts_of_any_length_are_cut_as_the_model_reads_them():
+def test_prompts_of_any_length_are_padded_on_the_left():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     prompt = "0123456789" * 5  # with <s> 51 tokens: 13 patches of 4, one of them with a filler
     inspection = inspect_text.inspect_text(model, tokenizer, prompt, 4, seed=0, num_candidates=4, temperature=0.5)
@@ -64,7 +64,7 @@ def test_prompts_of_any_length_are_cut_as_the_model_reads_them():
     assert [bool(patch.candidates) for patch in patches] == [False, *[True] * 12]
 
 
-def test_at_temperature_1_all_candidates_are_drawn(demo):
+def test_at_temperature_1_all_candidates_are_sampled(demo):
     inspection = inspect_text.inspect_text(*demo, PROMPT, 4, seed=0, temperature=1.0, num_candidates=30)
     for patch in inspection.patches[1:]:
         assert sum(candidate.count for candidate in patch.candidates) == 30
@@ -73,18 +73,18 @@ def test_at_temperature_1_all_candidates_are_drawn(demo):
 
 def test_weights_of_counts():
     for top_k, weights in ((0, [10 / 13, 3 / 13, 0]), (1, [1, 0, 0])):  # C(c, 2)
-        assert inspect_text.weights_at([5, 3, 1], 0.5, Truncation(top_k)) == pytest.approx(weights)
+        assert inspect_text.weights_from_counts([5, 3, 1], 0.5, Truncation(top_k)) == pytest.approx(weights)
 
 
-def test_a_character_waits_for_its_last_byte(demo):
+def test_incomplete_characters_are_held_back(demo):
     tokenizer = demo[1]
     ids = tokenizer("a é ☃ b", add_special_tokens=False).input_ids
-    pieces = inspect_text.TextPieces(tokenizer, ids).in_turn([1] * len(ids))
+    pieces = inspect_text.texts_between(tokenizer, ids, range(len(ids) + 1))
     assert len(ids) > len("a é ☃ b") - 3 and "" in pieces
     assert "".join(pieces) == "a é ☃ b" and "\ufffd" not in "".join(pieces)
 
 
-def test_an_empty_prompt_begins_with_bos_or_is_refused():
+def test_an_empty_prompt_starts_with_bos_or_raises():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None
     for bos in (BOS, None):
@@ -94,13 +94,13 @@ def test_an_empty_prompt_begins_with_bos_or_is_refused():
     assert [patch.is_prompt for patch in inspection.patches] == [True, False]
 
 
-def test_the_command_lists_patches_with_the_weights_at_several_temperatures(tiny_folder, capsys):
+def test_the_command_prints_patches_with_their_weights_at_several_temperatures(tiny_folder, capsys):
     options = ["--max_new_tokens", "8", "--num_candidates", "20", "--temperature", "0.7", "--show", "2"]
     assert inspect_text.main([str(tiny_folder), "Hello", *options]) == 0
-    listed = capsys.readouterr().out
-    assert "temperature = 0.7, num_candidates = 20" in listed
-    assert all(name in listed for name in ("T=1", "T=0.7*", "T=0.5", "T=0.333"))
-    assert listed.count("    > ") >= 2 and "… and " in listed
+    printed = capsys.readouterr().out
+    assert "temperature = 0.7, num_candidates = 20" in printed
+    assert all(name in printed for name in ("T=1", "T=0.7*", "T=0.5", "T=0.333"))
+    assert printed.count("    > ") >= 2 and "… and " in printed
 
 
 @pytest.mark.parametrize(
@@ -111,18 +111,18 @@ def test_the_command_lists_patches_with_the_weights_at_several_temperatures(tiny
         (["--max_new_tokens", "5000000"], "the prompt has 6 tokens and 5000000 are to be written"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(tiny_folder, capsys, options, message):
+def test_errors_are_one_sentence(tiny_folder, capsys, options, message):
     assert message in refusal(capsys, inspect_text.main, tiny_folder, "Hello", *options)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
+def test_a_folder_without_a_tokenizer_raises(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path)
     assert refusal(capsys, inspect_text.main, tmp_path) == f"{tmp_path}: no tokenizer can be read there."
 
 
 @pytest.fixture
 def page(driver, story, tmp_path):
-    """The page of the story, opened."""
+    """Opens the page of the story."""
     path = tmp_path / "story.html"
     inspect_text.write_page(path, story[0])
     set_width(driver, 1200, 900)
@@ -143,7 +143,7 @@ def hover(driver, number):
 @pytest.mark.slow
 @pytest.mark.transformers
 class TestPage:
-    def test_it_asks_for_nothing_but_itself_and_fits_a_phone(self, driver, page):
+    def test_it_makes_no_other_request_and_fits_a_phone(self, driver, page):
         assert requests(driver) == [page.as_uri()] and complaints(driver) == []
         assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
         set_width(driver, 360, 740)
@@ -151,7 +151,7 @@ class TestPage:
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
         assert driver.execute_script("return getComputedStyle(document.getElementById('panel')).position") == "fixed"
 
-    def test_it_shows_the_patches_and_on_hover_their_candidates_which_a_slider_weighs_anew(self, driver, page, story):
+    def test_patches_show_their_candidates_on_hover_with_weights_by_the_slider(self, driver, page, story):
         patches = story[0].patches
         spans = driver.find_elements("css selector", "#text .patch")
         assert [span.get_property("textContent") for span in spans] == [patch.text or "⏹" for patch in patches]
@@ -167,25 +167,25 @@ class TestPage:
         for temperature in (0.2, 0.5, 1.0):
             driver.execute_script(slide, temperature)
             cell = driver.find_element("css selector", "#panel .weight").text
-            expected = inspect_text.weights_at(counts, temperature, Truncation())[0]
+            expected = inspect_text.weights_from_counts(counts, temperature, Truncation())[0]
             assert float(cell.removesuffix(" %")) == pytest.approx(100 * expected, abs=0.051)
             seen.add((cell, span.value_of_css_property("--weight")))
         assert len(seen) == 3
 
     @pytest.mark.parametrize("truncation", [Truncation(), Truncation(3, 0.9, 0.05), Truncation(top_p=0.6)])
-    def test_its_weights_are_the_sampler_s(self, driver, page, truncation):
+    def test_its_weights_equal_the_sampler_s(self, driver, page, truncation):
         for counts in ([40, 20, 7, 3, 2, 2, 1, 1, 1, 1], [1, 1, 1], [12], [3, 3, 2]):
             for temperature in (2.0, 1.3, 1.0, 0.7, 1 / 3, 0.1):
-                asked = counts, temperature, truncation._asdict()
-                weights = driver.execute_script("return weigh(...arguments)", *asked)
-                expected = inspect_text.weights_at(counts, temperature, truncation)
+                arguments = counts, temperature, truncation._asdict()
+                weights = driver.execute_script("return candidateWeights(...arguments)", *arguments)
+                expected = inspect_text.weights_from_counts(counts, temperature, truncation)
                 assert weights == pytest.approx(expected, abs=2e-5), (counts, temperature)
 
-    def test_no_text_ends_its_script(self, driver, story, tmp_path):
+    def test_no_text_can_close_its_script(self, driver, story, tmp_path):
         data = asdict(story[0])
         data["patches"][1]["text"] = "</script><script>document.title = 'broken out'</script><b>"
         path = tmp_path / "odd.html"
-        path.write_text(inspect_page.page(data), encoding="utf-8")
+        path.write_text(inspect_page.render_page(data), encoding="utf-8")
         driver.get(path.as_uri())
         spans = driver.find_elements("css selector", "#text .patch")
         assert spans[1].get_property("textContent") == data["patches"][1]["text"]

@@ -11,9 +11,9 @@ from commands import refusal
 from enumerable_distributions import chi_square_p_value
 from language_oracle import LANGUAGE, OTHER, Oracle, S, V, continuations, ids_of
 
-from calm_transformers.evaluation.ar_estimator import count_ar
+from calm_transformers.evaluation.ar_estimator import brier_counts_ar
 from calm_transformers.evaluation.brier import brierlm
-from calm_transformers.evaluation.calm_estimator import count_calm
+from calm_transformers.evaluation.calm_estimator import brier_counts_calm
 from calm_transformers.experiments.language import HiddenMarkovLanguage, load, main, scored_beliefs, write
 from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.tokenizer import SPECIAL_TOKENS
@@ -123,8 +123,8 @@ def test_what_stands_somewhere_is_as_frequent_as_the_enumeration_says(texts, enu
 def counts_of(oracle, ids_BL):
     generator = torch.Generator().manual_seed(0)
     if oracle.patch_size is None:
-        return count_ar(oracle, ids_BL, generator)
-    return count_calm(oracle, ids_BL, oracle.patch_size, generator)
+        return brier_counts_ar(oracle, ids_BL, generator)
+    return brier_counts_calm(oracle, ids_BL, oracle.patch_size, generator)
 
 
 @pytest.mark.parametrize("patch_size", [None, 1, 2, 3, 4, 8])

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: a generate_until task from end to end; tasks by likelihood are answered with a sentence."""
+"""lm-evaluation-harness: generate_until tasks work; likelihood tasks raise a clear error."""
 
 import functools
 import json
@@ -12,14 +12,14 @@ pytestmark = pytest.mark.transformers
 pytest.importorskip("lm_eval", reason="lm_eval (extra [clients]) is not installed")
 
 COMMON = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
-GENERATES = {
+GENERATION_TASK = {
     **COMMON,
     "task": "continues",
     "output_type": "generate_until",
     "generation_kwargs": {"until": ["."], "max_gen_toks": 16, "do_sample": False, "num_candidates": 20},
     "metric_list": [{"metric": "exact_match"}],
 }
-CHOOSES = {
+CHOICE_TASK = {
     **COMMON,
     "task": "chooses",
     "output_type": "multiple_choice",
@@ -30,7 +30,7 @@ CHOOSES = {
 
 @functools.cache
 def task_manager():
-    """Without the harness's thousands of tasks, whose files take seconds to list."""
+    """Returns a TaskManager without the built-in tasks, which take seconds to list."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=False)
@@ -52,18 +52,20 @@ def wrapped(model, tokenizer, batch_size: int):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_texts_are_the_models_own_and_are_scored(batch_size, tmp_path):
-    """Prompts of several lengths: with batches of 2 they are padded. One answer is made wrong, so the score is 2/3."""
+def test_generations_equal_the_model_s_own_and_are_scored(batch_size, tmp_path):
+    """Prompts differ in length, so batches of 2 are padded. One answer is made wrong, so the score is 2/3."""
     model, tokenizer = tiny_model().double(), tiny_tokenizer()
-    questions, settings = ("once", "a longer question", "the dog"), GENERATES["generation_kwargs"]
+    questions, settings = ("once", "a longer question", "the dog"), GENERATION_TASK["generation_kwargs"]
     answers = {}
     for question in questions:
         ids = tokenizer(question, return_tensors="pt")
-        law = {"do_sample": False, "num_candidates": settings["num_candidates"]}
-        text = model.generate(**ids, max_new_tokens=settings["max_gen_toks"], **law)[0, ids.input_ids.shape[1] :]
-        answers[question] = tokenizer.decode(text, skip_special_tokens=True).split(".")[0]
+        options = {"do_sample": False, "num_candidates": settings["num_candidates"]}
+        output = model.generate(**ids, max_new_tokens=settings["max_gen_toks"], **options)
+        answers[question] = tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True).split(".")[
+            0
+        ]
     answers["the dog"] += "not"
-    results = evaluate(wrapped(model, tokenizer, batch_size), GENERATES, tmp_path, answers)
+    results = evaluate(wrapped(model, tokenizer, batch_size), GENERATION_TASK, tmp_path, answers)
     assert results["results"]["continues"]["exact_match,none"] == pytest.approx(2 / 3)
     assert {s["doc"]["question"]: s["filtered_resps"][0] for s in results["samples"]["continues"]} == {
         **answers,
@@ -72,17 +74,17 @@ def test_texts_are_the_models_own_and_are_scored(batch_size, tmp_path):
 
 
 def test_by_name_with_trust_remote_code(tmp_path):
-    """The snippet of docs/clients.md on the bundled model."""
+    """The example of docs/clients.md with the bundled model."""
     answers = {"Once upon a time, there was a little": "girl", "The dog": "nothing of the kind"}
-    loaded = {"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"}
-    results = evaluate("hf", GENERATES, tmp_path, answers, model_args=loaded, batch_size=2, device="cpu")
-    written = [sample["filtered_resps"][0] for sample in results["samples"]["continues"]]
-    assert all(len(text) > 3 and "." not in text for text in written), written
+    model_args = {"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"}
+    results = evaluate("hf", GENERATION_TASK, tmp_path, answers, model_args=model_args, batch_size=2, device="cpu")
+    texts = [sample["filtered_resps"][0] for sample in results["samples"]["continues"]]
+    assert all(len(text) > 3 and "." not in text for text in texts), texts
     assert results["results"]["continues"]["exact_match,none"] <= 0.5
 
 
 @pytest.mark.parametrize("question", ["a dog?", "a do?", "a d?"])
-def test_likelihoods_are_refused_in_a_sentence(question, tmp_path):
-    """Whatever the prompt's length, whole patches or not."""
+def test_likelihood_tasks_raise(question, tmp_path):
+    """For any prompt length, divisible by the patch size or not."""
     with pytest.raises((AttributeError, ValueError), match="CALM has no logits"):
-        evaluate(wrapped(tiny_model(), tiny_tokenizer(), 1), CHOOSES, tmp_path, {question: "yes"})
+        evaluate(wrapped(tiny_model(), tiny_tokenizer(), 1), CHOICE_TASK, tmp_path, {question: "yes"})

@@ -16,8 +16,8 @@ BARS = {
     "autoencoder_report": {"Loading weights", "Decoding"},
     "brier_lm": {"Loading weights", "BrierLM"},
     "calibration": {"Checkpoints"},
-    "invented_words": {"Loading weights", "Reading", "Writing"},
-    "prompt_alignment": {"Loading weights", "Continuing"},
+    "invented_words": {"Loading weights", "Reading", "Generating"},
+    "prompt_alignment": {"Loading weights", "Generating"},
     "ranking": {"Loading weights", "Scoring"},
 }
 

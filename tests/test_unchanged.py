@@ -11,7 +11,7 @@ from tiny import VOCAB_SIZE, tiny_model
 from transformers import TrainingArguments
 
 from calm_transformers.evaluation import prompt_alignment
-from calm_transformers.evaluation.models import count_model
+from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.training.auxiliary import WithAuxiliary
 from calm_transformers.training.data import PatchCollator
 from calm_transformers.training.trainer import CALMTrainer
@@ -66,7 +66,7 @@ def test_counting_leaves_the_model_as_it_was_also_where_it_fails_midway(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(layer, "forward", fail_later)
         with pytest.raises(torch.OutOfMemoryError, match="as if") if fails else nullcontext():
-            assert count_model(model, blocks).score().positions
+            assert brier_counts(model, blocks).score().positions
     assert_unchanged(model, before)
     assert torch.equal(blocks, kept) and torch.is_grad_enabled()
 

@@ -49,7 +49,7 @@ from calm_transformers.benchmarks.workloads import (
     trained_model,
 )
 from calm_transformers.command_line import InputError, Parser, command, known_errors, need, picture, positive, writable
-from calm_transformers.evaluation.report import picture_of, write_json
+from calm_transformers.evaluation.report import saved_figure, write_json
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, PatchSampling
 
@@ -195,7 +195,7 @@ def table_row(row: dict) -> str:
 def write_plot(path: Path, rows: list[dict]) -> None:
     """Left the ratio of each row, right where a CALM step's time goes."""
     labels = [f"{r['shape']} {r['workload']}, T={r['temperature']:g}, batch {r['batch_size']}" for r in rows]
-    with picture_of(path, 1, 2, figsize=(11, 1.5 + 0.4 * len(rows)), sharey=True) as (figure, (ratios, shares)):
+    with saved_figure(path, 1, 2, figsize=(11, 1.5 + 0.4 * len(rows)), sharey=True) as (figure, (ratios, shares)):
         bars = ratios.barh(labels, [row["ratio"] for row in rows])
         ratios.bar_label(bars, fmt="%.2f", padding=2)
         ratios.axvline(1, color="black", linewidth=1)

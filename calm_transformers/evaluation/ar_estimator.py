@@ -1,12 +1,12 @@
-"""Brier-1..4 of an ordinary (token by token) language model: the published AR estimator.
+"""Estimates Brier-1..4 of an autoregressive (AR) language model, as the published AR estimator does.
 
 The model's probabilities are known, so most of Brier-n = 2 P(y) - sum_x P(x)^2 needs no sampling:
 
 - accuracy: 2 P(y) = 2 prod_i p(y_i | y_<i), from the block's one teacher-forced forward pass;
 - collision: sum_x P(x)^2 = E over two sampled prefixes of n-1 tokens of [1{prefixes equal} * sum_v p(v | prefix)^2].
 
-Two sampled prefixes matter only as long as they are equal, so one branch stands for both, and the positions whose
-samples differ drop out before the next forward pass: the four Brier scores cost about two readings of the block.
+The collision term is zero once the two prefixes differ, so one branch represents both, and positions whose samples
+differ are dropped before the next forward pass: the four Brier scores cost about two forward passes over the block.
 """
 
 # B blocks, L tokens, M positions, V vocabulary, N branches (positions whose two samples are still equal)
@@ -17,24 +17,29 @@ import warnings
 
 import torch
 
-from calm_transformers.evaluation.branching import BlockReader, CausalLMReader, RereadingReader, padded_nonzero, take
+from calm_transformers.evaluation.branching import (
+    BlockReader,
+    CausalLMReader,
+    UncachedReader,
+    gather_rows,
+    padded_nonzero,
+)
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts
 
-# Mean total variation x 2 between branched and plain reading; bf16 rounding stays below it.
+# Mean L1 distance between the probabilities of the branched and the plain forward pass; bf16 rounding is smaller.
 BRANCH_TOLERANCE = 0.02
 
-# 2^27 float32 are 0.5 GB.
-LOGITS_AT_ONCE = 2**27
+MAX_PROBS = 2**27  # 0.5 GB in float32
 
 
 @torch.no_grad()
-def count_ar(
+def brier_counts_ar(
     reader: BlockReader, tokens_BL: torch.Tensor, generator: torch.Generator | None = None, chunk: int | None = None
 ) -> BrierCounts:
-    """Counts of one batch of blocks: every position but the last four predicts the four tokens after it.
+    """Returns the Brier counts of a batch of blocks; every position but the last four predicts the next four tokens.
 
-    chunk: positions of a block that branch at the same time; bounds the memory of their mask and probabilities.
-        None takes 512, or as many as have LOGITS_AT_ONCE probabilities.
+    chunk: positions per block that are branched in one forward pass; bounds the memory of the attention mask and the
+        probabilities. Default: 512, or fewer so that there are at most MAX_PROBS probabilities.
     Raises ValueError when the blocks are shorter than 5 tokens.
     """
     length = tokens_BL.shape[1]
@@ -42,7 +47,7 @@ def count_ar(
         raise ValueError(f"blocks of {length} tokens: Brier-{MAX_N} needs at least {MAX_N + 1}")
     logits_BLV = reader.read(tokens_BL)
     if chunk is None:
-        chunk = min(512, max(1, LOGITS_AT_ONCE // (logits_BLV.shape[0] * logits_BLV.shape[-1])))
+        chunk = min(512, max(1, MAX_PROBS // (logits_BLV.shape[0] * logits_BLV.shape[-1])))
     positions_M = torch.arange(length - MAX_N, device=tokens_BL.device)
     collisions = [
         _collision(reader, logits_BLV[:, positions_m], positions_m, generator)
@@ -52,16 +57,16 @@ def count_ar(
 
 
 def _accuracy(logits_BLV, tokens_BL, chunk) -> torch.Tensor:
-    """(B, M, 4): twice the probability of the n true tokens after each position."""
-    pieces = zip(logits_BLV[:, :-1].split(chunk, 1), tokens_BL[:, 1:].split(chunk, 1), strict=True)
+    """Returns 2 P(y) of the n = 1..4 true tokens after each position, (B, M, 4)."""
+    chunks = zip(logits_BLV[:, :-1].split(chunk, 1), tokens_BL[:, 1:].split(chunk, 1), strict=True)
     log_probs = [
-        logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for logits, tokens in pieces
+        logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for logits, tokens in chunks
     ]
     return 2 * torch.cat(log_probs, dim=1).unfold(1, MAX_N, 1).cumsum(-1).exp()
 
 
 def _collision(reader, logits_BMV, positions_M, generator) -> torch.Tensor:
-    """(B, M, 4): the collision term after each of M positions, whose logits are given."""
+    """Returns the collision term of M positions with logits (B, M, V), (B, M, 4)."""
     collision_BM4 = logits_BMV.new_zeros(*logits_BMV.shape[:2], MAX_N, dtype=torch.float32)
     index_BN = torch.arange(len(positions_M), device=positions_M.device).expand(len(logits_BMV), -1)
     valid_BN = torch.ones_like(index_BN, dtype=torch.bool)
@@ -77,17 +82,17 @@ def _collision(reader, logits_BMV, positions_M, generator) -> torch.Tensor:
         equal_BN, valid_next = padded_nonzero(valid_BN & (first_BN == second_BN))
         if equal_BN.shape[1] == 0:
             break
-        logits_BNV = reader.extend(equal_BN, take(first_BN, equal_BN))
-        index_BN, valid_BN = take(index_BN, equal_BN), valid_next
+        logits_BNV = reader.extend(equal_BN, gather_rows(first_BN, equal_BN))
+        index_BN, valid_BN = gather_rows(index_BN, equal_BN), valid_next
     return collision_BM4
 
 
 @torch.no_grad()
 def causal_lm_reader(model, tokens_BL: torch.Tensor) -> BlockReader:
-    """The fast reader if the model can be branched, else the slow one, with a warning.
+    """Returns a CausalLMReader if the model supports tree attention, else an UncachedReader, with a warning.
 
-    Checked on a block: its true tokens, fed as branches, must give back the block's own probabilities. They don't
-    where attention ignores a 4D mask (sliding windows shorter than the block, ALiBi, recurrent layers).
+    The check feeds the first block's own tokens as branches, which must reproduce its probabilities. They don't where
+    the model ignores a 4D mask (sliding windows shorter than the block, ALiBi, recurrent layers).
     """
     tokens_BL = tokens_BL[:1]
     reader = CausalLMReader(model)
@@ -96,8 +101,8 @@ def causal_lm_reader(model, tokens_BL: torch.Tensor) -> BlockReader:
         positions_BN = torch.arange(tokens_BL.shape[1] - 1, device=tokens_BL.device)[-64:].unsqueeze(0)
         reader.start(positions_BN)
         branches_BN = torch.arange(positions_BN.shape[1], device=tokens_BL.device).unsqueeze(0)
-        branched_BNV = reader.extend(branches_BN, take(tokens_BL, positions_BN + 1)).float().softmax(-1)
-        difference = (branched_BNV - take(probs_BLV, positions_BN + 1)).abs().sum(-1).mean().item()
+        branched_BNV = reader.extend(branches_BN, gather_rows(tokens_BL, positions_BN + 1)).float().softmax(-1)
+        difference = (branched_BNV - gather_rows(probs_BLV, positions_BN + 1)).abs().sum(-1).mean().item()
         reason = f"probabilities differ by {difference:.3g}" if not difference < BRANCH_TOLERANCE else None
     except torch.OutOfMemoryError:
         raise
@@ -106,8 +111,8 @@ def causal_lm_reader(model, tokens_BL: torch.Tensor) -> BlockReader:
     if reason is None:
         return reader
     warnings.warn(
-        f"{type(model).__name__} cannot be read in branches ({reason}); every continuation is read anew instead, "
-        "which is many times slower",
+        f"{type(model).__name__} does not support tree attention ({reason}); every continuation is recomputed "
+        "without a KV cache, which is many times slower",
         stacklevel=2,
     )
-    return RereadingReader(model)
+    return UncachedReader(model)

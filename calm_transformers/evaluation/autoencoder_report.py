@@ -1,8 +1,8 @@
-"""How well an autoencoder reconstructs, how much latent noise it bears, and what its posterior looks like.
+"""Reports an autoencoder's reconstruction accuracy under latent noise and statistics of its posterior.
 
     calm evaluate autoencoder --model AUTOENCODER_OR_CALM --data FILE_OR_DATASET
 
-The generative head never hits a latent vector exactly, so the decoder must read noisy ones.
+The latents sampled by the generative head are inexact, so the decoder must be robust to noise.
 """
 
 # P patches, K tokens per patch, Z latent size
@@ -16,7 +16,7 @@ import torch
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
-from calm_transformers.evaluation.report import markdown, picture_of, write_json
+from calm_transformers.evaluation.report import markdown, saved_figure, write_json
 from calm_transformers.loading import (
     check_tokenizer,
     device_of,
@@ -34,18 +34,18 @@ SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 @torch.no_grad()
 def noise_accuracy(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor, sigmas=SIGMAS, seed: int = 0) -> list[dict]:
-    """For each sigma, the share of tokens and of whole patches decoded rightly from mean + sigma * noise."""
+    """Returns per sigma the accuracy of tokens and of whole patches decoded from mean + sigma * noise."""
     mean_PZ, _ = posterior(autoencoder, patches_PK)
     generator = torch.Generator(mean_PZ.device).manual_seed(seed)
     noise_PZ = torch.randn(mean_PZ.shape, generator=generator, device=mean_PZ.device, dtype=mean_PZ.dtype)
     rows = []
     for sigma in progress_bar(sigmas, "Decoding", "level"):
-        right_PK = autoencoder.decode_tokens(mean_PZ + sigma * noise_PZ) == patches_PK
+        is_correct_PK = autoencoder.decode_tokens(mean_PZ + sigma * noise_PZ) == patches_PK
         rows.append(
             {
                 "sigma": sigma,
-                "token_accuracy": right_PK.double().mean().item(),
-                "patch_accuracy": right_PK.all(-1).double().mean().item(),
+                "token_accuracy": is_correct_PK.double().mean().item(),
+                "patch_accuracy": is_correct_PK.all(-1).double().mean().item(),
             }
         )
     return rows
@@ -53,15 +53,15 @@ def noise_accuracy(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor, sigma
 
 @torch.no_grad()
 def posterior(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log standard deviation of each patch's latent vector, (P, Z) each."""
-    pieces = [autoencoder.encoder(piece.reshape(1, -1)) for piece in patches_PK.split(4096)]
-    return torch.cat([mean[0] for mean, _ in pieces]), torch.cat([log_std[0] for _, log_std in pieces])
+    """Returns mean and log standard deviation of the posterior of each patch, (P, Z) each."""
+    chunks = [autoencoder.encoder(chunk.reshape(1, -1)) for chunk in patches_PK.split(4096)]
+    return torch.cat([mean[0] for mean, _ in chunks]), torch.cat([log_std[0] for _, log_std in chunks])
 
 
 def posterior_statistics(mean_PZ: torch.Tensor, log_std_PZ: torch.Tensor) -> dict[str, float]:
-    """Mean posterior sigma, KL from N(0, 1) in nats per patch (not clipped), and active dimensions of Z.
+    """Returns mean posterior sigma, RMS of the means, KL to N(0, 1) (nats per patch, not clipped), active dimensions.
 
-    A dimension is active when its mean KL exceeds ACTIVE_NATS, as in the training log.
+    A dimension is active if its mean KL exceeds ACTIVE_NATS, as in the training log.
     """
     mean_PZ, log_std_PZ = mean_PZ.float(), log_std_PZ.float()
     kl_PZ = 0.5 * (mean_PZ.square() + (2 * log_std_PZ).exp() - 1 - 2 * log_std_PZ)
@@ -75,28 +75,28 @@ def posterior_statistics(mean_PZ: torch.Tensor, log_std_PZ: torch.Tensor) -> dic
 
 
 def load_autoencoder(name: str) -> CALMAutoencoder:
-    """The autoencoder of a folder or Hub id that holds one by itself or inside a CALM."""
+    """Loads an autoencoder, or the autoencoder of a CALM, from a folder or Hub id."""
     if isinstance(load_config(name), CALMConfig):
         autoencoder = load_causal_lm(name).autoencoder
-        assert isinstance(autoencoder, CALMAutoencoder), "every CALM has one"
+        assert isinstance(autoencoder, CALMAutoencoder), "every CALM has an autoencoder"
         return autoencoder
     return load_whole(CALMAutoencoder.from_pretrained, name, dtype="auto").to(device_of(None)).eval()
 
 
 def report(rows: list[dict], statistics: dict, num_patches: int) -> str:
-    """Markdown: the noise table, then the posterior."""
+    """Returns Markdown: a table of accuracy by noise, then the posterior statistics."""
     lines = [[f"{r['sigma']:.2f}", f"{r['token_accuracy']:.4%}", f"{r['patch_accuracy']:.4%}"] for r in rows]
     table = markdown(["noise sigma", "token accuracy", "patch accuracy"], lines)
     posterior = (
-        "posterior sigma {posterior_sigma:.3f} (mean), root mean square of the means {latent_rms:.3f}, KL {kl:.1f} "
-        "nats a patch, {active_dimensions} of {latent_size} dimensions active"
+        "posterior sigma {posterior_sigma:.3f} (mean), RMS of the means {latent_rms:.3f}, KL {kl:.1f} nats per patch, "
+        "{active_dimensions} of {latent_size} dimensions active"
     )
-    head = f"{num_patches} patches; noise is added to the posterior mean, sigma in latent units"
-    return f"{head}\n\n{table}\n\n{posterior.format(**statistics)}"
+    title = f"{num_patches} patches; noise is added to the posterior mean, sigma in latent units"
+    return f"{title}\n\n{table}\n\n{posterior.format(**statistics)}"
 
 
 def write_plot(path: Path, rows: list[dict], posterior_sigma: float) -> None:
-    with picture_of(path, figsize=(6, 4)) as (_, axes):
+    with saved_figure(path, figsize=(6, 4)) as (_, axes):
         sigmas = [row["sigma"] for row in rows]
         for key in ("token_accuracy", "patch_accuracy"):
             axes.plot(sigmas, [row[key] for row in rows], marker="o", label=key.replace("_", " "))
@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser)
     parser.add_argument("--max_patches", type=positive, default=10_000)
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--json", type=writable, help="write the figures")
-    parser.add_argument("--plot", type=picture, help="write the accuracy against the noise")
+    parser.add_argument("--json", type=writable, help="write the results")
+    parser.add_argument("--plot", type=picture, help="plot accuracy against noise")
     args = parser.parse_args(argv)
     with known_errors():
         if args.plot:

@@ -1,4 +1,4 @@
-"""Held-out text as whole blocks of tokens, read by the same code as the training data."""
+"""Reads held-out text and packs it into blocks of tokens, as for training."""
 
 # B blocks, L tokens of a block
 
@@ -22,44 +22,44 @@ from calm_transformers.documents import (
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which text to read, for open_documents and read_blocks."""
-    parser.add_argument("--data", required=True, help=".jsonl/.txt/.parquet file(s), or a Hub dataset's name")
+    """Adds the options that select the text for open_documents and read_blocks."""
+    parser.add_argument("--data", required=True, help=".jsonl/.txt/.parquet file(s), or name of a Hub dataset")
     parser.add_argument("--subset", help="configuration of the Hub dataset")
     parser.add_argument("--split", default="test", help="split of the Hub dataset (default: test)")
-    parser.add_argument("--text_column", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument("--append_eos", action="store_true", help="end documents with EOS, if the training data did")
+    parser.add_argument("--text_column", default="text", help="name of the text field or column (default: text)")
+    parser.add_argument("--append_eos", action="store_true", help="append EOS to documents, if training did")
 
 
 def open_documents(args: argparse.Namespace):
-    """Iterator of documents: of a file, folder or glob pattern of files, else of a Hub dataset (streamed)."""
+    """Returns an iterator over the documents of a file, folder or glob pattern, else of a Hub dataset (streamed)."""
     if find_paths(args.data):
         return read_documents(expand_paths(args.data), args.text_column)
     return read_hub_dataset(open_hub_dataset(args.data, args.subset, args.split, True, "eval"), args.text_column)
 
 
 def read_blocks(args: argparse.Namespace, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:
-    """(B, L) token ids of the text that the options name; see pack_blocks."""
+    """Returns token ids (B, L) of the text that the options select; see pack_blocks."""
     return pack_blocks(open_documents(args), tokenizer, block_size, max_blocks, args.append_eos)
 
 
 def pack_blocks(
     documents, tokenizer, block_size: int, max_blocks: int | None = None, append_eos: bool = False
 ) -> torch.Tensor:
-    """(B, L) token ids: documents one after another (BOS by the tokenizer), cut into blocks, the rest left out.
+    """Concatenates the tokenized documents, cuts them into blocks and returns token ids (B, L); drops the remainder.
 
-    Raises InputError when there are fewer tokens than one block, or a block is none.
+    Raises InputError when there are fewer tokens than one block, or block_size is below 1.
     """
     if block_size < 1:
         raise InputError(f"block_size={block_size}: must be at least 1.")
-    pieces, length = [], 0
+    chunks, length = [], 0
     for ids in tokenize_documents(documents, tokenizer, Separation(append_eos=append_eos)):
-        pieces.append(ids.astype(np.int64))
+        chunks.append(ids.astype(np.int64))
         length += len(ids)
         if max_blocks is not None and length >= max_blocks * block_size:
             break
     blocks = length // block_size if max_blocks is None else min(length // block_size, max_blocks)
     if not length:
-        raise InputError("the data holds no text.")
+        raise InputError("the data contains no text.")
     if blocks == 0:
-        raise InputError(f"the data has {length} tokens, fewer than one block of {block_size}: choose shorter blocks.")
-    return torch.from_numpy(np.concatenate(pieces)[: blocks * block_size]).view(blocks, block_size)
+        raise InputError(f"the data has {length} tokens, fewer than one block of {block_size}: use smaller blocks.")
+    return torch.from_numpy(np.concatenate(chunks)[: blocks * block_size]).view(blocks, block_size)

@@ -1,12 +1,12 @@
-"""Many continuations of the same text in one forward pass.
+"""Tree attention: computes continuations from many positions of a text in one forward pass.
 
-BrierLM asks, at every position of a block, how the model would go on from there. Rolling each position out by itself
-reads the block once per position. Here the block is read once, its key-value cache is kept, and the first tokens of
-*all* continuations follow it in a single forward pass as branches of a tree: a 4D attention mask lets each branch see
-the block up to its own position, its own earlier tokens, and nothing of the other branches.
+BrierLM needs continuations from every position of a block. Rolling each position out by itself would run the block
+once per position. Here the block is run once, its KV cache is kept, and the first tokens of *all* continuations follow
+in a single forward pass as branches of a tree: a 4D attention mask lets each branch attend to the block up to its own
+position and to its own earlier tokens, but not to other branches.
 """
 
-# B blocks, L tokens, P patches, K tokens per patch, D hidden, Z latent, V vocabulary, N branches, M of them,
+# B blocks, L tokens, P patches, K tokens per patch, D hidden, Z latent, V vocabulary, N branches, M selected branches,
 # C cached positions
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from calm_transformers.model.generation_calm_upstream import cache_argument
 
 
 class BlockReader(Protocol):
-    """What an estimator needs from a model.
+    """The interface between the Brier estimators and a model.
 
-    A state is whatever the model makes its next prediction from: logits (V) of a causal LM, a hidden state (D) of
-    CALM. A unit is what the model reads in one step: a token (no axis) or a patch (axis K).
+    A state is what the next prediction is made from: the logits (V) of a causal LM, a hidden state (D) of CALM. A unit
+    is the input of one step: a token (no axis) or a patch (axis K).
     """
 
     def read(self, units_BP: torch.Tensor, /) -> torch.Tensor:
-        """Read a batch of blocks; returns the state after each unit, (B, P, ...)."""
+        """Runs the model on a batch of blocks and returns the state after each unit, (B, P, ...)."""
         ...
 
     def start(self, positions_BN: torch.Tensor, /) -> None:
-        """Forget earlier branches and stand N branches of each block after the units at these positions."""
+        """Discards earlier branches and starts N branches per block after the units at these positions."""
 
     def extend(self, parents_BN: torch.Tensor, units_BN: torch.Tensor, /) -> torch.Tensor:
-        """Let branch i go on from the present branch parents_BN[:, i] by one unit; returns its state, (B, N, ...).
+        """Appends one unit to branch parents_BN[:, i] as new branch i and returns the new states, (B, N, ...).
 
-        The new branches replace the present ones. A parent may go on as several branches, or as none.
+        The new branches replace the current ones. A parent may have several new branches, or none.
         """
         ...
 
 
-class TreeReader:
-    """A BlockReader over one cached forward; subclasses say how their model is called."""
+class TreeAttentionReader:
+    """Base class of the BlockReaders with a KV cache and tree attention; subclasses call their model in `_forward`."""
 
     def __init__(self, model):
         self.model = model
@@ -68,8 +68,8 @@ class TreeReader:
     def extend(self, parents_BN: torch.Tensor, units_BN: torch.Tensor) -> torch.Tensor:
         blocks, branches = parents_BN.shape
         itself_BNN = torch.eye(branches, dtype=torch.bool, device=parents_BN.device).expand(blocks, -1, -1)
-        self.visible_BNC = torch.cat([take(self.visible_BNC, parents_BN), itself_BNN], dim=-1)
-        self.positions_BN = take(self.positions_BN, parents_BN) + 1
+        self.visible_BNC = torch.cat([gather_rows(self.visible_BNC, parents_BN), itself_BNN], dim=-1)
+        self.positions_BN = gather_rows(self.positions_BN, parents_BN) + 1
 
         dtype = self.model.dtype
         mask = torch.zeros(self.visible_BNC.shape, dtype=dtype, device=parents_BN.device)
@@ -77,8 +77,8 @@ class TreeReader:
         return self._forward(units_BN, mask, self.positions_BN, self.cache)
 
 
-class CausalLMReader(TreeReader):
-    """Any Hugging Face causal LM whose attention takes a 4D mask; units are tokens, states are logits."""
+class CausalLMReader(TreeAttentionReader):
+    """Runs any Hugging Face causal LM whose attention supports a 4D mask; units are tokens, states are logits."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -89,8 +89,8 @@ class CausalLMReader(TreeReader):
         return self.model(input_ids=tokens_BN, use_cache=True, **inputs).logits
 
 
-class CalmReader(TreeReader):
-    """A CALM; units are patches, states are hidden states of its backbone."""
+class CalmReader(TreeAttentionReader):
+    """Runs a CALM; units are patches, states are hidden states of its backbone."""
 
     def _forward(self, tokens_BNK, mask, position_ids, cache):
         out = self.model.model(
@@ -104,15 +104,15 @@ class CalmReader(TreeReader):
 
     @torch.no_grad()
     def draw(self, states_D: torch.Tensor, num_samples: int, generator=None) -> torch.Tensor:
-        """Sampled next patches as token ids, (num_samples, ..., K), of hidden states (..., D)."""
+        """Samples next patches given hidden states (..., D) and returns token ids, (num_samples, ..., K)."""
         latents_Z = self.model.head.sample(states_D, num_samples=num_samples, generator=generator)
         return self.model.autoencoder.decode_tokens(latents_Z)
 
 
-class RereadingReader:
-    """The slow twin of CausalLMReader: reads each branch's whole text anew, which every causal LM can do."""
+class UncachedReader:
+    """Recomputes the whole sequence of each branch without a cache: slower, but supports every causal LM."""
 
-    rows_at_once = 16
+    batch_size = 16
 
     def __init__(self, model):
         self.model = model
@@ -124,31 +124,31 @@ class RereadingReader:
 
     def start(self, positions_BN: torch.Tensor) -> None:
         self.positions_BN = positions_BN
-        self.texts_BNL = self.tokens_BL.unsqueeze(1).expand(-1, positions_BN.shape[1], -1)
+        self.sequences_BNL = self.tokens_BL.unsqueeze(1).expand(-1, positions_BN.shape[1], -1)
 
     @torch.no_grad()
     def extend(self, parents_BN: torch.Tensor, tokens_BN: torch.Tensor) -> torch.Tensor:
-        self.positions_BN = take(self.positions_BN, parents_BN) + 1
-        # What stands behind the branch's last token is still the block's text, which a causal model does not see.
-        self.texts_BNL = take(self.texts_BNL, parents_BN)
-        self.texts_BNL = self.texts_BNL.scatter(2, self.positions_BN.unsqueeze(-1), tokens_BN.unsqueeze(-1))
+        self.positions_BN = gather_rows(self.positions_BN, parents_BN) + 1
+        # Behind the branch's last token stands the block's own text, which causal attention ignores.
+        self.sequences_BNL = gather_rows(self.sequences_BNL, parents_BN)
+        self.sequences_BNL = self.sequences_BNL.scatter(2, self.positions_BN.unsqueeze(-1), tokens_BN.unsqueeze(-1))
 
-        texts, ends = self.texts_BNL.flatten(0, 1), self.positions_BN.flatten()
+        sequences, ends = self.sequences_BNL.flatten(0, 1), self.positions_BN.flatten()
         states = []
-        for rows, last in zip(texts.split(self.rows_at_once), ends.split(self.rows_at_once), strict=True):
+        for rows, last in zip(sequences.split(self.batch_size), ends.split(self.batch_size), strict=True):
             logits = self.model(input_ids=rows[:, : last.max() + 1], use_cache=False).logits
             states.append(logits[torch.arange(len(rows), device=rows.device), last])
         return torch.cat(states).unflatten(0, parents_BN.shape)
 
 
 def padded_nonzero(mask_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the true entries of each row, padded with other indices to the longest row: (index_BM, valid_BM)."""
+    """Returns the indices of each row's true entries, padded to the longest row, and which are not padding, (B, M)."""
     count_B = mask_BN.sum(1)
     index_BM = mask_BN.int().argsort(dim=1, descending=True, stable=True)[:, : int(count_B.max())]
     valid_BM = torch.arange(index_BM.shape[1], device=mask_BN.device) < count_B.unsqueeze(1)
     return index_BM, valid_BM
 
 
-def take(values_BN: torch.Tensor, index_BM: torch.Tensor) -> torch.Tensor:
-    """Row-wise selection along axis 1: (B, N, ...) and indices (B, M) give (B, M, ...)."""
+def gather_rows(values_BN: torch.Tensor, index_BM: torch.Tensor) -> torch.Tensor:
+    """Selects entries of axis 1 row by row: values (B, N, ...) and indices (B, M) give (B, M, ...)."""
     return values_BN[torch.arange(len(index_BM), device=index_BM.device).unsqueeze(1), index_BM]

@@ -1,9 +1,9 @@
-"""BrierLM of one or several models on held-out text.
+"""Measures BrierLM of one or several models on held-out text.
 
     calm evaluate brier_lm --model MODEL [MODEL2 ...] --data FILE_OR_DATASET --block_size 2048
 
-A CALM is scored from two samples of every position, any other causal LM by the AR estimator. BrierLM depends on the
-block length (longer contexts predict better) and on the tokenizer: compare models at the same of both.
+A CALM is scored from two samples per position, any other causal LM by the AR estimator. BrierLM depends on the block
+size (longer contexts predict better) and on the tokenizer: use the same for all models that you compare.
 """
 
 # B blocks, L tokens
@@ -22,32 +22,32 @@ from accelerate import PartialState
 from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.brier import BrierScore
-from calm_transformers.evaluation.models import count_model, positions_per_block
-from calm_transformers.evaluation.report import markdown, picture_of, write_json
+from calm_transformers.evaluation.models import brier_counts, positions_per_block
+from calm_transformers.evaluation.report import markdown, saved_figure, write_json
 from calm_transformers.loading import load_with_tokenizer
 
 
 def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierScore:
-    """Score of one model; under torchrun every process takes its share of the blocks."""
+    """Returns the score of one model; under torchrun the blocks are split among the processes."""
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    assert state.device is not None, "a process has a device once its state is made"
+    assert state.device is not None, "PartialState sets the device"
     model, tokenizer = load_with_tokenizer(name, args.tokenizer, dtype, state.device)
     per_block = positions_per_block(model, args.block_size)
     max_blocks = None if args.max_positions is None else ceil(args.max_positions / per_block)
     blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
     if len(blocks_BL) < state.num_processes:
-        raise ValueError(f"{len(blocks_BL)} blocks for {state.num_processes} processes: start fewer processes")
+        raise ValueError(f"{len(blocks_BL)} blocks for {state.num_processes} processes: use fewer processes")
     own_blocks = blocks_BL[state.process_index :: state.num_processes]
     seed = args.seed + state.process_index
-    return count_model(model, own_blocks, args.batch_size, seed).gather().score()
+    return brier_counts(model, own_blocks, args.batch_size, seed).gather().score()
 
 
 def table(scores: dict[str, BrierScore], block_size: int) -> str:
-    """A line a model."""
+    """Returns a Markdown table with one row per model."""
     rows = []
     for name, score in scores.items():
         lm = score.brierlm
-        interval = "one block: none" if lm.low is None else f"{lm.low:.2f} to {lm.high:.2f}"
+        interval = "none (one block)" if lm.low is None else f"{lm.low:.2f} to {lm.high:.2f}"
         sizes = [str(block_size), str(score.positions)]
         rows.append([name, *(f"{b:.4f}" for b in score.brier), f"{lm.value:.2f}", interval, *sizes])
     names = [*(f"Brier-{n}" for n in range(1, 5)), "BrierLM ×100", "95 % interval", "block size", "positions"]
@@ -55,9 +55,9 @@ def table(scores: dict[str, BrierScore], block_size: int) -> str:
 
 
 def write_plot(path: Path, scores: dict[str, BrierScore], block_size: int) -> None:
-    """Bars: Brier-1..4 on the left, BrierLM with its interval on the right."""
+    """Plots bars of Brier-1..4 on the left and of BrierLM with its interval on the right."""
     width = 0.8 / len(scores)
-    with picture_of(path, 1, 2, figsize=(10, 4), width_ratios=[2, 1]) as (_, (left, right)):
+    with saved_figure(path, 1, 2, figsize=(10, 4), width_ratios=[2, 1]) as (_, (left, right)):
         for i, (name, score) in enumerate(scores.items()):
             left.bar([n + i * width for n in range(4)], score.brier, width, label=name)
             lm, error = score.brierlm, None
@@ -76,16 +76,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", required=True, help="model folders or Hub ids; several are compared")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id for all models (default: each model's own)")
     add_data_arguments(parser)
-    parser.add_argument("--block_size", type=positive, required=True, help="tokens a block (published: 8192, AR 2048)")
+    parser.add_argument("--block_size", type=positive, required=True, help="tokens (published: 8192, AR 2048)")
     parser.add_argument("--max_positions", type=positive, help="stop after the block that reaches this many positions")
-    parser.add_argument("--batch_size", type=positive, default=1, help="blocks at a time (default: 1)")
+    parser.add_argument("--batch_size", type=positive, default=1, help="blocks per batch (default: 1)")
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--json", type=writable, help="write a list with one object a model")
+    parser.add_argument("--json", type=writable, help="write a list with one object per model")
     parser.add_argument("--plot", type=picture, help="write a bar chart (default with several models: brier_lm.png)")
     args = parser.parse_args(argv)
     plot = args.plot or (Path("brier_lm.png") if len(args.model) > 1 else None)
-    state = PartialState(cpu=not torch.cuda.is_available())  # without it accelerate runs no processes on the CPU
+    state = PartialState(cpu=not torch.cuda.is_available())  # accelerate needs cpu=True for CPU processes
     with known_errors(ValueError, OSError):
         if plot:
             need("matplotlib", "eval", "--plot")

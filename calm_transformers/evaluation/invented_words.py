@@ -1,9 +1,9 @@
-"""How many words a model invents: it continues a prompt, and each word that a reference text never has is counted.
+"""Counts the words in a model's continuations of a prompt that don't occur in a reference text.
 
     calm evaluate invented_words --model MODEL --text TRAINING_TEXT --temperature 0.5 1
 
-A model whose tokens are shorter than words, or that draws several of them at once, can misspell. This says how often.
-Words are runs of letters and apostrophes, case apart; the last of a text, which may be cut off, is left out.
+Models with subword tokens, or that sample several tokens at once, can misspell; this measures how often. Words are
+runs of letters and apostrophes, case-insensitive; the last word of a continuation is ignored: it may be truncated.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def vocabulary_of(documents: Iterable[str]) -> set[str]:
 
 
 def invented(texts: list[str], known: set[str]) -> tuple[list[str], int]:
-    """The words of the texts that are not known, in order, and how many words there are."""
+    """Returns the words of the texts that are not in `known`, in order, and the total number of words."""
     words = [word for text in texts for word in words_of(text)[:-1]]
     return [word for word in words if word not in known], len(words)
 
 
 @torch.no_grad()
 def continuations(model, tokenizer, prompt: str, num_texts: int, seed: int, **options) -> list[str]:
-    """What the model adds to the prompt, `num_texts` times, in one batch."""
+    """Samples `num_texts` continuations of the prompt in one batch and returns them without the prompt."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids.repeat(num_texts, 1).to(model.device)
     set_seed(seed)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, **options)
@@ -55,38 +55,38 @@ def continuations(model, tokenizer, prompt: str, num_texts: int, seed: int, **op
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("calm evaluate invented_words", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM or another causal LM")
-    parser.add_argument("--text", required=True, nargs="+", help="files whose words are taken for known")
+    parser.add_argument("--text", required=True, nargs="+", help="files of the reference text")
     parser.add_argument("--prompt", type=utf8, default=PROMPT)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--num_candidates", type=positive, help="of a CALM (default: the model's own)")
+    parser.add_argument("--num_candidates", type=positive, help="for a CALM (default: the model's own)")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--repetition_penalty", type=float)
     parser.add_argument("--no_repeat_ngram_size", type=positive)
     parser.add_argument("--num_texts", type=positive, default=16)
     parser.add_argument("--max_new_tokens", type=positive, default=160)
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--json", type=writable, help="write the figures")
+    parser.add_argument("--json", type=writable, help="write the results")
     args = parser.parse_args(argv)
     for temperature in args.temperature:
         if temperature <= 0:
-            parser.error(f"--temperature {temperature:g}: must be more than 0")
+            parser.error(f"--temperature {temperature:g}: must be positive")
     return args
 
 
 def load(args: argparse.Namespace):
-    """The model and its tokenizer. What a CALM could not do is refused before it is loaded, as far as it can be.
+    """Loads the model and its tokenizer; checks a CALM's sampling settings first, as far as its config allows.
 
     Raises:
-        ValueError: a CALM doesn't sample at such a temperature, or not with so few candidates; no language model.
-        OSError: there is no model.
+        ValueError: temperature or num_candidates is not supported by a CALM, or the model is no language model.
+        OSError: the model does not exist.
     """
-    has_patches = isinstance(load_config(args.model), CALMConfig)
-    for temperature in args.temperature if has_patches else []:
+    temperatures = args.temperature if isinstance(load_config(args.model), CALMConfig) else []
+    for temperature in temperatures:
         check_temperature(temperature)
         if args.num_candidates:
             check_num_candidates(args.num_candidates, temperature)
     model, tokenizer = load_with_tokenizer(args.model)
-    for temperature in args.temperature if has_patches and not args.num_candidates else []:  # the model's own
+    for temperature in [] if args.num_candidates else temperatures:  # with the model's own num_candidates
         PatchSampling.from_generation_config(model.generation_config, do_sample=True, temperature=temperature)
     return model, tokenizer
 
@@ -103,18 +103,19 @@ def main(argv: list[str] | None = None) -> None:
     if is_calm(model) and args.num_candidates:
         options["num_candidates"] = args.num_candidates
     if not is_calm(model):
-        options |= {"top_k": 0, "top_p": 1.0}  # plain sampling
-    asked = {name: getattr(args, name) for name in ("top_p", "repetition_penalty", "no_repeat_ngram_size")}
-    options |= {name: value for name, value in asked.items() if value is not None}
+        options |= {"top_k": 0, "top_p": 1.0}  # no truncation
+    for name in ("top_p", "repetition_penalty", "no_repeat_ngram_size"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
     rows = []
-    print("| T | words | invented | share | the first of them |\n| --- | --- | --- | --- | --- |")
-    for temperature in progress_bar(args.temperature, "Writing", "temperature"):
+    print("| T | words | invented | fraction | examples |\n| --- | --- | --- | --- | --- |")
+    for temperature in progress_bar(args.temperature, "Generating", "temperature"):
         sampling = {"temperature": temperature, **options}
         texts = continuations(model, tokenizer, args.prompt, args.num_texts, args.seed, **sampling)
         new, count = invented(texts, known)
         rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
-        share = f"{len(new) / max(count, 1):.1%}"
-        say(f"| {temperature:g} | {count} | {len(new)} | {share} | {', '.join(new[:8])} |")
+        fraction = f"{len(new) / max(count, 1):.1%}"
+        say(f"| {temperature:g} | {count} | {len(new)} | {fraction} | {', '.join(new[:8])} |")
     write_json(args.json, rows)
 
 

@@ -1,4 +1,4 @@
-"""Counts Brier-1..4 of a CALM or another causal LM on blocks of text."""
+"""Estimates Brier-1..4 of a CALM or another causal LM on blocks of text."""
 
 # B blocks, L tokens of a block, K tokens per patch, V vocabulary
 
@@ -11,41 +11,40 @@ from math import ceil
 import torch
 from tqdm import tqdm
 
-from calm_transformers.evaluation.ar_estimator import causal_lm_reader, count_ar
+from calm_transformers.evaluation.ar_estimator import brier_counts_ar, causal_lm_reader
 from calm_transformers.evaluation.branching import CalmReader
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts
-from calm_transformers.evaluation.calm_estimator import count_calm
+from calm_transformers.evaluation.calm_estimator import brier_counts_calm
 from calm_transformers.loading import is_calm
 from calm_transformers.progress import progress_bar
 
 
 def positions_per_block(model, block_size: int) -> int:
-    """Predicted positions in a block of L tokens.
+    """Returns the number of predicted positions in a block.
 
-    Raises ValueError when the model cannot read such blocks: no whole number of patches, too short, or too long.
+    Raises ValueError when the block size is not divisible by the patch size, too small or too large for the model.
     """
     config = model.config
     patch_size = config.patch_size if is_calm(model) else 1
     if block_size % patch_size:
-        raise ValueError(f"block_size={block_size}: must be a multiple of the model's patch size {patch_size}")
+        raise ValueError(f"block_size={block_size}: not divisible by the patch size {patch_size}")
     positions = block_size // patch_size - ceil(MAX_N / patch_size)
     if positions < 1:
         raise ValueError(f"block_size={block_size}: too short to predict {MAX_N} tokens")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and block_size > longest * patch_size:
-        raise ValueError(f"block_size={block_size}: the model reads at most {longest * patch_size} tokens")
+        raise ValueError(f"block_size={block_size}: the model supports at most {longest * patch_size} tokens")
     return positions
 
 
 @torch.no_grad()
-def count_model(
+def brier_counts(
     model, blocks_BL: torch.Tensor, batch_size: int = 1, seed: int = 0, bar: tqdm | None = None
 ) -> BrierCounts:
-    """Counts of Brier-1..4 of a CALM or another causal LM on blocks (B, L) of its own tokens.
+    """Returns the Brier counts of a CALM or another causal LM on blocks of token ids.
 
-    Shows a bar of the blocks, or advances the one that it is given.
-
-    Raises ValueError for blocks that the model cannot read and for ids outside its vocabulary.
+    bar: progress bar that is advanced by the blocks (default: a new one).
+    Raises ValueError for a block size that the model does not support and for ids outside its vocabulary.
     """
     positions_per_block(model, blocks_BL.shape[1])
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -55,10 +54,10 @@ def count_model(
     blocks_BL = blocks_BL.to(model.device)
     if is_calm(model):
         reader = CalmReader(model)
-        count = partial(count_calm, reader, patch_size=model.config.patch_size, generator=generator)
+        count = partial(brier_counts_calm, reader, patch_size=model.config.patch_size, generator=generator)
     else:
         reader = causal_lm_reader(model, blocks_BL)
-        count = partial(count_ar, reader, generator=generator)
+        count = partial(brier_counts_ar, reader, generator=generator)
     counts = BrierCounts.empty()
     with progress_bar(None, "BrierLM", "block", len(blocks_BL)) if bar is None else nullcontext(bar) as bar:
         for batch_BL in blocks_BL.split(batch_size):

@@ -1,4 +1,4 @@
-"""What a prompt whose length is no multiple of K costs, under both ways of cutting it into patches.
+"""Measures the loss in BrierLM for prompts whose length is not divisible by K, with padding on either side.
 
 calm evaluate prompt_alignment --model CALM --data FILE_OR_DATASET --output docs/prompt_alignment.md
 """
@@ -23,23 +23,23 @@ from calm_transformers.loading import check_tokenizer, is_calm, load_causal_lm, 
 from calm_transformers.progress import progress_bar
 
 CASES = ("left", "left with PAD", "right")
-PROMPTS_AT_ONCE = 250
+BATCH_SIZE = 250
 
 METHOD = """\
-- "left", as generate() does, fills the *first* patch on its left, with a filler that the model may know from training.
-- "left with PAD" does the same with the padding token: only the place differs from the published way.
-- "right", the published way, puts padding inside the *last* patch, the one that the next patch is predicted from.
+- "left", as in generate(), pads the *first* patch on the left, with a filler that the model may know from training.
+- "left with PAD" does the same with the padding token: it differs from the published code only in the side.
+- "right", as in the published code, pads the *last* patch, from which the next patch is predicted.
 
-All continue the same prompts by generate() at T = 1, twice; the first n new tokens are scored against the true
-continuation by Brier-n. For every length mod K the prompts end at the same places of the text, so the rows differ in
-nothing but the length of the prompt (by less than K tokens).
+All sample two continuations of the same prompts with generate() at T = 1; Brier-n scores the first n new tokens
+against the true continuation. For every length mod K the prompts end at the same positions of the text, so the rows
+differ only in the length of the prompt (by less than K tokens).
 """
 
 
 def spread_windows(tokens_L: torch.Tensor, window: int, num_windows: int) -> torch.Tensor:
-    """(N, window) pieces of a text, evenly spread over it. They may overlap, but not in their last four tokens.
+    """Returns evenly spaced windows of a text, (N, window). They may overlap, but not in their last four tokens.
 
-    Raises ValueError when the text is too short for that.
+    Raises ValueError when the text is too short.
     """
     stride = min(window, (len(tokens_L) - window) // max(1, num_windows - 1))
     if stride < MAX_N:
@@ -51,7 +51,7 @@ def spread_windows(tokens_L: torch.Tensor, window: int, num_windows: int) -> tor
 
 
 def cut_prompts(windows_NL: torch.Tensor, length: int, bos_token_id: int | None) -> torch.Tensor:
-    """(N, length) prompts that end where four tokens of each window are left; BOS comes first, as a tokenizer does."""
+    """Returns prompts (N, length) that end four tokens before each window's end; BOS replaces their first token."""
     end = windows_NL.shape[1] - MAX_N
     prompts_NL = windows_NL[:, end - length : end].clone()
     if bos_token_id is not None:
@@ -59,8 +59,8 @@ def cut_prompts(windows_NL: torch.Tensor, length: int, bos_token_id: int | None)
     return prompts_NL
 
 
-def fill(prompts_NL: torch.Tensor, patch_size: int, token_id: int, side: str) -> torch.Tensor:
-    """The prompts with so many of one token on their left or right that they are whole patches."""
+def pad(prompts_NL: torch.Tensor, patch_size: int, token_id: int, side: str) -> torch.Tensor:
+    """Pads prompts on the given side to a multiple of the patch size."""
     missing = -prompts_NL.shape[1] % patch_size
     return F.pad(prompts_NL, (missing, 0) if side == "left" else (0, missing), value=token_id)
 
@@ -69,14 +69,14 @@ def fill(prompts_NL: torch.Tensor, patch_size: int, token_id: int, side: str) ->
 def count_continuations(
     model, prompts_NL: torch.Tensor, targets_N4: torch.Tensor, bar: tqdm, seed: int = 0
 ) -> BrierCounts:
-    """Counts of two continuations of each prompt by generate() at T = 1; every prompt is a block of its own.
+    """Samples two continuations of each prompt with generate() at T = 1 and returns the counts, a block per prompt.
 
-    The bar advances by the prompts.
+    bar: progress bar that is advanced by the prompts.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     counts = BrierCounts.empty()
-    for prompts, targets in zip(prompts_NL.split(PROMPTS_AT_ONCE), targets_N4.split(PROMPTS_AT_ONCE), strict=True):
-        texts = model.generate(
+    for prompts, targets in zip(prompts_NL.split(BATCH_SIZE), targets_N4.split(BATCH_SIZE), strict=True):
+        sequences = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=True,
@@ -86,8 +86,8 @@ def count_continuations(
             min_new_tokens=MAX_N,
             generator=generator,
         )
-        first, second = texts[:, -MAX_N:].unflatten(0, (-1, 2)).unsqueeze(2).unbind(1)
-        counts += BrierCounts.from_draws(first, second, targets.unsqueeze(1))
+        first, second = sequences[:, -MAX_N:].unflatten(0, (-1, 2)).unsqueeze(2).unbind(1)
+        counts += BrierCounts.from_samples(first, second, targets.unsqueeze(1))
         bar.update(len(prompts))
     return counts
 
@@ -95,24 +95,24 @@ def count_continuations(
 def measure(
     model, windows_NL: torch.Tensor, length: int, bos_token_id: int | None, pad_token_id: int, seed: int = 0
 ) -> list[dict[str, BrierScore]]:
-    """Scores by case, one row for each length mod K: prompts of length, length + 1, ... length + K - 1 tokens."""
+    """Returns scores by case, one row per length mod K: prompts of length, length + 1, ... length + K - 1 tokens."""
     windows_NL = windows_NL.to(model.device)
     targets_N4 = windows_NL[:, -MAX_N:]
     rows, patch_size = [], model.config.patch_size
-    with progress_bar(None, "Continuing", "prompt", patch_size * len(CASES) * len(windows_NL)) as bar:
+    with progress_bar(None, "Generating", "prompt", patch_size * len(CASES) * len(windows_NL)) as bar:
         for extra in range(patch_size):
             prompts_NL = cut_prompts(windows_NL, length + extra, bos_token_id)
             rows.append({})
             for case in CASES:
                 prompts = prompts_NL
-                if case != "left":  # which generate() does itself
-                    prompts = fill(prompts_NL, patch_size, pad_token_id, case.split()[0])
+                if case != "left":  # generate() pads these itself
+                    prompts = pad(prompts_NL, patch_size, pad_token_id, case.split()[0])
                 rows[-1][case] = count_continuations(model, prompts, targets_N4, bar, seed).score()
     return rows
 
 
 def table(rows: list[dict[str, BrierScore]]) -> str:
-    """Markdown, one line for each length mod K."""
+    """Returns a Markdown table with one row per length mod K."""
     lines = []
     for extra, scores in enumerate(rows):
         cells = [str(extra)]
@@ -125,12 +125,12 @@ def table(rows: list[dict[str, BrierScore]]) -> str:
 
 
 def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length: int, command: str) -> str:
-    """The page in docs: what was measured, how, and the table."""
+    """Returns the page in docs: method, settings and table."""
     patch_size = len(rows)
-    kept = {
+    fraction = {
         case: sum(row[case].brier[0] for row in rows[1:]) / (patch_size - 1) / rows[0][case].brier[0] for case in CASES
     }
-    return f"""# Prompts whose length is no multiple of K
+    return f"""# Prompts whose length is not divisible by K
 
 {METHOD}
 - model: `{args.model}` (K = {patch_size}); text: `{args.data}`
@@ -140,8 +140,8 @@ def document(rows: list[dict[str, BrierScore]], args: argparse.Namespace, length
 
 {table(rows)}
 
-Of the Brier-1 of whole patches (length mod K = 0), the other lengths keep on average {kept["left"]:.0%} as
-generate() does, {kept["left with PAD"]:.0%} with padding on the left, {kept["right"]:.0%} with the published padding.
+Of the Brier-1 at length mod K = 0, the other lengths keep on average {fraction["left"]:.0%} as in generate(),
+{fraction["left with PAD"]:.0%} with PAD on the left, {fraction["right"]:.0%} with the published padding.
 """
 
 
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM with K > 1")
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
     add_data_arguments(parser)
-    parser.add_argument("--prompts", type=positive, default=2000, help="prompts for each length mod K (default: 2000)")
-    parser.add_argument("--prompt_patches", type=positive, default=8, help="whole patches of a prompt (default: 8)")
+    parser.add_argument("--prompts", type=positive, default=2000, help="prompts per length mod K (default: 2000)")
+    parser.add_argument("--prompt_patches", type=positive, default=8, help="whole patches per prompt (default: 8)")
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--output", type=writable, help="write a Markdown page")
     args = parser.parse_args(argv)
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         check_tokenizer(model, tokenizer, args.tokenizer or args.model)
         if tokenizer.pad_token_id is None:
-            raise ValueError(f"{args.model}: its tokenizer has no padding token, which the published way fills with")
+            raise ValueError(f"{args.model}: its tokenizer has no padding token, which the comparison needs")
         length = args.prompt_patches * model.config.patch_size
         window = length + model.config.patch_size - 1 + MAX_N
         tokens_L = read_blocks(args, tokenizer, 1, max_blocks=window * args.prompts).flatten()

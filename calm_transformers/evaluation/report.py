@@ -1,4 +1,4 @@
-"""What the commands that measure something write: tables in Markdown, figures in JSON, pictures."""
+"""Output of the evaluation and benchmark commands: Markdown tables, JSON files and plots."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,24 +11,25 @@ from calm_transformers.files import unfinished
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Returns a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Nothing where no path is given."""
+    """Writes `content` as JSON; does nothing if `path` is None."""
     if path is not None:
-        with unfinished(path) as aside:
-            aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with unfinished(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def picture_of(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields `plt.subplots(*subplots, **settings)`, figure and axes, and writes the figure in the end.
+def saved_figure(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields figure and axes of `plt.subplots(*subplots, **settings)` and saves the figure to `path` on exit.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: matplotlib is not installed.
     """
-    need("matplotlib", "eval", "a picture")
+    need("matplotlib", "eval", "a plot")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,6 +37,6 @@ def picture_of(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[An
 
     figure, axes = plt.subplots(*subplots, **{"layout": "constrained", **settings})
     yield figure, axes
-    with unfinished(path) as aside:
-        figure.savefig(aside, dpi=120, bbox_inches="tight", format=path.suffix[1:])
+    with unfinished(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight", format=path.suffix[1:])
     plt.close(figure)

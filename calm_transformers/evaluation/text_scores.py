@@ -1,7 +1,7 @@
-"""Scores of given texts, patch by patch, from samples alone: how well a CALM foresaw what is written there.
+"""Scores given texts patch by patch with a CALM, from samples alone, in place of log-probabilities.
 
-Axes: B texts, P patches, K tokens per patch, N samples of a patch, S posterior draws, D hidden size, Z latent size, M
-patches that are scored (m of a chunk).
+Axes: B texts, P patches, K tokens per patch, N samples per patch, S posterior samples, D hidden size, Z latent size, M
+scored patches (m per chunk).
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ SAMPLES_CHUNK_SIZE = {"cpu": 2**12, "other": 2**16}
 
 @dataclass
 class TextScores(ModelOutput):
-    """Scores of the patches of texts, higher is better; 0 where `is_scored` is False.
+    """Scores per patch, higher is better; 0 where `is_scored` is False.
 
     Args:
         energy (`(B, P)`): energy score of the model's latent vectors x against the text's own y,
-            E‖x − x'‖^β − 2 E‖x − y‖^β (paper 3.3). Its unit is the autoencoder's: it compares texts, not models.
-        brier (`(B, P, K)`): Brier-n of the first n = 1 … K tokens of the patch, 2 P(y) − Σ P(x)², without bias; at
-            most 1. Compares models with one tokenizer and K, too.
-        hits (`(B, P, K)`): the share of samples whose first n tokens are the text's: an estimate of P(y).
-        patches (`(B, P, K)`): the tokens.
-        is_scored (`(B, P)`): False for a text's first patch, which nothing predicts, and for what fills rows up.
+            E‖x − x'‖^β − 2 E‖x − y‖^β (paper 3.3). Its unit depends on the autoencoder: it compares texts, not models.
+        brier (`(B, P, K)`): unbiased estimate of Brier-n, n = 1 … K first tokens of the patch, 2 P(y) − Σ P(x)²; at
+            most 1. Also compares models with the same tokenizer and K.
+        prefix_match_rate (`(B, P, K)`): fraction of samples whose first n tokens are the text's, an estimate of P(y).
+        patches (`(B, P, K)`): token ids.
+        is_scored (`(B, P)`): False for a text's first patch, which is not predicted, and for padding.
     """
 
     energy: Tensor | None = None
     brier: Tensor | None = None
-    hits: Tensor | None = None
+    prefix_match_rate: Tensor | None = None
     patches: Tensor | None = None
     is_scored: Tensor | None = None
 
     def means(self) -> dict[str, Tensor]:
-        """Of each text: "energy" (B,), and "brier" (B, K), over its scored patches; NaN where it has none."""
+        """Returns the means over each text's scored patches, "energy" (B,) and "brier" (B, K); NaN without any."""
         assert self.is_scored is not None and self.energy is not None and self.brier is not None
         num_scored_B = self.is_scored.sum(-1)
         return {"energy": self.energy.sum(-1) / num_scored_B, "brier": self.brier.sum(1) / num_scored_B[:, None]}
@@ -61,29 +61,29 @@ def score_texts(
     num_samples: int = 100,
     generator: torch.Generator | None = None,
 ) -> TextScores:
-    """Reads texts once, and draws from each of their contexts what might have come next.
+    """Scores every patch of the texts: one forward pass, then `num_samples` samples of each next patch.
 
-    It is for seeing where a text surprised the model, for comparing models on a text, and for ranking continuations of
-    one length after one text. It is no probability: the Brier scores of one short text say little, for a patch that is
-    never drawn scores about 0 whatever it is, and the energy score is the higher the easier a text is to foresee,
-    whatever it says. docs/clients.md has how often they rank rightly.
+    Use it to find where a text surprises the model, to compare models on a text, and to rank continuations of equal
+    length after the same prefix. The scores are not probabilities: the Brier scores of one short text are imprecise,
+    as a patch that is never sampled scores about 0, and the energy score mostly reflects how predictable a text is.
+    docs/clients.md reports the ranking accuracy.
 
     Args:
-        model: that is asked.
-        texts: one or several, or ids `(B, L)`. Texts are cut into patches as prompts are; what spells a special token
-            is text, as in training.
-        tokenizer: needed for texts.
-        attention_mask (`(B, L)`, *optional*): 1 where an id is the text's own.
-        num_samples: N, of each patch, at least 2.
-        generator: of all randomness.
+        model: the CALM.
+        texts: one or several strings, or ids `(B, L)`. They are cut into patches like prompts; strings that spell a
+            special token are tokenized as text, as in training.
+        tokenizer: required for strings.
+        attention_mask (`(B, L)`, *optional*): 0 at padding ids.
+        num_samples: N, samples per patch, at least 2.
+        generator: random generator of all samples.
 
     Raises:
-        ValueError: neither texts nor ids of the vocabulary, texts without a tokenizer, an empty text that no BOS can
-            start, fewer than 2 samples, or as `check_weights`.
+        ValueError: invalid texts or ids, strings without a tokenizer, an empty text without a BOS token, fewer than 2
+            samples, or from `check_weights`.
     """
-    is_whole = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
-    if not is_whole or num_samples < 2:
-        raise ValueError(f"num_samples={num_samples}: must be a whole number of at least 2, for scores compare pairs.")
+    is_integer = isinstance(num_samples, numbers.Integral) and not isinstance(num_samples, bool)
+    if not is_integer or num_samples < 2:
+        raise ValueError(f"num_samples={num_samples}: must be an integer of at least 2, as scores compare pairs.")
     if not isinstance(texts, Tensor):
         texts, attention_mask = _tokenized(texts, tokenizer)
     model.check_weights()
@@ -91,7 +91,7 @@ def score_texts(
     mask_BL = torch.ones_like(ids_BL) if attention_mask is None else attention_mask.to(ids_BL.device).long()
     bos_token = None if model.generation_config is None else model.generation_config.bos_token_id
     if bos_token is None and not mask_BL.any(-1).all():
-        raise ValueError("score_texts() got an empty text, and the model has no bos_token_id that would start it.")
+        raise ValueError("score_texts() got an empty text, and the model has no bos_token_id to start it.")
     inputs = model.pack_for_generation(ids_BL, mask_BL, bos_token=bos_token)
     patch_size = model.config.patch_size
     patches_BPK = inputs["input_ids"].unflatten(1, (-1, patch_size))
@@ -104,35 +104,35 @@ def score_texts(
     )
 
     energy_BP = hidden_BPD.new_zeros(is_scored_BP.shape, dtype=torch.float32)
-    brier_BPK, hits_BPK = (energy_BP[..., None].repeat(1, 1, patch_size) for _ in range(2))
+    brier_BPK, match_rate_BPK = (energy_BP[..., None].repeat(1, 1, patch_size) for _ in range(2))
     if len(context_MD):
-        at_once = max(1, SAMPLES_CHUNK_SIZE["cpu" if ids_BL.device.type == "cpu" else "other"] // num_samples)
-        chunks = [values.split(at_once) for values in (context_MD, target_MK, mean_MZ, log_std_MZ)]
-        parts = [
+        chunk_size = max(1, SAMPLES_CHUNK_SIZE["cpu" if ids_BL.device.type == "cpu" else "other"] // num_samples)
+        chunks = [values.split(chunk_size) for values in (context_MD, target_MK, mean_MZ, log_std_MZ)]
+        scores = [
             _score_patches(model, context, target, mean, log_std, num_samples, generator)
             for context, target, mean, log_std in zip(*chunks, strict=True)
         ]
-        for whole, part in zip((energy_BP, brier_BPK, hits_BPK), zip(*parts, strict=True), strict=True):
-            whole[is_scored_BP] = torch.cat(part)
-    return TextScores(energy_BP, brier_BPK, hits_BPK, patches_BPK, is_scored_BP)
+        for output, parts in zip((energy_BP, brier_BPK, match_rate_BPK), zip(*scores, strict=True), strict=True):
+            output[is_scored_BP] = torch.cat(parts)
+    return TextScores(energy_BP, brier_BPK, match_rate_BPK, patches_BPK, is_scored_BP)
 
 
 def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, L) of texts; a tokenizer without a pad token will do."""
+    """Tokenizes and pads texts (without a pad token) and returns ids and attention mask, (B, L) each."""
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError("score_texts() takes a text, a list of at least one, or ids as a tensor (batch, length).")
+        raise ValueError("score_texts() takes a text, a non-empty list of texts, or ids as a tensor (batch, length).")
     if not callable(tokenizer):
-        raise ValueError("score_texts() got text: pass tokenizer=..., the model's own, or ids as a tensor.")
+        raise ValueError("score_texts() got text: pass tokenizer=..., or ids as a tensor.")
     for number, text in enumerate(texts, start=1):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"score_texts() got {len(texts)} texts, of which text {number} is none at character {error.start}: "
-                "half a surrogate pair."
+                f"score_texts() got {len(texts)} texts; text {number} is invalid at character {error.start}: "
+                "a lone surrogate."
             ) from None
-    batch: Any = tokenizer(list(texts), split_special_tokens=True)  # one that spells a special token is text there
+    batch: Any = tokenizer(list(texts), split_special_tokens=True)  # as in training
     rows = [torch.tensor(ids, dtype=torch.long) for ids in batch["input_ids"]]
     masks = [torch.ones_like(ids_L) for ids_L in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)
@@ -141,8 +141,8 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
 def _posterior(
     model: CALMForCausalLM, patches_BPK: Tensor, mask_BP: Tensor, is_scored_BP: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and log_std (M, Z) of the scored patches. An encoder that looks at the patches before sees no padding: each
-    row's own patches are moved to its front."""
+    """Returns posterior mean and log_std of the scored patches, (M, Z) each. Padding is moved to the end of each row,
+    where an encoder with left context does not see it."""
     order_BP = mask_BP.long().sort(dim=1, descending=True, stable=True).indices
     front_BPK = patches_BPK.gather(1, order_BP[..., None].expand_as(patches_BPK))
     mean_BPZ, log_std_BPZ = model.autoencoder.encode(front_BPK.flatten(1))
@@ -159,13 +159,13 @@ def _score_patches(
     num_samples: int,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The energy score (m,), and by length Brier and hits (m, K)."""
+    """Returns energy scores (m,), Brier-1 … Brier-K (m, K) and prefix match rates (m, K)."""
     target = PatchTarget(target_mK, posterior=(mean_mZ, log_std_mZ))
     samples_NmZ = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
     targets_SmZ = target.sample_latents(model.config.num_posterior_samples, generator)
     energy_m = _energy(samples_NmZ.float(), targets_SmZ.float(), model.config.beta)
     tokens_mNK = model.autoencoder.decode_tokens(samples_NmZ).movedim(0, 1)
-    hits_mK = (tokens_mNK == target_mK[:, None]).cumprod(-1).float().mean(1)
+    match_rate_mK = (tokens_mNK == target_mK[:, None]).cumprod(-1).float().mean(1)
     collisions_mK = torch.stack(
         [
             (occurrence_counts(first_occurrences(tokens_mNK[..., : n + 1])) - 1).float().mean(-1) / (num_samples - 1)
@@ -173,13 +173,13 @@ def _score_patches(
         ],
         dim=-1,
     )
-    return energy_m, 2 * hits_mK - collisions_mK, hits_mK
+    return energy_m, 2 * match_rate_mK - collisions_mK, match_rate_mK
 
 
 def _energy(samples_NmZ: Tensor, targets_SmZ: Tensor, beta: float) -> Tensor:
-    """`heads_calm_energy.energy_score` (m,) without what a gradient takes, N·Z numbers for each sample."""
+    """Returns energy scores (m,) as `heads_calm_energy.energy_score`, without storing (N, N, m, Z) differences."""
     samples_mNZ, targets_mSZ = samples_NmZ.transpose(0, 1), targets_SmZ.transpose(0, 1)
-    num_samples, exactly = len(samples_NmZ), "donot_use_mm_for_euclid_dist"
-    repulsion_mNN = torch.cdist(samples_mNZ, samples_mNZ, compute_mode=exactly).pow_(beta)
-    attraction_mNS = torch.cdist(samples_mNZ, targets_mSZ, compute_mode=exactly).pow_(beta)
+    num_samples, exact = len(samples_NmZ), "donot_use_mm_for_euclid_dist"
+    repulsion_mNN = torch.cdist(samples_mNZ, samples_mNZ, compute_mode=exact).pow_(beta)
+    attraction_mNS = torch.cdist(samples_mNZ, targets_mSZ, compute_mode=exact).pow_(beta)
     return repulsion_mNN.sum((1, 2)) / (num_samples * (num_samples - 1)) - 2 * attraction_mNS.mean((1, 2))

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from calm_transformers.evaluation.report import markdown, picture_of
+from calm_transformers.evaluation.report import markdown, saved_figure
 from calm_transformers.experiments import sharpening
 from calm_transformers.experiments.plan import Plan
 from calm_transformers.experiments.share import share_of
@@ -129,7 +129,7 @@ def draw_curves(plans: list[Plan], records: dict[str, dict], path: Path) -> None
             lines[row["label"]].append(found)
     if not lines:
         return
-    with picture_of(path, 1, 2, figsize=(10, 4), sharey=True) as (figure, panels):
+    with saved_figure(path, 1, 2, figsize=(10, 4), sharey=True) as (figure, panels):
         for axes, key, scale in zip(panels, ("tokens", "cpu_seconds"), (1e6, 1), strict=True):
             for label, points in lines.items():
                 points = sorted(points, key=lambda point: point.cost["tokens"])

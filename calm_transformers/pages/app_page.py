@@ -1,7 +1,7 @@
-"""A Gradio page on which a CALM writes patch by patch, with what each patch was chosen from.
+"""A Gradio page that streams a CALM's text patch by patch, with the candidates of each patch.
 
-Of this package it needs nothing: a Space copies this file as page.py. It loads models with transformers' Auto classes
-and asks them through `generate` alone.
+It imports nothing from this package, as a Space copies this file as page.py. Models are loaded with transformers' Auto
+classes and called through `generate` only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-ALL_CANDIDATES = 2**31 - 1  # a top-k that keeps all, yet lets a step at T = 1 draw N
-SHOWN = 8  # candidates of a patch
-CONTEXT = 8  # tokens before a candidate that its text is read after
-SECONDS_BETWEEN_VIEWS = 0.1
+ALL_CANDIDATES = 2**31 - 1  # a top-k without effect, except that a step samples all N candidates at T = 1, too
+MAX_SHOWN_CANDIDATES = 8
+NUM_CONTEXT_TOKENS = 8  # decoded together with a candidate
+UPDATE_INTERVAL_SECONDS = 0.1
 PROMPT = "Once upon a time, there was a little girl named Lily."
 
 STYLE = """
@@ -67,25 +67,25 @@ STYLE = """
 
 @dataclass
 class Settings:
-    """What the page's controls say; the fields that a model has no use for are left alone."""
+    """Values of the page's controls; models ignore the fields that they don't support."""
 
     temperature: float = 0.5
     num_candidates: int = 200
     max_new_tokens: int = 120
     top_p: float = 1.0
     seed: int = 0
-    shows_candidates: bool = True
+    show_candidates: bool = True
 
     def check(self) -> None:
-        """Raise ValueError, with a sentence, for a field that is no number or outside its range."""
-        for name, (label, least, most) in RANGES.items():
+        """Raises ValueError for a field that is not a number or out of range."""
+        for name, (label, low, high) in RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-                bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{label}: must be a number {bound}.")
 
 
-# Field of Settings → its label, and what may be chosen.
+# Field of Settings → label, minimum, maximum.
 RANGES = {
     "temperature": ("Temperature", 0.05, 2.0),
     "num_candidates": ("Candidates", 1, 1000),
@@ -97,7 +97,7 @@ RANGES = {
 
 @dataclass
 class Candidate:
-    """What might have been written: its text, its share in the choice, and how often it was drawn."""
+    """A candidate of a patch: its text, its weight, and how often it was sampled."""
 
     text: str
     weight: float
@@ -107,77 +107,75 @@ class Candidate:
 
 @dataclass
 class Step:
-    """What one step wrote, and the likeliest of what it chose from; of how many."""
+    """A generated patch (or token), the candidates that are shown, and the number of distinct candidates."""
 
     text: str
     candidates: list[Candidate] = field(default_factory=list)
     num_candidates: int = 0
 
 
-class Written:
-    """A text while it is written, by what a `StepQueue` sends.
+class IncrementalDetokenizer:
+    """Decodes a growing sequence; holds back the bytes of an incomplete character."""
 
-    Args:
-        prompt: what it begins with.
-        tokenizer: of the model.
-        prompt_ids: the prompt as the model reads it.
-        step_size: tokens of a step.
-    """
+    def __init__(self, tokenizer, ids: Sequence[int] = ()):
+        self.tokenizer, self.ids = tokenizer, list(ids)
+        self.length = len(self._decode())
+
+    def append(self, tokens: Sequence[int], is_last: bool = False) -> str:
+        """Appends tokens and returns the text that they add, without special tokens."""
+        self.ids += tokens
+        text = self._decode() if is_last else self._decode().rstrip("\ufffd")
+        added, self.length = text[self.length :], max(self.length, len(text))
+        return added
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+
+class GenerationState:
+    """The text generated so far, updated by the events of a `QueueStreamer`; each step has `step_size` tokens."""
 
     def __init__(self, prompt: str, tokenizer, prompt_ids: Sequence[int], step_size: int):
-        self.prompt, self.tokenizer, self.ids, self.step_size = prompt, tokenizer, list(prompt_ids), step_size
-        self.num_prompt, self.shown = len(self.ids), len(self._text())
+        self.prompt, self.step_size = prompt, step_size
+        self.detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
         self.steps: list[Step] = []
         self.next_step = Step("")
-        self.seconds, self.is_done = 0.0, False
+        self.num_tokens, self.seconds, self.is_done = 0, 0.0, False
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.ids) - self.num_prompt
-
-    def read(self, kind: str, value: Any) -> None:
-        if kind == "scores":
+    def update(self, event: str, value: Any) -> None:
+        if event == "scores":
             patches, counts, weights, chosen, *_ = value
-            candidates = self._candidates(patches, counts, weights, chosen)
+            candidates = self._shown_candidates(patches, counts, weights, chosen)
             self.next_step = Step("", candidates, sum(1 for count in counts if count))
-        elif kind == "token":
+        elif event == "token":
             if self.num_tokens % self.step_size == 0:
                 self.steps.append(self.next_step)
                 self.next_step = Step("")
-            self.ids.append(value)
-            self._extend(is_end=False)
+            self.num_tokens += 1
+            self.steps[-1].text += self.detokenizer.append([value])
         else:
             self.is_done = True
             if self.steps:
-                self._extend(is_end=True)
+                self.steps[-1].text += self.detokenizer.append([], is_last=True)
 
-    def _extend(self, is_end: bool) -> None:
-        text = self._text()
-        if not is_end:
-            text = text.rstrip("\ufffd")  # a character that is not complete
-        self.steps[-1].text += text[self.shown :]
-        self.shown = max(self.shown, len(text))
-
-    def _text(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
-
-    def _candidates(self, patches, counts, weights, chosen: int) -> list[Candidate]:
-        shown = list(range(min(SHOWN, len(patches))))
+    def _shown_candidates(self, patches, counts, weights, chosen: int) -> list[Candidate]:
+        shown = list(range(min(MAX_SHOWN_CANDIDATES, len(patches))))
         if chosen not in shown:
             shown[-1] = chosen
+        decoder = self.detokenizer
         return [
-            Candidate(text_after(self.tokenizer, self.ids, patches[i]), weights[i], counts[i], i == chosen)
+            Candidate(text_after(decoder.tokenizer, decoder.ids, patches[i]), weights[i], counts[i], i == chosen)
             for i in shown
             if counts[i]
         ]
 
 
-class Stopped(Exception):
-    """Nobody waits for the text any more."""
+class GenerationStopped(Exception):
+    """Raised in `generate` once the page no longer needs the text."""
 
 
-class StepQueue(BaseStreamer):
-    """Hands tokens, and what they were chosen from, to another thread; ends `generate` once `stop` is set."""
+class QueueStreamer(BaseStreamer):
+    """Sends tokens and candidates to another thread; ends `generate` once `stop` is set."""
 
     def __init__(self):
         self.events: queue.Queue = queue.Queue()
@@ -191,85 +189,76 @@ class StepQueue(BaseStreamer):
         self._send("token", int(value[0]))
 
     def put_scores(self, scores) -> None:
-        """Called by a CALM before a patch's tokens, with its `CandidateScores`."""
+        """Called by a CALM with the `CandidateScores` of a patch, before its tokens."""
         self._send("scores", [values[0].tolist() for values in scores])
 
     def end(self) -> None:
         self._send("end", None)
 
-    def _send(self, kind: str, value: Any) -> None:
+    def _send(self, event: str, value: Any) -> None:
         if self.stop.is_set():
-            raise Stopped
-        self.events.put((kind, value))
+            raise GenerationStopped
+        self.events.put((event, value))
 
 
-class Writer:
-    """A model that writes on the page, a CALM or an ordinary one.
-
-    Args:
-        name: what the page calls it.
-        model: in eval mode.
-        tokenizer: its tokenizer.
-    """
+class PageModel:
+    """A CALM or another causal LM (in eval mode) with its tokenizer and the name that the page displays."""
 
     def __init__(self, name: str, model, tokenizer):
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.is_calm = model.config.model_type == "calm"
         self.step_size = model.config.patch_size if self.is_calm else 1
-        self.longest = (getattr(model.config, "max_position_embeddings", None) or 2**20) * self.step_size
+        self.max_tokens = (getattr(model.config, "max_position_embeddings", None) or 2**20) * self.step_size
 
     @classmethod
-    def load(cls, name: str, trust_remote_code: bool = False, device: str | None = None) -> Writer:
-        """The model of a folder or Hub id; a CALM brings its own code, which `trust_remote_code` lets it run."""
+    def load(cls, name: str, trust_remote_code: bool = False, device: str | None = None) -> PageModel:
+        """Loads model and tokenizer of a folder or Hub id; a CALM needs `trust_remote_code`."""
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, dtype="auto")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(name, model.to(device).eval(), tokenizer)
 
-    def write(self, prompt: str, settings: Settings) -> Iterator[Written]:
-        """Yields the same text again and again as it grows. Closing the iterator ends the writing.
+    def stream(self, prompt: str, settings: Settings) -> Iterator[GenerationState]:
+        """Generates in a thread and yields its state repeatedly. Closing the iterator stops the generation.
 
         Raises:
-            ValueError: a prompt or a setting that the model can't take, in a sentence.
+            ValueError: the prompt or a setting is not supported.
         """
         settings.check()
         ids = self._prompt_ids(prompt, int(settings.max_new_tokens))
-        yield from self._write(prompt, ids, settings)
+        streamer = QueueStreamer()
+        thread = threading.Thread(target=self._generate, args=(ids, settings, streamer), daemon=True)
+        state = GenerationState(prompt, self.tokenizer, ids, self.step_size)
+        start = last_update = time.perf_counter()
+        thread.start()
+        try:
+            while not state.is_done:
+                event, value = streamer.events.get()
+                if event == "error":
+                    raise value
+                state.update(event, value)
+                state.seconds = time.perf_counter() - start
+                if state.is_done or time.perf_counter() - last_update > UPDATE_INTERVAL_SECONDS:
+                    last_update = time.perf_counter()
+                    yield state
+        finally:
+            streamer.stop.set()
+            thread.join()
 
     def _prompt_ids(self, prompt: str, max_new_tokens: int) -> list[int]:
         ids = list(self.tokenizer(prompt).input_ids)
-        start = self.model.generation_config.bos_token_id
-        if not ids and start is None:
-            raise ValueError(f"{self.name} needs a prompt: it has no token that a text without one could begin with.")
-        ids = ids or [start]
-        if len(ids) + max_new_tokens > self.longest:
+        bos_token_id = self.model.generation_config.bos_token_id
+        if not ids and bos_token_id is None:
+            raise ValueError(f"{self.name} needs a prompt: it has no bos_token_id to start an empty one.")
+        ids = ids or [bos_token_id]
+        if len(ids) + max_new_tokens > self.max_tokens:
             raise ValueError(
-                f"The prompt has {len(ids)} tokens and {max_new_tokens} are to be written, but {self.name} takes "
-                f"{self.longest} together: shorten the prompt or write fewer."
+                f"{len(ids)} prompt tokens + {max_new_tokens} new tokens exceed the {self.max_tokens} tokens that "
+                f"{self.name} supports: shorten the prompt or generate fewer."
             )
         return ids
 
-    def _write(self, prompt: str, ids: list[int], settings: Settings) -> Iterator[Written]:
-        sending = StepQueue()
-        thread = threading.Thread(target=self._generate, args=(ids, settings, sending), daemon=True)
-        written = Written(prompt, self.tokenizer, ids, self.step_size)
-        begin = last_view = time.perf_counter()
-        thread.start()
-        try:
-            while not written.is_done:
-                kind, value = sending.events.get()
-                if kind == "error":
-                    raise value
-                written.read(kind, value)
-                written.seconds = time.perf_counter() - begin
-                if written.is_done or time.perf_counter() - last_view > SECONDS_BETWEEN_VIEWS:
-                    last_view = time.perf_counter()
-                    yield written
-        finally:
-            sending.stop.set()
-            thread.join()
-
-    def _generate(self, ids: list[int], settings: Settings, sending: StepQueue) -> None:
+    def _generate(self, ids: list[int], settings: Settings, streamer: QueueStreamer) -> None:
         try:
             input_ids = torch.tensor([ids], device=self.model.device)
             options = self._calm_options(settings) if self.is_calm else self._token_options(settings)
@@ -280,22 +269,20 @@ class Writer:
                 do_sample=True,
                 temperature=float(settings.temperature),
                 top_p=float(settings.top_p),
-                streamer=sending,
+                streamer=streamer,
                 return_dict_in_generate=True,
-                output_scores=self.is_calm and settings.shows_candidates,
+                output_scores=self.is_calm and settings.show_candidates,
                 **options,
             )
-        except Stopped:
+        except GenerationStopped:
             pass
         except Exception as error:
-            sending.events.put(("error", error))
+            streamer.events.put(("error", error))
 
     def _calm_options(self, settings: Settings) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "num_candidates": int(settings.num_candidates),
-            "generator": torch.Generator(self.model.device).manual_seed(int(settings.seed)),
-        }
-        if settings.shows_candidates:  # all of them are drawn, at T = 1 too
+        generator = torch.Generator(self.model.device).manual_seed(int(settings.seed))
+        options: dict[str, Any] = {"num_candidates": int(settings.num_candidates), "generator": generator}
+        if settings.show_candidates:  # sample all N, at T = 1 too
             options |= {"sampling_method": "batch", "top_k": ALL_CANDIDATES}
         return options
 
@@ -305,39 +292,39 @@ class Writer:
 
 
 def text_after(tokenizer, ids: Sequence[int], tokens: Sequence[int]) -> str:
-    """What tokens add to the text of ids, which is not what they are alone; special ones by their names."""
-    context = list(ids[-CONTEXT:])
+    """Returns the text that tokens add after `ids`, where spaces and bytes may merge; keeps special tokens."""
+    context = list(ids[-NUM_CONTEXT_TOKENS:])
     before, after = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
     return after[len(before) :] if after.startswith(before) else tokenizer.decode(list(tokens))
 
 
-# What the page shows
+# HTML
 
 
-def view(writer: Writer, written: Written | None = None, error: str = "") -> str:
-    """HTML of a text, or of why there is none."""
-    inside = ""
-    if written is not None:
-        spans = [_step(number, step) for number, step in enumerate(written.steps)]
-        inside = f'<div class="text"><span class="prompt">{html.escape(written.prompt)}</span>{"".join(spans)}</div>'
+def render(model: PageModel, state: GenerationState | None = None, error: str = "") -> str:
+    """Returns the HTML of a model's text or error."""
+    body = ""
+    if state is not None:
+        spans = [_render_step(number, step) for number, step in enumerate(state.steps)]
+        body = f'<div class="text"><span class="prompt">{html.escape(state.prompt)}</span>{"".join(spans)}</div>'
     elif not error:
-        hint = "Press Write. Each tint is a patch; point at one, or tap it, to see what it was chosen from."
-        inside = f'<div class="text"><span class="hint">{hint}</span></div>' if writer.is_calm else ""
+        hint = "Press Generate. Each color block is a patch; hover over it or tap it to see its candidates."
+        body = f'<div class="text"><span class="hint">{hint}</span></div>' if model.is_calm else ""
     if error:
-        inside += f'<p class="error" role="alert">{html.escape(error)}</p>'
-    name = html.escape(writer.name)
-    return f'<div class="calm"><div class="name">{name}<span>{_figures(writer, written)}</span></div>{inside}</div>'
+        body += f'<p class="error" role="alert">{html.escape(error)}</p>'
+    name = html.escape(model.name)
+    return f'<div class="calm"><div class="name">{name}<span>{_render_speed(model, state)}</span></div>{body}</div>'
 
 
-def _figures(writer: Writer, written: Written | None) -> str:
-    if written is None or not written.num_tokens or not written.seconds:
-        return f"{writer.step_size} tokens a patch" if writer.is_calm else "a token at a time"
-    rate = f"{written.num_tokens / written.seconds:.0f} tokens/s"
-    steps = f" in {len(written.steps)} patches" if writer.is_calm else ""
-    return f"{written.num_tokens} tokens{steps} · {written.seconds:.1f} s · <b>{rate}</b>"
+def _render_speed(model: PageModel, state: GenerationState | None) -> str:
+    if state is None or not state.num_tokens or not state.seconds:
+        return f"{model.step_size} tokens per patch" if model.is_calm else "1 token per step"
+    speed = f"{state.num_tokens / state.seconds:.0f} tokens/s"
+    steps = f" in {len(state.steps)} patches" if model.is_calm else ""
+    return f"{state.num_tokens} tokens{steps} · {state.seconds:.1f} s · <b>{speed}</b>"
 
 
-def _step(number: int, step: Step) -> str:
+def _render_step(number: int, step: Step) -> str:
     kind = "patch odd" if number % 2 else "patch"
     text = html.escape(step.text) or ("⏹" if step.candidates else "")
     if not step.candidates:
@@ -353,84 +340,79 @@ def _step(number: int, step: Step) -> str:
     return f'<span class="{kind}" tabindex="0">{text}<span class="card">{"".join(lines)}</span></span>'
 
 
-def views(writers: Sequence[Writer], prompt: str, settings: Settings) -> Iterator[tuple[str, ...]]:
-    """HTML of each writer, as they write one after the other; what goes wrong is shown where the text would be."""
-    shown = [view(writer) for writer in writers]
-    for i, writer in enumerate(writers):
+def stream_html(models: Sequence[PageModel], prompt: str, settings: Settings) -> Iterator[tuple[str, ...]]:
+    """Generates with one model after the other and yields the HTML of all; errors are shown in place of the text."""
+    outputs = [render(model) for model in models]
+    for i, model in enumerate(models):
         try:
-            for written in writer.write(prompt, settings):
-                shown[i] = view(writer, written)
-                yield tuple(shown)
+            for state in model.stream(prompt, settings):
+                outputs[i] = render(model, state)
+                yield tuple(outputs)
         except ValueError as error:
-            shown[i] = view(writer, error=" ".join(str(error).split()))
+            outputs[i] = render(model, error=" ".join(str(error).split()))
         except Exception as error:
-            logging.exception("%s could not write", writer.name)
-            shown[i] = view(writer, error=f"{writer.name} could not write this: {type(error).__name__}.")
-        yield tuple(shown)
+            logging.exception("%s failed to generate", model.name)
+            outputs[i] = render(model, error=f"{model.name} failed to generate: {type(error).__name__}.")
+        yield tuple(outputs)
 
 
-def create_page(writers: Sequence[Writer], prompt: str = PROMPT):
-    """The page, a `gradio.Blocks`, of a CALM and, if there are two, of a model beside it."""
+def create_page(models: Sequence[PageModel], prompt: str = PROMPT):
+    """Returns the page, a `gradio.Blocks`, of a CALM and optionally a second model."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra [app]
 
-    calm = writers[0]
-    stated = calm.model.generation_config
-    default = Settings(
-        temperature=stated.temperature or 1.0, num_candidates=getattr(stated, "num_candidates", None) or 200
-    )
-    default.max_new_tokens = min(default.max_new_tokens, calm.longest // 2)
+    config = models[0].model.generation_config
+    default = Settings(config.temperature or 1.0, getattr(config, "num_candidates", None) or 200)
+    default.max_new_tokens = min(default.max_new_tokens, models[0].max_tokens // 2)
     with gr.Blocks(title="CALM", analytics_enabled=False, fill_width=True) as page:
         with gr.Row(equal_height=True):
             text = gr.Textbox(prompt, label="Prompt", lines=2, max_lines=8, scale=4, min_width=280, elem_id="prompt")
             with gr.Column(scale=1, min_width=240):
-                start = gr.Button("Write", variant="primary", elem_id="write")
+                start = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", elem_id="stop")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=280), gr.Row(equal_height=False):
                 outputs = []
-                for i, writer in enumerate(writers):
+                for i, model in enumerate(models):
                     with gr.Column(min_width=280):
-                        shown = gr.HTML(view(writer), min_height=320, elem_id=f"text{i}", elem_classes="calm-view")
-                    outputs.append(shown)
+                        output = gr.HTML(render(model), min_height=320, elem_id=f"text{i}", elem_classes="calm-view")
+                    outputs.append(output)
             with gr.Column(scale=1, min_width=240):
-                controls = _controls(gr, default, calm.longest)
+                controls = _controls(gr, default, models[0].max_tokens)
 
         def write(prompt, *values):
-            for shown in views(writers, prompt or "", Settings(*values)):
-                yield shown if len(writers) > 1 else shown[0]
+            for parts in stream_html(models, prompt or "", Settings(*values)):
+                yield parts if len(models) > 1 else parts[0]
 
-        asked = {"fn": write, "inputs": [text, *controls], "outputs": outputs, "show_progress": "hidden"}
-        asked |= {"concurrency_id": "write", "concurrency_limit": 1}
-        begun = [start.click(**asked, api_name="write"), text.submit(**asked, api_visibility="private")]
-        stop.click(None, cancels=begun, api_visibility="private")
+        event = {"fn": write, "inputs": [text, *controls], "outputs": outputs, "show_progress": "hidden"}
+        event |= {"concurrency_id": "write", "concurrency_limit": 1}
+        running = [start.click(**event, api_name="write"), text.submit(**event, api_visibility="private")]
+        stop.click(None, cancels=running, api_visibility="private")
     return page
 
 
-def _controls(gr, default: Settings, longest: int) -> list:
-    """One for each field of `Settings`, in their order."""
+def _controls(gr, default: Settings, max_tokens: int) -> list:
+    """Returns one control per field of `Settings`, in the same order."""
     steps = {"temperature": 0.05, "num_candidates": 1, "max_new_tokens": 1, "top_p": 0.05}
-    found = []
+    sliders = []
     for name, step in steps.items():
-        label, least, most = RANGES[name]
-        most = min(most, max(min(longest, 2000) - 1, 1)) if name == "max_new_tokens" else most
-        slider = gr.Slider(least, most, getattr(default, name), step=step, label=label, elem_id=name)
-        slider.preprocess = lambda typed: typed  # Settings.check says more of what is wrong
-        found.append(slider)
-    shows = {"label": "Show candidates", "info": "Draws and decodes all of them; without, a CALM is faster."}
+        label, low, high = RANGES[name]
+        high = min(high, max(min(max_tokens, 2000) - 1, 1)) if name == "max_new_tokens" else high
+        slider = gr.Slider(low, high, getattr(default, name), step=step, label=label, elem_id=name)
+        slider.preprocess = lambda value: value  # Settings.check has clearer messages
+        sliders.append(slider)
+    checkbox = {"label": "Show candidates", "info": "Samples and decodes all N; a CALM is faster without."}
     return [
-        *found,
+        *sliders,
         gr.Number(default.seed, precision=0, label=RANGES["seed"][0], elem_id="seed"),
-        gr.Checkbox(default.shows_candidates, elem_id="shows_candidates", **shows),
+        gr.Checkbox(default.show_candidates, elem_id="show_candidates", **checkbox),
     ]
 
 
 def launch(page, **options) -> None:
-    """Serves the page until the process ends; no font, script or figure comes from or goes to anywhere else.
+    """Serves a page of `create_page` until the process ends, without requests to other servers.
 
-    Args:
-        page: of `create_page`.
-        options: of `gradio.Blocks.launch`.
+    options: options of `gradio.Blocks.launch`.
     """
     import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra [app]
 

@@ -1,8 +1,8 @@
-"""An inspected text as one self-contained HTML page: it asks no network for anything, and has a slider for T."""
+"""Renders an inspected text as a self-contained HTML page with a temperature slider and no network requests."""
 
 import json
 
-# What the browser may load: nothing. Style and script stand in the page itself.
+# The browser may load nothing: style and script are inline.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 STYLE = """
@@ -57,36 +57,36 @@ tr.chosen .track i { background: var(--chosen); }
 }
 """
 
-# `weigh` is generation_calm_weights.py's candidate_weights and truncated, on counts.
+# candidateWeights() computes candidate_weights of generation_calm_weights.py, with truncation, from counts.
 SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const own = data.settings.temperature, shownAtMost = 40;
-const element = (tag, attributes = {}, ...inside) => {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...inside);
-  return made;
+const textTemperature = data.settings.temperature, maxShown = 40;
+const element = (tag, attributes = {}, ...children) => {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 };
 const find = id => document.getElementById(id);
 
-// Weights of sum 1 of patches that were drawn so often: C(count, 1/T); where all are 0, of the largest counts.
-function weigh(counts, temperature, {top_k = 0, top_p = 1, min_p = 0} = {}) {
-  const draws = counts.reduce((a, b) => a + b, 0);
+// Normalised weights C(count, 1/T); if all are 0, of the largest counts.
+function candidateWeights(counts, temperature, {top_k = 0, top_p = 1, min_p = 0} = {}) {
+  const numSamples = counts.reduce((a, b) => a + b, 0);
   let s = 1 / temperature;
   if (Math.abs(s - Math.round(s)) <= 1e-6 * s) s = Math.round(s);
-  // log C(c, s), up to a term that all share, from C(i, s) / C(i - 1, s) = i / (i - s).
+  // log C(c, s) up to a constant, from C(i, s) / C(i - 1, s) = i / (i - s).
   const logWeight = c => {
-    if (c <= s - 1) return (c - draws - 1) * 1000;
+    if (c <= s - 1) return (c - numSamples - 1) * 1000;
     let sum = 0;
     for (let i = Math.floor(s) + 1; i <= c; i++) sum += Math.log(i / (i - s));
     return sum;
   };
-  const once = counts.filter(c => c === 1).length, twice = counts.filter(c => c === 2).length;
-  const unseen = temperature > 1 ? Math.max(once - 1, 0) / (2 * (twice + 1)) * Math.exp(logWeight(0)) : 0;
+  const singletons = counts.filter(c => c === 1).length, doubletons = counts.filter(c => c === 2).length;
+  const unseen = temperature > 1 ? Math.max(singletons - 1, 0) / (2 * (doubletons + 1)) * Math.exp(logWeight(0)) : 0;
   const logs = counts.map(c => c === 1 && unseen > 0 ? Math.log(Math.exp(logWeight(1)) + unseen) : logWeight(c));
-  const most = Math.max(...logs);
-  let weights = normalised(logs.map(value => Math.exp(value - most)));
+  const maxLog = Math.max(...logs);
+  let weights = normalised(logs.map(value => Math.exp(value - maxLog)));
   let order = weights.map((_, i) => i).sort((a, b) => weights[b] - weights[a] || a - b);
   if (top_k > 0) order = order.slice(0, top_k);
   if (top_p < 1) {
@@ -98,8 +98,8 @@ function weigh(counts, temperature, {top_k = 0, top_p = 1, min_p = 0} = {}) {
     });
   }
   if (min_p > 0) order = order.filter(i => weights[i] >= min_p * weights[order[0]]);
-  const stays = new Set(order);
-  return normalised(weights.map((weight, i) => stays.has(i) ? weight : 0));
+  const kept = new Set(order);
+  return normalised(weights.map((weight, i) => kept.has(i) ? weight : 0));
 }
 function normalised(values) {
   const sum = values.reduce((a, b) => a + b, 0);
@@ -107,20 +107,20 @@ function normalised(values) {
 }
 
 const visible = text => text.replaceAll("\\n", "⏎").replaceAll("\\t", "⇥") || "∅";
-const percent = share => share >= 0.9995 ? "100 %" : share >= 0.0005 ? (100 * share).toFixed(1) + " %" : "0 %";
-let temperature = own, current = null;
+const percent = value => value >= 0.9995 ? "100 %" : value >= 0.0005 ? (100 * value).toFixed(1) + " %" : "0 %";
+let temperature = textTemperature, current = null;
 
 function showPanel() {
   const panel = find("panel"), patch = data.patches[current];
   const facts = [`patch ${current + 1} of ${data.patches.length}`];
-  facts.push(patch.is_prompt ? "of the prompt" : "written");
+  facts.push(patch.is_prompt ? "prompt" : "generated");
   const rows = [], counts = patch.candidates.map(candidate => candidate.count);
   if (counts.length) {
-    const draws = counts.reduce((a, b) => a + b, 0);
-    facts.push(`${counts.length} different in ${draws} draws`);
-    if (patch.is_prompt && patch.chosen === null) facts.push("the prompt's own was not drawn");
-    const weights = weigh(counts, temperature, data.settings);
-    const order = weights.map((_, i) => i).sort((a, b) => weights[b] - weights[a] || a - b).slice(0, shownAtMost);
+    const numSamples = counts.reduce((a, b) => a + b, 0);
+    facts.push(`${counts.length} distinct in ${numSamples} samples`);
+    if (patch.is_prompt && patch.chosen === null) facts.push("the prompt's patch was not sampled");
+    const weights = candidateWeights(counts, temperature, data.settings);
+    const order = weights.map((_, i) => i).sort((a, b) => weights[b] - weights[a] || a - b).slice(0, maxShown);
     if (patch.chosen !== null && !order.includes(patch.chosen)) order.push(patch.chosen);
     for (const i of order) {
       const {text, count} = patch.candidates[i];
@@ -131,13 +131,13 @@ function showPanel() {
         element("td", {class: "weight"}, percent(weights[i]))));
     }
   }
-  const head = element("tr", {}, element("th", {}, "candidate"), element("th", {}, "drawn"),
+  const head = element("tr", {}, element("th", {}, "candidate"), element("th", {}, "count"),
     element("th", {colspan: 2}, `weight at T = ${temperature.toFixed(2)}`));
   panel.replaceChildren(element("h2", {}, element("code", {}, visible(patch.text || patch.tokens.join("")))),
     element("div", {class: "soft"}, facts.join(" · ")));
   if (rows.length) panel.append(element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
-  else panel.append(element("p", {class: "soft"}, "Nothing stands before it, so nothing was drawn."));
-  if (counts.length > shownAtMost) panel.append(element("p", {class: "soft"}, `The first ${shownAtMost} are shown.`));
+  else panel.append(element("p", {class: "soft"}, "The first patch is not predicted."));
+  if (counts.length > maxShown) panel.append(element("p", {class: "soft"}, `The first ${maxShown} are shown.`));
 }
 
 function choose(index) {
@@ -153,7 +153,8 @@ function setTemperature(value) {
   find("value").textContent = value.toFixed(2);
   data.patches.forEach((patch, i) => {
     if (patch.chosen === null) return;
-    const weights = weigh(patch.candidates.map(candidate => candidate.count), temperature, data.settings);
+    const counts = patch.candidates.map(candidate => candidate.count);
+    const weights = candidateWeights(counts, temperature, data.settings);
     spans[i].style.setProperty("--weight", weights[patch.chosen].toFixed(4));
   });
   if (current !== null) showPanel();
@@ -169,16 +170,15 @@ const spans = data.patches.map((patch, i) => {
 find("text").append(...spans);
 const {temperature: T, num_candidates: N, seed, top_k, top_p, min_p} = data.settings;
 find("model").textContent = data.model === "." ? "CALM" : data.model;
-document.title = find("model").textContent + ": candidates of a text";
+document.title = find("model").textContent + ": candidates of each patch";
 find("settings").textContent = [
-  `${data.patch_size} tokens a patch`, `written at T = ${T}`, `${N} draws a patch`, `seed ${seed}`,
+  `${data.patch_size} tokens per patch`, `generated at T = ${T}`, `${N} samples per patch`, `seed ${seed}`,
   ...(top_k ? [`top-k ${top_k}`] : []), ...(top_p < 1 ? [`top-p ${top_p}`] : []),
   ...(min_p ? [`min-p ${min_p}`] : []),
 ].join(" · ");
 find("slider").addEventListener("input", event => setTemperature(Number(event.target.value)));
-const written = data.patches.filter(patch => !patch.is_prompt);
-setTemperature(own);
-choose(Math.min(data.patches.length - written.length, data.patches.length - 1));
+setTemperature(textTemperature);
+choose(Math.min(data.patches.filter(patch => patch.is_prompt).length, data.patches.length - 1));
 """
 
 PAGE = """<!DOCTYPE html>
@@ -187,7 +187,7 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <link rel="icon" href="data:,">
-<title>Candidates of a text</title>
+<title>Candidates of each patch</title>
 <style>{style}</style>
 <main>
 <header><h1 id="model"></h1><p class="soft" id="settings"></p></header>
@@ -195,9 +195,9 @@ PAGE = """<!DOCTYPE html>
 <input type="range" id="slider" min="0.1" max="2" step="0.01"><output id="value" for="slider"></output></div>
 <div class="columns"><div>
 <div id="text"></div>
-<p class="soft">Each tint is a patch, which the model draws as a whole; grey ones are the prompt. The line
-under a patch is its weight among the candidates at this temperature. Point at a patch, or tap it.
-The slider weighs the same draws anew; the text stays.</p>
+<p class="soft">Each color block is a patch, which the model samples as a whole; gray text is the prompt. The line
+under a patch is its weight among the candidates at this temperature. Hover over a patch, or tap it.
+The slider recomputes the weights of the same samples; the text does not change.</p>
 </div><aside id="panel" aria-live="polite"></aside></div>
 </main>
 <script type="application/json" id="data">{data}</script>
@@ -206,7 +206,7 @@ The slider weighs the same draws anew; the text stays.</p>
 """
 
 
-def page(inspection: dict) -> str:
-    """The page of an `Inspection` as a dictionary."""
-    data = json.dumps(inspection, ensure_ascii=False).replace("<", "\\u003c")  # no text of it ends the script
+def render_page(inspection: dict) -> str:
+    """Returns the HTML page of an `Inspection` as a dictionary."""
+    data = json.dumps(inspection, ensure_ascii=False).replace("<", "\\u003c")  # no text can close the script tag
     return PAGE.format(policy=POLICY, style=STYLE, data=data, script=SCRIPT)
