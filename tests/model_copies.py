@@ -16,7 +16,7 @@ CODE_FILES = {
     "modeling_calm_autoencoder.py",
     *(f"heads_calm{part}.py" for part in ("", "_diffusion", "_energy", "_flow", "_token_chain")),
     *(f"generation_calm{part}.py" for part in ("", "_candidates", "_compiled", "_randomness", "_rules", "_samplers")),
-    *(f"generation_calm{part}.py" for part in ("_texts", "_upstream", "_virtual_tokens", "_weights")),
+    *(f"generation_calm{part}.py" for part in ("_sequences", "_upstream", "_virtual_tokens", "_weights")),
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",

@@ -14,7 +14,14 @@ from commands import CLI, COMMANDS, ROOT, main_of, refusal
 from tiny import tiny_model, tiny_tokenizer
 
 from calm_transformers import cli
-from calm_transformers.command_line import CLOSED, WRONG, InputError, Parser, command, known_errors
+from calm_transformers.command_line import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INPUT_ERROR,
+    InputError,
+    Parser,
+    command,
+    known_errors,
+)
 from calm_transformers.loading import load_causal_lm
 
 NOWHERE = "./no/such/place"
@@ -101,7 +108,7 @@ def test_only_what_is_known_becomes_a_line(capsys):
         with known_errors(KeyError):
             raise ValueError("a fault of ours")
 
-    assert main(["--odd"]) == WRONG == 2
+    assert main(["--odd"]) == EXIT_INPUT_ERROR == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --odd (see python x.py --help).\n"
     with pytest.raises(ValueError, match="a fault of ours"):
         main([])
@@ -190,7 +197,7 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word_and_a_terminal_that
     run = subprocess.Popen([sys.executable, "-c", PRINTS], cwd=ROOT, **pipes)
     assert run.stdout.readline() == b"caf\\xe9 \\u4e2d\n"
     run.stdout.close()
-    assert (run.stderr.read(), run.wait(30)) == (b"", CLOSED)
+    assert (run.stderr.read(), run.wait(30)) == (b"", EXIT_BROKEN_PIPE)
 
 
 INVENTED = "evaluation.invented_words", ["--model", ".", "--text", ".", "--prompt"]

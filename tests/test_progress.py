@@ -10,7 +10,7 @@ from evaluation_folder import evaluations
 from training_helpers import train, write_corpus
 from transformers.utils import logging
 
-from calm_transformers.progress import progress_bar, say
+from calm_transformers.progress import print_above_bars, progress_bar
 
 BARS = {
     "autoencoder_report": {"Loading weights", "Decoding"},
@@ -65,7 +65,7 @@ def test_training_shows_its_steps_and_an_error_on_a_line_of_its_own(tmp_path, mo
 def test_a_line_is_printed_above_the_bar_of_the_first_process(monkeypatch):
     terminal = on_terminal(monkeypatch)
     with progress_bar(None, "Working", "piece", 10, done=9) as bar:
-        say("a line", file=sys.stderr)
+        print_above_bars("a line", file=sys.stderr)
         bar.update()
     assert "9/10 [00:00<?" in terminal.getvalue() and "\ra line\n" in terminal.getvalue()
     shown = terminal.getvalue()

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from calm_transformers.command_line import need
-from calm_transformers.files import unfinished
+from calm_transformers.command_line import require_package
+from calm_transformers.files import atomic_write
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -17,7 +17,7 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 def write_json(path: Path | None, content: Any) -> None:
     """Nothing where no path is given."""
     if path is not None:
-        with unfinished(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -28,7 +28,7 @@ def picture_of(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[An
     Raises:
         InputError: matplotlib is missing.
     """
-    need("matplotlib", "eval", "a picture")
+    require_package("matplotlib", "eval", "a picture")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,6 +36,6 @@ def picture_of(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[An
 
     figure, axes = plt.subplots(*subplots, **{"layout": "constrained", **settings})
     yield figure, axes
-    with unfinished(path) as aside:
+    with atomic_write(path) as aside:
         figure.savefig(aside, dpi=120, bbox_inches="tight", format=path.suffix[1:])
     plt.close(figure)

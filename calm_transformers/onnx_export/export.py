@@ -36,9 +36,17 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig
 
-from calm_transformers.command_line import InputError, Parser, command, first_line, known_errors, need, positive
+from calm_transformers.command_line import (
+    InputError,
+    Parser,
+    command,
+    first_line,
+    known_errors,
+    positive,
+    require_package,
+)
 from calm_transformers.files import new_folder
-from calm_transformers.loading import check_tokenizer, load_tokenizer, load_whole, reading
+from calm_transformers.loading import check_tokenizer, load_checked, load_tokenizer, reading
 from calm_transformers.model import heads_calm_diffusion, heads_calm_flow
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import (
@@ -395,13 +403,13 @@ def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
     if (head_type := config.get("head_type", "energy")) not in NOISE_LAWS:
         raise InputError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
     for package in PACKAGES:
-        need(package, "onnx", "calm export")
+        require_package(package, "onnx", "calm export")
     onnx: Any = importlib.import_module("onnx")
     most = onnx.defs.onnx_opset_version()
     if opset is not None and not LEAST_OPSET <= opset <= most:
         raise InputError(f"--opset {opset}: must be at least {LEAST_OPSET}, and at most the installed onnx's {most}.")
     tokenizer = load_tokenizer(name)
-    model = load_whole(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
+    model = load_checked(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
     if rotation not in FIXED_ROTATIONS:  # of others, a row's depends on the longest one
         raise InputError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")

@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, listen
-from calm_transformers.files import unfinished
+from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors
+from calm_transformers.files import atomic_write
 from calm_transformers.loading import is_calm, load_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.configuration_calm import TRANSFORMERS
 from calm_transformers.pages.app_page import Writer, create_page, launch
@@ -98,7 +98,7 @@ def serve(options) -> None:
     """Loads the models and shows the page until the process is told to stop."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError('the page needs gradio: pip install "calm-transformers[app]".')
-    with known_errors(OSError), listen(options.host, options.port) as listening:
+    with known_errors(OSError), bind_socket(options.host, options.port) as listening:
         port = listening.getsockname()[1]  # known to be free before models are loaded
     writers = load_writers(options.model, options.baseline, options.device)
     page = create_page(writers)
@@ -137,7 +137,7 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         raise InputError(f"--space {folder}: is not empty; name a new folder.")
     if not folder.absolute().parent.is_dir():
         raise InputError(f"--space {folder}: the folder that it would be in does not exist.")
-    with unfinished(folder.absolute()) as aside:
+    with atomic_write(folder.absolute()) as aside:
         aside.mkdir()
         sources = {"model": model, "baseline": baseline}
         inside = {name: put_model(source, aside / name) for name, source in sources.items() if source}
