@@ -1,7 +1,4 @@
-"""Reads the weights of published repositories and writes safetensors files, one tensor at a time.
-
-So memory holds one tensor, not the model.
-"""
+"""Reads the weights of published repositories and writes safetensors files, with one tensor in memory at a time."""
 
 import json
 import pickle
@@ -45,7 +42,7 @@ class WeightsFile:
     def _map(self) -> None:
         self._mapped, self._bytes_read = mmap_tensors(self.path), 0
 
-    def list(self) -> list["StoredTensor"]:
+    def stored_tensors(self) -> list["StoredTensor"]:
         return [StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._mapped.items()]
 
     def read(self, name: str) -> torch.Tensor:
@@ -126,10 +123,10 @@ class Repository:
     """
 
     def __init__(self, id_or_folder: str, content: str):
-        self.folder = get_folder(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"], content)
+        self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"], content)
         self.is_on_hub = not Path(id_or_folder).is_dir()
         if self.is_on_hub and not any(self.folder.glob("*.safetensors")):
-            self.folder = get_folder(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"], content)
+            self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"], content)
         self.name = id_or_folder if self.is_on_hub else self.folder.resolve().name
         self.config_path = self.folder / "config.json"
         if not self.config_path.is_file():
@@ -137,7 +134,7 @@ class Repository:
         self.config = read_json(self.config_path)
         self.weights, files = find_weight_files(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
-        for stored in (stored for path in files for stored in WeightsFile(path).list()):
+        for stored in (stored for path in files for stored in WeightsFile(path).stored_tensors()):
             if stored.name in self.tensors:
                 raise InputError(f"The {stored} is in {self.tensors[stored.name].file.path} too.")
             self.tensors[stored.name] = stored
@@ -161,7 +158,7 @@ class Repository:
         return max(layers) + 1, layers[max(layers)]
 
 
-def get_folder(id_or_folder: str, patterns: list[str], content: str) -> Path:
+def fetch(id_or_folder: str, patterns: list[str], content: str) -> Path:
     """Returns the folder itself, or the local snapshot of a Hub repository's matching files.
 
     Raises:

@@ -2,7 +2,7 @@
 
     calm convert --calm ID_OR_DIR --autoencoder ID_OR_DIR --output DIR
 
-The published weights are two sources without code, a language model and its autoencoder. The bundle holds both in
+The published weights are two repositories without code, a language model and its autoencoder. The bundle holds both in
 one model.safetensors, with configuration, code, tokenizer and model card, so that `transformers` loads it with
 trust_remote_code=True.
 
@@ -21,13 +21,7 @@ from transformers import PretrainedConfig
 
 from calm_transformers.command_line import InputError, Parser, command, first_line, known_errors
 from calm_transformers.conversion.bundle_files import TOKENIZER_FILES, write_supporting_files
-from calm_transformers.conversion.checkpoint_files import (
-    DTYPES,
-    Repository,
-    StoredTensor,
-    get_folder,
-    write_safetensors,
-)
+from calm_transformers.conversion.checkpoint_files import DTYPES, Repository, StoredTensor, fetch, write_safetensors
 from calm_transformers.files import new_folder
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -188,14 +182,14 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
     """Returns the bundle's configuration, and the model's tensor shapes (name → shape).
 
     Raises:
-        InputError: config.json contradicts the tensors, or the two sources don't match.
+        InputError: config.json contradicts the tensors, or the two repositories don't match.
     """
     inferred, nested_inferred = infer_language_model_fields(language_model), infer_autoencoder_fields(autoencoder)
     for field in ("patch_size", "latent_size", "vocab_size"):
         (value, stored), (nested_value, nested_stored) = inferred[field], nested_inferred[field]
         if value != nested_value:
             raise InputError(
-                f"The sources are no pair: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
+                f"The repositories are no pair: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
             )
     fields = merge_config_fields(language_model, inferred, CALMConfig)
     nested_fields = merge_config_fields(autoencoder, nested_inferred, CALMAutoencoderConfig)
@@ -285,7 +279,7 @@ def convert(
         sources_of = assign_sources(*pair, shapes)
         dtypes = (source.dtype for stored in sources_of.values() for source in stored)
         config.dtype = written_dtype = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, dtypes)
-        tokenizer_folder = get_folder(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else pair[0].folder
+        tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else pair[0].folder
         write_supporting_files(folder, name or output.absolute().name, config, tokenizer_folder, *pair)
         weights = folder / "model.safetensors"
         write_safetensors(weights, shapes, written_dtype, lambda key: read_merged(sources_of[key], written_dtype))
