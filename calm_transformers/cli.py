@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 
 from calm_transformers.command_line import InputError, command
 
@@ -20,10 +19,7 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
     "evaluate calibration": ("evaluation.calibration", "BrierLM and cross-entropy of a run's checkpoints"),
     "evaluate ranking": ("evaluation.ranking", "how often a score ranks the true text first"),
     "evaluate invented_words": ("evaluation.invented_words", "words that don't occur in the training text"),
-    "evaluate prompt_alignment": (
-        "evaluation.prompt_alignment",
-        "cost of prompts not divisible by the patch size",
-    ),
+    "evaluate prompt_alignment": ("evaluation.prompt_alignment", "cost of prompts not divisible by patch size"),
     "evaluate plot": ("evaluation.plot", "learning curves of a run"),
     "bench generation": ("benchmarks.generation", "tokens/s compared with a Llama"),
     "bench serving": ("benchmarks.serving", "tokens/s by the number of clients"),
@@ -33,11 +29,6 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
     "bench speed": ("benchmarks.speed", "the speed tables of the docs"),
     "experiments": ("experiments.__main__", "the paper's tables at small scale"),
 }
-
-
-def load_main(name: str) -> Callable[[list[str]], int]:
-    """Imports a subcommand's module and returns its `main`."""
-    return importlib.import_module(f"calm_transformers.{COMMANDS[name][0]}").main
 
 
 def format_usage(group: str = "") -> str:
@@ -54,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     for length in (1, 2):
         if (name := " ".join(words[:length])) in COMMANDS:
-            return load_main(name)(words[length:])
+            return importlib.import_module(f"calm_transformers.{COMMANDS[name][0]}").main(words[length:])
     groups = {name.partition(" ")[0] for name in COMMANDS}
     group = words[0] if words and words[0] in groups else ""
     rest = words[1:] if group else words

@@ -94,16 +94,7 @@ def utf8(text: str) -> str:
 
 
 def require_package(package: str, extra: str, what: str) -> None:
-    """Checks that an optional package is installed.
-
-    Args:
-        package: import name.
-        extra: the extra in setup.cfg that installs it.
-        what: what needs the package, the subject of the message.
-
-    Raises:
-        InputError: the package is missing.
-    """
+    """Raises InputError, whose subject is `what`, unless a package of an `extra` in setup.cfg is installed."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f'{what} needs {package}: pip install "calm-transformers[{extra}]".')
 

@@ -79,7 +79,7 @@ def load_checked(load, name: str | Path, **settings) -> Any:
     mismatches = {
         "lack": info["missing_keys"],
         "have another shape for": [key for key, *_ in info["mismatched_keys"]],
-        "hold what the model has no place for:": unexpected,
+        "include unexpected": unexpected,
     }
     for verb, keys in mismatches.items():
         if keys:
@@ -128,20 +128,16 @@ def load_config(name: str) -> PretrainedConfig:
         ValueError: there is no configuration or it has no model_type, or an adapter names no base model.
     """
     with format_load_errors(name):
-        return _read_config(name)
-
-
-def _read_config(name: str) -> PretrainedConfig:
-    fields, _ = PretrainedConfig.get_config_dict(name)
-    if not fields and (adapter := find_adapter_config_file(name)):
-        name = _base_model_name(name, Path(adapter))
         fields, _ = PretrainedConfig.get_config_dict(name)
-    try:
-        return AutoConfig.from_pretrained(name)
-    except ValueError as error:
-        if "model_type" in fields or not str(error).startswith("Unrecognized model"):
-            raise
-        raise ValueError(f"{name}: its config.json names no model_type.") from error  # upstream's lists every type
+        if not fields and (adapter := find_adapter_config_file(name)):
+            name = _base_model_name(name, Path(adapter))
+            fields, _ = PretrainedConfig.get_config_dict(name)
+        try:
+            return AutoConfig.from_pretrained(name)
+        except ValueError as error:
+            if "model_type" in fields or not str(error).startswith("Unrecognized model"):
+                raise
+            raise ValueError(f"{name}: its config.json names no model_type.") from error  # upstream's lists all types
 
 
 def _base_model_name(name: str, adapter: Path) -> str:

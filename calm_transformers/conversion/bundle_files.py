@@ -66,7 +66,7 @@ def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
+        raise InputError(f"{path} is not a tokenizer: {first_line(error)}") from None
     assert config.pad_token_id is not None, "a conversion requires one"
     if tokenizer.id_to_token(config.pad_token_id) is None:
         tokenizer.add_special_tokens(["[PAD]"])

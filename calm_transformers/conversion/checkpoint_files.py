@@ -168,12 +168,12 @@ def fetch(id_or_folder: str, patterns: list[str], content: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or is_missing_folder(id_or_folder):
-        raise InputError(f"{id_or_folder} is no folder: name the one that holds the {content}, or a Hub id.")
+        raise InputError(f"{id_or_folder} is not a folder: name the folder with the {content}, or a Hub id.")
     try:
         return Path(snapshot_download(id_or_folder, allow_patterns=patterns))
     except Exception as error:  # the client's exceptions differ between its versions
         raise InputError(
-            f"{id_or_folder} is no folder, and no Hub repository within reach, that holds the {content}: "
+            f"{id_or_folder} is neither a folder nor a reachable Hub repository with the {content}: "
             f"{first_line(error)}"
         ) from None
 

@@ -189,7 +189,7 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
         (value, stored), (nested_value, nested_stored) = inferred[field], nested_inferred[field]
         if value != nested_value:
             raise InputError(
-                f"The repositories are no pair: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
+                f"The repositories don't match: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
             )
     fields = merge_config_fields(language_model, inferred, CALMConfig)
     nested_fields = merge_config_fields(autoencoder, nested_inferred, CALMAutoencoderConfig)
@@ -199,7 +199,7 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
             model = CALMForCausalLM(config)
     except Exception as error:  # an invalid configuration raises many types
         paths = f"{language_model.config_path} and {autoencoder.config_path}"
-        raise InputError(f"{paths} make no model: {error}") from None
+        raise InputError(f"{paths} define no valid model: {error}") from None
     return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in TIED}
 
 
@@ -223,7 +223,7 @@ def assign_sources(language_model: Repository, autoencoder: Repository, shapes: 
         for stored in repository.tensors.values():
             targets = map_name(stored.name, mapping)
             if not targets or not sources_of.keys() >= set(targets):
-                raise InputError(f"The model has no place for the {stored}.")
+                raise InputError(f"Unexpected {stored}: the model has no such tensor.")
             for target, source in zip(targets, stored.split_columns(len(targets)), strict=True):
                 if source.shape != shapes[target]:
                     raise InputError(f"The {stored} does not fit {target}, which is {shapes[target]}.")
@@ -306,9 +306,8 @@ def main(argv: list[str] | None = None) -> None:
         "--push_to_hub", "--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository"
     )
     args = parser.parse_args(argv)
-    name = args.push_to_hub or args.output.absolute().name
     with known_errors(InputError, OSError):
-        convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, name)
+        convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, args.push_to_hub or "")
         if args.push_to_hub:
             push_to_hub(args.output, args.push_to_hub)
     print(f"Wrote {args.output}.")

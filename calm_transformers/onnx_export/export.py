@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,10 +254,11 @@ def traceable(head: GenerativeHead) -> Iterator[None]:
         for index in range(len(times_T)):
             yield [tuple(values[index] for values in layer) for layer in all_times]
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(heads_calm_flow, "solver_times", lambda *_: times))
-        stack.enter_context(mock.patch.object(heads_calm_diffusion, "diffusion_schedule", lambda *_: schedule))
-        stack.enter_context(mock.patch.object(ModulatedMLP, "precompute_modulation", precompute_modulation))
+    with (
+        mock.patch.object(heads_calm_flow, "solver_times", lambda *_: times),
+        mock.patch.object(heads_calm_diffusion, "diffusion_schedule", lambda *_: schedule),
+        mock.patch.object(ModulatedMLP, "precompute_modulation", precompute_modulation),
+    ):
         yield
 
 

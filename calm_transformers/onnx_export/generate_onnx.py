@@ -74,7 +74,7 @@ class Sampling(NamedTuple):
             raise InputError(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be a share, in [0, 1].")
+                raise InputError(f"{name}={getattr(self, name)}: must be a fraction in [0, 1].")
         exponent = inverse_temperature(self.temperature)
         if self.num_candidates < exponent:
             least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
