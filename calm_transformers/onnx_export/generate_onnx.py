@@ -6,7 +6,7 @@ In an exported folder this file is generate.py.
 From Python, with FOLDER in `sys.path`:
 
     from generate import ExportedCALM, Randomness
-    for piece in ExportedCALM("FOLDER").generate_text("Once upon a time", 40, Randomness(seed=0), temperature=0.5): ...
+    for part in ExportedCALM("FOLDER").generate_text("Once upon a time", 40, Randomness(seed=0), temperature=0.5): ...
 
 A step reads a patch of K tokens, samples N latent vectors for the next one, decodes them, and chooses one of the
 distinct patches, filtered by top-k, top-p and min-p, with the weights of the paper's Algorithm 2, extended to every T.
