@@ -1,8 +1,8 @@
-"""What all commands share: how options are read, and one sentence on stderr with exit code 2 for what is wrong.
+"""What all commands share: option parsing, and user errors as one line on stderr with exit code 2.
 
 @command
 def main(argv: list[str] | None = None) -> int | None:
-    options = parse(argv)
+    options = parser.parse_args(argv)
     with known_errors():
         text = read(options.text)
     ...
@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-WRONG = 2  # exit code for what the user can put right, as argparse's own
-INTERRUPTED, CLOSED = 130, 141  # as shells say of Ctrl-C and of a closed pipe
+EXIT_INPUT_ERROR = 2  # the code of argparse
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # the codes of shells for SIGINT and SIGPIPE
 
 
 class InputError(ValueError):
-    """What the caller can put right (an option, a file, a missing package), in one sentence.
+    """An error that the user can fix (an option, a file, a missing package), in one sentence.
 
-    PyTorch puts the traceback before what a worker of a DataLoader raises: it is left out again.
+    The traceback that PyTorch puts before an error of a DataLoader worker is cut off.
     """
 
     def __init__(self, message: str):
@@ -35,10 +35,10 @@ class InputError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` without abbreviations, that keeps the lines of its description.
+    """An `ArgumentParser` that allows no abbreviations and keeps the line breaks of its description.
 
     Args:
-        prog: the command as one types it.
+        prog: the command as typed.
         description: usually the module's docstring.
 
     Raises:
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def writable(path: str) -> Path:
-    """For `type=` of an option that names a file to write: refused before any work where it can be none."""
+    """Checks the path of an output file, before any work is done; an argparse `type=`."""
     if not Path(path).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: its folder does not exist.")
     if Path(path).is_dir():
@@ -63,52 +63,46 @@ def writable(path: str) -> Path:
 
 
 def picture(path: str) -> Path:
-    """For `type=` of an option that names a picture to write, in a format that matplotlib has."""
+    """Checks the path of an output image, whose format matplotlib must support; an argparse `type=`."""
     if Path(path).suffix not in (".png", ".svg", ".pdf", ".jpg"):
         raise argparse.ArgumentTypeError(f"{path}: a picture ends with .png, .svg, .pdf or .jpg.")
     return writable(path)
 
 
 def positive(text: str) -> int:
-    """For `type=` of an option that says how many."""
+    """Parses a positive integer; an argparse `type=`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1.")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """For `type=` of a seed, in the range that every generator of random numbers takes."""
+    """Parses a seed, an integer in the range that every random number generator accepts; an argparse `type=`."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 0 to 2**32 - 1.")
     return int(text)
 
 
-def utf8(word: str) -> str:
-    """For `type=` of an option that a model reads: refused where the terminal sent other bytes than UTF-8."""
+def utf8(text: str) -> str:
+    """Checks that the terminal sent valid UTF-8, for text that a model reads; an argparse `type=`."""
     try:
-        word.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         hint = "send UTF-8, in a locale of UTF-8"
-        raise argparse.ArgumentTypeError(f"{word!r}: is no text at character {error.start + 1}; {hint}.") from None
-    return word
+        raise argparse.ArgumentTypeError(f"{text!r}: is no text at character {error.start + 1}; {hint}.") from None
+    return text
 
 
-def need(package: str, extra: str, what: str) -> None:
-    """Raises `InputError` where an optional package is missing.
-
-    Args:
-        package: name that is imported.
-        extra: of setup.cfg, which installs it.
-        what: that needs it, the subject of the message.
-    """
+def require_package(package: str, extra: str, what: str) -> None:
+    """Raises InputError, whose subject is `what`, unless a package of an `extra` in setup.cfg is installed."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f'{what} needs {package}: pip install "calm-transformers[{extra}]".')
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """`main`, which from now on returns an exit code: its own, 0 for None, or after one line on stderr 2 for a
-    `InputError` and 130 for Ctrl-C. Characters that the terminal can't show are escaped, and a reader that closes
-    stdout, as `head` does, ends it without a word."""
+    """Decorates a `main` to return an exit code: its own, or 0 for None; 2 for InputError and 130 for Ctrl-C, with one
+    line on stderr; 141 silently if the reader of stdout closed the pipe. Characters that the terminal can't show are
+    escaped."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -121,34 +115,34 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return code
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            return WRONG
+            return EXIT_INPUT_ERROR
         except KeyboardInterrupt:
             print("error: interrupted.", file=sys.stderr)
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
-            return CLOSED
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+            return EXIT_BROKEN_PIPE
 
     return run
 
 
 @contextmanager
 def known_errors(*types: type[Exception]) -> Iterator[None]:
-    """Turns errors of these types, or without any of all types, into a `InputError`.
+    """Converts errors of these types, or by default every Exception, to `InputError`.
 
-    All types where files, options and the environment are read, whose libraries raise whatever they like. In a
-    computation such an error is a fault of ours, whose traceback tells more than its message.
+    The default suits code that reads files, options and the environment, whose libraries raise many types. In
+    computations an unexpected error is a bug, and its traceback is worth more than its message.
     """
     try:
         yield
     except InputError:
         raise
     except types or (Exception,) as error:  # noqa: B030
-        raise InputError(sentence(error)) from error
+        raise InputError(format_error(error)) from error
 
 
-def sentence(error: BaseException) -> str:
-    """One line that says what is wrong; of an error of the operating system, with the file."""
+def format_error(error: BaseException) -> str:
+    """Returns an error's message on one line, with the file name for errors of the operating system."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
@@ -158,17 +152,17 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound before the model is loaded, so that a port in use is known at once.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Returns a bound socket; called before the model is loaded, so that a port in use is reported at once.
 
     Raises:
-        OSError: it can't be bound.
+        OSError: host or port can't be bound.
     """
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
+        bound.bind((host, port))
     except Exception as error:  # OverflowError of a port, TypeError of a host
-        listening.close()
+        bound.close()
         raise OSError(f"{host}:{port} can't be listened on ({getattr(error, 'strerror', None) or error})") from None
-    return listening
+    return bound

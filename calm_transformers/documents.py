@@ -23,7 +23,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from calm_transformers.command_line import InputError, need
+from calm_transformers.command_line import InputError, require_package
 from calm_transformers.progress import progress_bar, shows_bars
 
 FORMATS = (".txt", ".jsonl", ".parquet")
@@ -108,7 +108,7 @@ def _decompressed(path: Path, file: BinaryIO) -> Iterable[bytes]:
 
 def _zst_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """Frame by frame, for the library's own reader takes a cut file for whole."""
-    need("zstandard", "train", str(path))
+    require_package("zstandard", "train", str(path))
     import zstandard
 
     decompressor, frame, rest = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW), None, b""
@@ -210,7 +210,7 @@ def _no_column(where, text_column: str, columns: Iterable[str]) -> InputError:
 
 
 def _read_parquet(path, text_column, bad_lines, bar):
-    need("pyarrow", "train", path)
+    require_package("pyarrow", "train", path)
     import pyarrow
     import pyarrow.parquet
 
@@ -266,7 +266,7 @@ def read_hub_dataset(
 
 def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
     """A split of a Hub data set, or of a folder that holds one."""
-    need("datasets", extra, "a Hub data set")
+    require_package("datasets", extra, "a Hub data set")
     import datasets
 
     if not shows_bars():

@@ -1,4 +1,4 @@
-"""Writes files and folders so that a half-written one never stands under its name."""
+"""Writes files and folders atomically: a partially written one never has the final name."""
 
 import os
 import shutil
@@ -10,30 +10,31 @@ from filelock import FileLock, Timeout
 
 from calm_transformers.command_line import InputError
 
-UNFINISHED = ".unfinished"
+TEMPORARY_SUFFIX = ".unfinished"
 
 
 @contextmanager
-def unfinished(path: str | Path) -> Iterator[Path]:
-    """Yields a free path beside `path` for a file or folder, renamed to `path` if the block ends without an error and
-    removed if not; what a killed process left there is removed first.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, for a file or folder; renames it to `path` on success, else removes it.
+
+    A temporary file left behind by a killed process is removed first.
 
     Raises:
-        InputError: another process is writing it.
+        InputError: another process is writing `path`.
     """
     path = Path(path)
-    aside = path.with_name(path.name + UNFINISHED)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)  # which the system releases when a process dies
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)  # released by the system when a process dies
     try:
         lock.acquire()
     except Timeout:
         raise InputError(f"{path} is being written by another process: wait for it, or name another.") from None
     try:
-        _remove(aside)
-        yield aside
-        os.replace(aside, path)
+        _remove(temporary)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        _remove(aside)
+        _remove(temporary)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
@@ -47,11 +48,11 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yields a folder to write to, which becomes `output` at the end, and is removed where anything fails.
+    """Yields a temporary folder that is renamed to `output` on success and removed on any error.
 
     Raises:
-        InputError: `output` is there, and no empty folder.
-        OSError: the disk is full or cannot be written to; it names a file or the folder.
+        InputError: `output` exists and is not an empty folder.
+        OSError: the disk is full or not writable; the error names a file or the folder.
     """
     output = output.absolute()
     if not output.parent.is_dir():
@@ -59,7 +60,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists already and is not an empty folder.")
     try:
-        with unfinished(output) as folder:
+        with atomic_write(output) as folder:
             folder.mkdir()
             yield folder
     except OSError as error:

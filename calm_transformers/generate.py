@@ -1,4 +1,4 @@
-"""Continues a text with a CALM, streamed to the terminal: `calm generate . "Once upon a time"`."""
+"""Continues a prompt with a CALM and streams the text to the terminal: `calm generate . "Once upon a time"`."""
 
 import sys
 
@@ -6,7 +6,7 @@ import transformers
 from transformers import TextStreamer, pipeline, set_seed
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8
-from calm_transformers.loading import check_length, reading
+from calm_transformers.loading import check_length, format_load_errors
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_weights import check_temperature
 
@@ -14,20 +14,20 @@ from calm_transformers.model.generation_calm_weights import check_temperature
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm generate", __doc__)
-    story = "Once upon a time, there was a little girl named Lily."
+    default_prompt = "Once upon a time, there was a little girl named Lily."
     parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("prompt", nargs="?", type=utf8, default=story)
-    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 2]; the lower, the surer")
+    parser.add_argument("prompt", nargs="?", type=utf8, default=default_prompt)
+    parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 2]; default: 0.5")
     parser.add_argument("--max_new_tokens", type=positive, default=160)
     parser.add_argument("--seed", type=natural, default=0)
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     with known_errors():
         check_temperature(options.temperature)
-        with reading(options.model):
+        with format_load_errors(options.model):
             generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
-        stated = generator.model.generation_config
-        PatchSampling.from_generation_config(stated, do_sample=True, temperature=options.temperature)  # or refuses it
+        config = generator.model.generation_config
+        PatchSampling.from_generation_config(config, do_sample=True, temperature=options.temperature)  # checks it
         assert generator.tokenizer is not None, "a pipeline of this task has one"
         if generator.model.config.model_type != "calm":
             raise ValueError(f"{options.model} is no CALM.")

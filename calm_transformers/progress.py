@@ -1,9 +1,7 @@
-"""Progress bars of long work: tqdm's and those of transformers, on stderr where that is a terminal.
+"""Progress bars, tqdm's and those of transformers, shown on stderr only if it is a terminal and only by rank 0.
 
-    for batch in progress_bar(batches, "BrierLM", "batch"):
-        ...
-
-Of the processes that torchrun starts, the first one alone shows bars.
+for batch in progress_bar(batches, "BrierLM", "batch"):
+    ...
 """
 
 import os
@@ -20,27 +18,29 @@ def shows_bars() -> bool:
 
 
 def hide_upstream_bars() -> None:
-    """Turns off the bars of transformers, which don't ask for a terminal, where ours aren't shown either."""
+    """Disables transformers' progress bars, which don't check for a terminal, if ours aren't shown either."""
     if not shows_bars():
         logging.disable_progress_bar()
 
 
-def progress_bar(work: Iterable | None, what: str, unit: str, total: float | None = None, done: int = 0) -> tqdm:
-    """A bar over `work`, or with `None` one that the caller updates and closes, as by `with`.
+def progress_bar(
+    iterable: Iterable | None, description: str, unit: str, total: float | None = None, initial: int = 0
+) -> tqdm:
+    """Returns a progress bar over `iterable`; without one, the caller updates and closes it (use `with`).
 
     Args:
-        work: iterated over.
-        what: is being done; stands before the bar.
-        unit: of what is counted, in the singular; "B" are bytes, written as kB, MB, GB.
-        total: how many there are; by default the length of `work`, if it has one.
-        done: how many an earlier run did, which count for neither rate nor time left.
+        iterable: the items.
+        description: shown before the bar.
+        unit: name of one item, in the singular; "B" (bytes) is scaled to kB, MB, GB.
+        total: number of items, by default the length of `iterable`.
+        initial: number of items done by an earlier run, left out of the rate and the time left.
     """
     hidden, scaled = not shows_bars(), unit == "B"
-    return tqdm(work, desc=what, unit=unit, unit_scale=scaled, total=total, initial=done, disable=hidden)
+    return tqdm(iterable, desc=description, unit=unit, unit_scale=scaled, total=total, initial=initial, disable=hidden)
 
 
-def say(line: str, file: TextIO | None = None) -> None:
-    """Prints a line, to stdout by default, above the bar that may be there."""
+def print_above_bars(line: str, file: TextIO | None = None) -> None:
+    """Prints a line, to stdout by default, above any progress bar."""
     stream = sys.stdout if file is None else file
     tqdm.write(line, file=stream)
     stream.flush()

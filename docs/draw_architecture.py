@@ -24,8 +24,8 @@ def box(axes, x, y, width, height, text, color, size=10, text_color="white"):
 
 
 def arrow(axes, start, end, style="-", color="#444444"):
-    look = {"arrowstyle": "-|>", "lw": 1.4, "ls": style, "color": color}
-    axes.annotate("", end, start, arrowprops=look, zorder=1)
+    arrow_style = {"arrowstyle": "-|>", "lw": 1.4, "ls": style, "color": color}
+    axes.annotate("", end, start, arrowprops=arrow_style, zorder=1)
 
 
 def draw() -> Figure:
@@ -36,8 +36,8 @@ def draw() -> Figure:
         box(axes, x, 1.2, 2.8, 0.6, "K embeddings → 1 input", BACKBONE)
         box(axes, x, 3.3, 2.8, 0.6, "generative head + noise", HEAD)
         box(axes, x, 4.35, 2.8, 0.6, "decoder (frozen)", AUTOENCODER)
-        following = PATCHES[column + 1] if column + 1 < len(PATCHES) else "·Lily.·She·loved"
-        box(axes, x, 5.4, 2.8, 0.6, following, TEXT, 11, "#222222")
+        next_patch = PATCHES[column + 1] if column + 1 < len(PATCHES) else "·Lily.·She·loved"
+        box(axes, x, 5.4, 2.8, 0.6, next_patch, TEXT, 11, "#222222")
         middle = x + 1.4
         for low, high in [(0.8, 1.2), (1.8, 2.2), (2.85, 3.3), (3.9, 4.35), (4.95, 5.4)]:
             arrow(axes, (middle, low), (middle, high))

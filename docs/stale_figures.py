@@ -1,4 +1,4 @@
-"""Lists the figures in README and docs that are older than the bundled weights: `python docs/stale_figures.py`."""
+"""Lists figures in README and docs measured with other than the bundled weights: `python docs/stale_figures.py`."""
 
 import hashlib
 import sys
@@ -16,14 +16,14 @@ DIGITS = 12
 
 @dataclass(frozen=True)
 class Figures:
-    """What one command prints of the bundled model, as a document quotes it.
+    """Results of one command on the bundled model that a document quotes.
 
     Args:
-        what: in words.
-        document: relative to the repository's root.
-        quotes: as they stand in it, but for line breaks.
-        command: prints them; named beside them.
-        weights: the first digits of the SHA-256 of the weights that they were measured at.
+        what: description.
+        document: path relative to the repository's root.
+        quotes: the quoted text, up to line breaks.
+        command: the command that prints them.
+        weights: first digits of the SHA-256 of the measured weights.
     """
 
     what: str
@@ -43,13 +43,13 @@ def digits_of(weights: Path) -> str:
 
 
 def stale(figures: list[Figures], weights: str) -> list[str]:
-    """A line for each that was measured at other weights."""
+    """Returns a line for each entry that was measured with other weights."""
     return [f"{f.document}: {f.what}, measured at {f.weights}: {f.command}" for f in figures if f.weights != weights]
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """1 where there are any."""
+    """Returns 1 if there are stale figures, else 0."""
     Parser("python docs/stale_figures.py", __doc__).parse_args(argv)
     weights = digits_of(WEIGHTS)
     lines = stale(all_figures(), weights)

@@ -1,6 +1,6 @@
-"""Prints how heavy the project is, and what it may weigh at most: `python docs/weight.py`.
+"""Prints size metrics of the project and their limits: `python docs/weight.py`.
 
-With `--check` it ends with code 1 where a figure is above its limit. Times are given by who measured them.
+With `--check` the exit code is 1 if a metric exceeds its limit. Times are passed as options.
 """
 
 import ast
@@ -20,15 +20,15 @@ from calm_transformers.training.train import main as train
 ROOT = Path(__file__).parents[1]
 MODEL_FILES = [Path(file) for file in code_files()]
 UNWANTED = ("subprocess", "pickle", "multiprocessing")
-Calls = dict[str, set[str]]  # file, relative to the root → functions of it that ran
+Calls = dict[str, set[str]]  # file, relative to the root → its functions that ran
 
 
 class Reached(BaseException):
-    """Ends a traced call at the function that was waited for."""
+    """Stops a traced call when it enters the function `until`."""
 
 
 def trace(call, until: str | None = None) -> tuple[Calls, set[str]]:
-    """Runs `call` and returns our functions that ran, and the files on the stack when `until` was entered."""
+    """Runs `call`; returns the project's functions that ran, and the files on the stack when `until` was entered."""
     ran: Calls = {}
     stack: set[str] = set()
 
@@ -63,7 +63,7 @@ def trace(call, until: str | None = None) -> tuple[Calls, set[str]]:
 
 
 def patch_path() -> tuple[int, int]:
-    """Files and functions of ours that run when the demo model writes one patch, at T = 1."""
+    """Counts the project's files and functions that run when the demo model generates one patch at T = 1."""
     model = CALMForCausalLM.from_pretrained(ROOT)
     prompt = torch.tensor([[1, 5, 6, 7]])
     settings = {"do_sample": True, "temperature": 1.0, "max_new_tokens": model.config.patch_size}
@@ -72,7 +72,7 @@ def patch_path() -> tuple[int, int]:
 
 
 def loss_path() -> list[str]:
-    """Files from `calm train calm` to the loss: of text and training those that run, of the model the call stack's."""
+    """Returns the files from `calm train calm` to the loss: the text and training code, and the model's call stack."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("Once upon a time there was a little girl.\n" * 400, encoding="utf-8")
@@ -98,7 +98,7 @@ def lines(paths) -> int:
 
 
 def figures(test_minutes: float | None, ci_minutes: float | None) -> list[tuple[str, float, float | None]]:
-    """Name, figure and limit of each."""
+    """Returns name, value and limit of each metric."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     code = [ROOT / name for name in tracked if name.endswith(".py") and (ROOT / name).is_file()]
     tests = [path for path in code if path.is_relative_to(ROOT / "tests")]
@@ -125,9 +125,9 @@ def figures(test_minutes: float | None, ci_minutes: float | None) -> list[tuple[
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python docs/weight.py", __doc__)
-    parser.add_argument("--check", action="store_true", help="end with code 1 where a figure is above its limit")
-    parser.add_argument("--test_minutes", type=float, help="what make test took")
-    parser.add_argument("--ci_minutes", type=float, help="what all of .ci/run took")
+    parser.add_argument("--check", action="store_true", help="exit with code 1 if a metric exceeds its limit")
+    parser.add_argument("--test_minutes", type=float, help="duration of make test")
+    parser.add_argument("--ci_minutes", type=float, help="duration of .ci/run")
     options = parser.parse_args(argv)
     logging.set_verbosity_error()
     rows = figures(options.test_minutes, options.ci_minutes)

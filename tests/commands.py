@@ -1,4 +1,4 @@
-"""Every command, and how it refuses: code 2, nothing but one line "error: …" on stderr."""
+"""All commands, and a check of their error messages: code 2 and one line "error: …" on stderr."""
 
 import ast
 import importlib.util
@@ -9,28 +9,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"it/s\]")  # upstream's bars while a model loads
-STARTS = '\nif __name__ == "__main__":'
+RUNS = '\nif __name__ == "__main__":'
 PACKAGE = ROOT / "calm_transformers"
-# As cli.py has them, which isn't imported: the tests of fresh processes import this file.
+# Parsed from cli.py without importing it, for tests in fresh processes.
 CLI = ast.literal_eval(
     next(node.value for node in ast.parse((PACKAGE / "cli.py").read_text()).body if isinstance(node, ast.Assign))
 )
 
 
-def name_of(path: Path) -> str:
-    """A module's name; of a script of docs/, which is not installed, its path with dots."""
+def module_name(path: Path) -> str:
+    """Returns a file's module name; for a script in docs/, which is not installed, its path with dots."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def commands() -> dict[str, str]:
-    """Module → how one types it, of every module that runs."""
+    """Returns the command line of every runnable module, by module name."""
     typed = {f"calm_transformers.{module}": f"calm {name}" for name, (module, _) in CLI.items()}
     found = {}
     for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.py")]):
-        if STARTS in path.read_text(encoding="utf-8") and path.stem != "cli":
-            name = name_of(path)
+        if RUNS in path.read_text(encoding="utf-8") and path.stem != "cli":
+            name = module_name(path)
             script = path.relative_to(ROOT) if path.parent.name == "docs" else path.name
-            is_script = path.parent.name == "docs" or path.stem == "generate_onnx"  # which is copied elsewhere
+            is_script = path.parent.name == "docs" or path.stem == "generate_onnx"  # it is copied to exported folders
             found[name] = f"python {script}" if is_script else typed.get(name, f"python -m {name}")
     return found
 
@@ -38,7 +38,7 @@ def commands() -> dict[str, str]:
 COMMANDS = commands()
 MODULES = [
     *(f"calm_transformers.model.{path.stem}" for path in sorted(ROOT.glob("*_calm*.py"))),
-    *(name_of(path) for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in ("__init__", "__main__")),
+    *(module_name(path) for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in ("__init__", "__main__")),
 ]
 
 
@@ -53,7 +53,7 @@ def main_of(module: str) -> Callable[[list[str]], int]:
 
 
 def refusal(capsys, main: Callable, *argv) -> str:
-    """The line without "error: ". Whatever was printed before counts for nothing, and so do upstream's bars."""
+    """Runs a command that must fail and returns its error line without "error: "; ignores upstream's progress bars."""
     capsys.readouterr()
     code = main([str(word) for word in argv])
     printed = capsys.readouterr().err

@@ -1,8 +1,7 @@
-"""What holds for every test: one thread a process, and a GPU only for the tests that are marked `gpu`.
+"""Settings and fixtures of all tests: one thread per process, and a GPU only for tests marked `gpu`.
 
-Two pytest workers share the machine, so each, and every process that a test starts, computes on one thread. The tests
-compare a CPU's numbers, so a GPU is hidden from them and from the commands that they start; `pytest -m gpu` runs those
-that need one, one after another (`make test-gpu`).
+Two pytest workers share the machine, so each process computes on one thread. Most tests compare CPU results, so GPUs
+are hidden from them and the commands they start; `pytest -m gpu` (`make test-gpu`) runs those that need one.
 """
 
 import os
@@ -14,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_configure(config):
-    """Before any test file imports torch, which looks for a GPU once."""
+    """Hides GPUs before any test file imports torch, which looks for them once."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -34,13 +33,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def needs(found: object, what: str):
-    """Marks a test to be skipped where a program is missing. In CI, where all are installed, it runs, and so fails."""
+    """Returns a mark that skips a test if a program is missing, except in CI, where the test then fails."""
     return pytest.mark.skipif(not found and "CI" not in os.environ, reason=f"{what} is not installed")
 
 
 @pytest.fixture(scope="session")
 def hub():
-    """A Hub on loopback, empty at first; each test pushes to repositories of its own."""
+    """A Hub on loopback, initially empty; each test pushes to its own repositories."""
     from hub_server import HubServer
 
     with HubServer() as server:
@@ -49,7 +48,7 @@ def hub():
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
-    """Fields that name a corpus, and a tokenizer and an autoencoder trained on it. Copied by what changes them."""
+    """Recipe fields with a corpus, and a tokenizer and autoencoder trained on it; copy them to change them."""
     from training_helpers import make_workshop
 
     return make_workshop(tmp_path_factory.mktemp("workshop"))
@@ -57,7 +56,7 @@ def workshop(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def workshop_of_one_more_token(tmp_path_factory):
-    """The same, beside a Llama's tokenizer that lacks the last token (see llama_workshop.py)."""
+    """A workshop with a Llama whose tokenizer lacks the last token (see llama_workshop.py)."""
     from llama_workshop import make_workshop_of_one_more_token
 
     return make_workshop_of_one_more_token(tmp_path_factory.mktemp("llama"))
@@ -65,7 +64,7 @@ def workshop_of_one_more_token(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A tiny model and a tokenizer with a chat template. Copied by what changes them."""
+    """A tiny model and a tokenizer with a chat template; copy the folder to change it."""
     from server_process import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
@@ -73,7 +72,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Tiny models, each with a tokenizer, and a text, for the evaluations (see evaluation_folder.py)."""
+    """Tiny models with tokenizers, and a text, for evaluations (see evaluation_folder.py)."""
     from evaluation_folder import make_folder
 
     return make_folder(tmp_path_factory.mktemp("evaluation"))
@@ -89,26 +88,17 @@ def demo(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def server(tiny_folder, tmp_path_factory):
-    """A process that serves the tiny model, of 4 rows and 4 texts that may wait."""
+    """A process that serves the tiny model with at most 4 running and 4 waiting requests."""
     from server_process import running_server
 
-    options = (
-        "--model_name",
-        "tiny",
-        "--max_rows",
-        "4",
-        "--max_waiting",
-        "4",
-        "--allow_origin",
-        "http://page.example",
-    )
+    options = "--model_name tiny --max_rows 4 --max_waiting 4 --allow_origin http://page.example".split()
     with running_server(tiny_folder, tmp_path_factory.mktemp("server"), *options) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def api(tiny_folder):
-    """A client of the same application in this process, whose bodies may have 20,000 bytes."""
+    """A client of the same application in this process, with request bodies of at most 20,000 bytes."""
     from server_process import in_process
 
     with in_process(tiny_folder, max_rows=4, max_waiting=4, max_draws=1000) as client:
@@ -117,7 +107,7 @@ def api(tiny_folder):
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory):
-    """A browser; a test sets its width, and opens pages of its own."""
+    """A headless browser; each test sets its width and opens its own pages."""
     from browser import headless_browser
 
     with headless_browser(tmp_path_factory.mktemp("profile")) as driver:

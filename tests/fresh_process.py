@@ -1,7 +1,6 @@
-"""Calls a function of a test file in a fresh Python process that has a Hugging Face home of its own.
+"""Calls a function of a test file in a fresh Python process with its own Hugging Face home.
 
-Loading with `trust_remote_code` is tested this way because a process silently keeps the classes that it loaded before:
-only a fresh one shows what a reader gets.
+Loading with `trust_remote_code` is tested this way because a process silently reuses classes that it loaded before.
 """
 
 import inspect
@@ -22,15 +21,15 @@ assert "transformers" not in sys.modules, f"{module} imports transformers: the p
 value = function(**json.loads(arguments))
 open(result, "w", encoding="utf-8").write(json.dumps(value))
 """
-# What upstream prints on stderr whatever the model is. Everything else has something to do with ours.
-NOT_OURS = re.compile(
+# Lines that upstream prints on stderr for any model.
+UPSTREAM_LINES = re.compile(
     r"(it|B)/s\]"  # progress bars
     r"|^Device set to use"  # the pipeline
     r"|`torch_dtype` is deprecated"  # an argument of the model card's snippet
     r"|Passing `generation_config` together with|Both `max_new_tokens`"  # the pipeline of transformers 5.17
     r"|Ignoring clean_up_tokenization_spaces=True"  # the same
-    r"|^Failed to load CPU gemm_4bit_forward"  # bitsandbytes, which peft imports where it is installed
-    r"|^Failed to load \S*/torchao/|^W\d+ .*torch/utils/_pytree\.py"  # torchao, which transformers imports where it is
+    r"|^Failed to load CPU gemm_4bit_forward"  # bitsandbytes, which peft imports if installed
+    r"|^Failed to load \S*/torchao/|^W\d+ .*torch/utils/_pytree\.py"  # torchao, which transformers imports
 )
 
 
@@ -41,18 +40,17 @@ class FreshCall:
 
     @property
     def complaints(self):
-        """The lines on stderr that upstream would not have printed for a model of its own."""
-        return [line for line in re.split(r"[\r\n]+", self.stderr) if line.strip() and not NOT_OURS.search(line)]
+        """The lines on stderr other than those that upstream prints for any model."""
+        return [line for line in re.split(r"[\r\n]+", self.stderr) if line.strip() and not UPSTREAM_LINES.search(line)]
 
 
 def call(function, home, environment=None, **arguments):
     """Runs `function(**arguments)` in a fresh process.
 
     Args:
-        function: one at the top level of a file in this folder that doesn't import transformers; its arguments and
-                result must be JSON values.
-        home: folder that becomes HF_HOME (cache and copied remote code) and the working directory.
-        environment: variables to set; without HF_ENDPOINT in it the process is offline.
+        function: at the top level of a file in this folder that doesn't import transformers; takes and returns JSON.
+        home: HF_HOME (cache and copied remote code) and working directory of the process.
+        environment: variables to set; by default the process is offline.
 
     Raises:
         AssertionError: the process failed; the message holds its stderr.

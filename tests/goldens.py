@@ -1,4 +1,4 @@
-"""The golden checkpoints: tiny repositories in the published layout, and the published implementation's outputs.
+"""Golden checkpoints: tiny repositories in the published layout, with outputs of the published implementation.
 
 The recorded forward passes ran after `torch.manual_seed(FORWARD_SEED)`.
 """
@@ -24,5 +24,5 @@ def golden_tensors(head_type: str) -> dict[str, torch.Tensor]:
 
 @cache
 def golden_model(head_type: str):
-    """The golden checkpoint, converted and loaded; in eval mode, shared by all tests: don't change it."""
+    """Returns the converted golden checkpoint in eval mode; shared by all tests, so don't modify it."""
     return golden.recorded_model(head_type)

@@ -1,7 +1,7 @@
-"""A Hugging Face Hub in one process: the part of its HTTP API that a push and a pull use, on loopback, in memory.
+"""A Hugging Face Hub in memory: the part of its HTTP API that push and pull use, served on loopback.
 
-The real `huggingface_hub` client talks to it when HF_ENDPOINT is `HubServer.url`. Every push is a commit; a revision
-is `main` or a commit id. Every file is a regular one: git-lfs and Xet are the client's own.
+The real `huggingface_hub` client uses it if HF_ENDPOINT is `HubServer.url`. Every push is a commit; a revision is
+`main` or a commit id. All files are regular ones, without git-lfs and Xet.
 """
 
 import base64
@@ -19,7 +19,7 @@ TOKEN = "hf_" + "loopback" * 4
 
 
 class HubError(Exception):
-    """An answer that is not 2xx; `code` becomes X-Error-Code, from which the client chooses its exception."""
+    """A response that is not 2xx; `code` becomes X-Error-Code, which selects the client's exception."""
 
     def __init__(self, status, code, message):
         super().__init__(message)
@@ -39,7 +39,7 @@ class Commit:
 
 
 class Repository:
-    """Commits of one model repository by their ids, and `main`, the last one."""
+    """A model repository: its commits by id, and `main`, the last one."""
 
     def __init__(self):
         self.commits, self.main = {}, None
@@ -57,7 +57,7 @@ class Repository:
 
 
 class HubApi:
-    """One method per endpoint: body and variables of the path → JSON, or bytes and headers."""
+    """Endpoints: each method takes the body and the path's variables and returns JSON, or bytes and headers."""
 
     def __init__(self):
         self.repositories, self.url = {}, None
@@ -149,7 +149,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
                 named = {name: unquote(value) for name, value in match.groupdict().items() if value}
                 with self.server.hub.lock:
                     return endpoint(self.server.hub.api, body, **named)
-        raise HubError(404, "", f"This small Hub has no {self.command} {path}")
+        raise HubError(404, "", f"This Hub doesn't support {self.command} {path}")
 
     def log_message(self, format, *args):
         pass
@@ -174,13 +174,13 @@ class HubServer:
         self.thread.join()
 
     def commits(self, repo):
-        """Its commits, newest first, without the empty one that every repository starts with."""
+        """Yields the commits of a repository, newest first, without the initial empty one."""
         commit = self.api.repositories[repo].main
         while commit.parent is not None:
             yield commit
             commit = commit.parent
 
     def client_environment(self):
-        """Environment variables with which a process talks to this Hub instead of huggingface.co."""
+        """Returns environment variables that make a process use this Hub instead of huggingface.co."""
         hosts = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": hosts}

@@ -1,4 +1,4 @@
-"""A tiny Llama with its tokenizer, and an autoencoder whose tokenizer has one token more."""
+"""A tiny Llama with its tokenizer, and an autoencoder whose tokenizer has one more token."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.recipe import Recipe, load_recipe
 from calm_transformers.training.tokenizer import save_tokenizer
 
-NUM_KNOWN = 300  # tokens of the Llama
+NUM_KNOWN = 300  # vocabulary size of the Llama
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -20,7 +20,7 @@ def make_llama(folder: Path, tokenizer: str | None, dtype=torch.float32, **chang
     llama = LlamaForCausalLM(LlamaConfig(**{**fields, **changes}))
     with torch.no_grad():
         for parameter in llama.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)  # biases and norms that are no constants
+            parameter.add_(torch.randn(parameter.shape) * 0.1)  # so that biases and norms aren't constant
     llama.to(dtype).save_pretrained(folder)
     if tokenizer:
         save_tokenizer(load_tokenizer(tokenizer), folder)
@@ -28,7 +28,7 @@ def make_llama(folder: Path, tokenizer: str | None, dtype=torch.float32, **chang
 
 
 def make_workshop_of_one_more_token(folder: Path) -> dict:
-    """The fields of a CALM's training; its tokenizer is that of the Llama in `theirs`, with another pad token."""
+    """Returns recipe fields of a CALM with the tokenizer of the Llama in `theirs` plus a new pad token."""
     corpus, theirs, ours = str(write_corpus(folder / "corpus.jsonl")), str(folder / "theirs"), str(folder / "ours")
     assert train("tokenizer", train_files=corpus, output_dir=theirs) == 0
     tokenizer = load_tokenizer(theirs)

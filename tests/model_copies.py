@@ -1,6 +1,6 @@
-"""What the copies of a model must have in common, wherever they were saved, pushed or converted to.
+"""Checks that copies of a model, saved, pushed or converted, agree in code, weights and output.
 
-Functions here run in fresh processes, so transformers is imported inside them.
+The functions run in fresh processes, so they import transformers themselves.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Everything that modeling_calm.py needs, and nothing else, travels with the weights.
+# The files saved with the weights: modeling_calm.py and all that it imports.
 CODE_FILES = {
     "configuration_calm.py",
     "kernels_calm.py",
@@ -16,7 +16,7 @@ CODE_FILES = {
     "modeling_calm_autoencoder.py",
     *(f"heads_calm{part}.py" for part in ("", "_diffusion", "_energy", "_flow", "_token_chain")),
     *(f"generation_calm{part}.py" for part in ("", "_candidates", "_compiled", "_randomness", "_rules", "_samplers")),
-    *(f"generation_calm{part}.py" for part in ("_texts", "_upstream", "_virtual_tokens", "_weights")),
+    *(f"generation_calm{part}.py" for part in ("_sequences", "_upstream", "_virtual_tokens", "_weights")),
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",
@@ -27,7 +27,7 @@ PROMPT = "The key to life is"
 
 
 def code_digests(folder):
-    """File name → sha256 of each Python file in a folder, but the __init__.py that transformers puts beside them."""
+    """Returns the sha256 of each Python file in a folder by name, except the __init__.py that transformers adds."""
     files = sorted(Path(folder).glob("*.py"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.name != "__init__.py"}
 
@@ -46,7 +46,7 @@ def weights_digest(model):
 
 
 def sample_text(model, tokenizer):
-    """A text sampled at T = 0.5 with a fixed seed."""
+    """Returns a text sampled at T = 0.5 with a fixed seed."""
     import torch
 
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def sample_text(model, tokenizer):
 
 
 def run_snippet(folder):
-    """In a fresh process: the model card's snippet; its text, and where and in what it was computed."""
+    """In a fresh process: runs the model card's snippet; returns its text, device and dtype."""
     import torch
     from transformers import pipeline
 
@@ -70,7 +70,7 @@ def run_snippet(folder):
 
 
 def load_every_way(folder, copy):
-    """In a fresh process: loads a repository in every way, says what came out, and saves it in `copy`."""
+    """In a fresh process: loads a repository in every way, saves it in `copy`, and returns what was loaded."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -93,25 +93,25 @@ def load_every_way(folder, copy):
 
 
 def assert_carries_its_code(folder):
-    """The folder's code is the root's, and its config.json names classes in it, not in the place it came from."""
+    """Checks that the folder's code is the root's, and that auto_map names classes in this folder."""
     assert code_digests(folder) == root_code(), f"{folder} lacks code files, holds others, or they differ"
     assert json.loads((Path(folder) / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
-def text_of_a_batcher(folder):
-    """In a fresh process: the ids that a model writes that was loaded with the code in its folder."""
+def generate_by_batcher(folder):
+    """In a fresh process: loads a model with the code in its folder; returns the ids that a Batcher generates."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
-    from calm_transformers.serving.batcher import Batcher  # which registers the package's own classes
+    from calm_transformers.serving.batcher import Batcher  # registers the package's own classes
 
     with Batcher(model) as batcher:
         return batcher.submit([1, 40], seed=7, max_new_tokens=20).result().tokens
 
 
-def loaded_by_auto_model(folder, ids):
-    """In a fresh process: the class, and the ids that it gives back."""
+def reconstruct_by_auto_model(folder, ids):
+    """In a fresh process: loads an autoencoder with AutoModel; returns its class and the reconstructed ids."""
     import torch
     from transformers import AutoModel
 

@@ -1,4 +1,4 @@
-"""Writes published-layout repositories for tests: the golden ones, changed as a test wants them."""
+"""Writes repositories in the published layout: copies of the golden ones, modified by tests."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FIXTURES = Path(__file__).parent / "fixtures"
-# Beside the code, in a bundle and in what a model and its tokenizer push.
+# Files besides code in a bundle, and in a repository to which a model and its tokenizer were pushed.
 BUNDLE_FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
 BUNDLE_FILES |= {"tokenizer_config.json"}
 LAYOUTS = ("bin", "safetensors", "sharded bin", "sharded safetensors")
@@ -19,7 +19,7 @@ class PublishedRepository:
     """A copy of a golden repository; change `config` and `tensors`, then `write` it again."""
 
     def __init__(self, golden: str, folder: Path):
-        """golden: "energy_k4/calm" and the like."""
+        """Copies a golden repository, for example "energy_k4/calm", to `folder`."""
         self.folder = folder
         shutil.copytree(FIXTURES / golden, folder)
         self.config = json.loads((folder / "config.json").read_text())
@@ -29,7 +29,7 @@ class PublishedRepository:
 
     @property
     def weights(self) -> Path:
-        """The one file of the weights."""
+        """The single weight file."""
         return next(path for path in self.folder.iterdir() if path.suffix in (".bin", ".safetensors"))
 
     def write(self, layout: str = "bin"):
@@ -37,7 +37,7 @@ class PublishedRepository:
             path.unlink()
         (self.folder / "config.json").write_text(json.dumps(self.config))
         save, name = (save_file, "model.safetensors") if "safetensors" in layout else (torch.save, "pytorch_model.bin")
-        # safetensors stores no two tensors that share memory; published .bin files do share theirs.
+        # safetensors refuses tensors that share memory, as those of the published .bin files do.
         tensors = {key: t.clone() for key, t in self.tensors.items()} if "safetensors" in layout else self.tensors
         if "sharded" not in layout:
             save(tensors, self.folder / name)
@@ -51,7 +51,7 @@ class PublishedRepository:
 
 
 def write_tokenizer(folder: Path, size: int = 95) -> None:
-    """A tokenizer.json of `size` tokens: <unk>, <s> 1, </s> 2 and single bytes."""
+    """Writes a tokenizer.json of `size` tokens: <unk>, <s> (1), </s> (2) and single bytes."""
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {token: number for number, token in enumerate(tokens[:size])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))

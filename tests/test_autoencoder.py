@@ -6,7 +6,7 @@ import re
 import fresh_process
 import pytest
 import torch
-from model_copies import ROOT, loaded_by_auto_model
+from model_copies import ROOT, reconstruct_by_auto_model
 from tiny import VOCAB_SIZE, tiny_model
 
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
@@ -185,7 +185,7 @@ def test_a_folder_of_its_own_loads_by_auto_model(tmp_path):
     model, ids = tiny_model().autoencoder, [[1, 5, 6, 7, 8, 9, 10, 11]]
     model.save_pretrained(tmp_path / "autoencoder")
     name, decoded = fresh_process.call(
-        loaded_by_auto_model, tmp_path / "home", folder=str(tmp_path / "autoencoder"), ids=ids
+        reconstruct_by_auto_model, tmp_path / "home", folder=str(tmp_path / "autoencoder"), ids=ids
     ).result
     with torch.no_grad():
         expected = model.decode_tokens(model.encode(torch.tensor(ids))[0])

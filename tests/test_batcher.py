@@ -334,5 +334,5 @@ def test_its_model_may_have_an_adapter(model):
 def test_a_model_with_the_code_of_its_folder_writes_the_same(tmp_path):
     exact_model().save_pretrained(tmp_path / "model")
     folder = str(tmp_path / "model")
-    tokens = fresh_process.call(model_copies.text_of_a_batcher, tmp_path / "home", folder=folder).result
+    tokens = fresh_process.call(model_copies.generate_by_batcher, tmp_path / "home", folder=folder).result
     assert tokens == alone(CALMForCausalLM.from_pretrained(folder), [BOS, 40], 7, max_new_tokens=20)

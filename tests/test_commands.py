@@ -1,4 +1,4 @@
-"""Every command speaks one dialect: `--help` ends well, what is wrong is one line "error: …" on stderr and code 2."""
+"""All commands: `--help` succeeds; a user's error is one line "error: …" on stderr and exit code 2."""
 
 import contextlib
 import functools
@@ -14,13 +14,13 @@ from commands import CLI, COMMANDS, ROOT, main_of, refusal
 from tiny import tiny_model, tiny_tokenizer
 
 from calm_transformers import cli
-from calm_transformers.command_line import CLOSED, WRONG, InputError, Parser, command, known_errors
+from calm_transformers.command_line import EXIT_BROKEN_PIPE, InputError, Parser, command, known_errors
 from calm_transformers.loading import load_causal_lm
 
 NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]
-WRONG_PATHS = {  # modules of the package, and scripts of docs/
-    "pages.app": [NOWHERE, "--space", "{tmp}"],  # without it gradio is asked for first
+MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments with a path that doesn't exist
+    "pages.app": [NOWHERE, "--space", "{tmp}"],  # without it gradio is required first
     "benchmarks.generation": ["--json", f"{NOWHERE}/rows.json"],
     "benchmarks.gpu": ["--device", "cpu", "--pairs", NOWHERE],
     "benchmarks.operations": ["--shape", NOWHERE],
@@ -34,7 +34,7 @@ WRONG_PATHS = {  # modules of the package, and scripts of docs/
     "evaluation.ranking": ["--model", NOWHERE, "--data", NOWHERE],
     "pages.inspect_text": [NOWHERE],
     "generate": [NOWHERE],
-    "docs.draw_architecture": [NOWHERE],  # these read no file that one names
+    "docs.draw_architecture": [NOWHERE],  # these take no path
     "docs.stale_figures": [NOWHERE],
     "docs.weight": [NOWHERE],
     "evaluation.autoencoder_report": ["--model", NOWHERE, *DATA[:2]],
@@ -44,7 +44,7 @@ WRONG_PATHS = {  # modules of the package, and scripts of docs/
     "evaluation.plot": [NOWHERE],
     "evaluation.prompt_alignment": ["--model", NOWHERE, *DATA[:2]],
     "experiments.__main__": ["--corpus", NOWHERE, "--output", "{tmp}"],
-    # It makes folders, but not in a file.
+    # It creates folders, but can't in a file.
     "experiments.language": ["--output", f"/dev/null/{NOWHERE}"],
     "experiments.replacements": ["--model", NOWHERE, "--language", NOWHERE],
     "experiments.share": ["--model", NOWHERE, "--language", NOWHERE],
@@ -54,12 +54,12 @@ WRONG_PATHS = {  # modules of the package, and scripts of docs/
     "training.tokenize": ["--recipe", "demo-backbone", *TOKENIZER],
     "training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
 }
-WRONG_PATHS = {n if n.startswith("docs.") else f"calm_transformers.{n}": it for n, it in WRONG_PATHS.items()}
-# Of the others one needs an option, before which none that is unknown is told.
-WITHOUT_OPTIONS = {f"calm_transformers.benchmarks.{name}" for name in ("generation", "truncation")}
-WITHOUT_OPTIONS |= {name for name in WRONG_PATHS if name.startswith("docs.")}
+MISSING_PATHS = {n if n.startswith("docs.") else f"calm_transformers.{n}": it for n, it in MISSING_PATHS.items()}
+# The others have a required option, whose absence would be reported first.
+WITHOUT_REQUIRED = {f"calm_transformers.benchmarks.{name}" for name in ("generation", "truncation")}
+WITHOUT_REQUIRED |= {name for name in MISSING_PATHS if name.startswith("docs.")}
 TAKES_A_MODEL = {f"calm_transformers.{n}" for n in ("pages.inspect_text", "serving.serve", "onnx_export.export")}
-LOADS_A_MODEL = [name for name, words in WRONG_PATHS.items() if "--model" in words or name in TAKES_A_MODEL]
+LOADS_A_MODEL = [name for name, words in MISSING_PATHS.items() if "--model" in words or name in TAKES_A_MODEL]
 
 
 @pytest.fixture(params=COMMANDS)
@@ -77,45 +77,45 @@ def help_of(module: str) -> str:
     return printed.getvalue()
 
 
-def test_help_begins_with_the_command_as_one_types_it_and_options_have_underscores(module):
+def test_help_begins_with_the_command_as_typed_and_options_have_underscores(module):
     assert " ".join(help_of(module).split()).startswith(f"usage: {COMMANDS[module]} ")
     options = set(re.findall(r"--[a-z][\w-]*", help_of(module)))
     assert {option for option in options if "-" in option[2:]} <= {"--push-to-hub"}
 
 
 def test_an_unknown_option_is_one_line(module, capsys):
-    required = [] if module in WITHOUT_OPTIONS else WRONG_PATHS[module]
+    required = [] if module in WITHOUT_REQUIRED else MISSING_PATHS[module]
     assert "no_such_option" in refusal(capsys, main_of(module), *required, "--no_such_option", "1")
 
 
-def test_a_path_that_is_not_there_is_one_line_that_names_it(module, capsys, tmp_path):
-    words = [word.format(tmp=tmp_path / "new") for word in WRONG_PATHS[module]]
+def test_a_missing_path_is_named_in_one_line(module, capsys, tmp_path):
+    words = [word.format(tmp=tmp_path / "new") for word in MISSING_PATHS[module]]
     assert NOWHERE.strip("./") in refusal(capsys, main_of(module), *words)
     assert not (tmp_path / "new").exists()
 
 
-def test_only_what_is_known_becomes_a_line(capsys):
+def test_only_known_errors_become_one_line(capsys):
     @command
     def main(argv: list[str]) -> None:
         Parser("python x.py", "Does nothing.").parse_args(argv)
         with known_errors(KeyError):
-            raise ValueError("a fault of ours")
+            raise ValueError("a bug")
 
-    assert main(["--odd"]) == WRONG == 2
+    assert main(["--odd"]) == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --odd (see python x.py --help).\n"
-    with pytest.raises(ValueError, match="a fault of ours"):
+    with pytest.raises(ValueError, match="a bug"):
         main([])
 
 
-def cut_short(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
 DAMAGES = {
     "no config.json": ("config.json", Path.unlink),
-    "a half of config.json": ("config.json", lambda path: path.write_text('{"model_type": "calm", ')),
-    "a deep config.json": ("config.json", lambda path: path.write_text(100_000 * "[")),
-    "weights cut short": ("model.safetensors", cut_short),
+    "half of config.json": ("config.json", lambda path: path.write_text('{"model_type": "calm", ')),
+    "a deeply nested config.json": ("config.json", lambda path: path.write_text(100_000 * "[")),
+    "truncated weights": ("model.safetensors", truncate),
     "no weights": ("model.safetensors", Path.unlink),
 }
 
@@ -130,45 +130,45 @@ def damaged(request, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", DAMAGES, indirect=True)
-def test_what_loads_a_model_names_the_damaged_folder(damaged):
+def test_loading_names_a_damaged_folder(damaged):
     with pytest.raises(ValueError, match=re.escape(str(damaged))):
         load_causal_lm(str(damaged))
 
 
-@pytest.mark.parametrize("damaged", ["weights cut short"], indirect=True)
+@pytest.mark.parametrize("damaged", ["truncated weights"], indirect=True)
 @pytest.mark.parametrize("module", LOADS_A_MODEL)
-def test_a_damaged_model_is_one_line_that_names_it(module, damaged, capsys, tmp_path, monkeypatch):
+def test_a_damaged_model_is_named_in_one_line(module, damaged, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if module == "calm_transformers.onnx_export.export":
         pytest.importorskip("onnx")
-    words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(damaged)) for word in WRONG_PATHS[module]]
+    words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(damaged)) for word in MISSING_PATHS[module]]
     assert str(damaged) in refusal(capsys, main_of(module), *words)
 
 
 COUNTS = "block_size batch_size max_positions max_patches prompts num_texts max_new_tokens num_candidates".split()
 COUNTS += "steps prompt_length output_length repetitions rounds tokens tokens_before num_samples num_pairs".split()
-WRONG_NUMBERS = {"seed": ("-1", "4294967296", "1.5"), **{name: ("0", "-1", "1.5") for name in COUNTS}}
+INVALID_NUMBERS = {"seed": ("-1", "4294967296", "1.5"), **{name: ("0", "-1", "1.5") for name in COUNTS}}
 
 
-def test_a_seed_or_a_count_that_makes_no_sense_is_one_line(module, capsys):
-    options = set(re.findall(r"--([a-z]\w*)", help_of(module))) & WRONG_NUMBERS.keys()
-    if module.endswith("generate_onnx"):  # whose seeds are numpy's
+def test_an_invalid_seed_or_count_is_one_line(module, capsys):
+    options = set(re.findall(r"--([a-z]\w*)", help_of(module))) & INVALID_NUMBERS.keys()
+    if module.endswith("generate_onnx"):  # numpy's seeds have another range
         options.discard("seed")
     for name in options:
-        for value in WRONG_NUMBERS[name]:
-            assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *WRONG_PATHS[module])
+        for value in INVALID_NUMBERS[name]:
+            assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *MISSING_PATHS[module])
 
 
 @pytest.mark.parametrize("name", ["brier_lm", "calibration", "autoencoder_report", "plot"])
-def test_a_picture_of_no_format_is_one_line(name, capsys):
+def test_an_unsupported_image_format_is_one_line(name, capsys):
     module, option = f"calm_transformers.evaluation.{name}", "--output" if name == "plot" else "--plot"
-    said = refusal(capsys, main_of(module), *WRONG_PATHS[module], option, "x.nope")
-    assert f"{option}: x.nope: a picture" in said
+    message = refusal(capsys, main_of(module), *MISSING_PATHS[module], option, "x.nope")
+    assert f"{option}: x.nope: a picture" in message
 
 
-def test_a_device_that_is_not_there_is_one_line(module, capsys, tmp_path):
-    if module in LOADS_A_MODEL and "--device" in help_of(module):  # the others take a GPU where there is one
-        words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(ROOT)) for word in WRONG_PATHS[module]]
+def test_an_unavailable_device_is_one_line(module, capsys, tmp_path):
+    if module in LOADS_A_MODEL and "--device" in help_of(module):  # the others use a GPU if available
+        words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(ROOT)) for word in MISSING_PATHS[module]]
         assert "--device cuda: " in refusal(capsys, main_of(module), *words, "--device", "cuda")
 
 
@@ -185,12 +185,12 @@ sys.exit(main())
 """
 
 
-def test_a_pipe_that_is_closed_ends_a_command_without_a_word_and_a_terminal_that_is_not_utf_8_gets_escapes():
+def test_a_closed_pipe_ends_a_command_silently_and_a_terminal_without_utf_8_gets_escapes():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}}
     run = subprocess.Popen([sys.executable, "-c", PRINTS], cwd=ROOT, **pipes)
     assert run.stdout.readline() == b"caf\\xe9 \\u4e2d\n"
     run.stdout.close()
-    assert (run.stderr.read(), run.wait(30)) == (b"", CLOSED)
+    assert (run.stderr.read(), run.wait(30)) == (b"", EXIT_BROKEN_PIPE)
 
 
 INVENTED = "evaluation.invented_words", ["--model", ".", "--text", ".", "--prompt"]
@@ -198,11 +198,11 @@ INVENTED = "evaluation.invented_words", ["--model", ".", "--text", ".", "--promp
 
 @pytest.mark.parametrize("module, words", [("pages.inspect_text", ["."]), ("generate", ["."]), INVENTED])
 def test_a_prompt_that_is_not_utf_8_is_one_line(module, words, capsys):
-    said = refusal(capsys, main_of(f"calm_transformers.{module}"), *words, "caf\udcff")
-    assert r"'caf\udcff': is no text at character 4" in said
+    message = refusal(capsys, main_of(f"calm_transformers.{module}"), *words, "caf\udcff")
+    assert r"'caf\udcff': is no text at character 4" in message
 
 
-def test_an_error_of_several_lines_is_one():
+def test_a_multi_line_error_becomes_one_line():
     with pytest.raises(InputError, match="^one two three$"), known_errors(ValueError):
         raise ValueError("one\n  two\n\nthree")
 

@@ -1,4 +1,4 @@
-"""convert_checkpoint.py: what it reads, what it refuses, and what it writes. Its numbers are test_goldens.py's."""
+"""Conversion of checkpoints: files read and written, and errors. test_goldens.py checks the numbers."""
 
 import errno
 import json
@@ -21,8 +21,8 @@ from calm_transformers.model.configuration_calm import CALMConfig
 COPIES = ("mlp_generator.", "generative_head.", "ae_model.")  # prefixes of tensors that are stored twice
 
 
-class Workshop:
-    """A published pair in a folder of its own, and the command on it."""
+class ConversionSetup:
+    """A published language model and autoencoder in their own folder, and the command that converts them."""
 
     def __init__(self, folder: Path, capsys, head_type: str = "energy"):
         self.folder, self.capsys = folder, capsys
@@ -42,13 +42,13 @@ class Workshop:
         )
 
     def convert(self, *more: str) -> dict[str, torch.Tensor]:
-        """Converts, which must succeed, and returns the weights written."""
+        """Converts successfully and returns the weights written."""
         code = self.run(*more)
         assert code == 0, self.capsys.readouterr().err
         return load_file(self.output / "model.safetensors")
 
-    def refuse(self, *mentions: object, more: tuple[str, ...] = (), code: int = 2) -> None:
-        """Converts, which must fail as promised: exit code, one sentence with `mentions`, nothing left behind."""
+    def fail(self, *mentions: object, more: tuple[str, ...] = (), code: int = 2) -> None:
+        """Checks that converting fails with the exit code and one line with `mentions`, and leaves no files."""
         before = sorted(self.folder.rglob("*"))
         assert self.run(*more) == code
         message = self.capsys.readouterr().err
@@ -62,22 +62,22 @@ class Workshop:
 
 
 @pytest.fixture
-def shop(tmp_path, capsys):
-    return Workshop(tmp_path, capsys)
+def setup(tmp_path, capsys):
+    return ConversionSetup(tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A workshop whose pair was converted without options, for tests that only read."""
-    shop = Workshop(tmp_path_factory.mktemp("converted"), None)
-    assert shop.run() == 0
-    return shop
+    """A setup after a conversion without options, for tests that only read."""
+    setup = ConversionSetup(tmp_path_factory.mktemp("converted"), None)
+    assert setup.run() == 0
+    return setup
 
 
 # The bundle
 
 
-def test_a_bundle_is_complete_and_fields_that_published_configs_lack_get_the_published_values(converted):
+def test_a_bundle_is_complete_and_missing_config_fields_get_the_published_values(converted):
     assert {path.name for path in converted.output.iterdir()} == CODE_FILES | BUNDLE_FILES
     config = converted.config()
     nested = config["autoencoder_config"]
@@ -92,48 +92,48 @@ def test_a_bundle_is_complete_and_fields_that_published_configs_lack_get_the_pub
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_what_the_tensors_say_need_not_stand_in_config_json(tmp_path, capsys, head_type):
-    shop = Workshop(tmp_path, capsys, head_type)
+def test_fields_missing_in_config_json_are_inferred_from_tensors(tmp_path, capsys, head_type):
+    setup = ConversionSetup(tmp_path, capsys, head_type)
     shared = {"vocab_size": 96, "patch_size": 4, "latent_size": 16}
     sizes = shared | {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_mlp_layers": 2}
     nested = shared | {"hidden_size": 32, "intermediate_size": 64, "num_encoder_layers": 2, "num_decoder_layers": 2}
-    for source, fields in ((shop.calm, [*sizes, "noise_size", "beta", "architectures"]), (shop.autoencoder, nested)):
+    for source, fields in ((setup.calm, [*sizes, "noise_size", "beta", "architectures"]), (setup.autoencoder, nested)):
         source.config = {name: value for name, value in source.config.items() if name not in fields}
-    shop.write()
-    shop.convert()
-    config = CALMConfig.from_pretrained(shop.output)
+    setup.write()
+    setup.convert()
+    config = CALMConfig.from_pretrained(setup.output)
     assert config.head_type == head_type and (head_type != "energy" or config.noise_size == 8)
     assert {name: getattr(config, name) for name in sizes} == sizes
     assert {name: getattr(config.autoencoder_config, name) for name in nested} == nested
 
 
-def test_the_model_card_names_its_sources_and_no_path(shop):
-    shop.convert("--dtype", "bfloat16")
-    card = (shop.output / "README.md").read_text()
+def test_the_model_card_names_its_sources_and_no_path(setup):
+    setup.convert("--dtype", "bfloat16")
+    card = (setup.output / "README.md").read_text()
     front, text = card.removeprefix("---\n").split("\n---\n", 1)
     assert "library_name: transformers" in front and "pipeline_tag: text-generation" in front
     assert "base_model" not in front  # a folder is no repository of the Hub
     assert "`calm`" in text and "`autoencoder`" in text and "bfloat16" in text and '"energy"' in text
     assert 'model="bundle"' in text and '"The key to life is", max_new_tokens=20, do_sample=True' in text
-    assert "icence" in text and str(shop.folder) not in card and "{" not in card
+    assert "icence" in text and str(setup.folder) not in card and "{" not in card
 
 
 # Weights
 
 
-@pytest.mark.parametrize("layout, left_out", [*((layout, None) for layout in LAYOUTS), *(("bin", x) for x in COPIES)])
-def test_every_file_layout_and_what_is_stored_once_gives_the_same_bundle(shop, converted, layout, left_out):
-    if left_out is not None:
-        shop.calm.tensors = {name: t for name, t in shop.calm.tensors.items() if not name.startswith(left_out)}
-    shop.write(layout)
-    if layout == "safetensors":  # which go before pickles
-        (shop.calm.folder / "pytorch_model.bin").write_bytes(b"not looked at")
-    weights, expected = shop.convert(), load_file(converted.output / "model.safetensors")
+@pytest.mark.parametrize("layout, omitted", [*((layout, None) for layout in LAYOUTS), *(("bin", x) for x in COPIES)])
+def test_every_file_layout_and_omitted_copies_give_the_same_bundle(setup, converted, layout, omitted):
+    if omitted is not None:
+        setup.calm.tensors = {name: t for name, t in setup.calm.tensors.items() if not name.startswith(omitted)}
+    setup.write(layout)
+    if layout == "safetensors":  # takes precedence over pickles
+        (setup.calm.folder / "pytorch_model.bin").write_bytes(b"not read")
+    weights, expected = setup.convert(), load_file(converted.output / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
-def test_an_energy_block_is_cut_in_two_and_what_is_tied_or_repeated_is_written_once(converted):
+def test_an_energy_block_is_split_and_tied_or_repeated_tensors_are_written_once(converted):
     weights = load_file(converted.output / "model.safetensors")
     published = converted.calm.tensors["mlp_generator.mlp_blocks.1.linears.0.weight"]
     assert torch.equal(weights["head.blocks.1.sample_proj.weight"], published[:, :48])
@@ -152,19 +152,19 @@ def test_an_energy_block_is_cut_in_two_and_what_is_tied_or_repeated_is_written_o
         ("float32", "float32", True, "bfloat16", "bfloat16"),
     ],
 )
-def test_the_widest_published_type_or_the_one_asked_for_is_written(shop, calm, autoencoder, has_copy, option, written):
-    """Of a tensor that both files hold, the wider copy counts; they are compared in the narrower type."""
-    for source, dtype in ((shop.calm, calm), (shop.autoencoder, autoencoder)):
+def test_the_widest_published_or_the_requested_dtype_is_written(setup, calm, autoencoder, has_copy, option, written):
+    """Of two copies of a tensor the wider is written; they are compared in the narrower dtype."""
+    for source, dtype in ((setup.calm, calm), (setup.autoencoder, autoencoder)):
         source.tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in source.tensors.items()}
     if not has_copy:
-        shop.calm.tensors = {name: t for name, t in shop.calm.tensors.items() if not name.startswith("ae_model.")}
-    shop.write()
-    weights = shop.convert(*(["--dtype", option] if option else []))
+        setup.calm.tensors = {name: t for name, t in setup.calm.tensors.items() if not name.startswith("ae_model.")}
+    setup.write()
+    weights = setup.convert(*(["--dtype", option] if option else []))
     dtype = getattr(torch, written)
-    assert {tensor.dtype for tensor in weights.values()} == {dtype} and shop.config()["dtype"] == written
-    assert torch.equal(weights["model.norm.weight"], shop.calm.tensors["transformer.norm.weight"].to(dtype))
+    assert {tensor.dtype for tensor in weights.values()} == {dtype} and setup.config()["dtype"] == written
+    assert torch.equal(weights["model.norm.weight"], setup.calm.tensors["transformer.norm.weight"].to(dtype))
     name = "encoder.embed_tokens.weight"
-    copies = [shop.autoencoder.tensors[name], shop.calm.tensors.get(f"ae_model.{name}")][: 1 + has_copy]
+    copies = [setup.autoencoder.tensors[name], setup.calm.tensors.get(f"ae_model.{name}")][: 1 + has_copy]
     widest = max(copies, key=lambda tensor: tensor.dtype.itemsize)
     assert torch.equal(weights[f"autoencoder.{name}"], widest.to(dtype))
 
@@ -175,21 +175,21 @@ def peak_memory():
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's resettable peak memory")
-def test_peak_memory_stays_below_the_file_written(shop, monkeypatch):
+def test_peak_memory_stays_below_the_file_written(setup, monkeypatch):
     monkeypatch.setattr("calm_transformers.conversion.checkpoint_files.REMAP_BYTES", 2**22)
     mlp = {"gate_proj": (6144, 48), "up_proj": (6144, 48), "down_proj": (48, 6144)}
-    layer = {name: t for name, t in shop.calm.tensors.items() if name.startswith("transformer.layers.0.")}
+    layer = {name: t for name, t in setup.calm.tensors.items() if name.startswith("transformer.layers.0.")}
     for number in range(26):  # 92 MB of layers of 3.5 MB
         for name, tensor in layer.items():
             shape = mlp.get(name.split(".")[-2], tensor.shape)
-            shop.calm.tensors[name.replace(".0.", f".{number}.", 1)] = torch.rand(shape)
-    shop.calm.config |= {"num_hidden_layers": 26, "intermediate_size": 6144}
-    shop.calm.write()
-    shop.calm.tensors.clear()
+            setup.calm.tensors[name.replace(".0.", f".{number}.", 1)] = torch.rand(shape)
+    setup.calm.config |= {"num_hidden_layers": 26, "intermediate_size": 6144}
+    setup.calm.write()
+    setup.calm.tensors.clear()
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory()
-    code = shop.run("--dtype", "bfloat16")
-    written = (shop.output / "model.safetensors").stat().st_size
+    code = setup.run("--dtype", "bfloat16")
+    written = (setup.output / "model.safetensors").stat().st_size
     assert code == 0 and written > 40e6
     assert peak_memory() - before < 0.5 * written
 
@@ -208,10 +208,10 @@ def test_the_tokenizer_pads_on_the_left_with_the_models_pad_token(converted):
     assert tokenizer.chat_template is None
 
 
-def test_the_tokenizer_may_stand_elsewhere(shop):
-    (shop.calm.folder / "tokenizer.json").rename(shop.folder / "tokenizer.json")
-    shop.refuse(shop.calm.folder / "tokenizer.json", "--tokenizer")
-    shop.convert("--tokenizer", str(shop.folder))
+def test_the_tokenizer_may_be_in_another_folder(setup):
+    (setup.calm.folder / "tokenizer.json").rename(setup.folder / "tokenizer.json")
+    setup.fail(setup.calm.folder / "tokenizer.json", "--tokenizer")
+    setup.convert("--tokenizer", str(setup.folder))
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -219,23 +219,23 @@ NAMED = json.dumps({"chat_template": [{"name": "default", "template": TEMPLATE}]
 
 
 @pytest.mark.parametrize("name, text", [("chat_template.jinja", TEMPLATE), ("tokenizer_config.json", NAMED)])
-def test_a_chat_template_goes_with_the_tokenizer(shop, name, text):
-    (shop.calm.folder / name).write_text(text)
-    shop.convert()
-    tokenizer = AutoTokenizer.from_pretrained(shop.output, trust_remote_code=True)
+def test_a_chat_template_is_copied_with_the_tokenizer(setup, name, text):
+    (setup.calm.folder / name).write_text(text)
+    setup.convert()
+    tokenizer = AutoTokenizer.from_pretrained(setup.output, trust_remote_code=True)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
-def test_a_tokenizer_that_is_not_the_models_is_refused(shop):
-    write_tokenizer(shop.calm.folder, size=97)
-    shop.refuse(shop.calm.folder / "tokenizer.json", "97 tokens", "96")
-    write_tokenizer(shop.calm.folder, size=90)
-    shop.refuse(shop.calm.folder / "tokenizer.json", "pad_token_id 95")
-    (shop.calm.folder / "tokenizer.json").write_text("{}")
-    shop.refuse(shop.calm.folder / "tokenizer.json")
+def test_a_tokenizer_that_does_not_match_the_model_raises_an_error(setup):
+    write_tokenizer(setup.calm.folder, size=97)
+    setup.fail(setup.calm.folder / "tokenizer.json", "97 tokens", "96")
+    write_tokenizer(setup.calm.folder, size=90)
+    setup.fail(setup.calm.folder / "tokenizer.json", "pad_token_id 95")
+    (setup.calm.folder / "tokenizer.json").write_text("{}")
+    setup.fail(setup.calm.folder / "tokenizer.json")
 
 
-# Pairs that make no model
+# Repositories that don't match
 
 
 def plus(number):
@@ -248,9 +248,9 @@ def with_value(value):
 
 NEEDED = "num_attention_heads max_position_embeddings rope_theta rms_norm_eps hidden_act pad_token_id".split()
 EMBEDDING, BIAS, NO_NUMBER = "embed_tokens.weight", "final_layer.linears.2.bias", "infinite or not numbers"
-REFUSALS = [
-    # whose, which field of its config.json or tensor, what becomes of it (None: it goes), what the sentence names;
-    # {calm} and {autoencoder} are the files of the weights
+ERRORS = [
+    # repository, config field or tensor, new value (None: removed), words of the error message; {calm} and
+    # {autoencoder} are the weight files
     ("calm", "vocab_size", plus(1), ["vocab_size is 97", f"transformer.{EMBEDDING}", "{calm}"]),
     ("calm", "noise_size", plus(1), ["noise_size is", "mlp_generator.noise_embd.weight", "{calm}"]),
     ("calm", "num_mlp_layers", plus(1), ["num_mlp_layers is", "mlp_generator.mlp_blocks.1", "{calm}"]),
@@ -259,7 +259,7 @@ REFUSALS = [
     *(("autoencoder", field, None, [f"config.json lacks {field}"]) for field in NEEDED[3:5]),
     ("calm", "beta", 3.0, ["config.json", "beta=3.0"]),
     *(
-        ("autoencoder", tensor, torch.zeros(shape), ["no pair", field, tensor])
+        ("autoencoder", tensor, torch.zeros(shape), ["don't match", field, tensor])
         for field, tensor, shape in (
             ("patch_size", "encoder.squeeze_layer.weight", (32, 64)),
             ("latent_size", "encoder.hidden_to_latent.weight", (16, 32)),
@@ -267,7 +267,7 @@ REFUSALS = [
         )
     ),
     ("calm", f"transformer.{EMBEDDING}", None, ["lacks the tensor transformer.embed", "{calm}"]),
-    ("calm", "lm_head.weight", torch.zeros(48), ["no place for", "lm_head.weight", "{calm}"]),
+    ("calm", "lm_head.weight", torch.zeros(48), ["Unexpected tensor lm_head.weight", "{calm}"]),
     ("calm", "embed_proj.3.bias", torch.zeros(47), ["embed_proj.3.bias (47,)", "(48,)", "{calm}"]),
     ("calm", "embed_proj.0.weight", torch.zeros(96, 191), ["embed_proj.0.weight", "multiple of 48"]),
     ("calm", f"transformer.{EMBEDDING}", torch.zeros(96), ["embed_tokens", "should be a matrix"]),
@@ -279,83 +279,83 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("repository, name, value, mentions", REFUSALS)
-def test_repositories_that_make_no_model_are_refused(shop, repository, name, value, mentions):
-    source = getattr(shop, repository)
+@pytest.mark.parametrize("repository, name, value, mentions", ERRORS)
+def test_repositories_that_do_not_match_raise_errors(setup, repository, name, value, mentions):
+    source = getattr(setup, repository)
     contents = source.tensors if "." in name or name.endswith("_weight") else source.config
     contents[name] = value(contents[name]) if callable(value) else value
     if value is None:
         del contents[name]
     source.write()
-    places = {"calm": shop.calm.weights, "autoencoder": shop.autoencoder.weights}
-    shop.refuse(*(mention.format(**places) for mention in mentions))
+    files = {"calm": setup.calm.weights, "autoencoder": setup.autoencoder.weights}
+    setup.fail(*(mention.format(**files) for mention in mentions))
 
 
-def test_one_without_a_head_and_values_too_large_for_the_type_are_refused(shop):
-    tensors = shop.calm.tensors
-    shop.calm.tensors = {**tensors, "embed_proj.3.bias": torch.full((48,), 1e6)}
-    shop.calm.write()
-    shop.refuse("embed_proj.3.bias", "float16", more=("--dtype", "float16"))
-    shop.calm.tensors = {name: t for name, t in tensors.items() if not name.startswith(COPIES[:2])}
-    shop.calm.write()
-    shop.refuse(shop.calm.weights, "generative_head.noise_embd.weight")
+def test_a_missing_head_and_values_too_large_for_the_dtype_raise_errors(setup):
+    tensors = setup.calm.tensors
+    setup.calm.tensors = {**tensors, "embed_proj.3.bias": torch.full((48,), 1e6)}
+    setup.calm.write()
+    setup.fail("embed_proj.3.bias", "float16", more=("--dtype", "float16"))
+    setup.calm.tensors = {name: t for name, t in tensors.items() if not name.startswith(COPIES[:2])}
+    setup.calm.write()
+    setup.fail(setup.calm.weights, "generative_head.noise_embd.weight")
 
 
 @pytest.mark.parametrize("repository", ["calm", "autoencoder"])
-def test_a_field_that_is_not_known_is_refused_unless_it_computes_nothing(shop, repository):
-    source = getattr(shop, repository)
+def test_an_unknown_config_field_raises_an_error_unless_it_is_harmless(setup, repository):
+    source = getattr(setup, repository)
     harmless = {"_name_or_path": "x", "torch_dtype": "float32", "id2label": {}, "ae_path": "/x"}
     source.config |= {**harmless, "sliding_window": None}
-    del shop.calm.config["rope_theta"]
-    shop.calm.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}  # as newer versions state it
-    shop.write()
-    shop.convert()
-    assert not harmless.keys() & shop.config().keys() and shop.config()["rope_parameters"]["rope_theta"] == 5e5
-    shop.output = shop.folder / "again"
+    del setup.calm.config["rope_theta"]
+    setup.calm.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}  # as in newer versions
+    setup.write()
+    setup.convert()
+    assert not harmless.keys() & setup.config().keys() and setup.config()["rope_parameters"]["rope_theta"] == 5e5
+    setup.output = setup.folder / "again"
     source.config |= {"attn_logit_softcapping": 50.0, "qk_norm": True}
     source.write()
-    shop.refuse(source.folder / "config.json", "attn_logit_softcapping, qk_norm", "remove")
+    setup.fail(source.folder / "config.json", "attn_logit_softcapping, qk_norm", "remove")
 
 
-def test_a_head_of_no_known_type_is_named(tmp_path, capsys):
-    shop = Workshop(tmp_path, capsys, "flow")
+def test_an_unknown_head_type_raises_an_error(tmp_path, capsys):
+    setup = ConversionSetup(tmp_path, capsys, "flow")
     name = "generative_head.net.final_layer.linear.weight"
-    shop.calm.tensors[name] = torch.zeros(3 * 16, 48)  # flow matching has Z outputs, diffusion 2·Z
-    shop.calm.write()
-    shop.refuse(name, shop.calm.weights)
+    setup.calm.tensors[name] = torch.zeros(3 * 16, 48)  # flow matching has Z outputs, diffusion 2·Z
+    setup.calm.write()
+    setup.fail(name, setup.calm.weights)
 
 
 # Broken files
 
 
 @pytest.mark.parametrize("layout", ["bin", "safetensors"])
-def test_a_truncated_file_is_refused(shop, layout):
-    shop.calm.write(layout)
-    content = shop.calm.weights.read_bytes()
-    for kept in (0, 0.999):
-        shop.calm.weights.write_bytes(content[: int(kept * len(content))])
-        shop.refuse(shop.calm.weights)
+def test_a_truncated_file_raises_an_error(setup, layout):
+    setup.calm.write(layout)
+    content = setup.calm.weights.read_bytes()
+    for fraction in (0, 0.999):
+        setup.calm.weights.write_bytes(content[: int(fraction * len(content))])
+        setup.fail(setup.calm.weights)
 
 
 @pytest.mark.parametrize("member", ["data/3", "data.pkl"])
-def test_a_flipped_bit_that_the_archive_knows_of_is_refused(shop, member):
-    with zipfile.ZipFile(shop.calm.weights) as archive:
+def test_a_wrong_checksum_raises_an_error(setup, member):
+    with zipfile.ZipFile(setup.calm.weights) as archive:
         info = next(info for info in archive.infolist() if info.filename.endswith(f"/{member}"))
         content = archive.read(info)
-    damaged = bytearray(shop.calm.weights.read_bytes())
-    place = damaged.index(content) + (0 if member == "data/3" else damaged[damaged.index(content) :].index(b"bias"))
-    damaged[place] ^= 1
-    shop.calm.weights.write_bytes(damaged)
-    shop.refuse(shop.calm.weights, member)
+    damaged = bytearray(setup.calm.weights.read_bytes())
+    index = damaged.index(content) + (0 if member == "data/3" else damaged[damaged.index(content) :].index(b"bias"))
+    damaged[index] ^= 1
+    setup.calm.weights.write_bytes(damaged)
+    setup.fail(setup.calm.weights, member)
 
 
-def test_an_archive_without_checksums_is_read(shop):
+def test_an_archive_without_checksums_is_read(setup):
     torch.serialization.set_crc32_options(False)
     try:
-        shop.calm.write()
+        setup.calm.write()
     finally:
         torch.serialization.set_crc32_options(True)
-    shop.convert()
+    setup.convert()
 
 
 class Malicious:
@@ -367,73 +367,73 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_malicious_pickle_is_not_executed(shop, zipped):
-    victim = shop.folder / "victim"
-    content = {**shop.calm.tensors, "transformer.norm.weight": Malicious(victim)}
-    torch.save(content, shop.calm.weights, _use_new_zipfile_serialization=zipped)
-    shop.refuse(shop.calm.weights)
+def test_a_malicious_pickle_is_not_executed(setup, zipped):
+    victim = setup.folder / "victim"
+    content = {**setup.calm.tensors, "transformer.norm.weight": Malicious(victim)}
+    torch.save(content, setup.calm.weights, _use_new_zipfile_serialization=zipped)
+    setup.fail(setup.calm.weights)
     assert not victim.exists()
-    torch.load(shop.calm.weights, weights_only=False)  # the attack works where one lets it
+    torch.load(setup.calm.weights, weights_only=False)  # the attack works without our loader
     assert victim.exists()
 
 
-def test_a_pickle_of_something_else_is_refused(shop):
+def test_a_pickle_of_other_objects_raises_an_error(setup):
     for content in ([torch.zeros(3)], {"transformer.norm.weight": [1.0]}, {0: torch.zeros(1)}):
-        torch.save(content, shop.calm.weights)
-        shop.refuse(shop.calm.weights)
+        torch.save(content, setup.calm.weights)
+        setup.fail(setup.calm.weights)
 
 
-def test_missing_files_and_an_index_without_its_map_are_named(shop):
-    shop.calm.write("sharded bin")
-    index = shop.calm.folder / "pytorch_model.bin.index.json"
-    shard = sorted(shop.calm.folder.glob("*.bin"))[0]
+def test_missing_files_and_an_index_without_its_map_are_named(setup):
+    setup.calm.write("sharded bin")
+    index = setup.calm.folder / "pytorch_model.bin.index.json"
+    shard = sorted(setup.calm.folder.glob("*.bin"))[0]
     shard.unlink()
-    shop.refuse(shard, index.name)
+    setup.fail(shard, index.name)
     index.write_text("{}")
-    shop.refuse(index, "weight_map")
-    for path in shop.calm.folder.glob("pytorch_model*"):
+    setup.fail(index, "weight_map")
+    for path in setup.calm.folder.glob("pytorch_model*"):
         path.unlink()
-    shop.refuse(shop.calm.folder, "pytorch_model.bin")
-    (shop.calm.folder / "config.json").write_text("[]")
-    shop.refuse(shop.calm.folder / "config.json")
-    (shop.calm.folder / "config.json").unlink()
-    shop.refuse(shop.calm.folder / "config.json", "does not exist", "holds the language model")
+    setup.fail(setup.calm.folder, "pytorch_model.bin")
+    (setup.calm.folder / "config.json").write_text("[]")
+    setup.fail(setup.calm.folder / "config.json")
+    (setup.calm.folder / "config.json").unlink()
+    setup.fail(setup.calm.folder / "config.json", "does not exist", "holds the language model")
 
 
-def test_a_tensor_in_two_shards_and_an_index_that_names_a_file_of_another_folder_are_refused(shop):
-    shop.calm.write("sharded safetensors")
-    (index,) = shop.calm.folder.glob("*.index.json")
-    first, second = sorted(shop.calm.folder.glob("*.safetensors"))
+def test_a_tensor_in_two_shards_and_an_index_that_names_another_folder_raise_errors(setup):
+    setup.calm.write("sharded safetensors")
+    (index,) = setup.calm.folder.glob("*.index.json")
+    first, second = sorted(setup.calm.folder.glob("*.safetensors"))
     content = index.read_text()
-    for place in ("..", str(shop.folder)):
-        first.rename(shop.folder / first.name)
-        index.write_text(content.replace(first.name, f"{place}/{first.name}"))
-        shop.refuse(index, first.name, "not in the same folder")
-        (shop.folder / first.name).rename(first)
+    for folder in ("..", str(setup.folder)):
+        first.rename(setup.folder / first.name)
+        index.write_text(content.replace(first.name, f"{folder}/{first.name}"))
+        setup.fail(index, first.name, "not in the same folder")
+        (setup.folder / first.name).rename(first)
     index.write_text(content)
     second.write_bytes(first.read_bytes())
-    shop.refuse(first, second)
+    setup.fail(first, second)
 
 
-def test_a_path_is_not_asked_of_the_hub_and_an_id_that_is_neither_is_named(shop, monkeypatch):
+def test_a_path_is_not_looked_up_on_the_hub_and_an_unknown_id_is_named(setup, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    shop.refuse("some/where is no folder, and no Hub repository within reach", more=("--calm", "some/where"))
+    setup.fail("some/where is neither a folder nor a reachable Hub repository", more=("--calm", "some/where"))
     monkeypatch.setattr("calm_transformers.conversion.checkpoint_files.snapshot_download", None)
     for option, what in (("calm", "language model"), ("autoencoder", "autoencoder"), ("tokenizer", "tokenizer")):
-        for path in ("./calm-m", "~/calm-m", str(shop.calm.folder / "config.json")):
-            said = f"{path} is no folder: name the one that holds the {what}, or a Hub id"
-            shop.refuse(said, more=(f"--{option}", path))
+        for path in ("./calm-m", "~/calm-m", str(setup.calm.folder / "config.json")):
+            message = f"{path} is not a folder: name the folder with the {what}, or a Hub id"
+            setup.fail(message, more=(f"--{option}", path))
 
 
-# What fails on the way
+# Failures while writing
 
 
-def test_a_full_disk_leaves_nothing(shop):
-    # A limit on file sizes fails in the midst of the weights, as a full disk does, but with another error number.
+def test_a_full_disk_leaves_no_files(setup):
+    # A file size limit fails while weights are written, like a full disk, but with another error number.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        shop.refuse("model.safetensors", os.strerror(errno.EFBIG), "at model.")
+        setup.fail("model.safetensors", os.strerror(errno.EFBIG), "at model.")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -448,26 +448,26 @@ def raising(error):
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_fails_on_the_way_leaves_nothing(shop, monkeypatch):
-    for of, method in ((Path, "write_text"), (os, "replace")):
+def test_a_failure_while_writing_leaves_no_files(setup, monkeypatch):
+    for owner, method in ((Path, "write_text"), (os, "replace")):
         with monkeypatch.context() as patch:
-            patch.setattr(of, method, raising(NO_SPACE))
-            shop.refuse(NO_SPACE.strerror)
+            patch.setattr(owner, method, raising(NO_SPACE))
+            setup.fail(NO_SPACE.strerror)
     monkeypatch.setattr(os, "replace", raising(KeyboardInterrupt()))
-    shop.refuse("error: interrupted.\n", code=130)
+    setup.fail("error: interrupted.\n", code=130)
 
 
-def test_the_output_must_be_new(shop):
-    shop.output.mkdir()
-    shop.convert()
-    shop.refuse(shop.output, "not an empty folder")
-    shop.output = shop.calm.weights / "bundle"
-    shop.refuse(shop.calm.weights)
+def test_the_output_must_be_new(setup):
+    setup.output.mkdir()
+    setup.convert()
+    setup.fail(setup.output, "not an empty folder")
+    setup.output = setup.calm.weights / "bundle"
+    setup.fail(setup.calm.weights)
 
 
-def test_a_hub_that_does_not_take_the_bundle_is_one_sentence_and_the_bundle_stays(shop, monkeypatch):
+def test_a_failed_upload_is_one_line_and_the_bundle_is_kept(setup, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", raising(ConnectionError("no route to the Hub\nand more")))
-    assert shop.run("--push-to-hub", "someone/bundle") == 2
-    message = shop.capsys.readouterr().err
+    assert setup.run("--push-to-hub", "someone/bundle") == 2
+    message = setup.capsys.readouterr().err
     assert message.count("\n") == 1 and "someone/bundle" in message and "no route to the Hub" in message
-    assert (shop.output / "model.safetensors").is_file()
+    assert (setup.output / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""What the documents name is there: files, headings, imports, tests."""
+"""The documents' links, imports and test names exist."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,12 @@ LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, in GitHub's format."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-def test_every_link_of_the_documents_leads_somewhere():
+def test_every_link_of_the_documents_has_a_target():
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
     links = [(page, *found) for page in pages for found in LINK.findall(page.read_text(encoding="utf-8"))]
     wrong = []
@@ -29,7 +29,7 @@ def test_every_link_of_the_documents_leads_somewhere():
 
 
 def imports() -> set[str]:
-    """Every import of the package that a document shows."""
+    """Returns every import of the package that the documents show."""
     line = re.compile(r"^ *(from calm_transformers[\w.]* import [\w, ]+)", re.MULTILINE)
     return {found for page in DOCUMENTS for found in line.findall(page.read_text(encoding="utf-8"))}
 
@@ -39,12 +39,12 @@ def test_every_import_of_the_documents_works(statement):
     exec(statement, {})
 
 
-def test_every_test_of_the_paper_map_is_there():
+def test_every_test_of_the_paper_map_exists():
     text = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", text)
+    names = re.findall(r"`(?:(test_\w+\.py))?(?:::)?(test_\w+)?`", text)
     code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
-    files = {file for file, _ in named if file}
-    functions = {function for _, function in named if function}
+    files = {file for file, _ in names if file}
+    functions = {function for _, function in names if function}
     assert files <= code.keys()
     assert [function for function in functions if not any(f"def {function}(" in each for each in code.values())] == []
     assert len(files) > 10 and len(functions) > 10

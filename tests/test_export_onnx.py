@@ -1,4 +1,4 @@
-"""Export to ONNX: graphs of any size as the model, texts by onnxruntime where torch is missing, the choice by T."""
+"""ONNX export: graphs agree with the model at any size, and generate.py samples the same tokens without torch."""
 
 import json
 import shutil
@@ -24,24 +24,24 @@ from calm_transformers.training.tokenizer import save_tokenizer
 
 pytestmark = pytest.mark.transformers
 K, PROMPT = 4, "Once upon"
-# Tracing the others takes longer.
+# Tracing the other heads takes longer.
 EACH_HEAD = [pytest.param(each, marks=[] if each == "energy" else pytest.mark.slow) for each in HEAD_TYPES]
 
 
-class Recorded(generate_onnx.Randomness):
-    """Hands out what was recorded, in order, and checks the shapes that it is asked for."""
+class RecordedNoise(generate_onnx.Randomness):
+    """Replays recorded noise in order and checks the requested shapes."""
 
     def __init__(self, values: dict[str, list[np.ndarray]]):
         super().__init__()
-        self.left = {name: iter(each) for name, each in values.items()}
+        self.recorded = {name: iter(each) for name, each in values.items()}
 
     def noise(self, spec, shape):
-        noise = next(self.left[spec["name"]])
+        noise = next(self.recorded[spec["name"]])
         assert noise.shape == shape and noise.dtype == np.float32, (noise.shape, shape)
         return noise
 
-    def exponential(self, num_draws):
-        return next(self.left["exponential"])
+    def exponential(self, num_samples):
+        return next(self.recorded["exponential"])
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def exporter():
     torch.set_num_threads(threads)
 
 
-def small_model(head_type: str = "energy", **stated):
-    """Of every head type the same backbone and autoencoder; candidates that repeat; `stated` are settings."""
-    steps = {"flow": 1, "diffusion": 2}.get(head_type)  # each is traced: so few are soon exported
+def small_model(head_type: str = "energy", **settings):
+    """Returns a tiny model with repeating candidates; all head types have the same backbone and autoencoder."""
+    steps = {"flow": 1, "diffusion": 2}.get(head_type)  # few, because each step is traced
     reference, model = tiny_model(), tiny_model(head_type, sampling_steps=steps)
     model.model.load_state_dict(reference.model.state_dict())
     model.autoencoder.load_state_dict(reference.autoencoder.state_dict())
@@ -66,7 +66,7 @@ def small_model(head_type: str = "energy", **stated):
             model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
         if head_type == "token_chain":
             model.head.fit(model.autoencoder)
-    for name, value in {"do_sample": True, "temperature": 0.5, "num_candidates": 12, **stated}.items():
+    for name, value in {"do_sample": True, "temperature": 0.5, "num_candidates": 12, **settings}.items():
         setattr(model.generation_config, name, value)
     return model
 
@@ -79,7 +79,7 @@ def save(model, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(exporter, tmp_path_factory):
-    """Folders: the energy model's as the command exports it, the others' with its parts; and what it printed."""
+    """Exports the energy model by the command; returns the folder of exports and the printed lines."""
     base = tmp_path_factory.mktemp("onnx")
     with pytest.MonkeyPatch.context() as patch:
         lines = []
@@ -89,13 +89,13 @@ def exported(exporter, tmp_path_factory):
     return base, lines
 
 
-def folder_of(exported, head_type: str) -> Path:
+def export_folder(exported, head_type: str) -> Path:
     base, _ = exported
     folder = base / head_type
     if not folder.exists():
         shutil.copytree(base / "energy", folder)
         model = small_model(head_type)
-        (folder / "calm.json").write_text(json.dumps(export_onnx.facts(model)))
+        (folder / "calm.json").write_text(json.dumps(export_onnx.export_config(model)))
         with torch.no_grad(), export_onnx.traceable(model.head):
             graph = export_onnx.head_graph(model)
             export_onnx.write_graph("head", graph, folder / "head.onnx", None)
@@ -105,60 +105,60 @@ def folder_of(exported, head_type: str) -> Path:
 # The folder
 
 
-def test_the_command_writes_a_folder_and_tells_of_each_part(exported):
+def test_the_command_writes_a_folder_and_reports_each_graph(exported):
     base, lines = exported
     graphs = {f"{part}.onnx{end}" for part in ("backbone", "head", "decoder") for end in ("", ".data")}
     others = {"calm.json", "tokenizer.json", "generate.py"}
     assert {path.name for path in (base / "energy").iterdir()} == graphs | others
     assert not [path for path in base.iterdir() if path.name.startswith(".")]
-    told = "".join(lines)
-    assert all(f"{part}: " in told for part in export_onnx.GRAPHS)
-    assert told.count("largest relative difference") == 3 and "Wrote" in told
-    assert f"warning: generate.py leaves out repetition_penalty=1.3 of {base / 'model'}." in lines
+    output = "".join(lines)
+    assert all(f"{part}: " in output for part in export_onnx.GRAPH_BUILDERS)
+    assert output.count("largest relative difference") == 3 and "Wrote" in output
+    assert f"warning: generate.py ignores repetition_penalty=1.3 of {base / 'model'}." in lines
     assert str(ROOT).encode() not in (base / "energy" / "backbone.onnx").read_bytes()
 
 
-OTHER_PARTS = [("energy", part) for part in export_onnx.GRAPHS if part != "head"]
+OTHER_PARTS = [("energy", part) for part in export_onnx.GRAPH_BUILDERS if part != "head"]
 
 
 @pytest.mark.parametrize(
     "head_type, part", [*OTHER_PARTS, *(pytest.param(*each.values, "head", marks=each.marks) for each in EACH_HEAD)]
 )
-def test_graphs_are_the_model_at_other_sizes(exported, head_type, part):
-    folder = folder_of(exported, head_type)
+def test_graphs_agree_with_the_model_at_other_sizes(exported, head_type, part):
+    folder = export_folder(exported, head_type)
     with torch.no_grad():
-        graph = export_onnx.GRAPHS[part](small_model(head_type))
+        graph = export_onnx.GRAPH_BUILDERS[part](small_model(head_type))
     assert len({inputs[graph.inputs[0]].shape for inputs, _ in graph.cases}) >= 2
-    assert export_onnx.largest_difference(folder / f"{part}.onnx", graph) <= 1e-4
-    for _, outputs in graph.cases:  # a difference would be seen
+    assert export_onnx.max_relative_error(folder / f"{part}.onnx", graph) <= 1e-4
+    for _, outputs in graph.cases:  # a difference is detected
         outputs[graph.outputs[-1]].mul_(1.001)
-    assert export_onnx.largest_difference(folder / f"{part}.onnx", graph) > 1e-4
+    assert export_onnx.max_relative_error(folder / f"{part}.onnx", graph) > 1e-4
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_the_laws_of_noise_are_the_heads(head_type):
+def test_noise_has_the_distribution_of_the_head(head_type):
     model = small_model(head_type)
     like, generator = torch.zeros(1, model.config.hidden_size), torch.Generator().manual_seed(0)
-    facts, draws = export_onnx.facts(model), model.head.predrawn_noise(4000, 1, like, generator)
-    assert [spec["name"] for spec in facts["noises"]] == list(draws)
-    for spec, theirs in zip(facts["noises"], draws.values(), strict=True):
+    config, noise = export_onnx.export_config(model), model.head.predrawn_noise(4000, 1, like, generator)
+    assert [spec["name"] for spec in config["noises"]] == list(noise)
+    for spec, expected in zip(config["noises"], noise.values(), strict=True):
         shape = tuple({"draws": 4000, "rows": 1}.get(size, size) for size in spec["shape"])
-        ours = generate_onnx.Randomness(0).noise(spec, shape)
-        assert shape == tuple(theirs.shape) and ours.dtype == np.float32
+        exported = generate_onnx.Randomness(0).noise(spec, shape)
+        assert shape == tuple(expected.shape) and exported.dtype == np.float32
         levels = np.linspace(0, 1, 21)[1:-1]
-        assert np.quantile(ours, levels) == pytest.approx(np.quantile(theirs.numpy(), levels), abs=0.05)
+        assert np.quantile(exported, levels) == pytest.approx(np.quantile(expected.numpy(), levels), abs=0.05)
 
 
-# Texts
+# Generated text
 
 
-def recorded_text(model, monkeypatch, prompt: str, length: int, **settings):
-    """Tokens that the model writes, and the random numbers of its steps: the head's noises and "exponential"."""
+def generate_recorded(model, monkeypatch, prompt: str, length: int, **settings):
+    """Generates with the model; returns its tokens and the noise of its steps: the head's and "exponential"."""
     recorded = {"exponential": []}
 
-    def keep_noise(_, __, given):
+    def keep_noise(_, __, kwargs):
         for name in model.head.predrawn_noise(1, 1, torch.zeros(1, model.config.hidden_size), None):
-            recorded.setdefault(name, []).append(given[name].numpy())
+            recorded.setdefault(name, []).append(kwargs[name].numpy())
 
     exponential = RowRandomness.exponential
 
@@ -171,9 +171,9 @@ def recorded_text(model, monkeypatch, prompt: str, length: int, **settings):
     hook = model.head.register_forward_pre_hook(keep_noise, with_kwargs=True)
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
     settings |= {"do_sample": True, "sampling_method": "batch", "generator": [torch.Generator().manual_seed(3)]}
-    text = model.generate(ids, max_new_tokens=length, **settings)
+    sequences = model.generate(ids, max_new_tokens=length, **settings)
     hook.remove()
-    return text[0, ids.shape[1] :].tolist(), recorded
+    return sequences[0, ids.shape[1] :].tolist(), recorded
 
 
 @pytest.mark.parametrize(
@@ -188,42 +188,44 @@ def recorded_text(model, monkeypatch, prompt: str, length: int, **settings):
         ("energy", {"temperature": 1 / 3, "num_candidates": 60, "top_k": 20, "top_p": 0.8, "min_p": 0.1}, PROMPT),
     ],
 )
-def test_texts_are_the_models_of_the_same_noise(exported, monkeypatch, head_type, settings, prompt):
-    """The length ends within a patch; the prompts, with BOS, are one token, a patch, and no whole number of them."""
-    folder, model = folder_of(exported, head_type), small_model(head_type, eos_token_id=None)
+def test_the_same_noise_gives_the_same_tokens_as_the_model(exported, monkeypatch, head_type, settings, prompt):
+    """The length ends within a patch; the prompts, with BOS, are one token, a patch, or not divisible into patches."""
+    folder, model = export_folder(exported, head_type), small_model(head_type, eos_token_id=None)
     settings = {"num_candidates": 12, **settings}
-    theirs, recorded = recorded_text(model, monkeypatch, prompt, 22, **settings)
+    expected, recorded = generate_recorded(model, monkeypatch, prompt, 22, **settings)
     exported_model = generate_onnx.ExportedCALM(folder, num_threads=1)
-    exported_model.facts["eos_token_ids"] = []
+    exported_model.config["eos_token_ids"] = []
     ids = exported_model.tokenizer.encode(prompt).ids
-    ours = list(exported_model.tokens(ids, 22, Recorded(recorded), **settings))
-    assert len(theirs) == 22 and len(set(theirs)) > 4 and ours == theirs
+    tokens = list(exported_model.generate_tokens(ids, 22, RecordedNoise(recorded), **settings))
+    assert len(expected) == 22 and len(set(expected)) > 4 and tokens == expected
 
 
 def test_an_eos_within_a_patch_is_the_last_token(exported):
     folder = exported[0] / "energy"
     model = generate_onnx.ExportedCALM(folder, num_threads=1)
 
-    def text(eos):
-        model.facts["eos_token_ids"] = [eos]
-        return list(model.tokens([BOS, 5, 6], 40, generate_onnx.Randomness(1), temperature=1.0))
+    def generate(eos):
+        model.config["eos_token_ids"] = [eos]
+        return list(model.generate_tokens([BOS, 5, 6], 40, generate_onnx.Randomness(1), temperature=1.0))
 
-    whole = text(-1)
-    place = next(i for i, token in enumerate(whole) if i > 4 and i % K == 1 and token not in whole[:i])
-    assert len(whole) == 40 and text(whole[place]) == whole[: place + 1]
+    whole = generate(-1)
+    index = next(i for i, token in enumerate(whole) if i > 4 and i % K == 1 and token not in whole[:i])
+    assert len(whole) == 40 and generate(whole[index]) == whole[: index + 1]
 
 
-def test_pieces_are_the_text(exported):
+def test_streamed_parts_add_up_to_the_text(exported):
     model = generate_onnx.ExportedCALM(exported[0] / "energy", num_threads=1)
-    model.facts["eos_token_ids"] = []
+    model.config["eos_token_ids"] = []
     ids = model.tokenizer.encode(PROMPT).ids
-    first, second = (list(model.tokens(ids, 9, generate_onnx.Randomness(seed), temperature=1.0)) for seed in (2, 3))
-    pieces = list(model.write(PROMPT, 9, generate_onnx.Randomness(2), temperature=1.0))
-    assert PROMPT + "".join(pieces) == model.tokenizer.decode(ids + first)
+    settings = {"max_new_tokens": 9, "temperature": 1.0}
+    seeded = [generate_onnx.Randomness(seed) for seed in (2, 3, 2)]
+    first, second = (list(model.generate_tokens(ids, randomness=each, **settings)) for each in seeded[:2])
+    parts = model.generate_text(PROMPT, randomness=seeded[2], **settings)
+    assert PROMPT + "".join(parts) == model.tokenizer.decode(ids + first)
     assert first != second
 
 
-def test_the_folders_own_command(exported):
+def test_the_exported_command(exported):
     script = str(exported[0] / "energy" / "generate.py")
 
     def run(*words):
@@ -241,13 +243,13 @@ runpy.run_path({script!r}, run_name="__main__")
     first, again = run(*seeded), run(*seeded)
     assert first.returncode == 0 and first.stdout.startswith(PROMPT) and first.stdout == again.stdout
     assert not first.stderr
-    longest = 2048 * K
-    refused = run(PROMPT, "--max_new_tokens", longest)
-    assert refused.returncode == 2 and not refused.stdout
-    assert refused.stderr.startswith(f"error: the prompt has 10 tokens and {longest} are to be written, but the model")
+    max_length = 2048 * K
+    failed = run(PROMPT, "--max_new_tokens", max_length)
+    assert failed.returncode == 2 and not failed.stdout
+    assert failed.stderr.startswith(f"error: the prompt has 10 tokens and {max_length} are to be written, but the")
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -257,50 +259,50 @@ runpy.run_path({script!r}, run_name="__main__")
         *({"top_k": -1}, {"top_p": 1.1}, {"min_p": -0.1}),
     ],
 )
-def test_settings_that_samplers_refuse_are_refused(settings):
+def test_invalid_sampling_settings_raise_errors(settings):
     settings = {"temperature": 1.0, "num_candidates": 9, **settings}
-    with pytest.raises(generate_onnx.Refusal, match="^(temperature|num_candidates|top_k|top_p|min_p)="):
+    with pytest.raises(generate_onnx.InputError, match="^(temperature|num_candidates|top_k|top_p|min_p)="):
         generate_onnx.Sampling(**settings).check()
     with pytest.raises(ValueError):
         PatchSampling(**settings)
 
 
-def refused(capsys, *words) -> str:
+def failure(capsys, *words) -> str:
     return refusal(capsys, export_onnx.main, *words)
 
 
-def test_models_that_cannot_be_exported_are_refused(capsys, tmp_path, monkeypatch):
+def test_models_that_cannot_be_exported_raise_errors(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "no/such/folder" in refused(capsys, "./no/such/folder", "--output", tmp_path / "new")
+    assert "no/such/folder" in failure(capsys, "./no/such/folder", "--output", tmp_path / "new")
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
-    assert refused(capsys, other, "--output", tmp_path / "new") == f"{other} is no CALM."
+    assert failure(capsys, other, "--output", tmp_path / "new") == f"{other} is no CALM."
     (other / "config.json").write_text('{"model_type": "calm", "head_type": "mine"}')
-    assert "head of type 'mine': those exported are energy, flow" in refused(capsys, other, "--output", tmp_path / "n")
+    assert "head of type 'mine': those exported are energy, flow" in failure(capsys, other, "--output", tmp_path / "n")
     monkeypatch.setattr(export_onnx, "PACKAGES", ("no_such_package",))
-    message = refused(capsys, ROOT, "--output", tmp_path / "new")
+    message = failure(capsys, ROOT, "--output", tmp_path / "new")
     assert message.endswith('needs no_such_package: pip install "calm-transformers[onnx]".')
     assert sorted(tmp_path.iterdir()) == [other]
 
 
-def test_outputs_that_are_in_the_way_are_refused(capsys, tmp_path):
+def test_an_existing_output_raises_an_error(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "exists already" in refused(capsys, ROOT, "--output", tmp_path)
-    assert "is not a folder" in refused(capsys, ROOT, "--output", tmp_path / "nowhere" / "new")
+    assert "exists already" in failure(capsys, ROOT, "--output", tmp_path)
+    assert "is not a folder" in failure(capsys, ROOT, "--output", tmp_path / "nowhere" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_opsets_and_tokenizers_that_there_are_not_are_refused(exporter, capsys, tmp_path):
+def test_an_unknown_opset_and_a_missing_tokenizer_raise_errors(exporter, capsys, tmp_path):
     model, words = tmp_path / "model", (tmp_path / "model", "--output", tmp_path / "new")
     small_model().save_pretrained(model)
     for opset in (9, 999):
-        message = refused(capsys, *words, "--opset", opset)
+        message = failure(capsys, *words, "--opset", opset)
         assert message.startswith(f"--opset {opset}: must be at least 18, and ")
-    assert refused(capsys, *words) == f"{model}: no tokenizer can be read there."
+    assert failure(capsys, *words) == f"{model}: no tokenizer can be read there."
     for content in ("{", "{}"):
         (model / "tokenizer.json").write_text(content)
-        assert refused(capsys, *words).startswith(f"{model / 'tokenizer.json'}: no tokenizer can be read there (")
+        assert failure(capsys, *words).startswith(f"{model / 'tokenizer.json'}: no tokenizer can be read there (")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -323,24 +325,24 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    "graph, code, said",
+    "graph, code, message",
     [
         (wrong_decoder, 2, "error: decoder.onnx differs from the model by 1.0e-03 of the largest output"),
         (failing(KeyboardInterrupt()), 130, "error: interrupted.\n"),
         (failing(OSError("problem writing element 9")), 2, "error: {tmp}/new: problem writing element 9.\n"),
     ],
 )
-def test_a_graph_that_differs_and_an_export_that_is_cut_short_leave_nothing(
-    exporter, capsys, tmp_path, monkeypatch, graph, code, said
+def test_a_wrong_graph_and_an_interrupted_export_leave_no_files(
+    exporter, capsys, tmp_path, monkeypatch, graph, code, message
 ):
     save(small_model(), tmp_path / "model")
-    monkeypatch.setattr(export_onnx, "GRAPHS", {"decoder": graph})
+    monkeypatch.setattr(export_onnx, "GRAPH_BUILDERS", {"decoder": graph})
     assert export_onnx.main([str(tmp_path / "model"), "--output", str(tmp_path / "new")]) == code
-    assert said.format(tmp=tmp_path) in capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-STATED = [
+SETTINGS = [
     ({"do_sample": False, "sampling_method": "exact"}, ["do_sample=False", "sampling_method='exact'"]),
     ({"max_length": 512, "suppress_tokens": [7]}, ["max_length=512", "suppress_tokens=[7]"]),
     ({"top_k": 4, "top_p": 0.9, "min_p": 0.1, "max_new_tokens": 30, "temperature": 1.2}, []),
@@ -348,23 +350,23 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("stated, left_out", STATED)
-def test_settings_are_exported_or_named(stated, left_out):
-    model = small_model(**stated)
-    assert export_onnx.left_out(model.generation_config) == left_out
+@pytest.mark.parametrize("settings, ignored", SETTINGS)
+def test_settings_are_exported_or_named(settings, ignored):
+    model = small_model(**settings)
+    assert export_onnx.ignored_settings(model.generation_config) == ignored
     expected = {"temperature": 0.5, "num_candidates": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     expected |= {"max_new_tokens": None}
-    expected |= {name: value for name, value in stated.items() if name in expected}
-    assert export_onnx.facts(model).items() >= expected.items()
+    expected |= {name: value for name, value in settings.items() if name in expected}
+    assert export_onnx.export_config(model).items() >= expected.items()
 
 
 def test_no_setting_is_forgotten():
-    """Each that acts on texts is exported, named, or about something that makes no other text."""
+    """Every setting is exported, named in the warning, or doesn't change the generated text."""
     generation = GenerationConfig()
     for name in GENERATION_SETTINGS:
         setattr(generation, name, "something")
-    named = {field.split("=")[0] for field in export_onnx.left_out(generation)}
-    exported = {*generate_onnx.Sampling._fields, *export_onnx.EXPORTED, "do_sample", "bos_token_id", "pad_token_id"}
+    named = {field.split("=")[0] for field in export_onnx.ignored_settings(generation)}
+    exported = {*generate_onnx.Sampling._fields, *export_onnx.LENGTHS, "do_sample", "bos_token_id", "pad_token_id"}
     assert set(USED_SETTINGS) - named - exported == {
         *("prefill_chunk_size", "compile_config", "disable_compile"),
         *("use_cache", "cache_implementation", "cache_config", "max_cache_len"),
@@ -372,7 +374,7 @@ def test_no_setting_is_forgotten():
     }
 
 
-def test_a_damaged_file_a_folder_that_is_none_and_a_seed_are_named_by_generate(exported, capsys, tmp_path):
+def test_generate_names_a_damaged_file_a_wrong_folder_and_a_wrong_seed(exported, capsys, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(exported[0] / "energy", folder)
     for name in ("decoder.onnx", "tokenizer.json", "calm.json"):

@@ -1,4 +1,4 @@
-"""Pushing to a Hub and pulling from it, with the real client over HTTP. The Hub is hub_server's, on loopback."""
+"""Pushing to a Hub and pulling from it, with the real client over HTTP and hub_server's Hub on loopback."""
 
 import hashlib
 import inspect
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.transformers
 
 
 def push_twice(repo):
-    """In a fresh process: pushes a tokenizer and a model, then another model; says what they were."""
+    """In a fresh process: pushes a tokenizer and a model, then another model; returns a description of each."""
     from tiny import tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
@@ -31,7 +31,7 @@ def push_twice(repo):
 
 
 def pull(repo, revisions, copy):
-    """In a fresh process: loads some revisions, says what they are, and saves the last one in `copy`."""
+    """In a fresh process: loads some revisions, saves the last one in `copy`, and returns a description of each."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pulled = []
@@ -45,7 +45,7 @@ def pull(repo, revisions, copy):
 
 
 def train_and_push(folder, repo):
-    """In a fresh process: trains a tiny CALM, whose recipe uploads it while it trains and at the end."""
+    """In a fresh process: trains a tiny CALM that is uploaded during training and at the end."""
     from training_helpers import make_workshop, train
 
     fields = make_workshop(Path(folder))
@@ -55,7 +55,7 @@ def train_and_push(folder, repo):
 
 
 def push_convert_push(folder, published, bundle):
-    """In a fresh process: pushes a published pair, converts it by its Hub ids, and pushes the bundle."""
+    """In a fresh process: pushes published repositories, converts them by their Hub ids, and pushes the bundle."""
     from huggingface_hub import HfApi
 
     from calm_transformers.conversion.convert import main
@@ -67,7 +67,7 @@ def push_convert_push(folder, published, bundle):
     return main([*pair, "--output", f"{folder}/bundle", "--push-to-hub", bundle])
 
 
-def code_of(commit):
+def code_digests_of(commit):
     return {path: hashlib.sha256(content).hexdigest() for path, content in commit.files.items() if ".py" in path}
 
 
@@ -80,26 +80,26 @@ def pushed(hub, tmp_path_factory):
 def test_a_pushed_repository_holds_the_model_and_its_code(hub, pushed):
     latest = next(hub.commits(REPO))
     assert latest.oid == pushed[-1]["commit"]
-    code = code_of(latest)
+    code = code_digests_of(latest)
     assert code == root_code(), "the root's code files and nothing of training, evaluation, benchmarks or tests"
     assert set(latest.files) - set(code) == BUNDLE_FILES
     assert json.loads(latest.files["config.json"])["auto_map"] == AUTO_MAP
 
 
-def test_a_pull_gives_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
+def test_a_pull_returns_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
     older, latest = pushed
     assert older["weights"] != latest["weights"] and older["text"] != latest["text"]
     copy, environment = tmp_path / "copy", hub.client_environment()
-    asked = {"repo": REPO, "revisions": [older["commit"], None], "copy": str(copy)}
-    pulled = fresh_process.call(pull, tmp_path / "home", environment, **asked).result
+    arguments = {"repo": REPO, "revisions": [older["commit"], None], "copy": str(copy)}
+    pulled = fresh_process.call(pull, tmp_path / "home", environment, **arguments).result
     for before, after in zip(pushed, pulled, strict=True):
-        code = code_of(hub.api.repositories[REPO].at(before["commit"]))
+        code = code_digests_of(hub.api.repositories[REPO].at(before["commit"]))
         assert after == {"code": code, "weights": before["weights"], "text": before["text"]}
     assert_carries_its_code(copy)
 
 
 @pytest.mark.slow
-def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub, tmp_path):
+def test_training_uploads_the_model_without_text_or_optimizer(hub, tmp_path):
     repo = f"{USER}/trained"
     environment = hub.client_environment()
     trained = fresh_process.call(train_and_push, tmp_path / "home", environment, folder=str(tmp_path), repo=repo)
@@ -107,7 +107,7 @@ def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub
     commits = list(hub.commits(repo))
     assert [commit.message[:11] for commit in commits[:2]] == ["End of trai", "Training in"]
     for commit in commits:
-        assert code_of(commit) == root_code()
+        assert code_digests_of(commit) == root_code()
         others = {path for path in commit.files if not path.endswith(".py")}
         assert BUNDLE_FILES - {"README.md"} <= others
         assert others - BUNDLE_FILES <= {"recipe.yaml", "training_args.bin", "trainer_state.json"}
@@ -115,7 +115,7 @@ def test_a_training_uploads_its_model_and_neither_its_text_nor_its_optimizer(hub
     assert "hub_model_id" in recipe and TOKEN not in recipe
 
 
-def test_ids_of_the_hub_are_converted_and_the_bundle_is_pushed(hub, tmp_path):
+def test_hub_ids_are_converted_and_the_bundle_is_pushed(hub, tmp_path):
     PublishedRepository("energy_k4/calm", tmp_path / "calm")
     PublishedRepository("energy_k4/autoencoder", tmp_path / "autoencoder").write("sharded safetensors")
     write_tokenizer(tmp_path / "calm")
@@ -125,7 +125,7 @@ def test_ids_of_the_hub_are_converted_and_the_bundle_is_pushed(hub, tmp_path):
     assert done.result == 0, done.stderr
     files = next(hub.commits(ids["bundle"])).files
     assert {path for path in files if not path.endswith(".py")} == BUNDLE_FILES
-    assert code_of(next(hub.commits(ids["bundle"]))) == root_code()
+    assert code_digests_of(next(hub.commits(ids["bundle"]))) == root_code()
     card = files["README.md"].decode()
     assert f"base_model:\n- {USER}/published-calm\n- {USER}/published-autoencoder\n" in card
     assert f'model="{USER}/bundle"' in card

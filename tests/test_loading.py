@@ -23,7 +23,7 @@ pytestmark = pytest.mark.transformers
 
 
 def check_loads_every_way(folder, home):
-    """Returns what `load_every_way` saw, and the folder of the copy that it saved."""
+    """Checks the result of `load_every_way`; returns it and the folder of the copy that it saved."""
     copy = home / "copy"
     loaded = fresh_process.call(load_every_way, home, folder=str(folder), copy=str(copy))
     assert loaded.complaints == []
@@ -63,8 +63,8 @@ PROMPT_IDS = torch.tensor([[BOS, 5, 6, 7]])
 WEIGHT = "head.blocks.0.context_proj.weight"
 
 
-def damaged(folder, change):
-    """A tiny model's folder whose tensors `change` has changed."""
+def save_changed(folder, change):
+    """Saves a tiny model whose tensors are modified by `change`."""
     tiny_model().save_pretrained(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     change(tensors)
@@ -72,11 +72,11 @@ def damaged(folder, change):
     return folder
 
 
-def lose(tensors):
+def remove(tensors):
     del tensors[WEIGHT]
 
 
-def spoil(tensors):
+def set_nan(tensors):
     tensors[WEIGHT][3, 5] = torch.nan
 
 
@@ -84,42 +84,42 @@ def add(tensors):
     tensors["head.blocks.2.weight"] = torch.ones(2)
 
 
-@pytest.mark.parametrize(("change", "what"), [(lose, "loaded without values of"), (spoil, "NaN")])
-def test_weights_that_no_training_made_write_nothing(tmp_path, change, what):
-    model = CALMForCausalLM.from_pretrained(damaged(tmp_path, change))
+@pytest.mark.parametrize(("change", "message"), [(remove, "loaded without values of"), (set_nan, "NaN")])
+def test_missing_and_non_finite_weights_raise_errors(tmp_path, change, message):
+    model = CALMForCausalLM.from_pretrained(save_changed(tmp_path, change))
     generate = functools.partial(CALMForCausalLM.generate, max_new_tokens=4)
-    for write, *more in ((generate, PROMPT_IDS), (score_texts, PROMPT_IDS.repeat(1, 2)), (Batcher,)):
-        with pytest.raises(ValueError, match=what) as error:
-            write(model, *more)
+    for function, *inputs in ((generate, PROMPT_IDS), (score_texts, PROMPT_IDS.repeat(1, 2)), (Batcher,)):
+        with pytest.raises(ValueError, match=message) as error:
+            function(model, *inputs)
         assert WEIGHT in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_weights_that_were_trained_since_are_used(tmp_path):
-    model = CALMForCausalLM.from_pretrained(damaged(tmp_path, lose))
+def test_missing_weights_are_used_after_they_were_trained(tmp_path):
+    model = CALMForCausalLM.from_pretrained(save_changed(tmp_path, remove))
     with torch.no_grad():
         dict(model.named_parameters())[WEIGHT].add_(0.1)
     assert model.generate(PROMPT_IDS, max_new_tokens=4, min_new_tokens=4).shape == (1, 8)
 
 
-def test_weights_are_read_again_when_they_have_changed():
+def test_changed_weights_are_checked_again():
     model = tiny_model()
-    for value, said in ((1.0, None), (torch.inf, r"model\.norm\.weight holds NaN or infinity"), (70000.0, None)):
+    for value, message in ((1.0, None), (torch.inf, r"model\.norm\.weight holds NaN or infinity"), (70000.0, None)):
         with torch.no_grad():
             model.model.norm.weight[2] = value
-        with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             model.generate(PROMPT_IDS, max_new_tokens=4)
     with pytest.raises(ValueError, match="float16"):  # whose largest number is 65504
         model.half().generate(PROMPT_IDS, max_new_tokens=4)
 
 
-@pytest.mark.parametrize(("change", "what"), [(lose, "lack head.block"), (add, "no place for: h"), (spoil, "NaN")])
-def test_a_command_refuses_a_folder_whose_weights_are_not_its_model_s(tmp_path, change, what):
-    with pytest.raises(ValueError, match=what) as error:
-        load_causal_lm(str(damaged(tmp_path, change)))
+@pytest.mark.parametrize(("change", "message"), [(remove, "lack head."), (add, "unexpected head."), (set_nan, "NaN")])
+def test_loading_raises_errors_for_wrong_weights(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_causal_lm(str(save_changed(tmp_path, change)))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_command_refuses_a_tokenizer_of_another_model(monkeypatch):
+def test_another_model_s_tokenizer_raises_an_error(monkeypatch):
     model, tokenizer, warnings = tiny_model(), tiny_tokenizer(), []
     monkeypatch.setattr(loading.logger, "warning", warnings.append)
     check_tokenizer(model, tokenizer)
@@ -131,8 +131,8 @@ def test_a_command_refuses_a_tokenizer_of_another_model(monkeypatch):
     model.config.vocab_size = 2 * VOCAB_SIZE
     with pytest.raises(ValueError, match="there: has no token for 96 of the 192 ids .* another model's tokenizer"):
         check_tokenizer(model, tokenizer, "there")
-    known = tokenizer.get_vocab()
-    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {token: i for token, i in known.items() if i != 9})
+    vocabulary = tokenizer.get_vocab()
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {token: i for token, i in vocabulary.items() if i != 9})
     model.config.vocab_size = VOCAB_SIZE
     with pytest.raises(ValueError, match="no token for 1 of the 96 ids of the model, as 9. It is"):
         check_tokenizer(model, tokenizer)

@@ -1,7 +1,7 @@
-"""What a user does first with an installed package, outside the checkout, on the bundled model.
+"""First steps with an installed package, outside the checkout, on the bundled model.
 
-`make test-newest` runs it in an environment that pip made without constraints, torch's apart. A name that upstream has
-deprecated may not be used: it says so on stderr.
+`make test-newest` runs it in an environment installed without constraints, except for torch. Deprecation warnings of
+upstream on stderr are failures.
 """
 
 import json
@@ -16,15 +16,15 @@ from model_copies import ROOT
 from server_process import running_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.transformers]
-PROMPTS = ["Once upon a time", "The dog ran"]  # of different lengths: the second is padded in a batch
+PROMPTS = ["Once upon a time", "The dog ran"]  # of different lengths, so a batch is padded
 
 
 def deprecations(printed):
     return [line for line in fresh_process.FreshCall(None, printed).complaints if "deprecated" in line]
 
 
-def text_of_snippet(snippet):
-    """In a fresh process: runs a snippet that prints the outputs of a pipeline, and returns their text."""
+def run_pipeline_snippet(snippet):
+    """In a fresh process: runs a snippet that prints the outputs of a pipeline; returns the generated text."""
     printed = []
     exec(snippet, {"print": printed.append})
     ((output,),) = printed
@@ -36,13 +36,13 @@ def test_pipeline_of_the_readme(tmp_path):
     (snippet,) = re.findall(r"```python\n(import torch\nfrom transformers import pipeline\n.*?)```", text, re.DOTALL)
     assert snippet.count('model = "."') == 1
     snippet = snippet.replace('model = "."', f"model = {str(ROOT)!r}")
-    called = fresh_process.call(text_of_snippet, tmp_path, snippet=snippet)
+    called = fresh_process.call(run_pipeline_snippet, tmp_path, snippet=snippet)
     assert called.result.startswith(PROMPTS[0]) and len(called.result) > len(PROMPTS[0])
     assert deprecations(called.stderr) == []
 
 
-def calls_of_a_model(folder, prompts):
-    """In a fresh process: a model's greedy texts, each obtained in several ways, hidden states and a loss."""
+def call_model(folder, prompts):
+    """In a fresh process: generates greedily in several ways; returns the texts, a loss and forward differences."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
@@ -55,13 +55,13 @@ def calls_of_a_model(folder, prompts):
         def on_finalized_text(self, text, stream_end=False):
             self.text += text
 
-    def write(*texts, **settings):
-        inputs = tokenizer(list(texts), return_tensors="pt", padding=True)
+    def generate(*prompts, **settings):
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, **settings)
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     streamer = Streamed(tokenizer, skip_special_tokens=True)
-    write(prompts[0], streamer=streamer)
+    generate(prompts[0], streamer=streamer)
     ids = tokenizer(prompts[0], return_tensors="pt").input_ids[:, :4]
 
     def in_two_parts(name):
@@ -72,9 +72,9 @@ def calls_of_a_model(folder, prompts):
     whole = model(ids, labels=ids, generator=torch.Generator().manual_seed(0))
     parts = [in_two_parts(name) for name in ("cache", "past_key_values")]
     return {
-        "alone": [write(prompt)[0] for prompt in prompts],
-        "together": write(*prompts),
-        "static cache": write(*prompts, cache_implementation="static"),
+        "alone": [generate(prompt)[0] for prompt in prompts],
+        "batch": generate(*prompts),
+        "static cache": generate(*prompts, cache_implementation="static"),
         "streamed": streamer.text,
         "loss": whole.loss.item(),
         "distances": [(part - whole.last_hidden_state).abs().max().item() for part in parts],
@@ -82,10 +82,10 @@ def calls_of_a_model(folder, prompts):
 
 
 def test_a_model_s_calls(tmp_path):
-    called = fresh_process.call(calls_of_a_model, tmp_path, folder=str(ROOT), prompts=PROMPTS)
+    called = fresh_process.call(call_model, tmp_path, folder=str(ROOT), prompts=PROMPTS)
     result = called.result
     assert all(len(text) > len(prompt) + 12 for text, prompt in zip(result["alone"], PROMPTS, strict=True))
-    assert result["together"] == result["static cache"] == result["alone"]
+    assert result["batch"] == result["static cache"] == result["alone"]
     assert result["streamed"] == result["alone"][0]
     assert math.isfinite(result["loss"])
     assert max(result["distances"]) < 1e-4
@@ -93,7 +93,7 @@ def test_a_model_s_calls(tmp_path):
 
 
 def run(folder, *words):
-    """Runs a command outside the checkout; what it printed."""
+    """Runs a command outside the checkout and returns its output."""
     words = [sys.executable, *map(str, words)]
     done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -108,7 +108,7 @@ def test_brierlm(tmp_path):
     command = ["-m", "calm_transformers.evaluation.brier_lm", "--model", ROOT, "--data", "text.jsonl"]
     run(tmp_path, *command, "--block_size", 32, "--json", "scores.json")
     (scores,) = json.loads((tmp_path / "scores.json").read_text())
-    assert 0.1 < scores["brier"][0] < 1  # in training's style, so the demo foresees its tokens
+    assert 0.1 < scores["brier"][0] < 1  # like the training text, so the demo predicts it
 
 
 def test_server(tmp_path):

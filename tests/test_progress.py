@@ -1,4 +1,4 @@
-"""Long commands show bars, with rate and time left, where stderr is a terminal; in a pipe they show none."""
+"""Long commands show progress bars if stderr is a terminal, and none in a pipe."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from evaluation_folder import evaluations
 from training_helpers import train, write_corpus
 from transformers.utils import logging
 
-from calm_transformers.progress import progress_bar, say
+from calm_transformers.progress import print_above_bars, progress_bar
 
 BARS = {
     "autoencoder_report": {"Loading weights", "Decoding"},
@@ -26,8 +26,8 @@ class Terminal(io.StringIO):
     def isatty(self):
         return True
 
-    def ended(self) -> set[str]:
-        """What the bars are of that came to their end, with a rate."""
+    def completed(self) -> set[str]:
+        """Returns the descriptions of the bars that reached 100 %, with a rate."""
         return set(re.findall(r"([^\r\n]*?): +100%\|[^|]*\| .*?<00:00, .*?/", self.getvalue()))
 
 
@@ -38,25 +38,26 @@ def on_terminal(monkeypatch) -> Terminal:
 
 
 @pytest.mark.parametrize("name", BARS)
-def test_an_evaluation_shows_bars_on_a_terminal_alone(folder, monkeypatch, capsys, name):
+def test_an_evaluation_shows_bars_only_on_a_terminal(folder, monkeypatch, capsys, name):
     main = import_module(f"calm_transformers.evaluation.{name}").main
     terminal = on_terminal(monkeypatch)
     assert main(evaluations(folder)[name]) == 0
-    assert terminal.ended() >= BARS[name]
+    assert terminal.completed() >= BARS[name]
     monkeypatch.undo()
     printed = capsys.readouterr().out
     assert main(evaluations(folder)[name]) == 0
     assert capsys.readouterr() == (printed, "")
 
 
-def test_training_shows_its_steps_and_an_error_on_a_line_of_its_own(tmp_path, monkeypatch):
+def test_training_shows_its_steps_and_an_error_on_its_own_line(tmp_path, monkeypatch):
     terminal = on_terminal(monkeypatch)
     corpus, tokenizer = str(write_corpus(tmp_path / "corpus.jsonl")), str(tmp_path / "tokenizer")
     assert train("tokenizer", train_files=corpus, output_dir=tokenizer) == 0
     fields = {"train_files": corpus, "tokenizer": tokenizer, "cache_dir": str(tmp_path / "tokens")}
     fields |= {"eval_strategy": "no", "max_steps": 2}
     assert train("ar", **fields, output_dir=str(tmp_path / "run")) == 0
-    assert {"Counting words", "Tokenising, train"} <= terminal.ended() and "2/2 [00:00<00:00" in terminal.getvalue()
+    done = terminal.completed()
+    assert {"Counting words", "Tokenising, train"} <= done and "2/2 [00:00<00:00" in terminal.getvalue()
     wild = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
     assert train("ar", **fields, **wild, output_dir=str(tmp_path / "wild")) == 2
     assert re.search(r"\]\s*\nerror: step ", terminal.getvalue())
@@ -64,8 +65,8 @@ def test_training_shows_its_steps_and_an_error_on_a_line_of_its_own(tmp_path, mo
 
 def test_a_line_is_printed_above_the_bar_of_the_first_process(monkeypatch):
     terminal = on_terminal(monkeypatch)
-    with progress_bar(None, "Working", "piece", 10, done=9) as bar:
-        say("a line", file=sys.stderr)
+    with progress_bar(None, "Working", "piece", 10, initial=9) as bar:
+        print_above_bars("a line", file=sys.stderr)
         bar.update()
     assert "9/10 [00:00<?" in terminal.getvalue() and "\ra line\n" in terminal.getvalue()
     shown = terminal.getvalue()

@@ -345,9 +345,9 @@ def test_the_example_of_the_documents_runs():
 
 
 def test_a_port_that_another_server_took_while_the_model_was_loaded():
-    with serve.listen("127.0.0.1", 0) as first:
+    with serve.bind_socket("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with serve.listen("127.0.0.1", port) as second:
+        with serve.bind_socket("127.0.0.1", port) as second:
             first.listen()
             with pytest.raises(InputError, match="Address already in use"):
                 serve.run(None, None, second, serve.parse([str(ROOT)]))

@@ -24,7 +24,7 @@ def address(monkeypatch):
     monkeypatch.setattr(connections, "MOST_IDLE_CONNECTIONS", 4)
     with (
         Batcher(tiny_model(), tiny_tokenizer(), max_rows=1, max_waiting=1) as batcher,
-        serve.listen("127.0.0.1", 0) as listening,
+        serve.bind_socket("127.0.0.1", 0) as listening,
     ):
         address = listening.getsockname()
         server = connections.Server(create_app(batcher, ServerOptions(model_name="tiny")), batcher, grace=1)

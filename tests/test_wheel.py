@@ -1,4 +1,4 @@
-"""The wheel, built and installed elsewhere: it holds what it needs, and every command in it starts."""
+"""The wheel, built and installed in another folder: its files are complete, and every command starts."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 INSTALLED = [name for name in COMMANDS if not name.startswith("docs.")]
 NOT_SOURCES = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__", "*.safetensors")
-# Imported by the extras' packages themselves, and what transformers and torch install anyway isn't hidden.
+# Packages of the extras and their dependencies, except those that transformers and torch install anyway.
 HIDDEN = "datasets zstandard tensorboard peft matplotlib pandas pyarrow scipy sklearn fastapi openai uvicorn".split()
 HIDDEN += ["starlette"]
 
@@ -30,7 +30,7 @@ def pip(*arguments) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, so that nothing of an earlier build gets in."""
+    """Builds the wheel from a copy, so that no file of an earlier build gets in."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCES)
     pip("wheel", folder / "source", "--no-build-isolation", "--wheel-dir", folder)
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
     return file
 
 
-# Commands that want a package of an extra, and the extra; text files and a run are in the folder.
+# Commands that require a package of an extra, and the extra.
 DATA, PLOT = ["--data", "text", "--block_size", "8"], ["--plot", "x.png"]
 TOKENIZER = ["calm_transformers.training.train", "tokenizer", "--recipe", "demo-tokenizer"]
 MISSING_PACKAGES = [
@@ -55,13 +55,13 @@ MISSING_PACKAGES = [
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """What the installed commands did in a process outside the checkout, without any package of the extras."""
+    """Runs the installed commands outside the checkout, without the packages of the extras; returns their results."""
     site, folder = wheel.parent / "site", tmp_path_factory.mktemp("elsewhere")
     pip("install", wheel, "--target", site)
     (folder / "run").mkdir()
     for name in ("text.jsonl.zst", "text.parquet", "run/trainer_state.json"):
         (folder / name).write_text('{"log_history": [{"step": 1, "eval_loss": 1.0}]}')
-    script = shutil.copy(ROOT / "tests" / "wheel_commands.py", folder)  # its folder would be on the path
+    script = shutil.copy(ROOT / "tests" / "wheel_commands.py", folder)  # or the tests' folder would be in sys.path
     words = [[name, "--help"] for name in INSTALLED] + [words for words, _ in MISSING_PACKAGES]
     done = subprocess.run(
         [sys.executable, script, folder / "result.json", json.dumps(HIDDEN), json.dumps(words)],
@@ -78,7 +78,7 @@ def installed(wheel, tmp_path_factory):
     return outcome, folder
 
 
-def test_it_holds_the_packages_with_their_data_and_no_tests(wheel):
+def test_the_wheel_contains_the_packages_with_data_and_no_tests(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     python = {name for name in names if name.endswith(".py")}
@@ -95,7 +95,7 @@ def test_every_command_starts_without_the_extras(installed):
     assert all("usage: " in outcome[f"{name} --help"]["printed"] for name in INSTALLED)
 
 
-def test_a_missing_package_is_named_in_one_sentence(installed):
+def test_a_missing_package_is_named_in_one_line(installed):
     outcome, _ = installed
     for words, extra in MISSING_PACKAGES:
         done = outcome[" ".join(words)]
@@ -104,7 +104,7 @@ def test_a_missing_package_is_named_in_one_sentence(installed):
         assert " needs " in last and last.endswith(f'pip install "calm-transformers[{extra}]".'), (words, last)
 
 
-def test_a_model_saves_its_code_along(installed):
+def test_a_model_is_saved_with_its_code(installed):
     outcome, folder = installed
     assert set(outcome["saved"]) == {Path(path).name for path in code_files()}
     for name in outcome["saved"]:

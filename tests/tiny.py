@@ -1,4 +1,4 @@
-"""Tiny CALM models and a tokenizer for the tests: random weights, built in milliseconds."""
+"""Tiny CALM models with random weights and a tokenizer, built in milliseconds."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -10,7 +10,7 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 VOCAB_SIZE = 96
 BOS, EOS, PAD = 1, 2, 95
 HEAD_TYPES = tuple(HEADS)
-# Of a random net's outputs: larger ones leave the noise no say (flow), or overflow within the steps (diffusion).
+# Scale of the random net's output: with larger ones noise has no effect (flow), or values overflow (diffusion).
 OUTPUT_SCALES = {"flow": 0.1, "diffusion": 0.01}
 
 
@@ -44,12 +44,12 @@ def tiny_config(head_type: str = "energy", patch_size: int = 4, **overrides) -> 
 
 
 def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **overrides) -> CALMForCausalLM:
-    """A random model whose every weight matters: the layers that start at zero are filled too."""
+    """Returns a random model in which every weight matters: layers initialised to zero are randomised too."""
     torch.manual_seed(seed)
     model = CALMForCausalLM(tiny_config(head_type, patch_size, **overrides)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and name != "head.codes":  # they come from the autoencoder, below
+            if parameter.dim() > 1 and name != "head.codes":  # computed from the autoencoder, below
                 parameter.normal_(std=0.25)
         if head_type in OUTPUT_SCALES:
             model.head.net.out_proj.weight.mul_(OUTPUT_SCALES[head_type])
@@ -59,7 +59,7 @@ def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: <unk>, <s>, </s>, printable characters, <pad>; prepends <s>."""
+    """Returns a character tokenizer with <unk>, <s>, </s>, printable characters and <pad>; it prepends <s>."""
     characters = [chr(code) for code in range(ord(" "), ord(" ") + VOCAB_SIZE - 4)]
     vocabulary = {"<unk>": 0, "<s>": BOS, "</s>": EOS, **{c: 3 + i for i, c in enumerate(characters)}, "<pad>": PAD}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

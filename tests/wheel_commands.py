@@ -1,8 +1,8 @@
-"""Run as a script by test_wheel.py, outside the checkout: commands of the installed package, one after another.
+"""Runs commands of the installed package one after another; a script that test_wheel.py runs outside the checkout.
 
     wheel_commands.py RESULT_FILE HIDDEN_PACKAGES COMMANDS     (the latter two as JSON)
 
-Writes, for each command, its exit code and what it printed. One process for all, for importing torch and transformers
+Writes the exit code and the output of each command. One process runs them all because importing torch and transformers
 takes most of the time.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 
 
 def hide(packages: list[str]) -> None:
-    """As if these packages weren't installed."""
+    """Makes packages appear not installed."""
 
-    class WithoutThem:
+    class HidingFinder:
         @staticmethod
         def find_spec(name, path=None, target=None):
             return None if name.partition(".")[0] in packages else PathFinder.find_spec(name, path, target)
@@ -28,7 +28,7 @@ def hide(packages: list[str]) -> None:
         invalidate_caches = PathFinder.invalidate_caches
         find_distributions = PathFinder.find_distributions
 
-    sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutThem
+    sys.meta_path[sys.meta_path.index(PathFinder)] = HidingFinder
 
 
 def run(module: str, *arguments: str) -> dict:
@@ -39,7 +39,7 @@ def run(module: str, *arguments: str) -> dict:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
             code = end.code or 0
-            if isinstance(code, str):  # as the interpreter does
+            if isinstance(code, str):  # like the interpreter
                 print(code, file=sys.stderr)
                 code = 1
         except BaseException:
@@ -49,7 +49,7 @@ def run(module: str, *arguments: str) -> dict:
 
 
 def save_a_model(folder: str) -> list[str]:
-    """Names of the code files that a model leaves beside its weights."""
+    """Saves a model and returns the names of its code files."""
     model = importlib.import_module("calm_transformers")
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "latent_size": 4}
     config = model.CALMConfig(**sizes, num_hidden_layers=1, num_attention_heads=1, autoencoder_config=sizes)

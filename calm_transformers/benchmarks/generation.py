@@ -48,7 +48,7 @@ from calm_transformers.benchmarks.workloads import (
     shape_config,
     trained_model,
 )
-from calm_transformers.command_line import InputError, Parser, command, known_errors, need, picture, positive, writable
+from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package, picture, positive, writable
 from calm_transformers.evaluation.report import saved_figure, write_json
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, PatchSampling
@@ -80,7 +80,7 @@ class Benchmark:
         options = self.options
         check_device(options.device)
         if options.plot is not None:
-            need("matplotlib", "eval", "--plot")
+            require_package("matplotlib", "eval", "--plot")
         for temperature in options.temperature:
             PatchSampling(True, temperature, options.num_candidates, options.sampling_method)
         if isinstance(shape_config(options.baseline, options.demo), CALMConfig):

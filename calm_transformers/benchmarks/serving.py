@@ -26,7 +26,15 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, need, positive, writable
+from calm_transformers.command_line import (
+    InputError,
+    Parser,
+    command,
+    known_errors,
+    positive,
+    require_package,
+    writable,
+)
 from calm_transformers.evaluation.report import markdown, write_json
 
 UPSTREAM_PACKAGES = ("fastapi", "openai", "uvicorn", "rich")
@@ -223,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=writable, help="file for the figures")
     options = parser.parse_args(argv)
     for package in UPSTREAM_PACKAGES if options.baseline else ():
-        need(package, "benchmark", "`transformers serve`")
+        require_package(package, "benchmark", "`transformers serve`")
     with tempfile.TemporaryDirectory(prefix="calm-serving-") as work:
         lines = measure(options, Path(work))
     print(as_table(lines))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from calm_transformers.benchmarks import generation
 from calm_transformers.command_line import InputError, Parser, command, known_errors
 from calm_transformers.evaluation.report import markdown
-from calm_transformers.files import unfinished
+from calm_transformers.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 GUIDE, SPEED = ROOT / "docs" / "guide.md", ROOT / "docs" / "speed.md"
@@ -58,7 +58,7 @@ class Part(NamedTuple):
             return
         print(f"\n{path.stem}", flush=True)
         words = [*OPTIONS[self.kind].split(), *COMMON.split(), *([] if self.kind == DEMO else ["--demo", demo])]
-        with unfinished(path) as aside:
+        with atomic_write(path) as aside:
             words += ["--temperature", self.temperature, "--batch_size", self.batch_size, "--json", str(aside)]
             if generation.main(words):
                 raise InputError(f"{path.stem} could not be measured.")
@@ -134,7 +134,7 @@ def put(path: Path, text: str) -> None:
     _, also_found, after = rest.partition(end)
     if not (found and also_found):
         raise ValueError(f"{path}: it has no lines {begin.strip()} and {end.strip()}, between which the table goes.")
-    with unfinished(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(before + begin + text + end + after, encoding="utf-8")
 
 

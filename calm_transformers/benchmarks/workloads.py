@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm_transformers.benchmarks.meters import wrapped
-from calm_transformers.command_line import InputError, positive, sentence
+from calm_transformers.command_line import InputError, format_error, positive
 from calm_transformers.loading import is_calm, load_causal_lm, load_config
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_candidates import CandidateBatch, LazyCandidateBatch
@@ -78,7 +78,7 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
         try:
             config = load_config(model_folder(name, demo))
         except ValueError as error:
-            raise InputError(f"{name} is neither a recipe nor a model: {sentence(error)}") from error
+            raise InputError(f"{name} is neither a recipe nor a model: {format_error(error)}") from error
         if not isinstance(config, CALMConfig | LlamaConfig):
             raise InputError(f"{name} is neither a CALM nor a Llama: its model_type is {config.model_type!r}.")
         return config

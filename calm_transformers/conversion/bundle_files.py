@@ -1,4 +1,4 @@
-"""What stands beside the weights in a bundled repository: configuration, code, tokenizer, model card."""
+"""Writes the files of a converted model repository other than the weights: config, code, tokenizer, model card."""
 
 import inspect
 import json
@@ -29,7 +29,7 @@ license: other
 # {name}
 
 A CALM, a continuous autoregressive language model ([arXiv 2510.27688](https://arxiv.org/abs/2510.27688)): instead of
-one token it predicts one vector that stands for a patch of {patch_size} tokens, which an autoencoder turns into text.
+one token it predicts one vector that represents a patch of {patch_size} tokens, which an autoencoder decodes.
 
 ```python
 import torch
@@ -43,22 +43,22 @@ print(pipe("The key to life is", max_new_tokens=20, do_sample=True)[0]["generate
 
 Needs `pip install "{transformers}" torch accelerate`.
 
-## Where it comes from
+## Sources
 
-The weights are those of two repositories, put into one {dtype} file by CALM for Transformers: the language model
+CALM for Transformers combined the weights of two repositories in one {dtype} file: the language model
 {language_model}, with a head of type "{head_type}", and the autoencoder {autoencoder}.
 
-**Licence.** The weights, and the tokenizer, stay under the licences of the repositories they come from. The code
-beside them is under the MIT licence.
+**Licence.** The weights, and the tokenizer, keep the licences of their source repositories. The code is under the
+MIT licence.
 """
 
 
-def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
-    """tokenizer.json, with the pad token of the configuration, the tokenizer_config.json for it, and the chat template
-    where there is one.
+def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
+    """Returns the tokenizer's files (name → content): tokenizer.json with the configuration's pad token,
+    tokenizer_config.json, and the chat template if there is one.
 
     Raises:
-        InputError: there is no tokenizer.json, or its ids are not those of the configuration.
+        InputError: there is no tokenizer.json, or its ids don't match the configuration.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -66,13 +66,13 @@ def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
-    assert config.pad_token_id is not None, "a conversion refuses a configuration without one"
+        raise InputError(f"{path} is not a tokenizer: {first_line(error)}") from None
+    assert config.pad_token_id is not None, "a conversion requires one"
     if tokenizer.id_to_token(config.pad_token_id) is None:
         tokenizer.add_special_tokens(["[PAD]"])
     count = tokenizer.get_vocab_size()
     if count > config.vocab_size:
-        raise InputError(f"{path} has {count} tokens, more than the {config.vocab_size} that the model knows.")
+        raise InputError(f"{path} has {count} tokens, more than the model's vocab_size {config.vocab_size}.")
     tokens = {}
     for field in ("bos_token", "eos_token", "pad_token"):
         ids = getattr(config, f"{field}_id")
@@ -80,24 +80,24 @@ def tokenizer_texts(folder: Path, config: CALMConfig) -> dict[str, str]:
         if tokens[field] is None:
             raise InputError(f"{path} has no token for {field}_id {ids}.")
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # what every transformers loads
+        "tokenizer_class": "PreTrainedTokenizerFast",  # supported by every version of transformers
         **tokens,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    texts = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(tokenizer_config, indent=2)}
-    template = chat_template(folder)
-    return texts if template is None else {**texts, CHAT_TEMPLATE: template}
+    files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(tokenizer_config, indent=2)}
+    template = read_chat_template(folder)
+    return files if template is None else {**files, CHAT_TEMPLATE: template}
 
 
-def chat_template(folder: Path) -> str | None:
-    """The chat template of a tokenizer: a file of its own or, as older repositories have it, in its configuration."""
+def read_chat_template(folder: Path) -> str | None:
+    """Reads a tokenizer's chat template from its own file or, in older repositories, from tokenizer_config.json."""
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(template, list):  # of several, by name
+    if isinstance(template, list):  # named templates
         template = {each.get("name"): each.get("template") for each in template}.get("default")
     return template if isinstance(template, str) else None
 
@@ -118,7 +118,7 @@ def model_card(name: str, config: CALMConfig, language_model: Repository, autoen
     )
 
 
-def write_beside_weights(
+def write_supporting_files(
     folder: Path,
     name: str,
     config: CALMConfig,
@@ -126,25 +126,25 @@ def write_beside_weights(
     language_model: Repository,
     autoencoder: Repository,
 ) -> None:
-    """Writes everything of a bundle but its weights.
+    """Writes all files of a converted repository except the weights.
 
     Raises:
         InputError: the tokenizer is missing or not the model's.
     """
     config.architectures = [CALMForCausalLM.__name__]
-    texts = {
+    files = {
         "config.json": config.to_json_string(),
         "generation_config.json": json.dumps(generation_defaults(config), indent=2),
         "README.md": model_card(name, config, language_model, autoencoder),
-        **tokenizer_texts(tokenizer_folder, config),
+        **tokenizer_files(tokenizer_folder, config),
     }
-    for file, text in texts.items():
-        (folder / file).write_text(text, encoding="utf-8")
+    for file, content in files.items():
+        (folder / file).write_text(content, encoding="utf-8")
     for file in code_files():
         shutil.copy(file, folder)
 
 
 def code_files() -> list[str]:
-    """The modeling file and every file that it imports."""
+    """Returns the paths of the modeling file and of every file that it imports."""
     modeling_file = inspect.getfile(CALMForCausalLM)
     return [modeling_file, *dict.fromkeys(get_relative_import_files(modeling_file))]

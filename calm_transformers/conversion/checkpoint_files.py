@@ -1,7 +1,4 @@
-"""Reads published repositories and writes new ones, for `convert_checkpoint.py` and `export_onnx.py`.
-
-Values are read and written one tensor at a time, so that memory holds one tensor and not the model.
-"""
+"""Reads the weights of published repositories and writes safetensors files, with one tensor in memory at a time."""
 
 import json
 import pickle
@@ -23,31 +20,29 @@ from calm_transformers.progress import progress_bar
 SAFETENSORS_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TAGS}
 
-REMAP_BYTES = 2**26  # read through one mapping
+REMAP_BYTES = 2**26  # bytes read before a file is mapped anew, which frees the pages read
 
 
 class WeightsFile:
-    """A .safetensors or .bin file, mapped to memory, whose tensors are read one by one.
-
-    What has been read of a mapping stays in memory until it is closed, so after some reading the file is mapped anew.
+    """A memory-mapped .safetensors or .bin file, whose tensors are read one by one.
 
     Raises:
-        InputError: the file is truncated or damaged, or holds anything but tensors of the types that models come in.
+        InputError: the file is truncated or damaged, or holds anything but float tensors of `DTYPES`.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._map()
         if path.suffix == ".bin":  # safetensors has no checksums
-            check_archive(path)
+            verify_checksums(path)
         for name, tensor in self._mapped.items():
             if tensor.dtype not in SAFETENSORS_TAGS:
-                raise InputError(f"{path}: tensor {name} is of type {tensor.dtype}, none of {', '.join(DTYPES)}.")
+                raise InputError(f"{path}: tensor {name} has dtype {tensor.dtype}, not one of {', '.join(DTYPES)}.")
 
     def _map(self) -> None:
-        self._mapped, self._bytes_read = map_tensors(self.path), 0
+        self._mapped, self._bytes_read = mmap_tensors(self.path), 0
 
-    def list(self) -> list["StoredTensor"]:
+    def stored_tensors(self) -> list["StoredTensor"]:
         return [StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._mapped.items()]
 
     def read(self, name: str) -> torch.Tensor:
@@ -58,7 +53,7 @@ class WeightsFile:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, or a range of its columns, not read yet."""
+    """A reference to a tensor in a file, or to a range of its columns, that is read on demand."""
 
     file: WeightsFile
     name: str
@@ -72,17 +67,17 @@ class StoredTensor(NamedTuple):
     def read(self) -> torch.Tensor:
         return self.file.read(self.name)[..., self.columns]
 
-    def cut(self, parts: int) -> list["StoredTensor"]:
-        """So many equal ranges of its columns."""
-        if parts == 1:
+    def split_columns(self, num_parts: int) -> list["StoredTensor"]:
+        """Splits the last axis into `num_parts` equal ranges."""
+        if num_parts == 1:
             return [self]
-        *rows, size = *self.shape[:-1], self.shape[-1] // parts
-        starts = range(0, parts * size, size)
+        *rows, size = *self.shape[:-1], self.shape[-1] // num_parts
+        starts = range(0, num_parts * size, size)
         return [self._replace(shape=(*rows, size), columns=slice(start, start + size)) for start in starts]
 
 
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, mapped to memory; nothing else in a pickle is executed or created.
+def mmap_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Memory-maps a file and returns its tensors by name, without executing anything in a pickle.
 
     Raises:
         InputError: the file is truncated, or holds anything but a dictionary of dense tensors.
@@ -94,8 +89,8 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
             tensors = load_file(path)
     except pickle.UnpicklingError:
         raise InputError(f"{path} holds pickled objects other than tensors and was not loaded.") from None
-    except Exception as error:  # neither library has a common class for what can be wrong with a file
-        raise InputError(f"{path} cannot be read, is it complete? ({first_line(error)})") from None
+    except Exception as error:  # neither library has a common base class
+        raise InputError(f"{path} cannot be read; is it complete? ({first_line(error)})") from None
     if not isinstance(tensors, dict):
         raise InputError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors.")
     for name, tensor in tensors.items():
@@ -104,48 +99,48 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_archive(path: Path) -> None:
-    """Compares a zip archive with its checksums, which reading it mapped to memory doesn't.
+def verify_checksums(path: Path) -> None:
+    """Checks the CRCs of a zip archive, which memory-mapping skips.
 
     Raises:
-        InputError: a member is not what was written.
+        InputError: a checksum differs.
     """
     with zipfile.ZipFile(path) as archive:
         member = archive.testzip()
-        if member and archive.getinfo(member).CRC:  # 0 where torch.save was told to compute none
-            raise InputError(f"{path} is damaged, fetch it anew: bad checksum of {member}.")
+        if member and archive.getinfo(member).CRC:  # 0 if torch.save computed none
+            raise InputError(f"{path} is damaged, download it again: bad checksum of {member}.")
 
 
 class Repository:
-    """A published repository, a folder or on the Hub: its `config` and `tensors` (name → `StoredTensor`).
+    """A published repository with its `config` and `tensors` (name → `StoredTensor`).
 
     Args:
-        id_or_folder: its Hub id or folder.
-        what: it should hold, for messages: "language model" or "autoencoder".
+        id_or_folder: Hub id or folder.
+        content: expected content, for messages: "language model" or "autoencoder".
 
     Raises:
         InputError: a file is missing, unreadable or truncated.
     """
 
-    def __init__(self, id_or_folder: str, what: str):
-        self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"], what)
+    def __init__(self, id_or_folder: str, content: str):
+        self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "model*.safetensors"], content)
         self.is_on_hub = not Path(id_or_folder).is_dir()
         if self.is_on_hub and not any(self.folder.glob("*.safetensors")):
-            self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"], what)
+            self.folder = fetch(id_or_folder, ["*.json", "*.jinja", "pytorch_model*.bin"], content)
         self.name = id_or_folder if self.is_on_hub else self.folder.resolve().name
         self.config_path = self.folder / "config.json"
         if not self.config_path.is_file():
-            raise InputError(f"{self.config_path} does not exist: name the repository that holds the {what}.")
+            raise InputError(f"{self.config_path} does not exist: name the repository that holds the {content}.")
         self.config = read_json(self.config_path)
-        self.weights, files = find_weights(self.folder)
+        self.weights, files = find_weight_files(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
-        for stored in (stored for path in files for stored in WeightsFile(path).list()):
+        for stored in (stored for path in files for stored in WeightsFile(path).stored_tensors()):
             if stored.name in self.tensors:
                 raise InputError(f"The {stored} is in {self.tensors[stored.name].file.path} too.")
             self.tensors[stored.name] = stored
 
     def matrix(self, name: str) -> StoredTensor:
-        """The stored tensor of this name, which must be a matrix."""
+        """Returns the stored tensor `name`, which must be a matrix."""
         if name not in self.tensors:
             raise InputError(f"{self.weights} lacks the tensor {name}.")
         if len(self.tensors[name].shape) != 2:
@@ -153,7 +148,7 @@ class Repository:
         return self.tensors[name]
 
     def count_layers(self, prefix: str) -> tuple[int, StoredTensor]:
-        """How many layers `prefix.0.`, `prefix.1.`, … there are, and a tensor of the last one."""
+        """Returns the number of layers `prefix.0.`, `prefix.1.`, …, and a tensor of the last one."""
         layers = {}
         for name, stored in self.tensors.items():
             if match := re.match(re.escape(prefix) + r"\.(\d+)\.", name):
@@ -163,31 +158,31 @@ class Repository:
         return max(layers) + 1, layers[max(layers)]
 
 
-def fetch(id_or_folder: str, patterns: list[str], what: str) -> Path:
-    """The folder itself, or one into which the matching files of a Hub repository were downloaded.
+def fetch(id_or_folder: str, patterns: list[str], content: str) -> Path:
+    """Returns the folder itself, or the local snapshot of a Hub repository's matching files.
 
     Raises:
-        InputError: there is neither that holds `what`.
+        InputError: there is no such folder or repository.
     """
     path = Path(id_or_folder)
     if path.is_dir():
         return path
     if path.exists() or is_missing_folder(id_or_folder):
-        raise InputError(f"{id_or_folder} is no folder: name the one that holds the {what}, or a Hub id.")
+        raise InputError(f"{id_or_folder} is not a folder: name the folder with the {content}, or a Hub id.")
     try:
         return Path(snapshot_download(id_or_folder, allow_patterns=patterns))
     except Exception as error:  # the client's exceptions differ between its versions
         raise InputError(
-            f"{id_or_folder} is no folder, and no Hub repository within reach, that holds the {what}: "
+            f"{id_or_folder} is neither a folder nor a reachable Hub repository with the {content}: "
             f"{first_line(error)}"
         ) from None
 
 
-def find_weights(folder: Path) -> tuple[Path, list[Path]]:
-    """The weights of a repository, safetensors before .bin: the file that lists or is them, and the files they are in.
+def find_weight_files(folder: Path) -> tuple[Path, list[Path]]:
+    """Finds the weights in a folder, safetensors before .bin; returns the index or single file, and the weight files.
 
     Raises:
-        InputError: there are none, a shard is missing, or one is named outside the folder.
+        InputError: there are none, a shard is missing, or the index names a shard outside the folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -197,7 +192,7 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
                 raise InputError(f"{index} holds no weight_map.")
             shards = [folder / shard for shard in sorted(set(map(str, weight_map.values())))]
             for shard in shards:
-                if shard.parent != folder:  # by its name: a file of the Hub's cache is a link to another folder
+                if shard.parent != folder:  # unresolved: files in the Hub's cache are links
                     raise InputError(f"{index} names {shard}, which is not in the same folder.")
                 if not shard.is_file():
                     raise InputError(f"{shard} does not exist, but {index.name} names it.")
@@ -208,31 +203,32 @@ def find_weights(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        InputError: there is no such file, or something else is in it.
+        InputError: there is no such file, or it holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
+    if not isinstance(fields, dict):
         raise InputError(f"{path} holds no JSON object.")
-    return content
+    return fields
 
 
 def write_safetensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, make: Callable[[str], torch.Tensor]
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, make_tensor: Callable[[str], torch.Tensor]
 ) -> None:
-    """Writes tensors of these shapes (name → shape) one after another, with a progress bar on a terminal.
+    """Writes a safetensors file tensor by tensor, where the library itself needs all tensors at once.
 
-    The format is the safetensors library's: length of the header, header, values; the library itself wants all tensors
-    at once.
-
-    `make` gives the tensor of a name, of that type and shape, and is called once for each.
+    Args:
+        path: the file.
+        shapes: name → shape.
+        dtype: of all tensors.
+        make_tensor: called once per name; returns a tensor of that shape and dtype.
 
     Raises:
         InputError: the disk is full or fails.
@@ -243,13 +239,13 @@ def write_safetensors(
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_TAGS[dtype], "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the values start aligned
+    encoded += b" " * (-len(encoded) % 8)  # aligns the values
     current = "its header"
     try:
         with open(path, "wb") as file, progress_bar(None, "Converting", "B", end) as bar:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             for current in shapes:
-                tensor = make(current)
+                tensor = make_tensor(current)
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 bar.update(tensor.nbytes)
     except OSError as error:

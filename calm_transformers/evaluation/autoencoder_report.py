@@ -14,16 +14,25 @@ from pathlib import Path
 
 import torch
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
+from calm_transformers.command_line import (
+    Parser,
+    command,
+    known_errors,
+    natural,
+    picture,
+    positive,
+    require_package,
+    writable,
+)
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.report import markdown, saved_figure, write_json
 from calm_transformers.loading import (
     check_tokenizer,
-    device_of,
     load_causal_lm,
+    load_checked,
     load_config,
     load_tokenizer,
-    load_whole,
+    resolve_device,
 )
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm_autoencoder import ACTIVE_NATS, CALMAutoencoder
@@ -80,7 +89,7 @@ def load_autoencoder(name: str) -> CALMAutoencoder:
         autoencoder = load_causal_lm(name).autoencoder
         assert isinstance(autoencoder, CALMAutoencoder), "every CALM has an autoencoder"
         return autoencoder
-    return load_whole(CALMAutoencoder.from_pretrained, name, dtype="auto").to(device_of(None)).eval()
+    return load_checked(CALMAutoencoder.from_pretrained, name, dtype="auto").to(resolve_device(None)).eval()
 
 
 def report(rows: list[dict], statistics: dict, num_patches: int) -> str:
@@ -119,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with known_errors():
         if args.plot:
-            need("matplotlib", "eval", "--plot")
+            require_package("matplotlib", "eval", "--plot")
         autoencoder = load_autoencoder(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         check_tokenizer(autoencoder, tokenizer, args.tokenizer or args.model)

@@ -19,7 +19,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
+from calm_transformers.command_line import (
+    Parser,
+    command,
+    known_errors,
+    natural,
+    picture,
+    positive,
+    require_package,
+    writable,
+)
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.brier import BrierScore
 from calm_transformers.evaluation.models import brier_counts, positions_per_block
@@ -88,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())  # accelerate needs cpu=True for CPU processes
     with known_errors(ValueError, OSError):
         if plot:
-            need("matplotlib", "eval", "--plot")
+            require_package("matplotlib", "eval", "--plot")
         scores = {name: evaluate(name, args, state) for name in args.model}
     if state.is_main_process:
         print(table(scores, args.block_size))

@@ -19,7 +19,16 @@ from pathlib import Path
 
 import torch
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, need, picture, positive, writable
+from calm_transformers.command_line import (
+    Parser,
+    command,
+    known_errors,
+    natural,
+    picture,
+    positive,
+    require_package,
+    writable,
+)
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.models import brier_counts, positions_per_block
 from calm_transformers.evaluation.report import markdown, saved_figure, write_json
@@ -102,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
         if args.plot:
-            need("matplotlib", "eval", "--plot")
+            require_package("matplotlib", "eval", "--plot")
         rows = measure(args.run, args)
     entropies, scores = zip(*((row["cross_entropy"], row["brierlm"]["value"]) for row in rows), strict=True)
     correlation = correlations(entropies, scores)

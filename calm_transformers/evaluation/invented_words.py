@@ -23,7 +23,7 @@ from calm_transformers.loading import is_calm, load_config, load_with_tokenizer
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_weights import check_num_candidates, check_temperature
-from calm_transformers.progress import progress_bar, say
+from calm_transformers.progress import print_above_bars, progress_bar
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         new, count = invented(texts, known)
         rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
         fraction = f"{len(new) / max(count, 1):.1%}"
-        say(f"| {temperature:g} | {count} | {len(new)} | {fraction} | {', '.join(new[:8])} |")
+        print_above_bars(f"| {temperature:g} | {count} | {len(new)} | {fraction} | {', '.join(new[:8])} |")
     write_json(args.json, rows)
 
 

@@ -21,7 +21,7 @@ from calm_transformers.documents import Separation, tokenize_documents
 from calm_transformers.evaluation.blocks import add_data_arguments, open_documents
 from calm_transformers.evaluation.text_scores import score_texts
 from calm_transformers.loading import is_calm, load_with_tokenizer
-from calm_transformers.progress import progress_bar, say
+from calm_transformers.progress import print_above_bars, progress_bar
 
 BATCH_SIZE = 32
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             pairs = true_and_wrong(ids_BL, args.tokens_before, tokens)
             true, wrong = (score_continuations(model, ids, tokens, num_samples, args.seed, bar) for ids in pairs)
             accuracies = " | ".join(f"{ranking_accuracy(true[name], wrong[name]):.1%}" for name in true)
-            say(f"| {tokens} | {num_samples} | {len(ids_BL)} | {accuracies} |")
+            print_above_bars(f"| {tokens} | {num_samples} | {len(ids_BL)} | {accuracies} |")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from calm_transformers.command_line import need
-from calm_transformers.files import unfinished
+from calm_transformers.command_line import require_package
+from calm_transformers.files import atomic_write
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -18,7 +18,7 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 def write_json(path: Path | None, content: Any) -> None:
     """Writes `content` as JSON; does nothing if `path` is None."""
     if path is not None:
-        with unfinished(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -29,7 +29,7 @@ def saved_figure(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[
     Raises:
         InputError: matplotlib is not installed.
     """
-    need("matplotlib", "eval", "a plot")
+    require_package("matplotlib", "eval", "a plot")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,6 +37,6 @@ def saved_figure(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[
 
     figure, axes = plt.subplots(*subplots, **{"layout": "constrained", **settings})
     yield figure, axes
-    with unfinished(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight", format=path.suffix[1:])
     plt.close(figure)

@@ -13,12 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, need
+from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.plan import FOLDER, Plan
 from calm_transformers.experiments.tables import document, draw_curves
-from calm_transformers.files import unfinished
-from calm_transformers.progress import progress_bar, say
+from calm_transformers.files import atomic_write
+from calm_transformers.progress import print_above_bars, progress_bar
 
 
 @command
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stories = [FOLDER / "stories.yaml"] if args.corpus else []
     with known_errors(InputError, OSError):
-        need("matplotlib", "eval", "the learning curves")
+        require_package("matplotlib", "eval", "the learning curves")
         files = args.experiments or [FOLDER / "language.yaml", *stories]
         plans = [Plan(file, args.output, args.corpus, args.only) for file in files]
         runs = {name: run for plan in plans for name, run in plan.runs.items()}
@@ -41,14 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         for name, run in progress_bar(runs.items(), "Experiments", "run"):
             is_new = not run.result.exists()
             if is_new:
-                say(f"{name} ...")
+                print_above_bars(f"{name} ...")
                 if not run.execute():
                     failed.append(name)
-                    say(f"  failed: see {run.log}", file=sys.stderr)
+                    print_above_bars(f"  failed: see {run.log}", file=sys.stderr)
             if run.measures and run.result.exists() and (is_new or name not in records):
                 records[name] = run.record()
                 write_json(path, records)
-        with unfinished(path.with_suffix(".md")) as aside:
+        with atomic_write(path.with_suffix(".md")) as aside:
             aside.write_text(document(plans, records), encoding="utf-8")
         draw_curves(plans, records, path.with_suffix(".png"))
     print(f"wrote {path.with_suffix('.md')}" + (f"; failed: {', '.join(failed)}" if failed else ""))

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive
 from calm_transformers.evaluation.brier import MAX_N
-from calm_transformers.files import unfinished
+from calm_transformers.files import atomic_write
 from calm_transformers.progress import progress_bar
 from calm_transformers.training.tokenizer import PAD, SPECIAL_TOKENS, save_tokenizer, with_special_tokens
 
@@ -212,7 +212,7 @@ def write(language: HiddenMarkovLanguage, folder: Path, parts: dict[str, tuple[i
             raise ValueError(f"{folder} holds another language or other parts of it: remove it, or choose another.")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with unfinished(folder) as aside:
+    with atomic_write(folder) as aside:
         aside.mkdir()
         for seed, (name, (number, length)) in enumerate(parts.items()):
             with (aside / f"{name}.jsonl").open("w", encoding="utf-8") as file:

@@ -28,7 +28,7 @@ from calm_transformers.experiments.share import measure, parse_with_blocks, pars
 from calm_transformers.loading import is_calm, load_causal_lm
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.progress import say
+from calm_transformers.progress import print_above_bars
 from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss
 from calm_transformers.training.trainer import last_checkpoint
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     options, results = (model.config.patch_size, language, blocks_BL, args.draws, args.batch_size), {}
     for name, reader in of.items():
         results[name] = measure(reader, *options, what=f"{name} replaced")
-        say(f"{name} replaced: {share_of(results[name])}")
+        print_above_bars(f"{name} replaced: {share_of(results[name])}")
     write_json(args.json, results)
 
 

@@ -3,15 +3,14 @@
     calm export MODEL --output FOLDER
     python FOLDER/generate.py "Once upon a time" --max_new_tokens 40 --temperature 0.5 --seed 0
 
-FOLDER holds backbone.onnx (over patches, with the cache as inputs and outputs), head.onnx (draws, from a hidden state
-and noise that is an input), decoder.onnx (latent vectors to tokens), each with its float32 weights beside it in
-.onnx.data, calm.json, tokenizer.json, and generate.py, which says at its top what the graphs take. Every graph is
-compared with the model at random inputs of other sizes than those it was traced at. A failure is one sentence on
-stderr and exit code 2, and leaves no file behind.
+FOLDER holds backbone.onnx (patches → hidden states, with the cache as inputs and outputs), head.onnx (hidden state and
+noise → latent samples), decoder.onnx (latent vectors → tokens), each with float32 weights in .onnx.data; calm.json,
+tokenizer.json, and generate.py, whose docstring documents the graphs. Every graph is compared with the model at other
+sizes than it was traced at. A failure is one line on stderr and exit code 2, and leaves no file behind.
 """
 
-# B batch, P patches read, S patches read before, K tokens per patch, D hidden size, N draws, Z latent size,
-# V vocabulary, M latent vectors
+# B batch, P new patches, S cached patches, K tokens per patch, D hidden size, N samples, Z latent size, V vocabulary,
+# M latent vectors
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,17 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationConfig
 
-from calm_transformers.command_line import InputError, Parser, command, first_line, known_errors, need, positive
+from calm_transformers.command_line import (
+    InputError,
+    Parser,
+    command,
+    first_line,
+    known_errors,
+    positive,
+    require_package,
+)
 from calm_transformers.files import new_folder
-from calm_transformers.loading import check_tokenizer, load_tokenizer, load_whole, reading
+from calm_transformers.loading import check_tokenizer, format_load_errors, load_checked, load_tokenizer
 from calm_transformers.model import heads_calm_diffusion, heads_calm_flow
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import (
@@ -53,26 +60,24 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.onnx_export import generate_onnx
 
-TOLERANCE = 1e-4  # of the largest output
+TOLERANCE = 1e-4  # relative to the largest output
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LEAST_OPSET = 18  # torch's exporter knows none below
+MIN_OPSET = 18  # the lowest that torch's exporter supports
 DYNAMIC = torch.export.Dim.DYNAMIC
-UNIFORM, NORMAL = "uniform", "normal"
-# The laws of the noises that a head is given, as its `predrawn_noise` names them.
-NOISE_LAWS: dict[str, dict[str, dict[str, Any]]] = {
-    "energy": {"noise": {"law": UNIFORM, "range": [-0.5, 0.5]}},
-    "flow": {"noise": {"law": NORMAL}},
-    "diffusion": {"noise": {"law": NORMAL}, "step_noise": {"law": NORMAL}},
-    "token_chain": {"noise": {"law": UNIFORM, "range": [0.0, 1.0]}},
+# Distributions of each head's noise inputs, by their names in `predrawn_noise`.
+NOISE_SPECS: dict[str, dict[str, dict[str, Any]]] = {
+    "energy": {"noise": {"law": "uniform", "range": [-0.5, 0.5]}},
+    "flow": {"noise": {"law": "normal"}},
+    "diffusion": {"noise": {"law": "normal"}, "step_noise": {"law": "normal"}},
+    "token_chain": {"noise": {"law": "uniform", "range": [0.0, 1.0]}},
 }
-# Lengths of the generation configuration that generate.py keeps; of what it doesn't do, the values besides None that
-# ask for nothing.
-EXPORTED = {"eos_token_id", "max_new_tokens"}
+LENGTHS = {"eos_token_id", "max_new_tokens"}  # length settings that generate.py supports
+# Settings that it doesn't support, with the values besides None that have no effect.
 NEUTRAL: dict[str, tuple] = {
     "do_sample": (True,),
     "sampling_method": ("adaptive", "batch"),
     "num_return_sequences": (1,),
-    "max_length": (20,),  # upstream's default of before
+    "max_length": (20,),  # upstream's old default
     "min_length": (0,),
     "min_new_tokens": (0,),
     "repetition_penalty": (1.0,),
@@ -86,21 +91,21 @@ NEUTRAL: dict[str, tuple] = {
 
 @dataclass
 class Graph:
-    """What torch.onnx.export is given for one file, and what it is then compared with."""
+    """Arguments of torch.onnx.export for one file, and test cases for the result."""
 
     module: nn.Module
     example: tuple
-    dynamic: tuple  # of each argument the axes that any size may have
-    inputs: list[str]  # their names
+    dynamic_shapes: tuple  # for each argument its axes of any size
+    inputs: list[str]  # names
     outputs: list[str]
-    # Other inputs, by name, and what the model itself makes of them.
+    # Inputs of other sizes and the model's own outputs, by name.
     cases: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=list)
 
 
 class Backbone(nn.Module):
-    """Patches (B, P, K), the mask (B, S + P) and a cache of S patches → hidden states (B, P, D), the cache of S + P.
+    """Maps patches (B, P, K), a mask (B, S + P) and a cache of S patches to hidden states (B, P, D) and the new cache.
 
-    The causal mask is made here, for upstream makes it by control flow that can't be traced.
+    The causal mask is built here because upstream's control flow can't be traced.
     """
 
     def __init__(self, model: CALMForCausalLM):
@@ -109,49 +114,49 @@ class Backbone(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         num_patches, num_past = tokens.shape[1], past[0].shape[2]
-        cache = cache_of(past)
-        place_P = torch.arange(num_patches) + num_past
-        is_before_PT = torch.arange(num_past + num_patches) <= place_P[:, None]
-        is_seen_B1PT = is_before_PT[None, None] & (mask[:, None, None, :] > 0)
-        bias = torch.zeros(is_seen_B1PT.shape).masked_fill(~is_seen_B1PT, torch.finfo(torch.float32).min)
+        cache = build_cache(past)
+        index_P = torch.arange(num_patches) + num_past
+        is_causal_PT = torch.arange(num_past + num_patches) <= index_P[:, None]
+        is_attended_B1PT = is_causal_PT[None, None] & (mask[:, None, None, :] > 0)
+        bias = torch.zeros(is_attended_B1PT.shape).masked_fill(~is_attended_B1PT, torch.finfo(torch.float32).min)
         positions_BT = (mask.cumsum(-1) - 1).clamp(min=0)
         outputs = self.model(
             input_ids=tokens.flatten(1),
             attention_mask=bias,
-            position_ids=positions_BT.index_select(1, place_P),
+            position_ids=positions_BT.index_select(1, index_P),
             cache=cache,
             use_cache=True,
         )
-        return outputs.last_hidden_state, tensors_of(cache)
+        return outputs.last_hidden_state, cache_tensors(cache)
 
 
-def cache_of(tensors: list[Tensor]) -> DynamicCache:
-    """A cache of key and value of each layer in turn."""
+def build_cache(tensors: list[Tensor]) -> DynamicCache:
+    """Builds a cache from the key and the value of each layer in turn."""
     cache = DynamicCache()
     for layer in range(len(tensors) // 2):
         cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
     return cache
 
 
-def tensors_of(cache: DynamicCache) -> list[Tensor]:
+def cache_tensors(cache: DynamicCache) -> list[Tensor]:
     layers: list[Any] = cache.layers
     return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 class Head(nn.Module):
-    """Hidden states (B, D) and noises → latent vectors (N, B, Z)."""
+    """Maps hidden states (B, D) and noise tensors to latent samples (N, B, Z)."""
 
     def __init__(self, head: GenerativeHead, names: list[str]):
         super().__init__()
         self.head, self.names = head, names
 
-    def forward(self, hidden: Tensor, noises: list[Tensor]) -> Tensor:
-        draws: dict[str, Any] = dict(zip(self.names, noises, strict=True))
-        return self.head.sample(hidden, **draws)
+    def forward(self, hidden: Tensor, noise_tensors: list[Tensor]) -> Tensor:
+        noise: dict[str, Any] = dict(zip(self.names, noise_tensors, strict=True))
+        return self.head.sample(hidden, **noise)
 
 
 class Decoder(nn.Module):
-    """Latent vectors (M, Z) → their most probable tokens (M, K), and the logits (M, K, V)."""
+    """Maps latent vectors (M, Z) to their most probable tokens (M, K) and logits (M, K, V)."""
 
     def __init__(self, autoencoder: CALMAutoencoder):
         super().__init__()
@@ -180,34 +185,34 @@ def backbone_graph(model: CALMForCausalLM) -> Graph:
         ["tokens", "mask", *(f"past_{name}" for name in names)],
         ["hidden", *(f"present_{name}" for name in names)],
     )
-    for sizes, num_hidden in (((1, 4, 0), 0), ((1, 1, 7), 0), ((3, 2, 4), 2)):
+    for sizes, num_masked in (((1, 4, 0), 0), ((1, 1, 7), 0), ((3, 2, 4), 2)):
         tokens, mask, past = example(*sizes)
-        mask[0, :num_hidden] = 0  # as of a shorter text beside longer ones
-        cache = cache_of(past)
+        mask[0, :num_masked] = 0  # as of a shorter, left-padded sequence
+        cache = build_cache(past)
         hidden = model.model(
             input_ids=tokens.flatten(1), attention_mask=mask, cache=cache, use_cache=True
         ).last_hidden_state
-        made = dict(zip(graph.outputs, [hidden, *tensors_of(cache)], strict=True))
-        graph.cases.append((dict(zip(graph.inputs, [tokens, mask, *past], strict=True)), made))
+        expected = dict(zip(graph.outputs, [hidden, *cache_tensors(cache)], strict=True))
+        graph.cases.append((dict(zip(graph.inputs, [tokens, mask, *past], strict=True)), expected))
     return graph
 
 
 def head_graph(model: CALMForCausalLM) -> Graph:
     head, size, generator = model.head, model.config.hidden_size, torch.Generator().manual_seed(1)
 
-    def example(num_draws: int, num_rows: int) -> tuple[Tensor, dict[str, Any]]:
-        hidden = torch.randn(num_rows, size, generator=generator)
-        return hidden, head.predrawn_noise(num_draws, num_rows, hidden, generator)
+    def example(num_samples: int, batch: int) -> tuple[Tensor, dict[str, Any]]:
+        hidden = torch.randn(batch, size, generator=generator)
+        return hidden, head.predrawn_noise(num_samples, batch, hidden, generator)
 
-    hidden, draws = example(5, 2)
-    axes = [{noise.dim() - 3: DYNAMIC, noise.dim() - 2: DYNAMIC} for noise in draws.values()]
-    names = list(draws)
+    hidden, noise = example(5, 2)
+    axes = [{tensor.dim() - 3: DYNAMIC, tensor.dim() - 2: DYNAMIC} for tensor in noise.values()]
+    names = list(noise)
     graph = Graph(
-        Head(head, names), (hidden, list(draws.values())), ({0: DYNAMIC}, axes), ["hidden", *names], ["latents"]
+        Head(head, names), (hidden, list(noise.values())), ({0: DYNAMIC}, axes), ["hidden", *names], ["latents"]
     )
     for sizes in ((1, 1), (7, 3), (64, 1)):
-        hidden, draws = example(*sizes)
-        graph.cases.append(({"hidden": hidden, **draws}, {"latents": head.sample(hidden, **draws)}))
+        hidden, noise = example(*sizes)
+        graph.cases.append(({"hidden": hidden, **noise}, {"latents": head.sample(hidden, **noise)}))
     return graph
 
 
@@ -227,7 +232,7 @@ def decoder_graph(model: CALMForCausalLM) -> Graph:
     return graph
 
 
-GRAPHS = {"backbone": backbone_graph, "head": head_graph, "decoder": decoder_graph}
+GRAPH_BUILDERS = {"backbone": backbone_graph, "head": head_graph, "decoder": decoder_graph}
 
 
 # Tracing
@@ -235,30 +240,31 @@ GRAPHS = {"backbone": backbone_graph, "head": head_graph, "decoder": decoder_gra
 
 @contextmanager
 def traceable(head: GenerativeHead) -> Iterator[None]:
-    """Lets the heads that solve an equation be traced.
+    """Makes the flow and diffusion heads traceable.
 
-    Their tables become constants, which a graph would else make anew in each step, and by operators that ONNX lacks;
-    and the conditions of all times are made at once, where the number of pieces would depend on the batch.
+    Their time and noise schedules become constants, since ONNX lacks operators that compute them, and the modulation
+    is computed for all times at once, since the number of chunks would depend on the batch.
     """
     num_steps, device = getattr(head, "num_steps", 1), torch.device("cpu")
     times = heads_calm_flow.solver_times(num_steps, device)
     schedule = heads_calm_diffusion.diffusion_schedule(num_steps, device)
 
     def precompute_modulation(net: ModulatedMLP, times_T: Tensor, context: Tensor) -> Iterator[Modulation]:
-        of_all = net.conditions(times_T.view(-1, *[1] * (context.dim() - 1)), context)
+        all_times = net.conditions(times_T.view(-1, *[1] * (context.dim() - 1)), context)
         for index in range(len(times_T)):
-            yield [tuple(values[index] for values in layer) for layer in of_all]
+            yield [tuple(values[index] for values in layer) for layer in all_times]
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(heads_calm_flow, "solver_times", lambda *_: times))
-        stack.enter_context(mock.patch.object(heads_calm_diffusion, "diffusion_schedule", lambda *_: schedule))
-        stack.enter_context(mock.patch.object(ModulatedMLP, "precompute_modulation", precompute_modulation))
+    with (
+        mock.patch.object(heads_calm_flow, "solver_times", lambda *_: times),
+        mock.patch.object(heads_calm_diffusion, "diffusion_schedule", lambda *_: schedule),
+        mock.patch.object(ModulatedMLP, "precompute_modulation", precompute_modulation),
+    ):
         yield
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that are not there and on its own inner parts."""
+def silence_exporter() -> Iterator[None]:
+    """Suppresses the exporter's warnings about missing packages and its own internals."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -267,12 +273,12 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def translations() -> dict:
-    """Operators of PyTorch that the exporter has no translation of → ours."""
+def translation_table() -> dict:
+    """Returns ONNX translations of the PyTorch operators that the exporter lacks."""
     op: Any = importlib.import_module("onnxscript").opset18
 
     def searchsorted(ordered, values, out_int32=False, right=False, side=None, sorter=None):
-        """How many of the ascending values (..., V) are below each of (..., N), or not above it."""
+        """Counts the entries of `ordered` (..., V) below each of `values` (..., N), or not above it if `right`."""
         is_below = (op.LessOrEqual if right else op.Less)(op.Unsqueeze(ordered, [-2]), op.Unsqueeze(values, [-1]))
         return op.ReduceSum(op.Cast(is_below, to=7), [-1], keepdims=0)  # 7 is int64
 
@@ -280,78 +286,75 @@ def translations() -> dict:
 
 
 def write_graph(name: str, graph: Graph, path: Path, opset: int | None) -> None:
-    """Traces a graph and writes it, its weights in a file of their own.
+    """Traces a graph and writes it, with the weights in a separate file.
 
     Raises:
-        InputError: it can't be traced, or not to this opset.
+        InputError: it can't be exported, or not to this opset.
     """
     try:
-        with quiet():
+        with silence_exporter():
             program = torch.onnx.export(
                 graph.module.eval(),
                 graph.example,
                 dynamo=True,
-                dynamic_shapes=graph.dynamic,
+                dynamic_shapes=graph.dynamic_shapes,
                 input_names=graph.inputs,
                 output_names=graph.outputs,
                 opset_version=opset,
-                custom_translation_table=translations(),
+                custom_translation_table=translation_table(),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"the {name} can't be exported by torch.onnx.export: {first_line(error)}") from error
-    assert program is not None, "the exporter of dynamo returns one"
-    made = program.model.opset_imports[""]
-    if opset is not None and made != opset:
-        raise InputError(f"--opset {opset}: the {name} could only be exported to opset {made}.")
+    assert program is not None, "the dynamo exporter returns one"
+    exported_opset = program.model.opset_imports[""]
+    if opset is not None and exported_opset != opset:
+        raise InputError(f"--opset {opset}: the {name} could only be exported to opset {exported_opset}.")
     for part in (program.model.graph, *program.model.functions.values()):
-        for node in part.all_nodes():  # where in this computer's files each was traced
+        for node in part.all_nodes():  # stack traces with local paths
             node.metadata_props.clear()
     program.save(path, external_data=True)
 
 
-def largest_difference(path: Path, graph: Graph) -> float:
-    """Between onnxruntime and the model, as a share of the largest value of the same output; of all cases.
+def max_relative_error(path: Path, graph: Graph) -> float:
+    """Returns the largest error of onnxruntime over all cases, relative to the output's largest value; NaN if any is.
 
-    Of tokens, it is what their logits lack to the largest ones. Not a number where one of them isn't.
+    The error of a token is the gap between its logit and the largest one.
     """
     onnxruntime: Any = importlib.import_module("onnxruntime")
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    largest = [0.0]
+    errors = [0.0]
     for inputs, expected in graph.cases:
-        given = {name: tensor.numpy() for name, tensor in inputs.items()}
-        found = dict(zip(graph.outputs, map(torch.from_numpy, session.run(graph.outputs, given)), strict=True))
+        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+        outputs = dict(zip(graph.outputs, map(torch.from_numpy, session.run(graph.outputs, feed)), strict=True))
         for name, value in expected.items():
-            if found[name].shape != value.shape:
-                raise InputError(f"{path.name} returns {name} {tuple(found[name].shape)}, not {tuple(value.shape)}.")
-            error, scale = (found[name] - value).abs(), value.abs().max()
-            if name == "hidden":  # a patch that is masked means nothing
+            if outputs[name].shape != value.shape:
+                raise InputError(f"{path.name} returns {name} {tuple(outputs[name].shape)}, not {tuple(value.shape)}.")
+            error, scale = (outputs[name] - value).abs(), value.abs().max()
+            if name == "hidden":  # masked patches don't count
                 error = error[inputs["mask"][:, -value.shape[1] :] > 0]
             elif name == "tokens":
                 logits = expected["logits"]
-                chosen = logits.gather(-1, found[name].unsqueeze(-1)).squeeze(-1)
+                chosen = logits.gather(-1, outputs[name].unsqueeze(-1)).squeeze(-1)
                 error, scale = logits.amax(-1) - chosen, logits.abs().max()
-            largest.append(float(error.max() / scale.clamp(min=torch.finfo(torch.float32).tiny)))
-    return float(np.max(largest))  # unlike max, passes on what is not a number
+            errors.append(float(error.max() / scale.clamp(min=torch.finfo(torch.float32).tiny)))
+    return float(np.max(errors))  # unlike max, propagates NaN
 
 
 # The folder
 
 
-def facts(model: CALMForCausalLM) -> dict[str, Any]:
-    """Contents of calm.json."""
+def export_config(model: CALMForCausalLM) -> dict[str, Any]:
+    """Returns the contents of calm.json."""
     config, generation = model.config, model.generation_config
-    assert generation is not None, "a model that generates has one"
+    assert generation is not None, "a generative model has one"
     sampling = PatchSampling.from_generation_config(generation, do_sample=True)
     eos = generation.eos_token_id
     fillers = (config.prompt_filler_token_id, config.pad_token_id, generation.pad_token_id, 0)
-    laws, draws = (
-        NOISE_LAWS[config.head_type],
-        model.head.predrawn_noise(1, 1, torch.zeros(1, config.hidden_size), None),
-    )
+    specs = NOISE_SPECS[config.head_type]
+    noise = model.head.predrawn_noise(1, 1, torch.zeros(1, config.hidden_size), None)
     return {
         "patch_size": config.patch_size,
         "vocab_size": config.vocab_size,
@@ -361,8 +364,8 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
         "head_size": config.head_dim,
         "head_type": config.head_type,
         "noises": [
-            {"name": name, "shape": [*noise.shape[:-3], "draws", "rows", noise.shape[-1]], **laws[name]}
-            for name, noise in draws.items()
+            {"name": name, "shape": [*tensor.shape[:-3], "draws", "rows", tensor.shape[-1]], **specs[name]}
+            for name, tensor in noise.items()
         ],
         "filler_token_id": next(token for token in fillers if token is not None),
         "bos_token_id": generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id,
@@ -372,59 +375,59 @@ def facts(model: CALMForCausalLM) -> dict[str, Any]:
     }
 
 
-def left_out(generation: GenerationConfig) -> list[str]:
-    """What a generation configuration asks of `generate` that generate.py doesn't do, as "field=value"."""
-    acting = {*LENGTH_SETTINGS, *PROCESSOR_SETTINGS} - EXPORTED | UNSUPPORTED_SETTINGS.keys() | NEUTRAL.keys()
-    values = {name: getattr(generation, name, None) for name in sorted(acting)}
-    values["do_sample"] = bool(values["do_sample"])  # not set: off, as upstream takes it
-    off = {name: (*NEUTRAL.get(name, ()), *UNSUPPORTED_SETTINGS.get(name, ())[1:]) for name in acting}
+def ignored_settings(generation: GenerationConfig) -> list[str]:
+    """Returns the settings of a generation configuration that generate.py doesn't support, as "field=value"."""
+    names = {*LENGTH_SETTINGS, *PROCESSOR_SETTINGS} - LENGTHS | UNSUPPORTED_SETTINGS.keys() | NEUTRAL.keys()
+    values = {name: getattr(generation, name, None) for name in sorted(names)}
+    values["do_sample"] = bool(values["do_sample"])  # upstream's default is off
+    off = {name: (*NEUTRAL.get(name, ()), *UNSUPPORTED_SETTINGS.get(name, ())[1:]) for name in names}
     return [f"{name}={value!r}" for name, value in values.items() if value is not None and value not in off[name]]
 
 
 def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
-    """A CALM in float32, and its tokenizer.
+    """Loads a CALM in float32 and its tokenizer, and checks that it can be exported.
 
     Raises:
-        InputError: a model that can't be exported, a missing package, or no such opset.
-        OSError, ValueError: no model, or no tokenizer.
+        InputError: the model can't be exported, a package is missing, or the opset is not supported.
+        OSError, ValueError: there is no model or no tokenizer.
     """
-    with reading(name):
+    with format_load_errors(name):
         config = PretrainedConfig.get_config_dict(name)[0]
     if config.get("model_type") != "calm":
         raise InputError(f"{name} is no CALM.")
-    if (head_type := config.get("head_type", "energy")) not in NOISE_LAWS:
-        raise InputError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_LAWS)}.")
+    if (head_type := config.get("head_type", "energy")) not in NOISE_SPECS:
+        raise InputError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_SPECS)}.")
     for package in PACKAGES:
-        need(package, "onnx", "calm export")
+        require_package(package, "onnx", "calm export")
     onnx: Any = importlib.import_module("onnx")
-    most = onnx.defs.onnx_opset_version()
-    if opset is not None and not LEAST_OPSET <= opset <= most:
-        raise InputError(f"--opset {opset}: must be at least {LEAST_OPSET}, and at most the installed onnx's {most}.")
+    highest = onnx.defs.onnx_opset_version()
+    if opset is not None and not MIN_OPSET <= opset <= highest:
+        raise InputError(f"--opset {opset}: must be at least {MIN_OPSET}, and at most the installed onnx's {highest}.")
     tokenizer = load_tokenizer(name)
-    model = load_whole(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
+    model = load_checked(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
-    if rotation not in FIXED_ROTATIONS:  # of others, a row's depends on the longest one
+    if rotation not in FIXED_ROTATIONS:  # others depend on the longest sequence of the batch
         raise InputError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
     if getattr(model, "is_quantized", False):
-        raise InputError(f"{name} is quantised: export the model that it was made of.")
+        raise InputError(f"{name} is quantised: export the original model.")
     check_tokenizer(model, tokenizer, name)
     return model.eval(), tokenizer
 
 
 def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | None, tolerance: float) -> None:
-    """Writes the graphs, compares each with the model, and writes what else is needed; a line on stdout for each.
+    """Writes the graphs, compares each with the model, and writes the other files; prints a line for each graph.
 
     Raises:
-        InputError, OSError: a graph can't be made or differs, or the disk is full.
+        InputError, OSError: a graph can't be exported or differs from the model, or the disk is full.
     """
-    for name, make in GRAPHS.items():
+    for name, build_graph in GRAPH_BUILDERS.items():
         print(f"{name}: traced, written and compared …", flush=True)
         start, path = time.perf_counter(), folder / f"{name}.onnx"
         with torch.no_grad():
-            graph = make(model)
+            graph = build_graph(model)
             with traceable(model.head):
                 write_graph(name, graph, path, opset)
-        difference = largest_difference(path, graph)
+        difference = max_relative_error(path, graph)
         size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*"))
         seconds = time.perf_counter() - start
         print(f"{name}: {size / 1e6:.1f} MB in {seconds:.0f} s, largest relative difference {difference:.1e}")
@@ -434,7 +437,7 @@ def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | N
                 f"{tolerance:.1e} of --tolerance."
             )
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / "calm.json").write_text(json.dumps(facts(model), indent=2) + "\n", encoding="utf-8")
+    (folder / "calm.json").write_text(json.dumps(export_config(model), indent=2) + "\n", encoding="utf-8")
     shutil.copy(generate_onnx.__file__, folder / "generate.py")
 
 
@@ -443,17 +446,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm export", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a CALM; `.` is the demo model")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the new folder to write")
-    opset = f"of ONNX, at least {LEAST_OPSET} (default: torch's)"
+    opset = f"ONNX opset, at least {MIN_OPSET} (default: torch's)"
     parser.add_argument("--opset", type=positive, metavar="N", help=opset)
-    tolerance = f"largest difference from the model, as a share of the largest output (default: {TOLERANCE})"
+    tolerance = f"largest allowed error, relative to the largest output (default: {TOLERANCE})"
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=tolerance)
     options = parser.parse_args(argv)
     with known_errors(InputError, OSError), new_folder(options.output) as folder:
         with known_errors():
             model, tokenizer = load(options.model, options.opset)
-            assert model.generation_config is not None, "a model that generates has one"
-            if settings := left_out(model.generation_config):
-                print(f"warning: generate.py leaves out {', '.join(settings)} of {options.model}.", file=sys.stderr)
+            assert model.generation_config is not None, "a generative model has one"
+            if settings := ignored_settings(model.generation_config):
+                print(f"warning: generate.py ignores {', '.join(settings)} of {options.model}.", file=sys.stderr)
         write_folder(model, tokenizer, folder, options.opset, options.tolerance)
     size = sum(file.stat().st_size for file in options.output.iterdir())
     print(f'Wrote {options.output} ({size / 1e6:.1f} MB): python {options.output / "generate.py"} "Once upon a time"')

@@ -1,25 +1,24 @@
-"""Continues a prompt with a CALM that `calm export` wrote, by onnxruntime: numpy, onnxruntime and
-tokenizers are all it needs. In an exported folder this file is generate.py.
+"""Continues a prompt with a CALM exported by `calm export`; needs only numpy, onnxruntime and tokenizers.
+In an exported folder this file is generate.py.
 
     python FOLDER/generate.py "Once upon a time" --max_new_tokens 40 --temperature 0.5 --num_candidates 200 --seed 0
 
-The same from Python, with FOLDER in `sys.path`:
+From Python, with FOLDER in `sys.path`:
 
     from generate import ExportedCALM, Randomness
-    for piece in ExportedCALM("FOLDER").write("Once upon a time", 40, Randomness(seed=0), temperature=0.5): ...
+    for part in ExportedCALM("FOLDER").generate_text("Once upon a time", 40, Randomness(seed=0), temperature=0.5): ...
 
-A step reads a patch of K tokens, draws latent vectors of the next, decodes them, and chooses one by temperature: the
-batch rule of the paper's Algorithm 2, extended to every T, weighs the distinct ones, of which top-k, top-p and min-p
-leave some out. At T = 1 without these one is drawn and taken.
+A step reads a patch of K tokens, samples N latent vectors for the next one, decodes them, and chooses one of the
+distinct patches, filtered by top-k, top-p and min-p, with the weights of the paper's Algorithm 2, extended to every T.
+At T = 1 without these filters N is 1.
 
-Axes: B batch, P patches read, S patches read before, K tokens per patch, D hidden size, N draws, Z latent size, V
-vocabulary, M latent vectors. The graphs, all of float32 and int64, with any B, P, S, N and M:
+Axes: B batch, P new patches, S cached patches, K tokens per patch, D hidden size, N samples, Z latent size,
+V vocabulary, M latent vectors. The graphs take float32 and int64 and any B, P, S, N and M:
 
-- backbone.onnx: tokens (B, P, K), mask (B, S + P), of patches, 1 where one is attended to, and for each layer
-  past_key.i and past_value.i (B, heads, S, head size) → hidden (B, P, D), and present_key.i and present_value.i, of
-  S + P patches;
-- head.onnx: hidden (B, D) and the noises that calm.json lists → latents (N, B, Z);
-- decoder.onnx: latents (M, Z) → tokens (M, K), the most probable, and logits (M, K, V).
+- backbone.onnx: tokens (B, P, K), mask (B, S + P) over patches (1 = attend), and for each layer past_key.i and
+  past_value.i (B, heads, S, head size) → hidden (B, P, D), and present_key.i and present_value.i of S + P patches;
+- head.onnx: hidden (B, D) and the noise tensors that calm.json lists → latents (N, B, Z);
+- decoder.onnx: latents (M, Z) → the most probable tokens (M, K), and logits (M, K, V).
 """
 
 import argparse
@@ -33,29 +32,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WRONG = 2  # exit code for what the user can put right
-INTERRUPTED = 130  # and for Ctrl-C, as shells say
-LOGITS_AT_ONCE = 2**24  # 64 MiB
+EXIT_INPUT_ERROR, EXIT_INTERRUPTED = 2, 130  # as argparse, and as shells for SIGINT
+LOGITS_CHUNK_SIZE = 2**24  # 64 MiB
 WHOLE_TOLERANCE = 1e-6  # 1/T this close (relatively) to a whole number counts as whole
-ROUNDING = 1e-5  # of shares: counts are whole, so that many of them lie exactly on the edge of a truncation
+ROUNDING = 1e-5  # relative tolerance: weights are ratios of counts, which often lie exactly on a threshold
 MAX_TEMPERATURE = 2.0
 NO_WEIGHT = 1000.0  # nats
-UNFINISHED = "\ufffd"  # what a decoder writes for a part of a character
+INCOMPLETE = "\ufffd"  # decoded from a part of a character
 
 
-class Refusal(Exception):
-    """Why a text can't be written, in one sentence."""
+class InputError(Exception):
+    """An error that the user can fix, in one sentence."""
 
 
 class Sampling(NamedTuple):
-    """How a step's patch is chosen.
+    """Sampling settings of a step.
 
     Args:
         temperature: T in (0, 2].
-        num_candidates: N, patches drawn a step, but at T = 1 without a truncation, where one is.
-        top_k: so many distinct patches with most weight may be chosen; 0 is all.
-        top_p: the fewest, of most weight, that together have this share of it; 1 is all.
-        min_p: those with at least this share of the largest weight; 0 is all.
+        num_candidates: N, patches sampled per step, except at T = 1 without filters, where one is sampled.
+        top_k: keep the `top_k` distinct patches of largest weight; 0 keeps all.
+        top_p: keep the fewest patches of largest weight whose weights sum to `top_p` of the total; 1 keeps all.
+        min_p: keep the patches with at least `min_p` times the largest weight; 0 keeps all.
     """
 
     temperature: float
@@ -65,66 +63,66 @@ class Sampling(NamedTuple):
     min_p: float = 0.0
 
     @property
-    def num_draws(self) -> int:
+    def num_samples(self) -> int:
         return 1 if self == Sampling(1.0, self.num_candidates) else self.num_candidates
 
     def check(self) -> None:
-        """Raises `Refusal` for a value outside its range, or fewer than 1/T candidates."""
+        """Raises InputError for a value outside its range, or fewer than 1/T candidates."""
         if not 0 < self.temperature <= MAX_TEMPERATURE:
-            raise Refusal(f"temperature={self.temperature}: must lie in (0, {MAX_TEMPERATURE:g}].")
+            raise InputError(f"temperature={self.temperature}: must lie in (0, {MAX_TEMPERATURE:g}].")
         if self.top_k < 0:
-            raise Refusal(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
+            raise InputError(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
-                raise Refusal(f"{name}={getattr(self, name)}: must be a share, in [0, 1].")
+                raise InputError(f"{name}={getattr(self, name)}: must be a fraction in [0, 1].")
         exponent = inverse_temperature(self.temperature)
         if self.num_candidates < exponent:
             least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
-            raise Refusal(
+            raise InputError(
                 f"num_candidates={self.num_candidates} is too few for temperature={self.temperature}: use at least "
                 f"{least}."
             )
 
 
 class Randomness:
-    """Where random numbers come from: numpy's generator, whose seed is another each time where it is None."""
+    """Random numbers of generation, from a numpy generator that is seeded randomly by default."""
 
     def __init__(self, seed: int | None = None):
         self.generator = np.random.default_rng(seed)
 
     def noise(self, spec: dict, shape: tuple[int, ...]) -> np.ndarray:
-        """The head's noise of one kind, float32, by what calm.json says of it."""
+        """Samples one of the head's noise inputs, float32, from the distribution given in calm.json."""
         if spec["law"] == "normal":
             return self.generator.standard_normal(shape, dtype=np.float32)
         low, high = spec["range"]
         return low + (high - low) * self.generator.random(shape, dtype=np.float32)
 
-    def exponential(self, num_draws: int) -> np.ndarray:
-        """Standard exponential variates (N,), by which one of the draws is chosen."""
-        return self.generator.standard_exponential(num_draws)
+    def exponential(self, num_samples: int) -> np.ndarray:
+        """Samples standard exponential noise (N,) for `sample_by_weight`."""
+        return self.generator.standard_exponential(num_samples)
 
 
 class ExportedCALM:
-    """The graphs of a folder, its tokenizer, and what calm.json says of them (`facts`).
+    """An exported model: its graphs, its tokenizer, and the contents of calm.json (`config`).
 
     Args:
-        folder: that `calm export` wrote.
-        num_threads: `None` leaves their number to onnxruntime.
+        folder: written by `calm export`.
+        num_threads: by default chosen by onnxruntime.
 
     Raises:
-        Refusal: a file or a package is missing, or a file is damaged.
+        InputError: a file or a package is missing, or a file is damaged.
     """
 
     def __init__(self, folder: str | Path, num_threads: int | None = None):
         folder = Path(folder)
         if not (folder / "calm.json").is_file():
-            raise Refusal(f"{folder / 'calm.json'} does not exist: name a folder that `calm export` wrote.")
+            raise InputError(f"{folder / 'calm.json'} does not exist: name a folder written by `calm export`.")
         try:
             onnxruntime: Any = importlib.import_module("onnxruntime")
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise Refusal(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
-        self.facts: dict[str, Any] = read(folder / "calm.json", lambda path: json.loads(path.read_bytes()))
+            raise InputError(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers.") from error
+        self.config: dict[str, Any] = read(folder / "calm.json", lambda path: json.loads(path.read_bytes()))
         self.tokenizer = read(folder / "tokenizer.json", lambda path: Tokenizer.from_file(str(path)))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -138,78 +136,79 @@ class ExportedCALM:
         parts = ("backbone", "head", "decoder")
         self.backbone, self.head, self.decoder = (read(folder / f"{part}.onnx", session) for part in parts)
 
-    def write(self, prompt: str, max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[str]:
-        """Pieces of the text that follows a prompt, as they are known; the arguments are those of `tokens`."""
+    def generate_text(self, prompt: str, max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[str]:
+        """Yields the continuation of a prompt in parts, as they are generated; see `generate_tokens`."""
         ids = self.tokenizer.encode(prompt).ids
-        written, shown = list(ids), self.tokenizer.decode(ids)
-        for token in self.tokens(ids, max_new_tokens, randomness, **settings):
-            written.append(token)
-            text = self.tokenizer.decode(written)
-            if not text.endswith(UNFINISHED):  # a character of several tokens waits for the last
-                yield text[len(shown) :]
-                shown = text
-        if rest := self.tokenizer.decode(written)[len(shown) :]:
+        decoded = self.tokenizer.decode(ids)
+        for token in self.generate_tokens(list(ids), max_new_tokens, randomness, **settings):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith(INCOMPLETE):  # wait for the character's last token
+                yield text[len(decoded) :]
+                decoded = text
+        if rest := self.tokenizer.decode(ids)[len(decoded) :]:
             yield rest
 
-    def tokens(self, prompt_ids: list[int], max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[int]:
-        """Ids that follow those of a prompt, up to an EOS (the last) or `max_new_tokens`, in a patch's midst, too.
+    def generate_tokens(
+        self, prompt_ids: list[int], max_new_tokens: int, randomness: Randomness, **settings
+    ) -> Iterator[int]:
+        """Yields token ids until EOS (included) or `max_new_tokens`, possibly within a patch.
 
-        Without a prompt the text begins with BOS. `settings` are fields of `Sampling`; those that are None or not
-        given are the model's.
+        An empty prompt is replaced by BOS. `settings` are fields of `Sampling`; by default, or if None, the model's.
 
         Raises:
-            Refusal: a setting outside its range, nothing to begin with, or more than the model's positions.
+            InputError: a setting is outside its range, the prompt is empty and there is no BOS, or positions run out.
         """
-        given = {name: value for name, value in settings.items() if value is not None}
-        sampling = Sampling(**{name: self.facts[name] for name in Sampling._fields})._replace(**given)
+        overrides = {name: value for name, value in settings.items() if value is not None}
+        sampling = Sampling(**{name: self.config[name] for name in Sampling._fields})._replace(**overrides)
         sampling.check()
-        patches_PK, cache = self._packed(prompt_ids), self._empty_cache()
-        longest = self.facts["max_position_embeddings"] * self.facts["patch_size"]
-        if len(prompt_ids) + max_new_tokens > longest:
-            raise Refusal(
+        patches_PK, cache = self._pack_prompt(prompt_ids), self._empty_cache()
+        max_length = self.config["max_position_embeddings"] * self.config["patch_size"]
+        if len(prompt_ids) + max_new_tokens > max_length:
+            raise InputError(
                 f"the prompt has {len(prompt_ids)} tokens and {max_new_tokens} are to be written, but the model takes "
-                f"{longest} together: shorten the prompt or lower max_new_tokens."
+                f"{max_length} together: shorten the prompt or lower max_new_tokens."
             )
-        num_left = max_new_tokens
-        while num_left > 0:
-            hidden_1D, cache = self._read(patches_PK, cache)
-            patch_K = self._next_patch(hidden_1D, randomness, sampling)
-            for token in patch_K[:num_left].tolist():
+        num_remaining = max_new_tokens
+        while num_remaining > 0:
+            hidden_1D, cache = self._forward(patches_PK, cache)
+            patch_K = self._sample_patch(hidden_1D, randomness, sampling)
+            for token in patch_K[:num_remaining].tolist():
                 yield token
-                if token in self.facts["eos_token_ids"]:
+                if token in self.config["eos_token_ids"]:
                     return
-            num_left -= len(patch_K)
+            num_remaining -= len(patch_K)
             patches_PK = patch_K[None]
 
-    def _packed(self, prompt_ids: list[int]) -> np.ndarray:
-        """A prompt as patches (P, K): the first is filled on its left."""
-        bos = self.facts["bos_token_id"]
+    def _pack_prompt(self, prompt_ids: list[int]) -> np.ndarray:
+        """Returns a prompt as patches (P, K), the first one padded on the left."""
+        bos = self.config["bos_token_id"]
         if not prompt_ids and bos is None:
-            raise Refusal("the prompt is empty, and the model has no bos_token_id, which would start it.")
-        ids, patch_size = list(prompt_ids) or [bos], self.facts["patch_size"]
-        fillers = -len(ids) % patch_size * [self.facts["filler_token_id"]]
-        return np.array(fillers + ids, dtype=np.int64).reshape(-1, patch_size)
+            raise InputError("the prompt is empty, and the model has no bos_token_id, which would start it.")
+        ids, patch_size = list(prompt_ids) or [bos], self.config["patch_size"]
+        padding = -len(ids) % patch_size * [self.config["filler_token_id"]]
+        return np.array(padding + ids, dtype=np.int64).reshape(-1, patch_size)
 
     def _empty_cache(self) -> list[np.ndarray]:
-        shape = 1, self.facts["num_key_value_heads"], 0, self.facts["head_size"]
-        return [np.zeros(shape, dtype=np.float32) for _ in range(2 * self.facts["num_layers"])]
+        shape = 1, self.config["num_key_value_heads"], 0, self.config["head_size"]
+        return [np.zeros(shape, dtype=np.float32) for _ in range(2 * self.config["num_layers"])]
 
-    def _read(self, patches_PK: np.ndarray, cache: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Reads further patches: the last one's hidden state (1, D), and the cache with them."""
+    def _forward(self, patches_PK: np.ndarray, cache: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Runs the backbone on new patches; returns the last hidden state (1, D) and the new cache."""
         num_patches = cache[0].shape[2] + len(patches_PK)
         feed = {"tokens": patches_PK[None], "mask": np.ones((1, num_patches), dtype=np.int64)}
-        names = [f"past_{kind}.{layer}" for layer in range(self.facts["num_layers"]) for kind in ("key", "value")]
+        names = [f"past_{kind}.{layer}" for layer in range(self.config["num_layers"]) for kind in ("key", "value")]
         hidden_1PD, *cache = self.backbone.run(None, feed | dict(zip(names, cache, strict=True)))
         return hidden_1PD[:, -1], cache
 
-    def _next_patch(self, hidden_1D: np.ndarray, randomness: Randomness, sampling: Sampling) -> np.ndarray:
-        """The patch (K,) chosen after a hidden state."""
-        sizes = {"draws": sampling.num_draws, "rows": 1}  # of the axes that have no number
-        noises = {
+    def _sample_patch(self, hidden_1D: np.ndarray, randomness: Randomness, sampling: Sampling) -> np.ndarray:
+        """Samples the next patch (K,) from a hidden state."""
+        sizes = {"draws": sampling.num_samples, "rows": 1}  # axes named in calm.json
+        noise = {
             spec["name"]: randomness.noise(spec, tuple(sizes[x] if x in sizes else x for x in spec["shape"]))
-            for spec in self.facts["noises"]
+            for spec in self.config["noises"]
         }
-        (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noises})
+        (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noise})
         patches_NK = self._decode(latents_N1Z[:, 0])
         if len(patches_NK) == 1:
             return patches_NK[0]
@@ -217,25 +216,25 @@ class ExportedCALM:
         return patches_NK[sample_by_weight(first_occurrences(patches_NK), noise_N, sampling)]
 
     def _decode(self, latents_NZ: np.ndarray) -> np.ndarray:
-        """The most probable tokens (N, K), so many latent vectors at a time that their logits stay few."""
-        at_once = max(1, LOGITS_AT_ONCE // (self.facts["patch_size"] * self.facts["vocab_size"]))
-        chunks = [latents_NZ[start : start + at_once] for start in range(0, len(latents_NZ), at_once)]
+        """Returns the most probable tokens (N, K); decodes in chunks of at most LOGITS_CHUNK_SIZE logits."""
+        size = max(1, LOGITS_CHUNK_SIZE // (self.config["patch_size"] * self.config["vocab_size"]))
+        chunks = [latents_NZ[start : start + size] for start in range(0, len(latents_NZ), size)]
         return np.concatenate([self.decoder.run(["tokens"], {"latents": chunk})[0] for chunk in chunks])
 
 
 def read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    """What a reader makes of a file; `Refusal` where it raises, as each library does in classes of its own."""
+    """Returns `reader(path)`; converts its errors, whose types differ between libraries, to InputError."""
     try:
         return reader(path)
     except Exception as error:
-        raise Refusal(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-# The choice by temperature
+# Sampling at a temperature
 
 
 def inverse_temperature(temperature: float) -> float:
-    """The exponent 1/T, exactly whole where T is 1/n up to rounding."""
+    """Returns the exponent 1/T, exactly whole if T is 1/n up to rounding."""
     exponent = 1 / temperature
     if math.isinf(exponent):
         return exponent
@@ -243,38 +242,37 @@ def inverse_temperature(temperature: float) -> float:
 
 
 def first_occurrences(patches_NK: np.ndarray) -> np.ndarray:
-    """For each patch the index of the first one that equals it, (N,)."""
+    """Returns for each patch the index of the first one equal to it, (N,)."""
     _, first, inverse = np.unique(patches_NK, axis=0, return_index=True, return_inverse=True)
     return first[inverse.reshape(-1)]
 
 
 def candidate_log_weights(first_N: np.ndarray, temperature: float) -> np.ndarray:
-    """Unnormalised log probability of choosing each draw, (N,).
+    """Returns the unnormalised log probability of choosing each sample, (N,), on the first of equal ones.
 
-    A patch seen c times weighs C(c, s), s = 1/T, all of it on its first occurrence; with the gamma function for
-    factorials that is a weight for every T. Nothing is left of it where c <= s − 1: such counts weigh so little that
-    they have no say beside a larger one, and where there is none, the largest of them are chosen from evenly. At T > 1
-    the patches seen once also have the weight of those that were not seen, whose number Chao's estimate gives.
+    A patch that occurs c times has weight C(c, s), s = 1/T, with gamma functions for factorials. The weight is zero if
+    c <= s − 1; such counts get tiny weights instead, lower for smaller c, so that without larger counts the most
+    frequent patches are equally likely. At T > 1 the patches that occur once share the weight of those not sampled,
+    whose number is estimated by Chao's formula.
     """
-    num_draws, exponent = len(first_N), inverse_temperature(temperature)
+    num_samples, exponent = len(first_N), inverse_temperature(temperature)
     table = [
         math.lgamma(count + 1) - math.lgamma(exponent + 1) - math.lgamma(count - exponent + 1)
         if count > exponent - 1
-        else (count - num_draws - 1) * NO_WEIGHT
-        for count in range(num_draws + 1)
+        else (count - num_samples - 1) * NO_WEIGHT
+        for count in range(num_samples + 1)
     ]
-    sizes_N = np.bincount(first_N, minlength=num_draws)[first_N]
+    sizes_N = np.bincount(first_N, minlength=num_samples)[first_N]
     log_weights_N = np.array(table)[sizes_N]
     num_once, num_twice = (sizes_N == 1).sum(), (sizes_N == 2).sum() / 2
     if temperature > 1 and num_once > 1:
         log_unseen = math.log((num_once - 1) / (2 * (num_twice + 1))) + table[0]
         log_weights_N = np.where(sizes_N == 1, np.logaddexp(log_weights_N, log_unseen), log_weights_N)
-    return np.where(first_N == np.arange(num_draws), log_weights_N, -np.inf)
+    return np.where(first_N == np.arange(num_samples), log_weights_N, -np.inf)
 
 
 def truncated(weights_N: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Weights with those that top-k, then top-p of what is left, then min-p leave out at 0; of equal weights the
-    earlier stays."""
+    """Returns the weights with those filtered out by top-k, then top-p, then min-p set to 0; earlier ones win ties."""
     order_N, rank_N = np.argsort(-weights_N, kind="stable"), np.arange(len(weights_N))
     sorted_N = weights_N[order_N] / weights_N.sum()
     if sampling.top_k > 0:
@@ -283,13 +281,13 @@ def truncated(weights_N: np.ndarray, sampling: Sampling) -> np.ndarray:
         before_N = sorted_N.cumsum() - sorted_N
         sorted_N[(before_N >= (sampling.top_p - ROUNDING) * sorted_N.sum()) & (rank_N > 0)] = 0
     sorted_N[sorted_N < (1 - ROUNDING) * sampling.min_p * sorted_N[0]] = 0
-    left_N = np.empty_like(sorted_N)
-    left_N[order_N] = sorted_N
-    return left_N
+    filtered_N = np.empty_like(sorted_N)
+    filtered_N[order_N] = sorted_N
+    return filtered_N
 
 
 def sample_by_weight(first_N: np.ndarray, noise_N: np.ndarray, sampling: Sampling) -> int:
-    """The draw with the smallest of exponential variates whose rates are the weights: so each has its own chance."""
+    """Returns the index of a sample, chosen with probability proportional to its weight by the Gumbel-max trick."""
     log_weights_N = candidate_log_weights(first_N, sampling.temperature)
     weights_N = truncated(np.exp(log_weights_N - log_weights_N.max()), sampling)
     return int((weights_N / np.maximum(noise_N, np.finfo(np.float32).tiny)).argmax())
@@ -300,7 +298,7 @@ def sample_by_weight(first_N: np.ndarray, noise_N: np.ndarray, sampling: Samplin
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise Refusal(f"{message.removesuffix('.')} (see {self.prog} --help).")
+        raise InputError(f"{message.removesuffix('.')} (see {self.prog} --help).")
 
 
 def positive(text: str) -> int:
@@ -313,38 +311,40 @@ def run(argv: list[str] | None) -> None:
     here = Path(__file__)
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(f"python {here.name}", description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("prompt", help="text to go on from")
-    parser.add_argument("--folder", type=Path, default=here.parent, help="the exported model (default: this one's)")
+    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument(
+        "--folder", type=Path, default=here.parent, help="exported model (default: this file's folder)"
+    )
     parser.add_argument("--max_new_tokens", type=positive, help="(default: the model's, or 160)")
-    parser.add_argument("--temperature", type=float, help="in (0, 2]; the lower, the surer (default: the model's)")
-    parser.add_argument("--num_candidates", type=positive, help="patches drawn a step (default: the model's)")
-    parser.add_argument("--top_k", type=int, help="distinct patches to choose from; 0 is all (default: the model's)")
-    parser.add_argument("--top_p", type=float, help="share of the weight to choose from (default: the model's)")
-    parser.add_argument("--min_p", type=float, help="least share of the largest weight (default: the model's)")
-    parser.add_argument("--seed", type=int, help="a whole number: the same one, the same text")
-    parser.add_argument("--num_threads", type=positive, help="of the processor (default: onnxruntime's choice)")
+    parser.add_argument("--temperature", type=float, help="in (0, 2] (default: the model's)")
+    parser.add_argument("--num_candidates", type=positive, help="patches sampled per step (default: the model's)")
+    parser.add_argument("--top_k", type=int, help="distinct patches to keep; 0 keeps all (default: the model's)")
+    parser.add_argument("--top_p", type=float, help="cumulative weight to keep (default: the model's)")
+    parser.add_argument("--min_p", type=float, help="minimum weight, relative to the largest (default: the model's)")
+    parser.add_argument("--seed", type=int, help="for a reproducible text (default: random)")
+    parser.add_argument("--num_threads", type=positive, help="CPU threads (default: onnxruntime's choice)")
     options = parser.parse_args(argv)
     if options.seed is not None and options.seed < 0:
-        raise Refusal(f"--seed {options.seed}: must not be negative.")
+        raise InputError(f"--seed {options.seed}: must not be negative.")
     model, randomness = ExportedCALM(options.folder, options.num_threads), Randomness(options.seed)
     settings = {name: getattr(options, name) for name in Sampling._fields}
-    length = options.max_new_tokens or model.facts["max_new_tokens"] or 160
-    pieces = model.write(options.prompt, length, randomness, **settings)
-    print(options.prompt + next(pieces, ""), end="", flush=True)  # nothing where it is refused
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    length = options.max_new_tokens or model.config["max_new_tokens"] or 160
+    parts = model.generate_text(options.prompt, length, randomness, **settings)
+    print(options.prompt + next(parts, ""), end="", flush=True)  # prints nothing if an argument is invalid
+    for part in parts:
+        print(part, end="", flush=True)
     print()
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         run(argv)
-    except Refusal as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG
+        return EXIT_INPUT_ERROR
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, listen
-from calm_transformers.files import unfinished
+from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors
+from calm_transformers.files import atomic_write
 from calm_transformers.loading import is_calm, load_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.configuration_calm import TRANSFORMERS
 from calm_transformers.pages.app_page import PageModel, create_page, launch
@@ -98,7 +98,7 @@ def serve(options) -> None:
     """Loads the models and serves the page until the process ends."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError('the page needs gradio: pip install "calm-transformers[app]".')
-    with known_errors(OSError), listen(options.host, options.port) as listening:
+    with known_errors(OSError), bind_socket(options.host, options.port) as listening:
         port = listening.getsockname()[1]  # checked before the models are loaded
     page = create_page(load_models(options.model, options.baseline, options.device))
     print(f"{options.model} is served at http://{options.host}:{port}", flush=True)
@@ -136,7 +136,7 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         raise InputError(f"--space {folder}: is not empty; use a new folder.")
     if not folder.absolute().parent.is_dir():
         raise InputError(f"--space {folder}: its parent folder does not exist.")
-    with unfinished(folder.absolute()) as temporary:
+    with atomic_write(folder.absolute()) as temporary:
         temporary.mkdir()
         sources = {name: source for name, source in (("model", model), ("baseline", baseline)) if source}
         loaded_from = {name: copy_if_local(source, temporary / name) for name, source in sources.items()}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
-from calm_transformers.files import unfinished
+from calm_transformers.files import atomic_write
 from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_candidates import candidate_scores
 from calm_transformers.model.generation_calm_weights import Truncation, candidate_weights, check_temperature
@@ -245,7 +245,7 @@ def quote(text: str) -> str:
 
 
 def write_page(path: Path, inspection: Inspection) -> None:
-    with unfinished(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(render_page(asdict(inspection)), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateSyntaxError
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, listen, positive, utf8
+from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors, positive, utf8
 from calm_transformers.loading import load_calm
 from calm_transformers.serving.batcher import Batcher
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     check_environment()
     with known_errors(OSError):
-        listening = listen(options.host, options.port)
+        listening = bind_socket(options.host, options.port)
     with listening:
         from calm_transformers.serving.app import ServerOptions, create_app
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from calm_transformers.command_line import Parser, command, known_errors, positive
-from calm_transformers.files import unfinished
+from calm_transformers.files import atomic_write
 from calm_transformers.training import train
 
 PACKAGE = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def write(model: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     code = [] if output.samefile(PACKAGE) else sorted(model.glob("*.py"))
     for file in [*code, *(model / name for name in FILES)]:
-        with unfinished(output / file.name) as aside:
+        with atomic_write(output / file.name) as aside:
             shutil.copyfile(file, aside)
 
 

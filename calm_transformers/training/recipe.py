@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from calm_transformers.command_line import InputError, sentence
+from calm_transformers.command_line import InputError, format_error
 from calm_transformers.documents import DataOptions
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm_transformers.progress import shows_bars
@@ -428,4 +428,4 @@ def check_arguments(args: TrainingArguments) -> None:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
     except Exception as error:  # each package has its own
-        raise InputError(f"{field}: {sentence(error)}") from error
+        raise InputError(f"{field}: {format_error(error)}") from error

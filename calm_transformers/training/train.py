@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
 
-from calm_transformers.command_line import InputError, Parser, command, known_errors, need
+from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package
 from calm_transformers.documents import documents
-from calm_transformers.loading import generation_defaults, is_missing_folder, load_tokenizer, load_whole
+from calm_transformers.loading import generation_defaults, is_missing_folder, load_checked, load_tokenizer
 from calm_transformers.model.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
@@ -132,7 +132,7 @@ def read(what: str, where: str | None, reader):
 
 def read_whole(what: str, where: str | None, model_class, **settings):
     """The model that a recipe names, as `read`; each of its weights is there."""
-    return read(what, where, partial(load_whole, model_class.from_pretrained, **settings))
+    return read(what, where, partial(load_checked, model_class.from_pretrained, **settings))
 
 
 def read_config(what: str, where: str | None, config_class) -> Any:
@@ -373,7 +373,7 @@ def begins_with_llama(recipe: Recipe) -> bool:
 
 def with_lora(model: CALMForCausalLM, rank: int):
     """The model with a LoRA adapter on every linear layer of the backbone and the head; all else is frozen."""
-    need("peft", "train", "lora_rank")
+    require_package("peft", "train", "lora_rank")
     from peft import LoraConfig, get_peft_model
 
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -26,7 +26,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
-from calm_transformers.command_line import InputError, sentence
+from calm_transformers.command_line import InputError, format_error
 from calm_transformers.progress import hide_upstream_bars, shows_bars
 from calm_transformers.training.auxiliary import (
     AUXILIARY_FILE,
@@ -301,7 +301,7 @@ class CALMTrainer(Trainer):
         except InputError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"{resume_from_checkpoint} can't be loaded: {sentence(error)}") from error
+            raise InputError(f"{resume_from_checkpoint} can't be loaded: {format_error(error)}") from error
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
         """Upstream's, with the model's code, which upstream leaves behind; once, for an upload may go on."""
@@ -402,7 +402,7 @@ def damage(checkpoint: Path) -> str | None:
             elif file.suffix in (".pt", ".pth", ".bin"):
                 zipfile.ZipFile(file).close()
         except Exception as error:  # each format has its own
-            return f"has a damaged {file.name} ({sentence(error)})"
+            return f"has a damaged {file.name} ({format_error(error)})"
     return None
 
 
