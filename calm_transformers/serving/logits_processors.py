@@ -1,4 +1,4 @@
-"""The logits processors of one text, which a batcher writes among others."""
+"""The logits processors of one sequence of a batch."""
 
 import copy
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ import torch
 from transformers import LogitsProcessorList
 
 
-def processors_of_text(
+def make_logits_processors(
     model, prompt_length: int, max_new_tokens: int, logits_processor: Sequence | None = None, **settings
 ) -> LogitsProcessorList | None:
-    """The logits processors of one text, as `generate` makes them; `None` if there are none.
+    """Returns the logits processors that `generate` would use for one sequence, or `None` if there are none.
 
     Args:
-        model: that writes.
-        prompt_length: tokens of its prompt.
-        max_new_tokens: that may follow.
-        logits_processor: the caller's own.
-        **settings: those of `PROCESSOR_SETTINGS` that are not to be the generation configuration's.
+        model: the model that generates.
+        prompt_length: tokens of the prompt.
+        max_new_tokens: the most new tokens.
+        logits_processor: the caller's own processors.
+        **settings: those of `PROCESSOR_SETTINGS` that replace the generation configuration's.
 
     Raises:
-        ValueError: a setting makes no sense.
+        ValueError: a setting is invalid.
     """
     config = copy.copy(model.generation_config)
     for name, value in settings.items():
