@@ -157,7 +157,8 @@ def test_a_failed_text_is_a_500_with_the_reason_and_health_is_a_503_while_texts_
     assert answer("health")[0] == 200  # it generates a test text, as the error may have been the last text's own
     assert answer()[0] == 200
     with monkeypatch.context() as patch:
-        patch.setattr(app_client.batcher, "_admit_waiting", failing(RuntimeError("the device is gone")))
+        batcher, fail = app_client.batcher, failing(RuntimeError("the device is gone"))
+        patch.setattr(batcher, "_admit_waiting", lambda: batcher._waiting and fail())
         assert answer()[0] == 500
         for path in ("health", "completions"):
             assert answer(path) == (503, "Generation has stopped: RuntimeError: the device is gone.")
