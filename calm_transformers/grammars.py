@@ -55,10 +55,8 @@ class Grammar:
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no eos_token, which a grammar needs to end a text.")
         try:
-            if regex is not None:
-                grammar = llguidance.LLMatcher.grammar_from_regex(regex)
-            else:
-                grammar = _compile_schema(json_schema)
+            compile_regex = llguidance.LLMatcher.grammar_from_regex
+            grammar = _compile_schema(json_schema) if regex is None else compile_regex(regex)
             with _tokenizer_lock:
                 tokens = _make_llguidance_tokenizer(tokenizer, len(tokenizer), tokenizer.eos_token_id)
             limits = llguidance.LLParserLimits(verbose_errors=False)
@@ -107,9 +105,8 @@ class GrammarProcessor:
         num_consumed = self._consume(suffix)
         allowed_V = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[:vocab_size]
         if self._matcher.is_error():
-            raise ValueError(
-                f"A text has no continuation in its grammar: {_first_error_line(self._matcher.get_error())}."
-            )
+            reason = _first_error_line(self._matcher.get_error())
+            raise ValueError(f"A text has no continuation in its grammar: {reason}.")
         self._matcher.rollback(num_consumed)
         return torch.nn.functional.pad(allowed_V == 0, (0, vocab_size - len(allowed_V)), value=True)
 

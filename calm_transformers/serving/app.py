@@ -42,14 +42,7 @@ from calm_transformers.serving.middleware import (
     ServerOptions,
     format_error,
 )
-from calm_transformers.serving.openai_api import (
-    ApiError,
-    BadRequest,
-    ChatRequest,
-    CompletionRequest,
-    Prompt,
-    format_event,
-)
+from calm_transformers.serving.openai_api import ApiError, BadRequest, ChatRequest, CompletionRequest, Prompt, to_event
 from calm_transformers.serving.sequence import GenerationResult, TextDelta
 
 SEED_RANGE = 2**63
@@ -130,12 +123,6 @@ class Endpoints:
         self.metrics = Metrics(batcher)
         self.created = int(time.time())
 
-    async def completions(self, request: Request) -> Response:
-        return await self.generate(request, CompletionRequest)
-
-    async def chat(self, request: Request) -> Response:
-        return await self.generate(request, ChatRequest)
-
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_fields()]})
 
@@ -171,19 +158,22 @@ class Endpoints:
         }
 
     async def generate(self, http: Request, request_class: type[CompletionRequest | ChatRequest]) -> Response:
+        """Answers a completion or chat request."""
         started = time.perf_counter()
         request = request_class.parse(await self._read_body(http))
         self._check_model(request.model)
         self._check_num_texts(request)
         pending = await run_in_threadpool(self._prepare, request, started)
         self._submit(pending)
-        header = {
+        common_fields = {
             "id": f"{request.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": self.options.model_name,
         }
         if request.stream:
-            return EventStreamResponse(pending, self._stream(pending, header | {"object": request.chunk_object}))
+            return EventStreamResponse(
+                pending, self._stream(pending, common_fields | {"object": request.chunk_object})
+            )
         try:
             if not await run_until_disconnect(self._wait_for_all(pending), http.receive):
                 raise ClientDisconnect
@@ -194,7 +184,9 @@ class Endpoints:
             result = future.result()
             fields = request.choice_fields(pending.echo(index) + (result.text or ""))
             choices.append({"index": index, **fields, "finish_reason": result.finish_reason})
-        return JSONResponse(header | {"object": request.response_object, "choices": choices, "usage": pending.usage()})
+        return JSONResponse(
+            common_fields | {"object": request.response_object, "choices": choices, "usage": pending.usage()}
+        )
 
     async def _read_body(self, http: Request) -> bytes:
         max_bytes = self.options.max_request_bytes
@@ -308,14 +300,14 @@ class Endpoints:
         if error is not None:
             raise ApiError(500, f"The text could not be generated: {format_error(error)}")
 
-    async def _stream(self, pending: PendingRequest, header: dict[str, Any]) -> AsyncIterator[str]:
+    async def _stream(self, pending: PendingRequest, common_fields: dict[str, Any]) -> AsyncIterator[str]:
         """Yields server-sent events, the last being [DONE]; errors are events, too, as the status is already sent."""
         request = pending.request
         usage = {"usage": None} if request.includes_usage else {}
 
         def chunk(index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
             choice = {"index": index, **fields, "finish_reason": finish_reason}
-            return format_event(header | {"choices": [choice]} | usage)
+            return to_event(common_fields | {"choices": [choice]} | usage)
 
         try:
             for index in range(len(pending.futures)):
@@ -328,10 +320,10 @@ class Endpoints:
                 elif delta.text:
                     yield chunk(index, request.chunk_fields(delta.text))
             if request.includes_usage:
-                yield format_event(header | {"choices": [], "usage": pending.usage()})
+                yield to_event(common_fields | {"choices": [], "usage": pending.usage()})
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            yield format_event(error.body())
+            yield to_event(error.body())
 
 
 def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
@@ -354,8 +346,8 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
         middleware.insert(0, Middleware(cors, allow_origins=options.allowed_origins, **allowed))
     return Starlette(
         routes=[
-            Route(COMPLETIONS, endpoints.completions, methods=["POST"]),
-            Route(CHAT, endpoints.chat, methods=["POST"]),
+            Route(COMPLETIONS, partial(endpoints.generate, request_class=CompletionRequest), methods=["POST"]),
+            Route(CHAT, partial(endpoints.generate, request_class=ChatRequest), methods=["POST"]),
             Route(MODELS, endpoints.models),
             Route(MODELS + "/{model:path}", endpoints.model),
             Route(HEALTH, endpoints.health),

@@ -34,8 +34,14 @@ from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.engine import Engine
-from calm_transformers.serving.logits_processors import make_logits_processors
-from calm_transformers.serving.sequence import FinishReason, GenerationResult, SequenceState, TextAssembler, TextDelta
+from calm_transformers.serving.sequence import (
+    FinishReason,
+    GenerationResult,
+    SequenceState,
+    TextAssembler,
+    TextDelta,
+    make_logits_processors,
+)
 
 SEED_BITS = 63
 

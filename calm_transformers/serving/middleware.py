@@ -18,14 +18,9 @@ from starlette.responses import Response
 from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm_transformers.serving.openai_api import ApiError
 
-PATHS = COMPLETIONS, CHAT, MODELS, HEALTH, METRICS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/models",
-    "/health",
-    "/metrics",
-)
-PATHS_WITHOUT_KEY = (HEALTH, METRICS)
+COMPLETIONS, CHAT, MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"
+PATHS_WITHOUT_KEY = HEALTH, METRICS = "/health", "/metrics"
+PATHS = (COMPLETIONS, CHAT, MODELS, HEALTH, METRICS)
 RETRY_AFTER_SECONDS = "1"
 CLIENT_CLOSED_REQUEST = 499  # nginx's status, for the metrics; the client has disconnected
 HISTOGRAM_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)
@@ -159,6 +154,5 @@ async def handle_exception(request: Request, error: Exception) -> Response:
     return api_error.response()
 
 
-EXCEPTION_HANDLERS = dict.fromkeys(
-    (ApiError, HTTPException, QueueFull, BatcherClosed, ClientDisconnect), handle_exception
-)
+HANDLED = (ApiError, HTTPException, QueueFull, BatcherClosed, ClientDisconnect)
+EXCEPTION_HANDLERS = dict.fromkeys(HANDLED, handle_exception)

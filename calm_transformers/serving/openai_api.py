@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -64,14 +63,7 @@ class ApiError(Exception):
         headers: headers of the answer.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers=None):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
@@ -449,6 +441,6 @@ def validation_error_to_bad_request(error: ValidationError) -> BadRequest:
     return BadRequest(f"{'.'.join(path)}: {reason}.", path[0])
 
 
-def format_event(body: dict[str, Any]) -> str:
+def to_event(body: dict[str, Any]) -> str:
     """Returns a server-sent event in ASCII, because some clients split lines at U+0085, U+2028 and U+2029."""
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

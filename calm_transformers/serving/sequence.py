@@ -1,10 +1,11 @@
-"""A sequence of the batcher: its settings and progress, and its tokens decoded to text step by step.
+"""A sequence of the batcher: its settings, logits processors and progress, and its text, decoded step by step.
 
 Axes: P patches of the prompt, L tokens of it, K tokens per patch, D hidden size.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from calm_transformers.model.generation_calm_rules import Processors
 from calm_transformers.model.generation_calm_samplers import PatchSampling
@@ -122,10 +123,8 @@ class TextAssembler:
 
     def _num_held_back(self) -> int:
         """Returns the number of characters at the text's end that may begin a stop string."""
-        for length in range(min(self._max_prefix_length, len(self.text)), 0, -1):
-            if self.text[-length:] in self._stop_prefixes:
-                return length
-        return 0
+        lengths = range(min(self._max_prefix_length, len(self.text)), 0, -1)
+        return next((length for length in lengths if self.text[-length:] in self._stop_prefixes), 0)
 
 
 @dataclass(eq=False)
@@ -181,3 +180,33 @@ class SequenceState:
     def result(self, reason: FinishReason) -> GenerationResult:
         text = None if self.assembler is None else self.assembler.text
         return GenerationResult(self.tokens, text, reason, self.num_prompt_tokens, self.seed)
+
+
+def make_logits_processors(
+    model, prompt_length: int, max_new_tokens: int, logits_processor: Sequence | None = None, **settings
+) -> LogitsProcessorList | None:
+    """Returns the logits processors that `generate` would use for one sequence, or `None` if there are none.
+
+    Args:
+        model: the model that generates.
+        prompt_length: tokens of the prompt.
+        max_new_tokens: the most new tokens.
+        logits_processor: the caller's own processors.
+        **settings: those of `PROCESSOR_SETTINGS` that replace the generation configuration's.
+
+    Raises:
+        ValueError: a setting is invalid.
+    """
+    config = copy.copy(model.generation_config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.max_length = prompt_length + max_new_tokens
+    eos = config.eos_token_id
+    config._eos_token_tensor = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else eos)
+    processors = model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=prompt_length,
+        logits_processor=logits_processor,
+        device=torch.device("cpu") if model.device.type == "meta" else model.device,
+    )
+    return processors.of_row(0, prompt_length) if processors else None

@@ -64,27 +64,17 @@ def parse(argv: list[str] | None):
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: as saved)")
     parser.add_argument("--max_rows", type=positive, default=16, help="most running texts (default: 16)")
+    parser.add_argument("--max_waiting", type=positive, default=64, help="most in the queue, else 429 (default: 64)")
     parser.add_argument(
-        "--max_waiting", type=positive, default=64, help="most waiting texts; others get a 429 (default: 64)"
+        "--max_length", type=positive, help="of prompt and text in tokens (default: the model's limit)"
     )
+    parser.add_argument("--max_draws", type=positive, default=1000, help="most candidates per step (default: 1000)")
     parser.add_argument(
-        "--max_length", type=positive, help="most tokens of prompt and text (default: the model's positions)"
+        "--prefill_chunk_size", type=positive, default=512, help="prompt tokens per step (default: 512)"
     )
-    parser.add_argument(
-        "--max_draws", type=positive, default=1000, help="most candidates per step of a text (default: 1000)"
-    )
-    parser.add_argument(
-        "--prefill_chunk_size", type=positive, default=512, help="most prompt tokens per step (default: 512)"
-    )
-    parser.add_argument(
-        "--max_request_bytes", type=positive, default=2**20, help="larger bodies get a 413 (default: 1 MiB)"
-    )
-    parser.add_argument(
-        "--timeout", type=seconds, default=600, help="seconds for a request, 0 for no limit (default: 600)"
-    )
-    parser.add_argument(
-        "--grace", type=positive, default=30, help="seconds to finish requests after a signal (default: 30)"
-    )
+    parser.add_argument("--max_request_bytes", type=positive, default=2**20, help="larger: 413 (default: 1 MiB)")
+    parser.add_argument("--timeout", type=seconds, default=600, help="seconds per request, 0: no limit (default: 600)")
+    parser.add_argument("--grace", type=positive, default=30, help="seconds to finish after a signal (default: 30)")
     parser.add_argument("--api_key", help=f"key that clients must send (default: ${KEY_VARIABLE}, or none)")
     parser.add_argument("--chat_template", type=Path, help="a Jinja file, used instead of the tokenizer's template")
     parser.add_argument(
