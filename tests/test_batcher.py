@@ -1,6 +1,7 @@
 """Continuous batching: a sequence's tokens don't depend on the batch; sequences start, end, fail and are counted."""
 
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from unittest.mock import Mock
 
 import fresh_process
 import model_copies
@@ -173,10 +174,7 @@ def test_the_queue_is_bounded_and_cancelled_requests_leave_the_batch_within_a_pa
 
 
 def failing(message):
-    def fail(*_):
-        raise RuntimeError(message)
-
-    return fail
+    return Mock(side_effect=RuntimeError(message))
 
 
 def test_a_failed_step_ends_its_requests_and_later_ones_succeed(monkeypatch, batcher):

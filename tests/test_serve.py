@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import commands
@@ -40,8 +41,7 @@ def client(api):
 
 @pytest.fixture
 def completions(client):
-    defaults = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24}
-    return lambda **fields: client.completions.create(**{**defaults, **fields})
+    return partial(client.completions.create, model="tiny", prompt=PROMPT, max_tokens=24)
 
 
 @pytest.fixture
@@ -198,9 +198,8 @@ def test_models(client):
 
 def test_answers_and_errors_have_cors_headers_for_allowed_origins(api):
     origin = {"Origin": "http://page.example"}
-    preflight = {"Access-Control-Request-Method": "POST"}
-    preflight["Access-Control-Request-Headers"] = "authorization,content-type"
-    preflight["Access-Control-Request-Private-Network"] = "true"  # from a public page to this machine
+    request = {"Method": "POST", "Headers": "authorization,content-type", "Private-Network": "true"}
+    preflight = {f"Access-Control-Request-{name}": value for name, value in request.items()}
     answer = api.options("/v1/completions", headers={**origin, **preflight})
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "http://page.example"
     assert "authorization" in answer.headers["access-control-allow-headers"]
@@ -368,10 +367,7 @@ INVALID_OPTIONS = [
     (["{tiny}", "--timeout", "nan"], "nan: must be a number of seconds that is not negative"),
     (["{tiny}", "--chat_template", "{tmp}/bytes.jinja"], "bytes.jinja: is not text in UTF-8"),
     (["{tiny}", "--chat_template", "{tmp}/bad.jinja"], "the chat template is not valid Jinja, in line 2"),
-    (
-        ["{tiny}", "--max_draws", "20"],
-        "candidates per step: at most 20 are allowed here",
-    ),  # by its generation configuration
+    (["{tiny}", "--max_draws", "20"], "at most 20 are allowed here"),  # its generation configuration has 50
     (["{tmp}/autoencoder"], "is an autoencoder, not a language model"),
     (["{tmp}/llama"], "is no CALM: its model_type is 'llama'"),
 ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 from server_process import in_process
@@ -62,11 +63,7 @@ INVALID_BODIES = [  # body, field that the answer names, part of the message
     (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", HALF),
     ([], None, "The body must be a JSON object"),
     ({}, "prompt", "prompt: is missing"),
-    (
-        {"prompt": "a", "min_tokens": 3, "response_format": SCHEMA},
-        "min_tokens",
-        "not supported with a response_format",
-    ),
+    ({"prompt": "a", "min_tokens": 3, "response_format": SCHEMA}, "min_tokens", "not supported with a response_for"),
     ({"prompt": "a", "num_candidates": 101, "sampling_method": "exact"}, "num_candidates", "may need 1010 candidates"),
     ({"prompt": "a", "top_p": 1.1, "stream": True}, "top_p", "less than or equal to 1"),  # not an event
     *(({"prompt": "a", name: value}, name, sentence) for name, value, sentence in INVALID_FIELDS),
@@ -127,16 +124,16 @@ def app_client(tiny_folder):
         yield client
 
 
-def failing(error):
-    def fail(*_, **__):
-        raise error
+BODY = {"prompt": "a"}
 
-    return fail
+
+def failing(error):
+    return Mock(side_effect=error)
 
 
 def test_an_internal_error_is_counted_and_has_cors_headers(app_client, monkeypatch):
     monkeypatch.setattr(app_client.batcher, "submit", failing(LookupError("an error")))
-    answer = app_client.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "http://page.example"})
+    answer = app_client.post("/v1/completions", json=BODY, headers={"Origin": "http://page.example"})
     assert answer.status_code == 500 and answer.json()["error"]["message"] == "Internal server error: LookupError."
     assert answer.headers["access-control-allow-origin"] == "http://page.example"
     assert 'calm_requests_total{path="/v1/completions",status="500"} 1.0' in app_client.get("/metrics").text
@@ -145,8 +142,7 @@ def test_an_internal_error_is_counted_and_has_cors_headers(app_client, monkeypat
 def test_a_failed_text_is_a_500_with_the_reason_and_health_is_a_503_while_texts_fail(app_client, monkeypatch):
     def answer(path="completions"):
         """Returns the status and the error's message, if it is one."""
-        body = {"prompt": "a"}
-        got = app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json=body)
+        got = app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json=BODY)
         return got.status_code, got.json().get("error", {}).get("message", "")
 
     with monkeypatch.context() as patch:
@@ -167,7 +163,7 @@ def test_a_failed_text_is_a_500_with_the_reason_and_health_is_a_503_while_texts_
 def test_a_stopping_server_answers_503(app_client):
     app_client.batcher.close()
     assert app_client.get("/health").status_code == 503
-    answer = app_client.post("/v1/completions", json={"prompt": "a"})
+    answer = app_client.post("/v1/completions", json=BODY)
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
 
 
