@@ -1,8 +1,8 @@
-"""Text that matches a JSON schema or a regular expression, by llguidance.
+"""Constrained generation with llguidance: text that matches a JSON schema or a regular expression.
 
-A logits processor of a grammar library usually remembers what it has read, token after token, and a candidate patch is
-one of many readings. Here each text has a matcher of its own, which rolls back from one reading to the next.
-Axes: M candidates, L tokens of a text, V vocabulary, S distinct ends of texts.
+The matcher of a grammar consumes one sequence of tokens, but a step has many candidate patches. So each sequence has a
+matcher of its own, which is rolled back from one candidate to the next.
+Axes: M candidates, L tokens of a sequence, V vocabulary, S distinct suffixes.
 """
 
 from __future__ import annotations
@@ -22,94 +22,96 @@ try:
 except ImportError:
     llguidance: Any = None
 
-# At most one space at a time, so that a text gets on; no \u, with which a name may be spelt that properties has.
+# At most one space at a time, so that whitespace ends; no \u, which could spell a name of `properties` differently.
 JSON_OPTIONS = {"whitespace_pattern": "[ ]?", "json_allowed_escapes": r"\"bfnrt"}
-PLAIN = {"padding": None, "truncation": None}  # of a tokenizer's file
-_wrapping = Lock()
+NO_PADDING_OR_TRUNCATION = {"padding": None, "truncation": None}  # in tokenizer.json
+_tokenizer_lock = Lock()
 
 
 class Grammar:
-    """What text may be written, for `generate(logits_processor=[grammar])`; one serves any number of texts.
+    """Constrains generated text, with `generate(logits_processor=[grammar])`; reusable for any number of sequences.
 
-    A text ends where the grammar does: EOS is then all that is left, or one of the choices. `max_new_tokens` must
-    leave room for it.
+    EOS is allowed where the text matches, and forced where nothing else is. If `max_new_tokens` is too small, the text
+    is only the beginning of a match.
 
     Args:
-        tokenizer: the model's, a fast one; it has an EOS.
+        tokenizer: the model's tokenizer, a fast one with an EOS token.
         json_schema: a schema, as a dictionary or as JSON.
-        regex: in place of a schema; the whole text must match.
+        regex: used instead of a schema; the whole text must match.
 
     Raises:
         ImportError: llguidance is not installed.
-        ValueError: both or neither, a schema or regular expression that llguidance doesn't take as it is, or a
-            tokenizer that it doesn't take or that has no EOS.
+        ValueError: both or neither of schema and regex, one that llguidance doesn't fully support, or a tokenizer that
+            llguidance doesn't support or that has no EOS token.
     """
 
     def __init__(self, tokenizer: Any, *, json_schema: dict | str | None = None, regex: str | None = None):
         if llguidance is None:
             raise ImportError('A grammar needs llguidance: pip install "llguidance>=1.9,<2".')
         if (json_schema is None) == (regex is None):
-            raise ValueError("A grammar is a json_schema or a regex: pass one of them.")
+            raise ValueError("A grammar needs a json_schema or a regex: pass one of them.")
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer={tokenizer!r}: must be the model's tokenizer, as AutoTokenizer loads it.")
         if tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has no eos_token, with which a text that obeys a grammar ends.")
+            raise ValueError("The tokenizer has no eos_token, which a grammar needs to end a text.")
         try:
-            grammar = llguidance.LLMatcher.grammar_from_regex(regex) if regex is not None else _of_schema(json_schema)
-            with _wrapping:
-                tokens = _wrap(tokenizer, len(tokenizer), tokenizer.eos_token_id)
+            compile_regex = llguidance.LLMatcher.grammar_from_regex
+            grammar = _compile_schema(json_schema) if regex is None else compile_regex(regex)
+            with _tokenizer_lock:
+                tokens = _make_llguidance_tokenizer(tokenizer, len(tokenizer), tokenizer.eos_token_id)
             limits = llguidance.LLParserLimits(verbose_errors=False)
             self._matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
-            self._matcher.compute_bitmask()  # some grammars fail no sooner
+            self._matcher.compute_bitmask()  # some invalid grammars only fail here
             if problem := self._matcher.get_error() or "; ".join(self._matcher.get_grammar_warnings()):
                 raise ValueError(problem)
         except (TypeError, ValueError, RecursionError) as error:
-            what = "json_schema" if regex is None else "regex"
-            sentence = f"The {what} can't be made a grammar of this tokenizer's tokens: {_reason(error)}."
-            raise ValueError(sentence) from None
+            name = "json_schema" if regex is None else "regex"
+            reason = _first_error_line(error)
+            raise ValueError(f"The {name} can't be compiled to a grammar for this tokenizer: {reason}.") from None
 
-    def after_prompt(self, length: int) -> GrammarOfText:
-        """The processor of a text whose prompt has so many tokens."""
-        return GrammarOfText(self._matcher.deep_copy(), length)
+    def after_prompt(self, length: int) -> GrammarProcessor:
+        """Returns the logits processor of one sequence, whose prompt has `length` tokens."""
+        return GrammarProcessor(self._matcher.deep_copy(), length)
 
 
-class GrammarOfText:
-    """A `Grammar` as the logits processor of one text, whose matcher it alone has."""
+class GrammarProcessor:
+    """The logits processor of one sequence under a `Grammar`, with a matcher of its own."""
 
     def __init__(self, matcher: Any, prompt_length: int):
         self._matcher, self._prompt_length = matcher, prompt_length
-        self._read: list[int] = []  # what the matcher has read
+        self._consumed: list[int] = []  # tokens that the matcher has consumed
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (M, V) of the token after ids (M, L) → the same, −inf for tokens that can't stand there.
+        """Returns logits (M, V) of the token after ids (M, L), −inf for tokens that the grammar forbids.
 
         Raises:
-            ValueError: a text doesn't match, has no continuation, or takes more than llguidance's limits.
+            ValueError: a sequence doesn't match, has no continuation, or exceeds llguidance's limits.
         """
         new_ML = input_ids[:, self._prompt_length :]
         num_common = int((new_ML == new_ML[:1]).all(0).cumprod(0).sum())
         common = new_ML[0, :num_common].tolist()
-        num_same = len(commonprefix([common, self._read]))
-        self._matcher.rollback(len(self._read) - num_same)
-        self._read = common[: num_same + self._consume(common[num_same:])]
-        ends = [tuple(end) for end in new_ML[:, num_common:].tolist()]
-        place = {end: i for i, end in enumerate(dict.fromkeys(ends))}
-        forbidden_SV = torch.stack([self._forbidden_after(list(end), scores.shape[-1]) for end in place])
-        if len(place) > 1:
-            forbidden_SV = forbidden_SV[[place[end] for end in ends]]
+        num_same = len(commonprefix([common, self._consumed]))
+        self._matcher.rollback(len(self._consumed) - num_same)
+        self._consumed = common[: num_same + self._consume(common[num_same:])]
+        suffixes = [tuple(suffix) for suffix in new_ML[:, num_common:].tolist()]
+        index = {suffix: i for i, suffix in enumerate(dict.fromkeys(suffixes))}
+        forbidden_SV = torch.stack([self._forbidden_after(list(suffix), scores.shape[-1]) for suffix in index])
+        if len(index) > 1:
+            forbidden_SV = forbidden_SV[[index[suffix] for suffix in suffixes]]
         return scores.masked_fill(forbidden_SV.to(scores.device), -torch.inf)
 
-    def _forbidden_after(self, end: list[int], vocab_size: int) -> Tensor:
-        """Which tokens may not follow this end of a text, (V,) bool."""
-        num_consumed = self._consume(end)
+    def _forbidden_after(self, suffix: list[int], vocab_size: int) -> Tensor:
+        """Returns which tokens may not follow the consumed tokens and a suffix: (V,) bool."""
+        num_consumed = self._consume(suffix)
         allowed_V = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[:vocab_size]
         if self._matcher.is_error():
-            raise ValueError(f"A text can't go on by its grammar: {_reason(self._matcher.get_error())}.")
+            reason = _first_error_line(self._matcher.get_error())
+            raise ValueError(f"A text has no continuation in its grammar: {reason}.")
         self._matcher.rollback(num_consumed)
         return torch.nn.functional.pad(allowed_V == 0, (0, vocab_size - len(allowed_V)), value=True)
 
     def _consume(self, tokens: list[int]) -> int:
-        """Reads on, and counts what was read: nothing after the grammar's end, where EOS alone may follow."""
+        """Consumes tokens and returns how many: fewer than all after the grammar's end, where only EOS is allowed."""
         num_consumed = self._matcher.try_consume_tokens(tokens)
         if num_consumed < len(tokens) and not self._matcher.is_stopped():
             raise ValueError("A text doesn't match its grammar: another logits processor has forced a token.")
@@ -117,33 +119,34 @@ class GrammarOfText:
 
 
 @lru_cache(4)
-def _wrap(tokenizer: Any, num_tokens: int, eos_token_id: int) -> Any:
-    """llguidance's form of a tokenizer, which takes a second where the vocabulary is large.
+def _make_llguidance_tokenizer(tokenizer: Any, num_tokens: int, eos_token_id: int) -> Any:
+    """Returns llguidance's tokenizer for a tokenizer, which takes a second for a large vocabulary.
 
-    Special tokens have other names there, or one would be written where a grammar spells it.
+    Special tokens are renamed there, so that a grammar that spells one doesn't generate it.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError("it is no fast tokenizer")
-    text = json.dumps({**json.loads(tokenizer.backend_tokenizer.to_str()), **PLAIN}, ensure_ascii=False)
+        raise ValueError("it is not a fast tokenizer")
+    settings = {**json.loads(tokenizer.backend_tokenizer.to_str()), **NO_PADDING_OR_TRUNCATION}
+    text = json.dumps(settings, ensure_ascii=False)
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.special:
             text = text.replace(json.dumps(token.content, ensure_ascii=False), f'"\U0010ffff{number}"')
     return llguidance.LLTokenizer(text, eos_token=eos_token_id)
 
 
-def _of_schema(json_schema: dict | str | None) -> str:
+def _compile_schema(json_schema: dict | str | None) -> str:
     text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-    json.loads(text, object_hook=_check_count)
+    json.loads(text, object_hook=_check_min_properties)
     return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
 
 
-def _check_count(schema: dict) -> dict:
-    if isinstance(fewest := schema.get("minProperties"), int | float) and fewest > 1:
-        raise ValueError(f"minProperties={fewest} may be met by one name written twice, so name them in required")
+def _check_min_properties(schema: dict) -> dict:
+    if isinstance(num := schema.get("minProperties"), int | float) and num > 1:
+        raise ValueError(f"minProperties={num} is not supported, as a name may be repeated; name them in required")
     return schema
 
 
-def _reason(error: str | Exception) -> str:
-    """What is wrong, as the one line of llguidance's that says it."""
+def _first_error_line(error: str | Exception) -> str:
+    """Returns the line of llguidance's message that gives the reason."""
     lines = str(error).splitlines()
     return next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")

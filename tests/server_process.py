@@ -1,4 +1,4 @@
-"""Processes that serve, `calm serve` among them, for tests that talk to it over HTTP; and its API in this process."""
+"""Servers for tests: `calm serve` in a process of its own, its API in this process, and any other server process."""
 
 import contextlib
 import http.client
@@ -13,12 +13,12 @@ import time
 import urllib.error
 import urllib.request
 
-SECONDS = 120  # for whatever should happen at all
+SECONDS = 120  # the longest wait for anything
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def save_tiny_model(folder, **overrides):
-    """A tiny model with a tokenizer that has a chat template, saved in a folder."""
+    """Saves a tiny model and a tokenizer with a chat template in a folder, and returns the folder."""
     from tiny import tiny_model, tiny_tokenizer
 
     model, tokenizer = tiny_model(**overrides), tiny_tokenizer()
@@ -32,7 +32,7 @@ def save_tiny_model(folder, **overrides):
 
 @contextlib.contextmanager
 def in_process(folder, options=None, **limits):
-    """A client of the application (`options` of `ServerOptions`) in this process; its `batcher` has the `limits`."""
+    """A client of the application in this process, with options of `ServerOptions` and limits of `Batcher`."""
     from starlette.testclient import TestClient
     from tiny import tiny_tokenizer
 
@@ -48,10 +48,10 @@ def in_process(folder, options=None, **limits):
             yield client
 
 
-def wait_for(what, is_so, seconds=SECONDS):
-    """Returns what `is_so` returns when that is true."""
+def wait_for(what, condition, seconds=SECONDS):
+    """Calls `condition` until its result is true, and returns the result; `what` is for the error message."""
     deadline = time.monotonic() + seconds
-    while not (result := is_so()):
+    while not (result := condition()):
         assert time.monotonic() < deadline, f"not after {seconds} s: {what}"
         time.sleep(0.02)
     return result
@@ -64,7 +64,7 @@ def free_port():
 
 @contextlib.contextmanager
 def running(words, log, cwd, **environment):
-    """An offline process, which is ended whatever happens; what it prints goes to the file `log`."""
+    """Starts an offline process whose output goes to the file `log`, and ends it at the end of the block."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with open(log, "w") as output:
@@ -81,7 +81,7 @@ def running(words, log, cwd, **environment):
 
 
 def wait_until_healthy(process, log, url):
-    """Until a GET of `url()`, where it is known, is answered."""
+    """Waits until a GET of `url()` is answered with 200; `url` may return None at first."""
 
     def is_up():
         assert process.poll() is None, f"it ended with {process.returncode}:\n{log.read_text()}"
@@ -92,15 +92,15 @@ def wait_until_healthy(process, log, url):
 
 
 class ServerProcess:
-    """A server that runs: `url` (http://127.0.0.1:PORT), `process`, and `log`, the file of what it prints."""
+    """A running server: `url` (http://127.0.0.1:PORT), `process`, and `log`, the file with its output."""
 
     def __init__(self, process, log):
         self.process, self.log, self.url = process, log, None
         wait_until_healthy(process, log, self._health)
 
     def _health(self):
-        if said := re.search(r"Serving .* at (http://\S+)/v1", self.log.read_text()):
-            self.url = said[1]
+        if match := re.search(r"Serving .* at (http://\S+)/v1", self.log.read_text()):
+            self.url = match[1]
             return f"{self.url}/health"
 
     @property
@@ -111,7 +111,7 @@ class ServerProcess:
         return urllib.request.urlopen(self.url + path, timeout=30)
 
     def post(self, path, body):
-        """Status and JSON of an answer."""
+        """Returns status and JSON of the answer."""
         data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)
         try:
@@ -121,13 +121,13 @@ class ServerProcess:
             return error.code, json.load(error)
 
     def connect(self, body):
-        """A connection that has asked for a completion and read nothing of the answer."""
+        """Sends a completion request, and returns the connection before anything of the answer is read."""
         connection = http.client.HTTPConnection(self.address, timeout=60)
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         return connection
 
     def metric(self, name):
-        """The value of a metric without labels."""
+        """Returns the value of a metric without labels."""
         page = self.get("/metrics").read().decode()
         return float(re.search(rf"^{name} (\S+)$", page, re.M)[1])
 
@@ -141,7 +141,7 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def running_server(model, home, *options, **environment):
-    """A server process of a model; `home` becomes HF_HOME and the working directory, and its file log the log."""
+    """Starts `calm serve` for a model; `home` is its HF_HOME and working directory, and holds its log."""
     home.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "calm_transformers.serving.serve", model, "--port", "0", *options]
     with running(words, home / "log", home, HF_HOME=str(home), **environment) as process:

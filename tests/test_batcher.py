@@ -1,6 +1,7 @@
-"""Continuous batching as laws: a row's text is its own in any company; rows come, go, fail and are counted."""
+"""Continuous batching: a sequence's tokens don't depend on the batch; sequences start, end, fail and are counted."""
 
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from unittest.mock import Mock
 
 import fresh_process
 import model_copies
@@ -15,7 +16,7 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm_transformers.serving.engine import Engine, SlotCache
 
-LAWS = [{"temperature": temperature} for temperature in (1.0, 0.5, 0.7)] + [
+SAMPLING_SETTINGS = [{"temperature": temperature} for temperature in (1.0, 0.5, 0.7)] + [
     {"do_sample": False},
     {"temperature": 0.5, "sampling_method": "batch"},
     {"temperature": 0.4, "sampling_method": "exact"},
@@ -25,18 +26,18 @@ ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
 
 
 def exact_model(head_type="energy", patch_size=4, **overrides):
-    """In float64, where the shape of a batch changes no token."""
+    """Returns a tiny model in float64, where the shape of a batch changes no token."""
     model = tiny_model(head_type, patch_size, **overrides).double()
     model.generation_config.update(do_sample=True)
     model.generation_config.num_candidates = 20
     return model
 
 
-def alone(model, prompt, seed, **settings):
-    """The ids that `generate` writes after a prompt, with a generator for its row."""
+def generate_alone(model, prompt, seed, **settings):
+    """Returns the new ids of `generate` for one prompt and seed."""
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt])
-    texts = model.generate(ids, generator=[torch.Generator().manual_seed(seed)], **settings)
-    return texts[0, ids.shape[1] :].tolist()
+    output = model.generate(ids, generator=[torch.Generator().manual_seed(seed)], **settings)
+    return output[0, ids.shape[1] :].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -51,52 +52,53 @@ def batcher(model):
 
 
 def wait_until(condition):
-    wait_for("what should happen", condition, 20)
+    wait_for("the condition", condition, 20)
 
 
-# A row's text
+# Equal to `generate`
 
 
 @pytest.mark.transformers
 @pytest.mark.parametrize("head_type, patch_size", [*((head, 4) for head in HEAD_TYPES), ("energy", 1), ("energy", 2)])
-def test_rows_of_many_laws_write_what_generate_writes_for_each_alone(head_type, patch_size):
+def test_sequences_of_many_settings_equal_generate_for_each_alone(head_type, patch_size):
     model, tokenizer = exact_model(head_type, patch_size), tiny_tokenizer()
-    asked = [
-        (PROMPTS[i % len(PROMPTS)], i, {**LAWS[i % len(LAWS)], "max_new_tokens": 3 + 4 * (i % 5)}) for i in range(10)
-    ]
+    requests = []
+    for i in range(10):
+        settings = {**SAMPLING_SETTINGS[i % len(SAMPLING_SETTINGS)], "max_new_tokens": 3 + 4 * (i % 5)}
+        requests.append((PROMPTS[i % len(PROMPTS)], i, settings))
     with Batcher(model, tokenizer, max_rows=4, max_waiting=20, prefill_chunk_size=8) as batcher:
-        futures = [batcher.submit(prompt, seed=seed, **settings) for prompt, seed, settings in asked]
-        for (prompt, seed, settings), future in zip(asked, futures, strict=True):
-            written = future.result(60)
-            assert written.tokens == alone(model, prompt, seed, **settings)
-            assert written.text == tokenizer.decode(written.tokens, skip_special_tokens=True)
-            assert written.finish_reason == ("stop" if written.tokens[-1] == EOS else "length")
+        futures = [batcher.submit(prompt, seed=seed, **settings) for prompt, seed, settings in requests]
+        for (prompt, seed, settings), future in zip(requests, futures, strict=True):
+            result = future.result(60)
+            assert result.tokens == generate_alone(model, prompt, seed, **settings)
+            assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
+            assert result.finish_reason == ("stop" if result.tokens[-1] == EOS else "length")
         assert batcher.stats().finished == 10 and batcher.stats().running == 0
 
 
-def test_a_long_prompt_is_read_in_pieces_in_the_order_of_arrival_while_others_write(model):
-    """A row that ends leaves its slot to another, which doesn't go before its turn for that."""
-    heard = []
+def test_long_prompts_are_prefilled_in_chunks_first_come_first_served_while_others_generate(model):
+    """A sequence that moves to a freed slot doesn't move up in the order."""
+    deltas = []
 
-    def listen(name):
-        return lambda _: heard.append(name)
+    def record(name):
+        return lambda _: deltas.append(name)
 
     with Batcher(model, tiny_tokenizer(), max_rows=5, prefill_chunk_size=8) as batcher:
-        begun = [batcher.submit("ab", temperature=1.0, on_piece=listen("short"), **ENDLESS)]
-        wait_until(lambda: len(heard) > 1)
-        heard.clear()
+        futures = [batcher.submit("ab", temperature=1.0, on_piece=record("short"), **ENDLESS)]
+        wait_until(lambda: len(deltas) > 1)
+        deltas.clear()
         first = batcher.submit("abc", max_new_tokens=12, ignore_eos=True, temperature=1.0)
         for name in ("long 1", "long 2", "long 3"):
-            begun.append(batcher.submit("x" * 79, temperature=1.0, on_piece=listen(name), **ENDLESS))
-        wait_until(lambda: "long 3" in heard)
+            futures.append(batcher.submit("x" * 79, temperature=1.0, on_piece=record(name), **ENDLESS))
+        wait_until(lambda: "long 3" in deltas)
         assert first.done()
-        [future.cancel() for future in begun]
-    places = [heard.index(f"long {i}") for i in (1, 2, 3)]
-    num_before = [heard[:place].count("short") for place in places]
-    assert places == sorted(places) and all(n >= 10 * (i + 1) - 2 for i, n in enumerate(num_before)), num_before
+        [future.cancel() for future in futures]
+    starts = [deltas.index(f"long {i}") for i in (1, 2, 3)]
+    num_before = [deltas[:start].count("short") for start in starts]
+    assert starts == sorted(starts) and all(n >= 10 * (i + 1) - 2 for i, n in enumerate(num_before)), num_before
 
 
-def test_a_seed_or_its_generator_gives_a_text_which_names_a_seed_when_none_was_given(batcher):
+def test_a_seed_or_its_generator_reproduces_a_text_and_a_random_seed_is_returned(batcher):
     settings = {"max_new_tokens": 40, "temperature": 0.5, "ignore_eos": True}
     seeded = [batcher.submit("once", seed=seed, **settings).result(60).text for seed in (7, 8)]
     generator = torch.Generator().manual_seed(7)
@@ -106,17 +108,17 @@ def test_a_seed_or_its_generator_gives_a_text_which_names_a_seed_when_none_was_g
     assert batcher.submit("once", seed=unseeded[0].seed, **settings).result(60).text == unseeded[0].text
 
 
-def test_a_temperature_asks_for_sampling():
-    with Batcher(tiny_model()) as batcher:  # whose generation configuration doesn't
+def test_a_temperature_turns_sampling_on():
+    with Batcher(tiny_model()) as batcher:  # do_sample=False in its generation configuration
         for more, num_texts in (({"temperature": 1.0}, 2), ({}, 1)):
             texts = [batcher.submit([BOS], seed=seed, max_new_tokens=20, **more).result().tokens for seed in (0, 1)]
             assert len(set(map(tuple, texts))) == num_texts
 
 
-# Where a text ends
+# The end of a text
 
 
-def test_stop_strings_end_a_text_before_them_and_eos_within_a_patch(batcher, model):
+def test_a_text_ends_before_a_stop_string_and_at_an_eos_inside_a_patch(batcher, model):
     settings = {"max_new_tokens": 60, "temperature": 0.5, "seed": 3, "ignore_eos": True}
     whole = batcher.submit("once", **settings).result(60)
     stop = whole.text[9:12]
@@ -124,29 +126,29 @@ def test_stop_strings_end_a_text_before_them_and_eos_within_a_patch(batcher, mod
     assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
     settings = {"min_new_tokens": 30, "max_new_tokens": 60, "temperature": 1.0}
     ended = batcher.submit("once", seed=3, **settings).result(60)
-    assert EOS not in ended.tokens[:30] and ended.tokens == alone(model, "once", 3, **settings)
+    assert EOS not in ended.tokens[:30] and ended.tokens == generate_alone(model, "once", 3, **settings)
 
 
-def test_pieces_are_the_text_patch_by_patch(batcher):
+def test_a_stream_yields_the_text_patch_by_patch(batcher):
     settings = {"max_new_tokens": 23, "seed": 1, "ignore_eos": True}
     whole = batcher.submit("once", **settings).result(60)
-    pieces = list(batcher.stream("once", **settings))
-    assert [len(piece.tokens) for piece in pieces] == [4] * 5 + [3]
-    assert "".join(piece.text for piece in pieces) == whole.text
-    assert sum((piece.tokens for piece in pieces), []) == whole.tokens
+    deltas = list(batcher.stream("once", **settings))
+    assert [len(delta.tokens) for delta in deltas] == [4] * 5 + [3]
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert sum((delta.tokens for delta in deltas), []) == whole.tokens
 
 
-# Clients that leave
+# Cancelled requests
 
 
-def test_the_queue_is_bounded_and_what_is_cancelled_leaves_its_row_within_a_patch_or_the_queue(batcher):
+def test_the_queue_is_bounded_and_cancelled_requests_leave_the_batch_within_a_patch_or_the_queue(batcher):
     steps = []
     future = batcher.submit("once", on_piece=steps.append, **ENDLESS)
     wait_until(lambda: len(steps) > 3)
     future.cancel()
-    seen = len(steps)
+    num_steps = len(steps)
     wait_until(lambda: batcher.stats().running == 0)
-    assert len(steps) <= seen + 1
+    assert len(steps) <= num_steps + 1
     with pytest.raises(CancelledError):
         future.result()
     stream = batcher.stream("once", **ENDLESS)
@@ -160,7 +162,7 @@ def test_the_queue_is_bounded_and_what_is_cancelled_leaves_its_row_within_a_patc
     wait_until(lambda: batcher.stats().waiting == 0)
     assert batcher.stats().running == 3
     running += [batcher.submit("once", **ENDLESS) for _ in range(4)]
-    with pytest.raises(QueueFull, match="3 texts are being written and 4 wait"):
+    with pytest.raises(QueueFull, match="3 requests are running and 4 wait"):
         batcher.submit("once", max_new_tokens=4)
     [future.cancel() for future in running]
     wait_until(lambda: batcher.stats().running == 0)
@@ -168,19 +170,16 @@ def test_the_queue_is_bounded_and_what_is_cancelled_leaves_its_row_within_a_patc
     assert batcher.submit("once", max_new_tokens=4).result(60).tokens
 
 
-# What goes wrong
+# Errors
 
 
-def failing(what):
-    def fail(*_):
-        raise RuntimeError(what)
-
-    return fail
+def failing(message):
+    return Mock(side_effect=RuntimeError(message))
 
 
-def test_a_step_that_fails_ends_its_texts_and_the_next_are_written(monkeypatch, batcher):
+def test_a_failed_step_ends_its_requests_and_later_ones_succeed(monkeypatch, batcher):
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_read_patches", failing("out of memory"))
+        patch.setattr(Engine, "_forward_last_patches", failing("out of memory"))
         futures = [batcher.submit("once", max_new_tokens=20) for _ in range(2)]
         for future in futures:
             with pytest.raises(RuntimeError, match="out of memory"):
@@ -189,9 +188,7 @@ def test_a_step_that_fails_ends_its_texts_and_the_next_are_written(monkeypatch, 
 
 
 @pytest.mark.parametrize("on_piece, temperature", [(failing("no thanks"), 0.7), (None, 1.0)])
-def test_a_listener_that_raises_or_a_law_that_fails_ends_its_own_texts_alone(
-    monkeypatch, model, batcher, on_piece, temperature
-):
+def test_a_failing_callback_or_sampling_ends_only_its_own_requests(monkeypatch, model, batcher, on_piece, temperature):
     sample_patches = model.sample_patches
 
     def fail_at_1(hidden, sampling, *others):
@@ -208,88 +205,86 @@ def test_a_listener_that_raises_or_a_law_that_fails_ends_its_own_texts_alone(
 
 
 @pytest.mark.parametrize("lengths, is_dead", [((4000, 4000, 4000, 4000), True), ((400, 400, 4000), False)])
-def test_when_a_slot_can_t_be_left_all_texts_are_told_and_a_thread_that_dies_says_so(
-    monkeypatch, model, lengths, is_dead
-):
-    """It is left between steps, by a text that is cancelled, or in a step, by one that ends, which then fails."""
-    monkeypatch.setattr(SlotCache, "move", failing("the device is gone"))
+def test_an_error_in_removing_a_sequence_ends_all_requests(monkeypatch, model, lengths, is_dead):
+    """Between steps, for a cancelled sequence, it ends the thread, too; in a step, for a finished one, it doesn't."""
+    monkeypatch.setattr(SlotCache, "copy_slot", failing("the device is gone"))
     with Batcher(model, tiny_tokenizer(), max_rows=3) as batcher:
         futures = [batcher.submit("once", max_new_tokens=n, ignore_eos=True, temperature=1.0) for n in lengths]
         wait_until(lambda: batcher.stats().running == 3)
         if is_dead:
             futures.pop(0).cancel()
-        _, left = wait(futures, timeout=60)
-        assert not left and batcher.stats().running == 0 and batcher.is_open != is_dead
+        _, unfinished = wait(futures, timeout=60)
+        assert not unfinished and batcher.stats().running == 0 and batcher.is_open != is_dead
         assert {str(future.exception()) for future in futures} == {"the device is gone"}
         if is_dead:
             with pytest.raises(BatcherClosed):
                 batcher.submit("once")
 
 
-REFUSALS = [
-    ({"max_new_tokens": "9"}, "max_new_tokens='9': must be a whole number of at least 1"),
+INVALID_ARGUMENTS = [
+    ({"max_new_tokens": "9"}, "max_new_tokens='9': must be an integer of at least 1"),
     ({"temperature": "0.5"}, "temperature='0.5': sampling needs a temperature in"),
     ({"logits_processor": max}, "max.*: must be a list of processors, as"),
-    ({"prompt": 3}, "prompt=3: must be a text, or its ids"),
-    ({"max_new_tokens": 10**6}, "The prompt has 5 tokens, and max_new_tokens=1000000: together they may be"),
-    ({"num_candidates": 10**6}, "may draw 1000000 patches in a step: 100 are allowed here"),
-    ({"min_new_tokens": -1}, "min_new_tokens=-1: must be a whole number, and not negative"),
-    ({"stop": 5}, "stop=5: must be a text, or a list of texts"),
-    ({"stop": ["a" * 257]}, "stop: may hold 256 strings of 256 characters each"),
-    ({"seed": 0.5}, "seed=0.5: must be a whole number of 64 bits"),
+    ({"prompt": 3}, "prompt=3: must be a string or token ids"),
+    ({"max_new_tokens": 10**6}, "The prompt has 5 tokens and max_new_tokens=1000000: their sum may be at most"),
+    ({"num_candidates": 10**6}, "may need 1000000 candidates per step: at most 100 are allowed here"),
+    ({"min_new_tokens": -1}, "min_new_tokens=-1: must be an integer of at least 0"),
+    ({"stop": 5}, "stop=5: must be a string or a list of strings"),
+    ({"stop": ["a" * 257]}, "stop: must be at most 256 strings of 256 characters"),
+    ({"seed": 0.5}, "seed=0.5: must be a 64-bit integer"),
     ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
-    ({"typical_p": 0.5}, "typical_p: no option of a text"),
-    ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: ids are whole numbers in 0 … {VOCAB_SIZE - 1}"),
-    ({"prompt": [1.5]}, "holds 1.5: ids are whole numbers"),
-    ({"prompt": "\ud800"}, "no text at character 0"),
+    ({"typical_p": 0.5}, "typical_p: unknown option"),
+    ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: token ids are integers in 0 … {VOCAB_SIZE - 1}"),
+    ({"prompt": [1.5]}, "holds 1.5: token ids are integers"),
+    ({"prompt": "\ud800"}, "half a surrogate pair at character 0"),
 ]
-OF_BATCHERS = [
+INVALID_LIMITS = [
     ({"max_rows": 0}, "max_rows=0: must be at least 1"),
     ({"max_waiting": -1}, "max_waiting=-1: must not be negative"),
     ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: must be at least 1"),
 ]
 
 
-def test_what_makes_no_sense_is_refused_in_a_sentence(batcher, model):
-    for settings, sentence in REFUSALS:
+def test_invalid_arguments_raise_an_error(batcher, model):
+    for settings, sentence in INVALID_ARGUMENTS:
         with pytest.raises(ValueError, match=sentence):
             batcher.submit(**{"prompt": "once", **settings})
-    for options, sentence in OF_BATCHERS:
+    for options, sentence in INVALID_LIMITS:
         with pytest.raises(ValueError, match=sentence):
             Batcher(model, **options)
 
 
-def test_without_a_tokenizer_ids_come_and_go(model):
+def test_without_a_tokenizer_prompts_and_results_are_ids(model):
     with Batcher(model) as batcher:
-        written = batcher.submit(torch.tensor([BOS, 40, 41]), max_new_tokens=8, seed=0).result(60)
+        result = batcher.submit(torch.tensor([BOS, 40, 41]), max_new_tokens=8, seed=0).result(60)
         again = batcher.submit([BOS, 40, 41], max_new_tokens=8, seed=0).result(60)
-        assert written.text is None and written.tokens == again.tokens
-        assert [piece.text for piece in batcher.stream([BOS], max_new_tokens=4, ignore_eos=True)] == [None]
+        assert result.text is None and result.tokens == again.tokens
+        assert [delta.text for delta in batcher.stream([BOS], max_new_tokens=4, ignore_eos=True)] == [None]
         for settings in ({"prompt": "text"}, {"prompt": [BOS], "stop": "a"}):
             with pytest.raises(ValueError, match="tokenizer: Batcher"):
                 batcher.submit(**settings)
 
 
 @pytest.mark.transformers
-def test_models_whose_rows_would_depend_on_each_other_are_refused():
+def test_unsupported_models_raise_an_error():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     flexible, scaling = tiny_model(), {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     flexible.config._attn_implementation = "flex_attention"
     virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2)
     for model, sentence in (
-        (LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)), "LlamaForCausalLM can't be batched"),
+        (LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)), "LlamaForCausalLM is not supported"),
         (flexible, "attn_implementation='flex_attention'"),
         (CALMForCausalLM(tiny_config(rope_scaling=scaling)), "rope_type='dynamic'"),
-        (peft.get_peft_model(tiny_model(), virtual), "would leave out virtual tokens"),
+        (peft.get_peft_model(tiny_model(), virtual), "doesn't support virtual tokens"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Batcher(model.eval())
 
 
-# Its life
+# Lifecycle, threads and adapters
 
 
-def test_closing_writes_what_was_taken_or_cancels_it(model):
+def test_closing_finishes_or_cancels_requests(model):
     batcher = Batcher(model, tiny_tokenizer())
     futures = [batcher.submit("once", max_new_tokens=20, ignore_eos=True) for _ in range(3)]
     batcher.close()
@@ -307,32 +302,32 @@ def test_closing_writes_what_was_taken_or_cancels_it(model):
     assert future.cancelled()
 
 
-def test_many_threads_may_submit_at_once(model):
+def test_threads_may_submit_at_the_same_time(model):
     with Batcher(model, tiny_tokenizer(), max_rows=4, max_waiting=100) as batcher, ThreadPoolExecutor(20) as threads:
-        ask = lambda seed: batcher.submit("once", seed=seed, max_new_tokens=12).result(60).tokens  # noqa: E731
-        texts, stats = list(threads.map(ask, range(20))), batcher.stats()
-    assert texts == [alone(model, "once", seed, max_new_tokens=12) for seed in range(20)]
-    assert stats.finished == 20 and stats.new_tokens == sum(map(len, texts))
+        submit = lambda seed: batcher.submit("once", seed=seed, max_new_tokens=12).result(60).tokens  # noqa: E731
+        tokens, stats = list(threads.map(submit, range(20))), batcher.stats()
+    assert tokens == [generate_alone(model, "once", seed, max_new_tokens=12) for seed in range(20)]
+    assert stats.finished == 20 and stats.new_tokens == sum(map(len, tokens))
     assert stats.prompt_tokens == 20 * 5 and stats.steps < stats.new_tokens and stats.busy_seconds > 0
 
 
 @pytest.mark.transformers
-def test_its_model_may_have_an_adapter(model):
+def test_a_model_with_an_adapter(model):
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(exact_model(), lora)
     ids = torch.tensor([[BOS, 40, 41, 42]])
     settings = {"max_new_tokens": 16, "eos_token_id": None}
     expected = adapted.generate(input_ids=ids, generator=[torch.Generator().manual_seed(0)], **settings)[0, 4:]
     with Batcher(adapted) as batcher:
-        written = batcher.submit(ids[0], seed=0, max_new_tokens=16, ignore_eos=True).result(60)
-    assert written.tokens == expected.tolist()
-    assert written.tokens != alone(model, "", 0, **settings)
+        result = batcher.submit(ids[0], seed=0, max_new_tokens=16, ignore_eos=True).result(60)
+    assert result.tokens == expected.tolist()
+    assert result.tokens != generate_alone(model, "", 0, **settings)
 
 
 @pytest.mark.slow
 @pytest.mark.transformers
-def test_a_model_with_the_code_of_its_folder_writes_the_same(tmp_path):
+def test_a_model_with_remote_code_generates_the_same(tmp_path):
     exact_model().save_pretrained(tmp_path / "model")
     folder = str(tmp_path / "model")
-    tokens = fresh_process.call(model_copies.generate_by_batcher, tmp_path / "home", folder=folder).result
-    assert tokens == alone(CALMForCausalLM.from_pretrained(folder), [BOS, 40], 7, max_new_tokens=20)
+    tokens = fresh_process.call(model_copies.text_of_a_batcher, tmp_path / "home", folder=folder).result
+    assert tokens == generate_alone(CALMForCausalLM.from_pretrained(folder), [BOS, 40], 7, max_new_tokens=20)

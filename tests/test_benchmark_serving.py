@@ -1,4 +1,4 @@
-"""The benchmark of servers: its arithmetic by hand, and a run of it over tiny models."""
+"""The serving benchmark: its statistics by hand, and a run with tiny models."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ def test_lines_by_hand():
 
 
 @pytest.mark.slow
-def test_a_run_beside_upstreams_server(folder, tiny_folder, tmp_path, capsys):
+def test_a_run_with_transformers_serve(folder, tiny_folder, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     small = ["--clients", "1", "3", "--requests", "2", "--max_tokens", "10", "--repetitions", "2"]
     baseline = ["--baseline", str(folder / "ar"), "--no_upstream_batching"]
@@ -36,14 +36,14 @@ def test_a_run_beside_upstreams_server(folder, tiny_folder, tmp_path, capsys):
     assert capsys.readouterr().out.count(OURS) == 2
 
 
-def test_each_client_of_a_round_asks_for_its_texts_by_seeds_of_its_own(monkeypatch):
+def test_each_request_of_a_round_has_its_own_seed(monkeypatch):
     seeds = []
     monkeypatch.setattr(serving, "stream_text", lambda *words: (seeds.append(words[-1]) or 10, 0.5))
     found = serving.run_round(None, clients=3, requests=2, max_tokens=10, temperature=0.5)
     assert (found.tokens, found.first_token_seconds) == (60, [0.5] * 6) and len(set(seeds)) == 6
 
 
-def test_what_is_missing_is_named_before_any_work(monkeypatch, capsys):
+def test_missing_packages_are_an_error_before_the_run(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = commands.refusal(capsys, serving.main, "--baseline", "transformer-s")
     assert "`transformers serve` needs fastapi" in error

@@ -1,4 +1,4 @@
-"""Grammars: JSON of a schema and text of a regular expression, from the demo model and from random walks."""
+"""Grammars: JSON schemas and regular expressions, with the demo model and with random tokens."""
 
 import json
 import re
@@ -47,39 +47,40 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT)
 
 
-def texts(model, tokenizer, grammar, prompts=(PROMPT,), max_new_tokens=120, **law):
-    """What follows the prompts, special tokens left out, and the ids."""
+def generate_texts(model, tokenizer, grammar, prompts=(PROMPT,), max_new_tokens=120, **sampling):
+    """Returns the completions, without special tokens, and their ids."""
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    settings = {"generator": seeds, "logits_processor": [grammar], "max_new_tokens": max_new_tokens, **law}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    settings = {"generator": generators, "logits_processor": [grammar], "max_new_tokens": max_new_tokens, **sampling}
     ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
     ids = ids[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(ids, skip_special_tokens=True), ids.tolist()
 
 
 @needs_demo
-@pytest.mark.parametrize("law", [{"temperature": 0.5}, {"temperature": 1.0}, {"do_sample": False}], ids=str)
-def test_json_is_valid_in_batches(model, tokenizer, law):
+@pytest.mark.parametrize("sampling", [{"temperature": 0.5}, {"temperature": 1.0}, {"do_sample": False}], ids=str)
+def test_batches_are_json_of_the_schema(model, tokenizer, sampling):
     grammar = Grammar(tokenizer, json_schema=json.dumps(NESTED))
-    together, ids = texts(model, tokenizer, grammar, [PROMPT, "A", "He had " * 9], **law)
-    for text, tokens in zip(together, ids, strict=True):
+    texts, ids = generate_texts(model, tokenizer, grammar, [PROMPT, "A", "He had " * 9], **sampling)
+    for text, tokens in zip(texts, ids, strict=True):
         jsonschema.validate(json.loads(text), NESTED)
-        written = tokens[: tokens.index(tokenizer.eos_token_id)]
-        assert not set(written) & set(tokenizer.all_special_ids)
-    assert len(set(together)) == 3
+        before_eos = tokens[: tokens.index(tokenizer.eos_token_id)]
+        assert not set(before_eos) & set(tokenizer.all_special_ids)
+    assert len(set(texts)) == 3
 
 
 @needs_demo
-def test_a_regex_is_matched_and_its_end_may_lie_within_a_patch(model, tokenizer):
-    """Of texts of two lengths one ends within a patch; what is cut off is a beginning that matches."""
+def test_a_text_matches_its_regex_and_may_end_inside_a_patch(model, tokenizer):
+    """Of two lengths one ends inside a patch; text that `max_new_tokens` cuts off is a prefix of a match."""
     lengths = set()
     for regex in ("[a-z]{3}", "[a-z]{4}", "(cat|dog)s? [0-9]{1,3}!", "(é|ü|☃){2}"):
-        (text,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex=regex), max_new_tokens=30, temperature=0.5)
+        grammar = Grammar(tokenizer, regex=regex)
+        (text,), (ids,) = generate_texts(model, tokenizer, grammar, max_new_tokens=30, temperature=0.5)
         assert re.fullmatch(regex, text)
         lengths.add(ids.index(tokenizer.eos_token_id) % model.config.patch_size)
     assert lengths == {0, 1}
-    (text,), (ids,) = texts(model, tokenizer, Grammar(tokenizer, regex="[a-z ]{60,}"), max_new_tokens=15)
+    (text,), (ids,) = generate_texts(model, tokenizer, Grammar(tokenizer, regex="[a-z ]{60,}"), max_new_tokens=15)
     assert re.fullmatch("[a-z ]+", text) and len(ids) == 15
 
 
@@ -104,20 +105,15 @@ def sentence_piece():
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("e", "l")], byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
 MAKERS = {"demo": lambda: AutoTokenizer.from_pretrained(ROOT), "bytes": byte_level, "sentences": sentence_piece}
 TREE = record(
     v={"type": "integer", "minimum": 3, "maximum": 3444}, c={"type": "array", "items": {"$ref": "#/$defs/tree"}}
 )
-WALKED = {
+SCHEMAS = {
     "nested": NESTED,
     "long string": {"type": "string", "minLength": 3, "maxLength": 300},
     "number or nothing": {"anyOf": [{"type": "number"}, {"type": "null"}]},
@@ -129,7 +125,7 @@ WALKED = {
         ]
     },
     "recursion": {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"},
-    "one property at least": {"type": "object", "minProperties": 1, "additionalProperties": {"type": "boolean"}},
+    "at least one property": {"type": "object", "minProperties": 1, "additionalProperties": {"type": "boolean"}},
     "properties of other names": {
         "type": "object",
         "properties": {"a": {"type": "integer"}, "n": {"type": "integer"}},
@@ -142,10 +138,10 @@ REGEXES = ["(cat|dog)s? [0-9]{1,3}!", "((Hello|☃) *)+", "a{0,20}"]
 
 
 def walk(tokenizer, grammar, seed, length=4):
-    """Ids of a text whose tokens are random ones of those allowed, and EOS as soon as that is one after `length`."""
+    """Returns random ids that the grammar allows, ended by the first possible EOS after `length` tokens (left out)."""
     random = torch.Generator().manual_seed(seed)
     processor, eos = grammar.after_prompt(1), tokenizer.eos_token_id
-    ids = [eos]  # of the prompt, which is none of the grammar's
+    ids = [eos]  # the prompt, which the grammar ignores
     while len(ids) == 1 or ids[-1] != eos:
         assert len(ids) < 2000
         scores = processor(torch.tensor([ids]), torch.zeros(1, len(tokenizer)))[0]
@@ -162,9 +158,9 @@ def any_tokenizer(request):
     return MAKERS[request.param]()
 
 
-@pytest.mark.parametrize("name", [*WALKED, *REGEXES])
-def test_random_walks_end_as_what_was_asked_for(any_tokenizer, name):
-    tokenizer, schema = any_tokenizer, WALKED.get(name)
+@pytest.mark.parametrize("name", [*SCHEMAS, *REGEXES])
+def test_random_walks_match_the_grammar(any_tokenizer, name):
+    tokenizer, schema = any_tokenizer, SCHEMAS.get(name)
     grammar = Grammar(tokenizer, regex=name) if schema is None else Grammar(tokenizer, json_schema=schema)
     for seed in range(3):
         ids = walk(tokenizer, grammar, seed, length=4 + 12 * seed)
@@ -176,10 +172,10 @@ def test_random_walks_end_as_what_was_asked_for(any_tokenizer, name):
             jsonschema.validate(json.loads(text), schema)
 
 
-def test_candidates_are_masked_as_texts_read_from_the_beginning():
-    """Of one text's processor, in any order, long and short ones, equal and unequal, as a new processor of each."""
+def test_candidates_are_masked_independently_of_each_other():
+    """One processor masks candidates of any length and order as a new processor for each does."""
     tokenizer = byte_level()
-    grammar = Grammar(tokenizer, json_schema=WALKED["all of"])
+    grammar = Grammar(tokenizer, json_schema=SCHEMAS["all of"])
     processor, prompt, random = grammar.after_prompt(2), [5, 6], torch.Generator().manual_seed(0)
     walks = [[*walk(tokenizer, grammar, seed), tokenizer.eos_token_id, tokenizer.eos_token_id] for seed in range(4)]
     for _ in range(60):
@@ -192,20 +188,20 @@ def test_candidates_are_masked_as_texts_read_from_the_beginning():
         assert ((together == scores) | (together == -torch.inf)).all()
 
 
-@pytest.mark.parametrize("asked", ["<|eos|>", "a<|pad|>b"])
-def test_what_spells_a_special_token_is_text(asked):
+@pytest.mark.parametrize("text", ["<|eos|>", "a<|pad|>b"])
+def test_the_spelling_of_a_special_token_is_generated_as_text(text):
     tokenizer = AutoTokenizer.from_pretrained(ROOT)
-    for rules in ({"json_schema": {"const": asked}}, {"regex": re.escape(asked)}):
-        processor, ids = Grammar(tokenizer, **rules).after_prompt(0), []
+    for options in ({"json_schema": {"const": text}}, {"regex": re.escape(text)}):
+        processor, ids = Grammar(tokenizer, **options).after_prompt(0), []
         while not ids or ids[-1] != tokenizer.eos_token_id:
             allowed = processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, len(tokenizer)))[0].isfinite()
             assert len(ids) < 40 and allowed.any()
             ids.append(int(allowed.nonzero()[-1]))
-        expected = json.dumps(asked) if "json_schema" in rules else asked
+        expected = json.dumps(text) if "json_schema" in options else text
         assert tokenizer.decode(ids[:-1]) == expected and not set(ids[:-1]) & set(tokenizer.all_special_ids)
 
 
-def test_threads_share_a_grammar():
+def test_threads_may_share_a_grammar():
     tokenizer = byte_level()
     grammar = Grammar(tokenizer, regex="[a-z]{1,40}")
     alone = [walk(tokenizer, grammar, seed) for seed in range(16)]
@@ -213,7 +209,7 @@ def test_threads_share_a_grammar():
         assert list(threads.map(lambda seed: walk(tokenizer, grammar, seed), range(16))) == alone
 
 
-def test_a_text_may_go_on_from_where_it_may_end_and_has_ended_after_eos():
+def test_a_complete_match_may_continue_or_end_and_ends_at_eos():
     tokenizer = byte_level()
     processor = Grammar(tokenizer, json_schema={"type": "number"}).after_prompt(0)
     ids = tokenizer("10.25e-3", add_special_tokens=False)["input_ids"]
@@ -222,7 +218,7 @@ def test_a_text_may_go_on_from_where_it_may_end_and_has_ended_after_eos():
         assert allowed[tokenizer.eos_token_id] and (allowed.sum() > 1) == (not end)
 
 
-def test_a_text_that_left_its_grammar_is_an_error():
+def test_a_text_that_does_not_match_raises_an_error():
     tokenizer = byte_level()
     processor = Grammar(tokenizer, regex="ab").after_prompt(0)
     with pytest.raises(ValueError, match="A text doesn't match its grammar: another logits processor has forced"):
@@ -234,27 +230,27 @@ def some_tokenizer():
     return byte_level()
 
 
-REFUSED = [
-    ({}, "is a json_schema or a regex: pass one of them"),
-    ({"json_schema": {}, "regex": "a"}, "is a json_schema or a regex: pass one of them"),
-    ({"json_schema": {"type": "strin"}}, "The json_schema can't be made a grammar .* Invalid type: strin"),
-    ({"json_schema": "{"}, "The json_schema can't be made .* Expecting property name"),
+INVALID = [
+    ({}, "needs a json_schema or a regex: pass one of them"),
+    ({"json_schema": {}, "regex": "a"}, "needs a json_schema or a regex: pass one of them"),
+    ({"json_schema": {"type": "strin"}}, "The json_schema can't be compiled to a grammar .* Invalid type: strin"),
+    ({"json_schema": "{"}, "The json_schema can't be compiled .* Expecting property name"),
     ({"json_schema": {"enum": [{1}]}}, "Object of type set is not JSON serializable"),
     ({"json_schema": record(a={"type": "array", "uniqueItems": True})}, 'Unimplemented keys: ."uniqueItems"'),
     ({"json_schema": {"type": "array", "contains": {}, "x-guidance": {"lenient": True}}}, '."contains"'),
-    ({"json_schema": record(a={"type": "object", "minProperties": 2})}, "minProperties=2 may be met by one name"),
+    ({"json_schema": record(a={"type": "object", "minProperties": 2})}, "minProperties=2 is not supported"),
     ({"json_schema": '{"items":' * 200 + "{}" + "}" * 200}, "recursion limit exceeded"),
     ({"json_schema": {"enum": list(map(str, range(10**5)))}}, "grammar. too big"),
-    ({"regex": "("}, "The regex can't be made a grammar of this tokenizer's tokens: unclosed group"),
-    ({"regex": 5}, "The regex can't be made a grammar .* 'int'"),
+    ({"regex": "("}, "The regex can't be compiled to a grammar for this tokenizer: unclosed group"),
+    ({"regex": 5}, "The regex can't be compiled to a grammar .* 'int'"),
 ]
 
 
-@pytest.mark.parametrize("asked, sentence", REFUSED, ids=[sentence for _, sentence in REFUSED])
-def test_what_is_no_grammar_is_refused_in_a_sentence(some_tokenizer, asked, sentence):
-    with pytest.raises(ValueError, match=sentence) as refused:
-        Grammar(some_tokenizer, **asked)
-    assert "\n" not in str(refused.value)
+@pytest.mark.parametrize("options, sentence", INVALID, ids=[sentence for _, sentence in INVALID])
+def test_invalid_grammars_raise_an_error_of_one_line(some_tokenizer, options, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        Grammar(some_tokenizer, **options)
+    assert "\n" not in str(raised.value)
 
 
 def test_properties_may_have_the_names_of_keywords(some_tokenizer):
@@ -263,33 +259,33 @@ def test_properties_may_have_the_names_of_keywords(some_tokenizer):
     assert set(json.loads(some_tokenizer.decode(ids))) == {"minProperties", "uniqueItems"}
 
 
-def test_a_name_is_not_spelt_so_that_its_schema_does_not_see_it(some_tokenizer):
-    """As by an escape, in place of a letter of a property's name."""
-    processor = Grammar(some_tokenizer, json_schema=WALKED["properties of other names"]).after_prompt(0)
+def test_unicode_escapes_are_forbidden(some_tokenizer):
+    """They could spell a property's name so that its schema doesn't apply."""
+    processor = Grammar(some_tokenizer, json_schema=SCHEMAS["properties of other names"]).after_prompt(0)
     ids = some_tokenizer('{"\\', add_special_tokens=False)["input_ids"]
     scores = processor(torch.tensor([ids]), torch.zeros(1, len(some_tokenizer)))[0]
-    newline, code = some_tokenizer.convert_tokens_to_ids(["n", "u"])
-    assert scores[newline] == 0 and scores[code] == -torch.inf
+    newline, unicode = some_tokenizer.convert_tokens_to_ids(["n", "u"])
+    assert scores[newline] == 0 and scores[unicode] == -torch.inf
 
 
-def test_what_the_vocabulary_cannot_spell_is_an_error():
-    """Without bytes as tokens there may be no way to write a character."""
+def test_characters_outside_the_vocabulary_raise_an_error():
+    """Without byte tokens some characters have no ids."""
     tokenizer = Tokenizer(models.BPE(vocab={"</s>": 0, "a": 1, "▁": 2}, merges=[]))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    with pytest.raises(ValueError, match="The regex can't be made a grammar"):
+    with pytest.raises(ValueError, match="The regex can't be compiled to a grammar"):
         Grammar(tokenizer, regex="b")
-    with pytest.raises(ValueError, match="A text can't go on by its grammar"):
+    with pytest.raises(ValueError, match="A text has no continuation in its grammar"):
         walk(tokenizer, Grammar(tokenizer, regex="ab"), 0)
 
 
-def test_tokenizers_that_do_not_fit_are_refused(some_tokenizer):
-    without_end = PreTrainedTokenizerFast(tokenizer_object=some_tokenizer.backend_tokenizer)
-    for none in (".", None):
+def test_unsupported_tokenizers_raise_an_error(some_tokenizer):
+    without_eos = PreTrainedTokenizerFast(tokenizer_object=some_tokenizer.backend_tokenizer)
+    for other in (".", None):
         with pytest.raises(ValueError, match="tokenizer=.*: must be the model's tokenizer, as AutoTokenizer loads it"):
-            Grammar(none, regex="a")
+            Grammar(other, regex="a")
     with pytest.raises(ValueError, match="The tokenizer has no eos_token"):
-        Grammar(without_end, regex="a")
+        Grammar(without_eos, regex="a")
     with pytest.raises(ValueError, match="can't determine decoder type.*Fuse"):
         Grammar(tiny_tokenizer(), regex="a")
 

@@ -1,6 +1,6 @@
 """Two replicas of a server behind one address, by nginx with docs/nginx.conf.
 
-The text of a seed, the spread of requests, streams in pieces, clients that leave, a replica that stops or dies.
+The same text for a seed, load balancing, streaming, disconnecting clients, and a replica that stops or dies.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parents[1] / "docs" / "nginx.conf"
 NGINX = shutil.which("nginx")
 PROMPT = "Once upon a time"
 SHORT = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0.5, "ignore_eos": True}
-LONG = {**SHORT, "max_tokens": 2000}  # written for seconds, so that a test can act meanwhile
+LONG = {**SHORT, "max_tokens": 2000}  # takes seconds, so that a test can act meanwhile
 
 pytestmark = [pytest.mark.slow, needs(NGINX, "nginx")]
 
@@ -35,7 +35,7 @@ def ask(url, seed, **options):
 
 @contextlib.contextmanager
 def running_nginx(folder, replicas):
-    """nginx with the documented configuration, ports apart: its address."""
+    """Starts nginx with the documented configuration but free ports, and yields its URL."""
     address, text = f"127.0.0.1:{free_port()}", CONFIG.read_text(encoding="utf-8")
     addresses = (address, *(replica.address for replica in replicas))
     for documented, actual in zip(("127.0.0.1:8000;", "127.0.0.1:8001;", "127.0.0.1:8002;"), addresses, strict=True):
@@ -50,7 +50,7 @@ def running_nginx(folder, replicas):
 
 @contextlib.contextmanager
 def running_pair(model, folder):
-    """Two replicas, and the address of nginx before them."""
+    """Starts two replicas and nginx, and yields the replicas and nginx's URL."""
     with contextlib.ExitStack() as stack:
         with ThreadPoolExecutor(2) as pool:
             starting = [running_server(model, folder / name, "--model_name", "tiny") for name in ("first", "second")]
@@ -64,29 +64,29 @@ def pair(tiny_folder, tmp_path_factory):
         yield pair
 
 
-def the_one_that_writes(replicas):
-    (replica,) = wait_for("a replica writes", lambda: [each for each in replicas if each.metric("calm_running")])
+def wait_for_busy_replica(replicas):
+    (replica,) = wait_for("a busy replica", lambda: [each for each in replicas if each.metric("calm_running")])
     return replica
 
 
-def num_texts(replica):
-    """How many texts it has begun; BOS is part of a prompt."""
+def num_started_texts(replica):
+    """Returns how many texts the replica has started; BOS is part of a prompt."""
     return replica.metric("calm_prompt_tokens_total") / (1 + len(PROMPT))
 
 
-def test_a_seed_gives_the_same_text_through_either_replica_and_nginx_which_asks_both(pair):
+def test_a_seed_gives_the_same_text_from_both_replicas_and_nginx_uses_both(pair):
     replicas, balancer = pair
     texts = [ask(url, 3, **SHORT) for url in (*(replica.url for replica in replicas), *[balancer] * 4)]
     assert len(texts[0]) > 20 and set(texts) == {texts[0]} and ask(balancer, 4, **SHORT) != texts[0]
-    before = [num_texts(replica) for replica in replicas]
+    before = [num_started_texts(replica) for replica in replicas]
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda seed: ask(balancer, seed, **SHORT), range(8)))
-    shares = [num_texts(replica) - num for replica, num in zip(replicas, before, strict=True)]
-    assert all(texts) and sum(shares) == 8 and min(shares) >= 2
+    counts = [num_started_texts(replica) - num for replica, num in zip(replicas, before, strict=True)]
+    assert all(texts) and sum(counts) == 8 and min(counts) >= 2
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_row(pair, stream):
+def test_a_disconnecting_client_frees_its_slot(pair, stream):
     replicas, balancer = pair
     before = [replica.metric("calm_cancelled_total") for replica in replicas]
     connection = http.client.HTTPConnection(balancer.removeprefix("http://"), timeout=SECONDS)
@@ -95,28 +95,28 @@ def test_a_client_that_leaves_frees_its_row(pair, stream):
     with contextlib.ExitStack() as answer:
         if stream:
             assert answer.enter_context(connection.getresponse()).readline().startswith(b"data: {")
-        replica = the_one_that_writes(replicas)
+        replica = wait_for_busy_replica(replicas)
     connection.close()
     replica.wait_for_metric("calm_running", 0)
     replica.wait_for_metric("calm_cancelled_total", before[replicas.index(replica)] + 1)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_the_other_replica_answers_when_one_goes(tiny_folder, tmp_path, how):
-    def is_deaf():
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_the_other_replica_takes_over_when_one_stops_or_dies(tiny_folder, tmp_path, sign):
+    def refuses_connections():
         with socket.socket() as probe:
-            host, port = gone.address.split(":")
+            host, port = stopped.address.split(":")
             return probe.connect_ex((host, int(port))) != 0
 
     with running_pair(tiny_folder, tmp_path) as (replicas, balancer), ThreadPoolExecutor(1) as pool:
         expected = ask(balancer, 3, **SHORT)
-        begun = pool.submit(ask, balancer, 5, **LONG)
-        gone = the_one_that_writes(replicas)
-        (other,) = [replica for replica in replicas if replica is not gone]
-        before = num_texts(other)
-        gone.process.send_signal(how)
-        wait_for("it takes no more requests", is_deaf)
+        running_request = pool.submit(ask, balancer, 5, **LONG)
+        stopped = wait_for_busy_replica(replicas)
+        (other,) = [replica for replica in replicas if replica is not stopped]
+        before = num_started_texts(other)
+        stopped.process.send_signal(sign)
+        wait_for("it takes no more requests", refuses_connections)
         assert [ask(balancer, 3, **SHORT) for _ in range(6)] == [expected] * 6
-        # A replica that is stopped ends what it has begun; what a dead one has begun, the other writes anew.
-        assert begun.result() == ask(other.url, 5, **LONG)
-        assert num_texts(other) == before + (7 if how == signal.SIGTERM else 8)
+        # A stopping replica finishes its requests; those of a dead one are repeated by the other.
+        assert running_request.result() == ask(other.url, 5, **LONG)
+        assert num_started_texts(other) == before + (7 if sign == signal.SIGTERM else 8)

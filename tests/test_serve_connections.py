@@ -1,4 +1,4 @@
-"""Clients that keep `calm serve` waiting, at their head or body, alone or many: they are left, others served."""
+"""Slow and idle clients of `calm serve`: they are disconnected, and others are served."""
 
 import contextlib
 import http.client
@@ -18,16 +18,16 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 50\r\n\r
 
 @pytest.fixture
 def address(monkeypatch):
-    """Of a server in this process that gives a head, and then a body, half a second, and holds 4 idle connections."""
-    monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
-    monkeypatch.setattr(app, "CLIENT_SECONDS", 0.5)
-    monkeypatch.setattr(connections, "MOST_IDLE_CONNECTIONS", 4)
+    """The address of a server with timeouts of half a second for head and body, and at most 4 idle connections."""
+    monkeypatch.setattr(connections, "RECEIVE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(app, "RECEIVE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "MAX_IDLE_CONNECTIONS", 4)
     with (
         Batcher(tiny_model(), tiny_tokenizer(), max_rows=1, max_waiting=1) as batcher,
         serve.bind_socket("127.0.0.1", 0) as listening,
     ):
         address = listening.getsockname()
-        server = connections.Server(create_app(batcher, ServerOptions(model_name="tiny")), batcher, grace=1)
+        server = connections.GracefulServer(create_app(batcher, ServerOptions(model_name="tiny")), batcher, grace=1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:
@@ -44,8 +44,8 @@ def connected(address, sent=b""):
         yield client
 
 
-def answer(client):
-    """What comes until a JSON body has."""
+def read_answer(client):
+    """Reads up to the end of a JSON body."""
     text = b""
     while b"}" not in text:
         text += client.recv(1000)
@@ -59,7 +59,7 @@ def health(address):
 
 
 def is_closed(client, trickle=b""):
-    """Whether a client that sends a byte now and then is left, which has 10 seconds to happen."""
+    """Returns whether the server closes the connection within 10 s, while the client keeps sending `trickle`."""
     deadline = time.monotonic() + 10
     client.settimeout(0.1)
     with contextlib.suppress(ConnectionError):
@@ -77,30 +77,30 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n"
 
 
 @pytest.mark.parametrize("sent, trickle", [(b"", b""), (HEAD[:9], b"a")])
-def test_a_head_has_its_time_however_it_comes(address, sent, trickle):
+def test_a_slow_head_times_out(address, sent, trickle):
     with connected(address, sent) as client:
         assert is_closed(client, trickle)
 
 
-def test_so_has_the_next_one_of_a_connection_which_is_kept_until_then(address):
+def test_a_connection_is_kept_until_the_next_head_times_out(address):
     with connected(address) as client:
         for pause in (0, 1):
             time.sleep(pause)
             client.sendall(HEALTH)
-            assert answer(client).startswith(b"HTTP/1.1 200")
+            assert read_answer(client).startswith(b"HTTP/1.1 200")
         assert is_closed(client, b"a")
 
 
-def test_a_body_has_its_time_and_is_told_so_and_a_refused_one_has_no_more(address):
+def test_a_slow_body_gets_a_408_and_its_connection_is_closed(address):
     with connected(address, HEAD + b"{") as client:
-        said = answer(client)
-        assert said.startswith(b"HTTP/1.1 408") and b"The body took more than 0.5 seconds to arrive." in said
+        answer = read_answer(client)
+        assert answer.startswith(b"HTTP/1.1 408") and b"The body took more than 0.5 seconds to arrive." in answer
         assert is_closed(client, b" ")
 
 
-def test_of_too_many_connections_those_that_wait_longest_make_room_and_busy_ones_are_a_503(address, monkeypatch):
+def test_too_many_connections_close_the_longest_idle_ones_and_busy_ones_give_a_503(address, monkeypatch):
     for module in (connections, app):
-        monkeypatch.setattr(module, "CLIENT_SECONDS", 60)
+        monkeypatch.setattr(module, "RECEIVE_TIMEOUT_SECONDS", 60)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connected(address, part)) for part in (HEAD[:20], HEAD + b"{") * 8]
         assert health(address) == 200

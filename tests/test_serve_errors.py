@@ -1,34 +1,35 @@
-"""What the server refuses, in which words, and what a fault becomes. All in this process."""
+"""The server's answers to invalid requests and to internal errors, in this process."""
 
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 from server_process import in_process
 
-from calm_transformers.serving.openai_api import WITHOUT_EFFECT
+from calm_transformers.serving.openai_api import UNSUPPORTED_FIELDS
 
 
 def post(api, path, body):
-    """Status and JSON of an answer; a body that is no bytes is sent as JSON."""
+    """Returns status and JSON of the answer to a body, bytes or a value to send as JSON."""
     answer = api.post(path, content=body if isinstance(body, bytes) else json.dumps(body))
     return answer.status_code, answer.json()
 
 
-# Bad input: a 4xx in OpenAI's shape that names the field
+# Invalid requests: a 4xx in OpenAI's shape that names the field
 
 HALF, INFINITE = "half a surrogate pair", "a number that is not finite"
 SCHEMA = {"type": "json_schema", "json_schema": {"schema": {}}}
-FIELDS = [  # beside a prompt, and what is said of it
+INVALID_FIELDS = [  # name, value, part of the message
     ("foo", 1, "foo: there is no such field"),
     ("stream_options", {"x": 1}, "stream_options.x"),
     ("max_tokens", 0, "greater than or equal to 1"),
     ("max_tokens", 10**6, "the prompt has 2 tokens and max_tokens"),
     ("max_tokens", "5", "valid integer"),
     ("prompt", "x" * 17_000, "the prompt has 17001 tokens"),
-    ("prompt", [["a"]], "holds 'a': ids are whole numbers"),
+    ("prompt", [["a"]], "holds 'a': token ids are integers"),
     ("prompt", [], "is an empty list"),
-    ("prompt", [5, 4000], "holds 4000: ids are whole numbers in 0 … 95"),
+    ("prompt", [5, 4000], "holds 4000: token ids are integers in 0 … 95"),
     ("prompt", "\ud800", HALF),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "\ud800"}}, HALF),
     ("response_format", {"type": "json_schema", "json_schema": {"schema": {"minimum": math.inf}}}, INFINITE),
@@ -38,37 +39,37 @@ FIELDS = [  # beside a prompt, and what is said of it
     ("temperature", 1e-4, "is too few for temperature=0.0001"),
     ("temperature", 1e-320, "temperature=1e-320"),
     ("seed", 2**63, "less than"),
-    ("stop", 5, "must be a text or a list of texts"),
+    ("stop", 5, "must be a string or a list of strings"),
     ("stop", ["a", ""], "holds an empty string"),
-    ("stop", ["b"] * 257, "stop: may hold 256 strings of 256 characters"),
-    ("n", 9, "9 texts are asked for at once, and 8 may be"),
-    ("num_candidates", 10**6, "patches in a step: 1000 are allowed here"),
+    ("stop", ["b"] * 257, "stop: must be at most 256 strings of 256 characters"),
+    ("n", 9, "a request may have at most 8 texts, not 9"),
+    ("num_candidates", 10**6, "candidates per step: at most 1000 are allowed here"),
     ("frequency_penalty", 3, "less than or equal to 2"),
     ("repetition_penalty", 0, "greater than 0"),
-    ("logit_bias", {"96": 1}, "is no token id in 0 … 95"),
-    ("logit_bias", {"9" * 5000: 1}, "is no token id in"),
+    ("logit_bias", {"96": 1}, "is not a token id in 0 … 95"),
+    ("logit_bias", {"9" * 5000: 1}, "is not a token id in"),
     ("logit_bias", {"5": math.inf}, INFINITE),
     ("sampling_method", "best", "'batch'"),
 ]
 ACTIVE = {"logprobs": True, "top_logprobs": 2, "best_of": 3, "suffix": "end", "modalities": ["audio"]}
 ACTIVE |= {"tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "function_call": {}}
-assert set(ACTIVE) == set(WITHOUT_EFFECT)
-BODIES = [  # the field named, and what is said of it
-    (b"{", None, "The body is no JSON"),
-    (b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 5000), None, "The body is no JSON"),
-    (b"[" * 19_000, None, "The body is nested too deep"),
+assert set(ACTIVE) == set(UNSUPPORTED_FIELDS)
+INVALID_BODIES = [  # body, field that the answer names, part of the message
+    (b"{", None, "The body is not JSON"),
+    (b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 5000), None, "The body is not JSON"),
+    (b"[" * 19_000, None, "The body is nested too deeply"),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature", INFINITE),
     (b'{"prompt": "\xed\xa0\x80"}', "prompt", HALF),
     (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", HALF),
     ([], None, "The body must be a JSON object"),
     ({}, "prompt", "prompt: is missing"),
-    ({"prompt": "a", "min_tokens": 3, "response_format": SCHEMA}, "min_tokens", "ends where its schema does"),
-    ({"prompt": "a", "num_candidates": 101, "sampling_method": "exact"}, "num_candidates", "may draw 1010 patches"),
-    ({"prompt": "a", "top_p": 1.1, "stream": True}, "top_p", "less than or equal to 1"),  # is no event
-    *(({"prompt": "a", name: value}, name, sentence) for name, value, sentence in FIELDS),
+    ({"prompt": "a", "min_tokens": 3, "response_format": SCHEMA}, "min_tokens", "not supported with a response_for"),
+    ({"prompt": "a", "num_candidates": 101, "sampling_method": "exact"}, "num_candidates", "may need 1010 candidates"),
+    ({"prompt": "a", "top_p": 1.1, "stream": True}, "top_p", "less than or equal to 1"),  # not an event
+    *(({"prompt": "a", name: value}, name, sentence) for name, value, sentence in INVALID_FIELDS),
     *(({"prompt": "a", name: value}, name, f"{name}: ") for name, value in ACTIVE.items()),
 ]
-OF_CHATS = [
+INVALID_CHATS = [
     ({}, "messages: is missing"),
     ({"messages": []}, "messages: "),
     ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: "),
@@ -76,21 +77,21 @@ OF_CHATS = [
     ({"messages": [{"role": "user", "content": "x" * 17_000}]}, "messages: the prompt has 17001 tokens"),
     ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds half a surrogate pair"),
 ]
-BAD = [
-    *(("completions", *case) for case in BODIES),
-    *(("chat/completions", body, "messages", sentence) for body, sentence in OF_CHATS),
+INVALID = [
+    *(("completions", *case) for case in INVALID_BODIES),
+    *(("chat/completions", body, "messages", sentence) for body, sentence in INVALID_CHATS),
 ]
 
 
-@pytest.mark.parametrize("path, body, param, sentence", BAD)
-def test_bad_input_is_a_4xx_that_names_the_field(api, path, body, param, sentence):
+@pytest.mark.parametrize("path, body, param, sentence", INVALID)
+def test_an_invalid_request_is_a_400_that_names_the_field(api, path, body, param, sentence):
     status, answer = post(api, f"/v1/{path}", body)
     assert status == 400 and answer["error"]["param"] == param and sentence in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-def test_no_depth_is_a_fault(api):
-    """Python's recursion limit is met in other places at other depths."""
+def test_no_nesting_depth_is_an_internal_error(api):
+    """Python's recursion limit is reached in different places at different depths."""
     for depth in (300, 970, 3000):
         nested = b"[" * depth + b"]" * depth
         message = b'{"messages": [{"role": "user", "content": "a", "more": %s}], "max_tokens": 1}'
@@ -99,7 +100,7 @@ def test_no_depth_is_a_fault(api):
             assert status in (200, 400), answer
 
 
-def test_what_clients_add_to_messages_is_no_error(api):
+def test_extra_fields_of_messages_are_accepted(api):
     message = {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": None}], "metadata": None}
     assert post(api, "/v1/chat/completions", {"messages": [message], "max_tokens": 4})[0] == 200
 
@@ -109,64 +110,64 @@ def test_other_paths_methods_and_sizes(api):
     assert post(api, "/v1/models", {})[1]["error"]["message"].startswith("POST /v1/models: Method Not Allowed")
     status, answer = post(api, "/v1/completions", b'{"prompt": "' + b"x" * 20_000 + b'"}')
     assert status == 413 and "larger than 20000 bytes" in answer["error"]["message"]
-    parts = (b"x" * 1000 for _ in range(30))  # a body that doesn't say its size
+    parts = (b"x" * 1000 for _ in range(30))  # a body without Content-Length
     assert api.post("/v1/completions", content=parts).status_code == 413
 
 
-# Faults
+# Internal errors
 
 
 @pytest.fixture
 def app_client(tiny_folder):
-    """A client of its own, for what breaks a batcher."""
+    """A client of a server of its own, whose batcher a test may break."""
     with in_process(tiny_folder) as client:
         yield client
 
 
+BODY = {"prompt": "a"}
+
+
 def failing(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
+    return Mock(side_effect=error)
 
 
-def test_a_fault_is_an_answer_that_is_counted_and_that_pages_can_read(app_client, monkeypatch):
-    monkeypatch.setattr(app_client.batcher, "submit", failing(LookupError("a fault")))
-    answer = app_client.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "http://page.example"})
-    assert answer.status_code == 500 and answer.json()["error"]["message"] == "The server failed: LookupError."
+def test_an_internal_error_is_counted_and_has_cors_headers(app_client, monkeypatch):
+    monkeypatch.setattr(app_client.batcher, "submit", failing(LookupError("an error")))
+    answer = app_client.post("/v1/completions", json=BODY, headers={"Origin": "http://page.example"})
+    assert answer.status_code == 500 and answer.json()["error"]["message"] == "Internal server error: LookupError."
     assert answer.headers["access-control-allow-origin"] == "http://page.example"
     assert 'calm_requests_total{path="/v1/completions",status="500"} 1.0' in app_client.get("/metrics").text
 
 
-def test_a_text_that_fails_is_a_500_that_says_why_and_health_tells_when_no_more_are_written(app_client, monkeypatch):
+def test_a_failed_text_is_a_500_with_the_reason_and_health_is_a_503_while_texts_fail(app_client, monkeypatch):
     def answer(path="completions"):
-        """Status and sentence, if it is an error."""
-        body = {"prompt": "a"}
-        got = app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json=body)
+        """Returns the status and the error's message, if it is one."""
+        got = app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json=BODY)
         return got.status_code, got.json().get("error", {}).get("message", "")
 
     with monkeypatch.context() as patch:
         patch.setattr(app_client.batcher.model, "sample_patches", failing(RuntimeError("out of memory")))
-        assert answer() == (500, "The text could not be written: RuntimeError: out of memory.")
-        said = "The last text failed, and so did another since: RuntimeError: out of memory."
-        assert answer("health") == (503, said)
-    assert answer("health")[0] == 200  # it tries anew: the fault may have been that text's alone
+        assert answer() == (500, "The text could not be generated: RuntimeError: out of memory.")
+        message = "The last text failed, and so did a test text: RuntimeError: out of memory."
+        assert answer("health") == (503, message)
+    assert answer("health")[0] == 200  # it generates a test text, as the error may have been the last text's own
     assert answer()[0] == 200
     with monkeypatch.context() as patch:
-        patch.setattr(app_client.batcher, "_let_waiting_in", failing(RuntimeError("the device is gone")))
+        batcher, fail = app_client.batcher, failing(RuntimeError("the device is gone"))
+        patch.setattr(batcher, "_admit_waiting", lambda: batcher._waiting and fail())
         assert answer()[0] == 500
         for path in ("health", "completions"):
-            assert answer(path) == (503, "No more texts can be written: RuntimeError: the device is gone.")
+            assert answer(path) == (503, "Generation has stopped: RuntimeError: the device is gone.")
 
 
-def test_a_server_that_stops_says_so(app_client):
+def test_a_stopping_server_answers_503(app_client):
     app_client.batcher.close()
     assert app_client.get("/health").status_code == 503
-    answer = app_client.post("/v1/completions", json={"prompt": "a"})
+    answer = app_client.post("/v1/completions", json=BODY)
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
 
 
 @pytest.mark.parametrize("message", [{"role": "robot"}, {"role": "user", "content": [{"type": "text"}] * 40}])
-def test_of_a_long_list_of_mistakes_one_is_named(api, message):
+def test_one_of_many_errors_is_named(api, message):
     status, answer = post(api, "/v1/chat/completions", {"messages": [message] * 15})
     assert status == 400 and len(answer["error"]["message"]) < 200

@@ -1,9 +1,9 @@
-"""The HTTP side: OpenAI's API over a `Batcher`, as an ASGI application.
+"""OpenAI's API over a `Batcher`, as an ASGI application.
 
     batcher = Batcher(model, tokenizer)
     uvicorn.run(create_app(batcher, ServerOptions(model_name="my-calm")))
 
-An answer and a stream are made of the same events: a text's pieces, and its end.
+Streamed and whole answers are built from the same events: the deltas of each text, and its end.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from starlette.routing import Route
 from starlette.types import Receive
 
 from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
-from calm_transformers.serving.gate import (
+from calm_transformers.serving.middleware import (
     CHAT,
     COMPLETIONS,
-    HANDLERS,
+    EXCEPTION_HANDLERS,
     HEALTH,
     METRICS,
     MODELS,
-    Gate,
     Metrics,
+    RequestGuard,
     ServerOptions,
-    named,
+    format_error,
 )
-from calm_transformers.serving.openai_api import ApiError, BadRequest, ChatRequest, CompletionRequest, Prompt, event
-from calm_transformers.serving.rows import Piece, Written
+from calm_transformers.serving.openai_api import ApiError, BadRequest, ChatRequest, CompletionRequest, Prompt, to_event
+from calm_transformers.serving.sequence import GenerationResult, TextDelta
 
 SEED_RANGE = 2**63
-TRIAL_SECONDS = 10
-CLIENT_SECONDS = 60  # for a request to arrive: its head, then its body, as nginx gives
+PROBE_TIMEOUT_SECONDS = 10
+RECEIVE_TIMEOUT_SECONDS = 60  # for a request's head, and again for its body; nginx's default
 
 
 @dataclass
-class Job:
-    """The texts of one request: `num_choices` of each prompt, in this order."""
+class PendingRequest:
+    """A request and the futures of its texts: `num_choices` of the first prompt, then of the next."""
 
     request: CompletionRequest | ChatRequest
     prompts: list[Prompt]
-    started: float  # perf_counter when the request came
-    rules: dict[str, Any]  # the options of its texts that act on logits
-    futures: list[Future[Written]] = field(default_factory=list)
-    # (text, what happened to it): a piece, or None when it has ended
-    events: asyncio.Queue[tuple[int, Piece | None]] = field(default_factory=asyncio.Queue)
+    started: float  # perf_counter at its arrival
+    processor_options: dict[str, Any]  # options of `Batcher.submit` that act on logits
+    futures: list[Future[GenerationResult]] = field(default_factory=list)
+    # (index of a text, delta), or (index, None) when the text has ended
+    events: asyncio.Queue[tuple[int, TextDelta | None]] = field(default_factory=asyncio.Queue)
 
     def cancel(self) -> None:
         for future in self.futures:
@@ -75,88 +75,80 @@ class Job:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-class JobStream(StreamingResponse):
-    """A stream of server-sent events; when its client leaves, so do the texts."""
+class EventStreamResponse(StreamingResponse):
+    """A response of server-sent events that cancels the request's texts when the client disconnects."""
 
-    def __init__(self, job: Job, events: AsyncIterator[str]):
+    def __init__(self, pending: PendingRequest, events: AsyncIterator[str]):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.job = job
+        self.pending = pending
 
     async def __call__(self, scope, receive, send) -> None:
-        # Starlette leaves this to the server from ASGI 2.4 on, which not all that say so do.
+        # From ASGI 2.4 on Starlette expects `send` to raise when the client has disconnected; not all servers do.
         try:
-            await client_stays(self.stream_response(send), receive)
+            await run_until_disconnect(self.stream_response(send), receive)
         finally:
-            self.job.cancel()
+            self.pending.cancel()
 
 
-async def client_stays(work: Coroutine, receive: Receive) -> bool:
-    """Lets the work go on until it ends (True), or the client of the request has left."""
+async def run_until_disconnect(coroutine: Coroutine, receive: Receive) -> bool:
+    """Runs a coroutine until it ends (returns True) or the client disconnects (cancels it and returns False)."""
 
-    async def until_client_leaves() -> None:
+    async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = done, _ = asyncio.create_task(work), asyncio.create_task(until_client_leaves())
+    tasks = main, _ = asyncio.create_task(coroutine), asyncio.create_task(wait_for_disconnect())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
-    if done.done():
-        done.result()
-    return done.done()
+    if main.done():
+        main.result()
+    return main.done()
 
 
-class Server:
-    """Requests in, events of a batcher out.
+class Endpoints:
+    """The API's endpoints.
 
     Args:
-        batcher: with a tokenizer.
+        batcher: a batcher with a tokenizer.
         options: see `ServerOptions`.
     """
 
     def __init__(self, batcher: Batcher, options: ServerOptions):
         if batcher.tokenizer is None:
-            raise ValueError("A server needs text: Batcher(model, tokenizer).")
+            raise ValueError("A server needs a tokenizer: Batcher(model, tokenizer).")
         self.batcher, self.options = batcher, options
         self.metrics = Metrics(batcher)
         self.created = int(time.time())
 
-    # endpoints
-
-    async def completions(self, request: Request) -> Response:
-        return await self.generate(request, CompletionRequest)
-
-    async def chat(self, request: Request) -> Response:
-        return await self.generate(request, ChatRequest)
-
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [self._model_fields()]})
 
     async def model(self, request: Request) -> Response:
         self._check_model(request.path_params["model"])
-        return JSONResponse(self._model())
+        return JSONResponse(self._model_fields())
 
     async def health(self, request: Request) -> Response:
         self.batcher.check_open()
         if self.batcher.last_error is not None:
-            await run_in_threadpool(self._try_a_text)
+            await run_in_threadpool(self._probe_generation)
         if (error := self.batcher.last_error) is not None:
-            raise ApiError(503, f"The last text failed, and so did another since: {named(error)}")
+            raise ApiError(503, f"The last text failed, and so did a test text: {format_error(error)}")
         return JSONResponse({"status": "ok"})
 
-    def _try_a_text(self) -> None:
-        """Sees whether texts can be written: a failure may have been the client's, or over."""
+    def _probe_generation(self) -> None:
+        """Generates a token, which updates `batcher.last_error`: the last failure may have been the request's own."""
         with contextlib.suppress(QueueFull, BatcherClosed):
             future = self.batcher.submit([0], max_new_tokens=1)
-            wait([future], TRIAL_SECONDS)
+            wait([future], PROBE_TIMEOUT_SECONDS)
             future.cancel()
 
     async def metrics_page(self, request: Request) -> Response:
-        return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    def _model(self) -> dict[str, Any]:
+    def _model_fields(self) -> dict[str, Any]:
         return {
             "id": self.options.model_name,
             "object": "model",
@@ -165,199 +157,203 @@ class Server:
             "max_model_len": self.batcher.max_length,
         }
 
-    # a request
-
-    async def generate(self, http: Request, kind: type[CompletionRequest | ChatRequest]) -> Response:
+    async def generate(self, http: Request, request_class: type[CompletionRequest | ChatRequest]) -> Response:
+        """Answers a completion or chat request."""
         started = time.perf_counter()
-        request = kind.parse(await self._body(http))
+        request = request_class.parse(await self._read_body(http))
         self._check_model(request.model)
-        self._check_number(request)
-        job = await run_in_threadpool(self._prepare, request, started)
-        self._submit(job)
-        head = {
-            "id": f"{kind.id_prefix}-{uuid.uuid4().hex}",
+        self._check_num_texts(request)
+        pending = await run_in_threadpool(self._prepare, request, started)
+        self._submit(pending)
+        common_fields = {
+            "id": f"{request.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": self.options.model_name,
         }
         if request.stream:
-            return JobStream(job, self._stream(job, head | {"object": kind.chunk_object}))
+            return EventStreamResponse(
+                pending, self._stream(pending, common_fields | {"object": request.chunk_object})
+            )
         try:
-            if not await client_stays(self._finish(job), http.receive):
+            if not await run_until_disconnect(self._wait_for_all(pending), http.receive):
                 raise ClientDisconnect
         finally:
-            job.cancel()
+            pending.cancel()
         choices = []
-        for index, future in enumerate(job.futures):
-            written = future.result()
-            text = request.choice(job.echo(index) + (written.text or ""))
-            choices.append({"index": index, **text, "finish_reason": written.finish_reason})
-        return JSONResponse(head | {"object": kind.answer_object, "choices": choices, "usage": job.usage()})
+        for index, future in enumerate(pending.futures):
+            result = future.result()
+            fields = request.choice_fields(pending.echo(index) + (result.text or ""))
+            choices.append({"index": index, **fields, "finish_reason": result.finish_reason})
+        return JSONResponse(
+            common_fields | {"object": request.response_object, "choices": choices, "usage": pending.usage()}
+        )
 
-    async def _body(self, http: Request) -> bytes:
-        most, limit = self.options.max_request_bytes, min(CLIENT_SECONDS, self.options.timeout_s or CLIENT_SECONDS)
+    async def _read_body(self, http: Request) -> bytes:
+        max_bytes = self.options.max_request_bytes
+        timeout = min(RECEIVE_TIMEOUT_SECONDS, self.options.timeout_s or RECEIVE_TIMEOUT_SECONDS)
         body = bytearray()
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(timeout):
                 async for part in http.stream():
                     body += part
-                    if len(body) > most:
-                        raise ApiError(413, f"The body is larger than {most} bytes, the most that is taken.")
+                    if len(body) > max_bytes:
+                        raise ApiError(413, f"The body is larger than {max_bytes} bytes.")
         except TimeoutError:
-            raise ApiError(408, f"The body took more than {limit:g} seconds to arrive.") from None
+            raise ApiError(408, f"The body took more than {timeout:g} seconds to arrive.") from None
         return bytes(body)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.options.model_name:
-            raise ApiError(
-                404,
-                f"There is no model {name!r} here: ask for {self.options.model_name!r}.",
-                "model",
-                "model_not_found",
-            )
+            message = f"There is no model {name!r} here: ask for {self.options.model_name!r}."
+            raise ApiError(404, message, "model", "model_not_found")
 
-    def _check_number(self, request: CompletionRequest | ChatRequest) -> None:
-        num_texts, most = request.num_prompts * request.num_choices, self.batcher.max_rows + self.batcher.max_waiting
-        if num_texts > most:
+    def _check_num_texts(self, request: CompletionRequest | ChatRequest) -> None:
+        num_texts = request.num_prompts * request.num_choices
+        max_texts = self.batcher.max_rows + self.batcher.max_waiting
+        if num_texts > max_texts:
             name = "n" if request.num_choices > 1 else "prompt"
-            raise BadRequest(f"{name}: {num_texts} texts are asked for at once, and {most} may be.", name)
+            raise BadRequest(f"{name}: a request may have at most {max_texts} texts, not {num_texts}.", name)
 
-    def _prepare(self, request: CompletionRequest | ChatRequest, started: float) -> Job:
-        assert self.batcher.tokenizer is not None, "see create_app"
-        rules = request.rules(self.batcher.tokenizer, self.batcher.model.config.vocab_size)
-        job = Job(request, request.prompts(self.batcher), started, rules)
-        room = min(self.batcher.max_length - len(prompt.ids) for prompt in job.prompts)
-        wanted = request.max_tokens
-        if room < 1 or (wanted or 0) > room:
-            asked = f" and {request.length_field} is {wanted}" if wanted else ""
+    def _prepare(self, request: CompletionRequest | ChatRequest, started: float) -> PendingRequest:
+        """Encodes the prompts, and sets the request's `max_tokens`.
+
+        Raises:
+            BadRequest: the prompts or settings are invalid, or don't fit the context.
+        """
+        assert self.batcher.tokenizer is not None, "see __init__"
+        options = request.processor_options(self.batcher.tokenizer, self.batcher.model.config.vocab_size)
+        pending = PendingRequest(request, request.prompts(self.batcher), started, options)
+        room = min(self.batcher.max_length - len(prompt.ids) for prompt in pending.prompts)
+        max_tokens = request.max_tokens
+        if room < 1 or (max_tokens or 0) > room:
+            requested = f" and {request.length_field} is {max_tokens}" if max_tokens else ""
             name, context = (request.length_field if room > 0 else request.prompt_field), self.batcher.max_length
-            raise BadRequest(
-                f"{name}: the prompt has {context - room} tokens{asked}, but the context holds {context} of both.",
-                name,
-                "context_length_exceeded",
-            )
-        job.request.max_tokens = wanted or min(request.default_max_tokens or room, room)
-        return job
+            message = f"{name}: the prompt has {context - room} tokens{requested}, but the context has {context}."
+            raise BadRequest(message, name, "context_length_exceeded")
+        request.max_tokens = max_tokens or min(request.default_max_tokens or room, room)
+        return pending
 
-    def _submit(self, job: Job) -> None:
-        """Submits all texts, or cancels those submitted. The seed of a prompt's choice i is the request's + i."""
-        request, loop = job.request, asyncio.get_running_loop()
-        num_texts = len(job.prompts) * request.num_choices
+    def _submit(self, pending: PendingRequest) -> None:
+        """Submits all texts, or none if one is rejected; choice i of a prompt has the request's seed + i."""
+        request, loop = pending.request, asyncio.get_running_loop()
+        num_texts = len(pending.prompts) * request.num_choices
         seed = secrets.randbelow(SEED_RANGE) if request.seed is None else request.seed
 
-        def tell(index: int, event: Piece | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(job.events.put_nowait, (index, event))
+        def put_event(index: int, delta: TextDelta | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(pending.events.put_nowait, (index, delta))
 
         try:
             for index in range(num_texts):
                 future = self.batcher.submit(
-                    job.prompts[index // request.num_choices].ids,
+                    pending.prompts[index // request.num_choices].ids,
                     max_new_tokens=request.max_tokens,
                     min_new_tokens=request.min_tokens or 0,
                     stop=request.stop or (),
                     ignore_eos=bool(request.ignore_eos),
                     seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
-                    on_piece=partial(tell, index),
-                    **request.sampling(),
-                    **job.rules,
+                    on_piece=partial(put_event, index),
+                    **request.sampling_options(),
+                    **pending.processor_options,
                 )
-                job.futures.append(future)
-                future.add_done_callback(lambda _, index=index: tell(index, None))
+                pending.futures.append(future)
+                future.add_done_callback(lambda _, index=index: put_event(index, None))
         except (ValueError, QueueFull, BatcherClosed) as error:
-            job.cancel()
+            pending.cancel()
             if isinstance(error, ValueError):
-                raise BadRequest.of(error, request) from None
+                raise BadRequest.from_value_error(error, request) from None
             raise
 
-    async def _events(self, job: Job) -> AsyncIterator[tuple[int, Piece | None]]:
-        """What happens to the texts until all have ended.
+    async def _events(self, pending: PendingRequest) -> AsyncIterator[tuple[int, TextDelta | None]]:
+        """Yields the request's events until all texts have ended.
 
         Raises:
-            ApiError: a text ended with an error, or the time is over.
+            ApiError: a text ended with an error, or the request timed out.
         """
-        num_open, is_first = len(job.futures), True
-        deadline = None if self.options.timeout_s is None else job.started + self.options.timeout_s
-        while num_open:
-            left = None if deadline is None else deadline - time.perf_counter()
+        num_unfinished, is_first = len(pending.futures), True
+        deadline = None if self.options.timeout_s is None else pending.started + self.options.timeout_s
+        while num_unfinished:
+            timeout = None if deadline is None else deadline - time.perf_counter()
             try:
-                index, event = await asyncio.wait_for(job.events.get(), left)
+                index, delta = await asyncio.wait_for(pending.events.get(), timeout)
             except TimeoutError:
-                sentence = f"The request took more than {self.options.timeout_s:g} seconds."
-                raise ApiError(504, sentence) from None
-            if is_first and event is not None:
-                self.metrics.first_piece.observe(time.perf_counter() - job.started)
+                raise ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.") from None
+            if is_first and delta is not None:
+                self.metrics.first_token_seconds.observe(time.perf_counter() - pending.started)
                 is_first = False
-            if event is None:
-                num_open -= 1
-                self._check_end(job.futures[index])
-            yield index, event
-        self.metrics.whole.observe(time.perf_counter() - job.started)
+            if delta is None:
+                num_unfinished -= 1
+                self._raise_if_failed(pending.futures[index])
+            yield index, delta
+        self.metrics.request_seconds.observe(time.perf_counter() - pending.started)
 
-    async def _finish(self, job: Job) -> None:
-        async for _ in self._events(job):
+    async def _wait_for_all(self, pending: PendingRequest) -> None:
+        async for _ in self._events(pending):
             pass
 
     @staticmethod
-    def _check_end(future: Future[Written]) -> None:
+    def _raise_if_failed(future: Future[GenerationResult]) -> None:
+        """Raises an `ApiError` if the text was cancelled or failed."""
         if future.cancelled():
             raise ApiError(503, "The server is stopping.")
         error = future.exception()
         if error is not None:
-            raise ApiError(500, f"The text could not be written: {named(error)}")
+            raise ApiError(500, f"The text could not be generated: {format_error(error)}")
 
-    async def _stream(self, job: Job, head: dict[str, Any]) -> AsyncIterator[str]:
-        """Server-sent events, ended by [DONE]. What goes wrong now that the status is sent is an event, too."""
-        request = job.request
+    async def _stream(self, pending: PendingRequest, common_fields: dict[str, Any]) -> AsyncIterator[str]:
+        """Yields server-sent events, the last being [DONE]; errors are events, too, as the status is already sent."""
+        request = pending.request
         usage = {"usage": None} if request.includes_usage else {}
 
-        def chunk(index: int, text: dict[str, Any], reason: str | None = None) -> str:
-            return event(head | {"choices": [{"index": index, **text, "finish_reason": reason}]} | usage)
+        def chunk(index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
+            choice = {"index": index, **fields, "finish_reason": finish_reason}
+            return to_event(common_fields | {"choices": [choice]} | usage)
 
         try:
-            for index in range(len(job.futures)):
-                opening = request.opening(job.echo(index))
-                if opening is not None:
-                    yield chunk(index, opening)
-            async for index, piece in self._events(job):
-                if piece is None:
-                    yield chunk(index, request.delta(""), job.futures[index].result().finish_reason)
-                elif piece.text:
-                    yield chunk(index, request.delta(piece.text))
+            for index in range(len(pending.futures)):
+                fields = request.first_chunk_fields(pending.echo(index))
+                if fields is not None:
+                    yield chunk(index, fields)
+            async for index, delta in self._events(pending):
+                if delta is None:
+                    yield chunk(index, request.chunk_fields(""), pending.futures[index].result().finish_reason)
+                elif delta.text:
+                    yield chunk(index, request.chunk_fields(delta.text))
             if request.includes_usage:
-                yield event(head | {"choices": [], "usage": job.usage()})
+                yield to_event(common_fields | {"choices": [], "usage": pending.usage()})
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            yield event(error.body())
+            yield to_event(error.body())
 
 
 def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
-    """The application. It closes the batcher when it is shut down; texts that are still being written are cancelled.
+    """Returns the ASGI application; its shutdown cancels running texts and closes the batcher.
 
     Raises:
-        ValueError: a batcher without a tokenizer.
+        ValueError: the batcher has no tokenizer.
     """
-    server = Server(batcher, options)
+    endpoints = Endpoints(batcher, options)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(batcher.close, cancel=True)
 
-    middleware = [Middleware(Gate, options=options, metrics=server.metrics)]
+    middleware = [Middleware(RequestGuard, options=options, metrics=endpoints.metrics)]
     if options.allowed_origins:
         cors: Any = CORSMiddleware  # pyright: ignore[reportAssignmentType]
         allowed = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_private_network": True}
         middleware.insert(0, Middleware(cors, allow_origins=options.allowed_origins, **allowed))
     return Starlette(
         routes=[
-            Route(COMPLETIONS, server.completions, methods=["POST"]),
-            Route(CHAT, server.chat, methods=["POST"]),
-            Route(MODELS, server.models),
-            Route(MODELS + "/{model:path}", server.model),
-            Route(HEALTH, server.health),
-            Route(METRICS, server.metrics_page),
+            Route(COMPLETIONS, partial(endpoints.generate, request_class=CompletionRequest), methods=["POST"]),
+            Route(CHAT, partial(endpoints.generate, request_class=ChatRequest), methods=["POST"]),
+            Route(MODELS, endpoints.models),
+            Route(MODELS + "/{model:path}", endpoints.model),
+            Route(HEALTH, endpoints.health),
+            Route(METRICS, endpoints.metrics_page),
         ],
         middleware=middleware,
-        exception_handlers=HANDLERS,
+        exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )

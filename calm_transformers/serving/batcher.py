@@ -1,12 +1,12 @@
-"""CALM's continuous batching: texts that are asked for at different times are written together, a patch a step.
+"""CALM's continuous batching: requests that arrive at different times are generated in one batch, a patch per step.
 
     with Batcher(model, tokenizer) as batcher:
         future = batcher.submit("Once upon a time", max_new_tokens=60, temperature=0.5, seed=0)
         print(future.result().text)
 
-One thread owns the model (engine.py). Between its steps rows whose client has left go, and rows that wait come in. A
-row has its own length, law of sampling, seed and stop rules, and its text is the one that it would have alone:
-`model.generate(ids, generator=[torch.Generator().manual_seed(seed)], …)` writes the same, up to rounding, which
+One thread owns the model (engine.py). Between its steps it removes cancelled sequences and adds waiting ones. Each
+sequence has its own length, sampling settings, seed and stop criteria, and its tokens are those that
+`model.generate(ids, generator=[torch.Generator().manual_seed(seed)], …)` gives for it alone, up to rounding, which
 differs between shapes.
 
 Axes: L tokens of a prompt.
@@ -34,8 +34,14 @@ from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.engine import Engine
-from calm_transformers.serving.rows import FinishReason, Piece, Row, TextAssembler, Written
-from calm_transformers.serving.rules import processors_of_text
+from calm_transformers.serving.sequence import (
+    FinishReason,
+    GenerationResult,
+    SequenceState,
+    TextAssembler,
+    TextDelta,
+    make_logits_processors,
+)
 
 SEED_BITS = 63
 
@@ -43,16 +49,16 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFull(RuntimeError):
-    """As many texts wait as may wait."""
+    """The queue of waiting sequences is full."""
 
 
 class BatcherClosed(RuntimeError):
-    """No more texts are taken; its cause, if any, is what ended the batcher's thread."""
+    """The batcher is closed; `__cause__` is the error that ended its thread, if one did."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a batcher is doing, and what it has done."""
+    """Current and cumulative counts of a batcher."""
 
     running: int = 0
     waiting: int = 0
@@ -67,21 +73,21 @@ class Stats:
 
 
 class Batcher:
-    """Writes texts together. Ends with its `with` block, or with `close`.
+    """Generates sequences in one batch, in a thread of its own, until its `with` block ends or `close` is called.
 
-    Its model must not be changed or trained while it is open; `model.generate` in other threads is harmless.
+    Don't change or train the model meanwhile; `model.generate` in other threads is harmless.
 
     Args:
-        model: a `CALMForCausalLM`, on any devices; a PEFT model around one, too.
-        tokenizer (*optional*): needed for prompts as text, stop strings and `Written.text`; a fast one.
-        max_rows: texts written at a time; others wait. Memory for their keys and values grows with them.
-        max_waiting: texts that may wait; a further one is refused.
-        max_length: tokens of prompt and text together, at most; by default what the model's positions allow.
-        max_draws: candidates that a row may ask for in one step; `None`: any number. A step ends for all rows at once.
-        prefill_chunk_size: prompt tokens read in one step, so that a long prompt doesn't keep other rows waiting.
+        model: a `CALMForCausalLM` on any devices, or a PEFT model around one.
+        tokenizer (*optional*): a fast tokenizer; needed for prompts as text, stop strings and `GenerationResult.text`.
+        max_rows: most running sequences; others wait. The memory of the key-value cache grows with it.
+        max_waiting: most waiting sequences; `submit` raises `QueueFull` beyond that.
+        max_length: most tokens of prompt and new text together; by default what the model's positions allow.
+        max_draws: most candidates per step that a request may ask for; `None` for no limit.
+        prefill_chunk_size: most prompt tokens per step, so that a long prompt doesn't hold up other sequences.
 
     Raises:
-        ValueError: a model that can't be batched so; the sentence says why.
+        ValueError: a limit is invalid, or the model is not supported (see `check_supports_batching`).
     """
 
     def __init__(
@@ -97,8 +103,8 @@ class Batcher:
     ):
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             if any(config.is_prompt_learning for config in model.peft_config.values()):  # pyright: ignore
-                raise ValueError("A Batcher would leave out virtual tokens, as of prompt tuning: use LoRA instead.")
-            model = model.get_base_model()  # pyright: ignore[reportCallIssue]  # whose layers are PEFT's now
+                raise ValueError("A Batcher doesn't support virtual tokens, as of prompt tuning: use LoRA instead.")
+            model = model.get_base_model()  # pyright: ignore[reportCallIssue]  # with PEFT's layers inside
         limits = {"max_rows": max_rows, "prefill_chunk_size": prefill_chunk_size, "max_length": max_length or 1}
         for name, value in limits.items():
             if value < 1:
@@ -109,14 +115,14 @@ class Batcher:
         self.model, self.tokenizer, self.patch_size = model.eval(), tokenizer, getattr(config, "patch_size", 1)
         self.max_rows, self.max_waiting, self.max_draws = max_rows, max_waiting, max_draws
         self._engine = Engine(model, max(1, prefill_chunk_size // self.patch_size))
-        longest = config.max_position_embeddings * self.patch_size
-        self.max_length = min(max_length or longest, longest)
-        self._waiting: deque[Row] = deque()
-        self._tokenizing = threading.Lock()
-        self._changed = threading.Condition()  # guards what waits, the engine's list of rows, and the stats
+        model_max_length = config.max_position_embeddings * self.patch_size
+        self.max_length = min(max_length or model_max_length, model_max_length)
+        self._waiting: deque[SequenceState] = deque()
+        self._tokenizer_lock = threading.Lock()
+        self._condition = threading.Condition()  # guards the waiting and running sequences and the stats
         self._closing = False
-        self._died_of: BaseException | None = None
-        self.last_error: BaseException | None = None  # of a text; None again when a patch is written
+        self._thread_error: BaseException | None = None
+        self.last_error: BaseException | None = None  # of a sequence; None again when a patch is generated
         self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="calm-batcher", daemon=True)
         self._thread.start()
@@ -131,104 +137,104 @@ class Batcher:
         ignore_eos: bool = False,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        on_piece: Callable[[Piece], None] | None = None,
+        on_piece: Callable[[TextDelta], None] | None = None,
         logits_processor: Sequence[Processors] = (),
         **options,
-    ) -> Future[Written]:
-        """Asks for a text. `cancel()` of what is returned lets its row go within a patch, at any time.
+    ) -> Future[GenerationResult]:
+        """Queues a prompt, and returns the future of its result; `cancel()` removes its sequence within a patch.
 
         Args:
             prompt: text, or ids (L,) of any length.
             max_new_tokens: by default the generation configuration's, or else what `max_length` leaves.
-            min_new_tokens: so many tokens can't be EOS.
+            min_new_tokens: the first `min_new_tokens` new tokens can't be EOS.
             stop: strings that end the text.
-            ignore_eos: go on after an EOS.
-            seed: fixes the text; a random one by default.
-            generator: in place of a seed, on any device.
-            on_piece: called in the batcher's thread after each patch; it must be quick. What it raises ends its text.
-            logits_processor: upstream's or one's own, each a function of ids and logits alone, as a `Grammar` is.
-            **options: the fields of `PatchSampling`, and `PROCESSOR_SETTINGS` as penalties and bans of tokens; by default
-                the generation configuration's. A temperature asks for sampling.
+            ignore_eos: continue after an EOS.
+            seed: seed of the sequence; a random one by default.
+            generator: used instead of a seed, on any device.
+            on_piece: called in the batcher's thread after each patch, so be quick. Its exceptions end the sequence.
+            logits_processor: transformers' or your own, such as a `Grammar`; functions of ids and logits alone.
+            **options: fields of `PatchSampling`, and `PROCESSOR_SETTINGS` (penalties, banned tokens); by default the
+                generation configuration's. A temperature turns sampling on.
 
         Raises:
-            ValueError: something makes no sense, or the prompt is too long.
-            QueueFull: as many texts wait as may.
-            BatcherClosed: it is closed.
+            ValueError: an argument is invalid, or the prompt is too long.
+            QueueFull: `max_waiting` sequences wait.
+            BatcherClosed: the batcher is closed.
         """
-        stated = self.model.generation_config
-        assert stated is not None, "a model that generates has one"
-        rules = {name: options.pop(name) for name in PROCESSOR_SETTINGS if name in options}
-        sampling, unknown = options, set(options) - set(PatchSampling.option_names())
+        defaults = self.model.generation_config
+        assert defaults is not None, "a model that generates has one"
+        processor_settings = {name: options.pop(name) for name in PROCESSOR_SETTINGS if name in options}
+        unknown = set(options) - set(PatchSampling.option_names())
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no option of a text; see Batcher.submit.")
-        if sampling.get("temperature") is not None and sampling.get("do_sample") is None:
-            sampling["do_sample"] = True
+            raise ValueError(f"{', '.join(sorted(unknown))}: unknown option; see Batcher.submit.")
+        if options.get("temperature") is not None and options.get("do_sample") is None:
+            options["do_sample"] = True
         if generator is not None and seed is not None:
-            raise ValueError("A text has a seed or a generator, not both.")
+            raise ValueError("Pass a seed or a generator, not both.")
         if generator is None:
             seed = secrets.randbits(SEED_BITS) if seed is None else seed
             if not isinstance(seed, int) or not -(2**SEED_BITS) <= seed < 2**SEED_BITS:
-                raise ValueError(f"seed={seed}: must be a whole number of 64 bits.")
+                raise ValueError(f"seed={seed}: must be a 64-bit integer.")
             generator = torch.Generator().manual_seed(seed)
         if not isinstance(min_new_tokens, int) or min_new_tokens < 0:
-            raise ValueError(f"min_new_tokens={min_new_tokens!r}: must be a whole number, and not negative.")
-        law = self.model.patch_sampling(**sampling)  # of the model's own code, wherever that is
-        if self.max_draws is not None and law.max_samples > self.max_draws:
+            raise ValueError(f"min_new_tokens={min_new_tokens!r}: must be an integer of at least 0.")
+        sampling = self.model.patch_sampling(**options)  # a class of the model's code, which may be remote code
+        if self.max_draws is not None and sampling.max_samples > self.max_draws:
             raise ValueError(
-                f"num_candidates={law.num_candidates} with sampling_method={law.sampling_method!r} may draw "
-                f"{law.max_samples} patches in a step: {self.max_draws} are allowed here."
+                f"num_candidates={sampling.num_candidates} with sampling_method={sampling.sampling_method!r} may need "
+                f"{sampling.max_samples} candidates per step: at most {self.max_draws} are allowed here."
             )
         ids = self.encode(prompt)
         packed = self.model.pack_for_generation(
-            torch.tensor([ids], dtype=torch.long), pad_token=stated.pad_token_id, bos_token=stated.bos_token_id
+            torch.tensor([ids], dtype=torch.long), pad_token=defaults.pad_token_id, bos_token=defaults.bos_token_id
         )
-        num_new_tokens = self._num_new_tokens(len(ids), max_new_tokens, stated.max_new_tokens)
-        own_ids = torch.tensor(ids or [stated.bos_token_id], dtype=torch.long)
-        eos = [] if ignore_eos or stated.eos_token_id is None else stated.eos_token_id
-        row = Row(
+        max_new_tokens = self._check_max_new_tokens(len(ids), max_new_tokens, defaults.max_new_tokens)
+        prompt_L = torch.tensor(ids or [defaults.bos_token_id], dtype=torch.long)
+        eos = [] if ignore_eos or defaults.eos_token_id is None else defaults.eos_token_id
+        sequence = SequenceState(
             prompt_PK=packed["input_ids"].view(-1, self.patch_size),
-            prompt_L=own_ids,
+            prompt_L=prompt_L,
             num_prompt_tokens=len(ids),
-            sampling=law,
-            max_new_tokens=num_new_tokens,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             eos_tokens=frozenset([eos] if isinstance(eos, int) else eos),
             generator=generator,
             seed=seed,
-            processors=processors_of_text(self.model, len(own_ids), num_new_tokens, logits_processor, **rules),
-            assembler=self._new_assembler(stop, ids),
+            logits_processors=make_logits_processors(
+                self.model, len(prompt_L), max_new_tokens, logits_processor, **processor_settings
+            ),
+            assembler=self._make_assembler(stop, ids),
             on_piece=on_piece,
         )
-        with self._changed:
+        with self._condition:
             self.check_open()
-            if self._num_open() >= self.max_rows + self.max_waiting:
-                raise QueueFull(
-                    f"{self.max_rows} texts are being written and {self.max_waiting} wait: try again later."
-                )
-            self._waiting.append(row)
-            self._changed.notify_all()
-        return row.future
+            if len(self._engine.sequences) + len(self._waiting) >= self.max_rows + self.max_waiting:
+                raise QueueFull(f"{self.max_rows} requests are running and {self.max_waiting} wait: try again later.")
+            self._waiting.append(sequence)
+            self._condition.notify_all()
+        return sequence.future
 
-    def stream(self, prompt: str | Sequence[int] | Tensor, **options) -> Iterator[Piece]:
-        """The pieces of a text as they are written; leaving the loop cancels it. Options as in `submit`.
+    def stream(self, prompt: str | Sequence[int] | Tensor, **options) -> Iterator[TextDelta]:
+        """Yields a sequence's tokens and text step by step; leaving the loop cancels it. Options as in `submit`.
 
-        As of any generator, nothing happens before the first piece is asked for, refusals included.
+        This is a generator: `submit` is called, and raises its errors, when the first delta is asked for.
         """
-        pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
-        future = self.submit(prompt, on_piece=pieces.put, **options)
-        future.add_done_callback(lambda _: pieces.put(None))
+        deltas: queue.SimpleQueue[TextDelta | None] = queue.SimpleQueue()
+        future = self.submit(prompt, on_piece=deltas.put, **options)
+        future.add_done_callback(lambda _: deltas.put(None))
         try:
-            while (piece := pieces.get()) is not None:
-                yield piece
+            while (delta := deltas.get()) is not None:
+                yield delta
             future.result()
         finally:
             future.cancel()
 
     def encode(self, prompt: str | Sequence[int] | Tensor, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt, as `submit` takes them.
+        """Returns the ids of a prompt.
 
         Raises:
-            ValueError: text without a tokenizer, half of a surrogate pair, or ids outside the vocabulary.
+            ValueError: text without a tokenizer or with half of a surrogate pair, or ids outside the vocabulary.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -236,63 +242,60 @@ class Batcher:
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"The prompt is no text at character {error.start}: half a surrogate pair.") from None
-            with self._tokenizing:  # a fast tokenizer is changed by calls with other settings
+                raise ValueError(f"The prompt holds half a surrogate pair at character {error.start}.") from None
+            with self._tokenizer_lock:  # a call with other settings changes a fast tokenizer
                 prompt = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]  # pyright: ignore[reportAssignmentType]
         if not isinstance(prompt, Sequence | Tensor):
-            raise ValueError(f"prompt={prompt!r}: must be a text, or its ids.")
+            raise ValueError(f"prompt={prompt!r}: must be a string or token ids.")
         ids: list[int] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)  # pyright: ignore
         last = self.model.config.vocab_size - 1
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= last:
-                raise ValueError(f"The prompt holds {token!r}: ids are whole numbers in 0 … {last}.")
+                raise ValueError(f"The prompt holds {token!r}: token ids are integers in 0 … {last}.")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Their text, without special tokens."""
-        assert self.tokenizer is not None, "there is a tokenizer where there is text"
+        """Returns the text of ids without special tokens."""
+        assert self.tokenizer is not None, "only called with a tokenizer"
         return self.tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType, reportArgumentType]
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids of a conversation, ready for the assistant's answer, by the tokenizer's chat template.
+        """Returns the ids of a conversation up to the assistant's answer, by the tokenizer's chat template.
 
         Raises:
-            ValueError: there is no template; or whatever the template raises.
+            ValueError: there is no chat template. A template may raise any other exception.
         """
         if self.tokenizer is None:
             raise ValueError("A conversation needs a tokenizer: Batcher(model, tokenizer).")
         text: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.encode(text, add_special_tokens=False)  # the template writes those that it wants
+        return self.encode(text, add_special_tokens=False)  # the template adds them itself
 
     def stats(self) -> Stats:
-        with self._changed:
-            return replace(self._stats, running=len(self._engine.rows), waiting=len(self._waiting))
+        with self._condition:
+            return replace(self._stats, running=len(self._engine.sequences), waiting=len(self._waiting))
 
     @property
     def is_open(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
     def check_open(self) -> None:
-        """
-        Raises:
-            BatcherClosed: it is closed.
-        """
+        """Raises `BatcherClosed` if the batcher is closed."""
         if not self.is_open:
-            raise BatcherClosed("The batcher is closed: no more texts are taken.") from self._died_of
+            raise BatcherClosed("The batcher is closed: it takes no more requests.") from self._thread_error
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
-        """Takes no more texts; returns when those that were taken are written, or have been cancelled.
+        """Stops taking requests, finishes or cancels those taken, and waits for the thread to end.
 
         Args:
-            cancel: in place of writing them.
+            cancel: cancel waiting and running sequences instead of finishing them.
             wait: False returns at once.
         """
-        with self._changed:
+        with self._condition:
             self._closing = True
-            taken = [*self._waiting, *self._engine.rows] if cancel else []
-            self._changed.notify_all()
-        for row in taken:
-            row.future.cancel()
+            cancelled = [*self._waiting, *self._engine.sequences] if cancel else []
+            self._condition.notify_all()
+        for sequence in cancelled:
+            sequence.future.cancel()
         if wait:
             self._thread.join()
 
@@ -302,115 +305,109 @@ class Batcher:
     def __exit__(self, error_type, *_) -> None:
         self.close(cancel=error_type is not None)
 
-    # checks of what is submitted
-
-    def _num_new_tokens(self, num_prompt_tokens: int, asked: int | None, stated: int | None) -> int:
+    def _check_max_new_tokens(self, num_prompt_tokens: int, requested: int | None, default: int | None) -> int:
+        """Returns the requested number of new tokens, or the default, or else what `max_length` leaves."""
         room = self.max_length - num_prompt_tokens
-        num = max(room, 1) if asked is None and stated is None else stated if asked is None else asked
-        assert num is not None
+        num = default if requested is None else requested
+        num = max(room, 1) if num is None else num
         if not isinstance(num, int) or num < 1:
-            raise ValueError(f"max_new_tokens={num!r}: must be a whole number of at least 1.")
+            raise ValueError(f"max_new_tokens={num!r}: must be an integer of at least 1.")
         if num > room:
             raise ValueError(
-                f"The prompt has {num_prompt_tokens} tokens, and max_new_tokens={num}: together they may be "
+                f"The prompt has {num_prompt_tokens} tokens and max_new_tokens={num}: their sum may be at most "
                 f"{self.max_length}."
             )
         return num
 
-    def _new_assembler(self, stop: str | Sequence[str], prompt: list[int]) -> TextAssembler | None:
+    def _make_assembler(self, stop: str | Sequence[str], prompt: list[int]) -> TextAssembler | None:
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, Sequence) or not all(isinstance(each, str) for each in stop):
-            raise ValueError(f"stop={stop!r}: must be a text, or a list of texts.")
+            raise ValueError(f"stop={stop!r}: must be a string or a list of strings.")
         if self.tokenizer is not None:
             return TextAssembler(self.tokenizer, stop, prompt)
         if stop:
             raise ValueError("Stop strings need a tokenizer: Batcher(model, tokenizer).")
         return None
 
-    # the thread
-
-    def _num_open(self) -> int:
-        return len(self._engine.rows) + len(self._waiting)
+    # Methods of the batcher's thread
 
     def _run(self) -> None:
         try:
-            while self._prepare_step():
+            while self._wait_for_work():
                 started = time.perf_counter()
                 try:
                     self._step()
-                except Exception as error:  # of the model: whatever it was, the next texts may fare better
-                    logger.exception("A step failed; its texts end with this error.")
-                    self._fail(self._engine.rows, error)
-                self._count(steps=1, busy_seconds=time.perf_counter() - started)
+                except Exception as error:  # an error of the model: later requests may succeed
+                    logger.exception("A step failed; its sequences end with this error.")
+                    self._fail(self._engine.sequences, error)
+                self._add_to_stats(steps=1, busy_seconds=time.perf_counter() - started)
         except BaseException as error:
-            logger.exception("The batcher ends with this error, and so do all texts.")
-            with self._changed:
-                self._closing, self._died_of = True, error
-            self._fail([*self._engine.rows, *self._waiting], error)
+            logger.exception("The batcher's thread ends with this error, and so do all sequences.")
+            with self._condition:
+                self._closing, self._thread_error = True, error
+            self._fail([*self._engine.sequences, *self._waiting], error)
 
-    def _prepare_step(self) -> bool:
-        """Lets rows go and come, and waits until there is one; False when there never will be."""
-        with self._changed:
+    def _wait_for_work(self) -> bool:
+        """Updates the running sequences, and waits until there is one; returns False if the batcher closes first."""
+        with self._condition:
             while True:
-                self._let_cancelled_go()
-                self._let_waiting_in()
-                if self._engine.rows or self._closing:
-                    return bool(self._engine.rows)
-                self._changed.wait()
+                self._remove_cancelled()
+                self._admit_waiting()
+                if self._engine.sequences or self._closing:
+                    return bool(self._engine.sequences)
+                self._condition.wait()
 
-    def _let_cancelled_go(self) -> None:
-        for row in [row for row in [*self._engine.rows, *self._waiting] if row.future.cancelled()]:
-            if row in self._engine.rows:
-                self._engine.remove(row)
-            else:
-                self._waiting.remove(row)
-            self._end(row, None)
+    def _remove_cancelled(self) -> None:
+        for sequence in [*self._engine.sequences, *self._waiting]:
+            if sequence.future.cancelled():
+                if sequence in self._engine.sequences:
+                    self._engine.remove(sequence)
+                else:
+                    self._waiting.remove(sequence)
+                self._finish(sequence, None)
 
-    def _let_waiting_in(self) -> None:
-        while self._waiting and len(self._engine.rows) < self.max_rows:
+    def _admit_waiting(self) -> None:
+        while self._waiting and len(self._engine.sequences) < self.max_rows:
             self._engine.add(self._waiting.popleft())
 
     def _step(self) -> None:
-        rows = list(self._engine.rows)
-        before = [(len(row.tokens), row.is_prompt_read) for row in rows]
+        before = [(sequence, len(sequence.tokens), sequence.is_prefilled) for sequence in self._engine.sequences]
         ended = self._engine.step()
-        num_new = [len(row.tokens) - num for row, (num, _) in zip(rows, before, strict=True)]
-        just_read = [
-            row for row, (_, was_read) in zip(rows, before, strict=True) if row.is_prompt_read and not was_read
-        ]
+        num_new = [len(sequence.tokens) - num_before for sequence, num_before, _ in before]
+        prefilled = [sequence for sequence, _, was_prefilled in before if sequence.is_prefilled and not was_prefilled]
         if any(num_new):
             self.last_error = None
-        self._count(
+        self._add_to_stats(
             patches=sum(num > 0 for num in num_new),
             new_tokens=sum(num_new),
-            prompt_tokens=sum(row.num_prompt_tokens for row in just_read),
+            prompt_tokens=sum(sequence.num_prompt_tokens for sequence in prefilled),
         )
-        for row, reason in ended:
-            with self._changed:
-                self._engine.remove(row)
-            self._end(row, reason)
+        for sequence, reason in ended:
+            with self._condition:
+                self._engine.remove(sequence)
+            self._finish(sequence, reason)
 
-    def _end(self, row: Row, reason: FinishReason | BaseException | None) -> None:
-        """Tells those who wait; without a reason, its client has left."""
-        if not row.future.set_running_or_notify_cancel() or reason is None:
-            self._count(cancelled=1)
+    def _finish(self, sequence: SequenceState, reason: FinishReason | BaseException | None) -> None:
+        """Sets the future's result, or the exception that ended the sequence; no reason means it was cancelled."""
+        if not sequence.future.set_running_or_notify_cancel() or reason is None:
+            self._add_to_stats(cancelled=1)
         elif isinstance(reason, BaseException):
-            self._count(failed=1)
+            self._add_to_stats(failed=1)
             self.last_error = reason
-            row.future.set_exception(reason)
+            sequence.future.set_exception(reason)
         else:
-            self._count(finished=1)
-            row.future.set_result(row.written(reason))
+            self._add_to_stats(finished=1)
+            sequence.future.set_result(sequence.result(reason))
 
-    def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
-        rows = list(rows)
-        with self._changed:
-            self._engine.clear()
-            self._waiting = deque(row for row in self._waiting if row not in rows)
-        for row in rows:
-            self._end(row, error)
+    def _fail(self, sequences: Iterable[SequenceState], error: BaseException) -> None:
+        sequences = list(sequences)
+        with self._condition:
+            self._engine.sequences.clear()
+            self._waiting = deque(each for each in self._waiting if each not in sequences)
+        for sequence in sequences:
+            self._finish(sequence, error)
 
-    def _count(self, **more: float) -> None:
-        with self._changed:
-            new = {name: getattr(self._stats, name) + value for name, value in more.items()}
+    def _add_to_stats(self, **counts: float) -> None:
+        with self._condition:
+            new = {name: getattr(self._stats, name) + value for name, value in counts.items()}
             self._stats = replace(self._stats, **new)

@@ -1,4 +1,4 @@
-"""uvicorn with what it lacks: an end to clients that keep it waiting, room for others beside them, a stop in order."""
+"""uvicorn with timeouts for slow clients, a limit on idle connections, and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from calm_transformers.serving.app import CLIENT_SECONDS
+from calm_transformers.serving.app import RECEIVE_TIMEOUT_SECONDS
 from calm_transformers.serving.batcher import Batcher
 
-KEEP_ALIVE_SECONDS = 75  # longer than proxies keep theirs, which is 60 by default: they must be first to close one
-MOST_IDLE_CONNECTIONS = 512  # with the busy ones and a backlog, below the 1,024 files that a process may open
+KEEP_ALIVE_SECONDS = 75  # longer than the proxies' 60, so that a proxy never uses a connection as it is closed
+MAX_IDLE_CONNECTIONS = 512  # with the busy ones and the backlog, below the usual limit of 1,024 open files
 BACKLOG = 128
-SECONDS_TO_TELL = 5  # clients that their texts are cancelled
-ACCESS_LINE = '%(levelprefix)s %(client_addr).100s - "%(request_line).1000s" %(status_code)s'  # both are the client's
+CANCEL_NOTICE_SECONDS = 5  # to send clients the error of their cancelled requests
+ACCESS_LINE = '%(levelprefix)s %(client_addr).100s - "%(request_line).1000s" %(status_code)s'  # clients choose both
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when a request's head takes long, or when it's the one idle longest of too many."""
+    """A connection with a timeout for a request's head; too many connections close the one that is idle longest."""
 
     head_timer: asyncio.TimerHandle | None = None
     idle_since = 0.0
@@ -33,11 +33,11 @@ class Connection(H11Protocol):
             min(idle, key=lambda each: each.idle_since).transport.abort()
         super().connection_made(transport)
         self.idle_since = self.loop.time()
-        self._limit_head()
+        self._update_head_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._limit_head()
+        self._update_head_timer()
 
     def on_response_complete(self) -> None:
         self.idle_since = self.loop.time()
@@ -45,34 +45,34 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._end_limit()
+        self._cancel_head_timer()
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for a request, or for the rest of one."""
+        """Whether the server waits for a request or for the rest of one."""
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
 
-    def _limit_head(self) -> None:
-        """Gives a head its time, from the connection's beginning or its own first byte on."""
+    def _update_head_timer(self) -> None:
+        """Starts the timer of the next request's head, or cancels it when the head has arrived."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self._end_limit()
+            self._cancel_head_timer()
         elif self.head_timer is None:
-            self.head_timer = self.loop.call_later(CLIENT_SECONDS, self.transport.abort)
+            self.head_timer = self.loop.call_later(RECEIVE_TIMEOUT_SECONDS, self.transport.abort)
 
-    def _end_limit(self) -> None:
+    def _cancel_head_timer(self) -> None:
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
 
 
-class Server(uvicorn.Server):
-    """Takes no more requests once it's told to stop, and ends when those begun have ended.
+class GracefulServer(uvicorn.Server):
+    """A uvicorn server that finishes running requests after SIGINT or SIGTERM, and takes no more.
 
-    What isn't written `grace` seconds later, or when it's told again, is cancelled: its clients are told so.
+    After `grace` seconds, or at a second signal, the remaining requests are cancelled, and their clients get an error.
 
     Args:
-        app: the application.
-        batcher: what it writes with.
+        app: the ASGI application.
+        batcher: the batcher that the application uses.
         grace: seconds.
     """
 
@@ -84,30 +84,31 @@ class Server(uvicorn.Server):
             http=Connection,
             log_config=logs,
             log_level="info",
-            limit_concurrency=MOST_IDLE_CONNECTIONS + batcher.max_rows + batcher.max_waiting,
+            limit_concurrency=MAX_IDLE_CONNECTIONS + batcher.max_rows + batcher.max_waiting,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=grace + 2 * SECONDS_TO_TELL,  # never, as `_end` takes less
+            timeout_graceful_shutdown=grace
+            + 2 * CANCEL_NOTICE_SECONDS,  # never reached: `_cancel_after_grace` ends first
         )
         super().__init__(config)
         self.batcher, self.grace = batcher, grace
-        self._is_told_again = asyncio.Event()
+        self._second_signal = asyncio.Event()
 
     def handle_exit(self, sig, frame) -> None:
         if self.should_exit:
-            self._is_told_again.set()
+            self._second_signal.set()
         else:
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets=None) -> None:
-        ending = asyncio.create_task(self._end())
+        cancellation = asyncio.create_task(self._cancel_after_grace())
         await super().shutdown(sockets)
-        ending.cancel()
+        cancellation.cancel()
 
-    async def _end(self) -> None:
+    async def _cancel_after_grace(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._is_told_again.wait(), self.grace)
+            await asyncio.wait_for(self._second_signal.wait(), self.grace)
         self.batcher.close(cancel=True, wait=False)
-        await asyncio.sleep(SECONDS_TO_TELL)
-        for connection in list(self.server_state.connections):  # of clients that don't send or don't read
+        await asyncio.sleep(CANCEL_NOTICE_SECONDS)
+        for connection in list(self.server_state.connections):  # whose clients neither send nor read
             connection.transport.abort()

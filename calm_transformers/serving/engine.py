@@ -1,11 +1,11 @@
-"""The steps of continuous batching: rows of different lengths and laws read and write together, a patch a step.
+"""Continuous batching: sequences of different lengths and sampling settings advance together, one patch per step.
 
-A step lets every row read the patch that it wrote last, reads a piece of the prompts that are not read yet, and draws
-the next patch of each row that has a context. Between steps rows may be added and removed. There are no threads in
-here and no clocks: what a row writes is a function of the row alone, up to rounding, which differs between shapes.
+A step runs the backbone on every sequence's last patch, prefills a chunk of the prompts, and samples the next patch of
+each sequence that has a hidden state. Sequences are added and removed between steps. No threads, no clocks: a
+sequence's tokens depend on itself alone, up to rounding, which differs between shapes.
 
-Axes: R rows, P patches, K tokens per patch, D hidden size; of the cache B rows of a pass, H key-value heads, C places
-of a slot, d size of a head.
+Axes: R sequences, P patches, K tokens per patch, D hidden size, E EOS tokens; of the cache B slots of a forward pass,
+H key-value heads, C positions of a slot, d head size.
 """
 
 import torch
@@ -16,80 +16,80 @@ from calm_transformers.model.generation_calm_rules import CandidateProcessors
 from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
 from calm_transformers.model.generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.serving.rows import FinishReason, Row
+from calm_transformers.serving.sequence import FinishReason, SequenceState
 
-FIRST_CAPACITY = 64  # patches a slot; doubled as it is needed
-PLANS_KEPT = 64  # block plans of laws that were sampled lately
+INITIAL_CAPACITY = 64  # patches per slot; doubled when needed
+MAX_BLOCK_SCHEDULES = 64  # of recently used sampling settings
 
 
 class SlotCache(Cache):
-    """Keys and values of rows that come and go: row r has slot r, and its patch p the place p of that slot.
+    """Key-value cache with one slot per sequence: patch p of a sequence is at position p of its slot.
 
-    So rows need no padding between each other, and where a row leaves the last one is copied into its slot. Say which
-    rows and places a forward pass is for with `aim`, then hand it over as `cache`.
+    Sequences need no padding between each other; when one is removed, the last is copied into its slot. Call
+    `set_positions` before each forward pass, then pass the cache to the model as `cache`.
     """
 
     def __init__(self):
         super().__init__(layers=[])
         self.stores: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: keys and values (slots, H, C, d)
-        self.rows: list[int] = []
-        self.rows_B = self.places_BP = torch.empty(0, dtype=torch.long)
-        self.num_read = 0  # places of each row that the pass reads
+        self.slots: list[int] = []
+        self.slots_B = self.positions_BP = torch.empty(0, dtype=torch.long)
+        self.length = 0  # positions of each slot that the pass attends to
 
-    def aim(self, rows: list[int], starts: list[int], num_patches: int, device: torch.device) -> Tensor:
-        """The next pass is for so many patches of these rows, each from this place of its own on: places (B, P)."""
-        self.rows, self.num_read = rows, max(starts) + num_patches
-        self.rows_B = torch.tensor(rows, device=device)
-        self.places_BP = torch.tensor(starts, device=device)[:, None] + torch.arange(num_patches, device=device)
-        return self.places_BP
+    def set_positions(self, slots: list[int], starts: list[int], num_patches: int, device: torch.device) -> Tensor:
+        """Sets the slots of the next pass, which get `num_patches` patches from `starts` on: positions (B, P)."""
+        self.slots, self.length = slots, max(starts) + num_patches
+        self.slots_B = torch.tensor(slots, device=device)
+        self.positions_BP = torch.tensor(starts, device=device)[:, None] + torch.arange(num_patches, device=device)
+        return self.positions_BP
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """What the patches of the pass may attend to: to be added to attention scores, (B, 1, P, C read)."""
-        place_C = torch.arange(self.num_read, device=self.places_BP.device)
-        is_hidden = place_C > self.places_BP[:, None, :, None]
-        return torch.zeros(is_hidden.shape, dtype=dtype, device=is_hidden.device).masked_fill_(
-            is_hidden, torch.finfo(dtype).min
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """Returns the causal mask of the pass, to be added to attention scores: (B, 1, P, C)."""
+        position_C = torch.arange(self.length, device=self.positions_BP.device)
+        is_masked = position_C > self.positions_BP[:, None, :, None]
+        return torch.zeros(is_masked.shape, dtype=dtype, device=is_masked.device).masked_fill_(
+            is_masked, torch.finfo(dtype).min
         )
 
     def get_seq_length(self, *args, **kwargs) -> int:
-        return 0  # positions and mask are given with each pass
+        return 0  # positions and mask are passed to each forward
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Keeps (B, H, P, d); returns the places read (B, H, C, d), of which those after a row's own hold anything."""
+        """Stores states (B, H, P, d); returns keys and values (B, H, C, d), arbitrary after a slot's own patches."""
         device = key_states.device
-        rows_B, places_BP = self.rows_B.to(device), self.places_BP.to(device)
-        stores = self._grown(layer_idx, key_states, value_states)
+        slots_B, positions_BP = self.slots_B.to(device), self.positions_BP.to(device)
+        stores = self._grow_stores(layer_idx, key_states, value_states)
         for store, states in zip(stores, (key_states, value_states), strict=True):
-            store[rows_B[:, None], :, places_BP] = states.transpose(1, 2)
-        first, last = self.rows[0], self.rows[-1]
-        are_neighbours = self.rows == list(range(first, last + 1))  # then nothing is copied
-        index = slice(first, last + 1) if are_neighbours else rows_B
-        keys, values = (store[index, :, : self.num_read] for store in stores)
+            store[slots_B[:, None], :, positions_BP] = states.transpose(1, 2)
+        first, last = self.slots[0], self.slots[-1]
+        is_contiguous = self.slots == list(range(first, last + 1))  # then indexing copies nothing
+        index = slice(first, last + 1) if is_contiguous else slots_B
+        keys, values = (store[index, :, : self.length] for store in stores)
         return keys, values
 
-    def _grown(self, layer: int, *states: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's stores, large enough for the pass."""
+    def _grow_stores(self, layer: int, *states: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the layer's keys and values, reallocated if they are too small for the pass."""
         old = self.stores.get(layer)
-        slots, capacity = (0, FIRST_CAPACITY) if old is None else (len(old[0]), old[0].shape[2])
-        needed = max(self.rows) + 1
-        if old is not None and slots >= needed and capacity >= self.num_read:
+        slots, capacity = (0, INITIAL_CAPACITY) if old is None else (len(old[0]), old[0].shape[2])
+        needed = max(self.slots) + 1
+        if old is not None and slots >= needed and capacity >= self.length:
             return old
         slots = slots if slots >= needed else max(needed, 2 * slots)
-        while capacity < self.num_read:
+        while capacity < self.length:
             capacity *= 2
         keys, values = (s.new_zeros(slots, s.shape[1], capacity, s.shape[3]) for s in states)
         new = keys, values
         if old is not None:
-            for store, kept in zip(new, old, strict=True):
-                store[: len(kept), :, : kept.shape[2]] = kept
+            for new_store, old_store in zip(new, old, strict=True):
+                new_store[: len(old_store), :, : old_store.shape[2]] = old_store
         self.stores[layer] = new
         return new
 
-    def move(self, source: int, target: int, num_patches: int) -> None:
-        """Copies a row's patches into another slot."""
-        if num_patches == 0:  # the slot may not be there yet
+    def copy_slot(self, source: int, target: int, num_patches: int) -> None:
+        """Copies the first patches of a slot to another slot."""
+        if num_patches == 0:  # the slot may not be allocated yet
             return
         for stores in self.stores.values():
             for store in stores:
@@ -97,174 +97,174 @@ class SlotCache(Cache):
 
 
 class Engine:
-    """
+    """Runs the model, step by step, on the sequences that were added.
+
     Args:
-        model: in eval mode; it stays as it is.
-        prefill_patches: patches of prompts that a step reads at most, so that long ones don't keep rows waiting.
+        model: in eval mode; it is not changed.
+        prefill_patches: most prompt patches per step, so that long prompts don't hold up other sequences.
 
     Raises:
-        ValueError: it is no CALM, or its attention or rotations depend on the other rows of a pass.
+        ValueError: see `check_supports_batching`.
     """
 
     def __init__(self, model: CALMForCausalLM, prefill_patches: int):
-        check_model(model)
+        check_supports_batching(model)
         self.model, self.prefill_patches = model, prefill_patches
-        self.rows: list[Row] = []  # of slot 0, 1, …
+        self.sequences: list[SequenceState] = []  # sequence i has slot i of the cache
         self._num_added = 0
         self.device = model.device
         self._cache = SlotCache()
-        self._plans: dict[PatchSampling, BlockSchedule] = {}
+        self._schedules: dict[PatchSampling, BlockSchedule] = {}
 
-    def add(self, row: Row) -> None:
-        row.number = self._num_added
+    def add(self, sequence: SequenceState) -> None:
+        sequence.arrival_index = self._num_added
         self._num_added += 1
-        self.rows.append(row)
+        self.sequences.append(sequence)
 
-    def remove(self, row: Row) -> None:
-        """Frees a row's slot; the last row moves there."""
-        slot, last_slot = self.rows.index(row), len(self.rows) - 1
+    def remove(self, sequence: SequenceState) -> None:
+        """Removes a sequence; the last one is moved to its slot."""
+        slot, last_slot = self.sequences.index(sequence), len(self.sequences) - 1
         if slot != last_slot:
-            self._cache.move(last_slot, slot, self.rows[last_slot].num_read)
-        self.rows[slot] = self.rows[last_slot]
-        self.rows.pop()
-
-    def clear(self) -> None:
-        """Removes all rows."""
-        self.rows.clear()
+            self._cache.copy_slot(last_slot, slot, self.sequences[last_slot].num_cached)
+        self.sequences[slot] = self.sequences[last_slot]
+        self.sequences.pop()
 
     @torch.no_grad()
-    def step(self) -> list[tuple[Row, FinishReason | Exception]]:
-        """Takes all rows a step on; returns those that have ended and are to be removed, with the reason.
+    def step(self) -> list[tuple[SequenceState, FinishReason | Exception]]:
+        """Advances all sequences by one step, and returns those to be removed with the reason why they ended.
 
-        An exception as the reason is one of the row's `on_piece`, or one of its law. Others are raised.
+        The reason is an exception where a sequence's `on_piece` or its sampling failed; other exceptions are raised.
         """
-        self._read_patches()
-        self._read_prompts()
-        ended: list[tuple[Row, FinishReason | Exception]] = []
-        for row, patch in self._write_patches():
-            row.hidden_D = None
+        self._forward_last_patches()
+        self._prefill()
+        ended: list[tuple[SequenceState, FinishReason | Exception]] = []
+        for sequence, patch in self._sample_patches():
+            sequence.hidden_D = None
             try:
-                reason = patch if isinstance(patch, Exception) else row.take(patch)
+                reason = patch if isinstance(patch, Exception) else sequence.append_patch(patch)
             except Exception as error:
                 reason = error
             if reason is not None:
-                ended.append((row, reason))
+                ended.append((sequence, reason))
             elif isinstance(patch, list):
-                row.unread = patch
+                sequence.uncached_patch = patch
         return ended
 
-    # reading
-
     def _forward(self, slots: list[int], patches_RPK: Tensor, starts: list[int]) -> Tensor:
-        """Lets the rows of these slots read patches, each from its place in `starts` on: hidden states (R, P, D)."""
-        places_RP = self._cache.aim(slots, starts, patches_RPK.shape[1], self.device)
+        """Runs the backbone on patches at positions from `starts` on; returns hidden states (R, P, D)."""
+        positions_RP = self._cache.set_positions(slots, starts, patches_RPK.shape[1], self.device)
         return self.model(
             input_ids=patches_RPK.flatten(1).to(self.device),
-            attention_mask=self._cache.mask(self.model.dtype),
-            position_ids=places_RP,
+            attention_mask=self._cache.attention_mask(self.model.dtype),
+            position_ids=positions_RP,
             cache=self._cache,
             use_cache=True,
         ).last_hidden_state
 
-    def _read_patches(self) -> None:
-        """Every row reads the patch that it wrote last.
+    def _forward_last_patches(self) -> None:
+        """Runs the backbone on the last patch of each sequence.
 
-        Rows whose prompt is not read yet take part, so that slots need no copying: what they read is overwritten.
+        Sequences still in prefill take part with a dummy patch, so that slots are contiguous; it is overwritten later.
         """
-        if all(row.unread is None for row in self.rows):
+        if all(sequence.uncached_patch is None for sequence in self.sequences):
             return
-        nothing = [0] * self.model.config.patch_size
-        patches_R1K = torch.tensor([[row.unread or nothing] for row in self.rows])
-        hidden_R1D = self._forward(list(range(len(self.rows))), patches_R1K, [row.num_read for row in self.rows])
-        for row, hidden_1D in zip(self.rows, hidden_R1D, strict=True):
-            if row.unread is not None:
-                row.hidden_D, row.unread, row.num_read = hidden_1D[0], None, row.num_read + 1
+        dummy = [0] * self.model.config.patch_size
+        patches_R1K = torch.tensor([[sequence.uncached_patch or dummy] for sequence in self.sequences])
+        starts = [sequence.num_cached for sequence in self.sequences]
+        hidden_R1D = self._forward(list(range(len(self.sequences))), patches_R1K, starts)
+        for sequence, hidden_1D in zip(self.sequences, hidden_R1D, strict=True):
+            if sequence.uncached_patch is not None:
+                sequence.hidden_D, sequence.uncached_patch = hidden_1D[0], None
+                sequence.num_cached += 1
 
-    def _read_prompts(self) -> None:
-        """Rows that came first read on in their prompts, as many patches together as a step may read."""
-        reading: list[tuple[int, Row, int]] = []
+    def _prefill(self) -> None:
+        """Prefills prompts first come, first served, up to `prefill_patches` per step, padding included."""
+        chunks: list[tuple[int, SequenceState, int]] = []  # slot, sequence, patches
         longest = 0
-        unread = [(row.number, slot, row) for slot, row in enumerate(self.rows) if not row.is_prompt_read]
-        for _, slot, row in sorted(unread):
-            length = min(len(row.prompt_PK) - row.num_read, self.prefill_patches)
-            if reading and (len(reading) + 1) * max(length, longest) > self.prefill_patches:
+        waiting = [(slot, each) for slot, each in enumerate(self.sequences) if not each.is_prefilled]
+        for slot, sequence in sorted(waiting, key=lambda each: each[1].arrival_index):
+            length = min(len(sequence.prompt_PK) - sequence.num_cached, self.prefill_patches)
+            if chunks and (len(chunks) + 1) * max(length, longest) > self.prefill_patches:
                 break
-            reading.append((slot, row, length))
+            chunks.append((slot, sequence, length))
             longest = max(length, longest)
-        if not reading:
+        if not chunks:
             return
-        reading.sort(key=lambda each: each[0])  # neighbouring slots need no copying
-        patches_RPK = torch.zeros(len(reading), longest, self.model.config.patch_size, dtype=torch.long)
-        for patches_PK, (_, row, length) in zip(patches_RPK, reading, strict=True):
-            patches_PK[:length] = row.prompt_PK[row.num_read : row.num_read + length]
-        slots, starts = [slot for slot, _, _ in reading], [row.num_read for _, row, _ in reading]
+        chunks.sort(key=lambda chunk: chunk[0])  # contiguous slots need no copying
+        patches_RPK = torch.zeros(len(chunks), longest, self.model.config.patch_size, dtype=torch.long)
+        for patches_PK, (_, sequence, length) in zip(patches_RPK, chunks, strict=True):
+            patches_PK[:length] = sequence.prompt_PK[sequence.num_cached : sequence.num_cached + length]
+        slots, starts = [slot for slot, _, _ in chunks], [sequence.num_cached for _, sequence, _ in chunks]
         hidden_RPD = self._forward(slots, patches_RPK, starts)
-        for hidden_PD, (_, row, length) in zip(hidden_RPD, reading, strict=True):
-            row.num_read += length
-            if row.is_prompt_read:
-                row.hidden_D = hidden_PD[length - 1]
+        for hidden_PD, (_, sequence, length) in zip(hidden_RPD, chunks, strict=True):
+            sequence.num_cached += length
+            if sequence.is_prefilled:
+                sequence.hidden_D = hidden_PD[length - 1]
 
-    # writing
+    def _sample_patches(self) -> list[tuple[SequenceState, list[int] | Exception]]:
+        """Samples the next patch of each sequence that has a hidden state, or returns the error of its sampling.
 
-    def _write_patches(self) -> list[tuple[Row, list[int] | Exception]]:
-        """Draws the next patch of each row that has a context: rows of one law together, which may fail alone, and
-        each that has logits processors for itself."""
-        laws: dict[tuple, list[Row]] = {}
-        for row in self.rows:
-            if row.hidden_D is not None:
-                own = None if row.processors is None else row.number
-                laws.setdefault((row.sampling, row.num_eos_free, row.eos_tokens, own), []).append(row)
-        written: list[tuple[Row, list[int] | Exception]] = []
-        for law, rows in laws.items():
+        Sequences with equal settings are sampled together, those with logits processors each alone.
+        """
+        groups: dict[tuple, list[SequenceState]] = {}
+        for sequence in self.sequences:
+            if sequence.hidden_D is not None:
+                alone = None if sequence.logits_processors is None else sequence.arrival_index
+                key = (sequence.sampling, sequence.num_tokens_without_eos, sequence.eos_tokens, alone)
+                groups.setdefault(key, []).append(sequence)
+        sampled: list[tuple[SequenceState, list[int] | Exception]] = []
+        for group in groups.values():
             try:
-                patches = self._draw(rows, law)
+                patches = self._sample_group(group)
             except Exception as error:
-                patches = [error] * len(rows)
-            written += zip(rows, patches, strict=True)
-        return written
+                patches = [error] * len(group)
+            sampled += zip(group, patches, strict=True)
+        return sampled
 
-    def _draw(self, rows: list[Row], law: tuple[PatchSampling, int, frozenset[int], int | None]) -> list[list[int]]:
-        sampling, num_eos_free, eos_tokens, _ = law
-        eos_E = torch.tensor(sorted(eos_tokens), dtype=torch.long)
-        hidden_RD = torch.stack([row.hidden_D for row in rows if row.hidden_D is not None])
-        if len(self._plans) >= PLANS_KEPT:
-            self._plans.clear()
+    def _sample_group(self, group: list[SequenceState]) -> list[list[int]]:
+        """Samples a patch for each sequence of a group with the same settings."""
+        sampling, eos_E = group[0].sampling, torch.tensor(sorted(group[0].eos_tokens), dtype=torch.long)
+        hidden_RD = torch.stack([sequence.hidden_D for sequence in group if sequence.hidden_D is not None])
+        if len(self._schedules) >= MAX_BLOCK_SCHEDULES:
+            self._schedules.clear()
         return self.model.sample_patches(
             hidden_RD,
             sampling,
-            [row.generator for row in rows],
-            self.model.forbidden_tokens(num_eos_free, eos_E, hidden_RD.device),
-            self._plans.setdefault(sampling, BlockSchedule()),
-            rules_of(rows, eos_E),
+            [sequence.generator for sequence in group],
+            self.model.forbidden_tokens(group[0].num_tokens_without_eos, eos_E, hidden_RD.device),
+            self._schedules.setdefault(sampling, BlockSchedule()),
+            make_candidate_processors(group[0], eos_E),
         ).tolist()
 
 
-def rules_of(rows: list[Row], eos_E: Tensor) -> CandidateProcessors | None:
-    """Those of rows that are drawn together: of one row alone, or none."""
-    processors = [row.processors for row in rows if row.processors is not None]
-    texts = [torch.cat([row.prompt_L, torch.tensor(row.tokens, dtype=torch.long)]) for row in rows]
-    num_left = max(row.max_new_tokens - len(row.tokens) for row in rows)
-    return CandidateProcessors(processors, texts, eos_E, num_left) if processors else None
+def make_candidate_processors(sequence: SequenceState, eos_E: Tensor) -> CandidateProcessors | None:
+    """Returns the sequence's logits processors for its candidates, or `None` if it has none."""
+    if sequence.logits_processors is None:
+        return None
+    text_L = torch.cat([sequence.prompt_L, torch.tensor(sequence.tokens, dtype=torch.long)])
+    num_left = sequence.max_new_tokens - len(sequence.tokens)
+    return CandidateProcessors([sequence.logits_processors], [text_L], eos_E, num_left)
 
 
-def check_model(model: CALMForCausalLM) -> None:
-    """
+def check_supports_batching(model: CALMForCausalLM) -> None:
+    """Checks that a model can generate sequences of different lengths in one batch.
+
     Raises:
-        ValueError: it is no CALM, its attention or rotations depend on the other rows of a pass, or as
-            `check_weights`.
+        ValueError: it is not a CALM, its attention or rotations depend on the rest of the batch, or `check_weights`
+            fails.
     """
     if not hasattr(model, "sample_patches") or not hasattr(model, "pack_for_generation"):
-        raise ValueError(f"{type(model).__name__} can't be batched: a Batcher takes a CALMForCausalLM.")
+        raise ValueError(f"{type(model).__name__} is not supported: a Batcher needs a CALMForCausalLM.")
     model.check_weights()
     attention = model.config._attn_implementation
     if attention not in MASKED_ATTENTION:
         raise ValueError(
-            f"attn_implementation={attention!r}: rows of different lengths need one of {MASKED_ATTENTION}; load the "
-            "model with it."
+            f"attn_implementation={attention!r}: sequences of different lengths need one of {MASKED_ATTENTION}; load "
+            "the model with it."
         )
     rotation = model.model.rotary_emb.rope_type
     if rotation not in FIXED_ROTATIONS:
         raise ValueError(
-            f"rope_type={rotation!r}: its rotations depend on the longest row of a batch, so a text would change with "
-            f"its company; a Batcher takes {FIXED_ROTATIONS}."
+            f"rope_type={rotation!r}: its rotations depend on the longest sequence of a batch, so a text would depend "
+            f"on the other requests; a Batcher supports {FIXED_ROTATIONS}."
         )

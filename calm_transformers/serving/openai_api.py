@@ -1,14 +1,13 @@
-"""OpenAI's completions and chat completions: which fields a request has, what each comes to, the shapes of answers.
+"""OpenAI's completions and chat completions: the fields of requests, their meaning, and the shape of answers.
 
-A field either works, or asks for nothing at its value, or is refused with its name in one sentence. Fields that act on
-a distribution act on a step's candidates, those that act on logits on the decoder's.
+A field is supported, or accepted at values that have no effect, or answered with an error that names it. Fields that
+filter a distribution filter a step's candidates; those that change logits change the decoder's.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -22,27 +21,27 @@ from calm_transformers.grammars import Grammar
 from calm_transformers.model.generation_calm_samplers import SamplingMethod
 from calm_transformers.serving.batcher import Batcher
 
-MOST_CHOICES = 128
-MOST_DIGITS = 18  # of a token id
-COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+MAX_CHOICES = 128
+MAX_TOKEN_ID_DIGITS = 18
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 NO_LOGPROBS = "CALM has no token probabilities to return."
-NO_TOOLS = "tools are not called here."
-# Field → the values besides null at which it asks for nothing, and why others are refused.
-WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
+NO_TOOLS = "tools are not supported."
+# Field → the values besides null that are accepted because they have no effect, and why others are not supported.
+UNSUPPORTED_FIELDS: dict[str, tuple[tuple, str]] = {
     "logprobs": ((False,), NO_LOGPROBS),
     "top_logprobs": ((0,), NO_LOGPROBS),
-    "best_of": ((1,), "CALM has no token probabilities to rank texts by; ask for n texts."),
-    "suffix": (("",), "CALM writes on from a prompt and fills nothing in."),
-    "modalities": ((["text"],), "only text can be asked for."),
+    "best_of": ((1,), "CALM has no token probabilities to rank texts by; use n."),
+    "suffix": (("",), "CALM continues a prompt and doesn't infill."),
+    "modalities": ((["text"],), "only text is supported."),
     "tools": (([],), NO_TOOLS),
     "tool_choice": (("none", "auto"), NO_TOOLS),
     "functions": (([],), NO_TOOLS),
     "function_call": (("none", "auto"), NO_TOOLS),
 }
-# Fields of a client's own, which change no text.
-NOT_READ = (
+# Fields that are accepted and ignored: they don't change the text.
+IGNORED_FIELDS = (
     "user",
     "metadata",
     "store",
@@ -54,44 +53,37 @@ NOT_READ = (
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's shape.
+    """An error answer in OpenAI's shape.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: one sentence.
-        param: the field that is wrong.
-        code: OpenAI's name for the error, where it has one.
-        headers: of the answer.
+        param: the invalid field.
+        code: OpenAI's name for the error, if it has one.
+        headers: headers of the answer.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers=None):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def body(self) -> dict[str, Any]:
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        error_type = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": error_type, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
 class BadRequest(ApiError):
-    """What is wrong with a request."""
+    """A 400: a field of the request is invalid."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(400, message, param, code)
 
     @classmethod
-    def of(cls, error: ValueError, request: GenerationRequest) -> BadRequest:
-        """A refusal of the batcher's, in the API's words."""
+    def from_value_error(cls, error: ValueError, request: GenerationRequest) -> BadRequest:
+        """Returns the answer to an error of `Batcher.submit`, with the field that its message names."""
         message = str(error).replace("use do_sample=False", "send 0")
         named = [name for name in re.findall(r"(\w+)[=:]", message) if name in request.model_fields_set]
         return cls(message, named[0] if named else None)
@@ -99,47 +91,48 @@ class BadRequest(ApiError):
 
 @dataclass
 class Prompt:
-    """One prompt of a request, as ids, and the text that `echo` puts before what is written."""
+    """The ids of one prompt of a request, and the text that `echo` puts before the generated text."""
 
     ids: list[int]
     echo: str = ""
 
 
-class _Fields(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Fields):
+class StreamOptions(_StrictModel):
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-class ResponseFormat(_Fields):
+class ResponseFormat(_StrictModel):
     """{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": ...}}."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def has_schema(self) -> ResponseFormat:
+    def check_json_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and not isinstance((self.json_schema or {}).get("schema"), dict):
             raise ValueError('must hold {"json_schema": {"schema": ...}}')
         return self
 
     @property
-    def schema_of(self) -> dict[str, Any] | None:
+    def grammar_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the text must match, or None."""
         if self.type == "json_object":
             return {"type": "object"}
         return self.json_schema["schema"] if self.type == "json_schema" and self.json_schema else None
 
 
 class CountPenalty:
-    """OpenAI's penalties as a logits processor: of tokens that a text has, by how often and by that alone.
+    """OpenAI's frequency and presence penalties as a logits processor.
 
-    logit − frequency · count − presence · [count > 0]; the prompt doesn't count.
+    logit − frequency · count − presence · [count > 0], where count is of generated tokens, without the prompt's.
 
     Args:
-        frequency, presence: in [−2, 2].
+        frequency, presence: penalties in [−2, 2].
         prompt_length: tokens of the prompt.
     """
 
@@ -150,21 +143,21 @@ class CountPenalty:
         return CountPenalty(self.frequency, self.presence, length)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (M, V) after ids (M, L)."""
+        """Returns penalised logits (M, V) of the token after ids (M, L)."""
         new_ML = input_ids[:, self.prompt_length :]
         counts_MV = torch.zeros_like(scores).scatter_add_(1, new_ML, torch.ones_like(new_ML, dtype=scores.dtype))
         return scores - self.frequency * counts_MV - self.presence * (counts_MV > 0)
 
 
-class GenerationRequest(_Fields):
-    """What both endpoints take. Those after `response_format` are not OpenAI's."""
+class GenerationRequest(_StrictModel):
+    """The fields of both endpoints. Those after `response_format` are not OpenAI's."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Any = None  # a text or a list of texts
+    stop: Any = None  # a string or a list of strings
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_p: float | None = Field(None, ge=0, le=1)
@@ -172,7 +165,7 @@ class GenerationRequest(_Fields):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
-    top_k: int | None = Field(None, ge=-1)  # -1, as vLLM has it, is all
+    top_k: int | None = Field(None, ge=-1)  # -1, as in vLLM, disables it
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
     min_tokens: int | None = Field(None, ge=0)
@@ -180,47 +173,48 @@ class GenerationRequest(_Fields):
     num_candidates: int | None = Field(None, ge=1)
     sampling_method: SamplingMethod | None = None
 
-    default_max_tokens: ClassVar[int | None] = None  # None: what the context leaves
+    default_max_tokens: ClassVar[int | None] = None  # None: the rest of the context
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """
+        """Returns the request in a JSON body.
+
         Raises:
-            BadRequest: no JSON, or a field that is unknown, missing, of another type or refused.
+            BadRequest: the body is not JSON, or a field is unknown, missing or invalid.
         """
         try:
             return cls.model_validate(json.loads(body))
         except RecursionError:
-            raise BadRequest("The body is nested too deep.") from None
+            raise BadRequest("The body is nested too deeply.") from None
         except ValidationError as error:
-            raise sentence_of(error) from None
+            raise validation_error_to_bad_request(error) from None
         except ValueError as error:
-            raise BadRequest(f"The body is no JSON: {error}.") from None
+            raise BadRequest(f"The body is not JSON: {error}.") from None
 
     @model_validator(mode="before")
     @classmethod
-    def leave_out_what_asks_for_nothing(cls, fields: Any) -> Any:
+    def drop_fields_without_effect(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        kept = {}
+        supported = {}
         for name, value in fields.items():
-            if name in NOT_READ:
+            if name in IGNORED_FIELDS:
                 continue
-            if name in WITHOUT_EFFECT:
-                neutral, why = WITHOUT_EFFECT[name]
-                if value is not None and not any(_same(value, each) for each in neutral):
+            if name in UNSUPPORTED_FIELDS:
+                neutral, why = UNSUPPORTED_FIELDS[name]
+                if value is not None and not any(_is_same(value, each) for each in neutral):
                     raise BadRequest(f"{name}: {why}", name)
                 continue
             check_encodable(name, value)
-            kept[name] = value
-        return kept
+            supported[name] = value
+        return supported
 
     @field_validator("stop")
     @classmethod
     def check_stop(cls, stop: Any) -> Any:
         stop = [stop] if isinstance(stop, str) else stop
         if stop is not None and not (isinstance(stop, list) and all(isinstance(each, str) for each in stop)):
-            raise ValueError("must be a text or a list of texts")
+            raise ValueError("must be a string or a list of strings")
         return stop
 
     @property
@@ -229,7 +223,7 @@ class GenerationRequest(_Fields):
 
     @property
     def length_field(self) -> str:
-        """The name by which the client asked for a length."""
+        """The field with which the client set the length."""
         return "max_tokens"
 
     @property
@@ -240,8 +234,8 @@ class GenerationRequest(_Fields):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self) -> dict[str, Any]:
-        """The options of a text's law. Temperature 0 is OpenAI's way to ask for the most frequent patch."""
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns the sampling options of `Batcher.submit`; temperature 0 turns sampling off, as in OpenAI's API."""
         options: dict[str, Any] = {"num_candidates": self.num_candidates, "sampling_method": self.sampling_method}
         options |= {"top_p": self.top_p, "min_p": self.min_p}
         options["top_k"] = 0 if self.top_k == -1 else self.top_k
@@ -251,75 +245,66 @@ class GenerationRequest(_Fields):
             options |= {"do_sample": True, "temperature": self.temperature}
         return options
 
-    def rules(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
-        """The options of a text that act on logits.
+    def processor_options(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
+        """Returns the options of `Batcher.submit` that act on logits.
 
         Raises:
-            BadRequest: a bias of what is no token, or a format that can't be written here.
+            BadRequest: `logit_bias` has a key that is not a token id, or `response_format` is not supported.
         """
         options: dict[str, Any] = {}
         if self.repetition_penalty is not None:
             options["repetition_penalty"] = self.repetition_penalty
         if self.logit_bias:
-            options["sequence_bias"] = {
-                (self._token(name, vocab_size),): bias for name, bias in self.logit_bias.items()
-            }
+            biases = self.logit_bias.items()
+            options["sequence_bias"] = {(_parse_token_id(key, vocab_size),): bias for key, bias in biases}
         processors = []
         if self.frequency_penalty or self.presence_penalty:
             processors.append(CountPenalty(self.frequency_penalty or 0.0, self.presence_penalty or 0.0))
-        if self.response_format is not None and self.response_format.schema_of is not None:
+        if self.response_format is not None and self.response_format.grammar_schema is not None:
             for name in ("min_tokens", "ignore_eos"):
                 if getattr(self, name):
-                    why = "a text of a response_format ends where its schema does; leave it out."
-                    raise BadRequest(f"{name}: {why}", name)
+                    raise BadRequest(f"{name}: not supported with a response_format, which ends the text.", name)
             try:
-                processors.append(Grammar(tokenizer, json_schema=self.response_format.schema_of))
+                processors.append(Grammar(tokenizer, json_schema=self.response_format.grammar_schema))
             except (ImportError, ValueError) as error:
                 raise BadRequest(f"response_format: {error}", "response_format") from None
         return options | {"logits_processor": processors}
-
-    @staticmethod
-    def _token(name: str, vocab_size: int) -> int:
-        if not name.isascii() or not name.isdigit() or len(name) > MOST_DIGITS or int(name) >= vocab_size:
-            raise BadRequest(f"logit_bias: {name!r} is no token id in 0 … {vocab_size - 1}.", "logit_bias")
-        return int(name)
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Any  # a text, ids, or a list of either
+    prompt: Any  # a string, token ids, or a list of either
     echo: bool | None = None
 
-    default_max_tokens: ClassVar[int | None] = COMPLETION_TOKENS
+    default_max_tokens: ClassVar[int | None] = DEFAULT_COMPLETION_TOKENS
     prompt_field: ClassVar = "prompt"
     id_prefix: ClassVar = "cmpl"
-    answer_object: ClassVar = "text_completion"
+    response_object: ClassVar = "text_completion"
     chunk_object: ClassVar = "text_completion"
 
     @field_validator("prompt")
     @classmethod
     def check_prompt(cls, prompt: Any) -> Any:
-        """Texts, or lists that should be ids, of one kind; the batcher looks at each id."""
+        """Returns a list of strings or of lists of ids; the batcher checks the ids."""
         if isinstance(prompt, str):
             return [prompt]
-        if not isinstance(prompt, list):
-            raise ValueError("must be a text, a list of texts, or token ids")
-        if not prompt:
-            raise ValueError("is an empty list; give a text, a list of texts, or token ids")
-        kind = type(prompt[0])
-        if kind not in (str, int, list) or not all(type(each) is kind for each in prompt):
-            raise ValueError("must be a text, a list of texts, or token ids")
-        return [prompt] if kind is int else prompt
+        if prompt == []:
+            raise ValueError("is an empty list; pass a string, a list of strings, or token ids")
+        item_type = type(prompt[0]) if isinstance(prompt, list) else None
+        if item_type not in (str, int, list) or not all(type(item) is item_type for item in prompt):
+            raise ValueError("must be a string, a list of strings, or token ids")
+        return [prompt] if item_type is int else prompt
 
     @property
     def num_prompts(self) -> int:
         return len(self.prompt)
 
     def prompts(self, batcher: Batcher) -> list[Prompt]:
-        """
+        """Returns the request's prompts as ids.
+
         Raises:
-            BadRequest: one can't be read.
+            BadRequest: a prompt is invalid.
         """
         prompts = []
         for prompt in self.prompt:
@@ -331,26 +316,26 @@ class CompletionRequest(GenerationRequest):
             prompts.append(Prompt(ids, text))
         return prompts
 
-    def choice(self, text: str) -> dict[str, Any]:
-        """The text's part of a choice of an answer."""
+    def choice_fields(self, text: str) -> dict[str, Any]:
+        """Returns the fields of a choice that hold its text."""
         return {"text": text, "logprobs": None}
 
-    def opening(self, echo: str) -> dict[str, Any] | None:
-        """The text's part of a stream's first chunk of a choice."""
-        return self.choice(echo) if echo else None
+    def first_chunk_fields(self, echo: str) -> dict[str, Any] | None:
+        """Returns `choice_fields` of a choice's first chunk in a stream, or None if there is no such chunk."""
+        return self.choice_fields(echo) if echo else None
 
-    def delta(self, text: str) -> dict[str, Any]:
-        """The text's part of a choice of a chunk."""
-        return self.choice(text)
+    def chunk_fields(self, text: str) -> dict[str, Any]:
+        """Returns `choice_fields` of a chunk."""
+        return self.choice_fields(text)
 
 
 class Message(BaseModel):
-    """Of its other fields some clients send a few, all null; templates may read them."""
+    """A chat message; other fields are passed to the chat template unless they are null."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Any = None  # a text, or a list of text parts
+    content: Any = None  # a string, or a list of text parts
 
     @field_validator("content")
     @classmethod
@@ -358,13 +343,13 @@ class Message(BaseModel):
         if content is None or isinstance(content, str):
             return content or ""
         if not isinstance(content, list):
-            raise ValueError("must be a text or a list of text parts")
+            raise ValueError("must be a string or a list of text parts")
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError('must be a text or a list of parts {"type": "text", "text": ...}')
+                raise ValueError('must be a string or a list of parts {"type": "text", "text": ...}')
         return "".join(part["text"] for part in content)
 
-    def as_template_reads_it(self) -> dict[str, Any]:
+    def to_template_dict(self) -> dict[str, Any]:
         others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
         return others | {"role": self.role, "content": self.content}
 
@@ -377,11 +362,11 @@ class ChatRequest(GenerationRequest):
 
     prompt_field: ClassVar = "messages"
     id_prefix: ClassVar = "chatcmpl"
-    answer_object: ClassVar = "chat.completion"
+    response_object: ClassVar = "chat.completion"
     chunk_object: ClassVar = "chat.completion.chunk"
 
     @model_validator(mode="after")
-    def take_the_newer_name(self) -> ChatRequest:
+    def prefer_max_completion_tokens(self) -> ChatRequest:
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
         return self
@@ -391,9 +376,10 @@ class ChatRequest(GenerationRequest):
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def prompts(self, batcher: Batcher) -> list[Prompt]:
-        """
+        """Returns the conversation as one prompt.
+
         Raises:
-            BadRequest: there is no chat template, or it refuses the messages.
+            BadRequest: there is no chat template, or it raises an error for these messages.
         """
         if getattr(batcher.tokenizer, "chat_template", None) is None:
             raise BadRequest(
@@ -401,57 +387,60 @@ class ChatRequest(GenerationRequest):
                 "--chat_template FILE.",
                 "messages",
             )
-        messages = [message.as_template_reads_it() for message in self.messages]
+        messages = [message.to_template_dict() for message in self.messages]
         try:
             return [Prompt(batcher.encode_chat(messages))]
-        except Exception as error:  # a template is a program; what it raises is about the messages
-            raise BadRequest(f"messages: the chat template refuses them: {error}", "messages") from None
+        except Exception as error:  # a template is a program, and its errors are about the messages
+            raise BadRequest(f"messages: the chat template raised an error: {error}", "messages") from None
 
-    def choice(self, text: str) -> dict[str, Any]:
+    def choice_fields(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
 
-    def opening(self, echo: str) -> dict[str, Any] | None:
+    def first_chunk_fields(self, echo: str) -> dict[str, Any] | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def delta(self, text: str) -> dict[str, Any]:
+    def chunk_fields(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}, "logprobs": None}
 
 
 def check_encodable(name: str, value: Any) -> None:
-    """
-    Raises:
-        BadRequest: it holds half a surrogate pair or a number that is not finite, which `json.loads` lets pass.
-    """
+    """Raises `BadRequest` for half a surrogate pair or a number that is not finite, which `json.loads` accepts."""
     try:
         json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         name = name.encode("ascii", "backslashreplace").decode()
-        raise BadRequest(f"{name}: holds half a surrogate pair, which is no text.", name) from None
+        raise BadRequest(f"{name}: holds half a surrogate pair, which is not valid text.", name) from None
     except ValueError:
         raise BadRequest(f"{name}: holds a number that is not finite.", name) from None
 
 
-def _same(value: Any, neutral: Any) -> bool:
+def _parse_token_id(key: str, vocab_size: int) -> int:
+    if not key.isascii() or not key.isdigit() or len(key) > MAX_TOKEN_ID_DIGITS or int(key) >= vocab_size:
+        raise BadRequest(f"logit_bias: {key!r} is not a token id in 0 … {vocab_size - 1}.", "logit_bias")
+    return int(key)
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def sentence_of(error: ValidationError) -> BadRequest:
-    """The first thing that is wrong, with the field's name."""
+def validation_error_to_bad_request(error: ValidationError) -> BadRequest:
+    """Returns the answer that names the first unknown field, or else the first invalid one."""
     problems = error.errors(include_url=False, include_input=False)
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    place = [str(part) for part in problem["loc"]]
-    if not place:
+    path = [str(part) for part in problem["loc"]]
+    if not path:
         return BadRequest("The body must be a JSON object.")
     if problem["type"] == "extra_forbidden":
-        what = "there is no such field"
+        reason = "there is no such field"
     elif problem["type"] == "missing":
-        what = "is missing"
+        reason = "is missing"
     else:
-        what = problem["msg"].removeprefix("Value error, ")
-        what = what[0].lower() + what[1:]
-    return BadRequest(f"{'.'.join(place)}: {what}.", place[0])
+        reason = problem["msg"].removeprefix("Value error, ")
+        reason = reason[0].lower() + reason[1:]
+    return BadRequest(f"{'.'.join(path)}: {reason}.", path[0])
 
 
-def event(body: dict[str, Any]) -> str:
-    """A server-sent event, in ASCII: some clients take U+0085, U+2028 and U+2029 for ends of lines."""
+def to_event(body: dict[str, Any]) -> str:
+    """Returns a server-sent event in ASCII, because some clients split lines at U+0085, U+2028 and U+2029."""
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

@@ -1,7 +1,7 @@
 """Serves a CALM over the OpenAI API: `calm serve MODEL`, then any client of that API.
 
-Requests that arrive together are written together (serving/batcher.py). The model runs with this package's code; none
-out of its repository is loaded.
+Requests are generated in one batch (serving/batcher.py). The model runs with this package's code; remote code is not
+loaded.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Loads the model and serves it until the process is told to stop."""
+    """Loads the model and serves it until SIGINT or SIGTERM."""
     options = parse(argv)
     check_environment()
     with known_errors(OSError):
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
         batcher = load_batcher(options)
         try:
-            with known_errors():  # as of every request at its defaults
+            with known_errors():  # errors that every request with default settings would have
                 batcher.submit([0], max_new_tokens=1).result()
             app = create_app(
                 batcher,
@@ -58,64 +58,61 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None):
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("model", type=utf8, help="folder or Hub id; `.` is the demo model in this repository")
-    parser.add_argument(
-        "--model_name", type=utf8, help="the id that clients ask for (default: MODEL as it is written)"
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--model_name", type=utf8, help="the model's id in the API (default: MODEL as given)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free port (default: 8000)")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: as saved)")
-    parser.add_argument("--max_rows", type=positive, default=16, help="texts written at a time (default: 16)")
+    parser.add_argument("--max_rows", type=positive, default=16, help="most running texts (default: 16)")
+    parser.add_argument("--max_waiting", type=positive, default=64, help="most in the queue, else 429 (default: 64)")
     parser.add_argument(
-        "--max_waiting", type=positive, default=64, help="texts that wait; others get 429 (default: 64)"
+        "--max_length", type=positive, help="of prompt and text in tokens (default: the model's limit)"
     )
+    parser.add_argument("--max_draws", type=positive, default=1000, help="most candidates per step (default: 1000)")
     parser.add_argument(
-        "--max_length", type=positive, help="tokens of prompt and text (default: the model's positions)"
+        "--prefill_chunk_size", type=positive, default=512, help="prompt tokens per step (default: 512)"
     )
+    parser.add_argument("--max_request_bytes", type=positive, default=2**20, help="larger: 413 (default: 1 MiB)")
+    parser.add_argument("--timeout", type=seconds, default=600, help="seconds per request, 0: no limit (default: 600)")
+    parser.add_argument("--grace", type=positive, default=30, help="seconds to finish after a signal (default: 30)")
+    parser.add_argument("--api_key", help=f"key that clients must send (default: ${KEY_VARIABLE}, or none)")
+    parser.add_argument("--chat_template", type=Path, help="a Jinja file, used instead of the tokenizer's template")
     parser.add_argument(
-        "--max_draws", type=positive, default=1000, help="candidates that a text may ask for a step (default: 1000)"
-    )
-    parser.add_argument("--prefill_chunk_size", type=positive, default=512, help="prompt tokens a step (default: 512)")
-    parser.add_argument(
-        "--max_request_bytes", type=positive, default=2**20, help="larger ones get 413 (default: 1 MiB)"
-    )
-    parser.add_argument("--timeout", type=seconds, default=600, help="seconds for a request, 0: any (default: 600)")
-    parser.add_argument("--grace", type=positive, default=30, help="seconds to finish in when stopped (default: 30)")
-    parser.add_argument("--api_key", help=f"clients must send it (default: ${KEY_VARIABLE}, or none)")
-    parser.add_argument("--chat_template", type=Path, help="a Jinja file, for models that have none or another")
-    parser.add_argument(
-        "--allow_origin", action="append", default=[], help="of web pages that may ask, * for any (repeatable)"
+        "--allow_origin",
+        action="append",
+        default=[],
+        help="origin of web pages that may send requests, * for any (repeatable)",
     )
     return parser.parse_args(argv)
 
 
 def seconds(text: str) -> float:
-    """For `type=` of a time limit."""
+    """Parses a number of seconds, for `type=` of an option."""
     if not 0 <= (number := float(text)) < float("inf"):
         raise ArgumentTypeError(f"{text}: must be a number of seconds that is not negative.")
     return number
 
 
 def check_environment() -> None:
-    """
-    Raises:
-        InputError: a package that the server needs is missing.
-    """
+    """Raises `InputError` if a package that the server needs is missing."""
     missing = [package for package in SERVING_PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
 
 
 def load_batcher(options):
-    """
+    """Loads the model and its tokenizer, and returns a `Batcher` with the limits of the options.
+
     Raises:
-        InputError: no CALM, no tokenizer, no such device, or a template that can't be read.
+        InputError: there is no CALM, tokenizer or such device, or the template can't be read.
     """
     with known_errors():
         template = options.chat_template and read_template(options.chat_template)
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
         if dtype != "auto" and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"--dtype {options.dtype}: must be auto or a type of torch, as float32 or bfloat16.")
+            raise ValueError(
+                f"--dtype {options.dtype}: must be auto or a dtype of torch, such as float32 or bfloat16."
+            )
         model, tokenizer = load_calm(options.model, options.device, dtype)
         if template is not None:
             tokenizer.chat_template = template
@@ -128,38 +125,35 @@ def read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is no text in UTF-8.") from None
+        raise ValueError(f"{path}: is not text in UTF-8.") from None
 
 
 def check_chat_template(tokenizer) -> None:
-    """
-    Raises:
-        ValueError: it is no Jinja.
-    """
+    """Raises `ValueError` if the chat template is not valid Jinja."""
     if tokenizer.chat_template is None:
         return
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is no Jinja, in line {error.lineno}: {error.message}") from None
-    except Exception:  # a template is a program: it may take other conversations
+        raise ValueError(f"the chat template is not valid Jinja, in line {error.lineno}: {error.message}") from None
+    except Exception:  # a template is a program: it may accept other conversations
         pass
 
 
 def run(app, batcher, listening: socket.socket, options) -> None:
-    """Serves until SIGINT or SIGTERM, see `Server`."""
-    from calm_transformers.serving.connections import Server
+    """Serves until SIGINT or SIGTERM, see `GracefulServer`."""
+    from calm_transformers.serving.connections import GracefulServer
 
     host, port = listening.getsockname()[:2]
-    with known_errors(OSError):  # another server was started at the same time
+    with known_errors(OSError):  # another server may have taken the port meanwhile
         listening.listen()
     print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-    with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
-        Server(app, batcher, options.grace).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again after the shutdown
+        GracefulServer(app, batcher, options.grace).run(sockets=[listening])
 
 
 def stop(number: int, _) -> None:
-    """Ends the process at the first signal, while the model loads, too; further ones change nothing."""
+    """Ends the process at the first signal, also while the model loads, and ignores further ones."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     if number == signal.SIGINT:
@@ -168,6 +162,6 @@ def stop(number: int, _) -> None:
 
 
 if __name__ == "__main__":
-    for each in SIGNALS:  # which have no default in the first process of a container
+    for each in SIGNALS:  # the first process of a container has no default handlers
         signal.signal(each, stop)
     sys.exit(main())
