@@ -25,24 +25,24 @@ from calm_transformers.command_line import InputError
 from calm_transformers.documents import (
     BadLines,
     DataOptions,
-    Separation,
-    documents,
+    DocumentEnding,
     expand_paths,
+    load_documents,
     read_documents,
     read_hub_dataset,
     tokenize_documents,
 )
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.training.data import (
-    Length,
     PackedBlocks,
     PatchCollator,
     StreamedBlocks,
     TokenFile,
+    TrainingLength,
     blocks_per_epoch,
+    build_datasets,
     cached_tokens,
-    data_sets,
-    token_file,
+    load_token_file,
 )
 from calm_transformers.training.tokenizer import train_bpe
 
@@ -122,7 +122,7 @@ def test_folders_and_patterns_are_read_in_a_fixed_order_without_what_is_hidden(t
         ("a.jsonl", b'{"text": 3}', 'no string under the key "text"'),
         ("a.jsonl", b'["text"]', 'no string under the key "text"'),
         ("a.jsonl", b'{"text": "caf\xe9"}', r"not UTF-8 \(.*\); convert it to UTF-8"),
-        ("a.jsonl", rb'{"text": "x\ud800"}', "no text: character 2 is half of a surrogate pair"),
+        ("a.jsonl", rb'{"text": "x\ud800"}', "not valid Unicode: character 2 is a lone surrogate"),
         ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "JSON that is nested too deeply"),
         ("a.parquet", None, "no string in the column"),
         ("a.parquet", b"\xed\xa0\x80", "not UTF-8"),
@@ -193,29 +193,29 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(tmp_path):
         (stream(broken), "text", r"dataset, after row \d: cannot be read \(.*no route"),
         (rows, "text", 'no column "text"; it has body, n'),
         (rows, "n", 'dataset, line 1: no string in the column "n"'),
-        (surrogate, "text", "dataset, line 2: no text: character 1"),
+        (surrogate, "text", "dataset, line 2: not valid Unicode: character 1"),
     ]:
         with pytest.raises(InputError, match=message):
             list(read_hub_dataset(dataset, column))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text"')
     for part, message in {
-        "train": "neither a file here nor a Hub dataset",
-        "validation": "no held-out data: give",
+        "train": "neither a local file nor a reachable Hub dataset",
+        "validation": "no validation data: give",
     }.items():
         with pytest.raises(InputError, match=message):
-            documents(DataOptions(dataset=str(tmp_path)), part)
+            load_documents(DataOptions(dataset=str(tmp_path)), part)
 
 
 def test_what_was_skipped_is_said_once_also_where_nothing_is_left(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(LINES + b"[]\n")
-    texts, _ = documents(DataOptions(train_files=[str(tmp_path / "a.jsonl")], skip_bad_lines=True), "train")
+    texts, _ = load_documents(DataOptions(train_files=[str(tmp_path / "a.jsonl")], skip_bad_lines=True), "train")
     assert list(texts) == list(texts) == TEXTS
     assert capsys.readouterr().err.count("1 bad line(s) skipped") == 1
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.jsonl").write_bytes(b"[]\n")
     options = DataOptions(train_files=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], skip_bad_lines=True)
     with pytest.raises(InputError, match=r"a\.txt and 1 more: no text there \(1 bad line.*b\.jsonl, line 1"):
-        list(documents(options, "train")[0])
+        list(load_documents(options, "train")[0])
 
 
 # tokens
@@ -225,13 +225,13 @@ def test_a_document_that_spells_special_tokens_is_text(capsys):
     special = ["<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>"]
     tokenizer = train_bpe([f"{token} and <|bos|><|eos|>" for token in special] * 9, 270)
     texts = [f"{token}one {token} two{token}" for token in special]
-    for text, found in zip(texts, tokenize_documents(texts, tokenizer, Separation()), strict=True):
+    for text, found in zip(texts, tokenize_documents(texts, tokenizer, DocumentEnding()), strict=True):
         assert found[0] == tokenizer.bos_token_id and min(found[1:]) > 3 and tokenizer.decode(found[1:]) == text
     blocks_BL = pack_blocks(texts, tokenizer, 4)
     assert (blocks_BL == tokenizer.bos_token_id).sum() <= len(texts) and tokenizer.eos_token_id not in blocks_BL
     plain = ["one two", "  \tthree\n\n four "]
     as_ever = tokenizer(plain)["input_ids"]
-    assert [ids.tolist() for ids in tokenize_documents(plain, tokenizer, Separation())] == as_ever
+    assert [ids.tolist() for ids in tokenize_documents(plain, tokenizer, DocumentEnding())] == as_ever
     assert tokenizer(special[2])["input_ids"] == [tokenizer.bos_token_id, 2]  # in a prompt it is what it says
     assert capsys.readouterr().err == ""
 
@@ -241,7 +241,7 @@ def test_where_special_tokens_cannot_be_read_as_text_they_are_counted(capsys):
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "ab</s>")]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    assert len(list(tokenize_documents(["a</s>b</s>", "ab", "a?b"], tokenizer, Separation(append_eos=True)))) == 3
+    assert len(list(tokenize_documents(["a</s>b</s>", "ab", "a?b"], tokenizer, DocumentEnding(append_eos=True)))) == 3
     assert capsys.readouterr().err.startswith("warning: 1 document(s) spell special tokens")
 
 
@@ -250,12 +250,12 @@ ENDS = ([], []), ([EOS], [EOS]), ([EOS], [EOS, PAD, PAD])
 
 def test_documents_end_as_published():
     """As the language model's, with EOS, and as the autoencoder's: EOS, then whole patches."""
-    a, separations = (
+    a, endings = (
         tiny_tokenizer().convert_tokens_to_ids("a"),
-        (Separation(), Separation(True), Separation(True, True, 4)),
+        (DocumentEnding(), DocumentEnding(True), DocumentEnding(True, True, 4)),
     )
-    for separation, ends in zip(separations, ENDS, strict=True):
-        found = [ids.tolist() for ids in tokenize_documents(["ab", "", "abcd"], tiny_tokenizer(), separation)]
+    for ending, ends in zip(endings, ENDS, strict=True):
+        found = [ids.tolist() for ids in tokenize_documents(["ab", "", "abcd"], tiny_tokenizer(), ending)]
         assert found == [[BOS, a, a + 1, *ends[0]], [BOS, a, a + 1, a + 2, a + 3, *ends[1]]]
 
 
@@ -321,7 +321,7 @@ def test_a_cache_gives_each_choice_of_options_its_own_tokens(tmp_path):
     ):
         options = DataOptions(**fields, cache_dir=str(tmp_path))
         shared, own = (
-            token_file(options, "train", tokenizer, 4, tmp_path / folder).tokens.tolist()
+            load_token_file(options, "train", tokenizer, 4, tmp_path / folder).tokens.tolist()
             for folder in ("shared", f"own{i}")
         )
         assert shared == own, fields
@@ -360,12 +360,14 @@ def test_random_phase_cuts_each_epoch_at_other_places():
 def test_left_fill_makes_short_prompts_of_every_length():
     blocks = PackedBlocks(numbers(), 8, num_blocks=300, seed=0, left_fill=1.0, **FILLED)
     for block in blocks:
-        ids, filling = block["input_ids"].tolist(), block["filling"]
-        assert ids[:filling] == [1000] * filling and 1000 not in ids[filling:]
-        assert ids[filling] % 10 == 0 or ids[filling] > 90  # begins with a document, but at the very end of the data
-    assert {block["filling"] for block in blocks} == {0, 1, 2, 3}
+        ids, num_fillers = block["input_ids"].tolist(), block["num_fillers"]
+        assert ids[:num_fillers] == [1000] * num_fillers and 1000 not in ids[num_fillers:]
+        assert (
+            ids[num_fillers] % 10 == 0 or ids[num_fillers] > 90
+        )  # begins with a document, but at the very end of the data
+    assert {block["num_fillers"] for block in blocks} == {0, 1, 2, 3}
     some = PackedBlocks(numbers(), 8, num_blocks=1000, seed=0, left_fill=0.4, **FILLED)
-    share = np.mean([block["filling"] > 0 for block in some])
+    share = np.mean([block["num_fillers"] > 0 for block in some])
     assert abs(share - 0.4 * 3 / 4) < 0.06  # four standard deviations
 
 
@@ -373,7 +375,7 @@ def test_left_fill_makes_short_prompts_of_every_length():
     "fields, why",
     [
         ({"block_size": 0}, "block_size=0: must be at least 1"),
-        ({"block_size": 10}, r"block_size=10 is no multiple of patch_size=4"),
+        ({"block_size": 10}, r"block_size=10 is not divisible by patch_size=4"),
         ({"left_fill": 1.5}, r"left_fill=1.5: must lie in \[0, 1\]"),
         ({"left_fill": float("nan")}, r"left_fill=nan: must lie in \[0, 1\]"),
         ({"left_fill": 0.5}, "left_fill needs a filler token"),
@@ -388,14 +390,20 @@ def test_options_that_make_no_sense_are_refused_before_the_data_is_read(tmp_path
     tokenizer.pad_token = None
     evaluates = "validation_files" in fields
     with pytest.raises(InputError, match=why):
-        data_sets(options, tokenizer, 4, Length(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
+        build_datasets(options, tokenizer, 4, TrainingLength(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
     assert not (tmp_path / "tokens").exists()
 
 
 def test_steps_and_blocks_by_hand():
     """The last batch of a training is a whole one, of the next epoch's blocks."""
-    steps = {Length(3): 3, Length(4): 3, Length(4, epochs=2): 5, Length(4, epochs=0.5): 2, Length(100): 1}
-    steps |= {Length(4, epochs=3, max_steps=7): 7}
+    steps = {
+        TrainingLength(3): 3,
+        TrainingLength(4): 3,
+        TrainingLength(4, epochs=2): 5,
+        TrainingLength(4, epochs=0.5): 2,
+        TrainingLength(100): 1,
+    }
+    steps |= {TrainingLength(4, epochs=3, max_steps=7): 7}
     assert {length: length.num_steps(9) for length in steps} == steps
     assert blocks_per_epoch(24, 8) == blocks_per_epoch(31, 8) == 3
     assert blocks_per_epoch(24, 8, random_phase=True) == 2  # wherever among the first 8 tokens it begins
@@ -442,7 +450,7 @@ def test_labels_are_whole_patches_after_the_first_by_hand(row, end, ids, labels,
     assert [batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask")] == [list(ids), labels, mask]
 
 
-def test_the_autoencoder_reconstructs_all_but_the_filling():
+def test_the_autoencoder_reconstructs_all_but_the_num_fillers():
     blocks = PackedBlocks(numbers(), 8, num_blocks=4, seed=0, left_fill=1.0, **FILLED)
     batch = PatchCollator(4, first_patch_is_given=False)([blocks[i] for i in range(4)])
     is_filler = batch["input_ids"] == 1000

@@ -72,6 +72,6 @@ def test_the_average_of_half_precision_weights_is_float32():
         callback.on_step_end(None, None, None, model=model)
     (average,) = callback.average.module.parameters()
     assert average.dtype == torch.float32 and average.item() == pytest.approx(0.99 * 1 + 0.01 * 2)
-    with callback.in_place_of_weights(model):
+    with callback.average_parameters(model):
         assert model.weight.item() == 1.0078125  # the nearest in bfloat16
     assert model.weight.item() == 2 and model.weight.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from training_helpers import train
 from transformers import LlamaForCausalLM
 
 from calm_transformers.training.auxiliary import MultiTokenLoss
-from calm_transformers.training.distil import Lesson, Teacher
+from calm_transformers.training.distil import SoftTargets, Teacher
 
 K = 4
 
@@ -33,7 +33,7 @@ def test_a_teacher_that_knows_the_text_changes_nothing(num_items, share):
     labels[:, :K] = labels[1, -3:] = -100
     truth = F.one_hot(labels.unflatten(1, (-1, K))[:, 1:].clamp(min=0), 12).float()
     plain = loss(hidden, labels, num_items)
-    assert torch.allclose(loss(hidden, labels, num_items, Lesson(truth, share)), plain)
+    assert torch.allclose(loss(hidden, labels, num_items, SoftTargets(truth, share)), plain)
 
 
 def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
@@ -41,7 +41,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
     logits = torch.randn(3, 12, generator=generator, dtype=torch.float64)
     probabilities = torch.rand(3, 10, generator=generator, dtype=torch.float64)
     labels = torch.tensor([4, -100, 11])  # the last one is unknown to the teacher
-    losses = Lesson(probabilities, 0.25).cross_entropy(logits, labels)
+    losses = SoftTargets(probabilities, 0.25).cross_entropy(logits, labels)
     log_q = logits.log_softmax(-1)
     soft = -sum(probabilities[0, v] * log_q[0, v] for v in range(10))
     expected = [-0.75 * log_q[0, 4] + 0.25 * soft, losses.new_zeros(()), -log_q[2, 11]]
@@ -51,7 +51,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
 def test_a_lesson_is_the_llamas_law_of_each_true_prefix(llama):
     before = LlamaForCausalLM.from_pretrained(llama).train()
     ids = torch.randint(NUM_KNOWN, (2, 3 * K))
-    expected = Teacher(before, NUM_KNOWN + 1, K, 0.5).lesson(ids).probabilities
+    expected = Teacher(before, NUM_KNOWN + 1, K, 0.5).soft_targets(ids).probabilities
     assert expected.shape == (2, 2, K, NUM_KNOWN)
     assert not expected.requires_grad and not before.training
     for p in range(2):
@@ -64,11 +64,11 @@ def test_unknown_tokens_are_hidden_from_the_teacher(llama):
     teacher = Teacher(LlamaForCausalLM.from_pretrained(llama), NUM_KNOWN + 1, K, 1.0)
     ids = torch.randint(NUM_KNOWN, (1, 3 * K))
     filled = torch.cat([torch.full((1, 2), NUM_KNOWN), ids[:, :-2]], dim=1)
-    shifted = teacher.lesson(filled).probabilities.flatten(1, 2)
-    plain = teacher.lesson(ids).probabilities.flatten(1, 2)
+    shifted = teacher.soft_targets(filled).probabilities.flatten(1, 2)
+    plain = teacher.soft_targets(ids).probabilities.flatten(1, 2)
     assert torch.allclose(shifted[:, 2:], plain[:, :-2], atol=1e-6)
     assert torch.isfinite(shifted).all()
-    fewer = Teacher(teacher.llama, NUM_KNOWN - 5, K, 1.0).lesson(ids.clamp(max=290)).probabilities
+    fewer = Teacher(teacher.llama, NUM_KNOWN - 5, K, 1.0).soft_targets(ids.clamp(max=290)).probabilities
     assert fewer.shape[-1] == NUM_KNOWN - 5
     assert torch.allclose(fewer.sum(-1), torch.ones(()))
 
@@ -105,4 +105,6 @@ def test_a_dry_run_counts_the_teacher_and_one_of_shorter_texts_is_refused(worksh
     linear = sum(m.weight.numel() for m in before.modules() if isinstance(m, torch.nn.Linear))
     assert flops == pytest.approx(2 * linear + 2 * 4 * 32 * 32, rel=0.01)  # attention over 32 tokens, 2 layers of 32
     fields = {**workshop, "auxiliary_weight": 0.5, "distil": llama, "output_dir": str(tmp_path / "run")}
-    assert f"distil {llama}: reads 64 tokens, block_size is 128." in refusal(capsys, **fields, block_size=128)
+    assert f"distil {llama}: max_position_embeddings=64 is less than block_size=128." in refusal(
+        capsys, **fields, block_size=128
+    )

@@ -38,7 +38,7 @@ def test_the_configuration_is_the_one_that_a_run_trains(kind, workshop, tmp_path
     assert values(dry_run_config(kind, monkeypatch, **goes_on)) == values(trained)
 
 
-NOT_THERE = "patch_size 4, latent_size 128: CALMConfig's default, for the autoencoder {} is not there yet"
+NOT_THERE = "patch_size 4, latent_size 128: CALMConfig's default, as the autoencoder {} does not exist yet"
 
 
 def test_what_is_not_there_yet_is_said(workshop, tmp_path, monkeypatch, capsys):
@@ -46,11 +46,11 @@ def test_what_is_not_there_yet_is_said(workshop, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.yaml").write_text("kind: ar")
     neither = report("calm", "demo-backbone", capsys)
     assert neither[:2] == ["recipe demo-backbone", NOT_THERE.format("runs/demo-autoencoder")]
-    of_tokenizer = "vocab_size 128,257: CALMConfig's default, for the tokenizer runs/demo-tokenizer is not there yet"
+    of_tokenizer = "vocab_size 128,257: CALMConfig's default, as the tokenizer runs/demo-tokenizer does not exist yet"
     assert neither[2:4] == [of_tokenizer, ""]
     unnamed, typo = report("ar", "mine.yaml", capsys), report("ar", "transformer-s", capsys, tokenizer="runs/typo")
-    assert unnamed[1] == "vocab_size 32,000: LlamaConfig's default, for no tokenizer is named"
-    assert typo[1] == "vocab_size 128,256: the recipe's, for the tokenizer runs/typo is not there yet"
+    assert unnamed[1] == "vocab_size 32,000: LlamaConfig's default, as no tokenizer is named"
+    assert typo[1] == "vocab_size 128,256: the recipe's, as the tokenizer runs/typo does not exist yet"
     # Where one of the two is there, its vocabulary counts.
     two = [workshop["autoencoder"], "runs/none"], ["runs/none", workshop["tokenizer"]]
     one, other = (report("calm", "demo-backbone", capsys, autoencoder=a, tokenizer=t) for a, t in two)
@@ -68,7 +68,7 @@ def test_what_is_there_and_wrong_is_refused_as_the_run_would(workshop, tmp_path,
         (
             "calm",
             workshop | {"autoencoder": str(tmp_path)},
-            "knows 299 tokens, the tokenizer 300: both must be the ones",
+            "has a vocabulary of 299 tokens, the tokenizer one of 300: use the tokenizer",
         ),
         ("ar", {"init_from": "runs/nowhere"}, "runs/nowhere: no such folder"),
         ("ar", {"init_from": autoencoder}, "is a model of type 'calm_autoencoder', not 'llama'"),

@@ -7,7 +7,7 @@ from training_helpers import train
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.recipe import load_recipe
-from calm_transformers.training.train import make_model
+from calm_transformers.training.train import build_model
 
 FAST = {
     **{"block_size": 32, "per_device_train_batch_size": 4, "max_steps": 3, "warmup_steps": 0, "logging_steps": 1},
@@ -70,7 +70,7 @@ def test_another_head_can_be_put_on_the_backbone(fields, start, tmp_path):
 def test_a_new_head_has_the_dtype_of_the_model_that_it_is_put_on(fields, start, tmp_path):
     CALMForCausalLM.from_pretrained(start).bfloat16().save_pretrained(tmp_path / "half")
     recipe = load_recipe(fields["recipe"], {"init_from": str(tmp_path / "half"), "head_type": "flow"})
-    model = make_model(recipe, tokenizer=None)
+    model = build_model(recipe, tokenizer=None)
     assert len({parameter.dtype for parameter in model.parameters()}) == 1
     ids = torch.randint(20, (2, 16))
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)

@@ -18,7 +18,7 @@ from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.recipe import load_recipe
 from calm_transformers.training.tokenizer import first_difference
-from calm_transformers.training.train import config_and_notes, for_training, make_model
+from calm_transformers.training.train import build_model, config_with_notes, wrap_for_training
 
 K = 4
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 16}
@@ -48,7 +48,7 @@ def llama(workshop):
 
 def built(workshop, llama, **fields) -> CALMForCausalLM:
     torch.manual_seed(2)
-    return make_model(recipe_of(workshop, init_backbone=str(llama), **fields), load_tokenizer(workshop["tokenizer"]))
+    return build_model(recipe_of(workshop, init_backbone=str(llama), **fields), load_tokenizer(workshop["tokenizer"]))
 
 
 # weights
@@ -98,8 +98,8 @@ def test_every_place_of_a_patch_begins_with_what_the_llama_expects_next(where, w
     fields = {"auxiliary_weight": 1.0} if where == "multi-token loss" else {"head_type": "token_chain"}
     recipe = recipe_of(workshop, init_backbone=llama, **fields)
     tokenizer = load_tokenizer(workshop["tokenizer"])
-    model = make_model(recipe, tokenizer)
-    chain = model.head.chain if where == "token-chain head" else for_training(model, recipe, tokenizer).auxiliary
+    model = build_model(recipe, tokenizer)
+    chain = model.head.chain if where == "token-chain head" else wrap_for_training(model, recipe, tokenizer).auxiliary
     before = LlamaForCausalLM.from_pretrained(llama).eval()
     ids = torch.randint(NUM_KNOWN, (4, 40))
     expected = before(ids).logits.log_softmax(-1)
@@ -124,9 +124,9 @@ def test_a_training_begins_with_a_llama_and_resumes_without_its_weights(workshop
     assert train("calm", **fields, max_steps=4, output_dir=str(tmp_path / "whole")) == 0
     sizes = (
         "num_hidden_layers 2, hidden_size 32, intermediate_size 40, num_attention_heads 4, num_key_value_heads 4, "
-        f"head_dim 8, max_position_embeddings 64: of the Llama {folder}"
+        f"head_dim 8, max_position_embeddings 64: from the Llama {folder}"
     )
-    assert f"{sizes}; 1 more tokens begin with the mean embedding\n" in capsys.readouterr().out
+    assert f"{sizes}; 1 new tokens get the mean embedding\n" in capsys.readouterr().out
 
     assert train("calm", **fields, max_steps=2, output_dir=str(tmp_path / "parts")) == 0
     (folder / "model.safetensors").unlink()
@@ -135,7 +135,7 @@ def test_a_training_begins_with_a_llama_and_resumes_without_its_weights(workshop
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
     # The run's own recipe begins it again, and a dry run has its configuration.
-    config, notes = config_and_notes(load_recipe(str(tmp_path / "whole" / "recipe.yaml")))
+    config, notes = config_with_notes(load_recipe(str(tmp_path / "whole" / "recipe.yaml")))
     assert values(config) == values(CALMConfig.from_pretrained(tmp_path / "whole")) and notes == [sizes]
 
 
@@ -160,8 +160,8 @@ def test_a_llama_that_is_not_whole_is_refused(workshop, llama, tmp_path, capsys)
     broken = Path(shutil.copytree(llama, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     changes = {
-        "misses model.norm.weight": {key: value for key, value in weights.items() if key != "model.norm.weight"},
-        "has no place for model.layers.9.bias": weights | {"model.layers.9.bias": torch.zeros(32)},
+        "missing model.norm.weight": {key: value for key, value in weights.items() if key != "model.norm.weight"},
+        "unexpected model.layers.9.bias": weights | {"model.layers.9.bias": torch.zeros(32)},
     }
     for message, changed in changes.items():
         save_file(changed, broken / "model.safetensors", {"format": "pt"})
@@ -195,8 +195,7 @@ def test_a_tokenizer_that_differs_is_refused_naming_the_token(field, workshop, l
     swapped = with_tokens(llama, tmp_path / "other", {one: other, other: one})
     fields = {**workshop, "auxiliary_weight": 0.5, "output_dir": str(tmp_path / "run"), field: swapped}
     assert refusal(capsys, **fields) == (
-        f"{field} {swapped}: token 290 is {other!r} in its tokenizer and {one!r} in the autoencoder's, "
-        "so that the two read text differently."
+        f"{field} {swapped}: the tokenizers differ: token 290 is {other!r}, in the autoencoder's tokenizer {one!r}."
     )
 
 
@@ -223,10 +222,10 @@ def test_special_tokens_that_no_text_has_may_differ_but_no_others(workshop, llam
 def test_without_a_tokenizer_the_numbers_of_tokens_are_compared(workshop, tmp_path, capsys):
     built(workshop, make_llama(tmp_path / "small", tokenizer=None))
     assert (
-        f"init_backbone {tmp_path / 'small'}: no tokenizer can be read there, so only the numbers of tokens were "
-        "compared, 300 and the autoencoder's 301"
+        f"init_backbone {tmp_path / 'small'}: no tokenizer found, only the sizes were compared: it has a vocabulary "
+        "of 300 tokens, the autoencoder's has 301"
     ) in capsys.readouterr().out
     large = str(make_llama(tmp_path / "large", tokenizer=None, vocab_size=302))
     assert refusal(capsys, **workshop, init_backbone=large, output_dir=str(tmp_path / "run")) == (
-        f"init_backbone {large}: knows 302 tokens, the autoencoder 301."
+        f"init_backbone {large}: has a vocabulary of 302 tokens, the autoencoder's has 301."
     )

@@ -12,8 +12,8 @@ from training_helpers import RECIPES, start_training, train
 
 from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.recipe import load_recipe
-from calm_transformers.training.train import main, make_model
-from calm_transformers.training.trainer import begin, fit
+from calm_transformers.training.train import build_model, main
+from calm_transformers.training.trainer import prepare_run, set_up
 
 
 def words_of(fields: dict, tmp_path) -> list[str]:
@@ -72,7 +72,7 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--seed -1", "seed=-1: must be a whole number from 0"),
+        ("--seed -1", "seed=-1: must be an integer from 0"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0: must be at least 1"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps=0: must be at least 1"),
         ("--max_steps -1 --num_train_epochs 0", "num_train_epochs=0: must be above 0"),
@@ -81,7 +81,7 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
         ("--optim adamw_torch --optim_args 5", "optim adamw_torch: "),
         ("--lr_scheduler_type cosine --lr_scheduler_kwargs {nothing: 1}", "lr_scheduler_type cosine: "),
         ("--report_to nowhere", "report_to ['nowhere']: nowhere is not supported"),
-        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1: leave it out, training here relies on 0.0"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1: leave it out, this trainer relies on 0.0"),
         ("--resume_from_checkpoint runs/x", "resume_from_checkpoint='runs/x': leave it out"),
         ("--auxiliary_weight .nan", "auxiliary_weight=nan: must be a finite number"),
     ],
@@ -89,7 +89,7 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
 def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made(
     words, message, workshop, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.delattr("calm_transformers.training.train.make_model")
+    monkeypatch.delattr("calm_transformers.training.train.build_model")
     words = [*words_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
     assert message in refusal(capsys, main, "calm", *words)
     assert not (tmp_path / "run").exists()
@@ -102,7 +102,7 @@ def test_what_only_the_model_or_the_data_show_is_one_line_too(workshop, tmp_path
         ("--attn_implementation", "nope"): "nope",
         ("--deepspeed", "nope.json"): "deepspeed",
         ("--hidden_act", "nonsense"): "hidden_act='nonsense': must be one of gelu, ",
-        ("--autoencoder", workshop["tokenizer"]): "holds none, its config.json has model_type None",
+        ("--autoencoder", workshop["tokenizer"]): "has none, its config.json has model_type None",
         ("--autoencoder", "nowhere/at/all"): "no such folder",
     }.items():
         assert message in refusal(capsys, main, "calm", *fields, *words)
@@ -112,9 +112,9 @@ def test_the_autoencoder_of_a_calm_will_do_and_a_run_changes_neither_recipe_nor_
     def weights(name, autoencoder):
         own = {"autoencoder": autoencoder, "max_steps": 1, "output_dir": str(tmp_path / name)}
         recipe = load_recipe(str(RECIPES / "calm.yaml"), {**workshop, **own})
-        stated, tokenizer = begin(recipe), load_tokenizer(workshop["tokenizer"])
+        stated, tokenizer = set_up(recipe), load_tokenizer(workshop["tokenizer"])
         before = copy.deepcopy(recipe), copy.deepcopy(stated.to_dict())
-        fit(recipe, stated, make_model(recipe, tokenizer), tokenizer, 4)()
+        prepare_run(recipe, stated, build_model(recipe, tokenizer), tokenizer, 4)()
         assert (recipe, stated.to_dict()) == before
         return load_file(tmp_path / name / "model.safetensors")
 

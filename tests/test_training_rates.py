@@ -72,7 +72,7 @@ def test_drawn_targets_need_an_encoder_that_sees_them_alone(run, workshop, tmp_p
     within, fields = str(tmp_path / "within"), {**workshop, **FIELDS, "auxiliary_weight": 0.5}
     assert train("autoencoder", **own, max_steps=2, encoder_context=1, output_dir=within) == 0
     assert train("calm", **fields | {"autoencoder": within}, auxiliary_targets=2, output_dir=str(tmp_path / "no")) == 2
-    assert "auxiliary_targets=2: the autoencoder's encoder sees the patches before" in capsys.readouterr().err
+    assert "auxiliary_targets=2: the autoencoder's encoder reads previous patches" in capsys.readouterr().err
     weights, _ = run("run", max_steps=2, auxiliary_weight=0.5, autoencoder=within)
     trained = load_file(f"{within}/model.safetensors")["encoder.context_layer.weight"]
     assert torch.equal(weights["autoencoder.encoder.context_layer.weight"], trained)

@@ -48,17 +48,17 @@ AUXILIARY = {"auxiliary_weight": 0.1}
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no meaning without auxiliary_weight"),
-        ({"head_weight": 0.0}, "head_weight=0.0 has no meaning without auxiliary_weight"),
+        ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no effect without auxiliary_weight"),
+        ({"head_weight": 0.0}, "head_weight=0.0 has no effect without auxiliary_weight"),
         ({"auxiliary_decay": 2, **AUXILIARY}, "auxiliary_decay=2: must lie in [0, 1]"),
         ({"auxiliary_targets": -2, **AUXILIARY}, "auxiliary_targets=-2: must not be negative"),
         ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1: must not be negative"),
-        ({"distil": "a/llama"}, "distil a/llama: teaches through the multi-token loss, whose auxiliary_weight is 0"),
+        ({"distil": "a/llama"}, "distil a/llama: needs auxiliary_weight, as it acts on the MTP loss"),
         ({"distil_weight": 0.5, **AUXILIARY}, "distil_weight=0.5: must lie in (0, 1], and needs distil"),
         ({"lora_rank": 2, "init_from": "a/calm", **AUXILIARY}, "lora_rank needs init_from, and neither"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: must lie in [0, 1)"),
-        ({"ema_decay": 0.9, "fsdp": True}, "ema_decay averages whole weights, and fsdp shards them"),
-        ({"ema_decay": 0.9, "load_best_model_at_end": True}, "load_best_model_at_end the best weights: name one"),
+        ({"ema_decay": 0.9, "fsdp": True}, "ema_decay doesn't support fsdp, which shards the weights"),
+        ({"ema_decay": 0.9, "load_best_model_at_end": True}, "load_best_model_at_end the best weights: choose one"),
         ({"kind": "ar", "head_learning_rate": 0.1}, "head_learning_rate=0.1: only a CALM has a head"),
         ({"patch_embedding_init": "first"}, "patch_embedding_init='first': must be one of last, mix, mean"),
     ],
@@ -71,9 +71,9 @@ def test_fields_that_contradict_each_other_are_refused(fields, message):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--train_files", "train_files=True: must be a list of words"),
-        ("--block_size long", "block_size='long': must be a whole number"),
-        ("--append_eos no", "append_eos='no': must be true or false"),
+        ("--train_files", "train_files=True: must be a list of strings"),
+        ("--block_size long", "block_size='long': must be an integer"),
+        ("--append_eos no", "append_eos='no': must be a boolean"),
         ("--learning_rate", "learning_rate needs a value"),
         ("--learning_rate high", "learning_rate='high': must be a number"),
         ("--max_steps .inf", "max_steps=inf: must be a finite number"),
@@ -109,8 +109,8 @@ def test_the_command_line_is_read_as_yaml_and_whole_numbers_may_be_powers_of_ten
         ("kind: ar\ninit_backbone: a/llama", "it needs train calm, and no init_from."),
         ("kind: calm\ninit_backbone: a/llama\ninit_from: a/calm", "it needs train calm, and no init_from."),
         ("kind: transformer", "field kind, one of tokenizer, calm, autoencoder, ar"),
-        ("base: calm-s", "no recipe 'calm-s' to be its base: name a .yaml file or one of autoencoder, calm-fast"),
-        ("base: mine.yaml", "its bases lead back to it (mine.yaml -> mine.yaml)"),
+        ("base: calm-s", "its base 'calm-s' does not exist: name a .yaml file or one of autoencoder, calm-fast"),
+        ("base: mine.yaml", "its bases form a cycle (mine.yaml -> mine.yaml)"),
         ("kind: calm\nmodel: [4]", "section model must have fields"),
         ("- calm", "a recipe has fields"),
         ("kind: {", "cannot be read"),
@@ -196,4 +196,4 @@ def test_estimated_activations_are_within_a_third_of_what_autograd_keeps(kind):
     measured = sum(size for pointer, size in kept.items() if pointer not in weights) / 4 / ids.numel()
     assert outputs.loss.requires_grad
     cost = calm_cost(config, 256) if kind == "calm" else autoencoder_cost(config)
-    assert 0.95 < measured / cost.kept < 4 / 3
+    assert 0.95 < measured / cost.saved_activations < 4 / 3

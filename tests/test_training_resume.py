@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from training_helpers import start_training, train, write_corpus
 
 from calm_transformers.command_line import InputError
-from calm_transformers.training.recipe import changes, load_recipe
-from calm_transformers.training.trainer import damage, last_checkpoint
+from calm_transformers.training.recipe import allowed_changes, load_recipe
+from calm_transformers.training.trainer import find_damage, last_checkpoint
 
 KILLS = 10
 STEPS = 90
@@ -96,7 +96,7 @@ def test_a_run_does_not_go_on_as_another(name, run_of_two_steps):
     now = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"), {} if name in before.found else {name: OTHER[name]})
     now.found = before.found | {name: OTHER[name]} if name in before.found else before.found
     with pytest.raises(InputError, match=rf"holds checkpoints of another training \({name} .* -> .*name another"):
-        changes(before, now)
+        allowed_changes(before, now)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_run_goes_on_longer_with_the_same_text_elsewhere_in_other_pieces(copie
     changed |= {"train_files": shutil.copy(fields["train_files"], tmp_path), "autoencoder": f"./{autoencoder.name}/"}
     assert train("calm", **fields | changed) == 0
     printed = capsys.readouterr().out
-    assert "going on with gradient_accumulation_steps 1 -> 2, max_steps 2 -> 3, per_device" in printed
+    assert "resuming with changed fields: gradient_accumulation_steps 1 -> 2, max_steps 2 -> 3, per_device" in printed
     assert "resuming from checkpoint-2" in printed and f"the model is in {fields['output_dir']}" in printed
 
 
@@ -138,7 +138,7 @@ HALF = "half"
         ("optimizer.pt", None, "has no optimizer"),
         ("scheduler.pt", None, "has no schedule"),
         ("trainer_state.json", None, "was not finished"),
-        ("trainer_state.json", '{"global_step": 1}', "has a damaged trainer_state.json (it is of step 1)"),
+        ("trainer_state.json", '{"global_step": 1}', "has a damaged trainer_state.json (it is from step 1)"),
         ("config.json", "{", "has a damaged config.json"),
     ],
 )
@@ -149,7 +149,7 @@ def test_the_checkpoint_before_a_damaged_one_is_the_last(copied_run, name, conte
         os.truncate(file, file.stat().st_size // 2)
     else:
         file.unlink() if content is None else file.write_text(content)
-    assert damage(folder / "checkpoint-2").startswith(wrong)
+    assert find_damage(folder / "checkpoint-2").startswith(wrong)
     assert last_checkpoint(folder) == folder / "checkpoint-1"
 
 
@@ -173,7 +173,7 @@ def test_every_optimizer_is_resumed(workshop, tmp_path, optim):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"num_hidden_layers": 2, "auxiliary_weight": 0.0}, "is not of this model: missing ['model.layers.1."),
+        ({"num_hidden_layers": 2, "auxiliary_weight": 0.0}, "doesn't fit this model: missing ['model.layers.1."),
         ({"optim": "adagrad"}, "the optimizer of"),
         ({}, "Unexpected key"),
     ],

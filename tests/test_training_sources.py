@@ -86,7 +86,7 @@ def test_what_is_wrong_with_a_stream_is_one_sentence(workshop, tmp_path, capsys)
     for fields, message in [
         (
             workshop | {"train_files": str(tmp_path / "bad.jsonl")},
-            f"{tmp_path / 'bad.jsonl'}, line 2: no text: character 1",
+            f"{tmp_path / 'bad.jsonl'}, line 2: not valid Unicode: character 1",
         ),
         (workshop | {"max_steps": -1}, "streaming needs max_steps"),
         (no_files, "no data: give --train_files"),

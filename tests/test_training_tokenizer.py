@@ -43,7 +43,7 @@ def test_any_text_comes_back_behind_one_bos(tokenizer, text):
     [
         (259, "=259: must be at least 260"),
         ("all", "='all': must be at least 260"),
-        (5000, "=5000: the text gives only"),
+        (5000, "=5000: the text yields only"),
     ],
 )
 def test_a_vocabulary_too_small_or_too_large_for_the_text_is_refused(size, why):

@@ -134,7 +134,7 @@ def test_a_missing_or_unfit_part_is_named(workshop, tmp_path, capsys):
         ({"tokenizer": "runs/nowhere"}, "no such folder (train tokenizer makes one)"),
         ({"autoencoder": "runs/nowhere"}, "no such folder (train autoencoder makes one)"),
         ({"patch_size": 2}, "patch_size=2, but the autoencoder's is 4"),
-        ({"block_size": 30}, "block_size=30 is no multiple of patch_size=4"),
+        ({"block_size": 30}, "block_size=30 is not divisible by patch_size=4"),
         ({"recipe": "transformer-s"}, "the recipe 'transformer-s' is for train ar"),
     ]:
         assert train("calm", **workshop | fields, output_dir=str(tmp_path)) == 2
