@@ -34,10 +34,7 @@ MAX_ZSTD_WINDOW = 2**31  # bytes; as `zstd --long=31` writes, the maximum of the
 
 
 class BadLines:
-    """Handles lines without a document: skips and counts them, or raises.
-
-    `skip` is the option `skip_bad_lines`, `None` where the command has no such option.
-    """
+    """Skips and counts lines without a document, or raises; `skip` is None if there is no option `skip_bad_lines`."""
 
     def __init__(self, skip: bool | None = None):
         self.skip, self.count, self.first = skip, 0, None
@@ -384,7 +381,6 @@ def load_documents(options: DataOptions, part: str, description: str | None = No
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Returns the size on disk."""
     return sum(file.stat().st_size for file in files)
 
 

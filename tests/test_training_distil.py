@@ -1,4 +1,4 @@
-"""A Llama teaches the multi-token loss of a CALM, and is neither trained nor saved with it."""
+"""A Llama is distilled into the MTP loss of a CALM, and is neither trained nor saved with it."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def llama(workshop):
     return str(Path(workshop["tokenizer"]).with_name("theirs"))
 
 
-@pytest.mark.parametrize("num_items, share", [(None, 0.3), (40, 1.0)])
-def test_a_teacher_that_knows_the_text_changes_nothing(num_items, share):
+@pytest.mark.parametrize("num_items, weight", [(None, 0.3), (40, 1.0)])
+def test_a_teacher_that_predicts_the_text_changes_nothing(num_items, weight):
     torch.manual_seed(0)
     loss, hidden, labels = MultiTokenLoss(16, 12, K), torch.randn(2, 5, 16), torch.randint(10, (2, 5 * K))
     labels[:, :K] = labels[1, -3:] = -100
     truth = F.one_hot(labels.unflatten(1, (-1, K))[:, 1:].clamp(min=0), 12).float()
     plain = loss(hidden, labels, num_items)
-    assert torch.allclose(loss(hidden, labels, num_items, SoftTargets(truth, share)), plain)
+    assert torch.allclose(loss(hidden, labels, num_items, SoftTargets(truth, weight)), plain)
 
 
 def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
@@ -48,7 +48,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies_by_loops():
     assert torch.allclose(losses, torch.stack(expected))
 
 
-def test_a_lesson_is_the_llamas_law_of_each_true_prefix(llama):
+def test_soft_targets_are_the_llamas_probabilities_given_the_true_prefix(llama):
     before = LlamaForCausalLM.from_pretrained(llama).train()
     ids = torch.randint(NUM_KNOWN, (2, 3 * K))
     expected = Teacher(before, NUM_KNOWN + 1, K, 0.5).soft_targets(ids).probabilities
@@ -60,7 +60,7 @@ def test_a_lesson_is_the_llamas_law_of_each_true_prefix(llama):
             assert torch.allclose(expected[:, p, k], logits.softmax(-1), atol=1e-6)
 
 
-def test_unknown_tokens_are_hidden_from_the_teacher(llama):
+def test_tokens_unknown_to_the_teacher_are_masked(llama):
     teacher = Teacher(LlamaForCausalLM.from_pretrained(llama), NUM_KNOWN + 1, K, 1.0)
     ids = torch.randint(NUM_KNOWN, (1, 3 * K))
     filled = torch.cat([torch.full((1, 2), NUM_KNOWN), ids[:, :-2]], dim=1)
@@ -74,7 +74,7 @@ def test_unknown_tokens_are_hidden_from_the_teacher(llama):
 
 
 def test_distillation_trains_accumulates_and_resumes(workshop, llama, tmp_path):
-    """Two micro-batches of two rows and one of four are the same step: the backbone alone, for a head draws."""
+    """Two micro-batches of two rows and one of four are the same step, without the head, whose loss is random."""
     fields = {**workshop, "distil": llama, "distil_weight": 0.5, "auxiliary_weight": 1.0, "head_weight": 0.0}
     fields |= {"eval_strategy": "no", "save_steps": 2, "warmup_steps": 0, "lr_scheduler_type": "constant"}
     fields |= {"adam_epsilon": 0.01}
@@ -90,14 +90,14 @@ def test_distillation_trains_accumulates_and_resumes(workshop, llama, tmp_path):
     resumed = weights("parts")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert all(torch.allclose(whole[key], accumulated[key], atol=1e-6) for key in whole)
-    otherwise = weights("otherwise", distil_weight=1.0)
-    assert not all(torch.equal(whole[key], otherwise[key]) for key in whole)
+    changed = weights("changed", distil_weight=1.0)
+    assert not all(torch.equal(whole[key], changed[key]) for key in whole)
     # The teacher is neither trained nor saved.
     saved = load_file(tmp_path / "whole" / "checkpoint-2" / "auxiliary.safetensors")
     assert saved.keys() == {f"auxiliary.{name}" for name in MultiTokenLoss(32, NUM_KNOWN + 1, K).state_dict()}
 
 
-def test_a_dry_run_counts_the_teacher_and_one_of_shorter_texts_is_refused(workshop, llama, tmp_path, capsys):
+def test_a_dry_run_counts_the_teacher_whose_positions_must_suffice(workshop, llama, tmp_path, capsys):
     assert train("calm", **workshop, distil=llama, auxiliary_weight=0.5, dry_run=[]) == 0
     lines = capsys.readouterr().out.splitlines()
     (flops,) = [float(line.split()[1]) for line in lines if line.startswith("  teacher") and "trained" in line]
@@ -105,6 +105,5 @@ def test_a_dry_run_counts_the_teacher_and_one_of_shorter_texts_is_refused(worksh
     linear = sum(m.weight.numel() for m in before.modules() if isinstance(m, torch.nn.Linear))
     assert flops == pytest.approx(2 * linear + 2 * 4 * 32 * 32, rel=0.01)  # attention over 32 tokens, 2 layers of 32
     fields = {**workshop, "auxiliary_weight": 0.5, "distil": llama, "output_dir": str(tmp_path / "run")}
-    assert f"distil {llama}: max_position_embeddings=64 is less than block_size=128." in refusal(
-        capsys, **fields, block_size=128
-    )
+    message = f"distil {llama}: max_position_embeddings=64 is less than block_size=128."
+    assert message in refusal(capsys, **fields, block_size=128)

@@ -57,7 +57,6 @@ class CallProfile(NamedTuple):
 
 
 def profile_call(call: Callable, *args, **kwargs) -> CallProfile:
-    """Runs the call and returns its profile."""
     saved = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

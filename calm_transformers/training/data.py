@@ -34,7 +34,7 @@ OPTIONS_NOT_IN_KEY = {
 
 
 @dataclass(frozen=True)
-class TrainingLength:
+class RunLength:
     """The length of a training run: `max_steps` if above 0, else `epochs` of the data.
 
     `batch_size` is the number of blocks per step, over all processes and accumulated batches.
@@ -61,7 +61,7 @@ class TrainingDatasets:
 
 
 def build_datasets(
-    options: DataOptions, tokenizer, patch_size: int, length: TrainingLength, seed: int, cache: Path, evaluates: bool
+    options: DataOptions, tokenizer, patch_size: int, length: RunLength, seed: int, cache: Path, evaluates: bool
 ) -> TrainingDatasets:
     """Tokenises the data, or finds its tokens in the folder `cache`, and returns the datasets for Trainer."""
     block_options = {
@@ -96,7 +96,6 @@ def build_datasets(
 
 
 def token_cache_dir(options: DataOptions) -> Path:
-    """Returns the folder of the token files: `cache_dir`, or calm/tokens in the cache of Hugging Face."""
     return Path(options.cache_dir or Path(HF_HOME) / "calm" / "tokens")
 
 

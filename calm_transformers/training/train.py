@@ -174,12 +174,9 @@ def check_vocabulary(field: str, source: str, llama: LlamaConfig, tokenizer) -> 
         return
     difference = first_difference(llama_tokenizer, tokenizer, llama.vocab_size)
     if difference:
-        token_id, *tokens = difference
-        llama_token, our_token = ("none" if token is None else repr(token) for token in tokens)
-        raise InputError(
-            f"{field} {source}: the tokenizers differ: token {token_id} is {llama_token}, "
-            f"in the autoencoder's tokenizer {our_token}."
-        )
+        token_id, llama_token, our_token = (repr(part) if part is not None else "none" for part in difference)
+        tokens = f"token {token_id} is {llama_token}, in the autoencoder's tokenizer {our_token}"
+        raise InputError(f"{field} {source}: the tokenizers differ: {tokens}.")
 
 
 # the configuration
@@ -246,7 +243,6 @@ def describe_backbone(recipe: Recipe, config: CALMConfig) -> str:
 
 
 def tokenizer_fields(tokenizer) -> dict:
-    """Returns the configuration's fields that come from the tokenizer."""
     if tokenizer is None:  # in a dry run
         return {}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -30,13 +30,7 @@ from calm_transformers.command_line import InputError, sentence
 from calm_transformers.progress import hide_upstream_bars, shows_bars
 from calm_transformers.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, calm_state_dict, without_auxiliary
 from calm_transformers.training.average import WeightAverage
-from calm_transformers.training.data import (
-    PackedBlocks,
-    PatchCollator,
-    TrainingLength,
-    build_datasets,
-    token_cache_dir,
-)
+from calm_transformers.training.data import PackedBlocks, PatchCollator, RunLength, build_datasets, token_cache_dir
 from calm_transformers.training.diagnostics import diagnose
 from calm_transformers.training.recipe import (
     Recipe,
@@ -87,7 +81,7 @@ def prepare_run(
             recipe.data,
             tokenizer,
             patch_size,
-            TrainingLength(batch_size, initial_args.num_train_epochs, initial_args.max_steps),
+            RunLength(batch_size, initial_args.num_train_epochs, initial_args.max_steps),
             seed=initial_args.seed if initial_args.data_seed is None else initial_args.data_seed,
             cache=token_cache_dir(recipe.data),
             evaluates=initial_args.eval_strategy != "no",
@@ -152,7 +146,6 @@ def token_digest(data) -> str | None:
 
 
 def log_rank0(line: str) -> None:
-    """Prints the line in the process of rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
@@ -190,9 +183,8 @@ class CALMTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.head_learning_rate is not None:
-            split_param_group(
-                unwrap_model(self.model).get_submodule("head").parameters(), optimizer, self.head_learning_rate
-            )
+            head = unwrap_model(self.model).get_submodule("head")
+            split_param_group(head.parameters(), optimizer, self.head_learning_rate)
         return optimizer
 
     # loss and logs
