@@ -121,4 +121,4 @@ def test_it_is_scored_and_a_dry_run_counts_it(workshop, capsys):
     assert cost.parameters["head"] == (size + 1) * (size + 2 * latent) + 1
     assert train("calm", **workshop, dry_run=[]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\n  head +[\d.]+ M\n", printed) and "a draw of the head: 3 network calls" in printed
+    assert re.search(r"\n  head +[\d.]+ M\n", printed) and "one sample of the head: 3 network calls" in printed

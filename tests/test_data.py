@@ -1,4 +1,4 @@
-"""From files to blocks: every readable format, honest errors, and an order that shards and resumes without loss."""
+"""From files to blocks: every readable format, clear errors, and an order that shards and resumes exactly."""
 
 import codecs
 import gzip
@@ -25,24 +25,24 @@ from calm_transformers.command_line import InputError
 from calm_transformers.documents import (
     BadLines,
     DataOptions,
-    Separation,
-    documents,
+    DocumentEnding,
     expand_paths,
+    load_documents,
     read_documents,
     read_hub_dataset,
     tokenize_documents,
 )
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.training.data import (
-    Length,
     PackedBlocks,
     PatchCollator,
+    RunLength,
     StreamedBlocks,
     TokenFile,
     blocks_per_epoch,
+    build_datasets,
     cached_tokens,
-    data_sets,
-    token_file,
+    load_token_file,
 )
 from calm_transformers.training.tokenizer import train_bpe
 
@@ -100,11 +100,11 @@ def test_every_format_and_compression_gives_the_same_documents(tmp_path, name):
         ("", ["a.jsonl", "a1.jsonl", "a[1].jsonl", "sub/b.jsonl"]),
         ("a*.jsonl", ["a.jsonl", "a1.jsonl", "a[1].jsonl"]),
         ("a[12].jsonl", ["a1.jsonl"]),
-        ("a[1].jsonl", ["a[1].jsonl"]),  # what is there is no pattern
-        (".b.jsonl", [".b.jsonl"]),  # what is named is read
+        ("a[1].jsonl", ["a[1].jsonl"]),  # an existing file is no pattern
+        (".b.jsonl", [".b.jsonl"]),  # a hidden file that is named is read
     ],
 )
-def test_folders_and_patterns_are_read_in_a_fixed_order_without_what_is_hidden(tmp_path, named, found):
+def test_folders_and_patterns_are_read_in_a_fixed_order_without_hidden_files(tmp_path, named, found):
     data = tmp_path / ".hidden" / "data"
     hidden = (".b.jsonl", ".ipynb_checkpoints/c.jsonl", "d.jsonl/.e/f.jsonl")
     for name in ("sub/b.jsonl", "a[1].jsonl", "a1.jsonl", "a.jsonl", *hidden):
@@ -122,13 +122,13 @@ def test_folders_and_patterns_are_read_in_a_fixed_order_without_what_is_hidden(t
         ("a.jsonl", b'{"text": 3}', 'no string under the key "text"'),
         ("a.jsonl", b'["text"]', 'no string under the key "text"'),
         ("a.jsonl", b'{"text": "caf\xe9"}', r"not UTF-8 \(.*\); convert it to UTF-8"),
-        ("a.jsonl", rb'{"text": "x\ud800"}', "no text: character 2 is half of a surrogate pair"),
+        ("a.jsonl", rb'{"text": "x\ud800"}', "not valid Unicode: character 2 is a lone surrogate"),
         ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "JSON that is nested too deeply"),
         ("a.parquet", None, "no string in the column"),
         ("a.parquet", b"\xed\xa0\x80", "not UTF-8"),
     ],
 )
-def test_a_bad_line_stops_with_file_and_line_or_is_skipped_and_counted(tmp_path, name, line, why):
+def test_a_bad_line_raises_with_file_and_line_or_is_skipped_and_counted(tmp_path, name, line, why):
     path = tmp_path / name
     if name == "a.jsonl":
         path.write_bytes(jsonl(["first"]) + b"\n" + line + b"\n" + jsonl(["last"]))
@@ -162,14 +162,14 @@ TABLE = parquet(LONG)
         ("a.parquet", TABLE, "n", r'a\.parquet: the column "n" holds int64, not strings'),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_even_where_lines_are_skipped(tmp_path, name, content, column, message):
+def test_an_unreadable_file_is_an_error_even_if_lines_are_skipped(tmp_path, name, content, column, message):
     is_cut = message == CUT
     (tmp_path / name).write_bytes(content[: len(content) // 2] if is_cut else content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / name, text_column=column, bad_lines=BadLines(skip=name != "a.txt"))
 
 
-def test_paths_that_are_not_there_are_named(tmp_path):
+def test_missing_paths_are_named(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
     (tmp_path / "dead" / "a.jsonl").parent.mkdir()
     (tmp_path / "dead" / "a.jsonl").symlink_to(tmp_path / "gone")
@@ -179,7 +179,7 @@ def test_paths_that_are_not_there_are_named(tmp_path):
             expand_paths(str(tmp_path / name))
 
 
-def test_what_is_wrong_with_a_hub_data_set_is_said(tmp_path):
+def test_errors_of_a_hub_dataset_are_named(tmp_path):
     def broken():
         yield {"text": "a"}
         raise RuntimeError("no route to host")
@@ -193,29 +193,29 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(tmp_path):
         (stream(broken), "text", r"dataset, after row \d: cannot be read \(.*no route"),
         (rows, "text", 'no column "text"; it has body, n'),
         (rows, "n", 'dataset, line 1: no string in the column "n"'),
-        (surrogate, "text", "dataset, line 2: no text: character 1"),
+        (surrogate, "text", "dataset, line 2: not valid Unicode: character 1"),
     ]:
         with pytest.raises(InputError, match=message):
             list(read_hub_dataset(dataset, column))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text"')
     for part, message in {
-        "train": "neither a file here nor a Hub dataset",
-        "validation": "no held-out data: give",
+        "train": "neither a local file nor a reachable Hub dataset",
+        "validation": "no validation data: give",
     }.items():
         with pytest.raises(InputError, match=message):
-            documents(DataOptions(dataset=str(tmp_path)), part)
+            load_documents(DataOptions(dataset=str(tmp_path)), part)
 
 
-def test_what_was_skipped_is_said_once_also_where_nothing_is_left(tmp_path, capsys):
+def test_skipped_lines_are_reported_once_also_if_no_text_is_left(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(LINES + b"[]\n")
-    texts, _ = documents(DataOptions(train_files=[str(tmp_path / "a.jsonl")], skip_bad_lines=True), "train")
+    texts, _ = load_documents(DataOptions(train_files=[str(tmp_path / "a.jsonl")], skip_bad_lines=True), "train")
     assert list(texts) == list(texts) == TEXTS
     assert capsys.readouterr().err.count("1 bad line(s) skipped") == 1
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.jsonl").write_bytes(b"[]\n")
     options = DataOptions(train_files=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], skip_bad_lines=True)
     with pytest.raises(InputError, match=r"a\.txt and 1 more: no text there \(1 bad line.*b\.jsonl, line 1"):
-        list(documents(options, "train")[0])
+        list(load_documents(options, "train")[0])
 
 
 # tokens
@@ -225,23 +225,23 @@ def test_a_document_that_spells_special_tokens_is_text(capsys):
     special = ["<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>"]
     tokenizer = train_bpe([f"{token} and <|bos|><|eos|>" for token in special] * 9, 270)
     texts = [f"{token}one {token} two{token}" for token in special]
-    for text, found in zip(texts, tokenize_documents(texts, tokenizer, Separation()), strict=True):
+    for text, found in zip(texts, tokenize_documents(texts, tokenizer, DocumentEnding()), strict=True):
         assert found[0] == tokenizer.bos_token_id and min(found[1:]) > 3 and tokenizer.decode(found[1:]) == text
     blocks_BL = pack_blocks(texts, tokenizer, 4)
     assert (blocks_BL == tokenizer.bos_token_id).sum() <= len(texts) and tokenizer.eos_token_id not in blocks_BL
     plain = ["one two", "  \tthree\n\n four "]
-    as_ever = tokenizer(plain)["input_ids"]
-    assert [ids.tolist() for ids in tokenize_documents(plain, tokenizer, Separation())] == as_ever
-    assert tokenizer(special[2])["input_ids"] == [tokenizer.bos_token_id, 2]  # in a prompt it is what it says
+    expected = tokenizer(plain)["input_ids"]
+    assert [ids.tolist() for ids in tokenize_documents(plain, tokenizer, DocumentEnding())] == expected
+    assert tokenizer(special[2])["input_ids"] == [tokenizer.bos_token_id, 2]  # in a prompt it is the special token
     assert capsys.readouterr().err == ""
 
 
-def test_where_special_tokens_cannot_be_read_as_text_they_are_counted(capsys):
+def test_documents_whose_special_tokens_cannot_be_text_are_counted(capsys):
     """A Unigram vocabulary has them among its pieces."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "ab</s>")]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    assert len(list(tokenize_documents(["a</s>b</s>", "ab", "a?b"], tokenizer, Separation(append_eos=True)))) == 3
+    assert len(list(tokenize_documents(["a</s>b</s>", "ab", "a?b"], tokenizer, DocumentEnding(append_eos=True)))) == 3
     assert capsys.readouterr().err.startswith("warning: 1 document(s) spell special tokens")
 
 
@@ -249,13 +249,11 @@ ENDS = ([], []), ([EOS], [EOS]), ([EOS], [EOS, PAD, PAD])
 
 
 def test_documents_end_as_published():
-    """As the language model's, with EOS, and as the autoencoder's: EOS, then whole patches."""
-    a, separations = (
-        tiny_tokenizer().convert_tokens_to_ids("a"),
-        (Separation(), Separation(True), Separation(True, True, 4)),
-    )
-    for separation, ends in zip(separations, ENDS, strict=True):
-        found = [ids.tolist() for ids in tokenize_documents(["ab", "", "abcd"], tiny_tokenizer(), separation)]
+    """As for the language model, with EOS, and as for the autoencoder: EOS, then padding to a whole patch."""
+    a = tiny_tokenizer().convert_tokens_to_ids("a")
+    endings = (DocumentEnding(), DocumentEnding(True), DocumentEnding(True, True, 4))
+    for ending, ends in zip(endings, ENDS, strict=True):
+        found = [ids.tolist() for ids in tokenize_documents(["ab", "", "abcd"], tiny_tokenizer(), ending)]
         assert found == [[BOS, a, a + 1, *ends[0]], [BOS, a, a + 1, a + 2, a + 3, *ends[1]]]
 
 
@@ -282,15 +280,15 @@ def test_tokens_are_written_once_for_a_key_and_a_failure_leaves_nothing(tmp_path
         written(next(tmp_path.rglob("tokens.bin")), IDS)
 
 
-def test_of_two_processes_that_write_the_same_cache_the_second_takes_the_first_s(tmp_path, monkeypatch):
+def test_two_processes_that_write_the_same_cache_share_the_first_one(tmp_path, monkeypatch):
     """Their process ids are the same: they may be on different machines."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
 
-    def while_another_process_writes_it():
+    def write_while_another_process_does():
         yield IDS + 1
         written(tmp_path, IDS)
 
-    second = cached_tokens(tmp_path, {"key": ""}, while_another_process_writes_it)
+    second = cached_tokens(tmp_path, {"key": ""}, write_while_another_process_does)
     assert second.tokens.tolist() == [0, 1, 2] and len(list(tmp_path.iterdir())) == 1
 
 
@@ -303,8 +301,8 @@ def test_a_damaged_cache_is_written_again(tmp_path, name, size):
     assert written(tmp_path, IDS, IDS) == written(tmp_path) == [0, 1, 2] * 2
 
 
-def test_a_cache_gives_each_choice_of_options_its_own_tokens(tmp_path):
-    """Whatever was written there before by others."""
+def test_the_cache_keeps_the_tokens_of_different_options_apart(tmp_path):
+    """Also in a folder that others use, too."""
     (tmp_path / "hub").mkdir()
     for name in ("a", "b", "hub/train", "hub/test"):
         lines = "".join(json.dumps({"text": text, "body": name * 2}) + "\n" for text in (name, "c"))
@@ -321,7 +319,7 @@ def test_a_cache_gives_each_choice_of_options_its_own_tokens(tmp_path):
     ):
         options = DataOptions(**fields, cache_dir=str(tmp_path))
         shared, own = (
-            token_file(options, "train", tokenizer, 4, tmp_path / folder).tokens.tolist()
+            load_token_file(options, "train", tokenizer, 4, tmp_path / folder).tokens.tolist()
             for folder in ("shared", f"own{i}")
         )
         assert shared == own, fields
@@ -342,7 +340,7 @@ def starts(blocks) -> list[int]:
     return [int(block["input_ids"][0]) for block in blocks]
 
 
-def test_an_epoch_has_every_block_once_and_the_next_another_order():
+def test_an_epoch_hexpectedy_block_once_and_the_next_another_order():
     blocks = PackedBlocks(numbers(), block_size=8, num_blocks=24, seed=1)
     assert all((block["input_ids"].diff() == 1).all() for block in blocks)
     first, second = starts(blocks)[:12], starts(blocks)[12:]
@@ -350,7 +348,7 @@ def test_an_epoch_has_every_block_once_and_the_next_another_order():
     assert first != second and first != sorted(first)
 
 
-def test_random_phase_cuts_each_epoch_at_other_places():
+def test_random_phase_shifts_the_block_boundaries_of_each_epoch():
     blocks = PackedBlocks(numbers(), 8, num_blocks=24 * 12, seed=0, random_phase=True)
     assert {start % 8 for start in starts(blocks)} == set(range(8))
     first = starts(blocks)[: blocks.blocks_per_epoch]
@@ -360,20 +358,20 @@ def test_random_phase_cuts_each_epoch_at_other_places():
 def test_left_fill_makes_short_prompts_of_every_length():
     blocks = PackedBlocks(numbers(), 8, num_blocks=300, seed=0, left_fill=1.0, **FILLED)
     for block in blocks:
-        ids, filling = block["input_ids"].tolist(), block["filling"]
-        assert ids[:filling] == [1000] * filling and 1000 not in ids[filling:]
-        assert ids[filling] % 10 == 0 or ids[filling] > 90  # begins with a document, but at the very end of the data
-    assert {block["filling"] for block in blocks} == {0, 1, 2, 3}
+        ids, num_fillers = block["input_ids"].tolist(), block["num_fillers"]
+        assert ids[:num_fillers] == [1000] * num_fillers and 1000 not in ids[num_fillers:]
+        assert ids[num_fillers] % 10 == 0 or ids[num_fillers] > 90  # starts with a document, except at the data's end
+    assert {block["num_fillers"] for block in blocks} == {0, 1, 2, 3}
     some = PackedBlocks(numbers(), 8, num_blocks=1000, seed=0, left_fill=0.4, **FILLED)
-    share = np.mean([block["filling"] > 0 for block in some])
-    assert abs(share - 0.4 * 3 / 4) < 0.06  # four standard deviations
+    fraction = np.mean([block["num_fillers"] > 0 for block in some])
+    assert abs(fraction - 0.4 * 3 / 4) < 0.06  # four standard deviations
 
 
 @pytest.mark.parametrize(
     "fields, why",
     [
         ({"block_size": 0}, "block_size=0: must be at least 1"),
-        ({"block_size": 10}, r"block_size=10 is no multiple of patch_size=4"),
+        ({"block_size": 10}, r"block_size=10 is not divisible by patch_size=4"),
         ({"left_fill": 1.5}, r"left_fill=1.5: must lie in \[0, 1\]"),
         ({"left_fill": float("nan")}, r"left_fill=nan: must lie in \[0, 1\]"),
         ({"left_fill": 0.5}, "left_fill needs a filler token"),
@@ -382,23 +380,23 @@ def test_left_fill_makes_short_prompts_of_every_length():
         ({"validation_files": ["b.jsonl"]}, r"b\.jsonl: no such file"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_before_the_data_is_read(tmp_path, fields, why):
+def test_invalid_options_raise_before_the_data_is_read(tmp_path, fields, why):
     (tmp_path / "a.jsonl").write_bytes(b"not to be read")
     options, tokenizer = DataOptions([str(tmp_path / "a.jsonl")], **fields), tiny_tokenizer()
     tokenizer.pad_token = None
     evaluates = "validation_files" in fields
     with pytest.raises(InputError, match=why):
-        data_sets(options, tokenizer, 4, Length(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
+        build_datasets(options, tokenizer, 4, RunLength(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
     assert not (tmp_path / "tokens").exists()
 
 
 def test_steps_and_blocks_by_hand():
-    """The last batch of a training is a whole one, of the next epoch's blocks."""
-    steps = {Length(3): 3, Length(4): 3, Length(4, epochs=2): 5, Length(4, epochs=0.5): 2, Length(100): 1}
-    steps |= {Length(4, epochs=3, max_steps=7): 7}
+    """The last batch is filled up with blocks of the next epoch."""
+    steps = {RunLength(3): 3, RunLength(4): 3, RunLength(100): 1, RunLength(4, epochs=2): 5}
+    steps |= {RunLength(4, epochs=0.5): 2, RunLength(4, epochs=3, max_steps=7): 7}
     assert {length: length.num_steps(9) for length in steps} == steps
     assert blocks_per_epoch(24, 8) == blocks_per_epoch(31, 8) == 3
-    assert blocks_per_epoch(24, 8, random_phase=True) == 2  # wherever among the first 8 tokens it begins
+    assert blocks_per_epoch(24, 8, random_phase=True) == 2  # for any start among the first 8 tokens
     for is_random, end in ((False, r"\."), (True, " and a random phase")):
         with pytest.raises(InputError, match=f"7 tokens, too few for one block of block_size=8{end}"):
             blocks_per_epoch(7, 8, random_phase=is_random)
@@ -409,8 +407,8 @@ def test_steps_and_blocks_by_hand():
 # collator
 
 
-def test_labels_count_what_the_loss_predicts():
-    """Rows of every length mod K: Trainer divides by the labels that are counted, the model by its targets · K."""
+def test_the_labels_are_the_predicted_tokens():
+    """For rows of every length mod K: Trainer divides by the number of labels, the model by its targets · K."""
     rows = [{"input_ids": torch.arange(2, 2 + length)} for length in (16, 15, 9, 8, 5, 4)]
     model, batch = tiny_model(), PatchCollator(4, pad_token_id=0)(rows)
     counted = (batch["labels"] != -100).sum()
@@ -430,7 +428,7 @@ NONE = [-100] * 4
     [
         (range(10, 20), None, [*range(10, 20), 0, 0], [*NONE, *range(14, 18), *NONE], [1] * 10 + [0] * 2),
         (range(20, 26), None, [*range(20, 26), 0, 0, *[0] * 4], 3 * NONE, [1] * 6 + [0] * 6),
-        # a prompt of 6 tokens and a completion of 6: the patch across their border is no target
+        # a prompt of 6 tokens and a completion of 6: the patch across their boundary has no labels
         ([*[-100] * 6, *range(16, 22)], None, range(10, 22), [*NONE, *NONE, *range(18, 22)], [1] * 12),
         (range(10, 16), 2, [*range(10, 16), 2, 2, *[0] * 4], [*NONE, 14, 15, 2, 2, *NONE], [1] * 8 + [0] * 4),
     ],
@@ -442,7 +440,7 @@ def test_labels_are_whole_patches_after_the_first_by_hand(row, end, ids, labels,
     assert [batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask")] == [list(ids), labels, mask]
 
 
-def test_the_autoencoder_reconstructs_all_but_the_filling():
+def test_the_autoencoder_reconstructs_all_but_the_fillers():
     blocks = PackedBlocks(numbers(), 8, num_blocks=4, seed=0, left_fill=1.0, **FILLED)
     batch = PatchCollator(4, first_patch_is_given=False)([blocks[i] for i in range(4)])
     is_filler = batch["input_ids"] == 1000
@@ -455,7 +453,7 @@ def test_the_autoencoder_reconstructs_all_but_the_filling():
 
 
 def stream(lengths=(7, 30, 5, 11), seed=0, **options) -> StreamedBlocks:
-    """Documents 0, 1, … of the given lengths, over and over; their tokens say document and position."""
+    """Streams documents 0, 1, … of the given lengths; each token encodes document and position."""
     documents = [1000 * d + np.arange(n, dtype=np.uint32) for d, n in enumerate(lengths)]
     return StreamedBlocks(documents, iter, block_size=4, seed=seed, **options)
 
@@ -474,20 +472,22 @@ def test_workers_share_the_documents_of_an_epoch(num_documents, num_workers):
     assert len(set(blocks[:num_documents])) == num_documents
 
 
-def test_workers_of_unequal_shares_see_all_documents_as_often():
-    """Three documents: of two workers one has ten times the tokens of the other."""
+def test_workers_of_unequal_size_repeat_all_documents_equally_often():
+    """With three documents, one of two workers has ten times the tokens of the other."""
     seen = Counter(ids[0] // 1000 for ids in first_blocks(stream([80, 8, 80]), 42 * 10, 2))
     assert [round(seen[d] / 20, 1) for d in range(3)] == [10, 1, 10]
 
 
 def test_processes_share_a_stream():
-    def of_process(rank):
+    def process_blocks(rank):
         return first_blocks(IterableDatasetShard(stream(), 2, num_processes=2, process_index=rank), 12, 2, 2)
 
-    assert len({*of_process(0), *of_process(1)}) == len(set(first_blocks(stream(), 24, num_workers=2, batch_size=2)))
+    assert len({*process_blocks(0), *process_blocks(1)}) == len(
+        set(first_blocks(stream(), 24, num_workers=2, batch_size=2))
+    )
 
 
-def test_a_stream_loses_and_repeats_nothing_within_an_epoch_and_depends_on_the_seed_alone():
+def test_a_stream_has_each_token_once_per_epoch_and_depends_only_on_the_seed():
     lengths = [int(n) for n in np.random.default_rng(0).integers(1, 30, size=50)]
     total = sum(lengths)
     blocks = first_blocks(stream(lengths, shard_tokens=64), total // 4)

@@ -1,4 +1,4 @@
-"""The demo model made anew, in miniature: every phase runs, a run that was stopped goes on, every file is written."""
+"""The demo model in miniature: every phase runs, an interrupted run resumes, every file is written."""
 
 import json
 import lzma
@@ -30,9 +30,9 @@ def corpus(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.transformers
-def test_a_run_that_was_stopped_goes_on_and_writes_a_model_that_writes(corpus, tmp_path, monkeypatch, capsys):
-    """Stopped at the backbone's first checkpoint; how a kill within one is overcome, test_training_resume.py says."""
-    words = ["--corpus", corpus, "--runs", tmp_path / "runs", "--output", tmp_path / "output", "--max_steps", STEPS]
+def test_an_interrupted_run_resumes_and_writes_a_model_that_generates(corpus, tmp_path, monkeypatch, capsys):
+    """Interrupted at the backbone's first checkpoint; test_training_resume.py kills runs at other moments."""
+    args = ["--corpus", corpus, "--runs", tmp_path / "runs", "--output", tmp_path / "output", "--max_steps", STEPS]
     save = trainer.CALMTrainer._save_checkpoint
 
     def interrupted(self, *args):
@@ -42,10 +42,10 @@ def test_a_run_that_was_stopped_goes_on_and_writes_a_model_that_writes(corpus, t
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.CALMTrainer, "_save_checkpoint", interrupted)
-        assert main([str(word) for word in words]) == 130
+        assert main([str(arg) for arg in args]) == 130
     assert not (tmp_path / "output").exists()
     capsys.readouterr()
-    assert main([str(word) for word in words]) == 0
+    assert main([str(arg) for arg in args]) == 0
     printed = capsys.readouterr().out
     assert "train tokenizer" not in printed and "resuming from checkpoint-1" in printed
     output = tmp_path / "output"
@@ -57,18 +57,18 @@ def test_a_run_that_was_stopped_goes_on_and_writes_a_model_that_writes(corpus, t
     assert model.generate(**ids, max_new_tokens=4, num_candidates=4).shape[1] <= ids["input_ids"].shape[1] + 4
     trained, written = load_file(tmp_path / "runs" / "demo" / WEIGHTS), load_file(output / WEIGHTS)
     assert all((trained[key] == written[key]).all() for key in trained)
-    assert main([str(word) for word in words]) == 0  # finished phases end where they were
+    assert main([str(arg) for arg in args]) == 0  # finished phases change nothing
     assert all((value == written[key]).all() for key, value in load_file(output / WEIGHTS).items())
 
 
-def test_no_steps_are_refused_and_a_failed_phase_ends_the_run(tmp_path, capsys):
-    words = ["--corpus", tmp_path / "nowhere", "--runs", tmp_path / "runs"]
-    error = refusal(capsys, main, *words, "--max_steps", "0")
+def test_zero_steps_raise_and_a_failed_phase_ends_the_run(tmp_path, capsys):
+    args = ["--corpus", tmp_path / "nowhere", "--runs", tmp_path / "runs"]
+    error = refusal(capsys, main, *args, "--max_steps", "0")
     assert error.startswith("argument --max_steps: 0: must be a whole number of at least 1")
-    assert refusal(capsys, main, *words).endswith("tinystories-train.jsonl.xz: no such file or folder.")
+    assert refusal(capsys, main, *args).endswith("tinystories-train.jsonl.xz: no such file or folder.")
 
 
-def test_the_weights_come_last_and_each_file_whole(tmp_path, monkeypatch):
+def test_the_weights_are_copied_last_and_each_file_atomically(tmp_path, monkeypatch):
     model, output = tmp_path / "model", tmp_path / "output"
     for folder, content in ((model, "new"), (output, "old")):
         folder.mkdir()
@@ -91,9 +91,9 @@ def test_the_weights_come_last_and_each_file_whole(tmp_path, monkeypatch):
     assert all((output / name).read_text() == f"new {name}" for name in (*FILES, "modeling_calm.py"))
 
 
-def test_the_phases_by_hand_are_the_recipes_own(tmp_path):
-    """With the default folder a phase says nothing that its recipe doesn't say, but for the text."""
-    for kind, _, name, *words in phases(tmp_path, demo_model.Path("runs")):
-        recipe, stated = load_recipe(name, parse_command_line(words)), load_recipe(name)
-        assert (recipe.kind, recipe.model, recipe.output_dir) == (kind, stated.model, stated.output_dir)
-        assert {**recipe.training, "output_dir": ""} == {**stated.training, "output_dir": ""}
+def test_the_phases_change_only_paths_of_their_recipes(tmp_path):
+    """With the default folder a phase sets only its recipe's values, except for the text."""
+    for kind, _, name, *args in phases(tmp_path, demo_model.Path("runs")):
+        recipe, base = load_recipe(name, parse_command_line(args)), load_recipe(name)
+        assert (recipe.kind, recipe.model, recipe.output_dir) == (kind, base.model, base.output_dir)
+        assert {**recipe.training, "output_dir": ""} == {**base.training, "output_dir": ""}

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm_transformers.evaluation.brier_lm import main
 from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.loading import load_causal_lm
-from calm_transformers.training.train import with_lora
+from calm_transformers.training.train import add_lora
 
 
 def run(folder, *more, model=("ar",), data="text.jsonl.xz", block_size=24):
@@ -82,7 +82,7 @@ def loss_of(model, blocks):
 def test_an_adapter_equals_the_merged_model(folder, tmp_path, monkeypatch, name):
     """The adapter is saved as by LoRA training, without configuration and tokenizer."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    adapted = with_lora(load_causal_lm(str(folder / name)), rank=2)
+    adapted = add_lora(load_causal_lm(str(folder / name)), rank=2)
     torch.manual_seed(0)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -118,7 +118,7 @@ def test_an_adapter_without_a_base_raises(folder, tmp_path, monkeypatch, capsys)
         ((), dict(block_size=65), "supports at most 64 tokens"),
         ((), dict(model=("nowhere",)), "nowhere"),
         ((), dict(model=("calm",), block_size=2000), "has 1260 tokens, fewer than one block of 2000"),
-        ((), dict(data="no_such_dataset"), "neither a file here nor a Hub dataset within reach"),
+        ((), dict(data="no_such_dataset"), "neither a local file nor a reachable Hub dataset"),
         (("--text_column", "body"), {}, 'no string under the key "body"'),
         (("--tokenizer", "/no/where"), {}, "no such folder"),
         (("--batch_size", 0), {}, "argument --batch_size: 0: must be a whole number of at least 1"),

@@ -1,4 +1,4 @@
-"""Targets that the multi-token loss draws for the head: they follow its law, stand beside the text's, and train."""
+"""Pseudo-targets sampled from the MTP model for the head's loss: their distribution, the loss, and its gradients."""
 
 import itertools
 from functools import partial
@@ -15,7 +15,7 @@ V, K = 5, 3
 
 @pytest.fixture(scope="module")
 def loss():
-    """With weights large enough that the places depend on each other."""
+    """An MTP loss with weights large enough that the positions of a patch depend on each other."""
     torch.manual_seed(0)
     loss = MultiTokenLoss(16, V, K)
     for parameter in loss.parameters():
@@ -23,23 +23,23 @@ def loss():
     return loss
 
 
-def law_of(loss, hidden):
-    """Probabilities of all patches, in their order as numbers, from the teacher-forced logits."""
+def patch_probabilities(loss, hidden):
+    """Returns the probabilities of all patches, in lexicographic order, from the teacher-forced logits."""
     patches = torch.tensor(list(itertools.product(range(V), repeat=K)))
     log_probs = loss.teacher_forced(hidden.expand(len(patches), -1), patches).double().log_softmax(-1)
     return log_probs.gather(-1, patches[..., None]).sum((-1, -2)).exp().detach()
 
 
-def test_draws_follow_the_law(loss):
+def test_samples_follow_the_distribution(loss):
     hidden = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
-    drawn = loss.draw(hidden, 6_000, torch.Generator().manual_seed(2))
-    numbers = (drawn * torch.tensor([V * V, V, 1])).sum(-1)
-    laws = [law_of(loss, row) for row in hidden]
-    assert all(chi_square_p_value(numbers[:, row], laws[row]) > 1e-4 for row in (0, 1))
-    assert chi_square_p_value(numbers[:, 0], laws[1]) < 1e-9
+    samples = loss.draw(hidden, 6_000, torch.Generator().manual_seed(2))
+    numbers = (samples * torch.tensor([V * V, V, 1])).sum(-1)
+    expected = [patch_probabilities(loss, row) for row in hidden]
+    assert all(chi_square_p_value(numbers[:, row], expected[row]) > 1e-4 for row in (0, 1))
+    assert chi_square_p_value(numbers[:, 0], expected[1]) < 1e-9
 
 
-def test_a_target_like_the_text_s_own_changes_nothing():
+def test_a_pseudo_target_equal_to_the_text_changes_nothing():
     model = tiny_model()
     ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
     hidden, own = model(input_ids=ids).last_hidden_state, ids.unflatten(1, (-1, 4))[:, 1:].flatten(0, 1)
@@ -51,7 +51,7 @@ def test_a_target_like_the_text_s_own_changes_nothing():
     assert (loss(lambda context: own.flip(0).expand(3, -1, -1)) - loss()).abs() > 1e-3
 
 
-def test_the_loss_is_the_head_s_on_drawn_targets_and_the_auxiliary_one():
+def test_the_loss_is_the_head_loss_with_pseudo_targets_plus_the_auxiliary_loss():
     model = tiny_model()
     wrapped = WithAuxiliary(model, weight=0.5, head_weight=2.0, num_targets=3)
     ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))

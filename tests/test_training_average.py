@@ -1,4 +1,4 @@
-"""The moving average of the weights: what is exported and evaluated, also after a resume, and when it is refused."""
+"""The moving average of the weights: it is exported and evaluated, also after a resume."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ EVERY_STEP = {"max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS, "e
 
 
 def assert_averaged(found: dict, folder: Path, name: str) -> None:
-    """By hand: the average of the weights that the checkpoints hold."""
+    """Compares with the average of the checkpoints' weights, computed step by step."""
     weights = [load_file(folder / f"checkpoint-{step}" / name) for step in range(1, STEPS + 1)]
     average = weights[0]
     for later in weights[1:]:
@@ -43,7 +43,7 @@ def test_the_export_is_the_average_also_through_a_resume(workshop, tmp_path):
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-def test_the_evaluations_are_those_of_the_average_and_the_training_goes_its_way(workshop, tmp_path):
+def test_evaluation_uses_the_average_and_training_does_not(workshop, tmp_path):
     fields = {**workshop, **EVERY_STEP, "eval_strategy": "steps", "eval_steps": 2}
     for name, own in {"plain": {}, "average": {"ema_decay": DECAY}}.items():
         assert train("calm", **fields, **own, output_dir=str(tmp_path / name)) == 0
@@ -72,6 +72,6 @@ def test_the_average_of_half_precision_weights_is_float32():
         callback.on_step_end(None, None, None, model=model)
     (average,) = callback.average.module.parameters()
     assert average.dtype == torch.float32 and average.item() == pytest.approx(0.99 * 1 + 0.01 * 2)
-    with callback.in_place_of_weights(model):
-        assert model.weight.item() == 1.0078125  # the nearest in bfloat16
+    with callback.average_parameters(model):
+        assert model.weight.item() == 1.0078125  # the nearest value in bfloat16
     assert model.weight.item() == 2 and model.weight.dtype == torch.bfloat16

@@ -7,11 +7,11 @@ import pytest
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
-from training_helpers import same_draws_for_every_patch, start_training_together, train
+from training_helpers import same_noise_for_every_patch, start_training_together, train
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
-# With this epsilon Adam doesn't blow up the rounding of gradients near zero.
+# With this epsilon Adam doesn't amplify rounding errors of gradients near zero.
 PLAIN = {"adam_epsilon": 0.01, "lr_scheduler_type": "constant", "eval_strategy": "no"}
 FSDP = {"fsdp": "true", "fsdp_config": "{version: 2, transformer_layer_cls_to_wrap: [LlamaDecoderLayer]}"}
 WHOLE_PARTS = {"fsdp": "true", "fsdp_config": "{version: 2}"}  # head and autoencoder are sharded as units, too
@@ -45,7 +45,7 @@ def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(
     workshop, tmp_path, monkeypatch, sharding, own, is_slow
 ):
     fields = {**workshop, **PLAIN, **own}
-    same_draws_for_every_patch(monkeypatch)
+    same_noise_for_every_patch(monkeypatch)
     one_process = tmp_path / "one"
     assert train("calm", **fields, per_device_train_batch_size=4, output_dir=str(one_process)) == 0
 
@@ -62,6 +62,6 @@ def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(
     expected, found = (load_file(folder / "model.safetensors") for folder in (one_process, tmp_path / "two"))
     assert expected.keys() == found.keys()
     assert max((expected[key] - found[key]).abs().max() for key in expected) < 1e-6
-    # What was sharded is one file that a single process loads, with our code beside it.
+    # The exported model is one file, not sharded, with our code.
     assert isinstance(CALMForCausalLM.from_pretrained(tmp_path / "two"), CALMForCausalLM)
     assert {path.name for path in (tmp_path / "two").glob("*.py")} == {path.name for path in one_process.glob("*.py")}

@@ -1,4 +1,4 @@
-"""`--dry_run` counts the configuration that the run would train, and says what it had to assume."""
+"""`--dry_run` counts the configuration that the run would train, and reports its assumptions."""
 
 import json
 from pathlib import Path
@@ -33,32 +33,32 @@ def test_the_configuration_is_the_one_that_a_run_trains(kind, workshop, tmp_path
     assert trained.vocab_size == 300
     assert values(dry_run_config(kind, monkeypatch, **fields)) == values(trained)
 
-    # Going on from it: also without any tokenizer named, and whatever sizes the recipe states.
-    goes_on = {"init_from": str(tmp_path)} | ({} if kind == "calm" else {"hidden_size": 64})
-    assert values(dry_run_config(kind, monkeypatch, **goes_on)) == values(trained)
+    # Initialised from it: also without a tokenizer, and whatever the sizes in the recipe.
+    initialised = {"init_from": str(tmp_path)} | ({} if kind == "calm" else {"hidden_size": 64})
+    assert values(dry_run_config(kind, monkeypatch, **initialised)) == values(trained)
 
 
-NOT_THERE = "patch_size 4, latent_size 128: CALMConfig's default, for the autoencoder {} is not there yet"
+MISSING = "patch_size 4, latent_size 128: CALMConfig's default, as the autoencoder {} does not exist yet"
 
 
-def test_what_is_not_there_yet_is_said(workshop, tmp_path, monkeypatch, capsys):
+def test_missing_inputs_and_assumed_defaults_are_reported(workshop, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("kind: ar")
     neither = report("calm", "demo-backbone", capsys)
-    assert neither[:2] == ["recipe demo-backbone", NOT_THERE.format("runs/demo-autoencoder")]
-    of_tokenizer = "vocab_size 128,257: CALMConfig's default, for the tokenizer runs/demo-tokenizer is not there yet"
-    assert neither[2:4] == [of_tokenizer, ""]
+    assert neither[:2] == ["recipe demo-backbone", MISSING.format("runs/demo-autoencoder")]
+    note = "vocab_size 128,257: CALMConfig's default, as the tokenizer runs/demo-tokenizer does not exist yet"
+    assert neither[2:4] == [note, ""]
     unnamed, typo = report("ar", "mine.yaml", capsys), report("ar", "transformer-s", capsys, tokenizer="runs/typo")
-    assert unnamed[1] == "vocab_size 32,000: LlamaConfig's default, for no tokenizer is named"
-    assert typo[1] == "vocab_size 128,256: the recipe's, for the tokenizer runs/typo is not there yet"
-    # Where one of the two is there, its vocabulary counts.
+    assert unnamed[1] == "vocab_size 32,000: LlamaConfig's default, as no tokenizer is named"
+    assert typo[1] == "vocab_size 128,256: the recipe's, as the tokenizer runs/typo does not exist yet"
+    # If one of the two exists, its vocabulary is used.
     two = [workshop["autoencoder"], "runs/none"], ["runs/none", workshop["tokenizer"]]
     one, other = (report("calm", "demo-backbone", capsys, autoencoder=a, tokenizer=t) for a, t in two)
-    assert one[1] == "" and other[1] == NOT_THERE.format("runs/none")
+    assert one[1] == "" and other[1] == MISSING.format("runs/none")
     assert one[3] == other[4]  # the token embedding
 
 
-def test_what_is_there_and_wrong_is_refused_as_the_run_would(workshop, tmp_path, capsys):
+def test_invalid_inputs_raise_as_in_a_run(workshop, tmp_path, capsys):
     (tmp_path / "tokenizer").mkdir()
     autoencoder = workshop["autoencoder"]
     changed = json.loads((Path(autoencoder) / "config.json").read_text()) | {"vocab_size": 299}
@@ -68,7 +68,7 @@ def test_what_is_there_and_wrong_is_refused_as_the_run_would(workshop, tmp_path,
         (
             "calm",
             workshop | {"autoencoder": str(tmp_path)},
-            "knows 299 tokens, the tokenizer 300: both must be the ones",
+            "has a vocabulary of 299 tokens, the tokenizer one of 300: use the tokenizer",
         ),
         ("ar", {"init_from": "runs/nowhere"}, "runs/nowhere: no such folder"),
         ("ar", {"init_from": autoencoder}, "is a model of type 'calm_autoencoder', not 'llama'"),

@@ -1,4 +1,4 @@
-"""Going on from a model: whole, with LoRA, with another head, or with a frozen backbone."""
+"""Training initialised from a model: all weights, LoRA, another head, or a frozen backbone."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from training_helpers import train
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.recipe import load_recipe
-from calm_transformers.training.train import make_model
+from calm_transformers.training.train import build_model
 
 FAST = {
     **{"block_size": 32, "per_device_train_batch_size": 4, "max_steps": 3, "warmup_steps": 0, "logging_steps": 1},
@@ -24,7 +24,7 @@ def start(workshop, tmp_path_factory):
 
 @pytest.fixture
 def fields(workshop, start, tmp_path):
-    """Fields of a recipe that names a model to go on from: no sizes, no autoencoder."""
+    """Fields of a recipe that is initialised from a model: no sizes, no autoencoder."""
     (tmp_path / "finetune.yaml").write_text("kind: calm")
     data = {key: workshop[key] for key in ("train_files", "cache_dir")}
     own = {"recipe": str(tmp_path / "finetune.yaml"), "init_from": str(start), "tokenizer": str(start)}
@@ -37,19 +37,19 @@ def changed(before, after) -> set[str]:
     return {key for key in before if not torch.equal(before[key], after[key])}
 
 
-@pytest.mark.parametrize("own, learning", [({}, {"model", "head"}), ({"freeze_backbone": "true"}, {"head"})])
-def test_what_goes_on_learning(own, learning, fields, start, tmp_path):
+@pytest.mark.parametrize("own, trained", [({}, {"model", "head"}), ({"freeze_backbone": "true"}, {"head"})])
+def test_the_trained_parts(own, trained, fields, start, tmp_path):
     assert train("calm", **fields | own) == 0
-    assert {key.split(".")[0] for key in changed(start, tmp_path / "run")} == learning
+    assert {key.split(".")[0] for key in changed(start, tmp_path / "run")} == trained
 
 
-def test_lora_leaves_the_base_and_the_autoencoder_alone_also_through_a_resume(fields, start, tmp_path):
+def test_lora_changes_neither_base_nor_autoencoder_also_through_a_resume(fields, start, tmp_path):
     fields |= {"lora_rank": 2, "save_steps": 1}
     assert train("calm", **fields | {"max_steps": 2}) == 0
     assert train("calm", **fields) == 0
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert adapter and not any("autoencoder" in key for key in adapter)
-    # Merged into the linear layers, and into nothing else.
+    # It is merged into the linear layers only.
     modules = CALMForCausalLM.from_pretrained(start).named_modules()
     linear = {f"{name}.weight" for name, module in modules if isinstance(module, torch.nn.Linear)}
     assert changed(start, tmp_path / "run") == {name for name in linear if not name.startswith("autoencoder")}
@@ -59,7 +59,7 @@ def test_lora_leaves_the_base_and_the_autoencoder_alone_also_through_a_resume(fi
     assert all(torch.equal(whole[key], adapter[key]) for key in whole)
 
 
-def test_another_head_can_be_put_on_the_backbone(fields, start, tmp_path):
+def test_the_head_can_be_replaced(fields, start, tmp_path):
     fields |= {"head_type": "flow", "freeze_backbone": "true"}
     assert train("calm", **fields) == 0
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
@@ -67,16 +67,16 @@ def test_another_head_can_be_put_on_the_backbone(fields, start, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("head."))
 
 
-def test_a_new_head_has_the_dtype_of_the_model_that_it_is_put_on(fields, start, tmp_path):
+def test_a_new_head_has_the_dtype_of_its_model(fields, start, tmp_path):
     CALMForCausalLM.from_pretrained(start).bfloat16().save_pretrained(tmp_path / "half")
     recipe = load_recipe(fields["recipe"], {"init_from": str(tmp_path / "half"), "head_type": "flow"})
-    model = make_model(recipe, tokenizer=None)
+    model = build_model(recipe, tokenizer=None)
     assert len({parameter.dtype for parameter in model.parameters()}) == 1
     ids = torch.randint(20, (2, 16))
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
 
 
-def test_what_is_no_model_or_head_is_refused(fields, capsys):
+def test_a_missing_model_or_unknown_head_raises(fields, capsys):
     assert train("calm", **fields | {"head_type": "energi"}) == 2
     assert "head_type='energi': must be one of" in capsys.readouterr().err
     assert train("calm", **fields | {"init_from": "runs/nowhere"}) == 2

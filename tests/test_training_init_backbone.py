@@ -1,4 +1,4 @@
-"""A CALM begins with the backbone of a Llama whose tokenizer is the autoencoder's."""
+"""The backbone of a CALM is initialised from a Llama whose tokenizer is the autoencoder's."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.recipe import load_recipe
 from calm_transformers.training.tokenizer import first_difference
-from calm_transformers.training.train import config_and_notes, for_training, make_model
+from calm_transformers.training.train import build_model, config_with_notes, wrap_for_training
 
 K = 4
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 16}
@@ -46,9 +46,9 @@ def llama(workshop):
     return str(Path(workshop["tokenizer"]).with_name("theirs"))
 
 
-def built(workshop, llama, **fields) -> CALMForCausalLM:
+def build(workshop, llama, **fields) -> CALMForCausalLM:
     torch.manual_seed(2)
-    return make_model(recipe_of(workshop, init_backbone=str(llama), **fields), load_tokenizer(workshop["tokenizer"]))
+    return build_model(recipe_of(workshop, init_backbone=str(llama), **fields), load_tokenizer(workshop["tokenizer"]))
 
 
 # weights
@@ -57,7 +57,7 @@ def built(workshop, llama, **fields) -> CALMForCausalLM:
 @pytest.mark.parametrize("name", LLAMAS)
 def test_the_backbone_computes_what_the_llama_does(name, workshop, llama, tmp_path):
     folder = make_llama(tmp_path, llama, **LLAMAS[name])
-    before, model = LlamaForCausalLM.from_pretrained(folder).model.eval(), built(workshop, folder).eval()
+    before, model = LlamaForCausalLM.from_pretrained(folder).model.eval(), build(workshop, folder).eval()
     embeds = before.embed_tokens(torch.randint(NUM_KNOWN, (2, 80)))  # longer than the Llama's, for dynamic RoPE
     after = LlamaModel.forward(model.model, inputs_embeds=embeds).last_hidden_state
     assert torch.equal(after, before(inputs_embeds=embeds).last_hidden_state)
@@ -67,11 +67,11 @@ def test_the_backbone_computes_what_the_llama_does(name, workshop, llama, tmp_pa
     assert torch.equal(LlamaModel.forward(again, inputs_embeds=embeds).last_hidden_state, after)
 
 
-@pytest.mark.parametrize("vocab_size", [NUM_KNOWN, 320])  # filled up to a round number with rows that no token has
-def test_embeddings_are_taken_and_new_tokens_get_their_mean(vocab_size, workshop, llama, tmp_path):
+@pytest.mark.parametrize("vocab_size", [NUM_KNOWN, 320])  # padded with rows that no token has
+def test_embeddings_are_copied_and_new_tokens_get_their_mean(vocab_size, workshop, llama, tmp_path):
     folder = make_llama(tmp_path, llama, dtype=torch.bfloat16, vocab_size=vocab_size)
     known = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].float()
-    model = built(workshop, folder)
+    model = build(workshop, folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     embeddings, new = model.model.embed_tokens.weight, known.mean(0) if vocab_size == NUM_KNOWN else known[NUM_KNOWN]
     assert embeddings.shape == (NUM_KNOWN + 1, 32) and torch.equal(embeddings[:NUM_KNOWN], known[:NUM_KNOWN])
@@ -82,8 +82,8 @@ WEIGHTS = {"last": [0, 0, 0, 1], "mean": [0.25] * 4, "mix": [1 / 15, 2 / 15, 4 /
 
 
 @pytest.mark.parametrize("how", WEIGHTS)
-def test_a_patch_begins_as_the_mean_of_its_tokens(how, workshop, llama):
-    model = built(workshop, llama, patch_embedding_init=how).model
+def test_the_initial_patch_embedding_is_a_mean_of_its_tokens(how, workshop, llama):
+    model = build(workshop, llama, patch_embedding_init=how).model
     embeddings = model.embed_tokens.weight[:NUM_KNOWN]
     tokens = torch.randn(3, 2 * K, 32)
     mean = (tokens.unflatten(1, (2, K)) * torch.tensor(WEIGHTS[how])[:, None]).sum(2)
@@ -92,14 +92,14 @@ def test_a_patch_begins_as_the_mean_of_its_tokens(how, workshop, llama):
     assert torch.allclose(model.embed_patches(tokens), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("where", ["multi-token loss", "token-chain head"])
+@pytest.mark.parametrize("where", ["MTP loss", "token-chain head"])
 @torch.no_grad()
-def test_every_place_of_a_patch_begins_with_what_the_llama_expects_next(where, workshop, llama):
-    fields = {"auxiliary_weight": 1.0} if where == "multi-token loss" else {"head_type": "token_chain"}
+def test_every_position_of_a_patch_initially_predicts_the_llamas_next_token(where, workshop, llama):
+    fields = {"auxiliary_weight": 1.0} if where == "MTP loss" else {"head_type": "token_chain"}
     recipe = recipe_of(workshop, init_backbone=llama, **fields)
     tokenizer = load_tokenizer(workshop["tokenizer"])
-    model = make_model(recipe, tokenizer)
-    chain = model.head.chain if where == "token-chain head" else for_training(model, recipe, tokenizer).auxiliary
+    model = build_model(recipe, tokenizer)
+    chain = model.head.chain if where == "token-chain head" else wrap_for_training(model, recipe, tokenizer).auxiliary
     before = LlamaForCausalLM.from_pretrained(llama).eval()
     ids = torch.randint(NUM_KNOWN, (4, 40))
     expected = before(ids).logits.log_softmax(-1)
@@ -109,24 +109,24 @@ def test_every_place_of_a_patch_begins_with_what_the_llama_expects_next(where, w
     of_uniform = (expected.exp() * expected).sum(-1) + math.log(NUM_KNOWN)
     assert divergence.mean() < 0.1 * of_uniform.mean()
     embeddings = [before.model.embed_tokens] * (K - 1)
-    for matrix, theirs in zip((chain.lm_head, *chain.embeddings), (before.lm_head, *embeddings), strict=True):
-        assert torch.equal(matrix.weight[:NUM_KNOWN], theirs.weight)
-        assert torch.allclose(matrix.weight[NUM_KNOWN], theirs.weight.mean(0), atol=1e-6)
+    for matrix, source in zip((chain.lm_head, *chain.embeddings), (before.lm_head, *embeddings), strict=True):
+        assert torch.equal(matrix.weight[:NUM_KNOWN], source.weight)
+        assert torch.allclose(matrix.weight[NUM_KNOWN], source.weight.mean(0), atol=1e-6)
 
 
 # the command
 
 
-def test_a_training_begins_with_a_llama_and_resumes_without_its_weights(workshop, llama, tmp_path, capsys):
+def test_a_training_starts_from_a_llama_and_resumes_without_its_weights(workshop, llama, tmp_path, capsys):
     folder = make_llama(tmp_path / "llama", llama, **LLAMAS["llama3"])
     fields = {**workshop, "init_backbone": str(folder), "eval_strategy": "no", "save_steps": 2, "warmup_steps": 0}
     fields |= {"lr_scheduler_type": "constant", "auxiliary_weight": 1.0}
     assert train("calm", **fields, max_steps=4, output_dir=str(tmp_path / "whole")) == 0
     sizes = (
         "num_hidden_layers 2, hidden_size 32, intermediate_size 40, num_attention_heads 4, num_key_value_heads 4, "
-        f"head_dim 8, max_position_embeddings 64: of the Llama {folder}"
+        f"head_dim 8, max_position_embeddings 64: from the Llama {folder}"
     )
-    assert f"{sizes}; 1 more tokens begin with the mean embedding\n" in capsys.readouterr().out
+    assert f"{sizes}; 1 new tokens get the mean embedding\n" in capsys.readouterr().out
 
     assert train("calm", **fields, max_steps=2, output_dir=str(tmp_path / "parts")) == 0
     (folder / "model.safetensors").unlink()
@@ -134,12 +134,12 @@ def test_a_training_begins_with_a_llama_and_resumes_without_its_weights(workshop
     whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
-    # The run's own recipe begins it again, and a dry run has its configuration.
-    config, notes = config_and_notes(load_recipe(str(tmp_path / "whole" / "recipe.yaml")))
+    # The saved recipe gives the same configuration in a dry run.
+    config, notes = config_with_notes(load_recipe(str(tmp_path / "whole" / "recipe.yaml")))
     assert values(config) == values(CALMConfig.from_pretrained(tmp_path / "whole")) and notes == [sizes]
 
 
-def test_what_contradicts_the_llama_is_refused(workshop, llama, tmp_path, capsys):
+def test_fields_that_contradict_the_llama_raise(workshop, llama, tmp_path, capsys):
     own, autoencoder = {**workshop, "init_backbone": llama, "output_dir": str(tmp_path)}, workshop["autoencoder"]
     assert train("calm", **own, hidden_size=32, rope_theta=10000.0, num_key_value_heads=2, dry_run=[]) == 0
     for fields, message in [
@@ -155,13 +155,13 @@ def test_what_contradicts_the_llama_is_refused(workshop, llama, tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_llama_that_is_not_whole_is_refused(workshop, llama, tmp_path, capsys):
+def test_a_damaged_llama_raises(workshop, llama, tmp_path, capsys):
     fields = {**workshop, "output_dir": str(tmp_path / "run")}
     broken = Path(shutil.copytree(llama, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     changes = {
-        "misses model.norm.weight": {key: value for key, value in weights.items() if key != "model.norm.weight"},
-        "has no place for model.layers.9.bias": weights | {"model.layers.9.bias": torch.zeros(32)},
+        "missing model.norm.weight": {key: value for key, value in weights.items() if key != "model.norm.weight"},
+        "unexpected model.layers.9.bias": weights | {"model.layers.9.bias": torch.zeros(32)},
     }
     for message, changed in changes.items():
         save_file(changed, broken / "model.safetensors", {"format": "pt"})
@@ -177,7 +177,7 @@ def test_a_llama_that_is_not_whole_is_refused(workshop, llama, tmp_path, capsys)
 
 
 def with_tokens(tokenizer: str, folder: Path, changed: dict[str, str]) -> str:
-    """A copy of a folder whose tokenizer calls some tokens otherwise."""
+    """Copies a folder and renames some tokens of its tokenizer."""
     shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("tokens"))
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
@@ -190,26 +190,25 @@ def with_tokens(tokenizer: str, folder: Path, changed: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("field", ["init_backbone", "distil"])
-def test_a_tokenizer_that_differs_is_refused_naming_the_token(field, workshop, llama, tmp_path, capsys):
+def test_the_error_of_a_different_tokenizer_names_the_token(field, workshop, llama, tmp_path, capsys):
     one, other = load_tokenizer(llama).convert_ids_to_tokens([290, 295])
     swapped = with_tokens(llama, tmp_path / "other", {one: other, other: one})
     fields = {**workshop, "auxiliary_weight": 0.5, "output_dir": str(tmp_path / "run"), field: swapped}
     assert refusal(capsys, **fields) == (
-        f"{field} {swapped}: token 290 is {other!r} in its tokenizer and {one!r} in the autoencoder's, "
-        "so that the two read text differently."
+        f"{field} {swapped}: the tokenizers differ: token 290 is {other!r}, in the autoencoder's tokenizer {one!r}."
     )
 
 
-def test_special_tokens_that_no_text_has_may_differ_but_no_others(workshop, llama, tmp_path):
+def test_only_special_tokens_that_no_text_has_may_differ(workshop, llama, tmp_path):
     def changed(filler, eos_token="<|eos|>"):
         tokenizer = load_tokenizer(with_tokens(llama, tmp_path / filler / eos_token, {"<|filler|>": filler}))
         tokenizer.eos_token = eos_token
         return tokenizer
 
     ours, plain = load_tokenizer(workshop["tokenizer"]), load_tokenizer(llama)
-    for their, our, num_known, difference in [
+    for pretrained, own, vocab_size, difference in [
         (plain, ours, NUM_KNOWN, None),
-        # The other way round the Llama has a token that the autoencoder lacks, unless it has no embedding of it.
+        # The Llama must not have a token that the autoencoder lacks, unless it has no embedding for it.
         (ours, plain, NUM_KNOWN + 1, (NUM_KNOWN, "<|one more|>", None)),
         (ours, plain, NUM_KNOWN, None),
         (changed("<|reserved|>"), ours, NUM_KNOWN, None),
@@ -217,16 +216,16 @@ def test_special_tokens_that_no_text_has_may_differ_but_no_others(workshop, llam
         (changed("<|end|>", eos_token="<|end|>"), ours, NUM_KNOWN, (0, "<|end|>", "<|filler|>")),
         (plain, ours, 290, (290, None, plain.convert_ids_to_tokens(290))),
     ]:
-        assert first_difference(their, our, num_known) == difference
+        assert first_difference(pretrained, own, vocab_size) == difference
 
 
-def test_without_a_tokenizer_the_numbers_of_tokens_are_compared(workshop, tmp_path, capsys):
-    built(workshop, make_llama(tmp_path / "small", tokenizer=None))
+def test_without_a_tokenizer_the_vocabulary_sizes_are_compared(workshop, tmp_path, capsys):
+    build(workshop, make_llama(tmp_path / "small", tokenizer=None))
     assert (
-        f"init_backbone {tmp_path / 'small'}: no tokenizer can be read there, so only the numbers of tokens were "
-        "compared, 300 and the autoencoder's 301"
+        f"init_backbone {tmp_path / 'small'}: no tokenizer found, only the sizes were compared: it has a vocabulary "
+        "of 300 tokens, the autoencoder's has 301"
     ) in capsys.readouterr().out
     large = str(make_llama(tmp_path / "large", tokenizer=None, vocab_size=302))
     assert refusal(capsys, **workshop, init_backbone=large, output_dir=str(tmp_path / "run")) == (
-        f"init_backbone {large}: knows 302 tokens, the autoencoder 301."
+        f"init_backbone {large}: has a vocabulary of 302 tokens, the autoencoder's has 301."
     )

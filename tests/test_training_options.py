@@ -1,4 +1,4 @@
-"""Trainer's options that must change neither the law nor the log: precision, checkpointing, compilation, reporters."""
+"""Trainer's options: those that leave the trajectory as it is, reporters, and errors before a model is built."""
 
 import copy
 import json
@@ -12,23 +12,23 @@ from training_helpers import RECIPES, start_training, train
 
 from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.recipe import load_recipe
-from calm_transformers.training.train import main, make_model
-from calm_transformers.training.trainer import begin, fit
+from calm_transformers.training.train import build_model, main
+from calm_transformers.training.trainer import prepare_run, set_up
 
 
-def words_of(fields: dict, tmp_path) -> list[str]:
+def arguments_of(fields: dict, tmp_path) -> list[str]:
     own = {"recipe": RECIPES / "calm.yaml", "output_dir": tmp_path / "run", **fields}
     return [str(word) for name, value in own.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture
 def run(workshop, tmp_path):
-    """Trains with fixed draws, in a process of its own, for accelerate keeps such options; weights and losses."""
+    """Trains with fixed noise, in its own process as accelerate keeps such options; returns weights and losses."""
     fields = {**workshop, "auxiliary_weight": 0.5, "adam_epsilon": 0.01, "eval_strategy": "no"}
 
     def run(name, **changes):
         folder, log = tmp_path / name, tmp_path / "log"
-        process = start_training(log, "calm", fixed_draws=True, **{**fields, **changes, "output_dir": str(folder)})
+        process = start_training(log, "calm", fixed_noise=True, **{**fields, **changes, "output_dir": str(folder)})
         process.join(180)
         assert process.exitcode == 0, log.read_text()[-2000:]
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -56,7 +56,7 @@ def test_an_option_leaves_the_trajectory(run, options, tolerance):
     assert all(weights[key].dtype == plain[key].dtype for key in plain)
 
 
-def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
+def test_tensorboard_gets_every_logged_metric(workshop, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))  # transformers 5
     fields = {key: value for key, value in workshop.items() if key != "autoencoder"}
     fields |= {"report_to": "tensorboard", "max_steps": 3, "eval_steps": 3, "output_dir": str(tmp_path)}
@@ -72,7 +72,7 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--seed -1", "seed=-1: must be a whole number from 0"),
+        ("--seed -1", "seed=-1: must be an integer from 0"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0: must be at least 1"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps=0: must be at least 1"),
         ("--max_steps -1 --num_train_epochs 0", "num_train_epochs=0: must be above 0"),
@@ -81,41 +81,41 @@ def test_tensorboard_gets_every_logged_figure(workshop, tmp_path, monkeypatch):
         ("--optim adamw_torch --optim_args 5", "optim adamw_torch: "),
         ("--lr_scheduler_type cosine --lr_scheduler_kwargs {nothing: 1}", "lr_scheduler_type cosine: "),
         ("--report_to nowhere", "report_to ['nowhere']: nowhere is not supported"),
-        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1: leave it out, training here relies on 0.0"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1: leave it out, this trainer relies on 0.0"),
         ("--resume_from_checkpoint runs/x", "resume_from_checkpoint='runs/x': leave it out"),
         ("--auxiliary_weight .nan", "auxiliary_weight=nan: must be a finite number"),
     ],
 )
-def test_what_trainer_would_stumble_over_later_is_refused_before_a_model_is_made(
+def test_arguments_that_trainer_checks_late_raise_before_a_model_is_built(
     words, message, workshop, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.delattr("calm_transformers.training.train.make_model")
-    words = [*words_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
+    monkeypatch.delattr("calm_transformers.training.train.build_model")
+    words = [*arguments_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
     assert message in refusal(capsys, main, "calm", *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_only_the_model_or_the_data_show_is_one_line_too(workshop, tmp_path, capsys):
-    fields = words_of(workshop | {"max_steps": 1}, tmp_path)
+def test_errors_that_only_model_or_data_show_are_one_line(workshop, tmp_path, capsys):
+    fields = arguments_of(workshop | {"max_steps": 1}, tmp_path)
     for words, message in {
         ("--dataloader_num_workers", "-1"): "num_workers",
         ("--attn_implementation", "nope"): "nope",
         ("--deepspeed", "nope.json"): "deepspeed",
         ("--hidden_act", "nonsense"): "hidden_act='nonsense': must be one of gelu, ",
-        ("--autoencoder", workshop["tokenizer"]): "holds none, its config.json has model_type None",
+        ("--autoencoder", workshop["tokenizer"]): "has none, its config.json has model_type None",
         ("--autoencoder", "nowhere/at/all"): "no such folder",
     }.items():
         assert message in refusal(capsys, main, "calm", *fields, *words)
 
 
-def test_the_autoencoder_of_a_calm_will_do_and_a_run_changes_neither_recipe_nor_arguments(workshop, tmp_path):
+def test_a_calm_can_provide_the_autoencoder_and_a_run_changes_neither_recipe_nor_arguments(workshop, tmp_path):
     def weights(name, autoencoder):
         own = {"autoencoder": autoencoder, "max_steps": 1, "output_dir": str(tmp_path / name)}
         recipe = load_recipe(str(RECIPES / "calm.yaml"), {**workshop, **own})
-        stated, tokenizer = begin(recipe), load_tokenizer(workshop["tokenizer"])
-        before = copy.deepcopy(recipe), copy.deepcopy(stated.to_dict())
-        fit(recipe, stated, make_model(recipe, tokenizer), tokenizer, 4)()
-        assert (recipe, stated.to_dict()) == before
+        args, tokenizer = set_up(recipe), load_tokenizer(workshop["tokenizer"])
+        before = copy.deepcopy(recipe), copy.deepcopy(args.to_dict())
+        prepare_run(recipe, args, build_model(recipe, tokenizer), tokenizer, 4)()
+        assert (recipe, args.to_dict()) == before
         return load_file(tmp_path / name / "model.safetensors")
 
     one, other = weights("calm", workshop["autoencoder"]), weights("other", str(tmp_path / "calm"))

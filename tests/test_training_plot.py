@@ -1,4 +1,4 @@
-"""The picture of a training log."""
+"""The plot of a training log."""
 
 import json
 
@@ -20,7 +20,7 @@ def write_run(folder, log=LOG):
     return folder
 
 
-def test_several_runs_share_a_picture(tmp_path):
+def test_several_runs_share_a_plot(tmp_path):
     runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", LOG[:2])]
     assert main([str(run) for run in runs]) == 0
     with Image.open(tmp_path / "one" / "curves.png") as picture:
@@ -30,7 +30,7 @@ def test_several_runs_share_a_picture(tmp_path):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each run
 
 
-def test_a_run_that_goes_on_is_drawn_from_its_last_checkpoint_and_one_without_a_log_refused(tmp_path, capsys):
+def test_an_unfinished_run_is_read_from_its_last_checkpoint_and_a_missing_log_raises(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "no trainer_state.json" in capsys.readouterr().err
     for step in (9, 10):

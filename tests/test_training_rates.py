@@ -1,4 +1,4 @@
-"""A learning rate of the head's own, and an auxiliary weight that falls; both go on where a checkpoint ends."""
+"""The head's own learning rate, the decay of the auxiliary weight, and how both resume."""
 
 import json
 import shutil
@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from calm_transformers.training.auxiliary import AUXILIARY_FILE
 
 FIELDS = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4, "eval_strategy": "no", "weight_decay": 1.0}
-FALLING = {"auxiliary_weight": 0.5, "auxiliary_decay": 0.75, "head_weight": 0.0}
+DECAY = {"auxiliary_weight": 0.5, "auxiliary_decay": 0.75, "head_weight": 0.0}
 
 
 @pytest.fixture
 def run(workshop, tmp_path):
-    """Trains; the weights and the log."""
+    """Trains, and returns the weights and the log."""
 
     def run(name, **fields):
         folder = tmp_path / name
@@ -29,11 +29,11 @@ def run(workshop, tmp_path):
 
 
 def differing(one: dict, other: dict) -> set[str]:
-    """The parts of the model that do."""
+    """Returns the names of the model's parts whose weights differ."""
     return {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])}
 
 
-def test_the_head_learns_at_a_rate_of_its_own(run, tmp_path):
+def test_the_head_has_its_own_learning_rate(run, tmp_path):
     own = {"auxiliary_weight": 0.5, "learning_rate": 1e-3}
     plain, _ = run("plain", **own)
     same, _ = run("same", **own, head_learning_rate=1e-3)
@@ -44,19 +44,19 @@ def test_the_head_learns_at_a_rate_of_its_own(run, tmp_path):
     assert differing(alone, load_file(tmp_path / "alone" / "checkpoint-1" / "model.safetensors")) == {"head"}
 
 
-@pytest.mark.parametrize("own", [{"head_learning_rate": 1e-2}, FALLING], ids=["rate", "falling"])
-def test_a_resumed_run_ends_where_the_whole_one_does_and_the_auxiliary_weight_falls(run, tmp_path, own):
+@pytest.mark.parametrize("own", [{"head_learning_rate": 1e-2}, DECAY], ids=["head learning rate", "decay"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one_and_the_auxiliary_weight_decays(run, tmp_path, own):
     whole, _ = run("run", **own)
     for step in (2, 3, 4):
         shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
     resumed, log = run("run", **own)
     assert differing(whole, resumed) == set() and [entry["step"] for entry in log] == [1, 2, 3, 4]
-    if own == FALLING:
+    if own == DECAY:
         weights = [entry["loss"] / entry["auxiliary_loss"] for entry in log]
         assert weights == pytest.approx([0.5, 0.5 * 2 / 3, 0.5 / 3, 0.0], rel=1e-3)
 
 
-def test_the_multi_token_loss_goes_on_from_the_checkpoint_that_training_begins_with(run, tmp_path):
+def test_the_mtp_loss_is_initialised_from_the_checkpoint_in_init_from(run, tmp_path):
     run("before", auxiliary_weight=0.5)
     before = tmp_path / "before" / "checkpoint-4"
     still = {"learning_rate": 0.0, "weight_decay": 0.0, "auxiliary_targets": 2, "head_type": "token_chain"}
@@ -65,16 +65,18 @@ def test_the_multi_token_loss_goes_on_from_the_checkpoint_that_training_begins_w
     assert one.keys() == other.keys() and differing(one, other) == set()
 
 
-def test_drawn_targets_need_an_encoder_that_sees_them_alone(run, workshop, tmp_path, capsys):
-    """And are learnt from where it does; a CALM over the other one is trained without them, and generates."""
+def test_pseudo_targets_need_an_encoder_without_context(run, workshop, tmp_path, capsys):
+    """With one they train the head; with context, a CALM trains without them, and generates."""
     run("one", max_steps=2, auxiliary_weight=0.5, auxiliary_targets=2)
     own = {key: workshop[key] for key in ("train_files", "cache_dir", "tokenizer")}
-    within, fields = str(tmp_path / "within"), {**workshop, **FIELDS, "auxiliary_weight": 0.5}
-    assert train("autoencoder", **own, max_steps=2, encoder_context=1, output_dir=within) == 0
-    assert train("calm", **fields | {"autoencoder": within}, auxiliary_targets=2, output_dir=str(tmp_path / "no")) == 2
-    assert "auxiliary_targets=2: the autoencoder's encoder sees the patches before" in capsys.readouterr().err
-    weights, _ = run("run", max_steps=2, auxiliary_weight=0.5, autoencoder=within)
-    trained = load_file(f"{within}/model.safetensors")["encoder.context_layer.weight"]
+    context, fields = str(tmp_path / "context"), {**workshop, **FIELDS, "auxiliary_weight": 0.5}
+    assert train("autoencoder", **own, max_steps=2, encoder_context=1, output_dir=context) == 0
+    assert (
+        train("calm", **fields | {"autoencoder": context}, auxiliary_targets=2, output_dir=str(tmp_path / "no")) == 2
+    )
+    assert "auxiliary_targets=2: the autoencoder's encoder reads previous patches" in capsys.readouterr().err
+    weights, _ = run("run", max_steps=2, auxiliary_weight=0.5, autoencoder=context)
+    trained = load_file(f"{context}/model.safetensors")["encoder.context_layer.weight"]
     assert torch.equal(weights["autoencoder.encoder.context_layer.weight"], trained)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run", trust_remote_code=True)
     assert model.generate(torch.randint(20, (1, 8)), max_new_tokens=4, num_candidates=4).shape[1] <= 12

@@ -1,4 +1,4 @@
-"""Recipes are data: loaded by name or file, every field overridable, nothing unknown accepted."""
+"""Recipes: loading by name or file, bases, overrides, errors, and the estimated cost."""
 
 import dataclasses
 import json
@@ -29,8 +29,8 @@ RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.js
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_a_recipe_comes_to_is_what_was_recorded_and_is_accepted(name, tmp_path, monkeypatch):
-    """With its bases; recorded when every recipe stood by itself."""
+def test_the_resolved_recipe_is_as_recorded_and_valid(name, tmp_path, monkeypatch):
+    """The record is from before recipes had bases."""
     assert dataclasses.asdict(load_recipe(name)) == {**RESOLVED[name], "found": {}}
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # as Trainer's arguments would
     fields = {"output_dir": str(tmp_path), "bf16": False, "fsdp": True, "fsdp_config": {"fsdp_version": 2}}
@@ -48,22 +48,22 @@ AUXILIARY = {"auxiliary_weight": 0.1}
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no meaning without auxiliary_weight"),
-        ({"head_weight": 0.0}, "head_weight=0.0 has no meaning without auxiliary_weight"),
+        ({"auxiliary_decay": 0.5}, "auxiliary_decay=0.5 has no effect without auxiliary_weight"),
+        ({"head_weight": 0.0}, "head_weight=0.0 has no effect without auxiliary_weight"),
         ({"auxiliary_decay": 2, **AUXILIARY}, "auxiliary_decay=2: must lie in [0, 1]"),
         ({"auxiliary_targets": -2, **AUXILIARY}, "auxiliary_targets=-2: must not be negative"),
         ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1: must not be negative"),
-        ({"distil": "a/llama"}, "distil a/llama: teaches through the multi-token loss, whose auxiliary_weight is 0"),
+        ({"distil": "a/llama"}, "distil a/llama: needs auxiliary_weight, as it acts on the MTP loss"),
         ({"distil_weight": 0.5, **AUXILIARY}, "distil_weight=0.5: must lie in (0, 1], and needs distil"),
         ({"lora_rank": 2, "init_from": "a/calm", **AUXILIARY}, "lora_rank needs init_from, and neither"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: must lie in [0, 1)"),
-        ({"ema_decay": 0.9, "fsdp": True}, "ema_decay averages whole weights, and fsdp shards them"),
-        ({"ema_decay": 0.9, "load_best_model_at_end": True}, "load_best_model_at_end the best weights: name one"),
+        ({"ema_decay": 0.9, "fsdp": True}, "ema_decay doesn't support fsdp, which shards the weights"),
+        ({"ema_decay": 0.9, "load_best_model_at_end": True}, "load_best_model_at_end the best weights: choose one"),
         ({"kind": "ar", "head_learning_rate": 0.1}, "head_learning_rate=0.1: only a CALM has a head"),
         ({"patch_embedding_init": "first"}, "patch_embedding_init='first': must be one of last, mix, mean"),
     ],
 )
-def test_fields_that_contradict_each_other_are_refused(fields, message):
+def test_fields_that_contradict_each_other_raise(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
         check_fields(load_recipe("calm-m", fields))
 
@@ -71,9 +71,9 @@ def test_fields_that_contradict_each_other_are_refused(fields, message):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--train_files", "train_files=True: must be a list of words"),
-        ("--block_size long", "block_size='long': must be a whole number"),
-        ("--append_eos no", "append_eos='no': must be true or false"),
+        ("--train_files", "train_files=True: must be a list of strings"),
+        ("--block_size long", "block_size='long': must be an integer"),
+        ("--append_eos no", "append_eos='no': must be a boolean"),
         ("--learning_rate", "learning_rate needs a value"),
         ("--learning_rate high", "learning_rate='high': must be a number"),
         ("--max_steps .inf", "max_steps=inf: must be a finite number"),
@@ -81,13 +81,13 @@ def test_fields_that_contradict_each_other_are_refused(fields, message):
         ("--hidden_act nonsense", "hidden_act='nonsense': must be one of gelu, "),
     ],
 )
-def test_a_value_that_is_missing_or_of_another_kind_is_refused(words, message, capsys):
+def test_a_missing_value_or_one_of_another_type_raises(words, message, capsys):
     assert main(["calm", "--recipe", "calm-m", "--dry_run", *words.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-def test_the_command_line_is_read_as_yaml_and_whole_numbers_may_be_powers_of_ten():
+def test_the_command_line_is_read_as_yaml_and_integers_may_be_powers_of_ten():
     words = "--learning_rate 3e-4 --max_steps=1e4 --bf16 --eval_strategy no --train_files a b --beta 1.0 --seed -1"
     fields = {"learning_rate": 3e-4, "max_steps": 1e4, "bf16": True, "eval_strategy": "no", "train_files": ["a", "b"]}
     assert parse_command_line(words.split()) == fields | {"beta": 1.0, "seed": -1}
@@ -109,21 +109,21 @@ def test_the_command_line_is_read_as_yaml_and_whole_numbers_may_be_powers_of_ten
         ("kind: ar\ninit_backbone: a/llama", "it needs train calm, and no init_from."),
         ("kind: calm\ninit_backbone: a/llama\ninit_from: a/calm", "it needs train calm, and no init_from."),
         ("kind: transformer", "field kind, one of tokenizer, calm, autoencoder, ar"),
-        ("base: calm-s", "no recipe 'calm-s' to be its base: name a .yaml file or one of autoencoder, calm-fast"),
-        ("base: mine.yaml", "its bases lead back to it (mine.yaml -> mine.yaml)"),
+        ("base: calm-s", "its base 'calm-s' does not exist: name a .yaml file or one of autoencoder, calm-fast"),
+        ("base: mine.yaml", "its bases form a cycle (mine.yaml -> mine.yaml)"),
         ("kind: calm\nmodel: [4]", "section model must have fields"),
         ("- calm", "a recipe has fields"),
         ("kind: {", "cannot be read"),
     ],
 )
-def test_a_recipe_file_with_a_mistake_is_refused(tmp_path, content, message):
+def test_an_invalid_recipe_file_raises(tmp_path, content, message):
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(InputError) as error:
         load_recipe(str(tmp_path / "mine.yaml"))
     assert message in str(error.value)
 
 
-def test_a_recipe_changes_only_what_it_states_of_its_base(tmp_path):
+def test_a_recipe_overrides_only_its_own_fields_of_its_base(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: middle.yaml\nmodel: {num_samples: 4}\ntraining: {seed: 2}")
     middle = "base: calm-l\nname: the middle\nauxiliary_weight: 0.5\ndata: {append_eos: true}\ntraining: {seed: 3}"
     (tmp_path / "middle.yaml").write_text(middle)
@@ -137,7 +137,7 @@ def test_a_recipe_changes_only_what_it_states_of_its_base(tmp_path):
     assert load_recipe(str(tmp_path / "saved.yaml")) == found
 
 
-def test_a_mistaken_override_or_name_is_refused():
+def test_an_invalid_override_or_name_raises():
     with pytest.raises(InputError, match="unknown field 'lerning_rate': did you mean learning_rate"):
         load_recipe("calm-m", {"lerning_rate": 1})
     with pytest.raises(InputError, match="no recipe 'calm-s': name a .yaml file or one of autoencoder, calm-fast"):
@@ -146,7 +146,7 @@ def test_a_mistaken_override_or_name_is_refused():
         make_config(CONFIGS["calm"], {"num_samples": 1})
 
 
-# what they cost
+# cost
 
 
 COUNTS = {
@@ -159,7 +159,7 @@ COUNTS = {
 def test_dry_runs_print_the_published_parameter_counts(name, printed, capsys):
     assert train(load_recipe(name).kind, name, dry_run=[]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [f"recipe {name}", "", "parameters"]  # nothing is assumed
+    assert lines[:3] == [f"recipe {name}", "", "parameters"]  # there are no assumptions
     total = next(line for line in lines if line.strip().startswith("total"))
     assert total.split()[-2:] == printed.split()
 
@@ -170,30 +170,30 @@ def test_flops_agree_with_the_papers():
     assert sum(transformer.train_flops.values()) * num_tokens == pytest.approx(6.6e20, rel=0.01)
     assert sum(transformer.inference_flops.values()) == pytest.approx(4.4e8, rel=0.01)
     assert sum(calm.inference_flops.values()) == pytest.approx(2.9e8, rel=0.01)
-    # The published code applies the whole head to each of the 8 samples; here the context's part runs once a patch.
+    # The published code applies the whole head to each of the 8 samples; here the context's part runs once per patch.
     d, repeated = 1024, 7
     saved = 3 * 2 * (d * d + 4 * d * d) * repeated / 4
     assert (sum(calm.train_flops.values()) + saved) * num_tokens == pytest.approx(3.7e20, rel=0.025)
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "calm"])
-def test_estimated_activations_are_within_a_third_of_what_autograd_keeps(kind):
+def test_estimated_activations_are_within_a_third_of_what_autograd_saves(kind):
     sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 500}
     config = CALMAutoencoderConfig(**sizes)
     if kind == "calm":
         sizes |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
         config = CALMConfig(**sizes, num_key_value_heads=4, autoencoder_config=config.to_dict())
-    model, kept = (CALMForCausalLM if kind == "calm" else CALMAutoencoder)(config).train(), {}
-    ids = torch.randint(500, (2, 256))  # of 64 patches one is no target
+    model, saved = (CALMForCausalLM if kind == "calm" else CALMAutoencoder)(config).train(), {}
+    ids = torch.randint(500, (2, 256))  # one of 64 patches is no target
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = model(input_ids=ids, labels=ids)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    measured = sum(size for pointer, size in kept.items() if pointer not in weights) / 4 / ids.numel()
+    measured = sum(size for pointer, size in saved.items() if pointer not in weights) / 4 / ids.numel()
     assert outputs.loss.requires_grad
     cost = calm_cost(config, 256) if kind == "calm" else autoencoder_cost(config)
-    assert 0.95 < measured / cost.kept < 4 / 3
+    assert 0.95 < measured / cost.saved_activations < 4 / 3

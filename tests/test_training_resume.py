@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends where the uninterrupted one does."""
+"""A run that is killed and resumed ends with the weights of an uninterrupted one."""
 
 import os
 import random
@@ -11,22 +11,21 @@ from safetensors.torch import load_file, save_file
 from training_helpers import start_training, train, write_corpus
 
 from calm_transformers.command_line import InputError
-from calm_transformers.training.recipe import changes, load_recipe
-from calm_transformers.training.trainer import damage, last_checkpoint
+from calm_transformers.training.recipe import allowed_changes, load_recipe
+from calm_transformers.training.trainer import find_damage, last_checkpoint
 
 KILLS = 10
 STEPS = 90
 
 
 def fields_of_run(workshop: dict, folder: Path) -> dict:
-    # Everything that carries state: two epochs of data, a learning rate schedule, Adam, noise, the auxiliary loss, the
-    # average of the weights.
+    # Everything with state: two epochs of data, a learning rate schedule, Adam, noise, auxiliary loss, weight average.
     own = {"max_steps": STEPS, "save_steps": 1, "auxiliary_weight": 0.5, "seed": 3, "lr_scheduler_type": "cosine"}
     own |= {"ema_decay": 0.9, "head_learning_rate": 3e-3}
     return {**workshop, **own, "eval_strategy": "no", "output_dir": str(folder)}
 
 
-def complete_ones(folder: Path) -> set[Path]:
+def complete_checkpoints(folder: Path) -> set[Path]:
     return set(folder.glob("checkpoint-*/trainer_state.json"))
 
 
@@ -37,8 +36,8 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
     moments = random.Random(0)
     for _ in range(KILLS):
         process = start_training(log, "calm", **fields_of_run(workshop, killed))
-        seen, deadline = complete_ones(killed), time.monotonic() + 60
-        while process.is_alive() and complete_ones(killed) <= seen and time.monotonic() < deadline:
+        seen, deadline = complete_checkpoints(killed), time.monotonic() + 60
+        while process.is_alive() and complete_checkpoints(killed) <= seen and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.15))  # of steps of 0.02 to 0.05 seconds, half of them spent on a checkpoint
         assert process.is_alive(), f"the run ended before it was killed: {log.read_text()[-2000:]}"
@@ -55,7 +54,7 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
 
 @pytest.fixture(scope="module")
 def run_of_two_steps(workshop, tmp_path_factory):
-    """Its fields, without the folder, and the folder to be copied."""
+    """Returns the fields and the folder of a run that tests copy."""
     folder = tmp_path_factory.mktemp("two steps")
     fields = fields_of_run(workshop, folder) | {"max_steps": 2, "per_device_train_batch_size": 4}
     assert train("calm", **fields) == 0
@@ -74,7 +73,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return expected.keys() == found.keys() and all((expected[key] == found[key]).all() for key in expected)
 
 
-def test_a_run_that_is_cut_ends_where_the_whole_one_does(copied_run, run_of_two_steps):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(copied_run, run_of_two_steps):
     fields, folder = copied_run
     shutil.rmtree(folder / "checkpoint-2")
     assert train("calm", **fields | {"max_steps": 2}) == 0
@@ -91,27 +90,27 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_run_does_not_go_on_as_another(name, run_of_two_steps):
-    before = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"))
-    now = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"), {} if name in before.found else {name: OTHER[name]})
-    now.found = before.found | {name: OTHER[name]} if name in before.found else before.found
+def test_fixed_fields_must_not_change(name, run_of_two_steps):
+    previous = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"))
+    now = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"), {} if name in previous.found else {name: OTHER[name]})
+    now.found = previous.found | {name: OTHER[name]} if name in previous.found else previous.found
     with pytest.raises(InputError, match=rf"holds checkpoints of another training \({name} .* -> .*name another"):
-        changes(before, now)
+        allowed_changes(previous, now)
 
 
 @pytest.mark.parametrize(
     "name, changed", {"batch_size": {"per_device_train_batch_size": 8}, "seed": {"seed": 4}, "tokens": None}.items()
 )
-def test_the_command_does_not_go_on_as_another(copied_run, name, changed, tmp_path, capsys):
+def test_the_command_does_not_resume_with_changed_fixed_fields(copied_run, name, changed, tmp_path, capsys):
     fields, folder = copied_run
     changed = changed or {"train_files": str(write_corpus(tmp_path / "other.jsonl", seed=1))}
     assert train("calm", **fields | changed) == 2
     error = capsys.readouterr().err
     assert f"holds checkpoints of another training ({name} " in error and "name another --output_dir" in error
-    assert load_recipe(str(folder / "recipe.yaml")).training["max_steps"] == 2  # it is as it was
+    assert load_recipe(str(folder / "recipe.yaml")).training["max_steps"] == 2  # unchanged
 
 
-def test_a_run_goes_on_longer_with_the_same_text_elsewhere_in_other_pieces(copied_run, monkeypatch, tmp_path, capsys):
+def test_a_run_resumes_with_more_steps_moved_text_and_other_micro_batches(copied_run, monkeypatch, tmp_path, capsys):
     fields, _ = copied_run
     autoencoder = Path(fields["autoencoder"])
     monkeypatch.chdir(autoencoder.parent)
@@ -119,7 +118,7 @@ def test_a_run_goes_on_longer_with_the_same_text_elsewhere_in_other_pieces(copie
     changed |= {"train_files": shutil.copy(fields["train_files"], tmp_path), "autoencoder": f"./{autoencoder.name}/"}
     assert train("calm", **fields | changed) == 0
     printed = capsys.readouterr().out
-    assert "going on with gradient_accumulation_steps 1 -> 2, max_steps 2 -> 3, per_device" in printed
+    assert "resuming with changed fields: gradient_accumulation_steps 1 -> 2, max_steps 2 -> 3, per_device" in printed
     assert "resuming from checkpoint-2" in printed and f"the model is in {fields['output_dir']}" in printed
 
 
@@ -138,22 +137,22 @@ HALF = "half"
         ("optimizer.pt", None, "has no optimizer"),
         ("scheduler.pt", None, "has no schedule"),
         ("trainer_state.json", None, "was not finished"),
-        ("trainer_state.json", '{"global_step": 1}', "has a damaged trainer_state.json (it is of step 1)"),
+        ("trainer_state.json", '{"global_step": 1}', "has a damaged trainer_state.json (it is from step 1)"),
         ("config.json", "{", "has a damaged config.json"),
     ],
 )
-def test_the_checkpoint_before_a_damaged_one_is_the_last(copied_run, name, content, wrong):
+def test_a_damaged_checkpoint_is_skipped(copied_run, name, content, wrong):
     _, folder = copied_run
     file = folder / "checkpoint-2" / name
     if content == HALF:
         os.truncate(file, file.stat().st_size // 2)
     else:
         file.unlink() if content is None else file.write_text(content)
-    assert damage(folder / "checkpoint-2").startswith(wrong)
+    assert find_damage(folder / "checkpoint-2").startswith(wrong)
     assert last_checkpoint(folder) == folder / "checkpoint-1"
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(copied_run, capsys):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(copied_run, capsys):
     fields, folder = copied_run
     state = folder / "checkpoint-2" / "trainer_state.json"
     state.unlink()
@@ -173,13 +172,13 @@ def test_every_optimizer_is_resumed(workshop, tmp_path, optim):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"num_hidden_layers": 2, "auxiliary_weight": 0.0}, "is not of this model: missing ['model.layers.1."),
+        ({"num_hidden_layers": 2, "auxiliary_weight": 0.0}, "doesn't fit this model: missing ['model.layers.1."),
         ({"optim": "adagrad"}, "the optimizer of"),
         ({}, "Unexpected key"),
     ],
 )
-def test_a_checkpoint_of_another_training_is_refused_without_its_recipe(copied_run, changed, message, capsys):
-    """And one whose auxiliary loss is another."""
+def test_a_checkpoint_of_another_training_raises_also_without_its_recipe(copied_run, changed, message, capsys):
+    """Also one with another auxiliary loss."""
     fields, folder = copied_run
     (folder / "recipe.yaml").unlink()
     path = folder / "checkpoint-2" / "auxiliary.safetensors"
@@ -189,7 +188,7 @@ def test_a_checkpoint_of_another_training_is_refused_without_its_recipe(copied_r
     assert message in capsys.readouterr().err
 
 
-def test_what_has_no_optimizer_does_not_go_on(workshop, tmp_path, capsys):
+def test_a_run_without_optimizer_state_does_not_resume(workshop, tmp_path, capsys):
     fields = fields_of_run(workshop, tmp_path) | {"max_steps": 1, "save_only_model": True}
     assert train("calm", **fields) == 0
     assert train("calm", **fields | {"max_steps": 2}) == 2

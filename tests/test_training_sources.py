@@ -1,4 +1,4 @@
-"""The same documents from files, from a Hub data set and streamed; exact resuming of each."""
+"""The same documents from files, from a Hub dataset and streamed; exact resuming of each."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from calm_transformers.training.trainer import CALMTrainer
 
 @pytest.fixture(scope="module")
 def hub_dataset(workshop, tmp_path_factory):
-    """A folder as `datasets` reads it, offline: what a Hub id gives, with splits and another name for the text."""
+    """A local dataset folder, as from a Hub id, with splits and another text column."""
     folder = tmp_path_factory.mktemp("dataset")
     rows = [json.loads(line)["text"] for line in Path(workshop["train_files"]).read_text().splitlines()]
     for split, texts in {"train": rows, "validation": rows[:20]}.items():
@@ -41,7 +41,7 @@ def from_hub(workshop, dataset, **changes) -> dict:
     return {**fields, "dataset": dataset, "text_column": "body", "validation_split": "validation", **changes}
 
 
-def test_a_hub_data_set_gives_the_blocks_that_its_texts_in_a_file_give(workshop, hub_dataset, tmp_path, blocks_seen):
+def test_a_hub_dataset_and_a_file_of_its_documents_give_the_same_blocks(workshop, hub_dataset, tmp_path, blocks_seen):
     assert train("calm", **workshop, output_dir=str(tmp_path / "file")) == 0
     from_file, blocks_seen[:] = list(blocks_seen), []
     assert train("calm", **from_hub(workshop, hub_dataset, eval_steps=4), output_dir=str(tmp_path / "hub")) == 0
@@ -74,7 +74,7 @@ def test_two_processes_share_a_stream(workshop, tmp_path):
     assert torch.isfinite(load_file(tmp_path / "two" / "model.safetensors")["model.norm.weight"]).all()
 
 
-def test_what_is_wrong_with_a_stream_is_one_sentence(workshop, tmp_path, capsys):
+def test_an_error_of_a_stream_is_one_line(workshop, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"text": "the cat"}\n{"text": "\\ud800"}\n')
     own = {
         "streaming": "true",
@@ -86,7 +86,7 @@ def test_what_is_wrong_with_a_stream_is_one_sentence(workshop, tmp_path, capsys)
     for fields, message in [
         (
             workshop | {"train_files": str(tmp_path / "bad.jsonl")},
-            f"{tmp_path / 'bad.jsonl'}, line 2: no text: character 1",
+            f"{tmp_path / 'bad.jsonl'}, line 2: not valid Unicode: character 1",
         ),
         (workshop | {"max_steps": -1}, "streaming needs max_steps"),
         (no_files, "no data: give --train_files"),
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_stream_is_one_sentence(workshop, tmp_path, capsys)
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
 
 
-def test_a_training_finds_what_was_tokenised_before(workshop, tmp_path, monkeypatch, capsys):
+def test_a_training_uses_the_tokens_of_calm_tokenize(workshop, tmp_path, monkeypatch, capsys):
     fields = {**workshop, "cache_dir": tmp_path / "tokens"}
     words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     assert tokenize.main(["--recipe", str(RECIPES / "calm.yaml"), *words]) == 0

@@ -1,4 +1,4 @@
-"""The training-step benchmark: its figures belong together, and the head reads the context once."""
+"""The training-step benchmark: its numbers are consistent, and the head processes the context once."""
 
 import json
 
@@ -19,7 +19,7 @@ ARGUMENTS = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--bl
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """Tiny models by the names of their heads, and "llama"; a machine that is measured in no time."""
+    """Tiny models by the names of their heads, and "llama"; the machine's FLOP rate is measured fast."""
     llama = LlamaConfig(vocab_size=96, **SIZES)
     monkeypatch.setattr(training_step, "shape_config", lambda name: llama if name == "llama" else tiny_config(name))
     monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
@@ -51,7 +51,7 @@ def test_bfloat16_and_compiled(shapes, monkeypatch, tmp_path):
     torch.compiler.reset()
 
 
-def test_bad_options_are_refused_before_any_work(shapes, monkeypatch, capsys):
+def test_invalid_options_raise_before_any_work(shapes, monkeypatch, capsys):
     monkeypatch.setattr(training_step, "flop_rate", None)  # the first work
     for options, complaint in {
         ("--block_size", "18"): "--block_size 18: energy needs",
@@ -62,8 +62,8 @@ def test_bad_options_are_refused_before_any_work(shapes, monkeypatch, capsys):
         assert complaint in refusal(capsys, training_step.main, "--shape", "energy", *ARGUMENTS, *options)
 
 
-def test_the_context_passes_each_block_of_the_head_once():
-    """FLOPs of the head in training, against every linear layer for every sample."""
+def test_each_block_of_the_head_processes_the_context_once():
+    """Compares the head's training FLOPs with those of every linear layer for every sample."""
     model = tiny_model(num_samples=8)
     context, latents, head = torch.randn(5, 48), torch.randn(5, 16), model.head
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""The trained tokenizer: any size, reversible; and tokenizers load without a question, a CALM's too."""
+"""The trained tokenizer has any size and is reversible; tokenizers load without a prompt to trust code."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def test_size_special_tokens_and_padding(tokenizer):
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "never seen: żółw \x00 ﷽"])
-def test_any_text_comes_back_behind_one_bos(tokenizer, text):
+def test_decoding_restores_any_text_after_one_bos(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == 1 and ids.count(1) == 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -43,29 +43,29 @@ def test_any_text_comes_back_behind_one_bos(tokenizer, text):
     [
         (259, "=259: must be at least 260"),
         ("all", "='all': must be at least 260"),
-        (5000, "=5000: the text gives only"),
+        (5000, "=5000: the text yields only"),
     ],
 )
-def test_a_vocabulary_too_small_or_too_large_for_the_text_is_refused(size, why):
+def test_a_vocabulary_too_small_or_too_large_for_the_text_raises(size, why):
     with pytest.raises(ValueError, match=f"vocab_size{why}"):
         train_bpe(TEXTS, size)
 
 
-def test_text_that_cannot_be_read_is_one_sentence(tmp_path, capsys):
+def test_a_file_without_text_is_one_line(tmp_path, capsys):
     (tmp_path / "a.jsonl").touch()
     assert train("tokenizer", train_files=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "run")) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'a.jsonl'}: no text there.\n"
 
 
 @pytest.fixture
-def no_question(monkeypatch):
-    """Upstream asks at the terminal before it runs code of a folder."""
+def no_prompt(monkeypatch):
+    """transformers asks at the terminal before it runs code of a folder."""
     monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(prompt))
 
 
 @pytest.mark.transformers
-def test_a_tokenizer_beside_code_or_of_another_class_loads_without_a_question(workshop, tmp_path, no_question):
-    """And training with that of an autoencoder asks nothing."""
+def test_a_tokenizer_with_model_code_or_of_another_class_loads_without_a_prompt(workshop, tmp_path, no_prompt):
+    """Training with an autoencoder's tokenizer doesn't ask either."""
     autoencoder = Path(shutil.copytree(workshop["autoencoder"], tmp_path / "autoencoder"))
     config = json.loads((autoencoder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_calm.CALMAutoencoderConfig"}
@@ -86,7 +86,7 @@ def test_a_tokenizer_beside_code_or_of_another_class_loads_without_a_question(wo
 
 
 @pytest.mark.transformers
-def test_a_tokenizer_that_is_code_itself_is_refused_in_a_sentence(workshop, tmp_path, capsys, no_question):
+def test_a_tokenizer_with_custom_code_raises(workshop, tmp_path, capsys, no_prompt):
     folder = tmp_path / "custom"
     folder.mkdir()
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}

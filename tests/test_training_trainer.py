@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training_helpers import same_draws_for_every_patch, train
+from training_helpers import same_noise_for_every_patch, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm_transformers.model.heads_calm_energy import EnergyHead
@@ -13,7 +13,7 @@ from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.trainer import CALMTrainer
 
 LAYOUTS = [(4, 1), (1, 4)]
-# Plain gradient descent shows a difference of gradients as it is; Adam would blow up those near zero.
+# Plain SGD shows differences of gradients as they are; Adam would amplify those near zero.
 PLAIN = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 3}
 
 
@@ -33,8 +33,8 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def test_accumulation_is_exact_for_calm(workshop, tmp_path, monkeypatch):
-    """Of the loss and, as logged, of its terms."""
-    same_draws_for_every_patch(monkeypatch)
+    """For the loss and its logged terms."""
+    same_noise_for_every_patch(monkeypatch)
     fields = {**workshop, "auxiliary_weight": 0.5, "eval_strategy": "no"}
     weights = weights_by_layout("calm", fields, tmp_path)
     assert largest_difference(weights[0], weights[1]) < 1e-6
@@ -63,15 +63,15 @@ def trained(request, workshop, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.1, 1.9])
-def test_the_energy_score_trains_near_both_ends_of_its_exponents(workshop, tmp_path, beta):
-    """A new head's samples all coincide."""
+def test_the_energy_score_trains_near_both_limits_of_beta(workshop, tmp_path, beta):
+    """Initially all samples of the head coincide."""
     fields = {**workshop, "beta": beta, "max_steps": 30, "learning_rate": 3e-3, "eval_strategy": "no"}
     assert train("calm", **fields, output_dir=str(tmp_path)) == 0
     losses = [entry["loss"] for entry in log_of(tmp_path) if "loss" in entry]
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def test_the_export_is_a_repository_that_generates_with_the_autoencoder_that_it_was_given(trained, workshop):
+def test_the_export_is_a_repository_that_generates_with_the_given_autoencoder(trained, workshop):
     model = AutoModelForCausalLM.from_pretrained(trained, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert "auxiliary.safetensors" not in {path.name for path in trained.iterdir()}
@@ -91,7 +91,7 @@ def test_the_export_is_a_repository_that_generates_with_the_autoencoder_that_it_
     assert model.generate(**inputs, max_new_tokens=5, num_candidates=4).shape[1] <= inputs["input_ids"].shape[1] + 5
 
 
-def test_the_log_has_every_figure(trained):
+def test_the_log_has_every_metric(trained):
     steps = [entry for entry in log_of(trained) if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
     wanted = {"grad_norm", "auxiliary_loss", "distance_to_target", "distance_between_samples", "brier_1"}
@@ -106,7 +106,7 @@ def test_the_autoencoders_log_has_its_two_terms_and_the_posterior(workshop):
     assert 0 <= first["active_dimensions"] <= 8 and 0 <= first["reconstruction_accuracy"] <= 1
 
 
-def test_a_loss_that_is_no_number_stops_with_step_blocks_and_checkpoint(workshop, tmp_path, monkeypatch, capsys):
+def test_a_nan_loss_raises_with_step_blocks_and_checkpoint(workshop, tmp_path, monkeypatch, capsys):
     loss, factors = EnergyHead.compute_loss, iter([1, 1, float("nan")])
     monkeypatch.setattr(EnergyHead, "compute_loss", lambda self, *args, **kw: loss(self, *args, **kw) * next(factors))
     assert train("calm", **{**workshop, "save_steps": 1}, output_dir=str(tmp_path)) == 2
@@ -115,26 +115,26 @@ def test_a_loss_that_is_no_number_stops_with_step_blocks_and_checkpoint(workshop
     assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in message
 
 
-def test_weights_that_are_not_finite_never_become_a_checkpoint(workshop, tmp_path, monkeypatch, capsys):
+def test_weights_that_are_not_finite_are_not_saved(workshop, tmp_path, monkeypatch, capsys):
     step = CALMTrainer.training_step
 
-    def spoils_the_weights(self, model, *args, **kwargs):
+    def step_with_infinite_weight(self, model, *args, **kwargs):
         loss = step(self, model, *args, **kwargs)
         model.model.norm.weight.data[0] = float("inf")
         return loss
 
-    monkeypatch.setattr(CALMTrainer, "training_step", spoils_the_weights)
+    monkeypatch.setattr(CALMTrainer, "training_step", step_with_infinite_weight)
     assert train("calm", **{**workshop, "save_steps": 1, "max_steps": 1}, output_dir=str(tmp_path)) == 2
     assert "the weights are not finite any more, model.norm.weight first" in capsys.readouterr().err
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
-def test_a_missing_or_unfit_part_is_named(workshop, tmp_path, capsys):
+def test_a_missing_or_mismatched_part_is_named(workshop, tmp_path, capsys):
     for fields, message in [
         ({"tokenizer": "runs/nowhere"}, "no such folder (train tokenizer makes one)"),
         ({"autoencoder": "runs/nowhere"}, "no such folder (train autoencoder makes one)"),
         ({"patch_size": 2}, "patch_size=2, but the autoencoder's is 4"),
-        ({"block_size": 30}, "block_size=30 is no multiple of patch_size=4"),
+        ({"block_size": 30}, "block_size=30 is not divisible by patch_size=4"),
         ({"recipe": "transformer-s"}, "the recipe 'transformer-s' is for train ar"),
     ]:
         assert train("calm", **workshop | fields, output_dir=str(tmp_path)) == 2

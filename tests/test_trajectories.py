@@ -1,6 +1,6 @@
-"""The first five steps of each training are what they were, and what should move them does.
+"""The first five steps of each training are as recorded, and small changes of settings change them.
 
-A failure means that training has changed: that is either an error, or meant and recorded anew (see trajectories.py).
+A failure means that training has changed: either by an error, or on purpose, then record again (see trajectories.py).
 """
 
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 from trajectories import RECORD, RUNS, SETTINGS, first_steps, workshop
 
-RELATIVE = 2e-5  # ten times what other vector instructions move, measured
+RELATIVE = 2e-5  # ten times the measured effect of other vector instructions
 CHANGES = [
     *(("energy", {name: 1.01 * SETTINGS[name]}) for name in ("learning_rate", "weight_decay")),
     *(("energy", change) for change in ({"max_grad_norm": 0.19}, {"data_seed": 2}, {"beta": 1.01})),
@@ -17,7 +17,7 @@ CHANGES = [
     ("auxiliary", {"auxiliary_weight": 0.505}),
 ]
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="dropout draws other masks without MKL")
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="dropout masks differ without MKL")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def fields(tmp_path_factory):
     return workshop(tmp_path_factory.mktemp("workshop"))
 
 
-def as_recorded(run: str) -> dict:
+def expected_steps(run: str) -> dict:
     recorded = json.loads(RECORD.read_text())[run]
     loss = pytest.approx(recorded["loss"], rel=RELATIVE)
     return {"loss": loss, "grad_norm": pytest.approx(recorded["grad_norm"], rel=RELATIVE)}
@@ -33,13 +33,13 @@ def as_recorded(run: str) -> dict:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_first_steps_are_as_recorded(run, fields, tmp_path):
-    assert first_steps(run, fields, tmp_path) == as_recorded(run)
+    assert first_steps(run, fields, tmp_path) == expected_steps(run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run, change", CHANGES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
 )
-def test_a_small_change_of_a_setting_shows(run, change, fields, tmp_path):
-    """So that the tolerances above cannot hide one."""
-    assert first_steps(run, fields, tmp_path, **change) != as_recorded(run)
+def test_a_small_change_of_a_setting_is_detected(run, change, fields, tmp_path):
+    """So that the tolerance doesn't hide one."""
+    assert first_steps(run, fields, tmp_path, **change) != expected_steps(run)

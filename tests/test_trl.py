@@ -1,4 +1,4 @@
-"""Training by others' loops: transformers' Trainer with its own collator, and trl's SFTTrainer."""
+"""Training with transformers' Trainer and its own collator, and with trl's SFTTrainer."""
 
 import pytest
 import torch
@@ -31,28 +31,28 @@ def losses_of(trainer) -> list[float]:
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
-def moved_by_one_step(trainer) -> dict[str, torch.Tensor]:
-    """How far a step of SGD at learning rate 1 moves each parameter: its gradient."""
+def change_by_one_step(trainer) -> dict[str, torch.Tensor]:
+    """Returns the change of each parameter by one step, which for `SGD` is its gradient."""
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     return {name: before[name] - p.detach() for name, p in trainer.model.named_parameters()}
 
 
 SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
-OURS = PatchCollator(K, pad_token_id=PAD, end_token_id=EOS)
+CALM_COLLATOR = PatchCollator(K, pad_token_id=PAD, end_token_id=EOS)
 
 
 def token_rows() -> list[dict]:
     return [{"input_ids": ids} for ids in tiny_tokenizer()(TEXTS).input_ids]
 
 
-def own_loss(model, batch) -> torch.Tensor:
-    """Of the bare model, the mean over targets. The token-chain head's loss draws nothing."""
+def model_loss(model, batch) -> torch.Tensor:
+    """Returns the model's own loss, the mean over targets. The autoregressive patch head's loss is deterministic."""
     return model.forward(**batch).loss
 
 
 class TestTrainer:
-    def test_upstreams_collator_needs_one_setting_which_the_model_names(self, tmp_path):
+    def test_transformers_collator_needs_pad_to_multiple_of_as_the_error_says(self, tmp_path):
         args = args_for(TrainingArguments, tmp_path)
         for setting in ({"pad_to_multiple_of": K}, {}):
             collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False, **setting)
@@ -69,10 +69,10 @@ class TestTrainer:
         steps = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 6 // batch_size}
         args = args_for(TrainingArguments, tmp_path, **steps, **SGD)
         model = tiny_model("token_chain")
-        own_loss(model, OURS(token_rows())).backward()
+        model_loss(model, CALM_COLLATOR(token_rows())).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        trainer = Trainer(tiny_model("token_chain"), args, data_collator=OURS, train_dataset=token_rows())
-        moved = moved_by_one_step(trainer)
+        trainer = Trainer(tiny_model("token_chain"), args, data_collator=CALM_COLLATOR, train_dataset=token_rows())
+        moved = change_by_one_step(trainer)
         for name, gradient in gradients.items():
             assert torch.allclose(moved[name], gradient, rtol=1e-3, atol=1e-5), name
         assert not any(moved[name].any() for name in moved.keys() - gradients.keys())
@@ -85,7 +85,7 @@ class TestSFTTrainer:
 
     @staticmethod
     def trainer(folder, dataset=None, model=None, collator=None, **settings):
-        """With the subclass of docs/clients.md."""
+        """Builds the subclass in docs/clients.md."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
@@ -94,7 +94,7 @@ class TestSFTTrainer:
 
         return CALMSFTTrainer(
             model or tiny_model("token_chain"),
-            args_for(SFTConfig, folder, bf16=False, **settings),  # its default would round
+            args_for(SFTConfig, folder, bf16=False, **settings),  # the default would round
             data_collator=collator,
             train_dataset=dataset or Dataset.from_dict({"text": TEXTS}),
             eval_dataset=Dataset.from_dict({"text": TEXTS[:2]}),
@@ -106,13 +106,13 @@ class TestSFTTrainer:
         [
             {"pad_to_multiple_of": K},
             {"packing": True, "packing_strategy": "wrapped", "max_length": 4 * K, "pad_to_multiple_of": K},
-            {"collator": OURS},
+            {"collator": CALM_COLLATOR},
         ],
-        ids=["padded", "packed", "our collator"],
+        ids=["padded", "packed", "CALM collator"],
     )
-    def test_it_trains_evaluates_and_its_loss_is_the_models_own(self, settings, tmp_path):
+    def test_it_trains_evaluates_and_returns_the_models_loss(self, settings, tmp_path):
         model = tiny_model("token_chain")
-        if "collator" not in settings:  # then Trainer would divide by labels that are no targets, too
+        if "collator" not in settings:  # otherwise Trainer would also count labels that are no targets
             model.accepts_loss_kwargs = False
         trainer = self.trainer(tmp_path, model=model, **settings)
         losses = losses_of(trainer)
@@ -121,29 +121,29 @@ class TestSFTTrainer:
         trainer.model.eval()
         with torch.no_grad():
             loss = trainer.compute_loss(trainer.model, dict(batch))
-            assert torch.allclose(loss, own_loss(trainer.model, batch))
+            assert torch.allclose(loss, model_loss(trainer.model, batch))
         batch = next(iter(trainer.get_eval_dataloader()))
         trainer.model.eval()
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(own_loss(trainer.model, batch)), rel=1e-5)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(model_loss(trainer.model, batch)), rel=1e-5)
 
     def test_with_our_collator_accumulated_gradients_are_exact(self, tmp_path):
         moved = []
         for batch_size in (6, 1):
             steps = {"gradient_accumulation_steps": 6 // batch_size, "per_device_train_batch_size": batch_size}
-            moved.append(moved_by_one_step(self.trainer(tmp_path, collator=OURS, **steps, **SGD)))
+            moved.append(change_by_one_step(self.trainer(tmp_path, collator=CALM_COLLATOR, **steps, **SGD)))
         assert any(step.any() for step in moved[0].values())
         for name in moved[0]:
             assert torch.allclose(moved[0][name], moved[1][name], rtol=1e-3, atol=1e-5), name
 
-    def test_completions_alone_are_learnt(self, tmp_path):
-        """The prompt's patches carry no label, and the end is a target."""
+    def test_only_completions_are_learnt(self, tmp_path):
+        """The prompt's patches have no labels, and EOS has one."""
         from datasets import Dataset
 
         dataset = Dataset.from_dict({"prompt": ["abcde"] * 2, "completion": ["fghijk"] * 2})  # 1 + 5, 6 and </s>
-        trainer = self.trainer(tmp_path, dataset, collator=OURS)
+        trainer = self.trainer(tmp_path, dataset, collator=CALM_COLLATOR)
         labels = next(iter(trainer.get_train_dataloader()))["labels"]
-        written = tiny_tokenizer()("hijk").input_ids[1:]
-        assert labels[0].tolist() == [-100] * 8 + [*written, EOS, EOS, EOS, EOS][:8]
+        completion = tiny_tokenizer()("hijk").input_ids[1:]
+        assert labels[0].tolist() == [-100] * 8 + [*completion, EOS, EOS, EOS, EOS][:8]
 
     def test_a_lora_adapter_is_trained(self, tmp_path):
         peft = pytest.importorskip("peft")
@@ -151,10 +151,10 @@ class TestSFTTrainer:
             task_type="CAUSAL_LM", target_modules="all-linear", exclude_modules=r"autoencoder\..*"
         )
         model = peft.get_peft_model(tiny_model("token_chain"), adapter)
-        moved = moved_by_one_step(self.trainer(tmp_path, model=model, pad_to_multiple_of=K, **SGD))
+        moved = change_by_one_step(self.trainer(tmp_path, model=model, pad_to_multiple_of=K, **SGD))
         assert {name for name, step in moved.items() if step.any()} == {n for n in moved if "lora_B" in n}
 
-    def test_rows_without_padding_are_refused_in_a_sentence(self, tmp_path):
+    def test_padding_free_rows_raise(self, tmp_path):
         trainer = self.trainer(tmp_path, packing=True, max_length=4 * K, pad_to_multiple_of=K)
         with pytest.raises(ValueError, match="positions count patches"):
             trainer.train()

@@ -1,4 +1,4 @@
-"""What two models that compute the same agree in: the texts of a batch at T = 0.5, and a loss."""
+"""Outputs to compare two equivalent models by: sampled sequences at T = 0.5 and a loss."""
 
 import torch
 from tiny import BOS, PAD
@@ -9,7 +9,7 @@ def some_ids(batch_size=2, length=24, seed=0):
 
 
 def text_and_loss(model, **settings):
-    """Sampled texts of two prompts, one padded, and a loss, the randomness of both fixed."""
+    """Returns sampled ids of two prompts, one padded, and a loss, both with fixed seeds."""
     torch.manual_seed(0)
     settings = {"temperature": 0.5, "num_candidates": 20, "max_new_tokens": 24, "eos_token_id": None, **settings}
     prompts = torch.tensor([[BOS, 10, 11, 12, 13], [PAD, PAD, BOS, 14, 15]])
@@ -18,10 +18,10 @@ def text_and_loss(model, **settings):
     return ids.tolist(), model(some_ids(), labels=labels, generator=generator).loss.item()
 
 
-def moved_by_training(model, num_steps, rate, **inputs):
-    """The names of the weights that steps on one batch have moved, and the losses before and after them."""
+def moved_by_training(model, num_steps, learning_rate, **inputs):
+    """Trains on one batch; returns the names of the changed weights, the first and the last loss."""
     before, losses = {name: tensor.clone() for name, tensor in model.state_dict().items()}, []
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     for _ in range(num_steps + 1):
         optimizer.zero_grad()
         torch.manual_seed(0)

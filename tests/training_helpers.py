@@ -1,4 +1,4 @@
-"""A corpus, a tokenizer, an autoencoder and commands for the training tests, all made within seconds."""
+"""A small corpus, tokenizer and autoencoder for the training tests, and functions that run trainings."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
 
 
 def train(kind: str, recipe: str | None = None, **fields) -> int:
-    """Runs the training command in this process, by default with the tiny recipe of its kind; its exit code."""
+    """Runs the training command, by default with the tiny recipe of its kind, and returns its exit code."""
     torch.set_num_threads(1)  # the models are so small that a second thread only costs
     arguments = [kind, "--recipe", recipe or str(RECIPES / f"{kind}.yaml")]
     for name, value in fields.items():
@@ -40,13 +40,13 @@ def train(kind: str, recipe: str | None = None, **fields) -> int:
 
 
 def values(config) -> dict:
-    """A configuration's fields, but for those that saving it adds."""
+    """Returns a configuration's fields except those that saving adds."""
     saved = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map"}
     return {key: value for key, value in config.to_dict().items() if key not in saved}
 
 
 def make_workshop(folder: Path, **autoencoder_fields) -> dict:
-    """A corpus with a tokenizer and an autoencoder trained on it; the fields that name them."""
+    """Makes a corpus and trains a tokenizer and an autoencoder on it; returns the recipe fields that name them."""
     corpus = str(write_corpus(folder / "corpus.jsonl"))
     tokenizer, autoencoder = str(folder / "tokenizer"), str(folder / "autoencoder")
     data = {"train_files": corpus, "validation_files": corpus, "cache_dir": str(folder / "tokens")}
@@ -55,11 +55,11 @@ def make_workshop(folder: Path, **autoencoder_fields) -> dict:
     return {**data, "tokenizer": tokenizer, "autoencoder": autoencoder}
 
 
-def same_draws_for_every_patch(monkeypatch) -> None:
-    """The energy loss without luck: sample n has the same noise at each patch, in whatever batch the patch is."""
+def same_noise_for_every_patch(monkeypatch) -> None:
+    """Makes the energy loss deterministic: sample n has the same noise at each patch, whatever its batch."""
 
-    def repeated(shape, draw):
-        fixed = draw((shape[0], *[1] * (len(shape) - 2), shape[-1]), generator=torch.Generator().manual_seed(0))
+    def repeated(shape, sample):
+        fixed = sample((shape[0], *[1] * (len(shape) - 2), shape[-1]), generator=torch.Generator().manual_seed(0))
         return fixed.expand(*shape)
 
     def noise(head, shape, like, generator):
@@ -69,10 +69,10 @@ def same_draws_for_every_patch(monkeypatch) -> None:
     monkeypatch.setattr(heads_calm, "standard_normal", lambda shape, like, generator: repeated(shape, torch.randn))
 
 
-def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_draws: bool) -> None:
+def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_noise: bool) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
-    if fixed_draws:
-        same_draws_for_every_patch(pytest.MonkeyPatch())
+    if fixed_noise:
+        same_noise_for_every_patch(pytest.MonkeyPatch())
     if "fsdp" in fields:
         _allow_fsdp_on_cpu()
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -80,27 +80,27 @@ def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_draws:
     sys.exit(code)
 
 
-def start_training(log: Path, kind: str, environment=None, fixed_draws: bool = False, **fields):
-    """A training in a process of its own, forked from a server that has imported everything already."""
+def start_training(log: Path, kind: str, environment=None, fixed_noise: bool = False, **fields):
+    """Starts a training in a new process, forked from a server with all imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["calm_transformers.training.train"])
-    process = context.Process(target=_in_child, args=(str(log), kind, fields, environment or {}, fixed_draws))
+    process = context.Process(target=_in_child, args=(str(log), kind, fields, environment or {}, fixed_noise))
     process.start()
     return process
 
 
 def start_training_together(log: Path, kind: str, num_processes: int = 2, **fields) -> list:
-    """A training as torchrun starts it, on `num_processes` CPU processes with gloo."""
+    """Starts a training like torchrun, on `num_processes` CPU processes with gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [{**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_processes)]
-    return [start_training(log, kind, environment=rank, fixed_draws=True, **fields) for rank in ranks]
+    return [start_training(log, kind, environment=rank, fixed_noise=True, **fields) for rank in ranks]
 
 
 def _allow_fsdp_on_cpu() -> None:
-    """accelerate shards on accelerators only; with gloo the same code runs on CPUs, under another device's name."""
+    """Makes accelerate shard on CPUs: with gloo the same code runs there, under another device's name."""
     create = CALMTrainer.create_accelerator_and_postprocess
 
     def create_for_cpu(self):

@@ -1,10 +1,10 @@
-"""Losses and gradient norms of the first steps of each training, and how they are recorded anew.
+"""Records losses and gradient norms of the first steps of each training.
 
     python tests/trajectories.py
 
-writes trajectories.json beside this file, or the file that is named behind it. Do so only when a change of training
-is meant, and say in the commit what moved and why: test_trajectories.py compares every run with that file. Both
-supported versions of transformers give the same gradient norms, and a CPU without AVX the same to 2e-6.
+writes trajectories.json in this folder, or the file given as argument. test_trajectories.py compares every run with
+it, so record again only if a change of training is intended, and give the reason in the commit. Both supported
+versions of transformers give the same gradient norms, and a CPU without AVX the same to 2e-6.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from training_helpers import make_workshop, train
 
 RECORD = Path(__file__).with_suffix(".json")
-# Large steps, so that a small change of any of these is seen within five; more than one batch a step, and clipped.
+# Large steps, so that five show a small change of any of these; with gradient accumulation and clipping.
 SETTINGS = {
     **{"max_steps": 5, "gradient_accumulation_steps": 2, "warmup_steps": 2, "max_grad_norm": 0.2},
     **{"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "adam_beta2": 0.95, "weight_decay": 10.0, "seed": 1},
@@ -30,12 +30,12 @@ RUNS = {
 
 
 def workshop(folder: Path) -> dict:
-    """Corpus, tokenizer and an autoencoder with the weights it starts from: training it is a run of its own."""
+    """Makes a corpus, a tokenizer and an untrained autoencoder, whose training is a run of its own."""
     return make_workshop(folder, max_steps=1, learning_rate=0.0, weight_decay=0.0, use_cpu=True, eval_strategy="no")
 
 
 def first_steps(run: str, fields: dict, output_dir: Path, **changes) -> dict[str, list[float]]:
-    """The losses and gradient norms of a run; `changes` are settings other than `SETTINGS` and `RUNS` say."""
+    """Returns the losses and gradient norms of a run; `changes` override `SETTINGS` and `RUNS`."""
     kind, options = RUNS[run]
     if kind != "calm":
         fields = {name: value for name, value in fields.items() if name != "autoencoder"}

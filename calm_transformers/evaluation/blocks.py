@@ -11,7 +11,7 @@ import torch
 
 from calm_transformers.command_line import InputError
 from calm_transformers.documents import (
-    Separation,
+    DocumentEnding,
     expand_paths,
     find_paths,
     open_hub_dataset,
@@ -51,9 +51,9 @@ def pack_blocks(
     """
     if block_size < 1:
         raise InputError(f"block_size={block_size}: must be at least 1.")
-    chunks, length = [], 0
-    for ids in tokenize_documents(documents, tokenizer, Separation(append_eos=append_eos)):
-        chunks.append(ids.astype(np.int64))
+    pieces, length = [], 0
+    for ids in tokenize_documents(documents, tokenizer, DocumentEnding(append_eos=append_eos)):
+        pieces.append(ids.astype(np.int64))
         length += len(ids)
         if max_blocks is not None and length >= max_blocks * block_size:
             break

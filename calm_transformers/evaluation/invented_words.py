@@ -17,7 +17,7 @@ import torch
 from transformers import set_seed
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
-from calm_transformers.documents import expand_paths, read_documents, size_of
+from calm_transformers.documents import expand_paths, read_documents, total_bytes
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.loading import is_calm, load_config, load_with_tokenizer
 from calm_transformers.model.configuration_calm import CALMConfig
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors():
         model, tokenizer = load(args)
         files = expand_paths(args.text)
-        with progress_bar(None, "Reading", "B", size_of(files)) as bar:
+        with progress_bar(None, "Reading", "B", total_bytes(files)) as bar:
             known = vocabulary_of(read_documents(files, bar=bar))
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     if is_calm(model) and args.num_candidates:

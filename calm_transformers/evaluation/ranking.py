@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive
-from calm_transformers.documents import Separation, tokenize_documents
+from calm_transformers.documents import DocumentEnding, tokenize_documents
 from calm_transformers.evaluation.blocks import add_data_arguments, open_documents
 from calm_transformers.evaluation.text_scores import score_texts
 from calm_transformers.loading import is_calm, load_with_tokenizer
@@ -33,7 +33,7 @@ def long_documents(documents: Iterable[str], tokenizer, num_tokens: int, max_row
         ValueError: fewer than two documents have `num_tokens` tokens.
     """
     rows = []
-    for ids in tokenize_documents(documents, tokenizer, Separation(append_eos=append_eos)):
+    for ids in tokenize_documents(documents, tokenizer, DocumentEnding(append_eos=append_eos)):
         if len(ids) >= num_tokens:
             rows.append(ids[:num_tokens].tolist())
         if len(rows) == max_rows:

@@ -1,1 +1,1 @@
-"""Training. What the caller can put right raises `InputError`, of which the docstrings here don't tell each time."""
+"""Training. Errors that the caller can fix raise `InputError`; docstrings here don't repeat it."""

@@ -1,4 +1,4 @@
-"""A training-only loss beside the head's: it shapes the backbone and is left behind at export.
+"""The multi-token prediction (MTP) loss, which trains the backbone beside the head's loss and is not exported.
 
 Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, D hidden size, V vocabulary.
 """
@@ -11,54 +11,54 @@ from torch import Tensor, nn
 
 from calm_transformers.model.heads_calm_token_chain import TokenChain
 from calm_transformers.model.modeling_calm import CALMForCausalLM, target_patches
-from calm_transformers.training.distil import Lesson, Teacher
+from calm_transformers.training.distil import SoftTargets, Teacher
 
-AUXILIARY_FILE = "auxiliary.safetensors"  # beside a checkpoint's weights
+AUXILIARY_FILE = "auxiliary.safetensors"  # in a checkpoint folder
 
 
 class MultiTokenLoss(TokenChain):
-    """Cross-entropy of the next patch's K tokens given the hidden state and the patch's tokens before.
+    """MTP loss: the cross-entropy of the next patch's K tokens under p(x_k | hidden, x_<k).
 
-    A small autoregressive model within the patch, p(x_k | hidden, x_<k): it teaches the backbone the joint law of the
-    patch, which is what the generative head has to draw from.
+    This small autoregressive model trains the backbone to encode the joint distribution of the next patch, which the
+    generative head has to sample from.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):
         super().__init__(hidden_size, vocab_size, patch_size)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)  # as Llama's
+                nn.init.normal_(module.weight, std=0.02)  # as in Llama
 
     def forward(
         self,
         hidden_BPD: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
-        lesson: Lesson | None = None,
+        soft_targets: SoftTargets | None = None,
     ) -> Tensor:
-        """Mean nats per counted token, or their sum / `num_items_in_batch`.
+        """Returns the mean nats per label, or their sum / `num_items_in_batch`.
 
         Args:
             hidden_BPD: hidden states; the one at patch p predicts patch p + 1.
-            labels (`(B, L)`): the ids at the same positions as the hidden states' patches; −100 is left out.
-            num_items_in_batch: number of counted labels in the whole accumulated batch.
-            lesson: what a teacher expects of the same tokens.
+            labels (`(B, L)`): token ids at the positions of `hidden_BPD`; −100 is ignored.
+            num_items_in_batch: number of labels in the whole accumulated batch.
+            soft_targets: a teacher's probabilities of the same tokens, for distillation.
         """
         labels_BPK = target_patches(labels, self.patch_size)
         logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0)).float()
-        if lesson is None:
+        if soft_targets is None:
             total = F.cross_entropy(logits.flatten(0, 2), labels_BPK.flatten(), reduction="sum")
         else:
-            total = lesson.cross_entropy(logits, labels_BPK).sum()
+            total = soft_targets.cross_entropy(logits, labels_BPK).sum()
         count = (labels_BPK != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
     @torch.no_grad()
     def draw(self, hidden: Tensor, num_draws: int, generator: torch.Generator | None = None) -> Tensor:
-        """Patches by this law: hidden states (..., D) → ids (A, ..., K)."""
+        """Samples `num_draws` (A) patches per hidden state: (..., D) → ids (A, ..., K)."""
 
         def draw(_: int, logits: Tensor) -> Tensor:
-            # The largest of logits with Gumbel noise is a draw; unlike multinomial it takes any number of rows.
+            # Gumbel-max sampling: unlike torch.multinomial it has no limit on the number of rows.
             gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
             return (logits.float() + gumbel).argmax(-1)
 
@@ -67,9 +67,9 @@ class MultiTokenLoss(TokenChain):
 
 
 class WithAuxiliary(nn.Module):
-    """A CALM model with the auxiliary loss added to its own, as one module, so that DDP and FSDP see all parameters.
+    """A CALM model and its auxiliary (MTP) loss in one module, so that DDP and FSDP see all parameters.
 
-    `weight`, `head_weight`, `decay` and `num_targets` (A) are a recipe's, as is the teacher.
+    `weight`, `decay` and `num_targets` (A) are a recipe's auxiliary_weight, auxiliary_decay and auxiliary_targets.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
@@ -93,7 +93,7 @@ class WithAuxiliary(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         self.calm.gradient_checkpointing_enable(**kwargs)
 
-    def activation_checkpointing_enable(self, **kwargs) -> None:  # its name in transformers 5
+    def activation_checkpointing_enable(self, **kwargs) -> None:  # the name in transformers 5
         self.calm.activation_checkpointing_enable(**kwargs)
 
     def forward(
@@ -103,7 +103,7 @@ class WithAuxiliary(nn.Module):
         progress: float = 0.0,
         **inputs,
     ):
-        """As the model's, and in `loss` the auxiliary one too; `progress` is the share of the steps that are done."""
+        """Returns the model's outputs with the auxiliary loss added; `progress` is the fraction of steps done."""
         head_labels = labels if self.head_weight and not self.num_targets else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
@@ -111,8 +111,10 @@ class WithAuxiliary(nn.Module):
                 further = partial(self.auxiliary.draw, num_draws=self.num_targets)
                 hidden = outputs.last_hidden_state
                 outputs["loss"] = self.calm.patch_loss(hidden, labels, num_items_in_batch, further=further)
-            lesson = self.teacher and self.teacher.lesson(inputs["input_ids"], inputs.get("attention_mask"))
-            auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch, lesson)
+            soft_targets = self.teacher and self.teacher.soft_targets(
+                inputs["input_ids"], inputs.get("attention_mask")
+            )
+            auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch, soft_targets)
             head_loss = self.head_weight * outputs.loss if self.head_weight else 0
             weight = self.weight * max(0.0, 1 - progress / self.decay) if self.decay else self.weight
             outputs["loss"] = head_loss + weight * auxiliary_loss
@@ -124,6 +126,6 @@ def without_auxiliary(model: nn.Module) -> nn.Module:
     return model.calm if isinstance(model, WithAuxiliary) else model
 
 
-def state_without_auxiliary(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A `WithAuxiliary`'s state dict → the model's own."""
+def calm_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the CALM model's state dict out of a `WithAuxiliary`'s."""
     return {key.removeprefix("calm."): value for key, value in state.items() if key.startswith("calm.")}

@@ -1,4 +1,4 @@
-"""A moving average of the weights, kept beside the training, evaluated and exported in their place."""
+"""An exponential moving average (EMA) of the weights, which is evaluated and exported in their place."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
-AVERAGE_FILE = "average.safetensors"  # beside a checkpoint's weights
+AVERAGE_FILE = "average.safetensors"  # in a checkpoint folder
 
 
 class WeightAverage(TrainerCallback):
-    """After each step, average ← decay · average + (1 − decay) · weights, of what is trained and in float32.
+    """After each step sets average ← decay · average + (1 − decay) · weights, for the trainable weights, in float32.
 
-    It begins as the weights after the first step.
+    The average starts as the weights after the first step.
 
     Args:
-        decay: share of the average that stays, 0 < decay < 1.
-        checkpoint: where the training goes on; `None` at its start.
+        decay: 0 < decay < 1.
+        checkpoint: folder of the checkpoint that is resumed, `None` for a new run.
     """
 
     def __init__(self, decay: float, checkpoint: Path | None = None):
@@ -29,47 +29,47 @@ class WeightAverage(TrainerCallback):
         self._average: AveragedModel | None = None
 
     def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs):
-        self._average = AveragedModel(in_float32(model), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        self._average = AveragedModel(trainable_in_float32(model), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         if self._path is not None:
             self._average.load_state_dict(safetensors.torch.load_file(self._path))
 
     def on_step_end(self, args, state, control, *, model: nn.Module, **kwargs):
-        self.average.update_parameters(in_float32(model))
+        self.average.update_parameters(trainable_in_float32(model))
 
     @property
     def average(self) -> AveragedModel:
-        assert self._average is not None, "training made it when it began"
+        assert self._average is not None, "on_train_begin makes it"
         return self._average
 
     def save(self, folder: Path) -> None:
-        """Writes the average beside a checkpoint's weights."""
+        """Writes the average into a checkpoint's folder."""
         safetensors.torch.save_file(self.average.state_dict(), folder / AVERAGE_FILE)
 
-    def put_into(self, model: nn.Module) -> None:
-        """Overwrites the trained weights of the model."""
-        overwrite(trained(model), self.average.module.parameters())
+    def copy_to(self, model: nn.Module) -> None:
+        """Copies the average into the model's trainable parameters."""
+        copy_parameters(trainable_parameters(model), self.average.module.parameters())
 
     @contextlib.contextmanager
-    def in_place_of_weights(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model has the average; afterwards its weights again."""
-        weights = [parameter.detach().clone() for parameter in trained(model)]
-        self.put_into(model)
+    def average_parameters(self, model: nn.Module) -> Iterator[None]:
+        """Context manager: the model has the average inside, and its own weights again afterwards."""
+        weights = [parameter.detach().clone() for parameter in trainable_parameters(model)]
+        self.copy_to(model)
         try:
             yield
         finally:
-            overwrite(trained(model), weights)
+            copy_parameters(trainable_parameters(model), weights)
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def in_float32(model: nn.Module) -> nn.ParameterList:
-    """The trained weights; those that are float32 themselves are not copied."""
-    return nn.ParameterList(parameter.detach().float() for parameter in trained(model))
+def trainable_in_float32(model: nn.Module) -> nn.ParameterList:
+    """Returns the trainable parameters in float32; those that are float32 already are not copied."""
+    return nn.ParameterList(parameter.detach().float() for parameter in trainable_parameters(model))
 
 
 @torch.no_grad()
-def overwrite(parameters, values) -> None:
+def copy_parameters(parameters, values) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -1,13 +1,13 @@
-"""Makes the bundled demo model anew, from the corpus to the files at the root.
+"""Trains the bundled demo model from scratch, from the corpus to the files at the repository's root.
 
     python -m calm_transformers.training.demo_model --corpus DIR
 
-Every phase is a command, printed before it runs, that can be given by hand. It can be stopped at any moment; the same
-command goes on where it was. DIR holds stories for children, one document {"text": ...} a line:
+Every phase is a command that is printed before it runs. After an interruption, the same command resumes. DIR contains
+stories for children, one document {"text": ...} per line:
 
     tinystories-train.jsonl.xz  tinystories-validation.jsonl.xz
 
-Every constant of the trainings stands in the recipes demo-tokenizer, demo-autoencoder, demo-backbone and demo.
+All settings of the trainings are in the recipes demo-tokenizer, demo-autoencoder, demo-backbone and demo.
 """
 
 import shlex
@@ -25,7 +25,7 @@ FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 
 def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[list[str]]:
-    """The words of each training behind `calm train`, in order; what is made on the way is in the folder `runs`."""
+    """Returns the arguments of `calm train` for each training, in order; they write to sub-folders of `runs`."""
     files = {part: str(corpus / f"tinystories-{part}.jsonl.xz") for part in ("train", "validation")}
 
     def training(kind: str, recipe: str, *words: str) -> list[str]:
@@ -45,7 +45,7 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[list[
 
 
 def write(model: Path, output: Path) -> None:
-    """Puts a trained model's files in place, each whole, the weights last; its code where the package's isn't."""
+    """Copies a trained model's files atomically, the weights last, and its code unless `output` is this repository."""
     output.mkdir(parents=True, exist_ok=True)
     code = [] if output.samefile(PACKAGE) else sorted(model.glob("*.py"))
     for file in [*code, *(model / name for name in FILES)]:
@@ -58,12 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m calm_transformers.training.demo_model", __doc__)
     parser.add_argument("--corpus", required=True, type=Path, metavar="DIR")
     parser.add_argument("--output", type=Path, help="where the model's files go (default: demo-model in --runs)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of what is made on the way")
-    parser.add_argument("--max_steps", type=positive, help="steps of each training, to try it out")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the intermediate trainings")
+    parser.add_argument("--max_steps", type=positive, help="steps of each training, for a trial")
     args = parser.parse_args(argv)
     output = args.output or args.runs / "demo-model"
-    is_there = (args.runs / "demo-tokenizer" / "tokenizer_config.json").exists()  # a training goes on by itself
-    for words in phases(args.corpus, args.runs, args.max_steps)[is_there:]:
+    has_tokenizer = (
+        args.runs / "demo-tokenizer" / "tokenizer_config.json"
+    ).exists()  # other phases resume by themselves
+    for words in phases(args.corpus, args.runs, args.max_steps)[has_tokenizer:]:
         print(shlex.join(["python", "-m", train.__name__, *words]), flush=True)
         if code := train.main(words):
             return code

@@ -1,4 +1,4 @@
-"""Figures for the training log, on one batch, with randomness of their own, so that logging changes no trajectory.
+"""Metrics for the training log from one batch; they have their own generator, so that logging changes no training.
 
 Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, D hidden size, Z latent size, N candidate samples.
 """
@@ -13,7 +13,7 @@ MAX_PATCHES = 256  # enough for a trend, and cheap beside a training step
 
 
 def diagnose(model, input_ids: Tensor, hidden: Tensor | None, seed: int) -> dict[str, float]:
-    """The figures that fit the kind of model; none for others."""
+    """Returns the metrics of an autoencoder or a CALM, none for other models."""
     if isinstance(model, CALMAutoencoder):
         return diagnose_autoencoder(model, input_ids)
     if isinstance(model, CALMForCausalLM):
@@ -24,11 +24,11 @@ def diagnose(model, input_ids: Tensor, hidden: Tensor | None, seed: int) -> dict
 
 @torch.no_grad()
 def diagnose_autoencoder(autoencoder: CALMAutoencoder, input_ids: Tensor) -> dict[str, float]:
-    """Posterior and reconstruction of uncorrupted ids (B, L).
+    """Measures posterior and reconstruction of uncorrupted ids (B, L).
 
     Returns:
-        kl: nats per patch, not clipped; posterior_sigma: mean standard deviation; active_dimensions: of Z, see
-        `ACTIVE_NATS`; reconstruction_accuracy: share of tokens recovered from the posterior's mean.
+        kl: nats per patch, not clipped; posterior_sigma: mean standard deviation; active_dimensions: number of them in
+        Z (see `ACTIVE_NATS`); reconstruction_accuracy: fraction of tokens decoded correctly from the posterior's mean.
     """
     ids_PK = input_ids.reshape(-1, autoencoder.config.patch_size)[:MAX_PATCHES]
     mean_PZ, log_std_PZ = (t[0].float() for t in autoencoder.encoder(ids_PK.reshape(1, -1)))
@@ -44,7 +44,7 @@ def diagnose_autoencoder(autoencoder: CALMAutoencoder, input_ids: Tensor) -> dic
 
 @torch.no_grad()
 def diagnose_calm(model: CALMForCausalLM, input_ids: Tensor, hidden_BPD: Tensor, seed: int) -> dict[str, float]:
-    """Two samples of the next patch at up to `MAX_PATCHES` positions.
+    """Compares two samples of the next patch at up to `MAX_PATCHES` positions with its target.
 
     Returns:
         distance_to_target, distance_between_samples: mean Euclidean distances in the latent space, the two terms of

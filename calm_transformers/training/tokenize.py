@@ -1,15 +1,15 @@
 """Tokenises a recipe's text before its training: `calm tokenize --recipe calm-m --train_files text.jsonl`.
 
-The tokens go to the cache in which the training looks for them, so give both the same fields: `cache_dir`, by default
-calm/tokens in the cache of Hugging Face.
+The tokens go to the cache that the training reads (`cache_dir`, by default calm/tokens in the cache of Hugging Face),
+so give both commands the same fields.
 """
 
 import sys
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors
-from calm_transformers.training.data import cache_of, token_file
+from calm_transformers.training.data import load_token_file, token_cache_dir
 from calm_transformers.training.recipe import load_recipe, parse_command_line
-from calm_transformers.training.train import config_and_notes, tokenizer_of
+from calm_transformers.training.train import config_with_notes, load_recipe_tokenizer
 
 
 @command
@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> None:
         recipe = load_recipe(options.recipe, parse_command_line(fields))
         if recipe.kind == "tokenizer" or recipe.data.streaming:
             raise InputError(f"the recipe {options.recipe!r} reads text while it trains: nothing to tokenise.")
-        tokenizer, data, folder = tokenizer_of(recipe), recipe.data, cache_of(recipe.data)
-        patch_size = getattr(config_and_notes(recipe)[0], "patch_size", 1)
+        tokenizer, data, folder = load_recipe_tokenizer(recipe), recipe.data, token_cache_dir(recipe.data)
+        patch_size = getattr(config_with_notes(recipe)[0], "patch_size", 1)
         for part in ["train", *(["validation"] if data.validation_files or data.validation_split else [])]:
-            found = token_file(data, part, tokenizer, patch_size, folder)
+            found = load_token_file(data, part, tokenizer, patch_size, folder)
             print(f"{part}: {len(found.tokens):,} tokens of {len(found.document_starts):,} documents in {folder}")
 
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on text, and saving one so that every supported transformers version reads it."""
+"""Trains, compares and saves tokenizers."""
 
 import json
 from collections.abc import Iterable
@@ -7,11 +7,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-# In order of their ids. Id 0 is what the autoencoder puts in place of a dropped token (paper 2.2): here it is a token
-# that no text contains, and the same one fills the first patch of a short prompt.
+# In the order of their ids. The autoencoder replaces dropped tokens by id 0 (paper 2.2), which is the filler: no text
+# contains it, and it also fills the first patch of a short prompt.
 FILLER, BOS, EOS, PAD = SPECIAL_TOKENS = ("<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>")
 
-# Spaces go with the word behind them; digits in groups of at most three: the pattern of the Llama 3 tokenizer.
+# The Llama 3 tokenizer's pattern: a space belongs to the word after it, digits form groups of at most three.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,12 +19,12 @@ SPLIT_PATTERN = (
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` entries: 4 special tokens, 256 bytes, the rest merges.
+    """Trains a byte-level BPE tokenizer of `vocab_size` entries: 4 special tokens, 256 bytes, the rest merges.
 
-    BOS comes in front of every text, as with Llama 3; padding goes to the left.
+    It puts BOS before every text, as Llama 3 does, and pads on the left.
 
     Raises:
-        ValueError: `vocab_size` too small to hold the special tokens and all bytes, or text too short for it.
+        ValueError: `vocab_size` is too small for the special tokens and all bytes, or too large for the text.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if not isinstance(vocab_size, int) or vocab_size < smallest:
@@ -41,12 +41,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,  # its bars know neither rate nor time left
+        show_progress=False,  # its bars show neither speed nor remaining time
     )
     bpe.train_from_iterator(documents, trainer)
     if bpe.get_vocab_size() < vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size}: the text gives only {bpe.get_vocab_size()} entries; lower it or add text."
+            f"vocab_size={vocab_size}: the text yields only {bpe.get_vocab_size()} entries; lower it or add text."
         )
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
@@ -55,7 +55,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
 
 def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Ours as transformers knows them, whose vocabulary begins with `SPECIAL_TOKENS`; padding goes to the left."""
+    """Wraps a tokenizer whose vocabulary begins with `SPECIAL_TOKENS` for transformers, with left padding."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -67,37 +67,37 @@ def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def first_difference(theirs, ours, num_known: int) -> tuple[int, str | None, str | None] | None:
-    """The first id at which two tokenizers have different tokens, with their token and ours; `None` where all agree.
+def first_difference(pretrained, own, vocab_size: int) -> tuple[int, str | None, str | None] | None:
+    """Returns the first id at which two tokenizers differ, with both tokens, or `None` if they are compatible.
 
-    Ours may have special tokens that theirs lacks, and special tokens that neither begins or ends a text with may be
-    called otherwise, as the reserved ones of Llama 3 and 3.1: no text contains them.
+    Special tokens may be missing in `pretrained`, or have other names unless they are BOS or EOS, like the reserved
+    ones of Llama 3 and 3.1: no text contains them.
 
     Args:
-        theirs: of the model whose weights are to be used.
-        ours: the autoencoder's.
-        num_known: number of tokens that the model knows; what its tokenizer has above is of no account.
+        pretrained: tokenizer of the model whose weights are to be used.
+        own: the autoencoder's tokenizer.
+        vocab_size: of that model; ids of its tokenizer from there on are ignored.
     """
-    marks = {mark for t in (theirs, ours) for mark in (t.bos_token_id, t.eos_token_id)}
-    vocabularies = [{token_id: token for token, token_id in t.get_vocab().items()} for t in (theirs, ours)]
-    specials = [{i for i, token in t.added_tokens_decoder.items() if token.special} for t in (theirs, ours)]
+    bos_eos = {token_id for t in (pretrained, own) for token_id in (t.bos_token_id, t.eos_token_id)}
+    vocabularies = [{token_id: token for token, token_id in t.get_vocab().items()} for t in (pretrained, own)]
+    specials = [{i for i, token in t.added_tokens_decoder.items() if token.special} for t in (pretrained, own)]
     for token_id in sorted(vocabularies[0].keys() | vocabularies[1].keys()):
-        their, our = (vocabulary.get(token_id) for vocabulary in vocabularies)
-        if token_id >= num_known:
-            their = None
-        may_differ = token_id in specials[1] and (their is None or (token_id in specials[0] and token_id not in marks))
-        if their != our and not may_differ:
-            return token_id, their, our
+        token, own_token = (vocabulary.get(token_id) for vocabulary in vocabularies)
+        if token_id >= vocab_size:
+            token = None
+        is_reserved = token is None or (token_id in specials[0] and token_id not in bos_eos)
+        if token != own_token and not (token_id in specials[1] and is_reserved):
+            return token_id, token, own_token
     return None
 
 
 def filler_token_id(tokenizer) -> int | None:
-    """Id of the token that fills the first patch of a short prompt: our own, or the pad token of another tokenizer."""
+    """Returns the id of the token that fills the first patch of a short prompt: our filler, or else the pad token."""
     return tokenizer.get_vocab().get(FILLER, tokenizer.pad_token_id)
 
 
 def save_tokenizer(tokenizer, folder: str | Path) -> None:
-    """`save_pretrained`, without what it notes of the machine and the version."""
+    """Saves the tokenizer without the fields that depend on the machine or the transformers version."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

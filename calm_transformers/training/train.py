@@ -1,9 +1,9 @@
-"""Trains a tokenizer, the autoencoder, a CALM or, for comparison, an ordinary Llama, by a recipe.
+"""Trains a tokenizer, the autoencoder, a CALM or, for comparison, a standard Llama from a recipe.
 
     calm train calm --recipe demo
 
-Here a recipe, with the tokenizer and the models that it names, becomes a configuration and a model; `trainer.fit`
-trains it. Every field of the recipe can be given as --field value.
+This module builds the configuration and the model from the recipe and the tokenizer and models that it names;
+`trainer.prepare_run` trains it. Every field of the recipe can be given as --field value.
 """
 
 import sys
@@ -18,35 +18,35 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Pretra
 from transformers.activations import ACT2FN
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package
-from calm_transformers.documents import documents
-from calm_transformers.loading import generation_defaults, is_missing_folder, load_checked, load_tokenizer
+from calm_transformers.documents import load_documents
+from calm_transformers.loading import generation_defaults, is_missing_folder, load_tokenizer, load_checked
 from calm_transformers.model.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
-from calm_transformers.training.backbone import begin_chain, begin_with_llama, load_llama
+from calm_transformers.training.backbone import init_chain_from_llama, init_from_llama, load_llama
 from calm_transformers.training.cost import print_cost
 from calm_transformers.training.distil import Teacher
 from calm_transformers.training.recipe import (
     BACKBONE_FIELDS,
     CONFIGS,
     KINDS,
-    PATCH_EMBEDDINGS,
+    PATCH_EMBEDDING_DECAYS,
     Recipe,
     load_recipe,
     parse_command_line,
     recipe_names,
 )
 from calm_transformers.training.tokenizer import filler_token_id, first_difference, save_tokenizer, train_bpe
-from calm_transformers.training.trainer import begin, fit, last_checkpoint, say
+from calm_transformers.training.trainer import last_checkpoint, log_rank0, prepare_run, set_up
 
-# Field of a recipe that names a folder or Hub id → the command that makes one.
-MAKERS = {
+# Recipe field that names a folder or Hub id → the command that makes it.
+MAKE_COMMANDS = {
     **{"tokenizer": "train tokenizer", "autoencoder": "train autoencoder", "init_from": "train"},
     **{"init_backbone": "train ar", "distil": "train ar"},
 }
 MODELS = {"autoencoder": CALMAutoencoder, "ar": LlamaForCausalLM}
-VOCAB_SIZE = 4096  # of a tokenizer whose recipe states none
+DEFAULT_VOCAB_SIZE = 4096  # of a new tokenizer
 
 
 @command
@@ -55,162 +55,157 @@ def main(argv: list[str] | None = None) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=", ".join(KINDS))
     for kind in KINDS:
         epilog = f"Every field of the recipe can be given as --field value. Recipes: {', '.join(recipe_names())}."
-        of_kind = kinds.add_parser(kind, prog=f"{parser.prog} {kind}", description=None, epilog=epilog)
-        of_kind.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
-        of_kind.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and memory, and exit")
-        resume = "auto: go on where output_dir's checkpoints end"
-        of_kind.add_argument("--resume", default="auto", choices=["auto", "never"], help=resume)
+        subparser = kinds.add_parser(kind, prog=f"{parser.prog} {kind}", description=None, epilog=epilog)
+        subparser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
+        subparser.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and memory, and exit")
+        resume = "auto: resume from the last checkpoint in output_dir"
+        subparser.add_argument("--resume", default="auto", choices=["auto", "never"], help=resume)
     options, fields = parser.parse_known_args(argv)
-    with known_errors():  # until the training itself begins, every error is one of recipe, files or environment
+    with known_errors():  # before the training itself, every error comes from the recipe, files or environment
         recipe = load_recipe(options.recipe, parse_command_line(fields))
         if recipe.kind != options.kind:
             raise InputError(f"the recipe {options.recipe!r} is for train {recipe.kind}.")
-        training = dry_run(recipe) if options.dry_run else prepare(recipe, options.resume)
+        training = dry_run(recipe) if options.dry_run else prepare_training(recipe, options.resume)
     if training is not None:
         with known_errors(InputError, OSError):
             training()
 
 
-def prepare(recipe: Recipe, resume: str = "auto") -> Callable[[], None] | None:
-    """Trains a tokenizer, from the start whatever `resume` says; of any other training, what `fit` returns."""
+def prepare_training(recipe: Recipe, resume: str = "auto") -> Callable[[], None] | None:
+    """Builds the model and returns a function that trains it; a tokenizer is trained at once, and never resumed."""
     if recipe.kind == "tokenizer":
         return train_tokenizer(recipe)
-    tokenizer = tokenizer_of(recipe)
-    stated = begin(recipe)
-    model = make_model(recipe, tokenizer)
+    tokenizer = load_recipe_tokenizer(recipe)
+    args = set_up(recipe)
+    model = build_model(recipe, tokenizer)
     patch_size = getattr(model.config, "patch_size", 1)
     if recipe.kind == "calm":
-        model = for_training(model, recipe, tokenizer)
-    return fit(recipe, stated, model, tokenizer, patch_size, resume)
+        model = wrap_for_training(model, recipe, tokenizer)
+    return prepare_run(recipe, args, model, tokenizer, patch_size, resume)
 
 
 def train_tokenizer(recipe: Recipe) -> None:
-    texts, _ = documents(recipe.data, "train", "Counting words")
-    tokenizer = train_bpe(texts, recipe.model.get("vocab_size", VOCAB_SIZE))
+    texts, _ = load_documents(recipe.data, "train", "Counting words")
+    tokenizer = train_bpe(texts, recipe.model.get("vocab_size", DEFAULT_VOCAB_SIZE))
     save_tokenizer(tokenizer, recipe.output_dir)
     print(f"wrote {recipe.output_dir}, {len(tokenizer)} entries")
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Prints the configuration that a run would train now, and what it costs."""
+    """Prints the sizes and the cost of the model that a run would train now."""
     if recipe.kind == "tokenizer":
-        print(f"byte-level BPE, vocab_size {recipe.model.get('vocab_size', VOCAB_SIZE)}")
+        print(f"byte-level BPE, vocab_size {recipe.model.get('vocab_size', DEFAULT_VOCAB_SIZE)}")
         return
-    config, notes = config_and_notes(recipe)
+    config, notes = config_with_notes(recipe)
     print_cost(recipe, config, notes, read_config("distil", recipe.distil, LlamaConfig) if recipe.distil else None)
 
 
-# what a recipe names
+# what a recipe refers to
 
 
-class NotThere(InputError):
-    """What a recipe needs is not named or, so far, not there; a dry run can do without. `why` is half a sentence."""
+class MissingInput(InputError):
+    """A tokenizer or model is not named or doesn't exist yet; a dry run uses defaults and reports the `reason`."""
 
-    def __init__(self, message: str, why: str):
+    def __init__(self, message: str, reason: str):
         super().__init__(message)
-        self.why = why
+        self.reason = reason
 
 
-def read(what: str, where: str | None, reader):
-    """`reader(where)`, of the folder or Hub id that a recipe names in the field `what`, or `NotThere`."""
-    if where is None:
-        why = f"no {what} is named"
-        raise NotThere(f"no {what}: give --{what} a folder or a Hub id ({MAKERS[what]} makes one).", why)
-    is_there = Path(where).exists()
-    if is_missing_folder(where) or (where.startswith("runs/") and not is_there):
-        message = f"{what} {where}: no such folder ({MAKERS[what]} makes one)."
-        raise NotThere(message, f"the {what} {where} is not there yet")
+def read_source(field: str, source: str | None, reader):
+    """Returns `reader(source)` of the folder or Hub id in the recipe's `field`, or raises `MissingInput`."""
+    if source is None:
+        message = f"no {field}: give --{field} a folder or a Hub id ({MAKE_COMMANDS[field]} makes one)."
+        raise MissingInput(message, f"no {field} is named")
+    exists = Path(source).exists()
+    if is_missing_folder(source) or (source.startswith("runs/") and not exists):
+        message = f"{field} {source}: no such folder ({MAKE_COMMANDS[field]} makes one)."
+        raise MissingInput(message, f"the {field} {source} does not exist yet")
     try:
-        return reader(where)
+        return reader(source)
     except Exception as error:  # each library has its own
         reason = " ".join(str(error).partition("\n\n")[0].split())
-        if is_there:
-            raise InputError(f"{what} {where}: cannot be read: {reason}") from error
-        message = f"{what} {where}: no such folder, nor to be had from the Hub: {reason}"
-        raise NotThere(message, f"the {what} {where} cannot be had") from error
+        if exists:
+            raise InputError(f"{field} {source}: cannot be read: {reason}") from error
+        message = f"{field} {source}: no such folder, nor available from the Hub: {reason}"
+        raise MissingInput(message, f"the {field} {source} is not available") from error
 
 
-def read_whole(what: str, where: str | None, model_class, **settings):
-    """The model that a recipe names, as `read`; each of its weights is there."""
-    return read(what, where, partial(load_checked, model_class.from_pretrained, **settings))
+def load_model(field: str, source: str | None, model_class, **settings):
+    """Loads the model in the recipe's `field`; missing weights are an error."""
+    return read_source(field, source, partial(load_whole, model_class.from_pretrained, **settings))
 
 
-def read_config(what: str, where: str | None, config_class) -> Any:
-    """The configuration of the model that a recipe names, as `read`; one of another class is refused, too."""
-    fields, _ = read(what, where, PretrainedConfig.get_config_dict)
-    found = fields.get("model_type")
-    if found != config_class.model_type:
-        raise InputError(f"{what} {where}: is a model of type {found!r}, not {config_class.model_type!r}.")
-    return config_class.from_dict(fields)
+def read_config(field: str, source: str | None, config_class) -> Any:
+    """Reads the configuration of the model in the recipe's `field`; another model type is an error."""
+    values, _ = read_source(field, source, PretrainedConfig.get_config_dict)
+    model_type = values.get("model_type")
+    if model_type != config_class.model_type:
+        raise InputError(f"{field} {source}: is a model of type {model_type!r}, not {config_class.model_type!r}.")
+    return config_class.from_dict(values)
 
 
-def tokenizer_of(recipe: Recipe):
-    """The tokenizer that the recipe names, or the one beside the model that it goes on from."""
-    return read("tokenizer", recipe.tokenizer or recipe.init_from or recipe.autoencoder, load_tokenizer)
+def load_recipe_tokenizer(recipe: Recipe):
+    """Loads the recipe's tokenizer, by default the one of `init_from` or the autoencoder."""
+    return read_source("tokenizer", recipe.tokenizer or recipe.init_from or recipe.autoencoder, load_tokenizer)
 
 
-def autoencoder_config_of(recipe: Recipe) -> CALMAutoencoderConfig:
-    """The configuration of the trained autoencoder that the recipe names, or of the one in a CALM."""
-    where = recipe.autoencoder
-    fields, _ = read("autoencoder", where, PretrainedConfig.get_config_dict)
-    found = fields.get("model_type")
-    if found not in (CALMConfig.model_type, CALMAutoencoderConfig.model_type):
-        raise InputError(f"autoencoder {where}: holds none, its config.json has model_type {found!r}.")
-    return read("autoencoder", where, CALMAutoencoderConfig.from_pretrained)
+def load_autoencoder_config(recipe: Recipe) -> CALMAutoencoderConfig:
+    """Reads the configuration of the recipe's autoencoder, which may be part of a CALM."""
+    source = recipe.autoencoder
+    values, _ = read_source("autoencoder", source, PretrainedConfig.get_config_dict)
+    model_type = values.get("model_type")
+    if model_type not in (CALMConfig.model_type, CALMAutoencoderConfig.model_type):
+        raise InputError(f"autoencoder {source}: has none, its config.json has model_type {model_type!r}.")
+    return read_source("autoencoder", source, CALMAutoencoderConfig.from_pretrained)
 
 
-def check_tokens(what: str, where: str, llama: LlamaConfig, tokenizer) -> None:
-    """Compares the tokenizer beside a Llama with ours, which may have more special tokens at its end.
+def check_vocabulary(field: str, source: str, llama: LlamaConfig, tokenizer) -> None:
+    """Raises `InputError` if a Llama's tokenizer differs from ours, which may have more special tokens at its end.
 
-    Where there is none to be read, it says so and compares the numbers of tokens.
+    If the Llama has no tokenizer, only the vocabulary sizes are compared.
     """
     try:
-        theirs = load_tokenizer(where)
+        llama_tokenizer = load_tokenizer(source)
     except (OSError, ValueError):
-        known = f"{llama.vocab_size:,}", f"{len(tokenizer):,}"
+        sizes = f"vocabulary of {llama.vocab_size:,} tokens, the autoencoder's has {len(tokenizer):,}"
         if llama.vocab_size > len(tokenizer):
-            raise InputError(f"{what} {where}: knows {known[0]} tokens, the autoencoder {known[1]}.") from None
-        say(
-            f"{what} {where}: no tokenizer can be read there, so only the numbers of tokens were compared, "
-            f"{known[0]} and the autoencoder's {known[1]}"
-        )
+            raise InputError(f"{field} {source}: has a {sizes}.") from None
+        log_rank0(f"{field} {source}: no tokenizer found, only the sizes were compared: it has a {sizes}")
         return
-    difference = first_difference(theirs, tokenizer, llama.vocab_size)
+    difference = first_difference(llama_tokenizer, tokenizer, llama.vocab_size)
     if difference:
-        token_id, *tokens = difference
-        their, our = ("none" if token is None else repr(token) for token in tokens)
-        raise InputError(
-            f"{what} {where}: token {token_id} is {their} in its tokenizer and {our} in the autoencoder's, "
-            "so that the two read text differently."
-        )
+        token_id, llama_token, our_token = (repr(part) if part is not None else "none" for part in difference)
+        tokens = f"token {token_id} is {llama_token}, in the autoencoder's tokenizer {our_token}"
+        raise InputError(f"{field} {source}: the tokenizers differ: {tokens}.")
 
 
 # the configuration
 
 
-def config_of(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig | None = None):
-    """The configuration that the recipe states around the tokenizer and, of a CALM, the autoencoder, both `None` where
-    a dry run has none; or, with `init_from`, that of the model before, which a CALM's recipe changes.
+def build_config(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig | None = None):
+    """Builds the model's configuration from the recipe, the tokenizer and, for a CALM, the autoencoder.
+
+    Both are `None` if a dry run has none. With `init_from` it is that model's, overridden by a CALM's model section.
     """
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
-        before = read_config("init_from", recipe.init_from, config_class)
-        return make_config(CALMConfig, before.to_dict() | recipe.model) if recipe.kind == "calm" else before
+        config = read_config("init_from", recipe.init_from, config_class)
+        return make_config(CALMConfig, config.to_dict() | recipe.model) if recipe.kind == "calm" else config
     if recipe.kind == "calm":
-        return make_config(CALMConfig, _calm_values(recipe, tokenizer, autoencoder))
-    stated = {"max_position_embeddings": recipe.data.block_size} if recipe.kind == "ar" else {}
-    return make_config(config_class, {**stated, **recipe.model, **tokenizer_fields(tokenizer)})
+        return make_config(CALMConfig, _calm_fields(recipe, tokenizer, autoencoder))
+    defaults = {"max_position_embeddings": recipe.data.block_size} if recipe.kind == "ar" else {}
+    return make_config(config_class, {**defaults, **recipe.model, **tokenizer_fields(tokenizer)})
 
 
-def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig | None) -> dict:
+def _calm_fields(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig | None) -> dict:
     if autoencoder and tokenizer and autoencoder.vocab_size != len(tokenizer):
         raise InputError(
-            f"the autoencoder {recipe.autoencoder} knows {autoencoder.vocab_size} tokens, the tokenizer "
-            f"{len(tokenizer)}: both must be the ones it was trained with."
+            f"the autoencoder {recipe.autoencoder} has a vocabulary of {autoencoder.vocab_size} tokens, the tokenizer "
+            f"one of {len(tokenizer)}: use the tokenizer that the autoencoder was trained with."
         )
     values = dict(recipe.model)
     if recipe.init_backbone:
-        values |= _backbone_values(recipe, tokenizer)
+        values |= _backbone_fields(recipe, tokenizer)
     if autoencoder:
         values = {
             "max_position_embeddings": recipe.data.block_size // autoencoder.patch_size,
@@ -225,33 +220,30 @@ def _calm_values(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig |
     return values
 
 
-def _backbone_values(recipe: Recipe, tokenizer) -> dict:
-    """What a CALM takes from the configuration of the Llama that it begins with."""
+def _backbone_fields(recipe: Recipe, tokenizer) -> dict:
+    """Returns the fields that a CALM takes from the configuration of its `init_backbone`."""
     llama = read_config("init_backbone", recipe.init_backbone, LlamaConfig)
-    given = llama.to_dict()
-    values = {name: given[name] for name in BACKBONE_FIELDS if name in given}
-    whole = make_config(CALMConfig, values).to_dict()
-    whole |= whole["rope_parameters"]
+    values = {name: value for name, value in llama.to_dict().items() if name in BACKBONE_FIELDS}
+    resolved = make_config(CALMConfig, values).to_dict()
+    resolved |= resolved["rope_parameters"]
     for name in BACKBONE_FIELDS:
-        if name in recipe.model and recipe.model[name] != whole.get(name):
+        if name in recipe.model and recipe.model[name] != resolved.get(name):
             raise InputError(
-                f"{name}={recipe.model[name]!r}: init_backbone {recipe.init_backbone} has {whole.get(name)!r}, which "
-                "cannot be changed."
+                f"{name}={recipe.model[name]!r}: init_backbone {recipe.init_backbone} has {resolved.get(name)!r}, "
+                "which cannot be changed."
             )
     if tokenizer:
-        check_tokens("init_backbone", str(recipe.init_backbone), llama, tokenizer)
+        check_vocabulary("init_backbone", str(recipe.init_backbone), llama, tokenizer)
     return values
 
 
-def backbone_note(recipe: Recipe, config: CALMConfig) -> str:
-    """The sizes that come from `init_backbone`, whatever the recipe's file states."""
+def describe_backbone(recipe: Recipe, config: CALMConfig) -> str:
     sizes = ", ".join(f"{name} {getattr(config, name):,}" for name in BACKBONE_FIELDS[:7])
-    return f"{sizes}: of the Llama {recipe.init_backbone}"
+    return f"{sizes}: from the Llama {recipe.init_backbone}"
 
 
 def tokenizer_fields(tokenizer) -> dict:
-    """What a configuration takes from the tokenizer; nothing where a dry run has none."""
-    if tokenizer is None:
+    if tokenizer is None:  # in a dry run
         return {}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {**special, "vocab_size": len(tokenizer)}
@@ -270,109 +262,106 @@ def make_config(config_class, values: dict):
 # the dry run
 
 
-def config_and_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
-    """The configuration that a run would make of what is there already, and lines on what isn't."""
+def config_with_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
+    """Returns the configuration that a run would train now, and notes on what was assumed."""
     if recipe.init_from:
-        return config_of(recipe), []
+        return build_config(recipe), []
     notes: list[str] = []
     vocabulary: list[str] = []
     autoencoder = None
     if recipe.kind == "calm":
         sizes = ["patch_size", "latent_size"]
-        autoencoder = _if_there(autoencoder_config_of, recipe, recipe.autoencoder, sizes, notes)
-    tokenizer = _if_there(tokenizer_of, recipe, recipe.tokenizer, ["vocab_size"], vocabulary)
-    config = config_of(recipe, tokenizer, autoencoder)
+        autoencoder = _load_or_note(load_autoencoder_config, recipe, recipe.autoencoder, sizes, notes)
+    tokenizer = _load_or_note(load_recipe_tokenizer, recipe, recipe.tokenizer, ["vocab_size"], vocabulary)
+    config = build_config(recipe, tokenizer, autoencoder)
     if recipe.init_backbone:
-        notes.append(backbone_note(recipe, config))
+        notes.append(describe_backbone(recipe, config))
     return config, notes + ([] if autoencoder else vocabulary)  # the autoencoder's vocabulary is the tokenizer's
 
 
-def _if_there(load, recipe: Recipe, named: str | None, fields: list[str], notes: list[str]):
-    """`load(recipe)`, or `None` and a note on the `fields` that come from somewhere else then.
+def _load_or_note(load, recipe: Recipe, source: str | None, fields: list[str], notes: list[str]):
+    """Returns `load(recipe)`; if the `source` is missing, `None`, and adds a note on the defaults of the `fields`.
 
-    A recipe that names nothing and states the fields, as the published ones do, gets no note.
+    A recipe without a source that sets the fields itself, as the published ones do, gets no note.
     """
     try:
         return load(recipe)
-    except NotThere as error:
+    except MissingInput as error:
         config_class = CONFIGS[recipe.kind]
         missing = [field for field in fields if field not in recipe.model]
         values = {**config_class().to_dict(), **recipe.model}
-        source = f"{config_class.__name__}'s default" if missing else "the recipe's"
-        if named or missing:
-            stated = ", ".join(f"{field} {values[field]:,}" for field in missing or fields)
-            notes.append(f"{stated}: {source}, for {error.why}")
+        origin = f"{config_class.__name__}'s default" if missing else "the recipe's"
+        if source or missing:
+            assumed = ", ".join(f"{field} {values[field]:,}" for field in missing or fields)
+            notes.append(f"{assumed}: {origin}, as {error.reason}")
         return None
 
 
 # the model
 
 
-def make_model(recipe: Recipe, tokenizer):
-    """A model to go on from, or a new one; a CALM around the trained autoencoder."""
+def build_model(recipe: Recipe, tokenizer):
+    """Builds a new model, or loads `init_from`; a CALM contains the trained autoencoder."""
     if recipe.kind == "calm":
-        model = calm_to_go_on_from(recipe) if recipe.init_from else new_calm(recipe, tokenizer)
-        if not model.head.is_fitted:  # to the autoencoder and to the multi-token loss, where there is one
-            model.head.fit(model.autoencoder, multi_token_loss_before(recipe, model.config))
+        model = load_initial_calm(recipe) if recipe.init_from else build_calm(recipe, tokenizer)
+        if not model.head.is_fitted:  # to the autoencoder and, where there is one, the MTP model
+            model.head.fit(model.autoencoder, initial_mtp_state(recipe, model.config))
         return model
-    config, model_class = config_of(recipe, tokenizer), MODELS[recipe.kind]
-    return read_whole("init_from", recipe.init_from, model_class) if recipe.init_from else model_class(config)
+    config, model_class = build_config(recipe, tokenizer), MODELS[recipe.kind]
+    return load_model("init_from", recipe.init_from, model_class) if recipe.init_from else model_class(config)
 
 
-def new_calm(recipe: Recipe, tokenizer) -> CALMForCausalLM:
-    model = CALMForCausalLM(config_of(recipe, tokenizer, autoencoder_config_of(recipe)))
-    autoencoder = read_whole("autoencoder", recipe.autoencoder, CALMAutoencoder)
+def build_calm(recipe: Recipe, tokenizer) -> CALMForCausalLM:
+    model = CALMForCausalLM(build_config(recipe, tokenizer, load_autoencoder_config(recipe)))
+    autoencoder = load_model("autoencoder", recipe.autoencoder, CALMAutoencoder)
     model.autoencoder.load_state_dict(autoencoder.state_dict())
-    if begins_with_llama(recipe):
-        new = begin_with_llama(model, backbone_of(recipe), PATCH_EMBEDDINGS[recipe.patch_embedding_init])
-        more = f"; {new} more tokens begin with the mean embedding" if new else ""
-        say(backbone_note(recipe, model.config) + more)
+    if starts_from_llama(recipe):
+        num_new = init_from_llama(model, load_backbone(recipe), PATCH_EMBEDDING_DECAYS[recipe.patch_embedding_init])
+        note = f"; {num_new} new tokens get the mean embedding" if num_new else ""
+        log_rank0(describe_backbone(recipe, model.config) + note)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
     return model
 
 
-def calm_to_go_on_from(recipe: Recipe) -> CALMForCausalLM:
-    """The model of `init_from`, with a new head of another type where the recipe names one.
+def load_initial_calm(recipe: Recipe) -> CALMForCausalLM:
+    """Loads `init_from`, with a new head if the recipe has another head_type.
 
-    Heads of two types have layers of one name, so nothing of the head before may stay. What a head's constructor fills
-    is kept only where it is called outside `from_pretrained`.
+    Heads of different types share layer names, so the whole head is replaced. It is built outside `from_pretrained`,
+    which would overwrite the values that its constructor sets.
     """
-    config = config_of(recipe)
+    config = build_config(recipe)
     if config.head_type == read_config("init_from", recipe.init_from, CALMConfig).head_type:
-        return read_whole("init_from", recipe.init_from, CALMForCausalLM, config=config)
+        return load_model("init_from", recipe.init_from, CALMForCausalLM, config=config)
     load = partial(CALMForCausalLM.from_pretrained, config=config, ignore_mismatched_sizes=True)
-    model: Any = read("init_from", recipe.init_from, load)
+    model: Any = read_source("init_from", recipe.init_from, load)
     model.head = HEADS[config.head_type](config)
     model.head.apply(model._init_weights)
     model.head.to(model.dtype)
     return model
 
 
-def backbone_of(recipe: Recipe) -> LlamaForCausalLM:
-    where = str(recipe.init_backbone)
-    return load_llama("init_backbone", where, read_config("init_backbone", where, LlamaConfig))
+def load_backbone(recipe: Recipe) -> LlamaForCausalLM:
+    source = str(recipe.init_backbone)
+    return load_llama("init_backbone", source, read_config("init_backbone", source, LlamaConfig))
 
 
-def teacher_of(recipe: Recipe, tokenizer, config: CALMConfig) -> Teacher:
-    where = str(recipe.distil)
-    theirs = read_config("distil", where, LlamaConfig)
-    if theirs.max_position_embeddings < recipe.data.block_size:
-        raise InputError(
-            f"distil {where}: reads {theirs.max_position_embeddings:,} tokens, block_size is "
-            f"{recipe.data.block_size:,}."
-        )
-    check_tokens("distil", where, theirs, tokenizer)
-    llama = load_llama("distil", where, theirs)
+def load_teacher(recipe: Recipe, tokenizer, config: CALMConfig) -> Teacher:
+    source, block_size = str(recipe.distil), recipe.data.block_size
+    llama_config = read_config("distil", source, LlamaConfig)
+    if (limit := llama_config.max_position_embeddings) < block_size:
+        raise InputError(f"distil {source}: max_position_embeddings={limit} is less than block_size={block_size}.")
+    check_vocabulary("distil", source, llama_config, tokenizer)
+    llama = load_llama("distil", source, llama_config)
     return Teacher(llama, config.vocab_size, config.patch_size, recipe.distil_weight)
 
 
-def begins_with_llama(recipe: Recipe) -> bool:
-    """Unless the run goes on from a checkpoint of its own, which holds all weights."""
+def starts_from_llama(recipe: Recipe) -> bool:
+    """Whether the run initialises its backbone from a Llama, rather than resuming from a checkpoint."""
     return bool(recipe.init_backbone) and not last_checkpoint(Path(recipe.output_dir))
 
 
-def with_lora(model: CALMForCausalLM, rank: int):
-    """The model with a LoRA adapter on every linear layer of the backbone and the head; all else is frozen."""
+def add_lora(model: CALMForCausalLM, rank: int):
+    """Adds a LoRA adapter to every linear layer of the backbone and the head, and freezes all other weights."""
     require_package("peft", "train", "lora_rank")
     from peft import LoraConfig, get_peft_model
 
@@ -382,39 +371,41 @@ def with_lora(model: CALMForCausalLM, rank: int):
     return get_peft_model(model, lora)
 
 
-def for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
-    """What Trainer gets: the model, parts of it frozen or wrapped as the recipe says."""
+def wrap_for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
+    """Freezes, adapts or wraps a CALM for Trainer as the recipe says."""
     if recipe.auxiliary_targets and model.autoencoder.config.encoder_context:
         raise InputError(
-            f"auxiliary_targets={recipe.auxiliary_targets}: the autoencoder's encoder sees the patches before "
-            "(encoder_context), and drawn ones have none."
+            f"auxiliary_targets={recipe.auxiliary_targets}: the autoencoder's encoder reads previous patches "
+            "(encoder_context), which sampled pseudo-targets don't have."
         )
     if recipe.lora_rank:
-        return with_lora(model, recipe.lora_rank)
+        return add_lora(model, recipe.lora_rank)
     if recipe.freeze_backbone:
         model.model.requires_grad_(False)
     if recipe.auxiliary_weight:
-        teacher = teacher_of(recipe, tokenizer, model.config) if recipe.distil else None
-        more = {"decay": recipe.auxiliary_decay, "num_targets": recipe.auxiliary_targets, "teacher": teacher}
-        with_loss = WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, **more)
-        if state := multi_token_loss_before(recipe, model.config):
-            with_loss.auxiliary.load_state_dict(state)
-        return with_loss
+        teacher = load_teacher(recipe, tokenizer, model.config) if recipe.distil else None
+        options = {"decay": recipe.auxiliary_decay, "num_targets": recipe.auxiliary_targets, "teacher": teacher}
+        wrapped = WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, **options)
+        if state := initial_mtp_state(recipe, model.config):
+            wrapped.auxiliary.load_state_dict(state)
+        return wrapped
     return model
 
 
-def multi_token_loss_before(recipe: Recipe, config: CALMConfig) -> dict[str, Tensor] | None:
-    """Weights that the multi-token loss begins with: those of `init_from`, a checkpoint or the run that it is the last
-    one of, or `init_backbone`'s output matrix and embeddings.
+def initial_mtp_state(recipe: Recipe, config: CALMConfig) -> dict[str, Tensor] | None:
+    """Returns the initial state dict of the MTP loss, `None` if it is trained from scratch.
+
+    It comes from `init_backbone`'s output matrix and embeddings, or from `init_from`: a checkpoint, or the last one of
+    that run's folder.
     """
-    if begins_with_llama(recipe):
+    if starts_from_llama(recipe):
         loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
-        begin_chain(loss, backbone_of(recipe))
+        init_chain_from_llama(loss, load_backbone(recipe))
         return loss.state_dict()
     if not recipe.init_from:
         return None
-    before = Path(recipe.init_from)
-    path = (last_checkpoint(before) or before) / AUXILIARY_FILE
+    folder = Path(recipe.init_from)
+    path = (last_checkpoint(folder) or folder) / AUXILIARY_FILE
     if not path.is_file():
         return None
     return {name.removeprefix("auxiliary."): value for name, value in safetensors.torch.load_file(path).items()}

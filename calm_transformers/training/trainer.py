@@ -1,7 +1,7 @@
-"""A model and a recipe → the trained model in the run's folder. Begin at `fit`.
+"""Trains a model by a recipe into the run's folder. The entry point is `prepare_run`.
 
-The loop is Hugging Face's Trainer, with our logs, checkpoints that show whether they are complete, and a clean stop
-when the loss is no number. Axes: B batch, L tokens.
+The loop is Hugging Face's Trainer with more logs, checkpoints whose completeness can be checked, and a clean stop if
+the loss is not finite.
 """
 
 import contextlib
@@ -28,18 +28,13 @@ from transformers.training_args import OptimizerNames
 
 from calm_transformers.command_line import InputError, format_error
 from calm_transformers.progress import hide_upstream_bars, shows_bars
-from calm_transformers.training.auxiliary import (
-    AUXILIARY_FILE,
-    WithAuxiliary,
-    state_without_auxiliary,
-    without_auxiliary,
-)
+from calm_transformers.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, calm_state_dict, without_auxiliary
 from calm_transformers.training.average import WeightAverage
-from calm_transformers.training.data import Length, PackedBlocks, PatchCollator, cache_of, data_sets
+from calm_transformers.training.data import PackedBlocks, PatchCollator, RunLength, build_datasets, token_cache_dir
 from calm_transformers.training.diagnostics import diagnose
 from calm_transformers.training.recipe import (
     Recipe,
-    changes,
+    allowed_changes,
     check_arguments,
     check_fields,
     load_recipe,
@@ -48,14 +43,14 @@ from calm_transformers.training.recipe import (
 from calm_transformers.training.tokenizer import save_tokenizer
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
-TRAINER_STATE = "trainer_state.json"  # upstream writes it last
+TRAINER_STATE = "trainer_state.json"  # Trainer writes it last
 
 
 # a run
 
 
-def begin(recipe: Recipe) -> TrainingArguments:
-    """Before the model is made: checks the fields and Trainer's arguments, quiets third-party logs, sets the seed."""
+def set_up(recipe: Recipe) -> TrainingArguments:
+    """Checks the recipe and returns its TrainingArguments; quiets third-party logs and sets the seed."""
     check_fields(recipe)
     args = training_arguments(recipe)
     check_arguments(args)
@@ -65,36 +60,36 @@ def begin(recipe: Recipe) -> TrainingArguments:
     return args
 
 
-def fit(
-    recipe: Recipe, stated: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
+def prepare_run(
+    recipe: Recipe, initial_args: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
 ) -> Callable[[], None]:
-    """Prepares a training, resumed from the last checkpoint if there is one, which exports to the run's folder.
+    """Tokenises the data, builds the trainer, and returns a function that trains and exports the model.
 
-    `stated` is what `begin` returned, `patch_size` K, 1 for a Llama; `resume` is "auto", or "never" to refuse a folder
-    with checkpoints. What is returned trains when it is called.
+    `initial_args` come from `set_up`; `patch_size` is K, 1 for a Llama; `resume` is "auto", to resume from the last
+    checkpoint if there is one, or "never", which makes it an error.
     """
-    folder = folder_of(stated)
+    folder = output_folder(initial_args)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir {folder}: {error.strerror}.") from error
     last = last_checkpoint(folder)
-    before = resumed_recipe(recipe, last, resume)
-    batch_size = stated.train_batch_size * stated.gradient_accumulation_steps * stated.world_size
-    with stated.main_process_first(desc="tokenising"):
-        data = data_sets(
+    resumed = load_resumed_recipe(recipe, last, resume)
+    batch_size = initial_args.train_batch_size * initial_args.gradient_accumulation_steps * initial_args.world_size
+    with initial_args.main_process_first(desc="tokenising"):
+        data = build_datasets(
             recipe.data,
             tokenizer,
             patch_size,
-            Length(batch_size, stated.num_train_epochs, stated.max_steps),
-            seed=stated.seed if stated.data_seed is None else stated.data_seed,
-            cache=cache_of(recipe.data),
-            evaluates=stated.eval_strategy != "no",
+            RunLength(batch_size, initial_args.num_train_epochs, initial_args.max_steps),
+            seed=initial_args.seed if initial_args.data_seed is None else initial_args.data_seed,
+            cache=token_cache_dir(recipe.data),
+            evaluates=initial_args.eval_strategy != "no",
         )
-    recipe.found = {"batch_size": batch_size, "tokens": digest(data.train)}
-    if before and (changed := changes(before, recipe)):
-        say(f"going on with {changed}")
-    args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # all epochs are one to Trainer
+    recipe.found = {"batch_size": batch_size, "tokens": token_digest(data.train)}
+    if resumed and (changes := allowed_changes(resumed, recipe)):
+        log_rank0(f"resuming with changed fields: {changes}")
+    args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # the dataset has all epochs
     trainer = CALMTrainer(
         model=model,
         args=args,
@@ -107,12 +102,12 @@ def fit(
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")
         save_tokenizer(tokenizer, folder)
-        state = f"resuming from {last.name}" if last else "from the start"
+        state = f"resuming from {last.name}" if last else "new run"
         print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
 
     def train() -> None:
-        torch.manual_seed(args.seed + args.process_index)  # the processes see other blocks, and other noise
-        transformers.logging.disable_progress_bar()  # of saving
+        torch.manual_seed(args.seed + args.process_index)  # each process needs its own noise
+        transformers.logging.disable_progress_bar()  # the one of saving
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except BaseException:
@@ -120,38 +115,37 @@ def fit(
                 print(file=sys.stderr)  # below the bar
             raise
         trainer.export()
-        say(f"the model is in {folder}")
+        log_rank0(f"the model is in {folder}")
 
     return train
 
 
-def resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
-    """Reads the recipe of the run that is resumed, `None` where one starts; says which checkpoints are damaged."""
+def load_resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
+    """Returns the recipe of the run to resume, checked against `recipe`, or `None`; logs damaged checkpoints."""
     folder = Path(recipe.output_dir)
     found, saved = checkpoints(folder), folder / "recipe.yaml"
     if found and resume == "never":
-        raise InputError(f"{folder} holds {found[0].name}: name another --output_dir, or let it resume.")
-    before = load_recipe(str(saved)) if found and saved.is_file() else None
-    if before and before.training.get("save_only_model"):
-        raise InputError(f"{folder} has no optimizer (save_only_model), so it can't go on: name another --output_dir.")
+        raise InputError(f"{folder} contains {found[0].name}: name another --output_dir, or let it resume.")
+    previous = load_recipe(str(saved)) if found and saved.is_file() else None
+    if previous and previous.training.get("save_only_model"):
+        raise InputError(f"{folder} has no optimizer (save_only_model) to resume from: name another --output_dir.")
     for damaged in itertools.takewhile(lambda path: path != last, found):
-        say(f"{damaged} {damage(damaged)}, and is not used")
-    if before and last:
-        changes(before, recipe)
-        return before
+        log_rank0(f"{damaged} {find_damage(damaged)}, and is not used")
+    if previous and last:
+        allowed_changes(previous, recipe)
+        return previous
     return None
 
 
-def digest(data) -> str | None:
-    """A checksum of the training text's tokens: their number, the first and the last million; `None` of a stream."""
+def token_digest(data) -> str | None:
+    """Returns a checksum of the number of tokens and the first and last million of them; `None` for a stream."""
     if not isinstance(data, PackedBlocks):
         return None
     tokens = data.data.tokens
     return f"{len(tokens)}-{zlib.crc32(tokens[-(2**20) :].tobytes(), zlib.crc32(tokens[: 2**20].tobytes())):08x}"
 
 
-def say(line: str) -> None:
-    """Prints it once, however many processes train."""
+def log_rank0(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
@@ -160,17 +154,16 @@ def say(line: str) -> None:
 
 
 class CALMTrainer(Trainer):
-    """Trainer for the autoencoder, CALM and AR models.
+    """Trainer for the autoencoder, CALM and AR models, on datasets that are already shuffled (see `PackedBlocks`).
 
-    The dataset has the order of the data (see `PackedBlocks`). The logs have, beside Trainer's, each loss term, the
-    diagnostics, the tokens per second of all processes together, and those per second of this process's CPU time,
-    which other work on the machine moves less. An `average` of the weights is evaluated and exported in their place.
+    It also logs each loss term, the diagnostics, the tokens per second of all processes, and those per CPU second of
+    this process, which depend less on other load. It evaluates and exports the `average` of the weights, if given.
     """
 
     def __init__(self, model, *args, average: WeightAverage | None = None, head_learning_rate=None, **kwargs):
         use_cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
         super().__init__(model, *args, **kwargs)
-        vars(model.config).pop("use_cache", None)  # which upstream turns off, or puts where it is not
+        vars(model.config).pop("use_cache", None)  # Trainer sets it to False, or adds it
         vars(model.config).update(use_cache)
         self.average, self.head_learning_rate = average, head_learning_rate
         if average is not None:
@@ -179,18 +172,19 @@ class CALMTrainer(Trainer):
         self._no_cache = {"use_cache": False} if has_cache else {}
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens, self._first_step = 0, 0
-        self._clocks: tuple[float, float] | None = None  # when the first batch since the last log came; None before
+        self._clocks: tuple[float, float] | None = None  # wall and CPU time at the first batch since the last log
         self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def _get_train_sampler(self, *args, **kwargs):
-        assert isinstance(self.train_dataset, Sized), "Trainer asks for a sampler only then"
+        assert isinstance(self.train_dataset, Sized), "Trainer needs no sampler for iterable datasets"
         return SequentialSampler(self.train_dataset)
 
     def create_optimizer(self, *args, **kwargs):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.head_learning_rate is not None:
-            set_apart(bare(self.model).get_submodule("head").parameters(), optimizer, self.head_learning_rate)
+            head = unwrap_model(self.model).get_submodule("head")
+            split_param_group(head.parameters(), optimizer, self.head_learning_rate)
         return optimizer
 
     # loss and logs
@@ -200,12 +194,12 @@ class CALMTrainer(Trainer):
         block_ids = inputs.pop("block_ids", None)
         if isinstance(self.model, WithAuxiliary) and self.model.decay:
             inputs["progress"] = self.state.global_step / self.state.max_steps
-        both = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        assert isinstance(both, tuple), "return_outputs asks for both"
-        loss, outputs = both
+        result = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        assert isinstance(result, tuple), "of loss and outputs"
+        loss, outputs = result
         if model.training:
             if not torch.isfinite(loss):
-                self._stop(f"the loss is {loss.item()}", block_ids)
+                self._raise_not_finite(f"the loss is {loss.item()}", block_ids)
             if self._clocks is None:
                 self._clocks, self._first_step = (time.perf_counter(), time.process_time()), self.state.global_step
             for name in LOSS_TERMS:
@@ -216,38 +210,38 @@ class CALMTrainer(Trainer):
             self._last_batch = inputs["input_ids"], None if hidden is None else hidden.detach()
         return (loss, outputs) if return_outputs else loss
 
-    def _stop(self, why: str, block_ids: torch.Tensor | None = None) -> None:
+    def _raise_not_finite(self, problem: str, block_ids: torch.Tensor | None = None) -> None:
         blocks = "" if block_ids is None else f" on the blocks {block_ids.tolist()}"
-        last = last_checkpoint(folder_of(self.args))
+        last = last_checkpoint(output_folder(self.args))
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise InputError(
-            f"step {self.state.global_step + 1}{blocks}: {why}; {good}. A lower learning rate or a stricter "
+            f"step {self.state.global_step + 1}{blocks}: {problem}; {good}. A lower learning rate or a stricter "
             "max_grad_norm may help."
         )
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and self._last_batch is not None:
             steps = self.state.global_step - self._first_step
-            # Where Trainer passes the whole batch's item count to the model, the terms are shares of a mean already.
-            is_share = self.model_accepts_loss_kwargs
-            parts = 1 if is_share else self.args.gradient_accumulation_steps * self.args.world_size
-            for name, total in self._sums.items():
-                of_all: Any = self.accelerator.reduce(total, "sum")
-                logs[name] = of_all.item() / parts / steps
-            assert self._clocks is not None, "the first batch of these steps started them"
+            # With num_items_in_batch, micro-batch terms already sum to the mean over the whole batch.
+            num_parts = self.args.gradient_accumulation_steps * self.args.world_size
+            num_parts = 1 if self.model_accepts_loss_kwargs else num_parts
+            for name, local_sum in self._sums.items():
+                total: Any = self.accelerator.reduce(local_sum, "sum")
+                logs[name] = total.item() / num_parts / steps
+            assert self._clocks is not None, "compute_loss starts them"
             start, cpu_start = self._clocks
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
             logs["tokens_per_cpu_second"] = round(self._tokens / cpu_seconds, 1)
             self._sums, self._tokens, self._clocks = {}, 0, None
-            if not self.is_fsdp_enabled:  # its parameters are at home only inside forward
+            if not self.is_fsdp_enabled:  # which gathers the parameters only inside forward
                 input_ids, hidden = self._last_batch
-                model = bare(self.accelerator.unwrap_model(self.model))
+                model = unwrap_model(self.accelerator.unwrap_model(self.model))
                 logs.update(diagnose(model, input_ids, hidden, seed=self.state.global_step))
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
-        with self.average.in_place_of_weights(self.model) if self.average else contextlib.nullcontext():
+        with self.average.average_parameters(self.model) if self.average else contextlib.nullcontext():
             return super().evaluate(*args, **kwargs)
 
     # checkpoints
@@ -255,24 +249,24 @@ class CALMTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
-            self._stop(f"the weights are not finite any more, {broken[0]} first")
-        if self.args.should_save:  # that of a damaged checkpoint, which is written again
-            (folder_of(self.args) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE).unlink(missing_ok=True)
+            self._raise_not_finite(f"the weights are not finite any more, {broken[0]} first")
+        if self.args.should_save:  # a damaged checkpoint of this step is overwritten: mark it as incomplete
+            (output_folder(self.args) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
 
     def _save_rng_state(self, output_dir) -> None:
-        """Upstream's last file but one: behind it every process waits, so `TRAINER_STATE` says that all are there."""
+        """Waits for all processes, since the next file, `TRAINER_STATE`, marks the checkpoint as complete."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        folder = folder_of(self.args) if output_dir is None else Path(output_dir)
+        folder = output_folder(self.args) if output_dir is None else Path(output_dir)
         if self.args.should_save:
             self._write_model(folder, state_dict)
             torch.save(self.args, folder / "training_args.bin")
-        if self.args.should_save and folder != folder_of(self.args):  # what a checkpoint has beside the model
+        if self.args.should_save and folder != output_folder(self.args):  # in checkpoints only
             if isinstance(self.model, WithAuxiliary):
                 state = state_dict or self.model.state_dict()
                 auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
@@ -281,13 +275,13 @@ class CALMTrainer(Trainer):
                 self.average.save(folder)
 
     def _write_model(self, folder: Path, state_dict: dict | None) -> None:
-        """Weights, configuration and code, without the auxiliary loss. `state_dict` is the gathered one under FSDP."""
+        """Writes weights, configuration and code without the auxiliary loss; `state_dict` is gathered under FSDP."""
         unwrapped = self.accelerator.unwrap_model(self.model)
         model: PreTrainedModel = without_auxiliary(unwrapped)  # pyright: ignore[reportAssignmentType]  # or PEFT's
         if state_dict is not None:
             if isinstance(unwrapped, WithAuxiliary):
-                state_dict = state_without_auxiliary(state_dict)
-            model, state_dict = unsharded(model, state_dict)
+                state_dict = calm_state_dict(state_dict)
+            model, state_dict = empty_model_and_state(model, state_dict)
         model.save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -304,8 +298,8 @@ class CALMTrainer(Trainer):
             raise InputError(f"{resume_from_checkpoint} can't be loaded: {format_error(error)}") from error
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
-        """Upstream's, with the model's code, which upstream leaves behind; once, for an upload may go on."""
-        folder = folder_of(self.args)
+        """Copies the model's code to the uploaded folder, once, as an upload may still be running, and pushes."""
+        folder = output_folder(self.args)
         for file in Path(checkpoint_folder).glob("*.py") if self.is_world_process_zero() else ():
             if not (folder / file.name).exists():
                 shutil.copy(file, folder)
@@ -316,8 +310,8 @@ class CALMTrainer(Trainer):
         settings = optimizer.param_groups[0].keys()
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError) as error:  # other parameters are trained now
-            raise InputError(f"the optimizer of {checkpoint} is not of this run: {error}") from error
+        except (ValueError, KeyError) as error:  # the trained parameters differ
+            raise InputError(f"the optimizer of {checkpoint} doesn't fit this run: {error}") from error
         if missing := settings - optimizer.param_groups[0].keys():
             raise InputError(
                 f"the optimizer of {checkpoint} is not {OptimizerNames(self.args.optim).value}: no {min(missing)}"
@@ -330,25 +324,26 @@ class CALMTrainer(Trainer):
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """Upstream only warns when a checkpoint does not fit. Tied weights are allowed to be missing."""
+        """Raises an error where Trainer only warns about missing or unexpected keys; tied weights may be missing."""
         state = without_auxiliary(self.model).state_dict()
         loaded = {value.data_ptr() for key, value in state.items() if key not in load_result.missing_keys}
         missing = [key for key in load_result.missing_keys if state[key].data_ptr() not in loaded]
         if missing or load_result.unexpected_keys:
             raise InputError(
-                "the checkpoint is not of this model: "
+                "the checkpoint doesn't fit this model: "
                 f"missing {missing[:3]}, unexpected {load_result.unexpected_keys[:3]}."
             )
 
     # export
 
     def export(self) -> None:
-        """Writes the model to `output_dir`, or its average, as a repository that loads by itself, and uploads it with
-        `push_to_hub`. A LoRA adapter is merged into the weights, and also written alone, to the folder `adapter`.
+        """Writes the model, or its average, with its code to `output_dir`, and uploads it if `push_to_hub` is set.
+
+        A LoRA adapter is merged into the weights, and also saved separately in the folder `adapter`.
         """
-        folder = folder_of(self.args)
+        folder = output_folder(self.args)
         if self.average is not None:
-            self.average.put_into(self.model)
+            self.average.copy_to(self.model)
         merge = getattr(self.model, "merge_and_unload", None)
         if merge is not None:
             if self.args.should_save:
@@ -366,25 +361,24 @@ class CALMTrainer(Trainer):
 # the folder of a run
 
 
-def folder_of(args: TrainingArguments) -> Path:
-    """Where a run writes."""
-    assert args.output_dir is not None, "upstream fills it in where it is left out"
+def output_folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None, "TrainingArguments has a default"
     return Path(args.output_dir)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, complete or not, the last one first."""
+    """Returns a run's checkpoint folders, complete or not, latest first."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a run that is complete."""
-    return next((path for path in checkpoints(folder) if damage(path) is None), None)
+    """Returns the latest undamaged checkpoint of a run."""
+    return next((path for path in checkpoints(folder) if find_damage(path) is None), None)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Says what is wrong with a checkpoint, half a sentence, from its files' ends."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Returns a predicate that describes a damaged checkpoint, `None` for a sound one; tensors are not read."""
     if not (checkpoint / TRAINER_STATE).is_file():
         return "was not finished"
     needed = {"weights": "*model*.safetensors", "optimizer": "optimizer*", "schedule": "scheduler.pt"}
@@ -396,7 +390,7 @@ def damage(checkpoint: Path) -> str | None:
             if file.suffix == ".json":
                 fields = dict(json.loads(file.read_text(encoding="utf-8")))
                 if file.name == TRAINER_STATE and checkpoint.name != f"checkpoint-{fields['global_step']}":
-                    raise ValueError(f"it is of step {fields['global_step']}")
+                    raise ValueError(f"it is from step {fields['global_step']}")
             elif file.suffix == ".safetensors":
                 safetensors.safe_open(file, "pt").__exit__(None, None, None)
             elif file.suffix in (".pt", ".pth", ".bin"):
@@ -406,27 +400,27 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def bare(model: torch.nn.Module) -> torch.nn.Module:
-    """The model itself, out of the auxiliary loss or a LoRA wrapper."""
+def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the model without the wrapper of the auxiliary loss or of LoRA."""
     model = without_auxiliary(model)
-    base_of = getattr(model, "get_base_model", None)
-    return model if base_of is None else base_of()
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
 
 
-def set_apart(parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Gives the parameters a learning rate of their own; all else stays as their groups have it."""
+def split_param_group(parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Moves the parameters to new param groups with learning rate `lr` and the other settings of their old groups."""
     chosen = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         own = [parameter for parameter in group["params"] if id(parameter) in chosen]
         if own:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            optimizer.add_param_group({**group, "params": own, "lr": rate})
+            optimizer.add_param_group({**group, "params": own, "lr": lr})
 
 
-def unsharded(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:
-    """An empty model to call `save_pretrained` on with a gathered state dict, and that without copies of tied weights.
+def empty_model_and_state(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:
+    """Returns a meta-device model that can save a gathered state dict, and the state dict without tied copies.
 
-    FSDP2 puts a class of torch's own over the model's, and its code would be written beside the weights, not ours.
+    FSDP2 replaces the model's class by a subclass from torch, so that `save_pretrained` would write the wrong code.
     """
     plain = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule))
     with torch.device("meta"):
