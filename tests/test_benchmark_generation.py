@@ -28,9 +28,6 @@ def run_main(demo, options):
     return json.loads((demo / "rows.json").read_text())
 
 
-# The whole command
-
-
 def test_rows_of_both_workloads(demo, capsys):
     options = "--shape calm-tiny demo --batch_size 1 2 --temperature 0.5 --sampling_method batch"
     rows = run_main(demo, f"{options} --plot {demo / 'plot.png'}")
@@ -86,9 +83,6 @@ def test_invalid_options_raise_before_any_work(demo, monkeypatch, capsys, option
     assert message in error
 
 
-# Worst case
-
-
 @pytest.mark.parametrize(
     "head_type, dtype", [("energy", torch.bfloat16), ("flow", torch.float32), ("diffusion", torch.float32)]
 )
@@ -107,9 +101,6 @@ def test_repeating_candidates_are_not_the_worst_case():
     assert workloads.distinct_fraction(patches_CNK) == (2 + 4) / 8
     with pytest.raises(InputError, match="only 75.0% of the random model's candidates are distinct"):
         workloads.check_worst_case(6 / 8)
-
-
-# Recorded candidates
 
 
 def labelled_recording(num_contexts, num_candidates):
@@ -149,9 +140,6 @@ def test_invalid_replays_and_early_stopping_raise():
     model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
     with pytest.raises(InputError, match="1 tokens were generated instead of 8"):
         workloads.generate_tokens(model, torch.full((1, 4), BOS), 8)
-
-
-# Meters
 
 
 @pytest.mark.parametrize("part", ["backbone", "head", "decode"])

@@ -109,9 +109,6 @@ def test_commands_run_once_and_their_results_fill_the_tables(tmp_path, commands,
     assert set(records) == {f"language/{name}" for name in NAMES if name.endswith(("noise", "score", "replacements"))}
 
 
-# the tables
-
-
 def test_the_tables_of_the_document_match_the_records(tmp_path):
     """docs/experiments.md is edited by hand; its table of heads has an additional row for a removed head."""
     records, text = json.loads((DOCS / "experiments.json").read_text()), (DOCS / "experiments.md").read_text()
@@ -125,9 +122,6 @@ def test_plot_curves(tmp_path):
     record = {**fraction(0.2), "cost": {"tokens": 1e6, "flops": 1e9, "cpu_seconds": 7.0}}
     plot_curves([plan], {"language/models/k4-seed1/score": record}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-# end to end
 
 
 @pytest.mark.slow

@@ -54,9 +54,6 @@ def enumerated():
     return result
 
 
-# distributions
-
-
 @pytest.mark.parametrize("language", [LANGUAGE, HiddenMarkovLanguage(seed=39)])
 def test_matrix_rows_sum_to_one_and_the_stationary_distribution_is_invariant(language):
     for matrix, size in zip(language.matrices, (language.num_states, language.vocab_size), strict=True):
@@ -89,9 +86,6 @@ def test_continuations(belief, enumerated, n):
     assert optimal == pytest.approx((enumerated[n] ** 2).sum(), rel=1e-12)
 
 
-# samples
-
-
 @pytest.fixture(scope="module")
 def samples():
     return torch.from_numpy(LANGUAGE.sample(40_000, 6, seed=0))
@@ -115,9 +109,6 @@ def test_sample_frequencies_match_enumeration(samples, enumerated):
         assert len(outcomes) > 4000
         assert chi_square_p_value(outcomes, torch.from_numpy(expected).flatten()) > 1e-3
         assert chi_square_p_value(outcomes, torch.from_numpy(wrong).flatten()) < 1e-9
-
-
-# optimal scores
 
 
 def counts_of(oracle, ids_BL):
@@ -160,9 +151,6 @@ def test_scored_beliefs_reject_invalid_blocks(ids_BL, patch_size, message):
     sparse = HiddenMarkovLanguage(S, V, transition_concentration=0.001, emission_concentration=0.001)
     with pytest.raises(ValueError, match=message):
         scored_beliefs(sparse, ids_BL, patch_size)
-
-
-# text
 
 
 def test_the_tokenizer_has_one_token_per_symbol_and_adds_no_bos(tmp_path):

@@ -37,9 +37,6 @@ def distribution() -> PatchDistribution:
     return temperature_fidelity.next_patch_distribution(LANGUAGE, CONTEXT, 3, VOCAB_SIZE)
 
 
-# the distribution
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1 / 3])
 def test_next_patch_distribution_matches_enumeration(distribution, temperature):
     belief = LANGUAGE.beliefs(LANGUAGE.to_symbols(CONTEXT.numpy())[None])[0, -1]
@@ -68,9 +65,6 @@ def test_samples_follow_the_distribution(distribution):
     assert chi_square_p_value(index, uniform_X) < 1e-9
 
 
-# stored candidates
-
-
 def test_no_row_reads_a_sample_twice_and_rows_differ_in_order():
     candidates = temperature_fidelity.StoredCandidates(torch.arange(64), 20, seeded())
     candidates.extend(candidates.rows_B, 5)
@@ -81,9 +75,6 @@ def test_no_row_reads_a_sample_twice_and_rows_differ_in_order():
     assert (whole.sort(-1).values == torch.arange(64)).all() and len(whole.unique(dim=0)) == 20
     with pytest.raises(ValueError, match="65 samples needed, 64 stored"):
         candidates.extend(candidates.rows_B, 1)
-
-
-# the samplers
 
 
 @pytest.mark.parametrize(
@@ -104,9 +95,6 @@ def test_the_exact_method_is_as_close_as_exact_samples(distribution, temperature
         pairs.append([target.compare(samples)[0] for samples in (chosen, target.sample(1000, generator))])
     variation, exact = np.mean(pairs, axis=0)
     assert min_ratio * exact < variation < max_ratio * exact
-
-
-# end to end
 
 
 class ContextFreeOracle(Oracle):

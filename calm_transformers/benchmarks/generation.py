@@ -159,8 +159,6 @@ class Benchmark:
         return compare(calm, baseline, options.output_length, options.repetitions)
 
 
-# reports
-
 COLUMNS = {
     "shape": "{shape}",
     "workload": "{workload}",

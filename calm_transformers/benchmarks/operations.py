@@ -101,19 +101,12 @@ class DispatchCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Case:
-    """A generation setting to count the steps of.
-
-    Args:
-        name: in the table.
-        head: head type; None is the baseline.
-        settings: arguments of `generate`.
-        blocks: number of blocks in which the N candidates are sampled.
-    """
+    """A generation setting to count the steps of."""
 
     name: str
-    head: str | None
-    settings: dict[str, Any]
-    blocks: int = 1
+    head: str | None  # head type; None is the baseline
+    settings: dict[str, Any]  # arguments of `generate`
+    blocks: int = 1  # number of blocks in which the N candidates are sampled
 
 
 class FixedBlockSchedule(BlockSchedule):
@@ -215,9 +208,6 @@ def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
         rows.append({"case": case.name, **counts})
     baseline_ops = rows[0]["operations"]
     return [{**row, "of_baseline": round(row["operations"] / baseline_ops, 3)} for row in rows]
-
-
-# budget
 
 
 def check_budget(rows: list[dict], budget: dict[str, dict[str, int]]) -> list[str]:

@@ -25,21 +25,13 @@ WARM_UP_STEPS = 2
 
 @dataclass
 class Workload:
-    """A model, its prompts, and how to generate from them.
+    """A model, its prompts, and how to generate from them."""
 
-    Args:
-        model: a CALM or an autoregressive causal LM.
-        prompts_BL: token ids.
-        settings: arguments of `generate`.
-        replay: recorded candidates to replay on a CALM.
-        matmul_backend: context manager around the whole call, see `calm_matmul_backend`.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # a CALM or an autoregressive model
     prompts_BL: torch.Tensor
-    settings: dict
-    replay: Replay | None = None
-    matmul_backend: Callable[[], AbstractContextManager] = nullcontext
+    settings: dict  # arguments of `generate`
+    replay: Replay | None = None  # candidates to replay on a CALM
+    matmul_backend: Callable[[], AbstractContextManager] = nullcontext  # see `calm_matmul_backend`
 
     def num_steps(self, length: int) -> int:
         return -(-length // self.tokens_per_step)
@@ -89,21 +81,13 @@ def calm_matmul_backend() -> AbstractContextManager:
 
 @dataclass
 class TimedRun:
-    """The measurements of one call of `generate`.
-
-    Args:
-        seconds: of the whole call.
-        prompt_seconds: of the backbone's prefill.
-        step_ms: part → milliseconds per step; for the backbone, without the prefill.
-        num_candidates: sampled in total.
-        extra_bytes: peak memory beyond what was in use before.
-    """
+    """The measurements of one call of `generate`."""
 
     seconds: float
-    prompt_seconds: float
-    step_ms: dict[str, float]
-    num_candidates: int
-    extra_bytes: int | None
+    prompt_seconds: float  # prefill of the backbone
+    step_ms: dict[str, float]  # part → milliseconds per step, without the prefill
+    num_candidates: int  # sampled in total
+    extra_bytes: int | None  # peak memory beyond what was in use before
 
 
 def timed_run(workload: Workload, length: int, seed: int) -> TimedRun:

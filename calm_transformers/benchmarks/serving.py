@@ -37,21 +37,11 @@ PROMPT_WORDS = 32  # of a random model
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A running server.
-
-    Args:
-        name: in the table.
-        port: on loopback.
-        model: model id of the requests.
-        prompt: of the requests.
-        fields: additional fields of the requests.
-    """
-
     name: str
-    port: int
-    model: str
+    port: int  # on loopback
+    model: str  # id in requests
     prompt: str
-    fields: dict
+    fields: dict  # additional fields of requests
 
 
 class Round(NamedTuple):
@@ -60,9 +50,6 @@ class Round(NamedTuple):
     tokens: int
     seconds: float
     first_token_seconds: list[float]
-
-
-# servers
 
 
 def save_model(name: str, folder: Path) -> Path:
@@ -144,9 +131,6 @@ def is_healthy(port: int) -> bool:
         connection.close()
 
 
-# clients
-
-
 def stream_text(server: RunningServer, max_tokens: int, temperature: float, seed: int) -> tuple[int, float]:
     """Requests one completion, and returns its number of tokens and the time to first token in seconds."""
     body = {
@@ -182,9 +166,6 @@ def run_round(server: RunningServer, clients: int, requests: int, max_tokens: in
     with ThreadPoolExecutor(clients) as pool:
         results = [result for of_client in pool.map(client, range(clients)) for result in of_client]
     return Round(sum(tokens for tokens, _ in results), time.perf_counter() - start, [first for _, first in results])
-
-
-# the table
 
 
 def line_of(server: str, clients: int, rounds: list[Round]) -> dict:

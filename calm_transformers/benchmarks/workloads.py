@@ -36,9 +36,6 @@ NUM_DISTINCT_CONTEXTS = 16  # contexts for `distinct_fraction`
 MIN_DISTINCT_FRACTION = 0.99  # of the worst case
 
 
-# options
-
-
 def add_device_options(parser: argparse.ArgumentParser, gpu: bool) -> None:
     """Adds device, dtype and repetitions; the defaults are a GPU in bfloat16, or a CPU in float32."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
@@ -50,9 +47,6 @@ def check_device(name: str) -> None:
     """Raises InputError if a GPU is requested but missing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU; use --device cpu.")
-
-
-# models
 
 
 def is_trained(name: str) -> bool:
@@ -122,9 +116,6 @@ def _disable_stopping(model):
     bos = getattr(model.config, "bos_token_id", None)
     model.generation_config = GenerationConfig(bos_token_id=bos, pad_token_id=0, eos_token_id=None)
     return model
-
-
-# prompts and candidates
 
 
 def random_prompts(model, batch_size: int, length: int, seed: int = 0) -> Tensor:

@@ -40,19 +40,11 @@ LANGUAGE_FILE = "language.json"  # the language and the splits of a corpus folde
 
 @dataclass(frozen=True)
 class HiddenMarkovLanguage:
-    """A hidden Markov model with sparse random transition and emission matrices.
+    """A hidden Markov model with sparse random transition and emission matrices."""
 
-    Args:
-        num_states: S.
-        vocab_size: V, symbols.
-        transition_concentration: Dirichlet concentration of each row of the transition matrix; smaller is sparser.
-        emission_concentration: Dirichlet concentration of each row of the emission matrix.
-        seed: for both matrices.
-    """
-
-    num_states: int = 24
-    vocab_size: int = 64
-    transition_concentration: float = 0.04
+    num_states: int = 24  # S
+    vocab_size: int = 64  # V
+    transition_concentration: float = 0.04  # of the Dirichlet distribution of each row; smaller is sparser
     emission_concentration: float = 0.015
     seed: int = 0
 

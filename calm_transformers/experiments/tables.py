@@ -16,22 +16,14 @@ SIGMAS = (0.0, 0.3, 0.5, 1.0)
 
 
 class Score(NamedTuple):
-    """The scores of a row over its seeds, in percent of the optimal BrierLM, or as BrierLM if that is unknown.
-
-    Args:
-        mean: over the seeds.
-        low, high: 95 % interval; with several seeds, the lowest and the highest score.
-        brierlm: mean over the seeds.
-        seeds: how many.
-        cost: mean tokens, FLOPs and CPU seconds of training.
-    """
+    """The scores of a row over its seeds, in percent of the optimal BrierLM, or as BrierLM if that is unknown."""
 
     mean: float
-    low: float
+    low: float  # 95 % interval; with several seeds, the lowest and the highest score
     high: float
-    brierlm: float
+    brierlm: float  # mean over the seeds
     seeds: int
-    cost: dict[str, float]
+    cost: dict[str, float]  # mean tokens, FLOPs and CPU seconds of training
 
 
 def row_score(plan: Plan, row: dict, records: dict[str, dict]) -> Score | None:

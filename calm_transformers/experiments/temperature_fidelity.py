@@ -76,15 +76,10 @@ ROWS_CHUNK_SIZE = 100  # rows of up to 10,000 samples: the samplers' intermediat
 
 @dataclass(frozen=True)
 class PatchDistribution:
-    """A distribution of the next patch.
+    """A distribution of the next patch."""
 
-    Args:
-        patches_X: patch ids (`patch_ids`), ascending.
-        probability_X: of each, float64.
-    """
-
-    patches_X: Tensor
-    probability_X: Tensor
+    patches_X: Tensor  # ids (`patch_ids`), ascending
+    probability_X: Tensor  # float64
 
     def tempered(self, temperature: float) -> PatchDistribution:
         """Returns P^(1/T) / Z."""
@@ -221,15 +216,10 @@ def evaluate_model(
     num_patches: int,
     num_stored: int,
 ) -> dict:
-    """Returns the results that the command writes; see `summarise`.
+    """Evaluates a model, given by its reader, on contexts (C, L) divisible by the patch size; see `summarise`.
 
-    Args:
-        reader: of the model.
-        language: that the model was trained on.
-        ids_CL: contexts, divisible by the patch size.
-        patch_size: K.
-        num_patches: B, per context and setting.
-        num_stored: M, a power of 2 of at least `MAX_SAMPLES_PER_STEP`.
+    Chooses `num_patches` patches per context and setting, from `num_stored` samples of the model (M, a power of 2 of at
+    least `MAX_SAMPLES_PER_STEP`).
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(language.to_ids(np.array(language.vocab_size)))
