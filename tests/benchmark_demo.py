@@ -1,4 +1,4 @@
-"""Recipes of tiny shapes and a demo model that repeats itself, in place of the benchmarks' real ones."""
+"""Tiny recipes and a demo model with many duplicate candidates, in place of the benchmarks' real ones."""
 
 import json
 
@@ -18,7 +18,7 @@ RECIPES = {
 
 
 def make_demo(folder, monkeypatch):
-    """The folder of a CALM whose latents hardly depend on the noise, and whose every token would end a text."""
+    """Saves a CALM whose latents hardly depend on the noise, and with all tokens as EOS; returns its folder."""
     for name, (kind, fields) in RECIPES.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"kind": kind, "model": fields}))
     monkeypatch.setattr(recipe, "RECIPE_FOLDER", folder)

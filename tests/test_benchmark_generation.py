@@ -1,4 +1,4 @@
-"""The generation benchmark: its workloads are what they claim, its figures agree with counts by hand."""
+"""The generation benchmark: its workloads have the claimed properties, its results agree with counts by hand."""
 
 import json
 
@@ -8,8 +8,8 @@ from commands import refusal
 from tiny import BOS, VOCAB_SIZE, tiny_config, tiny_model
 
 from calm_transformers.benchmarks import generation, runs, workloads
-from calm_transformers.benchmarks.meters import Meter, PeakMemory, wrapped
-from calm_transformers.benchmarks.runs import Subject, timed_run
+from calm_transformers.benchmarks.meters import Meter, PeakMemory, wrap_method
+from calm_transformers.benchmarks.runs import Workload, timed_run
 from calm_transformers.benchmarks.workloads import Replay, random_model
 from calm_transformers.command_line import InputError
 from calm_transformers.model import generation_calm_candidates
@@ -26,9 +26,6 @@ def arguments(demo, *more):
 def run_main(demo, options):
     generation.main([str(word) for word in arguments(demo, "--json", demo / "rows.json", *options.split())])
     return json.loads((demo / "rows.json").read_text())
-
-
-# The whole command
 
 
 def test_rows_of_both_workloads(demo, capsys):
@@ -54,7 +51,7 @@ def test_rows_of_both_workloads(demo, capsys):
 
 
 def test_draws_by_method_and_workload(demo):
-    """Adaptive: all in the worst case, fewer in the real one, one at T = 1. Exact: recorded far enough."""
+    """Adaptive: all N in the worst case, fewer in the real one, one at T = 1. Exact: enough are recorded."""
     adaptive = "--shape calm-tiny --sampling_method adaptive --temperature 0.5 1 --batch_size 8"
     draws = {(row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, adaptive)}
     assert draws["worst", 0.5] == 8 > draws["real", 0.5] and draws["worst", 1] == draws["real", 1] == 1
@@ -64,11 +61,11 @@ def test_draws_by_method_and_workload(demo):
 
 
 @pytest.mark.parametrize(
-    "options, complaint",
+    "options, message",
     [
         ("--shape ./no-such", "no-such is neither a recipe nor a model"),
-        ("--shape transformer-tiny", "--shape transformer-tiny is no CALM"),
-        ("--shape autoencoder", "does not say the shape of a whole language model"),
+        ("--shape transformer-tiny", "--shape transformer-tiny is not a CALM"),
+        ("--shape autoencoder", "does not define a complete language model"),
         ("--baseline calm-tiny", "--baseline calm-tiny is a CALM"),
         ("--output_length 7", "--output_length of 8"),
         ("--prompt_length 3", "--prompt_length of at least 4"),
@@ -77,106 +74,97 @@ def test_draws_by_method_and_workload(demo):
         ("--batch_size 0", "--batch_size: 0: must be a whole number of at least 1"),
         ("--json nowhere/rows.json", "nowhere/rows.json: its folder does not exist"),
         ("--demo nowhere", "nowhere holds no demo model"),
-        ("--device cuda", "--device cuda: PyTorch finds no GPU here"),
+        ("--device cuda", "--device cuda: PyTorch finds no GPU"),
     ],
 )
-def test_bad_options_are_refused_before_any_work(demo, monkeypatch, capsys, options, complaint):
+def test_invalid_options_raise_before_any_work(demo, monkeypatch, capsys, options, message):
     monkeypatch.setattr(generation, "random_model", None)  # the first work
     error = refusal(capsys, generation.main, *arguments(demo, "--shape", "calm-tiny", *options.split()))
-    assert complaint in error
-
-
-# Worst case
+    assert message in error
 
 
 @pytest.mark.parametrize(
     "head_type, dtype", [("energy", torch.bfloat16), ("flow", torch.float32), ("diffusion", torch.float32)]
 )
-def test_random_models_are_whole_and_never_repeat(head_type, dtype):
-    autoencoder = {"hidden_size": 96, "latent_size": 64}  # with room for many patches
+def test_random_models_are_complete_and_candidates_never_repeat(head_type, dtype):
+    autoencoder = {"hidden_size": 96, "latent_size": 64}  # so that many patches are possible
     model = random_model(tiny_config(head_type, latent_size=64, autoencoder_config=autoencoder), CPU, dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert all(p.any() for name, p in model.named_parameters() if p.dim() > 1)
     assert model.autoencoder.decoder.lm_head.weight is model.autoencoder.encoder.embed_tokens.weight
-    share = workloads.distinct_share(workloads.draw_candidates(model, torch.arange(8).view(1, 8), 50))
-    workloads.check_worst_case(share)
+    candidates = workloads.sample_candidates(model, torch.arange(8).view(1, 8), 50)
+    workloads.check_worst_case(workloads.distinct_fraction(candidates))
 
 
-def test_repeating_candidates_are_no_worst_case():
+def test_repeating_candidates_are_not_the_worst_case():
     patches_CNK = torch.tensor([[[1, 2], [1, 2], [2, 1], [1, 2]], [[0, 0], [0, 1], [0, 2], [0, 3]]])
-    assert workloads.distinct_share(patches_CNK) == (2 + 4) / 8
+    assert workloads.distinct_fraction(patches_CNK) == (2 + 4) / 8
     with pytest.raises(InputError, match="only 75.0% of the random model's candidates are distinct"):
         workloads.check_worst_case(6 / 8)
 
 
-# Recorded candidates
-
-
-def labelled_recording(num_contexts, num_draws):
-    """Draw j of context c is the patch (c, j, 0, 0)."""
-    grid = torch.cartesian_prod(torch.arange(num_contexts), torch.arange(num_draws))
-    return torch.nn.functional.pad(grid, (0, 2)).view(num_contexts, num_draws, 4)
+def labelled_recording(num_contexts, num_candidates):
+    """Candidate j of context c is the patch (c, j, 0, 0)."""
+    grid = torch.cartesian_prod(torch.arange(num_contexts), torch.arange(num_candidates))
+    return torch.nn.functional.pad(grid, (0, 2)).view(num_contexts, num_candidates, 4)
 
 
 @pytest.mark.parametrize("method, lazy", [("batch", False), ("adaptive", False), ("adaptive", True)])
-def test_a_replay_imposes_its_patches_and_leaves_the_work_as_it_was(monkeypatch, method, lazy):
-    """Every recorded draw is distinct, so that nothing stops early; tokens 3 and 2 of lazy decoding are all the same,
-    so that three tokens of each draw must be read, and the last of one."""
+def test_a_replay_returns_recorded_patches_with_unchanged_work(monkeypatch, method, lazy):
+    """All recorded candidates are distinct, so nothing stops early. Their tokens 3 and 2 are equal, so lazy decoding
+    reads three tokens of each candidate, and the fourth of one."""
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     model, work = tiny_model(), []
-    where = (model.autoencoder, "read_tokens") if lazy else (model.autoencoder.decoder, "forward")
+    decoding = (model.autoencoder, "read_tokens") if lazy else (model.autoencoder.decoder, "forward")
     sampling = PatchSampling(True, 0.5, 16, method, lazy_decoding=lazy)
-    with wrapped(*where, lambda call: lambda first, *more: work.append(len(first)) or call(first, *more)):
+    with wrap_method(*decoding, lambda call: lambda first, *more: work.append(len(first)) or call(first, *more)):
         with Replay(labelled_recording(50, 16)).on(model):
             (first, *_), (later, *_) = (model.sample_patches(torch.randn(3, 48), sampling).T for _ in range(2))
             patches_3K = model.sample_patches(torch.randn(3, 48), sampling)
     assert sum(work) == 3 * 3 * (3 * 16 + 1 if lazy else 16)
     assert (patches_3K[:, 2:] == 0).all() and (patches_3K[:, 1] < 16).all()
-    assert first.unique().numel() == 3, "each row has a context of its own"
-    assert (later != first).any(), "and the next step others"
+    assert first.unique().numel() == 3, "each row has its own context"
+    assert (later != first).any(), "the next step has other contexts"
     assert "new_candidates" not in vars(model)
 
 
-def test_what_is_no_measurement_is_refused():
+def test_invalid_replays_and_early_stopping_raise():
     model, sampling = tiny_model(patch_size=2), PatchSampling(True, 0.5, 16)
     with pytest.raises(InputError, match="patches have 4 tokens, the model's 2"):
         with Replay(labelled_recording(2, 8)).on(model):
             pass
     model = tiny_model()
-    with pytest.raises(InputError, match="16 draws of a row, of 8 recorded"):
+    with pytest.raises(InputError, match="a row needs 16 candidates, 8 are recorded"):
         with Replay(labelled_recording(2, 8)).on(model):
             model.sample_patches(torch.randn(1, 48), sampling)
     model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
     with pytest.raises(InputError, match="1 tokens were generated instead of 8"):
-        workloads.write(model, torch.full((1, 4), BOS), 8)
-
-
-# Meters
+        workloads.generate_tokens(model, torch.full((1, 4), BOS), 8)
 
 
 @pytest.mark.parametrize("part", ["backbone", "head", "decode"])
-def test_time_lands_on_the_part_that_took_it(monkeypatch, part):
-    """By a clock that stands still but for calls of one part: of the prompt, and of three steps."""
+def test_time_is_attributed_to_the_right_part(monkeypatch, part):
+    """With a clock that only advances during calls of one part: the prefill, and three steps."""
     now = [0.0]
     monkeypatch.setattr(Meter, "clock", lambda device: Meter(lambda: now[0], lambda before, after: after - before))
-    model = workloads._never_stopping(tiny_model())
+    model = workloads._disable_stopping(tiny_model())
     settings = {"temperature": 0.5, "num_candidates": 4, "sampling_method": "batch", "lazy_decoding": False}
-    subject = Subject(model, torch.full((1, 4), BOS), settings)
-    method = subject.methods()[part]
+    workload = Workload(model, torch.full((1, 4), BOS), settings)
+    method = workload.methods()[part]
 
     def slow(call):
         return lambda *args, **kwargs: now.__setitem__(0, now[0] + 1) or call(*args, **kwargs)
 
-    with wrapped(*(method[0] if part == "decode" else method), slow):
-        run = timed_run(subject, 12, seed=0)
+    with wrap_method(*(method[0] if part == "decode" else method), slow):
+        run = timed_run(workload, 12, seed=0)
     assert run.step_ms == {name: 1000.0 * (name == part) for name in runs.PARTS}
-    assert (run.prompt_seconds, run.seconds, run.draws) == (part == "backbone", 3, 3 * 4)
-    assert not {"sample", "sample_patches"} & (vars(model).keys() | vars(model.head).keys()), "all is taken off again"
+    assert (run.prompt_seconds, run.seconds, run.num_candidates) == (part == "backbone", 3, 3 * 4)
+    assert not {"sample", "sample_patches"} & (vars(model).keys() | vars(model.head).keys()), "all patches are removed"
 
 
-def test_peak_memory_counts_what_the_block_needs():
+def test_peak_memory_of_a_block():
     with PeakMemory(CPU) as memory:
-        torch.ones(2**24)  # 64 MiB, freed again
+        torch.ones(2**24)  # 64 MiB, freed immediately
     if memory.extra is None:
         pytest.skip("the process's memory can't be read here")
     assert memory.extra == pytest.approx(2**26, rel=0.1)

@@ -1,4 +1,4 @@
-"""`make speed`: parts that are measured once, and tables that come to stand between their marks."""
+"""`make speed`: parts are measured once, and tables inserted between their markers."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from commands import ROOT, refusal
 
 from calm_transformers.benchmarks import generation, speed
 
-FIGURES = {
+RESULTS = {
     **{"num_candidates": 200, "repetitions": 3, "ratio": 2.0, "draws": 200.0, "peak_over_weights": None},
     **{"tokens_per_second": 12.34, "tokens_per_second_range": [11.0, 13.0], "baseline_tokens_per_second": 6.17},
     **{f"{part}_ms": 2.0 for part in generation.PARTS},
@@ -19,7 +19,7 @@ FIGURES = {
 
 @pytest.fixture
 def documents(tmp_path, monkeypatch):
-    """Copies of the documents, a folder for the parts, and a model."""
+    """Copies the documents to a folder with a stub model, and points the command at them."""
     (tmp_path / "docs").mkdir()
     for name in ("docs/guide.md", "docs/speed.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
@@ -30,44 +30,44 @@ def documents(tmp_path, monkeypatch):
     return tmp_path
 
 
-def words(documents):
+def args(documents):
     return ["--demo", str(documents), "--folder", str(documents / "parts")]
 
 
-def test_what_was_cut_short_goes_on_to_tables_and_picture(documents, monkeypatch):
+def test_an_interrupted_run_resumes_and_writes_tables_and_plot(documents, monkeypatch):
     calls = []
 
-    def benchmark(words):
-        """Takes no time, and is interrupted at the fourth part."""
-        calls.append(words)
+    def benchmark(args):
+        """Writes stub rows; is interrupted at the fourth part."""
+        calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        options = generation.parse_options(words)
+        options = generation.parse_options(args)
         (temperature,), (batch_size,), (shape,) = options.temperature, options.batch_size, options.shape
-        asked = {"shape": shape, "temperature": temperature, "batch_size": batch_size, "dtype": options.dtype}
-        rows = [{**FIGURES, **asked, "workload": w, "baseline": options.baseline} for w in options.workload]
+        settings = {"shape": shape, "temperature": temperature, "batch_size": batch_size, "dtype": options.dtype}
+        rows = [{**RESULTS, **settings, "workload": w, "baseline": options.baseline} for w in options.workload]
         options.json.write_text(json.dumps(rows))
 
     monkeypatch.setattr(generation, "main", benchmark)
     before = (documents / "docs/guide.md").read_text()
-    assert speed.main(words(documents)) == 130
+    assert speed.main(args(documents)) == 130
     assert (documents / "docs/guide.md").read_text() == before and len(list((documents / "parts").iterdir())) == 3
-    for _ in range(2):  # nothing is measured twice
-        assert speed.main(words(documents)) == 0 and len(calls) == 1 + len(speed.PARTS) == 17
+    for _ in range(2):  # no part is measured twice
+        assert speed.main(args(documents)) == 0 and len(calls) == 1 + len(speed.PARTS) == 17
     guide, details = ((documents / name).read_text() for name in ("docs/guide.md", "docs/speed.md"))
     assert guide.count("| 12.3 (11.0 – 13.0) | 6.2 | **2.00** | 2.00 | 2.00 | 2, 2, 2, 2 | 200 | – |") == 8
     assert details.count("| 12.3 | 6.2 | 2.00 | 10.0 |") == 3 * 8 + 4
-    mark = r"(?s)<!-- make speed -->.*<!-- until here -->"
-    for name, text in (("docs/guide.md", guide), ("docs/speed.md", details)):  # the rest stays
-        assert re.sub(mark, "", text) == re.sub(mark, "", (ROOT / name).read_text())
+    markers = r"(?s)<!-- make speed -->.*<!-- until here -->"
+    for name, text in (("docs/guide.md", guide), ("docs/speed.md", details)):  # the rest is unchanged
+        assert re.sub(markers, "", text) == re.sub(markers, "", (ROOT / name).read_text())
     assert (documents / "docs/speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_refusals(documents, monkeypatch, capsys):
-    monkeypatch.setattr(generation, "main", lambda words: 2)
-    error = refusal(capsys, speed.main, *words(documents))
+def test_errors(documents, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "main", lambda args: 2)
+    error = refusal(capsys, speed.main, *args(documents))
     assert "float32-T0.5-batch1 could not be measured" in error
-    (documents / "text.md").write_text("no marks")
-    with pytest.raises(ValueError, match="between which the table goes"):
-        speed.put(documents / "text.md", "table")
-    assert (documents / "text.md").read_text() == "no marks"
+    (documents / "text.md").write_text("no markers")
+    with pytest.raises(ValueError, match="has no markers"):
+        speed.replace_table(documents / "text.md", "table")
+    assert (documents / "text.md").read_text() == "no markers"

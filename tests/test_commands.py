@@ -46,9 +46,9 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "experiments.__main__": ["--corpus", NOWHERE, "--output", "{tmp}"],
     # It creates folders, but can't in a file.
     "experiments.language": ["--output", f"/dev/null/{NOWHERE}"],
-    "experiments.replacements": ["--model", NOWHERE, "--language", NOWHERE],
-    "experiments.share": ["--model", NOWHERE, "--language", NOWHERE],
-    "experiments.sharpening": ["--model", NOWHERE, "--language", NOWHERE],
+    "experiments.oracle_ablation": ["--model", NOWHERE, "--language", NOWHERE],
+    "experiments.optimal_fraction": ["--model", NOWHERE, "--language", NOWHERE],
+    "experiments.temperature_fidelity": ["--model", NOWHERE, "--language", NOWHERE],
     "serving.serve": [NOWHERE, "--port", "0"],
     "training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
     "training.tokenize": ["--recipe", "demo-backbone", *TOKENIZER],

@@ -51,8 +51,8 @@ def test_bfloat16_and_compiled(shapes, monkeypatch, tmp_path):
     torch.compiler.reset()
 
 
-def test_invalid_options_raise_before_any_work(shapes, monkeypatch, capsys):
-    monkeypatch.setattr(training_step, "flop_rate", None)  # the first work
+def test_bad_options_are_refused_before_any_work(shapes, monkeypatch, capsys):
+    monkeypatch.setattr(training_step, "peak_flop_rate", None)  # the first work
     for options, complaint in {
         ("--block_size", "18"): "--block_size 18: energy needs",
         ("--block_size", "4"): "--block_size 4: energy needs",

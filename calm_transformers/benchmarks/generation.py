@@ -1,20 +1,19 @@
-"""Speed of text generation: CALM against an ordinary Llama, in tokens a second, and where the time goes.
+"""Measures the speed of text generation: CALM against a Llama, in tokens per second and time per part of a step.
 
     calm bench generation --shape calm-m --baseline transformer-s --device cpu --dtype float32 \\
         --temperature 0.5 --num_candidates 200 --batch_size 1 8 --repetitions 3 --json figures.json --plot figures.png
 
-Both models write through `generate`, in turns: CALM, baseline, CALM, … Tokens a second are new tokens ÷ the time of
-the whole call, prompt included: the median of the runs, and their range. A shape is a recipe (with random weights),
-`demo` (the bundled model), a folder or a Hub id. Workloads: "worst", random weights, no candidate comes twice; "real",
-the patch distributions of a trained model: its own, or on a random model of a recipe's shape the demo's, imposed. See
-workloads.py.
+Both models run `generate` in turns: CALM, baseline, CALM, … Tokens per second are new tokens ÷ time of the whole call,
+prompt included: the median and the range of the runs. A shape is a recipe (with random weights), `demo` (the bundled
+model), a folder or a Hub id. Workloads (workloads.py): "worst", random weights, where all candidates are distinct;
+"real", the patch distributions of a trained model: its own, or the demo's, replayed on a random model.
 
-- A step makes one patch of every row. Its ms are those of the backbone (the prompt's pass apart), the head, decoding,
-  the rest of choosing a patch (selection) and the rest of `generate` (other).
-- Draws: candidates that a row draws in a step. Distinct: share of different patches among num_candidates.
-- Memory ÷ weights: what the worst run needed, weights included.
-- In float32 on a CPU the CALM's large products are oneDNN's where that is faster than PyTorch's own; with
-  `--fast_baseline` the baseline's are, too.
+- A step generates one patch per row. Its ms are those of the backbone (without the prefill), the head, decoding, the
+  rest of choosing a patch (selection) and the rest of `generate` (other).
+- Draws: candidates sampled per row and step. Distinct: fraction of distinct patches among num_candidates.
+- Memory ÷ weights: peak memory of the worst run, weights included.
+- In float32 on a CPU, CALM's large linear layers use oneDNN where that is faster than PyTorch's default; with
+  `--fast_baseline` the baseline's do too.
 """
 
 from __future__ import annotations
@@ -31,43 +30,52 @@ import torch
 import transformers
 
 from calm_transformers.benchmarks.meters import device_name
-from calm_transformers.benchmarks.runs import PARTS, Subject, compare, lent_products
+from calm_transformers.benchmarks.runs import PARTS, Workload, calm_matmul_backend, compare
 from calm_transformers.benchmarks.workloads import (
     DEMO_FOLDER,
     Replay,
     add_device_options,
     check_device,
     check_worst_case,
-    distinct_share,
-    draw_candidates,
+    distinct_fraction,
+    generate_prompts,
     is_trained,
-    own_prompts,
     random_model,
     random_prompts,
-    record,
+    record_candidates,
+    sample_candidates,
     shape_config,
     trained_model,
 )
-from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package, picture, positive, writable
+from calm_transformers.command_line import (
+    InputError,
+    Parser,
+    command,
+    known_errors,
+    picture,
+    positive,
+    require_package,
+    writable,
+)
 from calm_transformers.evaluation.report import saved_figure, write_json
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, PatchSampling
 
 WORKLOADS = ("worst", "real")
-# The benchmark's own options beside the temperature, of which it takes several.
-NOT_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p")
-SAMPLING_OPTIONS = tuple(name for name in PatchSampling.option_names() if name not in NOT_OPTIONS)
-ASKED = (
+# Options of `generate` that the benchmark doesn't take, or takes several values of.
+EXCLUDED_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+SAMPLING_OPTIONS = tuple(name for name in PatchSampling.option_names() if name not in EXCLUDED_OPTIONS)
+RECORDED_OPTIONS = (
     *("baseline", "fast_baseline", "device", "dtype", *SAMPLING_OPTIONS),
     *("prompt_length", "output_length", "repetitions"),
 )
 
 
 class Benchmark:
-    """Everything that the options ask for, a row at a time.
+    """Measures all combinations of the options, one row at a time.
 
     Raises:
-        ValueError: options that can't be measured, before any work.
+        ValueError: invalid options, before any work.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -84,14 +92,14 @@ class Benchmark:
         for temperature in options.temperature:
             PatchSampling(True, temperature, options.num_candidates, options.sampling_method)
         if isinstance(shape_config(options.baseline, options.demo), CALMConfig):
-            raise InputError(f"--baseline {options.baseline} is a CALM: name an ordinary language model.")
+            raise InputError(f"--baseline {options.baseline} is a CALM: choose an autoregressive language model.")
         for shape in options.shape:
             self._check_shape(shape)
 
     def _check_shape(self, shape: str) -> None:
         options, config = self.options, shape_config(shape, self.options.demo)
         if not isinstance(config, CALMConfig):
-            raise InputError(f"--shape {shape} is no CALM: give ordinary language models as --baseline.")
+            raise InputError(f"--shape {shape} is not a CALM: autoregressive models are given as --baseline.")
         K = config.patch_size
         if options.prompt_length < K or options.output_length < 2 * K:
             raise InputError(f"{shape} needs a --prompt_length of at least {K} and an --output_length of {2 * K}.")
@@ -99,8 +107,8 @@ class Benchmark:
             demo = shape_config("demo", options.demo)
             if demo.patch_size != K or demo.vocab_size > config.vocab_size:
                 raise InputError(
-                    f"the demo's patches are not {shape}'s: it has K={demo.patch_size} and a vocabulary of "
-                    f"{demo.vocab_size}, {shape} K={K} and {config.vocab_size}. Name a model that fits with --demo."
+                    f"the demo's patches don't fit {shape}: it has K={demo.patch_size} and a vocabulary of "
+                    f"{demo.vocab_size}, {shape} K={K} and {config.vocab_size}. Choose another model with --demo."
                 )
 
     def rows(self) -> Iterator[dict]:
@@ -109,13 +117,13 @@ class Benchmark:
             trained = workload == "real" and is_trained(shape)
             model = self._model(shape, with_weights=trained)
             for temperature in options.temperature:
-                replay, share = self._candidates(model, workload, trained, temperature)
+                replay, fraction = self._candidates(model, workload, trained, temperature)
                 for batch_size in options.batch_size:
-                    calm = self._calm(model, trained, temperature, batch_size, replay)
+                    calm = self._workload(model, trained, temperature, batch_size, replay)
                     yield {
                         **{"shape": shape, "workload": workload, "temperature": temperature, "batch_size": batch_size},
-                        **{name: getattr(options, name) for name in ASKED},
-                        **{"distinct_share": share, **self._compare(calm, temperature, batch_size)},
+                        **{name: getattr(options, name) for name in RECORDED_OPTIONS},
+                        **{"distinct_share": fraction, **self._compare(calm, temperature, batch_size)},
                         **{"device_name": device_name(self.device), "threads": torch.get_num_threads()},
                         "date": datetime.date.today().isoformat(),
                         **{"torch": torch.__version__, "transformers": transformers.__version__},
@@ -129,38 +137,36 @@ class Benchmark:
     def _candidates(
         self, model, workload: str, trained: bool, temperature: float
     ) -> tuple[Replay | None, float | None]:
-        """What is imposed on the model, and the share of distinct patches among `num_candidates`.
+        """Returns the candidates to replay on the model, and the fraction of distinct ones among `num_candidates`.
 
-        The share is None at T = 1, where a step draws one candidate.
+        The fraction is None at T = 1, where a step samples one candidate.
         """
         N, length, replay = self.options.num_candidates, self.options.prompt_length, None
         if workload == "worst":
-            candidates = draw_candidates(model, random_prompts(model, 1, length), N)
-            check_worst_case(distinct_share(candidates))
+            candidates = sample_candidates(model, random_prompts(model, 1, length), N)
+            check_worst_case(distinct_fraction(candidates))
         elif trained:
-            candidates = draw_candidates(model, own_prompts(model, 1, length, temperature, N), N)
+            candidates = sample_candidates(model, generate_prompts(model, 1, length, temperature, N), N)
         else:
             demo = self._model("demo", with_weights=True)
             sampling = PatchSampling(True, temperature, N, self.options.sampling_method)
-            candidates = record(demo, temperature, sampling.max_samples)
+            candidates = record_candidates(demo, temperature, sampling.max_samples)
             replay = Replay(candidates)
-        return replay, distinct_share(candidates[:, :N]) if temperature < 1 else None
+        return replay, distinct_fraction(candidates[:, :N]) if temperature < 1 else None
 
-    def _calm(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Subject:
+    def _workload(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Workload:
         options, size = self.options, (model, batch_size, self.options.prompt_length)
-        prompts = own_prompts(*size, temperature, options.num_candidates) if trained else random_prompts(*size)
+        prompts = generate_prompts(*size, temperature, options.num_candidates) if trained else random_prompts(*size)
         settings = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
-        return Subject(model, prompts, {"temperature": temperature, **settings}, replay)
+        return Workload(model, prompts, {"temperature": temperature, **settings}, replay)
 
-    def _compare(self, calm: Subject, temperature: float, batch_size: int) -> dict:
+    def _compare(self, calm: Workload, temperature: float, batch_size: int) -> dict:
         options = self.options
         prompts = random_prompts(self.baseline, batch_size, options.prompt_length)
-        products = lent_products if options.fast_baseline else nullcontext
-        baseline = Subject(self.baseline, prompts, {"temperature": temperature, "top_k": 0}, products=products)
+        backend = calm_matmul_backend if options.fast_baseline else nullcontext
+        baseline = Workload(self.baseline, prompts, {"temperature": temperature, "top_k": 0}, matmul_backend=backend)
         return compare(calm, baseline, options.output_length, options.repetitions)
 
-
-# reports
 
 COLUMNS = {
     "shape": "{shape}",
@@ -185,17 +191,17 @@ def table_head() -> str:
 
 
 def table_row(row: dict) -> str:
-    texts = {"distinct": row["distinct_share"], "memory": row["peak_over_weights"]}
-    texts = {name: "–" if value is None else f"{value:.2f}" for name, value in texts.items()}
+    optional = {"distinct": row["distinct_share"], "memory": row["peak_over_weights"]}
+    cells = {name: "–" if value is None else f"{value:.2f}" for name, value in optional.items()}
     for prefix in ("", "baseline_"):
-        texts[f"{prefix}low"], texts[f"{prefix}high"] = row[f"{prefix}tokens_per_second_range"]
-    return f"| {' | '.join(column.format(**row, **texts) for column in COLUMNS.values())} |"
+        cells[f"{prefix}low"], cells[f"{prefix}high"] = row[f"{prefix}tokens_per_second_range"]
+    return f"| {' | '.join(column.format(**row, **cells) for column in COLUMNS.values())} |"
 
 
 def write_plot(path: Path, rows: list[dict]) -> None:
-    """Left the ratio of each row, right where a CALM step's time goes."""
+    """Plots the ratio of each row (left) and the parts of a CALM step's time (right)."""
     labels = [f"{r['shape']} {r['workload']}, T={r['temperature']:g}, batch {r['batch_size']}" for r in rows]
-    with saved_figure(path, 1, 2, figsize=(11, 1.5 + 0.4 * len(rows)), sharey=True) as (figure, (ratios, shares)):
+    with saved_figure(path, 1, 2, figsize=(11, 1.5 + 0.4 * len(rows)), sharey=True) as (figure, (ratios, parts)):
         bars = ratios.barh(labels, [row["ratio"] for row in rows])
         ratios.bar_label(bars, fmt="%.2f", padding=2)
         ratios.axvline(1, color="black", linewidth=1)
@@ -205,9 +211,9 @@ def write_plot(path: Path, rows: list[dict]) -> None:
         left = [0.0] * len(rows)
         for part in PARTS:
             widths = [row[f"{part}_ms"] / row["step_ms"] for row in rows]
-            shares.barh(labels, widths, left=left, label=part)
+            parts.barh(labels, widths, left=left, label=part)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        shares.set_xlabel("share of a step's time")
+        parts.set_xlabel("fraction of a step's time")
         figure.legend(loc="outside upper right", ncols=len(PARTS), frameon=False)
 
 
@@ -225,12 +231,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
     )
     parser.add_argument(
-        "--fast_baseline", action="store_true", help="lend the baseline CALM's float32 products (kernels_calm.py)"
+        "--fast_baseline", action="store_true", help="give the baseline CALM's matmul backend (kernels_calm.py)"
     )
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt_length", type=positive, default=64, help="tokens a row")
-    parser.add_argument("--output_length", type=positive, default=64, help="new tokens a row")
-    parser.add_argument("--json", type=writable, help="write the rows, after each")
+    parser.add_argument("--prompt_length", type=positive, default=64, help="tokens per row")
+    parser.add_argument("--output_length", type=positive, default=64, help="new tokens per row")
+    parser.add_argument("--json", type=writable, help="write the rows, updated after each")
     parser.add_argument("--plot", type=picture, help="write the plot")
     return parser.parse_args(argv)
 

@@ -1,18 +1,17 @@
-"""Every figure that this project wants from a GPU, by one command of at most eight minutes.
+"""Runs all GPU measurements of this project in at most eight minutes.
 
     calm bench gpu --json gpu.json
 
-- goldens: how far the outputs are from those recorded of the published implementation (golden.py), in float32 and
-  bfloat16;
+- goldens: errors relative to the outputs of the published implementation (golden.py), in float32 and bfloat16;
 - demo: a text of the bundled model, in bfloat16;
-- generation: tokens a second (medians) of each CALM at T = 1 and 0.5 and of its Transformer, batch 1, 8 and 32, in
-  bfloat16, step by step as `generate` does it ("eager");
-- training: a step of CALM-M and of Transformer-S, with its MFU (calm_transformers.benchmarks.training_step);
-- compiled: the first pair again, each step one graph (`cache_implementation="static"` and a `compile_config`); the
-  time to compile is not counted.
+- generation: median tokens per second of each CALM at T = 1 and 0.5 and of its Transformer, at batch sizes 1, 8 and
+  32, in bfloat16, in eager mode;
+- training: a training step of CALM-M and of Transformer-S, with its MFU (calm_transformers.benchmarks.training_step);
+- compiled: generation of the first pair with compiled steps (`cache_implementation="static"` and a `compile_config`);
+  compilation time is excluded.
 
-Parts come in this order. None begins when `--minutes` are over; those left out are named, and the same command with
-the same file, on the same machine, goes on with them. The file is written after each part.
+Parts run in this order; none starts after `--minutes`. Skipped parts are listed, and the same command with the same
+file on the same machine continues with them. The file is written after each part.
 
 With `--device cpu`, small `--pairs` and `--backend aot_eager` it is a dry run.
 """
@@ -41,11 +40,11 @@ from calm_transformers.benchmarks.meters import device_name, synchronise
 from calm_transformers.benchmarks.workloads import (
     DEMO_FOLDER,
     add_device_options,
+    generate_tokens,
     random_model,
     random_prompts,
     shape_config,
     trained_model,
-    write,
 )
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm_transformers.evaluation.report import markdown, write_json
@@ -57,7 +56,7 @@ TEMPERATURES = (1.0, 0.5)
 NUM_CANDIDATES = 200
 PROMPT = "Once upon a time, there was a little girl named Lily."
 GOLDEN_OUTPUTS = ["calm.hidden_states", "ae.mean", "ae.logits"]
-KIND_COLUMNS = {
+TABLE_COLUMNS = {
     "goldens": ["head", "dtype", *GOLDEN_OUTPUTS],
     "demo": ["text"],
     "generation": ["shape", "mode", "temperature", "batch_size", "tokens_per_second", "low", "high"],
@@ -66,30 +65,30 @@ KIND_COLUMNS = {
 
 
 def read_report(path: Path) -> dict[str, list[dict]]:
-    """The parts that a file holds.
+    """Reads the finished parts from a report file.
 
     Raises:
-        InputError: it is no report.
+        InputError: the file is not a report.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is no report of this command: name another file.") from error
+        raise InputError(f"{path} is not a report of this command: choose another file.") from error
 
 
-def tables(parts: dict[str, list[dict]]) -> Iterator[str]:
-    for kind, columns in KIND_COLUMNS.items():
+def format_tables(parts: dict[str, list[dict]]) -> Iterator[str]:
+    for kind, columns in TABLE_COLUMNS.items():
         rows = [row for name, rows in parts.items() if name.partition(" ")[0] == kind for row in rows]
         if rows:
-            yield markdown(columns, ([_text(row[column]) for column in columns] for row in rows)) + "\n"
+            yield markdown(columns, ([_format(row[column]) for column in columns] for row in rows)) + "\n"
 
 
-def _text(value: object) -> str:
+def _format(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-class Models:
-    """One model at a time on the device."""
+class ModelCache:
+    """Keeps one random model at a time on the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -121,14 +120,14 @@ def demo_text(device: torch.device, dtype: torch.dtype, length: int) -> list[dic
     model, tokenizer = trained_model("demo", device, dtype), load_tokenizer(DEMO_FOLDER)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device)
     torch.manual_seed(0)
-    ids = write(model, ids, length, temperature=0.5, num_candidates=NUM_CANDIDATES)
+    ids = generate_tokens(model, ids, length, temperature=0.5, num_candidates=NUM_CANDIDATES)
     return [{"text": " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())}]
 
 
 def generation_row(
-    models: Models, shape: str, temperature: float, batch_size: int, options: argparse.Namespace, compiled: bool
+    models: ModelCache, shape: str, temperature: float, batch_size: int, options: argparse.Namespace, compiled: bool
 ):
-    """Tokens a second of one model, one law and one batch size: the median of several calls, and their range."""
+    """Measures tokens per second of one model, temperature and batch size: median and range of several calls."""
     model = models.get(shape)
     prompts = random_prompts(model, batch_size, options.prompt_length)
     settings: dict[str, Any] = {"temperature": temperature} | (
@@ -139,11 +138,11 @@ def generation_row(
         settings["cache_implementation"] = "static"
         settings["compile_config"] = CompileConfig(backend=options.backend, mode=mode)
     seconds = []
-    for repetition in range(1 + options.repetitions):  # the first compiles, and isn't counted
+    for repetition in range(1 + options.repetitions):  # the first compiles, and is excluded
         torch.manual_seed(repetition)
         synchronise(models.device)
         start = time.perf_counter()
-        write(model, prompts, options.output_length, **settings)
+        generate_tokens(model, prompts, options.output_length, **settings)
         synchronise(models.device)
         seconds.append(time.perf_counter() - start)
     speeds = [batch_size * options.output_length / each for each in seconds[1:]]
@@ -156,30 +155,30 @@ def generation_row(
 
 
 def training_rows(shapes: list[str], options: argparse.Namespace) -> list[dict]:
-    words = ["--shape", *shapes, "--device", options.device, "--dtype", options.dtype, "--block_size"]
-    words += [str(options.block_size), "--batch_size", str(options.train_batch_size)]
-    return training_step.measure(training_step.parse_options(words))["steps"]
+    args = ["--shape", *shapes, "--device", options.device, "--dtype", options.dtype, "--block_size"]
+    args += [str(options.block_size), "--batch_size", str(options.train_batch_size)]
+    return training_step.measure(training_step.parse_options(args))["steps"]
 
 
-def parts(options: argparse.Namespace, models: Models) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
-    """Name, beginning with the kind, and work of each part, the most telling first."""
+def parts(options: argparse.Namespace, models: ModelCache) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """Yields the name and function of each part, the most important first; a name starts with its table's key."""
     pairs = [pair.split(":") for pair in options.pairs]
     yield "goldens", lambda: golden_rows(models.device)
     yield "demo", lambda: demo_text(models.device, models.dtype, options.output_length)
     for compiled in (False, True):
         mode = "compiled" if compiled else "eager"
-        first_or_all = pairs[:1] if compiled else pairs
-        shapes = [each for calm, llama in first_or_all for each in ((calm, TEMPERATURES), (llama, TEMPERATURES[:1]))]
-        for shape, temperatures in shapes:
-            for batch_size, T in product(options.batch_size, temperatures):
-                work = partial(generation_row, models, shape, T, batch_size, options, compiled)
-                yield f"generation {shape}, {mode}, T={T:g}, batch {batch_size}", lambda work=work: [work()]
+        for calm, llama in pairs[:1] if compiled else pairs:
+            for shape, temperatures in ((calm, TEMPERATURES), (llama, TEMPERATURES[:1])):
+                for batch_size, T in product(options.batch_size, temperatures):
+                    measure = partial(generation_row, models, shape, T, batch_size, options, compiled)
+                    name = f"generation {shape}, {mode}, T={T:g}, batch {batch_size}"
+                    yield name, lambda measure=measure: [measure()]
         if not compiled:
             yield "training " + " ".join(pairs[0]), lambda: training_rows(pairs[0], options)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises InputError for what can't be measured."""
+    """Raises InputError for invalid options."""
     for pair in options.pairs:
         names = pair.split(":")
         is_pair = len(names) == 2 and [isinstance(shape_config(name), CALMConfig) for name in names] == [True, False]
@@ -191,17 +190,15 @@ def check(options: argparse.Namespace) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm bench gpu", __doc__)
+    parser.add_argument("--json", type=writable, default=Path("gpu.json"), help="report file, continued if it exists")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no part starts later than this")
     parser.add_argument(
-        "--json", type=writable, default=Path("gpu.json"), help="where the figures go, and are continued"
-    )
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no part begins")
-    parser.add_argument(
-        "--pairs", nargs="+", default=PAIRS, help="CALM:TRANSFORMER, recipes; the first is compiled, too"
+        "--pairs", nargs="+", default=PAIRS, help="recipes CALM:TRANSFORMER; the first pair also runs compiled"
     )
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt_length", type=positive, default=64)
     parser.add_argument("--output_length", type=positive, default=64)
-    parser.add_argument("--block_size", type=positive, default=2048, help="tokens a row of a training step")
+    parser.add_argument("--block_size", type=positive, default=2048, help="tokens per row of a training step")
     parser.add_argument("--train_batch_size", type=positive, default=8, help="rows of a training step")
     add_device_options(parser, gpu=True)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
@@ -213,26 +210,26 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.device(options.device)
         machine = {"device": device_name(device), "dtype": options.dtype, "torch": torch.__version__}
         machine["transformers"] = transformers.__version__
-        done = read_report(options.json)
-    models, failed, left_out = Models(device, getattr(torch, options.dtype)), [], []
-    for name, work in parts(options, models):
-        if name in done:
+        finished = read_report(options.json)
+    models, failed, skipped = ModelCache(device, getattr(torch, options.dtype)), [], []
+    for name, measure in parts(options, models):
+        if name in finished:
             continue
         if time.monotonic() - start > 60 * options.minutes:
-            left_out.append(name)
+            skipped.append(name)
             continue
         if not name.startswith("generation"):
             models.drop()
         try:
-            done[name] = work()
-        except Exception as error:  # one part's failure must not cost the others: the device is lent for minutes
+            finished[name] = measure()
+        except Exception as error:  # the other parts must still run: GPU time is scarce
             failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             continue
-        write_json(options.json, {"machine": machine, "parts": done})
+        write_json(options.json, {"machine": machine, "parts": finished})
         print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
-    print("", *tables(done), sep="\n")
+    print("", *format_tables(finished), sep="\n")
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(*(f"left out, as the time was over: {name}" for name in left_out), sep="\n")
+    print(*(f"skipped, out of time: {name}" for name in skipped), sep="\n")
     if failed:
         raise InputError("; ".join(failed))
 

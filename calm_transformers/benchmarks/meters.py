@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: time by part, peak memory, and the rate of a large product."""
+"""Measurements for the benchmarks: time per method, peak memory, and the FLOP rate of a large matmul."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch import nn
 
 from calm_transformers.model.kernels_calm import fast_products
 
-LIMIT_REPETITIONS = 5  # the rate is the best of so many tries
+MATMUL_REPETITIONS = 5
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @contextmanager
-def wrapped(owner, name: str, wrapper: Callable):
-    """Puts `wrapper(method)` in the place of a method of this one object, for a while."""
+def wrap_method(owner, name: str, wrapper: Callable):
+    """Replaces a method of one object by `wrapper(method)` inside a `with` block."""
     before = vars(owner).get(name)
     setattr(owner, name, wrapper(getattr(owner, name)))
     try:
@@ -38,14 +38,14 @@ def wrapped(owner, name: str, wrapper: Callable):
 
 @dataclass
 class Meter:
-    """Something that is read before and after a call: `difference(before, after)` is the call's share."""
+    """A quantity read before and after a call; `difference(before, after)` is what the call took."""
 
     read: Callable[[], Any]
     difference: Callable[[Any, Any], float]
 
     @classmethod
     def clock(cls, device: torch.device) -> Meter:
-        """Seconds. On a GPU between events in its stream: nothing waits, and an idle GPU counts as time too."""
+        """Returns a meter of seconds. On a GPU it uses CUDA events, without host syncs; idle time counts too."""
         if device.type != "cuda":
             return cls(time.perf_counter, lambda before, after: after - before)
 
@@ -57,12 +57,12 @@ class Meter:
         return cls(event, lambda before, after: before.elapsed_time(after) / 1000)
 
 
-class Parts:
-    """Reads a meter around each call of some methods.
+class MethodMeter:
+    """Reads a meter around each call of given methods.
 
     Args:
-        meter: what to read.
-        methods: part → (object, name of its method), or a list of several.
+        meter: to read.
+        methods: part → (object, method name), or a list of these.
     """
 
     def __init__(self, meter: Meter, methods: Mapping[str, tuple[object, str] | list[tuple[object, str]]]):
@@ -72,9 +72,9 @@ class Parts:
     @contextmanager
     def measured(self):
         with ExitStack() as stack:
-            for part, found in self.methods.items():
-                for owner, name in found if isinstance(found, list) else [found]:
-                    stack.enter_context(wrapped(owner, name, functools.partial(self._around, part)))
+            for part, methods in self.methods.items():
+                for owner, name in methods if isinstance(methods, list) else [methods]:
+                    stack.enter_context(wrap_method(owner, name, functools.partial(self._around, part)))
             yield
 
     def _around(self, part: str, method: Callable) -> Callable:
@@ -88,7 +88,7 @@ class Parts:
         return call
 
     def calls(self, part: str) -> list[float]:
-        """The reading of each call, in order. On a GPU only after it was synchronised."""
+        """Returns the difference of each call, in order; synchronise a GPU first."""
         return [self.meter.difference(*reading) for reading in self.readings[part]]
 
 
@@ -98,7 +98,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU, or of the processor."""
+    """Returns the name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     path = Path("/proc/cpuinfo")
@@ -108,9 +108,9 @@ def device_name(device: torch.device) -> str:
 
 
 class PeakMemory:
-    """Bytes that a `with` block needed at most beyond what was in use before it; None where that can't be read.
+    """Measures the peak memory of a `with` block beyond what was in use before: `extra` bytes, None if unknown.
 
-    On a GPU PyTorch's allocations; on Linux the process's resident memory (VmHWM, which the block resets).
+    Uses PyTorch's allocations on a GPU, and on Linux the process's resident memory (VmHWM, which the block resets).
     """
 
     def __init__(self, device: torch.device):
@@ -133,7 +133,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         try:
-            # Memory that was freed but not given back would otherwise hide what the block needs.
+            # Otherwise freed memory that the allocator still holds would hide new allocations.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
             return self._status("VmRSS")
@@ -145,12 +145,12 @@ class PeakMemory:
         return int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0]) * 1024
 
 
-def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square matrix product, at best."""
+def peak_flop_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the best measured FLOPs per second of a large square matmul."""
     size, seconds = MATMUL_SIZE[device.type], []
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     with torch.no_grad(), fast_products(size, size):
-        for _ in range(LIMIT_REPETITIONS):
+        for _ in range(MATMUL_REPETITIONS):
             synchronise(device)
             start = time.perf_counter()
             F.linear(matrix, matrix)
@@ -160,5 +160,5 @@ def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the module's parameters, shared ones once."""
+    """Returns the bytes of a module's parameters, counting tied ones once."""
     return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,11 +1,11 @@
-"""Tokens per second and the time to the first token, by the number of clients, of servers that take turns.
+"""Measures tokens per second and time to first token of servers in turns, by the number of clients.
 
     calm bench serving --model . --baseline transformer-s --clients 1 4 16
     calm bench serving --model calm-m --baseline transformer-s --clients 1 4 16 --max_tokens 32
 
-A CALM is served by `calm serve`, the baseline by `transformers serve`, as it is and with its own continuous
-batching. Recipes (calm-m, transformer-s) stand for random weights of their shape. Each client streams one text after
-the other over HTTP; EOS ends none. Clients and servers share the machine.
+A CALM is served by `calm serve`, the baseline by `transformers serve`, with and without its continuous batching.
+Recipes (calm-m, transformer-s) get random weights. Each client streams one completion after another over HTTP; EOS is
+ignored. Clients and servers share the machine.
 """
 
 from __future__ import annotations
@@ -39,41 +39,29 @@ from calm_transformers.evaluation.report import markdown, write_json
 
 UPSTREAM_PACKAGES = ("fastapi", "openai", "uvicorn", "rich")
 START_SECONDS = 600
-PROMPT_WORDS = 32
+PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play with her toys."
+PROMPT_WORDS = 32  # of a random model
 
 
 @dataclass(frozen=True)
-class Served:
-    """A server that runs.
-
-    Args:
-        name: for the table.
-        port: on loopback.
-        model: the id to ask for.
-        prompt: where its texts begin.
-        fields: of a request, beside OpenAI's.
-    """
-
+class RunningServer:
     name: str
-    port: int
-    model: str
+    port: int  # on loopback
+    model: str  # id in requests
     prompt: str
-    fields: dict
+    fields: dict  # additional fields of requests
 
 
 class Round(NamedTuple):
-    """What so many clients got, each so many texts: tokens in all, the time it took, and each text's to its first."""
+    """Results of one round of requests: total tokens, wall time, and each completion's time to first token."""
 
     tokens: int
     seconds: float
     first_token_seconds: list[float]
 
 
-# servers
-
-
 def save_model(name: str, folder: Path) -> Path:
-    """The folder of a model: itself, or one made here of random weights in a recipe's shape, with a tokenizer."""
+    """Returns the folder of a model; for a recipe, saves random weights and a tokenizer to `folder` first."""
     import torch
 
     from calm_transformers.benchmarks.workloads import is_trained, random_model, shape_config
@@ -92,7 +80,7 @@ def save_model(name: str, folder: Path) -> Path:
 
 
 def word_tokenizer(vocab_size: int):
-    """One word a token: w0, w1, …"""
+    """Builds a tokenizer with one word per token: w0, w1, …"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -110,16 +98,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
-    """A server process, from its first healthy answer on.
+    """Starts a server process, waits until it is healthy, and stops it at the end.
 
     Raises:
-        InputError: it ended, or did not answer in time.
+        InputError: it exited, or did not become healthy in time.
     """
-    with open(log, "w", encoding="utf-8") as output:
+    with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments, "--port", str(port)],
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
@@ -127,8 +115,8 @@ def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
         deadline = time.monotonic() + START_SECONDS
         while not is_healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                said = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-500:]
-                raise InputError(f"{' '.join(arguments)} did not start: … {said}")
+                output = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-500:]
+                raise InputError(f"{' '.join(arguments)} did not start: … {output}")
             time.sleep(0.5)
         yield
     finally:
@@ -151,51 +139,45 @@ def is_healthy(port: int) -> bool:
         connection.close()
 
 
-# clients
-
-
-def stream_text(server: Served, max_tokens: int, temperature: float, seed: int) -> tuple[int, float]:
-    """Asks for one text: its number of tokens, and the seconds to the first of them."""
+def stream_text(server: RunningServer, max_tokens: int, temperature: float, seed: int) -> tuple[int, float]:
+    """Requests one completion, and returns its number of tokens and the time to first token in seconds."""
     body = {
         **{"model": server.model, "prompt": server.prompt, "max_tokens": max_tokens, "temperature": temperature},
         **{"seed": seed, "stream": True, "stream_options": {"include_usage": True}, **server.fields},
     }
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=START_SECONDS)
-    started, first, usage = time.perf_counter(), None, None
+    start, first, usage = time.perf_counter(), None, None
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise InputError(f"{server.name} answers {answer.status}: {answer.read().decode()[:500]}")
-    for line in answer:
+    response = connection.getresponse()
+    if response.status != 200:
+        raise InputError(f"{server.name} returned {response.status}: {response.read().decode()[:500]}")
+    for line in response:
         if not line.startswith(b"data: {"):
             continue
         chunk = json.loads(line.removeprefix(b"data: "))
         usage = chunk.get("usage") or usage
         if first is None and any(choice.get("text") for choice in chunk.get("choices", [])):
-            first = time.perf_counter() - started
+            first = time.perf_counter() - start
     connection.close()
     if usage is None or first is None:
-        raise InputError(f"{server.name} sent no text, or no usage.")
+        raise InputError(f"{server.name} returned no text, or no usage.")
     return usage["completion_tokens"], first
 
 
-def run_round(server: Served, clients: int, requests: int, max_tokens: int, temperature: float) -> Round:
-    """Each client asks for one text after the other."""
+def run_round(server: RunningServer, clients: int, requests: int, max_tokens: int, temperature: float) -> Round:
+    """Runs `clients` threads that each send `requests` requests one after another."""
 
     def client(number: int) -> list[tuple[int, float]]:
         return [stream_text(server, max_tokens, temperature, 1000 * number + i) for i in range(requests)]
 
-    started = time.perf_counter()
+    start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        texts = [text for found in pool.map(client, range(clients)) for text in found]
-    return Round(sum(tokens for tokens, _ in texts), time.perf_counter() - started, [first for _, first in texts])
-
-
-# the table
+        results = [result for of_client in pool.map(client, range(clients)) for result in of_client]
+    return Round(sum(tokens for tokens, _ in results), time.perf_counter() - start, [first for _, first in results])
 
 
 def line_of(server: str, clients: int, rounds: list[Round]) -> dict:
-    """One line of the table; seconds, and tokens a second over all clients."""
+    """Summarises the rounds of one server and number of clients; tokens per second are over all clients."""
     speeds = [each.tokens / each.seconds for each in rounds]
     firsts = sorted(first for each in rounds for first in each.first_token_seconds)
     p99 = quantiles(firsts, n=100, method="inclusive")[98] if len(firsts) > 1 else firsts[0]
@@ -206,10 +188,10 @@ def line_of(server: str, clients: int, rounds: list[Round]) -> dict:
 
 
 def as_table(lines: list[dict]) -> str:
-    one = {line["server"]: line["tokens_per_second"] for line in lines if line["clients"] == 1}
+    single = {line["server"]: line["tokens_per_second"] for line in lines if line["clients"] == 1}
     rows = []
     for line in lines:
-        ratio = f"{line['tokens_per_second'] / one[line['server']]:.2f}" if line["server"] in one else "–"
+        ratio = f"{line['tokens_per_second'] / single[line['server']]:.2f}" if line["server"] in single else "–"
         speed = "{tokens_per_second:.1f} ({least:.1f} – {most:.1f})".format(**line)
         firsts = f"{1000 * line['first_token_p50']:.0f}, {1000 * line['first_token_p99']:.0f}"
         rows.append([line["server"], str(line["clients"]), speed, ratio, firsts])
@@ -219,16 +201,16 @@ def as_table(lines: list[dict]) -> str:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm bench serving", __doc__)
-    parser.add_argument("--model", default=".", help="a CALM: a folder, or a recipe, as calm-m")
-    parser.add_argument("--baseline", help="an ordinary causal LM: a folder, or a recipe, as transformer-s")
+    parser.add_argument("--model", default=".", help="a CALM: a folder, or a recipe such as calm-m")
+    parser.add_argument("--baseline", help="a causal LM: a folder, or a recipe such as transformer-s")
     parser.add_argument("--no_upstream_batching", action="store_true", help="leave out upstream's continuous batching")
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=positive, default=2, help="texts a client asks for in a round")
+    parser.add_argument("--requests", type=positive, default=2, help="completions per client and round")
     parser.add_argument("--max_tokens", type=positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--repetitions", type=positive, default=3, help="rounds, in which the servers take turns")
+    parser.add_argument("--repetitions", type=positive, default=3, help="rounds; the servers take turns")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=writable, help="file for the figures")
+    parser.add_argument("--json", type=writable, help="write the results")
     options = parser.parse_args(argv)
     for package in UPSTREAM_PACKAGES if options.baseline else ():
         require_package(package, "benchmark", "`transformers serve`")
@@ -239,38 +221,35 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(options, work: Path) -> list[dict]:
-    asked = [("calm_transformers.serving.serve", options.model, ["calm_transformers.serving.serve"], [])]
+    configurations = [("calm_transformers.serving.serve", options.model, ["calm_transformers.serving.serve"], [])]
     if options.baseline:
         upstream = ["transformers.cli.transformers", "serve"]
-        asked.append(("transformers serve", options.baseline, upstream, []))
+        configurations.append(("transformers serve", options.baseline, upstream, []))
         if not options.no_upstream_batching:
             name = "transformers serve, continuous batching"
-            asked.append((name, options.baseline, upstream, ["--continuous-batching"]))
+            configurations.append((name, options.baseline, upstream, ["--continuous-batching"]))
     with contextlib.ExitStack() as stack:
         servers = []
-        for name, model, words, extra in asked:
+        for name, model, program, extra in configurations:
             with known_errors(ValueError, OSError):
                 folder = save_model(model, work / model.replace("/", "-"))
             port = free_port()
-            words = [*words, str(folder), *extra, "--dtype", options.dtype]
-            stack.enter_context(running(words, port, work / f"{len(servers)}.log"))
-            prompt = OPENING if folder == Path(model) else " ".join(f"w{100 + i}" for i in range(PROMPT_WORDS))
+            args = [*program, str(folder), *extra, "--dtype", options.dtype]
+            stack.enter_context(running(args, port, work / f"{len(servers)}.log"))
+            prompt = PROMPT if folder == Path(model) else " ".join(f"w{100 + i}" for i in range(PROMPT_WORDS))
             fields = {"ignore_eos": True} if name == "calm_transformers.serving.serve" else {}
-            servers.append(Served(f"{name}: {model}", port, str(folder), prompt, fields))
+            servers.append(RunningServer(f"{name}: {model}", port, str(folder), prompt, fields))
         lines = []
         for clients in options.clients:
             rounds: list[list[Round]] = [[] for _ in servers]
             for repetition in range(1 + options.repetitions):  # the first warms up
                 requests, max_tokens = (options.requests, options.max_tokens) if repetition else (1, 8)
-                for server, done in zip(servers, rounds, strict=True):
-                    done.append(run_round(server, clients, requests, max_tokens, options.temperature))
-            for server, done in zip(servers, rounds, strict=True):
-                lines.append(line_of(server.name, clients, done[1:]))
+                for server, finished in zip(servers, rounds, strict=True):
+                    finished.append(run_round(server, clients, requests, max_tokens, options.temperature))
+            for server, finished in zip(servers, rounds, strict=True):
+                lines.append(line_of(server.name, clients, finished[1:]))
                 print(as_table(lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
         return lines
-
-
-OPENING = "Once upon a time, there was a little girl named Lily. She loved to play with her toys."
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""The speed tables of docs/guide.md and docs/speed.md and their picture, measured anew: `make speed`.
+"""Measures the speed tables of docs/guide.md and docs/speed.md and their plot: `make speed`.
 
     calm bench speed --demo runs/k4-demo --folder runs/speed
 
-CALM-M against Transformer-S in float32, against a Transformer-S that is lent CALM's products (`--fast_baseline`) and
-in bfloat16, and the bundled model against a Llama of demo-transformer's shape. A part is one run of
-`calm bench generation`. What is measured is kept in the folder, so that the same command resumes where it was stopped:
-remove the folder to measure anew. When all parts are there, the tables are written between their marks in
-both documents.
+Compares CALM-M with Transformer-S in float32, with a Transformer-S that uses CALM's matmul backend
+(`--fast_baseline`), and in bfloat16; and the bundled model with a Llama of demo-transformer's shape. A part is one run
+of `calm bench generation`. Results are stored in the folder, so that an interrupted run resumes; remove the folder to
+measure again. Once all parts are finished, the tables are inserted between their markers in both documents.
 
-`--demo` is a trained model with CALM-M's K = 4, whose candidates "real" imposes; the bundled one has K = 2.
+`--demo` is a trained model with CALM-M's K = 4, whose candidates "real" replays; the bundled one has K = 2.
 """
 
 import json
@@ -23,19 +22,19 @@ from calm_transformers.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 GUIDE, SPEED = ROOT / "docs" / "guide.md", ROOT / "docs" / "speed.md"
-PLAIN, LENT, BFLOAT16, DEMO = "float32", "float32-fast-baseline", "bfloat16", "demo"
+FLOAT32, FAST_BASELINE, BFLOAT16, DEMO = "float32", "float32-fast-baseline", "bfloat16", "demo"
 TEMPERATURES, BATCH_SIZES = ("0.5", "1"), ("1", "8")
 COMMON = "--device cpu --num_candidates 200 --repetitions 3"
 OPTIONS = {
-    PLAIN: "--shape calm-m --baseline transformer-s --dtype float32 --output_length 32",
-    LENT: "--shape calm-m --baseline transformer-s --dtype float32 --output_length 32 --fast_baseline",
+    FLOAT32: "--shape calm-m --baseline transformer-s --dtype float32 --output_length 32",
+    FAST_BASELINE: "--shape calm-m --baseline transformer-s --dtype float32 --output_length 32 --fast_baseline",
     BFLOAT16: "--shape calm-m --baseline transformer-s --dtype bfloat16 --output_length 32",
     DEMO: "--shape demo --baseline demo-transformer --dtype float32 --output_length 128 --workload real",
 }
 
 
 class Part(NamedTuple):
-    """One run of the benchmark: a key of `OPTIONS`, temperature and batch size."""
+    """One run of the generation benchmark: a key of `OPTIONS`, temperature and batch size."""
 
     kind: str
     temperature: str
@@ -48,37 +47,37 @@ class Part(NamedTuple):
         return json.loads(self.path(folder).read_text(encoding="utf-8"))
 
     def measure(self, folder: Path, demo: str) -> None:
-        """Runs the benchmark, unless its rows are there.
+        """Runs the benchmark unless its rows exist.
 
         Raises:
-            InputError: the benchmark refused.
+            InputError: the benchmark failed.
         """
         path = self.path(folder)
         if path.exists():
             return
         print(f"\n{path.stem}", flush=True)
-        words = [*OPTIONS[self.kind].split(), *COMMON.split(), *([] if self.kind == DEMO else ["--demo", demo])]
-        with atomic_write(path) as aside:
-            words += ["--temperature", self.temperature, "--batch_size", self.batch_size, "--json", str(aside)]
-            if generation.main(words):
+        args = [*OPTIONS[self.kind].split(), *COMMON.split(), *([] if self.kind == DEMO else ["--demo", demo])]
+        with atomic_write(path) as temporary:
+            args += ["--temperature", self.temperature, "--batch_size", self.batch_size, "--json", str(temporary)]
+            if generation.main(args):
                 raise InputError(f"{path.stem} could not be measured.")
 
 
 PARTS = [Part(kind, T, size) for kind in OPTIONS for T in TEMPERATURES for size in BATCH_SIZES]
 
 
-def rows_of(kind: str, folder: Path) -> list[dict]:
-    """All rows of a kind, in the tables' order."""
+def read_rows(kind: str, folder: Path) -> list[dict]:
+    """Reads all rows of a comparison, in the order of the tables."""
     rows = [row for part in PARTS if part.kind == kind for row in part.rows(folder)]
     return sorted(rows, key=lambda row: (row["temperature"], row["batch_size"], row["workload"] == "real"))
 
 
 def guide_table(folder: Path) -> str:
-    """The rows in float32, and their ratios in the two other comparisons."""
+    """Formats the float32 rows, with the ratios of the other two comparisons of CALM-M."""
     head = ["workload", "T", "batch", "tokens/s (range)", "Transformer-S", "ratio", "with oneDNN for both"]
     head += ["both in bfloat16", "ms per step: backbone, head, decode, selection", "draws", "memory ÷ weights"]
     rows = []
-    for row, lent, half in zip(*(rows_of(kind, folder) for kind in (PLAIN, LENT, BFLOAT16)), strict=True):
+    for row, fast, half in zip(*(read_rows(kind, folder) for kind in (FLOAT32, FAST_BASELINE, BFLOAT16)), strict=True):
         speed = "{tokens_per_second:.1f} ({low:.1f} – {high:.1f})".format(
             **row, low=row["tokens_per_second_range"][0], high=row["tokens_per_second_range"][1]
         )
@@ -88,18 +87,18 @@ def guide_table(folder: Path) -> str:
             [
                 *(row["workload"], f"{row['temperature']:g}", str(row["batch_size"]), speed),
                 *(f"{row['baseline_tokens_per_second']:.1f}", f"**{row['ratio']:.2f}**"),
-                *(f"{lent['ratio']:.2f}", f"{half['ratio']:.2f}", parts, f"{row['draws']:.0f}", memory),
+                *(f"{fast['ratio']:.2f}", f"{half['ratio']:.2f}", parts, f"{row['draws']:.0f}", memory),
             ]
         )
-    return markdown(head, rows) + "\n\n" + provenance(rows_of(PLAIN, folder))
+    return markdown(head, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
 
 
 def speed_table(folder: Path) -> str:
-    """Tokens a second of every comparison."""
+    """Formats the tokens per second of all comparisons."""
     head = ["comparison", "workload", "T", "batch", "CALM, tokens/s", "Transformer, tokens/s", "ratio", "ms per step"]
     names = {
-        PLAIN: "CALM-M, Transformer-S: float32",
-        LENT: "… with oneDNN for both",
+        FLOAT32: "CALM-M, Transformer-S: float32",
+        FAST_BASELINE: "… with oneDNN for both",
         BFLOAT16: "… bfloat16",
         DEMO: "demo, Llama of demo-transformer's shape: float32",
     }
@@ -110,50 +109,50 @@ def speed_table(folder: Path) -> str:
             *(f"{row['ratio']:.2f}", f"{row['step_ms']:.1f}"),
         ]
         for kind, name in names.items()
-        for row in rows_of(kind, folder)
+        for row in read_rows(kind, folder)
     ]
-    return markdown(head, rows) + "\n\n" + provenance(rows_of(PLAIN, folder))
+    return markdown(head, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
 
 
 def provenance(rows: list[dict]) -> str:
     row, dates = rows[0], sorted({row["date"] for row in rows})
     return (
         f"{row['device_name']}, {row['threads']} threads, torch {row['torch']}, transformers {row['transformers']}, "
-        f"N = {row['num_candidates']}, medians of {row['repetitions']} runs that take turns; {' and '.join(dates)}."
+        f"N = {row['num_candidates']}, medians of {row['repetitions']} runs in turns; {' and '.join(dates)}."
     )
 
 
-def put(path: Path, text: str) -> None:
-    """Writes a table between its marks.
+def replace_table(path: Path, table: str) -> None:
+    """Replaces the text between the markers of a document.
 
     Raises:
-        ValueError: the document has no such marks.
+        ValueError: the document has no markers.
     """
     begin, end = "<!-- make speed -->\n", "\n<!-- until here -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, also_found, after = rest.partition(end)
-    if not (found and also_found):
-        raise ValueError(f"{path}: it has no lines {begin.strip()} and {end.strip()}, between which the table goes.")
-    with atomic_write(path) as aside:
-        aside.write_text(before + begin + text + end + after, encoding="utf-8")
+    before, begin_found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, end_found, after = rest.partition(end)
+    if not (begin_found and end_found):
+        raise ValueError(f"{path} has no markers {begin.strip()} and {end.strip()} around the table.")
+    with atomic_write(path) as temporary:
+        temporary.write_text(before + begin + table + end + after, encoding="utf-8")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm bench speed", __doc__)
-    parser.add_argument("--demo", default="runs/k4-demo", help="a trained model of K = 4")
-    parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="where what is measured is kept")
+    parser.add_argument("--demo", default="runs/k4-demo", help="a trained model with K = 4")
+    parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="for the results of finished parts")
     options = parser.parse_args(argv)
     if not (Path(options.demo) / "config.json").exists():
-        raise InputError(f"--demo {options.demo}: there is no model (config.json).")
+        raise InputError(f"--demo {options.demo}: no model there (config.json).")
     with known_errors(OSError):
         options.folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         part.measure(options.folder, options.demo)
     with known_errors(ValueError, OSError):
-        generation.write_plot(ROOT / "docs" / "speed.png", rows_of(PLAIN, options.folder))
-        put(GUIDE, guide_table(options.folder))
-        put(SPEED, speed_table(options.folder))
+        generation.write_plot(ROOT / "docs" / "speed.png", read_rows(FLOAT32, options.folder))
+        replace_table(GUIDE, guide_table(options.folder))
+        replace_table(SPEED, speed_table(options.folder))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Speed of a training step.
+"""Measures the speed of a training step.
 
     calm bench training --shape calm-m transformer-s --device cuda --dtype bfloat16 --compile \\
         --batch_size 8 --block_size 8192 --repetitions 5 --json figures.json
 
-A step is loss, gradients, clipping to norm 1 and AdamW on rows of random tokens, with random weights in float32;
+A step is forward, backward, clipping to norm 1 and AdamW on rows of random tokens, with random float32 weights;
 bfloat16 means autocast, as in the recipes. A shape is a recipe, `demo`, a folder or a Hub id; the shapes take turns.
 All times are medians, in ms.
 
-- MFU: FLOPs of a step by the formula of `--dry_run` ÷ time ÷ the measured rate of a large matrix product.
-- memory: weights, optimiser state and what the worst step needed beyond them.
+- MFU: FLOPs of a step (as in `--dry_run`) ÷ time ÷ measured FLOPs per second of a large matmul.
+- memory: weights, optimiser state, and the peak of the worst step beyond them.
 """
 
 # B rows, L tokens of a row
@@ -22,22 +22,29 @@ from statistics import median
 import torch
 import transformers
 
-from calm_transformers.benchmarks.meters import Meter, PeakMemory, device_name, flop_rate, synchronise, weight_bytes
+from calm_transformers.benchmarks.meters import (
+    Meter,
+    PeakMemory,
+    device_name,
+    peak_flop_rate,
+    synchronise,
+    weight_bytes,
+)
 from calm_transformers.benchmarks.workloads import add_device_options, check_device, random_model, shape_config
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.loading import is_calm
 from calm_transformers.training.cost import ar_cost, calm_cost
 
-WARM_UP_STEPS = 2  # the first makes the optimiser's state, and compiles
+WARM_UP_STEPS = 2  # the first creates the optimiser state, and compiles
 COMPILE_BACKEND = "inductor"
 
 
 class TrainingStep:
-    """A model, its optimiser and one batch; call it to make a step.
+    """A model, its optimiser and one batch; each call runs and measures one step.
 
     Args:
-        shape: name of the model's shape.
+        shape: of the model.
         options: of the command line.
     """
 
@@ -55,7 +62,6 @@ class TrainingStep:
         self.extra_bytes: list[int | None] = []
 
     def __call__(self) -> None:
-        """One step, its readings added to `seconds` and `extra_bytes`."""
         with PeakMemory(self.device) as memory:
             synchronise(self.device)
             start = self.clock.read()
@@ -70,25 +76,22 @@ class TrainingStep:
         self.extra_bytes.append(memory.extra)
         self.seconds.append(self.clock.difference(start, end))
 
-    def figures(self, flop_rate: float) -> dict:
-        """Medians over the steps after those that warm up."""
-        steps, tokens = self.seconds[WARM_UP_STEPS:], self.ids_BL.numel()
+    def results(self, flop_rate: float) -> dict:
+        """Returns medians over the steps after the warm-up."""
+        seconds, tokens = self.seconds[WARM_UP_STEPS:], self.ids_BL.numel()
         cost = (calm_cost if is_calm(self.model) else ar_cost)(self.model.config, self.ids_BL.shape[1])
         flops = tokens * sum(cost.train_flops.values())
         state = [value for values in self.optimiser.state.values() for value in values.values()]
-        known = weight_bytes(self.model) + sum(s.numel() * s.element_size() for s in state)
+        static_bytes = weight_bytes(self.model) + sum(s.numel() * s.element_size() for s in state)
         extra = [num_bytes for num_bytes in self.extra_bytes[WARM_UP_STEPS:] if num_bytes is not None]
         return {
-            "step_ms": 1000 * median(steps),
-            "step_ms_range": [1000 * min(steps), 1000 * max(steps)],
-            "tokens_per_second": tokens / median(steps),
+            "step_ms": 1000 * median(seconds),
+            "step_ms_range": [1000 * min(seconds), 1000 * max(seconds)],
+            "tokens_per_second": tokens / median(seconds),
             "flops": flops,
-            "mfu": flops / median(steps) / flop_rate,
-            "peak_memory_bytes": known + max(extra) if len(extra) == len(steps) else None,
+            "mfu": flops / median(seconds) / flop_rate,
+            "peak_memory_bytes": static_bytes + max(extra) if len(extra) == len(seconds) else None,
         }
-
-
-# the command
 
 
 COLUMNS = {
@@ -109,10 +112,10 @@ def table_row(row: dict) -> list[str]:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Everything that the options ask for, as --json writes it; prints a table."""
+    """Measures all shapes, prints a table, and returns the report that --json writes."""
     check(options)
     device = torch.device(options.device)
-    rate = flop_rate(device, getattr(torch, options.dtype))
+    flop_rate = peak_flop_rate(device, getattr(torch, options.dtype))
     steps = {shape: TrainingStep(shape, options) for shape in options.shape}
     for step in steps.values():
         for _ in range(WARM_UP_STEPS):
@@ -121,17 +124,17 @@ def measure(options: argparse.Namespace) -> dict:
         for step in steps.values():
             step()
     settings = {name: getattr(options, name) for name in ("batch_size", "block_size", "compile", "repetitions")}
-    rows = [{"shape": shape, **settings, **step.figures(rate)} for shape, step in steps.items()]
+    rows = [{"shape": shape, **settings, **step.results(flop_rate)} for shape, step in steps.items()]
     report = {
         **{"device": options.device, "device_name": device_name(device), "threads": torch.get_num_threads()},
-        **{"dtype": options.dtype, "flop_rate": rate, "torch": torch.__version__},
+        **{"dtype": options.dtype, "flop_rate": flop_rate, "torch": torch.__version__},
         **{"transformers": transformers.__version__, "steps": rows},
     }
     print(markdown(list(COLUMNS), map(table_row, rows)))
     print(
         f"\n{report['device_name']}, {options.dtype}, {report['threads']} CPU threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}; {options.repetitions} repetitions; measured "
-        f"{rate / 1e9:.0f} GFLOP/s"
+        f"{flop_rate / 1e9:.0f} GFLOP/s"
     )
     return report
 
@@ -148,10 +151,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("calm bench training", __doc__)
     parser.add_argument("--shape", nargs="+", default=["calm-m"], help="calm-m, transformer-s, demo, or a model")
     add_device_options(parser, torch.cuda.is_available())
-    parser.add_argument("--batch_size", type=positive, default=1, help="rows a step")
-    parser.add_argument("--block_size", type=positive, default=2048, help="tokens a row")
+    parser.add_argument("--batch_size", type=positive, default=1, help="rows per step")
+    parser.add_argument("--block_size", type=positive, default=2048, help="tokens per row")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--json", type=writable, help="write the figures")
+    parser.add_argument("--json", type=writable, help="write the report")
     return parser.parse_args(argv)
 
 

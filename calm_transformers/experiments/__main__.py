@@ -1,12 +1,12 @@
-"""The paper's tables in miniature: trains what is missing, scores it, writes the tables.
+"""Reproduces the paper's tables in miniature: trains and scores small models, and writes the tables.
 
     calm experiments [--corpus DIR] [--only lengths heads]
 
-On a language whose best score is known (language.py) and, with a corpus of stories, on those too. Trainings and
-evaluations are commands of this package, run one after another, their output in .log files. What is finished is
-skipped, and a training that was stopped resumes from its last checkpoint. In the end tables, records and learning
-curves are written: experiments.md, .json and .png in the output folder.
-Where a recipe has changed, remove the folder of what it trained: its result would be taken for the new one's.
+The models are trained on a language whose optimal score is known (language.py) and, given a corpus, on stories.
+Trainings and evaluations run one after another as commands of this package, with their output in .log files. Finished
+ones are skipped, and an interrupted training resumes from its last checkpoint. At the end tables, records and learning
+curves are written to experiments.md, .json and .png in the output folder.
+After changing a recipe, remove the folders of its trainings: existing results are never recomputed.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.plan import FOLDER, Plan
-from calm_transformers.experiments.tables import document, draw_curves
+from calm_transformers.experiments.tables import format_tables, plot_curves
 from calm_transformers.files import atomic_write
 from calm_transformers.progress import print_above_bars, progress_bar
 
@@ -24,8 +24,8 @@ from calm_transformers.progress import print_above_bars, progress_bar
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("calm experiments", __doc__)
-    parser.add_argument("--corpus", type=Path, help="with tinystories-train.jsonl.xz, tinystories-validation.jsonl.xz")
-    parser.add_argument("--only", nargs="+", metavar="GROUP", help="of the tables; default: all, in the files' order")
+    parser.add_argument("--corpus", type=Path, help="folder with tinystories-{train,validation}.jsonl.xz")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of tables (default: all)")
     parser.add_argument("--experiments", nargs="+", type=Path, metavar="FILE", help="default: language, then stories")
     parser.add_argument("--output", type=Path, default=Path("runs/experiments"))
     args = parser.parse_args(argv)
@@ -45,12 +45,12 @@ def main(argv: list[str] | None = None) -> int:
                 if not run.execute():
                     failed.append(name)
                     print_above_bars(f"  failed: see {run.log}", file=sys.stderr)
-            if run.measures and run.result.exists() and (is_new or name not in records):
+            if run.is_evaluation and run.result.exists() and (is_new or name not in records):
                 records[name] = run.record()
                 write_json(path, records)
-        with atomic_write(path.with_suffix(".md")) as aside:
-            aside.write_text(document(plans, records), encoding="utf-8")
-        draw_curves(plans, records, path.with_suffix(".png"))
+        with atomic_write(path.with_suffix(".md")) as temporary:
+            temporary.write_text(format_tables(plans, records), encoding="utf-8")
+        plot_curves(plans, records, path.with_suffix(".png"))
     print(f"wrote {path.with_suffix('.md')}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""What a file like language.yaml asks for: trainings and evaluations as commands, each after those that it needs."""
+"""Turns an experiments file such as language.yaml into commands that train and evaluate, in order of dependency."""
 
 import json
 import os
@@ -17,59 +17,63 @@ from calm_transformers.training.cost import recipe_cost
 from calm_transformers.training.recipe import load_recipe, parse_command_line
 
 FOLDER = Path(__file__).parent
-STUDIES = ("replacements", "sharpening")
+STUDIES = {"replacements": "oracle_ablation", "sharpening": "temperature_fidelity"}  # key of a file → module
 
 
 class Run(NamedTuple):
-    """A command, and the file that is there when it is finished; of an evaluation, what it found."""
+    """A command, and the file that exists once it has finished (the results, if it is an evaluation)."""
 
-    words: list[str]
+    args: list[str]
     result: Path
-    measures: bool
+    is_evaluation: bool
 
     @property
     def log(self) -> Path:
-        """What the command prints: beside the result, or beside the folder of a training."""
-        path = self.result if self.measures else self.result.parent
+        """Where the output goes: beside the results of an evaluation, or beside the folder of a training."""
+        path = self.result if self.is_evaluation else self.result.parent
         return path.with_name(f"{path.name}.log")
 
     def execute(self) -> bool:
-        """Whether it went well."""
+        """Runs the command and returns whether it succeeded."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-        with self.log.open("a", encoding="utf-8") as out:
-            words = [sys.executable, "-m", *self.words]
-            return subprocess.run(words, stdout=out, stderr=out, env=environment).returncode == 0
+        with self.log.open("a", encoding="utf-8") as log:
+            command = [sys.executable, "-m", *self.args]
+            return subprocess.run(command, stdout=log, stderr=log, env=environment).returncode == 0
 
     def record(self) -> dict[str, Any]:
-        """What an evaluation found, and what the trainings before it cost."""
-        found = json.loads(self.result.read_text(encoding="utf-8"))
-        found = found[0] if isinstance(found, list) else found
-        return {name: value for name, value in found.items() if name != "model"} | {"cost": cost(self.result.parent)}
+        """Returns the results of an evaluation and the cost of training its model."""
+        results = json.loads(self.result.read_text(encoding="utf-8"))
+        results = results[0] if isinstance(results, list) else results
+        cost = training_cost(self.result.parent)
+        return {name: value for name, value in results.items() if name != "model"} | {"cost": cost}
 
 
-def cost(folder: Path) -> dict[str, float]:
-    """Tokens, FLOPs and CPU seconds of a finished training, with those of the model that it began with."""
-    recipe, training = (
-        load_recipe(str(folder / "recipe.yaml")),
-        json.loads((folder / "trainer_state.json").read_text()),
-    )
-    tokens = training["max_steps"] * recipe.training["per_device_train_batch_size"] * recipe.data.block_size
+def training_cost(folder: Path) -> dict[str, float]:
+    """Returns tokens, FLOPs and CPU seconds of a finished training, including those of its initial backbone."""
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    state = json.loads((folder / "trainer_state.json").read_text())
+    tokens = state["max_steps"] * recipe.training["per_device_train_batch_size"] * recipe.data.block_size
     flops = tokens * sum(recipe_cost(recipe, load_config(str(folder))).train_flops.values())
-    rates = [entry["tokens_per_cpu_second"] for entry in training["log_history"] if "tokens_per_cpu_second" in entry]
-    found = {"tokens": tokens, "flops": flops, "cpu_seconds": tokens * mean(1 / rate for rate in rates)}
-    before = cost(Path(recipe.init_backbone)) if recipe.init_backbone else dict.fromkeys(found, 0)
-    return {name: found[name] + before[name] for name in found}
+    speeds = [entry["tokens_per_cpu_second"] for entry in state["log_history"] if "tokens_per_cpu_second" in entry]
+    cost = {"tokens": tokens, "flops": flops, "cpu_seconds": tokens * mean(1 / speed for speed in speeds)}
+    if recipe.init_backbone:
+        backbone = training_cost(Path(recipe.init_backbone))
+        cost = {name: cost[name] + backbone[name] for name in cost}
+    return cost
 
 
 class Plan:
-    """What a file like language.yaml asks for: the runs by name, each after those that it needs.
+    """The runs of an experiments file by name, each after those that it depends on.
 
     Args:
-        file: tables, and the models in their rows by recipe and fields.
-        output: folder that everything is written under.
-        corpus: folder of the text files that the file names, if it names some.
-        groups: the tables and studies that are wanted; None are all.
+        file: tables, and the models of their rows by recipe and fields.
+        output: folder for all results.
+        corpus: folder of the text files that the file names, if any.
+        groups: tables and studies to run; None runs all.
+
+    Raises:
+        InputError: a text file is missing, or a recipe has no such field.
     """
 
     def __init__(self, file: Path, output: Path, corpus: Path | None, groups: list[str] | None):
@@ -79,7 +83,7 @@ class Plan:
         self.studies = {kind: self.content.get(kind, []) for kind in STUDIES if not groups or kind in groups}
         self.is_language = "language" in self.content
         if self.is_language:
-            self.tokenizer = self.folder / "language"  # comes with its text
+            self.tokenizer = self.folder / "language"  # written with its text
             self.train, self.held_out = self.tokenizer / "train.jsonl", self.tokenizer / "validation.jsonl"
             options = {**self.content["language"], "output": self.tokenizer}
             self._add("language", "calm_transformers.experiments.language", options, self.tokenizer / "language.json")
@@ -90,64 +94,69 @@ class Plan:
                 files = " and ".join(names)
                 raise InputError(f"{where}: give --corpus (make: CORPUS=) the folder that holds {files}.")
             self.train, self.held_out = (corpus / self.content["text"][part] for part in ("train", "validation"))
-            self.tokenizer = self._training("tokenizer", {"recipe": self.content["tokenizer"]}, "tokenizer.json")
+            self.tokenizer = self._add_training("tokenizer", {"recipe": self.content["tokenizer"]}, "tokenizer.json")
         rows = [self.models(row["model"]) for table in self.tables for row in table["rows"]]
-        # All rows with the first seed before the second: a run that is stopped leaves whole comparisons.
-        for same_seed in zip_longest(*rows):
-            for model in filter(None, same_seed):
-                self._model(model)
+        # All rows with the first seed come before the second, so that an interrupted run leaves whole comparisons.
+        for models_of_seed in zip_longest(*rows):
+            for model in filter(None, models_of_seed):
+                self._add_model(model)
         for kind, names in self.studies.items():
             for name in names:
-                folder, options = self._model(self.models(name)[0]), {"language": self.tokenizer}
+                folder, options = self._add_model(self.models(name)[0]), {"language": self.tokenizer}
                 if kind == "replacements":
                     options |= self.content["evaluation"]
-                self._evaluation(folder, kind, f"calm_transformers.experiments.{kind}", options)
+                self._add_evaluation(folder, kind, f"calm_transformers.experiments.{STUDIES[kind]}", options)
 
     def models(self, name: str) -> list[str]:
-        """A model's name with each of its seeds."""
+        """Returns the names of a model's runs, one per seed."""
         return [f"{name}-seed{seed}" for seed in self.content["models"][name]["seeds"]]
 
-    def _model(self, name: str) -> Path:
-        """Folder of a model, whose training and score are added."""
+    def _add_model(self, name: str) -> Path:
+        """Adds the training and evaluation of a model, and returns its folder."""
         entry, _, seed = name.rpartition("-seed")
         fields, options = {**self.content["models"][entry], "seed": seed}, dict(self.content["evaluation"])
         del fields["seeds"]
         options["max_positions"] = fields.pop("max_positions", options["max_positions"])
         if "autoencoder" in fields:
-            place = f"autoencoders/{fields['autoencoder']}"
-            fields["autoencoder"] = self._training(place, self.content["autoencoders"][fields["autoencoder"]])
+            autoencoder = fields["autoencoder"]
+            recipe = self.content["autoencoders"][autoencoder]
+            fields["autoencoder"] = self._add_training(f"autoencoders/{autoencoder}", recipe)
             noise = {"data": self.held_out, "max_patches": 10_000}
-            self._evaluation(fields["autoencoder"], "noise", "calm_transformers.evaluation.autoencoder_report", noise)
+            self._add_evaluation(
+                fields["autoencoder"], "noise", "calm_transformers.evaluation.autoencoder_report", noise
+            )
         if "init_backbone" in fields:
-            fields["init_backbone"] = self._model(f"{fields['init_backbone']}-seed{seed}")
-        folder = self._training(f"models/{name}", {"tokenizer": self.tokenizer, **fields})
+            fields["init_backbone"] = self._add_model(f"{fields['init_backbone']}-seed{seed}")
+        folder = self._add_training(f"models/{name}", {"tokenizer": self.tokenizer, **fields})
         text = {"language": self.tokenizer} if self.is_language else {"data": self.held_out}
-        module = "calm_transformers.experiments.share" if self.is_language else "calm_transformers.evaluation.brier_lm"
-        self._evaluation(folder, "score", module, {**options, **text})
+        module = "experiments.optimal_fraction" if self.is_language else "evaluation.brier_lm"
+        self._add_evaluation(folder, "score", f"calm_transformers.{module}", {**options, **text})
         return folder
 
-    def _training(self, place: str, fields: dict[str, Any], last: str = "trainer_state.json") -> Path:
-        folder, recipe = self.folder / place, FOLDER / "recipes" / f"{fields['recipe']}.yaml"
+    def _add_training(self, name: str, fields: dict[str, Any], last: str = "trainer_state.json") -> Path:
+        """Adds a training, finished once its folder holds the file `last`, and returns the folder."""
+        folder, recipe = self.folder / name, FOLDER / "recipes" / f"{fields['recipe']}.yaml"
         options = {**fields, "train_files": self.train, "output_dir": folder}
         if last == "trainer_state.json":
             options |= {"tokenizer": self.tokenizer, "cache_dir": self.folder / "tokens"}
         del options["recipe"]
-        kind = load_recipe(str(recipe), parse_command_line(words_of(options))).kind  # refuses unknown fields now
-        self._add(place, f"calm_transformers.training.train {kind}", {"recipe": recipe, **options}, folder / last)
+        kind = load_recipe(str(recipe), parse_command_line(to_arguments(options))).kind  # raises for unknown fields
+        self._add(name, f"calm_transformers.training.train {kind}", {"recipe": recipe, **options}, folder / last)
         return folder
 
-    def _evaluation(self, model: Path, kind: str, module: str, options: dict[str, Any]) -> None:
+    def _add_evaluation(self, model: Path, kind: str, module: str, options: dict[str, Any]) -> None:
         result = model / f"{kind}.json"
         options = {"model": model, **options, "json": result}
-        self._add(f"{model.relative_to(self.folder)}/{kind}", module, options, result, measures=True)
+        self._add(f"{model.relative_to(self.folder)}/{kind}", module, options, result, is_evaluation=True)
 
-    def _add(self, place: str, module: str, options: dict[str, Any], result: Path, measures: bool = False) -> None:
-        self.runs.setdefault(f"{self.name}/{place}", Run([*module.split(), *words_of(options)], result, measures))
+    def _add(self, name: str, module: str, options: dict[str, Any], result: Path, is_evaluation: bool = False) -> None:
+        run = Run([*module.split(), *to_arguments(options)], result, is_evaluation)
+        self.runs.setdefault(f"{self.name}/{name}", run)
 
 
-def words_of(options: dict[str, Any]) -> list[str]:
-    """A command line; True is the value of a flag."""
-    words = []
+def to_arguments(options: dict[str, Any]) -> list[str]:
+    """Converts options to command-line arguments; True stands for a flag without a value."""
+    arguments = []
     for name, value in options.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+        arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return arguments

@@ -1,4 +1,4 @@
-"""The tables of what was measured, in Markdown, and the learning curves as a picture."""
+"""Formats the results of the experiments as Markdown tables, and plots the learning curves."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -6,138 +6,135 @@ from statistics import mean
 from typing import NamedTuple
 
 from calm_transformers.evaluation.report import markdown, saved_figure
-from calm_transformers.experiments import sharpening
+from calm_transformers.experiments import temperature_fidelity
+from calm_transformers.experiments.optimal_fraction import format_fraction
 from calm_transformers.experiments.plan import Plan
-from calm_transformers.experiments.share import share_of
 
-CURVES = "curves"  # group of the table that is drawn
-PARTS = ("nothing", "solver", "head", "head and backbone")
+CURVES = "curves"  # group of the table that is plotted
+ABLATED_PARTS = ("nothing", "solver", "head", "head and backbone")
 SIGMAS = (0.0, 0.3, 0.5, 1.0)
 
 
-class Measured(NamedTuple):
-    """A row's scores, one a seed: percent of the best score, or BrierLM where no best is known.
+class Score(NamedTuple):
+    """The scores of a row over its seeds, in percent of the optimal BrierLM, or as BrierLM if that is unknown."""
 
-    Args:
-        score: the mean.
-        low, high: of the 95 % interval; of several seeds, the lowest and the highest score.
-        brierlm: mean over the seeds.
-        seeds: how many.
-        cost: tokens, FLOPs, CPU seconds; means.
-    """
-
-    score: float
-    low: float
+    mean: float
+    low: float  # 95 % interval; with several seeds, the lowest and the highest score
     high: float
-    brierlm: float
+    brierlm: float  # mean over the seeds
     seeds: int
-    cost: dict[str, float]
+    cost: dict[str, float]  # mean tokens, FLOPs and CPU seconds of training
 
 
-def measured(plan: Plan, row: dict, records: dict[str, dict]) -> Measured | None:
-    """What is known of a row so far."""
+def row_score(plan: Plan, row: dict, records: dict[str, dict]) -> Score | None:
+    """Combines the records of a row's finished seeds; None if there are none."""
     names = [f"{plan.name}/models/{model}/score" for model in plan.models(row["model"])]
-    done = [records[name] for name in names if name in records]
-    if not done:
+    finished = [records[name] for name in names if name in records]
+    if not finished:
         return None
-    brierlms = [record["brierlm"]["value"] for record in done]
-    scores = [100 * record["share"] for record in done] if plan.is_language else brierlms
-    if len(done) > 1:
+    brierlms = [record["brierlm"]["value"] for record in finished]
+    scores = [100 * record["share"] for record in finished] if plan.is_language else brierlms
+    if len(finished) > 1:
         low, high = min(scores), max(scores)
     elif plan.is_language:
-        low, high = (100 * bound for bound in done[0]["share_interval"])
+        low, high = (100 * bound for bound in finished[0]["share_interval"])
     else:
-        low, high = done[0]["brierlm"]["low"], done[0]["brierlm"]["high"]
-    cost = {name: mean(record["cost"][name] for record in done) for name in done[0]["cost"]}
-    return Measured(mean(scores), low, high, mean(brierlms), len(done), cost)
+        low, high = finished[0]["brierlm"]["low"], finished[0]["brierlm"]["high"]
+    cost = {name: mean(record["cost"][name] for record in finished) for name in finished[0]["cost"]}
+    return Score(mean(scores), low, high, mean(brierlms), len(finished), cost)
 
 
-def comparison(plan: Plan, rows: list[dict], records: dict[str, dict]) -> str:
-    """A line a row; over several seeds the mean, and the lowest and the highest."""
-    share = "share of the best (95 %)" if plan.is_language else "(95 %)"
-    header = ["", "tokens", "training FLOPs", "CPU s", "BrierLM", share, "paper's BrierLM", "direction"]
-    first, lines = measured(plan, rows[0], records), []
+def score_table(plan: Plan, rows: list[dict], records: dict[str, dict]) -> str:
+    """Formats one table: a line per row, with cost, score, the paper's score, and the direction of the difference."""
+    column = "fraction of optimal (95 %)" if plan.is_language else "(95 %)"
+    header = ["", "tokens", "training FLOPs", "CPU s", "BrierLM", column, "paper's BrierLM", "direction"]
+    first, lines = row_score(plan, rows[0], records), []
     for row in rows:
-        found, paper = measured(plan, row, records), f"{row['paper']:.2f}" if "paper" in row else ""
-        if found is None:
+        score, paper = row_score(plan, row, records), f"{row['paper']:.2f}" if "paper" in row else ""
+        if score is None:
             lines.append([row["label"], "not run yet", *[""] * 4, paper, ""])
             continue
         form = "{:.1f}%" if plan.is_language else "{:.2f}"
-        seeds = f", {found.seeds} seeds" if found.seeds > 1 else ""
-        interval = f"({form.format(found.low)} to {form.format(found.high)}{seeds})"
-        interval = f"{form.format(found.score)} {interval}" if plan.is_language else interval
+        seeds = f", {score.seeds} seeds" if score.seeds > 1 else ""
+        interval = f"({form.format(score.low)} to {form.format(score.high)}{seeds})"
+        interval = f"{form.format(score.mean)} {interval}" if plan.is_language else interval
         cost = [
-            f"{found.cost['tokens'] / 1e6:.2f} M",
-            f"{found.cost['flops']:.1e}",
-            f"{found.cost['cpu_seconds']:.0f}",
+            f"{score.cost['tokens'] / 1e6:.2f} M",
+            f"{score.cost['flops']:.1e}",
+            f"{score.cost['cpu_seconds']:.0f}",
         ]
         papers = row.get("paper"), rows[0].get("paper")
-        verdict = "" if first is None or row is rows[0] else direction(found, first, *papers)
-        lines.append([row["label"], *cost, f"{found.brierlm:.2f}", interval, paper, verdict])
+        verdict = "" if first is None or row is rows[0] else direction(score, first, *papers)
+        lines.append([row["label"], *cost, f"{score.brierlm:.2f}", interval, paper, verdict])
     return markdown(header, lines)
 
 
-def direction(found: Measured, first: Measured, paper: float | None, paper_first: float | None) -> str:
-    """Whether a row lies on the same side of the table's first row as in the paper; nothing can be said where the two
-    intervals overlap."""
-    if found.low <= first.high and first.low <= found.high:
+def direction(score: Score, first: Score, paper: float | None, paper_first: float | None) -> str:
+    """Says whether a row differs from the table's first row in the same direction as in the paper; it is undecided
+    if the two intervals overlap."""
+    if score.low <= first.high and first.low <= score.high:
         return "within the intervals"
-    is_above = found.low > first.high
+    is_above = score.low > first.high
     side = "above" if is_above else "below"
     if paper is None or paper_first is None:
         return side
     return f"{side}: {'agrees' if is_above == (paper > paper_first) else 'against the paper'}"
 
 
-def document(plans: list[Plan], records: dict[str, dict]) -> str:
-    """All tables, each under its title."""
+def format_tables(plans: list[Plan], records: dict[str, dict]) -> str:
+    """Formats all tables, each under its title."""
+    studies = {
+        "replacements": ("Oracle ablation", ablation_table),
+        "sharpening": ("Temperature-sampling fidelity", temperature_fidelity.report),
+        "noise": ("Autoencoder under latent noise", noise_table),
+    }
     parts = ["# The paper's tables in miniature"]
     for plan in plans:
         for table in plan.tables:
-            parts += [f"## {table['title']}", comparison(plan, table["rows"], records)]
-        done = [name for name in plan.runs if name in records]
-        for kind, table_of in (("replacements", replaced), ("sharpening", sharpening.report), ("noise", noise)):
-            found = {name.split("/")[2]: records[name] for name in done if name.endswith(f"/{kind}")}
-            if found:
-                parts += [f"## {kind.capitalize()}", table_of(found)]
+            parts += [f"## {table['title']}", score_table(plan, table["rows"], records)]
+        for kind, (title, format_table) in studies.items():
+            names = [name for name in plan.runs if name in records and name.endswith(f"/{kind}")]
+            if names:
+                parts += [f"## {title}", format_table({name.split("/")[2]: records[name] for name in names})]
     return "\n\n".join(parts) + "\n"
 
 
-def replaced(found: dict[str, dict]) -> str:
-    """What is left of the best score where a model's parts are replaced."""
+def ablation_table(records: dict[str, dict]) -> str:
     rows = [
-        [name, *(share_of(record[part]) if part in record else "" for part in PARTS)] for name, record in found.items()
+        [model, *(format_fraction(record[part]) if part in record else "" for part in ABLATED_PARTS)]
+        for model, record in records.items()
     ]
-    return markdown(["model", *(f"{part} replaced" for part in PARTS)], rows)
+    return markdown(["model", *(f"{part} replaced" for part in ABLATED_PARTS)], rows)
 
 
-def noise(found: dict[str, dict]) -> str:
-    """What each autoencoder gets back of unseen text, and from latents with noise."""
+def noise_table(records: dict[str, dict]) -> str:
+    """Formats each autoencoder's reconstruction accuracy on unseen text, by the noise added to its latents."""
     rows = []
-    for name, record in found.items():
+    for name, record in records.items():
         accuracy = {row["sigma"]: f"{row['token_accuracy']:.2%}" for row in record["noise"]}
         cells = [*(accuracy[sigma] for sigma in SIGMAS), f"{record['posterior_sigma']:.2f}", f"{record['kl']:.0f}"]
         rows.append([name, *cells])
-    return markdown(["autoencoder", "σ = 0", "0.3", "0.5", "1", "posterior σ", "KL, nats a patch"], rows)
+    return markdown(["autoencoder", "σ = 0", "0.3", "0.5", "1", "posterior σ", "KL, nats per patch"], rows)
 
 
-def draw_curves(plans: list[Plan], records: dict[str, dict], path: Path) -> None:
-    """The rows of one label in the table of that group are the points of one line, over tokens and CPU seconds."""
-    lines, tables = defaultdict(list), [(plan, table) for plan in plans for table in plan.tables]
+def plot_curves(plans: list[Plan], records: dict[str, dict], path: Path) -> None:
+    """Plots the scores of the table "curves" over tokens and CPU seconds; rows with the same label form one curve."""
+    curves, tables = defaultdict(list), [(plan, table) for plan in plans for table in plan.tables]
     for plan, row in ((plan, row) for plan, table in tables if table["group"] == CURVES for row in table["rows"]):
-        if found := measured(plan, row, records):
-            lines[row["label"]].append(found)
-    if not lines:
+        if score := row_score(plan, row, records):
+            curves[row["label"]].append(score)
+    if not curves:
         return
     with saved_figure(path, 1, 2, figsize=(10, 4), sharey=True) as (figure, panels):
         for axes, key, scale in zip(panels, ("tokens", "cpu_seconds"), (1e6, 1), strict=True):
-            for label, points in lines.items():
-                points = sorted(points, key=lambda point: point.cost["tokens"])
-                errors = [[p.score - p.low for p in points], [p.high - p.score for p in points]]
-                along = [p.cost[key] / scale for p in points]
-                axes.errorbar(along, [p.score for p in points], errors, marker="o", capsize=3, label=label)
+            for label, scores in curves.items():
+                scores = sorted(scores, key=lambda score: score.cost["tokens"])
+                errors = [[score.mean - score.low for score in scores], [score.high - score.mean for score in scores]]
+                costs = [score.cost[key] / scale for score in scores]
+                means = [score.mean for score in scores]
+                axes.errorbar(costs, means, errors, marker="o", capsize=3, label=label)
             axes.set_xscale("log")
-            axes.set_xlabel("million tokens of training" if key == "tokens" else "CPU seconds of training")
+            axes.set_xlabel("training tokens, millions" if key == "tokens" else "training CPU seconds")
             axes.grid(alpha=0.3)
-        panels[0].set_ylabel("share of the best BrierLM, %")
+        panels[0].set_ylabel("% of the optimal BrierLM")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

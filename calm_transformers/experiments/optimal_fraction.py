@@ -1,0 +1,198 @@
+"""Scores a model on the hidden Markov language: its BrierLM as a fraction of the optimal one.
+
+    python -m calm_transformers.experiments.optimal_fraction --model MODEL --language DIR
+
+`calm evaluate brier_lm` compares sampled continuations with the text's, 1{x = y}. Here the distribution of y is known,
+so the indicator is replaced by its expectation P(x), which has less variance. The optimal score is known at every
+position too. The ratio of the two is bootstrapped over blocks, so that the difficulty of a block cancels.
+
+Axes: B blocks, L tokens, P patches, K tokens per patch, M positions (m of a chunk), N samples, R resamples,
+n = 1..4 tokens of a continuation.
+"""
+
+import argparse
+import sys
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calm_transformers.command_line import Parser, command, known_errors, positive, writable
+from calm_transformers.documents import read_documents
+from calm_transformers.evaluation.blocks import pack_blocks
+from calm_transformers.evaluation.branching import CalmReader, CausalLMReader
+from calm_transformers.evaluation.brier import MAX_N, brierlm, prefix_matches
+from calm_transformers.evaluation.models import positions_per_block
+from calm_transformers.evaluation.report import write_json
+from calm_transformers.experiments.language import HiddenMarkovLanguage, scored_beliefs
+from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
+from calm_transformers.progress import progress_bar
+
+POSITIONS_CHUNK_SIZE = 128  # per block; bounds the attention mask of the branches, (positions · samples)²
+
+
+class TokenReader(CausalLMReader):
+    """Adapts a causal LM to the interface of `CalmReader` with K = 1; samples from its logits."""
+
+    def _forward(self, tokens_BN1, mask, position_ids, cache):
+        return super()._forward(tokens_BN1.squeeze(-1), mask, position_ids, cache)
+
+    def draw(self, logits_V: Tensor, num_samples: int, generator=None) -> Tensor:
+        probs = logits_V.float().softmax(-1)
+        ids = probs.flatten(0, -2).multinomial(num_samples, replacement=True, generator=generator)
+        return ids.T.unflatten(1, probs.shape[:-1]).unsqueeze(-1)
+
+
+@torch.no_grad()
+def sample_continuations(reader, tokens_BL: Tensor, patch_size: int, num_samples: int, generator=None) -> Tensor:
+    """Samples continuations (B, M, N, 4) at every position that `calm_transformers.evaluation` scores."""
+    steps = ceil(MAX_N / patch_size)
+    patches_BPK = tokens_BL.unflatten(1, (-1, patch_size))
+    positions = patches_BPK.shape[1] - steps
+    first_BMNK = reader.draw(reader.read(patches_BPK)[:, :positions], num_samples, generator=generator).movedim(0, 2)
+    if steps == 1:
+        return first_BMNK[..., :MAX_N]
+    chunks = []
+    for chunk_m in torch.arange(positions, device=tokens_BL.device).split(POSITIONS_CHUNK_SIZE):
+        reader.start(chunk_m.repeat_interleave(num_samples).expand(len(tokens_BL), -1))
+        tokens = first_BMNK[:, chunk_m].flatten(1, 2)
+        branches = torch.arange(tokens.shape[1], device=tokens_BL.device).expand(len(tokens_BL), -1)
+        for _ in range(steps - 1):
+            states = reader.extend(branches, tokens[..., -patch_size:])
+            tokens = torch.cat([tokens, reader.draw(states, 1, generator=generator)[0]], dim=-1)
+        chunks.append(tokens.unflatten(1, (-1, num_samples)))
+    return torch.cat(chunks, dim=1)[..., :MAX_N]
+
+
+def brier_sums(
+    language: HiddenMarkovLanguage, tokens_BL: Tensor, samples_BMN4: Tensor, patch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns Brier-1..4 summed over the positions of each block, the model's and the optimal ones, (B, 4) each.
+
+    The unbiased estimate of Brier-n is 2 · mean P(x_i) − mean 1{x_i = x_j} over samples i and pairs i < j.
+    """
+    beliefs_BMS = scored_beliefs(language, tokens_BL, patch_size)
+    num_samples = samples_BMN4.shape[2]
+    symbols_BMN4 = language.to_symbols(samples_BMN4.numpy())
+    # A special token is no symbol: a continuation has probability 0 from there on.
+    is_text = (symbols_BMN4 >= 0).cumprod(-1)
+    probability_BMN4 = language.probability(beliefs_BMS[:, :, None].repeat(num_samples, 2), symbols_BMN4.clip(0))
+    probability_BMN4 *= is_text
+    left, right = np.triu_indices(num_samples, 1)
+    equal_BM4 = prefix_matches(samples_BMN4[:, :, left], samples_BMN4[:, :, right]).double().mean(2).numpy()
+    return (2 * probability_BMN4.mean(2) - equal_BM4).sum(1), language.optimal_brier(beliefs_BMS).sum(1)
+
+
+def summarise(model_B4: np.ndarray, optimal_B4: np.ndarray, positions: int, resamples: int = 1000) -> dict:
+    """Returns mean scores and the fraction of the optimal BrierLM, with 95 % bootstrap intervals over blocks."""
+    rng, blocks = np.random.default_rng(0), len(model_B4)
+    counts_RB = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
+    model_R4, optimal_R4 = (counts_RB @ sums / positions for sums in (model_B4, optimal_B4))
+
+    def score(brier):
+        return brierlm(torch.as_tensor(brier)).numpy()
+
+    model, optimal = model_B4.sum(0) / positions, optimal_B4.sum(0) / positions
+    low, high = _intervals(score(model_R4))
+    return {
+        "brier": model.tolist(),
+        "brier_intervals": _intervals(model_R4),
+        "brierlm": {"value": float(score(model)), "low": low, "high": high},
+        "best_brier": optimal.tolist(),
+        "best_brierlm": float(score(optimal)),
+        "share": float(score(model) / score(optimal)),
+        "share_interval": _intervals(score(model_R4) / score(optimal_R4)),
+        "positions": positions,
+        "blocks": blocks,
+    }
+
+
+def _intervals(values_R: np.ndarray) -> list:
+    """Returns the 2.5 % and 97.5 % quantiles along the first axis, as pairs."""
+    return np.quantile(values_R, [0.025, 0.975], axis=0).T.tolist()
+
+
+def format_fraction(result: dict) -> str:
+    """Formats the fraction of the optimal BrierLM with its interval."""
+    return "{:.1%} ({:.1%} to {:.1%})".format(result["share"], *result["share_interval"])
+
+
+def evaluate(
+    reader,
+    patch_size: int,
+    language: HiddenMarkovLanguage,
+    blocks_BL: Tensor,
+    num_samples: int,
+    batch_size: int,
+    description: str = "Scoring",
+) -> dict:
+    """Scores a model, given by its reader and K (1 for a causal LM), on blocks of token ids; see `summarise`."""
+    generator = torch.Generator().manual_seed(0)
+    model, optimal, positions = [], [], 0
+    for batch_BL in progress_bar(blocks_BL.split(batch_size), description, "batch"):
+        samples_BMN4 = sample_continuations(reader, batch_BL, patch_size, num_samples, generator)
+        model_B4, optimal_B4 = brier_sums(language, batch_BL, samples_BMN4, patch_size)
+        model.append(model_B4)
+        optimal.append(optimal_B4)
+        positions += samples_BMN4.shape[0] * samples_BMN4.shape[1]
+    return summarise(np.concatenate(model), np.concatenate(optimal), positions)
+
+
+def make_parser(
+    prog: str, description: str | None, num_samples: int = 4, samples_help: str = "samples per position"
+) -> Parser:
+    """Returns a parser with the options that the commands on the language share."""
+    parser = Parser(prog, description)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a model trained on the language")
+    parser.add_argument("--language", required=True, type=Path, help="folder that experiments.language wrote")
+    parser.add_argument("--draws", type=positive, default=num_samples, help=f"{samples_help} (default: {num_samples})")
+    parser.add_argument("--json", type=writable, help="write the results")
+    return parser
+
+
+def parse_block_options(prog: str, description: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """Parses the shared options and those of the evaluated blocks."""
+    parser = make_parser(prog, description)
+    parser.add_argument("--block_size", type=positive, default=256)
+    parser.add_argument("--max_positions", type=positive, default=100_000)
+    parser.add_argument("--batch_size", type=positive, default=16, help="blocks per batch")
+    return parser.parse_args(argv)
+
+
+def load_blocks(model, args: argparse.Namespace) -> tuple[HiddenMarkovLanguage, Tensor]:
+    """Loads the language, and blocks (B, L) of its validation text with at least `args.max_positions` positions.
+
+    Raises:
+        ValueError: the model can't read such blocks, or there is less text.
+        OSError: there is no language.
+    """
+    language = HiddenMarkovLanguage.load(args.language)
+    num_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
+    documents = read_documents([args.language / "validation.jsonl"])
+    blocks_BL = pack_blocks(documents, load_tokenizer(args.language), args.block_size, num_blocks)
+    if len(blocks_BL) < num_blocks:
+        raise ValueError(
+            f"{args.language}: its validation text has {len(blocks_BL):,} blocks of {args.block_size} tokens, "
+            f"{args.max_positions:,} positions need {num_blocks:,}."
+        )
+    return language, blocks_BL
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_block_options("python -m calm_transformers.experiments.optimal_fraction", __doc__, argv)
+    with known_errors(ValueError, OSError):
+        model = load_causal_lm(args.model, device="cpu")
+        language, blocks_BL = load_blocks(model, args)
+    reader, patch_size = (CalmReader(model), model.config.patch_size) if is_calm(model) else (TokenReader(model), 1)
+    result = evaluate(reader, patch_size, language, blocks_BL, args.draws, args.batch_size)
+    write_json(args.json, {"block_size": args.block_size, "draws": args.draws, **result})
+    print("Brier-1..4", *(f"{b:.4f}" for b in result["brier"]))
+    print(f"BrierLM {result['brierlm']['value']:.2f} of {result['best_brierlm']:.2f}: {format_fraction(result)}")
+    print(f"at {result['positions']:,} positions")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
