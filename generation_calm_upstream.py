@@ -113,8 +113,8 @@ class GenerateCall:
 
     Args:
         stopping_criteria: evaluated after each token.
-        should_continue: given whether this process has finished and a device, whether another step must be taken:
-            under FSDP and ZeRO all processes take the same number.
+        should_continue: (whether this process has finished, device=) → whether another step must be taken: under FSDP
+            and ZeRO all processes take the same number.
         processors: the number of a row and the length of its prompt → its logits processors; `None` where there are
             none.
         pad_token, bos_token (scalars), eos_tokens (`(E,)`): ids, or `None`.
@@ -124,7 +124,7 @@ class GenerateCall:
     """
 
     stopping_criteria: Callable[[Tensor, None], Tensor]
-    should_continue: Callable[[bool, torch.device], bool]
+    should_continue: Callable[..., bool]
     processors: Callable[[int, int], LogitsProcessorList] | None = None
     pad_token: Tensor | None = None
     bos_token: Tensor | None = None

@@ -7,8 +7,7 @@ from transformers import TextStreamer, pipeline, set_seed
 
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8
 from calm_transformers.loading import check_length, format_load_errors
-from calm_transformers.model.generation_calm_samplers import PatchSampling
-from calm_transformers.model.generation_calm_weights import check_temperature
+from calm_transformers.model.generation_calm_samplers import PatchSampling, check_temperature
 
 
 @command

@@ -41,7 +41,7 @@ class Oracle:
 
     def start(self, positions_BN):
         self.positions += sorted(set(positions_BN[0].tolist()))
-        self.beliefs_BNS = take(self.beliefs_BPS, positions_BN)
+        self.beliefs_BNS = gather_rows(self.beliefs_BPS, positions_BN)
 
     def extend(self, parents_BN, units_BN):
         belief_BNS = gather_rows(self.beliefs_BNS, parents_BN)

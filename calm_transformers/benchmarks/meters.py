@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calm_transformers.model.kernels_calm import fast_products
+from calm_transformers.model.kernels_calm import cpu_kernels
 
 MATMUL_REPETITIONS = 5
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -149,7 +149,7 @@ def peak_flop_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Returns the best measured FLOPs per second of a large square matmul."""
     size, seconds = MATMUL_SIZE[device.type], []
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    with torch.no_grad(), fast_products(size, size):
+    with torch.no_grad(), cpu_kernels(size, size):
         for _ in range(MATMUL_REPETITIONS):
             synchronise(device)
             start = time.perf_counter()

@@ -11,7 +11,7 @@ prompt without padding. The models have the layers of the shape and a tiny width
   indices, and so on.
 - At T < 1 no candidate is accepted, so that the batch algorithm compares all N = 200 candidates in the end. They are
   sampled in one block, unless stated otherwise.
-- Matmuls are PyTorch's own, without screening (`CALM_PRODUCTS=plain`).
+- Matmuls are PyTorch's own, without screening (`CALM_MATMUL_BACKEND=torch`).
 - A step of the baseline generates K tokens; ÷ baseline: dispatched ops, relative to the baseline at T = 1.
 
 `--budget` names a file of counts: the command fails if a count is higher, and updates those that are lower.
@@ -166,7 +166,7 @@ def count(model, case: Case) -> dict:
                 stack.enter_context(wrap_method(model, "sample_patches", lambda f: _with_schedule(f, schedule)))
             stack.enter_context(parts.measured())
             # The faster matmul backend is measured, so it could differ between machines.
-            stack.enter_context(patch.dict(os.environ, {SWITCH: "plain"}))
+            stack.enter_context(patch.dict(os.environ, {SWITCH: "torch"}))
             stack.enter_context(counter)
             generate_tokens(model, prompts, num_steps * step, **case.settings)
         return counter, parts

@@ -215,44 +215,37 @@ class Replay:
             yield
 
     def _wrap(self, new_candidates):
-        def new_replayed_candidates(draw, rows_B, *args):
+        def new_replayed_candidates(hidden_RD, *args):
             num_contexts, device = len(self.patches_CMK), self.patches_CMK.device
-            contexts_B = torch.randint(num_contexts, (len(rows_B),), generator=self.generator, device=device)
-            candidates = new_candidates(draw, rows_B, *args)
-            replayed = ReplayedLazyCandidates if isinstance(candidates, LazyCandidateBatch) else ReplayedCandidates
-            return replayed(candidates, self.patches_CMK[contexts_B])
+            contexts_B = torch.randint(num_contexts, (len(hidden_RD),), generator=self.generator, device=device)
+            candidates = new_candidates(hidden_RD, *args)
+            is_lazy = isinstance(candidates, LazyCandidateBatch)
+            candidates.__class__ = ReplayedLazyCandidates if is_lazy else ReplayedCandidates
+            candidates.patches_BMK = self.patches_CMK[contexts_B]
+            return candidates
 
         return new_replayed_candidates
 
 
 class ReplayedCandidates(CandidateBatch):
-    """Candidates that are sampled and decoded as usual, then replaced by recorded ones.
+    """Candidates that are sampled and decoded as usual, then replaced by recorded ones, `patches_BMK`."""
 
-    Args:
-        base: the usual candidates, still empty.
-        patches_BMK: the recorded candidates of each row.
-    """
+    patches_BMK: Tensor
 
-    def __init__(self, base: CandidateBatch, patches_BMK: Tensor):
-        super().__init__(base.draw, base.rows_B, base.autoencoder, base.forbidden_KV, base.rules)
-        self.patches_BMK = patches_BMK
-
-    def extend(self, rows_R: Tensor, num_draws: int) -> None:
-        check_num_recorded(self.num_drawn + num_draws, self.patches_BMK)
-        super().extend(rows_R, num_draws)
+    def extend(self, rows_R: Tensor, num_samples: int) -> None:
+        check_num_recorded(self.num_drawn + num_samples, self.patches_BMK)
+        super().extend(rows_R, num_samples)
         self.tokens_BNK = self.patches_BMK[:, : self.num_drawn]
 
 
 class ReplayedLazyCandidates(LazyCandidateBatch):
     """Lazily decoded candidates: each token that is read comes from the recording."""
 
-    def __init__(self, base: LazyCandidateBatch, patches_BMK: Tensor):
-        super().__init__(base.draw, base.rows_B, base.autoencoder, base.forbidden_KV)
-        self.patches_BMK = patches_BMK
+    patches_BMK: Tensor
 
-    def extend(self, rows_R: Tensor, num_draws: int) -> None:
-        check_num_recorded(self.num_drawn + num_draws, self.patches_BMK)
-        super().extend(rows_R, num_draws)
+    def extend(self, rows_R: Tensor, num_samples: int) -> None:
+        check_num_recorded(self.num_drawn + num_samples, self.patches_BMK)
+        super().extend(rows_R, num_samples)
 
     def read(self, *index: Tensor) -> Tensor:
         super().read(*index)

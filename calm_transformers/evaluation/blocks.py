@@ -62,4 +62,4 @@ def pack_blocks(
         raise InputError("the data contains no text.")
     if blocks == 0:
         raise InputError(f"the data has {length} tokens, fewer than one block of {block_size}: use smaller blocks.")
-    return torch.from_numpy(np.concatenate(chunks)[: blocks * block_size]).view(blocks, block_size)
+    return torch.from_numpy(np.concatenate(pieces)[: blocks * block_size]).view(blocks, block_size)

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from calm_transformers.model.generation_calm_upstream import cache_argument
+from calm_transformers.model.kernels_calm import cpu_kernels
 
 
 class BlockReader(Protocol):
@@ -93,20 +94,22 @@ class CalmReader(TreeAttentionReader):
     """Runs a CALM; units are patches, states are hidden states of its backbone."""
 
     def _forward(self, tokens_BNK, mask, position_ids, cache):
-        out = self.model.model(
-            input_ids=tokens_BNK.flatten(1),
-            attention_mask=mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=True,
-        )
+        with cpu_kernels(position_ids.numel(), self.model.config.hidden_size):
+            out = self.model.model(
+                input_ids=tokens_BNK.flatten(1),
+                attention_mask=mask,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=True,
+            )
         return out.last_hidden_state
 
     @torch.no_grad()
     def draw(self, states_D: torch.Tensor, num_samples: int, generator=None) -> torch.Tensor:
         """Samples next patches given hidden states (..., D) and returns token ids, (num_samples, ..., K)."""
-        latents_Z = self.model.head.sample(states_D, num_samples=num_samples, generator=generator)
-        return self.model.autoencoder.decode_tokens(latents_Z)
+        with cpu_kernels(num_samples * states_D[..., 0].numel(), self.model.config.hidden_size):
+            latents_Z = self.model.head.sample(states_D, num_samples=num_samples, generator=generator)
+            return self.model.autoencoder.decode_tokens(latents_Z)
 
 
 class UncachedReader:

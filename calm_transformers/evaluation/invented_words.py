@@ -21,8 +21,7 @@ from calm_transformers.documents import expand_paths, read_documents, total_byte
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.loading import is_calm, load_config, load_with_tokenizer
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.generation_calm_samplers import PatchSampling
-from calm_transformers.model.generation_calm_weights import check_num_candidates, check_temperature
+from calm_transformers.model.generation_calm_samplers import PatchSampling, check_num_candidates, check_temperature
 from calm_transformers.progress import print_above_bars, progress_bar
 
 PROMPT = "Once upon a time, there was a little girl named Lily."

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import ModelOutput
 
+from calm_transformers.model.generation_calm_algorithms import first_occurrences, occurrence_counts
 from calm_transformers.model.generation_calm_upstream import checked_ids
-from calm_transformers.model.generation_calm_weights import first_occurrences, occurrence_counts
 from calm_transformers.model.heads_calm import PatchTarget
+from calm_transformers.model.kernels_calm import cpu_kernels
 
 if TYPE_CHECKING:
     from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -97,7 +98,8 @@ def score_texts(
     patches_BPK = inputs["input_ids"].unflatten(1, (-1, patch_size))
     mask_BP = inputs["attention_mask"].bool()
     is_scored_BP = mask_BP & (mask_BP.cumsum(-1) > 1)
-    hidden_BPD = model(**inputs, use_cache=False).last_hidden_state
+    with cpu_kernels(mask_BP.numel(), model.config.hidden_size):
+        hidden_BPD = model(**inputs, use_cache=False).last_hidden_state
     context_MD, target_MK = hidden_BPD[:, :-1][is_scored_BP[:, 1:]], patches_BPK[is_scored_BP]
     mean_MZ, log_std_MZ = (
         part.to(context_MD.device) for part in _posterior(model, patches_BPK, mask_BP, is_scored_BP)
@@ -161,10 +163,11 @@ def _score_patches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns energy scores (m,), Brier-1 … Brier-K (m, K) and prefix match rates (m, K)."""
     target = PatchTarget(target_mK, posterior=(mean_mZ, log_std_mZ))
-    samples_NmZ = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
+    with cpu_kernels(num_samples * len(context_mD), model.config.hidden_size):
+        samples_NmZ = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
+        tokens_mNK = model.autoencoder.decode_tokens(samples_NmZ).movedim(0, 1)
     targets_SmZ = target.sample_latents(model.config.num_posterior_samples, generator)
     energy_m = _energy(samples_NmZ.float(), targets_SmZ.float(), model.config.beta)
-    tokens_mNK = model.autoencoder.decode_tokens(samples_NmZ).movedim(0, 1)
     match_rate_mK = (tokens_mNK == target_mK[:, None]).cumprod(-1).float().mean(1)
     collisions_mK = torch.stack(
         [

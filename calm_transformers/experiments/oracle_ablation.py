@@ -28,7 +28,7 @@ from calm_transformers.experiments.optimal_fraction import evaluate, format_frac
 from calm_transformers.loading import is_calm, load_causal_lm
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.progress import say
+from calm_transformers.progress import print_above_bars
 from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss
 from calm_transformers.training.trainer import last_checkpoint
 
@@ -43,7 +43,7 @@ class MtpReader(CalmReader):
         self.mtp = mtp
 
     def draw(self, states_D: Tensor, num_samples: int, generator=None) -> Tensor:
-        return self.mtp.draw(states_D, num_samples, generator)
+        return self.mtp.sample(states_D, num_samples, generator)
 
 
 class LanguageReader:
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     options, results = (model.config.patch_size, language, blocks_BL, args.draws, args.batch_size), {}
     for name, reader in readers.items():
         results[name] = evaluate(reader, *options, description=f"{name} replaced")
-        say(f"{name} replaced: {format_fraction(results[name])}")
+        print_above_bars(f"{name} replaced: {format_fraction(results[name])}")
     write_json(args.json, results)
 
 

@@ -35,8 +35,8 @@ from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage
 from calm_transformers.experiments.optimal_fraction import make_parser
 from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
+from calm_transformers.model.generation_calm_algorithms import first_occurrences
 from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, BlockSchedule, Pairs, PatchSampling
-from calm_transformers.model.generation_calm_weights import first_occurrences
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import progress_bar
 
@@ -129,13 +129,13 @@ class StoredCandidates:
         self.start_B = torch.randint(size, (num_rows,), generator=generator)
         self.stride_B = 1 + 2 * torch.randint(size, (num_rows,), generator=generator)  # odd: coprime with M
 
-    def extend(self, rows_R: Tensor, num_draws: int) -> None:
-        """Adds `num_draws` samples to each row.
+    def extend(self, rows_R: Tensor, num_samples: int) -> None:
+        """Adds `num_samples` samples to each row.
 
         Raises:
             ValueError: fewer are stored.
         """
-        self.num_drawn += num_draws
+        self.num_drawn += num_samples
         if self.num_drawn > len(self.samples_M):
             raise ValueError(f"{self.num_drawn} samples needed, {len(self.samples_M)} stored.")
 
@@ -181,7 +181,8 @@ def choose_patches(samples_M: Tensor, sampling: PatchSampling, num_patches: int,
     chosen, schedule = [], BlockSchedule()
     for rows in torch.arange(num_patches).split(ROWS_CHUNK_SIZE):
         candidates = StoredCandidates(samples_M, len(rows), generator)
-        chosen.append(candidates.tokens(candidates.rows_B, sampling.choose(candidates, generator, schedule))[:, 0])
+        index_B, _ = sampling.choose(candidates, generator, schedule)
+        chosen.append(candidates.tokens(candidates.rows_B, index_B)[:, 0])
     return torch.cat(chosen)
 
 
@@ -276,7 +277,10 @@ def report(results: dict[str, dict]) -> str:
             cells = [*(row[metric][key] for key in keys), *(each[metric]["model"] for each in (row, *others))]
             setting = [f"{row['temperature']:.2g}", row["method"] or "–", f"{row['num_candidates'] or '–'}"]
             rows.append([*setting, f"{row['exact_entropy'][0]:.2f}", *(form.format(*cell) for cell in cells)])
-        parts += [title, markdown(["T", "method", "N", "entropy", *map(COLUMNS.get, keys), *results], rows)]
+        parts += [
+            title,
+            markdown(["T", "method", "N", "entropy", *(COLUMNS[key] or key for key in keys), *results], rows),
+        ]
         cells = [first["own_law"][metric]["exact draws"]]
         cells += [result["own_law"][metric]["model"] for result in results.values()]
         untempered.append([label, *(form.format(*cell) for cell in cells)])

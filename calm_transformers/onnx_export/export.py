@@ -46,7 +46,7 @@ from calm_transformers.command_line import (
 )
 from calm_transformers.files import new_folder
 from calm_transformers.loading import check_tokenizer, format_load_errors, load_checked, load_tokenizer
-from calm_transformers.model import heads_calm_diffusion, heads_calm_flow
+from calm_transformers.model import heads_calm_flow_diffusion
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import (
     FIXED_ROTATIONS,
@@ -55,7 +55,7 @@ from calm_transformers.model.generation_calm_upstream import (
     UNSUPPORTED_SETTINGS,
 )
 from calm_transformers.model.heads_calm import GenerativeHead
-from calm_transformers.model.heads_calm_flow import ModulatedMLP, Modulation
+from calm_transformers.model.heads_calm_flow_diffusion import ModulatedMLP, Modulation
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.onnx_export import generate_onnx
@@ -246,17 +246,17 @@ def traceable(head: GenerativeHead) -> Iterator[None]:
     is computed for all times at once, since the number of chunks would depend on the batch.
     """
     num_steps, device = getattr(head, "num_steps", 1), torch.device("cpu")
-    times = heads_calm_flow.solver_times(num_steps, device)
-    schedule = heads_calm_diffusion.diffusion_schedule(num_steps, device)
+    times = heads_calm_flow_diffusion.solver_times(num_steps, device)
+    schedule = heads_calm_flow_diffusion.diffusion_schedule(num_steps, device)
 
     def precompute_modulation(net: ModulatedMLP, times_T: Tensor, context: Tensor) -> Iterator[Modulation]:
-        all_times = net.conditions(times_T.view(-1, *[1] * (context.dim() - 1)), context)
+        all_times = net.modulation(times_T.view(-1, *[1] * (context.dim() - 1)), context)
         for index in range(len(times_T)):
             yield [tuple(values[index] for values in layer) for layer in all_times]
 
     with (
-        mock.patch.object(heads_calm_flow, "solver_times", lambda *_: times),
-        mock.patch.object(heads_calm_diffusion, "diffusion_schedule", lambda *_: schedule),
+        mock.patch.object(heads_calm_flow_diffusion, "solver_times", lambda *_: times),
+        mock.patch.object(heads_calm_flow_diffusion, "diffusion_schedule", lambda *_: schedule),
         mock.patch.object(ModulatedMLP, "precompute_modulation", precompute_modulation),
     ):
         yield

@@ -19,8 +19,8 @@ import torch
 from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
 from calm_transformers.files import atomic_write
 from calm_transformers.loading import check_length, load_calm
+from calm_transformers.model.generation_calm_algorithms import Truncation, candidate_weights
 from calm_transformers.model.generation_calm_candidates import candidate_scores
-from calm_transformers.model.generation_calm_weights import Truncation, candidate_weights, check_temperature
 from calm_transformers.pages.app_page import ALL_CANDIDATES, PROMPT, IncrementalDetokenizer, text_after
 from calm_transformers.pages.inspect_page import render_page
 
@@ -180,8 +180,8 @@ def sample_candidates(model, hidden_RD, sampling, generator):
     all_candidates = replace(
         sampling, lazy_decoding=False, top_k=ALL_CANDIDATES if sampling.takes_single_sample else sampling.top_k
     )
-    pool, index_R = model.choose_patches(hidden_RD, all_candidates, generator)
-    return candidate_scores(pool, index_R, sampling.weigh)
+    sample = model.sample_patches(hidden_RD, all_candidates, generator)
+    return candidate_scores(sample.candidates, sample.index, sampling.weights)
 
 
 def weights_from_counts(counts: Sequence[int], temperature: float, truncation) -> list[float]:

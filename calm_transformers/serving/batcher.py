@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calm_transformers.model.generation_calm_rules import Processors
 from calm_transformers.model.generation_calm_samplers import PatchSampling
+from calm_transformers.model.generation_calm_sequences import Processors
 from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.engine import Engine

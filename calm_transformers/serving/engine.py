@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from calm_transformers.model.generation_calm_rules import CandidateProcessors
 from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
+from calm_transformers.model.generation_calm_sequences import CandidateProcessors
 from calm_transformers.model.generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.sequence import FinishReason, SequenceState
@@ -234,7 +234,7 @@ class Engine:
             self.model.forbidden_tokens(group[0].num_tokens_without_eos, eos_E, hidden_RD.device),
             self._schedules.setdefault(sampling, BlockSchedule()),
             make_candidate_processors(group[0], eos_E),
-        ).tolist()
+        ).patches.tolist()
 
 
 def make_candidate_processors(sequence: SequenceState, eos_E: Tensor) -> CandidateProcessors | None:

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from calm_transformers.model.generation_calm_rules import Processors
 from calm_transformers.model.generation_calm_samplers import PatchSampling
+from calm_transformers.model.generation_calm_sequences import Processors
 
 FinishReason = Literal["stop", "length"]
 REPLACEMENT_CHARACTER = "\ufffd"

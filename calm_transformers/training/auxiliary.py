@@ -3,14 +3,14 @@
 Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, D hidden size, V vocabulary.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm_transformers.model.heads_calm import PatchTarget, standard_normal
 from calm_transformers.model.heads_calm_token_chain import TokenChain
 from calm_transformers.model.modeling_calm import CALMForCausalLM, target_patches
+from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.distil import SoftTargets, Teacher
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # in a checkpoint folder
@@ -54,16 +54,49 @@ class MultiTokenLoss(TokenChain):
         return total / count
 
     @torch.no_grad()
-    def draw(self, hidden: Tensor, num_draws: int, generator: torch.Generator | None = None) -> Tensor:
-        """Samples `num_draws` (A) patches per hidden state: (..., D) → ids (A, ..., K)."""
+    def sample(self, hidden: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Samples `num_samples` (A) patches per hidden state: (..., D) → ids (A, ..., K)."""
 
-        def draw(_: int, logits: Tensor) -> Tensor:
+        def choose(_: int, logits: Tensor) -> Tensor:
             # Gumbel-max sampling: unlike torch.multinomial it has no limit on the number of rows.
             gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
             return (logits.float() + gumbel).argmax(-1)
 
-        states = self.states(hidden).expand(num_draws, *hidden.shape[:-1], -1, -1)
-        return torch.stack(self.unroll(states, draw), dim=-1)
+        states = self.states(hidden).expand(num_samples, *hidden.shape[:-1], -1, -1)
+        return self.unroll(states, choose)
+
+
+class ExtraTargets(PatchTarget):
+    """A target whose samples take in turn the patch that followed and other patches, sampled from the MTP model.
+
+    Args:
+        tokens (`(..., K)`): ids of the patch that followed.
+        autoencoder: encodes all patches.
+        extra_tokens (`(A, ..., K)`): ids of the other patches.
+    """
+
+    def __init__(self, tokens: Tensor, autoencoder: CALMAutoencoder, extra_tokens: Tensor):
+        super().__init__(tokens, autoencoder)
+        self._autoencoder, self.extra_tokens = autoencoder, extra_tokens
+
+    def to(self, device: torch.device, **kwargs) -> PatchTarget:
+        tokens, extra_tokens = self.tokens.to(device, **kwargs), self.extra_tokens.to(device, **kwargs)
+        return ExtraTargets(tokens, self._autoencoder, extra_tokens)
+
+    @property
+    def all_tokens(self) -> Tensor:
+        return torch.cat([self.tokens[None], self.extra_tokens])
+
+    def sample_latents(
+        self, num_samples: int, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Samples (N, ..., Z), each from the posterior of the next of the 1 + A patches in turn."""
+        mean, _ = self.posterior()
+        noise = standard_normal((num_samples, *mean.shape), mean, generator) if noise is None else noise
+        turns = torch.arange(len(noise), device=mean.device) % (1 + len(self.extra_tokens))
+        pairs = zip(self.posterior(), self.encode(self.extra_tokens), strict=True)
+        mean, log_std = (torch.cat([own[None], others])[turns] for own, others in pairs)
+        return torch.addcmul(mean, log_std.exp(), noise)
 
 
 class WithAuxiliary(nn.Module):
@@ -108,9 +141,10 @@ class WithAuxiliary(nn.Module):
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
             if self.head_weight and self.num_targets:
-                further = partial(self.auxiliary.draw, num_draws=self.num_targets)
-                hidden = outputs.last_hidden_state
-                outputs["loss"] = self.calm.patch_loss(hidden, labels, num_items_in_batch, further=further)
+                context, target = self.calm.patch_targets(outputs.last_hidden_state, labels)
+                extra_tokens = self.auxiliary.sample(context, self.num_targets)
+                target = ExtraTargets(target.tokens, self.calm.autoencoder, extra_tokens)
+                outputs["loss"] = self.calm.mean_over_items(self.calm.head.loss(context, target), num_items_in_batch)
             soft_targets = self.teacher and self.teacher.soft_targets(
                 inputs["input_ids"], inputs.get("attention_mask")
             )

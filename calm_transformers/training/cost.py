@@ -170,7 +170,7 @@ def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
             hidden = torch.zeros(1, 2, config.hidden_size)
             labels = torch.zeros(1, 2 * config.patch_size, dtype=torch.long)
         loss_flops = profile_call(loss, hidden, labels).flops
-        target_flops = profile_call(loss.draw, hidden[:, 0], num_draws=1).flops
+        target_flops = profile_call(loss.sample, hidden[:, 0], num_samples=1).flops
         train_flops["auxiliary loss"] = (3 * loss_flops + recipe.auxiliary_targets * target_flops) / config.patch_size
         cost.inference_flops["auxiliary loss"] = 0
         train_flops["autoencoder"] *= 1 + recipe.auxiliary_targets

@@ -21,6 +21,7 @@ from calm_transformers.command_line import InputError, Parser, command, known_er
 from calm_transformers.documents import load_documents
 from calm_transformers.loading import generation_defaults, is_missing_folder, load_tokenizer
 from calm_transformers.model.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
+from calm_transformers.model.heads_calm_token_chain import TokenChainHead
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
@@ -132,7 +133,7 @@ def read_source(field: str, source: str | None, reader):
 
 def load_model(field: str, source: str | None, model_class, **settings):
     """Loads the model in the recipe's `field`; missing weights are an error."""
-    return read_source(field, source, partial(load_whole, model_class.from_pretrained, **settings))
+    return read_source(field, source, partial(load_checked, model_class.from_pretrained, **settings))
 
 
 def read_config(field: str, source: str | None, config_class) -> Any:
@@ -304,8 +305,11 @@ def build_model(recipe: Recipe, tokenizer):
     """Builds a new model, or loads `init_from`; a CALM contains the trained autoencoder."""
     if recipe.kind == "calm":
         model = load_initial_calm(recipe) if recipe.init_from else build_calm(recipe, tokenizer)
-        if not model.head.is_fitted:  # to the autoencoder and, where there is one, the MTP model
-            model.head.fit(model.autoencoder, initial_mtp_state(recipe, model.config))
+        if not model.head.is_fitted:
+            model.head.fit(model.autoencoder)
+            mtp_state = initial_mtp_state(recipe, model.config)
+            if mtp_state and isinstance(model.head, TokenChainHead):
+                model.head.chain.load_state_dict(mtp_state)
         return model
     config, model_class = build_config(recipe, tokenizer), MODELS[recipe.kind]
     return load_model("init_from", recipe.init_from, model_class) if recipe.init_from else model_class(config)
