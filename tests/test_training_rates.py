@@ -71,9 +71,8 @@ def test_pseudo_targets_need_an_encoder_without_context(run, workshop, tmp_path,
     own = {key: workshop[key] for key in ("train_files", "cache_dir", "tokenizer")}
     context, fields = str(tmp_path / "context"), {**workshop, **FIELDS, "auxiliary_weight": 0.5}
     assert train("autoencoder", **own, max_steps=2, encoder_context=1, output_dir=context) == 0
-    assert (
-        train("calm", **fields | {"autoencoder": context}, auxiliary_targets=2, output_dir=str(tmp_path / "no")) == 2
-    )
+    fields["autoencoder"] = context
+    assert train("calm", **fields, auxiliary_targets=2, output_dir=str(tmp_path / "no")) == 2
     assert "auxiliary_targets=2: the autoencoder's encoder reads previous patches" in capsys.readouterr().err
     weights, _ = run("run", max_steps=2, auxiliary_weight=0.5, autoencoder=context)
     trained = load_file(f"{context}/model.safetensors")["encoder.context_layer.weight"]
