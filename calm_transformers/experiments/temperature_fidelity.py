@@ -219,8 +219,8 @@ def evaluate_model(
 ) -> dict:
     """Evaluates a model, given by its reader, on contexts (C, L) divisible by the patch size; see `summarise`.
 
-    Chooses `num_patches` patches per context and setting, from `num_stored` samples of the model (M, a power of 2 of at
-    least `MAX_SAMPLES_PER_STEP`).
+    Chooses `num_patches` patches per context and setting, from `num_stored` samples of the model (M, a power of 2,
+    at least `MAX_SAMPLES_PER_STEP`).
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(language.to_ids(np.array(language.vocab_size)))
