@@ -3,7 +3,7 @@
     python -m calm_transformers.benchmarks.truncation
 
 P is a known distribution over V patches. From each set of N samples one patch is chosen by
-`generation_calm_weights.candidate_weights`. The table has total variation distances between the distribution of the
+`generation_calm_algorithms.candidate_weights`. The table has total variation distances between the distribution of the
 choice, averaged over many sets, and the target: P^(1/T)/Z, truncated. If equal probabilities meet at the edge of a
 truncation, each of them is equally likely in the target.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from calm_transformers.command_line import Parser, command, positive
 from calm_transformers.evaluation.report import markdown
-from calm_transformers.model.generation_calm_weights import (
+from calm_transformers.model.generation_calm_algorithms import (
     NO_TRUNCATION,
     Truncation,
     candidate_weights,

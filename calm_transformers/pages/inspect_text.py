@@ -21,6 +21,7 @@ from calm_transformers.files import atomic_write
 from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_algorithms import Truncation, candidate_weights
 from calm_transformers.model.generation_calm_candidates import candidate_scores
+from calm_transformers.model.generation_calm_samplers import check_temperature
 from calm_transformers.pages.app_page import ALL_CANDIDATES, PROMPT, IncrementalDetokenizer, text_after
 from calm_transformers.pages.inspect_page import render_page
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
 from calm_transformers.model.generation_calm_sequences import CandidateProcessors
 from calm_transformers.model.generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
+from calm_transformers.model.kernels_calm import cpu_kernels
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.sequence import FinishReason, SequenceState
 
@@ -153,13 +154,14 @@ class Engine:
     def _forward(self, slots: list[int], patches_RPK: Tensor, starts: list[int]) -> Tensor:
         """Runs the backbone on patches at positions from `starts` on; returns hidden states (R, P, D)."""
         positions_RP = self._cache.set_positions(slots, starts, patches_RPK.shape[1], self.device)
-        return self.model(
-            input_ids=patches_RPK.flatten(1).to(self.device),
-            attention_mask=self._cache.attention_mask(self.model.dtype),
-            position_ids=positions_RP,
-            cache=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        with cpu_kernels(positions_RP.numel(), self.model.config.hidden_size):
+            return self.model(
+                input_ids=patches_RPK.flatten(1).to(self.device),
+                attention_mask=self._cache.attention_mask(self.model.dtype),
+                position_ids=positions_RP,
+                cache=self._cache,
+                use_cache=True,
+            ).last_hidden_state
 
     def _forward_last_patches(self) -> None:
         """Runs the backbone on the last patch of each sequence.

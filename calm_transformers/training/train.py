@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package
 from calm_transformers.documents import load_documents
-from calm_transformers.loading import generation_defaults, is_missing_folder, load_tokenizer
+from calm_transformers.loading import generation_defaults, is_missing_folder, load_checked, load_tokenizer
 from calm_transformers.model.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.heads_calm_token_chain import TokenChainHead
 from calm_transformers.model.modeling_calm import CALMForCausalLM
