@@ -135,11 +135,13 @@ def predraw_noise(model: Any, sampling: PatchSampling, num_rows: int, generator:
     context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
     num_samples, rows_B = sampling.samples_in_one_block, arange(num_rows, context_BD.device)
     randomness = model.step_randomness(sampling, generator, context_BD)
-    noise = dict(randomness.predrawn_head_noise(model.head, context_BD, rows_B, num_samples))
+    noise = randomness.head_noise(model.head, context_BD, rows_B, num_samples)
+    if "generator" in noise:  # one for all rows, which gives no tensors yet
+        noise = model.head.predrawn_noise(num_samples, num_rows, context_BD, noise["generator"])
     if sampling.do_sample and not sampling.takes_single_sample:
         if not sampling.uses_batch_rule and not inverse_temperature(sampling.temperature).is_integer():
-            noise["uniform"] = randomness.uniform(rows_B, num_samples)
-        noise["exponential"] = randomness.exponential(rows_B, num_samples)
+            noise["uniform"] = randomness.numbers("uniform", rows_B, num_samples)
+        noise["exponential"] = randomness.numbers("exponential", rows_B, num_samples)
     return noise
 
 
