@@ -2,10 +2,8 @@
 
 The target at temperature T is P(x)^s / Z over whole patches x, with the exponent s = 1/T, given only samples of P. All
 functions take `first_BN`: for each of a row's N samples the index of the first one that equals it. Algorithm 2 gives
-each distinct patch a weight by how often it was seen, for whole s in the paper, for every s here. Algorithm 1 reads the
-samples in order and is exact. None of them knows a token or the model, and nothing is read by the host.
-
-Axes: B rows, N samples (candidates) of a row, K tokens per patch.
+each distinct patch a weight by how often it was seen, for whole s in the paper, for every s here. Algorithm 1 reads
+the samples in order and is exact. The host reads nothing. Axes: B rows, N samples of a row, K tokens per patch.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from torch import Tensor
 
 from .kernels_calm import arange, cached_per_device, float64_device
 
-# 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 or float32(1/3) means 1/3.
-WHOLE_TOLERANCE = 1e-6
+WHOLE_TOLERANCE = 1e-6  # 1/T this close (relatively) to a whole number counts as whole: T = 0.3333333 means 1/3
 MAX_COMPARISONS = {"cpu": 2**18, "other": 2**26}  # B·N²·K up to which all pairs of samples are compared at once
 NO_WEIGHT = 1000.0  # nats: e^-1000 is 0 in float32
 ROUNDING = 1e-5  # of fractions: counts are whole, so that many lie exactly on the edge of a truncation
@@ -48,9 +45,9 @@ NO_TRUNCATION = Truncation()
 def inverse_temperature(temperature: float) -> float:
     """Returns the exponent s = 1/T, exactly whole where T is 1/n up to rounding."""
     exponent = 1.0 / float(temperature)
-    if math.isinf(exponent):
+    if math.isinf(exponent) or abs(exponent - round(exponent)) > WHOLE_TOLERANCE * exponent:
         return exponent
-    return float(round(exponent)) if abs(exponent - round(exponent)) <= WHOLE_TOLERANCE * exponent else exponent
+    return float(round(exponent))
 
 
 # Which samples are the same patch
@@ -61,7 +58,7 @@ def first_occurrences(patches_BNK: Tensor) -> Tensor:
 
     Exact for any K and vocabulary; token ids must lie in [0, 2^32).
     """
-    if 0 < patches_BNK.numel() * patches_BNK.shape[1] <= _max_comparisons(patches_BNK.device):
+    if 0 < patches_BNK.numel() * patches_BNK.shape[1] <= MAX_COMPARISONS["cpu" if patches_BNK.is_cpu else "other"]:
         patches_KBN = patches_BNK.movedim(-1, 0)
         equal_BNN = (patches_KBN[..., None] == patches_KBN[..., None, :]).all(0)
         return equal_BNN.view(torch.uint8).argmax(-1)
@@ -76,13 +73,9 @@ def first_occurrences(patches_BNK: Tensor) -> Tensor:
     return first_of_rank_BN.gather(-1, rank_BN)
 
 
-def _max_comparisons(device: torch.device) -> int:
-    return MAX_COMPARISONS["cpu" if device.type == "cpu" else "other"]
-
-
 def occurrence_counts(first_BN: Tensor) -> Tensor:
     """Returns for each sample how many of its row are the same patch, (B, N)."""
-    if first_BN.numel() * first_BN.shape[1] <= _max_comparisons(first_BN.device):
+    if first_BN.numel() * first_BN.shape[1] <= MAX_COMPARISONS["cpu" if first_BN.is_cpu else "other"]:
         return (first_BN[..., None] == first_BN[..., None, :]).sum(-1)
     return torch.zeros_like(first_BN).scatter_add_(-1, first_BN, torch.ones_like(first_BN)).gather(-1, first_BN)
 
@@ -94,10 +87,9 @@ def repetition_log_weights(num_samples: int, exponent: float, device: torch.devi
     """Returns log C(c, s) for c = 0 … N repetitions at the exponent s = 1/T, (N + 1,), float64.
 
     C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)), and zero (log: -inf) for c <= s - 1. For a whole s = n these are
-    the binomials of the paper's Algorithm 2. Between whole numbers they are what Algorithm 1 says about N samples: with
-    c hits, C(c, s) / C(N, s) is the unbiased estimate of the series p^s = p^n sum_k a_k (1-p)^k that Algorithm 1 sums
-    by its restarts, cut off at k = N - n. The weights are continuous in s. Below s = 1 a patch that was never seen has
-    a weight, too.
+    the binomials of the paper's Algorithm 2. Between whole numbers, C(c, s) / C(N, s) of a patch seen c times is the
+    unbiased estimate of the series p^s = p^n sum_k a_k (1-p)^k that Algorithm 1 sums by its restarts, cut off at
+    k = N - n. The weights are continuous in s. Below s = 1 a patch that was never seen has a weight, too.
     """
     count = torch.arange(num_samples + 1, dtype=torch.float64, device=device)
     log_weights = torch.lgamma(count + 1) - math.lgamma(exponent + 1) - torch.lgamma(count - exponent + 1)
@@ -107,9 +99,8 @@ def repetition_log_weights(num_samples: int, exponent: float, device: torch.devi
 def candidate_log_weights(first_BN: Tensor, temperature: float) -> Tensor:
     """Returns the unnormalised log probability of choosing each sample by the batch rule, (B, N), float32.
 
-    A patch seen c times weighs C(c, 1/T), all of it on its first occurrence. A row in which that leaves nothing falls
-    back to smaller exponents n-1, n-2, ..., which ends at equal weights for the patches seen most often. At T > 1 the
-    patches seen once also carry the weight of the unseen ones, see `unseen_log_weight`.
+    A patch seen c times weighs C(c, 1/T), all of it on its first occurrence. Where that leaves nothing of a row, the
+    patches seen most often weigh the same. At T > 1 patches seen once also carry `unseen_log_weight`.
     """
     num_samples = first_BN.shape[1]
     counts_BN = occurrence_counts(first_BN)
@@ -125,8 +116,7 @@ def unseen_log_weight(counts_BN: Tensor, temperature: float) -> Tensor:
     """Returns, at T > 1, the log weight of all unseen patches together per patch seen once, (B, 1), float32.
 
     From f1 patches seen once and f2 seen twice, f1 (f1 - 1) / (2 (f2 + 1)) is Chao's estimate (1984) of the number of
-    unseen patches, each of which weighs C(0, 1/T). Patches seen once are most like them, and stand for them: where a
-    patch is as rare as that, which one it is contributes least to the error.
+    unseen patches, each of which weighs C(0, 1/T). Patches seen once, as the most like them, stand for them.
     """
     once_B1 = (counts_BN == 1).sum(-1, keepdim=True)
     twice_B1 = (counts_BN == 2).sum(-1, keepdim=True) / 2
@@ -136,11 +126,7 @@ def unseen_log_weight(counts_BN: Tensor, temperature: float) -> Tensor:
 
 @cached_per_device
 def _log_weight_table(num_samples: int, temperature: float, device: torch.device) -> Tensor:
-    """Returns the log weights of 0 … N repetitions, float32.
-
-    Where C(c, 1/T) is 0, counts get so low weights, lower for smaller counts, that they are 0 in float32 beside any
-    larger count; in a row without larger counts the largest ones weigh 1.
-    """
+    """Returns log C(c, 1/T) for c = 0 … N, float32; where C is 0, so low that any larger c outweighs it."""
     log_weights = repetition_log_weights(num_samples, inverse_temperature(temperature), float64_device(device))
     steps_down = torch.arange(-num_samples - 1, 0, dtype=torch.float64, device=log_weights.device) * NO_WEIGHT
     return torch.where(log_weights == -math.inf, steps_down, log_weights).to(device, torch.float32)
@@ -203,8 +189,7 @@ def sample_by_weight(
 def compared_pairs(temperature: float) -> Pairs:
     """Returns which pairs of samples the attempts of Algorithm 1 compare: 2i with 2i + 1, i with i + 1, or all.
 
-    Where 1/T is a whole n, an attempt continues as long as each sample equals the one before it. At n = 2 it reads two
-    samples whatever they are, so that samples 2i and 2i + 1 are compared and no others.
+    Where 1/T is whole, an attempt compares each sample with the one before it; at 1/T = 2 it always reads two samples.
     """
     exponent = inverse_temperature(temperature)
     if not exponent.is_integer():
@@ -217,21 +202,16 @@ def first_accepted_attempt(
 ) -> Tensor:
     """Runs Algorithm 1 along each row's samples and returns where its first accepted attempt starts, (B,).
 
-    N stands for a row without one. With n = floor(1/T) and alpha = 1/T - n, an attempt reads samples until one differs
-    from its first, or until n are equal. Then, if alpha > 0, it reads on: at further sample i it accepts if that equals
-    the n, and otherwise restarts with probability alpha / i. The next attempt starts at the first unread sample, so
-    that every attempt sees fresh samples.
+    N stands for a row without one. With n = floor(1/T) and alpha = 1/T - n, an attempt reads samples until one
+    differs from its first, or until n are equal. Then, if alpha > 0, it reads on: at further sample i it accepts if
+    that equals the n, and otherwise restarts with probability alpha / i. The next attempt starts at the first unread
+    sample. `circular`: one that runs out of samples reads on from the row's first one, up to its own start.
 
-    Args:
-        first_BN (`(B, N)`): first occurrences; of the pairs that `compared_pairs` names.
-        uniform_BN (`(B, N)`): uniform on [0, 1), for the attempt that starts at a sample; None where 1/T is whole.
-        temperature: T.
-        circular: an attempt that runs out of samples reads on from the row's first one, up to its own start.
+    `first_BN` need compare only the pairs that `compared_pairs` names. `uniform_BN`, on [0, 1), is for the attempt
+    that starts at a sample; None where 1/T is whole.
     """
-    exponent = inverse_temperature(temperature)
-    whole = math.floor(exponent)
-    fraction = exponent - whole
-    num_samples = first_BN.shape[-1]
+    exponent, num_samples = inverse_temperature(temperature), first_BN.shape[-1]
+    whole, fraction = math.floor(exponent), exponent % 1
     start_N = arange(num_samples, first_BN.device)
     if exponent == 2 and num_samples > 1:  # each attempt reads two samples, whatever they are
         differs_BP = first_BN[:, :-1:2] != first_BN[:, 1::2]
@@ -243,7 +223,8 @@ def first_accepted_attempt(
     if fraction > 0:
         assert uniform_BN is not None, "attempts restart by chance where 1/T is not whole"
         last_N = (start_N + whole - 1).clamp(max=num_samples - 1)
-        gives_up_BN = last_N + _restart_times(uniform_BN, fraction)
+        restarted_by_N = _restart_table(num_samples, fraction, first_BN.device)
+        gives_up_BN = last_N + (1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True))
         next_start_BN = torch.where(accepts_BN, gives_up_BN + 1, next_start_BN)
         meets_BN = _next_equal(first_BN, circular)[:, last_N]
         accepts_BN = accepts_BN & (meets_BN <= gives_up_BN) & (circular | (meets_BN < num_samples))
@@ -264,9 +245,7 @@ def choose_at_limit(first_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tenso
     accepts when it has read them all without a restart. Averaged over the orders of N samples, this accepts a patch in
     proportion to its batch weight C(c, 1/T). Dropping such attempts instead would discriminate against rare patches
     (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
-    at 1/T a whole number all of them: nothing waits there.
-
-    The arguments are those of `first_accepted_attempt` and `sample_by_weight`, with first occurrences of all pairs.
+    at 1/T a whole number all of them: nothing waits there. `first_RN` compares all pairs.
     """
     by_weight_R = sample_by_weight(first_RN, noise_RN, temperature)
     if uniform_RN is None:
@@ -275,15 +254,9 @@ def choose_at_limit(first_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tenso
     return torch.where(start_R < first_RN.shape[1], start_R, by_weight_R)
 
 
-def _restart_times(uniform_BN: Tensor, fraction: float) -> Tensor:
-    """Returns the i >= 1 of each attempt's first restart, each with probability alpha / i; N + 1 for later ones."""
-    restarted_by_N = _restart_table(uniform_BN.shape[-1], fraction, uniform_BN.device)
-    return 1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True)
-
-
 @cached_per_device
 def _restart_table(num_samples: int, fraction: float, device: torch.device) -> Tensor:
-    """Returns the probability of a restart by the i-th further sample, i = 1 … N, float32."""
+    """Returns the probability of a restart by the i-th further sample, i = 1 … N, float32; alpha / i each time."""
     further_N = torch.arange(1, num_samples + 1, dtype=torch.float64, device=float64_device(device))
     return (1 - torch.cumprod(1 - fraction / further_N, dim=0)).to(device, torch.float32)
 

@@ -1,13 +1,13 @@
 """The candidate patches of one generation step: sampled as latent vectors, decoded no further than needed.
 
-The sampling methods ask only which candidates of a row are the same patch. Two patches are the same when all K tokens
-are, so a candidate whose token at one position no other has is unique, and its other tokens matter only if it is
-chosen. `LazyCandidateBatch` decodes position by position on that ground, and only candidates of the pairs that are
-compared; `CandidateBatch` decodes every token of every candidate at once, and is what the lazy one is tested against.
+The sampling methods ask only which candidates of a row are the same patch. A candidate whose token at one position no
+other has is unique, and its other tokens matter only if it is chosen. So `LazyCandidateBatch` decodes position by
+position, and only candidates of the pairs that are compared; `CandidateBatch` decodes every token of every candidate
+at once, and is what the lazy one is tested against.
 
-Axes: B rows of the step, R of these that still draw, N candidates of a row so far, n new ones, D hidden size, K tokens
-per patch, Z latent size, d width of the decoder, V vocabulary, C candidates of a chunk, M tokens to read, U candidates
-that they belong to, k some of the K, D distinct patches among the candidates, S steps.
+Axes: B rows of the step, R of these that still draw, N candidates of a row so far, n new ones, D hidden size or distinct
+patches, K tokens per patch, Z latent size, d width of the decoder, V vocabulary, C candidates of a chunk, M tokens to
+read, U candidates that they belong to, k some of the K, S steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NO_TOKEN = -1
 
 
 class CandidateBatch:
-    """Samples candidates of each row's next patch, and decodes all of them at once: `generation_calm_samplers.Candidates`.
+    """Samples `Candidates` of each row's next patch, and decodes all of them at once.
 
     Args:
         head: samples latent vectors.

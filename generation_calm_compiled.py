@@ -37,18 +37,8 @@ MAX_COMPILED_STEPS = 64  # of a model
 class CompiledStep:
     """Takes the steps of one call of `generate`: the first, which reads the prompt, eagerly, the others as a graph.
 
-    Args:
-        first_step: takes the first step.
-        model: the one that generates.
-        cache: a static one.
-        sampling: how patches are chosen.
-        generator: randomness, or a generator a row.
-        config: of `torch.compile`.
-        prompt: what the first step reads, `input_ids` and the `attention_mask` by patch or `None`.
-        forbids: whether tokens may be forbidden in any step: the graph then always takes a mask of these.
-
-    Raises:
-        ValueError: a model or a cache that can't be compiled.
+    `prompt` has `input_ids` and, by patch, an `attention_mask` or None. With `forbids` tokens may be forbidden in any
+    step: the graph then always takes a mask of these. Raises ValueError for a model or a cache that can't be compiled.
     """
 
     def __init__(
@@ -99,16 +89,8 @@ class CompiledStep:
         forbidden_KV = self.nothing_forbidden_KV if forbidden_KV is None else forbidden_KV
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(specialize_float=True):  # the options are the graph's own, T and all
-            sample: PatchSample = self.step(
-                self.unread_BK,
-                self.position_1,
-                self.positions_P,
-                self.padding_B,
-                self.cache,
-                self.sampling,
-                forbidden_KV,
-                noise,
-            )
+            reads = self.unread_BK, self.position_1, self.positions_P, self.padding_B, self.cache
+            sample: PatchSample = self.step(*reads, self.sampling, forbidden_KV, noise)
         self.position_1 = self.position_1 + 1
         is_exact = sample.is_exact
         is_exact = state.select(is_exact.clone()) if isinstance(is_exact, Tensor) else is_exact
@@ -135,11 +117,13 @@ def predraw_noise(model: Any, sampling: PatchSampling, num_rows: int, generator:
     context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
     num_samples, rows_B = sampling.samples_in_one_block, arange(num_rows, context_BD.device)
     randomness = model.step_randomness(sampling, generator, context_BD)
-    noise = dict(randomness.predrawn_head_noise(model.head, context_BD, rows_B, num_samples))
+    noise = randomness.head_noise(model.head, context_BD, rows_B, num_samples)
+    if "generator" in noise:  # one for all rows, which gives no tensors yet
+        noise = model.head.predrawn_noise(num_samples, num_rows, context_BD, noise["generator"])
     if sampling.do_sample and not sampling.takes_single_sample:
         if not sampling.uses_batch_rule and not inverse_temperature(sampling.temperature).is_integer():
-            noise["uniform"] = randomness.uniform(rows_B, num_samples)
-        noise["exponential"] = randomness.exponential(rows_B, num_samples)
+            noise["uniform"] = randomness.numbers("uniform", rows_B, num_samples)
+        noise["exponential"] = randomness.numbers("exponential", rows_B, num_samples)
     return noise
 
 
@@ -160,8 +144,7 @@ def _step_of(model: Any):
         forbidden_KV: Tensor | None,
         noise: dict[str, Tensor],
     ) -> PatchSample:
-        calm = reference()
-        assert calm is not None
+        calm: Any = reference()
         is_seen_BP = (positions_P <= position_1) & (positions_P >= padding_B[:, None])
         hidden = torch.finfo(calm.dtype).min
         mask_B11P = torch.zeros_like(is_seen_BP, dtype=calm.dtype).masked_fill(~is_seen_BP, hidden)[:, None, None]

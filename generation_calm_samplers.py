@@ -1,20 +1,15 @@
 """Chooses patches by temperature from samples of them: the options, the methods, and where random numbers come from.
 
-The target at temperature T is P(x)^(1/T) / Z over whole patches x, when all one can do is draw samples of P. The methods
-make a batch of candidates draw, and return the index of the one chosen for each row; none knows a token:
+The target at temperature T is P(x)^(1/T) / Z over whole patches x, given only samples of P. The methods make a batch
+of candidates draw, and return the index of the one chosen for each row; none knows a token:
 
-- `single_sample`              T = 1;
-- `batch_temperature_select`   weighs the distinct patches among N samples (paper, Algorithm 2, extended to every T), and
-                               truncates by weight (top-k, top-p, min-p);
-- `exact_temperature_sample`   the paper's Algorithm 1, drawing in growing blocks up to a limit, then the batch rule;
-- `most_frequent_patch`        the mode of N samples, for `do_sample=False`.
-
-The exact one asks only which samples are equal; where 1/T is whole, only of the pairs that its attempts compare. And it
-draws the noise of the choice among distinct ones before it asks. So candidates need not all be decoded.
+- `batch_temperature_select`: weighs the distinct patches among N samples (paper, Algorithm 2, extended to every T),
+  and truncates by weight (top-k, top-p, min-p);
+- `exact_temperature_sample`: the paper's Algorithm 1, drawing in growing blocks up to a limit, then the batch rule;
+- `most_frequent_patch`: the mode of N samples, for `do_sample=False`.
 
 Rows are independent. What depends on samples stays on their device, but that after each block of the exact method the
-host reads, once, which rows are done. Axes: B rows of a step, R rows that still draw, N samples of a row, K tokens per
-patch, D hidden size.
+host reads, once, which rows are done. Axes: B rows, R of these that still draw, N samples of a row, D hidden size.
 """
 
 from __future__ import annotations
@@ -50,23 +45,18 @@ from .kernels_calm import as_tensor
 if TYPE_CHECKING:
     from .heads_calm import GenerativeHead
 
-MIN_BLOCK_SIZE = (
-    4  # samples of the exact method's first block, at least; their number then doubles until a row is done
-)
+MIN_BLOCK_SIZE = 4  # samples of the exact method's first block, at least
 BLOCK_COST = 15  # of a block beside its samples, in samples: the weights of head and vocabulary are read anew
 FIRST_GUESS = 64  # samples that a row is expected to need before any step has been taken
-STEPS_REMEMBERED = 32
 MAX_SAMPLES_PER_STEP = 2**22  # about a kilobyte is kept of each: 4 GB
 MAX_TEMPERATURE = 2.0  # above, most of the distribution is patches that were not drawn
 EXACT_LIMIT = 10  # most samples of the exact method, in units of num_candidates
-FIRST_CHUNK = 32  # samples
-NOISE_KINDS: tuple[str, ...] = ("uniform", "exponential", "head")
+FIRST_CHUNK = 32  # samples; their noise is drawn at once where each row has a generator
+NumberKind = Literal["uniform", "exponential"]  # on [0, 1), and of mean 1
+NOISE_KINDS: tuple[str, ...] = (*get_args(NumberKind), "head")
 
 SamplingMethod = Literal["batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
-
-
-# The options
 
 
 def _is_number(value: object, kind: type = numbers.Real) -> bool:
@@ -98,21 +88,18 @@ def check_num_candidates(num_candidates: int, temperature: float) -> None:
 
 @dataclass(frozen=True)
 class PatchSampling:
-    """Holds the options of `generate` that say how a patch is chosen, and chooses.
-
-    Each field may be an argument of the call or a field of the generation configuration.
+    """Chooses patches by the options of `generate`, which its call or the generation configuration gives.
 
     Args:
         do_sample: False takes the most frequent of the candidates, drawn with a fixed seed.
-        temperature: T in (0, 2]; the target distribution is P(patch)^(1/T), normalised.
+        temperature: T in (0, 2].
         num_candidates: N, patches drawn per step unless T = 1 without truncation or logits processors.
         sampling_method: "batch" draws all N and weighs them (paper, Algorithm 2). "exact" draws in growing blocks
             until Algorithm 1 has a result, and takes the batch result after 10·N samples without one. "adaptive" is
             the same with a limit of N samples: at T = 1/n no further from the target than "batch", and faster where
             patches repeat. At T > 1, or with a truncation, all three are "batch".
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
-            are the same (see generation_calm_candidates.py). `None` is True on a CPU. With logits processors every
-            candidate is drawn, decoded in full and weighed.
+            are the same. `None` is True on a CPU. With logits processors every candidate is decoded in full.
         top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`.
 
     Raises:
@@ -154,10 +141,7 @@ class PatchSampling:
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig, **overrides) -> PatchSampling:
-        """Reads the options from a generation configuration; `overrides` that are not None take precedence.
-
-        Overrides of other names are ignored.
-        """
+        """Reads the options from a generation configuration; `overrides` of their names, not None, take precedence."""
         settings: dict[str, Any] = {"do_sample": False}  # upstream's default
         for name in cls.option_names():
             value = overrides.get(name)
@@ -198,16 +182,12 @@ class PatchSampling:
     def choose(
         self, candidates: Candidates, generator: Randomness = None, schedule: BlockSchedule | OneBlock | None = None
     ) -> tuple[Tensor, Tensor | bool]:
-        """Makes the candidates draw, and chooses one for each row.
-
-        Returns:
-            The index of the chosen candidate of each row (B,); and whether it is an exact sample of P^(1/T)/Z, one
-            value for all rows or (B,).
-        """
+        """Makes candidates draw; returns each row's chosen index (B,), and whether it is exact, one value or (B,)."""
         if not self.do_sample:
             return most_frequent_patch(candidates, self.num_candidates), False
         if self.takes_single_sample and not candidates.has_processors:
-            return single_sample(candidates), True
+            candidates.extend(candidates.rows_B, 1)
+            return torch.zeros_like(candidates.rows_B), True
         if self.uses_batch_rule or candidates.has_processors:
             settings = self.temperature, self.num_candidates, generator, self.truncation
             return batch_temperature_select(candidates, *settings), False
@@ -230,8 +210,7 @@ class Candidates(Protocol):
     Args:
         rows_B: the numbers of the rows, 0 … B − 1, on the device of all answers.
         has_processors: whether logits processors weigh candidates: then all must be drawn and weighed.
-        processor_log_weights_BN: the natural logarithm of what they multiply each candidate's probability by; equal
-            patches have equal ones. None without processors.
+        processor_log_weights_BN: log of what they multiply each patch's probability by, or None.
     """
 
     rows_B: Tensor
@@ -240,28 +219,14 @@ class Candidates(Protocol):
 
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
         """Draws more samples for each of these rows, which must have drawn in every call before."""
-        ...
 
     def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Returns for each sample of these rows the index of the first one that equals it, (R, N).
 
-        Args:
-            rows_R: numbers of the rows.
-            pairs: the pairs that must be told apart: samples 2i and 2i + 1 ("disjoint"), i and i + 1 ("adjacent"), or
-                all. Other equal samples may have two indices.
-            noise_RN: the sample with the least noise will be chosen if all are distinct: it may be decoded in advance.
+        Only samples that `pairs` compares need be told to be equal, see `compared_pairs`. If all are distinct, the one
+        with the least noise will be chosen: it may be decoded in advance.
         """
         ...
-
-    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
-        """Returns the patch of one sample of each of these rows, (R, K)."""
-        ...
-
-
-def single_sample(candidates: Candidates) -> Tensor:
-    """Draws one sample of each row, which is T = 1, and returns its index, (B,)."""
-    candidates.extend(candidates.rows_B, 1)
-    return torch.zeros_like(candidates.rows_B)
 
 
 def most_frequent_patch(candidates: Candidates, num_samples: int) -> Tensor:
@@ -283,14 +248,14 @@ def batch_temperature_select(
     generator: Randomness = None,
     truncation: Truncation = NO_TRUNCATION,
 ) -> Tensor:
-    """Chooses one of N samples of each row, approximately by P^(1/T)/Z (paper, Algorithm 2), and returns its index, (B,).
+    """Samples P^(1/T)/Z approximately from N samples of each row (paper, Algorithm 2), and returns the index, (B,).
 
     The published rule takes T = 1/n: a patch seen c >= n times weighs C(c, n); where there is none, n-1, and so on.
     `repetition_log_weights` extends it to every T. Raises ValueError for T outside (0, 2] and for N < 1/T.
     """
     check_num_candidates(num_samples, temperature)
     candidates.extend(candidates.rows_B, num_samples)
-    noise_BN = StepRandomness.of(generator).exponential(candidates.rows_B, num_samples)
+    noise_BN = StepRandomness.of(generator).numbers("exponential", candidates.rows_B, num_samples)
     first_BN = candidates.first_occurrences(candidates.rows_B)
     return sample_by_weight(first_BN, noise_BN, temperature, truncation, candidates.processor_log_weights_BN)
 
@@ -304,9 +269,8 @@ def exact_temperature_sample(
 ) -> tuple[Tensor, Tensor]:
     """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_samples` samples of P a row.
 
-    Each block doubles the number of samples; a row with an accepted attempt stops, and only the others draw on. A row
-    that reaches `max_samples` without one chooses from what it has, see `choose_at_limit`. A `schedule` that is passed
-    from step to step fits the first block to what the steps before needed.
+    Each block doubles the number of samples. A row stops at an accepted attempt, or at `max_samples` with
+    `choose_at_limit`. A `schedule` passed from step to step fits the first block to the steps before.
 
     The total-variation distance to the target is at most the fraction of rows not exact. `max_samples=num_candidates`
     makes it a substitute for `batch_temperature_select` with fewer samples: at T = 1/n the distance was no larger in
@@ -314,8 +278,7 @@ def exact_temperature_sample(
     TestFallback). Raises ValueError for T outside (0, 1] and for max_samples < 1/T.
 
     Returns:
-        index of the sample chosen (B,), on the candidates' device, and whether an attempt was accepted (B,), on the
-        CPU.
+        index of the sample chosen (B,), and whether an attempt was accepted (B,), on the CPU.
     """
     check_num_candidates(max_samples, temperature)
     if temperature > 1:
@@ -330,16 +293,15 @@ def exact_temperature_sample(
     for num_drawn, size in block_sizes(first_block, max_samples):
         candidates.extend(rows_R, size)
         if not exponent.is_integer():
-            new_RN = randomness.uniform(rows_R, size)
+            new_RN = randomness.numbers("uniform", rows_R, size)
             uniform_RN = new_RN if uniform_RN is None else torch.cat([uniform_RN, new_RN], dim=1)
         if num_drawn == max_samples:
-            noise_RN = randomness.exponential(rows_R, max_samples)
+            noise_RN = randomness.numbers("exponential", rows_R, max_samples)
         first_RN = candidates.first_occurrences(rows_R, pairs, None if pairs == "all" else noise_RN)
         starts = first_accepted_attempt(first_RN, uniform_RN, temperature).tolist()
         open_rows = [i for i, start in enumerate(starts) if start == num_drawn]
         for row, start in zip(left, starts, strict=True):
-            if start < num_drawn:
-                chosen[row] = start
+            chosen[row] = start
         schedule.note(start + attempt_length for start in starts if start < num_drawn)
         if len(open_rows) < len(left):
             left, open_R = [left[i] for i in open_rows], as_tensor(open_rows, rows_R.device)
@@ -361,16 +323,12 @@ def exact_temperature_sample(
 def one_block_temperature_sample(
     candidates: Candidates, temperature: float, num_samples: int, generator: Randomness = None
 ) -> tuple[Tensor, Tensor]:
-    """Samples as `exact_temperature_sample`, all in one block, and returns index and acceptance (B,) on the device.
-
-    It draws more, and the host reads nothing. The distribution depends on no block size, so it is the same.
-    """
+    """Samples as `exact_temperature_sample`, in one block: the host reads nothing, both results are on the device."""
     check_num_candidates(num_samples, temperature)
-    randomness, uniform_BN = StepRandomness.of(generator), None
+    randomness, is_whole = StepRandomness.of(generator), inverse_temperature(temperature).is_integer()
     candidates.extend(candidates.rows_B, num_samples)
-    if not inverse_temperature(temperature).is_integer():
-        uniform_BN = randomness.uniform(candidates.rows_B, num_samples)
-    noise_BN = randomness.exponential(candidates.rows_B, num_samples)
+    uniform_BN = None if is_whole else randomness.numbers("uniform", candidates.rows_B, num_samples)
+    noise_BN = randomness.numbers("exponential", candidates.rows_B, num_samples)
     first_BN = candidates.first_occurrences(candidates.rows_B)
     start_B = first_accepted_attempt(first_BN, uniform_BN, temperature)
     fallback_B = choose_at_limit(first_BN, uniform_BN, noise_BN, temperature)
@@ -391,7 +349,7 @@ def block_sizes(first: int, max_samples: int) -> Iterator[tuple[int, int]]:
 
 
 class OneBlock:
-    """Stands in the place of a `BlockSchedule`: all is drawn in one block, and the host reads nothing."""
+    """Stands in the place of a `BlockSchedule` for `one_block_temperature_sample`."""
 
 
 @dataclass(eq=False)
@@ -401,7 +359,7 @@ class BlockSchedule:
     Small blocks waste no samples, large ones read the weights less often. The distribution is the same either way.
     """
 
-    needed: deque = field(default_factory=partial(deque, maxlen=STEPS_REMEMBERED))  # samples, of the last rows
+    needed: deque = field(default_factory=partial(deque, maxlen=32))  # samples, of the last 32 rows
 
     def note(self, num_samples: Iterable[int]) -> None:
         """Remembers after how many samples rows had their patch."""
@@ -435,49 +393,30 @@ class StepRandomness:
             return generator
         return RowRandomness(generator) if isinstance(generator, Sequence) else StepRandomness(generator)
 
-    def uniform(self, rows_R: Tensor, num_samples: int) -> Tensor:
-        """Returns float32 numbers on [0, 1), (R, N), for N more samples of these rows, which were in every call before."""
-        return torch.rand(len(rows_R), num_samples, generator=self.generator, device=rows_R.device)
-
-    def exponential(self, rows_R: Tensor, num_samples: int) -> Tensor:
-        """Returns standard exponential variates; otherwise as `uniform`."""
+    def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:
+        """Returns float32 numbers (R, N) for N more samples of these rows, which were in every call before."""
+        if kind == "uniform":
+            return torch.rand(len(rows_R), num_samples, generator=self.generator, device=rows_R.device)
         noise_RN = torch.empty(len(rows_R), num_samples, device=rows_R.device, dtype=torch.float32)
         return noise_RN.exponential_(generator=self.generator)
 
     def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict[str, Any]:
-        """Returns the source of randomness of `head.sample` as keyword arguments; otherwise as `uniform`."""
+        """Returns the source of randomness of `head.sample`, a generator or tensors, as keyword arguments."""
         return {"generator": self.generator}
-
-    def predrawn_head_noise(
-        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
-    ) -> dict[str, Tensor]:
-        """Returns the same as tensors, drawn now."""
-        return head.predrawn_noise(num_samples, len(rows_R), context_RD, self.generator)
 
 
 class PredrawnRandomness(StepRandomness):
-    """Random numbers of one step that are drawn already.
-
-    Args:
-        noise: "uniform" and "exponential" (R, N), where they are needed; the others are the head's.
-    """
+    """Random numbers of one step that are drawn already: "uniform" and "exponential" (R, N), and the head's."""
 
     def __init__(self, noise: dict[str, Tensor]):
         super().__init__()
         self.noise = noise
 
-    def uniform(self, rows_R: Tensor, num_samples: int) -> Tensor:
-        return self.noise["uniform"]
+    def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:
+        return self.noise[kind]
 
-    def exponential(self, rows_R: Tensor, num_samples: int) -> Tensor:
-        return self.noise["exponential"]
-
-    def predrawn_head_noise(
-        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
-    ) -> dict[str, Tensor]:
+    def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict[str, Any]:
         return {name: x for name, x in self.noise.items() if name not in NOISE_KINDS}
-
-    head_noise = predrawn_head_noise
 
 
 class RowRandomness(StepRandomness):
@@ -492,50 +431,34 @@ class RowRandomness(StepRandomness):
         self.streams = {kind: [_NoiseStream(of_row[i]) for of_row in seeds] for i, kind in enumerate(NOISE_KINDS)}
         self.num_taken = dict.fromkeys(NOISE_KINDS, 0)
 
-    def uniform(self, rows_R: Tensor, num_samples: int) -> Tensor:
-        return self._numbers("uniform", rows_R, num_samples, Tensor.uniform_)
-
-    def exponential(self, rows_R: Tensor, num_samples: int) -> Tensor:
-        return self._numbers("exponential", rows_R, num_samples, Tensor.exponential_)
-
-    def _numbers(self, kind: str, rows_R: Tensor, num_samples: int, fill: Callable[..., Tensor]) -> Tensor:
+    def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:
         def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-            return {"values": fill(torch.empty(size, 1, 1, device=generator.device), generator=generator)}
+            noise_N11 = torch.empty(size, 1, 1, device=generator.device)
+            return {kind: getattr(noise_N11, f"{kind}_")(generator=generator)}
 
-        return self._take(kind, rows_R, num_samples, rows_R.device, make)["values"][..., 0].T
+        return self._take(kind, rows_R, num_samples, make)[kind][..., 0].T
 
-    def predrawn_head_noise(
-        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
-    ) -> dict[str, Tensor]:
-        def make(size: int, generator: torch.Generator) -> dict[str, Tensor]:
-            return head.predrawn_noise(size, 1, context_RD, generator)
+    def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict[str, Any]:
+        return self._take("head", rows_R, num_samples, lambda size, g: head.predrawn_noise(size, 1, context_RD, g))
 
-        return self._take("head", rows_R, num_samples, context_RD.device, make)
-
-    head_noise = predrawn_head_noise
-
-    def _take(
-        self, kind: str, rows_R: Tensor, num_samples: int, device: torch.device, make: MakeNoise
-    ) -> dict[str, Tensor]:
+    def _take(self, kind: str, rows_R: Tensor, num_samples: int, make: MakeNoise) -> dict[str, Tensor]:
         """Returns the next N samples' noise of these rows, tensors (..., N, R, size)."""
-        start = self.num_taken[kind]
-        self.num_taken[kind] += num_samples
-        rows = [self.streams[kind][row].read(start + num_samples, device, make) for row in rows_R.tolist()]
-        return {
-            name: torch.cat([row[name].narrow(-3, start, num_samples) for row in rows], dim=-2) for name in rows[0]
-        }
+        start, stop = self.num_taken[kind], self.num_taken[kind] + num_samples
+        self.num_taken[kind] = stop
+        rows = [self.streams[kind][row].read(stop, rows_R.device, make) for row in rows_R.tolist()]
+        return {name: torch.cat([row[name][..., start:stop, :, :] for row in rows], dim=-2) for name in rows[0]}
 
 
+@dataclass(eq=False)
 class _NoiseStream:
     """The noise of one kind of one row's samples, drawn in chunks of 32, 32, 64, … samples.
 
-    Each chunk has a seed of its own: a generator asked for 3 numbers and then 5 need not give the 8 that it gives when
-    asked once.
+    Each chunk has its own seed: a generator asked for 3 numbers and then 5 need not give the 8 that it gives at once.
     """
 
-    def __init__(self, seed: int):
-        self.seed, self.num_drawn = seed, 0
-        self.noise: dict[str, Tensor] = {}
+    seed: int
+    num_drawn: int = 0
+    noise: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self, num_samples: int, device: torch.device, make: MakeNoise) -> dict[str, Tensor]:
         """Returns the noise of at least the first `num_samples` samples."""

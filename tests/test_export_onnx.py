@@ -15,8 +15,7 @@ from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import GenerationConfig
 
-from calm_transformers.model.generation_calm_randomness import RowRandomness
-from calm_transformers.model.generation_calm_samplers import PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling, RowRandomness
 from calm_transformers.model.generation_calm_upstream import GENERATION_SETTINGS, USED_SETTINGS
 from calm_transformers.onnx_export import export as export_onnx
 from calm_transformers.onnx_export import generate_onnx
@@ -160,14 +159,14 @@ def generate_recorded(model, monkeypatch, prompt: str, length: int, **settings):
         for name in model.head.predrawn_noise(1, 1, torch.zeros(1, model.config.hidden_size), None):
             recorded.setdefault(name, []).append(kwargs[name].numpy())
 
-    exponential = RowRandomness.exponential
+    numbers = RowRandomness.numbers
 
-    def keep_exponential(self, *args):
-        noise_RN = exponential(self, *args)
-        recorded["exponential"].append(noise_RN[0].numpy())
+    def keep_numbers(self, kind, *args):
+        noise_RN = numbers(self, kind, *args)
+        recorded[kind].append(noise_RN[0].numpy())
         return noise_RN
 
-    monkeypatch.setattr(RowRandomness, "exponential", keep_exponential)
+    monkeypatch.setattr(RowRandomness, "numbers", keep_numbers)
     hook = model.head.register_forward_pre_hook(keep_noise, with_kwargs=True)
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
     settings |= {"do_sample": True, "sampling_method": "batch", "generator": [torch.Generator().manual_seed(3)]}

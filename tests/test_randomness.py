@@ -30,10 +30,10 @@ def test_so_are_the_draws_of_a_head(head_type):
 
 @pytest.mark.parametrize("kind, law", [("uniform", "uniform"), ("exponential", "expon")])
 def test_the_numbers_have_their_law_along_a_row_and_across_rows_and_steps(kind, law):
-    along = getattr(RowRandomness([seeded(0)]), kind)(rows_of(0), 20_000)[0]
+    along = RowRandomness([seeded(0)]).numbers(kind, rows_of(0), 20_000)[0]
     assert kstest(along.numpy(), law).pvalue > 1e-3
     generators = [seeded(seed) for seed in range(500)]
-    steps = [getattr(RowRandomness(generators), kind)(torch.arange(500), 1)[:, 0] for _ in range(20)]
+    steps = [RowRandomness(generators).numbers(kind, torch.arange(500), 1)[:, 0] for _ in range(20)]
     assert kstest(torch.stack(steps).flatten().numpy(), law).pvalue > 1e-3
     assert len(torch.stack(steps).unique()) > 9_900  # no two rows, and no two steps, have the same
 

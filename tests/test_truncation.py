@@ -11,17 +11,17 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from calm_transformers.benchmarks import truncation as benchmark
 from calm_transformers.benchmarks.truncation import DISTRIBUTIONS, SampleSets, plug_in_weights, target_distribution
-from calm_transformers.model.generation_calm_samplers import (
-    batch_temperature_select,
-    exact_temperature_sample,
-)
-from calm_transformers.model.generation_calm_weights import (
+from calm_transformers.model.generation_calm_algorithms import (
     NO_TRUNCATION,
     Truncation,
     candidate_weights,
     first_occurrences,
     sample_by_weight,
     truncated,
+)
+from calm_transformers.model.generation_calm_samplers import (
+    batch_temperature_select,
+    exact_temperature_sample,
 )
 
 TRUNCATIONS = [
