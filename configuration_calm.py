@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.versions import require_version
 
 TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
-# head_type → class of the head. Heads register themselves when modeling_calm.py imports them; until then a head's fields
+# head_type → class of the head. Heads register themselves when modeling_calm.py imports them; until then their fields
 # are not checked.
 HEADS: dict[str, type] = {}
 AUTO_MAP = {

@@ -112,7 +112,7 @@ class GenerateCall:
     """Holds what upstream prepared for one call of `generate`, beside the settings and the inputs.
 
     Args:
-        stopping_criteria: evaluated after each token.
+        stopping_criteria: upstream's `StoppingCriteriaList`, evaluated for each token.
         should_continue: (whether this process has finished, device=) → whether another step must be taken: under FSDP
             and ZeRO all processes take the same number.
         processors: the number of a row and the length of its prompt → its logits processors; `None` where there are
@@ -123,7 +123,7 @@ class GenerateCall:
         compile_config: how steps are compiled; `None` runs them eagerly.
     """
 
-    stopping_criteria: Callable[[Tensor, None], Tensor]
+    stopping_criteria: Any
     should_continue: Callable[..., bool]
     processors: Callable[[int, int], LogitsProcessorList] | None = None
     pad_token: Tensor | None = None
