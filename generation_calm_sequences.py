@@ -3,11 +3,11 @@
 Stopping criteria that look at ids alone are evaluated on a whole patch at once, so that the host waits for the device
 once a step; others, as the user's own or of time, after each token, as upstream does.
 
-Upstream's logits processors act on the model's logits of the next token. CALM samples a latent vector, so processors get
-the decoder's logits of its tokens, position by position, with the ids before. The most probable token that they leave is
-taken, and the candidate's weight is multiplied by e^(that token's logit − the largest logit before processing). So a
-candidate that satisfies the processors keeps its weight, one with a penalised token weighs less, and one that was forced
-against the decoder's certainty next to nothing, unless a step has no others.
+Upstream's logits processors act on the model's logits of the next token. CALM samples a latent vector, so processors
+get the decoder's logits of its tokens, position by position, with the ids before. The most probable token that they
+leave is taken, and the candidate's weight is multiplied by e^(that token's logit − the largest logit before
+processing). So a candidate that satisfies the processors keeps its weight, one with a penalised token weighs less, and
+one that was forced against the decoder's certainty next to nothing, unless a step has no others.
 
 Axes: B batch, R rows that aren't finished, L tokens so far, K tokens per patch, k positions, C candidates of one row,
 M of them whose sequence has not ended, V vocabulary.
