@@ -1,6 +1,7 @@
 """Configurations of CALM: the autoencoder's, and the language model's, which nests it.
 
-Numbers without another source are the published CALM ones (arXiv 2510.27688 and its checkpoints).
+Defaults without another source are those of the published models (arXiv 2510.27688 and its checkpoints). Values that
+the architecture has no meaning for raise `ValueError`, and so does an autoencoder of another K, Z or vocabulary.
 """
 
 import math
@@ -12,11 +13,9 @@ from transformers.utils import logging
 from transformers.utils.versions import require_version
 
 TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
-# head_type → class of the head. The heads enter themselves when modeling_calm.py imports them; until then nothing is
-# known of them here, and their rules are checked when the model is made.
+# head_type → class of the head. Heads register themselves when modeling_calm.py imports them; until then their fields
+# are not checked.
 HEADS: dict[str, type] = {}
-# Of older config.json, without effect.
-FIELDS_OF_BEFORE = ("prompt_alignment", "repetition_radius", "repetition_radius_measured_at")
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",
     "AutoModel": "modeling_calm.CALMModel",
@@ -29,11 +28,7 @@ AUTOENCODER_AUTO_MAP = {
 
 
 def check_transformers() -> None:
-    """Warns once where transformers is newer than any that was tested.
-
-    Raises:
-        ImportError: it is older.
-    """
+    """Warns once if transformers is newer than the tested versions; raises ImportError if it is older."""
     require_version(TRANSFORMERS.partition(",")[0], f'For CALM: pip install "{TRANSFORMERS}".')
     try:
         require_version(TRANSFORMERS)
@@ -53,14 +48,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_types(config: PretrainedConfig) -> None:
-    """Raises `ValueError` for the first field whose type is none that `__init__` states, or that isn't finite."""
+    """Raises `ValueError` for the first field that isn't finite or has another type than `__init__` states."""
     hints = get_type_hints(type(config).__init__)
     for name, value in vars(config).items():
         kinds = get_args(hints.get(name)) or (hints.get(name, object),)
-        if isinstance(value, bool):
-            is_right = bool in kinds or object in kinds
-        else:
-            is_right = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+        accepted = (*kinds, int) if float in kinds else kinds
+        is_right = isinstance(value, accepted) and (type(value) is not bool or bool in kinds or object in kinds)
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         require(is_right, f"{name}={value!r}: must be of type {names}.")
         require(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: must be a finite number.")
@@ -71,23 +64,17 @@ class CALMAutoencoderConfig(PretrainedConfig):
 
     Args:
         vocab_size: V, shared with the language model.
-        hidden_size: width d of its layers.
-        intermediate_size: width f of their gated MLPs.
+        hidden_size, intermediate_size: widths d of its layers and f of their gated MLPs.
         num_encoder_layers, num_decoder_layers: of n layers the first n // 2 stand before the squeeze (encoder) or
             the expansion (decoder), the others after it. At least 1 each.
-        patch_size: K tokens per latent vector.
-        latent_size: Z.
-        encoder_context: number of patches before its own that the encoder sees as well; the decoder sees the latent
-            vector alone. Published: 0.
+        patch_size, latent_size: K tokens per latent vector, of size Z.
+        encoder_context: number of preceding patches that the encoder sees beside its own; the decoder sees the latent
+            vector alone.
         hidden_act, mlp_bias, rms_norm_eps, initializer_range: as in Llama.
-        ae_dropout: probability in training both of replacing an input token by id 0 and of dropping a latent
-            dimension (paper 2.2).
-        token_dropout, latent_dropout: the two apart; `None` is `ae_dropout`.
+        token_dropout, latent_dropout: probabilities in training of replacing an input token by id 0 and of dropping
+            a latent dimension (paper 2.2); `None`, as published, takes `ae_dropout` for both.
         kl_clamp: floor of the KL divergence, nats per latent dimension (paper 2.2).
         kl_weight: weight of the KL term beside K times the cross-entropy (paper 2.2).
-
-    Raises:
-        ValueError: a value the architecture has no meaning for.
     """
 
     model_type = "calm_autoencoder"
@@ -169,38 +156,34 @@ class CALMAutoencoderConfig(PretrainedConfig):
         return output
 
     def to_diff_dict(self):
-        """What config.json holds; of what published autoencoders lack, only what is set."""
+        """Returns what config.json holds: of the fields that published autoencoders lack, only those that are set."""
         unset = {"token_dropout": None, "latent_dropout": None, "encoder_context": 0}
         return {k: value for k, value in super().to_diff_dict().items() if k not in unset or value != unset[k]}
 
 
 class CALMConfig(LlamaConfig):
-    """Configuration of the continuous autoregressive language model: Llama's, whose positions are patches, and more.
+    """Configuration of the continuous autoregressive language model: Llama's, and the fields of head and autoencoder.
 
-    `max_position_embeddings` counts patches, not tokens.
+    Positions are patches: `max_position_embeddings` counts patches, not tokens.
 
     Args:
-        patch_size: K tokens per patch.
-        latent_size: Z, size of the vector that the head predicts.
-        head_type: "energy", "flow" or "diffusion", as published; "token_chain" draws the patch's tokens and hands on
-            their point, for small vocabularies (see heads_calm_token_chain.py).
+        patch_size, latent_size: K tokens per patch, and Z, the size of the latent vector that the head predicts.
+        head_type: "energy", "flow" or "diffusion", as published; "token_chain" samples the patch's tokens and returns
+            the sum of their latent embeddings, for small vocabularies (see heads_calm_token_chain.py).
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
-        num_context_layers: residual MLPs that the hidden state passes first, once for all draws; published heads have
-            none. A head that is trained on a frozen backbone learns much faster with one (docs/log.md).
+        num_context_layers: residual MLPs applied to the hidden state first, once for all samples. A head that is
+            trained on a frozen backbone learns much faster with one (docs/log.md).
         num_samples: N, samples per patch in the training loss (energy: head samples; flow and diffusion: targets).
-        num_posterior_samples: S, posterior draws per patch in the energy loss.
-        beta: exponent of the energy score, 0 < β < 2; published models have 1, the least whose gradient is bounded
-            where samples nearly coincide.
-        flow_time_logit_mean: in training the flow head draws times sigmoid(Normal(this, 1)); `None` is the published
-            uniform law. Below 0 it spends more on the early times, at which it is decided what a draw becomes.
-        sampling_steps: solver steps of the flow heads, respaced steps of the diffusion head; `None` is 10 and 100.
+        num_posterior_samples: S, posterior samples per patch in the energy loss.
+        beta: exponent of the energy score, 0 < β < 2; 1 is the least whose gradient is bounded where samples nearly
+            coincide.
+        flow_time_logit_mean: the flow head's training times are sigmoid(Normal(this, 1)); `None` is the published
+            uniform distribution. Values below 0 favour early times, which decide what a sample becomes.
+        sampling_steps: solver steps of the flow head, respaced steps of the diffusion head; `None` is 10 and 100.
         autoencoder_config: a `CALMAutoencoderConfig` or its dictionary; `None` takes the published one with this
             configuration's K, Z and vocabulary.
         prompt_filler_token_id: fills the first patch of a prompt on its left; `None` is the pad token.
-
-    Raises:
-        ValueError: a value the architecture has no meaning for, or an autoencoder of another K, Z or vocabulary.
     """
 
     model_type = "calm"
@@ -208,8 +191,7 @@ class CALMConfig(LlamaConfig):
     sub_configs = {"autoencoder_config": CALMAutoencoderConfig}  # pyright: ignore[reportAssignmentType]
     keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state", "hidden_states", "attentions"]
     # Llama's plans would split the backbone alone, which is not tested here.
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    base_model_tp_plan = base_model_pp_plan = None
 
     def __init__(
         self,
@@ -240,8 +222,8 @@ class CALMConfig(LlamaConfig):
         self.flow_time_logit_mean = flow_time_logit_mean
         self.sampling_steps = sampling_steps
         self.prompt_filler_token_id = prompt_filler_token_id
-        for name in FIELDS_OF_BEFORE:
-            kwargs.pop(name, None)
+        for name in ("prompt_alignment", "repetition_radius", "repetition_radius_measured_at"):
+            kwargs.pop(name, None)  # fields of older config.json, without effect
         if autoencoder_config is None:
             given = {"vocab_size": kwargs["vocab_size"]} if "vocab_size" in kwargs else {}
             autoencoder_config = CALMAutoencoderConfig(patch_size=patch_size, latent_size=latent_size, **given)
@@ -268,10 +250,8 @@ class CALMConfig(LlamaConfig):
             require(self.head_type in HEADS, f"head_type={self.head_type!r}: must be one of {tuple(HEADS)}.")
             HEADS[self.head_type].check(self)
         require(0 < self.beta < 2, f"beta={self.beta}: must lie in (0, 2), where the energy score is strictly proper.")
-        require(
-            self.sampling_steps is None or self.sampling_steps >= 1,
-            f"sampling_steps={self.sampling_steps}: must be at least 1, or None for the head's own number.",
-        )
+        steps = self.sampling_steps
+        require(steps is None or steps >= 1, f"sampling_steps={steps}: must be at least 1, or None for the default.")
         for name in ("patch_size", "latent_size", "vocab_size"):
             own, nested = getattr(self, name), getattr(self.autoencoder_config, name)
             require(own == nested, f"{name}={own}, but the autoencoder's is {nested}: they must be equal.")
@@ -283,19 +263,17 @@ class CALMConfig(LlamaConfig):
 
     def to_dict(self):
         output = super().to_dict()
-        output["autoencoder_config"] = _without_auto_map(self.autoencoder_config.to_dict())
+        output["autoencoder_config"] = self.autoencoder_config.to_dict()
+        output["autoencoder_config"].pop("auto_map")
         # Every copy names its own code: a class loaded from the Hub would leave "repository--module.Class" here.
         output["auto_map"] = dict(AUTO_MAP)
         return output
 
     def to_diff_dict(self):
-        """What config.json holds: of the autoencoder, too, what is its own."""
-        own = _without_auto_map(self.autoencoder_config.to_diff_dict())
-        return super().to_diff_dict() | {"autoencoder_config": own}
-
-
-def _without_auto_map(fields: dict) -> dict:
-    return {name: value for name, value in fields.items() if name != "auto_map"}
+        """Returns what config.json holds: of the autoencoder, too, only what differs from its defaults."""
+        output = super().to_diff_dict() | {"autoencoder_config": self.autoencoder_config.to_diff_dict()}
+        output["autoencoder_config"].pop("auto_map")
+        return output
 
 
 CALMAutoencoderConfig.register_for_auto_class()

@@ -1,7 +1,7 @@
 """Text generation of CALM under Hugging Face's `generate`: one loop that samples a patch a step and emits K tokens.
 
-Read `generate_patches` first: it prepares a call, takes steps, and collects what is returned. What `generate` asks of a
-model, and what it can't have, is in generation_calm_upstream.py; the sampling methods are in generation_calm_samplers.py.
+Read `generate_patches` first: it prepares a call, takes steps, and collects what is returned. The hooks of `generate`
+and its unsupported settings are in generation_calm_upstream.py, the sampling methods in generation_calm_samplers.py.
 Axes: B batch, R rows that are sampled, L tokens, P patches, K tokens per patch, D hidden, V vocabulary.
 """
 
@@ -41,14 +41,12 @@ from .heads_calm import GenerativeHead
 from .kernels_calm import arange, cpu_kernels
 from .modeling_calm_autoencoder import CALMAutoencoder
 
-GREEDY_SEED = 0
-
 logger = logging.get_logger(__name__)
 
 
 def takes_sampling_options(method):
-    """Adds the fields of `PatchSampling` to a method's signature, by which upstream tells arguments of `generate` from
-    misspelt ones (it reads that of `prepare_inputs_for_generation`)."""
+    """Adds the fields of `PatchSampling` to the signature of `prepare_inputs_for_generation`, by which upstream tells
+    arguments of `generate` from misspelt ones."""
     signature = inspect.signature(method)
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in PatchSampling.option_names()
@@ -59,17 +57,11 @@ def takes_sampling_options(method):
 
 
 def pack_prompts(input_ids: Tensor, attention_mask: Tensor, patch_size: int, filler: int) -> tuple[Tensor, Tensor]:
-    """Packs each prompt, without its padding, into patches that end with the prompt's last token.
+    """Packs each prompt (B, L), without its padding, into patches that end with the prompt's last token.
 
-    Args:
-        input_ids (`(B, L)`): prompts, padded anywhere.
-        attention_mask (`(B, L)`): 1 where a token is the prompt's own.
-        patch_size: K.
-        filler: id that fills the first patch of a row, and whole patches before it, on the left.
-
-    Returns:
-        ids `(B, P·K)` and the mask by patch `(B, P)`, 1 where the patch holds a token of the prompt. P is ⌈length / K⌉
-        of the longest row, at least 1.
+    Returns ids (B, P·K) and the mask by patch (B, P), 1 where the patch holds a token of the prompt. P is ⌈length / K⌉
+    of the longest row, at least 1. The id `filler` fills the first patch of a row, and whole patches before it, on the
+    left.
     """
     # A stable sort of the mask moves the padding to the left and keeps the order of the rest.
     is_own, order = attention_mask.bool().long().sort(dim=1, stable=True)
@@ -147,14 +139,9 @@ class EagerStep:
     """Takes the steps of one call of `generate`: reads the patches that are not in the cache, and samples the next.
 
     Args:
-        model: the one that generates.
         inputs: packed prompts, `input_ids` (B, P·K) and the `attention_mask` (B, P) by patch, or `None`.
-        cache: of the call; None reads the whole sequence anew in each step.
-        sampling: how patches are chosen.
-        generator: randomness, or a generator a row.
-        schedule: of blocks, passed from step to step.
-        processors (*optional*): logits processors of the call.
-        max_length: of the sequences.
+        cache: None reads the whole sequence anew in each step.
+        schedule: of the block sizes, passed from step to step.
         requested: arguments of `forward` that request hidden states or attentions.
     """
 
@@ -202,18 +189,14 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, generator=None, **kwargs):
         """Names the arguments that `generate` accepts beside its own; `generate_patches` builds its inputs itself.
 
-        Args:
-            input_ids: the prompts.
-            generator: a `torch.Generator` on the model's device in place of the global one; or a list of them, on any
-                device, one a row of the result: each row is then generated as it would be alone.
-            kwargs: inputs, and the options of `PatchSampling`.
+        `generator` is a `torch.Generator` on the model's device in place of the global one; or a list of them, on any
+        device, one a row of the result: each row is then generated as it would be alone.
         """
         inputs = {name: value for name, value in kwargs.items() if name not in PatchSampling.option_names()}
         return {"input_ids": input_ids, **inputs}
 
     def patch_sampling(self, **options) -> PatchSampling:
         """Returns how patches are chosen with these options; the others are the generation configuration's."""
-        assert self.generation_config is not None, "a model that generates has one"
         return PatchSampling.from_generation_config(self.generation_config, **options)
 
     compute_patch_scores = staticmethod(compute_patch_scores)
@@ -233,9 +216,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         step, outputs = self.prepare_steps(input_ids, generation_config, call, cache, min_length, model_kwargs)
         state = GenerationState(input_ids, call)
         while call.should_continue(state.is_finished, device=input_ids.device):
-            sample = step(
-                state, self.forbidden_tokens(min_length - state.ids_BL.shape[1], call.eos_tokens, input_ids.device)
-            )
+            num_left = min_length - state.ids_BL.shape[1]
+            sample = step(state, self.forbidden_tokens(num_left, call.eos_tokens, input_ids.device))
             outputs.add(sample, state)
             step.read_next(state.append(sample.patches))
         if call.streamer is not None:
@@ -251,11 +233,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         min_length: int,
         model_kwargs: dict,
     ) -> tuple[EagerStep | CompiledStep, GenerationOutputs]:
-        """Checks and prepares one call: packs prompts, and reads virtual tokens and early chunks into the cache.
-
-        Returns:
-            The kind of step that it takes, and what collects its outputs.
-        """
+        """Checks and prepares one call: packs prompts, and reads virtual tokens and early chunks into the cache."""
         sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
         sampling.check_num_rows(len(input_ids))
         generator, mask = model_kwargs.get("generator"), model_kwargs.get("attention_mask")
@@ -323,7 +301,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """Returns one step's random numbers, without `do_sample` the same in every step and row."""
         if sampling.do_sample or isinstance(generator, StepRandomness):
             return StepRandomness.of(generator)
-        fixed = torch.Generator(like.device).manual_seed(GREEDY_SEED)
+        fixed = torch.Generator(like.device).manual_seed(0)
         return PredrawnRandomness(self.head.predrawn_noise(sampling.num_candidates, 1, like, fixed))
 
     def new_candidates(
@@ -352,19 +330,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
         pad_token: Tensor | int | None = None,
         bos_token: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Packs prompts as the first forward pass takes them.
+        """Packs prompts (B, L), padded anywhere, for the first forward pass.
 
-        Args:
-            input_ids (`(B, L)`): prompts, padded anywhere.
-            attention_mask (`(B, L)`, *optional*): 1 where a token is the prompt's own.
-            pad_token: the id to fill patches with where the configuration has none.
-            bos_token: the id that starts empty prompts.
-
-        Returns:
-            `input_ids` (B, P·K) and, by patch, `attention_mask` (B, P).
-
-        Raises:
-            ValueError: an empty prompt without a `bos_token`.
+        Returns `input_ids` (B, P·K) and, by patch, `attention_mask` (B, P). `pad_token` fills patches if the
+        configuration has no id for that; `bos_token` starts empty prompts, which raise ValueError without it.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         is_empty_B1 = ~mask.any(-1, keepdim=True)

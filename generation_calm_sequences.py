@@ -3,19 +3,20 @@
 Stopping criteria that look at ids alone are evaluated on a whole patch at once, so that the host waits for the device
 once a step; others, as the user's own or of time, after each token, as upstream does.
 
-Upstream's logits processors act on the model's logits of the next token. CALM samples a latent vector, and the
-decoder's logits say which tokens it stands for, position by position. So processors get these, with the ids before; the
-most probable token that they leave is taken; and the candidate's weight is multiplied by e^(that token's logit − the
-largest logit before processing). A candidate that satisfies the processors keeps its weight, one with a penalised token
-weighs less, and one that was forced against the decoder's certainty next to nothing, unless a step has no others.
+Upstream's logits processors act on the model's logits of the next token. CALM samples a latent vector, so processors
+get the decoder's logits of its tokens, position by position, with the ids before. The most probable token that they
+leave is taken, and the candidate's weight is multiplied by e^(that token's logit − the largest logit before
+processing). So a candidate that satisfies the processors keeps its weight, one with a penalised token weighs less, and
+one that was forced against the decoder's certainty next to nothing, unless a step has no others.
 
 Axes: B batch, R rows that aren't finished, L tokens so far, K tokens per patch, k positions, C candidates of one row,
-V vocabulary.
+M of them whose sequence has not ended, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,29 +29,23 @@ if TYPE_CHECKING:
     from .generation_calm_upstream import GenerateCall
 
 TOKEN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)  # they look at ids alone
-
 Processors = Callable[..., Tensor]  # ids (M, L), logits (M, V) float32 → logits (M, V)
 
 
 class GenerationState:
-    """Holds prompts and the tokens generated so far, and appends patches to them.
-
-    Args:
-        prompts_BL: ids of the prompts.
-        call: whose stopping criteria, padding and streamer are used.
+    """Holds prompts and the tokens generated so far, and appends patches under the call's stopping criteria.
 
     Attributes:
         ids_BL: prompts and what was appended, with padding after a row's end.
-        active_rows: numbers of the rows to be sampled, on the host: of those that aren't finished, or of all once all
-            are, for then this process only keeps up with others.
+        active_rows: numbers of the rows to be sampled: those that aren't finished, or all once all are, for then this
+            process only keeps up with others.
     """
 
     def __init__(self, prompts_BL: Tensor, call: GenerateCall):
         self.ids_BL, self.call = prompts_BL, call
         self.is_finished = False
         self.active_rows = list(range(len(prompts_BL)))
-        criteria: Any = call.stopping_criteria
-        self.criteria: list[Any] = criteria if isinstance(criteria, list) else [criteria]
+        self.criteria = call.stopping_criteria
         self.are_on_tokens = set(map(type, self.criteria)) <= set(TOKEN_CRITERIA)
 
     def select(self, values_B: Tensor) -> Tensor:
@@ -62,11 +57,8 @@ class GenerationState:
     def append(self, patches_RK: Tensor) -> Tensor:
         """Appends a patch to each unfinished row, up to its end, and padding to the others.
 
-        Args:
-            patches_RK: of the active rows, or of all.
-
-        Returns:
-            The patches of all rows (B, K), as the model is to read them: zeros for rows that were not sampled.
+        Takes patches of the active rows, or of all (B, K), and returns those of all, which the model reads next: zeros
+        for rows that were not sampled.
         """
         patches_BK = patches_RK.to(self.ids_BL.device)
         if len(patches_BK) < len(self.ids_BL):
@@ -112,8 +104,7 @@ class GenerationState:
     def _ends(self, criterion: Any, patches_BK: Tensor) -> Tensor:
         """Returns whether the sequence would end with each of a patch's tokens, (B, K)."""
         if isinstance(criterion, EosTokenCriteria):  # looks at the last token of its rows
-            last_token = patches_BK.reshape(-1, 1)
-            return criterion(last_token, None).view(patches_BK.shape)  # pyright: ignore[reportArgumentType] (LongTensor)
+            return criterion(patches_BK.reshape(-1, 1), None).view(patches_BK.shape)  # pyright: ignore (LongTensor)
         ids = torch.cat([self.ids_BL, patches_BK], dim=1)
         length, patch_size = self.ids_BL.shape[1], patches_BK.shape[1]
         ends = [criterion(ids[:, : length + k + 1], None).to(ids.device) for k in range(patch_size)]
@@ -127,8 +118,7 @@ class GenerationState:
             self.ids_BL = torch.cat([self.ids_BL, tokens_B[:, None]], dim=1)
             if self.call.streamer is not None:
                 self.call.streamer.put(tokens_B.cpu())
-            is_finished = self.call.stopping_criteria(self.ids_BL, None).tolist()
-            self._continue_with(is_finished, False)
+            self._continue_with(self.criteria(self.ids_BL, None).tolist(), False)
             if self.is_finished:
                 break
 
@@ -142,14 +132,12 @@ class GenerationState:
         self.active_rows = active_rows or list(range(len(self.ids_BL)))
 
 
-# Logits processors
-
-
+@dataclass
 class CandidateProcessors:
     """Applies logits processors to the decoder's logits of candidates, for rows that are sampled together.
 
-    A processor must be a function of the ids and logits that it is given: it is called on many candidates, which are
-    its rows, and on the same ids more than once.
+    A processor must be a function of the ids and logits that it is given: it is called on many candidates at once, and
+    on the same ids more than once.
 
     Args:
         processors_R: of each row, upstream's `LogitsProcessorList` or any such function.
@@ -158,28 +146,16 @@ class CandidateProcessors:
         num_left (*optional*): the number of tokens after which all sequences end.
     """
 
-    def __init__(
-        self,
-        processors_R: list[Processors],
-        ids_R: list[Tensor],
-        eos_tokens: Tensor | None = None,
-        num_left: int | None = None,
-    ):
-        self.processors_R, self.ids_R = processors_R, ids_R
-        self.eos_tokens, self.num_left = eos_tokens, num_left
+    processors_R: list[Processors]
+    ids_R: list[Tensor]
+    eos_tokens: Tensor | None = None
+    num_left: int | None = None
 
     def decode(self, row: int, logits_CKV: Tensor) -> tuple[Tensor, Tensor]:
-        """Decodes candidates of one row under its processors.
+        """Decodes candidates of the row-th row, from float32 logits, under its processors.
 
-        Args:
-            row: its number among these rows.
-            logits_CKV: of the decoder, float32.
-
-        Returns:
-            The patches (C, K) and the log of the factor on each one's weight (C,), 0 where no processor acts.
-
-        Raises:
-            ValueError: the processors leave no token.
+        Returns the patches (C, K) and the log of the factor on each one's weight (C,), 0 where no processor acts;
+        raises ValueError if the processors leave no token.
         """
         patches_Ck = torch.empty(len(logits_CKV), 0, dtype=torch.long, device=logits_CKV.device)
         log_weights_C = torch.zeros(len(logits_CKV), device=logits_CKV.device)
@@ -224,13 +200,13 @@ class CandidateProcessors:
 class SequenceProcessors:
     """Makes the logits processors of each row of a call, for its own prompt without padding.
 
-    So padding is no text to them, and lengths that they count from are the row's own: what a row may generate doesn't
-    depend on the rows beside it.
+    They never see padding and count lengths from the row's own prompt: what a row may generate doesn't depend on the
+    rows beside it.
 
     Args:
         make_processors: the number of a row and the length of its prompt → its processors.
         prompts_BL, mask_BL: prompts, padded anywhere, and where a token is the prompt's own.
-        bos_token, eos_tokens: ids; an empty prompt begins with the first.
+        bos_token, eos_tokens: ids; an empty prompt begins with `bos_token`.
     """
 
     def __init__(

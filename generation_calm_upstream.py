@@ -5,8 +5,6 @@ which passes the call to `generate_patches` (generation_calm.py). Everything els
 before any work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures
 and callers with those recorded for the supported versions.
 
-PEFT's virtual tokens (prompt tuning, p-tuning, prefix tuning) stand before the prompt's patches, in the cache.
-
 Axes: B batch, L tokens, P patches, K tokens per patch.
 """
 
@@ -16,7 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +30,6 @@ from transformers.utils import logging
 from .configuration_calm import CALMConfig
 from .generation_calm_samplers import PatchSampling
 
-if TYPE_CHECKING:  # the class that the hooks are mixed into is a model, too
-
-    class _Base(PreTrainedModel, GenerationMixin): ...
-else:
-    _Base = GenerationMixin
 UPSTREAM: Any = GenerationMixin  # its hooks' `self` is typed as a protocol that no model satisfies
 
 
@@ -50,7 +43,7 @@ TOKENS = (
     "CALM has no token probabilities for it to act on; temperature, top_k, top_p and min_p act on candidates, "
     "penalties and bans of tokens on the decoder's logits."
 )
-MODES = "CALM samples whole patches and decodes in no other way; use do_sample=True with a temperature, or do_sample=False."
+MODES = "CALM only samples whole patches: use do_sample=True with a temperature, or do_sample=False."
 SCORES = "CALM has no token logits to return; output_scores=True returns each step's candidates."
 
 # The fields of GenerationConfig in transformers 5.17.0 and 5.24.0, by how they are treated.
@@ -76,33 +69,22 @@ HARMLESS_SETTINGS = (  # nothing that runs for CALM reads them
     *("assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind", "target_lookbehind"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "max_matching_ngram_size", "speculation_type"),
 )
-UNSUPPORTED_SETTINGS = {  # name → the error's sentence, and the values beside None that change nothing
-    "top_h": (TOKENS,),
-    "typical_p": (TOKENS, 1.0),
-    "epsilon_cutoff": (TOKENS, 0.0),
-    "eta_cutoff": (TOKENS, 0.0),
-    "encoder_repetition_penalty": (TOKENS, 1.0),
-    "encoder_no_repeat_ngram_size": (TOKENS, 0),
-    "guidance_scale": (TOKENS, 1.0),
-    "watermarking_config": (TOKENS,),
-    "token_healing": (TOKENS, False),
-    "num_beams": (MODES, 1),
-    "num_beam_groups": (MODES, 1),
-    "constraints": (MODES,),
-    "force_words_ids": (MODES,),
-    "penalty_alpha": (MODES, 0.0),
-    "dola_layers": (MODES,),
-    "is_assistant": (MODES, False),
-    "prompt_lookup_num_tokens": (MODES,),
-    "assistant_early_exit": (MODES,),
-    "use_mtp": (MODES, False),
-    "output_logits": (SCORES, False),
+# Name → the error's sentence, and the values beside None that change nothing.
+UNSUPPORTED_SETTINGS: dict[str, tuple] = {
+    **dict.fromkeys(("top_h", "watermarking_config"), (TOKENS,)),
+    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale"), (TOKENS, 1.0)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (TOKENS, 0.0)),
+    **{"encoder_no_repeat_ngram_size": (TOKENS, 0), "token_healing": (TOKENS, False)},
+    **dict.fromkeys(("constraints", "force_words_ids", "prompt_lookup_num_tokens"), (MODES,)),
+    **dict.fromkeys(("dola_layers", "assistant_early_exit"), (MODES,)),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), (MODES, 1)),
+    **dict.fromkeys(("is_assistant", "use_mtp"), (MODES, False)),
+    **{"penalty_alpha": (MODES, 0.0), "output_logits": (SCORES, False)},
 }
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
 SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
-SAMPLE_SIZE = 64  # values of a weight
 logger = logging.get_logger(__name__)
 NEEDS_CACHE = "virtual tokens (PEFT's prompt tuning, p-tuning, prefix tuning) stand in the cache"
 
@@ -112,18 +94,16 @@ class GenerateCall:
     """Holds what upstream prepared for one call of `generate`, beside the settings and the inputs.
 
     Args:
-        stopping_criteria: evaluated after each token.
+        stopping_criteria: upstream's `StoppingCriteriaList`, evaluated for each token.
         should_continue: (whether this process has finished, device=) → whether another step must be taken: under FSDP
             and ZeRO all processes take the same number.
-        processors: the number of a row and the length of its prompt → its logits processors; `None` where there are
-            none.
+        processors: the number of a row and the length of its prompt → its logits processors; `None` without any.
         pad_token, bos_token (scalars), eos_tokens (`(E,)`): ids, or `None`.
-        streamer: gets each token.
         synced_gpus: whether other processes wait for this one's forward passes.
         compile_config: how steps are compiled; `None` runs them eagerly.
     """
 
-    stopping_criteria: Callable[[Tensor, None], Tensor]
+    stopping_criteria: Any
     should_continue: Callable[..., bool]
     processors: Callable[[int, int], LogitsProcessorList] | None = None
     pad_token: Tensor | None = None
@@ -162,7 +142,7 @@ def non_finite_weight(model: nn.Module) -> str | None:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    return weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE_SIZE)].cpu().clone()
+    return weight.detach().flatten()[:: max(1, weight.numel() // 64)].cpu().clone()
 
 
 class OffloadableModel(PreTrainedModel):
@@ -180,7 +160,7 @@ class OffloadableModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
-        """Loads as upstream, and remembers for `check_weights` which weights no file had, so that they were initialised."""
+        """Loads as upstream, and records for `check_weights` the weights that were in no file."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
         missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
         weights = {name: weight for name, weight in model.named_parameters() if name in missing}
@@ -190,10 +170,9 @@ class OffloadableModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def check_weights(self) -> None:
-        """Checks that all weights were loaded and are finite; reads them once, and again after a change.
+        """Raises ValueError if a weight still has its initial values, as no file held it, or isn't finite.
 
-        Raises:
-            ValueError: one of them was in no file and has its initial values, or holds NaN or infinity.
+        All weights are read once, and again after a change.
         """
         weights = dict(self.named_parameters())
         unloaded = []
@@ -219,14 +198,8 @@ class OffloadableModel(PreTrainedModel):
         self._checked = state
 
 
-class RowProcessors(LogitsProcessorList):
-    """A batch's processors for upstream, with `of_row`: a row's number and prompt length → its own processors."""
-
-    of_row: Callable[[int, int], LogitsProcessorList]
-
-
 class _ViewForUpstream:
-    """Shows upstream's preparations the model with positions that count tokens, and keeps what they set to this call.
+    """Shows upstream's preparations the model with positions that count tokens, and takes what they set on it.
 
     The model itself doesn't change, for other threads may be generating with it.
     """
@@ -242,11 +215,7 @@ class _ViewForUpstream:
 
 
 def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: str = "generate()") -> Tensor:
-    """Returns the prompts' ids (B, L), int64.
-
-    Raises:
-        ValueError: not a batch of ids of the vocabulary, or a mask of another shape.
-    """
+    """Returns the prompts' ids (B, L), int64; raises ValueError if an id or the mask's shape is invalid."""
     if not isinstance(inputs, Tensor) or inputs.dim() != 2:
         what = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
         raise ValueError(f"{method} got {what}: it takes ids as a tensor of shape (batch, length).")
@@ -258,10 +227,8 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(f"{method} got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
     if mask is not None and mask.shape != inputs.shape:
-        raise ValueError(
-            f"{method} got an attention_mask of shape {tuple(mask.shape)}, but ids of shape "
-            f"{tuple(inputs.shape)}: they must be equal."
-        )
+        shapes = f"shape {tuple(mask.shape)}, but ids of shape {tuple(inputs.shape)}"
+        raise ValueError(f"{method} got an attention_mask of {shapes}: they must be equal.")
     inputs = inputs.long()
     ids = inputs if mask is None else inputs[mask.bool()]
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
@@ -271,11 +238,7 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
 
 
 def adapter_of(model) -> Any:
-    """Returns PEFT's wrapper whose `generate` is calling, if it has virtual tokens, else None.
-
-    Raises:
-        ValueError: something else has replaced `prepare_inputs_for_generation`, and would be ignored.
-    """
+    """Returns PEFT's wrapper if it has virtual tokens, else None; raises ValueError if others replaced our hook."""
     replacement = vars(model).get("prepare_inputs_for_generation")
     owner = getattr(replacement, "__self__", None)
     if replacement is None or owner is model:  # PEFT puts it back so
@@ -289,7 +252,7 @@ def adapter_of(model) -> Any:
 
 
 def num_virtual_patches(model) -> int:
-    """Returns the number of patches of virtual tokens; raises ValueError if they aren't divisible by the patch size."""
+    """Returns the number of patches of virtual tokens; raises ValueError if they aren't whole patches."""
     adapter = adapter_of(model)
     if adapter is None:
         return 0
@@ -309,18 +272,9 @@ def read_virtual_tokens(
 ) -> dict[str, Any]:
     """Runs the model on its virtual tokens, if it has any, to fill an empty cache.
 
-    Args:
-        model: the one that generates.
-        inputs: `input_ids` (B, P·K) and the `attention_mask` (B, P) by patch, or `None`.
-        cache: filled here.
-        compiles: whether steps will be compiled.
-        task_ids (`(B,)`): of multitask prompt tuning.
-
-    Returns:
-        The inputs, with a mask that counts the virtual patches.
-
-    Raises:
-        ValueError: no cache, or compiled steps.
+    Takes `input_ids` (B, P·K), the `attention_mask` (B, P) by patch, or `None`, and `task_ids` (B,) for multitask
+    prompt tuning; returns the inputs with a mask that counts the virtual patches. Raises ValueError without a cache,
+    or if steps will be compiled.
     """
     num_patches = num_virtual_patches(model)
     if not num_patches:
@@ -343,21 +297,16 @@ def read_virtual_tokens(
     return {**inputs, "attention_mask": mask}
 
 
-class PatchGenerationMixin(_Base):
+class PatchGenerationMixin(UPSTREAM):
     """`GenerationMixin` for a model that samples whole patches: the hooks, around `generate_patches`."""
 
     config: CALMConfig
-    generate: Callable[..., Any]  # upstream's, which types `self` as a protocol that no model satisfies
-    check_weights: Callable[[], None]
-    generate_patches: Callable[
-        ..., Any
-    ]  # the loop: prompts (B, L) → prompts and new tokens, as `_sample` returns them
 
     def _sample(
         self,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList | None,
-        stopping_criteria: Callable[[Tensor, None], Tensor],
+        stopping_criteria: Any,
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
@@ -417,9 +366,8 @@ class PatchGenerationMixin(_Base):
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, num_empty_prompts=1, **model_kwargs
     ):
-        return super()._expand_inputs_for_generation(  # pyright: ignore
-            expand_size * num_empty_prompts, is_encoder_decoder, input_ids, **model_kwargs
-        )
+        expand_size *= num_empty_prompts
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
         """Raises ValueError for other modes, where upstream would name a repository that decodes so; returns None."""
@@ -462,8 +410,8 @@ class PatchGenerationMixin(_Base):
         logits_processor: Sequence | None = None,
         device: torch.device | None = None,
         **kwargs,
-    ) -> RowProcessors:
-        """Returns the processors of each row as upstream would make them if the row were alone.
+    ) -> LogitsProcessorList:
+        """Returns the batch's processors, with `of_row`: a row's number and prompt length → those it would have alone.
 
         Sampling settings and lengths make none: they act on candidates, see `PatchSampling`.
         """
@@ -477,9 +425,8 @@ class PatchGenerationMixin(_Base):
         def of_length(length: int, allowed: Callable | None) -> LogitsProcessorList:
             own = copy.copy(settings)
             own.max_length += length - input_ids_seq_length
-            # `after_prompt`, where a processor has it, returns the one for prompts of this length.
             custom = LogitsProcessorList()
-            for each in given:
+            for each in given:  # `after_prompt`, where a processor has it, returns the one for prompts of this length
                 custom.append(each.after_prompt(length) if hasattr(each, "after_prompt") else each)
             return UPSTREAM._get_logits_processor(self, own, length, None, allowed, custom, device)
 
@@ -487,7 +434,7 @@ class PatchGenerationMixin(_Base):
             # Upstream numbers a row's candidates.
             return of_length(length, None if allows is None else lambda _, ids: allows(row, ids))  # pyright: ignore
 
-        processors = RowProcessors(of_length(max(input_ids_seq_length, 1), allows))  # an empty prompt gets a BOS
+        processors: Any = of_length(max(input_ids_seq_length, 1), allows)  # an empty prompt gets a BOS
         processors.of_row = of_row
         return processors
 
@@ -512,17 +459,16 @@ class PatchGenerationMixin(_Base):
         if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
             generation_config = copy.copy(generation_config)
             generation_config.max_cache_len = -(-generation_config.max_cache_len // patch_size) + others
-        view = _ViewForUpstream(self)
         return UPSTREAM._prepare_cache_for_generation(
-            view, generation_config, model_kwargs, generation_mode, batch_size, patches
+            _ViewForUpstream(self), generation_config, model_kwargs, generation_mode, batch_size, patches
         )
 
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
     @property
-    def init_continuous_batching(self):  # type: ignore[override]
+    def init_continuous_batching(self):
         """Raises AttributeError, so that servers which look for it with `hasattr` use `generate`."""
         raise AttributeError("CALM has no continuous batching: use generate() with a left-padded batch.")
 
-    continuous_batching_context_manager = init_continuous_batching  # type: ignore[assignment]
+    continuous_batching_context_manager = init_continuous_batching
