@@ -75,9 +75,7 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
         if isinstance(module, nn.Linear) and getattr(module, "zero_init", False):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        init_own_weights = getattr(module, "init_own_weights", None)
-        if init_own_weights is not None:
-            init_own_weights()
+        getattr(module, "init_own_weights", lambda: None)()
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -86,7 +84,9 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
         size, step = self.config.vocab_size, pad_to_multiple_of or 1
         if -(-(size if new_num_tokens is None else new_num_tokens) // step) * step == size:
             return self.get_input_embeddings()
-        raise ValueError("CALM can't resize its token embeddings: a new token needs a newly trained autoencoder.")
+        raise ValueError(
+            "Can't resize: the vocabulary is the frozen autoencoder's. New tokens need a new autoencoder."
+        )
 
 
 class CALMModel(CALMPreTrainedModel, LlamaModel):
@@ -142,14 +142,14 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             if cache is not None:
                 raise ValueError("cache and past_key_values are one argument: pass one of them.")
             cache = past_key_values
-        past = cache.get_seq_length() if cache is not None else 0
+        past, num_patches = cache.get_seq_length() if cache is not None else 0, patches.shape[1]
         if attention_mask is not None:
-            attention_mask = self.patch_mask(attention_mask, past + patches.shape[1], past)
+            attention_mask = self.patch_mask(attention_mask, past + num_patches, past)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        if position_ids is not None and position_ids.shape[-1] != patches.shape[1]:
+        if position_ids is not None and position_ids.shape[-1] != num_patches:
             raise ValueError(
-                f"position_ids has length {position_ids.shape[-1]}, but positions count patches: {patches.shape[1]}."
+                f"position_ids has length {position_ids.shape[-1]}; positions count patches: {num_patches}."
             )
         return super().forward(
             inputs_embeds=patches,
@@ -234,13 +234,12 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
     ) -> CALMOutputWithPast:
         """Embeds patches, runs the backbone, and with labels computes the head's loss on the next patches.
 
-        Arguments are those of `CALMModel.forward` (with labels, `use_cache` is off by default), and:
+        Arguments are those of `CALMModel.forward` (`use_cache` is off with labels), a generator for the loss, and:
 
         - labels (`(B, L)`): the ids at the input's positions; they are shifted here, by one patch. A patch is a target
           when it isn't the first and none of its labels is −100.
         - num_items_in_batch: number of labels that are not −100 in the whole accumulated batch. Exact if the collator
           sets each row's first patch and its partial patches to −100.
-        - generator: randomness of the loss.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -294,11 +293,9 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         self, hidden_BPD: Tensor, labels: Tensor, input_ids: Tensor | None = None
     ) -> tuple[Tensor, PatchTarget]:
         """Returns the hidden states (M, D) before the M target patches, and the targets; arguments of `patch_loss`."""
-        patch_size = self.config.patch_size
-        if labels.shape[1] != patch_size * hidden_BPD.shape[1]:
-            raise ValueError(
-                f"labels have length {labels.shape[1]}, but the input has {patch_size * hidden_BPD.shape[1]} tokens."
-            )
+        patch_size, num_tokens = self.config.patch_size, self.config.patch_size * hidden_BPD.shape[1]
+        if labels.shape[1] != num_tokens:
+            raise ValueError(f"labels have length {labels.shape[1]}, but the input has {num_tokens} tokens.")
         labels_BPK = target_patches(labels.long().to(hidden_BPD.device), patch_size)
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
