@@ -1,21 +1,18 @@
-"""What a CALM computes with beside PyTorch's own operators: cached tables, and two kernels for generation on a CPU.
+"""Cached tables, and two faster kernels for generation on a CPU.
 
-`cpu_kernels` is the context in which `generate` runs backbone, head and autoencoder; outside of it they are plain
-PyTorch. It does two things, each where it is faster on this machine:
+`generate` runs backbone, head and autoencoder in the context `cpu_kernels`, which uses each kernel where it is faster:
 
-**float32 linear layers by oneDNN.** PyTorch multiplies float32 matrices with MKL and takes oneDNN for bfloat16 alone.
-On processors of other makers than MKL's, oneDNN is faster in float32 as well: on an AMD EPYC with AVX-512 at 500
+**float32 linear layers by oneDNN.** PyTorch multiplies float32 matrices with MKL, and uses oneDNN for bfloat16 alone.
+Where the processor isn't Intel's, oneDNN is faster in float32 as well: on an AMD EPYC with AVX-512 it reaches 500
 instead of 220 GFLOP/s (docs/speed.md).
 
-**The argmax over a large vocabulary, int8 first.** The matmul with the vocabulary is most of what generation at T < 1
-computes, and only its argmax is needed. A matmul of int8 takes a quarter to a half of its time and errs by no more than
-a known amount, so that it shows which rows of the matrix can't be the argmax. The few that remain are multiplied as
-they are, and the best of them is chosen: `VocabularyScreen`.
+**The argmax over a large vocabulary, int8 first** (`VocabularyScreen`). The matmul with the vocabulary is most of what
+generation at T < 1 computes, and only its argmax is needed. An int8 matmul takes a quarter to a half of the time; its
+error is bounded, and so it rules out most rows of the matrix. The remaining ones are multiplied without rounding.
 
-With w = ŵ + e and x = x̂ + r, the hats rounded, |w·x − ŵ·x̂| = |w·r + e·x̂| <= ‖w‖·‖r‖ + ‖e‖·‖x̂‖ (Cauchy–Schwarz). Rows
-are judged in groups, by the largest product in the group. Rows of about the same length make a group, so that it can
-share the step that its weights are whole multiples of. Before they are rounded, rows and states are rotated alike,
-which changes no product, and leaves no column that is so wide that the others round to nothing.
+With w = ŵ + e and x = x̂ + r, where ŵ and x̂ are rounded, |w·x − ŵ·x̂| = |w·r + e·x̂| <= ‖w‖·‖r‖ + ‖e‖·‖x̂‖
+(Cauchy–Schwarz). Rows of similar length form a group, which shares one quantisation step and is judged by its largest
+product. Rows and states are first rotated alike: no product changes, and no column is so wide that others round to 0.
 
 Axes: M states, d their width, V vocabulary, K tokens per patch, T rows of a tile, G groups, I rows of a group, S
 survivors (pairs of a state and a group).
@@ -36,12 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-CACHE_SIZE = 64  # tables of each kind
 SWITCH = "CALM_MATMUL_BACKEND"
 MIN_ROWS = 4  # a single row reads the weights, which no library does faster
 MIN_MULTIPLICATIONS = 2**21  # from here on oneDNN makes up for what its call costs
-TRIAL_SHAPE = 64, 768, 768  # rows, columns and width of the matmul that is timed; at most a few milliseconds in all
-NUM_TRIALS = 7
 MIN_SPEEDUP = 1.25  # oneDNN is either 2 times as fast as MKL, or no faster
 VOCABULARY_TILE = {"cpu": 2**11, "other": 2**15}  # on a CPU a tile of logits stays in the cache
 STATES_CHUNK_SIZE = {"cpu": 400, "other": 2**13}
@@ -52,9 +46,7 @@ MAX_STATE = 127
 MAX_WEIGHTS = 127, 63  # without VNNI, sums of two products overflow with 8 bits on both sides
 MAX_SURVIVORS = 2**14  # with more, the full matmul is better
 SURVIVORS_CHUNK_SIZE = 2**9
-OVERFLOW_TRIAL_SIZE = 64
-SCREENED_DTYPES = torch.float32, torch.bfloat16
-SAMPLE_STRIDE = 4099  # prime, so that the sample is of all columns
+SAMPLE_STRIDE = 4099  # prime, so that all columns are sampled
 
 
 def private(path: str, default: Any) -> Any:
@@ -66,10 +58,9 @@ def private(path: str, default: Any) -> Any:
         return default
 
 
-detect_fake_mode = private(
-    "torch._guards.detect_fake_mode", lambda: None
-)  # without it tables of fake tensors are kept
-# Without it nobody knows whether a mode counts operators, as for FLOPs, and so all stays PyTorch's own.
+# Where the first is gone, tables of fake tensors are cached as well. Where the second is gone, nobody knows whether a
+# mode counts operators, as for FLOPs, and so PyTorch's own kernels are used.
+detect_fake_mode = private("torch._guards.detect_fake_mode", lambda: None)
 current_dispatch_mode = private("torch.utils._python_dispatch._get_current_dispatch_mode", lambda: "unknown")
 
 
@@ -79,15 +70,14 @@ current_dispatch_mode = private("torch.utils._python_dispatch._get_current_dispa
 def cached_per_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Caches what a function returns for its arguments, which must be hashable and include the device."""
 
-    @functools.lru_cache(CACHE_SIZE)
+    @functools.lru_cache(64)
     def cached(*arguments):
         with torch.inference_mode(False):  # a table made in inference mode could not be used in training
             return function(*arguments)
 
     @functools.wraps(function)
     def call(*arguments):
-        # A graph makes its own, on its device: of a cached one it would know neither the maker nor the content.
-        # Tables without content, as a FakeTensorMode makes them, are no one else's.
+        # A traced graph computes its own tables, and those of a FakeTensorMode, which have no values, aren't shared.
         is_traced = torch.compiler.is_compiling() or detect_fake_mode() is not None
         return function(*arguments) if is_traced else cached(*arguments)
 
@@ -169,8 +159,7 @@ class OneDNNLinear(TorchFunctionMode):
 def _is_suitable(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     tensors = [rows, weight] if bias is None else [rows, weight, bias]
     return (
-        all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 for x in tensors)
-        and all(x.device.type == "cpu" for x in tensors)
+        all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu for x in tensors)
         and rows.numel() >= MIN_ROWS * rows.shape[-1]
         and rows.numel() * len(weight) >= MIN_MULTIPLICATIONS
     )
@@ -185,13 +174,11 @@ def one_dnn_is_faster() -> bool:
     """Measures once a process whether oneDNN is faster than PyTorch's own matmul."""
     if not torch.backends.mkldnn.is_available():
         return False
-    num_rows, num_columns, width = TRIAL_SHAPE
     with torch.inference_mode(False), torch.no_grad():
-        rows, weight = torch.ones(num_rows, width), torch.ones(num_columns, width)
+        rows, weight = torch.ones(64, 768), torch.ones(768, 768)  # at most a few milliseconds in all
         try:
-            plain, fast = (
-                _seconds(functools.partial(linear, rows, weight), NUM_TRIALS) for linear in (F.linear, _one_dnn_linear)
-            )
+            plain = _seconds(F.linear, rows, weight, num_trials=7)
+            fast = _seconds(_one_dnn_linear, rows, weight, num_trials=7)
         except (AttributeError, RuntimeError):  # a PyTorch without the operator, or with another one
             return False
     return plain >= MIN_SPEEDUP * fast
@@ -203,16 +190,11 @@ def one_dnn_is_faster() -> bool:
 def vocabulary_argmax(
     layer: nn.Linear, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None
 ) -> Tensor:
-    """Returns the ids of the largest logits, (M,), without ever holding all of them; of equal ones the lowest.
+    """Returns the ids of the largest logits of states at positions in the patch, (M,); of equal ones the lowest.
 
-    Works through tiles of the vocabulary with a running maximum, or, in `cpu_kernels` where that is faster, by a
-    `VocabularyScreen`.
-
-    Args:
-        layer: the output layer, without bias; see `is_plain_linear`.
-        states_Md: the last hidden states.
-        positions_M: their positions in the patch.
-        forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
+    Never holds all logits: works through tiles of the vocabulary, or, in `cpu_kernels` where that is faster, by a
+    `VocabularyScreen`. `layer` has no bias (see `is_plain_linear`); `forbidden_KV` (bool) marks tokens that aren't
+    allowed at a position.
     """
     forbidden_KV = None if forbidden_KV is None else forbidden_KV.to(states_Md.device)
     size, ids = STATES_CHUNK_SIZE["cpu" if states_Md.device.type == "cpu" else "other"], []
@@ -226,10 +208,7 @@ def vocabulary_argmax(
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and nothing more: not quantised, wrapped, hooked or elsewhere.
-
-    Offloading, as other libraries do, puts a forward of its own on the instance.
-    """
+    """Whether a layer is its weight alone: not quantised, wrapped, hooked or offloaded (by a `forward` of its own)."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) in (nn.Parameter, Tensor)
@@ -245,33 +224,30 @@ def _tiled_argmax(weight_Vd: Tensor, states_Md: Tensor, positions_M: Tensor, for
     if 1 < num_states < MIN_STATES:
         states_Md = F.pad(states_Md, (0, 0, 0, MIN_STATES - num_states))
         positions_M = F.pad(positions_M, (0, MIN_STATES - num_states))
-    best_M = ids_M = None
+    best_M = ids_M = positions_M  # until the first tile
     for start in range(0, len(weight_Vd), tile):
         logits_TM = F.linear(weight_Vd[start : start + tile], states_Md)
         if forbidden_KV is not None:
-            forbidden_TK = forbidden_KV[:, start : start + tile].T
-            logits_TM = logits_TM.masked_fill(forbidden_TK[:, positions_M], -torch.inf)
+            forbidden_TM = forbidden_KV[:, start : start + tile].T[:, positions_M]
+            logits_TM = logits_TM.masked_fill(forbidden_TM, -torch.inf)
         top_M, index_M = logits_TM.max(0)
-        if best_M is None or ids_M is None:
-            best_M, ids_M = top_M, index_M
-            continue
-        better_M = top_M > best_M
-        ids_M = torch.where(better_M, index_M + start, ids_M)
-        best_M = torch.where(better_M, top_M, best_M)
-    assert ids_M is not None, "a vocabulary has tokens"
+        if start:
+            better_M = top_M > best_M
+            index_M = torch.where(better_M, index_M + start, ids_M)
+            top_M = torch.where(better_M, top_M, best_M)
+        best_M, ids_M = top_M, index_M
     return ids_M[:num_states]
 
 
-SCREENS: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # by layer; not in the model, which is pickled, copied
+SCREENS = weakref.WeakKeyDictionary[nn.Linear, "VocabularyScreen"]()  # not in the model, which is pickled and copied
 
 
 def current_screen(layer: nn.Linear) -> "VocabularyScreen | None":
     """Returns the screen of the layer's present weight; None outside of `cpu_kernels` or if it can't be screened."""
     weight_Vd = layer.weight
-    is_plain = weight_Vd.device.type == "cpu" and not weight_Vd.is_inference() and len(weight_Vd) > 0
-    if not (getattr(ACTIVE, "here", False) and is_plain and weight_Vd.dtype in SCREENED_DTYPES and largest_weight()):
+    is_plain = weight_Vd.is_cpu and not weight_Vd.is_inference() and len(weight_Vd) > 0
+    is_float = weight_Vd.dtype in (torch.float32, torch.bfloat16)
+    if not (getattr(ACTIVE, "here", False) and is_plain and is_float and largest_weight()):
         return None
     if layer not in SCREENS or not SCREENS[layer].is_of(weight_Vd):
         SCREENS[layer] = VocabularyScreen(weight_Vd)
@@ -284,8 +260,7 @@ class VocabularyScreen:
     def __init__(self, weight_Vd: Tensor):
         self.key = _key(weight_Vd)
         self.is_faster: bool | None = None  # None: not measured yet
-        weight_Vd = weight_Vd.detach()
-        largest = largest_weight()
+        weight_Vd, largest = weight_Vd.detach(), largest_weight()
         assert largest is not None, "see current_screen"
         order_V = torch.linalg.vector_norm(weight_Vd, dim=-1, dtype=torch.float32).argsort()
         # The last group is filled up with its last row, which is as good as itself and never better.
@@ -293,18 +268,15 @@ class VocabularyScreen:
         self.rows_GI = order_V.view(-1, GROUP_SIZE)
         width, seeded = weight_Vd.shape[1], torch.Generator().manual_seed(0)
         self.rotation_dd = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=seeded))[0].float()
-        self.tiles: list[Tensor] = []
-        steps_G, bounds_2G = [], []
+        self.tiles: list[tuple[Tensor, Tensor, Tensor]] = []  # int8 rows; each group's step; its largest ‖w‖ and ‖e‖
         for rows_GI in self.rows_GI.split(TILE // GROUP_SIZE):
             tile_GId = weight_Vd[rows_GI].float() @ self.rotation_dd
             step_G = (tile_GId.abs().amax((1, 2)) / largest).clamp_min(torch.finfo(torch.float32).tiny)
             whole_GId = (tile_GId / step_G[:, None, None]).round()
             error_GId = tile_GId - whole_GId * step_G[:, None, None]
+            norm_2G = torch.stack([tile_GId, error_GId]).norm(dim=-1).amax(-1)
             # A group's rows lie an eighth of the tile apart: so its largest product is a maximum of long vectors.
-            self.tiles.append(whole_GId.to(torch.int8).transpose(0, 1).flatten(0, 1))
-            steps_G.append(step_G)
-            bounds_2G.append(torch.stack([tile_GId, error_GId]).norm(dim=-1).amax(-1))
-        self.step_G, self.bound_2G = torch.cat(steps_G), torch.cat(bounds_2G, dim=-1)
+            self.tiles.append((whole_GId.to(torch.int8).transpose(0, 1).flatten(0, 1), step_G, norm_2G))
 
     def is_of(self, weight_Vd: Tensor) -> bool:
         """Whether the matrix is still as it was rounded, judged by its version and a sample of its values.
@@ -316,8 +288,7 @@ class VocabularyScreen:
 
     def measure(self, *arguments) -> None:
         """Times both ways of an argmax to set `is_faster`; where it isn't, the rounded matrix is released."""
-        screened = _seconds(functools.partial(self.argmax, *arguments))
-        self.is_faster = screened < _seconds(functools.partial(_tiled_argmax, *arguments))
+        self.is_faster = _seconds(self.argmax, *arguments) < _seconds(_tiled_argmax, *arguments)
         if not self.is_faster:
             self.tiles = []
 
@@ -328,16 +299,14 @@ class VocabularyScreen:
         positions_M: Tensor | None = None,
         forbidden_KV: Tensor | None = None,
     ) -> Tensor | None:
-        """Returns the rows of the matrix with the largest products, (M,), of equals the first.
+        """Returns the allowed rows of the matrix with the largest products, (M,); of equal ones the first.
 
-        None where it can't say, or not at less cost than the full matmul.
-
-        Args:
-            weight_Vd: the matrix.
-            states_Md: in the matrix's dtype, in which products are rounded.
-            positions_M: of the states, where rows are forbidden.
-            forbidden_KV (`(K, V)` bool, *optional*): rows that may not be chosen at a position.
+        None where it can't say, or not at less cost than the full matmul. Matrix and states have the same dtype, to
+        which products are rounded.
         """
+        tiles = self.tiles
+        if not tiles:  # released meanwhile, by another thread's `measure`
+            return None
         states, tiny = states_Md.float() @ self.rotation_dd, torch.finfo(torch.float32).tiny
         step_M1 = (states.abs().amax(-1, keepdim=True) / MAX_STATE).clamp_min(tiny)
         whole_Md = (states / step_M1).round()
@@ -345,10 +314,11 @@ class VocabularyScreen:
         summing_M1 = 6 * states.shape[-1] * torch.finfo(torch.float32).eps * states.norm(dim=-1, keepdim=True)
         residue_M1 = (states - whole_Md * step_M1).norm(dim=-1, keepdim=True) + summing_M1
         error_M2 = torch.cat([residue_M1 / step_M1, whole_Md.norm(dim=-1, keepdim=True)], dim=-1)
-        tiles = self.tiles
-        if not tiles:
-            return None
-        bound_MG = self._upper_bounds(tiles, whole_Md.to(torch.int8), error_M2)  # in steps of the state
+        whole_Md, bounds = whole_Md.to(torch.int8), []
+        for rows_Td, step_G, norm_2G in tiles:
+            product_MG = torch.ops.aten._int_mm(whole_Md, rows_Td.T).unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
+            bounds.append(torch.addmm(product_MG * step_G, error_M2, norm_2G))
+        bound_MG = torch.cat(bounds, dim=-1)  # on each group's largest product, in steps of the state
 
         def logits(state_S: Tensor, group_S: Tensor) -> Tensor:
             """Returns products of states and groups of rows, (S, I), in the matrix's dtype; −inf where forbidden."""
@@ -380,37 +350,28 @@ class VocabularyScreen:
         is_known_M = (ids_M < unknown) & (best_M > -torch.inf)
         return ids_M if is_known_M.all() else None  # not where a state is NaN, or no row is allowed
 
-    def _upper_bounds(self, tiles: list[Tensor], whole_Md: Tensor, error_M2: Tensor) -> Tensor:
-        """Returns the most that the largest product of each group can be, (M, G)."""
-        parts, width = [], TILE // GROUP_SIZE
-        tables = zip(tiles, self.step_G.split(width), self.bound_2G.split(width, dim=-1), strict=True)
-        for tile, step_G, bound_2G in tables:
-            product_MG = torch.ops.aten._int_mm(whole_Md, tile.T).unflatten(-1, (GROUP_SIZE, -1)).amax(-2)
-            parts.append(torch.addmm(product_MG * step_G, error_M2, bound_2G))
-        return torch.cat(parts, dim=-1)
-
 
 @functools.cache
 def largest_weight() -> int | None:
     """Returns the largest whole number that rows may hold, by trial, for overflow is silent; None if there is none."""
+    size = 64
+    state_Md = torch.full((size, size), MAX_STATE, dtype=torch.int8)
     for largest in MAX_WEIGHTS:
-        size = OVERFLOW_TRIAL_SIZE, OVERFLOW_TRIAL_SIZE
-        state_Md, row_Td = torch.full(size, MAX_STATE, dtype=torch.int8), torch.full(size, largest, dtype=torch.int8)
         try:
-            product_MT = torch.ops.aten._int_mm(state_Md, row_Td.T)
+            product_MT = torch.ops.aten._int_mm(state_Md, torch.full_like(state_Md, largest).T)
         except (AttributeError, NotImplementedError, RuntimeError):
             return None
-        if bool((product_MT == OVERFLOW_TRIAL_SIZE * MAX_STATE * largest).all()):
+        if (product_MT == size * MAX_STATE * largest).all():
             return largest
     return None
 
 
-def _seconds(work: Callable[[], object], num_trials: int = 1) -> float:
+def _seconds(function: Callable[..., object], *arguments, num_trials: int = 1) -> float:
     """Returns the least time of `num_trials` calls, after one that is not counted."""
     seconds = []
     for _ in range(1 + num_trials):
         start = time.perf_counter()
-        work()
+        function(*arguments)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 

@@ -75,9 +75,7 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
         if isinstance(module, nn.Linear) and getattr(module, "zero_init", False):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        init_own_weights = getattr(module, "init_own_weights", None)
-        if init_own_weights is not None:
-            init_own_weights()
+        getattr(module, "init_own_weights", lambda: None)()
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -87,8 +85,7 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
         if -(-(size if new_num_tokens is None else new_num_tokens) // step) * step == size:
             return self.get_input_embeddings()
         raise ValueError(
-            "CALM can't resize its token embeddings: the vocabulary is the frozen autoencoder's, so a new token needs "
-            "a newly trained autoencoder."
+            "Can't resize: the vocabulary is the frozen autoencoder's. New tokens need a new autoencoder."
         )
 
 
@@ -124,11 +121,11 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             input_ids (`(B, L)`): whole patches.
             attention_mask (`(B, L)` or `(B, P)`, past included): by token or by patch; a patch is attended to when
                 any of its tokens is. The cached part alone may be by patch, as prefix tuning's virtual tokens are.
-            position_ids (`(B, P)`): positions of patches; by default they count the patches attended to.
-            cache: over patches.
+            position_ids (`(B, P)`): of patches; by default they count the patches attended to.
+            cache: over patches; `past_key_values` is its name before transformers 5.24.
             inputs_embeds (`(B, L, D)`): token embeddings in place of ids.
-            use_cache: whether to make a cache where none is given, as in Llama.
-            past_key_values: the cache by its name before transformers 5.24.
+            use_cache: whether to make a cache where none is given.
+            past_key_values: see `cache`.
 
         Raises:
             ValueError: two caches, L is not divisible by K, or a mask or positions of another length.
@@ -145,14 +142,14 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             if cache is not None:
                 raise ValueError("cache and past_key_values are one argument: pass one of them.")
             cache = past_key_values
-        past = cache.get_seq_length() if cache is not None else 0
+        past, num_patches = cache.get_seq_length() if cache is not None else 0, patches.shape[1]
         if attention_mask is not None:
-            attention_mask = self.patch_mask(attention_mask, past + patches.shape[1], past)
+            attention_mask = self.patch_mask(attention_mask, past + num_patches, past)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        if position_ids is not None and position_ids.shape[-1] != patches.shape[1]:
+        if position_ids is not None and position_ids.shape[-1] != num_patches:
             raise ValueError(
-                f"position_ids has length {position_ids.shape[-1]}, but positions count patches: {patches.shape[1]}."
+                f"position_ids has length {position_ids.shape[-1]}; positions count patches: {num_patches}."
             )
         return super().forward(
             inputs_embeds=patches,
@@ -165,7 +162,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
 
     def embed_patches(self, inputs_embeds: Tensor) -> Tensor:
         """Maps token embeddings (B, L, D) to the backbone's inputs (B, P, D)."""
-        batch_size, length, _ = inputs_embeds.shape
+        batch_size, length, size = inputs_embeds.shape
         if length % self.config.patch_size:
             raise ValueError(
                 f"The model got {length} tokens a row, not divisible by patch_size={self.config.patch_size}: pad with "
@@ -173,26 +170,27 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
                 "an adapter's virtual tokens count, too; generate() fills prompts by itself). For likelihoods no "
                 "length is right: CALM has no logits."
             )
-        num_patches, size = length // self.config.patch_size, self.config.patch_size * inputs_embeds.shape[-1]
-        return self.embed_proj(inputs_embeds.reshape(batch_size, num_patches, size))
+        num_patches = length // self.config.patch_size
+        return self.embed_proj(inputs_embeds.reshape(batch_size, num_patches, self.config.patch_size * size))
 
     def patch_mask(self, attention_mask: Tensor, num_patches: int, past: int = 0) -> Tensor:
-        """Returns a mask by patch, (B, num_patches), from one by token or patch, or by patch for `past` and then by token.
+        """Returns a mask by patch, (B, num_patches); masks that aren't 2-D are returned as they are.
 
-        Other masks than 2-D pass through.
+        Takes a mask by patch, by token, or by patch for the `past` ones and by token for the rest.
         """
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             return attention_mask
-        if attention_mask.shape[1] == num_patches:
+        length, num_tokens = attention_mask.shape[1], num_patches * self.config.patch_size
+        if length == num_patches:
             return attention_mask
-        if attention_mask.shape[1] == num_patches * self.config.patch_size:
+        if length == num_tokens:
             return attention_mask.unflatten(1, (num_patches, -1)).amax(-1)
-        if attention_mask.shape[1] == past + (num_patches - past) * self.config.patch_size:
+        if length == past + (num_patches - past) * self.config.patch_size:
             new = attention_mask[:, past:].unflatten(1, (num_patches - past, -1)).amax(-1)
             return torch.cat([attention_mask[:, :past], new], dim=1)
         raise ValueError(
-            f"attention_mask has length {attention_mask.shape[1]}: it must count {num_patches} patches or "
-            f"{num_patches * self.config.patch_size} tokens, those in the cache included."
+            f"attention_mask has length {length}: it must count {num_patches} patches or {num_tokens} tokens, with "
+            "those in the cache."
         )
 
 
@@ -213,7 +211,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
     def train(self, mode: bool = True):
         """Sets the mode as in torch, but the autoencoder stays frozen and in eval mode.
 
-        `from_pretrained` creates parameters anew and calls this last, so here is the place to freeze.
+        `from_pretrained` creates parameters anew and calls this last: so the autoencoder is frozen here.
         """
         super().train(mode)
         self.autoencoder.eval().requires_grad_(False)
@@ -236,19 +234,12 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
     ) -> CALMOutputWithPast:
         """Embeds patches, runs the backbone, and with labels computes the head's loss on the next patches.
 
-        Args:
-            input_ids: as in `CALMModel`, like the next four.
-            attention_mask: by token or by patch.
-            position_ids: of patches.
-            cache: over patches.
-            inputs_embeds: token embeddings in place of ids.
-            labels (`(B, L)`): the ids at the same positions as the input (they are shifted here, by one patch). A
-                patch is a target when it isn't the first and none of its labels is −100.
-            use_cache: as in `CALMModel`; off by default where there are labels.
-            num_items_in_batch: number of labels that are not −100 in the whole accumulated batch. Exact when the
-                collator sets each row's first patch and its partial patches to −100.
-            generator: randomness of the loss.
-            past_key_values: the cache by its name before transformers 5.24.
+        Arguments are those of `CALMModel.forward` (`use_cache` is off with labels), a generator for the loss, and:
+
+        - labels (`(B, L)`): the ids at the input's positions; they are shifted here, by one patch. A patch is a target
+          when it isn't the first and none of its labels is −100.
+        - num_items_in_batch: number of labels that are not −100 in the whole accumulated batch. Exact if the collator
+          sets each row's first patch and its partial patches to −100.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -280,15 +271,10 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         input_ids: Tensor | None = None,
         **noise: Tensor,
     ) -> Tensor:
-        """Returns the head's loss on the targets in labels: the mean, or, given `num_items_in_batch`, sum · K / that.
+        """Returns the head's loss on the targets in `labels`; arguments as in `forward`.
 
-        Args:
-            hidden_BPD: hidden states of the input.
-            labels (`(B, L)`): as in `forward`.
-            num_items_in_batch: as in `forward`.
-            generator: randomness of the loss.
-            input_ids (`(B, L)`): needed where the encoder sees patches before the targets.
-            **noise: predrawn noise of the head.
+        `hidden_BPD` are the input's hidden states, `noise` is the head's predrawn noise. `input_ids` are needed where
+        the encoder sees patches before the targets.
 
         Raises:
             ValueError: labels of another length than the input, or no `input_ids` where they are needed.
@@ -299,40 +285,28 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
 
     def mean_over_items(self, losses_M: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Returns the mean of the patches' losses, or, given `num_items_in_batch`, their sum · K / that."""
-        num_patches = (
-            torch.sym_max(1, len(losses_M))
-            if num_items_in_batch is None
-            else num_items_in_batch / self.config.patch_size
-        )
-        return losses_M.sum() / num_patches
+        if num_items_in_batch is None:
+            return losses_M.sum() / torch.sym_max(1, len(losses_M))
+        return losses_M.sum() / (num_items_in_batch / self.config.patch_size)
 
     def patch_targets(
         self, hidden_BPD: Tensor, labels: Tensor, input_ids: Tensor | None = None
     ) -> tuple[Tensor, PatchTarget]:
         """Returns the hidden states (M, D) before the M target patches, and the targets; arguments of `patch_loss`."""
-        patch_size = self.config.patch_size
-        if labels.shape[1] != patch_size * hidden_BPD.shape[1]:
-            raise ValueError(
-                f"labels have length {labels.shape[1]}, but the input has {patch_size * hidden_BPD.shape[1]} tokens."
-            )
+        patch_size, num_tokens = self.config.patch_size, self.config.patch_size * hidden_BPD.shape[1]
+        if labels.shape[1] != num_tokens:
+            raise ValueError(f"labels have length {labels.shape[1]}, but the input has {num_tokens} tokens.")
         labels_BPK = target_patches(labels.long().to(hidden_BPD.device), patch_size)
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
-        posterior = (
-            self.posterior_in_context(input_ids, is_target) if self.autoencoder.config.encoder_context else None
-        )
+        posterior, num_before = None, self.autoencoder.config.encoder_context
+        if num_before:
+            if input_ids is None:
+                raise ValueError(f"The autoencoder's encoder_context is {num_before}: a loss needs input_ids.")
+            with torch.no_grad():
+                mean, log_std = self.autoencoder.encode(input_ids)
+            posterior = mean[:, 1:][is_target.to(mean.device)], log_std[:, 1:][is_target.to(log_std.device)]
         return context, PatchTarget(tokens, self.autoencoder, posterior)
-
-    @torch.no_grad()
-    def posterior_in_context(self, input_ids: Tensor | None, is_target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and log_std, (M, Z) each, of the M targets marked in (B, P − 1), encoded within their rows."""
-        if input_ids is None:
-            raise ValueError(
-                f"The autoencoder's encoder_context is {self.autoencoder.config.encoder_context}: a loss needs "
-                "input_ids, for the patches before the targets."
-            )
-        mean, log_std = self.autoencoder.encode(input_ids)
-        return mean[:, 1:][is_target.to(mean.device)], log_std[:, 1:][is_target.to(log_std.device)]
 
 
 def target_patches(labels_BL: Tensor, patch_size: int) -> Tensor:

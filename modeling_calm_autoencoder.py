@@ -42,7 +42,7 @@ class CALMAutoencoderOutput(ModelOutput):
 
 
 class AutoencoderLayer(nn.Module):
-    """Computes x + MLP(RMSNorm(x)), on tokens or on patches alike."""
+    """Computes x + MLP(RMSNorm(x)), on tokens or patches."""
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__()
@@ -56,7 +56,7 @@ class AutoencoderLayer(nn.Module):
 class AutoencoderEncoder(nn.Module):
     """Maps token ids (B, L) to mean and log standard deviation of the posterior, each (B, P, Z).
 
-    With `encoder_context` a patch's posterior depends on the patches before it in its row as well.
+    A patch's posterior also depends on the `encoder_context` patches before it in its row.
     """
 
     def __init__(self, config: CALMAutoencoderConfig):
@@ -85,8 +85,7 @@ class AutoencoderEncoder(nn.Module):
         patches = hidden.reshape(batch_size, length // self.patch_size, self.squeeze_layer.in_features)
         hidden = self.squeeze_layer(patches)
         if self.num_before:
-            num_patches = patches.shape[1]
-            before = [F.pad(patches, (0, 0, n, 0))[:, :num_patches] for n in range(1, self.num_before + 1)]
+            before = [F.pad(patches, (0, 0, n, 0))[:, : patches.shape[1]] for n in range(1, self.num_before + 1)]
             hidden = hidden + self.context_layer(torch.cat(before, dim=-1))
         for layer in self.layers[self.num_token_layers :]:
             hidden = layer(hidden)
@@ -108,7 +107,7 @@ class AutoencoderDecoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def expand(self, latents: Tensor) -> Tensor:
-        """Maps latent vectors (..., Z) to a state for each token, (..., K, d), by the layers that work on whole patches."""
+        """Maps latent vectors (..., Z) to a state for each token, (..., K, d), by the layers on whole patches."""
         hidden = self.latent_to_hidden(latents)
         for layer in self.layers[: self.num_patch_layers]:
             hidden = layer(hidden)
@@ -124,10 +123,10 @@ class AutoencoderDecoder(nn.Module):
     def most_probable_tokens(
         self, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None
     ) -> Tensor:
-        """Returns the most probable tokens, (M,), of single states from `expand`, without ever holding all logits.
+        """Returns the most probable tokens, (M,), of single states from `expand`; of equal logits the lowest id.
 
-        An output matrix that can't be cut into tiles, as it is quantised, offloaded or adapted, is called as a layer, on
-        a few states at a time. Of equal logits the lowest id wins, as in argmax.
+        Never holds all logits. An output layer that is quantised, offloaded or adapted is called on a few states at a
+        time, for its matrix can't be cut into tiles.
         """
         states_Md = self.finish(states_Md)
         if is_plain_linear(self.lm_head):
@@ -163,9 +162,8 @@ def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
 class CALMAutoencoder(OffloadableModel):
     """Maps patches of K tokens to Gaussian posteriors over one latent vector, and latent vectors back to tokens.
 
-    Trained on its own first, then frozen inside `CALMForCausalLM`, which calls `encode`, `decode` and `decode_tokens`:
-    they pass `forward`, where the hooks of FSDP and of offloading fire. Lazy decoding calls the decoder's `expand` and
-    `most_probable_tokens`, which call each layer through its own forward.
+    Trained first, then frozen inside `CALMForCausalLM`. Hooks of FSDP and of offloading fire: `encode`, `decode` and
+    `decode_tokens` pass `forward`, the decoder's `expand` and `most_probable_tokens` the forward of each layer.
     """
 
     config_class = CALMAutoencoderConfig
@@ -201,22 +199,20 @@ class CALMAutoencoder(OffloadableModel):
         noise: Tensor | None = None,
         **kwargs,
     ) -> CALMAutoencoderOutput:
-        """Encodes, draws one latent vector per patch, decodes; with labels also scores the reconstruction.
+        """Encodes, samples one latent vector per patch, decodes; with labels also computes the loss.
 
-        In training mode a fraction `token_dropout` of the input tokens is replaced by id 0, and a fraction
-        `latent_dropout` of latent dimensions is dropped.
+        In training mode a fraction `token_dropout_rate` of the input tokens is replaced by id 0, and a fraction
+        `latent_dropout_rate` of the latent dimensions is dropped.
 
         Args:
-            input_ids (`(B, L)`, *optional*): L a multiple of K.
+            input_ids (`(B, L)`, *optional*): L is divisible by K.
             labels (`(B, L)`, *optional*): the ids to reconstruct; −100 is left out. A patch's KL term is weighted
                 by the fraction of its labels that count.
             latents (`(..., Z)`, *optional*): decodes these and nothing else, to logits of shape (..., K, V).
-            output_logits: False only encodes, whatever the mode.
-            num_items_in_batch: number of labels that count in the whole accumulated batch, for exact accumulation.
-            generator: randomness of the latent draw and the token replacement (not of the latent dropout, which is
-                torch's own).
-            noise (`(B, P, Z)`, *optional*): standard normal noise of the latent draw.
-            **kwargs: not used; Trainer passes some.
+            output_logits: False only encodes, without corruption in training.
+            num_items_in_batch: number of labels that count in the whole accumulated batch.
+            generator: randomness of latents and token replacement; latent dropout uses torch's own.
+            noise (`(B, P, Z)`, *optional*): predrawn, standard normal, for the latents.
 
         Raises:
             ValueError: both or neither of `input_ids` and `latents`, or labels for what is not to be scored.
@@ -227,11 +223,12 @@ class CALMAutoencoder(OffloadableModel):
             return CALMAutoencoderOutput(logits=self.decoder(latents))
         if latents is not None or input_ids is None:
             raise ValueError("The autoencoder takes either input_ids, to encode and decode, or latents, to decode.")
+        if self.training and output_logits:
+            chance = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+            input_ids = input_ids.masked_fill(chance < self.config.token_dropout_rate, 0)
+        mean, log_std = self.encoder(input_ids)
         if not output_logits:
-            mean, log_std = self.encoder(input_ids)
             return CALMAutoencoderOutput(mean=mean, log_std=log_std)
-        corrupted = self._replace_tokens(input_ids, generator) if self.training else input_ids
-        mean, log_std = self.encoder(corrupted)
         if noise is None:
             noise = torch.empty_like(mean).normal_(generator=generator)
         noisy = F.dropout(mean + log_std.exp() * noise, self.config.latent_dropout_rate, self.training)
@@ -245,17 +242,11 @@ class CALMAutoencoder(OffloadableModel):
         cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
         items = kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         reconstruction_loss, kl_loss = cross_entropy / items, (kl * kept_per_patch).sum() / items
-        return CALMAutoencoderOutput(
-            loss=self.config.patch_size * reconstruction_loss + self.config.kl_weight * kl_loss,
-            logits=logits,
-            reconstruction_loss=reconstruction_loss.detach(),
-            kl_loss=kl_loss.detach(),
-            mean=mean,
-            log_std=log_std,
-        )
+        loss = self.config.patch_size * reconstruction_loss + self.config.kl_weight * kl_loss
+        return CALMAutoencoderOutput(loss, logits, reconstruction_loss.detach(), kl_loss.detach(), mean, log_std)
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes ids (B, L) to mean and log_std, each (B, P, Z); with `encoder_context`, L starts at the row's beginning."""
+        """Encodes ids (B, L) to mean and log_std, (B, P, Z) each; `encoder_context` needs rows from their beginning."""
         outputs = self(input_ids, output_logits=False)
         return outputs.mean, outputs.log_std
 
@@ -265,28 +256,16 @@ class CALMAutoencoder(OffloadableModel):
 
     @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
-        """Decodes latent vectors (..., Z) to their most probable tokens, ids (..., K).
-
-        Works through the latents in chunks, so that there are never more logits than `LOGITS_CHUNK_SIZE`.
-
-        Args:
-            latents (`(..., Z)`): of patches.
-            forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
-        """
-        flat = latents.reshape(-1, latents.shape[-1])
+        """Decodes latent vectors (..., Z) to their most probable tokens, (..., K), but those forbidden (bool)."""
         rows = max(1, logits_chunk_size(latents.device) // (self.config.patch_size * self.config.vocab_size))
         ids = []
-        for chunk in flat.split(rows):
+        for chunk in latents.reshape(-1, latents.shape[-1]).split(rows):
             logits = self.decode(chunk)
             if forbidden_KV is not None:
                 logits = logits.masked_fill(forbidden_KV.to(logits.device), -torch.inf)
             ids.append(logits.argmax(-1))
         ids = torch.cat(ids) if len(ids) > 1 else ids[0]
         return ids.reshape(*latents.shape[:-1], self.config.patch_size)
-
-    def _replace_tokens(self, input_ids: Tensor, generator: torch.Generator | None) -> Tensor:
-        chance = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
-        return input_ids.masked_fill(chance < self.config.token_dropout_rate, 0)
 
 
 CALMAutoencoder.register_for_auto_class("AutoModel")
