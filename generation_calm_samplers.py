@@ -315,9 +315,8 @@ def exact_temperature_sample(
     if left and noise_RN is not None:
         index_R = choose_at_limit(candidates.first_occurrences(rows_R), uniform_RN, noise_RN, temperature)
         index_B = index_R if len(left) == num_rows else index_B.index_copy(0, rows_R, index_R)
-    is_exact_B = torch.ones(num_rows, dtype=torch.bool)
-    is_exact_B[left] = False
-    return index_B, is_exact_B
+    fell_back = set(left)
+    return index_B, torch.tensor([row not in fell_back for row in range(num_rows)])
 
 
 def one_block_temperature_sample(

@@ -1,4 +1,4 @@
-"""The hooks of transformers' `generate` that CALM overrides, and what else depends on transformers, accelerate, PEFT.
+"""The hooks of transformers' `generate` that CALM overrides, and PEFT's virtual tokens.
 
 `generate` prepares a call, calls a model's hooks on the way, and dispatches greedy search and sampling to `_sample`,
 which passes the call to `generate_patches` (generation_calm.py). Everything else raises an error in one sentence,
@@ -17,13 +17,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig, GenerationConfig, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.utils import logging
 
@@ -84,7 +83,6 @@ UNSUPPORTED_SETTINGS: dict[str, tuple] = {
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
-SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
 logger = logging.get_logger(__name__)
 NEEDS_CACHE = "virtual tokens (PEFT's prompt tuning, p-tuning, prefix tuning) stand in the cache"
 
@@ -112,90 +110,6 @@ class GenerateCall:
     streamer: BaseStreamer | None = None
     synced_gpus: bool = False
     compile_config: CompileConfig | None = None
-
-
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Returns the device that accelerate's hooks move the first hooked weights of a module to."""
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):  # several are one that holds them
-            device = getattr(each, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-    return None
-
-
-def non_finite_weight(model: nn.Module) -> str | None:
-    """Returns the name of the first parameter that holds NaN or infinity, or `None`.
-
-    The host reads one sum for all of them. Weights that are quantised, offloaded or sharded are not checked.
-    """
-    weights, total = {}, torch.zeros(())
-    for name, parameter in model.named_parameters():
-        weight = parameter.data
-        if type(weight) is Tensor and weight.dtype in SUMMABLE and weight.device.type != "meta":
-            weights[name] = weight
-            total = total.to(weight.device) + weight.sum(dtype=torch.float32)
-    if bool(total.isfinite()):
-        return None
-    return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
-
-
-def _sample(weight: Tensor) -> Tensor:
-    return weight.detach().flatten()[:: max(1, weight.numel() // 64)].cpu().clone()
-
-
-class OffloadableModel(PreTrainedModel):
-    """A model that knows its device also when its weights are offloaded, and checks that its weights were loaded."""
-
-    _checked: list = []  # the weights that were found finite
-    _initialised: dict[str, Tensor] = {}  # of weights that were in no file: some of their initial values
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """The device of inputs. Offloaded weights are on "meta" between their layers' forwards; pipelines, and callers
-        that write `ids.to(model.device)`, need a device that holds values."""
-        device = super().device
-        return execution_device(self) or device if device.type == "meta" else device
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
-        """Loads as upstream, and records for `check_weights` the weights that were in no file."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
-        missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
-        weights = {name: weight for name, weight in model.named_parameters() if name in missing}
-        model._initialised = {
-            name: _sample(weight) for name, weight in weights.items() if weight.device.type != "meta"
-        }
-        return (model, info) if output_loading_info else model
-
-    def check_weights(self) -> None:
-        """Raises ValueError if a weight still has its initial values, as no file held it, or isn't finite.
-
-        All weights are read once, and again after a change.
-        """
-        weights = dict(self.named_parameters())
-        unloaded = []
-        for name, values in self._initialised.items():
-            if name in weights and torch.equal(_sample(weights[name]), values):
-                unloaded.append(name)
-        if unloaded:
-            others = f" and of {len(unloaded) - 1} more" if len(unloaded) > 1 else ""
-            raise ValueError(
-                f"The model was loaded without values of {unloaded[0]}{others}, which have their initial values: "
-                "load a complete model, or train this one first."
-            )
-        state = []
-        for weight in weights.values():
-            state.append((id(weight), weight.dtype, 0 if weight.is_inference() else weight._version))
-        if state == self._checked:
-            return
-        if (name := non_finite_weight(self)) is not None:
-            raise ValueError(
-                f"The weight {name} holds NaN or infinity, so that nothing could be written but one token: load other "
-                "weights, in float16 perhaps bfloat16 ones."
-            )
-        self._checked = state
 
 
 class _ViewForUpstream:
@@ -388,9 +302,12 @@ class PatchGenerationMixin(UPSTREAM):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
         PatchSampling.from_generation_config(generation_config)
         known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
+        unread = ""
         for name, value in vars(generation_config).items():
             if name not in known and not name.startswith("_") and value is not None:
-                logger.warning_once(f"The generation configuration has {name}, which CALM doesn't read.")
+                unread += f"{name}, "
+        if unread:
+            logger.warning_once(f"The generation configuration has {unread}which CALM doesn't read.")
         self.check_weights()
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):

@@ -17,12 +17,12 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 # A head is known once it is imported: those below register themselves in HEADS.
 from .configuration_calm import HEADS, CALMConfig
 from .generation_calm import CALMGenerationMixin
-from .generation_calm_upstream import CACHE_ARGUMENT, OffloadableModel
+from .generation_calm_upstream import CACHE_ARGUMENT
 from .heads_calm import PatchTarget
 from .heads_calm_energy import EnergyHead  # noqa: F401
 from .heads_calm_flow_diffusion import DiffusionHead, FlowMatchingHead  # noqa: F401
 from .heads_calm_token_chain import TokenChainHead  # noqa: F401
-from .modeling_calm_autoencoder import CALMAutoencoder
+from .modeling_calm_autoencoder import CALMAutoencoder, OffloadableModel
 
 NO_LOGITS = (
     "CALM has no logits: it samples patches and has no token probabilities. Measure quality with BrierLM "

@@ -5,17 +5,19 @@ states of any patches (m of a chunk).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils.generic import ModelOutput
 
 from .configuration_calm import CALMAutoencoderConfig
-from .generation_calm_upstream import OffloadableModel
 from .kernels_calm import is_plain_linear, vocabulary_argmax
 
+SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
 ACTIVE_NATS = 0.01  # a latent dimension is active when its mean KL divergence exceeds this
 # Logits computed at once: 64 MiB in float32 on a CPU; a GPU needs larger matmuls to be busy.
 LOGITS_CHUNK_SIZE = {"cpu": 2**24, "other": 2**28}
@@ -76,7 +78,7 @@ class AutoencoderEncoder(nn.Module):
         batch_size, length = input_ids.shape
         if length % self.patch_size:
             raise ValueError(
-                f"The autoencoder got {length} tokens a row, no multiple of patch_size={self.patch_size}: pad with "
+                f"The autoencoder got {length} tokens a row, not divisible by patch_size={self.patch_size}: pad with "
                 f"pad_to_multiple_of={self.patch_size}."
             )
         hidden = self.embed_tokens(input_ids)
@@ -157,6 +159,90 @@ def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
     """
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
     return kl.clamp(min=clamp).sum(-1)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Returns the device that accelerate's hooks move the first hooked weights of a module to."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):  # several are one that holds them
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Returns the name of the first parameter that holds NaN or infinity, or `None`.
+
+    The host reads one sum for all of them. Weights that are quantised, offloaded or sharded are not checked.
+    """
+    weights, total = {}, torch.zeros(())
+    for name, parameter in model.named_parameters():
+        weight = parameter.data
+        if type(weight) is Tensor and weight.dtype in SUMMABLE and weight.device.type != "meta":
+            weights[name] = weight
+            total = total.to(weight.device) + weight.sum(dtype=torch.float32)
+    if bool(total.isfinite()):
+        return None
+    return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    return weight.detach().flatten()[:: max(1, weight.numel() // 64)].cpu().clone()
+
+
+class OffloadableModel(PreTrainedModel):
+    """A model that knows its device also when its weights are offloaded, and checks that its weights were loaded."""
+
+    _checked: list = []  # the weights that were found finite
+    _initialised: dict[str, Tensor] = {}  # of weights that were in no file: some of their initial values
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The device of inputs. Offloaded weights are on "meta" between their layers' forwards; pipelines, and callers
+        that write `ids.to(model.device)`, need a device that holds values."""
+        device = super().device
+        return execution_device(self) or device if device.type == "meta" else device
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
+        """Loads as upstream, and records for `check_weights` the weights that were in no file."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
+        missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+        weights = {name: weight for name, weight in model.named_parameters() if name in missing}
+        model._initialised = {
+            name: _sample(weight) for name, weight in weights.items() if weight.device.type != "meta"
+        }
+        return (model, info) if output_loading_info else model
+
+    def check_weights(self) -> None:
+        """Raises ValueError if a weight still has its initial values, as no file held it, or isn't finite.
+
+        All weights are read once, and again after a change.
+        """
+        weights = dict(self.named_parameters())
+        unloaded = []
+        for name, values in self._initialised.items():
+            if name in weights and torch.equal(_sample(weights[name]), values):
+                unloaded.append(name)
+        if unloaded:
+            others = f" and of {len(unloaded) - 1} more" if len(unloaded) > 1 else ""
+            raise ValueError(
+                f"The model was loaded without values of {unloaded[0]}{others}, which have their initial values: "
+                "load a complete model, or train this one first."
+            )
+        state = []
+        for weight in weights.values():
+            state.append((id(weight), weight.dtype, 0 if weight.is_inference() else weight._version))
+        if state == self._checked:
+            return
+        if (name := non_finite_weight(self)) is not None:
+            raise ValueError(
+                f"The weight {name} holds NaN or infinity, so that nothing could be written but one token: load other "
+                "weights, in float16 perhaps bfloat16 ones."
+            )
+        self._checked = state
 
 
 class CALMAutoencoder(OffloadableModel):

@@ -14,8 +14,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from calm_transformers.command_line import format_error, known_errors, require_package
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.generation_calm_samplers import PatchSampling
-from calm_transformers.model.generation_calm_upstream import non_finite_weight
 from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm_autoencoder import non_finite_weight
 from calm_transformers.progress import hide_upstream_bars
 
 MAX_NAMES_SHOWN = 3  # tensors or ids in a message

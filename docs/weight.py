@@ -105,7 +105,7 @@ def figures(test_minutes: float | None, ci_minutes: float | None) -> list[tuple[
     files, functions = patch_path()
     path = loss_path()
     print("From calm train to the loss: " + ", ".join(path) + "\n")
-    rows = [
+    rows: list[tuple[str, float, float | None]] = [
         ("Python files that travel with every model", len(MODEL_FILES), 15),
         ("their lines", lines(MODEL_FILES), 4500),
         ("of them that import " + ", ".join(UNWANTED), sum(bool(imports(f) & set(UNWANTED)) for f in MODEL_FILES), 0),

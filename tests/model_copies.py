@@ -14,9 +14,9 @@ CODE_FILES = {
     "kernels_calm.py",
     "modeling_calm.py",
     "modeling_calm_autoencoder.py",
-    *(f"heads_calm{part}.py" for part in ("", "_diffusion", "_energy", "_flow", "_token_chain")),
-    *(f"generation_calm{part}.py" for part in ("", "_candidates", "_compiled", "_randomness", "_rules", "_samplers")),
-    *(f"generation_calm{part}.py" for part in ("_sequences", "_upstream", "_virtual_tokens", "_weights")),
+    *(f"heads_calm{part}.py" for part in ("", "_energy", "_flow_diffusion", "_token_chain")),
+    *(f"generation_calm{part}.py" for part in ("", "_algorithms", "_candidates", "_compiled")),
+    *(f"generation_calm{part}.py" for part in ("_samplers", "_sequences", "_upstream")),
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_calm.CALMConfig",

@@ -115,12 +115,12 @@ def test_a_replay_returns_recorded_patches_with_unchanged_work(monkeypatch, meth
     reads three tokens of each candidate, and the fourth of one."""
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     model, work = tiny_model(), []
-    decoding = (model.autoencoder, "read_tokens") if lazy else (model.autoencoder.decoder, "forward")
+    decoding = (model.autoencoder.decoder, "most_probable_tokens") if lazy else (model.autoencoder.decoder, "forward")
     sampling = PatchSampling(True, 0.5, 16, method, lazy_decoding=lazy)
     with wrap_method(*decoding, lambda call: lambda first, *more: work.append(len(first)) or call(first, *more)):
         with Replay(labelled_recording(50, 16)).on(model):
-            (first, *_), (later, *_) = (model.sample_patches(torch.randn(3, 48), sampling).T for _ in range(2))
-            patches_3K = model.sample_patches(torch.randn(3, 48), sampling)
+            (first, *_), (later, *_) = (model.sample_patches(torch.randn(3, 48), sampling).patches.T for _ in range(2))
+            patches_3K = model.sample_patches(torch.randn(3, 48), sampling).patches
     assert sum(work) == 3 * 3 * (3 * 16 + 1 if lazy else 16)
     assert (patches_3K[:, 2:] == 0).all() and (patches_3K[:, 1] < 16).all()
     assert first.unique().numel() == 3, "each row has its own context"

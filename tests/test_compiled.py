@@ -140,7 +140,7 @@ def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
         ({"cache_implementation": "dynamic"}, 'add cache_implementation="static"'),
         ({"use_cache": False}, 'add cache_implementation="static"'),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "return no hidden_states; leave it out"),
-        ({"repetition_penalty": 2.0}, "compiled steps ask no logits processors"),
+        ({"repetition_penalty": 2.0}, "compiled steps call no logits processors"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(settings, message):

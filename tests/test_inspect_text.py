@@ -11,7 +11,7 @@ from commands import refusal
 from tiny import BOS, tiny_model, tiny_tokenizer
 
 from calm_transformers.loading import load_calm
-from calm_transformers.model.generation_calm_weights import Truncation
+from calm_transformers.model.generation_calm_algorithms import Truncation
 from calm_transformers.pages import inspect_page, inspect_text
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_the_command_prints_patches_with_their_weights_at_several_temperatures(t
     "options, message",
     [
         (["--compare", "0"], "temperature=0.0: sampling needs"),
-        (["--top_p", "1.5"], "top_p=1.5: must be a share"),
+        (["--top_p", "1.5"], "top_p=1.5: must be a fraction"),
         (["--max_new_tokens", "5000000"], "the prompt has 6 tokens and 5000000 are to be written"),
     ],
 )

@@ -15,8 +15,8 @@ from calm_transformers import loading
 from calm_transformers.conversion.convert import convert
 from calm_transformers.evaluation.text_scores import score_texts
 from calm_transformers.loading import check_tokenizer, load_causal_lm
-from calm_transformers.model.generation_calm_upstream import non_finite_weight
 from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm_autoencoder import non_finite_weight
 from calm_transformers.serving.batcher import Batcher
 
 pytestmark = pytest.mark.transformers

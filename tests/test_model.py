@@ -219,7 +219,7 @@ def test_config_survives_a_save(tmp_path):
         ({"sampling_steps": 0}, "sampling_steps=0"),
         (
             {"head_type": "token_chain", "autoencoder_config": {"encoder_context": 1}},
-            "encoder_context=1: the codes of the token_chain head are of patches alone",
+            "encoder_context=1: latent token embeddings are of patches without context",
         ),
         ({"sampling_steps": 1001, "head_type": "diffusion"}, "sampling_steps=1001: the diffusion head has 1000"),
     ],
@@ -306,7 +306,7 @@ def test_ids_of_any_whole_type_or_embeddings_as_a_tuple_or_not(head_type):
 REFUSED = [  # of the model, and of its backbone, too
     ({"labels": some_ids()[:, :20]}, "labels have length 20, but the input has 24 tokens", False),
     ({"input_ids": None}, "exactly one of input_ids or inputs_embeds", True),
-    ({"input_ids": some_ids()[:, :7]}, "7 tokens a row, no multiple of patch_size=4: pad.*pad_to_multiple_of=4", True),
+    ({"input_ids": some_ids()[:, :7]}, "7 tokens a row, not divisible by patch_size=4: pad.*pad_to_multiple_of=4", True),
     *(({"input_ids": bad}, "the model takes whole numbers of", True) for bad in (some_ids().float(), some_ids()[0])),
     ({"attention_mask": torch.ones(2, 5)}, "attention_mask has length 5: it must count 6 patches or 24 tokens", True),
     ({"position_ids": torch.arange(24)[None]}, "positions count patches: 6", True),

@@ -9,7 +9,7 @@ from tiny import BOS, tiny_model
 from transformers import GenerationConfig
 
 from calm_transformers.loading import generation_defaults
-from calm_transformers.model import generation_calm
+from calm_transformers.model import generation_calm_upstream
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 
 OPTIONS = fields(PatchSampling)
@@ -97,7 +97,7 @@ def test_a_top_k_is_what_was_asked_for(monkeypatch, top_k):
 
 def test_fields_that_nobody_reads_are_warned_of(monkeypatch):
     model, warnings = tiny_model(), []
-    monkeypatch.setattr(generation_calm.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(generation_calm_upstream.logger, "warning_once", warnings.append)
     settings = {"do_sample": True, "sampling_method": "batch", "num_candidates": 5}
     sampling_used(monkeypatch, model, generation_config=GenerationConfig(**settings))
     assert not warnings

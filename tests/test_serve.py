@@ -345,7 +345,7 @@ def test_the_example_in_the_documents_runs():
 
 
 def test_a_port_taken_while_the_model_loads_is_an_input_error():
-    with serve.listen("127.0.0.1", 0) as first:
+    with serve.bind_socket("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with serve.bind_socket("127.0.0.1", port) as second:
             first.listen()

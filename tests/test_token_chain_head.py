@@ -11,7 +11,7 @@ from torch import nn
 from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.model.heads_calm_token_chain import latent_token_embeddings
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.training.auxiliary import MultiTokenLoss
+from calm_transformers.training.auxiliary import ExtraTargets, MultiTokenLoss
 
 K, V, Z = 4, 96, 16
 SIGNIFICANCE = 1e-4
@@ -62,8 +62,8 @@ def test_loss_agrees_with_a_loop():
     context, tokens = torch.randn(3, 48).double(), torch.randint(V, (3, 3, K))
     expected = [[-log_probability(head, context[row], patch[row]) / K for row in range(3)] for patch in tokens]
     torch.testing.assert_close(head.loss(context, PatchTarget(tokens[0])), torch.tensor(expected[0]))
-    further = head.loss(context, PatchTarget(tokens[0], further=tokens[1:]))
-    torch.testing.assert_close(further, torch.tensor(expected).mean(0))
+    with_extra = head.loss(context, ExtraTargets(tokens[0], None, tokens[1:]))
+    torch.testing.assert_close(with_extra, torch.tensor(expected).mean(0))
 
 
 def test_the_model_s_loss_is_the_multi_token_loss():
@@ -76,13 +76,16 @@ def test_the_model_s_loss_is_the_multi_token_loss():
     torch.testing.assert_close(outputs.loss, auxiliary(outputs.last_hidden_state, ids))
 
 
-def tokens_of(head, monkeypatch):
-    """Makes the head hand on tokens in place of their points."""
-    monkeypatch.setattr(head, "points", lambda tokens: tokens.double())
+@torch.no_grad()
+def tokens_as_latents(head):
+    """Makes the first K latent dimensions of a sample its tokens."""
+    head.codes.zero_()
+    for k in range(head.patch_size):
+        head.codes[k, :, k] = torch.arange(head.codes.shape[1])
 
 
 @torch.no_grad()
-def test_draws_have_the_chain_s_law(monkeypatch):
+def test_draws_have_the_chain_s_law():
     """All V² patches: chi-square against their enumerated probabilities, and against those of another context.
 
     Twice, since noise of one row, as recorded for it, is shared by both contexts.
@@ -93,7 +96,7 @@ def test_draws_have_the_chain_s_law(monkeypatch):
     contexts = torch.randn(2, 48, generator=torch.Generator().manual_seed(3)).double()
     patches = [(first, second) for first in range(24) for second in range(24)]
     laws = torch.tensor([[log_probability(head, c, patch) for patch in patches] for c in contexts]).double().exp()
-    tokens_of(head, monkeypatch)
+    tokens_as_latents(head)
     for shared in ({}, head.predrawn_noise(20000, 1, contexts, torch.Generator().manual_seed(0))):
         drawn = head.sample(contexts, num_samples=20000, generator=torch.Generator().manual_seed(0), **shared).long()
         numbers = drawn[..., 0] * 24 + drawn[..., 1]
@@ -103,14 +106,14 @@ def test_draws_have_the_chain_s_law(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_token_without_probability_is_never_drawn(monkeypatch):
+def test_a_token_without_probability_is_never_drawn():
     head = tiny_model("token_chain").head
-    tokens_of(head, monkeypatch)
+    tokens_as_latents(head)
     head.chain.logits = lambda state: torch.full((*state.shape[:-1], V), -math.inf).index_fill(
         -1, torch.tensor([7]), 0
     )
     noise = torch.tensor([0.0, 1e-30, 0.5, 1 - 2**-24])[:, None].expand(4, K)
-    assert (head.sample(torch.randn(48), noise=noise) == 7).all()
+    assert (head.sample(torch.randn(48), noise=noise)[:, :K] == 7).all()
 
 
 def test_noise_keeps_its_precision_in_bfloat16():
@@ -122,12 +125,10 @@ def test_noise_keeps_its_precision_in_bfloat16():
 
 @pytest.mark.transformers
 def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
-    """Loading a checkpoint without them leaves zeros, no chance memory; then a multi-token loss's chain goes in."""
+    """Loading a checkpoint without them leaves zeros."""
     flow = tiny_model("flow")
     flow.save_pretrained(tmp_path)
     model = CALMForCausalLM.from_pretrained(tmp_path, head_type="token_chain", ignore_mismatched_sizes=True)
     assert not model.head.codes.any()
-    loss = MultiTokenLoss(48, V, K)
-    model.head.fit(model.autoencoder, loss.state_dict())
+    model.head.fit(model.autoencoder)
     assert torch.equal(model.head.codes, latent_token_embeddings(model.autoencoder))
-    assert torch.equal(model.head.chain.lm_head.weight, loss.lm_head.weight)

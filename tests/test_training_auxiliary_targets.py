@@ -1,14 +1,13 @@
 """Pseudo-targets sampled from the MTP model for the head's loss: their distribution, the loss, and its gradients."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
 from enumerable_distributions import chi_square_p_value
 from tiny import tiny_model
 
-from calm_transformers.training.auxiliary import MultiTokenLoss, WithAuxiliary
+from calm_transformers.training.auxiliary import ExtraTargets, MultiTokenLoss, WithAuxiliary
 
 V, K = 5, 3
 
@@ -32,7 +31,7 @@ def patch_probabilities(loss, hidden):
 
 def test_samples_follow_the_distribution(loss):
     hidden = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
-    samples = loss.draw(hidden, 6_000, torch.Generator().manual_seed(2))
+    samples = loss.sample(hidden, 6_000, torch.Generator().manual_seed(2))
     numbers = (samples * torch.tensor([V * V, V, 1])).sum(-1)
     expected = [patch_probabilities(loss, row) for row in hidden]
     assert all(chi_square_p_value(numbers[:, row], expected[row]) > 1e-4 for row in (0, 1))
@@ -44,11 +43,14 @@ def test_a_pseudo_target_equal_to_the_text_changes_nothing():
     ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
     hidden, own = model(input_ids=ids).last_hidden_state, ids.unflatten(1, (-1, 4))[:, 1:].flatten(0, 1)
 
-    def loss(further=None):
-        return model.patch_loss(hidden, ids, generator=torch.Generator().manual_seed(1), further=further)
+    def loss(extra=None):
+        context, target = model.patch_targets(hidden, ids)
+        if extra is not None:
+            target = ExtraTargets(target.tokens, model.autoencoder, extra.expand(3, -1, -1))
+        return model.head.loss(context, target, generator=torch.Generator().manual_seed(1)).mean()
 
-    torch.testing.assert_close(loss(lambda context: own.expand(3, -1, -1)), loss())
-    assert (loss(lambda context: own.flip(0).expand(3, -1, -1)) - loss()).abs() > 1e-3
+    torch.testing.assert_close(loss(own), loss())
+    assert (loss(own.flip(0)) - loss()).abs() > 1e-3
 
 
 def test_the_loss_is_the_head_loss_with_pseudo_targets_plus_the_auxiliary_loss():
@@ -59,7 +61,9 @@ def test_the_loss_is_the_head_loss_with_pseudo_targets_plus_the_auxiliary_loss()
     outputs = wrapped(labels=ids, input_ids=ids)
     torch.manual_seed(3)
     hidden = model(input_ids=ids).last_hidden_state
-    head = model.patch_loss(hidden, ids, further=partial(wrapped.auxiliary.draw, num_draws=3))
+    context, target = model.patch_targets(hidden, ids)
+    target = ExtraTargets(target.tokens, model.autoencoder, wrapped.auxiliary.sample(context, 3))
+    head = model.head.loss(context, target).mean()
     torch.testing.assert_close(outputs.loss, 2.0 * head + 0.5 * wrapped.auxiliary(hidden, ids))
     outputs.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)

@@ -102,7 +102,7 @@ def test_what_cannot_work_is_refused_and_the_model_stays_whole(kind):
 
 def test_virtual_tokens_must_be_whole_patches():
     model = adapted("prompt", num_virtual_tokens=6)
-    with pytest.raises(ValueError, match="num_virtual_tokens=6: must be a multiple of patch_size=4"):
+    with pytest.raises(ValueError, match="num_virtual_tokens=6: must be divisible by patch_size=4"):
         text_of(model)
     ids = torch.tensor([ROWS[0][:8]])
     with pytest.raises(ValueError, match="got 14 tokens a row.*virtual tokens count, too"):

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from calm_transformers.benchmarks.meters import Meter, MethodMeter, PeakMemory, synchronise, weight_bytes, wrap_method
 from calm_transformers.benchmarks.workloads import Replay, generate_tokens
 from calm_transformers.loading import is_calm
+from calm_transformers.model.generation_calm_candidates import LazyCandidateBatch
 from calm_transformers.model.kernels_calm import OneDNNLinear, one_dnn_is_faster
 
 PARTS = ("backbone", "head", "decode", "selection", "other")
-DECODE_METHODS = ("decode_tokens", "decode_states", "read_tokens")
 WARM_UP_STEPS = 2
 
 
@@ -47,7 +47,7 @@ class Workload:
         return {
             "backbone": (self.model.model, "forward"),
             "head": (self.model.head, "sample"),
-            "decode": [(self.model.autoencoder, name) for name in DECODE_METHODS],
+            "decode": [(self.model.autoencoder, "decode_tokens"), (LazyCandidateBatch, "read")],
             "choice": (self.model, "sample_patches"),
         }
 

@@ -57,7 +57,7 @@ tr.chosen .track i { background: var(--chosen); }
 }
 """
 
-# candidateWeights() computes candidate_weights of generation_calm_weights.py, with truncation, from counts.
+# candidateWeights() computes candidate_weights of generation_calm_algorithms.py, with truncation, from counts.
 SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
