@@ -5,9 +5,9 @@ other has is unique, and its other tokens matter only if it is chosen. So `LazyC
 position, and only candidates of the pairs that are compared; `CandidateBatch` decodes every token of every candidate
 at once, and is what the lazy one is tested against.
 
-Axes: B rows of the step, R of these that still draw, N candidates of a row so far, n new ones, D hidden size or distinct
-patches, K tokens per patch, Z latent size, d width of the decoder, V vocabulary, C candidates of a chunk, M tokens to
-read, U candidates that they belong to, k some of the K, S steps.
+Axes: B rows of the step, R of these that still draw, N candidates of a row so far, n new ones, D hidden size or number
+of distinct patches, K tokens per patch, k some of these, Z latent size, d width of the decoder, V vocabulary, C
+candidates of a chunk, M tokens to read, U candidates that they belong to, S steps.
 """
 
 from __future__ import annotations
@@ -27,17 +27,14 @@ from .heads_calm import GenerativeHead
 from .kernels_calm import arange, cpu_kernels
 from .modeling_calm_autoencoder import CALMAutoencoder, logits_chunk_size
 
-FEW_TOKENS = (
-    96  # up to here all positions are decoded at once: a matmul with the vocabulary costs as much as 25 tokens
-)
+FEW_TOKENS = 96  # up to here all positions are decoded at once: reading the vocabulary costs as much as 25 tokens
 TOKENS_CHUNK_SIZE = 1000  # what the decoder's layers hold doesn't grow with N
 MAX_LOG_WEIGHT_GAP = 10.0  # nats: candidates that processors make so much lighter than a row's heaviest are dropped
-UNKNOWN = -1  # id of a token that isn't decoded yet
-NO_TOKEN = -1
+NO_TOKEN = -1  # id of a token that isn't decoded yet, or isn't there
 
 
 class CandidateBatch:
-    """Samples `Candidates` of each row's next patch, and decodes all of them at once.
+    """Samples candidates of each row's next patch, decoded in full (`Candidates` in generation_calm_samplers.py).
 
     Args:
         head: samples latent vectors.
@@ -64,11 +61,10 @@ class CandidateBatch:
         self.processor_log_weights_BN: Tensor | None = None
         self.blocks: list[tuple[Tensor, int]] = []  # which rows drew, and how many samples each
         self.num_drawn = 0
-        self.tokens_BNK: Tensor | None = None
+        self.tokens_BNK: Any = None  # a tensor from the first `extend` on
         self._first_occurrences: tuple[Tensor, Tensor] | None = None  # rows, and the indices of all their samples
 
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
-        """Draws more samples for each of these rows, which must have drawn in every call before."""
         noise = self.randomness.head_noise(self.head, self.hidden_BD, rows_R, num_samples)
         context_RD = self._select(rows_R, self.hidden_BD)
         with cpu_kernels(num_samples * len(context_RD), context_RD.shape[-1]):
@@ -91,10 +87,7 @@ class CandidateBatch:
     def _process(
         self, processors: CandidateProcessors, row: int, latents_nZ: Tensor, tokens_nK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Decodes one row's new candidates under its processors: tokens (n, K) and log weights (n,).
-
-        Of candidates that are the same patch without processors the first stands for all.
-        """
+        """Decodes one row's distinct new candidates under its processors: tokens (n, K) and log weights (n,)."""
         first_C, place_n = first_occurrences(tokens_nK[None])[0].unique(return_inverse=True)
         config, device = self.autoencoder.config, latents_nZ.device
         chunk_size = max(1, logits_chunk_size(device) // (config.patch_size * config.vocab_size))
@@ -124,12 +117,10 @@ class CandidateBatch:
             new_Bn[rows_R.to(new_Bn.device)] = new_Rn
         return new_Bn if old_BN is None else torch.cat([old_BN, new_Bn], dim=1)
 
-    def _select(self, rows_R: Tensor, values_B: Tensor | None) -> Tensor:
-        assert values_B is not None, "extend comes first"
+    def _select(self, rows_R: Tensor, values_B: Tensor) -> Tensor:
         return values_B if rows_R is self.rows_B else values_B[rows_R.to(values_B.device)]
 
     def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
-        """Returns for each candidate of these rows the index of the first one that equals it, (R, N), whatever pairs."""
         if self._first_occurrences is None or self._first_occurrences[0] is not rows_R:
             self._first_occurrences = rows_R, first_occurrences(self._select(rows_R, self.tokens_BNK))
         return self._first_occurrences[1]
@@ -138,33 +129,25 @@ class CandidateBatch:
         """Returns the patch of one candidate of each of these rows, (R, K)."""
         if self.num_drawn == 1:  # T = 1: there is nothing to choose
             return self._select(rows_R, self.tokens_BNK)[:, 0]
-        assert self.tokens_BNK is not None, "extend comes first"
         return self.tokens_BNK[rows_R, index_R]
 
 
 class LazyCandidateBatch(CandidateBatch):
-    """Decodes only the tokens that decide which candidates of a row are the same patch. Same results, less work.
+    """Decodes only the tokens that decide which candidates of a row are the same patch; it takes no processors."""
 
-    Args: as in `CandidateBatch`, but no processors.
-    """
-
-    latents_BNZ: Tensor | None = None
+    latents_BNZ: Any = None  # a tensor from the first `extend` on
 
     def _add(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
         patch_size = self.autoencoder.config.patch_size
-        unknown_nRK = torch.full((*latents_nRZ.shape[:2], patch_size), UNKNOWN, device=rows_R.device)
+        unknown_nRK = torch.full((*latents_nRZ.shape[:2], patch_size), NO_TOKEN, device=rows_R.device)
         self.latents_BNZ = self._append(self.latents_BNZ, rows_R, latents_nRZ)
         self.tokens_BNK = self._append(self.tokens_BNK, rows_R, unknown_nRK)
 
     def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
-        """As `generation_calm_samplers.Candidates` has it.
-
-        The candidate of least noise is decoded in full, in the same matmul with the vocabulary as the first tokens of
-        the others.
-        """
         index_N = arange(self.num_drawn, rows_R.device)
         # Candidates with one index may be the same patch, by the tokens decoded so far.
         first_RN = (index_N - index_N % 2 if pairs == "disjoint" else index_N * 0).expand(len(rows_R), -1)
+        # The candidate of least noise is decoded in the same matmul with the vocabulary as the others' first tokens.
         wanted_RNK = self._whole_patches(rows_R, None if noise_RN is None else noise_RN.argmin(-1))
         positions = list(range(wanted_RNK.shape[-1]))
         while positions:
@@ -182,7 +165,6 @@ class LazyCandidateBatch(CandidateBatch):
         return first_RN
 
     def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
-        """Returns the patch of one candidate of each of these rows, (R, K), decoded where it isn't yet."""
         self._decode(rows_R, self._whole_patches(rows_R, index_R))
         return super().tokens(rows_R, index_R)
 
@@ -196,26 +178,23 @@ class LazyCandidateBatch(CandidateBatch):
 
     def _decode(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
         """Decodes those of the wanted tokens that are unknown."""
-        is_unknown_RNK = self._select(rows_R, self.tokens_BNK) == UNKNOWN
+        is_unknown_RNK = self._select(rows_R, self.tokens_BNK) == NO_TOKEN
         row, candidate, position = (wanted_RNK & is_unknown_RNK).nonzero().unbind(-1)
         row = row if rows_R is self.rows_B else rows_R[row]
         for start in range(0, len(row), TOKENS_CHUNK_SIZE):
             chunk = slice(start, start + TOKENS_CHUNK_SIZE)
             index = row[chunk], candidate[chunk], position[chunk]
-            assert self.tokens_BNK is not None
             self.tokens_BNK[index] = self.read(*index)
 
     def read(self, rows_M: Tensor, candidates_M: Tensor, positions_M: Tensor) -> Tensor:
         """Returns the ids (M,) of tokens, each given by its row, the index of its candidate and its position."""
-        assert self.latents_BNZ is not None, "extend comes first"
         candidate_U, place_M = (rows_M * self.num_drawn + candidates_M).unique(return_inverse=True)
         latents_UZ = self.latents_BNZ.flatten(0, 1)[candidate_U.to(self.latents_BNZ.device)]
+        decoder = self.autoencoder.decoder
         with cpu_kernels(len(latents_UZ), self.autoencoder.config.hidden_size):
-            states_UKd = self.autoencoder.decoder.expand(latents_UZ)
+            states_UKd = decoder.expand(latents_UZ)
             states_Md = states_UKd[place_M.to(states_UKd.device), positions_M.to(states_UKd.device)]
-            return self.autoencoder.decoder.most_probable_tokens(states_Md, positions_M, self.forbidden_KV).to(
-                rows_M.device
-            )
+            return decoder.most_probable_tokens(states_Md, positions_M, self.forbidden_KV).to(rows_M.device)
 
 
 def _run_starts(keys_RNk: Tensor) -> Tensor:
@@ -249,14 +228,13 @@ class CandidateScores(NamedTuple):
 
     Args:
         patches (`(B, D, K)`): ids of the distinct patches among the samples; −1 where a row has no more.
-        counts (`(B, D)`): how often each was drawn; their sum is the number of samples, 0 in a row that has ended. The
-            exact algorithm draws in blocks, whose sizes are the batch's and change no text.
+        counts (`(B, D)`): how often each was drawn; 0 in a row that has ended. Their sum is the number of samples:
+            with the exact algorithm it depends on the batch, which changes no text.
         weights (`(B, D)`): the batch rule's estimate of P(patch)^(1/T)/Z after truncation, by which the method
             chooses or, where Algorithm 1 accepted an attempt, would have. Without do_sample: counts ÷ samples.
         chosen (`(B,)`): the index of the patch that was written; −1 in a row that has ended.
         is_exact (`(B,)`): whether it is a sample of P(patch)^(1/T)/Z: Algorithm 1 accepted an attempt, or T = 1
-            without truncation and processors. False where it was chosen by weight or frequency, and in a row that has
-            ended.
+            without truncation and processors. False in a row that has ended.
     """
 
     patches: Tensor
@@ -270,9 +248,8 @@ class CandidateScores(NamedTuple):
         if len(rows) == num_rows:
             return self
         empty = CandidateScores(*(values[:1].new_full((num_rows, *values.shape[1:]), NO_TOKEN) for values in self))
-        empty.counts.zero_()
-        empty.weights.zero_()
-        empty.is_exact.zero_()
+        for values in (empty.counts, empty.weights, empty.is_exact):
+            values.zero_()
         for whole, values in zip(empty, self, strict=True):
             whole[list(rows)] = values
         return empty
@@ -281,13 +258,9 @@ class CandidateScores(NamedTuple):
 def candidate_scores(
     candidates: CandidateBatch, index_B: Tensor, weights: Callable[..., Tensor], is_exact: Tensor | bool = False
 ) -> CandidateScores:
-    """Returns what a step chose from, given candidates that are decoded in full, so no `LazyCandidateBatch`.
+    """Returns what a step chose `index_B` from, given candidates that are decoded in full, so no `LazyCandidateBatch`.
 
-    Args:
-        candidates: of the step.
-        index_B: the sample that was chosen.
-        weights: first occurrences and processors' log weights (1, N) → the weight of each sample, on first occurrences.
-        is_exact: see `CandidateScores`; one value for all rows or (B,).
+    `weights` is a function as `PatchSampling.weights`; `is_exact` is one value for all rows or (B,).
     """
     num_samples_B = torch.zeros_like(candidates.rows_B)
     for rows_R, num_samples in candidates.blocks:
@@ -307,7 +280,6 @@ def candidate_scores(
 def _scores_of_row(
     candidates: CandidateBatch, row: int, index: int, num_samples: int, weights: Callable[..., Tensor]
 ) -> tuple[Tensor, ...]:
-    assert candidates.tokens_BNK is not None
     tokens_NK, log_weights_BN = candidates.tokens_BNK[row, :num_samples], candidates.processor_log_weights_BN
     first_1N = first_occurrences(tokens_NK[None])
     weights_N = weights(first_1N, None if log_weights_BN is None else log_weights_BN[row, None, :num_samples])[0]
@@ -318,16 +290,11 @@ def _scores_of_row(
 
 
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:
-    """Returns the natural logarithm of the chosen patches' weights, (B, S); 0 for rows that have ended, as upstream has it.
+    """Returns the natural logarithm of the chosen patches' weights, (B, S); 0 for rows that have ended, as upstream.
 
     This is the place of `compute_transition_scores`, with a value a patch. It is an estimate from the samples drawn:
     without do_sample the log of the patch's fraction of them, and 0 at T = 1, where one patch is drawn and taken.
-
-    Args:
-        scores: of the S steps, as `generate` returns them.
-
-    Raises:
-        ValueError: it is something else, as the whole output, or there are none.
+    Raises ValueError unless `scores` are those of the S >= 1 steps, as `generate` returns them.
     """
     if not isinstance(scores, list | tuple) or not scores or not all(hasattr(step, "chosen") for step in scores):
         raise ValueError(
