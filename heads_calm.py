@@ -1,9 +1,9 @@
 """The interface of the generative heads: each samples the next patch's latent vector given the hidden state.
 
 A head is one file, like heads_calm_energy.py, and one line, its import in modeling_calm.py. Its class is defined with
-the `head_type` that configurations name it by, and answers every question about itself: how to sample, how to compute
-the loss, which configurations it takes, what it must be fitted to before training, how many network calls a sample
-costs. What it costs in FLOPs is counted by running it (training/cost.py).
+the `head_type` that configurations name it by, and says how to sample, how to compute the loss, which configurations
+it takes, how it is fitted before training and how many network calls a sample takes. Its FLOPs are counted by running
+it (training/cost.py).
 
 Axes: N samples per patch, K tokens per patch, D hidden size, Z latent size. "..." stands for any leading axes, as
 (B, P). Samples come first: (N, ..., Z).
@@ -44,7 +44,7 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 class PatchTarget:
-    """The patches that a head is trained on: their tokens and, on request, the autoencoder's posterior of them.
+    """The patches that a head predicts in training: their tokens and, on request, the autoencoder's posterior of them.
 
     Args:
         tokens (`(..., K)`, *optional*): ids.
@@ -63,10 +63,9 @@ class PatchTarget:
     def to(self, device: torch.device, **kwargs) -> "PatchTarget":
         """Returns the target on another device; offloading hooks call this, as they call a tensor's."""
         tokens = None if self._tokens is None else self._tokens.to(device, **kwargs)
-        posterior = None
-        if self._posterior is not None:
-            mean, log_std = self._posterior
-            posterior = mean.to(device, **kwargs), log_std.to(device, **kwargs)
+        posterior = self._posterior
+        if posterior is not None:
+            posterior = posterior[0].to(device, **kwargs), posterior[1].to(device, **kwargs)
         return type(self)(tokens, self._autoencoder, posterior)
 
     @property
@@ -81,7 +80,7 @@ class PatchTarget:
         return self.tokens[None]
 
     def posterior(self) -> tuple[Tensor, Tensor]:
-        """Returns mean and natural logarithm of the standard deviation, (..., Z) each, on the tokens' device."""
+        """Returns mean and log standard deviation, (..., Z) each, on the tokens' device."""
         if self._posterior is None:
             self._posterior = self.encode(self.tokens)
         return self._posterior
@@ -134,11 +133,9 @@ class GenerativeHead(nn.Module):
 
     def __init__(self, config: CALMConfig):
         super().__init__()
-        self.context_layers = nn.Sequential(
-            *(ContextLayer(config.hidden_size) for _ in range(config.num_context_layers))
-        )
-        self.latent_size = config.latent_size
-        self.num_samples = config.num_samples
+        self.latent_size, self.num_samples = config.latent_size, config.num_samples
+        layers = [ContextLayer(config.hidden_size) for _ in range(config.num_context_layers)]
+        self.context_layers = nn.Sequential(*layers)
 
     # what a head defines
 
@@ -172,30 +169,19 @@ class GenerativeHead(nn.Module):
         noise: Tensor | None = None,
         **step_noise: Tensor,
     ) -> Tensor:
-        """Samples latent vectors for each context.
+        """Samples independent latent vectors (N, ..., Z) for each context, the hidden states (..., D).
 
-        Args:
-            context (`(..., D)`): hidden states.
-            num_samples: N samples per context.
-            generator: source of all randomness that is not passed in.
-            noise (`(N, ..., noise size)`, *optional*): the starting noise; its N takes precedence.
-            **step_noise: more predrawn noise, named as in the head's `from_noise`.
-
-        Returns:
-            `(N, ..., Z)`: independent latent vectors.
+        Randomness is the generator's, unless passed in: starting noise (N, ..., noise size), whose N takes precedence,
+        and `step_noise`, named as in the head's `from_noise`.
         """
         return self(context, num_samples=num_samples, generator=generator, noise=noise, **step_noise)
 
     def loss(
         self, context: Tensor, target: PatchTarget, generator: torch.Generator | None = None, **noise: Tensor
     ) -> Tensor:
-        """Returns the loss of each patch, (...); lower is better.
+        """Returns the loss of each target patch, (...), given hidden states (..., D); lower is better.
 
-        Args:
-            context (`(..., D)`): hidden states of the patches before.
-            target: the patches to predict, of the same leading axes.
-            generator: source of all randomness that is not passed in.
-            **noise: predrawn noise, named as in the head's `compute_loss`.
+        Randomness is the generator's, unless passed in as `noise`, named as in the head's `compute_loss`.
         """
         return self(context, target, generator=generator, **noise)
 
@@ -215,12 +201,7 @@ class GenerativeHead(nn.Module):
         return self.compute_loss(context, target.to(context.device), **kwargs)
 
     def _sample(
-        self,
-        context: Tensor,
-        num_samples: int,
-        generator: torch.Generator | None,
-        noise: Tensor | None,
-        **step_noise: Tensor,
+        self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None, **step_noise
     ) -> Tensor:
         if noise is None:
             noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)

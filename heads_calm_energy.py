@@ -20,8 +20,7 @@ PATCHES_CHUNK_SIZE = {"cpu": 64, "other": 2048}
 class EnergyBlock(nn.Module):
     """Residual gated MLP on the noise path, conditioned on the context.
 
-    The published first layer acts on concat(LayerNorm(e), c). Its two halves are two modules here, so that the
-    context's half is computed once for all N samples.
+    The published first layer acts on concat(LayerNorm(e), c); here the context's half is computed once for N samples.
     """
 
     def __init__(self, hidden_size: int):
@@ -48,9 +47,8 @@ class EnergyHead(GenerativeHead, head_type="energy"):
     def __init__(self, config: CALMConfig):
         super().__init__(config)
         size = config.hidden_size
-        self.noise_size = config.noise_size
+        self.noise_size, self.beta = config.noise_size, config.beta
         self.num_posterior_samples = config.num_posterior_samples
-        self.beta = config.beta
         self.noise_embed = nn.Linear(config.noise_size, size)
         self.context_embed = nn.Linear(size, size)
         self.norm_noise = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
@@ -64,9 +62,8 @@ class EnergyHead(GenerativeHead, head_type="energy"):
     @classmethod
     def check(cls, config: CALMConfig) -> None:
         super().check(config)
-        require(
-            config.num_samples >= 2, f"num_samples={config.num_samples}: the pairwise term needs at least 2 samples."
-        )
+        n = config.num_samples
+        require(n >= 2, f"num_samples={n}: the pairwise term needs at least 2 samples.")
 
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Uniform(−0.5, 0.5) in each of `noise_size` dimensions (published code)."""
@@ -161,34 +158,23 @@ def _power_and_slope(squared: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 @torch.compiler.disable()  # it would unroll the chunks: minutes of compilation, again for another number of patches
 def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
-    """Energy score of the head's samples against draws from the posterior (paper 3.3). Higher is better; the head
-    negates it.
+    """Returns each patch's energy score (...) of samples x (N, ..., Z), N ≥ 2, and posterior samples y (S, ..., Z).
 
-        score = mean_{n≠m} ‖x_n − x_m‖^β − 2 · mean_{n,s} ‖x_n − y_s‖^β
+        score = mean_{n≠m} ‖x_n − x_m‖^β − 2 · mean_{n,s} ‖x_n − y_s‖^β    (paper 3.3)
 
-    Differentiable (once) in `samples` only; finite, with zero gradient from a pair, where a pair coincides. Computed
-    in float32, or float64 if the samples are.
-
-    Args:
-        samples (`(N, ..., Z)`): N ≥ 2 head samples per patch.
-        targets (`(S, ..., Z)`): S ≥ 1 posterior draws per patch, without gradient.
-        beta: exponent, 0 < β < 2 (strictly proper only there).
-
-    Returns:
-        `(...)`: the score of each patch.
+    Higher is better; the head negates it. Strictly proper for 0 < β < 2. Differentiable (once) in `samples` only;
+    finite, with zero gradient from a pair, where a pair coincides. Computed in float32, or float64 if the samples are.
 
     Raises:
-        ValueError: fewer than 2 samples, β outside (0, 2), shapes that don't match, or targets that require
-            a gradient.
+        ValueError: fewer than 2 samples, β outside (0, 2), shapes that don't match, or targets with a gradient.
     """
     if samples.shape[0] < 2:
         raise ValueError(f"energy_score got {samples.shape[0]} sample(s): the pairwise term needs at least 2.")
     if not 0 < beta < 2:
         raise ValueError(f"energy_score got beta={beta}: it must lie in (0, 2), where the score is strictly proper.")
     if samples.shape[1:] != targets.shape[1:]:
-        raise ValueError(
-            f"samples {tuple(samples.shape)} and targets {tuple(targets.shape)} must agree in all but the first axis."
-        )
+        shapes = f"samples {tuple(samples.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes} must agree in all but the first axis.")
     if targets.requires_grad:
         raise ValueError("energy_score has no gradient in its targets: detach them, the autoencoder is frozen.")
     *patch_shape, latent_size = samples.shape[1:]

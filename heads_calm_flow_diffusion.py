@@ -1,4 +1,4 @@
-"""The flow-matching and the diffusion head, the net that they share, and the noise schedule (paper 3.2; published code).
+"""The flow-matching and the diffusion head, their net, and the noise schedule (paper 3.2; published code).
 
 Axes: N samples per patch, T solver steps, D hidden size, Z latent size. "..." stands for any leading axes, as (B, P).
 Samples come first: (N, ..., Z).
@@ -6,7 +6,7 @@ Samples come first: (N, ..., Z).
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from .kernels_calm import cached_per_device, float64_device
 
 TIME_FEATURES = 256  # width of the sinusoidal embedding of time; published code
 FLOW_STEPS = 10  # midpoint steps; published code
-DIFFUSION_TRAIN_STEPS = 1000  # published code
-DIFFUSION_SAMPLING_STEPS = 100  # published code
+DIFFUSION_TRAIN_STEPS, DIFFUSION_SAMPLING_STEPS = 1000, 100  # published code
 FIRST_STEP_BIN = 1 / 255  # half width of the bins of the discretised likelihood at t = 0; published code
 MODULATION_CHUNK_SIZE = 1024  # of a solver's times and contexts; at D = 1024 with 4 blocks, in float32, 80 MB
 
@@ -47,8 +46,8 @@ Modulation = list[tuple[Tensor, ...]]  # of each block shift, factor and gate, a
 class ModulatedMLP(nn.Module):
     """Maps x (..., Z), time and context (..., D) to (..., out_size): the net of the flow and the diffusion head.
 
-    Time and context act through each layer's modulation, which doesn't depend on x: a solver computes the modulation of
-    all its times before its first step, and so reads those weights once.
+    Time and context act through each layer's modulation, which doesn't depend on x: a solver computes it for many of
+    its times at once, and so reads those weights seldom.
     """
 
     def __init__(self, config: CALMConfig, out_size: int):
@@ -70,7 +69,8 @@ class ModulatedMLP(nn.Module):
     def modulation(self, time: Tensor, context: Tensor) -> Modulation:
         """Returns the modulation for integer steps and contexts (..., D) whose axes broadcast."""
         # In rows, for a solver's time is one number, and quantised layers take no single vectors.
-        features = self._time_features(time.flatten(), context.dtype)
+        angles = time.flatten().float().unsqueeze(-1) * _time_frequencies(time.device)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(context.dtype)
         embedded = self.time_embed(features).view(*time.shape, context.shape[-1])
         condition = self.act(embedded + self.context_embed(context))
         shift, scale = self.out_modulation(condition).chunk(2, dim=-1)
@@ -93,11 +93,6 @@ class ModulatedMLP(nn.Module):
             hidden = block(hidden, *of_block)
         return self.out_proj(torch.addcmul(shift, self.out_norm(hidden), factor))
 
-    @staticmethod
-    def _time_features(times: Tensor, dtype: torch.dtype) -> Tensor:
-        angles = times.float().unsqueeze(-1) * _time_frequencies(times.device)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-
 
 @cached_per_device
 def _time_frequencies(device: torch.device) -> Tensor:
@@ -111,12 +106,9 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
     def __init__(self, config: CALMConfig):
         super().__init__(config)
         self.num_steps = config.sampling_steps or FLOW_STEPS
+        self.network_calls = 2 * self.num_steps  # the midpoint rule evaluates the net twice a step
         self.time_logit_mean = config.flow_time_logit_mean
         self.net = ModulatedMLP(config, config.latent_size)
-
-    @property
-    def network_calls(self) -> int:
-        return 2 * self.num_steps  # the midpoint rule evaluates the net twice a step
 
     def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """Returns v(x, t, c) in x's dtype for t in [0, 1]; the net gets ⌊1000·t⌋, as the published one does."""
@@ -141,23 +133,16 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         time: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Returns mean (v − (x1 − x0))².
-
-        Predrawn: standard normal posterior_noise and noise (N, ..., Z); time (N, ...) in [0, 1).
-        """
+        """Returns mean (v − (x1 − x0))²; predrawn: normal posterior_noise and noise (N, ..., Z), time (N, ...) < 1."""
         end = target.sample_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
-            time = self._sample_times(end, generator)
+            time, mean = torch.empty(end.shape[:-1], device=end.device), self.time_logit_mean
+            uniform = mean is None
+            time = time.uniform_(generator=generator) if uniform else time.normal_(mean, generator=generator).sigmoid()
         start = standard_normal(end.shape, end, generator) if noise is None else noise
         x = torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype))
         error = self.velocity(x, time, context) - (end - start)
         return error.float().square().mean(-1).mean(0)
-
-    def _sample_times(self, end: Tensor, generator: torch.Generator | None) -> Tensor:
-        times = torch.empty(end.shape[:-1], device=end.device)
-        if self.time_logit_mean is None:
-            return times.uniform_(generator=generator)
-        return torch.sigmoid(times.normal_(self.time_logit_mean, generator=generator))
 
 
 @cached_per_device
@@ -174,20 +159,14 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
 
     def __init__(self, config: CALMConfig):
         super().__init__(config)
-        self.num_steps = config.sampling_steps or DIFFUSION_SAMPLING_STEPS
+        self.num_steps = self.network_calls = config.sampling_steps or DIFFUSION_SAMPLING_STEPS
         self.net = ModulatedMLP(config, 2 * config.latent_size)
 
     @classmethod
     def check(cls, config: CALMConfig) -> None:
         super().check(config)
-        require(
-            (config.sampling_steps or 1) <= DIFFUSION_TRAIN_STEPS,
-            f"sampling_steps={config.sampling_steps}: the diffusion head has {DIFFUSION_TRAIN_STEPS} steps at most.",
-        )
-
-    @property
-    def network_calls(self) -> int:
-        return self.num_steps
+        num, most = config.sampling_steps or DIFFUSION_SAMPLING_STEPS, DIFFUSION_TRAIN_STEPS
+        require(num <= most, f"sampling_steps={num}: the diffusion head has {most} steps at most.")
 
     def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
@@ -220,7 +199,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         time: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Returns the MSE of the noise + the variational bound (bits per dimension) of the variance, the mean detached.
+        """Returns the noise's MSE + the variational bound, bits per dimension, by which the variance alone is learned.
 
         Predrawn: standard normal posterior_noise and noise (N, ..., Z), time (N, ...) integers in 0 … 999.
         """
@@ -228,8 +207,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         if time is None:
             time = torch.empty(x0.shape[:-1], dtype=torch.long, device=x0.device)
             time.random_(DIFFUSION_TRAIN_STEPS, generator=generator)
-        if noise is None:
-            noise = standard_normal(x0.shape, x0, generator)
+        noise = standard_normal(x0.shape, x0, generator) if noise is None else noise
         schedule = diffusion_schedule(DIFFUSION_TRAIN_STEPS, x0.device)
         x = schedule.diffuse(x0, noise, time)
         epsilon, variance = self.net(x.to(context.dtype), time, context).float().chunk(2, dim=-1)
@@ -238,25 +216,27 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
 
 
 class DiffusionSchedule:
-    """The cosine noise schedule of 1000 steps, respaced to `num_steps`; tables in float64, arithmetic in float32."""
+    """The cosine noise schedule of 1000 steps, respaced to `num_steps`; tables by step, in float32."""
 
     def __init__(self, num_steps: int, device: torch.device):
-        # Tables are of float64, so that the last steps' are right.
-        float64: dict[str, Any] = {"dtype": torch.float64, "device": float64_device(device)}
-        full = torch.arange(DIFFUSION_TRAIN_STEPS + 1, **float64) / DIFFUSION_TRAIN_STEPS
-        alpha_bar = ((full + 0.008) / 1.008 * math.pi / 2).cos().square()
+        # Computed in float64, so that the last steps' values are right.
+        full = torch.arange(DIFFUSION_TRAIN_STEPS + 1, dtype=torch.float64, device=float64_device(device))
+        alpha_bar = ((full / DIFFUSION_TRAIN_STEPS + 0.008) / 1.008 * math.pi / 2).cos().square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-        kept = torch.linspace(0, DIFFUSION_TRAIN_STEPS - 1, num_steps, **float64).round().long()
+        kept = (
+            torch.linspace(0, DIFFUSION_TRAIN_STEPS - 1, num_steps, dtype=full.dtype, device=full.device)
+            .round()
+            .long()
+        )
         cumulative = (1 - betas).cumprod(0)[kept]
-        previous = torch.cat([torch.ones(1, **float64), cumulative[:-1]])
+        previous = torch.cat([torch.ones_like(cumulative[:1]), cumulative[:-1]])
         betas = 1 - cumulative / previous
         variance = betas * (1 - previous) / (1 - cumulative)
 
         def table(values: Tensor) -> Tensor:
             return values.float().to(device)
 
-        self.alphas_cumprod = cumulative
-        self.timesteps = kept.to(device)
+        self.alphas_cumprod, self.timesteps = cumulative, kept.to(device)
         self.signal, self.noise = table(cumulative.sqrt()), table((1 - cumulative).sqrt())
         self.inverse_signal, self.noise_to_signal = table(cumulative.rsqrt()), table((1 / cumulative - 1).sqrt())
         weight_x0 = betas * previous.sqrt() / (1 - cumulative)
@@ -283,7 +263,7 @@ class DiffusionSchedule:
         return torch.lerp(self._at(self.log_posterior, step), self._at(self.log_betas, step), (raw + 1) / 2)
 
     def variational_bound(self, x0: Tensor, x: Tensor, epsilon: Tensor, raw_variance: Tensor, step: Tensor) -> Tensor:
-        """Returns the KL of the model's step from the true posterior, at t = 0 the discretised NLL; bits per dimension."""
+        """Returns the KL of the model's step from the true posterior, at t = 0 the bin's NLL; bits per dimension."""
         x0, x = x0.float(), x.float()
         mean = self.posterior_mean(x, self.denoise(x, epsilon, step), step)
         log_variance = self.log_variance(raw_variance, step)
@@ -305,11 +285,10 @@ def diffusion_schedule(num_steps: int, device: torch.device) -> DiffusionSchedul
 
 
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Returns the log-probability of the bin x ± 1/255 under N(mean, std²), open-ended beyond ±0.999, by the tanh
-    approximation of the normal distribution function (published code)."""
+    """Returns the log-probability of the bin x ± 1/255 under N(mean, std²), open beyond ±0.999 (published code)."""
     precision = (-log_std).exp()
 
-    def cdf(value: Tensor) -> Tensor:
+    def cdf(value: Tensor) -> Tensor:  # normal, by its tanh approximation
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
 
     above, below = cdf(precision * (x - mean + FIRST_STEP_BIN)), cdf(precision * (x - mean - FIRST_STEP_BIN))

@@ -1,9 +1,8 @@
-"""The autoregressive patch head: samples a patch's tokens one after the other, and returns the latent that decodes to them.
+"""The autoregressive patch head: samples a patch's tokens one by one, and returns a latent that decodes to them.
 
-The heads of the paper sample a latent vector in one piece, and the decoder tells which tokens it stands for. This one
-samples the tokens first, p(x_k | hidden state, x_<k), by a small network with an output matrix, and returns the sum of
-their latent token embeddings. So the paper's reason for continuous vectors, that an output matrix is too costly for
-patches of many tokens, does not hold for it. It is not in the paper: a baseline for the heads that are, and the better
+The paper's heads sample a latent vector, which the decoder maps to tokens. This one, not in the paper, samples the
+tokens first, p(x_k | hidden state, x_<k), by a small network with an output matrix (whose cost the paper's heads
+avoid), and returns the sum of their latent token embeddings. It is a baseline for the paper's heads, and the better
 head for small vocabularies. Its loss is the tokens' cross-entropy.
 
 Axes: N samples per patch, A target patches, D hidden size, Z latent size, K tokens per patch, V vocabulary. "..."
@@ -25,7 +24,7 @@ PATCHES_CHUNK_SIZE = 8192  # patches encoded at once
 
 
 class TokenChain(nn.Module):
-    """Predicts a patch's tokens one after the other, p(x_k | hidden, x_<k), by the same small MLP at every position."""
+    """Predicts a patch's tokens one by one, p(x_k | hidden, x_<k), by the same small MLP at every position."""
 
     def __init__(self, hidden_size: int, vocab_size: int, patch_size: int):
         super().__init__()
@@ -33,9 +32,8 @@ class TokenChain(nn.Module):
         self.context_proj = nn.Linear(hidden_size, patch_size * hidden_size)
         self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, hidden_size) for _ in range(patch_size - 1))
         self.norm_in, self.norm_out = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, hidden_size)
-        )
+        widen, narrow = nn.Linear(hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, hidden_size)
+        self.mlp = nn.Sequential(widen, nn.SiLU(), narrow)
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
 
     def states(self, context: Tensor) -> Tensor:
@@ -55,12 +53,7 @@ class TokenChain(nn.Module):
         return self.logits(state)
 
     def unroll(self, state: Tensor, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Chooses the tokens position by position, each given those before, and returns ids (..., K).
-
-        Args:
-            state: `states` of all positions, (..., K, D).
-            choose: position k and its logits (..., V) → ids (...).
-        """
+        """Returns ids (..., K) that `choose` picks at k = 0, 1, … from logits (..., V), given `states` (..., K, D)."""
         chosen, before = [], 0
         for k in range(self.patch_size):
             chosen.append(choose(k, self.logits(state[..., k, :] + before)))
@@ -74,23 +67,20 @@ def latent_token_embeddings(autoencoder: CALMAutoencoder, num_contexts: int = NU
     """Returns the latent embedding of every token at every position of a patch, (K, V, Z).
 
     It is the mean latent of random patches with the token there, always the same `num_contexts`, less what the other
-    positions add. Where latents are nearly additive in the tokens, a patch's embeddings sum to about the mean of its
-    posterior.
+    positions add. If latents are nearly additive in the tokens, a patch's embeddings sum to about its posterior mean.
     """
-    config = autoencoder.config
+    config, device = autoencoder.config, autoencoder.device
     K, V, Z = config.patch_size, config.vocab_size, config.latent_size
-    device = autoencoder.device
     contexts = torch.randint(V, (num_contexts, K), generator=torch.Generator().manual_seed(0)).to(device)
     codes = torch.empty(K, V, Z, device=device)
-    per_chunk = max(1, PATCHES_CHUNK_SIZE // num_contexts)
     for k in range(K):
-        for tokens in torch.arange(V, device=device).split(per_chunk):
+        for tokens in torch.arange(V, device=device).split(max(1, PATCHES_CHUNK_SIZE // num_contexts)):
             patches = contexts.repeat(len(tokens), 1, 1)
             patches[:, :, k] = tokens[:, None]
             mean = autoencoder.encode(patches.view(1, -1))[0][0].float()
             codes[k, tokens] = mean.view(len(tokens), num_contexts, Z).mean(1)
     overall = autoencoder.encode(contexts.view(1, -1))[0][0].float().mean(0)
-    return codes - overall * (K - 1) / K  # summed over the places, what the contexts add is counted once
+    return codes - overall * (K - 1) / K  # summed over the positions, what the contexts add is counted once
 
 
 class TokenChainHead(GenerativeHead, head_type="token_chain"):
@@ -103,8 +93,8 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
         super().__init__(config)
         self.patch_size = config.patch_size
         self.chain = TokenChain(config.hidden_size, config.vocab_size, config.patch_size)
-        # No buffer: it would stay in memory when the module is offloaded, and check_weights would not miss it.
         codes = torch.zeros(config.patch_size, config.vocab_size, config.latent_size)
+        # No buffer: it would stay in memory when the module is offloaded, and check_weights would not miss it.
         self.codes = nn.Parameter(codes, requires_grad=False)
 
     @classmethod
@@ -115,9 +105,8 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
 
     def train(self, mode: bool = True):
         """As in torch, with frozen codes: `from_pretrained` creates parameters anew and calls this last."""
-        super().train(mode)
         self.codes.requires_grad_(False)
-        return self
+        return super().train(mode)
 
     @property
     def is_fitted(self) -> bool:
@@ -163,7 +152,7 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
 
 
 def _first_above(ascending: Tensor, values: Tensor) -> Tensor:
-    """Returns the index of the first of (..., V) or (N, ..., V) ascending ones that is above each of (N, ...) values."""
+    """Returns the index (N, ...) of the first ascending number, (..., V) or (N, ..., V), above each value (N, ...)."""
     if ascending.dim() == values.dim():  # the same for all N
         index = torch.searchsorted(ascending, values.movedim(0, -1).contiguous(), right=True).movedim(-1, 0)
     else:

@@ -342,7 +342,7 @@ class CALMAutoencoder(OffloadableModel):
 
     @torch.no_grad()
     def decode_tokens(self, latents: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
-        """Decodes latent vectors (..., Z) to their most probable tokens, (..., K), but those forbidden (bool)."""
+        """Decodes latent vectors (..., Z) to the most probable tokens, (..., K), that aren't forbidden."""
         rows = max(1, logits_chunk_size(latents.device) // (self.config.patch_size * self.config.vocab_size))
         ids = []
         for chunk in latents.reshape(-1, latents.shape[-1]).split(rows):
