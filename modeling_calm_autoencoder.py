@@ -332,7 +332,7 @@ class CALMAutoencoder(OffloadableModel):
         return CALMAutoencoderOutput(loss, logits, reconstruction_loss.detach(), kl_loss.detach(), mean, log_std)
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes ids (B, L) to mean and log_std, (B, P, Z) each; `encoder_context` needs rows from their beginning."""
+        """Encodes ids (B, L) to mean and log_std, (B, P, Z) each; `encoder_context` needs rows from their start."""
         outputs = self(input_ids, output_logits=False)
         return outputs.mean, outputs.log_std
 
