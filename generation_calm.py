@@ -2,7 +2,8 @@
 
 Read `generate_patches` first: it prepares a call, takes steps, and collects what is returned. The hooks of `generate`
 and its unsupported settings are in generation_calm_upstream.py, the sampling methods in generation_calm_samplers.py.
-Axes: B batch, R rows that are sampled, L tokens, P patches, K tokens per patch, D hidden, V vocabulary.
+Axes: B batch, R rows that are sampled (the B of candidates and sampling methods), L tokens, P patches, K tokens per
+patch, D hidden, V vocabulary.
 """
 
 import inspect
@@ -36,7 +37,7 @@ from .generation_calm_samplers import (
     StepRandomness,
 )
 from .generation_calm_sequences import CandidateProcessors, GenerationState, SequenceProcessors
-from .generation_calm_upstream import CACHE_ARGUMENT, GenerateCall, PatchGenerationMixin, read_virtual_tokens
+from .generation_calm_upstream import CACHE_ARGUMENT, GenerateCall, PatchGenerationMixin, prefill_virtual_tokens
 from .heads_calm import GenerativeHead
 from .kernels_calm import arange, cpu_kernels
 from .modeling_calm_autoencoder import CALMAutoencoder
@@ -64,10 +65,10 @@ def pack_prompts(input_ids: Tensor, attention_mask: Tensor, patch_size: int, fil
     left.
     """
     # A stable sort of the mask moves the padding to the left and keeps the order of the rest.
-    is_own, order = attention_mask.bool().long().sort(dim=1, stable=True)
-    patches_B1 = -(-is_own.sum(-1, keepdim=True) // patch_size)
+    is_token, order = attention_mask.bool().long().sort(dim=1, stable=True)
+    patches_B1 = -(-is_token.sum(-1, keepdim=True) // patch_size)
     num_patches = max(1, int(patches_B1.max()))
-    compact = input_ids.gather(1, order).masked_fill(is_own == 0, filler)
+    compact = input_ids.gather(1, order).masked_fill(is_token == 0, filler)
     packed = F.pad(compact, (num_patches * patch_size - input_ids.shape[1], 0), value=filler)
     patch_index = torch.arange(num_patches, device=input_ids.device)
     return packed, (patch_index >= num_patches - patches_B1).long()
@@ -87,19 +88,19 @@ class GenerationOutputs:
         # A list, for upstream's pipeline would try to stack a tuple of them.
         self.scores: list[CandidateScores] | None = [] if self.is_dict and config.output_scores else None
         self.put_scores = getattr(call.streamer, "put_scores", None)
-        self.warns = sampling.do_sample and sampling.sampling_method == "exact"
+        self.warns_of_fallbacks = sampling.do_sample and sampling.sampling_method == "exact"
         self.is_exact: list[Tensor] = []  # of each step (R,), on the device until the end
 
     def check_compiled(self) -> None:
         """Raises ValueError where the call asks for what compiled steps can't return, or has logits processors."""
-        unreturned = [*self.states, *([] if self.scores is None else ["scores"])]
-        if unreturned:
-            raise ValueError(f"compile_config: compiled steps return no {' and no '.join(unreturned)}; leave it out.")
+        unsupported = [*self.states, *([] if self.scores is None else ["scores"])]
+        if unsupported:
+            raise ValueError(f"compile_config: compiled steps return no {' and no '.join(unsupported)}; leave it out.")
         if self.has_processors:
             raise ValueError("compile_config: compiled steps call no logits processors; leave it out.")
 
     def add(self, sample: PatchSample, state: GenerationState) -> None:
-        """Keeps what a step's sample has of what will be returned."""
+        """Keeps those parts of a step's sample that the call returns."""
         for name in self.states:
             self.states[name] = (*self.states[name], getattr(sample.outputs, name))
         if self.scores is not None and sample.candidates is not None and sample.index is not None:
@@ -107,7 +108,7 @@ class GenerationOutputs:
             self.scores.append(scores.in_rows(state.active_rows, len(state.ids_BL)))
             if self.put_scores is not None:
                 self.put_scores(self.scores[-1])
-        if self.warns and not state.is_finished:
+        if self.warns_of_fallbacks and not state.is_finished:
             is_exact = sample.is_exact
             is_exact_R = is_exact if isinstance(is_exact, Tensor) else torch.full((len(state.active_rows),), is_exact)
             self.is_exact.append(is_exact_R)
@@ -157,12 +158,12 @@ class EagerStep:
 
     def __call__(self, state: GenerationState, forbidden_KV: Tensor | None) -> PatchSample:
         """Samples the next patch of each active row."""
-        outputs = self.model.read_patches(self.inputs, self.cache, **self.requested)
+        outputs = self.model.forward_patches(self.inputs, self.cache, **self.requested)
         hidden_RD = state.select(outputs.last_hidden_state[:, -1])
         generator, processors = self.generator, None
         if isinstance(generator, Sequence):
             generator = [generator[row] for row in state.active_rows]
-        if self.processors is not None and not state.is_finished:  # if it is, this process only keeps up with others
+        if self.processors is not None and not state.is_finished:  # else a dummy step, see `synced_gpus`
             num_left = max(self.max_length - state.ids_BL.shape[1], 1)
             processors = self.processors.for_rows(state.active_rows, state.ids_BL, num_left)
         sample = self.model.sample_patches(
@@ -170,7 +171,7 @@ class EagerStep:
         )
         return sample._replace(outputs=outputs)
 
-    def read_next(self, patches_BK: Tensor) -> None:
+    def set_next_inputs(self, patches_BK: Tensor) -> None:
         """Sets what the next step reads: each row's new patch."""
         ids, mask = patches_BK.to(self.inputs["input_ids"].device), self.inputs["attention_mask"]
         if self.cache is None:
@@ -190,7 +191,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """Names the arguments that `generate` accepts beside its own; `generate_patches` builds its inputs itself.
 
         `generator` is a `torch.Generator` on the model's device in place of the global one; or a list of them, on any
-        device, one a row of the result: each row is then generated as it would be alone.
+        device, one per row of the result: each row is then generated as it would be alone.
         """
         inputs = {name: value for name, value in kwargs.items() if name not in PatchSampling.option_names()}
         return {"input_ids": input_ids, **inputs}
@@ -219,7 +220,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             num_left = min_length - state.ids_BL.shape[1]
             sample = step(state, self.forbidden_tokens(num_left, call.eos_tokens, input_ids.device))
             outputs.add(sample, state)
-            step.read_next(state.append(sample.patches))
+            step.set_next_inputs(state.append(sample.patches))
         if call.streamer is not None:
             call.streamer.end()
         return outputs.result(state.ids_BL, cache)
@@ -240,7 +241,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
             raise ValueError(
                 f"generator is a list of {len(generator)}, but {len(input_ids)} rows are generated: pass one "
-                "generator a row (num_return_sequences counts), or a single one for all."
+                "generator per row (num_return_sequences counts), or a single one for all."
             )
         outputs = GenerationOutputs(generation_config, sampling, call)
         if outputs.scores is not None:
@@ -254,8 +255,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if call.processors is not None:
             processors = SequenceProcessors(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
         compiles = call.compile_config is not None
-        inputs = read_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
-        # Processes that share shards must call each module equally often: a number of blocks would be each one's own.
+        inputs = prefill_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
+        # Processes that share shards must call each module equally often, but would need different numbers of blocks.
         schedule = OneBlock() if compiles or call.synced_gpus else BlockSchedule()
         max_length, requested = generation_config.max_length, outputs.requested
         step = eager = EagerStep(self, inputs, cache, sampling, generator, schedule, processors, max_length, requested)
@@ -265,10 +266,10 @@ class CALMGenerationMixin(PatchGenerationMixin):
             step = CompiledStep(eager, self, cache, sampling, generator, call.compile_config, inputs, forbids)
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not outputs.states and not call.synced_gpus:
-            eager.inputs = self._read_all_but_last_chunk(inputs, cache, chunk_size)
+            eager.inputs = self._prefill_all_but_last_chunk(inputs, cache, chunk_size)
         return step, outputs
 
-    def read_patches(self, inputs: dict[str, Any], cache: Cache | None, **requested: bool) -> Any:
+    def forward_patches(self, inputs: dict[str, Any], cache: Cache | None, **requested: bool) -> Any:
         """Runs the backbone on `inputs`, whole patches, which `cache` then holds."""
         with cpu_kernels(inputs["input_ids"].numel() // self.config.patch_size, self.config.hidden_size):
             return self(**inputs, cache=cache, use_cache=cache is not None, **requested)
@@ -287,7 +288,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         Args:
             hidden_RD (`(R, D)`): hidden states.
             sampling: how patches are chosen.
-            generator: randomness, or a generator a row; not used when `sampling.do_sample` is False.
+            generator: randomness, or a generator per row; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
             schedule: of the sizes of blocks, passed from step to step, or a `OneBlock`.
             processors: logits processors of these rows.
@@ -295,7 +296,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         randomness = self.step_randomness(sampling, generator, hidden_RD)
         candidates = self.new_candidates(hidden_RD, randomness, sampling, forbidden_KV, processors)
         index_R, is_exact = sampling.choose(candidates, randomness, schedule)
-        return PatchSample(candidates.tokens(candidates.rows_B, index_R), is_exact, candidates, index_R)
+        patches_RK = candidates.decode_chosen(candidates.rows_B, index_R)
+        return PatchSample(patches_RK, is_exact, candidates, index_R)
 
     def step_randomness(self, sampling: PatchSampling, generator: Randomness, like: Tensor) -> StepRandomness:
         """Returns one step's random numbers, without `do_sample` the same in every step and row."""
@@ -313,13 +315,17 @@ class CALMGenerationMixin(PatchGenerationMixin):
         processors: CandidateProcessors | None = None,
     ) -> CandidateBatch:
         """Returns the candidates of one step, none drawn yet, of the kind that the step allows."""
-        # How much is left to decode depends on the samples, which a graph's steps don't; and shards, as of FSDP2, are
-        # gathered by a module's forward alone.
-        is_whole = not torch.compiler.is_compiling() and not hasattr(
+        # Lazy decoding has data-dependent shapes, which no compiled graph has, and uses the output matrix itself, whose
+        # shards (FSDP2) are gathered in a module's forward only.
+        can_decode_lazily = not torch.compiler.is_compiling() and not hasattr(
             self.autoencoder.decoder.lm_head.weight, "full_tensor"
         )
         lazy = sampling.lazy_decoding
-        if is_whole and processors is None and (self.autoencoder.device.type == "cpu" if lazy is None else lazy):
+        if (
+            can_decode_lazily
+            and processors is None
+            and (self.autoencoder.device.type == "cpu" if lazy is None else lazy)
+        ):
             return LazyCandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV)
         return CandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV, processors)
 
@@ -358,7 +364,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         packed, patch_mask = pack_prompts(input_ids, mask, self.config.patch_size, filler)
         return {"input_ids": packed, "attention_mask": patch_mask}
 
-    def _read_all_but_last_chunk(self, inputs: dict, cache: Cache, chunk_size: int) -> dict:
+    def _prefill_all_but_last_chunk(self, inputs: dict, cache: Cache, chunk_size: int) -> dict:
         """Reads a packed prompt into the cache, `chunk_size` tokens (whole patches, at least one) at a time, but for
         the last chunk; returns the inputs of that one."""
         patches = max(1, chunk_size // self.config.patch_size)
@@ -366,7 +372,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
         for i, chunk in enumerate(chunks, start=1):
             mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : past + i * patches]
-            self.read_patches({"input_ids": chunk, "attention_mask": mask}, cache)
+            self.forward_patches({"input_ids": chunk, "attention_mask": mask}, cache)
         return {**inputs, "input_ids": last}
 
     def forbidden_tokens(self, num_left: int, eos_tokens: Tensor | None, device) -> Tensor | None:

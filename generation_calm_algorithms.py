@@ -3,7 +3,8 @@
 The target at temperature T is P(x)^s / Z over whole patches x, with the exponent s = 1/T, given only samples of P. All
 functions take `first_BN`: for each of a row's N samples the index of the first one that equals it. Algorithm 2 gives
 each distinct patch a weight by how often it was seen, for whole s in the paper, for every s here. Algorithm 1 reads
-the samples in order and is exact. The host reads nothing. Axes: B rows, N samples of a row, K tokens per patch.
+the samples in order and is exact. The host reads nothing. Axes: B rows, N samples of a row, K tokens per patch, H
+pairs of neighbours.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def unseen_log_weight(counts_BN: Tensor, temperature: float) -> Tensor:
     """
     once_B1 = (counts_BN == 1).sum(-1, keepdim=True)
     twice_B1 = (counts_BN == 2).sum(-1, keepdim=True) / 2
-    unseen_B1 = (once_B1 - 1).clamp(min=0) / (2 * (twice_B1 + 1))
-    return unseen_B1.log() + _log_weight_table(1, temperature, counts_BN.device)[0]
+    num_unseen_B1 = (once_B1 - 1).clamp(min=0) / (2 * (twice_B1 + 1))
+    return num_unseen_B1.log() + _log_weight_table(1, temperature, counts_BN.device)[0]
 
 
 @cached_per_device
@@ -203,8 +204,8 @@ def first_accepted_attempt(
     """Runs Algorithm 1 along each row's samples and returns where its first accepted attempt starts, (B,).
 
     N stands for a row without one. With n = floor(1/T) and alpha = 1/T - n, an attempt reads samples until one
-    differs from its first, or until n are equal. Then, if alpha > 0, it reads on: at further sample i it accepts if
-    that equals the n, and otherwise restarts with probability alpha / i. The next attempt starts at the first unread
+    differs from its first, or until n are equal. Then, if alpha > 0, it reads on: at the i-th next sample it accepts
+    if that equals the n, and otherwise restarts with probability alpha / i. The next attempt starts at the first unread
     sample. `circular`: one that runs out of samples reads on from the row's first one, up to its own start.
 
     `first_BN` need compare only the pairs that `compared_pairs` names. `uniform_BN`, on [0, 1), is for the attempt
@@ -214,8 +215,8 @@ def first_accepted_attempt(
     whole, fraction = math.floor(exponent), exponent % 1
     start_N = arange(num_samples, first_BN.device)
     if exponent == 2 and num_samples > 1:  # each attempt reads two samples, whatever they are
-        differs_BP = first_BN[:, :-1:2] != first_BN[:, 1::2]
-        return start_N[:-1:2].expand_as(differs_BP).masked_fill(differs_BP, num_samples).amin(-1)
+        differs_BH = first_BN[:, :-1:2] != first_BN[:, 1::2]
+        return start_N[:-1:2].expand_as(differs_BH).masked_fill(differs_BH, num_samples).amin(-1)
 
     differs_BN = _next_different(first_BN)
     accepts_BN = differs_BN - start_N >= whole
@@ -224,10 +225,10 @@ def first_accepted_attempt(
         assert uniform_BN is not None, "attempts restart by chance where 1/T is not whole"
         last_N = (start_N + whole - 1).clamp(max=num_samples - 1)
         restarted_by_N = _restart_table(num_samples, fraction, first_BN.device)
-        gives_up_BN = last_N + (1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True))
-        next_start_BN = torch.where(accepts_BN, gives_up_BN + 1, next_start_BN)
-        meets_BN = _next_equal(first_BN, circular)[:, last_N]
-        accepts_BN = accepts_BN & (meets_BN <= gives_up_BN) & (circular | (meets_BN < num_samples))
+        restart_BN = last_N + (1 + torch.searchsorted(restarted_by_N, uniform_BN.contiguous(), right=True))
+        next_start_BN = torch.where(accepts_BN, restart_BN + 1, next_start_BN)
+        next_match_BN = _next_equal(first_BN, circular)[:, last_N]
+        accepts_BN = accepts_BN & (next_match_BN <= restart_BN) & (circular | (next_match_BN < num_samples))
 
     # An accepting attempt points at itself, any other at its successor, index N stands for "ran out of samples".
     # Squaring the pointers log2(N) times walks every row to the end of its chain without a loop over samples.
@@ -243,7 +244,7 @@ def choose_at_limit(first_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tenso
 
     An attempt that was waiting for its patch to come again reads the row's earlier samples as if they came next, and
     accepts when it has read them all without a restart. Averaged over the orders of N samples, this accepts a patch in
-    proportion to its batch weight C(c, 1/T). Dropping such attempts instead would discriminate against rare patches
+    proportion to its batch weight C(c, 1/T). Dropping such attempts instead would be biased against rare patches
     (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
     at 1/T a whole number all of them: nothing waits there. `first_RN` compares all pairs.
     """
@@ -273,7 +274,7 @@ def _next_different(first_BN: Tensor) -> Tensor:
 def _next_equal(first_BN: Tensor, circular: bool) -> Tensor:
     """Returns for each sample the index of the next one that equals it, N where there is none.
 
-    `circular`: index N + i stands for sample i, so that at the latest a sample meets itself.
+    `circular`: index N + i stands for sample i, so that at the latest a sample finds itself.
     """
     num_samples = first_BN.shape[-1]
     sorted_BN, order_BN = torch.sort(first_BN, dim=-1, stable=True)

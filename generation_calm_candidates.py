@@ -27,7 +27,7 @@ from .heads_calm import GenerativeHead
 from .kernels_calm import arange, cpu_kernels
 from .modeling_calm_autoencoder import CALMAutoencoder, logits_chunk_size
 
-FEW_TOKENS = 96  # up to here all positions are decoded at once: reading the vocabulary costs as much as 25 tokens
+FEW_TOKENS = 96  # up to here all positions are decoded at once: a pass over the vocabulary costs as much as 25 tokens
 TOKENS_CHUNK_SIZE = 1000  # what the decoder's layers hold doesn't grow with N
 MAX_LOG_WEIGHT_GAP = 10.0  # nats: candidates that processors make so much lighter than a row's heaviest are dropped
 NO_TOKEN = -1  # id of a token that isn't decoded yet, or isn't there
@@ -36,12 +36,14 @@ NO_TOKEN = -1  # id of a token that isn't decoded yet, or isn't there
 class CandidateBatch:
     """Samples candidates of each row's next patch, decoded in full (`Candidates` in generation_calm_samplers.py).
 
+    Where a method takes `rows_R`, the object `rows_B` itself stands for all rows, which saves an index.
+
     Args:
         head: samples latent vectors.
         hidden_BD: the rows' last hidden states.
         randomness: of the step.
         autoencoder: decodes latent vectors.
-        forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
+        forbidden_KV (`(K, V)` bool, *optional*): tokens that are forbidden at a position.
         processors (*optional*): the logits processors of these rows.
     """
 
@@ -62,7 +64,7 @@ class CandidateBatch:
         self.blocks: list[tuple[Tensor, int]] = []  # which rows drew, and how many samples each
         self.num_drawn = 0
         self.tokens_BNK: Any = None  # a tensor from the first `extend` on
-        self._first_occurrences: tuple[Tensor, Tensor] | None = None  # rows, and the indices of all their samples
+        self._compared: tuple[Tensor, Tensor] | None = None  # rows, and the indices of all their samples
 
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
         noise = self.randomness.head_noise(self.head, self.hidden_BD, rows_R, num_samples)
@@ -72,7 +74,7 @@ class CandidateBatch:
         self._add(rows_R, latents_nRZ)
         self.blocks.append((rows_R, num_samples))
         self.num_drawn += num_samples
-        self._first_occurrences = None
+        self._compared = None
 
     def _add(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
         with cpu_kernels(latents_nRZ[..., 0].numel(), self.autoencoder.config.hidden_size):
@@ -88,13 +90,13 @@ class CandidateBatch:
         self, processors: CandidateProcessors, row: int, latents_nZ: Tensor, tokens_nK: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Decodes one row's distinct new candidates under its processors: tokens (n, K) and log weights (n,)."""
-        first_C, place_n = first_occurrences(tokens_nK[None])[0].unique(return_inverse=True)
+        first_C, inverse_n = first_occurrences(tokens_nK[None])[0].unique(return_inverse=True)
         config, device = self.autoencoder.config, latents_nZ.device
         chunk_size = max(1, logits_chunk_size(device) // (config.patch_size * config.vocab_size))
         chunks = latents_nZ[first_C.to(device)].split(chunk_size)
         decoded = [processors.decode(row, self._logits(latents_cZ)) for latents_cZ in chunks]
         patches_CK, log_weights_C = (torch.cat(parts).to(tokens_nK.device) for parts in zip(*decoded, strict=True))
-        patches_nK, log_weights_n = patches_CK[place_n], log_weights_C[place_n]
+        patches_nK, log_weights_n = patches_CK[inverse_n], log_weights_C[inverse_n]
         # Candidates that are the same patch now weigh what they weigh on average.
         first_n = first_occurrences(patches_nK[None])[0]
         largest = log_weights_n.amax()
@@ -111,8 +113,10 @@ class CandidateBatch:
 
     def _append(self, old_BN: Tensor | None, rows_R: Tensor, new_nR: Tensor) -> Tensor:
         """Appends new candidates' values to those of all candidates so far, with zeros in rows that don't draw."""
-        new_Bn = new_Rn = new_nR.transpose(0, 1)
-        if rows_R is not self.rows_B:
+        new_Rn = new_nR.transpose(0, 1)
+        if rows_R is self.rows_B:
+            new_Bn = new_Rn
+        else:
             new_Bn = new_Rn.new_zeros(len(self.rows_B), *new_Rn.shape[1:])
             new_Bn[rows_R.to(new_Bn.device)] = new_Rn
         return new_Bn if old_BN is None else torch.cat([old_BN, new_Bn], dim=1)
@@ -120,12 +124,12 @@ class CandidateBatch:
     def _select(self, rows_R: Tensor, values_B: Tensor) -> Tensor:
         return values_B if rows_R is self.rows_B else values_B[rows_R.to(values_B.device)]
 
-    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
-        if self._first_occurrences is None or self._first_occurrences[0] is not rows_R:
-            self._first_occurrences = rows_R, first_occurrences(self._select(rows_R, self.tokens_BNK))
-        return self._first_occurrences[1]
+    def compare(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+        if self._compared is None or self._compared[0] is not rows_R:
+            self._compared = rows_R, first_occurrences(self._select(rows_R, self.tokens_BNK))
+        return self._compared[1]
 
-    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
+    def decode_chosen(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
         """Returns the patch of one candidate of each of these rows, (R, K)."""
         if self.num_drawn == 1:  # T = 1: there is nothing to choose
             return self._select(rows_R, self.tokens_BNK)[:, 0]
@@ -143,32 +147,32 @@ class LazyCandidateBatch(CandidateBatch):
         self.latents_BNZ = self._append(self.latents_BNZ, rows_R, latents_nRZ)
         self.tokens_BNK = self._append(self.tokens_BNK, rows_R, unknown_nRK)
 
-    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+    def compare(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         index_N = arange(self.num_drawn, rows_R.device)
         # Candidates with one index may be the same patch, by the tokens decoded so far.
         first_RN = (index_N - index_N % 2 if pairs == "disjoint" else index_N * 0).expand(len(rows_R), -1)
         # The candidate of least noise is decoded in the same matmul with the vocabulary as the others' first tokens.
-        wanted_RNK = self._whole_patches(rows_R, None if noise_RN is None else noise_RN.argmin(-1))
-        positions = list(range(wanted_RNK.shape[-1]))
+        needed_RNK = self._patch_mask(rows_R, None if noise_RN is None else noise_RN.argmin(-1))
+        positions = list(range(needed_RNK.shape[-1]))
         while positions:
             may_have_duplicate_RN1 = (occurrence_counts(first_RN) > 1)[..., None]
             # The last token is the one that most often tells patches apart: the context says least about it.
             is_few = may_have_duplicate_RN1.sum() * len(positions) <= FEW_TOKENS
             decoded = positions if is_few else positions[-1:]
             positions = positions[: -len(decoded)]
-            wanted_RNK[..., decoded] |= may_have_duplicate_RN1
-            self._decode(rows_R, wanted_RNK)
+            needed_RNK[..., decoded] |= may_have_duplicate_RN1
+            self._decode(rows_R, needed_RNK)
             # Tokens that are unknown are of candidates known to be unique.
             tokens_RNk = self._select(rows_R, self.tokens_BNK)[..., decoded].clamp(min=0)
             keys_RNk = torch.cat([first_RN[..., None], tokens_RNk], dim=-1)
             first_RN = first_occurrences(keys_RNk) if pairs == "all" else _run_starts(keys_RNk)
         return first_RN
 
-    def tokens(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
-        self._decode(rows_R, self._whole_patches(rows_R, index_R))
-        return super().tokens(rows_R, index_R)
+    def decode_chosen(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
+        self._decode(rows_R, self._patch_mask(rows_R, index_R))
+        return super().decode_chosen(rows_R, index_R)
 
-    def _whole_patches(self, rows_R: Tensor, index_R: Tensor | None) -> Tensor:
+    def _patch_mask(self, rows_R: Tensor, index_R: Tensor | None) -> Tensor:
         """Returns a mask of all tokens of one candidate of each row, or of none, (R, N, K)."""
         shape = len(rows_R), self.num_drawn, self.autoencoder.config.patch_size
         mask_RNK = torch.zeros(shape, dtype=torch.bool, device=rows_R.device)
@@ -176,24 +180,24 @@ class LazyCandidateBatch(CandidateBatch):
             mask_RNK[arange(len(rows_R), rows_R.device), index_R] = True
         return mask_RNK
 
-    def _decode(self, rows_R: Tensor, wanted_RNK: Tensor) -> None:
-        """Decodes those of the wanted tokens that are unknown."""
+    def _decode(self, rows_R: Tensor, needed_RNK: Tensor) -> None:
+        """Decodes those of the needed tokens that are unknown."""
         is_unknown_RNK = self._select(rows_R, self.tokens_BNK) == NO_TOKEN
-        row, candidate, position = (wanted_RNK & is_unknown_RNK).nonzero().unbind(-1)
+        row, candidate, position = (needed_RNK & is_unknown_RNK).nonzero().unbind(-1)
         row = row if rows_R is self.rows_B else rows_R[row]
         for start in range(0, len(row), TOKENS_CHUNK_SIZE):
             chunk = slice(start, start + TOKENS_CHUNK_SIZE)
             index = row[chunk], candidate[chunk], position[chunk]
-            self.tokens_BNK[index] = self.read(*index)
+            self.tokens_BNK[index] = self.decode_at(*index)
 
-    def read(self, rows_M: Tensor, candidates_M: Tensor, positions_M: Tensor) -> Tensor:
+    def decode_at(self, rows_M: Tensor, candidates_M: Tensor, positions_M: Tensor) -> Tensor:
         """Returns the ids (M,) of tokens, each given by its row, the index of its candidate and its position."""
-        candidate_U, place_M = (rows_M * self.num_drawn + candidates_M).unique(return_inverse=True)
+        candidate_U, inverse_M = (rows_M * self.num_drawn + candidates_M).unique(return_inverse=True)
         latents_UZ = self.latents_BNZ.flatten(0, 1)[candidate_U.to(self.latents_BNZ.device)]
         decoder = self.autoencoder.decoder
         with cpu_kernels(len(latents_UZ), self.autoencoder.config.hidden_size):
             states_UKd = decoder.expand(latents_UZ)
-            states_Md = states_UKd[place_M.to(states_UKd.device), positions_M.to(states_UKd.device)]
+            states_Md = states_UKd[inverse_M.to(states_UKd.device), positions_M.to(states_UKd.device)]
             return decoder.most_probable_tokens(states_Md, positions_M, self.forbidden_KV).to(rows_M.device)
 
 
@@ -292,7 +296,7 @@ def _scores_of_row(
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:
     """Returns the natural logarithm of the chosen patches' weights, (B, S); 0 for rows that have ended, as upstream.
 
-    This is the place of `compute_transition_scores`, with a value a patch. It is an estimate from the samples drawn:
+    This is the place of `compute_transition_scores`, with one value per patch. It is an estimate from the samples drawn:
     without do_sample the log of the patch's fraction of them, and 0 at T = 1, where one patch is drawn and taken.
     Raises ValueError unless `scores` are those of the S >= 1 steps, as `generate` returns them.
     """

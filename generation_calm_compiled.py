@@ -22,7 +22,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from .generation_calm_algorithms import inverse_temperature
 from .generation_calm_samplers import OneBlock, PatchSampling, PredrawnRandomness, Randomness
-from .generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
+from .generation_calm_upstream import SUPPORTED_ATTENTION, SUPPORTED_ROPE_TYPES
 from .kernels_calm import arange
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class CompiledStep:
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise ValueError("compile_config: a model that is offloaded or on several devices can't be compiled.")
         attention, rotation = model.config._attn_implementation, model.model.rotary_emb.rope_type
-        if attention not in MASKED_ATTENTION or rotation not in FIXED_ROTATIONS:
+        if attention not in SUPPORTED_ATTENTION or rotation not in SUPPORTED_ROPE_TYPES:
             raise ValueError(
                 f"compile_config: attn_implementation={attention!r} with rope_type={rotation!r} can't be compiled; it "
-                f"takes one of {MASKED_ATTENTION} with one of {FIXED_ROTATIONS}."
+                f"takes one of {SUPPORTED_ATTENTION} with one of {SUPPORTED_ROPE_TYPES}."
             )
         self.first_step, self.model, self.cache = first_step, model, cache
         self.sampling, self.generator = sampling, generator
@@ -77,7 +77,7 @@ class CompiledStep:
         self.nothing_forbidden_KV = torch.zeros(shape, dtype=torch.bool, device=device) if forbids else None
         self.unread_BK: Tensor | None = None  # each row's last patch; None before the first step
 
-    def read_next(self, patches_BK: Tensor) -> None:
+    def set_next_inputs(self, patches_BK: Tensor) -> None:
         """Sets what the next step reads: each row's new patch."""
         self.unread_BK = patches_BK
 
@@ -85,12 +85,12 @@ class CompiledStep:
         """Samples the next patch of each row, finished ones too."""
         if self.unread_BK is None:
             return self.first_step(state, forbidden_KV)
-        noise = predraw_noise(self.model, self.sampling, len(self.unread_BK), self.generator)
+        noise = draw_step_noise(self.model, self.sampling, len(self.unread_BK), self.generator)
         forbidden_KV = self.nothing_forbidden_KV if forbidden_KV is None else forbidden_KV
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(specialize_float=True):  # the options are the graph's own, T and all
-            reads = self.unread_BK, self.position_1, self.positions_P, self.padding_B, self.cache
-            sample: PatchSample = self.step(*reads, self.sampling, forbidden_KV, noise)
+            arguments = self.unread_BK, self.position_1, self.positions_P, self.padding_B, self.cache
+            sample: PatchSample = self.step(*arguments, self.sampling, forbidden_KV, noise)
         self.position_1 = self.position_1 + 1
         is_exact = sample.is_exact
         is_exact = state.select(is_exact.clone()) if isinstance(is_exact, Tensor) else is_exact
@@ -112,7 +112,7 @@ def _compiled(model: Any, config: CompileConfig, sampling: PatchSampling) -> Cal
     return steps[key]
 
 
-def predraw_noise(model: Any, sampling: PatchSampling, num_rows: int, generator: Randomness) -> dict[str, Tensor]:
+def draw_step_noise(model: Any, sampling: PatchSampling, num_rows: int, generator: Randomness) -> dict[str, Tensor]:
     """Draws the random numbers of one step of `num_rows` rows, as `PredrawnRandomness` takes them."""
     context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
     num_samples, rows_B = sampling.samples_in_one_block, arange(num_rows, context_BD.device)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .heads_calm import GenerativeHead
 
 MIN_BLOCK_SIZE = 4  # samples of the exact method's first block, at least
-BLOCK_COST = 15  # of a block beside its samples, in samples: the weights of head and vocabulary are read anew
+BLOCK_COST = 15  # of a block beside its samples, in samples: the weights of head and vocabulary are read again
 FIRST_GUESS = 64  # samples that a row is expected to need before any step has been taken
 MAX_SAMPLES_PER_STEP = 2**22  # about a kilobyte is kept of each: 4 GB
 MAX_TEMPERATURE = 2.0  # above, most of the distribution is patches that were not drawn
@@ -76,7 +76,7 @@ def check_num_candidates(num_candidates: int, temperature: float) -> None:
     """Raises ValueError unless the temperature is valid and `num_candidates` a whole number of at least 1/T."""
     check_temperature(temperature)
     if not _is_number(num_candidates, numbers.Integral) or num_candidates < 1:
-        raise ValueError(f"num_candidates={num_candidates!r}: it must be a positive whole number.")
+        raise ValueError(f"num_candidates={num_candidates!r}: it must be a positive integer.")
     if num_candidates * float(temperature) < 1 - WHOLE_TOLERANCE:
         exponent = inverse_temperature(temperature)
         least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
@@ -120,7 +120,7 @@ class PatchSampling:
             raise ValueError(f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.")
         check_num_candidates(self.num_candidates, self.temperature)
         if not _is_number(self.top_k, numbers.Integral) or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r}: must be a whole number of patches to keep, or 0 for all.")
+            raise ValueError(f"top_k={self.top_k!r}: must be an integer number of patches to keep, or 0 for all.")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name}={value!r}: must be a fraction, in [0, 1].")
@@ -180,20 +180,24 @@ class PatchSampling:
         return 1 if self.takes_single_sample else self.max_samples
 
     def choose(
-        self, candidates: Candidates, generator: Randomness = None, schedule: BlockSchedule | OneBlock | None = None
+        self, candidates: Candidates, randomness: Randomness = None, schedule: BlockSchedule | OneBlock | None = None
     ) -> tuple[Tensor, Tensor | bool]:
-        """Makes candidates draw; returns each row's chosen index (B,), and whether it is exact, one value or (B,)."""
+        """Samples candidates and chooses one of each row.
+
+        Returns its index (B,), and whether it is an exact sample of the target: one value for all rows, or (B,).
+        """
         if not self.do_sample:
             return most_frequent_patch(candidates, self.num_candidates), False
         if self.takes_single_sample and not candidates.has_processors:
             candidates.extend(candidates.rows_B, 1)
             return torch.zeros_like(candidates.rows_B), True
         if self.uses_batch_rule or candidates.has_processors:
-            settings = self.temperature, self.num_candidates, generator, self.truncation
+            settings = self.temperature, self.num_candidates, randomness, self.truncation
             return batch_temperature_select(candidates, *settings), False
         if isinstance(schedule, OneBlock):
-            return one_block_temperature_sample(candidates, self.temperature, self.max_samples, generator)
-        return exact_temperature_sample(candidates, self.temperature, self.max_samples, generator, schedule)
+            return one_block_temperature_sample(candidates, self.temperature, self.max_samples, randomness)
+        # "adaptive" and "exact" differ only in `max_samples`, after which the batch rule chooses.
+        return exact_temperature_sample(candidates, self.temperature, self.max_samples, randomness, schedule)
 
     def weights(self, first_BN: Tensor, processor_log_weights_BN: Tensor | None = None) -> Tensor:
         """Returns the weight of each candidate in the choice, on first occurrences, each row's sum 1; (B, N)."""
@@ -220,19 +224,19 @@ class Candidates(Protocol):
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
         """Draws more samples for each of these rows, which must have drawn in every call before."""
 
-    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+    def compare(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Returns for each sample of these rows the index of the first one that equals it, (R, N).
 
-        Only samples that `pairs` compares need be told to be equal, see `compared_pairs`. If all are distinct, the one
-        with the least noise will be chosen: it may be decoded in advance.
+        Other pairs than those that `pairs` names (see `compared_pairs`) may be equal without sharing the index. If all
+        samples are distinct, the caller will choose the one with the least `noise_RN`: it may be decoded in advance.
         """
         ...
 
 
 def most_frequent_patch(candidates: Candidates, num_samples: int) -> Tensor:
-    """Draws N samples and returns the index of each row's most frequent patch, of ties the first seen, (B,)."""
+    """Draws N samples and returns the index of each row's most frequent patch, the first seen of ties, (B,)."""
     candidates.extend(candidates.rows_B, num_samples)
-    first_BN = candidates.first_occurrences(candidates.rows_B)
+    first_BN = candidates.compare(candidates.rows_B)
     log_weights_BN = candidates.processor_log_weights_BN
     if log_weights_BN is not None:
         return candidate_weights(first_BN, 1.0, processor_log_weights_BN=log_weights_BN).argmax(-1)
@@ -245,7 +249,7 @@ def batch_temperature_select(
     candidates: Candidates,
     temperature: float,
     num_samples: int,
-    generator: Randomness = None,
+    randomness: Randomness = None,
     truncation: Truncation = NO_TRUNCATION,
 ) -> Tensor:
     """Samples P^(1/T)/Z approximately from N samples of each row (paper, Algorithm 2), and returns the index, (B,).
@@ -255,8 +259,8 @@ def batch_temperature_select(
     """
     check_num_candidates(num_samples, temperature)
     candidates.extend(candidates.rows_B, num_samples)
-    noise_BN = StepRandomness.of(generator).numbers("exponential", candidates.rows_B, num_samples)
-    first_BN = candidates.first_occurrences(candidates.rows_B)
+    noise_BN = StepRandomness.of(randomness).numbers("exponential", candidates.rows_B, num_samples)
+    first_BN = candidates.compare(candidates.rows_B)
     return sample_by_weight(first_BN, noise_BN, temperature, truncation, candidates.processor_log_weights_BN)
 
 
@@ -264,10 +268,10 @@ def exact_temperature_sample(
     candidates: Candidates,
     temperature: float,
     max_samples: int,
-    generator: Randomness = None,
+    randomness: Randomness = None,
     schedule: BlockSchedule | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_samples` samples of P a row.
+    """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_samples` samples of P per row.
 
     Each block doubles the number of samples. A row stops at an accepted attempt, or at `max_samples` with
     `choose_at_limit`. A `schedule` passed from step to step fits the first block to the steps before.
@@ -285,10 +289,10 @@ def exact_temperature_sample(
         raise ValueError(f"temperature={temperature}: Algorithm 1 sharpens; above 1 patches are chosen by weight.")
     exponent, pairs = inverse_temperature(temperature), compared_pairs(temperature)
     attempt_length, num_rows = math.ceil(exponent), len(candidates.rows_B)
-    schedule, randomness = BlockSchedule() if schedule is None else schedule, StepRandomness.of(generator)
+    schedule, randomness = BlockSchedule() if schedule is None else schedule, StepRandomness.of(randomness)
     first_block = schedule.first_block(min(max(MIN_BLOCK_SIZE, attempt_length), max_samples), num_rows, max_samples)
     chosen = [0] * num_rows
-    left, rows_R = list(range(num_rows)), candidates.rows_B  # rows that draw, on the host and on the device
+    open_rows, rows_R = list(range(num_rows)), candidates.rows_B  # rows that draw, on the host and on the device
     uniform_RN = noise_RN = None
     for num_drawn, size in block_sizes(first_block, max_samples):
         candidates.extend(rows_R, size)
@@ -297,38 +301,38 @@ def exact_temperature_sample(
             uniform_RN = new_RN if uniform_RN is None else torch.cat([uniform_RN, new_RN], dim=1)
         if num_drawn == max_samples:
             noise_RN = randomness.numbers("exponential", rows_R, max_samples)
-        first_RN = candidates.first_occurrences(rows_R, pairs, None if pairs == "all" else noise_RN)
+        first_RN = candidates.compare(rows_R, pairs, None if pairs == "all" else noise_RN)
         starts = first_accepted_attempt(first_RN, uniform_RN, temperature).tolist()
-        open_rows = [i for i, start in enumerate(starts) if start == num_drawn]
-        for row, start in zip(left, starts, strict=True):
+        for row, start in zip(open_rows, starts, strict=True):
             chosen[row] = start
-        schedule.note(start + attempt_length for start in starts if start < num_drawn)
-        if len(open_rows) < len(left):
-            left, open_R = [left[i] for i in open_rows], as_tensor(open_rows, rows_R.device)
-            if not left:
+        schedule.record(start + attempt_length for start in starts if start < num_drawn)
+        still_open = [i for i, start in enumerate(starts) if start == num_drawn]  # no accepted attempt yet
+        if len(still_open) < len(open_rows):
+            open_rows, index_R = [open_rows[i] for i in still_open], as_tensor(still_open, rows_R.device)
+            if not open_rows:
                 break
-            rows_R = rows_R[open_R]
-            uniform_RN, noise_RN = (x if x is None else x[open_R] for x in (uniform_RN, noise_RN))
+            rows_R = rows_R[index_R]
+            uniform_RN, noise_RN = (x if x is None else x[index_R] for x in (uniform_RN, noise_RN))
 
-    schedule.note([max_samples] * len(left))
+    schedule.record([max_samples] * len(open_rows))
     index_B = as_tensor(chosen, rows_R.device)
-    if left and noise_RN is not None:
-        index_R = choose_at_limit(candidates.first_occurrences(rows_R), uniform_RN, noise_RN, temperature)
-        index_B = index_R if len(left) == num_rows else index_B.index_copy(0, rows_R, index_R)
-    fell_back = set(left)
+    if open_rows and noise_RN is not None:
+        index_R = choose_at_limit(candidates.compare(rows_R), uniform_RN, noise_RN, temperature)
+        index_B = index_R if len(open_rows) == num_rows else index_B.index_copy(0, rows_R, index_R)
+    fell_back = set(open_rows)
     return index_B, torch.tensor([row not in fell_back for row in range(num_rows)])
 
 
 def one_block_temperature_sample(
-    candidates: Candidates, temperature: float, num_samples: int, generator: Randomness = None
+    candidates: Candidates, temperature: float, num_samples: int, randomness: Randomness = None
 ) -> tuple[Tensor, Tensor]:
     """Samples as `exact_temperature_sample`, in one block: the host reads nothing, both results are on the device."""
     check_num_candidates(num_samples, temperature)
-    randomness, is_whole = StepRandomness.of(generator), inverse_temperature(temperature).is_integer()
+    randomness, has_restarts = StepRandomness.of(randomness), not inverse_temperature(temperature).is_integer()
     candidates.extend(candidates.rows_B, num_samples)
-    uniform_BN = None if is_whole else randomness.numbers("uniform", candidates.rows_B, num_samples)
+    uniform_BN = randomness.numbers("uniform", candidates.rows_B, num_samples) if has_restarts else None
     noise_BN = randomness.numbers("exponential", candidates.rows_B, num_samples)
-    first_BN = candidates.first_occurrences(candidates.rows_B)
+    first_BN = candidates.compare(candidates.rows_B)
     start_B = first_accepted_attempt(first_BN, uniform_BN, temperature)
     fallback_B = choose_at_limit(first_BN, uniform_BN, noise_BN, temperature)
     is_exact_B = start_B < num_samples
@@ -348,7 +352,7 @@ def block_sizes(first: int, max_samples: int) -> Iterator[tuple[int, int]]:
 
 
 class OneBlock:
-    """Stands in the place of a `BlockSchedule` for `one_block_temperature_sample`."""
+    """Selects `one_block_temperature_sample`, where a `BlockSchedule` selects growing blocks."""
 
 
 @dataclass(eq=False)
@@ -360,19 +364,19 @@ class BlockSchedule:
 
     needed: deque = field(default_factory=partial(deque, maxlen=32))  # samples, of the last 32 rows
 
-    def note(self, num_samples: Iterable[int]) -> None:
-        """Remembers after how many samples rows had their patch."""
+    def record(self, num_samples: Iterable[int]) -> None:
+        """Records after how many samples rows had their patch."""
         self.needed.extend(num_samples)
 
-    def first_block(self, least: int, num_rows: int, max_samples: int) -> int:
-        """Returns the size, of `least` times powers of 2 and `max_samples`, that would have cost least so far."""
+    def first_block(self, min_size: int, num_rows: int, max_samples: int) -> int:
+        """Returns the size that would have been cheapest for the recorded rows: `min_size`·2^i or `max_samples`."""
 
         def cost(size: int) -> float:
             totals = [num_drawn for num_drawn, _ in block_sizes(size, max_samples)]
             last_blocks = [bisect_left(totals, min(needed, max_samples)) for needed in self.needed or [FIRST_GUESS]]
             return sum(totals[last] + (last + 1) * BLOCK_COST / num_rows for last in last_blocks)
 
-        sizes = [least << i for i in range(max_samples.bit_length()) if least << i < max_samples]
+        sizes = [min_size << i for i in range(max_samples.bit_length()) if min_size << i < max_samples]
         return min([*sizes, max_samples], key=cost)
 
 
@@ -386,11 +390,11 @@ class StepRandomness:
     generator: torch.Generator | None = None
 
     @classmethod
-    def of(cls, generator: Randomness) -> StepRandomness:
-        """Returns the random numbers of one step from a generator, or from a list of one for each row."""
-        if isinstance(generator, StepRandomness):
-            return generator
-        return RowRandomness(generator) if isinstance(generator, Sequence) else StepRandomness(generator)
+    def of(cls, randomness: Randomness) -> StepRandomness:
+        """Wraps a generator, or a list of one per row, as the random numbers of one step."""
+        if isinstance(randomness, StepRandomness):
+            return randomness
+        return RowRandomness(randomness) if isinstance(randomness, Sequence) else StepRandomness(randomness)
 
     def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:
         """Returns float32 numbers (R, N) for N more samples of these rows, which were in every call before."""
@@ -419,7 +423,7 @@ class PredrawnRandomness(StepRandomness):
 
 
 class RowRandomness(StepRandomness):
-    """Random numbers of one step, each row's from its own generator, which gives three seeds a step.
+    """Random numbers of one step, each row's from its own generator, which gives three seeds per step.
 
     So a row's patch depends on its own context and generator alone: neither on the rows beside it nor on block sizes.
     """
@@ -427,7 +431,9 @@ class RowRandomness(StepRandomness):
     def __init__(self, generators: Sequence[torch.Generator]):
         super().__init__()
         seeds = [torch.randint(2**62, (len(NOISE_KINDS),), generator=g, device=g.device).tolist() for g in generators]
-        self.streams = {kind: [_NoiseStream(of_row[i]) for of_row in seeds] for i, kind in enumerate(NOISE_KINDS)}
+        self.streams = {
+            kind: [_NoiseStream(row_seeds[i]) for row_seeds in seeds] for i, kind in enumerate(NOISE_KINDS)
+        }
         self.num_taken = dict.fromkeys(NOISE_KINDS, 0)
 
     def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:
@@ -444,7 +450,7 @@ class RowRandomness(StepRandomness):
         """Returns the next N samples' noise of these rows, tensors (..., N, R, size)."""
         start, stop = self.num_taken[kind], self.num_taken[kind] + num_samples
         self.num_taken[kind] = stop
-        rows = [self.streams[kind][row].read(stop, rows_R.device, make) for row in rows_R.tolist()]
+        rows = [self.streams[kind][row].first(stop, rows_R.device, make) for row in rows_R.tolist()]
         return {name: torch.cat([row[name][..., start:stop, :, :] for row in rows], dim=-2) for name in rows[0]}
 
 
@@ -459,7 +465,7 @@ class _NoiseStream:
     num_drawn: int = 0
     noise: dict[str, Tensor] = field(default_factory=dict)
 
-    def read(self, num_samples: int, device: torch.device, make: MakeNoise) -> dict[str, Tensor]:
+    def first(self, num_samples: int, device: torch.device, make: MakeNoise) -> dict[str, Tensor]:
         """Returns the noise of at least the first `num_samples` samples."""
         while self.num_drawn < num_samples:
             size = max(self.num_drawn, FIRST_CHUNK)

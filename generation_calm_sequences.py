@@ -1,7 +1,7 @@
 """The sequences of one call of `generate`: how they grow and end, and logits processors on their candidate patches.
 
 Stopping criteria that look at ids alone are evaluated on a whole patch at once, so that the host waits for the device
-once a step; others, as the user's own or of time, after each token, as upstream does.
+once per step; others, as the user's own or of time, after each token, as upstream does.
 
 Upstream's logits processors act on the model's logits of the next token. CALM samples a latent vector, so processors
 get the decoder's logits of its tokens, position by position, with the ids before. The most probable token that they
@@ -15,6 +15,7 @@ M of them whose sequence has not ended, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ class GenerationState:
         self.is_finished = False
         self.active_rows = list(range(len(prompts_BL)))
         self.criteria = call.stopping_criteria
-        self.are_on_tokens = set(map(type, self.criteria)) <= set(TOKEN_CRITERIA)
+        self.check_only_ids = set(map(type, self.criteria)) <= set(TOKEN_CRITERIA)
 
     def select(self, values_B: Tensor) -> Tensor:
         """Returns the active rows' values, (R, …)."""
@@ -65,13 +66,12 @@ class GenerationState:
             index_R = as_tensor(self.active_rows, patches_BK.device)
             patches_BK = patches_BK.new_zeros(len(self.ids_BL), patches_BK.shape[1]).index_copy(0, index_R, patches_BK)
         if not self.is_finished:
-            (self._append_patch if self.are_on_tokens else self._append_token_by_token)(patches_BK)
+            (self._append_patch if self.check_only_ids else self._append_token_by_token)(patches_BK)
         return patches_BK
 
     def _append_patch(self, patches_BK: Tensor) -> None:
-        patch_size = patches_BK.shape[1]
-        lengths = self._lengths(patches_BK)
-        num_tokens = min(max(lengths), patch_size)  # upstream stops with the last row
+        lengths, is_finished = self._lengths(patches_BK)
+        num_tokens = max(lengths)  # upstream stops with the last row
         tokens_BK = patches_BK[:, :num_tokens]
         if self.call.pad_token is not None and min(lengths) < num_tokens:
             is_padding_BK = arange(num_tokens, tokens_BK.device) >= as_tensor(lengths, tokens_BK.device)[:, None]
@@ -84,22 +84,23 @@ class GenerationState:
         if self.call.streamer is not None:
             for tokens_B in tokens_BK.cpu().unbind(1):
                 self.call.streamer.put(tokens_B)
-        self._continue_with(lengths, patch_size + 1)
+        self._finish_rows(is_finished)
 
-    def _lengths(self, patches_BK: Tensor) -> list[int]:
-        """Returns how many of the patch's tokens each row takes: K + 1 where it continues, 0 where it has ended."""
-        room, is_end_BK = patches_BK.shape[1] + 1, None
+    def _lengths(self, patches_BK: Tensor) -> tuple[list[int], list[bool]]:
+        """Returns how many of the patch's tokens each row takes, and whether it ends with the last of them."""
+        patch_size, max_tokens, is_end_BK = patches_BK.shape[1], math.inf, None
         for criterion in self.criteria:
             if isinstance(criterion, MaxLengthCriteria):  # upstream writes one token at least
-                room = min(room, max(criterion.max_length - self.ids_BL.shape[1], 1))
+                max_tokens = min(max_tokens, max(criterion.max_length - self.ids_BL.shape[1], 1))
                 continue
             ends_BK = self._ends(criterion, patches_BK)
             is_end_BK = ends_BK if is_end_BK is None else is_end_BK | ends_BK
-        lengths = [0] * len(patches_BK)
-        ends = [[False]] * len(patches_BK) if is_end_BK is None else is_end_BK.tolist()
+        lengths, is_finished = [0] * len(patches_BK), [True] * len(patches_BK)
+        ends = [[]] * len(patches_BK) if is_end_BK is None else is_end_BK.tolist()
         for row in self.active_rows:
-            lengths[row] = min(ends[row].index(True) + 1, room) if True in ends[row] else room
-        return lengths
+            end = min(ends[row].index(True) + 1 if True in ends[row] else math.inf, max_tokens)
+            lengths[row], is_finished[row] = int(min(end, patch_size)), end <= patch_size
+        return lengths, is_finished
 
     def _ends(self, criterion: Any, patches_BK: Tensor) -> Tensor:
         """Returns whether the sequence would end with each of a patch's tokens, (B, K)."""
@@ -118,15 +119,15 @@ class GenerationState:
             self.ids_BL = torch.cat([self.ids_BL, tokens_B[:, None]], dim=1)
             if self.call.streamer is not None:
                 self.call.streamer.put(tokens_B.cpu())
-            self._continue_with(self.criteria(self.ids_BL, None).tolist(), False)
+            self._finish_rows(self.criteria(self.ids_BL, None).tolist())
             if self.is_finished:
                 break
 
-    def _continue_with(self, values: list, value: int) -> None:
-        """Keeps those rows active that have this value."""
+    def _finish_rows(self, is_finished: list[bool]) -> None:
+        """Keeps the other rows active, or all rows once all are finished."""
         active_rows = []
         for row in self.active_rows:
-            if values[row] == value:
+            if not is_finished[row]:
                 active_rows.append(row)
         self.is_finished = not active_rows
         self.active_rows = active_rows or list(range(len(self.ids_BL)))

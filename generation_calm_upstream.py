@@ -1,9 +1,10 @@
-"""The hooks of transformers' `generate` that CALM overrides, and PEFT's virtual tokens.
+"""The hooks of upstream's (transformers') `generate` that CALM overrides, and PEFT's virtual tokens.
 
-`generate` prepares a call, calls a model's hooks on the way, and dispatches greedy search and sampling to `_sample`,
-which passes the call to `generate_patches` (generation_calm.py). Everything else raises an error in one sentence,
-before any work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures
-and callers with those recorded for the supported versions.
+`generate` calls the hooks of `PatchGenerationMixin` in their order there: they prepare and check the configuration,
+the inputs, the lengths, the cache, logits processors and stopping criteria. The last one, `_sample`, passes all this
+as a `GenerateCall` to `generate_patches` (generation_calm.py). What isn't supported raises a one-line error
+before any work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures and callers
+with those recorded for the supported versions.
 
 Axes: B batch, L tokens, P patches, K tokens per patch.
 """
@@ -81,10 +82,12 @@ UNSUPPORTED_SETTINGS: dict[str, tuple] = {
     **{"penalty_alpha": (MODES, 0.0), "output_logits": (SCORES, False)},
 }
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
-MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of our own making
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # the others depend on the longest row of a pass
+# Of compiled steps, of the server and of ONNX export: implementations that take a custom 4-D mask, and rotations that
+# don't depend on the longest row of a batch.
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 logger = logging.get_logger(__name__)
-NEEDS_CACHE = "virtual tokens (PEFT's prompt tuning, p-tuning, prefix tuning) stand in the cache"
+NEEDS_CACHE = "virtual tokens (PEFT's prompt tuning, p-tuning, prefix tuning) are stored in the cache"
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,14 @@ class GenerateCall:
     compile_config: CompileConfig | None = None
 
 
-class _ViewForUpstream:
-    """Shows upstream's preparations the model with positions that count tokens, and takes what they set on it.
+class RowProcessors(LogitsProcessorList):
+    """A batch's logits processors, with `of_row`: number and prompt length of a row → the processors it has alone."""
+
+    of_row: Callable[[int, int], LogitsProcessorList]
+
+
+class _TokenPositionsView:
+    """A proxy of the model whose `max_position_embeddings` counts tokens; attributes that upstream sets stay on it.
 
     The model itself doesn't change, for other threads may be generating with it.
     """
@@ -123,7 +132,7 @@ class _ViewForUpstream:
         self.config.max_position_embeddings *= model.config.patch_size
 
     def __getattr__(self, name):
-        attribute = getattr(self.model, name)
+        attribute = getattr(self.model, name)  # a method of the model gets the proxy as its `self`
         is_own_method = inspect.ismethod(attribute) and attribute.__self__ is self.model
         return types.MethodType(attribute.__func__, self) if is_own_method else attribute
 
@@ -137,7 +146,7 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
         raise ValueError(f"{method} got an empty batch: pass at least one prompt.")
     is_integer = not inputs.dtype.is_floating_point and not inputs.dtype.is_complex and inputs.dtype != torch.bool
     if not is_integer and inputs.numel():  # a tokenizer makes an empty float tensor of empty texts
-        raise ValueError(f"{method} got ids of type {inputs.dtype}: token ids are whole numbers, as torch.long.")
+        raise ValueError(f"{method} got ids of type {inputs.dtype}: token ids are integers, as torch.long.")
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(f"{method} got an attention_mask that is a {type(mask).__name__}: it takes a tensor.")
     if mask is not None and mask.shape != inputs.shape:
@@ -152,7 +161,10 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
 
 
 def adapter_of(model) -> Any:
-    """Returns PEFT's wrapper if it has virtual tokens, else None; raises ValueError if others replaced our hook."""
+    """Returns PEFT's wrapper of the model if it has virtual tokens, else None.
+
+    Raises ValueError if something else has replaced `prepare_inputs_for_generation`, for it would be ignored.
+    """
     replacement = vars(model).get("prepare_inputs_for_generation")
     owner = getattr(replacement, "__self__", None)
     if replacement is None or owner is model:  # PEFT puts it back so
@@ -176,12 +188,12 @@ def num_virtual_patches(model) -> int:
     if config.num_virtual_tokens % patch_size:
         raise ValueError(
             f"num_virtual_tokens={config.num_virtual_tokens}: must be divisible by patch_size={patch_size}, for "
-            "virtual tokens are read as whole patches."
+            "virtual tokens are packed into whole patches."
         )
     return config.num_virtual_tokens // patch_size
 
 
-def read_virtual_tokens(
+def prefill_virtual_tokens(
     model, inputs: dict[str, Any], cache: Cache | None, compiles: bool, task_ids: Tensor | None = None
 ) -> dict[str, Any]:
     """Runs the model on its virtual tokens, if it has any, to fill an empty cache.
@@ -201,10 +213,10 @@ def read_virtual_tokens(
     if isinstance(prompt, Tensor):
         model(inputs_embeds=prompt.to(model.dtype), cache=cache, use_cache=True)
     else:
-        place = torch.arange(num_patches, device=inputs["input_ids"].device)
+        positions = torch.arange(num_patches, device=inputs["input_ids"].device)
         for index, layer in enumerate(prompt.layers):
             keys, values = (states.to(model.dtype) for states in (layer.keys, layer.values))
-            cache.update(keys, values, index, {"cache_position": place})
+            cache.update(keys, values, index, {"cache_position": positions})
     mask = inputs["attention_mask"]
     if mask is not None:
         mask = torch.cat([mask.new_ones(len(mask), num_patches), mask], dim=1)
@@ -212,35 +224,30 @@ def read_virtual_tokens(
 
 
 class PatchGenerationMixin(UPSTREAM):
-    """`GenerationMixin` for a model that samples whole patches: the hooks, around `generate_patches`."""
+    """`GenerationMixin` for a model that samples whole patches: the hooks, in the order of their calls."""
 
     config: CALMConfig
+    generate_patches: Callable[..., Any]  # the loop over patches, in generation_calm.py
 
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: BaseStreamer | None = None,
-        **model_kwargs,
-    ) -> Any:
-        processors = None
-        if logits_processor:  # a list that is not from our hook is every row's
-            processors = getattr(logits_processor, "of_row", lambda row, length: logits_processor)
-        call = GenerateCall(
-            stopping_criteria=stopping_criteria,
-            should_continue=partial(self._has_unfinished_sequences, synced_gpus=synced_gpus),
-            processors=processors,
-            pad_token=generation_config._pad_token_tensor,
-            bos_token=generation_config._bos_token_tensor,
-            eos_tokens=generation_config._eos_token_tensor,
-            streamer=streamer,
-            synced_gpus=synced_gpus,
-            compile_config=None if generation_config.disable_compile else generation_config.compile_config,
-        )
-        return self.generate_patches(input_ids, generation_config, call, model_kwargs)
+    def _prepare_generation_config(self, generation_config, *args, **kwargs):
+        prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
+        default_top_k = getattr(self.generation_config, "top_k", None)
+        if default_top_k is None and getattr(generation_config, "top_k", None) is None:
+            prepared.top_k = kwargs.get("top_k")  # in place of upstream's 50
+        if "cache" in model_kwargs:  # before 5.24, upstream would make another
+            model_kwargs[CACHE_ARGUMENT] = model_kwargs.pop("cache")
+        return prepared, model_kwargs
+
+    def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
+        """Raises ValueError for beam search and the like; returns None, so that upstream loads no code for them.
+
+        Called for every mode, and the earliest hook that gets it.
+        """
+        if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+            raise ValueError(
+                f"CALM has no {generation_mode.value.replace('_', ' ')}: it samples whole patches and has no token "
+                "probabilities; use do_sample=True with a temperature, or do_sample=False."
+            )
 
     def _validate_model_kwargs(self, model_kwargs):
         generator = model_kwargs.get("generator")
@@ -248,12 +255,31 @@ class PatchGenerationMixin(UPSTREAM):
         if set(map(type, generators)) - {torch.Generator}:
             raise ValueError(
                 f"generator={generator!r}: must be a torch.Generator on the model's device, as "
-                "torch.Generator(device).manual_seed(0), or a list of them, one a row."
+                "torch.Generator(device).manual_seed(0), or a list of them, one per row."
             )
         if num_virtual_patches(self):  # then upstream would look for our own arguments in PEFT's method
-            own = inspect.signature(getattr(type(self), "prepare_inputs_for_generation")).parameters  # noqa: B009
-            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+            known = inspect.signature(getattr(type(self), "prepare_inputs_for_generation")).parameters  # noqa: B009
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in known}
         UPSTREAM._validate_model_kwargs(self, model_kwargs)
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        for name, (reason, *neutral_values) in UNSUPPORTED_SETTINGS.items():
+            value = getattr(generation_config, name, None)
+            if value is not None and value not in neutral_values:
+                shown = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
+                raise ValueError(f"{name}{shown}: {reason}")
+        chunk = generation_config.prefill_chunk_size
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive integer, in tokens, or None.")
+        PatchSampling.from_generation_config(generation_config)  # raises ValueError for invalid options
+        known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
+        unread = ""
+        for name, value in vars(generation_config).items():
+            if name not in known and not name.startswith("_") and value is not None:
+                unread += f"{name}, "
+        if unread:
+            logger.warning_once(f"The generation configuration has {unread}which CALM doesn't read.")
+        self.check_weights()
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict[str, Any]):
         if model_kwargs.get("inputs_embeds") is not None:
@@ -283,41 +309,21 @@ class PatchGenerationMixin(UPSTREAM):
         expand_size *= num_empty_prompts
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
-        """Raises ValueError for other modes, where upstream would name a repository that decodes so; returns None."""
-        if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-            raise ValueError(
-                f"CALM has no {generation_mode.value.replace('_', ' ')}: it samples whole patches and has no token "
-                "probabilities; use do_sample=True with a temperature, or do_sample=False."
-            )
+    def _prepare_generated_length(self, *args, **kwargs):
+        return UPSTREAM._prepare_generated_length(_TokenPositionsView(self), *args, **kwargs)
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        for name, (why, *off) in UNSUPPORTED_SETTINGS.items():
-            value = getattr(generation_config, name, None)
-            if value is not None and value not in off:
-                said = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
-                raise ValueError(f"{name}{said}: {why}")
-        chunk = generation_config.prefill_chunk_size
-        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-            raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive whole number of tokens, or None.")
-        PatchSampling.from_generation_config(generation_config)
-        known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
-        unread = ""
-        for name, value in vars(generation_config).items():
-            if name not in known and not name.startswith("_") and value is not None:
-                unread += f"{name}, "
-        if unread:
-            logger.warning_once(f"The generation configuration has {unread}which CALM doesn't read.")
-        self.check_weights()
-
-    def _prepare_generation_config(self, generation_config, *args, **kwargs):
-        prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
-        own = getattr(self.generation_config, "top_k", None)
-        if own is None and getattr(generation_config, "top_k", None) is None:
-            prepared.top_k = kwargs.get("top_k")  # upstream's default is 50
-        if "cache" in model_kwargs:  # before 5.24, upstream would make another
-            model_kwargs[CACHE_ARGUMENT] = model_kwargs.pop("cache")
-        return prepared, model_kwargs
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        # Beside the prompt and the new tokens: virtual tokens, and the patch that fills up the prompt.
+        others, patch_size = num_virtual_patches(self) + 1, self.config.patch_size
+        patches = -(-max_cache_length // patch_size) + others
+        if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
+            generation_config = copy.copy(generation_config)
+            generation_config.max_cache_len = -(-generation_config.max_cache_len // patch_size) + others
+        return UPSTREAM._prepare_cache_for_generation(
+            _TokenPositionsView(self), generation_config, model_kwargs, generation_mode, batch_size, patches
+        )
 
     def _get_logits_processor(
         self,
@@ -327,11 +333,8 @@ class PatchGenerationMixin(UPSTREAM):
         logits_processor: Sequence | None = None,
         device: torch.device | None = None,
         **kwargs,
-    ) -> LogitsProcessorList:
-        """Returns the batch's processors, with `of_row`: a row's number and prompt length → those it would have alone.
-
-        Sampling settings and lengths make none: they act on candidates, see `PatchSampling`.
-        """
+    ) -> "RowProcessors":
+        """Returns the batch's processors and each row's; sampling settings and lengths act on candidates instead."""
         settings = copy.copy(generation_config)
         settings.do_sample, settings.min_length, settings.min_new_tokens, settings.renormalize_logits = (False,) * 4
         given, allows = logits_processor if logits_processor is not None else [], prefix_allowed_tokens_fn
@@ -340,44 +343,55 @@ class PatchGenerationMixin(UPSTREAM):
                 raise ValueError(f"logits_processor={given!r}: must be a list of processors, as [processor].")
 
         def of_length(length: int, allowed: Callable | None) -> LogitsProcessorList:
-            own = copy.copy(settings)
-            own.max_length += length - input_ids_seq_length
+            row_settings = copy.copy(settings)
+            row_settings.max_length += length - input_ids_seq_length
             custom = LogitsProcessorList()
             for each in given:  # `after_prompt`, where a processor has it, returns the one for prompts of this length
                 custom.append(each.after_prompt(length) if hasattr(each, "after_prompt") else each)
-            return UPSTREAM._get_logits_processor(self, own, length, None, allowed, custom, device)
+            return UPSTREAM._get_logits_processor(self, row_settings, length, None, allowed, custom, device)
 
         def of_row(row: int, length: int) -> LogitsProcessorList:
-            # Upstream numbers a row's candidates.
+            # The function gets the row's number, where upstream would pass a candidate's.
             return of_length(length, None if allows is None else lambda _, ids: allows(row, ids))  # pyright: ignore
 
-        processors: Any = of_length(max(input_ids_seq_length, 1), allows)  # an empty prompt gets a BOS
+        processors = RowProcessors(of_length(max(input_ids_seq_length, 1), allows))  # an empty prompt gets a BOS
         processors.of_row = of_row
         return processors
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        return UPSTREAM._get_stopping_criteria(_TokenPositionsView(self), *args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs,
+    ) -> Any:
+        processors = None
+        if logits_processor:  # a list that is not from our hook applies to every row
+            processors = getattr(logits_processor, "of_row", lambda row, length: logits_processor)
+        call = GenerateCall(
+            stopping_criteria=stopping_criteria,
+            should_continue=partial(self._has_unfinished_sequences, synced_gpus=synced_gpus),
+            processors=processors,
+            pad_token=generation_config._pad_token_tensor,
+            bos_token=generation_config._bos_token_tensor,
+            eos_tokens=generation_config._eos_token_tensor,
+            streamer=streamer,
+            synced_gpus=synced_gpus,
+            compile_config=None if generation_config.disable_compile else generation_config.compile_config,
+        )
+        return self.generate_patches(input_ids, generation_config, call, model_kwargs)
 
     def compute_transition_scores(self, *args, **kwargs):
         """Raises ValueError: there are no token scores."""
         raise ValueError(
             "compute_transition_scores: CALM has no token probabilities; model.compute_patch_scores(outputs.scores) "
-            "gives the logarithm of each written patch's weight among its step's candidates."
-        )
-
-    def _prepare_generated_length(self, *args, **kwargs):
-        return UPSTREAM._prepare_generated_length(_ViewForUpstream(self), *args, **kwargs)
-
-    def _get_stopping_criteria(self, *args, **kwargs):
-        return UPSTREAM._get_stopping_criteria(_ViewForUpstream(self), *args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        others, patch_size = num_virtual_patches(self) + 1, self.config.patch_size
-        patches = -(-max_cache_length // patch_size) + others
-        if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
-            generation_config = copy.copy(generation_config)
-            generation_config.max_cache_len = -(-generation_config.max_cache_len // patch_size) + others
-        return UPSTREAM._prepare_cache_for_generation(
-            _ViewForUpstream(self), generation_config, model_kwargs, generation_mode, batch_size, patches
+            "gives the logarithm of each chosen patch's weight among its step's candidates."
         )
 
     def generate_batch(self, *args, **kwargs):

@@ -71,7 +71,7 @@ class PatchTarget:
     @property
     def tokens(self) -> Tensor:
         if self._tokens is None:
-            raise ValueError("This target has a posterior alone; the head asks for its tokens.")
+            raise ValueError("This target has no tokens, which the head needs.")
         return self._tokens
 
     @property
@@ -88,7 +88,7 @@ class PatchTarget:
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log_std, (..., Z) each, of patches (..., K)."""
         if self._autoencoder is None:
-            raise ValueError("This target has tokens alone; the head asks for their posterior.")
+            raise ValueError("This target has no autoencoder, which the head needs to encode its tokens.")
         with torch.no_grad():
             parts = self._autoencoder.encode(tokens.reshape(1, -1))
         mean, log_std = (part.view(*tokens.shape[:-1], part.shape[-1]).to(tokens.device) for part in parts)
@@ -148,11 +148,11 @@ class GenerativeHead(nn.Module):
         """Fits a new head to the trained autoencoder, in heads that need it (`is_fitted`)."""
 
     def from_noise(self, noise: Tensor, context: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Maps starting noise to latent vectors (N, ..., Z); `context` (..., D) is past the context layers."""
+        """Maps starting noise to latent vectors (N, ..., Z); `context` (..., D) has passed the context layers."""
         raise NotImplementedError
 
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:
-        """Returns the loss, see `loss`; `context` is past the context layers, and `target` on its device."""
+        """Returns the loss, see `loss`; `context` is the output of the context layers, and `target` on its device."""
         raise NotImplementedError
 
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -106,7 +106,7 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
     def __init__(self, config: CALMConfig):
         super().__init__(config)
         self.num_steps = config.sampling_steps or FLOW_STEPS
-        self.network_calls = 2 * self.num_steps  # the midpoint rule evaluates the net twice a step
+        self.network_calls = 2 * self.num_steps  # the midpoint rule evaluates the net twice per step
         self.time_logit_mean = config.flow_time_logit_mean
         self.net = ModulatedMLP(config, config.latent_size)
 
@@ -184,7 +184,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
             step = self.num_steps - 1 - index
             outputs = in_chunks(self.net.forward_modulated, x.to(context.dtype), modulation)
             epsilon, variance = outputs.float().chunk(2, dim=-1)
-            x = torch.addcmul(schedule.of_x[step] * x, schedule.of_epsilon[step], epsilon)
+            x = torch.addcmul(schedule.x_coefficient[step] * x, schedule.epsilon_coefficient[step], epsilon)
             if step > 0:
                 fresh = standard_normal(x.shape, x, generator) if step_noise is None else step_noise[index]
                 x = torch.addcmul(x, (0.5 * schedule.log_variance(variance, step)).exp(), fresh)
@@ -243,8 +243,8 @@ class DiffusionSchedule:
         weight_xt = (1 - previous) * (1 - betas).sqrt() / (1 - cumulative)
         self.weight_x0, self.weight_xt = table(weight_x0), table(weight_xt)
         # The mean of a solver's step, `posterior_mean` of `denoise`, is linear in both.
-        self.of_x = table(weight_xt + weight_x0 * cumulative.rsqrt())
-        self.of_epsilon = table(-weight_x0 * (1 / cumulative - 1).sqrt())
+        self.x_coefficient = table(weight_xt + weight_x0 * cumulative.rsqrt())
+        self.epsilon_coefficient = table(-weight_x0 * (1 / cumulative - 1).sqrt())
         self.log_betas = table(betas.log())
         # The first step's variance is 0: the published code takes the second's for it.
         self.log_posterior = table(torch.cat([variance[1:2], variance[1:]]).log() if num_steps > 1 else betas.log())

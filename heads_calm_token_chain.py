@@ -126,7 +126,7 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
         return self.patch_size
 
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Returns uniform numbers on [0, 1), one a token, in float32: bfloat16 has too few values."""
+        """Returns uniform numbers on [0, 1), one per token, in float32: bfloat16 has too few values."""
         uniform = torch.empty((*shape, self.patch_size), dtype=torch.float32, device=like.device)
         return uniform.uniform_(generator=generator)
 
@@ -142,7 +142,7 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
         return self.codes[positions, tokens].sum(-2).to(context.dtype)
 
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:
-        """Returns the cross-entropy of the target patches' tokens, nats a token: one pass, whatever N."""
+        """Returns the cross-entropy of the target patches' tokens, nats per token: one pass, whatever N."""
         tokens = target.all_tokens
         contexts = context.expand(len(tokens), *context.shape)
         # In rows: bitsandbytes' 8-bit layers refuse more axes than four.

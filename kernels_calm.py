@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SWITCH = "CALM_MATMUL_BACKEND"
-MIN_ROWS = 4  # a single row reads the weights, which no library does faster
+MIN_ROWS = 4  # a single row is bound by the memory that the weights are read from
 MIN_MULTIPLICATIONS = 2**21  # from here on oneDNN makes up for what its call costs
 MIN_SPEEDUP = 1.25  # oneDNN is either 2 times as fast as MKL, or no faster
 VOCABULARY_TILE = {"cpu": 2**11, "other": 2**15}  # on a CPU a tile of logits stays in the cache
 STATES_CHUNK_SIZE = {"cpu": 400, "other": 2**13}
 MIN_STATES = 16  # matmuls are slower with 2 … 15 columns than with 16, on a CPU by half
 TILE = 2**12  # int8 rows multiplied at a time: the products stay in the cache
-GROUP_SIZE = 8  # rows judged together
+GROUP_SIZE = 8  # rows with one common bound
 MAX_STATE = 127
 MAX_WEIGHTS = 127, 63  # without VNNI, sums of two products overflow with 8 bits on both sides
 MAX_SURVIVORS = 2**14  # with more, the full matmul is better
@@ -49,7 +49,7 @@ SURVIVORS_CHUNK_SIZE = 2**9
 SAMPLE_STRIDE = 4099  # prime, so that all columns are sampled
 
 
-def private(path: str, default: Any) -> Any:
+def private_function(path: str, default: Any) -> Any:
     """Returns a function that PyTorch doesn't promise to keep, "module.name", or `default` where it is gone."""
     module, _, name = path.rpartition(".")
     try:
@@ -58,10 +58,10 @@ def private(path: str, default: Any) -> Any:
         return default
 
 
-# Where the first is gone, tables of fake tensors are cached as well. Where the second is gone, nobody knows whether a
-# mode counts operators, as for FLOPs, and so PyTorch's own kernels are used.
-detect_fake_mode = private("torch._guards.detect_fake_mode", lambda: None)
-current_dispatch_mode = private("torch.utils._python_dispatch._get_current_dispatch_mode", lambda: "unknown")
+# Without detect_fake_mode, tables of fake tensors are cached as well; without _get_current_dispatch_mode a mode that
+# counts operators, as for FLOPs, can't be seen, and so PyTorch's own kernels are used.
+detect_fake_mode = private_function("torch._guards.detect_fake_mode", lambda: None)
+current_dispatch_mode = private_function("torch.utils._python_dispatch._get_current_dispatch_mode", lambda: "unknown")
 
 
 # Tables
@@ -102,7 +102,7 @@ def as_tensor(values: list[int], device: torch.device) -> Tensor:
 
 # The context
 
-ACTIVE = threading.local()  # `here`: whether this thread is in `cpu_kernels`
+ACTIVE = threading.local()  # `in_context`: whether this thread is in `cpu_kernels`
 
 
 def _are_allowed() -> bool:
@@ -136,12 +136,12 @@ def cpu_kernels(num_rows: int, width: int) -> Iterator[None]:
         yield
         return
     is_large = num_rows >= MIN_ROWS and num_rows * width * width >= MIN_MULTIPLICATIONS
-    before, ACTIVE.here = getattr(ACTIVE, "here", False), True
+    before, ACTIVE.in_context = getattr(ACTIVE, "in_context", False), True
     try:
         with OneDNNLinear() if is_large and one_dnn_is_faster() else nullcontext():
             yield
     finally:
-        ACTIVE.here = before
+        ACTIVE.in_context = before
 
 
 # float32 linear layers
@@ -171,7 +171,7 @@ def _one_dnn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 @functools.cache
 def one_dnn_is_faster() -> bool:
-    """Measures once a process whether oneDNN is faster than PyTorch's own matmul."""
+    """Measures once per process whether oneDNN is faster than PyTorch's own matmul."""
     if not torch.backends.mkldnn.is_available():
         return False
     with torch.inference_mode(False), torch.no_grad():
@@ -247,7 +247,7 @@ def current_screen(layer: nn.Linear) -> "VocabularyScreen | None":
     weight_Vd = layer.weight
     is_plain = weight_Vd.is_cpu and not weight_Vd.is_inference() and len(weight_Vd) > 0
     is_float = weight_Vd.dtype in (torch.float32, torch.bfloat16)
-    if not (getattr(ACTIVE, "here", False) and is_plain and is_float and largest_weight()):
+    if not (getattr(ACTIVE, "in_context", False) and is_plain and is_float and largest_weight()):
         return None
     if layer not in SCREENS or not SCREENS[layer].is_of(weight_Vd):
         SCREENS[layer] = VocabularyScreen(weight_Vd)
@@ -263,7 +263,7 @@ class VocabularyScreen:
         weight_Vd, largest = weight_Vd.detach(), largest_weight()
         assert largest is not None, "see current_screen"
         order_V = torch.linalg.vector_norm(weight_Vd, dim=-1, dtype=torch.float32).argsort()
-        # The last group is filled up with its last row, which is as good as itself and never better.
+        # The last group is filled up with copies of the last row, which can't win over it.
         order_V = torch.cat([order_V, order_V[-1:].expand(-len(order_V) % GROUP_SIZE)])
         self.rows_GI = order_V.view(-1, GROUP_SIZE)
         width, seeded = weight_Vd.shape[1], torch.Generator().manual_seed(0)

@@ -66,7 +66,7 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
     config: CALMConfig
     config_class = CALMConfig
     base_model_prefix = "model"
-    # Head and autoencoder may stand here because everything calls them through their forwards.
+    # Head and autoencoder can be listed here because everything calls them through their forwards.
     _no_split_modules: list[str] = ["LlamaDecoderLayer", "CALMAutoencoder"]
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         batch_size, length, size = inputs_embeds.shape
         if length % self.config.patch_size:
             raise ValueError(
-                f"The model got {length} tokens a row, not divisible by patch_size={self.config.patch_size}: pad with "
+                f"The model got {length} tokens per row, not divisible by patch_size={self.config.patch_size}: pad with "
                 f"pad_to_multiple_of={self.config.patch_size} (an argument of tokenizers and data collators; "
                 "an adapter's virtual tokens count, too; generate() fills prompts by itself). For likelihoods no "
                 "length is right: CALM has no logits."
@@ -198,7 +198,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
     """The continuous autoregressive language model: backbone, generative head, frozen autoencoder."""
 
     def __init__(self, config: CALMConfig):
-        config.check()  # its fields may have been changed since then
+        config.check()  # its fields may have been changed since it was made
         super().__init__(config)
         self.model = CALMModel(config)
         self.head = HEADS[config.head_type](config)
@@ -284,9 +284,9 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         return self.mean_over_items(losses, num_items_in_batch)
 
     def mean_over_items(self, losses_M: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Returns the mean of the patches' losses, or, given `num_items_in_batch`, their sum · K / that."""
+        """Returns the mean of the patches' losses, or their sum · K / num_items_in_batch, the count of labels."""
         if num_items_in_batch is None:
-            return losses_M.sum() / torch.sym_max(1, len(losses_M))
+            return losses_M.sum() / torch.sym_max(1, len(losses_M))  # len is symbolic under torch.compile
         return losses_M.sum() / (num_items_in_batch / self.config.patch_size)
 
     def patch_targets(

@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from .configuration_calm import CALMAutoencoderConfig
 from .kernels_calm import is_plain_linear, vocabulary_argmax
 
-SUMMABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes
+SUMMABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVE_NATS = 0.01  # a latent dimension is active when its mean KL divergence exceeds this
 # Logits computed at once: 64 MiB in float32 on a CPU; a GPU needs larger matmuls to be busy.
 LOGITS_CHUNK_SIZE = {"cpu": 2**24, "other": 2**28}
@@ -63,14 +63,14 @@ class AutoencoderEncoder(nn.Module):
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__()
-        self.patch_size, self.num_before = config.patch_size, config.encoder_context
+        self.patch_size, self.encoder_context = config.patch_size, config.encoder_context
         self.num_token_layers = config.num_encoder_layers // 2
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(AutoencoderLayer(config) for _ in range(config.num_encoder_layers))
         patch_width = config.patch_size * config.hidden_size
         self.squeeze_layer = nn.Linear(patch_width, config.hidden_size)
-        if self.num_before:
-            self.context_layer = nn.Linear(self.num_before * patch_width, config.hidden_size, bias=False)
+        if self.encoder_context:
+            self.context_layer = nn.Linear(self.encoder_context * patch_width, config.hidden_size, bias=False)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_to_latent = nn.Linear(config.hidden_size, 2 * config.latent_size)
 
@@ -78,7 +78,7 @@ class AutoencoderEncoder(nn.Module):
         batch_size, length = input_ids.shape
         if length % self.patch_size:
             raise ValueError(
-                f"The autoencoder got {length} tokens a row, not divisible by patch_size={self.patch_size}: pad with "
+                f"The autoencoder got {length} tokens per row, not divisible by patch_size={self.patch_size}: pad with "
                 f"pad_to_multiple_of={self.patch_size}."
             )
         hidden = self.embed_tokens(input_ids)
@@ -86,8 +86,8 @@ class AutoencoderEncoder(nn.Module):
             hidden = layer(hidden)
         patches = hidden.reshape(batch_size, length // self.patch_size, self.squeeze_layer.in_features)
         hidden = self.squeeze_layer(patches)
-        if self.num_before:
-            before = [F.pad(patches, (0, 0, n, 0))[:, : patches.shape[1]] for n in range(1, self.num_before + 1)]
+        if self.encoder_context:
+            before = [F.pad(patches, (0, 0, n, 0))[:, : patches.shape[1]] for n in range(1, self.encoder_context + 1)]
             hidden = hidden + self.context_layer(torch.cat(before, dim=-1))
         for layer in self.layers[self.num_token_layers :]:
             hidden = layer(hidden)
@@ -115,7 +115,7 @@ class AutoencoderDecoder(nn.Module):
             hidden = layer(hidden)
         return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
 
-    def finish(self, states: Tensor) -> Tensor:
+    def final_states(self, states: Tensor) -> Tensor:
         """Maps each token's state from `expand` (..., d) to its last hidden state, before the output matrix."""
         for layer in self.layers[self.num_patch_layers :]:
             states = layer(states)
@@ -130,7 +130,7 @@ class AutoencoderDecoder(nn.Module):
         Never holds all logits. An output layer that is quantised, offloaded or adapted is called on a few states at a
         time, for its matrix can't be cut into tiles.
         """
-        states_Md = self.finish(states_Md)
+        states_Md = self.final_states(states_Md)
         if is_plain_linear(self.lm_head):
             return vocabulary_argmax(self.lm_head, states_Md, positions_M, forbidden_KV)
         size, ids = max(1, logits_chunk_size(states_Md.device) // self.vocab_size), []
@@ -145,7 +145,7 @@ class AutoencoderDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         # In rows: linear layers without bias then need no second view.
         states = self.expand(latents)
-        return self.lm_head(self.finish(states.flatten(0, -2))).unflatten(0, states.shape[:-1])
+        return self.lm_head(self.final_states(states.flatten(0, -2))).unflatten(0, states.shape[:-1])
 
 
 def logits_chunk_size(device: torch.device) -> int:
@@ -180,7 +180,7 @@ def non_finite_weight(model: nn.Module) -> str | None:
     weights, total = {}, torch.zeros(())
     for name, parameter in model.named_parameters():
         weight = parameter.data
-        if type(weight) is Tensor and weight.dtype in SUMMABLE and weight.device.type != "meta":
+        if type(weight) is Tensor and weight.dtype in SUMMABLE_DTYPES and weight.device.type != "meta":
             weights[name] = weight
             total = total.to(weight.device) + weight.sum(dtype=torch.float32)
     if bool(total.isfinite()):
@@ -188,7 +188,7 @@ def non_finite_weight(model: nn.Module) -> str | None:
     return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _some_values(weight: Tensor) -> Tensor:
     return weight.detach().flatten()[:: max(1, weight.numel() // 64)].cpu().clone()
 
 
@@ -212,7 +212,7 @@ class OffloadableModel(PreTrainedModel):
         missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
         weights = {name: weight for name, weight in model.named_parameters() if name in missing}
         model._initialised = {
-            name: _sample(weight) for name, weight in weights.items() if weight.device.type != "meta"
+            name: _some_values(weight) for name, weight in weights.items() if weight.device.type != "meta"
         }
         return (model, info) if output_loading_info else model
 
@@ -224,7 +224,7 @@ class OffloadableModel(PreTrainedModel):
         weights = dict(self.named_parameters())
         unloaded = []
         for name, values in self._initialised.items():
-            if name in weights and torch.equal(_sample(weights[name]), values):
+            if name in weights and torch.equal(_some_values(weights[name]), values):
                 unloaded.append(name)
         if unloaded:
             others = f" and of {len(unloaded) - 1} more" if len(unloaded) > 1 else ""
@@ -239,7 +239,7 @@ class OffloadableModel(PreTrainedModel):
             return
         if (name := non_finite_weight(self)) is not None:
             raise ValueError(
-                f"The weight {name} holds NaN or infinity, so that nothing could be written but one token: load other "
+                f"The weight {name} holds NaN or infinity, so that generation would repeat one token: load other "
                 "weights, in float16 perhaps bfloat16 ones."
             )
         self._checked = state

@@ -61,7 +61,7 @@ class StubPool:
             new_BN[rows_R] = self.stream_BN[rows_R, start : start + num_draws]
         self.outcomes_BN = torch.cat((self.outcomes_BN, new_BN), dim=1)
 
-    def first_occurrences(self, rows_R, pairs="all", noise_RN=None):
+    def compare(self, rows_R, pairs="all", noise_RN=None):
         self.asked.append((pairs, noise_RN))
         assert (self.outcomes_BN[rows_R] >= 0).all(), "a row that had stopped draws again"
         return first_occurrences(self.outcomes_BN[rows_R, :, None])

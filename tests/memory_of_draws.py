@@ -26,7 +26,7 @@ def memory_of_draws(num_draws, temperature):
         head = SimpleNamespace(sample=lambda _, num_samples, **__: latents_NZ[pool.num_drawn :][:num_samples, None])
         pool = LazyCandidateBatch(head, torch.zeros(1, 1), StepRandomness(), autoencoder)
         exact_temperature_sample(pool, temperature, max_draws, torch.Generator().manual_seed(0))
-        pool.first_occurrences(pool.rows_B)
+        pool.compare(pool.rows_B)
 
     with torch.inference_mode():
         sample(64)  # what is set up once

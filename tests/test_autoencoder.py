@@ -160,7 +160,7 @@ def test_a_part_alone_gives_its_outputs_and_no_loss():
             {"labels": ids, "input_ids": ids, "output_logits": False},
         ],
         "takes either input_ids, to encode and decode, or latents": [{}, {"input_ids": ids, "latents": latents}],
-        "6 tokens a row, not divisible by patch_size=4": [{"input_ids": ids[:, :6]}],
+        "6 tokens per row, not divisible by patch_size=4": [{"input_ids": ids[:, :6]}],
     }
     for sentence, wrong in refusals.items():
         for given in wrong:

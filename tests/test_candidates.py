@@ -61,7 +61,7 @@ STATES = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
 
 
 def logits(autoencoder, states):
-    return autoencoder.decoder.finish(states) @ autoencoder.decoder.lm_head.weight.T
+    return autoencoder.decoder.final_states(states) @ autoencoder.decoder.lm_head.weight.T
 
 
 FORBIDDEN_KV = (torch.arange(VOCAB_SIZE) >= 5) | F.one_hot(torch.arange(K), VOCAB_SIZE).bool()
@@ -139,9 +139,13 @@ def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoe
             pool.extend(rows, num_draws)
         patches = autoencoder.decode_tokens(latents[: lazy.num_drawn, rows], forbidden_KV).transpose(0, 1).tolist()
         expected = [[row.index(patch) for patch in row] for row in patches]
-        assert lazy.first_occurrences(rows).tolist() == plain.first_occurrences(rows).tolist() == expected
+        assert lazy.compare(rows).tolist() == plain.compare(rows).tolist() == expected
         last = torch.full_like(rows, lazy.num_drawn - 1)
-        assert lazy.tokens(rows, last).tolist() == plain.tokens(rows, last).tolist() == [row[-1] for row in patches]
+        assert (
+            lazy.decode_chosen(rows, last).tolist()
+            == plain.decode_chosen(rows, last).tolist()
+            == [row[-1] for row in patches]
+        )
     assert len({tuple(patch) for patch in patches[0]}) < 25, "some repeat"
 
 
@@ -210,12 +214,12 @@ def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     work, token_N = [], torch.tensor([7, 11, 7, 7, 7, 15, 16, 7, 18])
     monkeypatch.setattr(
-        LazyCandidateBatch, "read", lambda self, _, draws, __: work.append(len(draws)) or token_N[draws]
+        LazyCandidateBatch, "decode_at", lambda self, _, draws, __: work.append(len(draws)) or token_N[draws]
     )
     pool = pool_of(LazyCandidateBatch, autoencoder, torch.zeros(9, 1, Z), 9)
-    pool.first_occurrences(pool.rows_B, compared_pairs(temperature))
+    pool.compare(pool.rows_B, compared_pairs(temperature))
     assert sum(work) == tokens
-    assert pool.first_occurrences(pool.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]
+    assert pool.compare(pool.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]
 
 
 def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatch):
@@ -228,7 +232,7 @@ def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatc
         lambda self, rows, draws, positions: work.append(len(rows)) or draws + 40 * positions,
     )
     sampling, plan = PatchSampling(temperature=0.5, num_candidates=30), BlockSchedule()
-    plan.note([30])
+    plan.record([30])
     sample = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), schedule=plan)
     assert work == [2 * (30 + K - 1)]
     assert torch.equal(sample.patches - sample.patches[:, :1], 40 * torch.arange(K).expand(2, -1))

@@ -82,9 +82,11 @@ def test_only_cuda_copies_without_waiting(monkeypatch, device, waits_not):
 
 def test_a_private_name_of_torch_that_is_gone_has_a_default():
     assert (
-        kernels_calm.private("torch._guards.no_such_name", 7) == kernels_calm.private("torch._no_module.name", 7) == 7
+        kernels_calm.private_function("torch._guards.no_such_name", 7)
+        == kernels_calm.private_function("torch._no_module.name", 7)
+        == 7
     )
-    assert kernels_calm.private("torch._guards.detect_fake_mode", 7) is not 7  # noqa: F632
+    assert kernels_calm.private_function("torch._guards.detect_fake_mode", 7) is not 7  # noqa: F632
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*_calm*.py")), ids=lambda path: path.name)
@@ -317,7 +319,7 @@ def decode(autoencoder, states=None):
 
 @torch.no_grad()
 def decode_by_full_matmul(autoencoder, states):
-    return autoencoder.decoder.lm_head(autoencoder.decoder.finish(states)).argmax(-1)
+    return autoencoder.decoder.lm_head(autoencoder.decoder.final_states(states)).argmax(-1)
 
 
 def screen_of(autoencoder):
@@ -402,7 +404,9 @@ def real_decoder_and_states(num_states):
     num_ids = min(len(ids), num_states) // model.config.patch_size * model.config.patch_size
     mean, log_std = autoencoder.encode(ids[None, :num_ids])
     draws = values(-(-num_states // num_ids), *mean.shape[1:])
-    states = [autoencoder.decoder.finish(autoencoder.decoder.expand(mean + log_std.exp() * noise)) for noise in draws]
+    states = [
+        autoencoder.decoder.final_states(autoencoder.decoder.expand(mean + log_std.exp() * noise)) for noise in draws
+    ]
     return autoencoder.decoder, torch.cat(states).flatten(0, -2)[:num_states]
 
 

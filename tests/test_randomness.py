@@ -90,7 +90,7 @@ def test_generators_of_rows_are_counted_before_any_work():
     model = tiny_model()
     with pytest.raises(ValueError, match="generator is a list of 2, but 3 rows are generated"):
         model.generate(PROMPTS, generator=[seeded(0), seeded(1)], do_sample=True)
-    with pytest.raises(ValueError, match="or a list of them, one a row"):
+    with pytest.raises(ValueError, match="or a list of them, one per row"):
         model.generate(PROMPTS, generator=[0, 1, 2], do_sample=True)
     texts = model.generate(
         PROMPTS[1:2], generator=[seeded(0), seeded(0)], num_return_sequences=2, do_sample=True, max_new_tokens=8

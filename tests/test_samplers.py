@@ -277,7 +277,7 @@ class TestFallback:
 class PoolOfPairs(StubPool):
     """Tells equal only the draws that are compared, and those that follow from them."""
 
-    def first_occurrences(self, rows_R, pairs="all", noise_RN=None):
+    def compare(self, rows_R, pairs="all", noise_RN=None):
         outcomes = self.outcomes_BN[rows_R]
         linked = (outcomes[:, :, None] == outcomes[:, None]) & table_of_pairs(pairs, outcomes.shape[1])
         for _ in range(outcomes.shape[1].bit_length()):  # equal to one that is equal to a third

@@ -111,7 +111,7 @@ class PoolByHand:
             patch.append(token)
         return tuple(patch), factor
 
-    def first_occurrences(self, rows_R, pairs="all", noise_RN=None):
+    def compare(self, rows_R, pairs="all", noise_RN=None):
         return torch.tensor([[self.patches.index(patch) for patch in self.patches]])
 
 

@@ -47,7 +47,7 @@ class Workload:
         return {
             "backbone": (self.model.model, "forward"),
             "head": (self.model.head, "sample"),
-            "decode": [(self.model.autoencoder, "decode_tokens"), (LazyCandidateBatch, "read")],
+            "decode": [(self.model.autoencoder, "decode_tokens"), (LazyCandidateBatch, "decode_at")],
             "choice": (self.model, "sample_patches"),
         }
 

@@ -247,8 +247,8 @@ class ReplayedLazyCandidates(LazyCandidateBatch):
         check_num_recorded(self.num_drawn + num_samples, self.patches_BMK)
         super().extend(rows_R, num_samples)
 
-    def read(self, *index: Tensor) -> Tensor:
-        super().read(*index)
+    def decode_at(self, *index: Tensor) -> Tensor:
+        super().decode_at(*index)
         return self.patches_BMK[index]
 
 

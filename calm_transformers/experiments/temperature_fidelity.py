@@ -139,7 +139,7 @@ class StoredCandidates:
         if self.num_drawn > len(self.samples_M):
             raise ValueError(f"{self.num_drawn} samples needed, {len(self.samples_M)} stored.")
 
-    def first_occurrences(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+    def compare(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Returns for each sample the index of its first occurrence in its row, or in its run of equal neighbours."""
         index_N = torch.arange(self.num_drawn)
         patches_RN = self.read(rows_R, index_N)

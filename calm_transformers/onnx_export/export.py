@@ -49,9 +49,9 @@ from calm_transformers.loading import check_tokenizer, format_load_errors, load_
 from calm_transformers.model import heads_calm_flow_diffusion
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_upstream import (
-    FIXED_ROTATIONS,
     LENGTH_SETTINGS,
     PROCESSOR_SETTINGS,
+    SUPPORTED_ROPE_TYPES,
     UNSUPPORTED_SETTINGS,
 )
 from calm_transformers.model.heads_calm import GenerativeHead
@@ -406,8 +406,8 @@ def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
     tokenizer = load_tokenizer(name)
     model = load_checked(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
-    if rotation not in FIXED_ROTATIONS:  # others depend on the longest sequence of the batch
-        raise InputError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(FIXED_ROTATIONS)}.")
+    if rotation not in SUPPORTED_ROPE_TYPES:  # others depend on the longest sequence of the batch
+        raise InputError(f"{name} has rope_type={rotation!r}: those exported are {', '.join(SUPPORTED_ROPE_TYPES)}.")
     if getattr(model, "is_quantized", False):
         raise InputError(f"{name} is quantised: export the original model.")
     check_tokenizer(model, tokenizer, name)

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
 from calm_transformers.model.generation_calm_sequences import CandidateProcessors
-from calm_transformers.model.generation_calm_upstream import FIXED_ROTATIONS, MASKED_ATTENTION
+from calm_transformers.model.generation_calm_upstream import SUPPORTED_ATTENTION, SUPPORTED_ROPE_TYPES
 from calm_transformers.model.kernels_calm import cpu_kernels
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.sequence import FinishReason, SequenceState
@@ -259,14 +259,14 @@ def check_supports_batching(model: CALMForCausalLM) -> None:
         raise ValueError(f"{type(model).__name__} is not supported: a Batcher needs a CALMForCausalLM.")
     model.check_weights()
     attention = model.config._attn_implementation
-    if attention not in MASKED_ATTENTION:
+    if attention not in SUPPORTED_ATTENTION:
         raise ValueError(
-            f"attn_implementation={attention!r}: sequences of different lengths need one of {MASKED_ATTENTION}; load "
-            "the model with it."
+            f"attn_implementation={attention!r}: sequences of different lengths need one of {SUPPORTED_ATTENTION}; "
+            "load the model with it."
         )
     rotation = model.model.rotary_emb.rope_type
-    if rotation not in FIXED_ROTATIONS:
+    if rotation not in SUPPORTED_ROPE_TYPES:
         raise ValueError(
             f"rope_type={rotation!r}: its rotations depend on the longest sequence of a batch, so a text would depend "
-            f"on the other requests; a Batcher supports {FIXED_ROTATIONS}."
+            f"on the other requests; a Batcher supports {SUPPORTED_ROPE_TYPES}."
         )
