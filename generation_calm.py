@@ -315,8 +315,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         processors: CandidateProcessors | None = None,
     ) -> CandidateBatch:
         """Returns the candidates of one step, none drawn yet, of the kind that the step allows."""
-        # Lazy decoding has data-dependent shapes, which no compiled graph has, and uses the output matrix itself, whose
-        # shards (FSDP2) are gathered in a module's forward only.
+        # Lazy decoding has data-dependent shapes, which no compiled graph has, and uses the output matrix itself,
+        # whose shards (FSDP2) are gathered in a module's forward only.
         can_decode_lazily = not torch.compiler.is_compiling() and not hasattr(
             self.autoencoder.decoder.lm_head.weight, "full_tensor"
         )

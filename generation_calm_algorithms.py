@@ -205,8 +205,8 @@ def first_accepted_attempt(
 
     N stands for a row without one. With n = floor(1/T) and alpha = 1/T - n, an attempt reads samples until one
     differs from its first, or until n are equal. Then, if alpha > 0, it reads on: at the i-th next sample it accepts
-    if that equals the n, and otherwise restarts with probability alpha / i. The next attempt starts at the first unread
-    sample. `circular`: one that runs out of samples reads on from the row's first one, up to its own start.
+    if that equals the n, and otherwise restarts with probability alpha / i. The next attempt starts at the first
+    unread sample. `circular`: one that runs out of samples reads on from the row's first one, up to its own start.
 
     `first_BN` need compare only the pairs that `compared_pairs` names. `uniform_BN`, on [0, 1), is for the attempt
     that starts at a sample; None where 1/T is whole.

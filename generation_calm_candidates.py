@@ -296,7 +296,7 @@ def _scores_of_row(
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:
     """Returns the natural logarithm of the chosen patches' weights, (B, S); 0 for rows that have ended, as upstream.
 
-    This is the place of `compute_transition_scores`, with one value per patch. It is an estimate from the samples drawn:
+    This is the place of `compute_transition_scores`, with one value per patch. It is an estimate from the samples:
     without do_sample the log of the patch's fraction of them, and 0 at T = 1, where one patch is drawn and taken.
     Raises ValueError unless `scores` are those of the S >= 1 steps, as `generate` returns them.
     """

@@ -3,8 +3,8 @@
 `generate` calls the hooks of `PatchGenerationMixin` in their order there: they prepare and check the configuration,
 the inputs, the lengths, the cache, logits processors and stopping criteria. The last one, `_sample`, passes all this
 as a `GenerateCall` to `generate_patches` (generation_calm.py). What isn't supported raises a one-line error
-before any work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures and callers
-with those recorded for the supported versions.
+before any work. Names with a leading underscore are upstream's own: tests/test_upstream.py compares their signatures
+and callers with those recorded for the supported versions.
 
 Axes: B batch, L tokens, P patches, K tokens per patch.
 """

@@ -165,8 +165,8 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         batch_size, length, size = inputs_embeds.shape
         if length % self.config.patch_size:
             raise ValueError(
-                f"The model got {length} tokens per row, not divisible by patch_size={self.config.patch_size}: pad with "
-                f"pad_to_multiple_of={self.config.patch_size} (an argument of tokenizers and data collators; "
+                f"The model got {length} tokens per row, not divisible by patch_size={self.config.patch_size}: pad "
+                f"with pad_to_multiple_of={self.config.patch_size} (an argument of tokenizers and data collators; "
                 "an adapter's virtual tokens count, too; generate() fills prompts by itself). For likelihoods no "
                 "length is right: CALM has no logits."
             )

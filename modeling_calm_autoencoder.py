@@ -78,8 +78,8 @@ class AutoencoderEncoder(nn.Module):
         batch_size, length = input_ids.shape
         if length % self.patch_size:
             raise ValueError(
-                f"The autoencoder got {length} tokens per row, not divisible by patch_size={self.patch_size}: pad with "
-                f"pad_to_multiple_of={self.patch_size}."
+                f"The autoencoder got {length} tokens per row, not divisible by patch_size={self.patch_size}: pad "
+                f"with pad_to_multiple_of={self.patch_size}."
             )
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers[: self.num_token_layers]:

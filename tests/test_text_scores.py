@@ -227,7 +227,7 @@ def test_samples_are_made_in_chunks(monkeypatch, recorded):
         ([TEXT, None], {}, "takes a text"),
         ([TEXT, "ab\ud800"], {}, "got 2 texts; text 2 is invalid at character 2: a lone surrogate"),
         (IDS.tolist(), {}, "or ids as a tensor"),
-        (IDS.float(), {}, "token ids are whole numbers"),
+        (IDS.float(), {}, "token ids are integers"),
         (IDS[0], {}, r"a tensor of shape \(24,\)"),
         (IDS[:0], {}, "got an empty batch"),
         (IDS + 90, {}, r"got token id \d+, outside the vocabulary 0 … 95"),

@@ -71,7 +71,7 @@ class Sampling(NamedTuple):
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise InputError(f"temperature={self.temperature}: must lie in (0, {MAX_TEMPERATURE:g}].")
         if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k}: must be a whole number of patches to keep, or 0 for all.")
+            raise InputError(f"top_k={self.top_k}: must be an integer number of patches to keep, or 0 for all.")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be a fraction in [0, 1].")
