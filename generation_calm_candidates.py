@@ -148,8 +148,11 @@ class LazyCandidateBatch(CandidateBatch):
         self.tokens_BNK = self._append(self.tokens_BNK, rows_R, unknown_nRK)
 
     def compare(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
+        """Refines groups of candidates that may be equal, token by token: with K = 2 the last tokens of all candidates
+        are decoded, then the first tokens of those whose last token another candidate of the group has.
+        """
         index_N = arange(self.num_drawn, rows_R.device)
-        # Candidates with one index may be the same patch, by the tokens decoded so far.
+        # A group's candidates share an index: pairs 2i, 2i + 1, or at first all of a row.
         first_RN = (index_N - index_N % 2 if pairs == "disjoint" else index_N * 0).expand(len(rows_R), -1)
         # The candidate of least noise is decoded in the same matmul with the vocabulary as the others' first tokens.
         needed_RNK = self._patch_mask(rows_R, None if noise_RN is None else noise_RN.argmin(-1))
@@ -162,7 +165,7 @@ class LazyCandidateBatch(CandidateBatch):
             positions = positions[: -len(decoded)]
             needed_RNK[..., decoded] |= may_have_duplicate_RN1
             self._decode(rows_R, needed_RNK)
-            # Tokens that are unknown are of candidates known to be unique.
+            # Unknown tokens belong to candidates that are alone in their group already.
             tokens_RNk = self._select(rows_R, self.tokens_BNK)[..., decoded].clamp(min=0)
             keys_RNk = torch.cat([first_RN[..., None], tokens_RNk], dim=-1)
             first_RN = first_occurrences(keys_RNk) if pairs == "all" else _run_starts(keys_RNk)

@@ -89,7 +89,7 @@ class PatchTarget:
         """Returns mean and log_std, (..., Z) each, of patches (..., K)."""
         if self._autoencoder is None:
             raise ValueError("This target has no autoencoder, which the head needs to encode its tokens.")
-        with torch.no_grad():
+        with torch.no_grad():  # as one row, for patches are encoded independently here (`encoder_context` is 0)
             parts = self._autoencoder.encode(tokens.reshape(1, -1))
         mean, log_std = (part.view(*tokens.shape[:-1], part.shape[-1]).to(tokens.device) for part in parts)
         return mean, log_std
@@ -97,7 +97,7 @@ class PatchTarget:
     def sample_latents(
         self, num_samples: int, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Samples (N, ..., Z) from the posterior; standard normal `noise` (N, ..., Z) takes precedence over N."""
+        """Samples (N, ..., Z) from the posterior, from standard normal `noise` (N, ..., Z) if it is given."""
         mean, log_std = self.posterior()
         if noise is None:
             noise = standard_normal((num_samples, *mean.shape), mean, generator)
@@ -171,8 +171,8 @@ class GenerativeHead(nn.Module):
     ) -> Tensor:
         """Samples independent latent vectors (N, ..., Z) for each context, the hidden states (..., D).
 
-        Randomness is the generator's, unless passed in: starting noise (N, ..., noise size), whose N takes precedence,
-        and `step_noise`, named as in the head's `from_noise`.
+        Noise is drawn from `generator` unless it is passed in: starting noise (N, ..., noise size), whose N replaces
+        `num_samples`, and `step_noise`, named as in the head's `from_noise`.
         """
         return self(context, num_samples=num_samples, generator=generator, noise=noise, **step_noise)
 
@@ -181,16 +181,16 @@ class GenerativeHead(nn.Module):
     ) -> Tensor:
         """Returns the loss of each target patch, (...), given hidden states (..., D); lower is better.
 
-        Randomness is the generator's, unless passed in as `noise`, named as in the head's `compute_loss`.
+        Noise is drawn from `generator` unless it is passed in, named as in the head's `compute_loss`.
         """
         return self(context, target, generator=generator, **noise)
 
     def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """Returns noise for `sample`, of as many contexts as rows, in the dtype and on the device of `like` (R, D).
+        """Draws the noise of `sample` for `num_rows` contexts, in dtype and on device of `like`, as its keyword arguments.
 
-        One row's noise can be shared by any number of contexts.
+        With `num_rows=1` the noise broadcasts over any number of contexts.
         """
         return {"noise": self.initial_noise((num_samples, num_rows), like, generator)}
 

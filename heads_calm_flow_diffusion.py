@@ -160,13 +160,13 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
     def __init__(self, config: CALMConfig):
         super().__init__(config)
         self.num_steps = self.network_calls = config.sampling_steps or DIFFUSION_SAMPLING_STEPS
-        self.net = ModulatedMLP(config, 2 * config.latent_size)
+        self.net = ModulatedMLP(config, 2 * config.latent_size)  # the noise ε, and its variance
 
     @classmethod
     def check(cls, config: CALMConfig) -> None:
         super().check(config)
-        num, most = config.sampling_steps or DIFFUSION_SAMPLING_STEPS, DIFFUSION_TRAIN_STEPS
-        require(num <= most, f"sampling_steps={num}: the diffusion head has {most} steps at most.")
+        num_steps, limit = config.sampling_steps or DIFFUSION_SAMPLING_STEPS, DIFFUSION_TRAIN_STEPS
+        require(num_steps <= limit, f"sampling_steps={num_steps}: the diffusion head has {limit} steps at most.")
 
     def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
@@ -177,7 +177,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
     def from_noise(
         self, noise: Tensor, context: Tensor, generator: torch.Generator | None, step_noise: Tensor | None = None
     ) -> Tensor:
-        """As the base class; `step_noise` (T, N, ..., Z): standard normal, in the order of the steps."""
+        """Denoises from the last step to the first; `step_noise` (T, N, ..., Z): standard normal, in this order."""
         schedule = diffusion_schedule(self.num_steps, context.device)
         x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
         for index, modulation in enumerate(self.net.precompute_modulation(schedule.timesteps.flip(0), context)):

@@ -86,7 +86,7 @@ def latent_token_embeddings(autoencoder: CALMAutoencoder, num_contexts: int = NU
 class TokenChainHead(GenerativeHead, head_type="token_chain"):
     """Samples the patch's tokens and returns the sum of their latent token embeddings; see the top of this file.
 
-    The embeddings come from the autoencoder, by `fit`, and are saved with the weights as `codes`.
+    The embeddings, `codes` (K, V, Z) in checkpoints, come from the autoencoder, by `fit`, and aren't trained.
     """
 
     def __init__(self, config: CALMConfig):

@@ -307,6 +307,7 @@ class VocabularyScreen:
         tiles = self.tiles
         if not tiles:  # released meanwhile, by another thread's `measure`
             return None
+        # 1. Round the states, and bound each group's largest product by the rounded ones.
         states, tiny = states_Md.float() @ self.rotation_dd, torch.finfo(torch.float32).tiny
         step_M1 = (states.abs().amax(-1, keepdim=True) / MAX_STATE).clamp_min(tiny)
         whole_Md = (states / step_M1).round()
@@ -329,6 +330,7 @@ class VocabularyScreen:
                 return logits_SI
             return logits_SI.masked_fill(forbidden_KV[positions_M[state_S, None], rows_SI], -torch.inf)
 
+        # 2. Compute the exact products of the likeliest group: groups whose bound is below them are ruled out.
         likely_M = bound_MG.argmax(-1)
         if forbidden_KV is not None and positions_M is not None:
             has_forbidden_MG = forbidden_KV[:, self.rows_GI].any(-1)[positions_M]
@@ -340,6 +342,7 @@ class VocabularyScreen:
         if len(state_S) > MAX_SURVIVORS:
             return None
 
+        # 3. Compute the exact products of the surviving groups, and take the best; of equal ones the lowest id.
         chunks = state_S.split(SURVIVORS_CHUNK_SIZE), group_S.split(SURVIVORS_CHUNK_SIZE)
         logits_SI = torch.cat(list(map(logits, *chunks)))
         best_M = logits_SI.new_full((len(states_Md),), -torch.inf)

@@ -162,10 +162,10 @@ def clipped_kl(mean: Tensor, log_std: Tensor, clamp: float) -> Tensor:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Returns the device that accelerate's hooks move the first hooked weights of a module to."""
+    """Returns the execution device of the first submodule with an accelerate hook, or None."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):  # several are one that holds them
+        for each in getattr(hook, "hooks", [hook]):  # a SequentialHook has several
             device = getattr(each, "execution_device", None)
             if device is not None:
                 return torch.device(device)
