@@ -188,7 +188,7 @@ class GenerativeHead(nn.Module):
     def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """Draws the noise of `sample` for `num_rows` contexts, in dtype and on device of `like`, as its keyword arguments.
+        """Draws the noise of `sample` for `num_rows` contexts, as its keyword arguments, in the dtype of `like`.
 
         With `num_rows=1` the noise broadcasts over any number of contexts.
         """
