@@ -40,7 +40,7 @@ class BadLines:
         self.skip, self.count, self.first = skip, 0, None
 
     def report(self, path, line: int, problem: str) -> None:
-        """Counts a line without a document, or raises `InputError` unless such lines are skipped."""
+        """Counts the line if such lines are skipped, else raises `InputError`."""
         message = f"{path}, line {line}: {problem}"
         if not self.skip:
             hint = "" if self.skip is None else " (skip_bad_lines skips such lines and counts them)"
@@ -60,8 +60,7 @@ def find_paths(path: str | Path) -> list[Path]:
 def expand_paths(paths: str | Iterable[str]) -> list[Path]:
     """Resolves files, folders and glob patterns to a list of files, in the order of `paths`, sorted within each.
 
-    Hidden files and folders within a folder are skipped. A Git LFS pointer in place of a file, and a file that can't
-    be opened or is of no readable format, are errors.
+    Skips hidden files in folders; refuses files that can't be opened, of other formats, or that are Git LFS pointers.
     """
     files = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -87,7 +86,7 @@ def expand_paths(paths: str | Iterable[str]) -> list[Path]:
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """Returns the sorted files of readable formats in a folder and its sub-folders, without hidden ones."""
+    """Returns all files of readable formats in a folder, sorted, without hidden ones."""
     files = [f for f in sorted(folder.rglob("*")) if _file_format(f) and not f.is_dir()]
     return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
@@ -97,7 +96,7 @@ def _readable_formats() -> str:
 
 
 def _file_format(path: Path) -> str | None:
-    """Returns the suffix of the format, without the compression's, or None if it is not readable."""
+    """Returns one of FORMATS, or None."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
     return suffix if suffix in FORMATS else None
 
@@ -127,7 +126,7 @@ def _zst_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields the lines, with their newlines, of text that comes in chunks of any length."""
+    """Yields the lines of text in chunks, with their newlines."""
     pending: list[bytes] = []
     for chunk in chunks:
         *lines, last = chunk.split(b"\n")
@@ -149,7 +148,7 @@ def read_documents(
 
 
 def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
-    """Yields a file's decompressed lines, without a byte order mark; a damaged file is an `InputError`."""
+    """Yields a file's decompressed lines, without a byte order mark."""
     number = bytes_read = 0
     try:
         with open(path, "rb") as file:
@@ -187,9 +186,6 @@ def _check_text(text, not_a_string: str) -> str:
     return text
 
 
-# The readers of `read_documents` have the same arguments.
-
-
 def _read_txt(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm | None) -> Iterator[str]:
     lines = []
     for number, line in enumerate(_lines(path, bar), 1):
@@ -215,7 +211,6 @@ def _read_jsonl(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm | N
 
 
 def _missing_column(source, text_column: str, columns: Iterable[str]) -> InputError:
-    """Returns the error for a source with other columns."""
     names = ", ".join(columns)
     return InputError(f'{source}: no column "{text_column}"; it has {names} (text_column names the right one).')
 
@@ -277,7 +272,7 @@ def read_hub_dataset(
 
 
 def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
-    """Opens a split of a Hub dataset, or of a local folder with one; `extra` is our pip extra to name if it is missing."""
+    """Opens a split of a Hub dataset or local folder; `extra` is our pip extra that installs `datasets`."""
     require_package("datasets", extra, "a Hub dataset")
     import datasets
 

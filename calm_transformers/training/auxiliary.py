@@ -137,8 +137,8 @@ class WithAuxiliary(nn.Module):
         progress: float = 0.0,
         **inputs,
     ):
-        """Returns the model's outputs, whose loss is the weighted sum of both; `progress` is the fraction of steps done."""
-        # Without labels the model skips the head's loss, which with pseudo-targets is computed below.
+        """Returns the model's outputs with both losses, weighted; `progress` in [0, 1] is the part of steps done."""
+        # Without labels, calm computes no loss; with pseudo-targets the head's follows below.
         head_labels = labels if self.head_weight and not self.num_targets else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:

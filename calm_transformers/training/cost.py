@@ -58,7 +58,7 @@ class CallProfile(NamedTuple):
 
 def profile_call(call: Callable, *args, **kwargs) -> CallProfile:
     """Runs `call` once and returns its counts."""
-    saved = {}  # storage → number of elements, so that tensors that share one count once
+    saved = {}  # storage → number of elements
 
     def record(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
@@ -204,11 +204,13 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) 
     if cost.network_calls is not None:
         print(f"  one sample of the head: {cost.network_calls} network call{'s' if cost.network_calls > 1 else ''}")
 
-    tokens_per_micro_batch = training.get("per_device_train_batch_size", 8) * recipe.data.block_size
-    tokens_per_step = tokens_per_micro_batch * training.get("gradient_accumulation_steps", 1)
-    # 16 bytes: weight, gradient and Adam's two moments in float32; frozen parameters have only the weight.
+    batch_tokens = training.get("per_device_train_batch_size", 8) * recipe.data.block_size
+    tokens_per_step = batch_tokens * training.get("gradient_accumulation_steps", 1)
+    # 16 bytes: weight, gradient and Adam's two moments; frozen: the weight alone.
     weights_gib = (16 * cost.trainable + 4 * (sum(cost.parameters.values()) - cost.trainable)) / 2**30
-    activations_gib = (2 if training.get("bf16") else 4) * cost.saved_activations * tokens_per_micro_batch / 2**30
+    activations_gib = (2 if training.get("bf16") else 4) * cost.saved_activations * batch_tokens / 2**30
     print(f"\none step of one process: {tokens_per_step:,} tokens, {train * tokens_per_step:.2e} FLOPs")
     print(f"memory: {weights_gib:.2f} GiB for float32 weights, gradients and Adam,")
-    print(f"  about {activations_gib:.2f} GiB for activations of {tokens_per_micro_batch:,} tokens without gradient_checkpointing")
+    print(
+        f"  about {activations_gib:.2f} GiB for activations of {batch_tokens:,} tokens without gradient_checkpointing"
+    )

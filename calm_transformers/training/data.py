@@ -63,10 +63,7 @@ class TrainingDatasets:
 def build_datasets(
     options: DataOptions, tokenizer, patch_size: int, run_length: RunLength, seed: int, cache: Path, evaluates: bool
 ) -> TrainingDatasets:
-    """Tokenises the data, or finds its tokens in the folder `cache`, and returns the datasets for Trainer.
-
-    `evaluates` is whether validation blocks are needed.
-    """
+    """Tokenises the data, or finds its tokens in the folder `cache`, and returns the datasets for Trainer."""
     block_options = {
         "block_size": options.block_size,
         "patch_size": patch_size,
@@ -106,14 +103,13 @@ def token_cache_dir(options: DataOptions) -> Path:
 
 @dataclass
 class TokenFile:
-    """All documents' tokens in one array, memory-mapped if it is a file, and the start index of each document."""
+    """All documents' tokens in one array, often memory-mapped, and the start index of each document."""
 
     tokens: np.ndarray
     document_starts: np.ndarray
 
 
 def _hash(content) -> str:
-    """Returns 16 hexadecimal digits that identify JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -147,7 +143,6 @@ def _open_tokens(target: Path) -> TokenFile | None:
 
 
 def _write_tokens(target: Path, key: dict, tokenize: Callable[[], Iterable[np.ndarray]]) -> None:
-    """Writes the token file `target`, a folder, from each document's token ids."""
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     unfinished.mkdir(parents=True)
     try:
@@ -170,7 +165,7 @@ def _write_tokens(target: Path, key: dict, tokenize: Callable[[], Iterable[np.nd
 
 
 def document_ending(options: DataOptions, patch_size: int) -> DocumentEnding:
-    # Without padding the tokens, and so the cache's key, don't depend on the patch size.
+    # Without padding the cache's key must not depend on the patch size.
     return DocumentEnding(options.append_eos, options.pad_to_patch, patch_size if options.pad_to_patch else 1)
 
 
@@ -205,7 +200,7 @@ def check_block_options(block_size: int, patch_size: int, left_fill: float, fill
 
 
 def blocks_per_epoch(num_tokens: int, block_size: int, random_phase: bool = False) -> int:
-    """Returns the number of whole blocks in an epoch; with `random_phase`, in the shortest, which skips L − 1 tokens."""
+    """Returns the number of whole blocks in an epoch; with `random_phase`, if L − 1 tokens are skipped."""
     max_phase = block_size - 1 if random_phase else 0
     num_blocks = (num_tokens - max_phase) // block_size
     if num_blocks < 1:
@@ -248,7 +243,7 @@ class PackedBlocks(Dataset):
         self.random_phase = random_phase and seed is not None
         self.blocks_per_epoch = blocks_per_epoch(len(token_file.tokens), block_size, self.random_phase)
         self.num_blocks = self.blocks_per_epoch if num_blocks is None else num_blocks
-        self._epoch: int | None = None  # the one that _order and _phase are for
+        self._epoch: int | None = None  # of _order and _phase
         self._order, self._phase = np.arange(0), 0
 
     def __len__(self) -> int:
@@ -345,7 +340,7 @@ class StreamedBlocks(IterableDataset):
                 pieces.append(ids)
                 starts.append(length)
                 length += len(ids)
-            if length >= (self.block_size if ids is None else self.shard_tokens):  # None: the epoch's end
+            if length >= (self.block_size if ids is None else self.shard_tokens):
                 tokens = np.concatenate(pieces)
                 yield TokenFile(tokens, np.asarray(starts))
                 used = length - length % self.block_size
@@ -427,6 +422,6 @@ class PatchCollator:
         return batch
 
     def _complete_last_patch(self, row: dict, end_token_id: int) -> dict:
-        """Returns the row with end tokens after its ids and labels, up to a multiple of K."""
+        """Returns the row, whose ids and labels end with end tokens up to a multiple of K."""
         end = [end_token_id] * (-len(row["input_ids"]) % self.patch_size)
         return {**row, **{name: [*row[name], *end] for name in ("input_ids", "labels") if name in row}}

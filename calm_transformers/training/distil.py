@@ -32,7 +32,7 @@ class SoftTargets:
 
 
 class Teacher:
-    """A frozen Llama that is run on the same blocks. It is no `nn.Module`, so that it is not saved, trained or wrapped."""
+    """A frozen Llama that is run on the same blocks; no `nn.Module`, so that it is not saved, trained or wrapped."""
 
     def __init__(self, llama: LlamaForCausalLM, vocab_size: int, patch_size: int, weight: float):
         self.llama = llama.eval()

@@ -92,8 +92,7 @@ class Recipe:
         distil_weight: weight of its soft targets, in (0, 1]; the weight of the text's own tokens is the rest.
         freeze_backbone: train the head alone, on the backbone of `init_from` or `init_backbone` (calm only).
         data, model, training: the sections.
-        run_facts: filled in by a run, `found` in files: `batch_size`, the blocks per step, and `tokens`, a digest of
-            the training tokens.
+        run_facts: filled in by a run (`found` in files): `batch_size`, blocks per step, and `tokens`, their digest.
     """
 
     kind: str
@@ -293,7 +292,7 @@ def _normalize_types(sections: dict[str, dict], kind: str) -> None:
     It checks only what would otherwise fail much later; the configuration class and TrainingArguments check the rest.
     """
     defaults = {} if kind == "tokenizer" else CONFIGS[kind]().to_dict()
-    types = {key: str(type(value)) for key, value in defaults.items()}  # as text, like str(int) = "<class 'int'>"
+    types = {key: str(type(value)) for key, value in defaults.items()}
     types |= {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments)} | {"fsdp": "bool"}  # also accepted
     for section in ("model", "training"):
         for key, value in sections[section].items():
@@ -315,7 +314,7 @@ def _normalize_types(sections: dict[str, dict], kind: str) -> None:
 
 
 def _unknown_field(key: str, known: set[str], section: str) -> str:
-    """Returns the error message for an unknown field, with the nearest of the `known` names."""
+    """Returns the message for an unknown field, with the nearest `known` name."""
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "the recipes and TrainingArguments name the known ones."
     return f"unknown field {key!r}{f' in section {section}' if section else ''}: {hint}"
@@ -409,7 +408,7 @@ def training_arguments(recipe: Recipe, **overrides) -> TrainingArguments:
 def check_arguments(args: TrainingArguments) -> None:
     """Checks arguments that Trainer reads only after model and data are built: optimizer, schedule, reporters.
 
-    It builds each of them for a tiny model and drops it: only their errors matter.
+    They are built for a tiny model and dropped: only their errors matter.
     """
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**32:
