@@ -1,6 +1,6 @@
 """Reads documents from files or a Hub dataset, as strings or token ids. The entry point is `load_documents`.
 
-Files are .txt (one document each), .jsonl or .parquet (one document a row), plain or compressed as .xz, .zst or .gz.
+Files are .txt (one document each), .jsonl or .parquet (one document per row), plain or compressed as .xz, .zst or .gz.
 """
 
 import codecs
@@ -39,8 +39,9 @@ class BadLines:
     def __init__(self, skip: bool | None = None):
         self.skip, self.count, self.first = skip, 0, None
 
-    def report(self, path, line: int, why: str) -> None:
-        message = f"{path}, line {line}: {why}"
+    def report(self, path, line: int, problem: str) -> None:
+        """Counts the line if such lines are skipped, else raises `InputError`."""
+        message = f"{path}, line {line}: {problem}"
         if not self.skip:
             hint = "" if self.skip is None else " (skip_bad_lines skips such lines and counts them)"
             raise InputError(f"{message}{hint}.")
@@ -57,16 +58,16 @@ def find_paths(path: str | Path) -> list[Path]:
 
 
 def expand_paths(paths: str | Iterable[str]) -> list[Path]:
-    """Resolves files, folders and glob patterns to a sorted list of files in readable formats.
+    """Resolves files, folders and glob patterns to a list of files, in the order of `paths`, sorted within each.
 
-    Hidden files and folders within a folder are skipped.
+    Skips hidden files in folders; refuses files that can't be opened, of other formats, or that are Git LFS pointers.
     """
     files = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        found = find_paths(path)
-        if not found:
+        matches = find_paths(path)
+        if not matches:
             raise InputError(f"{path}: no such file or folder.")
-        for entry in found:
+        for entry in matches:
             entry_files = _list_files(entry) if entry.is_dir() else [entry]
             if not entry_files:
                 raise InputError(f"{entry}: the folder holds no file of a readable format ({_readable_formats()}).")
@@ -85,6 +86,7 @@ def expand_paths(paths: str | Iterable[str]) -> list[Path]:
 
 
 def _list_files(folder: Path) -> list[Path]:
+    """Returns all files of readable formats in a folder, sorted, without hidden ones."""
     files = [f for f in sorted(folder.rglob("*")) if _file_format(f) and not f.is_dir()]
     return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
@@ -94,6 +96,7 @@ def _readable_formats() -> str:
 
 
 def _file_format(path: Path) -> str | None:
+    """Returns one of FORMATS, or None."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
     return suffix if suffix in FORMATS else None
 
@@ -123,6 +126,7 @@ def _zst_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yields the lines of text in chunks, with their newlines."""
     pending: list[bytes] = []
     for chunk in chunks:
         *lines, last = chunk.split(b"\n")
@@ -144,13 +148,14 @@ def read_documents(
 
 
 def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
-    number = seen = 0
+    """Yields a file's decompressed lines, without a byte order mark."""
+    number = bytes_read = 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(_decompressed_lines(path, file), 1):
                 if bar is not None:
-                    bar.update(file.tell() - seen)
-                    seen = file.tell()
+                    bar.update(file.tell() - bytes_read)
+                    bytes_read = file.tell()
                 yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except InputError:
         raise
@@ -173,15 +178,15 @@ def _describe_error(error: Exception) -> str:
     return str(error)
 
 
-def _check_text(text, missing: str) -> str:
-    """Returns the text, or raises a ValueError if it isn't a string (with the message `missing`) or valid Unicode."""
+def _check_text(text, not_a_string: str) -> str:
+    """Returns the text; a ValueError if it isn't valid Unicode or, with the message `not_a_string`, no string."""
     if not isinstance(text, str):
-        raise ValueError(missing)
+        raise ValueError(not_a_string)
     text.encode()  # raises for lone surrogates, which no tokenizer can encode
     return text
 
 
-def _read_txt(path, text_column, bad_lines, bar):
+def _read_txt(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm | None) -> Iterator[str]:
     lines = []
     for number, line in enumerate(_lines(path, bar), 1):
         try:
@@ -191,28 +196,27 @@ def _read_txt(path, text_column, bad_lines, bar):
     yield "".join(lines)
 
 
-def _read_jsonl(path, text_column, bad_lines, bar):
+def _read_jsonl(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm | None) -> Iterator[str]:
     for number, line in enumerate(_lines(path, bar), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(
-                line.decode("utf-8"), parse_int=float
-            )  # Python parses no integer of more than 4300 digits
-            has = f"; it has {', '.join(row)}" if isinstance(row, dict) and text_column not in row else ""
+            # As a float, since Python parses no integer of more than 4300 digits.
+            row = json.loads(line.decode("utf-8"), parse_int=float)
+            keys = f"; it has {', '.join(row)}" if isinstance(row, dict) and text_column not in row else ""
             text = row.get(text_column) if isinstance(row, dict) else None
-            yield _check_text(text, f'no string under the key "{text_column}"{has}')
+            yield _check_text(text, f'no string under the key "{text_column}"{keys}')
         except (ValueError, RecursionError) as error:
             bad_lines.report(path, number, _describe_error(error))
 
 
 def _missing_column(source, text_column: str, columns: Iterable[str]) -> InputError:
-    has = ", ".join(columns)
-    return InputError(f'{source}: no column "{text_column}"; it has {has} (text_column names the right one).')
+    names = ", ".join(columns)
+    return InputError(f'{source}: no column "{text_column}"; it has {names} (text_column names the right one).')
 
 
-def _read_parquet(path, text_column, bad_lines, bar):
-    require_package("pyarrow", "train", path)
+def _read_parquet(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm | None) -> Iterator[str]:
+    require_package("pyarrow", "train", str(path))
     import pyarrow
     import pyarrow.parquet
 
@@ -220,15 +224,15 @@ def _read_parquet(path, text_column, bad_lines, bar):
     source = str(path) if is_plain else io.BytesIO(b"".join(_lines(path, bar)))
     number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(source)
-        columns = table.schema_arrow.names
+        file = pyarrow.parquet.ParquetFile(source)
+        columns = file.schema_arrow.names
         if text_column not in columns:
             raise _missing_column(path, text_column, columns)
-        kind = table.schema_arrow.types[columns.index(text_column)]
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if str(kind) not in ("string", "large_string", "string_view"):
-            raise InputError(f'{path}: the column "{text_column}" holds {kind}, not strings.')
-        for batch in table.iter_batches(columns=[text_column], batch_size=1024):
+        column_type = file.schema_arrow.types[columns.index(text_column)]
+        column_type = column_type.value_type if pyarrow.types.is_dictionary(column_type) else column_type
+        if str(column_type) not in ("string", "large_string", "string_view"):
+            raise InputError(f'{path}: the column "{text_column}" holds {column_type}, not strings.')
+        for batch in file.iter_batches(columns=[text_column], batch_size=1024):
             for value in batch.column(0):
                 number += 1
                 try:
@@ -236,7 +240,7 @@ def _read_parquet(path, text_column, bad_lines, bar):
                 except ValueError as error:
                     bad_lines.report(path, number, _describe_error(error))
             if bar is not None and is_plain:
-                bar.update(path.stat().st_size * batch.num_rows / table.metadata.num_rows)
+                bar.update(path.stat().st_size * batch.num_rows / file.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}, after row {number}: not a readable parquet file ({error}).") from error
 
@@ -268,7 +272,7 @@ def read_hub_dataset(
 
 
 def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
-    """Opens a split of a Hub dataset, or of a local folder with one."""
+    """Opens a split of a Hub dataset or local folder; `extra` is our pip extra that installs `datasets`."""
     require_package("datasets", extra, "a Hub dataset")
     import datasets
 
@@ -357,7 +361,8 @@ def load_documents(options: DataOptions, part: str, description: str | None = No
 
     With a `description`, reading them shows a progress bar.
     """
-    paths, limit = options.train_files if part == "train" else options.validation_files, options.max_documents
+    paths = options.train_files if part == "train" else options.validation_files
+    limit = options.max_documents
     split = options.dataset_split if part == "train" else options.validation_split
     if limit is not None and limit < 1:
         raise InputError(f"max_documents={limit}: must be at least 1.")
@@ -368,8 +373,8 @@ def load_documents(options: DataOptions, part: str, description: str | None = No
         source = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         unit, total = "B", None if limit else total_bytes(files)
     elif options.dataset and split:
-        stream = options.streaming and part == "train"
-        dataset = open_hub_dataset(options.dataset, options.dataset_config, split, stream, "train")
+        streaming = options.streaming and part == "train"
+        dataset = open_hub_dataset(options.dataset, options.dataset_config, split, streaming, extra="train")
         key = [options.dataset, options.dataset_config, split, getattr(dataset, "_fingerprint", None)]
         read, source = partial(read_hub_dataset, dataset, options.text_column), options.dataset
         unit, total = "document", limit or (len(dataset) if isinstance(dataset, Sized) else None)
@@ -398,13 +403,13 @@ class DocumentEnding:
 
 def _batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
     """Yields lists of about `CHARACTERS_PER_BATCH` characters, without empty documents."""
-    batch, size = [], 0
+    batch, num_characters = [], 0
     for document in filter(None, documents):
         batch.append(document)
-        size += len(document)
-        if size >= CHARACTERS_PER_BATCH:
+        num_characters += len(document)
+        if num_characters >= CHARACTERS_PER_BATCH:
             yield batch
-            batch, size = [], 0
+            batch, num_characters = [], 0
     if batch:
         yield batch
 
@@ -419,18 +424,18 @@ def tokenize_documents(documents: Iterable[str], tokenizer, ending: DocumentEndi
         raise InputError("append_eos needs a tokenizer with an EOS token.")
     if ending.pad_to_patch and tokenizer.pad_token_id is None:
         raise InputError("pad_to_patch needs a tokenizer with a pad token.")
-    special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
-    num_added, num_with_special = tokenizer.num_special_tokens_to_add(), 0
+    special_ids = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
+    num_added, num_spelling_special = tokenizer.num_special_tokens_to_add(), 0
 
     for batch in _batch_documents(documents):
         encoded = tokenizer(batch, return_attention_mask=False, split_special_tokens=True, verbose=False)
         for ids in encoded["input_ids"]:
-            num_with_special += int(np.isin(ids, special).sum()) > num_added
+            num_spelling_special += int(np.isin(ids, special_ids).sum()) > num_added
             if ending.append_eos:
                 ids.append(tokenizer.eos_token_id)
             if ending.pad_to_patch:
                 ids += [tokenizer.pad_token_id] * (-len(ids) % ending.patch_size)
             yield np.asarray(ids, dtype=np.uint32)
-    if num_with_special:
+    if num_spelling_special:
         problem = "spell special tokens, which this tokenizer can't read as text"
-        print(f"warning: {num_with_special} document(s) {problem}", file=sys.stderr)
+        print(f"warning: {num_spelling_special} document(s) {problem}", file=sys.stderr)

@@ -442,7 +442,7 @@ def test_labels_are_whole_patches_after_the_first_by_hand(row, end, ids, labels,
 
 def test_the_autoencoder_reconstructs_all_but_the_fillers():
     blocks = PackedBlocks(numbers(), 8, num_blocks=4, seed=0, left_fill=1.0, **FILLED)
-    batch = PatchCollator(4, first_patch_is_given=False)([blocks[i] for i in range(4)])
+    batch = PatchCollator(4, skip_first_patch=False)([blocks[i] for i in range(4)])
     is_filler = batch["input_ids"] == 1000
     assert is_filler.any() and "attention_mask" not in batch
     assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(is_filler, -100))

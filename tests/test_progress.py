@@ -57,7 +57,7 @@ def test_training_shows_its_steps_and_an_error_on_its_own_line(tmp_path, monkeyp
     fields |= {"eval_strategy": "no", "max_steps": 2}
     assert train("ar", **fields, output_dir=str(tmp_path / "run")) == 0
     done = terminal.completed()
-    assert {"Counting words", "Tokenising, train"} <= done and "2/2 [00:00<00:00" in terminal.getvalue()
+    assert {"Reading text for BPE", "Tokenising, train"} <= done and "2/2 [00:00<00:00" in terminal.getvalue()
     wild = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
     assert train("ar", **fields, **wild, output_dir=str(tmp_path / "wild")) == 2
     assert re.search(r"\]\s*\nerror: step ", terminal.getvalue())

@@ -114,7 +114,7 @@ def test_a_calm_can_provide_the_autoencoder_and_a_run_changes_neither_recipe_nor
         recipe = load_recipe(str(RECIPES / "calm.yaml"), {**workshop, **own})
         args, tokenizer = set_up(recipe), load_tokenizer(workshop["tokenizer"])
         before = copy.deepcopy(recipe), copy.deepcopy(args.to_dict())
-        prepare_run(recipe, args, build_model(recipe, tokenizer), tokenizer, 4)()
+        prepare_run(recipe, args, build_model(recipe, tokenizer), tokenizer, 4).train_and_export()
         assert (recipe, args.to_dict()) == before
         return load_file(tmp_path / name / "model.safetensors")
 

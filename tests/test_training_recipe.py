@@ -31,7 +31,7 @@ RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.js
 @pytest.mark.parametrize("name", NAMES)
 def test_the_resolved_recipe_is_as_recorded_and_valid(name, tmp_path, monkeypatch):
     """The record is from before recipes had bases."""
-    assert dataclasses.asdict(load_recipe(name)) == {**RESOLVED[name], "found": {}}
+    assert dataclasses.asdict(load_recipe(name)) == {**RESOLVED[name], "run_facts": {}}
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # as Trainer's arguments would
     fields = {"output_dir": str(tmp_path), "bf16": False, "fsdp": True, "fsdp_config": {"fsdp_version": 2}}
     recipe = load_recipe(name, fields)

@@ -92,8 +92,9 @@ OTHER = {
 @pytest.mark.parametrize("name", OTHER)
 def test_fixed_fields_must_not_change(name, run_of_two_steps):
     previous = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"))
-    now = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"), {} if name in previous.found else {name: OTHER[name]})
-    now.found = previous.found | {name: OTHER[name]} if name in previous.found else previous.found
+    overrides = {} if name in previous.run_facts else {name: OTHER[name]}
+    now = load_recipe(str(run_of_two_steps[1] / "recipe.yaml"), overrides)
+    now.run_facts = previous.run_facts | {name: OTHER[name]} if name in previous.run_facts else previous.run_facts
     with pytest.raises(InputError, match=rf"holds checkpoints of another training \({name} .* -> .*name another"):
         allowed_changes(previous, now)
 

@@ -112,7 +112,7 @@ def test_training_leaves_configurations_arguments_and_data_as_they_were(tmp_path
         return copy.deepcopy((model.config.to_dict(), args.to_dict(), vars(model.generation_config), str(BLOCKS)))
 
     monkeypatch.setattr(type(model.model), "forward", note)
-    before, collator = state(), PatchCollator(4, kind != "llama", 95)
+    before, collator = state(), PatchCollator(4, skip_first_patch=kind != "llama", pad_token_id=95)
     CALMTrainer(model=trained, args=args, train_dataset=BLOCKS, data_collator=collator).train()
     assert state() == before
     assert len(caches) >= 2 and set(caches) == {(False, True)}  # in the call; the configuration's all along

@@ -1,0 +1,1 @@
+"""Evaluation. Input that can't be evaluated raises a ValueError; docstrings here don't repeat it."""

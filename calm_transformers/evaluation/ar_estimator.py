@@ -11,8 +11,6 @@ differ are dropped before the next forward pass: the four Brier scores cost abou
 
 # B blocks, L tokens, M positions, V vocabulary, N branches (positions whose two samples are still equal)
 
-from __future__ import annotations
-
 import warnings
 
 import torch
@@ -40,7 +38,6 @@ def brier_counts_ar(
 
     chunk: positions per block that are branched in one forward pass; bounds the memory of the attention mask and the
         probabilities. Default: 512, or fewer so that there are at most MAX_PROBS probabilities.
-    Raises ValueError when the blocks are shorter than 5 tokens.
     """
     length = tokens_BL.shape[1]
     if length <= MAX_N:
@@ -56,7 +53,7 @@ def brier_counts_ar(
     return BrierCounts.from_terms(_accuracy(logits_BLV, tokens_BL, chunk), torch.cat(collisions, dim=1))
 
 
-def _accuracy(logits_BLV, tokens_BL, chunk) -> torch.Tensor:
+def _accuracy(logits_BLV: torch.Tensor, tokens_BL: torch.Tensor, chunk: int) -> torch.Tensor:
     """Returns 2 P(y) of the n = 1..4 true tokens after each position, (B, M, 4)."""
     chunks = zip(logits_BLV[:, :-1].split(chunk, 1), tokens_BL[:, 1:].split(chunk, 1), strict=True)
     log_probs = [
@@ -65,25 +62,25 @@ def _accuracy(logits_BLV, tokens_BL, chunk) -> torch.Tensor:
     return 2 * torch.cat(log_probs, dim=1).unfold(1, MAX_N, 1).cumsum(-1).exp()
 
 
-def _collision(reader, logits_BMV, positions_M, generator) -> torch.Tensor:
-    """Returns the collision term of M positions with logits (B, M, V), (B, M, 4)."""
+def _collision(reader: BlockReader, logits_BMV: torch.Tensor, positions_M: torch.Tensor, generator) -> torch.Tensor:
+    """Returns the collision terms of n = 1..4 at M positions, (B, M, 4)."""
     collision_BM4 = logits_BMV.new_zeros(*logits_BMV.shape[:2], MAX_N, dtype=torch.float32)
     index_BN = torch.arange(len(positions_M), device=positions_M.device).expand(len(logits_BMV), -1)
-    valid_BN = torch.ones_like(index_BN, dtype=torch.bool)
+    is_valid_BN = torch.ones_like(index_BN, dtype=torch.bool)
     reader.start(positions_M.expand(len(logits_BMV), -1))
     logits_BNV = logits_BMV
     for n in range(MAX_N):
         probs_BNV = logits_BNV.float().softmax(-1)
-        collision_BM4[..., n].scatter_add_(1, index_BN, probs_BNV.square().sum(-1) * valid_BN)
+        collision_BM4[..., n].scatter_add_(1, index_BN, probs_BNV.square().sum(-1) * is_valid_BN)
         if n == MAX_N - 1:
             break
         pairs = probs_BNV.flatten(0, 1).multinomial(2, replacement=True, generator=generator)
         first_BN, second_BN = pairs.unflatten(0, index_BN.shape).unbind(-1)
-        equal_BN, valid_next = padded_nonzero(valid_BN & (first_BN == second_BN))
+        equal_BN, is_valid_next = padded_nonzero(is_valid_BN & (first_BN == second_BN))
         if equal_BN.shape[1] == 0:
             break
         logits_BNV = reader.extend(equal_BN, gather_rows(first_BN, equal_BN))
-        index_BN, valid_BN = gather_rows(index_BN, equal_BN), valid_next
+        index_BN, is_valid_BN = gather_rows(index_BN, equal_BN), is_valid_next
     return collision_BM4
 
 

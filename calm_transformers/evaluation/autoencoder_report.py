@@ -7,8 +7,6 @@ The latents sampled by the generative head are inexact, so the decoder must be r
 
 # P patches, K tokens per patch, Z latent size
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -2,9 +2,8 @@
 
 # B blocks, L tokens of a block
 
-from __future__ import annotations
-
 import argparse
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -30,11 +29,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--append_eos", action="store_true", help="append EOS to documents, if training did")
 
 
-def open_documents(args: argparse.Namespace):
+def open_documents(args: argparse.Namespace) -> Iterator[str]:
     """Returns an iterator over the documents of a file, folder or glob pattern, else of a Hub dataset (streamed)."""
     if find_paths(args.data):
         return read_documents(expand_paths(args.data), args.text_column)
-    return read_hub_dataset(open_hub_dataset(args.data, args.subset, args.split, True, "eval"), args.text_column)
+    dataset = open_hub_dataset(args.data, args.subset, args.split, streaming=True, extra="eval")
+    return read_hub_dataset(dataset, args.text_column)
 
 
 def read_blocks(args: argparse.Namespace, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:
@@ -43,12 +43,9 @@ def read_blocks(args: argparse.Namespace, tokenizer, block_size: int, max_blocks
 
 
 def pack_blocks(
-    documents, tokenizer, block_size: int, max_blocks: int | None = None, append_eos: bool = False
+    documents: Iterable[str], tokenizer, block_size: int, max_blocks: int | None = None, append_eos: bool = False
 ) -> torch.Tensor:
-    """Concatenates the tokenized documents, cuts them into blocks and returns token ids (B, L); drops the remainder.
-
-    Raises InputError when there are fewer tokens than one block, or block_size is below 1.
-    """
+    """Concatenates the tokenized documents, returns token ids in blocks (B, L) and drops the remainder."""
     if block_size < 1:
         raise InputError(f"block_size={block_size}: must be at least 1.")
     pieces, length = [], 0
@@ -57,9 +54,9 @@ def pack_blocks(
         length += len(ids)
         if max_blocks is not None and length >= max_blocks * block_size:
             break
-    blocks = length // block_size if max_blocks is None else min(length // block_size, max_blocks)
+    num_blocks = length // block_size if max_blocks is None else min(length // block_size, max_blocks)
     if not length:
         raise InputError("the data contains no text.")
-    if blocks == 0:
+    if num_blocks == 0:
         raise InputError(f"the data has {length} tokens, fewer than one block of {block_size}: use smaller blocks.")
-    return torch.from_numpy(np.concatenate(pieces)[: blocks * block_size]).view(blocks, block_size)
+    return torch.from_numpy(np.concatenate(pieces)[: num_blocks * block_size]).view(num_blocks, block_size)

@@ -9,8 +9,6 @@ position and to its own earlier tokens, but not to other branches.
 # B blocks, L tokens, P patches, K tokens per patch, D hidden, Z latent, V vocabulary, N branches, M selected branches,
 # C cached positions
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch
@@ -42,6 +40,14 @@ class BlockReader(Protocol):
         ...
 
 
+class SamplingReader(BlockReader, Protocol):
+    """A BlockReader that also samples, as a CALM's must."""
+
+    def draw(self, states: torch.Tensor, num_samples: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Samples the next units after states (...) and returns token ids, (num_samples, ..., K)."""
+        ...
+
+
 class TreeAttentionReader:
     """Base class of the BlockReaders with a KV cache and tree attention; subclasses call their model in `_forward`."""
 
@@ -59,9 +65,9 @@ class TreeAttentionReader:
         return self._forward(units_BP, None, position_ids, self.cache)
 
     def start(self, positions_BN: torch.Tensor) -> None:
-        branched = self.cache.get_seq_length() - self.length
-        if branched:
-            self.cache.crop(-branched)  # transformers 5 takes only the number of positions to remove
+        num_branch_units = self.cache.get_seq_length() - self.length
+        if num_branch_units:
+            self.cache.crop(-num_branch_units)  # transformers 5 takes only the number of positions to remove
         self.positions_BN = positions_BN
         self.visible_BNC = torch.arange(self.length, device=positions_BN.device) <= positions_BN.unsqueeze(-1)
 
@@ -132,7 +138,7 @@ class UncachedReader:
     @torch.no_grad()
     def extend(self, parents_BN: torch.Tensor, tokens_BN: torch.Tensor) -> torch.Tensor:
         self.positions_BN = gather_rows(self.positions_BN, parents_BN) + 1
-        # Behind the branch's last token stands the block's own text, which causal attention ignores.
+        # The branch's last token is followed by the block's own text, which causal attention ignores.
         self.sequences_BNL = gather_rows(self.sequences_BNL, parents_BN)
         self.sequences_BNL = self.sequences_BNL.scatter(2, self.positions_BN.unsqueeze(-1), tokens_BN.unsqueeze(-1))
 
@@ -145,7 +151,7 @@ class UncachedReader:
 
 
 def padded_nonzero(mask_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the indices of each row's true entries, padded to the longest row, and which are not padding, (B, M)."""
+    """Returns the indices of each row's true entries, padded to the longest row, and whether each is valid, (B, M)."""
     count_B = mask_BN.sum(1)
     index_BM = mask_BN.int().argsort(dim=1, descending=True, stable=True)[:, : int(count_B.max())]
     valid_BM = torch.arange(index_BM.shape[1], device=mask_BN.device) < count_B.unsqueeze(1)

@@ -108,10 +108,7 @@ class BrierCounts:
         return sum(counts_of_ranks, BrierCounts.empty())
 
     def score(self, resamples: int = 1000, seed: int = 0) -> BrierScore:
-        """Returns the means over all positions, with 95 % intervals from a bootstrap over blocks.
-
-        Raises ValueError when there are no positions.
-        """
+        """Returns the means over all positions, with 95 % intervals from a bootstrap over blocks."""
         positions = int(self.positions_B.sum())
         if positions == 0:
             raise ValueError("no positions were counted: a score needs at least one position")
@@ -130,14 +127,14 @@ def brierlm(brier_4: torch.Tensor) -> torch.Tensor:
     return 100 * brier_4.clamp(min=0).prod(-1) ** (1 / MAX_N)
 
 
-def _bootstrap(sums_B4, positions_B, resamples, seed) -> torch.Tensor:
+def _bootstrap(sums_B4: torch.Tensor, positions_B: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
     """Returns Brier-1..4 of R resamples of the blocks with replacement, (R, 4)."""
     blocks = len(positions_B)
     generator = torch.Generator().manual_seed(seed)
     chosen_RB = torch.randint(blocks, (resamples, blocks), generator=generator)
-    times_RB = torch.zeros(resamples, blocks, dtype=torch.float64)
-    times_RB.scatter_add_(1, chosen_RB, torch.ones_like(times_RB))
-    return (times_RB @ sums_B4) / (times_RB @ positions_B.double()).unsqueeze(-1)
+    counts_RB = torch.zeros(resamples, blocks, dtype=torch.float64)
+    counts_RB.scatter_add_(1, chosen_RB, torch.ones_like(counts_RB))
+    return (counts_RB @ sums_B4) / (counts_RB @ positions_B.double()).unsqueeze(-1)
 
 
 def _interval(values_R: torch.Tensor) -> list[float]:

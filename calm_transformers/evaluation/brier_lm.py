@@ -8,8 +8,6 @@ size (longer contexts predict better) and on the tokenizer: use the same for all
 
 # B blocks, L tokens
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import asdict
@@ -46,9 +44,9 @@ def evaluate(name: str, args: argparse.Namespace, state: PartialState) -> BrierS
     blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
     if len(blocks_BL) < state.num_processes:
         raise ValueError(f"{len(blocks_BL)} blocks for {state.num_processes} processes: use fewer processes")
-    own_blocks = blocks_BL[state.process_index :: state.num_processes]
+    process_blocks = blocks_BL[state.process_index :: state.num_processes]
     seed = args.seed + state.process_index
-    return brier_counts(model, own_blocks, args.batch_size, seed).gather().score()
+    return brier_counts(model, process_blocks, args.batch_size, seed).gather().score()
 
 
 def table(scores: dict[str, BrierScore], block_size: int) -> str:

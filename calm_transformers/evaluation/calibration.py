@@ -8,8 +8,6 @@ section 4).
 
 # B blocks, L tokens of a block
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -37,11 +35,11 @@ from calm_transformers.progress import progress_bar
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """Returns step → checkpoint-N folder of a run, sorted. Raises ValueError when there are fewer than two."""
-    found = {int(p.name.removeprefix("checkpoint-")): p for p in run.glob("checkpoint-*") if p.name[11:].isdigit()}
-    if len(found) < 2:
-        raise ValueError(f"{run}: contains {len(found)} checkpoint-N folders; a correlation needs at least two")
-    return dict(sorted(found.items()))
+    """Returns step → checkpoint-N folder of a run, sorted."""
+    folders = {int(p.name.removeprefix("checkpoint-")): p for p in run.glob("checkpoint-*") if p.name[11:].isdigit()}
+    if len(folders) < 2:
+        raise ValueError(f"{run}: contains {len(folders)} checkpoint-N folders; a correlation needs at least two")
+    return dict(sorted(folders.items()))
 
 
 def tokenizer_folder(run: Path) -> Path:
@@ -69,13 +67,13 @@ def correlations(first: Sequence[float], second: Sequence[float]) -> dict[str, f
 
 def measure(run: Path, args: argparse.Namespace) -> list[dict]:
     """Returns one row per checkpoint: step, cross_entropy, brier, brierlm."""
-    rows, tokenizer = [], args.tokenizer or tokenizer_folder(run)
+    rows, tokenizer_name = [], str(args.tokenizer or tokenizer_folder(run))
     for step, folder in progress_bar(checkpoints(run).items(), "Checkpoints", "checkpoint"):
-        model, loaded_tokenizer = load_with_tokenizer(str(folder), str(tokenizer))
+        model, tokenizer = load_with_tokenizer(str(folder), tokenizer_name)
         if is_calm(model):
             raise ValueError(f"{folder}: a CALM has no cross-entropy; calibration needs a token-level model")
         max_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
-        blocks_BL = read_blocks(args, loaded_tokenizer, args.block_size, max_blocks)
+        blocks_BL = read_blocks(args, tokenizer, args.block_size, max_blocks)
         score = brier_counts(model, blocks_BL, args.batch_size, args.seed).score()
         rows.append({"step": step, "cross_entropy": cross_entropy(model, blocks_BL, args.batch_size), **asdict(score)})
     return rows

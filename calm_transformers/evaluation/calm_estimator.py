@@ -12,19 +12,17 @@ true tokens would end in the next block.
 # B blocks, L tokens, P patches, K tokens per patch, D hidden, M positions, N active positions,
 # 2 the two continuations, k their current number of tokens, T their final one
 
-from __future__ import annotations
-
 from math import ceil
 
 import torch
 
-from calm_transformers.evaluation.branching import BlockReader, gather_rows, padded_nonzero
+from calm_transformers.evaluation.branching import SamplingReader, gather_rows, padded_nonzero
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts
 
 
 @torch.no_grad()
 def brier_counts_calm(
-    reader: BlockReader,
+    reader: SamplingReader,
     tokens_BL: torch.Tensor,
     patch_size: int,
     generator: torch.Generator | None = None,
@@ -32,10 +30,7 @@ def brier_counts_calm(
 ) -> BrierCounts:
     """Returns the Brier counts of a batch of blocks.
 
-    reader: besides BlockReader's methods, draw(states (..., D), num_samples, generator) -> tokens
-        (num_samples, ..., K).
     chunk: positions per block that are branched in one forward pass; bounds the memory of the attention mask.
-    Raises ValueError when the block size is not divisible by K or too small for one position.
     """
     length, steps = tokens_BL.shape[1], ceil(MAX_N / patch_size)
     patches = length // patch_size
@@ -53,8 +48,10 @@ def brier_counts_calm(
     return BrierCounts.from_samples(first_BM4, second_BM4, targets_BM4)
 
 
-def _two_continuations(reader, states_BMD, positions_M, targets_BM4, patch_size, generator) -> torch.Tensor:
-    """Returns token ids (B, M, 2, 4); those of dropped positions stay -1 and -2, which match nothing."""
+def _two_continuations(
+    reader: SamplingReader, states_BMD, positions_M, targets_BM4, patch_size: int, generator
+) -> torch.Tensor:
+    """Returns the ids of two continuations, (B, M, 2, 4); those not sampled are -1 and -2, which match nothing."""
     blocks, positions = targets_BM4.shape[:2]
     steps, device = ceil(MAX_N / patch_size), positions_M.device
     tokens_BM2T = torch.tensor([-1, -2], device=device).view(1, 1, 2, 1)

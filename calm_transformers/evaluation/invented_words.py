@@ -6,8 +6,6 @@ Models with subword tokens, or that sample several tokens at once, can misspell;
 runs of letters and apostrophes, case-insensitive; the last word of a continuation is ignored: it may be truncated.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
@@ -29,6 +27,7 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
 def words_of(text: str) -> list[str]:
+    """Returns the words in lower case, with straight apostrophes."""
     return WORD.findall(text.lower().replace("\u2019", "'"))
 
 
@@ -73,19 +72,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace):
-    """Loads the model and its tokenizer; checks a CALM's sampling settings first, as far as its config allows.
-
-    Raises:
-        ValueError: temperature or num_candidates is not supported by a CALM, or the model is no language model.
-        OSError: the model does not exist.
-    """
+    """Loads the model and its tokenizer; checks a CALM's sampling settings first, as far as its config allows."""
     temperatures = args.temperature if isinstance(load_config(args.model), CALMConfig) else []
     for temperature in temperatures:
         check_temperature(temperature)
         if args.num_candidates:
             check_num_candidates(args.num_candidates, temperature)
     model, tokenizer = load_with_tokenizer(args.model)
-    for temperature in [] if args.num_candidates else temperatures:  # with the model's own num_candidates
+    for temperature in [] if args.num_candidates else temperatures:
+        # Raises an error if the model's own num_candidates doesn't allow the temperature.
         PatchSampling.from_generation_config(model.generation_config, do_sample=True, temperature=temperature)
     return model, tokenizer
 

@@ -2,8 +2,6 @@
 
 # B blocks, L tokens of a block, K tokens per patch, V vocabulary
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import partial
 from math import ceil
@@ -20,10 +18,7 @@ from calm_transformers.progress import progress_bar
 
 
 def positions_per_block(model, block_size: int) -> int:
-    """Returns the number of predicted positions in a block.
-
-    Raises ValueError when the block size is not divisible by the patch size, too small or too large for the model.
-    """
+    """Returns the number of predicted positions in a block, and checks its size."""
     config = model.config
     patch_size = config.patch_size if is_calm(model) else 1
     if block_size % patch_size:
@@ -31,9 +26,9 @@ def positions_per_block(model, block_size: int) -> int:
     positions = block_size // patch_size - ceil(MAX_N / patch_size)
     if positions < 1:
         raise ValueError(f"block_size={block_size}: too short to predict {MAX_N} tokens")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and block_size > longest * patch_size:
-        raise ValueError(f"block_size={block_size}: the model supports at most {longest * patch_size} tokens")
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is not None and block_size > max_positions * patch_size:
+        raise ValueError(f"block_size={block_size}: the model supports at most {max_positions * patch_size} tokens")
     return positions
 
 
@@ -44,9 +39,8 @@ def brier_counts(
     """Returns the Brier counts of a CALM or another causal LM on blocks of token ids.
 
     bar: progress bar that is advanced by the blocks (default: a new one).
-    Raises ValueError for a block size that the model does not support and for ids outside its vocabulary.
     """
-    positions_per_block(model, blocks_BL.shape[1])
+    positions_per_block(model, blocks_BL.shape[1])  # only its check
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if int(blocks_BL.max()) >= vocab_size:
         raise ValueError(f"token id {int(blocks_BL.max())}: outside the model's vocabulary of {vocab_size}")
@@ -54,13 +48,13 @@ def brier_counts(
     blocks_BL = blocks_BL.to(model.device)
     if is_calm(model):
         reader = CalmReader(model)
-        count = partial(brier_counts_calm, reader, patch_size=model.config.patch_size, generator=generator)
+        count_batch = partial(brier_counts_calm, reader, patch_size=model.config.patch_size, generator=generator)
     else:
         reader = causal_lm_reader(model, blocks_BL)
-        count = partial(brier_counts_ar, reader, generator=generator)
+        count_batch = partial(brier_counts_ar, reader, generator=generator)
     counts = BrierCounts.empty()
     with progress_bar(None, "BrierLM", "block", len(blocks_BL)) if bar is None else nullcontext(bar) as bar:
         for batch_BL in blocks_BL.split(batch_size):
-            counts += count(tokens_BL=batch_BL)
+            counts += count_batch(tokens_BL=batch_BL)
             bar.update(len(batch_BL))
     return counts

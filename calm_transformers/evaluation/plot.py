@@ -18,11 +18,7 @@ NUM_COLUMNS = 3
 
 
 def read_log(run: Path) -> list[dict]:
-    """Returns the Trainer's log entries of a run.
-
-    Raises:
-        ValueError: the folder contains neither a finished run nor a checkpoint.
-    """
+    """Returns the Trainer's log entries of a run, up to its last checkpoint if it isn't finished."""
     checkpoints = sorted(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     for folder in [run, *reversed(checkpoints)]:
         if (folder / "trainer_state.json").exists():
@@ -53,17 +49,17 @@ def plot_runs(runs: list[Path], output: Path) -> None:
     with saved_figure(output, rows, NUM_COLUMNS, figsize=size, squeeze=False, layout="tight") as (figure, axes):
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
-        labels = {}
+        legend = {}
         for panel, axis in zip(panels, axes.flat, strict=False):
             for number, (run, curves) in enumerate(lines.items()):
                 for name, style, label in ((panel, "-", run), (f"eval_{panel}", "--", f"{run}, held out")):
                     if name in curves:
-                        (labels[label],) = axis.plot(*curves[name], style, color=f"C{number}")
+                        (legend[label],) = axis.plot(*curves[name], style, color=f"C{number}")
             axis.set_title(panel.replace("_", " "), fontsize=10)
             axis.set_xlabel("step", fontsize=8)
             axis.tick_params(labelsize=8)
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 4, "fontsize": 8}
-        figure.legend(labels.values(), labels.keys(), **place)
+        legend_options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 4, "fontsize": 8}
+        figure.legend(legend.values(), legend.keys(), **legend_options)
 
 
 @command

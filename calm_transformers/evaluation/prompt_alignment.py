@@ -5,8 +5,6 @@ calm evaluate prompt_alignment --model CALM --data FILE_OR_DATASET --output docs
 
 # N prompts, L tokens of a prompt, K tokens per patch, 4 tokens of a continuation
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys
@@ -37,10 +35,7 @@ differ only in the length of the prompt (by less than K tokens).
 
 
 def spread_windows(tokens_L: torch.Tensor, window: int, num_windows: int) -> torch.Tensor:
-    """Returns evenly spaced windows of a text, (N, window). They may overlap, but not in their last four tokens.
-
-    Raises ValueError when the text is too short.
-    """
+    """Returns evenly spaced windows of a text, (N, window). They may overlap, but not in their last four tokens."""
     stride = min(window, (len(tokens_L) - window) // max(1, num_windows - 1))
     if stride < MAX_N:
         needed = window + MAX_N * (num_windows - 1)
@@ -100,8 +95,8 @@ def measure(
     targets_N4 = windows_NL[:, -MAX_N:]
     rows, patch_size = [], model.config.patch_size
     with progress_bar(None, "Generating", "prompt", patch_size * len(CASES) * len(windows_NL)) as bar:
-        for extra in range(patch_size):
-            prompts_NL = cut_prompts(windows_NL, length + extra, bos_token_id)
+        for remainder in range(patch_size):
+            prompts_NL = cut_prompts(windows_NL, length + remainder, bos_token_id)
             rows.append({})
             for case in CASES:
                 prompts = prompts_NL
@@ -114,8 +109,8 @@ def measure(
 def table(rows: list[dict[str, BrierScore]]) -> str:
     """Returns a Markdown table with one row per length mod K."""
     lines = []
-    for extra, scores in enumerate(rows):
-        cells = [str(extra)]
+    for remainder, scores in enumerate(rows):
+        cells = [str(remainder)]
         for score in scores.values():
             lm = score.brierlm
             cells += [f"{score.brier[0]:.4f}", f"{lm.value:.2f} ({lm.low:.2f} to {lm.high:.2f})"]

@@ -6,9 +6,8 @@ Each document gives a prefix and its continuation, of whole patches; the wrong c
 positions of the next document. Chance is 50 %. Ties count half.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable
 
@@ -27,11 +26,7 @@ BATCH_SIZE = 32
 
 
 def long_documents(documents: Iterable[str], tokenizer, num_tokens: int, max_rows: int, append_eos: bool) -> Tensor:
-    """Returns the first `num_tokens` ids of the first `max_rows` documents that have as many, (B, num_tokens).
-
-    Raises:
-        ValueError: fewer than two documents have `num_tokens` tokens.
-    """
+    """Returns the first `num_tokens` ids of the first `max_rows` documents that have as many, (B, num_tokens)."""
     rows = []
     for ids in tokenize_documents(documents, tokenizer, DocumentEnding(append_eos=append_eos)):
         if len(ids) >= num_tokens:
@@ -67,21 +62,19 @@ def score_continuations(
 
 
 def ranking_accuracy(true_B: Tensor, wrong_B: Tensor) -> float:
+    """Returns the fraction of pairs whose true text has the higher score; a tie counts half."""
     return ((true_B > wrong_B).float() + 0.5 * (true_B == wrong_B)).mean().item()
 
 
 def at_least_two(text: str) -> int:
-    """Parses a whole number of at least 2, for `type=` of an option."""
+    """Parses an integer of at least 2, for `type=` of an option."""
     if positive(text) < 2:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 2.")
     return int(text)
 
 
 def check_lengths(config, num_before: int, nums_after: list[int]) -> None:
-    """
-    Raises:
-        ValueError: a length is not divisible by the patch size, or more than the model supports.
-    """
+    """Raises a ValueError if a number of tokens isn't divisible by K or is more than the model supports."""
     for tokens in (*nums_after, num_before):
         if tokens % config.patch_size:
             raise ValueError(f"{tokens} tokens: not divisible by the patch size {config.patch_size}.")
@@ -108,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         check_lengths(model.config, args.tokens_before, args.tokens)
         num_tokens = args.tokens_before + max(args.tokens)
         ids_BL = long_documents(open_documents(args), tokenizer, num_tokens, args.num_pairs, args.append_eos)
-    rows = [(tokens, num) for tokens in args.tokens for num in args.num_samples]
+    rows = list(itertools.product(args.tokens, args.num_samples))
     print("| tokens | samples N | pairs | energy | Brier-1 | Brier-K |\n|" + " --- |" * 6)
     with progress_bar(None, "Scoring", "text", total=2 * len(ids_BL) * len(rows)) as bar:
         for tokens, num_samples in rows:

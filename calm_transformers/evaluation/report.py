@@ -24,11 +24,7 @@ def write_json(path: Path | None, content: Any) -> None:
 
 @contextmanager
 def saved_figure(path: Path, *subplots: int, **settings: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields figure and axes of `plt.subplots(*subplots, **settings)` and saves the figure to `path` on exit.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
+    """Yields figure and axes of `plt.subplots(*subplots, **settings)` and saves the figure to `path` on exit."""
     require_package("matplotlib", "eval", "a plot")
     import matplotlib
 

@@ -120,7 +120,7 @@ def score_texts(
 
 
 def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Tokenizes and pads texts (without a pad token) and returns ids and attention mask, (B, L) each."""
+    """Tokenizes texts, pads them on the right with id 0, and returns ids and attention mask, (B, L) each."""
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("score_texts() takes a text, a non-empty list of texts, or ids as a tensor (batch, length).")
@@ -143,8 +143,10 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
 def _posterior(
     model: CALMForCausalLM, patches_BPK: Tensor, mask_BP: Tensor, is_scored_BP: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns posterior mean and log_std of the scored patches, (M, Z) each. Padding is moved to the end of each row,
-    where an encoder with left context does not see it."""
+    """Returns posterior mean and log_std of the scored patches, (M, Z) each.
+
+    Padding is moved to the end of each row, where an encoder with left context does not see it.
+    """
     order_BP = mask_BP.long().sort(dim=1, descending=True, stable=True).indices
     front_BPK = patches_BPK.gather(1, order_BP[..., None].expand_as(patches_BPK))
     mean_BPZ, log_std_BPZ = model.autoencoder.encode(front_BPK.flatten(1))
@@ -182,7 +184,7 @@ def _score_patches(
 def _energy(samples_NmZ: Tensor, targets_SmZ: Tensor, beta: float) -> Tensor:
     """Returns energy scores (m,) as `heads_calm_energy.energy_score`, without storing (N, N, m, Z) differences."""
     samples_mNZ, targets_mSZ = samples_NmZ.transpose(0, 1), targets_SmZ.transpose(0, 1)
-    num_samples, exact = len(samples_NmZ), "donot_use_mm_for_euclid_dist"
-    repulsion_mNN = torch.cdist(samples_mNZ, samples_mNZ, compute_mode=exact).pow_(beta)
-    attraction_mNS = torch.cdist(samples_mNZ, targets_mSZ, compute_mode=exact).pow_(beta)
+    num_samples, mode = len(samples_NmZ), "donot_use_mm_for_euclid_dist"  # which is exact
+    repulsion_mNN = torch.cdist(samples_mNZ, samples_mNZ, compute_mode=mode).pow_(beta)
+    attraction_mNS = torch.cdist(samples_mNZ, targets_mSZ, compute_mode=mode).pow_(beta)
     return repulsion_mNN.sum((1, 2)) / (num_samples * (num_samples - 1)) - 2 * attraction_mNS.mean((1, 2))

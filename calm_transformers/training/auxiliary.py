@@ -36,11 +36,11 @@ class MultiTokenLoss(TokenChain):
         num_items_in_batch: Tensor | int | None = None,
         soft_targets: SoftTargets | None = None,
     ) -> Tensor:
-        """Returns the mean nats per label, or their sum / `num_items_in_batch`.
+        """Returns the cross-entropy in nats: the mean per label, or the sum over all labels / `num_items_in_batch`.
 
         Args:
             hidden_BPD: hidden states; the one at patch p predicts patch p + 1.
-            labels (`(B, L)`): token ids at the positions of `hidden_BPD`; −100 is ignored.
+            labels (`(B, L)`): token ids of the same P patches; −100 is ignored.
             num_items_in_batch: number of labels in the whole accumulated batch.
             soft_targets: a teacher's probabilities of the same tokens, for distillation.
         """
@@ -62,12 +62,12 @@ class MultiTokenLoss(TokenChain):
             gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
             return (logits.float() + gumbel).argmax(-1)
 
-        states = self.states(hidden).expand(num_samples, *hidden.shape[:-1], -1, -1)
+        states = self.states(hidden).expand(num_samples, *hidden.shape[:-1], -1, -1)  # (A, ..., K, D)
         return self.unroll(states, choose)
 
 
 class ExtraTargets(PatchTarget):
-    """A target whose samples take in turn the patch that followed and other patches, sampled from the MTP model.
+    """A target whose latent samples cycle over the patch that followed and other patches, sampled by the MTP model.
 
     Args:
         tokens (`(..., K)`): ids of the patch that followed.
@@ -85,24 +85,25 @@ class ExtraTargets(PatchTarget):
 
     @property
     def all_tokens(self) -> Tensor:
+        """Ids (1 + A, ..., K) of all patches, the one that followed first."""
         return torch.cat([self.tokens[None], self.extra_tokens])
 
     def sample_latents(
         self, num_samples: int, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Samples (N, ..., Z), each from the posterior of the next of the 1 + A patches in turn."""
+        """Returns samples (N, ..., Z); sample n is from the posterior of patch n mod (1 + A) of `all_tokens`."""
         mean, _ = self.posterior()
         noise = standard_normal((num_samples, *mean.shape), mean, generator) if noise is None else noise
-        turns = torch.arange(len(noise), device=mean.device) % (1 + len(self.extra_tokens))
-        pairs = zip(self.posterior(), self.encode(self.extra_tokens), strict=True)
-        mean, log_std = (torch.cat([own[None], others])[turns] for own, others in pairs)
+        patch_of_sample = torch.arange(len(noise), device=mean.device) % (1 + len(self.extra_tokens))
+        parameters = zip(self.posterior(), self.encode(self.extra_tokens), strict=True)  # the means, the log_stds
+        mean, log_std = (torch.cat([true[None], extra])[patch_of_sample] for true, extra in parameters)
         return torch.addcmul(mean, log_std.exp(), noise)
 
 
 class WithAuxiliary(nn.Module):
     """A CALM model and its auxiliary (MTP) loss in one module, so that DDP and FSDP see all parameters.
 
-    `weight`, `decay` and `num_targets` (A) are a recipe's auxiliary_weight, auxiliary_decay and auxiliary_targets.
+    `weight`, `decay`, `num_targets` (A) are a recipe's auxiliary_weight, auxiliary_decay, auxiliary_targets.
     """
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
@@ -136,7 +137,8 @@ class WithAuxiliary(nn.Module):
         progress: float = 0.0,
         **inputs,
     ):
-        """Returns the model's outputs with the auxiliary loss added; `progress` is the fraction of steps done."""
+        """Returns the model's outputs with both losses, weighted; `progress` in [0, 1] is the part of steps done."""
+        # Without labels, calm computes no loss; with pseudo-targets the head's follows below.
         head_labels = labels if self.head_weight and not self.num_targets else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
@@ -157,6 +159,7 @@ class WithAuxiliary(nn.Module):
 
 
 def without_auxiliary(model: nn.Module) -> nn.Module:
+    """Returns the model in a `WithAuxiliary`, or any other model itself."""
     return model.calm if isinstance(model, WithAuxiliary) else model
 
 

@@ -1,7 +1,7 @@
 """An exponential moving average (EMA) of the weights, which is evaluated and exported in their place."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -70,6 +70,6 @@ def trainable_in_float32(model: nn.Module) -> nn.ParameterList:
 
 
 @torch.no_grad()
-def copy_parameters(parameters, values) -> None:
+def copy_parameters(parameters: Iterable[nn.Parameter], values: Iterable[torch.Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -28,9 +28,9 @@ def load_llama(field: str, source: str, config: LlamaConfig) -> LlamaForCausalLM
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{field} {source}: its weights cannot be read: {' '.join(str(error).split())}") from error
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]  # in old Llamas
-    for kind, keys in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
+    for problem, keys in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
         if keys:
-            raise InputError(f"{field} {source}: the weights don't match config.json: {kind} {min(keys)}.")
+            raise InputError(f"{field} {source}: the weights don't match config.json: {problem} {min(keys)}.")
     return llama
 
 
@@ -56,15 +56,15 @@ def init_chain_from_llama(chain: TokenChain, llama: LlamaForCausalLM) -> None:
     for embedding in chain.embeddings:
         assert isinstance(embedding, nn.Embedding)
         copy_rows(embedding.weight, llama.model.embed_tokens.weight)
-    size = chain.context_proj.in_features
-    chain.context_proj.weight.copy_(torch.eye(size).repeat(chain.patch_size, 1))
+    hidden_size = chain.context_proj.in_features
+    chain.context_proj.weight.copy_(torch.eye(hidden_size).repeat(chain.patch_size, 1))
     chain.context_proj.bias.zero_()
     # The chain's input norm removes the scale of the Llama's final norm from the hidden states.
     chain.norm_out.weight.fill_(llama.model.norm.weight.float().square().mean().sqrt())
 
 
 def copy_rows(target_VD: Tensor, source_VD: Tensor) -> Tensor:
-    """Copies `source_VD` to the first rows of `target_VD`, which it returns, and fills the others with their mean."""
+    """Copies `source_VD` to the first rows of `target_VD`, fills its other rows with their mean, returns the first."""
     known_VD = target_VD[: len(source_VD)]
     known_VD.copy_(source_VD[: len(target_VD)])
     target_VD[len(known_VD) :] = known_VD.mean(0)
@@ -76,17 +76,17 @@ def init_patch_embedding(embed_proj: nn.Sequential, decay: float, scale: Tensor 
     """Makes the patch embedding the LayerNorm of a weighted mean of its tokens' embeddings, times a scale.
 
     Args:
-        embed_proj: `CALMModel`'s.
+        embed_proj: `CALMModel.embed_proj`, whose weights are set.
         decay: weight of a token relative to the next one; 0 takes the last token alone, 1 the plain mean.
         scale: root mean square of the outputs.
     """
     expand, _, reduce, norm = embed_proj
     assert isinstance(expand, nn.Linear) and isinstance(reduce, nn.Linear) and isinstance(norm, nn.LayerNorm)
-    size = reduce.out_features
-    weights_K = decay ** torch.arange(expand.in_features // size - 1, -1, -1.0)
-    identity = torch.eye(size)
+    hidden_size = reduce.out_features
+    weights_K = decay ** torch.arange(expand.in_features // hidden_size - 1, -1, -1.0)
+    identity = torch.eye(hidden_size)
     mean = torch.kron(weights_K / weights_K.sum(), identity)  # (D, K·D)
-    expand.weight.copy_(torch.cat([mean, -mean]))
+    expand.weight.copy_(torch.cat([mean, -mean]))  # silu(x) − silu(−x) = x
     reduce.weight.copy_(torch.cat([identity, -identity], dim=1))
     for bias in (expand.bias, reduce.bias, norm.bias):
         bias.zero_()

@@ -57,14 +57,15 @@ class CallProfile(NamedTuple):
 
 
 def profile_call(call: Callable, *args, **kwargs) -> CallProfile:
-    saved = {}
+    """Runs `call` once and returns its counts."""
+    saved = {}  # storage → number of elements
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
             saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // tensor.element_size()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         with FlopCounterMode(display=False) as counter:
             result = call(*args, **kwargs)
     del result  # keeps the saved tensors alive until here, so that no storage address is reused
@@ -83,8 +84,8 @@ def linear_activations(module: nn.Module) -> int:
 
 def attention_flops(config, num_positions: int) -> int:
     """Returns the FLOPs, over all layers, of one position that attends to `num_positions`."""
-    size = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    return 4 * num_positions * size * config.num_hidden_layers
+    attention_size = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
+    return 4 * num_positions * attention_size * config.num_hidden_layers
 
 
 def calm_cost(config, block_size: int) -> Cost:
@@ -100,6 +101,7 @@ def calm_cost(config, block_size: int) -> Cost:
     encoding_flops = profile_call(head.loss, context, PatchTarget(tokens, autoencoder)).flops - head_loss.flops
     with torch.no_grad():
         sampling = profile_call(head.sample, context, num_samples=1)
+    backbone_activations = linear_activations(backbone.embed_proj) + linear_activations(backbone.layers)
     parameters = {
         "token embedding": count_parameters(backbone.embed_tokens),
         "patch embedding": count_parameters(backbone.embed_proj),
@@ -107,23 +109,22 @@ def calm_cost(config, block_size: int) -> Cost:
         "head": count_parameters(head) - sum(p.numel() for p in head.parameters() if not p.requires_grad),
     }
     return Cost(
-        parameters | {"autoencoder (frozen)": count_parameters(autoencoder)},
-        {
+        parameters=parameters | {"autoencoder (frozen)": count_parameters(autoencoder)},
+        train_flops={
             "patch embedding": 3 * embedding_flops / K,
             "backbone": 3 * layer_flops / K,
             "head": 3 * head_loss.flops / K,
             "autoencoder": encoding_flops / K,
         },
-        {
+        inference_flops={
             "patch embedding": embedding_flops / K,
             "backbone": layer_flops / K,
             "head": sampling.flops / K,
             "autoencoder": profile_call(autoencoder.decode, latent).flops / K,
         },
-        sum(parameters.values()),
-        (linear_activations(backbone.embed_proj) + linear_activations(backbone.layers) + head_loss.saved_activations)
-        / K,
-        head.network_calls,
+        trainable=sum(parameters.values()),
+        saved_activations=(backbone_activations + head_loss.saved_activations) / K,
+        network_calls=head.network_calls,
     )
 
 
@@ -134,10 +135,10 @@ def autoencoder_cost(config: CALMAutoencoderConfig) -> Cost:
     K, parameters = config.patch_size, {"encoder": count_parameters(model.encoder)}
     parameters["decoder"] = count_parameters(model) - parameters["encoder"]  # its output matrix is tied to the encoder
     profiles = {"encoder": profile_call(model.encode, patch), "decoder": profile_call(model.decode, latent)}
-    parts = {part: profile.flops / K for part, profile in profiles.items()}
-    train_flops = {part: 3 * flops for part, flops in parts.items()}
+    inference_flops = {part: profile.flops / K for part, profile in profiles.items()}
+    train_flops = {part: 3 * flops for part, flops in inference_flops.items()}
     activations = profile_call(model, patch, labels=patch).saved_activations / K
-    return Cost(parameters, train_flops, parts, sum(parameters.values()), activations)
+    return Cost(parameters, train_flops, inference_flops, sum(parameters.values()), activations)
 
 
 def ar_cost(config, block_size: int) -> Cost:
@@ -149,10 +150,10 @@ def ar_cost(config, block_size: int) -> Cost:
         "output matrix": 0 if config.tie_word_embeddings else count_parameters(model.lm_head),
     }
     backbone_flops = linear_flops(model.model.layers) + attention_flops(config, block_size)
-    parts: dict[str, float] = {"backbone": backbone_flops, "output matrix": linear_flops(model.lm_head)}
-    train_flops = {part: 3 * flops for part, flops in parts.items()}
+    inference_flops: dict[str, float] = {"backbone": backbone_flops, "output matrix": linear_flops(model.lm_head)}
+    train_flops = {part: 3 * flops for part, flops in inference_flops.items()}
     activations = linear_activations(model.model.layers) + linear_activations(model.lm_head)
-    return Cost(parameters, train_flops, parts, sum(parameters.values()), activations)
+    return Cost(parameters, train_flops, inference_flops, sum(parameters.values()), activations)
 
 
 def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
@@ -181,7 +182,7 @@ def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
     if not recipe.head_weight:
         train_flops["head"] = train_flops["autoencoder"] = 0
     if recipe.freeze_backbone:
-        train_flops |= {part: train_flops[part] / 3 for part in ("patch embedding", "backbone")}
+        train_flops |= {part: train_flops[part] / 3 for part in ("patch embedding", "backbone")}  # no backward pass
     return cost
 
 
@@ -203,10 +204,13 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) 
     if cost.network_calls is not None:
         print(f"  one sample of the head: {cost.network_calls} network call{'s' if cost.network_calls > 1 else ''}")
 
-    micro_batch = training.get("per_device_train_batch_size", 8) * recipe.data.block_size
-    tokens = micro_batch * training.get("gradient_accumulation_steps", 1)
-    weights = (16 * cost.trainable + 4 * (sum(cost.parameters.values()) - cost.trainable)) / 2**30
-    activations = (2 if training.get("bf16") else 4) * cost.saved_activations * micro_batch / 2**30
-    print(f"\none step of one process: {tokens:,} tokens, {train * tokens:.2e} FLOPs")
-    print(f"memory: {weights:.2f} GiB for float32 weights, gradients and Adam,")
-    print(f"  about {activations:.2f} GiB for activations of {micro_batch:,} tokens without gradient_checkpointing")
+    batch_tokens = training.get("per_device_train_batch_size", 8) * recipe.data.block_size
+    tokens_per_step = batch_tokens * training.get("gradient_accumulation_steps", 1)
+    # 16 bytes: weight, gradient and Adam's two moments; frozen: the weight alone.
+    weights_gib = (16 * cost.trainable + 4 * (sum(cost.parameters.values()) - cost.trainable)) / 2**30
+    activations_gib = (2 if training.get("bf16") else 4) * cost.saved_activations * batch_tokens / 2**30
+    print(f"\none step of one process: {tokens_per_step:,} tokens, {train * tokens_per_step:.2e} FLOPs")
+    print(f"memory: {weights_gib:.2f} GiB for float32 weights, gradients and Adam,")
+    print(
+        f"  about {activations_gib:.2f} GiB for activations of {batch_tokens:,} tokens without gradient_checkpointing"
+    )

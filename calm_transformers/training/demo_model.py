@@ -19,7 +19,7 @@ from calm_transformers.command_line import Parser, command, known_errors, positi
 from calm_transformers.files import atomic_write
 from calm_transformers.training import train
 
-PACKAGE = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
 
@@ -28,26 +28,26 @@ def phases(corpus: Path, runs: Path, max_steps: int | None = None) -> list[list[
     """Returns the arguments of `calm train` for each training, in order; they write to sub-folders of `runs`."""
     files = {part: str(corpus / f"tinystories-{part}.jsonl.xz") for part in ("train", "validation")}
 
-    def training(kind: str, recipe: str, *words: str) -> list[str]:
-        folder = ["--train_files", files["train"], "--output_dir", str(runs / recipe)]
-        return [kind, "--recipe", recipe, *folder, *words]
+    def arguments(kind: str, recipe: str, *options: str) -> list[str]:
+        paths = ["--train_files", files["train"], "--output_dir", str(runs / recipe)]
+        return [kind, "--recipe", recipe, *paths, *options]
 
-    data = ["--validation_files", files["validation"], "--cache_dir", str(runs / "tokens")]
-    data += ["--tokenizer", str(runs / "demo-tokenizer")]
+    options = ["--validation_files", files["validation"], "--cache_dir", str(runs / "tokens")]
+    options += ["--tokenizer", str(runs / "demo-tokenizer")]
     if max_steps:
-        data += ["--max_steps", str(max_steps), "--save_steps", str(max(1, max_steps // 2)), "--logging_steps", "1"]
+        options += ["--max_steps", str(max_steps), "--save_steps", str(max(1, max_steps // 2)), "--logging_steps", "1"]
     return [
-        training("tokenizer", "demo-tokenizer"),
-        training("autoencoder", "demo-autoencoder", *data),
-        training("calm", "demo-backbone", *data, "--autoencoder", str(runs / "demo-autoencoder")),
-        training("calm", "demo", *data, "--init_from", str(runs / "demo-backbone")),
+        arguments("tokenizer", "demo-tokenizer"),
+        arguments("autoencoder", "demo-autoencoder", *options),
+        arguments("calm", "demo-backbone", *options, "--autoencoder", str(runs / "demo-autoencoder")),
+        arguments("calm", "demo", *options, "--init_from", str(runs / "demo-backbone")),
     ]
 
 
 def write(model: Path, output: Path) -> None:
     """Copies a trained model's files atomically, the weights last, and its code unless `output` is this repository."""
     output.mkdir(parents=True, exist_ok=True)
-    code = [] if output.samefile(PACKAGE) else sorted(model.glob("*.py"))
+    code = [] if output.samefile(REPOSITORY) else sorted(model.glob("*.py"))
     for file in [*code, *(model / name for name in FILES)]:
         with atomic_write(output / file.name) as aside:
             shutil.copyfile(file, aside)
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_steps", type=positive, help="steps of each training, for a trial")
     args = parser.parse_args(argv)
     output = args.output or args.runs / "demo-model"
-    has_tokenizer = (
-        args.runs / "demo-tokenizer" / "tokenizer_config.json"
-    ).exists()  # other phases resume by themselves
-    for words in phases(args.corpus, args.runs, args.max_steps)[has_tokenizer:]:
-        print(shlex.join(["python", "-m", train.__name__, *words]), flush=True)
-        if code := train.main(words):
+    trainings = phases(args.corpus, args.runs, args.max_steps)
+    if (args.runs / "demo-tokenizer" / "tokenizer_config.json").exists():
+        trainings = trainings[1:]  # the others resume by themselves
+    for arguments in trainings:
+        print(shlex.join(["python", "-m", train.__name__, *arguments]), flush=True)
+        if code := train.main(arguments):
             return code
     with known_errors(OSError):
         write(args.runs / "demo", output)

@@ -4,7 +4,7 @@ Axes: B batch, L tokens, P patches (L = P·K), K tokens per patch, D hidden size
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import ACTIVE_NATS, CALMAutoencoder
@@ -12,8 +12,8 @@ from calm_transformers.model.modeling_calm_autoencoder import ACTIVE_NATS, CALMA
 MAX_PATCHES = 256  # enough for a trend, and cheap beside a training step
 
 
-def diagnose(model, input_ids: Tensor, hidden: Tensor | None, seed: int) -> dict[str, float]:
-    """Returns the metrics of an autoencoder or a CALM, none for other models."""
+def diagnose(model: nn.Module, input_ids: Tensor, hidden: Tensor | None, seed: int) -> dict[str, float]:
+    """Returns the metrics of an autoencoder or, given `hidden` (B, P, D), of a CALM; {} for other models."""
     if isinstance(model, CALMAutoencoder):
         return diagnose_autoencoder(model, input_ids)
     if isinstance(model, CALMForCausalLM):

@@ -32,7 +32,7 @@ class SoftTargets:
 
 
 class Teacher:
-    """A frozen Llama that reads the same blocks. It is no `nn.Module`, so that it is not saved, trained or wrapped."""
+    """A frozen Llama that is run on the same blocks; no `nn.Module`, so that it is not saved, trained or wrapped."""
 
     def __init__(self, llama: LlamaForCausalLM, vocab_size: int, patch_size: int, weight: float):
         self.llama = llama.eval()
@@ -54,6 +54,6 @@ class Teacher:
             attention_mask = is_known.long() if attention_mask is None else attention_mask * is_known
             input_ids = input_ids.where(is_known, 0)
         outputs = self.llama(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        # The logits at a token predict the next one.
+        # The logits at a token predict the next one; nothing predicts the first patch.
         logits = outputs.logits[:, self.patch_size - 1 : -1, : self.num_known]
         return SoftTargets(logits.float().softmax(-1).unflatten(1, (-1, self.patch_size)), self.weight)

@@ -92,7 +92,7 @@ class Recipe:
         distil_weight: weight of its soft targets, in (0, 1]; the weight of the text's own tokens is the rest.
         freeze_backbone: train the head alone, on the backbone of `init_from` or `init_backbone` (calm only).
         data, model, training: the sections.
-        found: filled in by a run: `batch_size`, the blocks per step, and `tokens`, a digest of the training tokens.
+        run_facts: filled in by a run (`found` in files): `batch_size`, blocks per step, and `tokens`, their digest.
     """
 
     kind: str
@@ -115,7 +115,7 @@ class Recipe:
     data: DataOptions = field(default_factory=DataOptions)
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
-    found: dict = field(default_factory=dict, compare=False)
+    run_facts: dict = field(default_factory=dict, compare=False)
 
     @property
     def output_dir(self) -> str:
@@ -124,19 +124,20 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Writes the resolved recipe, which reproduces the run, without the Hub's token."""
         content = dataclasses.asdict(self)
+        content["found"] = content.pop("run_facts")
         content["training"].pop("hub_token", None)
         path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def all_values(self) -> dict:
         """Returns the fields of all sections in one dict, defaults included."""
         sections = dataclasses.asdict(self)
-        data, model, training, found = (sections.pop(name) for name in ("data", "model", "training", "found"))
+        data, model, training, facts = (sections.pop(name) for name in ("data", "model", "training", "run_facts"))
         defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-        return {**defaults, **CONFIGS[self.kind]().to_dict(), **sections, **data, **model, **training, **found}
+        return {**defaults, **CONFIGS[self.kind]().to_dict(), **sections, **data, **model, **training, **facts}
 
 
 def allowed_changes(before: Recipe, now: Recipe) -> str:
-    """Returns a list, as text, of the fields that a resumed run changes; raises `InputError` if one must not change.
+    """Returns the fields that a resumed run changes, as "name old -> new, …"; one that must not is an `InputError`.
 
     Training text is compared by its tokens, not its path, unless it is streamed.
     """
@@ -175,11 +176,11 @@ _Loader.add_implicit_resolver(
 
 def section_fields(kind: str) -> dict[str, set[str]]:
     """Returns the known field names by section; the section of the recipe's own fields is ""."""
-    own = {f.name for f in dataclasses.fields(Recipe)} - {"data", "model", "training", "found"}
-    not_in_dict = {"attn_implementation", "rope_theta"}  # rope_parameters holds the latter
+    own_fields = {f.name for f in dataclasses.fields(Recipe)} - {"data", "model", "training", "run_facts"}
+    not_in_dict = {"attn_implementation", "rope_theta"}  # to_dict() has the latter in rope_parameters
     model = {"vocab_size"} if kind == "tokenizer" else set(CONFIGS[kind]().to_dict()) | not_in_dict
     return {
-        "": own,
+        "": own_fields,
         "data": {f.name for f in dataclasses.fields(DataOptions)},
         "model": model - {"model_type", "transformers_version", "architectures", "auto_map"},
         "training": {f.name for f in dataclasses.fields(TrainingArguments)} - {"use_cache"},  # the model's
@@ -202,16 +203,17 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     kind = sections[""].get("kind")
     if kind not in KINDS:
         raise InputError(f"{path}: the recipe must have a field kind, one of {', '.join(KINDS)}.")
-    known, found = section_fields(kind), sections[""].pop("found", None) or {}
+    known = section_fields(kind)
+    run_facts = sections[""].pop("found", None) or {}  # in the recipe.yaml that a run wrote
     for section, values in sections.items():
         for key in values:
             if key not in known[section]:
                 raise InputError(f"{path}: {_unknown_field(key, known[section], section)}")
-    everything = set().union(*known.values())
+    all_known = set().union(*known.values())
     for key, value in (overrides or {}).items():
         section = next((name for name, keys in known.items() if key in keys), None)
         if section is None:
-            raise InputError(_unknown_field(key, everything, ""))
+            raise InputError(_unknown_field(key, all_known, ""))
         sections[section][key] = value
     for values in sections.values():
         for key, value in values.items():
@@ -222,14 +224,15 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
             raise InputError("init_backbone initialises a new CALM: it needs train calm, and no init_from.")
         dropped = set(BACKBONE_FIELDS) - set(overrides or {})
         sections["model"] = {key: value for key, value in sections["model"].items() if key not in dropped}
-    own, data = {"name": path.stem, **sections[""]}, sections["data"]
+    own_fields, data = {"name": path.stem, **sections[""]}, sections["data"]
     for key in ("train_files", "validation_files"):
         if isinstance(data.get(key), str):
             data[key] = [data[key]]
-    _check_types(own, Recipe)
+    _check_types(own_fields, Recipe)
     _check_types(data, DataOptions)
     _normalize_types(sections, kind)
-    return Recipe(data=DataOptions(**data), model=sections["model"], training=sections["training"], found=found, **own)
+    model, training = sections["model"], sections["training"]
+    return Recipe(data=DataOptions(**data), model=model, training=training, run_facts=run_facts, **own_fields)
 
 
 def _recipe_path(name_or_file: str, folder: Path) -> Path:
@@ -311,6 +314,7 @@ def _normalize_types(sections: dict[str, dict], kind: str) -> None:
 
 
 def _unknown_field(key: str, known: set[str], section: str) -> str:
+    """Returns the message for an unknown field, with the nearest `known` name."""
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "the recipes and TrainingArguments name the known ones."
     return f"unknown field {key!r}{f' in section {section}' if section else ''}: {hint}"
@@ -329,10 +333,10 @@ def parse_command_line(arguments: list[str]) -> dict:
         else:
             values[key].append(argument)
     try:
-        parsed = {key: [yaml.load(v, _Loader) for v in given] for key, given in values.items()}
+        parsed = {key: [yaml.load(text, _Loader) for text in texts] for key, texts in values.items()}
     except yaml.YAMLError as error:
         raise InputError(f"a value on the command line cannot be read: {error}") from error
-    return {key: True if not given else given[0] if len(given) == 1 else given for key, given in parsed.items()}
+    return {key: True if not items else items[0] if len(items) == 1 else items for key, items in parsed.items()}
 
 
 # checks before a training
@@ -349,40 +353,40 @@ def check_fields(recipe: Recipe) -> None:
     for name, default in {"auxiliary_decay": 0.0, "auxiliary_targets": 0, "head_weight": 1.0}.items():
         is_unused = getattr(r, name) != default and not r.auxiliary_weight
         raise_if(is_unused, f"{name}={getattr(r, name)} has no effect without auxiliary_weight")
-    weights = {name: getattr(r, name) for name in ("auxiliary_weight", "head_weight", "auxiliary_targets")}
-    weights |= {"head_learning_rate": r.head_learning_rate, "weight_decay": r.training.get("weight_decay")}
-    for name, value in weights.items():
+    numbers = {name: getattr(r, name) for name in ("auxiliary_weight", "head_weight", "auxiliary_targets")}
+    numbers |= {"head_learning_rate": r.head_learning_rate, "weight_decay": r.training.get("weight_decay")}
+    for name, value in numbers.items():
         raise_if(value is not None and value < 0, f"{name}={value}: must not be negative")
     raise_if(
         r.distil and not r.auxiliary_weight, f"distil {r.distil}: needs auxiliary_weight, as it acts on the MTP loss"
     )
-    decay = f"auxiliary_decay={r.auxiliary_decay}: must lie in [0, 1], a fraction of the steps"
-    raise_if(not 0 <= r.auxiliary_decay <= 1, decay)
-    is_fraction = r.distil_weight == 1 or (r.distil and 0 < r.distil_weight < 1)
-    raise_if(not is_fraction, f"distil_weight={r.distil_weight}: must lie in (0, 1], and needs distil")
+    message = f"auxiliary_decay={r.auxiliary_decay}: must lie in [0, 1], a fraction of the steps"
+    raise_if(not 0 <= r.auxiliary_decay <= 1, message)
+    is_valid = r.distil_weight == 1 or (r.distil and 0 < r.distil_weight < 1)
+    raise_if(not is_valid, f"distil_weight={r.distil_weight}: must lie in (0, 1], and needs distil")
     lora_fits = r.init_from and not r.auxiliary_weight and not r.freeze_backbone
     raise_if(
         r.lora_rank and not lora_fits, "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone"
     )
     has_head = r.head_learning_rate is None or r.kind == "calm"
     raise_if(not has_head, f"head_learning_rate={r.head_learning_rate}: only a CALM has a head")
-    choices = f"patch_embedding_init={r.patch_embedding_init!r}: must be one of {', '.join(PATCH_EMBEDDING_DECAYS)}"
-    raise_if(r.patch_embedding_init not in PATCH_EMBEDDING_DECAYS, choices)
+    message = f"patch_embedding_init={r.patch_embedding_init!r}: must be one of {', '.join(PATCH_EMBEDDING_DECAYS)}"
+    raise_if(r.patch_embedding_init not in PATCH_EMBEDDING_DECAYS, message)
     raise_if(not 0 <= r.ema_decay < 1, f"ema_decay={r.ema_decay}: must lie in [0, 1)")
-    shards = "ema_decay doesn't support fsdp, which shards the weights: leave one of the two out"
-    raise_if(r.ema_decay and r.training.get("fsdp"), shards)
-    best = "ema_decay exports the last average, load_best_model_at_end the best weights: choose one"
-    raise_if(r.ema_decay and r.training.get("load_best_model_at_end"), best)
+    message = "ema_decay doesn't support fsdp, which shards the weights: leave one of the two out"
+    raise_if(r.ema_decay and r.training.get("fsdp"), message)
+    message = "ema_decay exports the last average, load_best_model_at_end the best weights: choose one"
+    raise_if(r.ema_decay and r.training.get("load_best_model_at_end"), message)
 
 
 def training_arguments(recipe: Recipe, **overrides) -> TrainingArguments:
     """Returns the recipe's TrainingArguments, with our defaults and the overrides."""
-    given = copy.deepcopy(recipe.training)  # Trainer rewrites nested ones
+    settings = copy.deepcopy(recipe.training)  # Trainer changes nested values in place
     for name, value in REQUIRED_ARGUMENTS.items():
-        if given.get(name, value) != value:
-            raise InputError(f"{name}={given[name]!r}: leave it out, this trainer relies on {value!r}.")
-    if "eval_strategy" not in given and (recipe.data.validation_files or recipe.data.validation_split):
-        given["eval_strategy"] = "steps"
+        if settings.get(name, value) != value:
+            raise InputError(f"{name}={settings[name]!r}: leave it out, this trainer relies on {value!r}.")
+    if "eval_strategy" not in settings and (recipe.data.validation_files or recipe.data.validation_split):
+        settings["eval_strategy"] = "steps"
     defaults = {
         "output_dir": recipe.output_dir,
         "report_to": "none",
@@ -396,13 +400,16 @@ def training_arguments(recipe: Recipe, **overrides) -> TrainingArguments:
         "ddp_find_unused_parameters": recipe.head_weight == 0,
     }
     try:
-        return TrainingArguments(**{**defaults, **given, **REQUIRED_ARGUMENTS, **overrides})
+        return TrainingArguments(**{**defaults, **settings, **REQUIRED_ARGUMENTS, **overrides})
     except (ValueError, TypeError) as error:
         raise InputError(f"section training: {error}") from error
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Checks arguments that Trainer reads only after model and data are built: optimizer, schedule, reporters."""
+    """Checks arguments that Trainer reads only after model and data are built: optimizer, schedule, reporters.
+
+    They are built for a tiny model and dropped: only their errors matter.
+    """
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise InputError(f"{name}={getattr(args, name)}: must be an integer from 0 to 2**32 - 1.")
@@ -411,22 +418,23 @@ def check_arguments(args: TrainingArguments) -> None:
             raise InputError(f"{name}={getattr(args, name)}: must be at least 1.")
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
         raise InputError(f"num_train_epochs={args.num_train_epochs}: must be above 0, or max_steps is.")
-    steps, settings, optim = max(1, args.max_steps), args.lr_scheduler_kwargs, OptimizerNames(args.optim).value
-    if isinstance(settings, str):
-        raise InputError(f"lr_scheduler_kwargs={settings!r}: must have fields, as in '{{num_cycles: 2}}'.")
-    field = f"optim {optim}"
+    steps, scheduler_kwargs = max(1, args.max_steps), args.lr_scheduler_kwargs
+    if isinstance(scheduler_kwargs, str):
+        raise InputError(f"lr_scheduler_kwargs={scheduler_kwargs!r}: must have fields, as in '{{num_cycles: 2}}'.")
+    checked = f"optim {OptimizerNames(args.optim).value}"
     try:
         model: Any = torch.nn.Linear(1, 1)
-        kind, given = Trainer.get_optimizer_cls_and_kwargs(args, None if args.optim_target_modules else model)
-        optimizer = torch.optim.SGD(model.parameters(), args.learning_rate)
+        target = None if args.optim_target_modules else model
+        optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, target)
+        any_optimizer = torch.optim.SGD(model.parameters(), args.learning_rate)
         if not args.optim_target_modules:
-            kind(model.parameters(), **given)
-        field = f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}"
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, settings)
-        field = "dataloader"
+            optimizer_class(model.parameters(), **optimizer_kwargs)
+        checked = f"lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}"
+        get_scheduler(args.lr_scheduler_type, any_optimizer, args.get_warmup_steps(steps), steps, scheduler_kwargs)
+        checked = "dataloader"
         DataLoader([0], num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor)  # pyright: ignore
-        field = f"report_to {args.report_to}"
+        checked = f"report_to {args.report_to}"
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
     except Exception as error:  # each package has its own
-        raise InputError(f"{field}: {format_error(error)}") from error
+        raise InputError(f"{checked}: {format_error(error)}") from error

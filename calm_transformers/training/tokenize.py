@@ -23,10 +23,11 @@ def main(argv: list[str] | None = None) -> None:
         if recipe.kind == "tokenizer" or recipe.data.streaming:
             raise InputError(f"the recipe {options.recipe!r} reads text while it trains: nothing to tokenise.")
         tokenizer, data, folder = load_recipe_tokenizer(recipe), recipe.data, token_cache_dir(recipe.data)
-        patch_size = getattr(config_with_notes(recipe)[0], "patch_size", 1)
+        config, _ = config_with_notes(recipe)
+        patch_size = getattr(config, "patch_size", 1)
         for part in ["train", *(["validation"] if data.validation_files or data.validation_split else [])]:
-            found = load_token_file(data, part, tokenizer, patch_size, folder)
-            print(f"{part}: {len(found.tokens):,} tokens of {len(found.document_starts):,} documents in {folder}")
+            file = load_token_file(data, part, tokenizer, patch_size, folder)
+            print(f"{part}: {len(file.tokens):,} tokens of {len(file.document_starts):,} documents in {folder}")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def first_difference(pretrained, own, vocab_size: int) -> tuple[int, str | None, str | None] | None:
+def first_difference(pretrained, ours, vocab_size: int) -> tuple[int, str | None, str | None] | None:
     """Returns the first id at which two tokenizers differ, with both tokens, or `None` if they are compatible.
 
     Special tokens may be missing in `pretrained`, or have other names unless they are BOS or EOS, like the reserved
@@ -75,19 +75,20 @@ def first_difference(pretrained, own, vocab_size: int) -> tuple[int, str | None,
 
     Args:
         pretrained: tokenizer of the model whose weights are to be used.
-        own: the autoencoder's tokenizer.
-        vocab_size: of that model; ids of its tokenizer from there on are ignored.
+        ours: the autoencoder's tokenizer.
+        vocab_size: of the pretrained model; ids of its tokenizer from there on are ignored.
     """
-    bos_eos = {token_id for t in (pretrained, own) for token_id in (t.bos_token_id, t.eos_token_id)}
-    vocabularies = [{token_id: token for token, token_id in t.get_vocab().items()} for t in (pretrained, own)]
-    specials = [{i for i, token in t.added_tokens_decoder.items() if token.special} for t in (pretrained, own)]
-    for token_id in sorted(vocabularies[0].keys() | vocabularies[1].keys()):
-        token, own_token = (vocabulary.get(token_id) for vocabulary in vocabularies)
-        if token_id >= vocab_size:
-            token = None
-        is_reserved = token is None or (token_id in specials[0] and token_id not in bos_eos)
-        if token != own_token and not (token_id in specials[1] and is_reserved):
-            return token_id, token, own_token
+    bos_eos = {token_id for t in (pretrained, ours) for token_id in (t.bos_token_id, t.eos_token_id)}
+    tokens, our_tokens = ({i: token for token, i in t.get_vocab().items()} for t in (pretrained, ours))
+    special_ids, our_special_ids = (
+        {i for i, token in t.added_tokens_decoder.items() if token.special} for t in (pretrained, ours)
+    )
+    for token_id in sorted(tokens.keys() | our_tokens.keys()):
+        token = tokens.get(token_id) if token_id < vocab_size else None
+        our_token = our_tokens.get(token_id)
+        is_reserved = token is None or (token_id in special_ids and token_id not in bos_eos)
+        if token != our_token and not (token_id in our_special_ids and is_reserved):
+            return token_id, token, our_token
     return None
 
 

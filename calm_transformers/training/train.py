@@ -1,9 +1,9 @@
 """Trains a tokenizer, the autoencoder, a CALM or, for comparison, a standard Llama from a recipe.
 
-    calm train calm --recipe demo
+    calm train calm --recipe calm-m
 
 This module builds the configuration and the model from the recipe and the tokenizer and models that it names;
-`trainer.prepare_run` trains it. Every field of the recipe can be given as --field value.
+trainer.py trains it. Every field of the recipe can be given as --field value.
 """
 
 import sys
@@ -20,6 +20,8 @@ from transformers.activations import ACT2FN
 from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package
 from calm_transformers.documents import load_documents
 from calm_transformers.loading import generation_defaults, is_missing_folder, load_checked, load_tokenizer
+
+# In a checkout these modules are at the repository's root (see calm_transformers/model/__init__.py).
 from calm_transformers.model.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.heads_calm_token_chain import TokenChainHead
 from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -39,7 +41,7 @@ from calm_transformers.training.recipe import (
     recipe_names,
 )
 from calm_transformers.training.tokenizer import filler_token_id, first_difference, save_tokenizer, train_bpe
-from calm_transformers.training.trainer import last_checkpoint, log_rank0, prepare_run, set_up
+from calm_transformers.training.trainer import PreparedRun, last_checkpoint, log_rank0, prepare_run, set_up
 
 # Recipe field that names a folder or Hub id → the command that makes it.
 MAKE_COMMANDS = {
@@ -53,29 +55,30 @@ DEFAULT_VOCAB_SIZE = 4096  # of a new tokenizer
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm train", __doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=", ".join(KINDS))
+    subparsers = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=", ".join(KINDS))
     for kind in KINDS:
         epilog = f"Every field of the recipe can be given as --field value. Recipes: {', '.join(recipe_names())}."
-        subparser = kinds.add_parser(kind, prog=f"{parser.prog} {kind}", description=None, epilog=epilog)
+        subparser = subparsers.add_parser(kind, prog=f"{parser.prog} {kind}", description=None, epilog=epilog)
         subparser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
         subparser.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and memory, and exit")
-        resume = "auto: resume from the last checkpoint in output_dir"
-        subparser.add_argument("--resume", default="auto", choices=["auto", "never"], help=resume)
+        resume_help = "auto: resume from the last checkpoint in output_dir"
+        subparser.add_argument("--resume", default="auto", choices=["auto", "never"], help=resume_help)
     options, fields = parser.parse_known_args(argv)
     with known_errors():  # before the training itself, every error comes from the recipe, files or environment
         recipe = load_recipe(options.recipe, parse_command_line(fields))
         if recipe.kind != options.kind:
             raise InputError(f"the recipe {options.recipe!r} is for train {recipe.kind}.")
-        training = dry_run(recipe) if options.dry_run else prepare_training(recipe, options.resume)
-    if training is not None:
-        with known_errors(InputError, OSError):
-            training()
+        if options.dry_run:
+            return dry_run(recipe)
+        if recipe.kind == "tokenizer":
+            return train_tokenizer(recipe)
+        run = prepare_training(recipe, options.resume)
+    with known_errors(InputError, OSError):
+        run.train_and_export()
 
 
-def prepare_training(recipe: Recipe, resume: str = "auto") -> Callable[[], None] | None:
-    """Builds the model and returns a function that trains it; a tokenizer is trained at once, and never resumed."""
-    if recipe.kind == "tokenizer":
-        return train_tokenizer(recipe)
+def prepare_training(recipe: Recipe, resume: str = "auto") -> PreparedRun:
+    """Builds the model and tokenises the data; `train_and_export` of the result starts the training."""
     tokenizer = load_recipe_tokenizer(recipe)
     args = set_up(recipe)
     model = build_model(recipe, tokenizer)
@@ -86,7 +89,8 @@ def prepare_training(recipe: Recipe, resume: str = "auto") -> Callable[[], None]
 
 
 def train_tokenizer(recipe: Recipe) -> None:
-    texts, _ = load_documents(recipe.data, "train", "Counting words")
+    """Trains and saves a BPE tokenizer, without checkpoints."""
+    texts, _ = load_documents(recipe.data, "train", "Reading text for BPE")
     tokenizer = train_bpe(texts, recipe.model.get("vocab_size", DEFAULT_VOCAB_SIZE))
     save_tokenizer(tokenizer, recipe.output_dir)
     print(f"wrote {recipe.output_dir}, {len(tokenizer)} entries")
@@ -112,8 +116,8 @@ class MissingInput(InputError):
         self.reason = reason
 
 
-def read_source(field: str, source: str | None, reader):
-    """Returns `reader(source)` of the folder or Hub id in the recipe's `field`, or raises `MissingInput`."""
+def read_source(field: str, source: str | None, load: Callable[[str], Any]) -> Any:
+    """Returns `load(source)` of the folder or Hub id in the recipe's `field`, or raises `MissingInput`."""
     if source is None:
         message = f"no {field}: give --{field} a folder or a Hub id ({MAKE_COMMANDS[field]} makes one)."
         raise MissingInput(message, f"no {field} is named")
@@ -122,7 +126,7 @@ def read_source(field: str, source: str | None, reader):
         message = f"{field} {source}: no such folder ({MAKE_COMMANDS[field]} makes one)."
         raise MissingInput(message, f"the {field} {source} does not exist yet")
     try:
-        return reader(source)
+        return load(source)
     except Exception as error:  # each library has its own
         reason = " ".join(str(error).partition("\n\n")[0].split())
         if exists:
@@ -186,7 +190,8 @@ def check_vocabulary(field: str, source: str, llama: LlamaConfig, tokenizer) -> 
 def build_config(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderConfig | None = None):
     """Builds the model's configuration from the recipe, the tokenizer and, for a CALM, the autoencoder.
 
-    Both are `None` if a dry run has none. With `init_from` it is that model's, overridden by a CALM's model section.
+    In a dry run either may be `None`: its fields then have defaults. With `init_from` the result is that model's
+    configuration, overridden by a CALM's model section.
     """
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
@@ -199,6 +204,7 @@ def build_config(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderCon
 
 
 def _calm_fields(recipe: Recipe, tokenizer, autoencoder: CALMAutoencoderConfig | None) -> dict:
+    """Returns the fields of a new CALM's configuration."""
     if autoencoder and tokenizer and autoencoder.vocab_size != len(tokenizer):
         raise InputError(
             f"the autoencoder {recipe.autoencoder} has a vocabulary of {autoencoder.vocab_size} tokens, the tokenizer "
@@ -244,6 +250,7 @@ def describe_backbone(recipe: Recipe, config: CALMConfig) -> str:
 
 
 def tokenizer_fields(tokenizer) -> dict:
+    """Returns the configuration fields that the tokenizer sets."""
     if tokenizer is None:  # in a dry run
         return {}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -268,19 +275,22 @@ def config_with_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
     if recipe.init_from:
         return build_config(recipe), []
     notes: list[str] = []
-    vocabulary: list[str] = []
+    tokenizer_notes: list[str] = []
     autoencoder = None
     if recipe.kind == "calm":
         sizes = ["patch_size", "latent_size"]
         autoencoder = _load_or_note(load_autoencoder_config, recipe, recipe.autoencoder, sizes, notes)
-    tokenizer = _load_or_note(load_recipe_tokenizer, recipe, recipe.tokenizer, ["vocab_size"], vocabulary)
+    tokenizer = _load_or_note(load_recipe_tokenizer, recipe, recipe.tokenizer, ["vocab_size"], tokenizer_notes)
     config = build_config(recipe, tokenizer, autoencoder)
     if recipe.init_backbone:
         notes.append(describe_backbone(recipe, config))
-    return config, notes + ([] if autoencoder else vocabulary)  # the autoencoder's vocabulary is the tokenizer's
+    # With an autoencoder vocab_size is known without the tokenizer.
+    return config, notes + ([] if autoencoder else tokenizer_notes)
 
 
-def _load_or_note(load, recipe: Recipe, source: str | None, fields: list[str], notes: list[str]):
+def _load_or_note(
+    load: Callable[[Recipe], Any], recipe: Recipe, source: str | None, fields: list[str], notes: list[str]
+):
     """Returns `load(recipe)`; if the `source` is missing, `None`, and adds a note on the defaults of the `fields`.
 
     A recipe without a source that sets the fields itself, as the published ones do, gets no note.
@@ -302,7 +312,7 @@ def _load_or_note(load, recipe: Recipe, source: str | None, fields: list[str], n
 
 
 def build_model(recipe: Recipe, tokenizer):
-    """Builds a new model, or loads `init_from`; a CALM contains the trained autoencoder."""
+    """Builds a new model, or loads `init_from`; a CALM's head is fitted to its trained autoencoder."""
     if recipe.kind == "calm":
         model = load_initial_calm(recipe) if recipe.init_from else build_calm(recipe, tokenizer)
         if not model.head.is_fitted:
@@ -311,7 +321,7 @@ def build_model(recipe: Recipe, tokenizer):
             if mtp_state and isinstance(model.head, TokenChainHead):
                 model.head.chain.load_state_dict(mtp_state)
         return model
-    config, model_class = build_config(recipe, tokenizer), MODELS[recipe.kind]
+    config, model_class = build_config(recipe, tokenizer), MODELS[recipe.kind]  # checks init_from
     return load_model("init_from", recipe.init_from, model_class) if recipe.init_from else model_class(config)
 
 
@@ -350,6 +360,7 @@ def load_backbone(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def load_teacher(recipe: Recipe, tokenizer, config: CALMConfig) -> Teacher:
+    """Loads the Llama `distil` if its context and vocabulary fit."""
     source, block_size = str(recipe.distil), recipe.data.block_size
     llama_config = read_config("distil", source, LlamaConfig)
     if (limit := llama_config.max_position_embeddings) < block_size:
@@ -403,9 +414,9 @@ def initial_mtp_state(recipe: Recipe, config: CALMConfig) -> dict[str, Tensor] |
     that run's folder.
     """
     if starts_from_llama(recipe):
-        loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
-        init_chain_from_llama(loss, load_backbone(recipe))
-        return loss.state_dict()
+        mtp_loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
+        init_chain_from_llama(mtp_loss, load_backbone(recipe))
+        return mtp_loss.state_dict()
     if not recipe.init_from:
         return None
     folder = Path(recipe.init_from)

@@ -13,7 +13,8 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def set_up(recipe: Recipe) -> TrainingArguments:
 
 def prepare_run(
     recipe: Recipe, initial_args: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
-) -> Callable[[], None]:
-    """Tokenises the data, builds the trainer, and returns a function that trains and exports the model.
+) -> "PreparedRun":
+    """Tokenises the data, builds the trainer and writes the recipe; the caller starts the training.
 
     `initial_args` come from `set_up`; `patch_size` is K, 1 for a Llama; `resume` is "auto", to resume from the last
     checkpoint if there is one, or "never", which makes it an error.
@@ -73,11 +74,11 @@ def prepare_run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir {folder}: {error.strerror}.") from error
-    last = last_checkpoint(folder)
-    resumed = load_resumed_recipe(recipe, last, resume)
+    checkpoint = last_checkpoint(folder)
+    previous = load_resumed_recipe(recipe, checkpoint, resume)
     batch_size = initial_args.train_batch_size * initial_args.gradient_accumulation_steps * initial_args.world_size
     with initial_args.main_process_first(desc="tokenising"):
-        data = build_datasets(
+        datasets = build_datasets(
             recipe.data,
             tokenizer,
             patch_size,
@@ -86,66 +87,78 @@ def prepare_run(
             cache=token_cache_dir(recipe.data),
             evaluates=initial_args.eval_strategy != "no",
         )
-    recipe.found = {"batch_size": batch_size, "tokens": token_digest(data.train)}
-    if resumed and (changes := allowed_changes(resumed, recipe)):
+    recipe.run_facts = {"batch_size": batch_size, "tokens": token_digest(datasets.train)}
+    if previous and (changes := allowed_changes(previous, recipe)):
         log_rank0(f"resuming with changed fields: {changes}")
-    args = training_arguments(recipe, max_steps=data.num_steps, num_train_epochs=1)  # the dataset has all epochs
+    # Built again, now that the number of steps is known; for Trainer the dataset with all epochs' blocks is one epoch.
+    args = training_arguments(recipe, max_steps=datasets.num_steps, num_train_epochs=1)
     trainer = CALMTrainer(
         model=model,
         args=args,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=PatchCollator(patch_size, recipe.kind != "autoencoder", tokenizer.pad_token_id),
-        average=WeightAverage(recipe.ema_decay, last) if recipe.ema_decay else None,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.validation,
+        data_collator=PatchCollator(
+            patch_size, skip_first_patch=recipe.kind != "autoencoder", pad_token_id=tokenizer.pad_token_id
+        ),
+        average=WeightAverage(recipe.ema_decay, checkpoint) if recipe.ema_decay else None,
         head_learning_rate=recipe.head_learning_rate,
     )
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")
         save_tokenizer(tokenizer, folder)
-        state = f"resuming from {last.name}" if last else "new run"
-        print(f"{data.train.summary()} in {data.num_steps} steps, {state}", flush=True)
+        state = f"resuming from {checkpoint.name}" if checkpoint else "new run"
+        print(f"{datasets.train.summary()} in {datasets.num_steps} steps, {state}", flush=True)
+    return PreparedRun(trainer, checkpoint)
 
-    def train() -> None:
+
+@dataclass
+class PreparedRun:
+    """A run that is ready to start, with the `checkpoint` to resume from, `None` for a new run."""
+
+    trainer: "CALMTrainer"
+    checkpoint: Path | None
+
+    def train_and_export(self) -> None:
+        args = self.trainer.args
         torch.manual_seed(args.seed + args.process_index)  # each process needs its own noise
         transformers.logging.disable_progress_bar()  # the one of saving
         try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         except BaseException:
             if shows_bars():
                 print(file=sys.stderr)  # below the bar
             raise
-        trainer.export()
-        log_rank0(f"the model is in {folder}")
-
-    return train
+        self.trainer.export()
+        log_rank0(f"the model is in {output_folder(args)}")
 
 
 def load_resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
     """Returns the recipe of the run to resume, checked against `recipe`, or `None`; logs damaged checkpoints."""
     folder = Path(recipe.output_dir)
-    found, saved = checkpoints(folder), folder / "recipe.yaml"
-    if found and resume == "never":
-        raise InputError(f"{folder} contains {found[0].name}: name another --output_dir, or let it resume.")
-    previous = load_recipe(str(saved)) if found and saved.is_file() else None
+    existing, saved_recipe = checkpoints(folder), folder / "recipe.yaml"
+    if existing and resume == "never":
+        raise InputError(f"{folder} contains {existing[0].name}: name another --output_dir, or let it resume.")
+    previous = load_recipe(str(saved_recipe)) if existing and saved_recipe.is_file() else None
     if previous and previous.training.get("save_only_model"):
         raise InputError(f"{folder} has no optimizer (save_only_model) to resume from: name another --output_dir.")
-    for damaged in itertools.takewhile(lambda path: path != last, found):
+    for damaged in itertools.takewhile(lambda path: path != last, existing):
         log_rank0(f"{damaged} {find_damage(damaged)}, and is not used")
     if previous and last:
-        allowed_changes(previous, recipe)
+        allowed_changes(previous, recipe)  # only for its error, before the data is tokenised
         return previous
     return None
 
 
-def token_digest(data) -> str | None:
+def token_digest(dataset) -> str | None:
     """Returns a checksum of the number of tokens and the first and last million of them; `None` for a stream."""
-    if not isinstance(data, PackedBlocks):
+    if not isinstance(dataset, PackedBlocks):
         return None
-    tokens = data.data.tokens
+    tokens = dataset.token_file.tokens
     return f"{len(tokens)}-{zlib.crc32(tokens[-(2**20) :].tobytes(), zlib.crc32(tokens[: 2**20].tobytes())):08x}"
 
 
 def log_rank0(line: str) -> None:
+    """Prints a line in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
@@ -163,7 +176,7 @@ class CALMTrainer(Trainer):
     def __init__(self, model, *args, average: WeightAverage | None = None, head_learning_rate=None, **kwargs):
         use_cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
         super().__init__(model, *args, **kwargs)
-        vars(model.config).pop("use_cache", None)  # Trainer sets it to False, or adds it
+        vars(model.config).pop("use_cache", None)  # Trainer set it to False, or added it: undone here
         vars(model.config).update(use_cache)
         self.average, self.head_learning_rate = average, head_learning_rate
         if average is not None:
@@ -190,6 +203,7 @@ class CALMTrainer(Trainer):
     # loss and logs
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        """Returns the loss, and in training records what `log` needs."""
         inputs = {**inputs, **self._no_cache}
         block_ids = inputs.pop("block_ids", None)
         if isinstance(self.model, WithAuxiliary) and self.model.decay:
@@ -220,14 +234,15 @@ class CALMTrainer(Trainer):
         )
 
     def log(self, logs: dict, *args, **kwargs) -> None:
+        """Also logs the means of the loss terms since the last log, the speed and the diagnostics."""
         if "loss" in logs and self._last_batch is not None:
             steps = self.state.global_step - self._first_step
             # With num_items_in_batch, micro-batch terms already sum to the mean over the whole batch.
-            num_parts = self.args.gradient_accumulation_steps * self.args.world_size
-            num_parts = 1 if self.model_accepts_loss_kwargs else num_parts
+            num_micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
+            sums_per_step = 1 if self.model_accepts_loss_kwargs else num_micro_batches
             for name, local_sum in self._sums.items():
                 total: Any = self.accelerator.reduce(local_sum, "sum")
-                logs[name] = total.item() / num_parts / steps
+                logs[name] = total.item() / sums_per_step / steps
             assert self._clocks is not None, "compute_loss starts them"
             start, cpu_start = self._clocks
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -262,6 +277,7 @@ class CALMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
+        """Writes the model and, in checkpoints, the auxiliary loss and the average."""
         folder = output_folder(self.args) if output_dir is None else Path(output_dir)
         if self.args.should_save:
             self._write_model(folder, state_dict)
@@ -307,7 +323,7 @@ class CALMTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         optimizer: Any = self.optimizer
-        settings = optimizer.param_groups[0].keys()
+        settings = optimizer.param_groups[0].keys()  # loading replaces them
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError) as error:  # the trained parameters differ
@@ -378,7 +394,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Returns a predicate that describes a damaged checkpoint, `None` for a sound one; tensors are not read."""
+    """Returns what is wrong with a checkpoint, such as "was not finished", or `None`; tensors are not read."""
     if not (checkpoint / TRAINER_STATE).is_file():
         return "was not finished"
     needed = {"weights": "*model*.safetensors", "optimizer": "optimizer*", "schedule": "scheduler.pt"}
@@ -411,10 +427,10 @@ def split_param_group(parameters: Iterable[torch.nn.Parameter], optimizer: torch
     """Moves the parameters to new param groups with learning rate `lr` and the other settings of their old groups."""
     chosen = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
-        own = [parameter for parameter in group["params"] if id(parameter) in chosen]
-        if own:
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if moved:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            optimizer.add_param_group({**group, "params": own, "lr": lr})
+            optimizer.add_param_group({**group, "params": moved, "lr": lr})
 
 
 def empty_model_and_state(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:
@@ -422,9 +438,10 @@ def empty_model_and_state(model: PreTrainedModel, state_dict: dict) -> tuple[Pre
 
     FSDP2 replaces the model's class by a subclass from torch, so that `save_pretrained` would write the wrong code.
     """
-    plain = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule))
+    classes = type(model).__mro__
+    model_class = next(c for c in classes if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule))
     with torch.device("meta"):
-        empty = plain(model.config)
+        empty = model_class(model.config)
     empty.tie_weights()
     empty.generation_config = model.generation_config
     unique = {name for name, _ in empty.named_parameters()}
