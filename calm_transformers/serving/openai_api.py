@@ -140,6 +140,7 @@ class CountPenalty:
         self.frequency, self.presence, self.prompt_length = frequency, presence, prompt_length
 
     def after_prompt(self, length: int) -> CountPenalty:
+        """Returns the processor of a sequence whose prompt has `length` tokens."""
         return CountPenalty(self.frequency, self.presence, length)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -194,6 +195,7 @@ class GenerationRequest(_StrictModel):
     @model_validator(mode="before")
     @classmethod
     def drop_fields_without_effect(cls, fields: Any) -> Any:
+        """Returns the supported fields; raises `BadRequest` for an unsupported one that would have an effect."""
         if not isinstance(fields, dict):
             return fields
         supported = {}
@@ -201,9 +203,9 @@ class GenerationRequest(_StrictModel):
             if name in IGNORED_FIELDS:
                 continue
             if name in UNSUPPORTED_FIELDS:
-                neutral, why = UNSUPPORTED_FIELDS[name]
-                if value is not None and not any(_is_same(value, each) for each in neutral):
-                    raise BadRequest(f"{name}: {why}", name)
+                neutral_values, reason = UNSUPPORTED_FIELDS[name]
+                if value is not None and not any(_is_same(value, neutral) for neutral in neutral_values):
+                    raise BadRequest(f"{name}: {reason}", name)
                 continue
             check_encodable(name, value)
             supported[name] = value
@@ -340,6 +342,7 @@ class Message(BaseModel):
     @field_validator("content")
     @classmethod
     def join_parts(cls, content: Any) -> str:
+        """Returns the content as one string."""
         if content is None or isinstance(content, str):
             return content or ""
         if not isinstance(content, list):
@@ -350,6 +353,7 @@ class Message(BaseModel):
         return "".join(part["text"] for part in content)
 
     def to_template_dict(self) -> dict[str, Any]:
+        """Returns the message as chat templates expect it."""
         others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
         return others | {"role": self.role, "content": self.content}
 
@@ -393,6 +397,8 @@ class ChatRequest(GenerationRequest):
         except Exception as error:  # a template is a program, and its errors are about the messages
             raise BadRequest(f"messages: the chat template raised an error: {error}", "messages") from None
 
+    # The same methods as those of `CompletionRequest`, in the shape of chat answers
+
     def choice_fields(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
 
@@ -404,23 +410,25 @@ class ChatRequest(GenerationRequest):
 
 
 def check_encodable(name: str, value: Any) -> None:
-    """Raises `BadRequest` for half a surrogate pair or a number that is not finite, which `json.loads` accepts."""
+    """Raises `BadRequest` for a lone surrogate or a number that is not finite: `json.loads` accepts both."""
     try:
         json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         name = name.encode("ascii", "backslashreplace").decode()
-        raise BadRequest(f"{name}: holds half a surrogate pair, which is not valid text.", name) from None
+        raise BadRequest(f"{name}: holds a lone surrogate, which is not valid text.", name) from None
     except ValueError:
         raise BadRequest(f"{name}: holds a number that is not finite.", name) from None
 
 
 def _parse_token_id(key: str, vocab_size: int) -> int:
+    """Returns the token id that a key of `logit_bias` spells; raises `BadRequest` if it is none."""
     if not key.isascii() or not key.isdigit() or len(key) > MAX_TOKEN_ID_DIGITS or int(key) >= vocab_size:
         raise BadRequest(f"logit_bias: {key!r} is not a token id in 0 … {vocab_size - 1}.", "logit_bias")
     return int(key)
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
+    """Whether two JSON values are equal; True and 1 are not."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
