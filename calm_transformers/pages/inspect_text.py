@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
+from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number, utf8, writable
 from calm_transformers.files import atomic_write
 from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_algorithms import Truncation, candidate_weights
@@ -261,7 +261,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--top_k", type=int, help="keep the k candidates of largest weight, 0 for all")
     parser.add_argument("--top_p", type=float, help="keep the smallest set of this total weight")
     parser.add_argument("--min_p", type=float, help="minimum weight relative to the largest")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     compared = {"default": COMPARED_TEMPERATURES, "help": "printed temperatures (default: 1 0.5 0.333)"}
     parser.add_argument("--compare", type=float, nargs="+", metavar="T", **compared)
     parser.add_argument("--show", type=positive, default=5, help="candidates to print per patch (default: 5)")

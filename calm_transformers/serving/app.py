@@ -220,10 +220,8 @@ class Endpoints:
         num_texts = request.num_prompts * request.num_choices
         max_texts = self.batcher.max_rows + self.batcher.max_waiting
         if num_texts > max_texts:
-            field_name = "n" if request.num_choices > 1 else "prompt"
-            raise BadRequest(
-                f"{field_name}: a request may have at most {max_texts} texts, not {num_texts}.", field_name
-            )
+            field = "n" if request.num_choices > 1 else "prompt"
+            raise BadRequest(f"{field}: a request may have at most {max_texts} texts, not {num_texts}.", field)
 
     def _prepare(self, request: CompletionRequest | ChatRequest, started: float) -> PendingRequest:
         """Encodes the prompts, and sets the request's `max_tokens`.

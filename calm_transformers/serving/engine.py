@@ -235,10 +235,10 @@ class Engine:
         return self.model.sample_patches(
             hidden_RD,
             sampling,
-            generator=[sequence.generator for sequence in group],
-            forbidden_KV=self.model.forbidden_tokens(group[0].num_tokens_without_eos, eos_E, hidden_RD.device),
-            schedule=self._schedules.setdefault(sampling, BlockSchedule()),
-            processors=make_candidate_processors(group[0], eos_E),
+            [sequence.generator for sequence in group],
+            self.model.forbidden_tokens(group[0].num_tokens_without_eos, eos_E, hidden_RD.device),
+            self._schedules.setdefault(sampling, BlockSchedule()),
+            make_candidate_processors(group[0], eos_E),
         ).patches.tolist()
 
 

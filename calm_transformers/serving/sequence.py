@@ -162,7 +162,7 @@ class SequenceState:
         return min(max(self.min_new_tokens - len(self.tokens), 0), self.prompt_PK.shape[1])
 
     def append_patch(self, patch: list[int]) -> FinishReason | None:
-        """Appends the patch as `_append_tokens` does, calls `on_piece`, and returns why the sequence ended, or None."""
+        """Appends the patch as `_append_tokens` does, calls `on_piece`, and returns why the sequence ended, if so."""
         num_before = len(self.tokens)
         reason = self._append_tokens(patch)
         text = None if self.assembler is None else self.assembler.take(is_last=reason is not None)
