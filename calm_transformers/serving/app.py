@@ -220,8 +220,8 @@ class Endpoints:
         num_texts = request.num_prompts * request.num_choices
         max_texts = self.batcher.max_rows + self.batcher.max_waiting
         if num_texts > max_texts:
-            field = "n" if request.num_choices > 1 else "prompt"
-            raise BadRequest(f"{field}: a request may have at most {max_texts} texts, not {num_texts}.", field)
+            param = "n" if request.num_choices > 1 else "prompt"
+            raise BadRequest(f"{param}: a request may have at most {max_texts} texts, not {num_texts}.", param)
 
     def _prepare(self, request: CompletionRequest | ChatRequest, started: float) -> PendingRequest:
         """Encodes the prompts, and sets the request's `max_tokens`.
@@ -237,9 +237,9 @@ class Endpoints:
         max_tokens = request.max_tokens
         if room < 1 or (max_tokens or 0) > room:
             requested = f" and {request.length_field} is {max_tokens}" if max_tokens else ""
-            field_name = request.prompt_field if room < 1 else request.length_field
-            message = f"{field_name}: the prompt has {prompt_length} tokens{requested}, but the context has {context}."
-            raise BadRequest(message, field_name, "context_length_exceeded")
+            param = request.prompt_field if room < 1 else request.length_field
+            message = f"{param}: the prompt has {prompt_length} tokens{requested}, but the context has {context}."
+            raise BadRequest(message, param, "context_length_exceeded")
         request.max_tokens = max_tokens or min(request.default_max_tokens or room, room)
         return pending
 
