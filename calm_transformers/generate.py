@@ -34,13 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         check_length(generator.model, len(generator.tokenizer(options.prompt)["input_ids"]), options.max_new_tokens)
     set_seed(options.seed)
     streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)
-    generator(
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        do_sample=True,
-        temperature=options.temperature,
-        streamer=streamer,
-    )
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": True, "temperature": options.temperature}
+    generator(options.prompt, streamer=streamer, **settings)
 
 
 if __name__ == "__main__":

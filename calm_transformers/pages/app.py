@@ -143,7 +143,7 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         sources = {name: source for name, source in (("model", model), ("baseline", baseline)) if source}
         # A copied model is loaded from its subfolder ("model" or "baseline"), another one from the Hub.
         loaded_from = {name: copy_if_local(source, temporary / name) for name, source in sources.items()}
-        shown_names = {name: display_name(source) for name, source in sources.items() if loaded_from[name] == name}
+        names = {name: display_name(source) for name, source in sources.items() if loaded_from[name] == name}
         hub_ids = [source for name, source in sources.items() if loaded_from[name] == source]
         title = f"{display_name(model)} demo"
         card = SPACE_CARD.format(
@@ -152,9 +152,7 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
             models="models:\n" + "".join(f"- {hub_id}\n" for hub_id in hub_ids) if hub_ids else "",
         )
         files = {
-            "app.py": SPACE_APP.format(
-                model=loaded_from["model"], baseline=loaded_from.get("baseline"), names=shown_names
-            ),
+            "app.py": SPACE_APP.format(model=loaded_from["model"], baseline=loaded_from.get("baseline"), names=names),
             "page.py": Path(__file__).with_name("app_page.py").read_text(encoding="utf-8"),
             "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
             "README.md": card,

@@ -422,10 +422,6 @@ def launch(page, **options) -> None:
     """
     import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra [app]
 
-    theme = gr.themes.Base(
-        primary_hue="blue",
-        neutral_hue="stone",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "Consolas", "monospace"],
-    )
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "Consolas", "monospace"]}
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="stone", **fonts)
     page.queue().launch(theme=theme, css=STYLE, ssr_mode=False, footer_links=[], **options)

@@ -45,7 +45,7 @@ from calm_transformers.serving.middleware import (
 from calm_transformers.serving.openai_api import ApiError, BadRequest, ChatRequest, CompletionRequest, Prompt, to_event
 from calm_transformers.serving.sequence import GenerationResult, TextDelta
 
-SEED_RANGE = 2**63  # seeds are signed 64-bit integers
+SEED_RANGE = 2**63  # seeds are signed 64-bit integers; the sum in `_submit` wraps around
 PROBE_TIMEOUT_SECONDS = 10
 RECEIVE_TIMEOUT_SECONDS = 60  # for a request's headers, and again for its body; nginx's default
 
@@ -72,10 +72,9 @@ class PendingRequest:
 
     def usage(self) -> dict[str, int]:
         """Returns OpenAI's token counts of the request, whose texts have all ended."""
-        num_prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
         num_new = sum(len(future.result().tokens) for future in self.futures)
-        total = num_prompt_tokens + num_new
-        return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_new, "total_tokens": total}
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
 
 class EventStreamResponse(StreamingResponse):
@@ -127,11 +126,9 @@ class Endpoints:
         self.created = int(time.time())
 
     async def models(self, request: Request) -> Response:
-        """Answers with a list of OpenAI's model objects: the one model."""
         return JSONResponse({"object": "list", "data": [self._model_fields()]})
 
     async def model(self, request: Request) -> Response:
-        """Answers with the model object of the name in the path."""
         self._check_model(request.path_params["model"])
         return JSONResponse(self._model_fields())
 
@@ -177,9 +174,8 @@ class Endpoints:
             "model": self.options.model_name,
         }
         if request.stream:
-            return EventStreamResponse(
-                pending, self._stream(pending, common_fields | {"object": request.chunk_object})
-            )
+            events = self._stream(pending, common_fields | {"object": request.chunk_object})
+            return EventStreamResponse(pending, events)
         try:
             if not await run_until_disconnect(self._wait_for_all(pending), http_request.receive):
                 raise ClientDisconnect
@@ -261,7 +257,6 @@ class Endpoints:
                     min_new_tokens=request.min_tokens or 0,
                     stop=request.stop or (),
                     ignore_eos=bool(request.ignore_eos),
-                    # wraps around at 64 bits
                     seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
                     on_piece=partial(put_event, index),
                     **request.sampling_options(),

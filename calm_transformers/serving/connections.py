@@ -88,8 +88,8 @@ class GracefulServer(uvicorn.Server):
             limit_concurrency=MAX_IDLE_CONNECTIONS + batcher.max_rows + batcher.max_waiting,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=grace
-            + 2 * CANCEL_NOTICE_SECONDS,  # never reached: `_cancel_after_grace` ends first
+            # never reached: `_cancel_after_grace` ends first
+            timeout_graceful_shutdown=grace + 2 * CANCEL_NOTICE_SECONDS,
         )
         super().__init__(config)
         self.batcher, self.grace = batcher, grace

@@ -48,9 +48,8 @@ class SlotCache(Cache):
         """Returns the causal mask of the pass, to be added to attention scores: (B, 1, P, C)."""
         position_C = torch.arange(self.length, device=self.positions_BP.device)
         is_masked = position_C > self.positions_BP[:, None, :, None]
-        return torch.zeros(is_masked.shape, dtype=dtype, device=is_masked.device).masked_fill_(
-            is_masked, torch.finfo(dtype).min
-        )
+        mask = torch.zeros(is_masked.shape, dtype=dtype, device=is_masked.device)
+        return mask.masked_fill_(is_masked, torch.finfo(dtype).min)
 
     def get_seq_length(self, *args, **kwargs) -> int:
         return 0  # positions and mask are passed to each forward

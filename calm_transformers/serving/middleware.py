@@ -78,7 +78,6 @@ class Metrics(Collector):
             yield family(f"calm_{name}", help_text, getattr(stats, name))
 
     def render(self) -> bytes:
-        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -149,9 +148,8 @@ async def handle_exception(request: Request, error: Exception) -> Response:
         case QueueFull():
             api_error = ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_AFTER_SECONDS})
         case BatcherClosed():
-            message = "The server is stopping."
-            if error.__cause__ is not None:
-                message = f"Generation has stopped: {format_error(error.__cause__)}"
+            cause = error.__cause__
+            message = "The server is stopping." if cause is None else f"Generation has stopped: {format_error(cause)}"
             api_error = ApiError(503, message)
         case _:  # ClientDisconnect
             return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -42,13 +42,8 @@ UNSUPPORTED_FIELDS: dict[str, tuple[tuple, str]] = {
 }
 # Fields that are accepted and ignored: they don't change the text.
 IGNORED_FIELDS = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "parallel_tool_calls",
-    "safety_identifier",
-    "prompt_cache_key",
+    *("user", "metadata", "store", "service_tier"),
+    *("parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
 )
 
 
@@ -353,13 +348,12 @@ class Message(BaseModel):
         return "".join(part["text"] for part in content)
 
     def to_template_dict(self) -> dict[str, Any]:
-        """Returns the message as chat templates expect it."""
         others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
         return others | {"role": self.role, "content": self.content}
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. The methods without docstrings are those of `CompletionRequest` for chats."""
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -396,8 +390,6 @@ class ChatRequest(GenerationRequest):
             return [Prompt(batcher.encode_chat(messages))]
         except Exception as error:  # a template is a program, and its errors are about the messages
             raise BadRequest(f"messages: the chat template raised an error: {error}", "messages") from None
-
-    # The same methods as those of `CompletionRequest`, in the shape of chat answers
 
     def choice_fields(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
