@@ -42,6 +42,7 @@ def format_usage(group: str = "") -> str:
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    """Runs the subcommand that the first word or two name, or prints the list of subcommands."""
     words = sys.argv[1:] if argv is None else argv
     for length in (1, 2):
         if (name := " ".join(words[:length])) in COMMANDS:

@@ -4,7 +4,7 @@
 def main(argv: list[str] | None = None) -> int | None:
     options = parser.parse_args(argv)
     with known_errors():
-        text = read(options.text)
+        text = read_text(options.text)
     ...
 """
 
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def writable(path: str) -> Path:
-    """Checks the path of an output file, before any work is done; an argparse `type=`."""
+    """Returns the path of an output file that can be written, checked before any work; an argparse `type=`."""
     if not Path(path).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: its folder does not exist.")
     if Path(path).is_dir():
@@ -62,45 +62,45 @@ def writable(path: str) -> Path:
     return Path(path)
 
 
-def picture(path: str) -> Path:
-    """Checks the path of an output image, whose format matplotlib must support; an argparse `type=`."""
+def image_path(path: str) -> Path:
+    """Returns the path of an output image in one of matplotlib's formats; an argparse `type=`."""
     if Path(path).suffix not in (".png", ".svg", ".pdf", ".jpg"):
-        raise argparse.ArgumentTypeError(f"{path}: a picture ends with .png, .svg, .pdf or .jpg.")
+        raise argparse.ArgumentTypeError(f"{path}: an image file must end with .png, .svg, .pdf or .jpg.")
     return writable(path)
 
 
 def positive(text: str) -> int:
     """Parses a positive integer; an argparse `type=`."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1.")
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1.")
     return int(text)
 
 
-def natural(text: str) -> int:
+def seed_number(text: str) -> int:
     """Parses a seed, an integer in the range that every random number generator accepts; an argparse `type=`."""
     if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 0 to 2**32 - 1.")
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer from 0 to 2**32 - 1.")
     return int(text)
 
 
 def utf8(text: str) -> str:
-    """Checks that the terminal sent valid UTF-8, for text that a model reads; an argparse `type=`."""
+    """Returns the text of an option; raises unless the terminal sent valid UTF-8. An argparse `type=`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         hint = "send UTF-8, in a locale of UTF-8"
-        raise argparse.ArgumentTypeError(f"{text!r}: is no text at character {error.start + 1}; {hint}.") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: invalid UTF-8 at character {error.start + 1}; {hint}.") from None
     return text
 
 
-def require_package(package: str, extra: str, what: str) -> None:
-    """Raises InputError, whose subject is `what`, unless a package of an `extra` in setup.cfg is installed."""
+def require_package(package: str, extra: str, feature: str) -> None:
+    """Raises InputError unless a package is installed that `feature` needs and an `extra` of setup.cfg holds."""
     if importlib.util.find_spec(package) is None:
-        raise InputError(f'{what} needs {package}: pip install "calm-transformers[{extra}]".')
+        raise InputError(f'{feature} needs {package}: pip install "calm-transformers[{extra}]".')
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorates a `main` to return an exit code: its own, or 0 for None; 2 for InputError and 130 for Ctrl-C, with one
+    """Makes a `main` return an exit code: its own, or 0 for None; 2 for InputError and 130 for Ctrl-C, with one
     line on stderr; 141 silently if the reader of stdout closed the pipe. Characters that the terminal can't show are
     escaped."""
 
@@ -149,6 +149,7 @@ def format_error(error: BaseException) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -158,11 +159,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
     Raises:
         OSError: host or port can't be bound.
     """
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound_socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind((host, port))
+        bound_socket.bind((host, port))
     except Exception as error:  # OverflowError of a port, TypeError of a host
-        bound.close()
+        bound_socket.close()
         raise OSError(f"{host}:{port} can't be listened on ({getattr(error, 'strerror', None) or error})") from None
-    return bound
+    return bound_socket

@@ -51,7 +51,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to `output` on success and removed on any error.
 
     Raises:
-        InputError: `output` exists and is not an empty folder.
+        InputError: `output` exists and is not an empty folder, or its parent folder does not exist.
         OSError: the disk is full or not writable; the error names a file or the folder.
     """
     output = output.absolute()

@@ -2,7 +2,7 @@
 
 The matcher of a grammar consumes one sequence of tokens, but a step has many candidate patches. So each sequence has a
 matcher of its own, which is rolled back from one candidate to the next.
-Axes: M candidates, L tokens of a sequence, V vocabulary, S distinct suffixes.
+Axes: M candidates, L tokens of a sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Grammar:
             compile_regex = llguidance.LLMatcher.grammar_from_regex
             grammar = _compile_schema(json_schema) if regex is None else compile_regex(regex)
             with _tokenizer_lock:
-                tokens = _make_llguidance_tokenizer(tokenizer, len(tokenizer), tokenizer.eos_token_id)
+                grammar_tokenizer = _make_llguidance_tokenizer(tokenizer, len(tokenizer), tokenizer.eos_token_id)
             limits = llguidance.LLParserLimits(verbose_errors=False)
-            self._matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
+            self._matcher = llguidance.LLMatcher(grammar_tokenizer, grammar, log_level=0, limits=limits)
             self._matcher.compute_bitmask()  # some invalid grammars only fail here
             if problem := self._matcher.get_error() or "; ".join(self._matcher.get_grammar_warnings()):
                 raise ValueError(problem)
@@ -88,17 +88,19 @@ class GrammarProcessor:
             ValueError: a sequence doesn't match, has no continuation, or exceeds llguidance's limits.
         """
         new_ML = input_ids[:, self._prompt_length :]
-        num_common = int((new_ML == new_ML[:1]).all(0).cumprod(0).sum())
-        common = new_ML[0, :num_common].tolist()
-        num_same = len(commonprefix([common, self._consumed]))
-        self._matcher.rollback(len(self._consumed) - num_same)
-        self._consumed = common[: num_same + self._consume(common[num_same:])]
-        suffixes = [tuple(suffix) for suffix in new_ML[:, num_common:].tolist()]
+        # The tokens at the beginning that all candidates share stay consumed until a later call.
+        num_shared = int((new_ML == new_ML[:1]).all(0).cumprod(0).sum())
+        shared = new_ML[0, :num_shared].tolist()
+        num_kept = len(commonprefix([shared, self._consumed]))
+        self._matcher.rollback(len(self._consumed) - num_kept)
+        self._consumed = shared[: num_kept + self._consume(shared[num_kept:])]
+        # The candidates' other tokens are consumed and rolled back, once per distinct suffix.
+        suffixes = [tuple(suffix) for suffix in new_ML[:, num_shared:].tolist()]
         index = {suffix: i for i, suffix in enumerate(dict.fromkeys(suffixes))}
-        forbidden_SV = torch.stack([self._forbidden_after(list(suffix), scores.shape[-1]) for suffix in index])
-        if len(index) > 1:
-            forbidden_SV = forbidden_SV[[index[suffix] for suffix in suffixes]]
-        return scores.masked_fill(forbidden_SV.to(scores.device), -torch.inf)
+        forbidden = torch.stack([self._forbidden_after(list(suffix), scores.shape[-1]) for suffix in index])
+        if len(index) > 1:  # else (1, V), which is broadcast
+            forbidden = forbidden[[index[suffix] for suffix in suffixes]]
+        return scores.masked_fill(forbidden.to(scores.device), -torch.inf)
 
     def _forbidden_after(self, suffix: list[int], vocab_size: int) -> Tensor:
         """Returns which tokens may not follow the consumed tokens and a suffix: (V,) bool."""
@@ -120,29 +122,31 @@ class GrammarProcessor:
 
 @lru_cache(4)
 def _make_llguidance_tokenizer(tokenizer: Any, num_tokens: int, eos_token_id: int) -> Any:
-    """Returns llguidance's tokenizer for a tokenizer, which takes a second for a large vocabulary.
+    """Returns llguidance's version of a tokenizer; making it takes a second for a large vocabulary.
 
-    Special tokens are renamed there, so that a grammar that spells one doesn't generate it.
+    Special tokens are renamed there, so that a grammar that spells one doesn't generate it. `num_tokens` only
+    distinguishes the cached versions of a tokenizer that was extended.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("it is not a fast tokenizer")
     settings = {**json.loads(tokenizer.backend_tokenizer.to_str()), **NO_PADDING_OR_TRUNCATION}
     text = json.dumps(settings, ensure_ascii=False)
-    for number, token in tokenizer.added_tokens_decoder.items():
+    for token_id, token in tokenizer.added_tokens_decoder.items():
         if token.special:
-            text = text.replace(json.dumps(token.content, ensure_ascii=False), f'"\U0010ffff{number}"')
+            text = text.replace(json.dumps(token.content, ensure_ascii=False), f'"\U0010ffff{token_id}"')
     return llguidance.LLTokenizer(text, eos_token=eos_token_id)
 
 
 def _compile_schema(json_schema: dict | str | None) -> str:
+    """Returns llguidance's grammar of a JSON schema; raises ValueError if it is not supported."""
     text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-    json.loads(text, object_hook=_check_min_properties)
+    json.loads(text, object_hook=_check_min_properties)  # called for each object in the schema
     return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
 
 
 def _check_min_properties(schema: dict) -> dict:
-    if isinstance(num := schema.get("minProperties"), int | float) and num > 1:
-        raise ValueError(f"minProperties={num} is not supported, as a name may be repeated; name them in required")
+    if isinstance(minimum := schema.get("minProperties"), int | float) and minimum > 1:
+        raise ValueError(f"minProperties={minimum} is not supported, as a name may be repeated; name them in required")
     return schema
 
 

@@ -1,7 +1,7 @@
 """Loads models and tokenizers for commands, and checks that weights are complete and the tokenizer is the model's."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -61,12 +61,12 @@ def resolve_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:  # AssertionError of a build without CUDA, RuntimeError, NotImplementedError
-        raise ValueError(f"--device {name}: {format_error(error)}") from error
+        raise ValueError(f"device {name}: {format_error(error)}") from error
     return device
 
 
-def load_checked(load, name: str | Path, **settings) -> Any:
-    """Loads a model with `load`, a `from_pretrained` method, and checks that its files match its weights.
+def load_checked(load: Callable[..., Any], name: str | Path, **settings) -> Any:
+    """Loads a model with `load`, a `from_pretrained` method, and checks that its files hold exactly its weights.
 
     Raises:
         ValueError: no model can be loaded; a weight is missing, has another shape or holds NaN or infinity; or the
@@ -101,8 +101,8 @@ def check_tokenizer(model, tokenizer, name: str | Path = "The tokenizer") -> Non
         ValueError: the tokenizer lacks other ids, or too many.
     """
     vocab_size = model.config.get_text_config().vocab_size
-    known = set(tokenizer.get_vocab().values())
-    missing = [token for token in range(vocab_size) if token not in known]
+    known_ids = set(tokenizer.get_vocab().values())
+    missing = [token for token in range(vocab_size) if token not in known_ids]
     if not missing:
         return
     is_padding = missing[0] == vocab_size - len(missing) and len(missing) <= MAX_PADDING_FRACTION * vocab_size
@@ -112,9 +112,10 @@ def check_tokenizer(model, tokenizer, name: str | Path = "The tokenizer") -> Non
     logger.warning(f"{message}: if the model generates one, it decodes to nothing; suppress_tokens prevents that.")
 
 
-def _first_few(names) -> str:
-    rest = len(names) - MAX_NAMES_SHOWN
-    return ", ".join(map(str, names[:MAX_NAMES_SHOWN])) + (f" and {rest} more" if rest > 0 else "")
+def _first_few(names: Sequence) -> str:
+    """Returns the first names and the number of the others, as in "a, b, c and 5 more"."""
+    num_others = len(names) - MAX_NAMES_SHOWN
+    return ", ".join(map(str, names[:MAX_NAMES_SHOWN])) + (f" and {num_others} more" if num_others > 0 else "")
 
 
 def is_calm(model) -> TypeGuard[CALMForCausalLM]:
@@ -140,9 +141,10 @@ def load_config(name: str) -> PretrainedConfig:
             raise ValueError(f"{name}: its config.json names no model_type.") from error  # upstream's lists all types
 
 
-def _base_model_name(name: str, adapter: Path) -> str:
+def _base_model_name(name: str, adapter_config: Path) -> str:
+    """Returns the name of an adapter's base model; raises if it names none, or if PEFT, which loads it, is missing."""
     require_package("peft", "train", f"the adapter {name}")
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{name}: is an adapter whose adapter_config.json names no base_model_name_or_path.")
     return base
@@ -168,7 +170,7 @@ def load_causal_lm(name: str, dtype: torch.dtype | str = "auto", device: torch.d
 
 
 def load_with_tokenizer(name: str, tokenizer: str | None = None, dtype: torch.dtype | str = "auto", device=None):
-    """Loads a model with `load_causal_lm`, and its tokenizer or the named one.
+    """Loads a model with `load_causal_lm`, and its tokenizer or the named one; returns (model, tokenizer).
 
     Raises:
         ValueError: an error of `load_causal_lm`, or the tokenizer is another model's.
@@ -179,7 +181,7 @@ def load_with_tokenizer(name: str, tokenizer: str | None = None, dtype: torch.dt
 
 
 def load_calm(name: str, device: str | None, dtype: Any = "auto"):
-    """Loads a CALM and its tokenizer, without upstream's progress bars and warnings.
+    """Loads a CALM and its tokenizer, without upstream's bars and warnings; returns (model, tokenizer).
 
     Raises:
         InputError: there is no CALM, no tokenizer or no such device.
@@ -193,35 +195,36 @@ def load_calm(name: str, device: str | None, dtype: Any = "auto"):
     return model, tokenizer
 
 
-def load_tokenizer(where: str | Path):
+def load_tokenizer(name: str | Path):
     """Loads the tokenizer of a folder or Hub id, without running the repository's code or asking for permission.
 
     Raises:
         OSError: there is no tokenizer, or it can't be read.
         ValueError: the tokenizer needs the repository's code.
     """
-    if is_missing_folder(where):
-        raise OSError(f"{where}: no such folder.")
+    if is_missing_folder(name):
+        raise OSError(f"{name}: no such folder.")
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError:
         raise
     except Exception as error:  # a damaged file raises many types
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise
-        files = [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := Path(where, name)).is_file()]
+        paths = [Path(name, file) for file in ("tokenizer.json", "tokenizer_config.json")]
+        files = [str(path) for path in paths if path.is_file()]
         if not files:
-            raise OSError(f"{where}: no tokenizer can be read there.") from error
+            raise OSError(f"{name}: no tokenizer can be read there.") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise OSError(f"{' or '.join(map(str, files))}: no tokenizer can be read there ({reason}).") from error
+        raise OSError(f"{' or '.join(files)}: no tokenizer can be read there ({reason}).") from error
 
 
-def check_length(model, num_prompt: int, max_new_tokens: int) -> None:
+def check_length(model, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """Raises ValueError if prompt and continuation need more positions than the model has."""
     max_length = model.config.max_position_embeddings * model.config.patch_size
-    if num_prompt + max_new_tokens > max_length:
+    if num_prompt_tokens + max_new_tokens > max_length:
         raise ValueError(
-            f"the prompt has {num_prompt} tokens and {max_new_tokens} are to be written, but the model takes "
+            f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} are to be written, but the model takes "
             f"{max_length} together: shorten the prompt or lower max_new_tokens."
         )
 

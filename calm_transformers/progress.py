@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 
 def shows_bars() -> bool:
+    """Whether this process shows progress bars."""
     return os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
 
 
@@ -35,8 +36,8 @@ def progress_bar(
         total: number of items, by default the length of `iterable`.
         initial: number of items done by an earlier run, left out of the rate and the time left.
     """
-    hidden, scaled = not shows_bars(), unit == "B"
-    return tqdm(iterable, desc=description, unit=unit, unit_scale=scaled, total=total, initial=initial, disable=hidden)
+    options = {"unit_scale": unit == "B", "disable": not shows_bars()}
+    return tqdm(iterable, desc=description, unit=unit, total=total, initial=initial, **options)
 
 
 def print_above_bars(line: str, file: TextIO | None = None) -> None:

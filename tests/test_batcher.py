@@ -236,7 +236,7 @@ INVALID_ARGUMENTS = [
     ({"typical_p": 0.5}, "typical_p: unknown option"),
     ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: token ids are integers in 0 … {VOCAB_SIZE - 1}"),
     ({"prompt": [1.5]}, "holds 1.5: token ids are integers"),
-    ({"prompt": "\ud800"}, "half a surrogate pair at character 0"),
+    ({"prompt": "\ud800"}, "a lone surrogate at character 0"),
 ]
 INVALID_LIMITS = [
     ({"max_rows": 0}, "max_rows=0: must be at least 1"),

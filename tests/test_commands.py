@@ -163,13 +163,13 @@ def test_an_invalid_seed_or_count_is_one_line(module, capsys):
 def test_an_unsupported_image_format_is_one_line(name, capsys):
     module, option = f"calm_transformers.evaluation.{name}", "--output" if name == "plot" else "--plot"
     message = refusal(capsys, main_of(module), *MISSING_PATHS[module], option, "x.nope")
-    assert f"{option}: x.nope: a picture" in message
+    assert f"{option}: x.nope: an image file must" in message
 
 
 def test_an_unavailable_device_is_one_line(module, capsys, tmp_path):
     if module in LOADS_A_MODEL and "--device" in help_of(module):  # the others use a GPU if available
         words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(ROOT)) for word in MISSING_PATHS[module]]
-        assert "--device cuda: " in refusal(capsys, main_of(module), *words, "--device", "cuda")
+        assert "device cuda: " in refusal(capsys, main_of(module), *words, "--device", "cuda")
 
 
 PRINTS = """
@@ -199,7 +199,7 @@ INVENTED = "evaluation.invented_words", ["--model", ".", "--text", ".", "--promp
 @pytest.mark.parametrize("module, words", [("pages.inspect_text", ["."]), ("generate", ["."]), INVENTED])
 def test_a_prompt_that_is_not_utf_8_is_one_line(module, words, capsys):
     message = refusal(capsys, main_of(f"calm_transformers.{module}"), *words, "caf\udcff")
-    assert r"'caf\udcff': is no text at character 4" in message
+    assert r"'caf\udcff': invalid UTF-8 at character 4" in message
 
 
 def test_a_multi_line_error_becomes_one_line():

@@ -14,8 +14,8 @@ from calm_transformers.training.tokenizer import save_tokenizer
     [
         (["--temperature", "3"], "temperature=3.0: sampling needs a temperature in (0, 2]"),
         (["--temperature", "0"], "temperature=0.0: sampling needs a temperature in (0, 2]"),
-        (["--max_new_tokens", "0"], "argument --max_new_tokens: 0: must be a whole number of at least 1"),
-        (["--max_new_tokens", "many"], "argument --max_new_tokens: many: must be a whole number of at least 1"),
+        (["--max_new_tokens", "0"], "argument --max_new_tokens: 0: must be an integer of at least 1"),
+        (["--max_new_tokens", "many"], "argument --max_new_tokens: many: must be an integer of at least 1"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_the_model_is_loaded(capsys, monkeypatch, options, message):

@@ -64,7 +64,7 @@ def test_an_interrupted_run_resumes_and_writes_a_model_that_generates(corpus, tm
 def test_zero_steps_raise_and_a_failed_phase_ends_the_run(tmp_path, capsys):
     args = ["--corpus", tmp_path / "nowhere", "--runs", tmp_path / "runs"]
     error = refusal(capsys, main, *args, "--max_steps", "0")
-    assert error.startswith("argument --max_steps: 0: must be a whole number of at least 1")
+    assert error.startswith("argument --max_steps: 0: must be an integer of at least 1")
     assert refusal(capsys, main, *args).endswith("tinystories-train.jsonl.xz: no such file or folder.")
 
 

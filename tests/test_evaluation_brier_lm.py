@@ -121,7 +121,7 @@ def test_an_adapter_without_a_base_raises(folder, tmp_path, monkeypatch, capsys)
         ((), dict(data="no_such_dataset"), "neither a local file nor a reachable Hub dataset"),
         (("--text_column", "body"), {}, 'no string under the key "body"'),
         (("--tokenizer", "/no/where"), {}, "no such folder"),
-        (("--batch_size", 0), {}, "argument --batch_size: 0: must be a whole number of at least 1"),
+        (("--batch_size", 0), {}, "argument --batch_size: 0: must be an integer of at least 1"),
     ],
 )
 def test_errors_are_one_sentence(folder, monkeypatch, capsys, more, options, message):

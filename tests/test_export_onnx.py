@@ -365,7 +365,13 @@ def test_no_setting_is_forgotten():
     for name in GENERATION_SETTINGS:
         setattr(generation, name, "something")
     named = {field.split("=")[0] for field in export_onnx.ignored_settings(generation)}
-    exported = {*generate_onnx.Sampling._fields, *export_onnx.LENGTHS, "do_sample", "bos_token_id", "pad_token_id"}
+    exported = {
+        *generate_onnx.Sampling._fields,
+        *export_onnx.SUPPORTED_LENGTH_SETTINGS,
+        "do_sample",
+        "bos_token_id",
+        "pad_token_id",
+    }
     assert set(USED_SETTINGS) - named - exported == {
         *("prefill_chunk_size", "compile_config", "disable_compile"),
         *("use_cache", "cache_implementation", "cache_config", "max_cache_len"),

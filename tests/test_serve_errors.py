@@ -18,7 +18,7 @@ def post(api, path, body):
 
 # Invalid requests: a 4xx in OpenAI's shape that names the field
 
-HALF, INFINITE = "half a surrogate pair", "a number that is not finite"
+HALF, INFINITE = "a lone surrogate", "a number that is not finite"
 SCHEMA = {"type": "json_schema", "json_schema": {"schema": {}}}
 INVALID_FIELDS = [  # name, value, part of the message
     ("foo", 1, "foo: there is no such field"),
@@ -75,7 +75,7 @@ INVALID_CHATS = [
     ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: "),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x" * 17_000}]}, "messages: the prompt has 17001 tokens"),
-    ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds half a surrogate pair"),
+    ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds a lone surrogate"),
 ]
 INVALID = [
     *(("completions", *case) for case in INVALID_BODIES),

@@ -51,8 +51,8 @@ from calm_transformers.command_line import (
     InputError,
     Parser,
     command,
+    image_path,
     known_errors,
-    picture,
     positive,
     require_package,
     writable,
@@ -237,7 +237,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt_length", type=positive, default=64, help="tokens per row")
     parser.add_argument("--output_length", type=positive, default=64, help="new tokens per row")
     parser.add_argument("--json", type=writable, help="write the rows, updated after each")
-    parser.add_argument("--plot", type=picture, help="write the plot")
+    parser.add_argument("--plot", type=image_path, help="write the plot")
     return parser.parse_args(argv)
 
 

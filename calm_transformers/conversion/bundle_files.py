@@ -70,18 +70,18 @@ def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
     assert config.pad_token_id is not None, "a conversion requires one"
     if tokenizer.id_to_token(config.pad_token_id) is None:
         tokenizer.add_special_tokens(["[PAD]"])
-    count = tokenizer.get_vocab_size()
-    if count > config.vocab_size:
-        raise InputError(f"{path} has {count} tokens, more than the model's vocab_size {config.vocab_size}.")
-    tokens = {}
+    num_tokens = tokenizer.get_vocab_size()
+    if num_tokens > config.vocab_size:
+        raise InputError(f"{path} has {num_tokens} tokens, more than the model's vocab_size {config.vocab_size}.")
+    special_tokens = {}
     for field in ("bos_token", "eos_token", "pad_token"):
         ids = getattr(config, f"{field}_id")
-        tokens[field] = tokenizer.id_to_token(ids[0] if isinstance(ids, list) else ids)
-        if tokens[field] is None:
+        special_tokens[field] = tokenizer.id_to_token(ids[0] if isinstance(ids, list) else ids)
+        if special_tokens[field] is None:
             raise InputError(f"{path} has no token for {field}_id {ids}.")
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # supported by every version of transformers
-        **tokens,
+        **special_tokens,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
@@ -103,6 +103,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def model_card(name: str, config: CALMConfig, language_model: Repository, autoencoder: Repository) -> str:
+    """Returns the README, with links to those of the two repositories that are on the Hub."""
     sources = [language_model, autoencoder]
     on_hub = "".join(f"- {source.name}\n" for source in sources if source.is_on_hub)
     links = [f"[{s.name}](https://huggingface.co/{s.name})" if s.is_on_hub else f"`{s.name}`" for s in sources]

@@ -43,6 +43,7 @@ class WeightsFile:
         self._mapped, self._bytes_read = mmap_tensors(self.path), 0
 
     def stored_tensors(self) -> list["StoredTensor"]:
+        """Returns a reference to each tensor of the file."""
         return [StoredTensor(self, name, tuple(t.shape), t.dtype) for name, t in self._mapped.items()]
 
     def read(self, name: str) -> torch.Tensor:
@@ -71,9 +72,9 @@ class StoredTensor(NamedTuple):
         """Splits the last axis into `num_parts` equal ranges."""
         if num_parts == 1:
             return [self]
-        *rows, size = *self.shape[:-1], self.shape[-1] // num_parts
-        starts = range(0, num_parts * size, size)
-        return [self._replace(shape=(*rows, size), columns=slice(start, start + size)) for start in starts]
+        width = self.shape[-1] // num_parts
+        shape, starts = (*self.shape[:-1], width), range(0, num_parts * width, width)
+        return [self._replace(shape=shape, columns=slice(start, start + width)) for start in starts]
 
 
 def mmap_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +133,7 @@ class Repository:
         if not self.config_path.is_file():
             raise InputError(f"{self.config_path} does not exist: name the repository that holds the {content}.")
         self.config = read_json(self.config_path)
-        self.weights, files = find_weight_files(self.folder)
+        self.weights_path, files = find_weight_files(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
         for stored in (stored for path in files for stored in WeightsFile(path).stored_tensors()):
             if stored.name in self.tensors:
@@ -142,7 +143,7 @@ class Repository:
     def matrix(self, name: str) -> StoredTensor:
         """Returns the stored tensor `name`, which must be a matrix."""
         if name not in self.tensors:
-            raise InputError(f"{self.weights} lacks the tensor {name}.")
+            raise InputError(f"{self.weights_path} lacks the tensor {name}.")
         if len(self.tensors[name].shape) != 2:
             raise InputError(f"{self.tensors[name]} should be a matrix.")
         return self.tensors[name]
@@ -154,7 +155,7 @@ class Repository:
             if match := re.match(re.escape(prefix) + r"\.(\d+)\.", name):
                 layers[int(match[1])] = stored
         if not layers:
-            raise InputError(f"{self.weights} lacks the tensors {prefix}.*.")
+            raise InputError(f"{self.weights_path} lacks the tensors {prefix}.*.")
         return max(layers) + 1, layers[max(layers)]
 
 
@@ -238,12 +239,12 @@ def write_safetensors(
     for name, shape in shapes.items():
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_TAGS[dtype], "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # aligns the values
-    current = "its header"
+    encoded_header = json.dumps(header).encode()
+    encoded_header += b" " * (-len(encoded_header) % 8)  # aligns the values
+    current = "its header"  # what is being written
     try:
         with open(path, "wb") as file, progress_bar(None, "Converting", "B", end) as bar:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            file.write(struct.pack("<Q", len(encoded_header)) + encoded_header)
             for current in shapes:
                 tensor = make_tensor(current)
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

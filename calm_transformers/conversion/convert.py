@@ -86,6 +86,7 @@ InferredFields = dict[str, tuple[int | str, StoredTensor]]  # config field → v
 
 
 def infer_autoencoder_fields(repository: Repository) -> InferredFields:
+    """Infers fields of a `CALMAutoencoderConfig` from the shapes of the published tensors."""
     embedding = repository.matrix("encoder.embed_tokens.weight")
     squeeze = repository.matrix("encoder.squeeze_layer.weight")
     to_latent = repository.matrix("encoder.hidden_to_latent.weight")
@@ -102,6 +103,7 @@ def infer_autoencoder_fields(repository: Repository) -> InferredFields:
 
 
 def infer_language_model_fields(repository: Repository) -> InferredFields:
+    """Infers fields of a `CALMConfig` from the shapes of the published tensors."""
     embedding = repository.matrix("transformer.embed_tokens.weight")
     projection = repository.matrix("embed_proj.0.weight")
     gate = repository.matrix("transformer.layers.0.mlp.gate_proj.weight")
@@ -116,27 +118,28 @@ def infer_language_model_fields(repository: Repository) -> InferredFields:
 
 
 def infer_head_fields(repository: Repository) -> InferredFields:
+    """Infers the fields of a `CALMConfig` that describe the generative head."""
     if any(name.startswith("generative_head.net.") for name in repository.tensors):
-        out = repository.matrix("generative_head.net.final_layer.linear.weight")
-        into = repository.matrix("generative_head.net.input_proj.weight")
-        latent_size = into.shape[1]
+        out_proj = repository.matrix("generative_head.net.final_layer.linear.weight")
+        input_proj = repository.matrix("generative_head.net.input_proj.weight")
+        latent_size = input_proj.shape[1]
         # Diffusion predicts the noise and the variance of each latent dimension, flow matching a velocity.
-        head_type = {latent_size: "flow", 2 * latent_size: "diffusion"}.get(out.shape[0])
+        head_type = {latent_size: "flow", 2 * latent_size: "diffusion"}.get(out_proj.shape[0])
         if head_type is None:
-            raise InputError(f"{out} fits neither flow matching nor diffusion, whose input is {into}.")
+            raise InputError(f"{out_proj} fits neither flow matching nor diffusion, whose input is {input_proj}.")
         return {
-            "head_type": (head_type, out),
-            "latent_size": (latent_size, into),
+            "head_type": (head_type, out_proj),
+            "latent_size": (latent_size, input_proj),
             "num_mlp_layers": repository.count_layers("generative_head.net.res_blocks"),
         }
-    is_under_first_name = any(name.startswith("mlp_generator.") for name in repository.tensors)
-    prefix = "mlp_generator" if is_under_first_name else "generative_head"
+    is_mlp_generator = any(name.startswith("mlp_generator.") for name in repository.tensors)  # see `ENERGY`
+    prefix = "mlp_generator" if is_mlp_generator else "generative_head"
     noise = repository.matrix(f"{prefix}.noise_embd.weight")
-    out = repository.matrix(f"{prefix}.final_layer.linears.2.weight")
+    out_proj = repository.matrix(f"{prefix}.final_layer.linears.2.weight")
     return {
         "head_type": ("energy", noise),
         "noise_size": (noise.shape[1], noise),
-        "latent_size": (out.shape[0], out),
+        "latent_size": (out_proj.shape[0], out_proj),
         "num_mlp_layers": repository.count_layers(f"{prefix}.mlp_blocks"),
     }
 
@@ -149,7 +152,7 @@ def divide_axis(stored: StoredTensor, axis: int, divisor: int) -> int:
 
 
 def merge_config_fields(repository: Repository, inferred: InferredFields, config_class: type) -> dict:
-    """Merges config.json with the fields inferred from tensors; fields in neither get the published defaults.
+    """Returns the arguments of `config_class`: those of its fields that config.json states or that were inferred.
 
     An unknown field is an error because it may change what the model computes, like logit soft-capping.
 
@@ -161,17 +164,17 @@ def merge_config_fields(repository: Repository, inferred: InferredFields, config
             stated = repository.config[field]
             raise InputError(f"{repository.config_path} says {field} is {stated}, but {stored} makes it {value}.")
     stated_fields = {field: value for field, value in repository.config.items() if value is not None}
-    class_fields = {each: {*each().to_dict()} - {"autoencoder_config"} for each in REQUIRED_FIELDS}
-    class_fields[CALMConfig] |= {"rope_scaling", "rope_theta"}
-    # Published autoencoder configs have fields of Llama's attention, which the autoencoder lacks.
-    known = IGNORED_FIELDS.union(*class_fields.values())
+    calm_fields = {*CALMConfig().to_dict(), "rope_scaling", "rope_theta"} - {"autoencoder_config"}
+    autoencoder_fields = {*CALMAutoencoderConfig().to_dict()}
+    # Published autoencoder configs also have fields of Llama's attention, which the autoencoder lacks.
+    known = IGNORED_FIELDS | calm_fields | autoencoder_fields
     if unknown := [field for field in stated_fields if field not in known and not field.startswith("_")]:
         raise InputError(
             f"{repository.config_path} has unknown fields: {', '.join(unknown)}; remove those that don't change "
             "what the model computes."
         )
-    own = class_fields[config_class] - IGNORED_FIELDS
-    fields = {field: value for field, value in stated_fields.items() if field in own}
+    accepted = (calm_fields if config_class is CALMConfig else autoencoder_fields) - IGNORED_FIELDS
+    fields = {field: value for field, value in stated_fields.items() if field in accepted}
     for field in REQUIRED_FIELDS[config_class]:
         if field not in fields and not (field == "rope_theta" and "rope_parameters" in fields):
             raise InputError(f"{repository.config_path} lacks {field}, which can't be inferred from the tensors.")
@@ -231,7 +234,7 @@ def assign_sources(language_model: Repository, autoencoder: Repository, shapes: 
     for name, sources in sources_of.items():
         if not sources:
             repository = autoencoder if name.startswith("autoencoder.") else language_model
-            raise InputError(f"{repository.weights} lacks the tensor for {name} {shapes[name]}.")
+            raise InputError(f"{repository.weights_path} lacks the tensor for {name} {shapes[name]}.")
     return sources_of
 
 
@@ -251,6 +254,7 @@ def read_merged(sources: list[StoredTensor], dtype: torch.dtype) -> torch.Tensor
 
 
 def check_finite(tensor: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
+    """Returns the tensor; raises InputError, which names `stored`, unless all values are finite."""
     extremes = torch.stack(tensor.aminmax())  # unlike isfinite, makes no copies; keeps NaN
     if not extremes.isfinite().all():
         raise InputError(f"The {stored} holds values that are infinite or not numbers in {tensor.dtype}.")
@@ -274,13 +278,13 @@ def convert(
         InputError, OSError: the conversion failed; no file is left behind.
     """
     with new_folder(output) as folder:
-        pair = Repository(calm, "language model"), Repository(autoencoder, "autoencoder")
-        config, shapes = build_config(*pair)
-        sources_of = assign_sources(*pair, shapes)
+        repositories = Repository(calm, "language model"), Repository(autoencoder, "autoencoder")
+        config, shapes = build_config(*repositories)
+        sources_of = assign_sources(*repositories, shapes)
         dtypes = (source.dtype for stored in sources_of.values() for source in stored)
         config.dtype = written_dtype = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, dtypes)
-        tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else pair[0].folder
-        write_supporting_files(folder, name or output.absolute().name, config, tokenizer_folder, *pair)
+        tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else repositories[0].folder
+        write_supporting_files(folder, name or output.absolute().name, config, tokenizer_folder, *repositories)
         weights = folder / "model.safetensors"
         write_safetensors(weights, shapes, written_dtype, lambda key: read_merged(sources_of[key], written_dtype))
 

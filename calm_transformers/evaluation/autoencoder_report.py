@@ -15,11 +15,11 @@ import torch
 from calm_transformers.command_line import (
     Parser,
     command,
+    image_path,
     known_errors,
-    natural,
-    picture,
     positive,
     require_package,
+    seed_number,
     writable,
 )
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
@@ -120,9 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="tokenizer folder or Hub id (default: the model's own)")
     add_data_arguments(parser)
     parser.add_argument("--max_patches", type=positive, default=10_000)
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--json", type=writable, help="write the results")
-    parser.add_argument("--plot", type=picture, help="plot accuracy against noise")
+    parser.add_argument("--plot", type=image_path, help="plot accuracy against noise")
     args = parser.parse_args(argv)
     with known_errors():
         if args.plot:

@@ -20,11 +20,11 @@ from accelerate import PartialState
 from calm_transformers.command_line import (
     Parser,
     command,
+    image_path,
     known_errors,
-    natural,
-    picture,
     positive,
     require_package,
+    seed_number,
     writable,
 )
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
@@ -86,10 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--block_size", type=positive, required=True, help="tokens (published: 8192, AR 2048)")
     parser.add_argument("--max_positions", type=positive, help="stop after the block that reaches this many positions")
     parser.add_argument("--batch_size", type=positive, default=1, help="blocks per batch (default: 1)")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=writable, help="write a list with one object per model")
-    parser.add_argument("--plot", type=picture, help="write a bar chart (default with several models: brier_lm.png)")
+    parser.add_argument(
+        "--plot", type=image_path, help="write a bar chart (default with several models: brier_lm.png)"
+    )
     args = parser.parse_args(argv)
     plot = args.plot or (Path("brier_lm.png") if len(args.model) > 1 else None)
     state = PartialState(cpu=not torch.cuda.is_available())  # accelerate needs cpu=True for CPU processes

@@ -20,11 +20,11 @@ import torch
 from calm_transformers.command_line import (
     Parser,
     command,
+    image_path,
     known_errors,
-    natural,
-    picture,
     positive,
     require_package,
+    seed_number,
     writable,
 )
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
@@ -103,9 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--block_size", type=positive, required=True, help="tokens per block")
     parser.add_argument("--max_positions", type=positive, default=20_000)
     parser.add_argument("--batch_size", type=positive, default=1)
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--json", type=writable, help="write the results")
-    parser.add_argument("--plot", type=picture, help="plot BrierLM against cross-entropy")
+    parser.add_argument("--plot", type=image_path, help="plot BrierLM against cross-entropy")
     args = parser.parse_args(argv)
     with known_errors(ValueError, OSError):
         if args.plot:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from transformers import set_seed
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
+from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number, utf8, writable
 from calm_transformers.documents import expand_paths, read_documents, total_bytes
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.loading import is_calm, load_config, load_with_tokenizer
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_repeat_ngram_size", type=positive)
     parser.add_argument("--num_texts", type=positive, default=16)
     parser.add_argument("--max_new_tokens", type=positive, default=160)
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--json", type=writable, help="write the results")
     args = parser.parse_args(argv)
     for temperature in args.temperature:

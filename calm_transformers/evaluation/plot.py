@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from calm_transformers.command_line import Parser, command, known_errors, picture
+from calm_transformers.command_line import Parser, command, image_path, known_errors
 from calm_transformers.evaluation.report import saved_figure
 
 # Counters and timings are not plotted.
@@ -66,7 +66,7 @@ def plot_runs(runs: list[Path], output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm evaluate plot", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a train command")
-    parser.add_argument("--output", type=picture, help="file to write (default: curves.png in the first run)")
+    parser.add_argument("--output", type=image_path, help="file to write (default: curves.png in the first run)")
     options = parser.parse_args(argv)
     output = options.output or options.runs[0] / "curves.png"
     with known_errors():

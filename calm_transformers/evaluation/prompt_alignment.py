@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, positive, writable
+from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts, BrierScore
 from calm_transformers.evaluation.report import markdown
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser)
     parser.add_argument("--prompts", type=positive, default=2000, help="prompts per length mod K (default: 2000)")
     parser.add_argument("--prompt_patches", type=positive, default=8, help="whole patches per prompt (default: 8)")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--output", type=writable, help="write a Markdown page")
     args = parser.parse_args(argv)
     with known_errors():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, positive
+from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number
 from calm_transformers.documents import DocumentEnding, tokenize_documents
 from calm_transformers.evaluation.blocks import add_data_arguments, open_documents
 from calm_transformers.evaluation.text_scores import score_texts
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=positive, nargs="+", default=[8, 32], help="tokens of a continuation")
     parser.add_argument("--tokens_before", type=positive, default=32, help="tokens of a prefix")
     parser.add_argument("--num_pairs", type=at_least_two, default=200, help="maximum number of pairs")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     args = parser.parse_args(argv)
     with known_errors():
         model, tokenizer = load_with_tokenizer(args.model)

@@ -28,7 +28,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, positive
+from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number
 from calm_transformers.evaluation.brier import MAX_N
 from calm_transformers.files import atomic_write
 from calm_transformers.progress import progress_bar
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
     parser.add_argument("--num_states", type=positive, default=24)
     parser.add_argument("--vocab_size", type=positive, default=64)
-    parser.add_argument("--seed", type=natural, default=39, help="of the language (default: 39)")
+    parser.add_argument("--seed", type=seed_number, default=39, help="of the language (default: 39)")
     parser.add_argument("--train_documents", type=positive, default=256, help="of 65,536 tokens each")
     parser.add_argument("--validation_documents", type=positive, default=3300, help="of 256 tokens each")
     args = parser.parse_args(argv)

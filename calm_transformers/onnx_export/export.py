@@ -71,9 +71,9 @@ NOISE_SPECS: dict[str, dict[str, dict[str, Any]]] = {
     "diffusion": {"noise": {"law": "normal"}, "step_noise": {"law": "normal"}},
     "token_chain": {"noise": {"law": "uniform", "range": [0.0, 1.0]}},
 }
-LENGTHS = {"eos_token_id", "max_new_tokens"}  # length settings that generate.py supports
+SUPPORTED_LENGTH_SETTINGS = {"eos_token_id", "max_new_tokens"}  # by generate.py
 # Settings that it doesn't support, with the values besides None that have no effect.
-NEUTRAL: dict[str, tuple] = {
+NEUTRAL_VALUES: dict[str, tuple] = {
     "do_sample": (True,),
     "sampling_method": ("adaptive", "batch"),
     "num_return_sequences": (1,),
@@ -91,7 +91,7 @@ NEUTRAL: dict[str, tuple] = {
 
 @dataclass
 class Graph:
-    """Arguments of torch.onnx.export for one file, and test cases for the result."""
+    """Arguments of torch.onnx.export for one file, such as backbone.onnx, and test cases for the result."""
 
     module: nn.Module
     example: tuple
@@ -131,7 +131,7 @@ class Backbone(nn.Module):
 
 
 def build_cache(tensors: list[Tensor]) -> DynamicCache:
-    """Builds a cache from the key and the value of each layer in turn."""
+    """Builds a cache from the keys and values [key of layer 0, value of layer 0, key of layer 1, …]."""
     cache = DynamicCache()
     for layer in range(len(tensors) // 2):
         cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
@@ -139,6 +139,7 @@ def build_cache(tensors: list[Tensor]) -> DynamicCache:
 
 
 def cache_tensors(cache: DynamicCache) -> list[Tensor]:
+    """Returns a cache's keys and values in the order of `build_cache`."""
     layers: list[Any] = cache.layers
     return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
@@ -169,64 +170,66 @@ class Decoder(nn.Module):
 
 def backbone_graph(model: CALMForCausalLM) -> Graph:
     config, generator = model.config, torch.Generator().manual_seed(0)
-    names = [f"{kind}.{layer}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
+    cache_names = [f"{kind}.{layer}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
 
-    def example(batch: int, patches: int, past: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        tokens = torch.randint(config.vocab_size, (batch, patches, config.patch_size), generator=generator)
-        mask = torch.ones(batch, past + patches, dtype=torch.long)
-        shape: Any = batch, config.num_key_value_heads, past, config.head_dim
-        return tokens, mask, [torch.randn(shape, generator=generator) for _ in names]
+    def random_inputs(batch: int, num_new: int, num_past: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        tokens = torch.randint(config.vocab_size, (batch, num_new, config.patch_size), generator=generator)
+        mask = torch.ones(batch, num_past + num_new, dtype=torch.long)
+        shape: Any = batch, config.num_key_value_heads, num_past, config.head_dim
+        return tokens, mask, [torch.randn(shape, generator=generator) for _ in cache_names]
 
     axes = {0: DYNAMIC, 1: DYNAMIC}
     graph = Graph(
         Backbone(model),
-        example(2, 3, 5),
-        (axes, axes, [{0: DYNAMIC, 2: DYNAMIC} for _ in names]),
-        ["tokens", "mask", *(f"past_{name}" for name in names)],
-        ["hidden", *(f"present_{name}" for name in names)],
+        example=random_inputs(2, 3, 5),
+        dynamic_shapes=(axes, axes, [{0: DYNAMIC, 2: DYNAMIC} for _ in cache_names]),
+        inputs=["tokens", "mask", *(f"past_{name}" for name in cache_names)],
+        outputs=["hidden", *(f"present_{name}" for name in cache_names)],
     )
-    for sizes, num_masked in (((1, 4, 0), 0), ((1, 1, 7), 0), ((3, 2, 4), 2)):
-        tokens, mask, past = example(*sizes)
+    for batch, num_new, num_past, num_masked in ((1, 4, 0, 0), (1, 1, 7, 0), (3, 2, 4, 2)):
+        tokens, mask, past = random_inputs(batch, num_new, num_past)
         mask[0, :num_masked] = 0  # as of a shorter, left-padded sequence
         cache = build_cache(past)
-        hidden = model.model(
-            input_ids=tokens.flatten(1), attention_mask=mask, cache=cache, use_cache=True
-        ).last_hidden_state
-        expected = dict(zip(graph.outputs, [hidden, *cache_tensors(cache)], strict=True))
+        outputs = model.model(input_ids=tokens.flatten(1), attention_mask=mask, cache=cache, use_cache=True)
+        expected = dict(zip(graph.outputs, [outputs.last_hidden_state, *cache_tensors(cache)], strict=True))
         graph.cases.append((dict(zip(graph.inputs, [tokens, mask, *past], strict=True)), expected))
     return graph
 
 
 def head_graph(model: CALMForCausalLM) -> Graph:
-    head, size, generator = model.head, model.config.hidden_size, torch.Generator().manual_seed(1)
+    head, generator = model.head, torch.Generator().manual_seed(1)
 
-    def example(num_samples: int, batch: int) -> tuple[Tensor, dict[str, Any]]:
-        hidden = torch.randn(batch, size, generator=generator)
+    def random_inputs(num_samples: int, batch: int) -> tuple[Tensor, dict[str, Any]]:
+        hidden = torch.randn(batch, model.config.hidden_size, generator=generator)
         return hidden, head.predrawn_noise(num_samples, batch, hidden, generator)
 
-    hidden, noise = example(5, 2)
-    axes = [{tensor.dim() - 3: DYNAMIC, tensor.dim() - 2: DYNAMIC} for tensor in noise.values()]
-    names = list(noise)
+    hidden, noise = random_inputs(5, 2)
+    # The axes of samples and of the batch come before the last one.
+    noise_axes = [{tensor.dim() - 3: DYNAMIC, tensor.dim() - 2: DYNAMIC} for tensor in noise.values()]
     graph = Graph(
-        Head(head, names), (hidden, list(noise.values())), ({0: DYNAMIC}, axes), ["hidden", *names], ["latents"]
+        Head(head, list(noise)),
+        example=(hidden, list(noise.values())),
+        dynamic_shapes=({0: DYNAMIC}, noise_axes),
+        inputs=["hidden", *noise],
+        outputs=["latents"],
     )
-    for sizes in ((1, 1), (7, 3), (64, 1)):
-        hidden, noise = example(*sizes)
+    for num_samples, batch in ((1, 1), (7, 3), (64, 1)):
+        hidden, noise = random_inputs(num_samples, batch)
         graph.cases.append(({"hidden": hidden, **noise}, {"latents": head.sample(hidden, **noise)}))
     return graph
 
 
 def decoder_graph(model: CALMForCausalLM) -> Graph:
-    generator, size = torch.Generator().manual_seed(2), model.config.latent_size
+    generator, latent_size = torch.Generator().manual_seed(2), model.config.latent_size
     graph = Graph(
         Decoder(model.autoencoder),
-        (torch.randn(3, size, generator=generator),),
-        ({0: DYNAMIC},),
-        ["latents"],
-        ["tokens", "logits"],
+        example=(torch.randn(3, latent_size, generator=generator),),
+        dynamic_shapes=({0: DYNAMIC},),
+        inputs=["latents"],
+        outputs=["tokens", "logits"],
     )
     for num_latents in (1, 17):
-        latents = torch.randn(num_latents, size, generator=generator)
+        latents = torch.randn(num_latents, latent_size, generator=generator)
         logits = model.autoencoder.decode(latents)
         graph.cases.append(({"latents": latents}, {"tokens": logits.argmax(-1), "logits": logits}))
     return graph
@@ -377,11 +380,13 @@ def export_config(model: CALMForCausalLM) -> dict[str, Any]:
 
 def ignored_settings(generation: GenerationConfig) -> list[str]:
     """Returns the settings of a generation configuration that generate.py doesn't support, as "field=value"."""
-    names = {*LENGTH_SETTINGS, *PROCESSOR_SETTINGS} - LENGTHS | UNSUPPORTED_SETTINGS.keys() | NEUTRAL.keys()
+    names = {*LENGTH_SETTINGS, *PROCESSOR_SETTINGS} - SUPPORTED_LENGTH_SETTINGS
+    names |= UNSUPPORTED_SETTINGS.keys() | NEUTRAL_VALUES.keys()
     values = {name: getattr(generation, name, None) for name in sorted(names)}
     values["do_sample"] = bool(values["do_sample"])  # upstream's default is off
-    off = {name: (*NEUTRAL.get(name, ()), *UNSUPPORTED_SETTINGS.get(name, ())[1:]) for name in names}
-    return [f"{name}={value!r}" for name, value in values.items() if value is not None and value not in off[name]]
+    # In UNSUPPORTED_SETTINGS a reason comes before the neutral values.
+    neutral = {name: (*NEUTRAL_VALUES.get(name, ()), *UNSUPPORTED_SETTINGS.get(name, ())[1:]) for name in names}
+    return [f"{name}={value!r}" for name, value in values.items() if value is not None and value not in neutral[name]]
 
 
 def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
@@ -400,9 +405,9 @@ def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
     for package in PACKAGES:
         require_package(package, "onnx", "calm export")
     onnx: Any = importlib.import_module("onnx")
-    highest = onnx.defs.onnx_opset_version()
-    if opset is not None and not MIN_OPSET <= opset <= highest:
-        raise InputError(f"--opset {opset}: must be at least {MIN_OPSET}, and at most the installed onnx's {highest}.")
+    latest = onnx.defs.onnx_opset_version()
+    if opset is not None and not MIN_OPSET <= opset <= latest:
+        raise InputError(f"--opset {opset}: must be at least {MIN_OPSET}, and at most the installed onnx's {latest}.")
     tokenizer = load_tokenizer(name)
     model = load_checked(CALMForCausalLM.from_pretrained, name, dtype=torch.float32, attn_implementation="eager")
     rotation = model.model.rotary_emb.rope_type
@@ -431,7 +436,7 @@ def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | N
         size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*"))
         seconds = time.perf_counter() - start
         print(f"{name}: {size / 1e6:.1f} MB in {seconds:.0f} s, largest relative difference {difference:.1e}")
-        if not difference <= tolerance:
+        if not difference <= tolerance:  # also if it is NaN
             raise InputError(
                 f"{name}.onnx differs from the model by {difference:.1e} of the largest output, more than the "
                 f"{tolerance:.1e} of --tolerance."

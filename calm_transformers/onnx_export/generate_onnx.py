@@ -8,7 +8,7 @@ From Python, with FOLDER in `sys.path`:
     from generate import ExportedCALM, Randomness
     for part in ExportedCALM("FOLDER").generate_text("Once upon a time", 40, Randomness(seed=0), temperature=0.5): ...
 
-A step reads a patch of K tokens, samples N latent vectors for the next one, decodes them, and chooses one of the
+A step runs the backbone on a patch, samples N latent vectors for the next one, decodes them, and chooses one of the
 distinct patches, filtered by top-k, top-p and min-p, with the weights of the paper's Algorithm 2, extended to every T.
 At T = 1 without these filters N is 1.
 
@@ -34,7 +34,7 @@ import numpy as np
 
 EXIT_INPUT_ERROR, EXIT_INTERRUPTED = 2, 130  # as argparse, and as shells for SIGINT
 LOGITS_CHUNK_SIZE = 2**24  # 64 MiB
-WHOLE_TOLERANCE = 1e-6  # 1/T this close (relatively) to a whole number counts as whole
+INTEGER_TOLERANCE = 1e-6  # 1/T this close (relatively) to an integer counts as that integer
 ROUNDING = 1e-5  # relative tolerance: weights are ratios of counts, which often lie exactly on a threshold
 MAX_TEMPERATURE = 2.0
 NO_WEIGHT = 1000.0  # nats
@@ -71,16 +71,16 @@ class Sampling(NamedTuple):
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise InputError(f"temperature={self.temperature}: must lie in (0, {MAX_TEMPERATURE:g}].")
         if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k}: must be an integer number of patches to keep, or 0 for all.")
+            raise InputError(f"top_k={self.top_k}: must be the number of patches to keep, or 0 for all.")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be a fraction in [0, 1].")
         exponent = inverse_temperature(self.temperature)
         if self.num_candidates < exponent:
-            least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
+            minimum = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
             raise InputError(
                 f"num_candidates={self.num_candidates} is too few for temperature={self.temperature}: use at least "
-                f"{least}."
+                f"{minimum}."
             )
 
 
@@ -91,7 +91,7 @@ class Randomness:
         self.generator = np.random.default_rng(seed)
 
     def noise(self, spec: dict, shape: tuple[int, ...]) -> np.ndarray:
-        """Samples one of the head's noise inputs, float32, from the distribution given in calm.json."""
+        """Samples one of the head's noise inputs, float32; `spec` is its entry in "noises" of calm.json."""
         if spec["law"] == "normal":
             return self.generator.standard_normal(shape, dtype=np.float32)
         low, high = spec["range"]
@@ -130,11 +130,11 @@ class ExportedCALM:
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
 
-        def session(path: Path):
+        def open_graph(path: Path):
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
         parts = ("backbone", "head", "decoder")
-        self.backbone, self.head, self.decoder = (read(folder / f"{part}.onnx", session) for part in parts)
+        self.backbone, self.head, self.decoder = (read(folder / f"{part}.onnx", open_graph) for part in parts)
 
     def generate_text(self, prompt: str, max_new_tokens: int, randomness: Randomness, **settings) -> Iterator[str]:
         """Yields the continuation of a prompt in parts, as they are generated; see `generate_tokens`."""
@@ -143,7 +143,7 @@ class ExportedCALM:
         for token in self.generate_tokens(list(ids), max_new_tokens, randomness, **settings):
             ids.append(token)
             text = self.tokenizer.decode(ids)
-            if not text.endswith(INCOMPLETE):  # wait for the character's last token
+            if not text.endswith(INCOMPLETE):  # else the character's last token is still to come
                 yield text[len(decoded) :]
                 decoded = text
         if rest := self.tokenizer.decode(ids)[len(decoded) :]:
@@ -203,22 +203,22 @@ class ExportedCALM:
 
     def _sample_patch(self, hidden_1D: np.ndarray, randomness: Randomness, sampling: Sampling) -> np.ndarray:
         """Samples the next patch (K,) from a hidden state."""
-        sizes = {"draws": sampling.num_samples, "rows": 1}  # axes named in calm.json
+        sizes = {"draws": sampling.num_samples, "rows": 1}  # of the axes that calm.json names; it gives other sizes
         noise = {
-            spec["name"]: randomness.noise(spec, tuple(sizes[x] if x in sizes else x for x in spec["shape"]))
+            spec["name"]: randomness.noise(spec, tuple(sizes.get(axis, axis) for axis in spec["shape"]))
             for spec in self.config["noises"]
         }
         (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noise})
         patches_NK = self._decode(latents_N1Z[:, 0])
         if len(patches_NK) == 1:
             return patches_NK[0]
-        noise_N = randomness.exponential(len(patches_NK))
-        return patches_NK[sample_by_weight(first_occurrences(patches_NK), noise_N, sampling)]
+        exponential_N = randomness.exponential(len(patches_NK))
+        return patches_NK[sample_by_weight(first_occurrences(patches_NK), exponential_N, sampling)]
 
     def _decode(self, latents_NZ: np.ndarray) -> np.ndarray:
         """Returns the most probable tokens (N, K); decodes in chunks of at most LOGITS_CHUNK_SIZE logits."""
-        size = max(1, LOGITS_CHUNK_SIZE // (self.config["patch_size"] * self.config["vocab_size"]))
-        chunks = [latents_NZ[start : start + size] for start in range(0, len(latents_NZ), size)]
+        chunk_size = max(1, LOGITS_CHUNK_SIZE // (self.config["patch_size"] * self.config["vocab_size"]))
+        chunks = [latents_NZ[start : start + chunk_size] for start in range(0, len(latents_NZ), chunk_size)]
         return np.concatenate([self.decoder.run(["tokens"], {"latents": chunk})[0] for chunk in chunks])
 
 
@@ -234,15 +234,15 @@ def read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 
 def inverse_temperature(temperature: float) -> float:
-    """Returns the exponent 1/T, exactly whole if T is 1/n up to rounding."""
+    """Returns the exponent 1/T, rounded to an integer n if T is 1/n up to rounding."""
     exponent = 1 / temperature
     if math.isinf(exponent):
         return exponent
-    return float(round(exponent)) if abs(exponent - round(exponent)) <= WHOLE_TOLERANCE * exponent else exponent
+    return float(round(exponent)) if abs(exponent - round(exponent)) <= INTEGER_TOLERANCE * exponent else exponent
 
 
 def first_occurrences(patches_NK: np.ndarray) -> np.ndarray:
-    """Returns for each patch the index of the first one equal to it, (N,)."""
+    """Returns (N,): for each patch the index of the first patch equal to it."""
     _, first, inverse = np.unique(patches_NK, axis=0, return_index=True, return_inverse=True)
     return first[inverse.reshape(-1)]
 
@@ -256,18 +256,18 @@ def candidate_log_weights(first_N: np.ndarray, temperature: float) -> np.ndarray
     whose number is estimated by Chao's formula.
     """
     num_samples, exponent = len(first_N), inverse_temperature(temperature)
-    table = [
+    log_weight_of_count = [
         math.lgamma(count + 1) - math.lgamma(exponent + 1) - math.lgamma(count - exponent + 1)
         if count > exponent - 1
         else (count - num_samples - 1) * NO_WEIGHT
         for count in range(num_samples + 1)
     ]
-    sizes_N = np.bincount(first_N, minlength=num_samples)[first_N]
-    log_weights_N = np.array(table)[sizes_N]
-    num_once, num_twice = (sizes_N == 1).sum(), (sizes_N == 2).sum() / 2
+    counts_N = np.bincount(first_N, minlength=num_samples)[first_N]
+    log_weights_N = np.array(log_weight_of_count)[counts_N]
+    num_once, num_twice = (counts_N == 1).sum(), (counts_N == 2).sum() / 2  # distinct patches
     if temperature > 1 and num_once > 1:
-        log_unseen = math.log((num_once - 1) / (2 * (num_twice + 1))) + table[0]
-        log_weights_N = np.where(sizes_N == 1, np.logaddexp(log_weights_N, log_unseen), log_weights_N)
+        log_unseen = math.log((num_once - 1) / (2 * (num_twice + 1))) + log_weight_of_count[0]
+        log_weights_N = np.where(counts_N == 1, np.logaddexp(log_weights_N, log_unseen), log_weights_N)
     return np.where(first_N == np.arange(num_samples), log_weights_N, -np.inf)
 
 
@@ -286,11 +286,11 @@ def truncated(weights_N: np.ndarray, sampling: Sampling) -> np.ndarray:
     return filtered_N
 
 
-def sample_by_weight(first_N: np.ndarray, noise_N: np.ndarray, sampling: Sampling) -> int:
-    """Returns the index of a sample, chosen with probability proportional to its weight by the Gumbel-max trick."""
+def sample_by_weight(first_N: np.ndarray, exponential_N: np.ndarray, sampling: Sampling) -> int:
+    """Returns the index of a sample, chosen with probability proportional to its weight (the Gumbel-max trick)."""
     log_weights_N = candidate_log_weights(first_N, sampling.temperature)
     weights_N = truncated(np.exp(log_weights_N - log_weights_N.max()), sampling)
-    return int((weights_N / np.maximum(noise_N, np.finfo(np.float32).tiny)).argmax())
+    return int((weights_N / np.maximum(exponential_N, np.finfo(np.float32).tiny)).argmax())
 
 
 # The command
@@ -302,12 +302,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
+    """Parses a positive integer; an argparse `type=`."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1.")
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1.")
     return int(text)
 
 
 def run(argv: list[str] | None) -> None:
+    """Parses the options, loads the model, and prints the prompt and its continuation."""
     here = Path(__file__)
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(f"python {here.name}", description=__doc__, formatter_class=formatter, allow_abbrev=False)

@@ -10,6 +10,7 @@ import json
 import re
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     serve(options)
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("model", nargs="?", default=".", help="folder or Hub id of a CALM (default: this folder)")
     parser.add_argument("--baseline", help="folder or Hub id of a token-level language model to compare with")
@@ -94,12 +95,12 @@ def parse(argv: list[str] | None):
     return parser.parse_args(argv)
 
 
-def serve(options) -> None:
+def serve(options: Namespace) -> None:
     """Loads the models and serves the page until the process ends."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError('the page needs gradio: pip install "calm-transformers[app]".')
-    with known_errors(OSError), bind_socket(options.host, options.port) as listening:
-        port = listening.getsockname()[1]  # checked before the models are loaded
+    with known_errors(OSError), bind_socket(options.host, options.port) as bound_socket:
+        port = bound_socket.getsockname()[1]  # checked before the models are loaded
     page = create_page(load_models(options.model, options.baseline, options.device))
     print(f"{options.model} is served at http://{options.host}:{port}", flush=True)
     with known_errors(OSError):
@@ -107,7 +108,8 @@ def serve(options) -> None:
 
 
 def load_models(model: str, baseline: str | None, device: str | None) -> list[PageModel]:
-    """
+    """Loads the CALM, and the baseline if one is named, with their tokenizers.
+
     Raises:
         InputError: a model can't be loaded, `model` is not a CALM, or `baseline` is one.
     """
@@ -139,14 +141,15 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
     with atomic_write(folder.absolute()) as temporary:
         temporary.mkdir()
         sources = {name: source for name, source in (("model", model), ("baseline", baseline)) if source}
+        # A copied model is loaded from its subfolder ("model" or "baseline"), another one from the Hub.
         loaded_from = {name: copy_if_local(source, temporary / name) for name, source in sources.items()}
         names = {name: display_name(source) for name, source in sources.items() if loaded_from[name] == name}
-        on_hub = [source for name, source in sources.items() if loaded_from[name] == source]
+        hub_ids = [source for name, source in sources.items() if loaded_from[name] == source]
         title = f"{display_name(model)} demo"
         card = SPACE_CARD.format(
             title=json.dumps(title)[1:-1],
             sdk_version=SDK_VERSION,
-            models="models:\n" + "".join(f"- {name}\n" for name in on_hub) if on_hub else "",
+            models="models:\n" + "".join(f"- {hub_id}\n" for hub_id in hub_ids) if hub_ids else "",
         )
         files = {
             "app.py": SPACE_APP.format(model=loaded_from["model"], baseline=loaded_from.get("baseline"), names=names),

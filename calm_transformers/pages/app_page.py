@@ -119,7 +119,7 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer, ids: Sequence[int] = ()):
         self.tokenizer, self.ids = tokenizer, list(ids)
-        self.length = len(self._decode())
+        self.length = len(self._decode())  # of the text that was returned
 
     def append(self, tokens: Sequence[int], is_last: bool = False) -> str:
         """Appends tokens and returns the text that they add, without special tokens."""
@@ -143,6 +143,7 @@ class GenerationState:
         self.num_tokens, self.seconds, self.is_done = 0, 0.0, False
 
     def update(self, event: str, value: Any) -> None:
+        """Updates the state by "scores" (a step's `CandidateScores`, as lists), by a "token", or by the "end"."""
         if event == "scores":
             patches, counts, weights, chosen, *_ = value
             candidates = self._shown_candidates(patches, counts, weights, chosen)
@@ -159,6 +160,7 @@ class GenerationState:
                 self.steps[-1].text += self.detokenizer.append([], is_last=True)
 
     def _shown_candidates(self, patches, counts, weights, chosen: int) -> list[Candidate]:
+        """Returns the first candidates; the chosen one replaces the last of them if it is not among them."""
         shown = list(range(min(MAX_SHOWN_CANDIDATES, len(patches))))
         if chosen not in shown:
             shown[-1] = chosen
@@ -175,14 +177,15 @@ class GenerationStopped(Exception):
 
 
 class QueueStreamer(BaseStreamer):
-    """Sends tokens and candidates to another thread; ends `generate` once `stop` is set."""
+    """Sends tokens and candidates to another thread; ends `generate` once `stop_requested` is set."""
 
     def __init__(self):
         self.events: queue.Queue = queue.Queue()
-        self.stop = threading.Event()
+        self.stop_requested = threading.Event()
         self.is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt, and then with each token."""
         if self.is_prompt:
             self.is_prompt = False
             return
@@ -196,7 +199,7 @@ class QueueStreamer(BaseStreamer):
         self._send("end", None)
 
     def _send(self, event: str, value: Any) -> None:
-        if self.stop.is_set():
+        if self.stop_requested.is_set():
             raise GenerationStopped
         self.events.put((event, value))
 
@@ -242,10 +245,11 @@ class PageModel:
                     last_update = time.perf_counter()
                     yield state
         finally:
-            streamer.stop.set()
+            streamer.stop_requested.set()
             thread.join()
 
     def _prompt_ids(self, prompt: str, max_new_tokens: int) -> list[int]:
+        """Returns the prompt's ids, or BOS for an empty prompt; raises ValueError if it is too long."""
         ids = list(self.tokenizer(prompt).input_ids)
         bos_token_id = self.model.generation_config.bos_token_id
         if not ids and bos_token_id is None:
@@ -259,6 +263,7 @@ class PageModel:
         return ids
 
     def _generate(self, ids: list[int], settings: Settings, streamer: QueueStreamer) -> None:
+        """Generates to the streamer; the target of a thread, so an exception is sent as an event."""
         try:
             input_ids = torch.tensor([ids], device=self.model.device)
             options = self._calm_options(settings) if self.is_calm else self._token_options(settings)
@@ -287,6 +292,7 @@ class PageModel:
         return options
 
     def _token_options(self, settings: Settings) -> dict[str, Any]:
+        """Seeds torch, and returns options of `generate` for a token-level model."""
         torch.manual_seed(int(settings.seed))  # upstream's generate takes no generator
         return {"top_k": 0, "pad_token_id": self.model.generation_config.pad_token_id or 0}
 
@@ -325,19 +331,19 @@ def _render_speed(model: PageModel, state: GenerationState | None) -> str:
 
 
 def _render_step(number: int, step: Step) -> str:
-    kind = "patch odd" if number % 2 else "patch"
+    css_class = "patch odd" if number % 2 else "patch"
     text = html.escape(step.text) or ("⏹" if step.candidates else "")
     if not step.candidates:
-        return f'<span class="{kind}">{text}</span>'
-    lines = [f"<b>{step.num_candidates} candidates for patch {number + 1}</b>"]
+        return f'<span class="{css_class}">{text}</span>'
+    card = [f"<b>{step.num_candidates} candidates for patch {number + 1}</b>"]
     for candidate in step.candidates:
         shown = html.escape(candidate.text.replace("\n", "⏎").replace("\t", "⇥")) or "∅"
-        lines.append(
+        card.append(
             f'<span class="row{" chosen" if candidate.is_chosen else ""}"><code>{shown}</code>'
             f'<span>{candidate.count} ×</span><i style="--weight:{candidate.weight:.1%}"></i>'
             f"<span>{candidate.weight:.1%}</span></span>"
         )
-    return f'<span class="{kind}" tabindex="0">{text}<span class="card">{"".join(lines)}</span></span>'
+    return f'<span class="{css_class}" tabindex="0">{text}<span class="card">{"".join(card)}</span></span>'
 
 
 def stream_html(models: Sequence[PageModel], prompt: str, settings: Settings) -> Iterator[tuple[str, ...]]:
@@ -381,18 +387,18 @@ def create_page(models: Sequence[PageModel], prompt: str = PROMPT):
                 controls = _controls(gr, default, models[0].max_tokens)
 
         def write(prompt, *values):
-            for parts in stream_html(models, prompt or "", Settings(*values)):
-                yield parts if len(models) > 1 else parts[0]
+            for html_of_models in stream_html(models, prompt or "", Settings(*values)):
+                yield html_of_models if len(models) > 1 else html_of_models[0]  # as gradio wants a single output
 
-        event = {"fn": write, "inputs": [text, *controls], "outputs": outputs, "show_progress": "hidden"}
-        event |= {"concurrency_id": "write", "concurrency_limit": 1}
-        running = [start.click(**event, api_name="write"), text.submit(**event, api_visibility="private")]
+        listener = {"fn": write, "inputs": [text, *controls], "outputs": outputs, "show_progress": "hidden"}
+        listener |= {"concurrency_id": "write", "concurrency_limit": 1}
+        running = [start.click(**listener, api_name="write"), text.submit(**listener, api_visibility="private")]
         stop.click(None, cancels=running, api_visibility="private")
     return page
 
 
 def _controls(gr, default: Settings, max_tokens: int) -> list:
-    """Returns one control per field of `Settings`, in the same order."""
+    """Returns one control per field of `Settings`, in the same order; `gr` is the module gradio."""
     steps = {"temperature": 0.05, "num_candidates": 1, "max_new_tokens": 1, "top_p": 0.05}
     sliders = []
     for name, step in steps.items():
@@ -416,10 +422,6 @@ def launch(page, **options) -> None:
     """
     import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra [app]
 
-    theme = gr.themes.Base(
-        primary_hue="blue",
-        neutral_hue="stone",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "Consolas", "monospace"],
-    )
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "Consolas", "monospace"]}
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="stone", **fonts)
     page.queue().launch(theme=theme, css=STYLE, ssr_mode=False, footer_links=[], **options)

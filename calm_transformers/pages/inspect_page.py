@@ -75,11 +75,11 @@ function candidateWeights(counts, temperature, {top_k = 0, top_p = 1, min_p = 0}
   const numSamples = counts.reduce((a, b) => a + b, 0);
   let s = 1 / temperature;
   if (Math.abs(s - Math.round(s)) <= 1e-6 * s) s = Math.round(s);
-  // log C(c, s) up to a constant, from C(i, s) / C(i - 1, s) = i / (i - s).
-  const logWeight = c => {
-    if (c <= s - 1) return (c - numSamples - 1) * 1000;
+  // log C(count, s) up to a constant, from C(i, s) / C(i - 1, s) = i / (i - s); very low if the weight is 0.
+  const logWeight = count => {
+    if (count <= s - 1) return (count - numSamples - 1) * 1000;
     let sum = 0;
-    for (let i = Math.floor(s) + 1; i <= c; i++) sum += Math.log(i / (i - s));
+    for (let i = Math.floor(s) + 1; i <= count; i++) sum += Math.log(i / (i - s));
     return sum;
   };
   const singletons = counts.filter(c => c === 1).length, doubletons = counts.filter(c => c === 2).length;

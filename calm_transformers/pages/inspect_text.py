@@ -8,6 +8,7 @@ Axes: P patches, R of them at a time, K tokens per patch, D hidden, N samples, M
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -16,12 +17,12 @@ from typing import Any
 
 import torch
 
-from calm_transformers.command_line import Parser, command, known_errors, natural, positive, utf8, writable
+from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number, utf8, writable
 from calm_transformers.files import atomic_write
 from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_algorithms import Truncation, candidate_weights
 from calm_transformers.model.generation_calm_candidates import candidate_scores
-from calm_transformers.model.generation_calm_samplers import check_temperature
+from calm_transformers.model.generation_calm_samplers import PatchSampling, check_temperature
 from calm_transformers.pages.app_page import ALL_CANDIDATES, PROMPT, IncrementalDetokenizer, text_after
 from calm_transformers.pages.inspect_page import render_page
 
@@ -33,7 +34,8 @@ BAR_WIDTH = 12  # characters for a weight of 1
 
 @dataclass
 class Candidate:
-    """
+    """A distinct patch among the samples of a step.
+
     Args:
         text: the text that it adds to the preceding text.
         count: how often it was sampled.
@@ -47,7 +49,8 @@ class Candidate:
 
 @dataclass
 class Patch:
-    """
+    """A patch of the text, and the candidates that were sampled in its place.
+
     Args:
         text: the text that it adds, without special tokens.
         tokens: token strings.
@@ -65,7 +68,8 @@ class Patch:
 
 @dataclass
 class Inspection:
-    """
+    """A generated text with its prompt, patch by patch.
+
     Args:
         model: folder or Hub id.
         patch_size: K.
@@ -107,8 +111,8 @@ def inspect_text(model, tokenizer, prompt: str, max_new_tokens: int, seed: int, 
             output_scores=True,
             **options,
         )
-    packed = model.pack_for_generation(ids_1L, bos_token=model.generation_config.bos_token_id)["input_ids"]
-    patches = prompt_patches(model, tokenizer, packed, ids_1L.shape[1], sampling, seed)
+    packed_1L = model.pack_for_generation(ids_1L, bos_token=model.generation_config.bos_token_id)["input_ids"]
+    patches = prompt_patches(model, tokenizer, packed_1L, ids_1L.shape[1], sampling, seed)
     patches += generated_patches(tokenizer, output, ids_1L.shape[1], model.config.patch_size)
     settings = {name: getattr(sampling, name) for name in ("temperature", "num_candidates", "top_k", "top_p", "min_p")}
     return Inspection("", model.config.patch_size, {**settings, "seed": seed}, patches)
@@ -123,11 +127,11 @@ def generated_patches(tokenizer, output, prompt_length: int, patch_size: int) ->
         Patch(
             text,
             tokenizer.convert_ids_to_tokens(ids[start : start + patch_size]),
-            False,
-            candidates_of(step, 0, tokenizer, ids[:start]),
-            int(step.chosen[0]),
+            is_prompt=False,
+            candidates=candidates_of(scores, 0, tokenizer, ids[:start]),
+            chosen=int(scores.chosen[0]),
         )
-        for start, text, step in zip(starts, texts, output.scores, strict=True)
+        for start, text, scores in zip(starts, texts, output.scores, strict=True)
     ]
 
 
@@ -153,12 +157,12 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
     packed_1L: the prompt, padded on the left to whole patches.
     num_tokens: length of the prompt without padding.
     """
-    size, ids = model.config.patch_size, packed_1L[0].tolist()
-    num_padding, starts = len(ids) - num_tokens, range(0, len(ids), size)
-    bounds = [max(start, num_padding) for start in (*starts, len(ids))]
+    patch_size, ids = model.config.patch_size, packed_1L[0].tolist()
+    num_padding, starts = len(ids) - num_tokens, range(0, len(ids), patch_size)
+    bounds = [max(start, num_padding) for start in (*starts, len(ids))]  # of the patches without padding
     texts = texts_between(tokenizer, ids[num_padding:], [bound - num_padding for bound in bounds])
     patches = [
-        Patch(text, tokenizer.convert_ids_to_tokens(ids[start:end]), True)
+        Patch(text, tokenizer.convert_ids_to_tokens(ids[start:end]), is_prompt=True)
         for text, (start, end) in zip(texts, pairwise(bounds), strict=True)
     ]
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -168,15 +172,15 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
             hidden_RD = hidden_PD[first : first + PATCHES_CHUNK_SIZE]
             scores = sample_candidates(model, hidden_RD, sampling, generator)
             for row in range(len(hidden_RD)):
-                number = first + row + 1
-                target_K = packed_1L[0, starts[number] : starts[number] + size].to(scores.patches)
-                patches[number].candidates = candidates_of(scores, row, tokenizer, ids[num_padding : bounds[number]])
-                equal = (scores.patches[row] == target_K).all(-1).nonzero()
-                patches[number].chosen = int(equal[0, 0]) if len(equal) else None
+                index = first + row + 1  # of the patch that the row's hidden state predicts
+                patch_K = packed_1L[0, starts[index] : starts[index] + patch_size].to(scores.patches)
+                patches[index].candidates = candidates_of(scores, row, tokenizer, ids[num_padding : bounds[index]])
+                equal = (scores.patches[row] == patch_K).all(-1).nonzero()
+                patches[index].chosen = int(equal[0, 0]) if len(equal) else None
     return patches
 
 
-def sample_candidates(model, hidden_RD, sampling, generator):
+def sample_candidates(model, hidden_RD: torch.Tensor, sampling: PatchSampling, generator: torch.Generator):
     """Samples N candidates after each hidden state and returns `CandidateScores`; its `chosen` is not used."""
     all_candidates = replace(
         sampling, lazy_decoding=False, top_k=ALL_CANDIDATES if sampling.takes_single_sample else sampling.top_k
@@ -185,8 +189,9 @@ def sample_candidates(model, hidden_RD, sampling, generator):
     return candidate_scores(sample.candidates, sample.index, sampling.weights)
 
 
-def weights_from_counts(counts: Sequence[int], temperature: float, truncation) -> list[float]:
+def weights_from_counts(counts: Sequence[int], temperature: float, truncation: Truncation) -> list[float]:
     """Returns the normalised weights C(count, 1/T) of distinct patches by their counts, after truncation."""
+    # As of samples in which equal patches follow each other; a sample is given by the index of the first equal one.
     counts_M = torch.tensor(counts)
     first_M = counts_M.cumsum(0) - counts_M
     return candidate_weights(first_M.repeat_interleave(counts_M)[None], temperature, truncation)[0, first_M].tolist()
@@ -199,8 +204,7 @@ def format_inspection(inspection: Inspection, temperatures: Sequence[float], num
     """Formats each patch, its candidates and their weights at each temperature as plain text."""
     settings = inspection.settings
     truncation = Truncation(settings["top_k"], settings["top_p"], settings["min_p"])
-    own = settings["temperature"]
-    names = [f"T={temperature:.3g}" + ("*" if temperature == own else "") for temperature in temperatures]
+    names = [f"T={each:.3g}" + ("*" if each == settings["temperature"] else "") for each in temperatures]
     lines = [
         f"{inspection.model}: K = {inspection.patch_size}, "
         + ", ".join(f"{name} = {value:.6g}" for name, value in settings.items()),
@@ -231,6 +235,7 @@ def format_inspection(inspection: Inspection, temperatures: Sequence[float], num
 
 
 def format_patch(number: int, patch: Patch) -> str:
+    """Returns the line that introduces a patch: its number, its text, and whether it belongs to the prompt."""
     line = f"{number:>4}  {quote(patch.text or ''.join(patch.tokens))}"  # EOS has no text
     if patch.is_prompt:
         line += "   prompt" if patch.chosen is not None or not patch.candidates else "   prompt, not sampled"
@@ -250,7 +255,7 @@ def write_page(path: Path, inspection: Inspection) -> None:
         temporary.write_text(render_page(asdict(inspection)), encoding="utf-8")
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("model", nargs="?", default=".", help="folder or Hub id (default: this folder)")
     parser.add_argument("prompt", nargs="?", type=utf8, default=PROMPT, help=f"default: {PROMPT}")
@@ -261,7 +266,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--top_k", type=int, help="keep the k candidates of largest weight, 0 for all")
     parser.add_argument("--top_p", type=float, help="keep the smallest set of this total weight")
     parser.add_argument("--min_p", type=float, help="minimum weight relative to the largest")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     compared = {"default": COMPARED_TEMPERATURES, "help": "printed temperatures (default: 1 0.5 0.333)"}
     parser.add_argument("--compare", type=float, nargs="+", metavar="T", **compared)
     parser.add_argument("--show", type=positive, default=5, help="candidates to print per patch (default: 5)")
@@ -286,8 +291,8 @@ def main(argv: list[str] | None = None) -> None:
             write_page(options.html, inspection)
         print(f"{options.html}: {len(inspection.patches)} patches.")
         return
-    own = inspection.settings["temperature"]
-    print(format_inspection(inspection, sorted({*options.compare, own}, reverse=True), options.show))
+    temperatures = {*options.compare, inspection.settings["temperature"]}
+    print(format_inspection(inspection, sorted(temperatures, reverse=True), options.show))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ from calm_transformers.serving.middleware import (
 from calm_transformers.serving.openai_api import ApiError, BadRequest, ChatRequest, CompletionRequest, Prompt, to_event
 from calm_transformers.serving.sequence import GenerationResult, TextDelta
 
-SEED_RANGE = 2**63
+SEED_RANGE = 2**63  # seeds are signed 64-bit integers; the sum in `_submit` wraps around
 PROBE_TIMEOUT_SECONDS = 10
-RECEIVE_TIMEOUT_SECONDS = 60  # for a request's head, and again for its body; nginx's default
+RECEIVE_TIMEOUT_SECONDS = 60  # for a request's headers, and again for its body; nginx's default
 
 
 @dataclass
@@ -66,13 +66,15 @@ class PendingRequest:
         for future in self.futures:
             future.cancel()
 
-    def echo(self, choice: int) -> str:
-        return self.prompts[choice // self.request.num_choices].echo
+    def echo(self, index: int) -> str:
+        """Returns the text that is put before the text of this index."""
+        return self.prompts[index // self.request.num_choices].echo
 
     def usage(self) -> dict[str, int]:
-        prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        new = sum(len(future.result().tokens) for future in self.futures)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        """Returns OpenAI's token counts of the request, whose texts have all ended."""
+        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        num_new = sum(len(future.result().tokens) for future in self.futures)
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
 
 class EventStreamResponse(StreamingResponse):
@@ -87,7 +89,7 @@ class EventStreamResponse(StreamingResponse):
         try:
             await run_until_disconnect(self.stream_response(send), receive)
         finally:
-            self.pending.cancel()
+            self.pending.cancel()  # has no effect on texts that have ended
 
 
 async def run_until_disconnect(coroutine: Coroutine, receive: Receive) -> bool:
@@ -97,15 +99,15 @@ async def run_until_disconnect(coroutine: Coroutine, receive: Receive) -> bool:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = main, _ = asyncio.create_task(coroutine), asyncio.create_task(wait_for_disconnect())
+    main_task, disconnect_task = asyncio.create_task(coroutine), asyncio.create_task(wait_for_disconnect())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((main_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-    if main.done():
-        main.result()
-    return main.done()
+        main_task.cancel()
+        disconnect_task.cancel()
+    if main_task.done():
+        main_task.result()  # raises the coroutine's exception, if there was one
+    return main_task.done()
 
 
 class Endpoints:
@@ -131,6 +133,7 @@ class Endpoints:
         return JSONResponse(self._model_fields())
 
     async def health(self, request: Request) -> Response:
+        """Answers whether texts can be generated: with an error if the batcher is closed or its last text failed."""
         self.batcher.check_open()
         if self.batcher.last_error is not None:
             await run_in_threadpool(self._probe_generation)
@@ -157,10 +160,10 @@ class Endpoints:
             "max_model_len": self.batcher.max_length,
         }
 
-    async def generate(self, http: Request, request_class: type[CompletionRequest | ChatRequest]) -> Response:
+    async def generate(self, http_request: Request, request_class: type[CompletionRequest | ChatRequest]) -> Response:
         """Answers a completion or chat request."""
         started = time.perf_counter()
-        request = request_class.parse(await self._read_body(http))
+        request = request_class.parse(await self._read_body(http_request))
         self._check_model(request.model)
         self._check_num_texts(request)
         pending = await run_in_threadpool(self._prepare, request, started)
@@ -171,14 +174,13 @@ class Endpoints:
             "model": self.options.model_name,
         }
         if request.stream:
-            return EventStreamResponse(
-                pending, self._stream(pending, common_fields | {"object": request.chunk_object})
-            )
+            events = self._stream(pending, common_fields | {"object": request.chunk_object})
+            return EventStreamResponse(pending, events)
         try:
-            if not await run_until_disconnect(self._wait_for_all(pending), http.receive):
+            if not await run_until_disconnect(self._wait_for_all(pending), http_request.receive):
                 raise ClientDisconnect
         finally:
-            pending.cancel()
+            pending.cancel()  # has no effect on texts that have ended
         choices = []
         for index, future in enumerate(pending.futures):
             result = future.result()
@@ -188,13 +190,14 @@ class Endpoints:
             common_fields | {"object": request.response_object, "choices": choices, "usage": pending.usage()}
         )
 
-    async def _read_body(self, http: Request) -> bytes:
+    async def _read_body(self, http_request: Request) -> bytes:
+        """Returns the request's body; raises `ApiError` if it is too large or arrives too slowly."""
         max_bytes = self.options.max_request_bytes
         timeout = min(RECEIVE_TIMEOUT_SECONDS, self.options.timeout_s or RECEIVE_TIMEOUT_SECONDS)
         body = bytearray()
         try:
             async with asyncio.timeout(timeout):
-                async for part in http.stream():
+                async for part in http_request.stream():
                     body += part
                     if len(body) > max_bytes:
                         raise ApiError(413, f"The body is larger than {max_bytes} bytes.")
@@ -203,16 +206,18 @@ class Endpoints:
         return bytes(body)
 
     def _check_model(self, name: str | None) -> None:
+        """Raises a 404 if a request names another model."""
         if name is not None and name != self.options.model_name:
             message = f"There is no model {name!r} here: ask for {self.options.model_name!r}."
             raise ApiError(404, message, "model", "model_not_found")
 
     def _check_num_texts(self, request: CompletionRequest | ChatRequest) -> None:
+        """Raises `BadRequest` for more texts than can ever run and wait together."""
         num_texts = request.num_prompts * request.num_choices
         max_texts = self.batcher.max_rows + self.batcher.max_waiting
         if num_texts > max_texts:
-            name = "n" if request.num_choices > 1 else "prompt"
-            raise BadRequest(f"{name}: a request may have at most {max_texts} texts, not {num_texts}.", name)
+            param = "n" if request.num_choices > 1 else "prompt"
+            raise BadRequest(f"{param}: a request may have at most {max_texts} texts, not {num_texts}.", param)
 
     def _prepare(self, request: CompletionRequest | ChatRequest, started: float) -> PendingRequest:
         """Encodes the prompts, and sets the request's `max_tokens`.
@@ -223,13 +228,14 @@ class Endpoints:
         assert self.batcher.tokenizer is not None, "see __init__"
         options = request.processor_options(self.batcher.tokenizer, self.batcher.model.config.vocab_size)
         pending = PendingRequest(request, request.prompts(self.batcher), started, options)
-        room = min(self.batcher.max_length - len(prompt.ids) for prompt in pending.prompts)
+        prompt_length, context = max(len(prompt.ids) for prompt in pending.prompts), self.batcher.max_length
+        room = context - prompt_length  # for new tokens
         max_tokens = request.max_tokens
         if room < 1 or (max_tokens or 0) > room:
             requested = f" and {request.length_field} is {max_tokens}" if max_tokens else ""
-            name, context = (request.length_field if room > 0 else request.prompt_field), self.batcher.max_length
-            message = f"{name}: the prompt has {context - room} tokens{requested}, but the context has {context}."
-            raise BadRequest(message, name, "context_length_exceeded")
+            param = request.prompt_field if room < 1 else request.length_field
+            message = f"{param}: the prompt has {prompt_length} tokens{requested}, but the context has {context}."
+            raise BadRequest(message, param, "context_length_exceeded")
         request.max_tokens = max_tokens or min(request.default_max_tokens or room, room)
         return pending
 
@@ -239,7 +245,7 @@ class Endpoints:
         num_texts = len(pending.prompts) * request.num_choices
         seed = secrets.randbelow(SEED_RANGE) if request.seed is None else request.seed
 
-        def put_event(index: int, delta: TextDelta | None) -> None:
+        def put_event(index: int, delta: TextDelta | None) -> None:  # called in the batcher's thread
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(pending.events.put_nowait, (index, delta))
 
@@ -288,6 +294,7 @@ class Endpoints:
         self.metrics.request_seconds.observe(time.perf_counter() - pending.started)
 
     async def _wait_for_all(self, pending: PendingRequest) -> None:
+        """Waits until all texts have ended; raises the errors of `_events`."""
         async for _ in self._events(pending):
             pass
 
@@ -305,7 +312,7 @@ class Endpoints:
         request = pending.request
         usage = {"usage": None} if request.includes_usage else {}
 
-        def chunk(index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
+        def chunk_event(index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
             choice = {"index": index, **fields, "finish_reason": finish_reason}
             return to_event(common_fields | {"choices": [choice]} | usage)
 
@@ -313,12 +320,12 @@ class Endpoints:
             for index in range(len(pending.futures)):
                 fields = request.first_chunk_fields(pending.echo(index))
                 if fields is not None:
-                    yield chunk(index, fields)
+                    yield chunk_event(index, fields)
             async for index, delta in self._events(pending):
                 if delta is None:
-                    yield chunk(index, request.chunk_fields(""), pending.futures[index].result().finish_reason)
+                    yield chunk_event(index, request.chunk_fields(""), pending.futures[index].result().finish_reason)
                 elif delta.text:
-                    yield chunk(index, request.chunk_fields(delta.text))
+                    yield chunk_event(index, request.chunk_fields(delta.text))
             if request.includes_usage:
                 yield to_event(common_fields | {"choices": [], "usage": pending.usage()})
             yield "data: [DONE]\n\n"

@@ -114,7 +114,7 @@ class Batcher:
         config = model.config
         self.model, self.tokenizer, self.patch_size = model.eval(), tokenizer, getattr(config, "patch_size", 1)
         self.max_rows, self.max_waiting, self.max_draws = max_rows, max_waiting, max_draws
-        self._engine = Engine(model, max(1, prefill_chunk_size // self.patch_size))
+        self._engine = Engine(model, prefill_patches=max(1, prefill_chunk_size // self.patch_size))
         model_max_length = config.max_position_embeddings * self.patch_size
         self.max_length = min(max_length or model_max_length, model_max_length)
         self._waiting: deque[SequenceState] = deque()
@@ -178,7 +178,7 @@ class Batcher:
             generator = torch.Generator().manual_seed(seed)
         if not isinstance(min_new_tokens, int) or min_new_tokens < 0:
             raise ValueError(f"min_new_tokens={min_new_tokens!r}: must be an integer of at least 0.")
-        sampling = self.model.patch_sampling(**options)  # a class of the model's code, which may be remote code
+        sampling = self.model.patch_sampling(**options)  # made by the model, whose code may be remote
         if self.max_draws is not None and sampling.max_samples > self.max_draws:
             raise ValueError(
                 f"num_candidates={sampling.num_candidates} with sampling_method={sampling.sampling_method!r} may need "
@@ -188,7 +188,7 @@ class Batcher:
         packed = self.model.pack_for_generation(
             torch.tensor([ids], dtype=torch.long), pad_token=defaults.pad_token_id, bos_token=defaults.bos_token_id
         )
-        max_new_tokens = self._check_max_new_tokens(len(ids), max_new_tokens, defaults.max_new_tokens)
+        max_new_tokens = self._resolve_max_new_tokens(len(ids), max_new_tokens, defaults.max_new_tokens)
         prompt_L = torch.tensor(ids or [defaults.bos_token_id], dtype=torch.long)
         eos = [] if ignore_eos or defaults.eos_token_id is None else defaults.eos_token_id
         sequence = SequenceState(
@@ -226,7 +226,7 @@ class Batcher:
         try:
             while (delta := deltas.get()) is not None:
                 yield delta
-            future.result()
+            future.result()  # raises the sequence's error, if it has one
         finally:
             future.cancel()
 
@@ -234,24 +234,25 @@ class Batcher:
         """Returns the ids of a prompt.
 
         Raises:
-            ValueError: text without a tokenizer or with half of a surrogate pair, or ids outside the vocabulary.
+            ValueError: text without a tokenizer or with a lone surrogate, or ids outside the vocabulary.
         """
+        ids: Any = prompt
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("A prompt as text needs a tokenizer: Batcher(model, tokenizer).")
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"The prompt holds half a surrogate pair at character {error.start}.") from None
+                raise ValueError(f"The prompt holds a lone surrogate at character {error.start}.") from None
             with self._tokenizer_lock:  # a call with other settings changes a fast tokenizer
-                prompt = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]  # pyright: ignore[reportAssignmentType]
-        if not isinstance(prompt, Sequence | Tensor):
+                ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        if not isinstance(ids, Sequence | Tensor):
             raise ValueError(f"prompt={prompt!r}: must be a string or token ids.")
-        ids: list[int] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)  # pyright: ignore
-        last = self.model.config.vocab_size - 1
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        last_id = self.model.config.vocab_size - 1
         for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= last:
-                raise ValueError(f"The prompt holds {token!r}: token ids are integers in 0 … {last}.")
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= last_id:
+                raise ValueError(f"The prompt holds {token!r}: token ids are integers in 0 … {last_id}.")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -305,21 +306,22 @@ class Batcher:
     def __exit__(self, error_type, *_) -> None:
         self.close(cancel=error_type is not None)
 
-    def _check_max_new_tokens(self, num_prompt_tokens: int, requested: int | None, default: int | None) -> int:
+    def _resolve_max_new_tokens(self, num_prompt_tokens: int, requested: int | None, default: int | None) -> int:
         """Returns the requested number of new tokens, or the default, or else what `max_length` leaves."""
         room = self.max_length - num_prompt_tokens
-        num = default if requested is None else requested
-        num = max(room, 1) if num is None else num
-        if not isinstance(num, int) or num < 1:
-            raise ValueError(f"max_new_tokens={num!r}: must be an integer of at least 1.")
-        if num > room:
+        max_new_tokens = default if requested is None else requested
+        max_new_tokens = max(room, 1) if max_new_tokens is None else max_new_tokens
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be an integer of at least 1.")
+        if max_new_tokens > room:
             raise ValueError(
-                f"The prompt has {num_prompt_tokens} tokens and max_new_tokens={num}: their sum may be at most "
-                f"{self.max_length}."
+                f"The prompt has {num_prompt_tokens} tokens and max_new_tokens={max_new_tokens}: their sum may be at "
+                f"most {self.max_length}."
             )
-        return num
+        return max_new_tokens
 
     def _make_assembler(self, stop: str | Sequence[str], prompt: list[int]) -> TextAssembler | None:
+        """Returns what decodes the new tokens up to a stop string, or None without a tokenizer."""
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, Sequence) or not all(isinstance(each, str) for each in stop):
             raise ValueError(f"stop={stop!r}: must be a string or a list of strings.")
@@ -332,6 +334,7 @@ class Batcher:
     # Methods of the batcher's thread
 
     def _run(self) -> None:
+        """Runs steps until the batcher is closed and no sequence is left."""
         try:
             while self._wait_for_work():
                 started = time.perf_counter()
@@ -371,6 +374,7 @@ class Batcher:
             self._engine.add(self._waiting.popleft())
 
     def _step(self) -> None:
+        """Runs a step, counts what it did, and finishes the sequences that it ended."""
         before = [(sequence, len(sequence.tokens), sequence.is_prefilled) for sequence in self._engine.sequences]
         ended = self._engine.step()
         num_new = [len(sequence.tokens) - num_before for sequence, num_before, _ in before]
@@ -400,6 +404,7 @@ class Batcher:
             sequence.future.set_result(sequence.result(reason))
 
     def _fail(self, sequences: Iterable[SequenceState], error: BaseException) -> None:
+        """Removes these sequences, which include all running ones, and ends them with an error."""
         sequences = list(sequences)
         with self._condition:
             self._engine.sequences.clear()

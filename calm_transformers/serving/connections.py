@@ -22,22 +22,23 @@ ACCESS_LINE = '%(levelprefix)s %(client_addr).100s - "%(request_line).1000s" %(s
 
 
 class Connection(H11Protocol):
-    """A connection with a timeout for a request's head; too many connections close the one that is idle longest."""
+    """A connection with a timeout for a request's headers; if there are too many, the one idle longest is closed."""
 
-    head_timer: asyncio.TimerHandle | None = None
+    header_timer: asyncio.TimerHandle | None = None
     idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         idle = [each for each in self.connections if isinstance(each, Connection) and each.is_idle]
         if idle and self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency - 1:
+            # uvicorn refuses requests once the limit is reached
             min(idle, key=lambda each: each.idle_since).transport.abort()
         super().connection_made(transport)
         self.idle_since = self.loop.time()
-        self._update_head_timer()
+        self._update_header_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._update_head_timer()
+        self._update_header_timer()
 
     def on_response_complete(self) -> None:
         self.idle_since = self.loop.time()
@@ -45,24 +46,24 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._cancel_head_timer()
+        self._cancel_header_timer()
 
     @property
     def is_idle(self) -> bool:
         """Whether the server waits for a request or for the rest of one."""
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
 
-    def _update_head_timer(self) -> None:
-        """Starts the timer of the next request's head, or cancels it when the head has arrived."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._cancel_head_timer()
-        elif self.head_timer is None:
-            self.head_timer = self.loop.call_later(RECEIVE_TIMEOUT_SECONDS, self.transport.abort)
+    def _update_header_timer(self) -> None:
+        """Starts the timeout for the next request's headers, or cancels it once they have arrived."""
+        if self.cycle is not None and not self.cycle.response_complete:  # a request is being answered
+            self._cancel_header_timer()
+        elif self.header_timer is None:
+            self.header_timer = self.loop.call_later(RECEIVE_TIMEOUT_SECONDS, self.transport.abort)
 
-    def _cancel_head_timer(self) -> None:
-        if self.head_timer is not None:
-            self.head_timer.cancel()
-            self.head_timer = None
+    def _cancel_header_timer(self) -> None:
+        if self.header_timer is not None:
+            self.header_timer.cancel()
+            self.header_timer = None
 
 
 class GracefulServer(uvicorn.Server):
@@ -87,25 +88,28 @@ class GracefulServer(uvicorn.Server):
             limit_concurrency=MAX_IDLE_CONNECTIONS + batcher.max_rows + batcher.max_waiting,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=grace
-            + 2 * CANCEL_NOTICE_SECONDS,  # never reached: `_cancel_after_grace` ends first
+            # never reached: `_cancel_after_grace` ends first
+            timeout_graceful_shutdown=grace + 2 * CANCEL_NOTICE_SECONDS,
         )
         super().__init__(config)
         self.batcher, self.grace = batcher, grace
         self._second_signal = asyncio.Event()
 
     def handle_exit(self, sig, frame) -> None:
+        """Handles a signal: the first one starts the shutdown, a second one ends the grace period."""
         if self.should_exit:
             self._second_signal.set()
         else:
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets=None) -> None:
+        """Waits for running requests as uvicorn does, but cancels them after the grace period."""
         cancellation = asyncio.create_task(self._cancel_after_grace())
         await super().shutdown(sockets)
         cancellation.cancel()
 
     async def _cancel_after_grace(self) -> None:
+        """Waits for the end of the grace period, cancels all requests, and then aborts what connections are left."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._second_signal.wait(), self.grace)
         self.batcher.close(cancel=True, wait=False)

@@ -38,7 +38,7 @@ class SlotCache(Cache):
         self.length = 0  # positions of each slot that the pass attends to
 
     def set_positions(self, slots: list[int], starts: list[int], num_patches: int, device: torch.device) -> Tensor:
-        """Sets the slots of the next pass, which get `num_patches` patches from `starts` on: positions (B, P)."""
+        """Sets the next pass: `num_patches` patches in each of `slots`, at the positions (B, P) from `starts` on."""
         self.slots, self.length = slots, max(starts) + num_patches
         self.slots_B = torch.tensor(slots, device=device)
         self.positions_BP = torch.tensor(starts, device=device)[:, None] + torch.arange(num_patches, device=device)
@@ -48,9 +48,8 @@ class SlotCache(Cache):
         """Returns the causal mask of the pass, to be added to attention scores: (B, 1, P, C)."""
         position_C = torch.arange(self.length, device=self.positions_BP.device)
         is_masked = position_C > self.positions_BP[:, None, :, None]
-        return torch.zeros(is_masked.shape, dtype=dtype, device=is_masked.device).masked_fill_(
-            is_masked, torch.finfo(dtype).min
-        )
+        mask = torch.zeros(is_masked.shape, dtype=dtype, device=is_masked.device)
+        return mask.masked_fill_(is_masked, torch.finfo(dtype).min)
 
     def get_seq_length(self, *args, **kwargs) -> int:
         return 0  # positions and mask are passed to each forward
@@ -58,7 +57,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Stores states (B, H, P, d); returns keys and values (B, H, C, d), arbitrary after a slot's own patches."""
+        """Stores states (B, H, P, d); returns the slots' keys and values (B, H, C, d), arbitrary where masked."""
         device = key_states.device
         slots_B, positions_BP = self.slots_B.to(device), self.positions_BP.to(device)
         stores = self._grow_stores(layer_idx, key_states, value_states)
@@ -73,14 +72,14 @@ class SlotCache(Cache):
     def _grow_stores(self, layer: int, *states: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the layer's keys and values, reallocated if they are too small for the pass."""
         old = self.stores.get(layer)
-        slots, capacity = (0, INITIAL_CAPACITY) if old is None else (len(old[0]), old[0].shape[2])
-        needed = max(self.slots) + 1
-        if old is not None and slots >= needed and capacity >= self.length:
+        num_slots, capacity = (0, INITIAL_CAPACITY) if old is None else (len(old[0]), old[0].shape[2])
+        num_needed = max(self.slots) + 1
+        if old is not None and num_slots >= num_needed and capacity >= self.length:
             return old
-        slots = slots if slots >= needed else max(needed, 2 * slots)
+        num_slots = num_slots if num_slots >= num_needed else max(num_needed, 2 * num_slots)
         while capacity < self.length:
             capacity *= 2
-        keys, values = (s.new_zeros(slots, s.shape[1], capacity, s.shape[3]) for s in states)
+        keys, values = (s.new_zeros(num_slots, s.shape[1], capacity, s.shape[3]) for s in states)
         new = keys, values
         if old is not None:
             for new_store, old_store in zip(new, old, strict=True):
@@ -139,20 +138,23 @@ class Engine:
         self._forward_last_patches()
         self._prefill()
         ended: list[tuple[SequenceState, FinishReason | Exception]] = []
-        for sequence, patch in self._sample_patches():
+        for sequence, patch_or_error in self._sample_patches():
             sequence.hidden_D = None
+            if isinstance(patch_or_error, Exception):
+                ended.append((sequence, patch_or_error))
+                continue
             try:
-                reason = patch if isinstance(patch, Exception) else sequence.append_patch(patch)
+                reason = sequence.append_patch(patch_or_error)
             except Exception as error:
                 reason = error
-            if reason is not None:
+            if reason is None:
+                sequence.uncached_patch = patch_or_error
+            else:
                 ended.append((sequence, reason))
-            elif isinstance(patch, list):
-                sequence.uncached_patch = patch
         return ended
 
     def _forward(self, slots: list[int], patches_RPK: Tensor, starts: list[int]) -> Tensor:
-        """Runs the backbone on patches at positions from `starts` on; returns hidden states (R, P, D)."""
+        """Runs the backbone on patches of R slots, at positions from `starts` on; returns hidden states (R, P, D)."""
         positions_RP = self._cache.set_positions(slots, starts, patches_RPK.shape[1], self.device)
         with cpu_kernels(positions_RP.numel(), self.model.config.hidden_size):
             return self.model(
@@ -181,10 +183,10 @@ class Engine:
 
     def _prefill(self) -> None:
         """Prefills prompts first come, first served, up to `prefill_patches` per step, padding included."""
-        chunks: list[tuple[int, SequenceState, int]] = []  # slot, sequence, patches
+        chunks: list[tuple[int, SequenceState, int]] = []  # slot, sequence, number of patches
         longest = 0
-        waiting = [(slot, each) for slot, each in enumerate(self.sequences) if not each.is_prefilled]
-        for slot, sequence in sorted(waiting, key=lambda each: each[1].arrival_index):
+        waiting = [(slot, sequence) for slot, sequence in enumerate(self.sequences) if not sequence.is_prefilled]
+        for slot, sequence in sorted(waiting, key=lambda slot_and_sequence: slot_and_sequence[1].arrival_index):
             length = min(len(sequence.prompt_PK) - sequence.num_cached, self.prefill_patches)
             if chunks and (len(chunks) + 1) * max(length, longest) > self.prefill_patches:
                 break
@@ -211,8 +213,8 @@ class Engine:
         groups: dict[tuple, list[SequenceState]] = {}
         for sequence in self.sequences:
             if sequence.hidden_D is not None:
-                alone = None if sequence.logits_processors is None else sequence.arrival_index
-                key = (sequence.sampling, sequence.num_tokens_without_eos, sequence.eos_tokens, alone)
+                own_group = None if sequence.logits_processors is None else sequence.arrival_index
+                key = (sequence.sampling, sequence.num_tokens_without_eos, sequence.eos_tokens, own_group)
                 groups.setdefault(key, []).append(sequence)
         sampled: list[tuple[SequenceState, list[int] | Exception]] = []
         for group in groups.values():
@@ -224,7 +226,7 @@ class Engine:
         return sampled
 
     def _sample_group(self, group: list[SequenceState]) -> list[list[int]]:
-        """Samples a patch for each sequence of a group with the same settings."""
+        """Samples the next patch of each sequence of a group, whose settings are equal."""
         sampling, eos_E = group[0].sampling, torch.tensor(sorted(group[0].eos_tokens), dtype=torch.long)
         hidden_RD = torch.stack([sequence.hidden_D for sequence in group if sequence.hidden_D is not None])
         if len(self._schedules) >= MAX_BLOCK_SCHEDULES:

@@ -72,6 +72,7 @@ class Metrics(Collector):
         self.request_seconds = Histogram("calm_request_seconds", "Time to the end of a request.", **settings)
 
     def collect(self) -> Iterator[Metric]:
+        """Yields the batcher's stats as metrics; called by `generate_latest`."""
         stats = self.batcher.stats()
         for name, (family, help_text) in STATS_METRICS.items():
             yield family(f"calm_{name}", help_text, getattr(stats, name))
@@ -111,7 +112,7 @@ class RequestGuard:
             await error.response()(scope, receive, send_and_note_status)
         except Exception as error:  # answered here, so that it is counted and has CORS headers
             logger.exception("A request failed.")
-            if status == CLIENT_CLOSED_REQUEST:
+            if status == CLIENT_CLOSED_REQUEST:  # no answer has started
                 internal_error = ApiError(500, f"Internal server error: {type(error).__name__}.")
                 await internal_error.response()(scope, receive, send_and_note_status)
         finally:
@@ -119,12 +120,12 @@ class RequestGuard:
             self.metrics.requests.labels(path, str(status)).inc()
 
     def _check_key(self, path: str, headers: Headers) -> None:
+        """Raises a 401 if the path needs the API key and the headers lack it."""
         if self.options.api_key is None or path in PATHS_WITHOUT_KEY:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        key = self.options.api_key.encode(
-            errors="surrogateescape"
-        )  # the bytes of the environment; headers are latin-1
+        # Bytes are compared: the environment's, and those of headers, which are decoded as latin-1.
+        key = self.options.api_key.encode(errors="surrogateescape")
         is_valid = secrets.compare_digest(token.strip().encode("latin-1"), key)
         if scheme.lower() != "bearer" or not is_valid:
             message = "The request needs the API key: Authorization: Bearer KEY."
@@ -137,6 +138,7 @@ def format_error(error: BaseException) -> str:
 
 
 async def handle_exception(request: Request, error: Exception) -> Response:
+    """Returns the answer to an exception of `HANDLED`."""
     match error:
         case ApiError():
             api_error = error
@@ -147,8 +149,8 @@ async def handle_exception(request: Request, error: Exception) -> Response:
             api_error = ApiError(429, str(error), code="queue_full", headers={"Retry-After": RETRY_AFTER_SECONDS})
         case BatcherClosed():
             cause = error.__cause__
-            stopping = "The server is stopping."
-            api_error = ApiError(503, stopping if cause is None else f"Generation has stopped: {format_error(cause)}")
+            message = "The server is stopping." if cause is None else f"Generation has stopped: {format_error(cause)}"
+            api_error = ApiError(503, message)
         case _:  # ClientDisconnect
             return Response(status_code=CLIENT_CLOSED_REQUEST)
     return api_error.response()

@@ -42,13 +42,8 @@ UNSUPPORTED_FIELDS: dict[str, tuple[tuple, str]] = {
 }
 # Fields that are accepted and ignored: they don't change the text.
 IGNORED_FIELDS = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "parallel_tool_calls",
-    "safety_identifier",
-    "prompt_cache_key",
+    *("user", "metadata", "store", "service_tier"),
+    *("parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
 )
 
 
@@ -140,6 +135,7 @@ class CountPenalty:
         self.frequency, self.presence, self.prompt_length = frequency, presence, prompt_length
 
     def after_prompt(self, length: int) -> CountPenalty:
+        """Returns the processor of a sequence whose prompt has `length` tokens."""
         return CountPenalty(self.frequency, self.presence, length)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -194,6 +190,7 @@ class GenerationRequest(_StrictModel):
     @model_validator(mode="before")
     @classmethod
     def drop_fields_without_effect(cls, fields: Any) -> Any:
+        """Returns the supported fields; raises `BadRequest` for an unsupported one that would have an effect."""
         if not isinstance(fields, dict):
             return fields
         supported = {}
@@ -201,9 +198,9 @@ class GenerationRequest(_StrictModel):
             if name in IGNORED_FIELDS:
                 continue
             if name in UNSUPPORTED_FIELDS:
-                neutral, why = UNSUPPORTED_FIELDS[name]
-                if value is not None and not any(_is_same(value, each) for each in neutral):
-                    raise BadRequest(f"{name}: {why}", name)
+                neutral_values, reason = UNSUPPORTED_FIELDS[name]
+                if value is not None and not any(_is_same(value, neutral) for neutral in neutral_values):
+                    raise BadRequest(f"{name}: {reason}", name)
                 continue
             check_encodable(name, value)
             supported[name] = value
@@ -340,6 +337,7 @@ class Message(BaseModel):
     @field_validator("content")
     @classmethod
     def join_parts(cls, content: Any) -> str:
+        """Returns the content as one string."""
         if content is None or isinstance(content, str):
             return content or ""
         if not isinstance(content, list):
@@ -355,7 +353,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. The methods without docstrings are those of `CompletionRequest` for chats."""
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -404,23 +402,25 @@ class ChatRequest(GenerationRequest):
 
 
 def check_encodable(name: str, value: Any) -> None:
-    """Raises `BadRequest` for half a surrogate pair or a number that is not finite, which `json.loads` accepts."""
+    """Raises `BadRequest` for a lone surrogate or a number that is not finite: `json.loads` accepts both."""
     try:
         json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         name = name.encode("ascii", "backslashreplace").decode()
-        raise BadRequest(f"{name}: holds half a surrogate pair, which is not valid text.", name) from None
+        raise BadRequest(f"{name}: holds a lone surrogate, which is not valid text.", name) from None
     except ValueError:
         raise BadRequest(f"{name}: holds a number that is not finite.", name) from None
 
 
 def _parse_token_id(key: str, vocab_size: int) -> int:
+    """Returns the token id that a key of `logit_bias` spells; raises `BadRequest` if it is none."""
     if not key.isascii() or not key.isdigit() or len(key) > MAX_TOKEN_ID_DIGITS or int(key) >= vocab_size:
         raise BadRequest(f"logit_bias: {key!r} is not a token id in 0 … {vocab_size - 1}.", "logit_bias")
     return int(key)
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
+    """Whether two JSON values are equal; True and 1 are not."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 

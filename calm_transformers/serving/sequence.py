@@ -100,16 +100,18 @@ class TextAssembler:
         return self._backend.decode(ids, skip_special_tokens=True)
 
     def _decode_new_text(self) -> str:
+        """Returns the text that the undecoded ids add to that of the context."""
         text = self._decode(self._context + self._undecoded)
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
         return self._decode(self._undecoded)  # invalid bytes can change how the character before them is decoded
 
     def _append(self, new_text: str) -> None:
-        searched_from = len(self.text)
+        """Appends text, and cuts it before the first stop string."""
+        old_length = len(self.text)
         self.text += new_text
-        found = [self.text.find(stop, max(0, searched_from - len(stop) + 1)) for stop in self.stop]
-        starts = [start for start in found if start >= 0]
+        starts = [self.text.find(stop, max(0, old_length - len(stop) + 1)) for stop in self.stop]
+        starts = [start for start in starts if start >= 0]
         if starts:
             self.text, self.has_stopped = self.text[: min(starts)], True
 
@@ -156,11 +158,11 @@ class SequenceState:
 
     @property
     def num_tokens_without_eos(self) -> int:
-        """Tokens of the next patch that may not be EOS, at most K."""
+        """How many tokens at the next patch's beginning must not be EOS, at most K."""
         return min(max(self.min_new_tokens - len(self.tokens), 0), self.prompt_PK.shape[1])
 
     def append_patch(self, patch: list[int]) -> FinishReason | None:
-        """Appends the patch up to the token that ends the sequence, calls `on_piece`, and returns why it ended."""
+        """Appends the patch as `_append_tokens` does, calls `on_piece`, and returns why the sequence ended, if so."""
         num_before = len(self.tokens)
         reason = self._append_tokens(patch)
         text = None if self.assembler is None else self.assembler.take(is_last=reason is not None)
@@ -169,6 +171,7 @@ class SequenceState:
         return reason
 
     def _append_tokens(self, patch: list[int]) -> FinishReason | None:
+        """Appends tokens up to the one that ends the sequence; returns why it ended, or None if it goes on."""
         for token in patch:
             self.tokens.append(token)
             if token in self.eos_tokens or (self.assembler is not None and self.assembler.push(token)):
@@ -201,6 +204,7 @@ def make_logits_processors(
     for name, value in settings.items():
         setattr(config, name, value)
     config.max_length = prompt_length + max_new_tokens
+    # Upstream's `generate` makes this tensor of EOS ids before it calls `_get_logits_processor`, which reads it.
     eos = config.eos_token_id
     config._eos_token_tensor = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else eos)
     processors = model._get_logits_processor(
@@ -209,4 +213,5 @@ def make_logits_processors(
         logits_processor=logits_processor,
         device=torch.device("cpu") if model.device.type == "meta" else model.device,
     )
+    # The model's list is for a batch; this sequence's own processors are those of row 0 in a batch of one.
     return processors.of_row(0, prompt_length) if processors else None

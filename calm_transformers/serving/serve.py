@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     check_environment()
     with known_errors(OSError):
-        listening = bind_socket(options.host, options.port)
-    with listening:
+        server_socket = bind_socket(options.host, options.port)
+    with server_socket:
         from calm_transformers.serving.app import ServerOptions, create_app
 
         batcher = load_batcher(options)
@@ -50,12 +50,12 @@ def main(argv: list[str] | None = None) -> None:
                     allowed_origins=tuple(options.allow_origin),
                 ),
             )
-            run(app, batcher, listening, options)
+            run(app, batcher, server_socket, options)
         finally:
             batcher.close(cancel=True)
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("model", type=utf8, help="folder or Hub id; `.` is the demo model in this repository")
     parser.add_argument("--model_name", type=utf8, help="the model's id in the API (default: MODEL as given)")
@@ -100,7 +100,7 @@ def check_environment() -> None:
         raise InputError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
 
 
-def load_batcher(options):
+def load_batcher(options: Namespace) -> Batcher:
     """Loads the model and its tokenizer, and returns a `Batcher` with the limits of the options.
 
     Raises:
@@ -122,6 +122,7 @@ def load_batcher(options):
 
 
 def read_template(path: Path) -> str:
+    """Returns the text of a file; raises `ValueError` if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -140,28 +141,28 @@ def check_chat_template(tokenizer) -> None:
         pass
 
 
-def run(app, batcher, listening: socket.socket, options) -> None:
+def run(app, batcher: Batcher, server_socket: socket.socket, options: Namespace) -> None:
     """Serves until SIGINT or SIGTERM, see `GracefulServer`."""
     from calm_transformers.serving.connections import GracefulServer
 
-    host, port = listening.getsockname()[:2]
+    host, port = server_socket.getsockname()[:2]
     with known_errors(OSError):  # another server may have taken the port meanwhile
-        listening.listen()
+        server_socket.listen()
     print(f"Serving {options.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again after the shutdown
-        GracefulServer(app, batcher, options.grace).run(sockets=[listening])
+        GracefulServer(app, batcher, options.grace).run(sockets=[server_socket])
 
 
-def stop(number: int, _) -> None:
+def handle_signal(signum: int, frame) -> None:
     """Ends the process at the first signal, also while the model loads, and ignores further ones."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    if number == signal.SIGINT:
+    for ignored in SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    if signum == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(0)
 
 
 if __name__ == "__main__":
-    for each in SIGNALS:  # the first process of a container has no default handlers
-        signal.signal(each, stop)
+    for handled in SIGNALS:  # the first process of a container has no default handlers
+        signal.signal(handled, handle_signal)
     sys.exit(main())
