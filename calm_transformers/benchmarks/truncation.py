@@ -47,6 +47,7 @@ TRUNCATED_TEMPERATURES = (1.0, 0.5)
 
 
 def normalise(*weights: float) -> Tensor:
+    """Returns the distribution (V,) proportional to the weights."""
     weights_V = torch.tensor(weights, dtype=torch.float64)
     return weights_V / weights_V.sum()
 
@@ -63,9 +64,9 @@ def target_distribution(probs_V: Tensor, temperature: float, truncation: Truncat
     tempered_V = probs_V ** (1 / temperature)
     tempered_V = tempered_V / tempered_V.sum()
     target_V = truncated(tempered_V[None], truncation)[0]
-    _, group_V = probs_V.unique(return_inverse=True)
-    sums = torch.zeros_like(probs_V).index_add(0, group_V, target_V)
-    target_V = (sums / group_V.bincount(minlength=len(probs_V)))[group_V]
+    _, tie_V = probs_V.unique(return_inverse=True)  # equal probabilities have the same index
+    sums = torch.zeros_like(probs_V).index_add(0, tie_V, target_V)
+    target_V = (sums / tie_V.bincount(minlength=len(probs_V)))[tie_V]
     return target_V / target_V.sum()
 
 
@@ -96,6 +97,7 @@ def total_variation(probs_V: Tensor, other_V: Tensor) -> float:
 
 
 def uniform_weights(first_BN: Tensor) -> Tensor:
+    """Returns weights 1 / N, (B, N)."""
     return torch.full(first_BN.shape, 1 / first_BN.shape[1])
 
 
@@ -104,15 +106,15 @@ def flattened_row(probs_V: Tensor, samples: SampleSets) -> list[float]:
     row = [total_variation(samples.choice_distribution(uniform_weights), probs_V)]
     for temperature in TEMPERATURES:
         target_V = target_distribution(probs_V, temperature)
-        for weights in (candidate_weights, plug_in_weights):
-            choice_V = samples.choice_distribution(partial(weights, temperature=temperature))
+        for weight_fn in (candidate_weights, plug_in_weights):
+            choice_V = samples.choice_distribution(partial(weight_fn, temperature=temperature))
             row.append(total_variation(choice_V, target_V))
         row.append(total_variation(probs_V, target_V))
     return row
 
 
 def truncated_row(probs_V: Tensor, samples: SampleSets) -> list[float]:
-    """Returns for each T and truncation the distances of `candidate_weights`, and without truncation."""
+    """Returns for each T and truncation the distances of `candidate_weights`, and of P^(1/T)/Z without truncation."""
     row = []
     for temperature in TRUNCATED_TEMPERATURES:
         for truncation in TRUNCATIONS.values():
