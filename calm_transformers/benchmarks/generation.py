@@ -3,12 +3,12 @@
     calm bench generation --shape calm-m --baseline transformer-s --device cpu --dtype float32 \\
         --temperature 0.5 --num_candidates 200 --batch_size 1 8 --repetitions 3 --json figures.json --plot figures.png
 
-The runs of both models are interleaved: CALM, baseline, CALM, … Tokens per second are new tokens ÷ time of the whole
-`generate`, prompt included: the median and the range of the runs. A shape is a recipe (with random weights), `demo` (the bundled
+Calls of `generate` are interleaved: CALM, baseline, CALM, … Tokens per second are new tokens ÷ time of the whole call,
+prompt included: the median and the range of the calls. A shape is a recipe (with random weights), `demo` (the bundled
 model), a folder or a Hub id. Workloads (workloads.py): "worst", random weights, where all candidates are distinct;
 "real", the patch distributions of a trained model: its own, or the demo's, replayed on a random model.
 
-- A step generates one patch per sequence. Its ms are those of the backbone (without the prefill), the head, decoding, the
+- A step generates one patch per sequence. Its ms are those of the backbone (without prefill), the head, decoding, the
   rest of choosing a patch (selection) and the rest of `generate` (other).
 - Draws: candidates sampled per sequence and step. Distinct: fraction of distinct patches among num_candidates.
 - Memory ÷ weights: peak memory of the worst run, weights included.
@@ -40,11 +40,11 @@ from calm_transformers.benchmarks.workloads import (
     distinct_fraction,
     generate_prompts,
     is_trained,
+    model_config,
     random_model,
     random_prompts,
     record_candidates,
     sample_candidates,
-    model_config,
     trained_model,
 )
 from calm_transformers.command_line import (
@@ -85,7 +85,6 @@ class Benchmark:
         self.baseline = self._load_model(options.baseline, trained=is_trained(options.baseline))
 
     def _check(self) -> None:
-        """Checks all options; raises ValueError for invalid ones."""
         options = self.options
         check_device(options.device)
         if options.plot is not None:
@@ -114,7 +113,6 @@ class Benchmark:
                 )
 
     def rows(self) -> Iterator[dict]:
-        """Measures and yields the rows: options, results and versions."""
         options = self.options
         for name, case in product(options.shape, options.workload):
             trained = case == "real" and is_trained(name)
@@ -122,7 +120,7 @@ class Benchmark:
             for temperature in options.temperature:
                 replay, fraction = self._candidates(model, case, trained, temperature)
                 for batch_size in options.batch_size:
-                    calm = self._calm_workload(model, trained, temperature, batch_size, replay)
+                    calm = self._workload(model, trained, temperature, batch_size, replay)
                     yield {
                         **{"shape": name, "workload": case, "temperature": temperature, "batch_size": batch_size},
                         **{option: getattr(options, option) for option in REPORTED_OPTIONS},
@@ -133,12 +131,8 @@ class Benchmark:
                     }
 
     def _sampling(self, temperature: float) -> PatchSampling:
-        options = self.options
-        return PatchSampling(
-            temperature=temperature,
-            num_candidates=options.num_candidates,
-            sampling_method=options.sampling_method,
-        )
+        N, method = self.options.num_candidates, self.options.sampling_method
+        return PatchSampling(temperature=temperature, num_candidates=N, sampling_method=method)
 
     def _load_model(self, name: str, trained: bool):
         """Loads a trained model, or builds one of the same configuration with random weights."""
@@ -146,13 +140,10 @@ class Benchmark:
             return trained_model(name, self.device, self.dtype, self.options.demo)
         return random_model(model_config(name, self.options.demo), self.device, self.dtype)
 
-    def _candidates(
-        self, model, case: str, trained: bool, temperature: float
-    ) -> tuple[Replay | None, float | None]:
+    def _candidates(self, model, case: str, trained: bool, temperature: float) -> tuple[Replay | None, float | None]:
         """Returns the candidates to replay on the model, and the fraction of distinct ones among `num_candidates`.
 
-        The replay is None if the model's own candidates are used; the fraction is None at T = 1, where a step samples
-        one candidate.
+        They are None if the model samples its own, and at T = 1, where a step samples one candidate.
         """
         N, length, replay = self.options.num_candidates, self.options.prompt_length, None
         if case == "worst":
@@ -166,20 +157,14 @@ class Benchmark:
             replay = Replay(candidates)
         return replay, distinct_fraction(candidates[:, :N]) if temperature < 1 else None
 
-    def _calm_workload(
-        self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None
-    ) -> Workload:
-        """Returns the generation to measure; a trained CALM generates its own prompts."""
-        options, length = self.options, self.options.prompt_length
-        if trained:
-            prompts = generate_prompts(model, batch_size, length, temperature, options.num_candidates)
-        else:
-            prompts = random_prompts(model, batch_size, length)
+    def _workload(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Workload:
+        """Returns CALM's generation to measure; a trained model generates its own prompts."""
+        options, args = self.options, (model, batch_size, self.options.prompt_length)
+        prompts = generate_prompts(*args, temperature, options.num_candidates) if trained else random_prompts(*args)
         settings = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
         return Workload(model, prompts, {"temperature": temperature, **settings}, replay)
 
     def _compare(self, calm: Workload, temperature: float, batch_size: int) -> dict:
-        """Measures a CALM against the baseline with random prompts; see `compare`."""
         options = self.options
         prompts = random_prompts(self.baseline, batch_size, options.prompt_length)
         backend = calm_matmul_backend if options.fast_baseline else nullcontext
@@ -206,7 +191,6 @@ COLUMNS = {
 
 
 def table_header() -> str:
-    """Returns the first two lines of the Markdown table."""
     return f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 

@@ -27,7 +27,6 @@ def recording_folder(head_type: str) -> Path:
 
 
 def recorded_tensors(head_type: str) -> dict[str, Tensor]:
-    """Loads the inputs and outputs of a recording, by name."""
     return load_file(recording_folder(head_type) / "golden.safetensors")
 
 

@@ -41,9 +41,9 @@ from calm_transformers.benchmarks.workloads import (
     DEMO_FOLDER,
     add_device_options,
     generate_tokens,
+    model_config,
     random_model,
     random_prompts,
-    model_config,
     trained_model,
 )
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
@@ -102,7 +102,6 @@ class ModelCache:
         return self.model
 
     def drop(self) -> None:
-        """Frees the model and its compiled code."""
         self.name, self.model = "", None
         gc.collect()
         torch._dynamo.reset()
@@ -111,7 +110,6 @@ class ModelCache:
 
 
 def golden_rows(device: torch.device) -> list[dict]:
-    """Returns the errors relative to the published implementation, a row per head type and dtype."""
     return [
         {"head": head_type, "dtype": str(dtype).removeprefix("torch."), **golden_errors(head_type, device, dtype)}
         for head_type in HEAD_TYPES
@@ -159,17 +157,13 @@ def generation_row(
 
 
 def training_rows(models: list[str], options: argparse.Namespace) -> list[dict]:
-    """Measures a training step of each model with `calm bench training`."""
     args = ["--shape", *models, "--device", options.device, "--dtype", options.dtype, "--block_size"]
     args += [str(options.block_size), "--batch_size", str(options.train_batch_size)]
     return training_step.measure(training_step.parse_options(args))["steps"]
 
 
 def parts(options: argparse.Namespace, models: ModelCache) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
-    """Yields name and measurement of each part, the most important first; a name starts with a key of `TABLE_COLUMNS`.
-
-    A measurement is a function that returns the rows; it is called before the next part is yielded.
-    """
+    """Yields the name of each part, which starts with its table's key, and a function that measures its rows."""
     pairs = [pair.split(":") for pair in options.pairs]
     yield "goldens", lambda: golden_rows(models.device)
     yield "demo", lambda: demo_rows(models.device, models.dtype, options.output_length)
@@ -186,13 +180,12 @@ def parts(options: argparse.Namespace, models: ModelCache) -> Iterator[tuple[str
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises InputError for invalid options."""
+    """Checks the pairs, and as `training_step` does the options of `training_rows`; raises InputError."""
     for pair in options.pairs:
         names = pair.split(":")
         is_pair = len(names) == 2 and [isinstance(model_config(name), CALMConfig) for name in names] == [True, False]
         if not is_pair:
             raise InputError(f"--pairs {pair}: must be CALM:TRANSFORMER, as in {PAIRS[0]}.")
-    # The same checks as those of `training_rows`, before any work.
     training_step.check(argparse.Namespace(**vars(options) | {"shape": options.pairs[0].split(":"), "batch_size": 1}))
 
 

@@ -58,7 +58,7 @@ class Meter:
 
 
 class MethodMeter:
-    """Reads a meter around each call of given methods.
+    """Reads a meter before and after each call of given methods, while `measured` is active.
 
     Args:
         meter: to read.
@@ -71,7 +71,6 @@ class MethodMeter:
 
     @contextmanager
     def measured(self):
-        """Measures all calls of the methods inside a `with` block."""
         with ExitStack() as stack:
             for part, methods in self.methods.items():
                 for owner, name in methods if isinstance(methods, list) else [methods]:
@@ -79,8 +78,6 @@ class MethodMeter:
             yield
 
     def _metered(self, part: str, method: Callable) -> Callable:
-        """Wraps a method so that each call appends its readings to those of `part`."""
-
         @functools.wraps(method)
         def call(*args, **kwargs):
             before = self.meter.read()
@@ -90,13 +87,12 @@ class MethodMeter:
 
         return call
 
-    def per_call(self, part: str) -> list[float]:
+    def spent(self, part: str) -> list[float]:
         """Returns what each call of a part took, in order; synchronise a GPU first."""
         return [self.meter.difference(*reading) for reading in self.readings[part]]
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for the work queued on a GPU; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -148,7 +144,6 @@ class PeakMemory:
 
     @staticmethod
     def _process_bytes(field: str) -> int:
-        """Returns a field of /proc/self/status, which is in KiB, in bytes."""
         return int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0]) * 1024
 
 

@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from calm_transformers.benchmarks.meters import Meter, MethodMeter, wrap_method
 from calm_transformers.benchmarks.runs import Workload
-from calm_transformers.benchmarks.workloads import generate_tokens, random_model, random_prompts, model_config
+from calm_transformers.benchmarks.workloads import generate_tokens, model_config, random_model, random_prompts
 from calm_transformers.command_line import InputError, Parser, command, known_errors, writable
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.model.configuration_calm import HEADS, CALMConfig
@@ -121,7 +121,6 @@ class FixedBlockSchedule(BlockSchedule):
 
 
 def cases(heads: list[str]) -> Iterator[Case]:
-    """Yields the cases of the baseline, then those of each head type."""
     yield Case(f"{BASELINE}, T = 1", None, {"temperature": 1.0, "top_k": 0})
     yield Case(f"{BASELINE}, T = 0.5", None, {"temperature": 0.5, "top_k": 0})
     for head in heads:
@@ -178,17 +177,15 @@ def count_step(model, case: Case) -> dict:
     return {
         "operations": more.dispatched_ops - fewer.dispatched_ops,
         "waits": more.host_syncs - fewer.host_syncs,
-        **{part: round(sum(more_parts.per_call(part)) - sum(fewer_parts.per_call(part))) for part in workload.methods()},
+        **{part: round(sum(more_parts.spent(part)) - sum(fewer_parts.spent(part))) for part in workload.methods()},
     }
 
 
 def _with_schedule(sample_patches, schedule: BlockSchedule):
-    """Wraps a model's `sample_patches` so that it uses this schedule instead of its argument."""
-
-    def call(hidden_RD, sampling, generator, forbidden_KV, _, *others):
+    def sample_with_schedule(hidden_RD, sampling, generator, forbidden_KV, _schedule, *others):
         return sample_patches(hidden_RD, sampling, generator, forbidden_KV, schedule, *others)
 
-    return call
+    return sample_with_schedule
 
 
 def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
@@ -202,10 +199,9 @@ def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
         raise InputError(f"--shape {shape} is not a CALM.")
     if isinstance(llama, CALMConfig):
         raise InputError(f"--baseline {baseline} is a CALM: choose an autoregressive language model.")
-    rows, models = [], {}
+    rows, models = [], {}  # only the latest model stays in memory
     for case in cases(heads):
         if case.head not in models:
-            # A new dictionary: only the latest model stays in memory.
             models = {case.head: small_model(llama if case.head is None else calm, case.head)}
         counts = count_step(models[case.head], case)
         if case.head is None:
@@ -241,7 +237,6 @@ def update_budget(rows: list[dict], path: Path) -> None:
 
 
 def format_table(rows: list[dict]) -> str:
-    """Formats the counts of `count_all` as a Markdown table."""
     columns = ("case", "operations", "backbone", "head", "decode", "waits")
     lines = [[*(str(row.get(name, "–")) for name in columns), f"{row['of_baseline']:.3f}"] for row in rows]
     return markdown([*(COUNTS.get(name, name) for name in columns), "÷ baseline"], lines)

@@ -34,7 +34,6 @@ class Workload:
     matmul_backend: Callable[[], AbstractContextManager] = nullcontext  # see `calm_matmul_backend`
 
     def num_steps(self, length: int) -> int:
-        """Returns the steps that generate `length` tokens per sequence."""
         return -(-length // self.tokens_per_step)
 
     @property
@@ -104,8 +103,8 @@ def timed_run(workload: Workload, length: int, seed: int) -> TimedRun:
         end = clock.read()
         synchronise(device)
     seconds, steps = clock.difference(start, end), workload.num_steps(length)
-    prompt, *backbone = meter.per_call("backbone")  # the first call is the prefill
-    head, decode, choice = (sum(meter.per_call(part)) / steps for part in ("head", "decode", "choice"))
+    prompt, *backbone = meter.spent("backbone")  # the first call is the prefill
+    head, decode, choice = (sum(meter.spent(part)) / steps for part in ("head", "decode", "choice"))
     other = (seconds - prompt - sum(backbone)) / steps - choice
     part_seconds = (fmean(backbone), head, decode, choice - head - decode, other)
     step_ms = {part: 1000 * value for part, value in zip(PARTS, part_seconds, strict=True)}
@@ -135,7 +134,7 @@ def summarise(workload: Workload, runs: list[TimedRun], length: int) -> dict:
 
 
 def compare(calm: Workload, baseline: Workload, length: int, repetitions: int) -> dict:
-    """Interleaves runs of both; returns CALM's results, the baseline's as baseline_…, and the ratio of tokens per second."""
+    """Interleaves runs of both; returns CALM's results, the baseline's as baseline_…, and the ratio of speeds."""
     calm_runs, baseline_runs = [], []
     for workload in (calm, baseline):
         unused_meter = MethodMeter(Meter.clock(workload.model.device), {})

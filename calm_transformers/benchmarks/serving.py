@@ -46,8 +46,6 @@ PROMPT_WORDS = 32  # of a random model
 
 @dataclass(frozen=True)
 class RunningServer:
-    """Where to send requests, and what they contain."""
-
     name: str
     port: int  # on loopback
     model: str  # id in requests
@@ -67,7 +65,7 @@ def save_model(name: str, folder: Path) -> Path:
     """Returns the folder of a model; for a recipe, saves random weights and a tokenizer to `folder` first."""
     import torch
 
-    from calm_transformers.benchmarks.workloads import is_trained, random_model, model_config
+    from calm_transformers.benchmarks.workloads import is_trained, model_config, random_model
     from calm_transformers.loading import load_config
 
     if is_trained(name):
@@ -94,7 +92,6 @@ def word_tokenizer(vocab_size: int):
 
 
 def free_port() -> int:
-    """Returns a free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -192,15 +189,14 @@ def summarise_rounds(server: str, clients: int, rounds: list[Round]) -> dict:
 
 
 def as_table(results: list[dict]) -> str:
-    """Formats results of `summarise_rounds` as a Markdown table, with the ratio to the server's speed for one client."""
+    """Formats results of `summarise_rounds` as Markdown, with the ratio to the server's speed for one client."""
     single = {result["server"]: result["tokens_per_second"] for result in results if result["clients"] == 1}
     rows = []
     for result in results:
-        server = result["server"]
-        ratio = f"{result['tokens_per_second'] / single[server]:.2f}" if server in single else "–"
+        ratio = f"{result['tokens_per_second'] / single[result['server']]:.2f}" if result["server"] in single else "–"
         speed = "{tokens_per_second:.1f} ({least:.1f} – {most:.1f})".format(**result)
         latencies = f"{1000 * result['first_token_p50']:.0f}, {1000 * result['first_token_p99']:.0f}"
-        rows.append([server, str(result["clients"]), speed, ratio, latencies])
+        rows.append([result["server"], str(result["clients"]), speed, ratio, latencies])
     return markdown(["server", "clients", "tokens/s (range)", "÷ one client", "first token, ms: p50, p99"], rows)
 
 
@@ -227,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace, temporary: Path) -> list[dict]:
-    """Starts all servers, and returns a summary per number of clients and server; models and logs go to `temporary`."""
+    """Starts all servers and returns a summary per number of clients and server; `temporary` gets models and logs."""
     # name, model, module and its arguments, additional options
     configurations = [("calm_transformers.serving.serve", options.model, ["calm_transformers.serving.serve"], [])]
     if options.baseline:

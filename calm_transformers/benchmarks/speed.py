@@ -41,7 +41,6 @@ class Part(NamedTuple):
     batch_size: str
 
     def path(self, folder: Path) -> Path:
-        """Returns the file of the results."""
         return folder / f"{self.comparison}-T{self.temperature}-batch{self.batch_size}.json"
 
     def rows(self, folder: Path) -> list[dict]:
@@ -57,7 +56,8 @@ class Part(NamedTuple):
         if path.exists():
             return
         print(f"\n{path.stem}", flush=True)
-        args = [*OPTIONS[self.comparison].split(), *COMMON.split(), *([] if self.comparison == DEMO else ["--demo", demo])]
+        args = [*OPTIONS[self.comparison].split(), *COMMON.split()]
+        args += [] if self.comparison == DEMO else ["--demo", demo]
         with atomic_write(path) as temporary:
             args += ["--temperature", self.temperature, "--batch_size", self.batch_size, "--json", str(temporary)]
             if generation.main(args):
@@ -97,7 +97,8 @@ def guide_table(folder: Path) -> str:
 
 def speed_table(folder: Path) -> str:
     """Formats the tokens per second of all comparisons."""
-    header = ["comparison", "workload", "T", "batch", "CALM, tokens/s", "Transformer, tokens/s", "ratio", "ms per step"]
+    header = ["comparison", "workload", "T", "batch"]
+    header += ["CALM, tokens/s", "Transformer, tokens/s", "ratio", "ms per step"]
     names = {
         FLOAT32: "CALM-M, Transformer-S: float32",
         FAST_BASELINE: "… with oneDNN for both",

@@ -30,7 +30,7 @@ from calm_transformers.benchmarks.meters import (
     synchronise,
     weight_bytes,
 )
-from calm_transformers.benchmarks.workloads import add_device_options, check_device, random_model, model_config
+from calm_transformers.benchmarks.workloads import add_device_options, check_device, model_config, random_model
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.loading import is_calm
@@ -62,7 +62,6 @@ class TrainingStep:
         self.extra_bytes: list[int | None] = []
 
     def __call__(self) -> None:
-        """Runs one step, and appends its time to `seconds` and its peak memory to `extra_bytes`."""
         with PeakMemory(self.device) as memory:
             synchronise(self.device)
             start = self.clock.read()
@@ -107,7 +106,6 @@ COLUMNS = {
 
 
 def table_row(row: dict) -> list[str]:
-    """Formats the cells of one model's results."""
     memory = "–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.2f}"
     low, high = row["step_ms_range"]
     return [column.format(**row, memory=memory, low=low, high=high) for column in COLUMNS.values()]

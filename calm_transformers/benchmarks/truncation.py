@@ -47,7 +47,6 @@ TRUNCATED_TEMPERATURES = (1.0, 0.5)
 
 
 def normalise(*weights: float) -> Tensor:
-    """Returns the distribution (V,) proportional to the weights."""
     weights_V = torch.tensor(weights, dtype=torch.float64)
     return weights_V / weights_V.sum()
 
@@ -97,7 +96,6 @@ def total_variation(probs_V: Tensor, other_V: Tensor) -> float:
 
 
 def uniform_weights(first_BN: Tensor) -> Tensor:
-    """Returns weights 1 / N, (B, N)."""
     return torch.full(first_BN.shape, 1 / first_BN.shape[1])
 
 

@@ -6,8 +6,8 @@
   whenever a token is decoded, it returns that of a recorded candidate. So the duplicates among the candidates, and the
   tokens that must be decoded to find them, are those of a trained model.
 
-Axes: B batch, L tokens, P patches, R rows that sample, K tokens per patch, N candidates, C recorded contexts, M recorded
-candidates per context, D hidden size, Z latent size.
+Axes: B batch, L tokens, P patches, R rows that sample, K tokens per patch, N candidates, C recorded contexts,
+M recorded candidates per context, D hidden size, Z latent size.
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ def random_model(config: CALMConfig | LlamaConfig, device: torch.device, dtype: 
 
 
 def trained_model(name: str, device: torch.device, dtype: torch.dtype, demo: str | Path = DEMO_FOLDER):
-    """Loads a model that generates every sequence to its full length."""
     return _disable_stopping(load_causal_lm(model_folder(name, demo), dtype, device))
 
 
@@ -191,7 +190,7 @@ def record_candidates(model, temperature: float, num_candidates: int) -> Tensor:
 
 
 class Replay:
-    """Replays recorded candidates on another model.
+    """Replays recorded candidates on another model while `on` is active.
 
     Each row of a step is assigned a random recorded context; its j-th candidate then has the tokens of that context's
     j-th recorded one. Head and decoder still do all the work on the model's own samples.
@@ -207,19 +206,16 @@ class Replay:
 
     @contextmanager
     def on(self, model: PreTrainedModel):
-        """Replays the candidates on a model inside a `with` block."""
         patch_size = self.patches_CMK.shape[-1]
         if not is_calm(model) or model.config.patch_size != patch_size:
             raise InputError(
                 f"the recorded patches have {patch_size} tokens, the model's "
                 f"{getattr(model.config, 'patch_size', 1)}: choose a --demo with the same patch size."
             )
-        with wrap_method(model, "new_candidates", self._wrap):
+        with wrap_method(model, "new_candidates", self._replaying):
             yield
 
-    def _wrap(self, new_candidates):
-        """Wraps a model's `new_candidates` so that it returns candidates with recorded tokens."""
-
+    def _replaying(self, new_candidates):
         def new_replayed_candidates(hidden_RD, *args):
             num_contexts, device = len(self.patches_CMK), self.patches_CMK.device
             contexts_B = torch.randint(num_contexts, (len(hidden_RD),), generator=self.generator, device=device)
@@ -258,6 +254,5 @@ class ReplayedLazyCandidates(LazyCandidateBatch):
 
 
 def check_num_recorded(num_candidates: int, patches_BMK: Tensor) -> None:
-    """Raises InputError if fewer candidates are recorded than a row needs."""
     if num_candidates > patches_BMK.shape[1]:
         raise InputError(f"a row needs {num_candidates} candidates, {patches_BMK.shape[1]} are recorded.")
