@@ -32,10 +32,10 @@ def run(args):
 def stubs(monkeypatch):
     """Replaces all parts by stubs."""
     monkeypatch.setattr(gpu, "golden_rows", lambda device: [])
-    monkeypatch.setattr(gpu, "demo_text", lambda *_: [])
+    monkeypatch.setattr(gpu, "demo_rows", lambda *_: [])
     monkeypatch.setattr(gpu, "training_rows", lambda *_: [])
     row = {"mode": "eager", "temperature": 1.0, "batch_size": 1, "tokens_per_second": 5.0, "low": 4.0, "high": 6.0}
-    monkeypatch.setattr(gpu, "generation_row", lambda _, shape, *__: {"shape": shape, **row})
+    monkeypatch.setattr(gpu, "generation_row", lambda _, shape, *__, compiled: {"shape": shape, **row})
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_skipped_and_failed_parts_are_listed_and_measured_by_the_next_run(args, 
     with monkeypatch.context() as failing:
         failing.setattr(gpu, "golden_rows", fail)
         assert "goldens: RuntimeError: out of memory" in refusal(capsys, gpu.main, *args)
-    monkeypatch.setattr(gpu, "generation_row", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(gpu, "generation_row", lambda *_, **__: pytest.fail("measured again"))
     assert len(run(args)) == 15
     assert "| calm-tiny | eager | 1 | 1 | 5 | 4 | 6 |" in capsys.readouterr().out
 

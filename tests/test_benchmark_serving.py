@@ -7,17 +7,18 @@ import commands
 import pytest
 
 from calm_transformers.benchmarks import serving
-from calm_transformers.benchmarks.serving import Round, as_table, line_of
+from calm_transformers.benchmarks.serving import Round, as_table, summarise_rounds
 
 OURS, UPSTREAM = "calm_transformers.serving.serve", "transformers serve"
 
 
 def test_lines_by_hand():
     rounds = [Round(100, 10, [0.1, 0.3]), Round(300, 10, [0.2, 0.4]), Round(200, 10, [0.2, 0.2])]
-    line = line_of("a", 2, rounds)
+    line = summarise_rounds("a", 2, rounds)
     assert [line[name] for name in ("tokens_per_second", "least", "most", "first_token_p50")] == [20, 10, 30, 0.2]
     assert line["first_token_p99"] == pytest.approx(0.4 - 0.05 * 0.1)
-    table = as_table([line_of("a", 1, [Round(50, 10, [0.1])]), line, line_of("b", 2, rounds)]).splitlines()[2:]
+    single = summarise_rounds("a", 1, [Round(50, 10, [0.1])])
+    table = as_table([single, line, summarise_rounds("b", 2, rounds)]).splitlines()[2:]
     assert table[0] == "| a | 1 | 5.0 (5.0 – 5.0) | 1.00 | 100, 100 |"
     assert table[1] == "| a | 2 | 20.0 (10.0 – 30.0) | 4.00 | 200, 395 |"
     assert table[2].startswith("| b | 2 |") and " – |" in table[2]

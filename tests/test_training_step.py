@@ -21,7 +21,7 @@ ARGUMENTS = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--bl
 def shapes(monkeypatch):
     """Tiny models by the names of their heads, and "llama"; the machine's FLOP rate is measured fast."""
     llama = LlamaConfig(vocab_size=96, **SIZES)
-    monkeypatch.setattr(training_step, "shape_config", lambda name: llama if name == "llama" else tiny_config(name))
+    monkeypatch.setattr(training_step, "model_config", lambda name: llama if name == "llama" else tiny_config(name))
     monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
 
 

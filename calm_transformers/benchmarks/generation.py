@@ -3,14 +3,14 @@
     calm bench generation --shape calm-m --baseline transformer-s --device cpu --dtype float32 \\
         --temperature 0.5 --num_candidates 200 --batch_size 1 8 --repetitions 3 --json figures.json --plot figures.png
 
-Both models run `generate` in turns: CALM, baseline, CALM, … Tokens per second are new tokens ÷ time of the whole call,
-prompt included: the median and the range of the runs. A shape is a recipe (with random weights), `demo` (the bundled
+Calls of `generate` are interleaved: CALM, baseline, CALM, … Tokens per second are new tokens ÷ time of the whole call,
+prompt included: the median and the range of the calls. A shape is a recipe (with random weights), `demo` (the bundled
 model), a folder or a Hub id. Workloads (workloads.py): "worst", random weights, where all candidates are distinct;
 "real", the patch distributions of a trained model: its own, or the demo's, replayed on a random model.
 
-- A step generates one patch per row. Its ms are those of the backbone (without the prefill), the head, decoding, the
+- A step generates one patch per sequence. Its ms are those of the backbone (without prefill), the head, decoding, the
   rest of choosing a patch (selection) and the rest of `generate` (other).
-- Draws: candidates sampled per row and step. Distinct: fraction of distinct patches among num_candidates.
+- Draws: candidates sampled per sequence and step. Distinct: fraction of distinct patches among num_candidates.
 - Memory ÷ weights: peak memory of the worst run, weights included.
 - In float32 on a CPU, CALM's large linear layers use oneDNN where that is faster than PyTorch's default; with
   `--fast_baseline` the baseline's do too.
@@ -40,11 +40,11 @@ from calm_transformers.benchmarks.workloads import (
     distinct_fraction,
     generate_prompts,
     is_trained,
+    model_config,
     random_model,
     random_prompts,
     record_candidates,
     sample_candidates,
-    shape_config,
     trained_model,
 )
 from calm_transformers.command_line import (
@@ -65,14 +65,14 @@ WORKLOADS = ("worst", "real")
 # Options of `generate` that the benchmark doesn't take, or takes several values of.
 EXCLUDED_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 SAMPLING_OPTIONS = tuple(name for name in PatchSampling.option_names() if name not in EXCLUDED_OPTIONS)
-RECORDED_OPTIONS = (
+REPORTED_OPTIONS = (  # written to each row
     *("baseline", "fast_baseline", "device", "dtype", *SAMPLING_OPTIONS),
     *("prompt_length", "output_length", "repetitions"),
 )
 
 
 class Benchmark:
-    """Measures all combinations of the options, one row at a time.
+    """Measures all combinations of the options; each gives a row of the table.
 
     Raises:
         ValueError: invalid options, before any work.
@@ -82,7 +82,7 @@ class Benchmark:
         self.options = options
         self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
         self._check()
-        self.baseline = self._model(options.baseline, with_weights=is_trained(options.baseline))
+        self.baseline = self._load_model(options.baseline, trained=is_trained(options.baseline))
 
     def _check(self) -> None:
         options = self.options
@@ -90,73 +90,77 @@ class Benchmark:
         if options.plot is not None:
             require_package("matplotlib", "eval", "--plot")
         for temperature in options.temperature:
-            PatchSampling(True, temperature, options.num_candidates, options.sampling_method)
-        if isinstance(shape_config(options.baseline, options.demo), CALMConfig):
+            self._sampling(temperature)  # raises for invalid values
+        if isinstance(model_config(options.baseline, options.demo), CALMConfig):
             raise InputError(f"--baseline {options.baseline} is a CALM: choose an autoregressive language model.")
-        for shape in options.shape:
-            self._check_shape(shape)
+        for name in options.shape:
+            self._check_calm(name)
 
-    def _check_shape(self, shape: str) -> None:
-        options, config = self.options, shape_config(shape, self.options.demo)
+    def _check_calm(self, name: str) -> None:
+        """Checks that a model is a CALM, and that the lengths and the candidates to replay fit it."""
+        options, config = self.options, model_config(name, self.options.demo)
         if not isinstance(config, CALMConfig):
-            raise InputError(f"--shape {shape} is not a CALM: autoregressive models are given as --baseline.")
+            raise InputError(f"--shape {name} is not a CALM: autoregressive models are given as --baseline.")
         K = config.patch_size
         if options.prompt_length < K or options.output_length < 2 * K:
-            raise InputError(f"{shape} needs a --prompt_length of at least {K} and an --output_length of {2 * K}.")
-        if "real" in options.workload and not is_trained(shape):
-            demo = shape_config("demo", options.demo)
+            raise InputError(f"{name} needs a --prompt_length of at least {K} and an --output_length of {2 * K}.")
+        if "real" in options.workload and not is_trained(name):
+            demo = model_config("demo", options.demo)
             if demo.patch_size != K or demo.vocab_size > config.vocab_size:
                 raise InputError(
-                    f"the demo's patches don't fit {shape}: it has K={demo.patch_size} and a vocabulary of "
-                    f"{demo.vocab_size}, {shape} K={K} and {config.vocab_size}. Choose another model with --demo."
+                    f"the demo's patches don't fit {name}: it has K={demo.patch_size} and a vocabulary of "
+                    f"{demo.vocab_size}, {name} K={K} and {config.vocab_size}. Choose another model with --demo."
                 )
 
     def rows(self) -> Iterator[dict]:
         options = self.options
-        for shape, workload in product(options.shape, options.workload):
-            trained = workload == "real" and is_trained(shape)
-            model = self._model(shape, with_weights=trained)
+        for name, case in product(options.shape, options.workload):
+            trained = case == "real" and is_trained(name)
+            model = self._load_model(name, trained)
             for temperature in options.temperature:
-                replay, fraction = self._candidates(model, workload, trained, temperature)
+                replay, fraction = self._candidates(model, case, trained, temperature)
                 for batch_size in options.batch_size:
                     calm = self._workload(model, trained, temperature, batch_size, replay)
                     yield {
-                        **{"shape": shape, "workload": workload, "temperature": temperature, "batch_size": batch_size},
-                        **{name: getattr(options, name) for name in RECORDED_OPTIONS},
+                        **{"shape": name, "workload": case, "temperature": temperature, "batch_size": batch_size},
+                        **{option: getattr(options, option) for option in REPORTED_OPTIONS},
                         **{"distinct_share": fraction, **self._compare(calm, temperature, batch_size)},
                         **{"device_name": device_name(self.device), "threads": torch.get_num_threads()},
                         "date": datetime.date.today().isoformat(),
                         **{"torch": torch.__version__, "transformers": transformers.__version__},
                     }
 
-    def _model(self, name: str, with_weights: bool):
-        if with_weights:
-            return trained_model(name, self.device, self.dtype, self.options.demo)
-        return random_model(shape_config(name, self.options.demo), self.device, self.dtype)
+    def _sampling(self, temperature: float) -> PatchSampling:
+        N, method = self.options.num_candidates, self.options.sampling_method
+        return PatchSampling(temperature=temperature, num_candidates=N, sampling_method=method)
 
-    def _candidates(
-        self, model, workload: str, trained: bool, temperature: float
-    ) -> tuple[Replay | None, float | None]:
+    def _load_model(self, name: str, trained: bool):
+        """Loads a trained model, or builds one of the same configuration with random weights."""
+        if trained:
+            return trained_model(name, self.device, self.dtype, self.options.demo)
+        return random_model(model_config(name, self.options.demo), self.device, self.dtype)
+
+    def _candidates(self, model, case: str, trained: bool, temperature: float) -> tuple[Replay | None, float | None]:
         """Returns the candidates to replay on the model, and the fraction of distinct ones among `num_candidates`.
 
-        The fraction is None at T = 1, where a step samples one candidate.
+        They are None if the model samples its own, and at T = 1, where a step samples one candidate.
         """
         N, length, replay = self.options.num_candidates, self.options.prompt_length, None
-        if workload == "worst":
+        if case == "worst":
             candidates = sample_candidates(model, random_prompts(model, 1, length), N)
             check_worst_case(distinct_fraction(candidates))
         elif trained:
             candidates = sample_candidates(model, generate_prompts(model, 1, length, temperature, N), N)
         else:
-            demo = self._model("demo", with_weights=True)
-            sampling = PatchSampling(True, temperature, N, self.options.sampling_method)
-            candidates = record_candidates(demo, temperature, sampling.max_samples)
+            demo = self._load_model("demo", trained=True)
+            candidates = record_candidates(demo, temperature, self._sampling(temperature).max_samples)
             replay = Replay(candidates)
         return replay, distinct_fraction(candidates[:, :N]) if temperature < 1 else None
 
     def _workload(self, model, trained: bool, temperature: float, batch_size: int, replay: Replay | None) -> Workload:
-        options, size = self.options, (model, batch_size, self.options.prompt_length)
-        prompts = generate_prompts(*size, temperature, options.num_candidates) if trained else random_prompts(*size)
+        """Returns CALM's generation to measure; a trained model generates its own prompts."""
+        options, args = self.options, (model, batch_size, self.options.prompt_length)
+        prompts = generate_prompts(*args, temperature, options.num_candidates) if trained else random_prompts(*args)
         settings = {name: getattr(options, name) for name in SAMPLING_OPTIONS}
         return Workload(model, prompts, {"temperature": temperature, **settings}, replay)
 
@@ -186,7 +190,7 @@ COLUMNS = {
 }
 
 
-def table_head() -> str:
+def table_header() -> str:
     return f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
@@ -208,11 +212,11 @@ def write_plot(path: Path, rows: list[dict]) -> None:
         ratios.set_xlabel(f"tokens/s ÷ {rows[0]['baseline']} ({rows[0]['device_name']}, {rows[0]['dtype']})")
         ratios.margins(x=0.15)
         ratios.invert_yaxis()
-        left = [0.0] * len(rows)
+        starts = [0.0] * len(rows)
         for part in PARTS:
             widths = [row[f"{part}_ms"] / row["step_ms"] for row in rows]
-            parts.barh(labels, widths, left=left, label=part)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
+            parts.barh(labels, widths, left=starts, label=part)
+            starts = [start + width for start, width in zip(starts, widths, strict=True)]
         parts.set_xlabel("fraction of a step's time")
         figure.legend(loc="outside upper right", ncols=len(PARTS), frameon=False)
 
@@ -234,8 +238,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "--fast_baseline", action="store_true", help="give the baseline CALM's matmul backend (kernels_calm.py)"
     )
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt_length", type=positive, default=64, help="tokens per row")
-    parser.add_argument("--output_length", type=positive, default=64, help="new tokens per row")
+    parser.add_argument("--prompt_length", type=positive, default=64, help="tokens per prompt")
+    parser.add_argument("--output_length", type=positive, default=64, help="new tokens per prompt")
     parser.add_argument("--json", type=writable, help="write the rows, updated after each")
     parser.add_argument("--plot", type=image_path, help="write the plot")
     return parser.parse_args(argv)
@@ -248,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     with known_errors(ValueError, OSError):
         benchmark = Benchmark(options)
-        print(table_head(), flush=True)
+        print(table_header(), flush=True)
         for row in benchmark.rows():
             rows.append(row)
             print(table_row(row), flush=True)

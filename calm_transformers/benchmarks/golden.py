@@ -22,12 +22,12 @@ NUM_TOKENS = 95  # the conversion adds a padding token
 HEAD_TYPES = ("energy", "flow", "diffusion")
 
 
-def recording(head_type: str) -> Path:
+def recording_folder(head_type: str) -> Path:
     return RECORDINGS / f"{head_type}_k4"
 
 
 def recorded_tensors(head_type: str) -> dict[str, Tensor]:
-    return load_file(recording(head_type) / "golden.safetensors")
+    return load_file(recording_folder(head_type) / "golden.safetensors")
 
 
 def recorded_model(head_type: str) -> CALMForCausalLM:
@@ -35,7 +35,7 @@ def recorded_model(head_type: str) -> CALMForCausalLM:
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = {f"<{number}>": number for number in range(NUM_TOKENS)}  # required by the conversion
         Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")).save(f"{folder}/tokenizer.json")
-        source, bundle = recording(head_type), Path(folder) / "bundle"
+        source, bundle = recording_folder(head_type), Path(folder) / "bundle"
         convert(str(source / "calm"), str(source / "autoencoder"), bundle, tokenizer=folder)
         return CALMForCausalLM.from_pretrained(bundle)
 

@@ -41,9 +41,9 @@ from calm_transformers.benchmarks.workloads import (
     DEMO_FOLDER,
     add_device_options,
     generate_tokens,
+    model_config,
     random_model,
     random_prompts,
-    shape_config,
     trained_model,
 )
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
@@ -77,8 +77,9 @@ def read_report(path: Path) -> dict[str, list[dict]]:
 
 
 def format_tables(parts: dict[str, list[dict]]) -> Iterator[str]:
-    for kind, columns in TABLE_COLUMNS.items():
-        rows = [row for name, rows in parts.items() if name.partition(" ")[0] == kind for row in rows]
+    """Yields a Markdown table for each key of `TABLE_COLUMNS`, of the rows of all parts whose name starts with it."""
+    for key, columns in TABLE_COLUMNS.items():
+        rows = [row for name, rows in parts.items() if name.partition(" ")[0] == key for row in rows]
         if rows:
             yield markdown(columns, ([_format(row[column]) for column in columns] for row in rows)) + "\n"
 
@@ -97,7 +98,7 @@ class ModelCache:
     def get(self, name: str):
         if name != self.name:
             self.drop()
-            self.name, self.model = name, random_model(shape_config(name), self.device, self.dtype)
+            self.name, self.model = name, random_model(model_config(name), self.device, self.dtype)
         return self.model
 
     def drop(self) -> None:
@@ -116,7 +117,8 @@ def golden_rows(device: torch.device) -> list[dict]:
     ]
 
 
-def demo_text(device: torch.device, dtype: torch.dtype, length: int) -> list[dict]:
+def demo_rows(device: torch.device, dtype: torch.dtype, length: int) -> list[dict]:
+    """Generates a text with the bundled model, and returns it as the only row."""
     model, tokenizer = trained_model("demo", device, dtype), load_tokenizer(DEMO_FOLDER)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device)
     torch.manual_seed(0)
@@ -126,7 +128,7 @@ def demo_text(device: torch.device, dtype: torch.dtype, length: int) -> list[dic
 
 def generation_row(
     models: ModelCache, shape: str, temperature: float, batch_size: int, options: argparse.Namespace, compiled: bool
-):
+) -> dict:
     """Measures tokens per second of one model, temperature and batch size: median and range of several calls."""
     model = models.get(shape)
     prompts = random_prompts(model, batch_size, options.prompt_length)
@@ -138,14 +140,14 @@ def generation_row(
         settings["cache_implementation"] = "static"
         settings["compile_config"] = CompileConfig(backend=options.backend, mode=mode)
     seconds = []
-    for repetition in range(1 + options.repetitions):  # the first compiles, and is excluded
+    for repetition in range(1 + options.repetitions):  # the first warms up or compiles, and is excluded
         torch.manual_seed(repetition)
         synchronise(models.device)
         start = time.perf_counter()
         generate_tokens(model, prompts, options.output_length, **settings)
         synchronise(models.device)
         seconds.append(time.perf_counter() - start)
-    speeds = [batch_size * options.output_length / each for each in seconds[1:]]
+    speeds = [batch_size * options.output_length / call_seconds for call_seconds in seconds[1:]]
     return {
         **{"shape": shape, "mode": "compiled" if compiled else "eager", "temperature": temperature},
         **{"batch_size": batch_size, "prompt_length": options.prompt_length, "output_length": options.output_length},
@@ -154,23 +156,23 @@ def generation_row(
     }
 
 
-def training_rows(shapes: list[str], options: argparse.Namespace) -> list[dict]:
-    args = ["--shape", *shapes, "--device", options.device, "--dtype", options.dtype, "--block_size"]
+def training_rows(models: list[str], options: argparse.Namespace) -> list[dict]:
+    args = ["--shape", *models, "--device", options.device, "--dtype", options.dtype, "--block_size"]
     args += [str(options.block_size), "--batch_size", str(options.train_batch_size)]
     return training_step.measure(training_step.parse_options(args))["steps"]
 
 
 def parts(options: argparse.Namespace, models: ModelCache) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
-    """Yields the name and function of each part, the most important first; a name starts with its table's key."""
+    """Yields the name of each part, which starts with its table's key, and a function that measures its rows."""
     pairs = [pair.split(":") for pair in options.pairs]
     yield "goldens", lambda: golden_rows(models.device)
-    yield "demo", lambda: demo_text(models.device, models.dtype, options.output_length)
+    yield "demo", lambda: demo_rows(models.device, models.dtype, options.output_length)
     for compiled in (False, True):
         mode = "compiled" if compiled else "eager"
         for calm, llama in pairs[:1] if compiled else pairs:
             for shape, temperatures in ((calm, TEMPERATURES), (llama, TEMPERATURES[:1])):
                 for batch_size, T in product(options.batch_size, temperatures):
-                    measure = partial(generation_row, models, shape, T, batch_size, options, compiled)
+                    measure = partial(generation_row, models, shape, T, batch_size, options, compiled=compiled)
                     name = f"generation {shape}, {mode}, T={T:g}, batch {batch_size}"
                     yield name, lambda measure=measure: [measure()]
         if not compiled:
@@ -178,10 +180,10 @@ def parts(options: argparse.Namespace, models: ModelCache) -> Iterator[tuple[str
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises InputError for invalid options."""
+    """Checks the pairs, and as `training_step` does the options of `training_rows`; raises InputError."""
     for pair in options.pairs:
         names = pair.split(":")
-        is_pair = len(names) == 2 and [isinstance(shape_config(name), CALMConfig) for name in names] == [True, False]
+        is_pair = len(names) == 2 and [isinstance(model_config(name), CALMConfig) for name in names] == [True, False]
         if not is_pair:
             raise InputError(f"--pairs {pair}: must be CALM:TRANSFORMER, as in {PAIRS[0]}.")
     training_step.check(argparse.Namespace(**vars(options) | {"shape": options.pairs[0].split(":"), "batch_size": 1}))
@@ -198,8 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt_length", type=positive, default=64)
     parser.add_argument("--output_length", type=positive, default=64)
-    parser.add_argument("--block_size", type=positive, default=2048, help="tokens per row of a training step")
-    parser.add_argument("--train_batch_size", type=positive, default=8, help="rows of a training step")
+    parser.add_argument("--block_size", type=positive, default=2048, help="tokens per sequence of a training step")
+    parser.add_argument("--train_batch_size", type=positive, default=8, help="sequences per training step")
     add_device_options(parser, gpu=True)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     options, start = parser.parse_args(argv), time.monotonic()
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             skipped.append(name)
             continue
         if not name.startswith("generation"):
-            models.drop()
+            models.drop()  # the other parts load their own
         try:
             finished[name] = measure()
         except Exception as error:  # the other parts must still run: GPU time is scarce

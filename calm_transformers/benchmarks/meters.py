@@ -25,15 +25,15 @@ MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 @contextmanager
 def wrap_method(owner, name: str, wrapper: Callable):
-    """Replaces a method of one object by `wrapper(method)` inside a `with` block."""
-    before = vars(owner).get(name)
+    """Replaces a method of an object or class by `wrapper(method)` inside a `with` block."""
+    previous = vars(owner).get(name)  # None if the method is inherited
     setattr(owner, name, wrapper(getattr(owner, name)))
     try:
         yield
     finally:
         delattr(owner, name)
-        if before is not None:
-            setattr(owner, name, before)
+        if previous is not None:
+            setattr(owner, name, previous)
 
 
 @dataclass
@@ -49,16 +49,16 @@ class Meter:
         if device.type != "cuda":
             return cls(time.perf_counter, lambda before, after: after - before)
 
-        def event():
+        def record_event():
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             return event
 
-        return cls(event, lambda before, after: before.elapsed_time(after) / 1000)
+        return cls(record_event, lambda before, after: before.elapsed_time(after) / 1000)
 
 
 class MethodMeter:
-    """Reads a meter around each call of given methods.
+    """Reads a meter before and after each call of given methods, while `measured` is active.
 
     Args:
         meter: to read.
@@ -74,10 +74,10 @@ class MethodMeter:
         with ExitStack() as stack:
             for part, methods in self.methods.items():
                 for owner, name in methods if isinstance(methods, list) else [methods]:
-                    stack.enter_context(wrap_method(owner, name, functools.partial(self._around, part)))
+                    stack.enter_context(wrap_method(owner, name, functools.partial(self._metered, part)))
             yield
 
-    def _around(self, part: str, method: Callable) -> Callable:
+    def _metered(self, part: str, method: Callable) -> Callable:
         @functools.wraps(method)
         def call(*args, **kwargs):
             before = self.meter.read()
@@ -87,8 +87,8 @@ class MethodMeter:
 
         return call
 
-    def calls(self, part: str) -> list[float]:
-        """Returns the difference of each call, in order; synchronise a GPU first."""
+    def spent(self, part: str) -> list[float]:
+        """Returns what each call of a part took, in order; synchronise a GPU first."""
         return [self.meter.difference(*reading) for reading in self.readings[part]]
 
 
@@ -120,28 +120,30 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.before = self._before()
+        self.bytes_before = self._bytes_in_use()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.before is None:
+        if self.bytes_before is None:
             return
         is_cuda = self.device.type == "cuda"
-        self.extra = (torch.cuda.max_memory_allocated(self.device) if is_cuda else self._status("VmHWM")) - self.before
+        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else self._process_bytes("VmHWM")
+        self.extra = peak - self.bytes_before
 
-    def _before(self) -> int | None:
+    def _bytes_in_use(self) -> int | None:
+        """Returns the memory in use, None if unknown; on Linux it also resets the peak."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         try:
             # Otherwise freed memory that the allocator still holds would hide new allocations.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-            return self._status("VmRSS")
+            return self._process_bytes("VmRSS")
         except (OSError, AttributeError):
             return None
 
     @staticmethod
-    def _status(field: str) -> int:
+    def _process_bytes(field: str) -> int:
         return int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0]) * 1024
 
 

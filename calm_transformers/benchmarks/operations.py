@@ -3,7 +3,7 @@
     calm bench operations --shape calm-m --baseline transformer-s --budget tests/operations_budget.json
 
 Both counts are exact and independent of the machine, and dominate the cost of eager generation at small batches on a
-GPU. A step generates one patch of one row, including the loop of `generate`, with an EOS token to check for and a
+GPU. A step generates one patch of one sequence, including the loop of `generate`, with an EOS token to check for and a
 prompt without padding. The models have the layers of the shape and a tiny width, with candidates that never repeat.
 
 - Dispatched ops: calls of PyTorch's dispatcher, views excluded.
@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from calm_transformers.benchmarks.meters import Meter, MethodMeter, wrap_method
 from calm_transformers.benchmarks.runs import Workload
-from calm_transformers.benchmarks.workloads import generate_tokens, random_model, random_prompts, shape_config
+from calm_transformers.benchmarks.workloads import generate_tokens, model_config, random_model, random_prompts
 from calm_transformers.command_line import InputError, Parser, command, known_errors, writable
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.model.configuration_calm import HEADS, CALMConfig
@@ -56,7 +56,7 @@ HOST_READS = (Tensor.tolist, Tensor.cpu, Tensor.numpy)
 
 
 class _HostReadMode(TorchFunctionMode):
-    """Counts the reads that bypass the dispatcher on a CPU."""
+    """Counts calls of `HOST_READS`, which bypass the dispatcher on a CPU."""
 
     def __init__(self, counter: DispatchCounter):
         super().__init__()
@@ -101,7 +101,7 @@ class DispatchCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Case:
-    """A generation setting to count the steps of."""
+    """A generation setting whose step is counted."""
 
     name: str
     head: str | None  # head type; None is the baseline
@@ -150,10 +150,10 @@ def small_model(config: CALMConfig | LlamaConfig, head: str | None = None):
     return model
 
 
-def count(model, case: Case) -> dict:
+def count_step(model, case: Case) -> dict:
     """Counts the ops and host syncs of one step (for the baseline, of one token), and the ops of its parts."""
     prompts = random_prompts(model, 1, PROMPT_TOKENS)
-    workload, step = Workload(model, prompts, case.settings), model.config.to_dict().get("patch_size", 1)
+    workload = Workload(model, prompts, case.settings)
 
     def run(num_steps: int) -> tuple[DispatchCounter, MethodMeter]:
         torch.manual_seed(0)
@@ -168,23 +168,24 @@ def count(model, case: Case) -> dict:
             # The faster matmul backend is measured, so it could differ between machines.
             stack.enter_context(patch.dict(os.environ, {SWITCH: "torch"}))
             stack.enter_context(counter)
-            generate_tokens(model, prompts, num_steps * step, **case.settings)
+            generate_tokens(model, prompts, num_steps * workload.tokens_per_step, **case.settings)
         return counter, parts
 
-    run(WARM_UP_STEPS)
+    run(WARM_UP_STEPS)  # only fills the caches
+    # The counts of one step are the difference of two runs.
     (fewer, fewer_parts), (more, more_parts) = run(WARM_UP_STEPS), run(WARM_UP_STEPS + 1)
     return {
         "operations": more.dispatched_ops - fewer.dispatched_ops,
         "waits": more.host_syncs - fewer.host_syncs,
-        **{part: round(sum(more_parts.calls(part)) - sum(fewer_parts.calls(part))) for part in workload.methods()},
+        **{part: round(sum(more_parts.spent(part)) - sum(fewer_parts.spent(part))) for part in workload.methods()},
     }
 
 
 def _with_schedule(sample_patches, schedule: BlockSchedule):
-    def call(hidden_RD, sampling, generator, forbidden_KV, _, *others):
+    def sample_with_schedule(hidden_RD, sampling, generator, forbidden_KV, _schedule, *others):
         return sample_patches(hidden_RD, sampling, generator, forbidden_KV, schedule, *others)
 
-    return call
+    return sample_with_schedule
 
 
 def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
@@ -193,16 +194,16 @@ def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
     Raises:
         InputError: the shape is not a CALM, or the baseline is one.
     """
-    calm, llama = shape_config(shape), shape_config(baseline)
+    calm, llama = model_config(shape), model_config(baseline)
     if not isinstance(calm, CALMConfig):
         raise InputError(f"--shape {shape} is not a CALM.")
     if isinstance(llama, CALMConfig):
         raise InputError(f"--baseline {baseline} is a CALM: choose an autoregressive language model.")
-    rows, models = [], {}
+    rows, models = [], {}  # only the latest model stays in memory
     for case in cases(heads):
         if case.head not in models:
             models = {case.head: small_model(llama if case.head is None else calm, case.head)}
-        counts = count(models[case.head], case)
+        counts = count_step(models[case.head], case)
         if case.head is None:
             counts = {name: value * calm.patch_size for name, value in counts.items()}
         rows.append({"case": case.name, **counts})
@@ -227,15 +228,15 @@ def update_budget(rows: list[dict], path: Path) -> None:
         InputError: a count is above its budget; the file stays unchanged.
     """
     budget = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    above = check_budget(rows, budget)
-    if above:
-        raise InputError("; ".join(above) + ".")
-    own = [row for row in rows if not row["case"].startswith(BASELINE)]  # the baseline is upstream's code
-    budget |= {row["case"]: {name: row[name] for name in COUNTS} for row in own}
+    messages = check_budget(rows, budget)
+    if messages:
+        raise InputError("; ".join(messages) + ".")
+    calm_rows = [row for row in rows if not row["case"].startswith(BASELINE)]  # the baseline is upstream's code
+    budget |= {row["case"]: {name: row[name] for name in COUNTS} for row in calm_rows}
     write_json(path, budget)
 
 
-def table(rows: list[dict]) -> str:
+def format_table(rows: list[dict]) -> str:
     columns = ("case", "operations", "backbone", "head", "decode", "waits")
     lines = [[*(str(row.get(name, "–")) for name in columns), f"{row['of_baseline']:.3f}"] for row in rows]
     return markdown([*(COUNTS.get(name, name) for name in columns), "÷ baseline"], lines)
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     with known_errors(ValueError, OSError):
         rows = count_all(options.shape, options.baseline, options.head)
-    print(table(rows))
+    print(format_table(rows))
     if options.budget is not None:
         update_budget(rows, options.budget)
 

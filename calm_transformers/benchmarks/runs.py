@@ -1,4 +1,4 @@
-"""Timed generation of two models in turns, with the time per step split into parts.
+"""Timed, interleaved generation of two models, with the time per step split into parts.
 
 Axes: B batch, L prompt tokens, R rows that sample, K tokens per patch, N candidates, Z latent.
 """
@@ -52,8 +52,8 @@ class Workload:
         }
 
     def run(self, length: int, meter: MethodMeter) -> int:
-        """Generates `length` tokens per row under a meter, and returns the total number of candidates sampled."""
-        counts = []
+        """Generates `length` tokens per sequence under a meter, and returns the total number of candidates sampled."""
+        counts = []  # candidates per call of the head
 
         def count_candidates(sample):
             def counting_sample(*args, **kwargs):
@@ -91,7 +91,7 @@ class TimedRun:
 
 
 def timed_run(workload: Workload, length: int, seed: int) -> TimedRun:
-    """Generates `length` tokens per row, at least two steps, and splits the time into parts."""
+    """Generates `length` tokens per sequence, at least two steps, and splits the time into parts."""
     device = workload.model.device
     clock = Meter.clock(device)
     meter = MethodMeter(clock, workload.methods())
@@ -103,21 +103,21 @@ def timed_run(workload: Workload, length: int, seed: int) -> TimedRun:
         end = clock.read()
         synchronise(device)
     seconds, steps = clock.difference(start, end), workload.num_steps(length)
-    prompt, *backbone = meter.calls("backbone")
-    head, decode, choice = (sum(meter.calls(part)) / steps for part in ("head", "decode", "choice"))
+    prompt, *backbone = meter.spent("backbone")  # the first call is the prefill
+    head, decode, choice = (sum(meter.spent(part)) / steps for part in ("head", "decode", "choice"))
     other = (seconds - prompt - sum(backbone)) / steps - choice
-    values = (fmean(backbone), head, decode, choice - head - decode, other)
-    step_ms = {part: 1000 * value for part, value in zip(PARTS, values, strict=True)}
+    part_seconds = (fmean(backbone), head, decode, choice - head - decode, other)
+    step_ms = {part: 1000 * value for part, value in zip(PARTS, part_seconds, strict=True)}
     return TimedRun(seconds, prompt, step_ms, num_candidates, memory.extra)
 
 
 def summarise(workload: Workload, runs: list[TimedRun], length: int) -> dict:
-    """Returns medians and ranges over the runs of one model; the keys are described in generation.py."""
+    """Returns medians and ranges over the runs of one model; generation.py describes the keys."""
     batch_size, steps = len(workload.prompts_BL), workload.num_steps(length)
     speeds = [batch_size * length / run.seconds for run in runs]
     step_ms = {part: median(run.step_ms[part] for run in runs) for part in PARTS}
     candidates_per_step = median(run.num_candidates for run in runs) / steps
-    weights = weight_bytes(workload.model)
+    model_bytes = weight_bytes(workload.model)
     extras = [run.extra_bytes for run in runs if run.extra_bytes is not None]
     extra = max(extras) if extras else None
     return {
@@ -127,20 +127,21 @@ def summarise(workload: Workload, runs: list[TimedRun], length: int) -> dict:
         "step_ms": sum(step_ms.values()),
         **{f"{part}_ms": value for part, value in step_ms.items()},
         "draws": candidates_per_step / batch_size,
-        "weight_bytes": weights,
-        "peak_memory_bytes": None if extra is None else weights + extra,
-        "peak_over_weights": None if extra is None else 1 + extra / weights,
+        "weight_bytes": model_bytes,
+        "peak_memory_bytes": None if extra is None else model_bytes + extra,
+        "peak_over_weights": None if extra is None else 1 + extra / model_bytes,
     }
 
 
 def compare(calm: Workload, baseline: Workload, length: int, repetitions: int) -> dict:
-    """Runs both in turns; returns CALM's results, the baseline's as baseline_…, and the ratio of tokens per second."""
-    workloads, runs = (calm, baseline), ([], [])
-    for workload in workloads:
-        workload.run(WARM_UP_STEPS * workload.tokens_per_step, MethodMeter(Meter.clock(workload.model.device), {}))
+    """Interleaves runs of both; returns CALM's results, the baseline's as baseline_…, and the ratio of speeds."""
+    calm_runs, baseline_runs = [], []
+    for workload in (calm, baseline):
+        unused_meter = MethodMeter(Meter.clock(workload.model.device), {})
+        workload.run(WARM_UP_STEPS * workload.tokens_per_step, unused_meter)
     for repetition in range(repetitions):
-        for workload, finished in zip(workloads, runs, strict=True):
-            finished.append(timed_run(workload, length, seed=repetition))
-    calm_results, baseline_results = map(summarise, workloads, runs, (length, length))
+        calm_runs.append(timed_run(calm, length, seed=repetition))
+        baseline_runs.append(timed_run(baseline, length, seed=repetition))
+    calm_results, baseline_results = summarise(calm, calm_runs, length), summarise(baseline, baseline_runs, length)
     ratio = calm_results["tokens_per_second"] / baseline_results["tokens_per_second"]
     return {"ratio": ratio, **calm_results, **{f"baseline_{key}": value for key, value in baseline_results.items()}}

@@ -1,15 +1,16 @@
-"""Measures tokens per second and time to first token of servers in turns, by the number of clients.
+"""Measures tokens per second and time to first token of several servers, by the number of clients.
 
     calm bench serving --model . --baseline transformer-s --clients 1 4 16
     calm bench serving --model calm-m --baseline transformer-s --clients 1 4 16 --max_tokens 32
 
 A CALM is served by `calm serve`, the baseline by `transformers serve`, with and without its continuous batching.
 Recipes (calm-m, transformer-s) get random weights. Each client streams one completion after another over HTTP; EOS is
-ignored. Clients and servers share the machine.
+ignored. Clients and servers share the machine; the rounds of the servers are interleaved.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -64,13 +65,13 @@ def save_model(name: str, folder: Path) -> Path:
     """Returns the folder of a model; for a recipe, saves random weights and a tokenizer to `folder` first."""
     import torch
 
-    from calm_transformers.benchmarks.workloads import is_trained, random_model, shape_config
+    from calm_transformers.benchmarks.workloads import is_trained, model_config, random_model
     from calm_transformers.loading import load_config
 
     if is_trained(name):
         load_config(name)
         return Path(name)
-    config = shape_config(name)
+    config = model_config(name)
     model = random_model(config, torch.device("cpu"), torch.float32)
     assert model.generation_config is not None
     model.generation_config.update(do_sample=True, temperature=0.5)
@@ -97,7 +98,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(arguments: list[str], port: int, log: Path) -> Iterator[None]:
+def running_server(arguments: list[str], port: int, log: Path) -> Iterator[None]:
     """Starts a server process, waits until it is healthy, and stops it at the end.
 
     Raises:
@@ -146,7 +147,7 @@ def stream_text(server: RunningServer, max_tokens: int, temperature: float, seed
         **{"seed": seed, "stream": True, "stream_options": {"include_usage": True}, **server.fields},
     }
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=START_SECONDS)
-    start, first, usage = time.perf_counter(), None, None
+    start, first_token_seconds, usage = time.perf_counter(), None, None
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != 200:
@@ -156,12 +157,12 @@ def stream_text(server: RunningServer, max_tokens: int, temperature: float, seed
             continue
         chunk = json.loads(line.removeprefix(b"data: "))
         usage = chunk.get("usage") or usage
-        if first is None and any(choice.get("text") for choice in chunk.get("choices", [])):
-            first = time.perf_counter() - start
+        if first_token_seconds is None and any(choice.get("text") for choice in chunk.get("choices", [])):
+            first_token_seconds = time.perf_counter() - start
     connection.close()
-    if usage is None or first is None:
+    if usage is None or first_token_seconds is None:
         raise InputError(f"{server.name} returned no text, or no usage.")
-    return usage["completion_tokens"], first
+    return usage["completion_tokens"], first_token_seconds
 
 
 def run_round(server: RunningServer, clients: int, requests: int, max_tokens: int, temperature: float) -> Round:
@@ -172,29 +173,30 @@ def run_round(server: RunningServer, clients: int, requests: int, max_tokens: in
 
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        results = [result for of_client in pool.map(client, range(clients)) for result in of_client]
+        results = [result for client_results in pool.map(client, range(clients)) for result in client_results]
     return Round(sum(tokens for tokens, _ in results), time.perf_counter() - start, [first for _, first in results])
 
 
-def line_of(server: str, clients: int, rounds: list[Round]) -> dict:
+def summarise_rounds(server: str, clients: int, rounds: list[Round]) -> dict:
     """Summarises the rounds of one server and number of clients; tokens per second are over all clients."""
-    speeds = [each.tokens / each.seconds for each in rounds]
-    firsts = sorted(first for each in rounds for first in each.first_token_seconds)
-    p99 = quantiles(firsts, n=100, method="inclusive")[98] if len(firsts) > 1 else firsts[0]
+    speeds = [finished.tokens / finished.seconds for finished in rounds]
+    latencies = sorted(seconds for finished in rounds for seconds in finished.first_token_seconds)
+    p99 = quantiles(latencies, n=100, method="inclusive")[98] if len(latencies) > 1 else latencies[0]
     return {
         **{"server": server, "clients": clients, "tokens_per_second": median(speeds)},
-        **{"least": min(speeds), "most": max(speeds), "first_token_p50": median(firsts), "first_token_p99": p99},
+        **{"least": min(speeds), "most": max(speeds), "first_token_p50": median(latencies), "first_token_p99": p99},
     }
 
 
-def as_table(lines: list[dict]) -> str:
-    single = {line["server"]: line["tokens_per_second"] for line in lines if line["clients"] == 1}
+def as_table(results: list[dict]) -> str:
+    """Formats results of `summarise_rounds` as Markdown, with the ratio to the server's speed for one client."""
+    single = {result["server"]: result["tokens_per_second"] for result in results if result["clients"] == 1}
     rows = []
-    for line in lines:
-        ratio = f"{line['tokens_per_second'] / single[line['server']]:.2f}" if line["server"] in single else "–"
-        speed = "{tokens_per_second:.1f} ({least:.1f} – {most:.1f})".format(**line)
-        firsts = f"{1000 * line['first_token_p50']:.0f}, {1000 * line['first_token_p99']:.0f}"
-        rows.append([line["server"], str(line["clients"]), speed, ratio, firsts])
+    for result in results:
+        ratio = f"{result['tokens_per_second'] / single[result['server']]:.2f}" if result["server"] in single else "–"
+        speed = "{tokens_per_second:.1f} ({least:.1f} – {most:.1f})".format(**result)
+        latencies = f"{1000 * result['first_token_p50']:.0f}, {1000 * result['first_token_p99']:.0f}"
+        rows.append([result["server"], str(result["clients"]), speed, ratio, latencies])
     return markdown(["server", "clients", "tokens/s (range)", "÷ one client", "first token, ms: p50, p99"], rows)
 
 
@@ -208,19 +210,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=positive, default=2, help="completions per client and round")
     parser.add_argument("--max_tokens", type=positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--repetitions", type=positive, default=3, help="rounds; the servers take turns")
+    parser.add_argument("--repetitions", type=positive, default=3, help="rounds per server, interleaved")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=writable, help="write the results")
     options = parser.parse_args(argv)
     for package in UPSTREAM_PACKAGES if options.baseline else ():
         require_package(package, "benchmark", "`transformers serve`")
-    with tempfile.TemporaryDirectory(prefix="calm-serving-") as work:
-        lines = measure(options, Path(work))
-    print(as_table(lines))
-    write_json(options.json, lines)
+    with tempfile.TemporaryDirectory(prefix="calm-serving-") as folder:
+        results = measure(options, Path(folder))
+    print(as_table(results))
+    write_json(options.json, results)
 
 
-def measure(options, work: Path) -> list[dict]:
+def measure(options: argparse.Namespace, temporary: Path) -> list[dict]:
+    """Starts all servers and returns a summary per number of clients and server; `temporary` gets models and logs."""
+    # name, model, module and its arguments, additional options
     configurations = [("calm_transformers.serving.serve", options.model, ["calm_transformers.serving.serve"], [])]
     if options.baseline:
         upstream = ["transformers.cli.transformers", "serve"]
@@ -230,26 +234,26 @@ def measure(options, work: Path) -> list[dict]:
             configurations.append((name, options.baseline, upstream, ["--continuous-batching"]))
     with contextlib.ExitStack() as stack:
         servers = []
-        for name, model, program, extra in configurations:
+        for name, model, program, program_options in configurations:
             with known_errors(ValueError, OSError):
-                folder = save_model(model, work / model.replace("/", "-"))
+                folder = save_model(model, temporary / model.replace("/", "-"))
             port = free_port()
-            args = [*program, str(folder), *extra, "--dtype", options.dtype]
-            stack.enter_context(running(args, port, work / f"{len(servers)}.log"))
+            args = [*program, str(folder), *program_options, "--dtype", options.dtype]
+            stack.enter_context(running_server(args, port, temporary / f"{len(servers)}.log"))
             prompt = PROMPT if folder == Path(model) else " ".join(f"w{100 + i}" for i in range(PROMPT_WORDS))
             fields = {"ignore_eos": True} if name == "calm_transformers.serving.serve" else {}
             servers.append(RunningServer(f"{name}: {model}", port, str(folder), prompt, fields))
-        lines = []
+        results = []
         for clients in options.clients:
-            rounds: list[list[Round]] = [[] for _ in servers]
+            rounds: list[list[Round]] = [[] for _ in servers]  # per server
             for repetition in range(1 + options.repetitions):  # the first warms up
                 requests, max_tokens = (options.requests, options.max_tokens) if repetition else (1, 8)
-                for server, finished in zip(servers, rounds, strict=True):
-                    finished.append(run_round(server, clients, requests, max_tokens, options.temperature))
-            for server, finished in zip(servers, rounds, strict=True):
-                lines.append(line_of(server.name, clients, finished[1:]))
-                print(as_table(lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-        return lines
+                for server, server_rounds in zip(servers, rounds, strict=True):
+                    server_rounds.append(run_round(server, clients, requests, max_tokens, options.temperature))
+            for server, server_rounds in zip(servers, rounds, strict=True):
+                results.append(summarise_rounds(server.name, clients, server_rounds[1:]))
+                print(as_table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        return results
 
 
 if __name__ == "__main__":

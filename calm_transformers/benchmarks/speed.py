@@ -36,12 +36,12 @@ OPTIONS = {
 class Part(NamedTuple):
     """One run of the generation benchmark: a key of `OPTIONS`, temperature and batch size."""
 
-    kind: str
+    comparison: str
     temperature: str
     batch_size: str
 
     def path(self, folder: Path) -> Path:
-        return folder / f"{self.kind}-T{self.temperature}-batch{self.batch_size}.json"
+        return folder / f"{self.comparison}-T{self.temperature}-batch{self.batch_size}.json"
 
     def rows(self, folder: Path) -> list[dict]:
         return json.loads(self.path(folder).read_text(encoding="utf-8"))
@@ -56,28 +56,30 @@ class Part(NamedTuple):
         if path.exists():
             return
         print(f"\n{path.stem}", flush=True)
-        args = [*OPTIONS[self.kind].split(), *COMMON.split(), *([] if self.kind == DEMO else ["--demo", demo])]
+        args = [*OPTIONS[self.comparison].split(), *COMMON.split()]
+        args += [] if self.comparison == DEMO else ["--demo", demo]
         with atomic_write(path) as temporary:
             args += ["--temperature", self.temperature, "--batch_size", self.batch_size, "--json", str(temporary)]
             if generation.main(args):
                 raise InputError(f"{path.stem} could not be measured.")
 
 
-PARTS = [Part(kind, T, size) for kind in OPTIONS for T in TEMPERATURES for size in BATCH_SIZES]
+PARTS = [Part(comparison, T, batch_size) for comparison in OPTIONS for T in TEMPERATURES for batch_size in BATCH_SIZES]
 
 
-def read_rows(kind: str, folder: Path) -> list[dict]:
+def read_rows(comparison: str, folder: Path) -> list[dict]:
     """Reads all rows of a comparison, in the order of the tables."""
-    rows = [row for part in PARTS if part.kind == kind for row in part.rows(folder)]
+    rows = [row for part in PARTS if part.comparison == comparison for row in part.rows(folder)]
     return sorted(rows, key=lambda row: (row["temperature"], row["batch_size"], row["workload"] == "real"))
 
 
 def guide_table(folder: Path) -> str:
     """Formats the float32 rows, with the ratios of the other two comparisons of CALM-M."""
-    head = ["workload", "T", "batch", "tokens/s (range)", "Transformer-S", "ratio", "with oneDNN for both"]
-    head += ["both in bfloat16", "ms per step: backbone, head, decode, selection", "draws", "memory ÷ weights"]
+    header = ["workload", "T", "batch", "tokens/s (range)", "Transformer-S", "ratio", "with oneDNN for both"]
+    header += ["both in bfloat16", "ms per step: backbone, head, decode, selection", "draws", "memory ÷ weights"]
     rows = []
-    for row, fast, half in zip(*(read_rows(kind, folder) for kind in (FLOAT32, FAST_BASELINE, BFLOAT16)), strict=True):
+    comparisons = [read_rows(comparison, folder) for comparison in (FLOAT32, FAST_BASELINE, BFLOAT16)]
+    for row, fast_row, bfloat16_row in zip(*comparisons, strict=True):
         speed = "{tokens_per_second:.1f} ({low:.1f} – {high:.1f})".format(
             **row, low=row["tokens_per_second_range"][0], high=row["tokens_per_second_range"][1]
         )
@@ -87,15 +89,16 @@ def guide_table(folder: Path) -> str:
             [
                 *(row["workload"], f"{row['temperature']:g}", str(row["batch_size"]), speed),
                 *(f"{row['baseline_tokens_per_second']:.1f}", f"**{row['ratio']:.2f}**"),
-                *(f"{fast['ratio']:.2f}", f"{half['ratio']:.2f}", parts, f"{row['draws']:.0f}", memory),
+                *(f"{fast_row['ratio']:.2f}", f"{bfloat16_row['ratio']:.2f}", parts, f"{row['draws']:.0f}", memory),
             ]
         )
-    return markdown(head, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
+    return markdown(header, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
 
 
 def speed_table(folder: Path) -> str:
     """Formats the tokens per second of all comparisons."""
-    head = ["comparison", "workload", "T", "batch", "CALM, tokens/s", "Transformer, tokens/s", "ratio", "ms per step"]
+    header = ["comparison", "workload", "T", "batch"]
+    header += ["CALM, tokens/s", "Transformer, tokens/s", "ratio", "ms per step"]
     names = {
         FLOAT32: "CALM-M, Transformer-S: float32",
         FAST_BASELINE: "… with oneDNN for both",
@@ -108,13 +111,14 @@ def speed_table(folder: Path) -> str:
             *(f"{row['tokens_per_second']:.1f}", f"{row['baseline_tokens_per_second']:.1f}"),
             *(f"{row['ratio']:.2f}", f"{row['step_ms']:.1f}"),
         ]
-        for kind, name in names.items()
-        for row in read_rows(kind, folder)
+        for comparison, name in names.items()
+        for row in read_rows(comparison, folder)
     ]
-    return markdown(head, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
+    return markdown(header, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
 
 
 def provenance(rows: list[dict]) -> str:
+    """Returns the line below a table: machine, versions, settings and dates."""
     row, dates = rows[0], sorted({row["date"] for row in rows})
     return (
         f"{row['device_name']}, {row['threads']} threads, torch {row['torch']}, transformers {row['transformers']}, "

@@ -3,15 +3,15 @@
     calm bench training --shape calm-m transformer-s --device cuda --dtype bfloat16 --compile \\
         --batch_size 8 --block_size 8192 --repetitions 5 --json figures.json
 
-A step is forward, backward, clipping to norm 1 and AdamW on rows of random tokens, with random float32 weights;
-bfloat16 means autocast, as in the recipes. A shape is a recipe, `demo`, a folder or a Hub id; the shapes take turns.
-All times are medians, in ms.
+A step is forward, backward, clipping to norm 1 and AdamW on blocks of random tokens, with random float32 weights;
+bfloat16 means autocast, as in the recipes. A shape is a recipe, `demo`, a folder or a Hub id; their steps are
+interleaved. All times are medians, in ms.
 
 - MFU: FLOPs of a step (as in `--dry_run`) ÷ time ÷ measured FLOPs per second of a large matmul.
 - memory: weights, optimiser state, and the peak of the worst step beyond them.
 """
 
-# B rows, L tokens of a row
+# B blocks per batch, L tokens per block
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from calm_transformers.benchmarks.meters import (
     synchronise,
     weight_bytes,
 )
-from calm_transformers.benchmarks.workloads import add_device_options, check_device, random_model, shape_config
+from calm_transformers.benchmarks.workloads import add_device_options, check_device, model_config, random_model
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, writable
 from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.loading import is_calm
@@ -44,18 +44,18 @@ class TrainingStep:
     """A model, its optimiser and one batch; each call runs and measures one step.
 
     Args:
-        shape: of the model.
+        model_name: a recipe, `demo`, a folder or a Hub id.
         options: of the command line.
     """
 
-    def __init__(self, shape: str, options: argparse.Namespace):
+    def __init__(self, model_name: str, options: argparse.Namespace):
         self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
-        self.model = random_model(shape_config(shape), self.device, torch.float32).train()
+        self.model = random_model(model_config(model_name), self.device, torch.float32).train()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(trainable, lr=1e-5, fused=self.device.type == "cuda")
         generator = torch.Generator().manual_seed(0)
-        size = (options.batch_size, options.block_size)
-        self.ids_BL = torch.randint(self.model.config.vocab_size, size, generator=generator).to(self.device)
+        B, L = options.batch_size, options.block_size
+        self.ids_BL = torch.randint(self.model.config.vocab_size, (B, L), generator=generator).to(self.device)
         self.forward = torch.compile(self.model, backend=COMPILE_BACKEND) if options.compile else self.model
         self.clock = Meter.clock(self.device)
         self.seconds: list[float] = []
@@ -81,8 +81,8 @@ class TrainingStep:
         seconds, tokens = self.seconds[WARM_UP_STEPS:], self.ids_BL.numel()
         cost = (calm_cost if is_calm(self.model) else ar_cost)(self.model.config, self.ids_BL.shape[1])
         flops = tokens * sum(cost.train_flops.values())
-        state = [value for values in self.optimiser.state.values() for value in values.values()]
-        static_bytes = weight_bytes(self.model) + sum(s.numel() * s.element_size() for s in state)
+        states = [tensor for state in self.optimiser.state.values() for tensor in state.values()]
+        static_bytes = weight_bytes(self.model) + sum(tensor.numel() * tensor.element_size() for tensor in states)
         extra = [num_bytes for num_bytes in self.extra_bytes[WARM_UP_STEPS:] if num_bytes is not None]
         return {
             "step_ms": 1000 * median(seconds),
@@ -112,19 +112,19 @@ def table_row(row: dict) -> list[str]:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Measures all shapes, prints a table, and returns the report that --json writes."""
+    """Measures all models (`--shape`), prints a table, and returns the report that --json writes."""
     check(options)
     device = torch.device(options.device)
     flop_rate = peak_flop_rate(device, getattr(torch, options.dtype))
-    steps = {shape: TrainingStep(shape, options) for shape in options.shape}
+    steps = {name: TrainingStep(name, options) for name in options.shape}
     for step in steps.values():
         for _ in range(WARM_UP_STEPS):
             step()
     for _ in range(options.repetitions):
         for step in steps.values():
             step()
-    settings = {name: getattr(options, name) for name in ("batch_size", "block_size", "compile", "repetitions")}
-    rows = [{"shape": shape, **settings, **step.results(flop_rate)} for shape, step in steps.items()]
+    settings = {option: getattr(options, option) for option in ("batch_size", "block_size", "compile", "repetitions")}
+    rows = [{"shape": name, **settings, **step.results(flop_rate)} for name, step in steps.items()]
     report = {
         **{"device": options.device, "device_name": device_name(device), "threads": torch.get_num_threads()},
         **{"dtype": options.dtype, "flop_rate": flop_rate, "torch": torch.__version__},
@@ -140,19 +140,20 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def check(options: argparse.Namespace) -> None:
+    """Checks that the device exists and that the block size suits every model; raises InputError otherwise."""
     check_device(options.device)
-    for shape in options.shape:
-        K = getattr(shape_config(shape), "patch_size", 1)
+    for name in options.shape:
+        K = getattr(model_config(name), "patch_size", 1)
         if options.block_size < 2 * K or options.block_size % K:
-            raise InputError(f"--block_size {options.block_size}: {shape} needs at least two patches of {K} tokens.")
+            raise InputError(f"--block_size {options.block_size}: {name} needs at least two patches of {K} tokens.")
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("calm bench training", __doc__)
     parser.add_argument("--shape", nargs="+", default=["calm-m"], help="calm-m, transformer-s, demo, or a model")
     add_device_options(parser, torch.cuda.is_available())
-    parser.add_argument("--batch_size", type=positive, default=1, help="rows per step")
-    parser.add_argument("--block_size", type=positive, default=2048, help="tokens per row")
+    parser.add_argument("--batch_size", type=positive, default=1, help="blocks per step")
+    parser.add_argument("--block_size", type=positive, default=2048, help="tokens per block")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=writable, help="write the report")
     return parser.parse_args(argv)

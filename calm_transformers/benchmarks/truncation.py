@@ -63,9 +63,9 @@ def target_distribution(probs_V: Tensor, temperature: float, truncation: Truncat
     tempered_V = probs_V ** (1 / temperature)
     tempered_V = tempered_V / tempered_V.sum()
     target_V = truncated(tempered_V[None], truncation)[0]
-    _, group_V = probs_V.unique(return_inverse=True)
-    sums = torch.zeros_like(probs_V).index_add(0, group_V, target_V)
-    target_V = (sums / group_V.bincount(minlength=len(probs_V)))[group_V]
+    _, tie_V = probs_V.unique(return_inverse=True)  # equal probabilities have the same index
+    sums = torch.zeros_like(probs_V).index_add(0, tie_V, target_V)
+    target_V = (sums / tie_V.bincount(minlength=len(probs_V)))[tie_V]
     return target_V / target_V.sum()
 
 
@@ -104,15 +104,15 @@ def flattened_row(probs_V: Tensor, samples: SampleSets) -> list[float]:
     row = [total_variation(samples.choice_distribution(uniform_weights), probs_V)]
     for temperature in TEMPERATURES:
         target_V = target_distribution(probs_V, temperature)
-        for weights in (candidate_weights, plug_in_weights):
-            choice_V = samples.choice_distribution(partial(weights, temperature=temperature))
+        for weight_fn in (candidate_weights, plug_in_weights):
+            choice_V = samples.choice_distribution(partial(weight_fn, temperature=temperature))
             row.append(total_variation(choice_V, target_V))
         row.append(total_variation(probs_V, target_V))
     return row
 
 
 def truncated_row(probs_V: Tensor, samples: SampleSets) -> list[float]:
-    """Returns for each T and truncation the distances of `candidate_weights`, and without truncation."""
+    """Returns for each T and truncation the distances of `candidate_weights`, and of P^(1/T)/Z without truncation."""
     row = []
     for temperature in TRUNCATED_TEMPERATURES:
         for truncation in TRUNCATIONS.values():

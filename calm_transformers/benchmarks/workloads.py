@@ -6,8 +6,8 @@
   whenever a token is decoded, it returns that of a recorded candidate. So the duplicates among the candidates, and the
   tokens that must be decoded to find them, are those of a trained model.
 
-Axes: B batch, L tokens, R rows that sample, K tokens per patch, N candidates, C recorded contexts, M recorded
-candidates per context, D hidden size, Z latent size.
+Axes: B batch, L tokens, P patches, R rows that sample, K tokens per patch, N candidates, C recorded contexts,
+M recorded candidates per context, D hidden size, Z latent size.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def model_folder(name: str, demo: str | Path) -> str:
     return str(demo)
 
 
-def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | LlamaConfig:
+def model_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | LlamaConfig:
     """Returns the configuration of a recipe, the demo, or a model by its folder or Hub id.
 
     An autoregressive recipe without a vocabulary size gets that of the demo.
@@ -78,7 +78,7 @@ def shape_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
         return config
     recipe = load_recipe(name)
     if recipe.kind == "ar":
-        fields: dict[str, Any] = {"vocab_size": shape_config("demo", demo).vocab_size} | recipe.model
+        fields: dict[str, Any] = {"vocab_size": model_config("demo", demo).vocab_size} | recipe.model
         return LlamaConfig(**fields)
     if recipe.kind != "calm" or "vocab_size" not in recipe.model:
         raise InputError(f"the recipe {name} does not define a complete language model.")
@@ -146,8 +146,9 @@ def generate_tokens(model, prompts_BL: Tensor, length: int, **settings) -> Tenso
 @torch.no_grad()
 def sample_candidates(model, prompts_BL: Tensor, num_candidates: int) -> Tensor:
     """Samples candidates (C, N, K) after each of the first `NUM_DISTINCT_CONTEXTS` patches of every prompt."""
-    whole = prompts_BL.shape[1] // model.config.patch_size * model.config.patch_size
-    hidden_CD = model.model(input_ids=prompts_BL[:, :whole]).last_hidden_state[:, :NUM_DISTINCT_CONTEXTS].flatten(0, 1)
+    length = prompts_BL.shape[1] // model.config.patch_size * model.config.patch_size  # of the complete patches
+    hidden_BPD = model.model(input_ids=prompts_BL[:, :length]).last_hidden_state
+    hidden_CD = hidden_BPD[:, :NUM_DISTINCT_CONTEXTS].flatten(0, 1)
     torch.manual_seed(0)
     latents_NCZ = model.head.sample(hidden_CD, num_samples=num_candidates)
     return model.autoencoder.decode_tokens(latents_NCZ).transpose(0, 1)
@@ -174,7 +175,7 @@ def record_candidates(model, temperature: float, num_candidates: int) -> Tensor:
         raise InputError("the model's config.json has no bos_token_id to start generation from.")
     patches = []
 
-    def save_patches(_, __, latents_NBZ: Tensor) -> None:
+    def save_patches(_head, _inputs, latents_NBZ: Tensor) -> None:
         patches.append(model.autoencoder.decode_tokens(latents_NBZ.transpose(0, 1)))
 
     hook = model.head.register_forward_hook(save_patches)
@@ -211,10 +212,10 @@ class Replay:
                 f"the recorded patches have {patch_size} tokens, the model's "
                 f"{getattr(model.config, 'patch_size', 1)}: choose a --demo with the same patch size."
             )
-        with wrap_method(model, "new_candidates", self._wrap):
+        with wrap_method(model, "new_candidates", self._replaying):
             yield
 
-    def _wrap(self, new_candidates):
+    def _replaying(self, new_candidates):
         def new_replayed_candidates(hidden_RD, *args):
             num_contexts, device = len(self.patches_CMK), self.patches_CMK.device
             contexts_B = torch.randint(num_contexts, (len(hidden_RD),), generator=self.generator, device=device)

@@ -10,8 +10,8 @@ probability of every continuation, and no model can have a higher expected Brier
 
 (evaluation/brier.py: the mean over y ~ P of 2 P(y) - sum_x P(x)^2).
 
-Axes: S hidden states, V symbols, B blocks or documents, L tokens, n = 1..4 tokens of a continuation, X continuations.
-"..." stands for any leading axes.
+Axes: S hidden states, V symbols, B blocks or documents, L tokens, M scored positions, n = 1..4 tokens of a
+continuation, X continuations. "..." is any leading axes.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class HiddenMarkovLanguage:
 
     @cached_property
     def stationary(self) -> np.ndarray:
-        """Stationary distribution of the hidden state, (S,); also that of a document's first state."""
-        transitions = self.matrices[0]
+        """Stationary distribution p = p T of the hidden state, (S,); also that of a document's first state."""
+        transitions, _ = self.matrices
         system = np.vstack([transitions.T - np.eye(len(transitions)), np.ones(len(transitions))])
         return np.linalg.lstsq(system, np.append(np.zeros(len(transitions)), 1.0), rcond=None)[0]
 
@@ -144,11 +144,11 @@ class HiddenMarkovLanguage:
         """Builds a tokenizer with one token per symbol, after the usual special tokens; it adds no BOS."""
         symbols = [chr(FIRST_SYMBOL + symbol) for symbol in range(self.vocab_size)]
         vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *symbols])}
-        words = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-        words.add_special_tokens(list(SPECIAL_TOKENS))
-        words.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-        words.decoder = decoders.Fuse()
-        return with_special_tokens(words)
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+        tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+        return with_special_tokens(tokenizer)
 
     def to_symbols(self, ids):
         """Converts token ids (array or tensor) to symbols; special tokens become negative."""
@@ -160,8 +160,8 @@ class HiddenMarkovLanguage:
 
 
 def _sample_dirichlet_rows(rng: np.random.Generator, rows: int, size: int, concentration: float) -> np.ndarray:
-    """Samples in log space: at small concentrations gamma variates underflow, and a row would be 0 / 0."""
-    # G(a) = G(a + 1) · U^(1/a)
+    """Samples a matrix (rows, size) whose rows follow a symmetric Dirichlet distribution."""
+    # In log space, by G(a) = G(a + 1) · U^(1/a): small gamma variates underflow, and a row would be 0 / 0.
     logs = np.log(rng.gamma(concentration + 1, size=(rows, size))) + np.log(rng.random((rows, size))) / concentration
     weights = np.exp(logs - logs.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True)
@@ -169,8 +169,8 @@ def _sample_dirichlet_rows(rng: np.random.Generator, rows: int, size: int, conce
 
 def _sample_rows(cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Samples one index per row of cumulative probabilities."""
-    chance = rng.random((len(cumulative), 1)) * cumulative[:, -1:]
-    return (cumulative <= chance).sum(1)
+    thresholds = rng.random((len(cumulative), 1)) * cumulative[:, -1:]
+    return (cumulative <= thresholds).sum(1)
 
 
 def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_size: int) -> np.ndarray:
@@ -183,8 +183,8 @@ def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_s
         ValueError: blocks are too short or not divisible by the patch size, or have probability 0 in the language.
     """
     length = ids_BL.shape[1]
-    last = length - ceil(MAX_N / patch_size) * patch_size
-    if length % patch_size or last < patch_size:
+    last_position = length - ceil(MAX_N / patch_size) * patch_size
+    if length % patch_size or last_position < patch_size:
         raise ValueError(
             f"blocks of {length} tokens: must be divisible by the patch size {patch_size} and longer by at least "
             f"{MAX_N} tokens."
@@ -193,7 +193,7 @@ def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_s
     if symbols_BL.min() < 0 or symbols_BL.max() >= language.vocab_size:
         raise ValueError("the blocks hold tokens that are no symbols of the language.")
     with np.errstate(invalid="ignore"):
-        beliefs_BMS = language.beliefs(symbols_BL)[:, patch_size : last + 1 : patch_size]
+        beliefs_BMS = language.beliefs(symbols_BL)[:, patch_size : last_position + 1 : patch_size]
     if np.isnan(beliefs_BMS).any():
         raise ValueError("the blocks are not from this language: they have probability 0 in it.")
     return beliefs_BMS
@@ -212,10 +212,10 @@ def write_corpus(language: HiddenMarkovLanguage, folder: Path, splits: dict[str,
     Raises:
         ValueError: the folder exists with other contents.
     """
-    contents = json.dumps({**asdict(language), "parts": splits}, indent=2) + "\n"
+    settings = json.dumps({**asdict(language), "parts": splits}, indent=2) + "\n"
     if folder.exists() and any(folder.iterdir()):
-        marker = folder / LANGUAGE_FILE
-        if not marker.exists() or marker.read_text(encoding="utf-8") != contents:
+        settings_file = folder / LANGUAGE_FILE
+        if not settings_file.exists() or settings_file.read_text(encoding="utf-8") != settings:
             raise ValueError(f"{folder} holds another language or other splits: remove it, or choose another folder.")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def write_corpus(language: HiddenMarkovLanguage, folder: Path, splits: dict[str,
                 for symbols in language.sample(num_documents, length, seed):
                     file.write(json.dumps({"text": language.to_text(symbols)}, ensure_ascii=False) + "\n")
         save_tokenizer(language.tokenizer(), temporary)
-        (temporary / LANGUAGE_FILE).write_text(contents, encoding="utf-8")
+        (temporary / LANGUAGE_FILE).write_text(settings, encoding="utf-8")
 
 
 @command

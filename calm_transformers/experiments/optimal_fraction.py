@@ -6,7 +6,7 @@
 so the indicator is replaced by its expectation P(x), which has less variance. The optimal score is known at every
 position too. The ratio of the two is bootstrapped over blocks, so that the difficulty of a block cancels.
 
-Axes: B blocks, L tokens, P patches, K tokens per patch, M positions (m of a chunk), N samples, R resamples,
+Axes: B blocks, L tokens, P patches, K tokens per patch, M positions (m: those of a chunk), N samples, R resamples,
 n = 1..4 tokens of a continuation.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import sys
 from math import ceil
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from calm_transformers.command_line import Parser, command, known_errors, positive, writable
 from calm_transformers.documents import read_documents
 from calm_transformers.evaluation.blocks import pack_blocks
-from calm_transformers.evaluation.branching import CalmReader, CausalLMReader
+from calm_transformers.evaluation.branching import BlockReader, CalmReader, CausalLMReader
 from calm_transformers.evaluation.brier import MAX_N, brierlm, prefix_matches
 from calm_transformers.evaluation.models import positions_per_block
 from calm_transformers.evaluation.report import write_json
@@ -33,8 +34,14 @@ from calm_transformers.progress import progress_bar
 POSITIONS_CHUNK_SIZE = 128  # per block; bounds the attention mask of the branches, (positions · samples)²
 
 
+class SamplingReader(BlockReader, Protocol):
+    """A model that returns states after patches (B, P, K), and samples the next patches (num_samples, ..., K)."""
+
+    def draw(self, states: Tensor, /, num_samples: int, generator: torch.Generator) -> Tensor: ...
+
+
 class TokenReader(CausalLMReader):
-    """Adapts a causal LM to the interface of `CalmReader` with K = 1; samples from its logits."""
+    """A causal LM with the interface of `CalmReader`, where patches have K = 1 token; samples from its logits."""
 
     def _forward(self, tokens_BN1, mask, position_ids, cache):
         return super()._forward(tokens_BN1.squeeze(-1), mask, position_ids, cache)
@@ -46,18 +53,21 @@ class TokenReader(CausalLMReader):
 
 
 @torch.no_grad()
-def sample_continuations(reader, tokens_BL: Tensor, patch_size: int, num_samples: int, generator=None) -> Tensor:
+def sample_continuations(
+    reader: SamplingReader, tokens_BL: Tensor, patch_size: int, num_samples: int, generator: torch.Generator
+) -> Tensor:
     """Samples continuations (B, M, N, 4) at every position that `calm_transformers.evaluation` scores."""
     steps = ceil(MAX_N / patch_size)
     patches_BPK = tokens_BL.unflatten(1, (-1, patch_size))
     positions = patches_BPK.shape[1] - steps
-    first_BMNK = reader.draw(reader.read(patches_BPK)[:, :positions], num_samples, generator=generator).movedim(0, 2)
+    states_BM = reader.read(patches_BPK)[:, :positions]
+    first_BMNK = reader.draw(states_BM, num_samples, generator=generator).movedim(0, 2)
     if steps == 1:
         return first_BMNK[..., :MAX_N]
     chunks = []
     for chunk_m in torch.arange(positions, device=tokens_BL.device).split(POSITIONS_CHUNK_SIZE):
         reader.start(chunk_m.repeat_interleave(num_samples).expand(len(tokens_BL), -1))
-        tokens = first_BMNK[:, chunk_m].flatten(1, 2)
+        tokens = first_BMNK[:, chunk_m].flatten(1, 2)  # (B, branches, tokens so far)
         branches = torch.arange(tokens.shape[1], device=tokens_BL.device).expand(len(tokens_BL), -1)
         for _ in range(steps - 1):
             states = reader.extend(branches, tokens[..., -patch_size:])
@@ -76,12 +86,12 @@ def brier_sums(
     beliefs_BMS = scored_beliefs(language, tokens_BL, patch_size)
     num_samples = samples_BMN4.shape[2]
     symbols_BMN4 = language.to_symbols(samples_BMN4.numpy())
-    # A special token is no symbol: a continuation has probability 0 from there on.
-    is_text = (symbols_BMN4 >= 0).cumprod(-1)
+    # From the first special token on, which isn't a symbol, a continuation has probability 0.
+    has_only_symbols_BMN4 = (symbols_BMN4 >= 0).cumprod(-1)
     probability_BMN4 = language.probability(beliefs_BMS[:, :, None].repeat(num_samples, 2), symbols_BMN4.clip(0))
-    probability_BMN4 *= is_text
-    left, right = np.triu_indices(num_samples, 1)
-    equal_BM4 = prefix_matches(samples_BMN4[:, :, left], samples_BMN4[:, :, right]).double().mean(2).numpy()
+    probability_BMN4 *= has_only_symbols_BMN4
+    first, second = np.triu_indices(num_samples, 1)
+    equal_BM4 = prefix_matches(samples_BMN4[:, :, first], samples_BMN4[:, :, second]).double().mean(2).numpy()
     return (2 * probability_BMN4.mean(2) - equal_BM4).sum(1), language.optimal_brier(beliefs_BMS).sum(1)
 
 
@@ -91,7 +101,7 @@ def summarise(model_B4: np.ndarray, optimal_B4: np.ndarray, positions: int, resa
     counts_RB = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
     model_R4, optimal_R4 = (counts_RB @ sums / positions for sums in (model_B4, optimal_B4))
 
-    def score(brier):
+    def score(brier: np.ndarray) -> np.ndarray:
         return brierlm(torch.as_tensor(brier)).numpy()
 
     model, optimal = model_B4.sum(0) / positions, optimal_B4.sum(0) / positions
@@ -110,7 +120,7 @@ def summarise(model_B4: np.ndarray, optimal_B4: np.ndarray, positions: int, resa
 
 
 def _intervals(values_R: np.ndarray) -> list:
-    """Returns the 2.5 % and 97.5 % quantiles along the first axis, as pairs."""
+    """Returns the 2.5 % and 97.5 % quantiles over the resamples: one pair, or one per column of `values_R`."""
     return np.quantile(values_R, [0.025, 0.975], axis=0).T.tolist()
 
 
@@ -120,7 +130,7 @@ def format_fraction(result: dict) -> str:
 
 
 def evaluate(
-    reader,
+    reader: SamplingReader,
     patch_size: int,
     language: HiddenMarkovLanguage,
     blocks_BL: Tensor,
@@ -128,7 +138,7 @@ def evaluate(
     batch_size: int,
     description: str = "Scoring",
 ) -> dict:
-    """Scores a model, given by its reader and K (1 for a causal LM), on blocks of token ids; see `summarise`."""
+    """Scores a model on blocks of token ids (see `summarise`); `patch_size` is 1 for a causal LM."""
     generator = torch.Generator().manual_seed(0)
     model, optimal, positions = [], [], 0
     for batch_BL in progress_bar(blocks_BL.split(batch_size), description, "batch"):
@@ -165,8 +175,8 @@ def load_blocks(model, args: argparse.Namespace) -> tuple[HiddenMarkovLanguage, 
     """Loads the language, and blocks (B, L) of its validation text with at least `args.max_positions` positions.
 
     Raises:
-        ValueError: the model can't read such blocks, or there is less text.
-        OSError: there is no language.
+        ValueError: the block size doesn't suit the model, or there is less text.
+        OSError: the folder has no language.
     """
     language = HiddenMarkovLanguage.load(args.language)
     num_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
@@ -189,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     reader, patch_size = (CalmReader(model), model.config.patch_size) if is_calm(model) else (TokenReader(model), 1)
     result = evaluate(reader, patch_size, language, blocks_BL, args.draws, args.batch_size)
     write_json(args.json, {"block_size": args.block_size, "draws": args.draws, **result})
-    print("Brier-1..4", *(f"{b:.4f}" for b in result["brier"]))
+    print("Brier-1..4", *(f"{score:.4f}" for score in result["brier"]))
     print(f"BrierLM {result['brierlm']['value']:.2f} of {result['best_brierlm']:.2f}: {format_fraction(result)}")
     print(f"at {result['positions']:,} positions")
 

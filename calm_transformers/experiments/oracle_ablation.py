@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from calm_transformers.command_line import InputError, command, known_errors
-from calm_transformers.evaluation.branching import CalmReader
+from calm_transformers.evaluation.branching import BlockReader, CalmReader
 from calm_transformers.evaluation.brier import MAX_N
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage
@@ -46,7 +46,7 @@ class MtpReader(CalmReader):
         return self.mtp.sample(states_D, num_samples, generator)
 
 
-class LanguageReader:
+class LanguageReader(BlockReader):
     """Samples patches from the language and passes them through an autoencoder; its states are beliefs (S,)."""
 
     def __init__(self, language: HiddenMarkovLanguage, autoencoder):
@@ -57,19 +57,22 @@ class LanguageReader:
         K = patches_BPK.shape[-1]
         return torch.from_numpy(np.ascontiguousarray(beliefs_BLS[:, K::K]))
 
+    def extend(self, *_) -> Tensor:
+        raise NotImplementedError("continuations are one patch")
+
     @torch.no_grad()
     def draw(self, beliefs_S: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         transitions, emissions = (torch.from_numpy(matrix) for matrix in self.language.matrices)
 
-        def sample_rows(probabilities):
+        def sample_last_axis(probabilities: Tensor) -> Tensor:
             rows = probabilities.flatten(0, -2)
             return rows.multinomial(1, generator=generator).view(probabilities.shape[:-1])
 
-        states = sample_rows(beliefs_S.expand(num_samples, *beliefs_S.shape))
+        states = sample_last_axis(beliefs_S.expand(num_samples, *beliefs_S.shape))
         symbols = []
         for _ in range(self.autoencoder.config.patch_size):
-            symbols.append(sample_rows(emissions[states]))
-            states = sample_rows(transitions[states])
+            symbols.append(sample_last_axis(emissions[states]))
+            states = sample_last_axis(transitions[states])
         ids = self.language.to_ids(torch.stack(symbols, dim=-1))
         mean, log_std = self.autoencoder.encode(ids.reshape(1, -1))
         latents = mean + log_std.exp() * torch.randn(mean.shape, generator=generator)
@@ -79,21 +82,21 @@ class LanguageReader:
 def make_readers(
     model: CALMForCausalLM, language: HiddenMarkovLanguage, folder: Path
 ) -> dict[str, CalmReader | LanguageReader]:
-    """Returns replaced part → reader; "nothing", the unchanged model, comes first."""
+    """Returns the name of the replaced part → reader; "nothing", the unchanged model, comes first."""
     config = model.config
     readers: dict[str, CalmReader | LanguageReader] = {"nothing": CalmReader(model)}
     if model.head.network_calls > 1:
         more_steps = {"sampling_steps": int(STEPS_PER_CALL * model.head.network_calls)}
-        accurate = CALMForCausalLM(CALMConfig(**{**config.to_dict(), **more_steps})).eval()
-        accurate.load_state_dict(model.state_dict())
-        readers["solver"] = CalmReader(accurate)
-    auxiliary = (last_checkpoint(folder) or folder) / AUXILIARY_FILE
-    if auxiliary.exists():
+        accurate_model = CALMForCausalLM(CALMConfig(**{**config.to_dict(), **more_steps})).eval()
+        accurate_model.load_state_dict(model.state_dict())
+        readers["solver"] = CalmReader(accurate_model)
+    mtp_file = (last_checkpoint(folder) or folder) / AUXILIARY_FILE
+    if mtp_file.exists():
         mtp = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
-        weights = safetensors.torch.load_file(auxiliary)
+        weights = safetensors.torch.load_file(mtp_file)
         mtp.load_state_dict({name.removeprefix("auxiliary."): value for name, value in weights.items()})
         readers["head"] = MtpReader(model, mtp.eval())
-    if config.patch_size >= MAX_N:  # `LanguageReader` can't extend branches
+    if config.patch_size >= MAX_N:  # otherwise branches are extended, which `LanguageReader` can't
         readers["head and backbone"] = LanguageReader(language, model.autoencoder)
     return readers
 
@@ -107,10 +110,11 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"{args.model} is not a CALM.")
         language, blocks_BL = load_blocks(model, args)
         readers = make_readers(model, language, Path(args.model))
-    options, results = (model.config.patch_size, language, blocks_BL, args.draws, args.batch_size), {}
+    patch_size, results = model.config.patch_size, {}
     for name, reader in readers.items():
-        results[name] = evaluate(reader, *options, description=f"{name} replaced")
-        print_above_bars(f"{name} replaced: {format_fraction(results[name])}")
+        description = f"{name} replaced"
+        results[name] = evaluate(reader, patch_size, language, blocks_BL, args.draws, args.batch_size, description)
+        print_above_bars(f"{description}: {format_fraction(results[name])}")
     write_json(args.json, results)
 
 

@@ -17,7 +17,7 @@ from calm_transformers.training.cost import recipe_cost
 from calm_transformers.training.recipe import load_recipe, parse_command_line
 
 FOLDER = Path(__file__).parent
-STUDIES = {"replacements": "oracle_ablation", "sharpening": "temperature_fidelity"}  # key of a file → module
+STUDIES = {"replacements": "oracle_ablation", "sharpening": "temperature_fidelity"}  # key in the YAML file → module
 
 
 class Run(NamedTuple):
@@ -80,7 +80,7 @@ class Plan:
         self.content, self.name = yaml.safe_load(file.read_text(encoding="utf-8")), file.stem
         self.folder, self.runs = output / self.name, dict[str, Run]()
         self.tables = [table for table in self.content["tables"] if not groups or table["group"] in groups]
-        self.studies = {kind: self.content.get(kind, []) for kind in STUDIES if not groups or kind in groups}
+        self.studies = {study: self.content.get(study, []) for study in STUDIES if not groups or study in groups}
         self.is_language = "language" in self.content
         if self.is_language:
             self.tokenizer = self.folder / "language"  # written with its text
@@ -88,31 +88,31 @@ class Plan:
             options = {**self.content["language"], "output": self.tokenizer}
             self._add("language", "calm_transformers.experiments.language", options, self.tokenizer / "language.json")
         else:
-            names = self.content["text"].values()
-            if corpus is None or not all((corpus / name).is_file() for name in names):
-                where = file.name if corpus is None else corpus
-                files = " and ".join(names)
-                raise InputError(f"{where}: give --corpus (make: CORPUS=) the folder that holds {files}.")
+            text_files = self.content["text"].values()
+            if corpus is None or not all((corpus / name).is_file() for name in text_files):
+                source = file.name if corpus is None else corpus
+                names = " and ".join(text_files)
+                raise InputError(f"{source}: give --corpus (make: CORPUS=) the folder that holds {names}.")
             self.train, self.held_out = (corpus / self.content["text"][part] for part in ("train", "validation"))
             self.tokenizer = self._add_training("tokenizer", {"recipe": self.content["tokenizer"]}, "tokenizer.json")
-        rows = [self.models(row["model"]) for table in self.tables for row in table["rows"]]
+        names_by_row = [self.models(row["model"]) for table in self.tables for row in table["rows"]]
         # All rows with the first seed come before the second, so that an interrupted run leaves whole comparisons.
-        for models_of_seed in zip_longest(*rows):
-            for model in filter(None, models_of_seed):
-                self._add_model(model)
-        for kind, names in self.studies.items():
-            for name in names:
+        for names_of_seed in zip_longest(*names_by_row):
+            for name in filter(None, names_of_seed):  # None: a row with fewer seeds
+                self._add_model(name)
+        for study, models in self.studies.items():
+            for name in models:
                 folder, options = self._add_model(self.models(name)[0]), {"language": self.tokenizer}
-                if kind == "replacements":
+                if study == "replacements":
                     options |= self.content["evaluation"]
-                self._add_evaluation(folder, kind, f"calm_transformers.experiments.{STUDIES[kind]}", options)
+                self._add_evaluation(folder, study, f"calm_transformers.experiments.{STUDIES[study]}", options)
 
     def models(self, name: str) -> list[str]:
-        """Returns the names of a model's runs, one per seed."""
+        """Returns the names of a model's trainings, one per seed."""
         return [f"{name}-seed{seed}" for seed in self.content["models"][name]["seeds"]]
 
     def _add_model(self, name: str) -> Path:
-        """Adds the training and evaluation of a model, and returns its folder."""
+        """Adds the training and evaluation of MODEL-seedN, after those of the models it needs; returns its folder."""
         entry, _, seed = name.rpartition("-seed")
         fields, options = {**self.content["models"][entry], "seed": seed}, dict(self.content["evaluation"])
         del fields["seeds"]
@@ -121,10 +121,9 @@ class Plan:
             autoencoder = fields["autoencoder"]
             recipe = self.content["autoencoders"][autoencoder]
             fields["autoencoder"] = self._add_training(f"autoencoders/{autoencoder}", recipe)
-            noise = {"data": self.held_out, "max_patches": 10_000}
-            self._add_evaluation(
-                fields["autoencoder"], "noise", "calm_transformers.evaluation.autoencoder_report", noise
-            )
+            module = "calm_transformers.evaluation.autoencoder_report"
+            noise_options = {"data": self.held_out, "max_patches": 10_000}
+            self._add_evaluation(fields["autoencoder"], "noise", module, noise_options)
         if "init_backbone" in fields:
             fields["init_backbone"] = self._add_model(f"{fields['init_backbone']}-seed{seed}")
         folder = self._add_training(f"models/{name}", {"tokenizer": self.tokenizer, **fields})
@@ -133,21 +132,22 @@ class Plan:
         self._add_evaluation(folder, "score", f"calm_transformers.{module}", {**options, **text})
         return folder
 
-    def _add_training(self, name: str, fields: dict[str, Any], last: str = "trainer_state.json") -> Path:
-        """Adds a training, finished once its folder holds the file `last`, and returns the folder."""
+    def _add_training(self, name: str, fields: dict[str, Any], result: str = "trainer_state.json") -> Path:
+        """Adds a training, finished once its folder holds the file `result`, and returns the folder."""
         folder, recipe = self.folder / name, FOLDER / "recipes" / f"{fields['recipe']}.yaml"
         options = {**fields, "train_files": self.train, "output_dir": folder}
-        if last == "trainer_state.json":
+        if result == "trainer_state.json":  # a model, not a tokenizer
             options |= {"tokenizer": self.tokenizer, "cache_dir": self.folder / "tokens"}
         del options["recipe"]
         kind = load_recipe(str(recipe), parse_command_line(to_arguments(options))).kind  # raises for unknown fields
-        self._add(name, f"calm_transformers.training.train {kind}", {"recipe": recipe, **options}, folder / last)
+        self._add(name, f"calm_transformers.training.train {kind}", {"recipe": recipe, **options}, folder / result)
         return folder
 
-    def _add_evaluation(self, model: Path, kind: str, module: str, options: dict[str, Any]) -> None:
-        result = model / f"{kind}.json"
+    def _add_evaluation(self, model: Path, name: str, module: str, options: dict[str, Any]) -> None:
+        """Adds an evaluation of a model that writes NAME.json to its folder."""
+        result = model / f"{name}.json"
         options = {"model": model, **options, "json": result}
-        self._add(f"{model.relative_to(self.folder)}/{kind}", module, options, result, is_evaluation=True)
+        self._add(f"{model.relative_to(self.folder)}/{name}", module, options, result, is_evaluation=True)
 
     def _add(self, name: str, module: str, options: dict[str, Any], result: Path, is_evaluation: bool = False) -> None:
         run = Run([*module.split(), *to_arguments(options)], result, is_evaluation)
@@ -155,7 +155,7 @@ class Plan:
 
 
 def to_arguments(options: dict[str, Any]) -> list[str]:
-    """Converts options to command-line arguments; True stands for a flag without a value."""
+    """Converts options to command-line arguments; True is a flag without a value."""
     arguments = []
     for name, value in options.items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]

@@ -48,30 +48,26 @@ def score_table(plan: Plan, rows: list[dict], records: dict[str, dict]) -> str:
     """Formats one table: a line per row, with cost, score, the paper's score, and the direction of the difference."""
     column = "fraction of optimal (95 %)" if plan.is_language else "(95 %)"
     header = ["", "tokens", "training FLOPs", "CPU s", "BrierLM", column, "paper's BrierLM", "direction"]
-    first, lines = row_score(plan, rows[0], records), []
+    first_score, lines = row_score(plan, rows[0], records), []
+    number = "{:.1f}%" if plan.is_language else "{:.2f}"
     for row in rows:
         score, paper = row_score(plan, row, records), f"{row['paper']:.2f}" if "paper" in row else ""
         if score is None:
             lines.append([row["label"], "not run yet", *[""] * 4, paper, ""])
             continue
-        form = "{:.1f}%" if plan.is_language else "{:.2f}"
         seeds = f", {score.seeds} seeds" if score.seeds > 1 else ""
-        interval = f"({form.format(score.low)} to {form.format(score.high)}{seeds})"
-        interval = f"{form.format(score.mean)} {interval}" if plan.is_language else interval
-        cost = [
-            f"{score.cost['tokens'] / 1e6:.2f} M",
-            f"{score.cost['flops']:.1e}",
-            f"{score.cost['cpu_seconds']:.0f}",
-        ]
-        papers = row.get("paper"), rows[0].get("paper")
-        verdict = "" if first is None or row is rows[0] else direction(score, first, *papers)
+        interval = f"({number.format(score.low)} to {number.format(score.high)}{seeds})"
+        interval = f"{number.format(score.mean)} {interval}" if plan.is_language else interval
+        tokens, flops, cpu_seconds = (score.cost[name] for name in ("tokens", "flops", "cpu_seconds"))
+        cost = [f"{tokens / 1e6:.2f} M", f"{flops:.1e}", f"{cpu_seconds:.0f}"]
+        paper_scores = row.get("paper"), rows[0].get("paper")
+        verdict = "" if first_score is None or row is rows[0] else direction(score, first_score, *paper_scores)
         lines.append([row["label"], *cost, f"{score.brierlm:.2f}", interval, paper, verdict])
     return markdown(header, lines)
 
 
 def direction(score: Score, first: Score, paper: float | None, paper_first: float | None) -> str:
-    """Says whether a row differs from the table's first row in the same direction as in the paper; it is undecided
-    if the two intervals overlap."""
+    """Returns on which side of the table's first row a row is, if intervals don't overlap, and if the paper agrees."""
     if score.low <= first.high and first.low <= score.high:
         return "within the intervals"
     is_above = score.low > first.high
@@ -83,7 +79,7 @@ def direction(score: Score, first: Score, paper: float | None, paper_first: floa
 
 def format_tables(plans: list[Plan], records: dict[str, dict]) -> str:
     """Formats all tables, each under its title."""
-    studies = {
+    studies = {  # last part of a run's name → title and table
         "replacements": ("Oracle ablation", ablation_table),
         "sharpening": ("Temperature-sampling fidelity", temperature_fidelity.report),
         "noise": ("Autoencoder under latent noise", noise_table),
@@ -92,8 +88,8 @@ def format_tables(plans: list[Plan], records: dict[str, dict]) -> str:
     for plan in plans:
         for table in plan.tables:
             parts += [f"## {table['title']}", score_table(plan, table["rows"], records)]
-        for kind, (title, format_table) in studies.items():
-            names = [name for name in plan.runs if name in records and name.endswith(f"/{kind}")]
+        for study, (title, format_table) in studies.items():
+            names = [name for name in plan.runs if name in records and name.endswith(f"/{study}")]
             if names:
                 parts += [f"## {title}", format_table({name.split("/")[2]: records[name] for name in names})]
     return "\n\n".join(parts) + "\n"

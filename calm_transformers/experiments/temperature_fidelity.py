@@ -7,10 +7,10 @@ distribution P^(1/T) / Z that generation at temperature T approximates. Each sam
 contexts of the validation text. Their frequencies are compared with it: total variation distance, and entropy in nats.
 Four columns separate the sources of error:
 
-- exact draws: as many samples of the tempered distribution itself; the error of a finite number.
-- true law: the method applied to samples of P; adds the sampler's error.
-- true law, recorded: to only M samples of P, as many as the model's; adds the error of reusing few samples.
-- model: to M samples of the model, drawn once per context; adds the model's error.
+- exact samples: as many samples of the tempered distribution itself; shows the error of their finite number.
+- true distribution: the method applied to samples of P; adds the sampler's error.
+- true distribution, M samples: the method applied to only M samples of P; adds the error of reusing few samples.
+- model: the method applied to M samples of the model, drawn once per context; adds the model's error.
 
 Axes: C contexts, M stored samples, B patches to choose, R rows of candidates, N samples per row, L tokens, K tokens
 per patch, X patches that are not negligible, U distinct patches seen, D hidden, J settings, A columns.
@@ -76,7 +76,7 @@ ROWS_CHUNK_SIZE = 100  # rows of up to 10,000 samples: the samplers' intermediat
 
 @dataclass(frozen=True)
 class PatchDistribution:
-    """A distribution of the next patch."""
+    """A distribution of the next patch, P."""
 
     patches_X: Tensor  # ids (`patch_ids`), ascending
     probability_X: Tensor  # float64
@@ -87,8 +87,9 @@ class PatchDistribution:
         return PatchDistribution(self.patches_X, power_X / power_X.sum())
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        chance = torch.rand(num_samples, generator=generator, dtype=torch.float64)
-        index = torch.searchsorted(self.probability_X.cumsum(0), chance)
+        """Samples patch ids (num_samples,)."""
+        thresholds = torch.rand(num_samples, generator=generator, dtype=torch.float64)
+        index = torch.searchsorted(self.probability_X.cumsum(0), thresholds)
         return self.patches_X[index.clamp(max=len(self.patches_X) - 1)]
 
     def probability(self, patches_U: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class PatchDistribution:
 
     @property
     def entropy(self) -> float:
-        """In nats."""
+        """Entropy in nats."""
         return torch.special.entr(self.probability_X).sum().item()
 
     def compare(self, samples_B: Tensor) -> tuple[float, float]:
@@ -111,9 +112,9 @@ class PatchDistribution:
 
 
 class StoredCandidates:
-    """A `generation_calm_samplers.Candidates` whose rows read stored samples, each row in its own order.
+    """A `generation_calm_samplers.Candidates` whose rows take stored samples, each row in its own order.
 
-    No row reads a sample twice, so the samples of a row are independent; different rows share some.
+    No row takes a sample twice, so the samples of a row are independent; different rows share some.
 
     Args:
         samples_M: patch ids; M is a power of 2.
@@ -154,6 +155,7 @@ class StoredCandidates:
         return self.read(rows_R, index_R[:, None])
 
     def read(self, rows_R: Tensor, index_RN: Tensor) -> Tensor:
+        """Returns each row's samples at these indices of its order, (R, N); indices may be (N,), for every row."""
         positions_RN = self.start_B[rows_R, None] + self.stride_B[rows_R, None] * index_RN
         return self.samples_M[positions_RN % len(self.samples_M)]
 
@@ -177,7 +179,7 @@ def next_patch_distribution(
 
 
 def choose_patches(samples_M: Tensor, sampling: PatchSampling, num_patches: int, generator: torch.Generator) -> Tensor:
-    """Chooses patches (B,) by a sampling method, each from candidates of its own."""
+    """Chooses patches (B,) by a sampling method, each from its own candidates among the stored samples."""
     chosen, schedule = [], BlockSchedule()
     for rows in torch.arange(num_patches).split(ROWS_CHUNK_SIZE):
         candidates = StoredCandidates(samples_M, len(rows), generator)
@@ -194,9 +196,9 @@ def evaluate_context(
     values_JA2 = []
     for sampling in SETTINGS:
         target = distribution.tempered(sampling.temperature)
-        columns = [target.sample(num_patches, generator)]
-        columns += [choose_patches(samples_M, sampling, num_patches, generator) for samples_M in sources]
-        values_JA2.append([target.compare(samples_B) for samples_B in columns])
+        patches_AB = [target.sample(num_patches, generator)]
+        patches_AB += [choose_patches(samples_M, sampling, num_patches, generator) for samples_M in sources]
+        values_JA2.append([target.compare(patches_B) for patches_B in patches_AB])
     return np.array(values_JA2)
 
 
@@ -217,7 +219,7 @@ def evaluate_model(
     num_patches: int,
     num_stored: int,
 ) -> dict:
-    """Evaluates a model, given by its reader, on contexts (C, L) divisible by the patch size; see `summarise`.
+    """Evaluates a model on contexts (C, L) divisible by the patch size; returns the results of `summarise`.
 
     Chooses `num_patches` patches per context and setting, from `num_stored` samples of the model (M, a power of 2,
     at least `MAX_SAMPLES_PER_STEP`).
@@ -225,7 +227,7 @@ def evaluate_model(
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(language.to_ids(np.array(language.vocab_size)))
     states_CD = reader.read(ids_CL.unflatten(1, (-1, patch_size)))[:, -1]
-    values, entropies, untempered = [], [], []
+    values, entropies, untempered = [], [], []  # one entry per context; untempered: T = 1
     for ids_L, state_D in zip(progress_bar(ids_CL, "Sampling", "context"), states_CD, strict=True):
         distribution = next_patch_distribution(language, ids_L, patch_size, vocab_size)
         model_M = sample_model(reader, state_D, num_stored, vocab_size, generator)
@@ -238,11 +240,11 @@ def evaluate_model(
 
 
 def summarise(values_CJA2: np.ndarray, entropies_CJ: np.ndarray, untempered_C22: np.ndarray) -> dict:
-    """Returns means and standard errors over contexts: of each setting, and of all M samples at T = 1."""
+    """Returns means and standard errors over contexts: of each setting, and of all M samples at T = 1 (own_law)."""
 
     def by_metric(values_CA2: np.ndarray, columns: Iterable[str]) -> dict:
         return {
-            metric: {name: _mean_and_error(values_CA2[:, a, i]) for a, name in enumerate(columns)}
+            metric: {column: _mean_and_error(values_CA2[:, a, i]) for a, column in enumerate(columns)}
             for i, metric in enumerate(METRICS)
         }
 
@@ -264,8 +266,8 @@ def _mean_and_error(values_C: np.ndarray) -> tuple[float, float]:
 
 
 def report(results: dict[str, dict]) -> str:
-    """Formats the results of several models as Markdown tables; the other columns are from the first model's run."""
-    first, keys = next(iter(results.values())), [key for key in COLUMNS if key != "model"]
+    """Formats results by model name as Markdown tables; columns that no model affects are the first one's results."""
+    first, shared_columns = next(iter(results.values())), [column for column in COLUMNS if column != "model"]
     parts = [
         f"{first['draws']:,} patches after each of {first['contexts']} contexts of {first['context_length']} tokens; "
         f"M = {first['recorded']:,} samples per context; means ± standard errors over the contexts."
@@ -273,13 +275,15 @@ def report(results: dict[str, dict]) -> str:
     untempered = []
     for metric, (title, label, form) in METRICS.items():
         rows = []
-        for row, *others in zip(*(result["settings"] for result in results.values()), strict=True):
-            cells = [*(row[metric][key] for key in keys), *(each[metric]["model"] for each in (row, *others))]
+        for settings in zip(*(result["settings"] for result in results.values()), strict=True):  # one per model
+            row = settings[0]
+            cells = [row[metric][column] for column in shared_columns]
+            cells += [model_row[metric]["model"] for model_row in settings]
             setting = [f"{row['temperature']:.2g}", row["method"] or "–", f"{row['num_candidates'] or '–'}"]
             rows.append([*setting, f"{row['exact_entropy'][0]:.2f}", *(form.format(*cell) for cell in cells)])
         parts += [
             title,
-            markdown(["T", "method", "N", "entropy", *(COLUMNS[key] or key for key in keys), *results], rows),
+            markdown(["T", "method", "N", "entropy", *(COLUMNS[column] for column in shared_columns), *results], rows),
         ]
         cells = [first["own_law"][metric]["exact draws"]]
         cells += [result["own_law"][metric]["model"] for result in results.values()]
@@ -292,7 +296,7 @@ def read_contexts(folder: Path, num_contexts: int, patch_size: int) -> Tensor:
     """Reads contexts (C, L): the beginnings of the first validation documents, divisible by the patch size.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer than `num_contexts`.
         OSError: there is no validation text.
     """
     tokenizer, path = load_tokenizer(folder), folder / "validation.jsonl"
@@ -307,7 +311,7 @@ def load_model(name: str, language: HiddenMarkovLanguage) -> CALMForCausalLM:
     """Loads a CALM in float32.
 
     Raises:
-        ValueError: it is no CALM, has another vocabulary, or too many patches to enumerate.
+        ValueError: it is not a CALM, has another vocabulary, or too many patches to enumerate.
         OSError: there is no model.
     """
     model = load_causal_lm(name, torch.float32, "cpu")
