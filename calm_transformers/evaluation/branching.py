@@ -43,7 +43,9 @@ class BlockReader(Protocol):
 class SamplingReader(BlockReader, Protocol):
     """A BlockReader that also samples, as a CALM's must."""
 
-    def draw(self, states: torch.Tensor, num_samples: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def draw(
+        self, states: torch.Tensor, num_samples: int, /, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Samples the next units after states (...) and returns token ids, (num_samples, ..., K)."""
         ...
 
