@@ -205,7 +205,7 @@ class ExportedCALM:
         """Samples the next patch (K,) from a hidden state."""
         sizes = {"draws": sampling.num_samples, "rows": 1}  # of the axes that calm.json names; it gives other sizes
         noise = {
-            spec["name"]: randomness.noise(spec, tuple(sizes.get(axis, axis) for axis in spec["shape"]))
+            spec["name"]: randomness.noise(spec, tuple(sizes[axis] if axis in sizes else axis for axis in spec["shape"]))
             for spec in self.config["noises"]
         }
         (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noise})
