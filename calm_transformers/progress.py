@@ -36,8 +36,8 @@ def progress_bar(
         total: number of items, by default the length of `iterable`.
         initial: number of items done by an earlier run, left out of the rate and the time left.
     """
-    options = {"unit_scale": unit == "B", "disable": not shows_bars()}
-    return tqdm(iterable, desc=description, unit=unit, total=total, initial=initial, **options)
+    hidden, scaled = not shows_bars(), unit == "B"
+    return tqdm(iterable, desc=description, unit=unit, unit_scale=scaled, total=total, initial=initial, disable=hidden)
 
 
 def print_above_bars(line: str, file: TextIO | None = None) -> None:

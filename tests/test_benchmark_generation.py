@@ -71,7 +71,7 @@ def test_draws_by_method_and_workload(demo):
         ("--prompt_length 3", "--prompt_length of at least 4"),
         ("--temperature 2.5", "temperature=2.5"),
         ("--temperature 0.1", "num_candidates=8 is too few"),
-        ("--batch_size 0", "--batch_size: 0: must be a whole number of at least 1"),
+        ("--batch_size 0", "--batch_size: 0: must be an integer of at least 1"),
         ("--json nowhere/rows.json", "nowhere/rows.json: its folder does not exist"),
         ("--demo nowhere", "nowhere holds no demo model"),
         ("--device cuda", "--device cuda: PyTorch finds no GPU"),

@@ -139,7 +139,7 @@ def test_invented_words_command(folder, tmp_path, capsys, kind, hottest):
         ("invented_words", "--temperature 0.5 3", "temperature=3.0: sampling needs a temperature in (0, 2]"),
         ("invented_words", "--temperature 0", "--temperature 0: must be positive"),
         ("invented_words", "--num_candidates 1 --temperature 0.5", "num_candidates=1 is too few for temperature=0.5"),
-        ("invented_words", "--num_candidates 0", "argument --num_candidates: 0: must be a whole number of at least 1"),
+        ("invented_words", "--num_candidates 0", "argument --num_candidates: 0: must be an integer of at least 1"),
         ("invented_words", "--temperature 0.004", "num_candidates=200 is too few for temperature=0.004"),
         ("invented_words", "--text missing.txt", "missing.txt: no such file"),
         ("prompt_alignment", "--prompts 500", "the data has 1260 tokens; 500 prompts need at least"),
@@ -156,4 +156,4 @@ def test_errors(folder, capsys, name, options, message):
 def test_a_gpu_is_used_if_available(folder, name, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     command = main_of(f"calm_transformers.evaluation.{name}")
-    assert "--device cuda: " in refusal(capsys, command, *evaluations(folder)[name])
+    assert "device cuda: " in refusal(capsys, command, *evaluations(folder)[name])

@@ -225,4 +225,4 @@ class TestBenchmark:
         assert [len(line) for line in numbers] == [10] * 6 + [12] * 6
         assert all(0 <= number <= 1 for line in numbers for number in line)
         assert benchmark.main(["--pools", "0"]) == 2
-        assert "--pools: 0: must be a whole number of at least 1" in capsys.readouterr().err
+        assert "--pools: 0: must be an integer of at least 1" in capsys.readouterr().err

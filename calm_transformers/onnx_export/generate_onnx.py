@@ -203,9 +203,9 @@ class ExportedCALM:
 
     def _sample_patch(self, hidden_1D: np.ndarray, randomness: Randomness, sampling: Sampling) -> np.ndarray:
         """Samples the next patch (K,) from a hidden state."""
-        sizes = {"draws": sampling.num_samples, "rows": 1}  # of the axes that calm.json names; it gives other sizes
+        size_of = {"draws": sampling.num_samples, "rows": 1}  # of the axes that calm.json names; it gives other sizes
         noise = {
-            spec["name"]: randomness.noise(spec, tuple(sizes.get(axis, axis) for axis in spec["shape"]))
+            spec["name"]: randomness.noise(spec, tuple(size_of[x] if x in size_of else x for x in spec["shape"]))
             for spec in self.config["noises"]
         }
         (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noise})

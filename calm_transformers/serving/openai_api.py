@@ -353,7 +353,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions. The methods without docstrings are those of `CompletionRequest` for chats."""
+    """POST /v1/chat/completions. For `choice_fields` and the other `…_fields` see `CompletionRequest`."""
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
