@@ -1,6 +1,6 @@
-"""Distributions small enough to enumerate, draws from them as patches, and what to hold a sample of them against."""
+"""Enumerable distributions of patches, stub candidates that sample from them, and goodness-of-fit statistics."""
 
-# B rows of a pool, R of these that draw, N draws, V outcomes (patches) of an enumerable distribution
+# B rows of candidates, R of these that draw, N samples, V outcomes (patches) of an enumerable distribution
 
 import torch
 from scipy.stats import chisquare
@@ -25,8 +25,8 @@ def zipf(num_outcomes: int) -> torch.Tensor:
     return weights / weights.sum()
 
 
-def sharpened(law_V: torch.Tensor, temperature: float) -> torch.Tensor:
-    power_V = law_V ** (1 / temperature)
+def tempered(probs_V: torch.Tensor, temperature: float) -> torch.Tensor:
+    power_V = probs_V ** (1 / temperature)
     return power_V / power_V.sum()
 
 
@@ -38,48 +38,48 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-class StubPool:
-    """A pool of outcomes: row b's law is law_BV[b], or its draws are those of `stream_BN`, in order.
+class StubBatch:
+    """Candidates that are outcomes: row b samples from probs_BV[b], or takes the samples of `stream_BN` in order.
 
-    What was asked of it is kept: (rows, number of draws) of each `extend`, (pairs, noise) of each `classes`.
+    Calls are recorded: (rows, number of samples) of each `extend`, (pairs, noise) of each `compare`.
     """
 
     has_processors, processor_log_weights_BN = False, None
 
-    def __init__(self, law_BV=None, generator=None, stream_BN=None):
-        self.law_BV, self.generator, self.stream_BN = law_BV, generator, stream_BN
-        self.rows_B = torch.arange(len(law_BV if stream_BN is None else stream_BN))
+    def __init__(self, probs_BV=None, generator=None, stream_BN=None):
+        self.probs_BV, self.generator, self.stream_BN = probs_BV, generator, stream_BN
+        self.rows_B = torch.arange(len(probs_BV if stream_BN is None else stream_BN))
         self.outcomes_BN = torch.empty(len(self.rows_B), 0, dtype=torch.long)
-        self.extended, self.asked = [], []
+        self.extended, self.compared = [], []
 
-    def extend(self, rows_R, num_draws):
-        start, self.extended = self.outcomes_BN.shape[1], [*self.extended, (rows_R.tolist(), num_draws)]
-        new_BN = torch.full((len(self.rows_B), num_draws), -1)
+    def extend(self, rows_R, num_samples):
+        start, self.extended = self.outcomes_BN.shape[1], [*self.extended, (rows_R.tolist(), num_samples)]
+        new_BN = torch.full((len(self.rows_B), num_samples), -1)
         if self.stream_BN is None:
-            new_BN[rows_R] = torch.multinomial(self.law_BV[rows_R], num_draws, True, generator=self.generator)
+            new_BN[rows_R] = torch.multinomial(self.probs_BV[rows_R], num_samples, True, generator=self.generator)
         else:
-            new_BN[rows_R] = self.stream_BN[rows_R, start : start + num_draws]
+            new_BN[rows_R] = self.stream_BN[rows_R, start : start + num_samples]
         self.outcomes_BN = torch.cat((self.outcomes_BN, new_BN), dim=1)
 
     def compare(self, rows_R, pairs="all", noise_RN=None):
-        self.asked.append((pairs, noise_RN))
-        assert (self.outcomes_BN[rows_R] >= 0).all(), "a row that had stopped draws again"
+        self.compared.append((pairs, noise_RN))
+        assert (self.outcomes_BN[rows_R] >= 0).all(), "a row that had stopped was sampled again"
         return first_occurrences(self.outcomes_BN[rows_R, :, None])
 
     def tokens(self, rows_R, index_R):
         return as_patches(self.outcomes_BN[rows_R, index_R])
 
     @property
-    def num_draws_B(self):
+    def num_samples_B(self):
         return (self.outcomes_BN >= 0).sum(-1)
 
     def outcomes(self, index_B):
-        """The outcomes of one draw of each row."""
+        """Returns the outcome of one sample of each row."""
         return self.outcomes_BN[self.rows_B, index_B]
 
 
-class FixedPlan(BlockSchedule):
-    """Begins with a block of the same size whatever it is told."""
+class FixedBlock(BlockSchedule):
+    """A schedule whose first block always has the given size."""
 
     def __init__(self, size):
         super().__init__()
@@ -89,15 +89,15 @@ class FixedPlan(BlockSchedule):
         return self.size
 
 
-def outcomes_from(law_V: torch.Tensor, num_pools: int, num_draws: int, seed: int = 0) -> torch.Tensor:
-    """Draws (B, N) from one law."""
-    outcomes = torch.multinomial(law_V, num_pools * num_draws, replacement=True, generator=seeded(seed))
-    return outcomes.view(num_pools, num_draws)
+def outcomes_from(probs_V: torch.Tensor, num_sets: int, num_samples: int, seed: int = 0) -> torch.Tensor:
+    """Returns sets of samples (B, N) from one distribution."""
+    outcomes = torch.multinomial(probs_V, num_sets * num_samples, replacement=True, generator=seeded(seed))
+    return outcomes.view(num_sets, num_samples)
 
 
-def chi_square_p_value(outcomes: torch.Tensor, law_V: torch.Tensor) -> float:
-    """p-value of the counts under the law; neighbours share a cell of about 10 where fewer are expected of each."""
-    expected_V = law_V * len(outcomes)
+def chi_square_p_value(outcomes: torch.Tensor, probs_V: torch.Tensor) -> float:
+    """Returns the p-value of the counts; neighbours share a cell of about 10 where fewer are expected of each."""
+    expected_V = probs_V * len(outcomes)
     cell_V = ((expected_V.cumsum(0) - expected_V / 2) / 10).long()
     cell_V = torch.unique(cell_V, return_inverse=True)[1]
     expected = torch.zeros(int(cell_V.max()) + 1, dtype=torch.float64).scatter_add_(0, cell_V, expected_V)
@@ -110,5 +110,5 @@ def chi_square_p_value(outcomes: torch.Tensor, law_V: torch.Tensor) -> float:
     return float(chisquare(observed.numpy(), expected.numpy()).pvalue)
 
 
-def total_variation(law_V: torch.Tensor, other_V: torch.Tensor) -> float:
-    return 0.5 * float((law_V - other_V).abs().sum())
+def total_variation(probs_V: torch.Tensor, other_probs_V: torch.Tensor) -> float:
+    return 0.5 * float((probs_V - other_probs_V).abs().sum())

@@ -1,4 +1,4 @@
-"""A head that is defined in this file alone does all that the bundled ones do."""
+"""A user-defined head: configuration, training, saving, generation, evaluation and the dry run."""
 
 import json
 import math
@@ -46,16 +46,16 @@ class GaussianHead(GenerativeHead, head_type="gaussian"):
         ids = torch.arange(autoencoder.config.patch_size * 8)[None] % autoencoder.config.vocab_size
         self.centre.data.copy_(autoencoder.encode(ids)[0][0].mean(0))
 
-    def _law(self, context):
+    def _distribution(self, context):
         mean, log_std = self.out(self.hidden(context).tanh()).chunk(2, dim=-1)
         return mean + self.centre, log_std + self.spread.log()
 
     def from_noise(self, noise, context, generator):
-        mean, log_std = self._law(context)
+        mean, log_std = self._distribution(context)
         return mean + log_std.exp() * noise
 
     def compute_loss(self, context, target, generator, posterior_noise=None):
-        mean, log_std = self._law(context)
+        mean, log_std = self._distribution(context)
         targets = target.sample_latents(self.num_samples, generator, posterior_noise)
         deviation = ((targets - mean) / log_std.exp()).square() / 2 + log_std + math.log(2 * math.pi) / 2
         return deviation.sum(-1).mean(0)
@@ -82,7 +82,7 @@ def trained(workshop, tmp_path_factory):
     return folder
 
 
-def test_it_is_one_of_the_heads():
+def test_it_is_registered():
     assert HEADS["gaussian"] is GaussianHead
     with pytest.raises(ValueError, match="num_samples=17: the Gaussian head has 16 at most"):
         tiny_config("gaussian", num_samples=17)
@@ -90,7 +90,7 @@ def test_it_is_one_of_the_heads():
         tiny_config("gauss")
 
 
-def test_it_is_initialised_and_fitted_as_it_says_learns_and_resumes(trained, workshop, tmp_path):
+def test_it_is_initialised_fitted_trained_and_resumed(trained, workshop, tmp_path):
     new = CALMForCausalLM(tiny_config("gaussian")).head
     assert not new.out.weight.any() and new.hidden.weight.any() and new.spread.item() == 2.0 and not new.is_fitted
     assert CALMForCausalLM.from_pretrained(trained).head.is_fitted  # training did it
@@ -102,13 +102,13 @@ def test_it_is_initialised_and_fitted_as_it_says_learns_and_resumes(trained, wor
 
 
 def test_it_is_saved_and_loaded_and_generates_the_same(trained, tmp_path):
-    loaded, texts = CALMForCausalLM.from_pretrained(trained), []
+    loaded, sequences = CALMForCausalLM.from_pretrained(trained), []
     loaded.save_pretrained(tmp_path)
     for model in (loaded, CALMForCausalLM.from_pretrained(tmp_path)):
         torch.manual_seed(0)
         settings = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 13}
-        texts.append(model.eval().generate(torch.tensor([[BOS, 10, 11]]), eos_token_id=None, **settings))
-    assert torch.equal(*texts) and texts[0].shape == (1, 3 + 13)
+        sequences.append(model.eval().generate(torch.tensor([[BOS, 10, 11]]), eos_token_id=None, **settings))
+    assert torch.equal(*sequences) and sequences[0].shape == (1, 3 + 13)
 
 
 def test_it_is_scored_and_a_dry_run_counts_it(workshop, capsys):

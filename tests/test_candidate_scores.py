@@ -1,4 +1,4 @@
-"""`generate(output_scores=True)`: what each step chose from, counted and weighed by hand, and the text the same."""
+"""`generate(output_scores=True)`: candidates, counts and weights of each step, with the sequences unchanged."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ MASK = (PROMPT != PAD).long()
 ROWS = torch.arange(3)
 N = 12
 COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode=None)}
-LAWS = {
+SETTINGS = {
     "T = 1": {},
     "batch": {"temperature": 0.5, "sampling_method": "batch"},
     "adaptive": {"temperature": 0.5},
@@ -34,7 +34,7 @@ LAWS = {
 
 @pytest.fixture(scope="module")
 def model():
-    """Its patches are 2 of 5 tokens, so that candidates repeat."""
+    """A model whose patches are 2 of 5 tokens, so that candidates repeat."""
     model = tiny_model(patch_size=2)
     with torch.no_grad():
         model.autoencoder.decoder.lm_head.weight[4:] = 0
@@ -47,14 +47,14 @@ def write(model, prompt=PROMPT, mask=MASK, output_scores=True, **settings):
     return model.generate(prompt, attention_mask=mask, output_scores=output_scores, **defaults | settings)
 
 
-def patches_written(outputs, prompt_length=PROMPT.shape[1], patch_size=2):
-    """(B, S, K); the last may be cut."""
+def generated_patches(outputs, prompt_length=PROMPT.shape[1], patch_size=2):
+    """Returns the new patches (B, S, K); the last may be truncated."""
     new = outputs.sequences[:, prompt_length:]
     return torch.nn.functional.pad(new, (0, -new.shape[1] % patch_size), value=NO_TOKEN).unflatten(1, (-1, patch_size))
 
 
 def weights_by_hand(counts, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Of counts in descending order: C(c, 1/T), above T = 1 with Chao's share of the unseen, then the truncations."""
+    """Returns weights of descending counts: C(c, 1/T), with Chao's unseen mass at T > 1, then truncated."""
     s = 1 / temperature
 
     def binomial(c, s):
@@ -88,24 +88,24 @@ def warnings(monkeypatch):
     return found
 
 
-def share_of_the_draws_that_may_be_made(law):
-    """Of N: the least and the most."""
+def bounds_on_samples(name):
+    """Returns the fewest and most samples of a step, in units of N."""
     exact = {"adaptive": (0, 1), "exact": (0, 10), "1/T not whole": (0, 1), "T = 1": (1 / N, 1 / N)}
-    return exact.get(law, (1, 1))
+    return exact.get(name, (1, 1))
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_scores_leave_the_text_as_it_is_and_say_what_each_step_chose_from(model, warnings, law):
-    outputs, without = write(model, **LAWS[law]), write(model, output_scores=False, **LAWS[law])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_scores_describe_the_candidates_and_leave_the_sequences_unchanged(model, warnings, name):
+    outputs, without = write(model, **SETTINGS[name]), write(model, output_scores=False, **SETTINGS[name])
     assert torch.equal(outputs.sequences, without.sequences) and "scores" not in without
-    assert torch.equal(write(model, return_dict_in_generate=False, **LAWS[law]), outputs.sequences)
-    written_BSK, scores_BS = patches_written(outputs), model.compute_patch_scores(outputs.scores)
-    assert len(outputs.scores) == 4 == written_BSK.shape[1] and scores_BS.shape == (3, 4)
-    least, most = (N * share for share in share_of_the_draws_that_may_be_made(law))
+    assert torch.equal(write(model, return_dict_in_generate=False, **SETTINGS[name]), outputs.sequences)
+    patches_BSK, scores_BS = generated_patches(outputs), model.compute_patch_scores(outputs.scores)
+    assert len(outputs.scores) == 4 == patches_BSK.shape[1] and scores_BS.shape == (3, 4)
+    least, most = (N * share for share in bounds_on_samples(name))
     for number, step in enumerate(outputs.scores):
         patches_BMK, counts_BM, weights_BM, chosen_B, is_exact_B = step
-        chosen_BK, written_BK = patches_BMK[ROWS, chosen_B], written_BSK[:, number]
-        assert torch.equal(chosen_BK[written_BK >= 0], written_BK[written_BK >= 0])
+        chosen_BK, patch_BK = patches_BMK[ROWS, chosen_B], patches_BSK[:, number]
+        assert torch.equal(chosen_BK[patch_BK >= 0], patch_BK[patch_BK >= 0])
         torch.testing.assert_close(scores_BS[:, number], weights_BM[ROWS, chosen_B].log())
         assert (weights_BM[ROWS, chosen_B] > 0).all() and (weights_BM.diff(dim=-1) <= 0).all()
         torch.testing.assert_close(weights_BM.sum(-1), torch.ones(3))
@@ -117,31 +117,31 @@ def test_scores_leave_the_text_as_it_is_and_say_what_each_step_chose_from(model,
             distinct = patches_BMK[row, ~is_none_BM[row]].unique(dim=0)
             assert len(distinct) == (~is_none_BM[row]).sum() >= 1
         assert is_exact_B.dtype == torch.bool
-        if law not in ("adaptive", "exact", "1/T not whole"):
-            assert (is_exact_B == (law == "T = 1")).all()
-    assert scores_BS.any() == (law != "T = 1") and (not warnings or law == "exact")
+        if name not in ("adaptive", "exact", "1/T not whole"):
+            assert (is_exact_B == (name == "T = 1")).all()
+    assert scores_BS.any() == (name != "T = 1") and (not warnings or name == "exact")
 
 
-def test_rules_leave_their_mark_on_text_and_candidates(model):
+def test_logits_processors_change_sequences_and_candidates(model):
     settings = {"repetition_penalty": 1.5, "suppress_tokens": [1], "temperature": 0.5}
     outputs = write(model, **settings)
     assert torch.equal(outputs.sequences, write(model, output_scores=False, **settings).sequences)
-    written, without = patches_written(outputs), patches_written(write(model, temperature=0.5))
-    assert 1 not in written and 1 in without
-    assert all(1 not in step.patches for step in outputs.scores[:-1])  # the last goes on past the length
+    patches, without = generated_patches(outputs), generated_patches(write(model, temperature=0.5))
+    assert 1 not in patches and 1 in without
+    assert all(1 not in step.patches for step in outputs.scores[:-1])  # the last is longer than max_new_tokens
 
 
-@pytest.mark.parametrize("law", ["T = 1", "batch", "adaptive", "top_p", "min_p, T = 1.5", "greedy"])
-def test_a_list_of_generators_gives_each_row_what_it_has_alone(model, law):
-    """But that the exact algorithm may draw more of them, in the blocks that the batch needs."""
-    together = write(model, generator=[seeded(3), seeded(4), seeded(5)], **LAWS[law])
+@pytest.mark.parametrize("name", ["T = 1", "batch", "adaptive", "top_p", "min_p, T = 1.5", "greedy"])
+def test_with_per_row_generators_scores_are_those_of_a_row_alone(model, name):
+    """Except that the exact algorithm may draw more candidates, in the blocks that the batch needs."""
+    together = write(model, generator=[seeded(3), seeded(4), seeded(5)], **SETTINGS[name])
     for row in range(3):
         rows = slice(row, row + 1)
-        alone = write(model, PROMPT[rows], MASK[rows], generator=[seeded(3 + row)], **LAWS[law])
+        alone = write(model, PROMPT[rows], MASK[rows], generator=[seeded(3 + row)], **SETTINGS[name])
         for step, own in zip(together.scores, alone.scores, strict=True):
             assert torch.equal(step.patches[row, step.chosen[row]], own.patches[0, own.chosen[0]])
             num = own.patches.shape[1]
-            if law != "adaptive":
+            if name != "adaptive":
                 assert torch.equal(step.patches[rows, :num], own.patches) and torch.equal(
                     step.chosen[rows], own.chosen
                 )
@@ -149,8 +149,8 @@ def test_a_list_of_generators_gives_each_row_what_it_has_alone(model, law):
                 torch.testing.assert_close(step.weights[rows, :num], own.weights)
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_counts_are_those_of_the_draws_and_weights_by_hand(monkeypatch, model, law):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_counts_are_those_of_the_samples_and_weights_by_hand(monkeypatch, model, name):
     decoded, decode_tokens = [], model.autoencoder.decode_tokens
 
     def note(latents_nRZ, forbidden_KV=None):
@@ -161,44 +161,44 @@ def test_counts_are_those_of_the_draws_and_weights_by_hand(monkeypatch, model, l
     num_distinct = 0
     for seed in range(6):
         decoded.clear()
-        settings = {"max_new_tokens": 2, "generator": seeded(seed)} | LAWS[law]
+        settings = {"max_new_tokens": 2, "generator": seeded(seed)} | SETTINGS[name]
         (step,) = write(model, PROMPT[:1], MASK[:1], **settings).scores
         found = dict(zip(map(tuple, step.patches[0].tolist()), step.counts[0].tolist(), strict=True))
         assert found == Counter(tuple(patch) for patch in torch.cat(decoded)[:, 0].tolist())
-        by_hand = {k: v for k, v in LAWS[law].items() if k in ("temperature", "top_k", "top_p", "min_p")}
+        by_hand = {k: v for k, v in SETTINGS[name].items() if k in ("temperature", "top_k", "top_p", "min_p")}
         expected = weights_by_hand(step.counts[0].tolist(), **by_hand)
         torch.testing.assert_close(step.weights[0], torch.tensor(expected), rtol=1e-4, atol=1e-6)
         num_distinct += len(found)
-    assert num_distinct == 6 if law == "T = 1" else num_distinct > 12
+    assert num_distinct == 6 if name == "T = 1" else num_distinct > 12
 
 
-def test_a_row_that_has_stopped_counts_nothing_of_later_blocks(monkeypatch, model):
-    drawn, extend, is_told_apart = [], CandidateBatch.extend, False
+def test_counts_of_a_stopped_row_exclude_later_blocks(monkeypatch, model):
+    blocks, extend, has_unequal_counts = [], CandidateBatch.extend, False
 
-    def note(pool, rows_R, num_draws):
-        drawn.append((rows_R.tolist(), num_draws))
-        extend(pool, rows_R, num_draws)
+    def note(candidates, rows_R, num_samples):
+        blocks.append((rows_R.tolist(), num_samples))
+        extend(candidates, rows_R, num_samples)
 
     monkeypatch.setattr(CandidateBatch, "extend", note)
     for seed in range(8):
-        drawn.clear()
+        blocks.clear()
         settings = {"temperature": 0.4, "sampling_method": "exact", "generator": seeded(seed)}
         (step,) = write(model, max_new_tokens=2, **settings).scores
-        expected = [sum(num for rows, num in drawn if row in rows) for row in range(3)]
+        expected = [sum(num for rows, num in blocks if row in rows) for row in range(3)]
         assert step.counts.sum(-1).tolist() == expected
-        is_told_apart |= len(set(expected)) > 1
-    assert is_told_apart
+        has_unequal_counts |= len(set(expected)) > 1
+    assert has_unequal_counts
 
 
-def test_rows_that_end_before_others(model):
-    free = patches_written(write(model, temperature=0.5, max_new_tokens=16))
+def test_scores_of_finished_rows_are_empty(model):
+    free = generated_patches(write(model, temperature=0.5, max_new_tokens=16))
     ends = {int(token): (free == token).any(-1).int().argmax(-1).tolist() for token in range(4)}
     eos = next(token for token in ends if len(set(ends[token])) > 1 and all((free == token).flatten(1).any(-1)))
     settings = {"temperature": 0.5, "max_new_tokens": 40, "eos_token_id": eos}
     outputs = write(model, **settings)
     assert torch.equal(outputs.sequences, write(model, output_scores=False, **settings).sequences)
-    written_BSK, scores_BS = patches_written(outputs), model.compute_patch_scores(outputs.scores)
-    num_steps = (written_BSK == eos).any(-1).int().argmax(-1) + 1
+    patches_BSK, scores_BS = generated_patches(outputs), model.compute_patch_scores(outputs.scores)
+    num_steps = (patches_BSK == eos).any(-1).int().argmax(-1) + 1
     assert len(set(num_steps.tolist())) > 1 and scores_BS.shape[1] == num_steps.max()
     for row, num in enumerate(num_steps.tolist()):
         assert not scores_BS[row, num:].any()
@@ -208,10 +208,10 @@ def test_rows_that_end_before_others(model):
                 assert (step.patches[row] == NO_TOKEN).all() and not step.is_exact[row]
                 assert not step.weights[row].any() and not step.counts[row].any()
             elif number < num - 1:
-                assert torch.equal(step.patches[row, step.chosen[row]], written_BSK[row, number])
+                assert torch.equal(step.patches[row, step.chosen[row]], patches_BSK[row, number])
 
 
-def test_what_takes_no_such_scores_says_what_it_takes(model):
+def test_unsupported_scores_raise_an_error(model):
     outputs = write(model)
     for wrong in (outputs, outputs.scores[0], None, ()):
         with pytest.raises(ValueError, match="takes outputs.scores of generate"):
@@ -224,11 +224,11 @@ def test_what_takes_no_such_scores_says_what_it_takes(model):
 
 
 class TestExact:
-    """`sampling_method="exact"` says where it was not."""
+    """`sampling_method="exact"` reports where it fell back to the batch rule."""
 
     SETTINGS = {"temperature": 0.25, "sampling_method": "exact", "num_candidates": 4, "max_new_tokens": 20}
 
-    def test_each_row_and_step_tells_and_a_call_warns_once(self, monkeypatch, warnings, model):
+    def test_fallbacks_are_flagged_per_row_and_step_and_warned_of_once_per_call(self, monkeypatch, warnings, model):
         fell_back, choose = [], generation_calm_samplers.choose_at_limit
 
         def note(first_RN, *args):
@@ -251,20 +251,20 @@ class TestExact:
         (warning,) = warnings
         assert 0 < int(warning.split()[1]) < 30 and warning.split()[3] == "30"
 
-    @pytest.mark.parametrize("asked", [{"temperature": 1.5}, {"top_k": 2}, {"repetition_penalty": 1.5}], ids=str)
-    def test_what_weighs_all_candidates_is_never_exact(self, warnings, model, asked):
-        outputs = write(model, sampling_method="exact", **asked)
+    @pytest.mark.parametrize("settings", [{"temperature": 1.5}, {"top_k": 2}, {"repetition_penalty": 1.5}], ids=str)
+    def test_settings_that_weigh_all_candidates_are_never_exact(self, warnings, model, settings):
+        outputs = write(model, sampling_method="exact", **settings)
         assert not any(step.is_exact.any() for step in outputs.scores)
         (warning,) = warnings
         assert "12 of 12 patches were chosen by the batch rule, which logits processors, top_k" in warning
 
-    def test_an_exact_text_needs_no_warning(self, warnings, model):
+    def test_no_warning_where_every_step_is_exact(self, warnings, model):
         outputs = write(model, temperature=0.5, sampling_method="exact", num_candidates=200)
         assert all(step.is_exact.all() for step in outputs.scores) and not warnings
 
 
 @pytest.mark.transformers
-class TestReturned:
+class TestOutputs:
     def test_like_upstream_s_outputs(self, model):
         outputs = write(model, output_hidden_states=True)
         assert list(outputs.keys()) == ["sequences", "scores", "hidden_states", CACHE_ARGUMENT]
@@ -281,11 +281,11 @@ class TestReturned:
         assert len(outputs.scores) == 2
 
     def test_pipelines_are_unaffected(self, model):
-        """Five texts are as many as a candidate has fields."""
-        writer = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer())
+        """Five sequences, as many as CandidateScores has fields."""
+        generator = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer())
         settings = {"num_return_sequences": 5, "do_sample": True, "max_new_tokens": 6, "eos_token_id": None}
-        texts = []
-        for asked in ({}, {"output_scores": True, "return_dict_in_generate": True}):
+        sequences = []
+        for options in ({}, {"output_scores": True, "return_dict_in_generate": True}):
             torch.manual_seed(0)
-            texts.append([text["generated_text"] for text in writer("hello", **settings, **asked)])
-        assert texts[0] == texts[1] and len(texts[0]) == 5
+            sequences.append([each["generated_text"] for each in generator("hello", **settings, **options)])
+        assert sequences[0] == sequences[1] and len(sequences[0]) == 5

@@ -1,4 +1,4 @@
-"""Lazy decoding: the same patches as decoding everything, from less work."""
+"""Lazy decoding of candidates: the same patches as eager decoding, from less work."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import fresh_process
 import pytest
 import torch
 import torch.nn.functional as F
-from memory_of_draws import memory_of_draws
+from memory_of_samples import memory_of_samples
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 
 from calm_transformers.model import generation_calm_candidates, kernels_calm, modeling_calm_autoencoder
@@ -19,7 +19,7 @@ NO_EOS = {"eos_token_id": None}
 
 
 def repeating_model(head_type="energy", spread=0.1):
-    """Candidates repeat, whole or in part: the latents hardly depend on the noise, and few tokens are possible."""
+    """Returns a model whose candidates repeat: latents hardly depend on the noise, and few tokens are possible."""
     model = tiny_model(head_type)
     with torch.no_grad():
         if head_type == "energy":
@@ -34,28 +34,28 @@ def autoencoder():
     return repeating_model().autoencoder
 
 
-def some_latents(num_draws, num_rows, seed=0, spread=0.3):
-    """Some far apart, some close to another."""
+def some_latents(num_samples, num_rows, seed=0, spread=0.3):
+    """Returns latents of which some are far apart and some close together."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, num_rows, Z, generator=generator)
-    which = torch.randint(3, (num_draws,), generator=generator)
-    return centres[which] + spread * torch.randn(num_draws, num_rows, Z, generator=generator)
+    which = torch.randint(3, (num_samples,), generator=generator)
+    return centres[which] + spread * torch.randn(num_samples, num_rows, Z, generator=generator)
 
 
-def pool_of(kind, autoencoder, latents_NBZ, num_draws=0, **options):
-    """A pool whose rows draw the given latent vectors, in order: so many are drawn."""
+def make_candidates(kind, autoencoder, latents_NBZ, num_samples=0, **options):
+    """Returns candidates that are the given latents, in order, with `num_samples` of them drawn."""
 
     class Head:
         def sample(self, numbers_R1, num_samples, generator):
-            return latents_NBZ[pool.num_drawn :][:num_samples, numbers_R1[:, 0]]
+            return latents_NBZ[candidates.num_drawn :][:num_samples, numbers_R1[:, 0]]
 
-    pool = kind(Head(), torch.arange(latents_NBZ.shape[1])[:, None], StepRandomness(), autoencoder, **options)
-    if num_draws:
-        pool.extend(pool.rows_B, num_draws)
-    return pool
+    candidates = kind(Head(), torch.arange(latents_NBZ.shape[1])[:, None], StepRandomness(), autoencoder, **options)
+    if num_samples:
+        candidates.extend(candidates.rows_B, num_samples)
+    return candidates
 
 
-# The product with the vocabulary
+# The argmax over the vocabulary
 
 STATES = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
 
@@ -68,20 +68,20 @@ FORBIDDEN_KV = (torch.arange(VOCAB_SIZE) >= 5) | F.one_hot(torch.arange(K), VOCA
 
 
 @pytest.mark.parametrize("num_states, tile", [(1, 7), (2, 1), (16, 32), (37, 95), (37, 96), (2, 200)])
-def test_tokens_are_the_argmax_whatever_the_tiles(monkeypatch, autoencoder, num_states, tile):
+def test_tokens_are_the_argmax_at_every_tile_size(monkeypatch, autoencoder, num_states, tile):
     monkeypatch.setitem(kernels_calm.VOCABULARY_TILE, "cpu", tile)
     monkeypatch.setitem(kernels_calm.STATES_CHUNK_SIZE, "cpu", 20)
     states, positions = STATES[:num_states], torch.arange(num_states) % K
-    plain = logits(autoencoder, states)
-    assert torch.equal(autoencoder.decoder.most_probable_tokens(states, positions), plain.argmax(-1))
-    expected = plain.masked_fill(FORBIDDEN_KV[positions], -torch.inf).argmax(-1)
+    logits_MV = logits(autoencoder, states)
+    assert torch.equal(autoencoder.decoder.most_probable_tokens(states, positions), logits_MV.argmax(-1))
+    expected = logits_MV.masked_fill(FORBIDDEN_KV[positions], -torch.inf).argmax(-1)
     assert torch.equal(autoencoder.decoder.most_probable_tokens(states, positions, FORBIDDEN_KV), expected)
 
 
 @pytest.mark.parametrize("tile", [7, 96])
 @torch.no_grad()
-def test_of_equal_logits_in_bfloat16_the_first_wins_on_every_path(monkeypatch, tile):
-    """Every row of the output matrix stands there twice: half the vocabulary is never written."""
+def test_equal_bfloat16_logits_give_the_first_token_on_every_path(monkeypatch, tile):
+    """The output matrix holds every row twice: the second half of the vocabulary is never chosen."""
     monkeypatch.setitem(kernels_calm.VOCABULARY_TILE, "cpu", tile)
     model = tiny_model().bfloat16()
     weight = model.autoencoder.decoder.lm_head.weight
@@ -102,10 +102,10 @@ def test_of_equal_logits_in_bfloat16_the_first_wins_on_every_path(monkeypatch, t
     assert torch.equal(model.autoencoder.decoder.most_probable_tokens(states, positions), first_M)
 
 
-@pytest.mark.parametrize("at_once", [1, 1000, 10**6])
-def test_a_layer_that_cannot_be_cut_is_read_as_a_whole(monkeypatch, autoencoder, at_once):
-    """Quantised, offloaded or hooked: through the module, so that what it does beside its weight is done."""
-    monkeypatch.setitem(modeling_calm_autoencoder.LOGITS_CHUNK_SIZE, "cpu", at_once)
+@pytest.mark.parametrize("chunk_size", [1, 1000, 10**6])
+def test_a_layer_that_cannot_be_tiled_is_called_as_a_module(monkeypatch, autoencoder, chunk_size):
+    """Quantised, offloaded or hooked layers are called, so that their hooks and replaced forwards run."""
+    monkeypatch.setitem(modeling_calm_autoencoder.LOGITS_CHUNK_SIZE, "cpu", chunk_size)
     layer, positions, expected = autoencoder.decoder.lm_head, torch.arange(37) % K, -logits(autoencoder, STATES)
     forward = layer.forward
     with monkeypatch.context() as patch:
@@ -121,29 +121,30 @@ def test_a_layer_that_cannot_be_cut_is_read_as_a_whole(monkeypatch, autoencoder,
         hook.remove()
 
 
-# Equal patches
+# Duplicate candidates
 
 
 @pytest.mark.parametrize("few, forbid", [(0, True), (8, False), (10**6, True)])
 def test_candidates_are_equal_exactly_where_their_patches_are(monkeypatch, autoencoder, few, forbid):
-    """In growing blocks, in each of which fewer rows draw."""
+    """Samples are drawn in growing blocks, in each of which fewer rows draw."""
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", few)
     forbidden_KV = torch.arange(VOCAB_SIZE).expand(K, -1) % 3 == 0 if forbid else None
     latents = some_latents(25, 5)
-    lazy, plain = (
-        pool_of(kind, autoencoder, latents, forbidden_KV=forbidden_KV) for kind in (LazyCandidateBatch, CandidateBatch)
+    lazy, eager = (
+        make_candidates(kind, autoencoder, latents, forbidden_KV=forbidden_KV)
+        for kind in (LazyCandidateBatch, CandidateBatch)
     )
-    for rows, num_draws in [([0, 1, 2, 3, 4], 6), ([0, 2, 4], 6), ([4], 12), ([4], 1)]:
+    for rows, num_samples in [([0, 1, 2, 3, 4], 6), ([0, 2, 4], 6), ([4], 12), ([4], 1)]:
         rows = torch.tensor(rows)
-        for pool in (lazy, plain):
-            pool.extend(rows, num_draws)
+        for candidates in (lazy, eager):
+            candidates.extend(rows, num_samples)
         patches = autoencoder.decode_tokens(latents[: lazy.num_drawn, rows], forbidden_KV).transpose(0, 1).tolist()
         expected = [[row.index(patch) for patch in row] for row in patches]
-        assert lazy.compare(rows).tolist() == plain.compare(rows).tolist() == expected
+        assert lazy.compare(rows).tolist() == eager.compare(rows).tolist() == expected
         last = torch.full_like(rows, lazy.num_drawn - 1)
         assert (
             lazy.decode_chosen(rows, last).tolist()
-            == plain.decode_chosen(rows, last).tolist()
+            == eager.decode_chosen(rows, last).tolist()
             == [row[-1] for row in patches]
         )
     assert len({tuple(patch) for patch in patches[0]}) < 25, "some repeat"
@@ -170,20 +171,20 @@ SETTINGS = [
     ],
     ids=str,
 )
-def test_the_text_is_that_of_decoding_everything(head_type, settings, dtype):
+def test_lazy_and_eager_decoding_generate_the_same_sequences(head_type, settings, dtype):
     model = repeating_model(head_type).to(dtype)
     prompts = torch.tensor([[BOS, 10, 11], [BOS, 12, 13], [BOS, 14, 15]])
-    texts = []
+    sequences = []
     for lazy in (True, False):
         torch.manual_seed(0)
         common = {"do_sample": True, "num_candidates": 20, "max_new_tokens": 24, "lazy_decoding": lazy, **NO_EOS}
-        texts.append(model.generate(prompts, attention_mask=torch.ones_like(prompts), **common | settings))
+        sequences.append(model.generate(prompts, attention_mask=torch.ones_like(prompts), **common | settings))
         state = torch.random.get_rng_state()
-    assert torch.equal(*texts)
+    assert torch.equal(*sequences)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
+def test_lazy_decoding_is_the_default_on_a_cpu_and_can_be_disabled():
     model = tiny_model()
     kinds = [
         type(model.new_candidates(torch.zeros(1, 48), StepRandomness(), PatchSampling(lazy_decoding=x)))
@@ -195,35 +196,33 @@ def test_lazy_decoding_is_chosen_on_a_cpu_and_can_be_switched_off():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux tells it")
 @pytest.mark.parametrize("temperature", [1 / 2, 0.7])
-def test_ten_thousand_draws_of_a_row_stay_within_100_mb(tmp_path, temperature):
-    """Beyond their latent vectors, so without a table of all pairs; where the allocator keeps nothing free."""
-    settings = {"num_draws": 10_000, "temperature": temperature}
+def test_ten_thousand_samples_of_a_row_stay_within_100_mb(tmp_path, temperature):
+    """Beyond their latents, so without a table of all pairs; with an allocator that keeps no freed memory."""
+    settings = {"num_samples": 10_000, "temperature": temperature}
     environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    memory = fresh_process.call(memory_of_draws, tmp_path, environment, **settings).result
+    memory = fresh_process.call(memory_of_samples, tmp_path, environment, **settings).result
     assert memory is None or 10 < memory < 100
 
 
-# Work
+# Tokens decoded
 
 
 @pytest.mark.parametrize("temperature, tokens", [(1 / 2, 8 + 2 * 3), (1 / 3, 9 + 3 * 3)])
-def test_only_candidates_that_may_equal_one_they_are_compared_with_are_read(
-    monkeypatch, autoencoder, temperature, tokens
-):
+def test_only_candidates_that_may_have_a_duplicate_are_decoded(monkeypatch, autoencoder, temperature, tokens):
     """Candidates 0, 2, 3, 4 and 7 are equal: at T = 1/2 2 and 3 are compared, at T = 1/3 3 and 4 as well."""
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     work, token_N = [], torch.tensor([7, 11, 7, 7, 7, 15, 16, 7, 18])
     monkeypatch.setattr(
         LazyCandidateBatch, "decode_at", lambda self, _, draws, __: work.append(len(draws)) or token_N[draws]
     )
-    pool = pool_of(LazyCandidateBatch, autoencoder, torch.zeros(9, 1, Z), 9)
-    pool.compare(pool.rows_B, compared_pairs(temperature))
+    candidates = make_candidates(LazyCandidateBatch, autoencoder, torch.zeros(9, 1, Z), 9)
+    candidates.compare(candidates.rows_B, compared_pairs(temperature))
     assert sum(work) == tokens
-    assert pool.compare(pool.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]
+    assert candidates.compare(candidates.rows_B).tolist() == [[0, 1, 0, 0, 0, 5, 6, 0, 8]]
 
 
-def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatch):
-    """The whole step reads the vocabulary once: last tokens that all differ, and the patch that is then chosen."""
+def test_the_choice_among_distinct_candidates_needs_no_second_matmul(monkeypatch):
+    """One vocabulary matmul decodes both the last tokens, which all differ, and the patch that is then chosen."""
     model, work = tiny_model(), []
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     monkeypatch.setattr(
@@ -231,8 +230,8 @@ def test_the_choice_among_distinct_candidates_needs_no_second_product(monkeypatc
         "read",
         lambda self, rows, draws, positions: work.append(len(rows)) or draws + 40 * positions,
     )
-    sampling, plan = PatchSampling(temperature=0.5, num_candidates=30), BlockSchedule()
-    plan.record([30])
-    sample = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), schedule=plan)
+    sampling, schedule = PatchSampling(temperature=0.5, num_candidates=30), BlockSchedule()
+    schedule.record([30])
+    sample = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), schedule=schedule)
     assert work == [2 * (30 + K - 1)]
     assert torch.equal(sample.patches - sample.patches[:, :1], 40 * torch.arange(K).expand(2, -1))

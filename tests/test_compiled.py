@@ -1,4 +1,4 @@
-"""A compiled step is one graph, compiled once, and writes what the uncompiled step writes."""
+"""Compiled generation steps: one graph, compiled once, with the same output as uncompiled steps."""
 
 import copy
 import gc
@@ -14,7 +14,7 @@ from calm_transformers.model import generation_calm_compiled
 
 pytestmark = pytest.mark.transformers
 
-LAWS = {
+SETTINGS = {
     "T = 1": {"temperature": 1.0},
     "batch": {"temperature": 0.5, "sampling_method": "batch"},
     "adaptive": {"temperature": 0.5},
@@ -38,7 +38,7 @@ def config(backend="eager"):
 
 
 def write(model, seeds=(1, 2), **settings):
-    """With a generator a row, whose random numbers are the same however many are drawn at once; or the global one."""
+    """Generates with per-row generators, whose numbers do not depend on block sizes, or with the global generator."""
     generators = seeds and [torch.Generator().manual_seed(seed) for seed in seeds]
     defaults = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "num_candidates": 12, "eos_token_id": None}
     return model.generate(PROMPT, attention_mask=MASK, generator=generators, **STATIC, **defaults | settings)
@@ -46,45 +46,45 @@ def write(model, seeds=(1, 2), **settings):
 
 @pytest.fixture
 def graphs():
-    """A backend that counts what it is given, and refuses a graph that is no whole step."""
-    made = []
+    """A backend that counts the graphs that it is given."""
+    captured = []
 
     def backend(graph, inputs):
-        made.append(graph)
+        captured.append(graph)
         return graph.forward
 
-    backend.made = made
+    backend.captured = captured
     return backend
 
 
 @pytest.mark.parametrize(
-    "head, law",
+    "head, name",
     [
-        *(("energy", law) for law in ("batch", "exact", "greedy")),
-        *(pytest.param("energy", law, marks=pytest.mark.slow) for law in ("T = 1", "adaptive", "1/T not whole")),
+        *(("energy", name) for name in ("batch", "exact", "greedy")),
+        *(pytest.param("energy", name, marks=pytest.mark.slow) for name in ("T = 1", "adaptive", "1/T not whole")),
         *(pytest.param(head, "adaptive", marks=pytest.mark.slow) for head in HEAD_TYPES if head != "energy"),
     ],
 )
-def test_one_graph_for_all_steps_of_all_texts_which_are_the_uncompiled_ones(graphs, head, law):
+def test_one_graph_compiles_all_steps_with_unchanged_output(graphs, head, name):
     model, compiled = small_model(head), {"compile_config": config(graphs)}
     for seeds in ((1, 2), (3, 4)):
-        assert torch.equal(write(model, seeds, **LAWS[law], **compiled), write(model, seeds, **LAWS[law]))
-    assert len(graphs.made) == 1 and NEW_TOKENS > 2 * model.config.patch_size
+        assert torch.equal(write(model, seeds, **SETTINGS[name], **compiled), write(model, seeds, **SETTINGS[name]))
+    assert len(graphs.captured) == 1 and NEW_TOKENS > 2 * model.config.patch_size
 
 
 @pytest.mark.slow
-def test_the_same_text_with_the_inductor():
-    model, law = small_model(), LAWS["adaptive"]
-    assert torch.equal(write(model, **law, compile_config=config("inductor")), write(model, **law))
+def test_inductor_gives_the_same_sequences():
+    model, settings = small_model(), SETTINGS["adaptive"]
+    assert torch.equal(write(model, **settings, compile_config=config("inductor")), write(model, **settings))
 
 
 @pytest.mark.slow
-def test_many_laws_each_have_their_graph_and_no_more_are_kept_than_may_be(graphs, monkeypatch):
-    """PyTorch by itself compiles a function eight times at most."""
+def test_each_setting_has_its_graph_up_to_the_cache_limit(graphs, monkeypatch):
+    """By default PyTorch recompiles a function at most eight times."""
     model = small_model()
     for number in range(2, 11):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
-    assert len(graphs.made) == 9
+    assert len(graphs.captured) == 9
     monkeypatch.setattr(generation_calm_compiled, "MAX_COMPILED_STEPS", 1)
     for number in (2, 11):
         write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
@@ -92,37 +92,37 @@ def test_many_laws_each_have_their_graph_and_no_more_are_kept_than_may_be(graphs
 
 
 @pytest.mark.slow
-def test_the_global_generator_gives_the_draws_of_uncompiled_steps():
-    """Of the batch method, which draws as many at once; of a prompt read in chunks."""
-    texts = []
+def test_the_global_generator_gives_the_samples_of_uncompiled_steps():
+    """With the batch method, whose block sizes are the same, and a prompt prefilled in chunks."""
+    sequences = []
     for settings in ({}, {"compile_config": config()}):
         torch.manual_seed(0)
-        texts.append(write(small_model(), None, **LAWS["batch"], prefill_chunk_size=8, **settings))
-    assert torch.equal(*texts)
+        sequences.append(write(small_model(), None, **SETTINGS["batch"], prefill_chunk_size=8, **settings))
+    assert torch.equal(*sequences)
 
 
 @pytest.mark.slow
-def test_rows_that_end_and_tokens_that_may_not_stand(graphs):
-    """EOS ends a row and is kept out of the first tokens: the graph stays one, and the text the uncompiled one's."""
+def test_finished_rows_and_forbidden_tokens_keep_one_graph(graphs):
+    """EOS ends a row, or is forbidden among the first tokens: still one graph and the uncompiled output."""
     model = small_model()
     free = write(model, temperature=0.5)
     begun, rest = free[:, PROMPT.shape[1] :].split([4, NEW_TOKENS - 4], dim=1)
     eos = next(int(token) for token in rest[0] if token not in begun)  # ends a row, but none in the first step
     for settings in ({}, {"min_new_tokens": 9}):
         settings = {"temperature": 0.5, "eos_token_id": eos, "pad_token_id": 0} | settings
-        graphs.made.clear()
+        graphs.captured.clear()
         compiled = write(model, compile_config=config(graphs), **settings)
-        assert torch.equal(compiled, write(model, **settings)) and len(graphs.made) == 1
+        assert torch.equal(compiled, write(model, **settings)) and len(graphs.captured) == 1
     assert eos not in compiled[:, PROMPT.shape[1] : PROMPT.shape[1] + 9]
 
 
-def test_disable_compile_leaves_steps_as_they_are(graphs):
+def test_disable_compile_compiles_nothing(graphs):
     write(small_model(), temperature=0.5, compile_config=config(graphs), disable_compile=True)
-    assert not graphs.made
+    assert not graphs.captured
 
 
 @pytest.mark.slow
-def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
+def test_compiled_steps_neither_block_copies_nor_keep_the_model_alive():
     model = small_model()
     text = write(model, temperature=0.5, compile_config=config())
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -143,13 +143,13 @@ def test_nothing_is_kept_in_the_model_nor_the_model_by_what_is_kept():
         ({"repetition_penalty": 2.0}, "compiled steps call no logits processors"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused(settings, message):
+def test_settings_that_cannot_be_compiled_raise_an_error(settings, message):
     settings = STATIC | {"compile_config": config(), "max_new_tokens": 8} | settings
     with pytest.raises(ValueError, match=message):
         small_model().generate(PROMPT, **settings)
 
 
-def test_a_model_that_cannot_be_compiled_is_refused():
+def test_a_model_that_cannot_be_compiled_raises_an_error():
     model = small_model()
     model.config._attn_implementation = "flex_attention"  # which takes no mask
     with pytest.raises(ValueError, match="attn_implementation='flex_attention'"):

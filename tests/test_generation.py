@@ -1,4 +1,4 @@
-"""Generation under upstream `generate`: lengths, stopping, batches, prompts, determinism, and what is refused."""
+"""Generation under upstream `generate`: lengths, stopping, batches, prompts, determinism, and invalid arguments."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -45,17 +45,17 @@ def generate(model, prompt=PROMPT, seed=0, **kwargs):
 
 
 class Scripted:
-    """Makes a model emit given tokens: replaces the choice of patches, nothing else. Rows past an EOS draw none."""
+    """Makes a model emit given tokens by replacing `sample_patches` alone. Rows past an EOS are not sampled."""
 
     def __init__(self, monkeypatch, rows):
         self.rows, self.position = rows, 0
         monkeypatch.setattr(CALMForCausalLM, "sample_patches", self.sample_patches)
 
     def sample_patches(self, hidden_RD, *args):
-        going_on = [row for row in self.rows if EOS not in row[: self.position]]
-        assert len(hidden_RD) == len(going_on)
+        unfinished = [row for row in self.rows if EOS not in row[: self.position]]
+        assert len(hidden_RD) == len(unfinished)
         self.position += 4
-        patches = torch.tensor(going_on, device=hidden_RD.device)[:, self.position - 4 : self.position]
+        patches = torch.tensor(unfinished, device=hidden_RD.device)[:, self.position - 4 : self.position]
         return PatchSample(patches, is_exact=False)
 
 
@@ -76,8 +76,8 @@ def test_eos_within_a_patch_stops_and_pads(monkeypatch, model, eos, length, pad)
     assert output[:, 6:].tolist() == [[20, 21, 22, 23, 24, EOS] + [pad] * (length - 6), rows[1][:length]]
 
 
-class Kept:
-    """A streamer that keeps what it is given of one text."""
+class RecordingStreamer:
+    """A streamer that records the tokens of one sequence."""
 
     def __init__(self):
         self.tokens = []
@@ -90,7 +90,7 @@ class Kept:
 
 
 class Never(StoppingCriteria):
-    """A rule of the user's own, which never stops a text: all rules are then asked after each token."""
+    """A user's criterion that never stops a sequence: all criteria are then evaluated after each token."""
 
     def __call__(self, input_ids, scores, **kwargs):
         return torch.zeros(len(input_ids), dtype=torch.bool)
@@ -98,14 +98,14 @@ class Never(StoppingCriteria):
 
 @pytest.mark.parametrize("settings", [NO_EOS, {"eos_token_id": [EOS, 7, 30]}, {"stop_strings": ["ab", "l", "o w"]}])
 @pytest.mark.parametrize("patch_size, num_rows", [(1, 3), (4, 1), (5, 3)])
-def test_rules_that_are_asked_by_patch_end_texts_where_those_asked_by_token_do(settings, patch_size, num_rows):
+def test_stopping_criteria_by_patch_end_sequences_where_those_by_token_do(settings, patch_size, num_rows):
     model, kept, lengths = tiny_model(patch_size=patch_size), [], set()
     with torch.no_grad():
         model.autoencoder.decoder.lm_head.weight[~torch.isin(torch.arange(VOCAB_SIZE), OFTEN)] = 0
     for seed in range(5):
         outputs = []
         for more in ([], [Never()]):
-            kept.append(Kept() if num_rows == 1 else None)
+            kept.append(RecordingStreamer() if num_rows == 1 else None)
             outputs.append(
                 generate(
                     model, PROMPT.repeat(num_rows, 1), seed, max_new_tokens=30, temperature=1.0, streamer=kept[-1],
@@ -121,7 +121,7 @@ def test_rules_that_are_asked_by_patch_end_texts_where_those_asked_by_token_do(s
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_min_new_tokens_bans_eos_until_then(lazy):
-    """A decoder that wants EOS everywhere, and else token 50, gives EOS at the first place where it may."""
+    """A decoder that prefers EOS everywhere, then token 50, gives EOS at the first position where it is allowed."""
     model = tiny_model()
     decoder = model.autoencoder.decoder
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_custom_stopping_criteria_see_every_token(model):
     assert output.shape == (1, 9) and lengths == [7, 8, 9]
 
 
-def test_no_length_warning_before_the_patches_run_out(monkeypatch, model, caplog):
+def test_no_length_warning_before_the_last_position(monkeypatch, model, caplog):
     """Of 4 patches, 16 tokens; one more and upstream's warning comes, so the test would see it."""
     monkeypatch.setattr(model.config, "max_position_embeddings", 4)
     monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
@@ -167,7 +167,7 @@ def test_default_length_counts_tokens_not_patches(monkeypatch, model):
 
 
 def test_a_process_that_has_finished_keeps_running_for_the_others(monkeypatch, model):
-    """Under FSDP all processes must take the same number of steps; the text of the first to finish stays as it was."""
+    """Under FSDP all processes take the same number of steps; the sequence of the first to finish is unchanged."""
     expected = generate(model, max_new_tokens=3, **NO_EOS)
     steps = []
 
@@ -180,7 +180,7 @@ def test_a_process_that_has_finished_keeps_running_for_the_others(monkeypatch, m
     assert steps == [False, True, True, True]
 
 
-def test_the_seed_or_a_generator_fixes_the_text(of_any_head):
+def test_generation_is_reproducible_with_a_seed_or_a_generator(of_any_head):
     for kwargs in ({"temperature": 1.0}, {"temperature": 0.5, "sampling_method": "exact"}):
         one, same, other = (generate(of_any_head, seed=seed, max_new_tokens=16, **kwargs) for seed in (0, 0, 1))
         assert torch.equal(one, same) and not torch.equal(one, other)
@@ -192,7 +192,7 @@ def test_the_seed_or_a_generator_fixes_the_text(of_any_head):
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_eight_threads_write_the_texts_of_one(model, cache):
+def test_eight_threads_generate_the_sequences_of_one(model, cache):
     def text(seed):
         settings = {"max_length": 26 + seed, "cache_implementation": cache, **NO_EOS}
         return generate(model, generator=torch.Generator(model.device).manual_seed(seed), **settings)
@@ -200,24 +200,24 @@ def test_eight_threads_write_the_texts_of_one(model, cache):
     expected = [text(seed) for seed in range(8)]
     before = model.config.to_dict()
     with ThreadPoolExecutor(8) as threads:
-        texts = threads.map(text, range(8))
-        assert all(torch.equal(*pair) for pair in zip(texts, expected, strict=True))
+        sequences = threads.map(text, range(8))
+        assert all(torch.equal(*pair) for pair in zip(sequences, expected, strict=True))
     assert model.config.to_dict() == before
 
 
-def test_greedy_is_one_text_per_prompt_batched_or_not(of_any_head):
+def test_greedy_output_is_the_same_batched_or_not(of_any_head):
     model = of_any_head
     tokenizer = tiny_tokenizer()
-    texts = ["once", "upon a time", "a", "there was a fox"]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    prompts = ["once", "upon a time", "a", "there was a fox"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
     kwargs = GREEDY | {"max_new_tokens": 10}
     together = generate(model, batch["input_ids"], attention_mask=batch["attention_mask"], **kwargs)
-    for seed, (text, row) in enumerate(zip(texts, together, strict=True)):
-        alone = generate(model, tokenizer(text, return_tensors="pt")["input_ids"], seed=seed, **kwargs)
+    for seed, (prompt, row) in enumerate(zip(prompts, together, strict=True)):
+        alone = generate(model, tokenizer(prompt, return_tensors="pt")["input_ids"], seed=seed, **kwargs)
         assert torch.equal(alone[0, -10:], row[-10:])
 
 
-def test_no_cache_and_static_cache_give_the_same_text(model):
+def test_no_cache_and_static_cache_give_the_same_sequence(model):
     kwargs = GREEDY | {"max_new_tokens": 14}
     expected = generate(model, **kwargs)
     assert torch.equal(generate(model, use_cache=False, **kwargs), expected)
@@ -235,7 +235,7 @@ def test_padding_does_not_change_a_row(model):
     assert torch.equal(generate(model, right, attention_mask=mask.flip(1), **kwargs)[0, 11:], alone)
 
 
-def test_the_filler_is_the_models_whatever_pads_the_output(model):
+def test_the_prompt_filler_does_not_depend_on_pad_token_id(model):
     kwargs = GREEDY | {"max_new_tokens": 8}
     expected = generate(model, **kwargs)
     assert torch.equal(generate(model, pad_token_id=EOS, **kwargs), expected)
@@ -252,12 +252,12 @@ def test_empty_prompts_start_from_bos(model):
     for more in (
         {},
         {"attention_mask": torch.empty(2, 0, dtype=torch.long)},
-    ):  # a tokenizer makes floats of empty texts
+    ):  # a tokenizer makes floats of empty sequences
         assert torch.equal(generate(model, torch.empty(2, 0), **more, **kwargs), from_bos.repeat(2, 1))
         assert len(generate(model, torch.empty(2, 0), num_return_sequences=2, max_new_tokens=6, **more)) == 4
 
 
-def test_ids_of_any_whole_type(model):
+def test_ids_of_any_integer_type(model):
     expected = generate(model, max_new_tokens=6, **NO_EOS)
     for dtype in (torch.int32, torch.uint8):
         output = generate(model, PROMPT.to(dtype), max_new_tokens=6, **NO_EOS)
@@ -265,8 +265,8 @@ def test_ids_of_any_whole_type(model):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 12])
-def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, model, chunk_size):
-    """In whole patches, at least one; a batch with padding."""
+def test_chunked_prefill_gives_the_same_sequence(monkeypatch, model, chunk_size):
+    """Chunks are whole patches, at least one; in a batch with padding."""
     ids = torch.randint(3, PAD, (2, 22), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :14] = 0
@@ -283,7 +283,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, model, chunk_s
     assert lengths == [min(size, 24 - start) for start in range(0, 24, size)] + [4, 4]
 
 
-REFUSED = [
+INVALID = [
     ({"num_beams": 2, "do_sample": False}, "no beam search"),
     ({"num_beams": 2, "do_sample": True}, "no beam sample"),
     ({"prompt_lookup_num_tokens": 3}, "no assisted generation"),
@@ -319,22 +319,22 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("kwargs, sentence", REFUSED, ids=[sentence for _, sentence in REFUSED])
-def test_generate_refuses_before_any_work(monkeypatch, model, kwargs, sentence):
+@pytest.mark.parametrize("kwargs, message", INVALID, ids=[message for _, message in INVALID])
+def test_invalid_arguments_raise_before_any_work(monkeypatch, model, kwargs, message):
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
     inputs = {} if "inputs_embeds" in kwargs else {"inputs": PROMPT}
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         model.generate(**{**inputs, **FAST, "max_new_tokens": 4, **kwargs})
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_an_empty_cache_is_filled(model, name):
+def test_an_empty_cache_is_used(model, name):
     settings, cache = {"max_new_tokens": 8, **NO_EOS}, DynamicCache()
     assert torch.equal(generate(model, **settings, **{name: cache}), generate(model, **settings))
     assert cache.get_seq_length() == 3  # two patches of prompt and the first new one
 
 
-def test_more_refusals(monkeypatch, model):
+def test_other_unsupported_inputs_raise_an_error(monkeypatch, model):
     with pytest.raises(ValueError, match="no assisted generation"):
         generate(model, assistant_model=model)
     cache = model(PROMPT[:, :4], use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""Every field of GenerationConfig has a class, and behaves as one of its class: used, harmless or refused."""
+"""Every field of GenerationConfig is classified as used, harmless or unsupported, and behaves accordingly."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def generate(model, seed=0, **settings):
     return model.generate(**{"inputs": PROMPT, **FAST, **settings})
 
 
-def test_every_field_has_a_class():
+def test_every_field_is_classified():
     assert [name for name in FIELDS if name not in GENERATION_SETTINGS] == []
 
 
@@ -53,7 +53,7 @@ def has(name):
     return lambda result: getattr(result, name) is not None
 
 
-# Two values of a setting, others beside it, and what differs between their results.
+# Two values of a setting, other settings, and what differs between the results.
 MANY = {"temperature": 1.0, "max_new_tokens": 24}
 DICT = {"return_dict_in_generate": True}
 STATIC = DICT | {"cache_implementation": "static"}
@@ -88,7 +88,7 @@ EFFECTS = {
 OTHER_EFFECTS = {  # which depend on what is generated, or are more than the result
     *("stop_strings", "cache_config", "remove_invalid_values"),  # the last is upstream's alone
     *("eos_token_id", "pad_token_id", "min_length", "min_new_tokens", "prefill_chunk_size"),  # test_generation.py
-    *("forced_bos_token_id", "compile_config", "disable_compile"),  # test_token_rules.py, test_compiled.py
+    *("forced_bos_token_id", "compile_config", "disable_compile"),  # test_logits_processors.py, test_compiled.py
 }
 
 
@@ -97,9 +97,9 @@ def test_every_used_field_has_an_effect_below():
 
 
 @pytest.mark.parametrize("name", sorted(set(EFFECTS) & set(FIELDS)))
-def test_a_used_field_does_something(model, name):
-    values, settings, observed = EFFECTS[name]
-    one, same, other = (observed(generate(model, **settings, **{name: value})) for value in (values[0], *values))
+def test_a_used_field_has_an_effect(model, name):
+    values, settings, observe = EFFECTS[name]
+    one, same, other = (observe(generate(model, **settings, **{name: value})) for value in (values[0], *values))
     assert one == same != other
 
 
@@ -110,7 +110,7 @@ def test_stop_strings(model):
     assert tokenizer.decode(stopped[0, 6:]) == text[:4]
 
 
-def test_a_cache_s_configuration_names_its_package(model):
+def test_a_quantized_cache_names_its_missing_package(model):
     for backend, package in (("quanto", "optimum-quanto"), ("hqq", "hqq")):
         with pytest.raises(ImportError, match=f"pip install {package}"):
             generate(model, cache_implementation="quantized", cache_config={"backend": backend})
@@ -143,8 +143,8 @@ def test_a_harmless_field_changes_nothing(model, name):
     assert torch.equal(model.generate(PROMPT, generation_config=config), generate(model))
 
 
-REFUSED = sorted(set(UNSUPPORTED_SETTINGS) & set(FIELDS))
-REFUSED_VALUES = {
+UNSUPPORTED = sorted(set(UNSUPPORTED_SETTINGS) & set(FIELDS))
+UNSUPPORTED_VALUES = {
     "force_words_ids": [[5]],
     "constraints": [object()],
     "dola_layers": "low",
@@ -155,18 +155,18 @@ REFUSED_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_field_is_refused_in_a_sentence_before_any_work(monkeypatch, model, name):
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_field_raises_one_sentence_before_any_work(monkeypatch, model, name):
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
     with pytest.raises(ValueError) as error:
-        generate(model, **{name: REFUSED_VALUES.get(name, 0.6)})
-    sentence = str(error.value)
-    assert sentence.startswith((f"{name}=", f"{name}: CALM", "CALM has no ")) and "\n" not in sentence
-    assert len(sentence) < 250 and sentence.endswith(".")
+        generate(model, **{name: UNSUPPORTED_VALUES.get(name, 0.6)})
+    message = str(error.value)
+    assert message.startswith((f"{name}=", f"{name}: CALM", "CALM has no ")) and "\n" not in message
+    assert len(message) < 250 and message.endswith(".")
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if UNSUPPORTED_SETTINGS[name][1:]])
-def test_the_values_that_ask_for_nothing_are_accepted(model, name):
+@pytest.mark.parametrize("name", [name for name in UNSUPPORTED if UNSUPPORTED_SETTINGS[name][1:]])
+def test_values_that_disable_an_unsupported_field_are_accepted(model, name):
     expected = generate(model)
     for value in UNSUPPORTED_SETTINGS[name][1:]:
         assert torch.equal(generate(model, **{name: value}), expected)

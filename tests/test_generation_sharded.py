@@ -24,11 +24,11 @@ def texts(shards=False, rank=0):
         mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
         for module in (*map(model.get_submodule, PARTS), model):
             fully_shard(module, mesh=mesh)
-    law = {"do_sample": True, "temperature": 0.4, "num_candidates": 50, "max_new_tokens": 10, "eos_token_id": None}
-    law |= {"synced_gpus": shards}
+    options = {"do_sample": True, "temperature": 0.4, "num_candidates": 50, "max_new_tokens": 10, "eos_token_id": None}
+    options |= {"synced_gpus": shards}
     return [
         model.generate(
-            PROMPTS[rank : rank + 1], generator=[torch.Generator().manual_seed(seed)], lazy_decoding=lazy, **law
+            PROMPTS[rank : rank + 1], generator=[torch.Generator().manual_seed(seed)], lazy_decoding=lazy, **options
         ).tolist()
         for lazy in (None, True, False)
         for seed in range(3)

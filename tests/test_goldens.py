@@ -1,7 +1,7 @@
 """The published implementation's recorded outputs, tensor by tensor: float32 to 1e-5, bfloat16 to 2e-2.
 
 Every tensor of the three golden files is used by a test here, but the histograms (test_temperature.py) and `brier.*`
-(test_brier.py); `test_nothing_is_left_out` checks that.
+(test_brier.py); `test_every_golden_tensor_is_used` checks that.
 """
 
 import copy
@@ -20,7 +20,7 @@ USED = set()
 
 
 class Golden:
-    """Golden tensors that remember which of them were asked for."""
+    """Golden tensors that record which of them were used."""
 
     def __init__(self, head_type):
         self.head_type, self.tensors = head_type, golden_tensors(head_type)
@@ -114,7 +114,7 @@ def test_nets(head_type, dtype):
 @pytest.mark.parametrize("head_type", ["flow", "diffusion"])
 @torch.no_grad()
 def test_per_patch_losses(head_type, dtype):
-    """A posterior of no width makes the recorded target the one that the head draws."""
+    """A posterior of zero width makes the recorded target the one that the head samples."""
     golden = Golden(head_type)
     target = golden["loss.target"].view(10, 16).to(dtype)
     start = golden["loss.x0" if head_type == "flow" else "loss.noise"].to(dtype)
@@ -158,28 +158,28 @@ def test_diffusion_schedule():
 @both_dtypes
 @torch.no_grad()
 def test_forward_loss(golden, dtype):
-    """The loss of a whole forward pass with its recorded draws, in the order they were taken."""
+    """The loss of a whole forward pass with its recorded noise, in the order it was drawn."""
     model = model_in(dtype, golden.head_type)
     ids = golden["input_ids"]
     if golden.head_type == "energy":
-        draws = {
+        inputs = {
             "noise": golden["forward.draw0.uniform"].to(dtype) - 0.5,
             "posterior_noise": golden["forward.draw1.normal"].to(dtype),
         }
     else:
         time = golden["forward.draw1.uniform" if golden.head_type == "flow" else "forward.draw1.int"]
-        draws = {
+        inputs = {
             "posterior_noise": golden["forward.draw0.normal"].to(dtype),
             "time": time.view(8, 10),
             "noise": golden["forward.draw2.normal"].view(8, 10, 16).to(dtype),
         }
-    loss = model.patch_loss(model(ids).last_hidden_state, ids, **draws)
+    loss = model.patch_loss(model(ids).last_hidden_state, ids, **inputs)
     assert_reproduces(loss, golden["forward.loss"], dtype)
 
 
 @torch.no_grad()
 def test_forward_brier(golden):
-    """The forward pass also recorded Brier-1..4 of two draws per patch. Their noise follows from the seed."""
+    """The forward pass also recorded Brier-1..4 of two samples per patch. Their noise follows from the seed."""
     model = golden_model(golden.head_type)
     ids = golden["input_ids"]
     context = model(ids).last_hidden_state[:, :-1].reshape(10, -1)
@@ -187,22 +187,22 @@ def test_forward_brier(golden):
     if golden.head_type == "energy":
         noise = torch.rand(8, 10, 8)
         assert torch.equal(noise, golden["forward.draw0.uniform"])
-        draws = {"noise": noise[:2] - 0.5}
+        inputs = {"noise": noise[:2] - 0.5}
     else:
         assert torch.equal(torch.randn(8, 10, 16), golden["forward.draw0.normal"])
         torch.rand(80) if golden.head_type == "flow" else torch.randint(1000, (80,))
         assert torch.equal(torch.randn(80, 16), golden["forward.draw2.normal"])
-        draws = {"noise": torch.randn(20, 16).view(2, 10, 16)}
+        inputs = {"noise": torch.randn(20, 16).view(2, 10, 16)}
         if golden.head_type == "diffusion":
-            assert torch.equal(draws["noise"].view(20, 16), golden["forward.draw3.normal"])
-            draws["step_noise"] = torch.stack([torch.randn(20, 16) for _ in range(100)]).view(100, 2, 10, 16)
-    first, second = model.autoencoder.decode_tokens(model.head.sample(context, **draws))
+            assert torch.equal(inputs["noise"].view(20, 16), golden["forward.draw3.normal"])
+            inputs["step_noise"] = torch.stack([torch.randn(20, 16) for _ in range(100)]).view(100, 2, 10, 16)
+    first, second = model.autoencoder.decode_tokens(model.head.sample(context, **inputs))
     target = ids.view(2, 6, 4)[:, 1:].reshape(10, 4)
     brier = BrierCounts.from_samples(first[None], second[None], target[None]).score(resamples=1).brier
     assert brier == pytest.approx([golden[f"forward.brier{n}"].item() for n in (1, 2, 3, 4)], abs=1e-6)
 
 
-def test_nothing_is_left_out(request):
+def test_every_golden_tensor_is_used(request):
     names = {(head_type, name) for head_type in HEAD_TYPES for name in golden_tensors(head_type)}
     elsewhere = {(head_type, name) for head_type, name in names if name.startswith(("hist.", "brier."))}
     if len(request.session.items) < 10 or request.config.option.keyword or USED == set():

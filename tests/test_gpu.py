@@ -1,4 +1,4 @@
-"""On a GPU: the model computes what it computes on a CPU, and the commands run there (`make test-gpu`)."""
+"""On a GPU: outputs equal those on a CPU, and the commands run there (`make test-gpu`)."""
 
 import copy
 import json
@@ -52,17 +52,17 @@ def test_golden_outputs_are_reproduced(head_type, dtype, tolerance):
 
 
 @torch.no_grad()
-def test_latents_of_the_same_draws_are_those_of_the_cpu(models):
+def test_latents_of_the_same_noise_are_those_of_the_cpu(models):
     on_cpu, on_gpu = models
     context_RD = torch.randn(3, on_cpu.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    draws = on_cpu.head.predrawn_noise(5, 1, context_RD, torch.Generator().manual_seed(1))
-    expected = on_cpu.head.sample(context_RD, num_samples=5, **draws)
-    draws = {name: value.to(DEVICE) for name, value in draws.items()}
-    found = on_gpu.head.sample(context_RD.to(DEVICE), num_samples=5, **draws)
+    noise = on_cpu.head.predrawn_noise(5, 1, context_RD, torch.Generator().manual_seed(1))
+    expected = on_cpu.head.sample(context_RD, num_samples=5, **noise)
+    noise = {name: value.to(DEVICE) for name, value in noise.items()}
+    found = on_gpu.head.sample(context_RD.to(DEVICE), num_samples=5, **noise)
     torch.testing.assert_close(found.cpu(), expected, **CLOSE)
 
 
-def test_generation_keeps_the_prompt_and_follows_its_generator(models):
+def test_generation_keeps_the_prompt_and_is_reproducible(models):
     model = models[1]
     ids = generate(model)
     assert torch.equal(ids[:, : IDS.shape[1]], IDS) and ids.shape[1] == IDS.shape[1] + 12
@@ -70,7 +70,7 @@ def test_generation_keeps_the_prompt_and_follows_its_generator(models):
 
 
 @pytest.mark.parametrize("settings", [{}, {"sampling_method": "batch"}, {"temperature": 0.4}, {"do_sample": False}])
-def test_lazy_and_plain_decoding_agree(models, settings):
+def test_lazy_and_eager_decoding_agree(models, settings):
     assert torch.equal(*(generate(models[1], lazy_decoding=lazy, **settings) for lazy in (True, False)))
 
 
@@ -86,7 +86,7 @@ def test_a_part_may_be_offloaded_to_the_cpu(models, part, tmp_path):
 
 @pytest.mark.parametrize("head_type, bf16", [*((head, "true") for head in HEAD_TYPES), ("energy", "false")])
 def test_training_steps_are_finite(workshop, tmp_path, head_type, bf16):
-    """Without an option that asks for it, on the GPU."""
+    """Training uses the GPU by default."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.max_memory_allocated()
     fields = {**workshop, "head_type": head_type, "auxiliary_weight": 0.5, "bf16": bf16}
@@ -99,14 +99,14 @@ def test_training_steps_are_finite(workshop, tmp_path, head_type, bf16):
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_every_evaluation_computes_there(folder, name):
+def test_every_evaluation_runs_on_the_gpu(folder, name):
     torch.cuda.reset_peak_memory_stats()
     assert main_of(f"calm_transformers.evaluation.{name}")(evaluations(folder)[name]) == 0
     assert torch.cuda.max_memory_allocated() > 0
 
 
 def test_brier_1_of_a_llama_is_the_cpus(folder):
-    """There is no sampling in it."""
+    """Exact probabilities: no sampling is involved."""
     blocks = torch.randint(VOCAB_SIZE, (6, 12), generator=torch.Generator().manual_seed(0))
     scores = [brier_counts(load_causal_lm(str(folder / "ar"), device=d), blocks).score() for d in ("cpu", DEVICE)]
     assert scores[1].brier[0] == pytest.approx(scores[0].brier[0], rel=1e-4)

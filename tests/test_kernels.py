@@ -1,4 +1,4 @@
-"""Cached tables, linear layers by oneDNN, the argmax screened in int8: the same values as without them."""
+"""Cached tables, linear layers by oneDNN, the argmax screened in int8: outputs equal those of plain PyTorch."""
 
 import ast
 import copy
@@ -59,28 +59,28 @@ def deterministic():
 @pytest.mark.parametrize(
     "make", [lambda size: arange(size, CPU), lambda size: diffusion_schedule(size, CPU).log_betas]
 )
-def test_a_trace_neither_gets_a_kept_table_nor_leaves_one(make):
+def test_a_trace_neither_reads_nor_fills_the_cache_of_tables(make):
     kept = make(971)
     with FakeTensorMode():
         assert isinstance(make(971), FakeTensor) and isinstance(make(972), FakeTensor)
     assert type(make(972)) is torch.Tensor and make(971) is kept
 
 
-def test_a_table_of_inference_mode_is_used_in_training():
+def test_a_table_cached_in_inference_mode_works_in_training():
     with torch.inference_mode():
         arange(973, CPU)
     (arange(973, CPU) * torch.ones(973, requires_grad=True)).sum().backward()
 
 
-@pytest.mark.parametrize(("device", "waits_not"), [("cuda", True), ("mps", False), ("xpu", False), ("cpu", False)])
-def test_only_cuda_copies_without_waiting(monkeypatch, device, waits_not):
+@pytest.mark.parametrize(("device", "is_async"), [("cuda", True), ("mps", False), ("xpu", False), ("cpu", False)])
+def test_only_cuda_copies_are_non_blocking(monkeypatch, device, is_async):
     seen = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: seen.append(non_blocking))
     as_tensor([1, 2], torch.device(device))
-    assert seen == [waits_not]
+    assert seen == [is_async]
 
 
-def test_a_private_name_of_torch_that_is_gone_has_a_default():
+def test_a_missing_private_name_of_torch_has_a_default():
     assert (
         kernels_calm.private_function("torch._guards.no_such_name", 7)
         == kernels_calm.private_function("torch._no_module.name", 7)
@@ -91,7 +91,7 @@ def test_a_private_name_of_torch_that_is_gone_has_a_default():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*_calm*.py")), ids=lambda path: path.name)
 def test_no_file_imports_a_private_name_of_torch(path):
-    """So that none which disappears can stop the model from importing; `kernels_calm.private` has a default."""
+    """So that a removed name cannot break the import; `kernels_calm.private_function` has a default."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None)
@@ -105,7 +105,7 @@ def test_no_file_imports_a_private_name_of_torch(path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The shapes of all products that oneDNN makes: of small ones, too, on every processor."""
+    """Records the shapes of all oneDNN matmuls, and enables them for small shapes and every processor."""
     seen, product = [], kernels_calm._one_dnn_linear
     monkeypatch.setattr(kernels_calm, "_one_dnn_linear", lambda *args: seen.append(args[0].shape) or product(*args))
     monkeypatch.setattr(kernels_calm, "MIN_ROWS", 1)
@@ -146,7 +146,7 @@ class QuantisedWeight(torch.Tensor):
     ["bfloat16", "float64", "gradients", "autocast", "quantised", "switched off", "deterministic", "medium", "small"],
 )
 @torch.no_grad()
-def test_what_is_left_to_pytorch(monkeypatch, calls, case):
+def test_fallbacks_to_pytorch(monkeypatch, calls, case):
     rows, weight, context = values(8, 24), values(40, 24, seed=1), nullcontext()
     if case in ("bfloat16", "float64"):
         rows, weight = rows.to(getattr(torch, case)), weight.to(getattr(torch, case))
@@ -173,7 +173,7 @@ def test_what_is_left_to_pytorch(monkeypatch, calls, case):
 
 @needs_one_dnn
 @torch.no_grad()
-def test_flops_are_counted_as_ever(calls):
+def test_flops_are_counted(calls):
     with FlopCounterMode(display=False) as counter, cpu_kernels(100, 100):
         F.linear(values(8, 24), values(40, 24))
     assert counter.get_total_flops() == 2 * 8 * 24 * 40
@@ -181,7 +181,7 @@ def test_flops_are_counted_as_ever(calls):
 
 @needs_one_dnn
 @torch.no_grad()
-def test_backbone_head_and_decoder_gain_and_are_the_same_functions(calls):
+def test_backbone_head_and_decoder_use_one_dnn_with_equal_outputs(calls):
     model = tiny_model()
     contexts_BD, noise = values(6, model.config.hidden_size), values(50, 6, model.config.noise_size)
     latents = values(9, model.autoencoder.config.latent_size)
@@ -194,7 +194,7 @@ def test_backbone_head_and_decoder_gain_and_are_the_same_functions(calls):
     for part in parts.values():
         calls.clear()
         plain = part()
-        assert not calls, "outside of the context all is PyTorch's own"
+        assert not calls, "outside of the context PyTorch computes everything"
         with cpu_kernels(100, 100):
             fast = part()
         assert calls
@@ -202,15 +202,15 @@ def test_backbone_head_and_decoder_gain_and_are_the_same_functions(calls):
 
 
 @needs_one_dnn
-def test_texts_by_row_are_the_same_alone(calls):
-    """As the server's batches have it: a row with a generator of its own is written as it would be alone."""
+def test_per_row_generators_give_the_same_sequences_alone(calls):
+    """As in the server's batches: a row with its own generator is generated as it would be alone."""
     model = tiny_model()
 
-    def texts(*seeds):
+    def sequences(*seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return write(model, PROMPT.repeat(len(seeds), 1), generator=generators, eos_token_id=None).tolist()
 
-    assert texts(1, 2, 3) == texts(1) + texts(2) + texts(3) and calls
+    assert sequences(1, 2, 3) == sequences(1) + sequences(2) + sequences(3) and calls
 
 
 # The argmax
@@ -220,9 +220,9 @@ def matrix(num_rows, width=48, seed=0):
     return values(num_rows, width, seed=seed)
 
 
-# One tile; several with a last one that is no whole number of groups; fewer rows than a group has.
+# One tile; several, the last not divisible into groups; fewer rows than a group has.
 @pytest.mark.parametrize("num_rows, num_states", [(5, 3), (512, 1), (4096, 200), (16390, 3), (20001, 200)])
-def test_it_is_the_full_products_argmax(num_rows, num_states):
+def test_screened_argmax_equals_the_full_matmul_s(num_rows, num_states):
     weight_Vd, states_Md = matrix(num_rows), matrix(num_states, seed=1)
     ids_M = VocabularyScreen(weight_Vd).argmax(weight_Vd, states_Md)
     assert torch.equal(ids_M, (states_Md @ weight_Vd.T).argmax(-1))
@@ -238,7 +238,7 @@ def pairs_that_int8_cannot_tell_apart(weight_Vd):
     return weight_Vd
 
 
-MISLEADING = {
+ADVERSARIAL = {
     "rows of many sizes": lambda w: w * torch.logspace(-6, 3, len(w))[values(len(w)).argsort()][:, None],
     "a large column": one_large_column,
     "close pairs": pairs_that_int8_cannot_tell_apart,
@@ -247,11 +247,11 @@ MISLEADING = {
 }
 
 
-@pytest.mark.parametrize("weights", MISLEADING)
+@pytest.mark.parametrize("weights", ADVERSARIAL)
 @pytest.mark.parametrize("scale", [1e-8, 1e6])
-def test_weights_made_to_mislead(weights, scale):
-    """By the products in float64: the largest up to the rounding of float32."""
-    weight_Vd = MISLEADING[weights](matrix(9001, 64))
+def test_adversarial_weights(weights, scale):
+    """The chosen logit, computed in float64, is the largest up to float32 rounding."""
+    weight_Vd = ADVERSARIAL[weights](matrix(9001, 64))
     states_Md = scale * matrix(100, 64, seed=1).abs()
     states_Md[::2, 3] *= 40  # one large value
     ids_M = VocabularyScreen(weight_Vd).argmax(weight_Vd, states_Md)
@@ -261,7 +261,7 @@ def test_weights_made_to_mislead(weights, scale):
     assert (lost_M <= rounding_M).all() and (lost_M == 0).double().mean() > 0.98
 
 
-def test_largest_products_do_not_overflow():
+def test_largest_int8_products_do_not_overflow():
     """Rotated weights and states at the ends of their ranges: with 8 bits on both sides AVX2's sums would saturate."""
     ends_d = torch.ones(512) @ VocabularyScreen(matrix(5, 512)).rotation_dd.T
     weight_Vd = torch.linspace(-1, 1, 9001)[:, None] * ends_d
@@ -270,7 +270,7 @@ def test_largest_products_do_not_overflow():
 
 
 @pytest.mark.parametrize("exact, largest", [((127, 63), 127), ((63,), 63), ((), None)])
-def test_how_many_bits_products_have_is_tried(monkeypatch, exact, largest):
+def test_the_width_of_exact_int8_matmuls_is_probed(monkeypatch, exact, largest):
     def product(states, rows):
         whole = states.int() @ rows.int()
         return whole if int(rows.max()) in exact else whole - 1
@@ -284,7 +284,7 @@ def test_how_many_bits_products_have_is_tried(monkeypatch, exact, largest):
     kernels_calm.largest_weight.cache_clear()
 
 
-def test_it_says_when_it_cannot_tell():
+def test_undecidable_screens_return_none():
     weight_Vd = matrix(9001)
     for states_Md in (torch.zeros(3, 48), torch.full((3, 48), torch.nan)):
         ids_M = VocabularyScreen(weight_Vd).argmax(weight_Vd, states_Md)
@@ -305,7 +305,7 @@ def autoencoder(screen_always):
 
 @pytest.fixture
 def screen_always(monkeypatch):
-    """A small vocabulary, screened all the same."""
+    """Enables the screen for a small vocabulary."""
     monkeypatch.setattr(VocabularyScreen, "measure", lambda screen, *_: setattr(screen, "is_faster", True))
 
 
@@ -330,7 +330,7 @@ def screen_of(autoencoder):
     "case",
     ["float16", "switched off", "deterministic", "offloaded", "autocast", "medium", "undecided", "dropped meanwhile"],
 )
-def test_the_full_product_where_it_cannot_be_screened(monkeypatch, autoencoder, case):
+def test_fallbacks_to_the_full_matmul(monkeypatch, autoencoder, case):
     states, context = STATES, nullcontext()
     if case == "float16":
         autoencoder, states = autoencoder.half(), states.half()
@@ -364,7 +364,7 @@ def test_outside_of_the_context_nothing_is_screened(autoencoder):
 
 @pytest.mark.parametrize("change", ["in place", "data", "cast"])
 @torch.no_grad()
-def test_changed_weights_are_packed_anew(autoencoder, change):
+def test_changed_weights_are_quantised_again(autoencoder, change):
     decode(autoencoder)
     before, weight, states = screen_of(autoencoder), autoencoder.decoder.lm_head.weight, STATES
     if change == "in place":
@@ -386,7 +386,7 @@ def test_a_screened_model_can_be_copied_pickled_and_saved(autoencoder, tmp_path)
         assert torch.equal(decode(again), ids)
 
 
-def test_the_text_is_the_same_with_and_without(monkeypatch, screen_always):
+def test_generation_is_the_same_with_and_without_the_screen(monkeypatch, screen_always):
     model = tiny_model()
     monkeypatch.setenv(SWITCH, "torch")
     plain = write(model)
@@ -396,22 +396,22 @@ def test_the_text_is_the_same_with_and_without(monkeypatch, screen_always):
 
 
 def real_decoder_and_states(num_states):
-    """The demo's decoder, and its states for this repository's texts, with the posterior's noise."""
+    """Returns the demo's decoder, and its states for this repository's documents with posterior noise."""
     model = CALMForCausalLM.from_pretrained(ROOT).eval()
     tokenizer, autoencoder = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tokenizer.json")), model.autoencoder
     text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     ids = torch.tensor(tokenizer(text[: 5 * num_states])["input_ids"])
     num_ids = min(len(ids), num_states) // model.config.patch_size * model.config.patch_size
     mean, log_std = autoencoder.encode(ids[None, :num_ids])
-    draws = values(-(-num_states // num_ids), *mean.shape[1:])
+    noises = values(-(-num_states // num_ids), *mean.shape[1:])
     states = [
-        autoencoder.decoder.final_states(autoencoder.decoder.expand(mean + log_std.exp() * noise)) for noise in draws
+        autoencoder.decoder.final_states(autoencoder.decoder.expand(mean + log_std.exp() * noise)) for noise in noises
     ]
     return autoencoder.decoder, torch.cat(states).flatten(0, -2)[:num_states]
 
 
 def random_states(weight_Vd, num_states):
-    """Random ones, and such as lie between two rows, or next to one."""
+    """Returns random states, states between two rows, and states near one."""
     one, other = weight_Vd[values(2, num_states, seed=1).mul(1e4).long() % len(weight_Vd)]
     noise, kind = values(*one.shape, seed=2) * weight_Vd.std(), torch.arange(num_states)[:, None] % 3
     return torch.where(kind == 0, noise, torch.where(kind == 1, one + 0.3 * noise, one + other))
@@ -421,9 +421,9 @@ def random_states(weight_Vd, num_states):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_states", [10_000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_equal_tokens_on_many_states(dtype, num_states):
-    """With rows that come twice, or are zero, and with tokens that are forbidden at some positions.
+    """With duplicate rows, rows of zeros, and tokens that are forbidden at some positions.
 
-    A logit is not the same in products of two shapes: between rows as close as that few differ, by a rounding alone.
+    Matmuls of different shapes round differently, so a few tokens may differ, whose logits are equal up to rounding.
     """
     decoder, real_Nd = real_decoder_and_states(num_states // 2)
     states_Nd = torch.cat([real_Nd, random_states(decoder.lm_head.weight, num_states // 2)]).to(dtype)

@@ -1,4 +1,4 @@
-"""The language model: every K and head, attention backends, cache, padding, loss, what is frozen, what is refused."""
+"""The language model: every K and head, attention backends, cache, padding, loss, frozen parts, invalid inputs."""
 
 import dataclasses
 import inspect
@@ -18,7 +18,7 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM, CALMModel
 
 pytestmark = pytest.mark.transformers
 
-POSTERIOR_HEADS = ("energy", "flow", "diffusion")  # those whose loss takes the posterior
+POSTERIOR_HEADS = ("energy", "flow", "diffusion")  # their loss samples the posterior
 
 
 def generator(seed=0):
@@ -96,8 +96,8 @@ def test_a_patch_sees_no_later_patch():
 @pytest.mark.parametrize("head_type, context", [*((head, 0) for head in POSTERIOR_HEADS), ("energy", 1)])
 @torch.no_grad()
 def test_loss_counts_whole_later_patches(head_type, context):
-    """Targets are the patches after the first whose labels are all kept; their ids come from the labels, and where the
-    encoder sees patches before, from the row."""
+    """Targets are the patches after the first without a masked label; their ids come from the labels, and where the
+    encoder sees earlier patches, from the inputs."""
     model, ids = tiny_model(head_type, autoencoder_config={"encoder_context": context}), some_ids()
     labels = ids.clone()
     labels[0, :9] = -100  # patch 2 of row 0 lacks a label
@@ -119,12 +119,12 @@ def test_loss_without_targets_is_zero_and_differentiable(head_type):
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_many_draws_pass_the_head_in_chunks(monkeypatch, head_type):
+def test_many_samples_pass_the_head_in_chunks(monkeypatch, head_type):
     head, context = tiny_model(head_type).head, torch.randn(2, 48)
-    draws = [head.sample(context, num_samples=24, generator=generator())]
+    samples = [head.sample(context, num_samples=24, generator=generator())]
     monkeypatch.setitem(heads_calm.SAMPLES_CHUNK_SIZE, "cpu", 10)
-    draws.append(head.sample(context, num_samples=24, generator=generator()))
-    torch.testing.assert_close(draws[1], draws[0], rtol=1e-4, atol=1e-5)
+    samples.append(head.sample(context, num_samples=24, generator=generator()))
+    torch.testing.assert_close(samples[1], samples[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -145,16 +145,16 @@ def test_times_of_the_flow_loss_are_those_of_the_config():
 def test_context_layers_change_the_hidden_state(head_type):
     assert not list(tiny_model(head_type).head.context_layers.parameters())  # published: none
     head, context = tiny_model(head_type, num_context_layers=2).head, torch.randn(3, 48)
-    drawn, layers = head.sample(context, num_samples=5, generator=generator()), head.context_layers
+    samples, layers = head.sample(context, num_samples=5, generator=generator()), head.context_layers
     head.context_layers = torch.nn.Sequential()
-    assert torch.equal(drawn, head.sample(layers(context), num_samples=5, generator=generator()))
-    assert not torch.allclose(drawn, head.sample(context, num_samples=5, generator=generator()))
+    assert torch.equal(samples, head.sample(layers(context), num_samples=5, generator=generator()))
+    assert not torch.allclose(samples, head.sample(context, num_samples=5, generator=generator()))
 
 
 def test_fresh_heads_start_at_zero():
-    """The published heads start with a zero last layer: before training, every draw is the same."""
+    """The published heads start with a zero last layer: before training, all samples are the same."""
     torch.manual_seed(0)
-    for head_type in set(HEAD_TYPES) - {"token_chain"}:  # every net but that one's
+    for head_type in set(HEAD_TYPES) - {"token_chain"}:  # every head with a net
         head = CALMForCausalLM(tiny_config(head_type)).head
         zero = [name for name, p in head.named_parameters() if name.endswith("weight") and (p == 0).all()]
         assert any("out_proj" in name for name in zero)
@@ -204,7 +204,7 @@ def test_config_survives_a_save(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields, sentence",
+    "fields, message",
     [
         ({"num_samples": 1}, "num_samples=1: the pairwise term needs at least 2 samples"),
         ({"beta": 2.0}, r"beta=2.0: must lie in \(0, 2\)"),
@@ -224,10 +224,10 @@ def test_config_survives_a_save(tmp_path):
         ({"sampling_steps": 1001, "head_type": "diffusion"}, "sampling_steps=1001: the diffusion head has 1000"),
     ],
 )
-def test_config_refuses(fields, sentence):
+def test_invalid_configs_raise_an_error(fields, message):
     autoencoder = {"vocab_size": 96, "latent_size": 16, "patch_size": fields.get("patch_size", 4)}
     autoencoder |= fields.pop("autoencoder_config", {})
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         CALMConfig(**{"vocab_size": 96, "latent_size": 16, "autoencoder_config": autoencoder, **fields})
 
 
@@ -241,34 +241,34 @@ WRONG = ("x", None, [], {}, math.nan, math.inf, -1, True, 1.5)
     [(CALMConfig, name) for name in sorted(OWN[0] | BACKBONE)]
     + [(CALMAutoencoderConfig, name) for name in sorted(OWN[1])],
 )
-def test_no_field_takes_a_value_of_another_type_or_one_that_is_not_finite(kind, name):
+def test_config_fields_reject_values_of_another_type_and_non_finite_values(kind, name):
     if name in ("self", "kwargs"):
         return
-    default, num_refused = getattr(kind(), name), 0
+    default, num_rejected = getattr(kind(), name), 0
     for value in WRONG:
         try:
             kind(**{name: value})
         except ValueError as error:
-            num_refused += 1
+            num_rejected += 1
             assert "\n" not in str(error) and (name in str(error) or name.replace("_", " ") in str(error))
         else:
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             is_optional = value is None or (name, value) in (("eos_token_id", []), ("autoencoder_config", {}))
             assert is_optional or is_number or isinstance(value, type(default)), value
-    assert num_refused >= 5
+    assert num_rejected >= 5
 
 
-def test_fields_changed_after_construction_are_refused_too(tmp_path):
+def test_fields_overridden_on_loading_are_checked(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    for changed, sentence in (({"beta": 2.5}, "beta=2.5"), ({"head_type": "gan"}, "head_type='gan'")):
-        with pytest.raises(ValueError, match=sentence):
+    for changed, message in (({"beta": 2.5}, "beta=2.5"), ({"head_type": "gan"}, "head_type='gan'")):
+        with pytest.raises(ValueError, match=message):
             CALMForCausalLM.from_pretrained(tmp_path, **changed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_type", ["energy", "flow"])
 def test_compiled_loss_with_a_varying_number_of_targets(head_type):
-    """Dynamo traces the draws at symbolic sizes. The eager backend skips the code generation, which takes minutes."""
+    """Dynamo traces sampling at symbolic sizes. The eager backend skips the code generation, which takes minutes."""
     head = tiny_model(head_type).head
     compiled = torch.compile(head.loss, backend="eager", dynamic=True)
     for patches in (10, 6):
@@ -282,7 +282,7 @@ def test_compiled_loss_with_a_varying_number_of_targets(head_type):
     torch.compiler.reset()
 
 
-def test_logits_are_absent_and_say_why():
+def test_missing_logits_raise_an_explanation():
     output = tiny_model()(some_ids())
     assert not hasattr(output, "logits") and "logits" not in output
     with pytest.raises(AttributeError, match="no token probabilities.*BrierLM.*generate_until"):
@@ -293,7 +293,7 @@ def test_logits_are_absent_and_say_why():
 
 
 @pytest.mark.parametrize("head_type", ["energy", "token_chain"])
-def test_ids_of_any_whole_type_or_embeddings_as_a_tuple_or_not(head_type):
+def test_ids_of_any_integer_type_embeddings_and_tuple_outputs(head_type):
     model, ids = tiny_model(head_type), some_ids()
     expected = model(ids, labels=ids, generator=generator())
     short = ids.int()
@@ -303,7 +303,7 @@ def test_ids_of_any_whole_type_or_embeddings_as_a_tuple_or_not(head_type):
         assert torch.equal(loss, expected.loss) and torch.equal(hidden, expected.last_hidden_state)
 
 
-REFUSED = [  # of the model, and of its backbone, too
+INVALID = [  # inputs, message, whether the backbone raises it, too
     ({"labels": some_ids()[:, :20]}, "labels have length 20, but the input has 24 tokens", False),
     ({"input_ids": None}, "exactly one of input_ids or inputs_embeds", True),
     ({"input_ids": some_ids()[:, :7]}, "7 tokens per row, not divisible by patch_size=4.*pad_to_multiple_of=4", True),
@@ -314,15 +314,15 @@ REFUSED = [  # of the model, and of its backbone, too
 ]
 
 
-@pytest.mark.parametrize("inputs, sentence, is_backbones", REFUSED, ids=[sentence for _, sentence, _ in REFUSED])
-def test_forward_refuses(inputs, sentence, is_backbones):
+@pytest.mark.parametrize("inputs, message, is_of_backbone", INVALID, ids=[message for _, message, _ in INVALID])
+def test_invalid_inputs_of_forward_raise_an_error(inputs, message, is_of_backbone):
     model = tiny_model()
-    for module in (model, model.model)[: 1 + is_backbones]:
-        with pytest.raises(ValueError, match=sentence):
+    for module in (model, model.model)[: 1 + is_of_backbone]:
+        with pytest.raises(ValueError, match=message):
             module(**{"input_ids": some_ids(), **inputs})
 
 
-def test_other_refusals():
+def test_other_invalid_inputs_raise_an_error():
     model, context = tiny_model(), tiny_model(autoencoder_config={"encoder_context": 1})
     with pytest.raises(ValueError, match="autoencoder got 7 tokens.*pad_to_multiple_of=4"):
         model.autoencoder(some_ids()[:, :7])

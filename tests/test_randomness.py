@@ -1,8 +1,8 @@
-"""A generator for each row: its numbers don't depend on blocks or on the rows beside it, and have the right laws."""
+"""Per-row generators: numbers don't depend on block sizes or on other rows, and follow their distributions."""
 
 import pytest
 import torch
-from enumerable_distributions import FixedPlan, StubPool, chi_square_p_value, flat, peaked, seeded, sharpened, zipf
+from enumerable_distributions import FixedBlock, StubBatch, chi_square_p_value, flat, peaked, seeded, tempered, zipf
 from scipy.stats import kstest
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
 
@@ -14,38 +14,38 @@ def rows_of(*numbers):
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_so_are_the_draws_of_a_head(head_type):
+def test_a_head_s_samples_do_not_depend_on_blocks_or_other_rows(head_type):
     model, context = tiny_model(head_type).double(), torch.randn(3, 48, generator=seeded(), dtype=torch.float64)
 
-    def draws(randomness, rows, num_draws):
-        noise = randomness.head_noise(model.head, context, rows, num_draws)
-        return model.head.sample(context[[1] * len(rows)], num_samples=num_draws, **noise)
+    def sample(randomness, rows, num_samples):
+        noise = randomness.head_noise(model.head, context, rows, num_samples)
+        return model.head.sample(context[[1] * len(rows)], num_samples=num_samples, **noise)
 
-    alone = draws(RowRandomness([seeded(7)]), rows_of(0), 2 * FIRST_CHUNK + 5)
+    alone = sample(RowRandomness([seeded(7)]), rows_of(0), 2 * FIRST_CHUNK + 5)
     many = RowRandomness([seeded(3), seeded(7)])
-    blocks = [draws(many, rows_of(0, 1), size)[:, 1:] for size in (1, FIRST_CHUNK, 2)]
-    blocks += [draws(many, rows_of(1), FIRST_CHUNK + 2)]
+    blocks = [sample(many, rows_of(0, 1), size)[:, 1:] for size in (1, FIRST_CHUNK, 2)]
+    blocks += [sample(many, rows_of(1), FIRST_CHUNK + 2)]
     torch.testing.assert_close(torch.cat(blocks), alone)
 
 
-@pytest.mark.parametrize("kind, law", [("uniform", "uniform"), ("exponential", "expon")])
-def test_the_numbers_have_their_law_along_a_row_and_across_rows_and_steps(kind, law):
+@pytest.mark.parametrize("kind, distribution", [("uniform", "uniform"), ("exponential", "expon")])
+def test_numbers_follow_their_distribution_along_a_row_and_across_rows_and_steps(kind, distribution):
     along = RowRandomness([seeded(0)]).numbers(kind, rows_of(0), 20_000)[0]
-    assert kstest(along.numpy(), law).pvalue > 1e-3
+    assert kstest(along.numpy(), distribution).pvalue > 1e-3
     generators = [seeded(seed) for seed in range(500)]
     steps = [RowRandomness(generators).numbers(kind, torch.arange(500), 1)[:, 0] for _ in range(20)]
-    assert kstest(torch.stack(steps).flatten().numpy(), law).pvalue > 1e-3
+    assert kstest(torch.stack(steps).flatten().numpy(), distribution).pvalue > 1e-3
     assert len(torch.stack(steps).unique()) > 9_900  # no two rows, and no two steps, have the same
 
 
-@pytest.mark.parametrize("law_V, temperature", [(peaked(6), 0.5), (flat(5), 0.4), (zipf(30), 0.4)], ids=str)
-def test_the_exact_sampler_keeps_its_law_with_a_generator_a_row(law_V, temperature):
-    pool = StubPool(law_V.expand(6000, -1), seeded())
+@pytest.mark.parametrize("probs_V, temperature", [(peaked(6), 0.5), (flat(5), 0.4), (zipf(30), 0.4)], ids=str)
+def test_the_exact_sampler_s_distribution_with_per_row_generators(probs_V, temperature):
+    candidates = StubBatch(probs_V.expand(6000, -1), seeded())
     randomness = RowRandomness([seeded(row) for row in range(6000)])
-    index_B, is_exact_B = exact_temperature_sample(pool, temperature, 4000, randomness)
-    outcomes = pool.outcomes(index_B)
-    assert is_exact_B.all() and chi_square_p_value(outcomes, sharpened(law_V, temperature)) > 1e-3
-    assert chi_square_p_value(outcomes, sharpened(law_V, 0.9 * temperature)) < 1e-3 or len(law_V) == 5
+    index_B, is_exact_B = exact_temperature_sample(candidates, temperature, 4000, randomness)
+    outcomes = candidates.outcomes(index_B)
+    assert is_exact_B.all() and chi_square_p_value(outcomes, tempered(probs_V, temperature)) > 1e-3
+    assert chi_square_p_value(outcomes, tempered(probs_V, 0.9 * temperature)) < 1e-3 or len(probs_V) == 5
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.4, 1 / 3])
@@ -53,8 +53,8 @@ def test_the_choice_does_not_depend_on_the_size_of_blocks(temperature):
     stream_BN = torch.multinomial(zipf(40), 50 * 64, True, generator=seeded(5)).view(50, 64)
 
     def choose(size):
-        randomness = RowRandomness([seeded(row) for row in range(50)])
-        return exact_temperature_sample(StubPool(stream_BN=stream_BN), temperature, 64, randomness, FixedPlan(size))[0]
+        rng = RowRandomness([seeded(row) for row in range(50)])
+        return exact_temperature_sample(StubBatch(stream_BN=stream_BN), temperature, 64, rng, FixedBlock(size))[0]
 
     first, *others = (choose(size) for size in (4, 7, 32, 64))
     assert all(torch.equal(first, other) for other in others)
@@ -73,7 +73,7 @@ SETTINGS += [{"temperature": 0.7, "sampling_method": method} for method in ("ada
     + [(head_type, SETTINGS[-1]) for head_type in HEAD_TYPES if head_type != "energy"],
     ids=str,
 )
-def test_with_a_generator_a_row_a_text_is_the_same_alone_and_in_a_batch(head_type, settings):
+def test_with_per_row_generators_a_sequence_is_the_same_alone_and_in_a_batch(head_type, settings):
     model = tiny_model(head_type).double()
     settings = {"do_sample": True, "num_candidates": 20, "max_new_tokens": 22, "eos_token_id": EOS, **settings}
     together = model.generate(
@@ -86,13 +86,13 @@ def test_with_a_generator_a_row_a_text_is_the_same_alone_and_in_a_batch(head_typ
         assert (together[row, PROMPTS.shape[1] + len(alone) :] == PAD).all()
 
 
-def test_generators_of_rows_are_counted_before_any_work():
+def test_a_wrong_number_of_generators_raises_before_any_work():
     model = tiny_model()
     with pytest.raises(ValueError, match="generator is a list of 2, but 3 rows are generated"):
         model.generate(PROMPTS, generator=[seeded(0), seeded(1)], do_sample=True)
     with pytest.raises(ValueError, match="or a list of them, one per row"):
         model.generate(PROMPTS, generator=[0, 1, 2], do_sample=True)
-    texts = model.generate(
+    output = model.generate(
         PROMPTS[1:2], generator=[seeded(0), seeded(0)], num_return_sequences=2, do_sample=True, max_new_tokens=8
     )
-    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(output[0], output[1])

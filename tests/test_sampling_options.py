@@ -1,4 +1,4 @@
-"""The fields of `PatchSampling` are the options of `generate`: none is spelled here."""
+"""Every field of `PatchSampling` is an option of `generate`, with no list of them in this file."""
 
 import typing
 from dataclasses import fields
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.transformers
 
 
 def another_value(option):
-    """One that is neither the option's default nor None."""
+    """Returns a value that is neither the option's default nor None."""
     kind = typing.get_type_hints(PatchSampling)[option.name]
     kinds = [kind, *typing.get_args(kind)]
     if bool in kinds:
@@ -31,7 +31,7 @@ def another_value(option):
 
 
 def sampling_used(monkeypatch, model, **arguments):
-    """What `generate` hands to the choice of a patch."""
+    """Returns the `PatchSampling` that `generate` passes to `sample_patches`."""
     seen, choose = [], model.sample_patches
 
     def note(hidden_RD, sampling, *args):
@@ -46,56 +46,56 @@ def sampling_used(monkeypatch, model, **arguments):
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
-@pytest.mark.parametrize("way", ["argument", "generation_config", "model's"])
-def test_every_field_is_an_option_of_generate(monkeypatch, option, way):
+@pytest.mark.parametrize("source", ["argument", "generation_config", "model's"])
+def test_every_field_is_an_option_of_generate(monkeypatch, option, source):
     model, value = tiny_model(), another_value(option)
     settings = {"do_sample": True, option.name: value}
     expected = PatchSampling(**settings)
     assert expected != PatchSampling()
-    if way == "argument":
+    if source == "argument":
         assert sampling_used(monkeypatch, model, **settings) == expected
-    elif way == "generation_config":
+    elif source == "generation_config":
         assert sampling_used(monkeypatch, model, generation_config=GenerationConfig(**settings)) == expected
     else:
         model.generation_config = GenerationConfig(**settings)
         assert sampling_used(monkeypatch, model) == expected
-        if option.default is not None:  # an argument goes before the model's
+        if option.default is not None:  # an argument takes precedence over the model's
             assert sampling_used(monkeypatch, model, **{option.name: option.default}) == PatchSampling()
 
 
-def test_a_misspelt_option_is_refused():
+def test_a_misspelt_option_raises_an_error():
     with pytest.raises(ValueError, match="num_candidate"):
         tiny_model().generate(PROMPT, num_candidate=9, max_new_tokens=4)
 
 
-def test_what_a_bundle_states_is_read_back():
+def test_generation_defaults_of_a_bundle_are_loaded():
     model = tiny_model()
     stated = GenerationConfig(**generation_defaults(model.config))
     assert PatchSampling.from_generation_config(stated) == PatchSampling(temperature=0.5)
 
 
-def test_more_draws_than_fit_are_refused_before_any_work(monkeypatch):
+def test_too_many_samples_per_step_raise_before_any_work(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
-    sentence = "patches in a step: at most 4194304 fit"
+    message = "patches in a step: at most 4194304 fit"
     for settings in ({"num_candidates": 10**8}, {"num_return_sequences": 10**5}):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=message):
             model.generate(PROMPT, do_sample=True, temperature=0.5, **settings)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         PatchSampling(temperature=0.5, num_candidates=10**6, sampling_method="exact")
-    assert PatchSampling(num_candidates=10**8).takes_single_sample  # T = 1 draws one
+    assert PatchSampling(num_candidates=10**8).takes_single_sample  # T = 1 takes one sample
 
 
 @pytest.mark.parametrize("top_k", [49, 50, None])
-def test_a_top_k_is_what_was_asked_for(monkeypatch, top_k):
-    """Also where it is upstream's default."""
+def test_top_k_is_the_requested_one(monkeypatch, top_k):
+    """Also where it equals upstream's default."""
     model, config = tiny_model(), GenerationConfig(do_sample=True, top_k=top_k)
     assert sampling_used(monkeypatch, model, generation_config=config).top_k == (top_k or 0)
     model.generation_config = config
     assert sampling_used(monkeypatch, model).top_k == (top_k or 0) == model.patch_sampling().top_k
 
 
-def test_fields_that_nobody_reads_are_warned_of(monkeypatch):
+def test_unknown_fields_of_a_generation_config_are_warned_of(monkeypatch):
     model, warnings = tiny_model(), []
     monkeypatch.setattr(generation_calm_upstream.logger, "warning_once", warnings.append)
     settings = {"do_sample": True, "sampling_method": "batch", "num_candidates": 5}

@@ -1,4 +1,4 @@
-"""The energy score and the clipped KL: hand values, a loop twin in float64, coinciding samples, memory."""
+"""The energy score and the clipped KL: values by hand, reference loops in float64, equal samples, memory."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from calm_transformers.model.modeling_calm_autoencoder import clipped_kl
 
 
 def energy_score_by_loops(samples_NPZ, targets_SPZ, beta):
-    """The definition, pair by pair; differentiable by autograd where no pair coincides."""
+    """Computes the definition pair by pair; differentiable by autograd where no pair coincides."""
     samples_PNZ, targets_PSZ = samples_NPZ.transpose(0, 1), targets_SPZ.transpose(0, 1)
 
     def mean_distance(pairs):
@@ -37,7 +37,7 @@ def value_and_gradient(score, samples, targets, beta):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("beta, num_samples", [(0.1, 3), (0.5, 2), (1.0, 8), (1.5, 3), (1.9, 2)])
 @pytest.mark.parametrize("spread", [1.0, 0.05], ids=["wide posterior", "narrow posterior"])
-def test_agrees_with_the_loop_twin(dtype, tolerance, beta, num_samples, spread):
+def test_agrees_with_reference_loops(dtype, tolerance, beta, num_samples, spread):
     generator = torch.Generator().manual_seed(1)
     centre = 3 * torch.randn(1, 5, 16, generator=generator, dtype=torch.float64)
     samples = centre + spread * torch.randn(num_samples, 5, 16, generator=generator, dtype=torch.float64)
@@ -63,9 +63,9 @@ def test_nearly_coinciding_samples_keep_their_gradient():
 def test_finite_where_samples_coincide(beta, dtype):
     point = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     for samples, targets in [
-        (point.expand(5, -1, -1), point.expand(6, -1, -1)),  # everything in one point
+        (point.expand(5, -1, -1), point.expand(6, -1, -1)),  # all samples and targets equal
         (point.expand(5, -1, -1), torch.randn(6, 4, 8).to(dtype)),  # a collapsed head
-        (torch.randn(5, 4, 8).to(dtype), point.expand(6, -1, -1)),  # a posterior of no width
+        (torch.randn(5, 4, 8).to(dtype), point.expand(6, -1, -1)),  # a posterior of zero width
         (1e-20 * point.expand(5, -1, -1), torch.zeros(6, 4, 8, dtype=dtype)),  # squares underflow
         (1e-18 * point.expand(5, -1, -1) * torch.arange(5)[:, None, None], torch.randn(6, 4, 8).to(dtype)),  # nearly
     ]:
@@ -75,7 +75,7 @@ def test_finite_where_samples_coincide(beta, dtype):
     assert (value == 0).all() and (gradient == 0).all()
 
 
-def test_chunks_of_patches_are_invisible(monkeypatch):
+def test_chunks_of_patches_do_not_change_the_score(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     samples, targets = torch.randn(4, 3, 11, 6, generator=generator), torch.randn(5, 3, 11, 6, generator=generator)
     whole = value_and_gradient(energy_score, samples, targets, 1.0)
@@ -103,14 +103,14 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 @pytest.mark.slow
 def test_never_builds_the_difference_tensor():
-    """Peak extra memory of value and gradient at P = 2048, N = 8, S = 100, Z = 128, read off a fresh process."""
+    """Peak extra memory of value and gradient at P = 2048, N = 8, S = 100, Z = 128, measured in a fresh process."""
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
     difference_tensor = 4 * 8 * 100 * 2048 * 128
     assert int(done.stdout) < difference_tensor / 10
 
 
 @pytest.mark.parametrize(
-    "samples, targets, beta, sentence",
+    "samples, targets, beta, message",
     [
         ((1, 3, 4), (5, 3, 4), 1.0, "at least 2"),
         ((2, 3, 4), (5, 3, 4), 2.0, "beta=2.0"),
@@ -119,9 +119,9 @@ def test_never_builds_the_difference_tensor():
         ((2, 3, 4), (5, 3, 4), 1.0, "detach"),
     ],
 )
-def test_refuses(samples, targets, beta, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        energy_score(torch.zeros(samples), torch.zeros(targets, requires_grad=sentence == "detach"), beta)
+def test_invalid_arguments_raise_an_error(samples, targets, beta, message):
+    with pytest.raises(ValueError, match=message):
+        energy_score(torch.zeros(samples), torch.zeros(targets, requires_grad=message == "detach"), beta)
 
 
 def test_clipped_kl_by_hand():

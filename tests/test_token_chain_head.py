@@ -1,4 +1,4 @@
-"""The token-chain head and its base: codes, loss against a loop and the multi-token loss, draws against their law."""
+"""The autoregressive patch head: latent token embeddings, its loss against a loop and the MTP loss, its samples."""
 
 import math
 
@@ -18,33 +18,33 @@ SIGNIFICANCE = 1e-4
 
 
 class AdditiveAutoencoder(nn.Module):
-    """The mean is a sum of one vector per token and a constant."""
+    """An autoencoder whose mean is a sum of one embedding per token and a constant."""
 
     def __init__(self):
         super().__init__()
         self.config = tiny_config().autoencoder_config
-        self.points = torch.randn(K, V, Z, generator=torch.Generator().manual_seed(0))
+        self.embeddings = torch.randn(K, V, Z, generator=torch.Generator().manual_seed(0))
         self.constant = torch.full((Z,), 3.0)
         self.device = torch.device("cpu")
 
     def encode(self, input_ids):
         patches = input_ids.unflatten(1, (-1, K))
-        mean = self.points[torch.arange(K), patches].sum(-2) + self.constant
+        mean = self.embeddings[torch.arange(K), patches].sum(-2) + self.constant
         return mean, torch.zeros_like(mean)
 
 
-def test_codes_of_an_additive_autoencoder_sum_to_its_means():
+def test_latent_token_embeddings_of_an_additive_autoencoder_sum_to_its_means():
     autoencoder = AdditiveAutoencoder()
-    codes = latent_token_embeddings(autoencoder)
+    embeddings = latent_token_embeddings(autoencoder)
     patches = torch.randint(V, (1, 50 * K))
-    summed = codes[torch.arange(K), patches.view(50, K)].sum(1)
+    summed = embeddings[torch.arange(K), patches.view(50, K)].sum(1)
     torch.testing.assert_close(summed, autoencoder.encode(patches)[0][0], atol=1e-4, rtol=1e-4)
-    assert torch.equal(codes, latent_token_embeddings(autoencoder))
+    assert torch.equal(embeddings, latent_token_embeddings(autoencoder))
 
 
 @torch.no_grad()
 def log_probability(head, context, tokens):
-    """Of one patch, token by token, in nats."""
+    """Returns the log-probability of one patch, token by token, in nats."""
     chain, size, given, total = head.chain, context.shape[-1], torch.zeros_like(context), 0.0
     for k, token in enumerate(tokens):
         weight, bias = (p[k * size : (k + 1) * size] for p in (chain.context_proj.weight, chain.context_proj.bias))
@@ -66,8 +66,8 @@ def test_loss_agrees_with_a_loop():
     torch.testing.assert_close(with_extra, torch.tensor(expected).mean(0))
 
 
-def test_the_model_s_loss_is_the_multi_token_loss():
-    """So a backbone trained by the one goes on with the other; the autoencoder's posterior is not asked for."""
+def test_the_model_s_loss_is_the_mtp_loss():
+    """So a backbone trained with one can be trained further with the other; the encoder is not called."""
     model, ids = tiny_model("token_chain"), torch.randint(3, 90, (2, 24))
     auxiliary = MultiTokenLoss(48, V, K)
     auxiliary.load_state_dict(model.head.chain.state_dict())
@@ -85,7 +85,7 @@ def tokens_as_latents(head):
 
 
 @torch.no_grad()
-def test_draws_have_the_chain_s_law():
+def test_samples_follow_the_head_s_distribution():
     """All V² patches: chi-square against their enumerated probabilities, and against those of another context.
 
     Twice, since noise of one row, as recorded for it, is shared by both contexts.
@@ -95,18 +95,18 @@ def test_draws_have_the_chain_s_law():
     head.chain.lm_head.weight.mul_(0.3)
     contexts = torch.randn(2, 48, generator=torch.Generator().manual_seed(3)).double()
     patches = [(first, second) for first in range(24) for second in range(24)]
-    laws = torch.tensor([[log_probability(head, c, patch) for patch in patches] for c in contexts]).double().exp()
+    probs_BV = torch.tensor([[log_probability(head, c, patch) for patch in patches] for c in contexts]).double().exp()
     tokens_as_latents(head)
     for shared in ({}, head.predrawn_noise(20000, 1, contexts, torch.Generator().manual_seed(0))):
-        drawn = head.sample(contexts, num_samples=20000, generator=torch.Generator().manual_seed(0), **shared).long()
-        numbers = drawn[..., 0] * 24 + drawn[..., 1]
-        assert chi_square_p_value(numbers[:, 0], laws[0]) > SIGNIFICANCE
-        assert chi_square_p_value(numbers[:, 1], laws[1]) > SIGNIFICANCE
-        assert chi_square_p_value(numbers[:, 0], laws[1]) < 1e-6
+        samples = head.sample(contexts, num_samples=20000, generator=torch.Generator().manual_seed(0), **shared).long()
+        numbers = samples[..., 0] * 24 + samples[..., 1]
+        assert chi_square_p_value(numbers[:, 0], probs_BV[0]) > SIGNIFICANCE
+        assert chi_square_p_value(numbers[:, 1], probs_BV[1]) > SIGNIFICANCE
+        assert chi_square_p_value(numbers[:, 0], probs_BV[1]) < 1e-6
 
 
 @torch.no_grad()
-def test_a_token_without_probability_is_never_drawn():
+def test_a_token_of_zero_probability_is_never_sampled():
     head = tiny_model("token_chain").head
     tokens_as_latents(head)
     head.chain.logits = lambda state: torch.full((*state.shape[:-1], V), -math.inf).index_fill(
@@ -124,7 +124,7 @@ def test_noise_keeps_its_precision_in_bfloat16():
 
 
 @pytest.mark.transformers
-def test_a_new_head_has_no_codes_until_they_are_fitted(tmp_path):
+def test_a_new_head_has_no_latent_token_embeddings_until_fitted(tmp_path):
     """Loading a checkpoint without them leaves zeros."""
     flow = tiny_model("flow")
     flow.save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable_distributions import StubPool, chi_square_p_value, seeded, sharpened, total_variation, zipf
+from enumerable_distributions import StubBatch, chi_square_p_value, seeded, tempered, total_variation, zipf
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from calm_transformers.benchmarks import truncation as benchmark
@@ -110,7 +110,7 @@ class TestWeights:
 
     def test_algorithm_1_needs_t_below_1(self):
         with pytest.raises(ValueError, match="Algorithm 1 sharpens; above 1 patches are chosen by weight"):
-            exact_temperature_sample(StubPool(zipf(5)[None], seeded()), 1.5, 10)
+            exact_temperature_sample(StubBatch(zipf(5)[None], seeded()), 1.5, 10)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ class TestChoiceDistribution:
     def test_sampled_choices(self):
         """The whole sampler, with rows of different distributions in one batch."""
         distributions = torch.stack([zipf(20), zipf(20).flip(0)])
-        candidates = StubPool(distributions.repeat(4000, 1), seeded())
+        candidates = StubBatch(distributions.repeat(4000, 1), seeded())
         truncation = Truncation(top_k=3)
         outcomes = candidates.outcomes(batch_temperature_select(candidates, 1.0, 200, seeded(1), truncation))
         for i, probs in enumerate(distributions):
@@ -201,7 +201,7 @@ class TestBenchmark:
         top_2 = Truncation(top_k=2)
         torch.testing.assert_close(target_distribution(probs, 1.0, top_2), torch.tensor([0.625, 0.375, 0.0]).double())
         torch.testing.assert_close(target_distribution(probs, 0.5), (probs**2 / 0.38))
-        torch.testing.assert_close(target_distribution(probs, 2.0), sharpened(probs, 2.0))
+        torch.testing.assert_close(target_distribution(probs, 2.0), tempered(probs, 2.0))
         assert by_patch(plug_in_weights(repeated(4, 1), 2.0), (4, 1)) == pytest.approx([2 / 3, 1 / 3])
         ties = torch.tensor([0.4, 0.2, 0.2, 0.2], dtype=torch.float64)  # each of the three is kept equally often
         torch.testing.assert_close(target_distribution(ties, 1.0, top_2), torch.tensor([6, 1, 1, 1]).double() / 9)

@@ -1,4 +1,4 @@
-"""PEFT's prompt tuning, p-tuning and prefix tuning on a CALM: whole patches of virtual tokens, read and trained."""
+"""PEFT's prompt tuning, p-tuning and prefix tuning on a CALM: generation and training with virtual tokens."""
 
 import peft
 import pytest
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.transformers
 
 K = 4
 ROWS = [[BOS, 40, 41, 42, 43, 44, 45, 46, 47, 48], [BOS, 50, 51, 52], [BOS, 60, 61, 62, 63, 64, 65]]
-LAW = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 12, "eos_token_id": None}
+SAMPLE = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new_tokens": 12, "eos_token_id": None}
 KINDS = ["prompt", "p-tuning", "prefix", "projected prefix"]
 
 
@@ -26,7 +26,7 @@ def config_of(kind: str, num_virtual_tokens: int = 8):
 
 
 def exact(**overrides):
-    """In float64: what a step reads at once or in parts differs by rounding alone, which no draw notices."""
+    """Returns a float64 model: chunked and whole prefills differ by rounding alone, which changes no sample."""
     return tiny_model(**overrides).double()
 
 
@@ -42,8 +42,8 @@ def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def text_of(model, row: list[int] = ROWS[0], **kwargs) -> list:
-    settings = {**LAW, "generator": generators(1), **kwargs}
+def ids_of(model, row: list[int] = ROWS[0], **kwargs) -> list:
+    settings = {**SAMPLE, "generator": generators(1), **kwargs}
     return model.generate(input_ids=torch.tensor([row]), **settings)[:, len(row) :].tolist()
 
 
@@ -55,13 +55,13 @@ def batch_of(rows) -> dict:
 
 
 @torch.no_grad()
-def text_by_hand(adapter: peft.PeftModel, row: list[int]) -> list:
-    """No cache and no generate: each step reads the virtual tokens and all the rest anew."""
+def ids_by_hand(adapter: peft.PeftModel, row: list[int]) -> list:
+    """Generates without cache or `generate`: each step is a forward pass over virtual tokens and all ids."""
     model, (generator,) = adapter.get_base_model(), generators(1)
     ids = torch.tensor([[PAD] * (-len(row) % K) + row])
     width = ids.shape[1]
     sampling = model.patch_sampling(do_sample=True, temperature=0.5, num_candidates=20)
-    while ids.shape[1] < width + LAW["max_new_tokens"]:
+    while ids.shape[1] < width + SAMPLE["max_new_tokens"]:
         virtual = adapter.get_prompt(1)
         if isinstance(virtual, torch.Tensor):
             embeds = torch.cat([virtual, model.get_input_embeddings()(ids)], dim=1)
@@ -73,67 +73,67 @@ def text_by_hand(adapter: peft.PeftModel, row: list[int]) -> list:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_text_is_that_of_a_loop_by_hand(kind, tmp_path):
-    """Alone and in a batch, read in other ways, saved and loaded, switched off."""
+def test_generate_equals_a_loop_without_cache(kind, tmp_path):
+    """Alone and in a batch, with other prefills and caches, saved and loaded, disabled."""
     model, plain = adapted(kind), exact()
-    alone = [text_of(model, row, generator=[generators(3)[b]])[0] for b, row in enumerate(ROWS)]
-    assert [alone[0]] == text_by_hand(model, ROWS[0]) != text_of(plain)
+    alone = [ids_of(model, row, generator=[generators(3)[b]])[0] for b, row in enumerate(ROWS)]
+    assert [alone[0]] == ids_by_hand(model, ROWS[0]) != ids_of(plain)
     for settings in ({}, {"prefill_chunk_size": K}, {"cache_implementation": "static"}):
-        together = model.generate(**batch_of(ROWS), **LAW, **settings, generator=generators(3))
+        together = model.generate(**batch_of(ROWS), **SAMPLE, **settings, generator=generators(3))
         assert together[:, 10:].tolist() == alone
     with model.disable_adapter():
-        assert text_of(model) == text_of(plain)
+        assert ids_of(model) == ids_of(plain)
     model.save_pretrained(tmp_path)
-    assert text_of(peft.PeftModel.from_pretrained(exact(), tmp_path).double()) == [alone[0]]
+    assert ids_of(peft.PeftModel.from_pretrained(exact(), tmp_path).double()) == [alone[0]]
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_what_cannot_work_is_refused_and_the_model_stays_whole(kind):
+def test_unsupported_settings_raise_and_leave_the_model_unchanged(kind):
     model = adapted(kind)
-    for settings, sentence in [
+    for settings, message in [
         ({"use_cache": False}, "use_cache=False: virtual tokens"),
         ({"cache_implementation": "static", "compile_config": CompileConfig()}, "compile_config: virtual tokens"),
         ({"num_candidate": 3}, "num_candidate"),
     ]:
-        with pytest.raises(ValueError, match=sentence):
-            text_of(model, **settings)
-    assert text_of(model.get_base_model()) == text_of(exact())
+        with pytest.raises(ValueError, match=message):
+            ids_of(model, **settings)
+    assert ids_of(model.get_base_model()) == ids_of(exact())
 
 
 def test_virtual_tokens_must_be_whole_patches():
     model = adapted("prompt", num_virtual_tokens=6)
     with pytest.raises(ValueError, match="num_virtual_tokens=6: must be divisible by patch_size=4"):
-        text_of(model)
+        ids_of(model)
     ids = torch.tensor([ROWS[0][:8]])
     with pytest.raises(ValueError, match="got 14 tokens a row.*virtual tokens count, too"):
         model(input_ids=ids, labels=ids)
 
 
 @pytest.mark.parametrize("overrides", [{"num_virtual_tokens": 3}, {"num_key_value_heads": 2}], ids=str)
-def test_those_of_a_prefix_are_keys_and_values_of_patches(overrides):
+def test_virtual_tokens_of_a_prefix_are_keys_and_values_of_patches(overrides):
     model = adapted("prefix", **overrides)
-    assert text_of(model) == text_by_hand(model, ROWS[0])
+    assert ids_of(model) == ids_by_hand(model, ROWS[0])
 
 
-def test_each_task_has_its_own():
+def test_each_task_has_its_own_virtual_tokens():
     config = peft.MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=K, num_tasks=2, prompt_tuning_init="RANDOM"
     )
     model = peft.get_peft_model(exact(), config).double().eval()
     with torch.no_grad():
         [p.normal_(std=0.5) for p in model.prompt_encoder.parameters()]
-    both = model.generate(**batch_of([ROWS[0]] * 2), task_ids=torch.tensor([0, 1]), **LAW, generator=generators(2))
+    both = model.generate(**batch_of([ROWS[0]] * 2), task_ids=torch.tensor([0, 1]), **SAMPLE, generator=generators(2))
     for task in (0, 1):
-        alone = text_of(model, task_ids=torch.tensor([task]), generator=[generators(2)[task]])
+        alone = ids_of(model, task_ids=torch.tensor([task]), generator=[generators(2)[task]])
         assert both[task, 10:].tolist() == alone[0]
-    assert text_of(model, task_ids=torch.tensor([0])) != text_of(model, task_ids=torch.tensor([1]))
+    assert ids_of(model, task_ids=torch.tensor([0])) != ids_of(model, task_ids=torch.tensor([1]))
 
 
-def test_another_replacement_is_refused():
+def test_another_replaced_method_raises_an_error():
     model = tiny_model()
     model.prepare_inputs_for_generation = lambda *args, **kwargs: {}
     with pytest.raises(ValueError, match="was replaced"):
-        text_of(model)
+        ids_of(model)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
