@@ -227,7 +227,7 @@ def test_the_choice_among_distinct_candidates_needs_no_second_matmul(monkeypatch
     monkeypatch.setattr(generation_calm_candidates, "FEW_TOKENS", 0)
     monkeypatch.setattr(
         LazyCandidateBatch,
-        "read",
+        "decode_at",
         lambda self, rows, draws, positions: work.append(len(rows)) or draws + 40 * positions,
     )
     sampling, schedule = PatchSampling(temperature=0.5, num_candidates=30), BlockSchedule()

@@ -311,7 +311,7 @@ def test_the_choice_is_reproducible_with_a_generator(temperature):
     "num_candidates, temperature, message",
     [
         *((200, t, r"in \(0, 2\]") for t in (0, -1, 2.0001, math.nan, math.inf, None, "0.5", True)),
-        *((n, 1.0, "positive whole number") for n in (0, -3, 2.5, None, True)),
+        *((n, 1.0, "positive integer") for n in (0, -3, 2.5, None, True)),
         *((n, t, f"at least {least}") for n, t, least in ((1, 0.9, 2), (2, 0.4, 3), (99, 0.01, 100))),
     ],
 )

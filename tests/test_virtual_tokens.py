@@ -105,7 +105,7 @@ def test_virtual_tokens_must_be_whole_patches():
     with pytest.raises(ValueError, match="num_virtual_tokens=6: must be divisible by patch_size=4"):
         ids_of(model)
     ids = torch.tensor([ROWS[0][:8]])
-    with pytest.raises(ValueError, match="got 14 tokens a row.*virtual tokens count, too"):
+    with pytest.raises(ValueError, match="got 14 tokens per row.*virtual tokens count, too"):
         model(input_ids=ids, labels=ids)
 
 
