@@ -91,7 +91,7 @@ class GenerationOutputs:
         self.warns_of_fallbacks = sampling.do_sample and sampling.sampling_method == "exact"
         self.is_exact: list[Tensor] = []  # of each step (R,), on the device until the end
 
-    def check_compiled(self) -> None:
+    def check_can_be_compiled(self) -> None:
         """Raises ValueError where the call asks for what compiled steps can't return, or has logits processors."""
         unsupported = [*self.states, *([] if self.scores is None else ["scores"])]
         if unsupported:
@@ -251,7 +251,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         for name in inputs:
             inputs[name] = inputs[name].to(self.device)  # an offloaded model returns ids on the caller's device
         if bool(inputs["attention_mask"].all()):
-            inputs["attention_mask"] = None  # a mask that hides nothing takes operations in every step
+            inputs["attention_mask"] = None  # a mask that hides nothing costs operations in every step
         processors = None
         if call.processors is not None:
             processors = SequenceProcessors(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
@@ -262,7 +262,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         max_length, requested = generation_config.max_length, outputs.requested
         step = eager = EagerStep(self, inputs, cache, sampling, generator, schedule, processors, max_length, requested)
         if call.compile_config is not None:
-            outputs.check_compiled()
+            outputs.check_can_be_compiled()
             forbids = min_length > input_ids.shape[1]
             step = CompiledStep(eager, self, cache, sampling, generator, call.compile_config, inputs, forbids)
         chunk_size = generation_config.prefill_chunk_size
@@ -296,7 +296,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """
         randomness = self.step_randomness(sampling, generator, hidden_RD)
         candidates = self.new_candidates(hidden_RD, randomness, sampling, forbidden_KV, processors)
-        index_R, is_exact = sampling.choose(candidates, randomness, schedule)
+        index_R, is_exact = sampling.choose(candidates, randomness, schedule)  # samples from the head as it needs
         patches_RK = candidates.decode_chosen(candidates.rows_B, index_R)
         return PatchSample(patches_RK, is_exact, candidates, index_R)
 

@@ -127,14 +127,14 @@ def unseen_log_weight(counts_BN: Tensor, temperature: float) -> Tensor:
 
 @cached_per_device
 def _log_weight_table(num_samples: int, temperature: float, device: torch.device) -> Tensor:
-    """Returns log C(c, 1/T) for c = 0 … N, float32; where C is 0, so low that any larger c outweighs it."""
+    """Returns log C(c, 1/T) for c = 0 … N, float32; in place of log 0, values that increase steeply with c."""
     log_weights = repetition_log_weights(num_samples, inverse_temperature(temperature), float64_device(device))
     steps_down = torch.arange(-num_samples - 1, 0, dtype=torch.float64, device=log_weights.device) * NO_WEIGHT
     return torch.where(log_weights == -math.inf, steps_down, log_weights).to(device, torch.float32)
 
 
 def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
-    """Returns weights, of sum 1 in each row, with 0 in the place of those that `truncation` removes.
+    """Returns the weights (each row's sum is 1 before) with 0 in place of those that `truncation` removes.
 
     As upstream: top-k, then top-p of the rest, then min-p. Of equal weights the earlier stays; at least one stays.
     """
@@ -205,8 +205,8 @@ def first_accepted_attempt(
 
     N stands for a row without one. With n = floor(1/T) and alpha = 1/T - n, an attempt reads samples until one
     differs from its first, or until n are equal. Then, if alpha > 0, it reads on: at the i-th next sample it accepts
-    if that equals the n, and otherwise restarts with probability alpha / i. The next attempt starts at the first
-    unread sample. `circular`: one that runs out of samples reads on from the row's first one, up to its own start.
+    if that equals the n equal ones, and otherwise restarts with probability alpha / i. The next attempt starts at the
+    first unread sample. `circular`: one that runs out of samples reads on from the row's first one, up to its start.
 
     `first_BN` need compare only the pairs that `compared_pairs` names. `uniform_BN`, on [0, 1), is for the attempt
     that starts at a sample; None where 1/T is whole.

@@ -67,7 +67,7 @@ class CandidateBatch:
         self._compared: tuple[Tensor, Tensor] | None = None  # rows, and the indices of all their samples
 
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
-        noise = self.randomness.head_noise(self.head, self.hidden_BD, rows_R, num_samples)
+        noise = self.randomness.noise_arguments(self.head, self.hidden_BD, rows_R, num_samples)
         context_RD = self._select(rows_R, self.hidden_BD)
         with cpu_kernels(num_samples * len(context_RD), context_RD.shape[-1]):
             latents_nRZ = self.head.sample(context_RD, num_samples=num_samples, **noise)
@@ -137,7 +137,7 @@ class CandidateBatch:
 
 
 class LazyCandidateBatch(CandidateBatch):
-    """Decodes only the tokens that decide which candidates of a row are the same patch; it takes no processors."""
+    """Decodes nothing in `extend`, and in `compare` and `decode_chosen` only what they need; takes no processors."""
 
     latents_BNZ: Any = None  # a tensor from the first `extend` on
 
@@ -198,6 +198,7 @@ class LazyCandidateBatch(CandidateBatch):
         candidate_U, inverse_M = (rows_M * self.num_drawn + candidates_M).unique(return_inverse=True)
         latents_UZ = self.latents_BNZ.flatten(0, 1)[candidate_U.to(self.latents_BNZ.device)]
         decoder = self.autoencoder.decoder
+        # The context also allows the argmax over the vocabulary to compute in int8 first.
         with cpu_kernels(len(latents_UZ), self.autoencoder.config.hidden_size):
             states_UKd = decoder.expand(latents_UZ)
             states_Md = states_UKd[inverse_M.to(states_UKd.device), positions_M.to(states_UKd.device)]
@@ -299,7 +300,7 @@ def _scores_of_row(
 def compute_patch_scores(scores: Sequence[CandidateScores]) -> Tensor:
     """Returns the natural logarithm of the chosen patches' weights, (B, S); 0 for rows that have ended, as upstream.
 
-    This is the place of `compute_transition_scores`, with one value per patch. It is an estimate from the samples:
+    This takes the place of `compute_transition_scores`, with one value per patch. It is an estimate from the samples:
     without do_sample the log of the patch's fraction of them, and 0 at T = 1, where one patch is drawn and taken.
     Raises ValueError unless `scores` are those of the S >= 1 steps, as `generate` returns them.
     """

@@ -117,7 +117,7 @@ def draw_step_noise(model: Any, sampling: PatchSampling, num_rows: int, generato
     context_BD = torch.empty(num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
     num_samples, rows_B = sampling.samples_in_one_block, arange(num_rows, context_BD.device)
     randomness = model.step_randomness(sampling, generator, context_BD)
-    noise = randomness.head_noise(model.head, context_BD, rows_B, num_samples)
+    noise = randomness.noise_arguments(model.head, context_BD, rows_B, num_samples)
     if "generator" in noise:  # one for all rows, which gives no tensors yet
         noise = model.head.predrawn_noise(num_samples, num_rows, context_BD, noise["generator"])
     if sampling.do_sample and not sampling.takes_single_sample:

@@ -8,8 +8,8 @@ of candidates draw, and return the index of the one chosen for each row; none kn
 - `exact_temperature_sample`: the paper's Algorithm 1, drawing in growing blocks up to a limit, then the batch rule;
 - `most_frequent_patch`: the mode of N samples, for `do_sample=False`.
 
-Rows are independent. What depends on samples stays on their device, but that after each block of the exact method the
-host reads, once, which rows are done. Axes: B rows, R of these that still draw, N samples of a row, D hidden size.
+Rows are independent. What depends on samples stays on their device, except that after each block of the exact method
+the host reads, once, which rows are done. Axes: B rows, R of these that still draw, N samples of a row, D hidden size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .heads_calm import GenerativeHead
 
 MIN_BLOCK_SIZE = 4  # samples of the exact method's first block, at least
-BLOCK_COST = 15  # of a block beside its samples, in samples: the weights of head and vocabulary are read again
+BLOCK_COST = 15  # overhead of a block in units of one sample: the weights of head and vocabulary are read again
 FIRST_GUESS = 64  # samples that a row is expected to need before any step has been taken
 MAX_SAMPLES_PER_STEP = 2**22  # about a kilobyte is kept of each: 4 GB
 MAX_TEMPERATURE = 2.0  # above, most of the distribution is patches that were not drawn
@@ -99,7 +99,7 @@ class PatchSampling:
             the same with a limit of N samples: at T = 1/n no further from the target than "batch", and faster where
             patches repeat. At T > 1, or with a truncation, all three are "batch".
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
-            are the same. `None` is True on a CPU. With logits processors every candidate is decoded in full.
+            are the same. `None` means True on a CPU. With logits processors every candidate is decoded in full.
         top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`.
 
     Raises:
@@ -227,8 +227,8 @@ class Candidates(Protocol):
     def compare(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Returns for each sample of these rows the index of the first one that equals it, (R, N).
 
-        Other pairs than those that `pairs` names (see `compared_pairs`) may be equal without sharing the index. If all
-        samples are distinct, the caller will choose the one with the least `noise_RN`: it may be decoded in advance.
+        Only the pairs that `pairs` names (see `compared_pairs`) need be compared. If all samples are distinct, the
+        caller will choose the one with the least `noise_RN`, so that it may be decoded in advance.
         """
         ...
 
@@ -403,7 +403,9 @@ class StepRandomness:
         noise_RN = torch.empty(len(rows_R), num_samples, device=rows_R.device, dtype=torch.float32)
         return noise_RN.exponential_(generator=self.generator)
 
-    def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict[str, Any]:
+    def noise_arguments(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
+    ) -> dict[str, Any]:
         """Returns the source of randomness of `head.sample`, a generator or tensors, as keyword arguments."""
         return {"generator": self.generator}
 
@@ -418,7 +420,9 @@ class PredrawnRandomness(StepRandomness):
     def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:
         return self.noise[kind]
 
-    def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict[str, Any]:
+    def noise_arguments(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
+    ) -> dict[str, Any]:
         return {name: x for name, x in self.noise.items() if name not in NOISE_KINDS}
 
 
@@ -443,7 +447,9 @@ class RowRandomness(StepRandomness):
 
         return self._take(kind, rows_R, num_samples, make)[kind][..., 0].T
 
-    def head_noise(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict[str, Any]:
+    def noise_arguments(
+        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
+    ) -> dict[str, Any]:
         return self._take("head", rows_R, num_samples, lambda size, g: head.predrawn_noise(size, 1, context_RD, g))
 
     def _take(self, kind: str, rows_R: Tensor, num_samples: int, make: MakeNoise) -> dict[str, Tensor]:

@@ -77,7 +77,9 @@ class GenerationState:
             is_padding_BK = arange(num_tokens, tokens_BK.device) >= as_tensor(lengths, tokens_BK.device)[:, None]
             tokens_BK = torch.where(is_padding_BK, self.call.pad_token, tokens_BK)
         self.ids_BL = torch.cat([self.ids_BL, tokens_BK], dim=1)
-        for criterion in self.criteria:  # upstream's warns, once, of sequences longer than the model takes
+        for (
+            criterion
+        ) in self.criteria:  # upstream's MaxLengthCriteria warns once of sequences longer than the model supports
             longest = getattr(criterion, "max_position_embeddings", None)
             if longest is not None and self.ids_BL.shape[1] > longest:
                 criterion(self.ids_BL, None)
@@ -174,7 +176,7 @@ class CandidateProcessors:
                         f"{len(self.ids_R[row]) + patches_Ck.shape[1]} tokens: loosen one of bad_words_ids, "
                         "suppress_tokens, prefix_allowed_tokens_fn or your own."
                     )
-                # A token that is forced may have been given any number.
+                # A forced token may have any logit.
                 is_forced_M = (after_MV > -torch.inf).sum(-1) == 1
                 own_M = logits_CV[index_M].gather(1, tokens_M1)[:, 0]
                 change_M = torch.where(is_forced_M, own_M, after_M) - before_C[index_M]

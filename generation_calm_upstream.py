@@ -92,7 +92,7 @@ NEEDS_CACHE = "virtual tokens (PEFT's prompt tuning, p-tuning, prefix tuning) ar
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """Holds what upstream prepared for one call of `generate`, beside the settings and the inputs.
+    """Holds what upstream prepared for one call of `generate`, besides the settings and the inputs.
 
     Args:
         stopping_criteria: upstream's `StoppingCriteriaList`, evaluated for each token.
@@ -121,7 +121,7 @@ class RowProcessors(LogitsProcessorList):
     of_row: Callable[[int, int], LogitsProcessorList]
 
 
-class _TokenPositionsView:
+class _TokenPositionsProxy:
     """A proxy of the model whose `max_position_embeddings` counts tokens; attributes that upstream sets stay on it.
 
     The model itself doesn't change, for other threads may be generating with it.
@@ -310,7 +310,7 @@ class PatchGenerationMixin(UPSTREAM):
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _prepare_generated_length(self, *args, **kwargs):
-        return UPSTREAM._prepare_generated_length(_TokenPositionsView(self), *args, **kwargs)
+        return UPSTREAM._prepare_generated_length(_TokenPositionsProxy(self), *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -321,8 +321,9 @@ class PatchGenerationMixin(UPSTREAM):
         if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
             generation_config = copy.copy(generation_config)
             generation_config.max_cache_len = -(-generation_config.max_cache_len // patch_size) + others
+        # The proxy keeps what upstream sets on a model; lengths count patches already.
         return UPSTREAM._prepare_cache_for_generation(
-            _TokenPositionsView(self), generation_config, model_kwargs, generation_mode, batch_size, patches
+            _TokenPositionsProxy(self), generation_config, model_kwargs, generation_mode, batch_size, patches
         )
 
     def _get_logits_processor(
@@ -359,7 +360,7 @@ class PatchGenerationMixin(UPSTREAM):
         return processors
 
     def _get_stopping_criteria(self, *args, **kwargs):
-        return UPSTREAM._get_stopping_criteria(_TokenPositionsView(self), *args, **kwargs)
+        return UPSTREAM._get_stopping_criteria(_TokenPositionsProxy(self), *args, **kwargs)
 
     def _sample(
         self,

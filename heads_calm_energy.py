@@ -34,7 +34,7 @@ class EnergyBlock(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, samples: Tensor, context: Tensor) -> Tensor:
-        # In rows: a linear layer without bias then needs no second view.
+        # Flattened here, since a linear layer without bias would flatten and unflatten by itself at more cost.
         projected = self.sample_proj(self.norm(samples).flatten(0, -2)).view(samples.shape)
         hidden = self.act(projected + self.context_proj(context))
         gate, up = self.gate_up_proj(self.act(self.hidden_proj(hidden))).chunk(2, dim=-1)

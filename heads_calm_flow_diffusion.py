@@ -119,7 +119,7 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         times = solver_times(self.num_steps, context.device)
         for index, modulation in enumerate(self.net.precompute_modulation(times, context)):
             velocity = self.net.forward_modulated(x.to(context.dtype), modulation).to(x.dtype)
-            # From where a step begins, half of it on by an even velocity, the whole by the odd one after it.
+            # Midpoint rule: even velocities lead from a step's start to its middle, odd ones to its end.
             x = begin + velocity / (self.num_steps if index % 2 else 2 * self.num_steps)
             begin = x if index % 2 else begin
         return x.to(context.dtype)

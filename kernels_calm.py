@@ -6,9 +6,10 @@
 Where the processor isn't Intel's, oneDNN is faster in float32 as well: on an AMD EPYC with AVX-512 it reaches 500
 instead of 220 GFLOP/s (docs/speed.md).
 
-**The argmax over a large vocabulary, int8 first** (`VocabularyScreen`). The matmul with the vocabulary is most of what
-generation at T < 1 computes, and only its argmax is needed. An int8 matmul takes a quarter to a half of the time; its
-error is bounded, and so it rules out most rows of the matrix. The remaining ones are multiplied without rounding.
+**The argmax over a large vocabulary, int8 first** (`VocabularyScreen`). The matmul with the vocabulary is much of what
+generation computes, at T < 1 most of it, and only its argmax is needed. An int8 matmul takes a quarter to a half of
+the time; its error is bounded, and so it rules out most rows of the matrix. The remaining ones are multiplied without
+rounding.
 
 With w = ŵ + e and x = x̂ + r, where ŵ and x̂ are rounded, |w·x − ŵ·x̂| = |w·r + e·x̂| <= ‖w‖·‖r‖ + ‖e‖·‖x̂‖
 (Cauchy–Schwarz). Rows of similar length form a group, which shares one quantisation step and is judged by its largest
@@ -128,9 +129,7 @@ def cpu_kernels(num_rows: int, width: int) -> Iterator[None]:
     nothing under autograd, autocast, `torch.compile`, tracing, modes that count operators, deterministic algorithms,
     reduced float32 precision, or with the environment variable CALM_MATMUL_BACKEND=torch.
 
-    Args:
-        num_rows: rows that the linear layers in the block get.
-        width: of these rows, about.
+    Linear layers do so if they get at least a few rows, `num_rows` of about `width` elements; the argmax in any case.
     """
     if torch.compiler.is_compiling() or not _are_allowed():
         yield
@@ -275,7 +274,7 @@ class VocabularyScreen:
             whole_GId = (tile_GId / step_G[:, None, None]).round()
             error_GId = tile_GId - whole_GId * step_G[:, None, None]
             norm_2G = torch.stack([tile_GId, error_GId]).norm(dim=-1).amax(-1)
-            # A group's rows lie an eighth of the tile apart: so its largest product is a maximum of long vectors.
+            # A group's rows lie an eighth of the tile apart: so their maximum is one of long vectors (SIMD).
             self.tiles.append((whole_GId.to(torch.int8).transpose(0, 1).flatten(0, 1), step_G, norm_2G))
 
     def is_of(self, weight_Vd: Tensor) -> bool:

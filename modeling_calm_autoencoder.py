@@ -143,7 +143,7 @@ class AutoencoderDecoder(nn.Module):
         return torch.cat(ids)
 
     def forward(self, latents: Tensor) -> Tensor:
-        # In rows: linear layers without bias then need no second view.
+        # Flattened once, since each linear layer without bias would flatten and unflatten by itself.
         states = self.expand(latents)
         return self.lm_head(self.final_states(states.flatten(0, -2))).unflatten(0, states.shape[:-1])
 
@@ -175,7 +175,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def non_finite_weight(model: nn.Module) -> str | None:
     """Returns the name of the first parameter that holds NaN or infinity, or `None`.
 
-    The host reads one sum for all of them. Weights that are quantised, offloaded or sharded are not checked.
+    One device-host sync for all. Weights that are quantised, offloaded or sharded are not checked.
     """
     weights, total = {}, torch.zeros(())
     for name, parameter in model.named_parameters():

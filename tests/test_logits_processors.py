@@ -71,7 +71,7 @@ class ReferenceCandidates:
 
     def extend(self, rows_R, num_samples):
         assert not self.patches, "with logits processors all are drawn at once"
-        noise = self.randomness.head_noise(self.model.head, self.hidden_1D, self.rows_B, num_samples)
+        noise = self.randomness.noise_arguments(self.model.head, self.hidden_1D, self.rows_B, num_samples)
         latents_N1Z = self.model.head.sample(self.hidden_1D, num_samples=num_samples, **noise)
         decoded, factors = {}, []
         for latent_Z in latents_N1Z[:, 0]:

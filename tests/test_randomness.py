@@ -18,7 +18,7 @@ def test_a_head_s_samples_do_not_depend_on_blocks_or_other_rows(head_type):
     model, context = tiny_model(head_type).double(), torch.randn(3, 48, generator=seeded(), dtype=torch.float64)
 
     def sample(randomness, rows, num_samples):
-        noise = randomness.head_noise(model.head, context, rows, num_samples)
+        noise = randomness.noise_arguments(model.head, context, rows, num_samples)
         return model.head.sample(context[[1] * len(rows)], num_samples=num_samples, **noise)
 
     alone = sample(RowRandomness([seeded(7)]), rows_of(0), 2 * FIRST_CHUNK + 5)

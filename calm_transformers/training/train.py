@@ -1,6 +1,6 @@
 """Trains a tokenizer, the autoencoder, a CALM or, for comparison, a standard Llama from a recipe.
 
-    calm train calm --recipe calm-m
+    calm train calm --recipe calm-m --tokenizer DIR --autoencoder DIR --train_files TEXTS --validation_files TEXTS
 
 This module builds the configuration and the model from the recipe and the tokenizer and models that it names;
 trainer.py trains it. Every field of the recipe can be given as --field value.
@@ -160,7 +160,7 @@ def load_autoencoder_config(recipe: Recipe) -> CALMAutoencoderConfig:
     values, _ = read_source("autoencoder", source, PretrainedConfig.get_config_dict)
     model_type = values.get("model_type")
     if model_type not in (CALMConfig.model_type, CALMAutoencoderConfig.model_type):
-        raise InputError(f"autoencoder {source}: has none, its config.json has model_type {model_type!r}.")
+        raise InputError(f"autoencoder {source}: has no autoencoder, its config.json has model_type {model_type!r}.")
     return read_source("autoencoder", source, CALMAutoencoderConfig.from_pretrained)
 
 
