@@ -137,11 +137,11 @@ class GenerationOutputs:
 
 @dataclass
 class EagerStep:
-    """Takes the steps of one call of `generate`: reads the patches that are not in the cache, and samples the next.
+    """Takes the steps of one call of `generate`: runs the model on patches that are not cached, samples the next.
 
     Args:
         inputs: packed prompts, `input_ids` (B, P·K) and the `attention_mask` (B, P) by patch, or `None`.
-        cache: None reads the whole sequence anew in each step.
+        cache: None recomputes the whole sequence in each step.
         schedule: of the block sizes, passed from step to step.
         requested: arguments of `forward` that request hidden states or attentions.
     """
@@ -318,15 +318,12 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """Returns the candidates of one step, none drawn yet, of the kind that the step allows."""
         # Lazy decoding has data-dependent shapes, which no compiled graph has, and uses the output matrix itself,
         # whose shards (FSDP2) are gathered in a module's forward only.
-        can_decode_lazily = not torch.compiler.is_compiling() and not hasattr(
-            self.autoencoder.decoder.lm_head.weight, "full_tensor"
-        )
-        lazy = sampling.lazy_decoding
-        if (
-            can_decode_lazily
-            and processors is None
-            and (self.autoencoder.device.type == "cpu" if lazy is None else lazy)
-        ):
+        is_sharded = hasattr(self.autoencoder.decoder.lm_head.weight, "full_tensor")
+        can_be_lazy = processors is None and not torch.compiler.is_compiling() and not is_sharded
+        wants_lazy = sampling.lazy_decoding
+        if wants_lazy is None:
+            wants_lazy = self.autoencoder.device.type == "cpu"
+        if can_be_lazy and wants_lazy:
             return LazyCandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV)
         return CandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV, processors)
 

@@ -130,7 +130,7 @@ class CandidateBatch:
         return self._compared[1]
 
     def decode_chosen(self, rows_R: Tensor, index_R: Tensor) -> Tensor:
-        """Returns the patch of one candidate of each of these rows, (R, K)."""
+        """Returns the patch of one candidate of each of these rows, (R, K), here decoded already."""
         if self.num_drawn == 1:  # T = 1: there is nothing to choose
             return self._select(rows_R, self.tokens_BNK)[:, 0]
         return self.tokens_BNK[rows_R, index_R]
@@ -198,7 +198,7 @@ class LazyCandidateBatch(CandidateBatch):
         candidate_U, inverse_M = (rows_M * self.num_drawn + candidates_M).unique(return_inverse=True)
         latents_UZ = self.latents_BNZ.flatten(0, 1)[candidate_U.to(self.latents_BNZ.device)]
         decoder = self.autoencoder.decoder
-        # The context also allows the argmax over the vocabulary to compute in int8 first.
+        # `cpu_kernels` also lets the argmax over the vocabulary compute in int8 first, if that is faster here.
         with cpu_kernels(len(latents_UZ), self.autoencoder.config.hidden_size):
             states_UKd = decoder.expand(latents_UZ)
             states_Md = states_UKd[inverse_M.to(states_UKd.device), positions_M.to(states_UKd.device)]

@@ -38,8 +38,8 @@ class GenerationState:
 
     Attributes:
         ids_BL: prompts and what was appended, with padding after a row's end.
-        active_rows: numbers of the rows to be sampled: those that aren't finished, or all once all are, for then this
-            process only keeps up with others.
+        active_rows: numbers of the rows to be sampled: the unfinished ones. Once all are finished, all rows, as
+            dummies for steps that other processes still take (`synced_gpus`).
     """
 
     def __init__(self, prompts_BL: Tensor, call: GenerateCall):
@@ -77,9 +77,8 @@ class GenerationState:
             is_padding_BK = arange(num_tokens, tokens_BK.device) >= as_tensor(lengths, tokens_BK.device)[:, None]
             tokens_BK = torch.where(is_padding_BK, self.call.pad_token, tokens_BK)
         self.ids_BL = torch.cat([self.ids_BL, tokens_BK], dim=1)
-        for (
-            criterion
-        ) in self.criteria:  # upstream's MaxLengthCriteria warns once of sequences longer than the model supports
+        # Upstream's MaxLengthCriteria warns once of sequences longer than the model supports.
+        for criterion in self.criteria:
             longest = getattr(criterion, "max_position_embeddings", None)
             if longest is not None and self.ids_BL.shape[1] > longest:
                 criterion(self.ids_BL, None)

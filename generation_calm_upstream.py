@@ -167,7 +167,7 @@ def adapter_of(model) -> Any:
     """
     replacement = vars(model).get("prepare_inputs_for_generation")
     owner = getattr(replacement, "__self__", None)
-    if replacement is None or owner is model:  # PEFT puts it back so
+    if replacement is None or owner is model:  # as PEFT restores it
         return None
     if not hasattr(owner, "get_prompt"):
         raise ValueError(
@@ -228,20 +228,21 @@ class PatchGenerationMixin(UPSTREAM):
 
     config: CALMConfig
     generate_patches: Callable[..., Any]  # the loop over patches, in generation_calm.py
+    check_weights: Callable[[], None]  # raises ValueError for unloaded or non-finite weights; of `OffloadableModel`
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
         default_top_k = getattr(self.generation_config, "top_k", None)
         if default_top_k is None and getattr(generation_config, "top_k", None) is None:
-            prepared.top_k = kwargs.get("top_k")  # in place of upstream's 50
+            prepared.top_k = kwargs.get("top_k")  # None by default, where upstream fills in 50
         if "cache" in model_kwargs:  # before 5.24, upstream would make another
             model_kwargs[CACHE_ARGUMENT] = model_kwargs.pop("cache")
         return prepared, model_kwargs
 
     def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *args, **kwargs) -> None:
-        """Raises ValueError for beam search and the like; returns None, so that upstream loads no code for them.
+        """Raises ValueError for beam search and the like: this is the first hook that gets the generation mode.
 
-        Called for every mode, and the earliest hook that gets it.
+        Returns None, so that upstream loads no code from elsewhere.
         """
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
             raise ValueError(

@@ -124,7 +124,7 @@ class GenerativeHead(nn.Module):
 
     network_calls = 1  # of the head's net, for one sample
     needs_step_noise = False  # whether `from_noise` draws more random numbers: it then gets all samples at once
-    is_fitted = True  # whether `fit` has been called, in heads that need it
+    is_fitted = True  # False until `fit`, in heads that need it; the paper's need none
 
     def __init_subclass__(cls, head_type: str | None = None, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -299,6 +299,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         labels_BPK = target_patches(labels.long().to(hidden_BPD.device), patch_size)
         is_target = (labels_BPK != -100).all(-1)
         tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
+        # Without `encoder_context` the target encodes its own tokens, if the head asks for their posterior.
         posterior, num_before = None, self.autoencoder.config.encoder_context
         if num_before:
             if input_ids is None:

@@ -295,7 +295,7 @@ class CALMAutoencoder(OffloadableModel):
             labels (`(B, L)`, *optional*): the ids to reconstruct; −100 is left out. A patch's KL term is weighted
                 by the fraction of its labels that count.
             latents (`(..., Z)`, *optional*): decodes these and nothing else, to logits of shape (..., K, V).
-            output_logits: False only encodes, without corruption in training.
+            output_logits: False only encodes: no sampling, no decoding, and no corruption in training.
             num_items_in_batch: number of labels that count in the whole accumulated batch.
             generator: randomness of latents and token replacement; latent dropout uses torch's own.
             noise (`(B, P, Z)`, *optional*): predrawn, standard normal, for the latents.

@@ -312,7 +312,7 @@ def _load_or_note(
 
 
 def build_model(recipe: Recipe, tokenizer):
-    """Builds a new model, or loads `init_from`; a CALM's head is fitted to its trained autoencoder."""
+    """Builds a new model around the trained autoencoder, or loads `init_from`; fits the head if its type needs it."""
     if recipe.kind == "calm":
         model = load_initial_calm(recipe) if recipe.init_from else build_calm(recipe, tokenizer)
         if not model.head.is_fitted:

@@ -182,7 +182,7 @@ class CALMTrainer(Trainer):
         if average is not None:
             self.add_callback(average)
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
-        self._no_cache = {"use_cache": False} if has_cache else {}  # for the Llama; a CALM with labels has none
+        self._no_cache = {"use_cache": False} if has_cache else {}  # a cache would only take memory
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens, self._first_step = 0, 0
         self._clocks: tuple[float, float] | None = None  # wall and CPU time at the first batch since the last log
