@@ -234,7 +234,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         min_length: int,
         model_kwargs: dict,
     ) -> tuple[EagerStep | CompiledStep, GenerationOutputs]:
-        """Checks and prepares one call: packs prompts, and reads virtual tokens and early chunks into the cache."""
+        """Checks and prepares one call: packs prompts, and fills the cache with virtual tokens and early chunks."""
         # Options may be fields of the configuration or arguments of the call, which arrive in `model_kwargs`.
         sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
         sampling.check_num_rows(len(input_ids))

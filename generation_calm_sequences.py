@@ -47,7 +47,7 @@ class GenerationState:
         self.is_finished = False
         self.active_rows = list(range(len(prompts_BL)))
         self.criteria = call.stopping_criteria
-        self.check_only_ids = set(map(type, self.criteria)) <= set(TOKEN_CRITERIA)
+        self.criteria_need_only_ids = set(map(type, self.criteria)) <= set(TOKEN_CRITERIA)
 
     def select(self, values_B: Tensor) -> Tensor:
         """Returns the active rows' values, (R, …)."""
@@ -66,7 +66,7 @@ class GenerationState:
             index_R = as_tensor(self.active_rows, patches_BK.device)
             patches_BK = patches_BK.new_zeros(len(self.ids_BL), patches_BK.shape[1]).index_copy(0, index_R, patches_BK)
         if not self.is_finished:
-            (self._append_patch if self.check_only_ids else self._append_token_by_token)(patches_BK)
+            (self._append_patch if self.criteria_need_only_ids else self._append_token_by_token)(patches_BK)
         return patches_BK
 
     def _append_patch(self, patches_BK: Tensor) -> None:

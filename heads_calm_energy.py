@@ -127,7 +127,7 @@ def _mean_distance_to_targets(samples_PNZ: Tensor, targets_SPZ: Tensor, beta: fl
     squared = torch.baddbmm(norms, samples_PNZ, targets_PSZ.transpose(1, 2), alpha=-2)
     # Below the rounding error of the subtraction a pair counts as coinciding: distance and gradient are zero.
     squared.masked_fill_(squared <= norms.mul_(4 * torch.finfo(norms.dtype).eps), 0)
-    power, slope = _power_and_slope(squared, beta)
+    power, slope = _power_and_gradient_factor(squared, beta)
     grad = torch.baddbmm(slope.sum(-1, keepdim=True) * samples_PNZ, slope, targets_PSZ, alpha=-1)
     pairs = squared.shape[1] * squared.shape[2]
     return power.sum((1, 2)) / pairs, grad / pairs
@@ -141,7 +141,7 @@ def _mean_distance_between_samples(samples_PNZ: Tensor, beta: float) -> tuple[Te
     num_samples = samples_PNZ.shape[1]
     pairs = num_samples * (num_samples - 1)
     difference_PNNZ = samples_PNZ.unsqueeze(2) - samples_PNZ.unsqueeze(1)
-    power, slope = _power_and_slope(_squared_norm(difference_PNNZ), beta)
+    power, slope = _power_and_gradient_factor(_squared_norm(difference_PNNZ), beta)
     grad = difference_PNNZ.mul_(slope.unsqueeze(-1)).sum(2)
     return power.sum((1, 2)) / pairs, grad * (2 / pairs)
 
@@ -150,7 +150,7 @@ def _squared_norm(vectors: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=-1).square_()  # one pass, without the squares in memory
 
 
-def _power_and_slope(squared: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _power_and_gradient_factor(squared: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """d^β and the factor β·d^(β−2) that turns x − y into the gradient of d^β; both 0 where d = 0."""
     factor = squared.pow(beta / 2 - 1).masked_fill_(squared < torch.finfo(squared.dtype).tiny, 0)
     return squared * factor, beta * factor

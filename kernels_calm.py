@@ -125,7 +125,7 @@ def _are_allowed() -> bool:
 def cpu_kernels(num_rows: int, width: int) -> Iterator[None]:
     """Lets linear layers and `vocabulary_argmax` in the block use this file's kernels where these are faster.
 
-    The values differ from PyTorch's own by rounding alone. Only plain layers and tensors on a CPU are concerned, and
+    The values differ from PyTorch's own by rounding alone. Only plain layers and tensors on a CPU are affected, and
     nothing under autograd, autocast, `torch.compile`, tracing, modes that count operators, deterministic algorithms,
     reduced float32 precision, or with the environment variable CALM_MATMUL_BACKEND=torch.
 

@@ -135,7 +135,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
         if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
             raise ValueError(
                 f"input_ids is a tensor of shape {tuple(input_ids.shape)} and type {input_ids.dtype}: the model takes "
-                "whole numbers of shape (batch, length)."
+                "integers of shape (batch, length)."
             )
         patches = self.embed_patches(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if past_key_values is not None:

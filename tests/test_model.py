@@ -307,7 +307,7 @@ INVALID = [  # inputs, message, whether the backbone raises it, too
     ({"labels": some_ids()[:, :20]}, "labels have length 20, but the input has 24 tokens", False),
     ({"input_ids": None}, "exactly one of input_ids or inputs_embeds", True),
     ({"input_ids": some_ids()[:, :7]}, "7 tokens per row, not divisible by patch_size=4.*pad_to_multiple_of=4", True),
-    *(({"input_ids": bad}, "the model takes whole numbers of", True) for bad in (some_ids().float(), some_ids()[0])),
+    *(({"input_ids": bad}, "the model takes integers of", True) for bad in (some_ids().float(), some_ids()[0])),
     ({"attention_mask": torch.ones(2, 5)}, "attention_mask has length 5: it must count 6 patches or 24 tokens", True),
     ({"position_ids": torch.arange(24)[None]}, "positions count patches: 6", True),
     ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, "pass one of them", True),
