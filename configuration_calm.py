@@ -1,7 +1,7 @@
 """Configurations of CALM: the autoencoder's, and the language model's, which nests it.
 
-Defaults without another source are those of the published models (arXiv 2510.27688 and its checkpoints). Invalid values
-raise `ValueError`, and so does an autoencoder of another K, Z or vocabulary.
+Defaults without another source are those of the published models (arXiv 2510.27688 and its checkpoints). Invalid
+values raise `ValueError`, and so does an autoencoder of another K, Z or vocabulary.
 """
 
 import math
