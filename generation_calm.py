@@ -321,7 +321,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         is_sharded = hasattr(self.autoencoder.decoder.lm_head.weight, "full_tensor")
         can_be_lazy = processors is None and not torch.compiler.is_compiling() and not is_sharded
         wants_lazy = sampling.lazy_decoding
-        if wants_lazy is None:
+        if can_be_lazy and wants_lazy is None:
             wants_lazy = self.autoencoder.device.type == "cpu"
         if can_be_lazy and wants_lazy:
             return LazyCandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV)

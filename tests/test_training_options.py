@@ -102,7 +102,7 @@ def test_errors_that_only_model_or_data_show_are_one_line(workshop, tmp_path, ca
         ("--attn_implementation", "nope"): "nope",
         ("--deepspeed", "nope.json"): "deepspeed",
         ("--hidden_act", "nonsense"): "hidden_act='nonsense': must be one of gelu, ",
-        ("--autoencoder", workshop["tokenizer"]): "has none, its config.json has model_type None",
+        ("--autoencoder", workshop["tokenizer"]): "has no autoencoder, its config.json has model_type None",
         ("--autoencoder", "nowhere/at/all"): "no such folder",
     }.items():
         assert message in refusal(capsys, main, "calm", *fields, *words)
