@@ -329,5 +329,5 @@ def test_a_model_with_an_adapter(model):
 def test_a_model_with_remote_code_generates_the_same(tmp_path):
     exact_model().save_pretrained(tmp_path / "model")
     folder = str(tmp_path / "model")
-    tokens = fresh_process.call(model_copies.text_of_a_batcher, tmp_path / "home", folder=folder).result
+    tokens = fresh_process.call(model_copies.generate_by_batcher, tmp_path / "home", folder=folder).result
     assert tokens == generate_alone(CALMForCausalLM.from_pretrained(folder), [BOS, 40], 7, max_new_tokens=20)
