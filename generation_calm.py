@@ -1,4 +1,4 @@
-"""Text generation of CALM under Hugging Face's `generate`: one loop that samples a patch a step and emits K tokens.
+"""Text generation of CALM under Hugging Face's `generate`: one loop that samples a patch of K tokens per step.
 
 Read `generate_patches` first: it prepares a call, takes steps, and collects what is returned. The hooks of `generate`
 and its unsupported settings are in generation_calm_upstream.py, the sampling methods in generation_calm_samplers.py.

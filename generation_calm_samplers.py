@@ -73,7 +73,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_num_candidates(num_candidates: int, temperature: float) -> None:
-    """Raises ValueError unless the temperature is valid and `num_candidates` a whole number of at least 1/T."""
+    """Raises ValueError unless the temperature is valid and `num_candidates` an integer of at least 1/T."""
     check_temperature(temperature)
     if not _is_number(num_candidates, numbers.Integral) or num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates!r}: it must be a positive integer.")
@@ -464,7 +464,7 @@ class RowRandomness(StepRandomness):
 class _NoiseStream:
     """The noise of one kind of one row's samples, drawn in chunks of 32, 32, 64, … samples.
 
-    Each chunk has its own seed: a generator asked for 3 numbers and then 5 need not give the 8 that it gives at once.
+    Each chunk has its own seed: a generator need not give the same 8 numbers as 3 and then 5.
     """
 
     seed: int

@@ -66,7 +66,7 @@ class PatchTarget:
         posterior = self._posterior
         if posterior is not None:
             posterior = posterior[0].to(device, **kwargs), posterior[1].to(device, **kwargs)
-        return type(self)(tokens, self._autoencoder, posterior)
+        return PatchTarget(tokens, self._autoencoder, posterior)
 
     @property
     def tokens(self) -> Tensor:

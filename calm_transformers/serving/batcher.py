@@ -218,7 +218,7 @@ class Batcher:
     def stream(self, prompt: str | Sequence[int] | Tensor, **options) -> Iterator[TextDelta]:
         """Yields a sequence's tokens and text step by step; leaving the loop cancels it. Options as in `submit`.
 
-        This is a generator: `submit` is called, and raises its errors, when the first delta is asked for.
+        This is a generator: `submit` is called, and raises its errors, when the first delta is requested.
         """
         deltas: queue.SimpleQueue[TextDelta | None] = queue.SimpleQueue()
         future = self.submit(prompt, on_piece=deltas.put, **options)

@@ -171,7 +171,7 @@ class SequenceState:
         return reason
 
     def _append_tokens(self, patch: list[int]) -> FinishReason | None:
-        """Appends tokens up to the one that ends the sequence; returns why it ended, or None if it goes on."""
+        """Appends tokens up to the one that ends the sequence; returns why it ended, or None if it continues."""
         for token in patch:
             self.tokens.append(token)
             if token in self.eos_tokens or (self.assembler is not None and self.assembler.push(token)):

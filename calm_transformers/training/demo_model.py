@@ -49,8 +49,8 @@ def write(model: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     code = [] if output.samefile(REPOSITORY) else sorted(model.glob("*.py"))
     for file in [*code, *(model / name for name in FILES)]:
-        with atomic_write(output / file.name) as aside:
-            shutil.copyfile(file, aside)
+        with atomic_write(output / file.name) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 @command
