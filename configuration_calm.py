@@ -68,8 +68,6 @@ class CALMAutoencoderConfig(PretrainedConfig):
         num_encoder_layers, num_decoder_layers: of n layers the first n // 2 stand before the squeeze (encoder) or
             the expansion (decoder), the others after it. At least 1 each.
         patch_size, latent_size: K tokens per latent vector, of size Z.
-        encoder_context: number of preceding patches that the encoder sees beside its own; the decoder sees the latent
-            vector alone.
         hidden_act, mlp_bias, rms_norm_eps, initializer_range: as in Llama.
         token_dropout, latent_dropout: probabilities in training of replacing an input token by id 0 and of dropping
             a latent dimension (paper 2.2); `None`, as published, takes `ae_dropout` for both.
@@ -96,7 +94,6 @@ class CALMAutoencoderConfig(PretrainedConfig):
         ae_dropout: float = 0.15,
         token_dropout: float | None = None,
         latent_dropout: float | None = None,
-        encoder_context: int = 0,
         kl_clamp: float = 0.5,
         kl_weight: float = 1e-3,
         pad_token_id: int | None = None,
@@ -118,9 +115,10 @@ class CALMAutoencoderConfig(PretrainedConfig):
         self.ae_dropout = ae_dropout
         self.token_dropout = token_dropout
         self.latent_dropout = latent_dropout
-        self.encoder_context = encoder_context
         self.kl_clamp = kl_clamp
         self.kl_weight = kl_weight
+        context = kwargs.pop("encoder_context", 0)  # a field of older config.json
+        require(context == 0, f"encoder_context={context} is no longer supported.")
         kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         # The decoder's output matrix is the encoder's embedding; published configs say False and tie all the same.
         kwargs["tie_word_embeddings"] = True
@@ -134,7 +132,6 @@ class CALMAutoencoderConfig(PretrainedConfig):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("num_encoder_layers", "num_decoder_layers"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: the autoencoder needs at least 1 layer.")
-        require(self.encoder_context >= 0, f"encoder_context={self.encoder_context}: must not be negative.")
         for name in ("ae_dropout", "token_dropout", "latent_dropout"):
             rate = getattr(self, name)
             require(rate is None or 0 <= rate < 1, f"{name}={rate}: must lie in [0, 1).")
@@ -157,8 +154,8 @@ class CALMAutoencoderConfig(PretrainedConfig):
 
     def to_diff_dict(self):
         """Returns what config.json holds: of the fields that published autoencoders lack, only those that are set."""
-        unset = {"token_dropout": None, "latent_dropout": None, "encoder_context": 0}
-        return {k: value for k, value in super().to_diff_dict().items() if k not in unset or value != unset[k]}
+        new = ("token_dropout", "latent_dropout")
+        return {k: value for k, value in super().to_diff_dict().items() if k not in new or value is not None}
 
 
 class CALMConfig(LlamaConfig):
@@ -181,6 +178,8 @@ class CALMConfig(LlamaConfig):
         flow_time_logit_mean: the flow head's training times are sigmoid(Normal(this, 1)); `None` is the published
             uniform distribution. Values below 0 favour early times, which decide what a sample becomes.
         sampling_steps: solver steps of the flow head, respaced steps of the diffusion head; `None` is 10 and 100.
+        distilled_temperature: the lowest T < 1 at which the head samples in one draw, trained for every T from there
+            to 1 by the recipe distil-temperature; `None` is T = 1 alone, as published.
         autoencoder_config: a `CALMAutoencoderConfig` or its dictionary; `None` takes the published one with this
             configuration's K, Z and vocabulary.
         prompt_filler_token_id: fills the first patch of a prompt on its left; `None` is the pad token.
@@ -206,6 +205,7 @@ class CALMConfig(LlamaConfig):
         beta: float = 1.0,
         flow_time_logit_mean: float | None = None,
         sampling_steps: int | None = None,
+        distilled_temperature: float | None = None,
         autoencoder_config: CALMAutoencoderConfig | dict | None = None,
         prompt_filler_token_id: int | None = None,
         **kwargs,
@@ -221,6 +221,7 @@ class CALMConfig(LlamaConfig):
         self.beta = beta
         self.flow_time_logit_mean = flow_time_logit_mean
         self.sampling_steps = sampling_steps
+        self.distilled_temperature = distilled_temperature
         self.prompt_filler_token_id = prompt_filler_token_id
         for name in ("prompt_alignment", "repetition_radius", "repetition_radius_measured_at"):
             kwargs.pop(name, None)  # fields of older config.json, without effect
@@ -250,6 +251,8 @@ class CALMConfig(LlamaConfig):
             require(self.head_type in HEADS, f"head_type={self.head_type!r}: must be one of {tuple(HEADS)}.")
             HEADS[self.head_type].check(self)
         require(0 < self.beta < 2, f"beta={self.beta}: must lie in (0, 2), where the energy score is strictly proper.")
+        lowest = self.distilled_temperature
+        require(lowest is None or 0 < lowest < 1, f"distilled_temperature={lowest}: must lie in (0, 1), or be None.")
         steps = self.sampling_steps
         require(steps is None or steps >= 1, f"sampling_steps={steps}: must be at least 1, or None for the default.")
         for name in ("patch_size", "latent_size", "vocab_size"):

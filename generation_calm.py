@@ -48,10 +48,8 @@ logger = logging.get_logger(__name__)
 def takes_sampling_options(method):
     """Adds the fields of `PatchSampling` to the signature of `prepare_inputs_for_generation`, by which upstream tells
     arguments of `generate` from misspelt ones."""
-    signature = inspect.signature(method)
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in PatchSampling.option_names()
-    ]
+    signature, kind = inspect.signature(method), inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(name, kind, default=None) for name in PatchSampling.option_names()]
     *named, rest = signature.parameters.values()
     method.__signature__ = signature.replace(parameters=[*named, *options, rest])
     return method
@@ -88,13 +86,10 @@ class GenerationOutputs:
         # A list, for upstream's pipeline would try to stack a tuple of them.
         self.scores: list[CandidateScores] | None = [] if self.is_dict and config.output_scores else None
         self.put_scores = getattr(call.streamer, "put_scores", None)
-        self.warns_of_fallbacks = sampling.do_sample and sampling.sampling_method == "exact"
-        self.is_exact: list[Tensor] = []  # of each step (R,), on the device until the end
 
     def check_can_be_compiled(self) -> None:
         """Raises ValueError where the call asks for what compiled steps can't return, or has logits processors."""
-        unsupported = [*self.states, *([] if self.scores is None else ["scores"])]
-        if unsupported:
+        if unsupported := [*self.states, *([] if self.scores is None else ["scores"])]:
             raise ValueError(f"compile_config: compiled steps return no {' and no '.join(unsupported)}; leave it out.")
         if self.has_processors:
             raise ValueError("compile_config: compiled steps call no logits processors; leave it out.")
@@ -108,27 +103,8 @@ class GenerationOutputs:
             self.scores.append(scores.in_rows(state.active_rows, len(state.ids_BL)))
             if self.put_scores is not None:
                 self.put_scores(self.scores[-1])
-        if self.warns_of_fallbacks and not state.is_finished:
-            is_exact = sample.is_exact
-            is_exact_R = is_exact if isinstance(is_exact, Tensor) else torch.full((len(state.active_rows),), is_exact)
-            self.is_exact.append(is_exact_R)
-
-    def warn_of_fallbacks(self) -> None:
-        """Warns once of the patches that `sampling_method="exact"` left to the batch rule."""
-        is_exact, sampling = torch.cat(self.is_exact).tolist(), self.sampling
-        if all(is_exact):
-            return
-        why = f"as {sampling.max_samples} candidates held no accepted attempt; raise num_candidates or the temperature"
-        if self.has_processors or sampling.uses_batch_rule:
-            why = "which logits processors, top_k, top_p, min_p and a temperature above 1 require"
-        logger.warning(
-            f'sampling_method="exact": {is_exact.count(False)} of {len(is_exact)} patches were chosen by the batch '
-            f"rule, {why}. `is_exact` in the scores (output_scores=True) tells which."
-        )
 
     def result(self, ids_BL: Tensor, cache: Cache | None) -> GenerateDecoderOnlyOutput | Tensor:
-        if self.is_exact:
-            self.warn_of_fallbacks()
         if not self.is_dict:
             return ids_BL
         fields: dict[str, Any] = {"sequences": ids_BL, CACHE_ARGUMENT: cache, "scores": self.scores, **self.states}
@@ -160,15 +136,13 @@ class EagerStep:
         """Samples the next patch of each active row."""
         outputs = self.model.forward_patches(self.inputs, self.cache, **self.requested)
         hidden_RD = state.select(outputs.last_hidden_state[:, -1])
-        generator, processors = self.generator, None
+        generator, processors, schedule = self.generator, None, self.schedule
         if isinstance(generator, Sequence):
             generator = [generator[row] for row in state.active_rows]
         if self.processors is not None and not state.is_finished:  # else a dummy step, see `synced_gpus`
             num_left = max(self.max_length - state.ids_BL.shape[1], 1)
             processors = self.processors.for_rows(state.active_rows, state.ids_BL, num_left)
-        sample = self.model.sample_patches(
-            hidden_RD, self.sampling, generator, forbidden_KV, self.schedule, processors
-        )
+        sample = self.model.sample_patches(hidden_RD, self.sampling, generator, forbidden_KV, schedule, processors)
         return sample._replace(outputs=outputs)
 
     def set_next_inputs(self, patches_BK: Tensor) -> None:
@@ -193,12 +167,12 @@ class CALMGenerationMixin(PatchGenerationMixin):
         `generator` is a `torch.Generator` on the model's device in place of the global one; or a list of them, on any
         device, one per row of the result: each row is then generated as it would be alone.
         """
-        inputs = {name: value for name, value in kwargs.items() if name not in PatchSampling.option_names()}
-        return {"input_ids": input_ids, **inputs}
+        options = PatchSampling.option_names()
+        return {"input_ids": input_ids, **{name: kwargs[name] for name in kwargs if name not in options}}
 
     def patch_sampling(self, **options) -> PatchSampling:
         """Returns how patches are chosen with these options; the others are the generation configuration's."""
-        return PatchSampling.from_generation_config(self.generation_config, **options)
+        return PatchSampling.from_generation_config(self.generation_config, **options).for_head(self.head)
 
     compute_patch_scores = staticmethod(compute_patch_scores)
 
@@ -212,10 +186,9 @@ class CALMGenerationMixin(PatchGenerationMixin):
         `put_scores` gets each step's `CandidateScores` before its tokens.
         """
         cache = model_kwargs.get(CACHE_ARGUMENT) if model_kwargs.get("use_cache", True) else None
-        prompt_length = input_ids.shape[1]
-        min_length = max(generation_config.min_length or 0, prompt_length + (generation_config.min_new_tokens or 0))
-        step, outputs = self.prepare_steps(input_ids, generation_config, call, cache, min_length, model_kwargs)
-        state = GenerationState(input_ids, call)
+        step, outputs = self.prepare_steps(input_ids, generation_config, call, cache, model_kwargs)
+        # Upstream has added the prompt and min_new_tokens up.
+        state, min_length = GenerationState(input_ids, call), generation_config.min_length or 0
         while call.should_continue(state.is_finished, device=input_ids.device):
             num_left = min_length - state.ids_BL.shape[1]
             sample = step(state, self.forbidden_tokens(num_left, call.eos_tokens, input_ids.device))
@@ -226,17 +199,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
         return outputs.result(state.ids_BL, cache)
 
     def prepare_steps(
-        self,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        call: GenerateCall,
-        cache: Cache | None,
-        min_length: int,
-        model_kwargs: dict,
+        self, input_ids: Tensor, config: GenerationConfig, call: GenerateCall, cache: Cache | None, model_kwargs: dict
     ) -> tuple[EagerStep | CompiledStep, GenerationOutputs]:
         """Checks and prepares one call: packs prompts, and fills the cache with virtual tokens and early chunks."""
         # Options may be fields of the configuration or arguments of the call, which arrive in `model_kwargs`.
-        sampling = PatchSampling.from_generation_config(generation_config, **model_kwargs)
+        sampling = PatchSampling.from_generation_config(config, **model_kwargs).for_head(self.head)
         sampling.check_num_rows(len(input_ids))
         generator, mask = model_kwargs.get("generator"), model_kwargs.get("attention_mask")
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
@@ -244,28 +211,27 @@ class CALMGenerationMixin(PatchGenerationMixin):
                 f"generator is a list of {len(generator)}, but {len(input_ids)} rows are generated: pass one "
                 "generator per row (num_return_sequences counts), or a single one for all."
             )
-        outputs = GenerationOutputs(generation_config, sampling, call)
+        outputs = GenerationOutputs(config, sampling, call)
         if outputs.scores is not None:
             sampling = replace(sampling, lazy_decoding=False)  # every candidate is returned
-        inputs: dict[str, Any] = self.pack_for_generation(input_ids, mask, call.pad_token, call.bos_token)
-        for name in inputs:
-            inputs[name] = inputs[name].to(self.device)  # an offloaded model returns ids on the caller's device
+        packed = self.pack_for_generation(input_ids, mask, call.pad_token, call.bos_token)
+        # An offloaded model returns ids on the caller's device.
+        inputs: dict[str, Any] = dict(packed)
+        for name in packed:
+            inputs[name] = packed[name].to(self.device)
         if bool(inputs["attention_mask"].all()):
             inputs["attention_mask"] = None  # a mask that hides nothing costs operations in every step
-        processors = None
-        if call.processors is not None:
-            processors = SequenceProcessors(call.processors, input_ids, mask, call.bos_token, call.eos_tokens)
+        processors = None if call.processors is None else SequenceProcessors(call, input_ids, mask)
         compiles = call.compile_config is not None
         inputs = prefill_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
         # Processes that share shards must call each module equally often, but would need different numbers of blocks.
         schedule = OneBlock() if compiles or call.synced_gpus else BlockSchedule()
-        max_length, requested = generation_config.max_length, outputs.requested
+        max_length, requested = config.max_length, outputs.requested
         step = eager = EagerStep(self, inputs, cache, sampling, generator, schedule, processors, max_length, requested)
         if call.compile_config is not None:
             outputs.check_can_be_compiled()
-            forbids = min_length > input_ids.shape[1]
-            step = CompiledStep(eager, self, cache, sampling, generator, call.compile_config, inputs, forbids)
-        chunk_size = generation_config.prefill_chunk_size
+            step = CompiledStep(eager, call.compile_config, forbids=(config.min_length or 0) > input_ids.shape[1])
+        chunk_size = config.prefill_chunk_size
         if chunk_size is not None and cache is not None and not outputs.states and not call.synced_gpus:
             eager.inputs = self._prefill_all_but_last_chunk(inputs, cache, chunk_size)
         return step, outputs
@@ -294,6 +260,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             schedule: of the sizes of blocks, passed from step to step, or a `OneBlock`.
             processors: logits processors of these rows.
         """
+        sampling = sampling.for_head(self.head)
         randomness = self.step_randomness(sampling, generator, hidden_RD)
         candidates = self.new_candidates(hidden_RD, randomness, sampling, forbidden_KV, processors)
         index_R, is_exact = sampling.choose(candidates, randomness, schedule)  # samples from the head as it needs
@@ -319,13 +286,17 @@ class CALMGenerationMixin(PatchGenerationMixin):
         # Lazy decoding has data-dependent shapes, which no compiled graph has, and uses the output matrix itself,
         # whose shards (FSDP2) are gathered in a module's forward only.
         is_sharded = hasattr(self.autoencoder.decoder.lm_head.weight, "full_tensor")
-        can_be_lazy = processors is None and not torch.compiler.is_compiling() and not is_sharded
-        wants_lazy = sampling.lazy_decoding
-        if can_be_lazy and wants_lazy is None:
-            wants_lazy = self.autoencoder.device.type == "cpu"
-        if can_be_lazy and wants_lazy:
-            return LazyCandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV)
-        return CandidateBatch(self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV, processors)
+        is_lazy = processors is None and not torch.compiler.is_compiling() and not is_sharded
+        if is_lazy:
+            wanted = sampling.lazy_decoding
+            is_lazy = self.autoencoder.device.type == "cpu" if wanted is None else wanted
+        kind = LazyCandidateBatch if is_lazy else CandidateBatch
+        temperature, proposal = sampling.head_temperature, None
+        if sampling.proposes:
+            is_mode = not sampling.do_sample and processors is None
+            temperature, proposal = 0.0 if is_mode else sampling.temperature, sampling.truncation
+        arguments = self.head, hidden_RD, randomness, self.autoencoder, forbidden_KV, processors
+        return kind(*arguments, temperature, proposal)
 
     def pack_for_generation(
         self,
@@ -365,11 +336,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
     def _prefill_all_but_last_chunk(self, inputs: dict, cache: Cache, chunk_size: int) -> dict:
         """Reads a packed prompt into the cache, `chunk_size` tokens (whole patches, at least one) at a time, but for
         the last chunk; returns the inputs of that one."""
-        patches = max(1, chunk_size // self.config.patch_size)
+        patches, mask_BP = max(1, chunk_size // self.config.patch_size), inputs["attention_mask"]
         past = int(cache.get_seq_length())  # a static cache's is a tensor, which changes
         *chunks, last = inputs["input_ids"].split(patches * self.config.patch_size, dim=1)
         for i, chunk in enumerate(chunks, start=1):
-            mask = None if inputs["attention_mask"] is None else inputs["attention_mask"][:, : past + i * patches]
+            mask = None if mask_BP is None else mask_BP[:, : past + i * patches]
             self.forward_patches({"input_ids": chunk, "attention_mask": mask}, cache)
         return {**inputs, "input_ids": last}
 

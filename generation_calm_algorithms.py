@@ -7,8 +7,6 @@ the samples in order and is exact. The host reads nothing. Axes: B rows, N sampl
 pairs of neighbours.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 
@@ -27,17 +25,11 @@ Pairs = Literal["all", "adjacent", "disjoint"]
 
 
 class Truncation(NamedTuple):
-    """Limits a row's choice to some of its distinct patches, by their weights; all three limits apply.
+    """Limits a row's choice to some of its distinct patches, by their weights; all three limits apply."""
 
-    Args:
-        top_k: keeps this many patches of the largest weight; 0 keeps all.
-        top_p: keeps the fewest patches, by descending weight, that together hold this fraction of it; 1 keeps all.
-        min_p: keeps patches with at least this fraction of the largest weight; 0 keeps all.
-    """
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_k: int = 0  # keeps this many patches of the largest weight; 0 keeps all
+    top_p: float = 1.0  # keeps the fewest patches, by descending weight, that hold this fraction of it; 1 keeps all
+    min_p: float = 0.0  # keeps patches with at least this fraction of the largest weight; 0 keeps all
 
 
 NO_TRUNCATION = Truncation()
@@ -51,14 +43,8 @@ def inverse_temperature(temperature: float) -> float:
     return float(round(exponent))
 
 
-# Which samples are the same patch
-
-
 def first_occurrences(patches_BNK: Tensor) -> Tensor:
-    """Returns for each patch the index of the first one of its row that equals it, (B, N).
-
-    Exact for any K and vocabulary; token ids must lie in [0, 2^32).
-    """
+    """Returns for each patch the index of the first one of its row that equals it, (B, N); ids in [0, 2^32)."""
     if 0 < patches_BNK.numel() * patches_BNK.shape[1] <= MAX_COMPARISONS["cpu" if patches_BNK.is_cpu else "other"]:
         patches_KBN = patches_BNK.movedim(-1, 0)
         equal_BNN = (patches_KBN[..., None] == patches_KBN[..., None, :]).all(0)
@@ -88,9 +74,8 @@ def repetition_log_weights(num_samples: int, exponent: float, device: torch.devi
     """Returns log C(c, s) for c = 0 … N repetitions at the exponent s = 1/T, (N + 1,), float64.
 
     C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)), and zero (log: -inf) for c <= s - 1. For a whole s = n these are
-    the binomials of the paper's Algorithm 2. Between whole numbers, C(c, s) / C(N, s) of a patch seen c times is the
-    unbiased estimate of the series p^s = p^n sum_k a_k (1-p)^k that Algorithm 1 sums by its restarts, cut off at
-    k = N - n. The weights are continuous in s. Below s = 1 a patch that was never seen has a weight, too.
+    the binomials of the paper's Algorithm 2. Otherwise C(c, s) / C(N, s) of a patch seen c times is the unbiased
+    estimate of p^s = p^n sum_k a_k (1-p)^k, which Algorithm 1 sums by its restarts, cut off at k = N - n.
     """
     count = torch.arange(num_samples + 1, dtype=torch.float64, device=device)
     log_weights = torch.lgamma(count + 1) - math.lgamma(exponent + 1) - torch.lgamma(count - exponent + 1)
@@ -109,8 +94,7 @@ def candidate_log_weights(first_BN: Tensor, temperature: float) -> Tensor:
     if temperature > 1:
         unseen_B1 = unseen_log_weight(counts_BN, temperature)
         log_weights_BN = torch.where(counts_BN == 1, log_weights_BN.logaddexp(unseen_B1), log_weights_BN)
-    is_repeat_BN = first_BN != arange(num_samples, first_BN.device)
-    return log_weights_BN.masked_fill(is_repeat_BN, -math.inf)
+    return log_weights_BN.masked_fill(first_BN != arange(num_samples, first_BN.device), -math.inf)
 
 
 def unseen_log_weight(counts_BN: Tensor, temperature: float) -> Tensor:
@@ -134,7 +118,7 @@ def _log_weight_table(num_samples: int, temperature: float, device: torch.device
 
 
 def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
-    """Returns the weights (each row's sum is 1 before) with 0 in place of those that `truncation` removes.
+    """Returns the weights (..., N), of sum 1 before, with 0 in place of those that `truncation` removes.
 
     As upstream: top-k, then top-p of the rest, then min-p. Of equal weights the earlier stays; at least one stays.
     """
@@ -148,28 +132,25 @@ def truncated(weights_BN: Tensor, truncation: Truncation) -> Tensor:
         is_removed_BN = before_BN >= (top_p - ROUNDING) * sorted_BN.sum(-1, keepdim=True)
         sorted_BN = sorted_BN.masked_fill(is_removed_BN & (rank_N > 0), 0)
     if min_p > 0:
-        sorted_BN = sorted_BN.masked_fill(sorted_BN < (1 - ROUNDING) * min_p * sorted_BN[:, :1], 0)
+        sorted_BN = sorted_BN.masked_fill(sorted_BN < (1 - ROUNDING) * min_p * sorted_BN[..., :1], 0)
     return torch.empty_like(weights_BN).scatter_(-1, order_BN, sorted_BN)
 
 
 def candidate_weights(
-    first_BN: Tensor,
-    temperature: float,
-    truncation: Truncation = NO_TRUNCATION,
-    processor_log_weights_BN: Tensor | None = None,
+    first_BN: Tensor, temperature: float, truncation: Truncation = NO_TRUNCATION, log_factors_BN: Tensor | None = None
 ) -> Tensor:
     """Returns the probability of choosing each sample by the batch rule, on first occurrences, (B, N), float32.
 
-    With `processor_log_weights_BN`, log f(x) of each patch x, the target is (P · f)^(1/T) / Z; truncation comes after.
+    With `log_factors_BN`, log f(x) of each patch x, the target is (P · f)^(1/T) / Z; truncation comes after.
     """
     log_weights_BN = candidate_log_weights(first_BN, temperature)
-    if processor_log_weights_BN is not None:
-        log_weights_BN = log_weights_BN + processor_log_weights_BN / temperature
+    if log_factors_BN is not None:
+        log_weights_BN = log_weights_BN + log_factors_BN / temperature
     weights_BN = log_weights_BN.softmax(-1)
-    if truncation == NO_TRUNCATION:
-        return weights_BN
-    weights_BN = truncated(weights_BN, truncation)
-    return weights_BN / weights_BN.sum(-1, keepdim=True)
+    if truncation != NO_TRUNCATION:
+        weights_BN = truncated(weights_BN, truncation)
+        weights_BN = weights_BN / weights_BN.sum(-1, keepdim=True)
+    return weights_BN
 
 
 def sample_by_weight(
@@ -177,11 +158,10 @@ def sample_by_weight(
     noise_BN: Tensor,
     temperature: float,
     truncation: Truncation = NO_TRUNCATION,
-    processor_log_weights_BN: Tensor | None = None,
+    log_factors_BN: Tensor | None = None,
 ) -> Tensor:
     """Samples one index of each row by `candidate_weights`, (B,), with exponential noise (an exponential race)."""
-    weights_BN = candidate_weights(first_BN, temperature, truncation, processor_log_weights_BN)
-    return (weights_BN / noise_BN).argmax(-1)
+    return (candidate_weights(first_BN, temperature, truncation, log_factors_BN) / noise_BN).argmax(-1)
 
 
 # Algorithm 1: attempts along a row's samples
@@ -193,9 +173,7 @@ def compared_pairs(temperature: float) -> Pairs:
     Where 1/T is whole, an attempt compares each sample with the one before it; at 1/T = 2 it always reads two samples.
     """
     exponent = inverse_temperature(temperature)
-    if not exponent.is_integer():
-        return "all"
-    return "disjoint" if exponent == 2 else "adjacent"
+    return "disjoint" if exponent == 2 else "adjacent" if exponent.is_integer() else "all"
 
 
 def first_accepted_attempt(
@@ -244,9 +222,8 @@ def choose_at_limit(first_RN: Tensor, uniform_RN: Tensor | None, noise_RN: Tenso
 
     An attempt that was waiting for its patch to come again reads the row's earlier samples as if they came next, and
     accepts when it has read them all without a restart. Averaged over the orders of N samples, this accepts a patch in
-    proportion to its batch weight C(c, 1/T). Dropping such attempts instead would be biased against rare patches
-    (zipf with 1000 outcomes, N = 200, T = 0.9: total variation 0.14 instead of 0.04). Other rows take the batch rule,
-    at 1/T a whole number all of them: nothing waits there. `first_RN` compares all pairs.
+    proportion to its batch weight C(c, 1/T); dropping such attempts would be biased against rare patches. Other rows,
+    at whole 1/T all of them, take the batch rule. `first_RN` compares all pairs.
     """
     by_weight_R = sample_by_weight(first_RN, noise_RN, temperature)
     if uniform_RN is None:
@@ -265,17 +242,14 @@ def _restart_table(num_samples: int, fraction: float, device: torch.device) -> T
 def _next_different(first_BN: Tensor) -> Tensor:
     """Returns for each sample the index of the next one that differs from it, N where there is none."""
     num_samples = first_BN.shape[-1]
-    changed_BN = first_BN[:, 1:] != first_BN[:, :-1]
-    next_index_N = arange(num_samples, first_BN.device)[1:]
-    changes_BN = F.pad(torch.where(changed_BN, next_index_N, num_samples), (0, 1), value=num_samples)
+    next_N = arange(num_samples, first_BN.device)[1:]
+    changes_BN = torch.where(first_BN[:, 1:] != first_BN[:, :-1], next_N, num_samples)
+    changes_BN = F.pad(changes_BN, (0, 1), value=num_samples)
     return changes_BN.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _next_equal(first_BN: Tensor, circular: bool) -> Tensor:
-    """Returns for each sample the index of the next one that equals it, N where there is none.
-
-    `circular`: index N + i stands for sample i, so that at the latest a sample finds itself.
-    """
+    """Returns for each sample the index of the next one that equals it, or N; `circular`: N + i is sample i again."""
     num_samples = first_BN.shape[-1]
     sorted_BN, order_BN = torch.sort(first_BN, dim=-1, stable=True)
     # The first occurrence of a patch is also its next one around the circle.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .generation_calm_algorithms import Pairs, first_occurrences, occurrence_counts
+from .generation_calm_algorithms import Pairs, Truncation, first_occurrences, occurrence_counts
 from .generation_calm_samplers import StepRandomness
 from .generation_calm_sequences import CandidateProcessors
 from .heads_calm import GenerativeHead
@@ -45,6 +45,8 @@ class CandidateBatch:
         autoencoder: decodes latent vectors.
         forbidden_KV (`(K, V)` bool, *optional*): tokens that are forbidden at a position.
         processors (*optional*): the logits processors of these rows.
+        temperature: at which the head samples; 0 is the most probable patch, where the head knows it.
+        proposal (*optional*): of a head that knows probabilities: which tokens it proposes, to be accepted or not.
     """
 
     def __init__(
@@ -55,12 +57,15 @@ class CandidateBatch:
         autoencoder: CALMAutoencoder,
         forbidden_KV: Tensor | None = None,
         processors: CandidateProcessors | None = None,
+        temperature: float = 1.0,
+        proposal: Truncation | None = None,
     ):
         self.head, self.hidden_BD, self.randomness, self.autoencoder = head, hidden_BD, randomness, autoencoder
-        self.forbidden_KV, self.processors = forbidden_KV, processors
+        self.forbidden_KV, self.processors, self.proposal = forbidden_KV, processors, proposal
+        self.temperature = temperature
         self.rows_B = arange(len(hidden_BD), hidden_BD.device)
         self.has_processors = processors is not None
-        self.processor_log_weights_BN: Tensor | None = None
+        self.log_factors_BN: Tensor | None = None
         self.blocks: list[tuple[Tensor, int]] = []  # which rows drew, and how many samples each
         self.num_drawn = 0
         self.tokens_BNK: Any = None  # a tensor from the first `extend` on
@@ -69,27 +74,40 @@ class CandidateBatch:
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
         noise = self.randomness.noise_arguments(self.head, self.hidden_BD, rows_R, num_samples)
         context_RD = self._select(rows_R, self.hidden_BD)
+        log_factors_nR = None
         with cpu_kernels(num_samples * len(context_RD), context_RD.shape[-1]):
-            latents_nRZ = self.head.sample(context_RD, num_samples=num_samples, **noise)
-        self._add(rows_R, latents_nRZ)
-        self.blocks.append((rows_R, num_samples))
-        self.num_drawn += num_samples
+            if self.proposal is None:
+                latents_nRZ = self.head.sample(context_RD, num_samples, temperature=self.temperature, **noise)
+            else:
+                arguments = num_samples, self.temperature, self.proposal
+                latents_nRZ, log_factors_nR = self.head.propose(context_RD, *arguments, **noise)
+        tokens_nRK = self._decode_new(rows_R, latents_nRZ)
+        if self.processors is not None:
+            log_acceptance = [None] * len(rows_R) if log_factors_nR is None else log_factors_nR.unbind(1)
+            by_row = zip(rows_R.tolist(), latents_nRZ.unbind(1), tokens_nRK.unbind(1), log_acceptance, strict=True)
+            processed = [self._process(self.processors, *row) for row in by_row]
+            tokens_nRK, log_factors_nR = (torch.stack(parts, dim=1) for parts in zip(*processed, strict=True))
+        self.tokens_BNK = self._append(self.tokens_BNK, rows_R, tokens_nRK)
+        if log_factors_nR is not None:
+            self.log_factors_BN = self._append(self.log_factors_BN, rows_R, log_factors_nR)
+        self.blocks.append((rows_R, len(latents_nRZ)))
+        self.num_drawn += len(latents_nRZ)
         self._compared = None
 
-    def _add(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
+    def _decode_new(self, rows_R: Tensor, latents_nRZ: Tensor) -> Tensor:
+        """Returns the tokens (n, R, K) of new candidates."""
         with cpu_kernels(latents_nRZ[..., 0].numel(), self.autoencoder.config.hidden_size):
-            tokens_nRK = self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
-        if self.processors is not None:
-            by_row = zip(rows_R.tolist(), latents_nRZ.unbind(1), tokens_nRK.unbind(1), strict=True)
-            processed = [self._process(self.processors, *row) for row in by_row]
-            tokens_nRK, log_weights_nR = (torch.stack(parts, dim=1) for parts in zip(*processed, strict=True))
-            self.processor_log_weights_BN = self._append(self.processor_log_weights_BN, rows_R, log_weights_nR)
-        self.tokens_BNK = self._append(self.tokens_BNK, rows_R, tokens_nRK)
+            return self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
 
     def _process(
-        self, processors: CandidateProcessors, row: int, latents_nZ: Tensor, tokens_nK: Tensor
+        self,
+        processors: CandidateProcessors,
+        row: int,
+        latents_nZ: Tensor,
+        tokens_nK: Tensor,
+        log_acceptance_n: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Decodes one row's distinct new candidates under its processors: tokens (n, K) and log weights (n,)."""
+        """Decodes one row's distinct new candidates under its processors: tokens (n, K) and log factors (n,)."""
         first_C, inverse_n = first_occurrences(tokens_nK[None])[0].unique(return_inverse=True)
         config, device = self.autoencoder.config, latents_nZ.device
         chunk_size = max(1, logits_chunk_size(device) // (config.patch_size * config.vocab_size))
@@ -97,6 +115,10 @@ class CandidateBatch:
         decoded = [processors.decode(row, self._logits(latents_cZ)) for latents_cZ in chunks]
         patches_CK, log_weights_C = (torch.cat(parts).to(tokens_nK.device) for parts in zip(*decoded, strict=True))
         patches_nK, log_weights_n = patches_CK[inverse_n], log_weights_C[inverse_n]
+        if self.temperature != 1:  # the target's factor is f^(1/T), of which this is not yet taken
+            log_weights_n = log_weights_n / self.temperature
+        if log_acceptance_n is not None:
+            log_weights_n = log_weights_n + log_acceptance_n
         # Candidates that are the same patch now weigh what they weigh on average.
         first_n = first_occurrences(patches_nK[None])[0]
         largest = log_weights_n.amax()
@@ -137,15 +159,14 @@ class CandidateBatch:
 
 
 class LazyCandidateBatch(CandidateBatch):
-    """Decodes nothing in `extend`, and in `compare` and `decode_chosen` only what they need; takes no processors."""
+    """Decodes only what `compare` and `decode_chosen` need, and when they need it; takes no processors."""
 
     latents_BNZ: Any = None  # a tensor from the first `extend` on
 
-    def _add(self, rows_R: Tensor, latents_nRZ: Tensor) -> None:
+    def _decode_new(self, rows_R: Tensor, latents_nRZ: Tensor) -> Tensor:
         patch_size = self.autoencoder.config.patch_size
-        unknown_nRK = torch.full((*latents_nRZ.shape[:2], patch_size), NO_TOKEN, device=rows_R.device)
         self.latents_BNZ = self._append(self.latents_BNZ, rows_R, latents_nRZ)
-        self.tokens_BNK = self._append(self.tokens_BNK, rows_R, unknown_nRK)
+        return torch.full((*latents_nRZ.shape[:2], patch_size), NO_TOKEN, device=rows_R.device)
 
     def compare(self, rows_R: Tensor, pairs: Pairs = "all", noise_RN: Tensor | None = None) -> Tensor:
         """Refines groups of candidates that may be equal, token by token: with K = 2 the last tokens of all candidates
@@ -288,9 +309,9 @@ def candidate_scores(
 def _scores_of_row(
     candidates: CandidateBatch, row: int, index: int, num_samples: int, weights: Callable[..., Tensor]
 ) -> tuple[Tensor, ...]:
-    tokens_NK, log_weights_BN = candidates.tokens_BNK[row, :num_samples], candidates.processor_log_weights_BN
+    tokens_NK, log_factors_BN = candidates.tokens_BNK[row, :num_samples], candidates.log_factors_BN
     first_1N = first_occurrences(tokens_NK[None])
-    weights_N = weights(first_1N, None if log_weights_BN is None else log_weights_BN[row, None, :num_samples])[0]
+    weights_N = weights(first_1N, None if log_factors_BN is None else log_factors_BN[row, None, :num_samples])[0]
     first_D = (first_1N[0] == arange(num_samples, first_1N.device)).nonzero()[:, 0]
     first_D = first_D[weights_N[first_D].sort(descending=True, stable=True).indices]
     chosen = (first_D == first_1N[0, index]).nonzero()[0, 0]

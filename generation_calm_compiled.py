@@ -37,21 +37,13 @@ MAX_COMPILED_STEPS = 64  # of a model
 class CompiledStep:
     """Takes the steps of one call of `generate`: the first, which reads the prompt, eagerly, the others as a graph.
 
-    `prompt` has `input_ids` and, by patch, an `attention_mask` or None. With `forbids` tokens may be forbidden in any
-    step: the graph then always takes a mask of these. Raises ValueError for a model or a cache that can't be compiled.
+    `first_step` is an `EagerStep` whose inputs are the whole prompt. With `forbids` the graph always takes a mask of
+    forbidden tokens. Raises ValueError for a model or a cache that can't be compiled.
     """
 
-    def __init__(
-        self,
-        first_step: Callable[[GenerationState, Tensor | None], PatchSample],
-        model: Any,
-        cache: Cache | None,
-        sampling: PatchSampling,
-        generator: Randomness,
-        config: CompileConfig,
-        prompt: dict[str, Any],
-        forbids: bool = False,
-    ):
+    def __init__(self, first_step: Any, config: CompileConfig, forbids: bool):
+        model = first_step.model
+        cache, prompt = first_step.cache, first_step.inputs
         if cache is None or not getattr(cache, "is_compileable", False):
             raise ValueError(
                 'compile_config: steps are compiled with a cache of fixed size; add cache_implementation="static".'
@@ -65,8 +57,8 @@ class CompiledStep:
                 f"takes one of {SUPPORTED_ATTENTION} with one of {SUPPORTED_ROPE_TYPES}."
             )
         self.first_step, self.model, self.cache = first_step, model, cache
-        self.sampling, self.generator = sampling, generator
-        self.step = _compiled(model, config, sampling)
+        self.sampling, self.generator = first_step.sampling, first_step.generator
+        self.step = _compiled(model, config, self.sampling)
         (num_rows, num_tokens), device = prompt["input_ids"].shape, prompt["input_ids"].device
         num_patches, mask_BP = num_tokens // model.config.patch_size, prompt["attention_mask"]
         no_padding_B = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -92,10 +84,8 @@ class CompiledStep:
             arguments = self.unread_BK, self.position_1, self.positions_P, self.padding_B, self.cache
             sample: PatchSample = self.step(*arguments, self.sampling, forbidden_KV, noise)
         self.position_1 = self.position_1 + 1
-        is_exact = sample.is_exact
-        is_exact = state.select(is_exact.clone()) if isinstance(is_exact, Tensor) else is_exact
-        # A graph's outputs are overwritten by its next run.
-        return sample._replace(patches=sample.patches.clone(), is_exact=is_exact)
+        # A graph's outputs are overwritten by its next run; `is_exact` is for scores, which it doesn't give.
+        return sample._replace(patches=sample.patches.clone())
 
 
 def _compiled(model: Any, config: CompileConfig, sampling: PatchSampling) -> Callable[..., Any]:
@@ -121,7 +111,8 @@ def draw_step_noise(model: Any, sampling: PatchSampling, num_rows: int, generato
     if "generator" in noise:  # one for all rows, which gives no tensors yet
         noise = model.head.predrawn_noise(num_samples, num_rows, context_BD, noise["generator"])
     if sampling.do_sample and not sampling.takes_single_sample:
-        if not sampling.uses_batch_rule and not inverse_temperature(sampling.temperature).is_integer():
+        is_whole = inverse_temperature(sampling.temperature).is_integer() and not sampling.proposes
+        if not sampling.uses_batch_rule and not is_whole:
             noise["uniform"] = randomness.numbers("uniform", rows_B, num_samples)
         noise["exponential"] = randomness.numbers("exponential", rows_B, num_samples)
     return noise
@@ -148,14 +139,8 @@ def _step_of(model: Any):
         is_seen_BP = (positions_P <= position_1) & (positions_P >= padding_B[:, None])
         hidden = torch.finfo(calm.dtype).min
         mask_B11P = torch.zeros_like(is_seen_BP, dtype=calm.dtype).masked_fill(~is_seen_BP, hidden)[:, None, None]
-        outputs = calm(
-            input_ids=patches_BK,
-            attention_mask=mask_B11P,
-            position_ids=(position_1 - padding_B)[:, None],
-            cache=cache,
-            use_cache=True,
-        )
-        hidden_BD = outputs.last_hidden_state[:, -1]
+        position_B1 = (position_1 - padding_B)[:, None]
+        hidden_BD = calm(patches_BK, mask_B11P, position_B1, cache=cache, use_cache=True).last_hidden_state[:, -1]
         sample = calm.sample_patches(hidden_BD, sampling, PredrawnRandomness(noise), forbidden_KV, OneBlock())
         return sample._replace(candidates=None, index=None)
 

@@ -5,7 +5,8 @@ of candidates draw, and return the index of the one chosen for each row; none kn
 
 - `batch_temperature_select`: weighs the distinct patches among N samples (paper, Algorithm 2, extended to every T),
   and truncates by weight (top-k, top-p, min-p);
-- `exact_temperature_sample`: the paper's Algorithm 1, drawing in growing blocks up to a limit, then the batch rule;
+- `exact_temperature_sample`: the paper's Algorithm 1, in growing blocks up to a limit, then the batch rule; or, from
+  heads that know probabilities, rejection sampling;
 - `most_frequent_patch`: the mode of N samples, for `do_sample=False`.
 
 Rows are independent. What depends on samples stays on their device, except that after each block of the exact method
@@ -19,7 +20,7 @@ import numbers
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -40,7 +41,7 @@ from .generation_calm_algorithms import (
     occurrence_counts,
     sample_by_weight,
 )
-from .kernels_calm import as_tensor
+from .kernels_calm import arange, as_tensor
 
 if TYPE_CHECKING:
     from .heads_calm import GenerativeHead
@@ -51,11 +52,12 @@ FIRST_GUESS = 64  # samples that a row is expected to need before any step has b
 MAX_SAMPLES_PER_STEP = 2**22  # about a kilobyte is kept of each: 4 GB
 MAX_TEMPERATURE = 2.0  # above, most of the distribution is patches that were not drawn
 EXACT_LIMIT = 10  # most samples of the exact method, in units of num_candidates
+TRIES_IN_ONE_BLOCK = 32  # of rejection sampling in a compiled step
 FIRST_CHUNK = 32  # samples; their noise is drawn at once where each row has a generator
 NumberKind = Literal["uniform", "exponential"]  # on [0, 1), and of mean 1
 NOISE_KINDS: tuple[str, ...] = (*get_args(NumberKind), "head")
 
-SamplingMethod = Literal["batch", "adaptive", "exact"]
+SamplingMethod = Literal["auto", "rejection", "distilled", "batch", "adaptive", "exact"]
 SAMPLING_METHODS = get_args(SamplingMethod)
 
 
@@ -97,10 +99,15 @@ class PatchSampling:
         sampling_method: "batch" draws all N and weighs them (paper, Algorithm 2). "exact" draws in growing blocks
             until Algorithm 1 has a result, and takes the batch result after 10·N samples without one. "adaptive" is
             the same with a limit of N samples: at T = 1/n no further from the target than "batch", and faster where
-            patches repeat. At T > 1, or with a truncation, all three are "batch".
+            patches repeat. At T > 1, or with a truncation, all three are "batch". "rejection" is exact and seldom
+            draws more than 8: for heads that know the probabilities of tokens. "distilled" draws one, from heads that
+            were trained for the temperature. "auto" is "rejection" or "distilled" where the head can, else "adaptive";
+            below a head's range its candidates are samples at the lowest temperature of that.
         lazy_decoding: True decodes only what the choice of a patch needs, False every candidate in full; the patches
             are the same. `None` means True on a CPU. With logits processors every candidate is decoded in full.
-        top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`.
+        top_k, top_p, min_p: which of the distinct candidates may be chosen, see `Truncation`; with "rejection", which
+            tokens, given those before them in the patch.
+        head_temperature: no option; the temperature of the head's samples, see `for_head`.
 
     Raises:
         ValueError: a value outside its range, or fewer than 1/T candidates.
@@ -109,11 +116,12 @@ class PatchSampling:
     do_sample: bool = True
     temperature: float = 1.0
     num_candidates: int = 200  # published setting of the batch algorithm
-    sampling_method: SamplingMethod = "adaptive"
+    sampling_method: SamplingMethod = "auto"
     lazy_decoding: bool | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    head_temperature: float = 1.0
 
     def __post_init__(self):
         if self.sampling_method not in SAMPLING_METHODS:
@@ -137,7 +145,7 @@ class PatchSampling:
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
-        return tuple(cls.__dataclass_fields__)
+        return tuple(cls.__dataclass_fields__)[:-1]  # the last is `head_temperature`
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig, **overrides) -> PatchSampling:
@@ -152,19 +160,47 @@ class PatchSampling:
             settings = {n: v for n, v in settings.items() if n not in ("temperature", "top_k", "top_p", "min_p")}
         return cls(**settings)
 
+    def for_head(self, head: GenerativeHead) -> PatchSampling:
+        """Returns the options with the method that "auto" stands for; ValueError where the head can't do it."""
+        method, lowest = self.sampling_method, head.lowest_temperature
+        if method == "auto" and head.knows_probabilities:
+            return replace(self, sampling_method="rejection")
+        if method == "rejection" and not head.knows_probabilities:
+            raise ValueError(f"sampling_method='rejection': {type(head).__name__} knows no probabilities; use 'auto'.")
+        if method not in ("auto", "distilled"):
+            return self
+        temperature = min(1.0, max(lowest, self.temperature)) if self.do_sample else lowest
+        is_distilled = lowest < 1 and self.temperature == temperature
+        if method == "distilled" and self.do_sample and self.temperature != temperature:
+            range_ = f"from {lowest:g} to 1" if lowest < 1 else "1 alone (recipe distil-temperature trains others)"
+            raise ValueError(f"sampling_method='distilled': T={self.temperature}, but the head samples at T {range_}.")
+        return replace(self, sampling_method="distilled" if is_distilled else "adaptive", head_temperature=temperature)
+
     @property
     def truncation(self) -> Truncation:
         return Truncation(self.top_k, self.top_p, self.min_p)
 
     @property
+    def proposes(self) -> bool:
+        """Whether candidates are drawn at the temperature and accepted or rejected."""
+        return self.sampling_method == "rejection" and not self.takes_single_sample
+
+    @property
+    def remaining_temperature(self) -> float:
+        """The temperature at which candidates, once drawn, are chosen."""
+        return 1.0 if self.proposes else self.temperature / self.head_temperature
+
+    @property
     def takes_single_sample(self) -> bool:
         """Whether a step draws one patch and takes it."""
-        return self.do_sample and self.temperature == 1 and (self.top_k, self.top_p, self.min_p) == NO_TRUNCATION
+        is_at_target = self.temperature == self.head_temperature
+        return self.do_sample and is_at_target and (self.top_k, self.top_p, self.min_p) == NO_TRUNCATION
 
     @property
     def uses_batch_rule(self) -> bool:
         """Whether a step draws all candidates and weighs them, whatever the first of them are."""
-        return self.sampling_method == "batch" or self.temperature > 1 or self.truncation != NO_TRUNCATION
+        is_beyond = self.remaining_temperature > 1 or self.truncation != NO_TRUNCATION
+        return self.sampling_method == "batch" or (is_beyond and not self.proposes)
 
     @property
     def max_samples(self) -> int:
@@ -175,9 +211,11 @@ class PatchSampling:
     @property
     def samples_in_one_block(self) -> int:
         """The number of patches that `choose` draws for a row with the schedule `OneBlock`."""
-        if not self.do_sample:
-            return self.num_candidates
-        return 1 if self.takes_single_sample else self.max_samples
+        if self.takes_single_sample or (self.proposes and not self.do_sample):
+            return 1
+        if self.proposes:
+            return min(TRIES_IN_ONE_BLOCK, self.num_candidates)
+        return self.max_samples if self.do_sample else self.num_candidates
 
     def choose(
         self, candidates: Candidates, randomness: Randomness = None, schedule: BlockSchedule | OneBlock | None = None
@@ -186,23 +224,27 @@ class PatchSampling:
 
         Returns its index (B,), and whether it is an exact sample of the target: one value for all rows, or (B,).
         """
+        is_mode = self.proposes and not self.do_sample  # of the head: the only proposal
+        if (is_mode or self.takes_single_sample) and not candidates.has_processors:
+            candidates.extend(candidates.rows_B, 1)
+            return torch.zeros_like(candidates.rows_B), not is_mode and self.head_temperature == 1
         if not self.do_sample:
             return most_frequent_patch(candidates, self.num_candidates), False
-        if self.takes_single_sample and not candidates.has_processors:
-            candidates.extend(candidates.rows_B, 1)
-            return torch.zeros_like(candidates.rows_B), True
         if self.uses_batch_rule or candidates.has_processors:
-            settings = self.temperature, self.num_candidates, randomness, self.truncation
+            truncation = NO_TRUNCATION if self.proposes else self.truncation
+            settings = self.remaining_temperature, self.num_candidates, randomness, truncation
             return batch_temperature_select(candidates, *settings), False
-        if isinstance(schedule, OneBlock):
-            return one_block_temperature_sample(candidates, self.temperature, self.max_samples, randomness)
         # "adaptive" and "exact" differ only in `max_samples`, after which the batch rule chooses.
-        return exact_temperature_sample(candidates, self.temperature, self.max_samples, randomness, schedule)
+        attempts = Proposals() if self.proposes else RepetitionAttempts(self.remaining_temperature)
+        if isinstance(schedule, OneBlock):
+            return sample_in_one_block(candidates, attempts, self.samples_in_one_block, randomness)
+        return exact_temperature_sample(candidates, attempts, self.max_samples, randomness, schedule)
 
-    def weights(self, first_BN: Tensor, processor_log_weights_BN: Tensor | None = None) -> Tensor:
+    def weights(self, first_BN: Tensor, log_factors_BN: Tensor | None = None) -> Tensor:
         """Returns the weight of each candidate in the choice, on first occurrences, each row's sum 1; (B, N)."""
-        temperature, truncation = (self.temperature, self.truncation) if self.do_sample else (1.0, NO_TRUNCATION)
-        return candidate_weights(first_BN, temperature, truncation, processor_log_weights_BN)
+        temperature = self.remaining_temperature if self.do_sample else 1.0
+        truncation = self.truncation if self.do_sample and not self.proposes else NO_TRUNCATION
+        return candidate_weights(first_BN, temperature, truncation, log_factors_BN)
 
 
 # The methods
@@ -214,12 +256,12 @@ class Candidates(Protocol):
     Args:
         rows_B: the numbers of the rows, 0 … B − 1, on the device of all answers.
         has_processors: whether logits processors weigh candidates: then all must be drawn and weighed.
-        processor_log_weights_BN: log of what they multiply each patch's probability by, or None.
+        log_factors_BN: log of what they multiply each patch's probability by, and of a proposal's acceptance; or None.
     """
 
     rows_B: Tensor
     has_processors: bool
-    processor_log_weights_BN: Tensor | None
+    log_factors_BN: Tensor | None
 
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
         """Draws more samples for each of these rows, which must have drawn in every call before."""
@@ -237,9 +279,8 @@ def most_frequent_patch(candidates: Candidates, num_samples: int) -> Tensor:
     """Draws N samples and returns the index of each row's most frequent patch, the first seen of ties, (B,)."""
     candidates.extend(candidates.rows_B, num_samples)
     first_BN = candidates.compare(candidates.rows_B)
-    log_weights_BN = candidates.processor_log_weights_BN
-    if log_weights_BN is not None:
-        return candidate_weights(first_BN, 1.0, processor_log_weights_BN=log_weights_BN).argmax(-1)
+    if candidates.log_factors_BN is not None:
+        return candidate_weights(first_BN, 1.0, log_factors_BN=candidates.log_factors_BN).argmax(-1)
     counts_BN = occurrence_counts(first_BN)
     earliness_N = torch.arange(num_samples - 1, -1, -1, device=counts_BN.device)
     return (counts_BN * num_samples + earliness_N).argmax(-1)
@@ -261,51 +302,91 @@ def batch_temperature_select(
     candidates.extend(candidates.rows_B, num_samples)
     noise_BN = StepRandomness.of(randomness).numbers("exponential", candidates.rows_B, num_samples)
     first_BN = candidates.compare(candidates.rows_B)
-    return sample_by_weight(first_BN, noise_BN, temperature, truncation, candidates.processor_log_weights_BN)
+    return sample_by_weight(first_BN, noise_BN, temperature, truncation, candidates.log_factors_BN)
+
+
+class RepetitionAttempts:
+    """Attempts of the paper's Algorithm 1: 1/T samples of P in a row that are the same patch; ValueError for T > 1."""
+
+    def __init__(self, temperature: float):
+        if temperature > 1:
+            raise ValueError(f"temperature={temperature}: Algorithm 1 sharpens; above 1 patches are chosen by weight.")
+        exponent = inverse_temperature(temperature)
+        self.temperature = temperature
+        self.pairs: Pairs = compared_pairs(temperature)
+        self.length, self.needs_uniform = math.ceil(exponent), not exponent.is_integer()
+
+    def first_accepted(
+        self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor | None
+    ) -> Tensor:
+        """Returns at which sample each row's first accepted attempt starts, (R,); N where there is none.
+
+        `noise_RN` are the random numbers of `choose_at_limit`, None before the last block.
+        """
+        first_RN = candidates.compare(rows_R, self.pairs, None if self.pairs == "all" else noise_RN)
+        return first_accepted_attempt(first_RN, uniform_RN, self.temperature)
+
+    def choose_at_limit(
+        self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor
+    ) -> Tensor:
+        """Chooses a sample of each row that has no accepted attempt and may draw no more, (R,)."""
+        return choose_at_limit(candidates.compare(rows_R), uniform_RN, noise_RN, self.temperature)
+
+
+class Proposals(RepetitionAttempts):
+    """Attempts of rejection sampling: single samples, each accepted with the probability in its log factor."""
+
+    def __init__(self):
+        self.length, self.needs_uniform = 1, True
+
+    def first_accepted(
+        self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor | None
+    ) -> Tensor:
+        assert uniform_RN is not None and candidates.log_factors_BN is not None
+        num_samples = uniform_RN.shape[1]
+        is_rejected_RN = uniform_RN.log() >= candidates.log_factors_BN[rows_R]
+        return arange(num_samples, rows_R.device).masked_fill(is_rejected_RN, num_samples).amin(-1)
+
+    def choose_at_limit(
+        self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor
+    ) -> Tensor:
+        """Weighs the samples by their probability of acceptance, as in importance sampling."""
+        assert candidates.log_factors_BN is not None
+        log_factors_RN = candidates.log_factors_BN[rows_R]
+        return sample_by_weight(candidates.compare(rows_R), noise_RN, 1.0, log_factors_BN=log_factors_RN)
 
 
 def exact_temperature_sample(
     candidates: Candidates,
-    temperature: float,
+    attempts: RepetitionAttempts,
     max_samples: int,
     randomness: Randomness = None,
     schedule: BlockSchedule | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Samples P^(1/T)/Z exactly (paper, Algorithm 1), with at most `max_samples` samples of P per row.
+    """Samples P^(1/T)/Z exactly: draws in blocks, each doubling a row's samples, until it has an accepted attempt.
 
-    Each block doubles the number of samples. A row stops at an accepted attempt, or at `max_samples` with
-    `choose_at_limit`. A `schedule` passed from step to step fits the first block to the steps before.
-
-    The total-variation distance to the target is at most the fraction of rows not exact. `max_samples=num_candidates`
-    makes it a substitute for `batch_temperature_select` with fewer samples: at T = 1/n the distance was no larger in
-    every case enumerated, at other T no larger within the noise of a simulation (tests/test_samplers.py,
-    TestFallback). Raises ValueError for T outside (0, 1] and for max_samples < 1/T.
-
-    Returns:
-        index of the sample chosen (B,), and whether an attempt was accepted (B,), on the CPU.
+    After `max_samples` a row takes `choose_at_limit`: the total variation from the target is at most the fraction of
+    such rows. With `max_samples=num_candidates`, Algorithm 1 is no further from it than `batch_temperature_select`
+    (tests/test_samplers.py, TestFallback). A `schedule` is passed from step to step. Returns the index of the sample
+    chosen (B,), and whether an attempt was accepted (B,), on the CPU.
     """
-    check_num_candidates(max_samples, temperature)
-    if temperature > 1:
-        raise ValueError(f"temperature={temperature}: Algorithm 1 sharpens; above 1 patches are chosen by weight.")
-    exponent, pairs = inverse_temperature(temperature), compared_pairs(temperature)
-    attempt_length, num_rows = math.ceil(exponent), len(candidates.rows_B)
+    num_rows = len(candidates.rows_B)
     schedule, randomness = BlockSchedule() if schedule is None else schedule, StepRandomness.of(randomness)
-    first_block = schedule.first_block(min(max(MIN_BLOCK_SIZE, attempt_length), max_samples), num_rows, max_samples)
+    first_block = schedule.first_block(min(max(MIN_BLOCK_SIZE, attempts.length), max_samples), num_rows, max_samples)
     chosen = [0] * num_rows
     open_rows, rows_R = list(range(num_rows)), candidates.rows_B  # rows that draw, on the host and on the device
     uniform_RN = noise_RN = None
     for num_drawn, size in block_sizes(first_block, max_samples):
         candidates.extend(rows_R, size)
-        if not exponent.is_integer():
+        if attempts.needs_uniform:
             new_RN = randomness.numbers("uniform", rows_R, size)
             uniform_RN = new_RN if uniform_RN is None else torch.cat([uniform_RN, new_RN], dim=1)
         if num_drawn == max_samples:
             noise_RN = randomness.numbers("exponential", rows_R, max_samples)
-        first_RN = candidates.compare(rows_R, pairs, None if pairs == "all" else noise_RN)
-        starts = first_accepted_attempt(first_RN, uniform_RN, temperature).tolist()
+        starts = attempts.first_accepted(candidates, rows_R, uniform_RN, noise_RN).tolist()
         for row, start in zip(open_rows, starts, strict=True):
             chosen[row] = start
-        schedule.record(start + attempt_length for start in starts if start < num_drawn)
+        schedule.record(start + attempts.length for start in starts if start < num_drawn)
         still_open = [i for i, start in enumerate(starts) if start == num_drawn]  # no accepted attempt yet
         if len(still_open) < len(open_rows):
             open_rows, index_R = [open_rows[i] for i in still_open], as_tensor(still_open, rows_R.device)
@@ -317,26 +398,23 @@ def exact_temperature_sample(
     schedule.record([max_samples] * len(open_rows))
     index_B = as_tensor(chosen, rows_R.device)
     if open_rows and noise_RN is not None:
-        index_R = choose_at_limit(candidates.compare(rows_R), uniform_RN, noise_RN, temperature)
+        index_R = attempts.choose_at_limit(candidates, rows_R, uniform_RN, noise_RN)
         index_B = index_R if len(open_rows) == num_rows else index_B.index_copy(0, rows_R, index_R)
     fell_back = set(open_rows)
     return index_B, torch.tensor([row not in fell_back for row in range(num_rows)])
 
 
-def one_block_temperature_sample(
-    candidates: Candidates, temperature: float, num_samples: int, randomness: Randomness = None
+def sample_in_one_block(
+    candidates: Candidates, attempts: RepetitionAttempts, num_samples: int, randomness: Randomness = None
 ) -> tuple[Tensor, Tensor]:
     """Samples as `exact_temperature_sample`, in one block: the host reads nothing, both results are on the device."""
-    check_num_candidates(num_samples, temperature)
-    randomness, has_restarts = StepRandomness.of(randomness), not inverse_temperature(temperature).is_integer()
-    candidates.extend(candidates.rows_B, num_samples)
-    uniform_BN = randomness.numbers("uniform", candidates.rows_B, num_samples) if has_restarts else None
-    noise_BN = randomness.numbers("exponential", candidates.rows_B, num_samples)
-    first_BN = candidates.compare(candidates.rows_B)
-    start_B = first_accepted_attempt(first_BN, uniform_BN, temperature)
-    fallback_B = choose_at_limit(first_BN, uniform_BN, noise_BN, temperature)
-    is_exact_B = start_B < num_samples
-    return torch.where(is_exact_B, start_B, fallback_B), is_exact_B
+    randomness, rows_B = StepRandomness.of(randomness), candidates.rows_B
+    candidates.extend(rows_B, num_samples)
+    uniform_BN = randomness.numbers("uniform", rows_B, num_samples) if attempts.needs_uniform else None
+    noise_BN = randomness.numbers("exponential", rows_B, num_samples)
+    start_B = attempts.first_accepted(candidates, rows_B, uniform_BN, noise_BN)
+    fallback_B = attempts.choose_at_limit(candidates, rows_B, uniform_BN, noise_BN)
+    return torch.where(start_B < num_samples, start_B, fallback_B), start_B < num_samples
 
 
 # The blocks of the exact method
@@ -352,7 +430,7 @@ def block_sizes(first: int, max_samples: int) -> Iterator[tuple[int, int]]:
 
 
 class OneBlock:
-    """Selects `one_block_temperature_sample`, where a `BlockSchedule` selects growing blocks."""
+    """Selects `sample_in_one_block`, where a `BlockSchedule` selects growing blocks."""
 
 
 @dataclass(eq=False)

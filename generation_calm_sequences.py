@@ -44,8 +44,7 @@ class GenerationState:
 
     def __init__(self, prompts_BL: Tensor, call: GenerateCall):
         self.ids_BL, self.call = prompts_BL, call
-        self.is_finished = False
-        self.active_rows = list(range(len(prompts_BL)))
+        self.is_finished, self.active_rows = False, list(range(len(prompts_BL)))
         self.criteria = call.stopping_criteria
         self.criteria_need_only_ids = set(map(type, self.criteria)) <= set(TOKEN_CRITERIA)
 
@@ -107,9 +106,8 @@ class GenerationState:
         """Returns whether the sequence would end with each of a patch's tokens, (B, K)."""
         if isinstance(criterion, EosTokenCriteria):  # looks at the last token of its rows
             return criterion(patches_BK.reshape(-1, 1), None).view(patches_BK.shape)  # pyright: ignore (LongTensor)
-        ids = torch.cat([self.ids_BL, patches_BK], dim=1)
-        length, patch_size = self.ids_BL.shape[1], patches_BK.shape[1]
-        ends = [criterion(ids[:, : length + k + 1], None).to(ids.device) for k in range(patch_size)]
+        ids, length = torch.cat([self.ids_BL, patches_BK], dim=1), self.ids_BL.shape[1]
+        ends = [criterion(ids[:, : length + k + 1], None).to(ids.device) for k in range(patches_BK.shape[1])]
         return torch.stack(ends, dim=1)
 
     def _append_token_by_token(self, patches_BK: Tensor) -> None:
@@ -159,20 +157,23 @@ class CandidateProcessors:
         Returns the patches (C, K) and the log of the factor on each one's weight (C,), 0 where no processor acts;
         raises ValueError if the processors leave no token.
         """
-        patches_Ck = torch.empty(len(logits_CKV), 0, dtype=torch.long, device=logits_CKV.device)
+        ids_L = self.ids_R[row].to(logits_CKV.device)
+        patches_Ck = ids_L.new_empty(len(logits_CKV), 0)
         log_weights_C = torch.zeros(len(logits_CKV), device=logits_CKV.device)
         for logits_CV in logits_CKV.unbind(1):
             tokens_C = logits_CV.argmax(-1)  # the first of equal ones, as without processors
             before_C = logits_CV.gather(1, tokens_C[:, None])[:, 0]
             index_M = self._is_open(patches_Ck).nonzero()[:, 0]
             if len(index_M):
-                after_MV = self._process(row, logits_CV[index_M], patches_Ck[index_M])
+                ids_ML = torch.cat([ids_L.expand(len(index_M), -1), patches_Ck[index_M]], dim=-1)
+                after_MV = self.processors_R[row](ids_ML, logits_CV[index_M])
+                after_MV = after_MV.masked_fill(logits_CV[index_M] == -torch.inf, -torch.inf)  # some make NaN of it
                 tokens_M1 = after_MV.argmax(-1, keepdim=True)
                 after_M, tokens_C[index_M] = after_MV.gather(1, tokens_M1)[:, 0], tokens_M1[:, 0]
                 if bool((after_M == -torch.inf).any()):
                     raise ValueError(
                         "The logits processors leave no token to write after a text of "
-                        f"{len(self.ids_R[row]) + patches_Ck.shape[1]} tokens: loosen one of bad_words_ids, "
+                        f"{ids_ML.shape[1]} tokens: loosen one of bad_words_ids, "
                         "suppress_tokens, prefix_allowed_tokens_fn or your own."
                     )
                 # A forced token may have any logit.
@@ -185,18 +186,10 @@ class CandidateProcessors:
 
     def _is_open(self, before_Ck: Tensor) -> Tensor:
         """Returns which candidates' sequences have not ended before a position, (C,) bool."""
-        if self.num_left is not None and before_Ck.shape[1] >= self.num_left:
-            return torch.zeros(len(before_Ck), dtype=torch.bool, device=before_Ck.device)
-        if self.eos_tokens is None:
-            return torch.ones(len(before_Ck), dtype=torch.bool, device=before_Ck.device)
+        may_continue = self.num_left is None or before_Ck.shape[1] < self.num_left
+        if self.eos_tokens is None or not may_continue:
+            return torch.full((len(before_Ck),), may_continue, device=before_Ck.device)
         return ~torch.isin(before_Ck, self.eos_tokens.to(before_Ck.device)).any(-1)
-
-    def _process(self, row: int, logits_MV: Tensor, before_Mk: Tensor) -> Tensor:
-        """Returns the row's logits (M, V) after its processors, given these tokens of candidates."""
-        ids_L = self.ids_R[row].to(logits_MV.device)
-        ids_ML = torch.cat([ids_L.expand(len(before_Mk), -1), before_Mk.to(ids_L.device)], dim=-1)
-        after_MV = self.processors_R[row](ids_ML, logits_MV.clone())
-        return after_MV.masked_fill(logits_MV == -torch.inf, -torch.inf)  # some make NaN of it
 
 
 class SequenceProcessors:
@@ -206,24 +199,18 @@ class SequenceProcessors:
     rows beside it.
 
     Args:
-        make_processors: the number of a row and the length of its prompt → its processors.
+        call: makes the processors; an empty prompt begins with its `bos_token`.
         prompts_BL, mask_BL: prompts, padded anywhere, and where a token is the prompt's own.
-        bos_token, eos_tokens: ids; an empty prompt begins with `bos_token`.
     """
 
-    def __init__(
-        self,
-        make_processors: Callable[[int, int], Processors],
-        prompts_BL: Tensor,
-        mask_BL: Tensor | None,
-        bos_token: Tensor | None,
-        eos_tokens: Tensor | None,
-    ):
+    def __init__(self, call: GenerateCall, prompts_BL: Tensor, mask_BL: Tensor | None):
+        make_processors, bos_token = call.processors, call.bos_token
+        assert make_processors is not None
         mask_BL = torch.ones_like(prompts_BL) if mask_BL is None else mask_BL
         own_B = [ids_L[mask_L.bool()] for ids_L, mask_L in zip(prompts_BL, mask_BL, strict=True)]
         self.prompts_B = [ids_L if len(ids_L) or bos_token is None else bos_token.reshape(1) for ids_L in own_B]
         self.processors_B = [make_processors(row, len(ids_L)) for row, ids_L in enumerate(self.prompts_B)]
-        self.prompt_length, self.eos_tokens = prompts_BL.shape[1], eos_tokens
+        self.prompt_length, self.eos_tokens = prompts_BL.shape[1], call.eos_tokens
 
     def for_rows(self, rows: Sequence[int], ids_BL: Tensor, num_left: int) -> CandidateProcessors:
         """Returns the processors of these rows, given the ids of all rows so far and how many tokens may follow."""

@@ -215,7 +215,7 @@ def prefill_virtual_tokens(
     else:
         positions = torch.arange(num_patches, device=inputs["input_ids"].device)
         for index, layer in enumerate(prompt.layers):
-            keys, values = (states.to(model.dtype) for states in (layer.keys, layer.values))
+            keys, values = layer.keys.to(model.dtype), layer.values.to(model.dtype)
             cache.update(keys, values, index, {"cache_position": positions})
     mask = inputs["attention_mask"]
     if mask is not None:
@@ -373,21 +373,14 @@ class PatchGenerationMixin(UPSTREAM):
         streamer: BaseStreamer | None = None,
         **model_kwargs,
     ) -> Any:
-        processors = None
+        config, processors = generation_config, None
         if logits_processor:  # a list that is not from our hook applies to every row
             processors = getattr(logits_processor, "of_row", lambda row, length: logits_processor)
-        call = GenerateCall(
-            stopping_criteria=stopping_criteria,
-            should_continue=partial(self._has_unfinished_sequences, synced_gpus=synced_gpus),
-            processors=processors,
-            pad_token=generation_config._pad_token_tensor,
-            bos_token=generation_config._bos_token_tensor,
-            eos_tokens=generation_config._eos_token_tensor,
-            streamer=streamer,
-            synced_gpus=synced_gpus,
-            compile_config=None if generation_config.disable_compile else generation_config.compile_config,
-        )
-        return self.generate_patches(input_ids, generation_config, call, model_kwargs)
+        continues = partial(self._has_unfinished_sequences, synced_gpus=synced_gpus)
+        tokens = config._pad_token_tensor, config._bos_token_tensor, config._eos_token_tensor
+        compile_config = None if config.disable_compile else config.compile_config
+        call = GenerateCall(stopping_criteria, continues, processors, *tokens, streamer, synced_gpus, compile_config)
+        return self.generate_patches(input_ids, config, call, model_kwargs)
 
     def compute_transition_scores(self, *args, **kwargs):
         """Raises ValueError: there are no token scores."""

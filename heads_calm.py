@@ -10,6 +10,7 @@ Axes: N samples per patch, K tokens per patch, D hidden size, Z latent size. "..
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class PatchTarget:
         """Returns mean and log_std, (..., Z) each, of patches (..., K)."""
         if self._autoencoder is None:
             raise ValueError("This target has no autoencoder, which the head needs to encode its tokens.")
-        with torch.no_grad():  # as one row, for patches are encoded independently here (`encoder_context` is 0)
+        with torch.no_grad():  # as one row, for patches are encoded independently
             parts = self._autoencoder.encode(tokens.reshape(1, -1))
         mean, log_std = (part.view(*tokens.shape[:-1], part.shape[-1]).to(tokens.device) for part in parts)
         return mean, log_std
@@ -116,13 +117,30 @@ class ContextLayer(nn.Module):
         return hidden + self.mlp(self.norm(hidden))
 
 
+class TemperatureEmbedding(nn.Module):
+    """Embeds a temperature T as a vector that is added to the context; it is 0 at T = 1, whatever the weights."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(1, size), nn.SiLU(), zero_linear(size, size))
+
+    def forward(self, temperature: Tensor | float, context: Tensor) -> Tensor:
+        """Returns (..., D) for temperatures (...), or (D,) for one; `context` has the dtype and the device."""
+        if not isinstance(temperature, Tensor):
+            temperature = context.new_full((), temperature)
+        log_inverse = -temperature.log().to(context.dtype)
+        rows = log_inverse.flatten().unsqueeze(-1)  # quantised layers take no single vectors
+        return (rows * self.mlp(rows)).view(*log_inverse.shape, -1)
+
+
 class GenerativeHead(nn.Module):
     """Base of the heads: `class MyHead(GenerativeHead, head_type="mine")` defines `from_noise` and `compute_loss`.
 
-    Callers use `sample` and `loss`; both pass through `forward`, where offloading and FSDP hooks fire.
+    What callers use passes through `forward`, where offloading and FSDP hooks fire.
     """
 
     network_calls = 1  # of the head's net, for one sample
+    knows_probabilities = False  # whether `propose` is defined
     needs_step_noise = False  # whether `from_noise` draws more random numbers: it then gets all samples at once
     is_fitted = True  # False until `fit`, in heads that need it; the paper's need none
 
@@ -136,6 +154,9 @@ class GenerativeHead(nn.Module):
         self.latent_size, self.num_samples = config.latent_size, config.num_samples
         layers = [ContextLayer(config.hidden_size) for _ in range(config.num_context_layers)]
         self.context_layers = nn.Sequential(*layers)
+        self.lowest_temperature = config.distilled_temperature or 1.0  # that `sample` takes
+        if config.distilled_temperature is not None:
+            self.temperature_embedding = TemperatureEmbedding(config.hidden_size)
 
     # what a head defines
 
@@ -155,6 +176,10 @@ class GenerativeHead(nn.Module):
         """Returns the loss, see `loss`; `context` is the output of the context layers, and `target` on its device."""
         raise NotImplementedError
 
+    def propose(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Samples patches at a temperature, to be accepted with a probability; see heads_calm_token_chain.py."""
+        raise NotImplementedError
+
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Returns starting noise of samples of the given shape: standard normal in the latent's size."""
         return standard_normal((*shape, self.latent_size), like, generator)
@@ -167,23 +192,27 @@ class GenerativeHead(nn.Module):
         num_samples: int = 1,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        temperature: float = 1.0,
         **step_noise: Tensor,
     ) -> Tensor:
         """Samples independent latent vectors (N, ..., Z) for each context, the hidden states (..., D).
 
-        Noise is drawn from `generator` unless it is passed in: starting noise (N, ..., noise size), whose N replaces
-        `num_samples`, and `step_noise`, named as in the head's `from_noise`.
+        `temperature` lies between `lowest_temperature` and 1. Noise is drawn from `generator` unless it is passed in:
+        starting noise (N, ..., noise size), whose N replaces `num_samples`, and `step_noise`, named as in the head's
+        `from_noise`.
         """
-        return self(context, num_samples=num_samples, generator=generator, noise=noise, **step_noise)
+        noise_arguments = {"generator": generator, "noise": noise, **step_noise}
+        return self(context, self._sample, temperature=temperature, num_samples=num_samples, **noise_arguments)
 
     def loss(
-        self, context: Tensor, target: PatchTarget, generator: torch.Generator | None = None, **noise: Tensor
+        self, context: Tensor, target: PatchTarget, generator: torch.Generator | None = None, **arguments: Any
     ) -> Tensor:
         """Returns the loss of each target patch, (...), given hidden states (..., D); lower is better.
 
-        Noise is drawn from `generator` unless it is passed in, named as in the head's `compute_loss`.
+        Other arguments: `temperature` (...), at which the targets are samples, and noise that is not to be drawn from
+        `generator`, named as in the head's `compute_loss`.
         """
-        return self(context, target, generator=generator, **noise)
+        return self(context, self._loss, target, generator=generator, **arguments)
 
     def predrawn_noise(
         self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
@@ -194,10 +223,15 @@ class GenerativeHead(nn.Module):
         """
         return {"noise": self.initial_noise((num_samples, num_rows), like, generator)}
 
-    def forward(self, context: Tensor, target: PatchTarget | None = None, **kwargs) -> Tensor:
-        context = self.context_layers(context)
-        if target is None:
-            return self._sample(context, **kwargs)
+    def forward(
+        self, context: Tensor, compute: Callable[..., Any], *args, temperature: Tensor | float = 1.0, **kwargs
+    ) -> Any:
+        """Returns `compute` of the context, conditioned on the temperature, after the context layers."""
+        if isinstance(temperature, Tensor) or temperature != 1:
+            context = context + self.temperature_embedding(temperature, context)
+        return compute(self.context_layers(context), *args, **kwargs)
+
+    def _loss(self, context: Tensor, target: PatchTarget, **kwargs) -> Tensor:
         return self.compute_loss(context, target.to(context.device), **kwargs)
 
     def _sample(

@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from .configuration_calm import CALMConfig, require
 from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, zero_linear
 
-# Patches handled at once: bounds the targets' copy and the (chunk, N, S) distances, so that memory doesn't grow with
-# the batch. On a CPU they should stay in the cache; a GPU needs larger chunks to be busy.
-PATCHES_CHUNK_SIZE = {"cpu": 64, "other": 2048}
+PATCHES_CHUNK_SIZE = {"cpu": 64, "other": 2048}  # patches scored at once; on a CPU they should stay in the cache
 
 
 class EnergyBlock(nn.Module):
-    """Residual gated MLP on the noise path, conditioned on the context.
-
-    The published first layer acts on concat(LayerNorm(e), c); here the context's half is computed once for N samples.
-    """
+    """Residual gated MLP. The published first layer takes concat(LayerNorm(e), c); here c's half runs once."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -91,9 +86,6 @@ class EnergyHead(GenerativeHead, head_type="energy"):
         return -energy_score(samples, targets, self.beta)
 
 
-# The energy score
-
-
 class _EnergyScore(torch.autograd.Function):
     """Score and its gradient in one pass. Only the gradient is kept for backward."""
 
@@ -134,16 +126,11 @@ def _mean_distance_to_targets(samples_PNZ: Tensor, targets_SPZ: Tensor, beta: fl
 
 
 def _mean_distance_between_samples(samples_PNZ: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Mean over n ≠ m of ‖x_n − x_m‖^β, shape (P,), and its gradient in x, shape (P, N, Z).
-
-    From exact differences, since the samples of an untrained head nearly coincide.
-    """
-    num_samples = samples_PNZ.shape[1]
-    pairs = num_samples * (num_samples - 1)
+    """As above, of ‖x_n − x_m‖^β over n ≠ m; by exact differences, as an untrained head's samples nearly coincide."""
+    pairs = samples_PNZ.shape[1] * (samples_PNZ.shape[1] - 1)
     difference_PNNZ = samples_PNZ.unsqueeze(2) - samples_PNZ.unsqueeze(1)
     power, slope = _power_and_gradient_factor(_squared_norm(difference_PNNZ), beta)
-    grad = difference_PNNZ.mul_(slope.unsqueeze(-1)).sum(2)
-    return power.sum((1, 2)) / pairs, grad * (2 / pairs)
+    return power.sum((1, 2)) / pairs, difference_PNNZ.mul_(slope.unsqueeze(-1)).sum(2) * (2 / pairs)
 
 
 def _squared_norm(vectors: Tensor) -> Tensor:
@@ -177,10 +164,8 @@ def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
         raise ValueError(f"{shapes} must agree in all but the first axis.")
     if targets.requires_grad:
         raise ValueError("energy_score has no gradient in its targets: detach them, the autoencoder is frozen.")
-    *patch_shape, latent_size = samples.shape[1:]
-    dtype = torch.promote_types(samples.dtype, torch.float32)
     kind = samples.device.type  # "meta" knows no autocast
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        samples_NPZ = samples.reshape(samples.shape[0], -1, latent_size).to(dtype)
-        targets_SPZ = targets.reshape(targets.shape[0], -1, latent_size)
-        return _EnergyScore.apply(samples_NPZ, targets_SPZ, float(beta)).reshape(patch_shape)
+        samples_NPZ, targets_SPZ = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (samples, targets))
+        samples_NPZ = samples_NPZ.to(torch.promote_types(samples.dtype, torch.float32))
+        return _EnergyScore.apply(samples_NPZ, targets_SPZ, float(beta)).reshape(samples.shape[1:-1])

@@ -34,20 +34,14 @@ class ModulatedBlock(nn.Module):
     def forward(self, hidden: Tensor, shift: Tensor, factor: Tensor, gate: Tensor) -> Tensor:
         return torch.addcmul(hidden, gate, self.mlp(torch.addcmul(shift, self.norm(hidden), factor)))
 
-    def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns shift, factor and gate of `forward` from the embedded time and context (..., D)."""
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
-        return shift, 1 + scale, gate
 
-
-Modulation = list[tuple[Tensor, ...]]  # of each block shift, factor and gate, and shift and factor of the output
+Modulation = list[tuple[Tensor, ...]]  # shift and factor of the output, then shift, factor and gate of each block
 
 
 class ModulatedMLP(nn.Module):
     """Maps x (..., Z), time and context (..., D) to (..., out_size): the net of the flow and the diffusion head.
 
-    Time and context act through each layer's modulation, which doesn't depend on x: a solver computes it for many of
-    its times at once, and so reads those weights seldom.
+    Time and context act by modulation alone, which a solver computes for many times at once to read weights seldom.
     """
 
     def __init__(self, config: CALMConfig, out_size: int):
@@ -73,9 +67,9 @@ class ModulatedMLP(nn.Module):
         features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(context.dtype)
         embedded = self.time_embed(features).view(*time.shape, context.shape[-1])
         condition = self.act(embedded + self.context_embed(context))
-        shift, scale = self.out_modulation(condition).chunk(2, dim=-1)
-        blocks = cast(Iterable[ModulatedBlock], self.blocks)
-        return [*(block.modulate(condition) for block in blocks), (shift, 1 + scale)]
+        layers = [self.out_modulation, *(block.modulation for block in cast(Iterable[ModulatedBlock], self.blocks))]
+        parts = [layer(condition).split(condition.shape[-1], dim=-1) for layer in layers]
+        return [(shift, 1 + scale, *gate) for shift, scale, *gate in parts]
 
     def precompute_modulation(self, times_T: Tensor, context: Tensor) -> Iterator[Modulation]:
         """Yields the modulation of one time after the other, for contexts (..., D)."""
@@ -86,9 +80,8 @@ class ModulatedMLP(nn.Module):
                 yield [tuple(values[index] for values in layer) for layer in of_chunk]
 
     def forward_modulated(self, x: Tensor, modulation: Modulation) -> Tensor:
-        """Maps x (..., Z) to (..., out_size) under a modulation."""
         hidden = self.input_proj(x)
-        *of_blocks, (shift, factor) = modulation
+        (shift, factor), *of_blocks = modulation
         for block, of_block in zip(self.blocks, of_blocks, strict=True):
             hidden = block(hidden, *of_block)
         return self.out_proj(torch.addcmul(shift, self.out_norm(hidden), factor))
@@ -136,9 +129,8 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
         """Returns mean (v − (x1 − x0))²; predrawn: normal posterior_noise and noise (N, ..., Z), time (N, ...) < 1."""
         end = target.sample_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
-            time, mean = torch.empty(end.shape[:-1], device=end.device), self.time_logit_mean
-            uniform = mean is None
-            time = time.uniform_(generator=generator) if uniform else time.normal_(mean, generator=generator).sigmoid()
+            t, mean = torch.empty(end.shape[:-1], device=end.device), self.time_logit_mean
+            time = t.uniform_(generator=generator) if mean is None else t.normal_(mean, generator=generator).sigmoid()
         start = standard_normal(end.shape, end, generator) if noise is None else noise
         x = torch.lerp(start, end, time.unsqueeze(-1).to(end.dtype))
         error = self.velocity(x, time, context) - (end - start)
@@ -205,8 +197,7 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         """
         x0 = target.sample_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
-            time = torch.empty(x0.shape[:-1], dtype=torch.long, device=x0.device)
-            time.random_(DIFFUSION_TRAIN_STEPS, generator=generator)
+            time = x0.new_empty(x0.shape[:-1], dtype=torch.long).random_(DIFFUSION_TRAIN_STEPS, generator=generator)
         noise = standard_normal(x0.shape, x0, generator) if noise is None else noise
         schedule = diffusion_schedule(DIFFUSION_TRAIN_STEPS, x0.device)
         x = schedule.diffuse(x0, noise, time)
@@ -223,11 +214,7 @@ class DiffusionSchedule:
         full = torch.arange(DIFFUSION_TRAIN_STEPS + 1, dtype=torch.float64, device=float64_device(device))
         alpha_bar = ((full / DIFFUSION_TRAIN_STEPS + 0.008) / 1.008 * math.pi / 2).cos().square()
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-        kept = (
-            torch.linspace(0, DIFFUSION_TRAIN_STEPS - 1, num_steps, dtype=full.dtype, device=full.device)
-            .round()
-            .long()
-        )
+        kept = torch.linspace(0, len(betas) - 1, num_steps, dtype=full.dtype, device=full.device).round().long()
         cumulative = (1 - betas).cumprod(0)[kept]
         previous = torch.cat([torch.ones_like(cumulative[:1]), cumulative[:-1]])
         betas = 1 - cumulative / previous
@@ -250,33 +237,28 @@ class DiffusionSchedule:
         self.log_posterior = table(torch.cat([variance[1:2], variance[1:]]).log() if num_steps > 1 else betas.log())
 
     def diffuse(self, x0: Tensor, noise: Tensor, step) -> Tensor:
-        return self._at(self.signal, step) * x0 + self._at(self.noise, step) * noise
+        return self.signal[step, None] * x0 + self.noise[step, None] * noise
 
     def denoise(self, x: Tensor, epsilon: Tensor, step) -> Tensor:
-        return self._at(self.inverse_signal, step) * x - self._at(self.noise_to_signal, step) * epsilon
+        return self.inverse_signal[step, None] * x - self.noise_to_signal[step, None] * epsilon
 
     def posterior_mean(self, x: Tensor, x0: Tensor, step) -> Tensor:
-        return self._at(self.weight_x0, step) * x0 + self._at(self.weight_xt, step) * x
+        return self.weight_x0[step, None] * x0 + self.weight_xt[step, None] * x
 
     def log_variance(self, raw: Tensor, step) -> Tensor:
         """Interpolates between the posterior's log variance and log β by the net's output −1 … 1."""
-        return torch.lerp(self._at(self.log_posterior, step), self._at(self.log_betas, step), (raw + 1) / 2)
+        return torch.lerp(self.log_posterior[step, None], self.log_betas[step, None], (raw + 1) / 2)
 
     def variational_bound(self, x0: Tensor, x: Tensor, epsilon: Tensor, raw_variance: Tensor, step: Tensor) -> Tensor:
         """Returns the KL of the model's step from the true posterior, at t = 0 the bin's NLL; bits per dimension."""
         x0, x = x0.float(), x.float()
         mean = self.posterior_mean(x, self.denoise(x, epsilon, step), step)
         log_variance = self.log_variance(raw_variance, step)
-        true_mean, true_log_variance = self.posterior_mean(x, x0, step), self._at(self.log_posterior, step)
+        true_mean, true_log_variance = self.posterior_mean(x, x0, step), self.log_posterior[step, None]
         gap = true_log_variance - log_variance
         kl = 0.5 * (-1 - gap + gap.exp() + (true_mean - mean).square() * (-log_variance).exp())
         nll = -_discretised_log_likelihood(x0, mean, 0.5 * log_variance)
         return torch.where(step == 0, nll.mean(-1), kl.mean(-1)) / math.log(2)
-
-    @staticmethod
-    def _at(values: Tensor, step) -> Tensor:
-        picked = values[step]
-        return picked.unsqueeze(-1) if picked.dim() else picked
 
 
 @cached_per_device
@@ -287,10 +269,8 @@ def diffusion_schedule(num_steps: int, device: torch.device) -> DiffusionSchedul
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Returns the log-probability of the bin x ± 1/255 under N(mean, std²), open beyond ±0.999 (published code)."""
     precision = (-log_std).exp()
-
-    def cdf(value: Tensor) -> Tensor:  # normal, by its tanh approximation
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
-
-    above, below = cdf(precision * (x - mean + FIRST_STEP_BIN)), cdf(precision * (x - mean - FIRST_STEP_BIN))
+    edges = (precision * (x - mean + half_width) for half_width in (FIRST_STEP_BIN, -FIRST_STEP_BIN))
+    # The normal distribution function, by its tanh approximation.
+    above, below = (0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) for z in edges)
     inner = torch.where(x > 0.999, 1 - below, above - below)
     return torch.where(x < -0.999, above, inner).clamp(min=1e-12).log()

@@ -23,7 +23,7 @@ import functools
 import importlib
 import os
 import threading
-import time
+import timeit
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -65,9 +65,6 @@ detect_fake_mode = private_function("torch._guards.detect_fake_mode", lambda: No
 current_dispatch_mode = private_function("torch.utils._python_dispatch._get_current_dispatch_mode", lambda: "unknown")
 
 
-# Tables
-
-
 def cached_per_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Caches what a function returns for its arguments, which must be hashable and include the device."""
 
@@ -101,15 +98,12 @@ def as_tensor(values: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
 
 
-# The context
-
 ACTIVE = threading.local()  # `in_context`: whether this thread is in `cpu_kernels`
 
 
 def _are_allowed() -> bool:
     """Whether results may differ from PyTorch's own by rounding, and nothing traces, counts or differentiates them."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    precision = getattr(matmul, "fp32_precision", None)  # not in older PyTorch
+    precision = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)  # newer PyTorch's
     is_exact = precision in ("ieee", "none") if precision else torch.get_float32_matmul_precision() == "highest"
     return is_exact and not (
         torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
@@ -143,9 +137,6 @@ def cpu_kernels(num_rows: int, width: int) -> Iterator[None]:
         ACTIVE.in_context = before
 
 
-# float32 linear layers
-
-
 class OneDNNLinear(TorchFunctionMode):
     """Computes `torch.nn.functional.linear` by oneDNN where it can."""
 
@@ -176,14 +167,10 @@ def one_dnn_is_faster() -> bool:
     with torch.inference_mode(False), torch.no_grad():
         rows, weight = torch.ones(64, 768), torch.ones(768, 768)  # at most a few milliseconds in all
         try:
-            plain = _seconds(F.linear, rows, weight, num_trials=7)
-            fast = _seconds(_one_dnn_linear, rows, weight, num_trials=7)
+            plain, fast = (_seconds(f, rows, weight, num_trials=7) for f in (F.linear, _one_dnn_linear))
         except (AttributeError, RuntimeError):  # a PyTorch without the operator, or with another one
             return False
     return plain >= MIN_SPEEDUP * fast
-
-
-# The argmax over a vocabulary
 
 
 def vocabulary_argmax(
@@ -292,11 +279,7 @@ class VocabularyScreen:
             self.tiles = []
 
     def argmax(
-        self,
-        weight_Vd: Tensor,
-        states_Md: Tensor,
-        positions_M: Tensor | None = None,
-        forbidden_KV: Tensor | None = None,
+        self, weight_Vd: Tensor, states_Md: Tensor, positions_M: Tensor, forbidden_KV: Tensor | None = None
     ) -> Tensor | None:
         """Returns the allowed rows of the matrix with the largest products, (M,); of equal ones the first.
 
@@ -325,13 +308,13 @@ class VocabularyScreen:
             rows_SI = self.rows_GI[group_S]
             rows_SId = weight_Vd.index_select(0, rows_SI.flatten()).view(*rows_SI.shape, weight_Vd.shape[1])
             logits_SI = torch.bmm(rows_SId, states_Md[state_S, :, None])[..., 0]
-            if forbidden_KV is None or positions_M is None:
+            if forbidden_KV is None:
                 return logits_SI
             return logits_SI.masked_fill(forbidden_KV[positions_M[state_S, None], rows_SI], -torch.inf)
 
         # 2. Compute the exact products of the likeliest group: groups whose bound is below them are ruled out.
         likely_M = bound_MG.argmax(-1)
-        if forbidden_KV is not None and positions_M is not None:
+        if forbidden_KV is not None:
             has_forbidden_MG = forbidden_KV[:, self.rows_GI].any(-1)[positions_M]
             likely_M = bound_MG.masked_fill(has_forbidden_MG, -torch.inf).argmax(-1)
         likely_M = logits(arange(len(states_Md), states_Md.device), likely_M).amax(-1).float()
@@ -370,12 +353,7 @@ def largest_weight() -> int | None:
 
 def _seconds(function: Callable[..., object], *arguments, num_trials: int = 1) -> float:
     """Returns the least time of `num_trials` calls, after one that is not counted."""
-    seconds = []
-    for _ in range(1 + num_trials):
-        start = time.perf_counter()
-        function(*arguments)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    return min(timeit.repeat(functools.partial(function, *arguments), number=1, repeat=1 + num_trials)[1:])
 
 
 def _key(weight_Vd: Tensor) -> tuple[int, Tensor]:

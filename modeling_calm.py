@@ -253,7 +253,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         )
         loss = None
         if labels is not None:
-            loss = self.patch_loss(outputs.last_hidden_state, labels, num_items_in_batch, generator, input_ids)
+            loss = self.patch_loss(outputs.last_hidden_state, labels, num_items_in_batch, generator)
         return CALMOutputWithPast(
             loss=loss,
             last_hidden_state=outputs.last_hidden_state,
@@ -268,18 +268,16 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
-        input_ids: Tensor | None = None,
         **noise: Tensor,
     ) -> Tensor:
         """Returns the head's loss on the targets in `labels`; arguments as in `forward`.
 
-        `hidden_BPD` are the input's hidden states, `noise` is the head's predrawn noise. `input_ids` are needed where
-        the encoder sees patches before the targets.
+        `hidden_BPD` are the input's hidden states, `noise` is the head's predrawn noise.
 
         Raises:
-            ValueError: labels of another length than the input, or no `input_ids` where they are needed.
+            ValueError: labels of another length than the input.
         """
-        context, target = self.patch_targets(hidden_BPD, labels, input_ids)
+        context, target = self.patch_targets(hidden_BPD, labels)
         losses = self.head.loss(context, target, generator=generator, **noise)
         return self.mean_over_items(losses, num_items_in_batch)
 
@@ -289,25 +287,14 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             return losses_M.sum() / torch.sym_max(1, len(losses_M))  # len is symbolic under torch.compile
         return losses_M.sum() / (num_items_in_batch / self.config.patch_size)
 
-    def patch_targets(
-        self, hidden_BPD: Tensor, labels: Tensor, input_ids: Tensor | None = None
-    ) -> tuple[Tensor, PatchTarget]:
+    def patch_targets(self, hidden_BPD: Tensor, labels: Tensor) -> tuple[Tensor, PatchTarget]:
         """Returns the hidden states (M, D) before the M target patches, and the targets; arguments of `patch_loss`."""
         patch_size, num_tokens = self.config.patch_size, self.config.patch_size * hidden_BPD.shape[1]
         if labels.shape[1] != num_tokens:
             raise ValueError(f"labels have length {labels.shape[1]}, but the input has {num_tokens} tokens.")
         labels_BPK = target_patches(labels.long().to(hidden_BPD.device), patch_size)
         is_target = (labels_BPK != -100).all(-1)
-        tokens, context = labels_BPK[is_target], hidden_BPD[:, :-1][is_target]
-        # Without `encoder_context` the target encodes its own tokens, if the head asks for their posterior.
-        posterior, num_before = None, self.autoencoder.config.encoder_context
-        if num_before:
-            if input_ids is None:
-                raise ValueError(f"The autoencoder's encoder_context is {num_before}: a loss needs input_ids.")
-            with torch.no_grad():
-                mean, log_std = self.autoencoder.encode(input_ids)
-            posterior = mean[:, 1:][is_target.to(mean.device)], log_std[:, 1:][is_target.to(log_std.device)]
-        return context, PatchTarget(tokens, self.autoencoder, posterior)
+        return hidden_BPD[:, :-1][is_target], PatchTarget(labels_BPK[is_target], self.autoencoder)
 
 
 def target_patches(labels_BL: Tensor, patch_size: int) -> Tensor:

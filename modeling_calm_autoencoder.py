@@ -56,26 +56,20 @@ class AutoencoderLayer(nn.Module):
 
 
 class AutoencoderEncoder(nn.Module):
-    """Maps token ids (B, L) to mean and log standard deviation of the posterior, each (B, P, Z).
-
-    A patch's posterior also depends on the `encoder_context` patches before it in its row.
-    """
+    """Maps token ids (B, L) to mean and log standard deviation of the posterior, each (B, P, Z)."""
 
     def __init__(self, config: CALMAutoencoderConfig):
         super().__init__()
-        self.patch_size, self.encoder_context = config.patch_size, config.encoder_context
+        self.patch_size = config.patch_size
         self.num_token_layers = config.num_encoder_layers // 2
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(AutoencoderLayer(config) for _ in range(config.num_encoder_layers))
-        patch_width = config.patch_size * config.hidden_size
-        self.squeeze_layer = nn.Linear(patch_width, config.hidden_size)
-        if self.encoder_context:
-            self.context_layer = nn.Linear(self.encoder_context * patch_width, config.hidden_size, bias=False)
+        self.squeeze_layer = nn.Linear(config.patch_size * config.hidden_size, config.hidden_size)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_to_latent = nn.Linear(config.hidden_size, 2 * config.latent_size)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        batch_size, length = input_ids.shape
+        length = input_ids.shape[1]
         if length % self.patch_size:
             raise ValueError(
                 f"The autoencoder got {length} tokens per row, not divisible by patch_size={self.patch_size}: pad "
@@ -84,11 +78,7 @@ class AutoencoderEncoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         for layer in self.layers[: self.num_token_layers]:
             hidden = layer(hidden)
-        patches = hidden.reshape(batch_size, length // self.patch_size, self.squeeze_layer.in_features)
-        hidden = self.squeeze_layer(patches)
-        if self.encoder_context:
-            before = [F.pad(patches, (0, 0, n, 0))[:, : patches.shape[1]] for n in range(1, self.encoder_context + 1)]
-            hidden = hidden + self.context_layer(torch.cat(before, dim=-1))
+        hidden = self.squeeze_layer(hidden.unflatten(1, (-1, self.patch_size)).flatten(2))
         for layer in self.layers[self.num_token_layers :]:
             hidden = layer(hidden)
         mean, log_std = self.hidden_to_latent(self.norm(hidden)).chunk(2, dim=-1)
@@ -210,10 +200,8 @@ class OffloadableModel(PreTrainedModel):
         """Loads as upstream, and records for `check_weights` the weights that were in no file."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
         missing = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
-        weights = {name: weight for name, weight in model.named_parameters() if name in missing}
-        model._initialised = {
-            name: _some_values(weight) for name, weight in weights.items() if weight.device.type != "meta"
-        }
+        weights = {name: weight for name, weight in model.named_parameters() if weight.device.type != "meta"}
+        model._initialised = {name: _some_values(weight) for name, weight in weights.items() if name in missing}
         return (model, info) if output_loading_info else model
 
     def check_weights(self) -> None:
@@ -221,8 +209,7 @@ class OffloadableModel(PreTrainedModel):
 
         All weights are read once, and again after a change.
         """
-        weights = dict(self.named_parameters())
-        unloaded = []
+        weights, unloaded = dict(self.named_parameters()), []
         for name, values in self._initialised.items():
             if name in weights and torch.equal(_some_values(weights[name]), values):
                 unloaded.append(name)
@@ -232,9 +219,7 @@ class OffloadableModel(PreTrainedModel):
                 f"The model was loaded without values of {unloaded[0]}{others}, which have their initial values: "
                 "load a complete model, or train this one first."
             )
-        state = []
-        for weight in weights.values():
-            state.append((id(weight), weight.dtype, 0 if weight.is_inference() else weight._version))
+        state = [(id(w), w.dtype, 0 if w.is_inference() else w._version) for w in weights.values()]
         if state == self._checked:
             return
         if (name := non_finite_weight(self)) is not None:
@@ -332,7 +317,7 @@ class CALMAutoencoder(OffloadableModel):
         return CALMAutoencoderOutput(loss, logits, reconstruction_loss.detach(), kl_loss.detach(), mean, log_std)
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes ids (B, L) to mean and log_std, (B, P, Z) each; `encoder_context` needs rows from their start."""
+        """Encodes ids (B, L) to mean and log_std, (B, P, Z) each."""
         outputs = self(input_ids, output_logits=False)
         return outputs.mean, outputs.log_std
 

@@ -5,6 +5,7 @@ are hidden from them and the commands they start; `pytest -m gpu` (`make test-gp
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,11 @@ def workshop_of_one_more_token(tmp_path_factory):
     from llama_workshop import make_workshop_of_one_more_token
 
     return make_workshop_of_one_more_token(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def llama(workshop_of_one_more_token):
+    return str(Path(workshop_of_one_more_token["tokenizer"]).with_name("theirs"))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 
 import torch
 from scipy.stats import chisquare
+from tiny import seeded
 
 from calm_transformers.model.generation_calm_algorithms import first_occurrences
 from calm_transformers.model.generation_calm_samplers import BlockSchedule
@@ -34,17 +35,13 @@ def as_patches(outcomes: torch.Tensor) -> torch.Tensor:
     return torch.stack((outcomes // TOKENS, outcomes % TOKENS), dim=-1)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 class StubBatch:
     """Candidates that are outcomes: row b samples from probs_BV[b], or takes the samples of `stream_BN` in order.
 
     Calls are recorded: (rows, number of samples) of each `extend`, (pairs, noise) of each `compare`.
     """
 
-    has_processors, processor_log_weights_BN = False, None
+    has_processors, log_factors_BN = False, None
 
     def __init__(self, probs_BV=None, generator=None, stream_BN=None):
         self.probs_BV, self.generator, self.stream_BN = probs_BV, generator, stream_BN
@@ -74,7 +71,6 @@ class StubBatch:
         return (self.outcomes_BN >= 0).sum(-1)
 
     def outcomes(self, index_B):
-        """Returns the outcome of one sample of each row."""
         return self.outcomes_BN[self.rows_B, index_B]
 
 
@@ -90,7 +86,6 @@ class FixedBlock(BlockSchedule):
 
 
 def outcomes_from(probs_V: torch.Tensor, num_sets: int, num_samples: int, seed: int = 0) -> torch.Tensor:
-    """Returns sets of samples (B, N) from one distribution."""
     outcomes = torch.multinomial(probs_V, num_sets * num_samples, replacement=True, generator=seeded(seed))
     return outcomes.view(num_sets, num_samples)
 

@@ -58,7 +58,7 @@ class Oracle:
         special = torch.zeros(*belief_BNS.shape[:-1], len(SPECIAL_TOKENS))
         return torch.cat([special, belief_BNS @ self.emissions], dim=-1).log()
 
-    def draw(self, states, num_samples, generator=None):
+    def draw(self, states, num_samples, generator=None, temperature=1.0):
         belief, patches = states.expand(num_samples, *states.shape).flatten(0, -2), []
         state = belief.multinomial(1, generator=generator)[:, 0]
         for _ in range(self.patch_size):

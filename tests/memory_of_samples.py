@@ -15,7 +15,11 @@ def memory_of_samples(num_samples, temperature):
     from calm_transformers.benchmarks.meters import PeakMemory
     from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
     from calm_transformers.model.generation_calm_candidates import LazyCandidateBatch
-    from calm_transformers.model.generation_calm_samplers import StepRandomness, exact_temperature_sample
+    from calm_transformers.model.generation_calm_samplers import (
+        RepetitionAttempts,
+        StepRandomness,
+        exact_temperature_sample,
+    )
     from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
     torch.manual_seed(0)
@@ -25,7 +29,7 @@ def memory_of_samples(num_samples, temperature):
     def sample(max_samples):
         head = SimpleNamespace(sample=lambda _, num_samples, **__: latents_NZ[batch.num_drawn :][:num_samples, None])
         batch = LazyCandidateBatch(head, torch.zeros(1, 1), StepRandomness(), autoencoder)
-        exact_temperature_sample(batch, temperature, max_samples, torch.Generator().manual_seed(0))
+        exact_temperature_sample(batch, RepetitionAttempts(temperature), max_samples, torch.Generator().manual_seed(0))
         batch.compare(batch.rows_B)
 
     with torch.inference_mode():

@@ -111,7 +111,6 @@ class ServerProcess:
         return urllib.request.urlopen(self.url + path, timeout=30)
 
     def post(self, path, body):
-        """Returns status and JSON of the answer."""
         data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)
         try:
@@ -127,7 +126,6 @@ class ServerProcess:
         return connection
 
     def metric(self, name):
-        """Returns the value of a metric without labels."""
         page = self.get("/metrics").read().decode()
         return float(re.search(rf"^{name} (\S+)$", page, re.M)[1])
 

@@ -1,6 +1,5 @@
 """A user-defined head: configuration, training, saving, generation, evaluation and the dry run."""
 
-import json
 import math
 import re
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from tiny import BOS, tiny_config, tiny_model
 from torch import nn
-from training_helpers import make_workshop, train
+from training_helpers import losses_of, make_workshop, train
 
 from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.model.configuration_calm import HEADS
@@ -70,11 +69,6 @@ def workshop(tmp_path_factory):
     return make_workshop(tmp_path_factory.mktemp("workshop")) | fields | {"max_steps": 8, "save_steps": 4}
 
 
-def log_of(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 @pytest.fixture(scope="module")
 def trained(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
@@ -94,11 +88,11 @@ def test_it_is_initialised_fitted_trained_and_resumed(trained, workshop, tmp_pat
     new = CALMForCausalLM(tiny_config("gaussian")).head
     assert not new.out.weight.any() and new.hidden.weight.any() and new.spread.item() == 2.0 and not new.is_fitted
     assert CALMForCausalLM.from_pretrained(trained).head.is_fitted  # training did it
-    losses = log_of(trained)
+    losses = losses_of(trained)
     assert losses[-1] < losses[0] - 1
     assert train("calm", **workshop | {"max_steps": 4}, output_dir=str(tmp_path)) == 0
     assert train("calm", **workshop, output_dir=str(tmp_path)) == 0
-    assert log_of(tmp_path) == losses
+    assert losses_of(tmp_path) == losses
 
 
 def test_it_is_saved_and_loaded_and_generates_the_same(trained, tmp_path):

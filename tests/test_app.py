@@ -9,12 +9,11 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from browser import complaints, needs_browser, requests, set_width
-from commands import refusal
+from commands import ROOT, refusal
 from model_copies import CODE_FILES
 from published import BUNDLE_FILES
 from server_process import free_port, running, wait_for, wait_until_healthy
@@ -24,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm_transformers.pages import app, app_page
 from calm_transformers.pages.app_page import PageModel, Settings, render, stream_html
 
-ROOT = Path(__file__).parents[1]
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 needs_gradio = pytest.mark.skipif(not HAS_GRADIO, reason="gradio (extra [app]) is not installed")
 SHORT = Settings(num_candidates=30, max_new_tokens=10, seed=3)
@@ -59,12 +57,10 @@ def llama():
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Yields a state after every event."""
     monkeypatch.setattr(app_page, "UPDATE_INTERVAL_SECONDS", 0)
 
 
 def streamed_texts(model, prompt, settings):
-    """Returns the text of each state, and the last state."""
     texts = []
     for state in model.stream(prompt, settings):
         texts.append("".join(step.text for step in state.steps))
@@ -196,7 +192,6 @@ def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def space(llama, tmp_path_factory):
-    """A Space with the bundled model and a baseline."""
     folder = tmp_path_factory.mktemp("spaces")
     llama.model.save_pretrained(folder / "llama")
     llama.tokenizer.save_pretrained(folder / "llama")
@@ -271,7 +266,6 @@ def page(driver, address):
 
 
 def put(page, name, value):
-    """Types a value into a control."""
     from selenium.webdriver import Keys
 
     (entry,) = page.find_elements("css selector", f"#{name} input[type=number], #{name} textarea")

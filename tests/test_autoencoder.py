@@ -7,6 +7,7 @@ import fresh_process
 import pytest
 import torch
 from model_copies import ROOT, reconstruct_by_auto_model
+from text_and_loss import some_ids
 from tiny import VOCAB_SIZE, tiny_model
 
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
@@ -17,10 +18,6 @@ def autoencoder(**fields):
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "latent_size": 16}
     return CALMAutoencoder(CALMAutoencoderConfig(**{**sizes, **fields})).eval()
-
-
-def some_ids(batch_size=2, length=24):
-    return torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("patch_size, num_layers", [(1, 2), (2, 1), (4, 4), (8, 3)])
@@ -36,18 +33,14 @@ def test_every_patch_size_and_depth(patch_size, num_layers):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("context", [0, 2])
-def test_a_patch_is_encoded_alone_or_with_the_patches_before_it_in_its_row(num_layers, context):
-    model, ids = autoencoder(encoder_context=context, num_encoder_layers=num_layers), some_ids()
+def test_a_patch_is_encoded_alone(num_layers):
+    model, ids = autoencoder(num_encoder_layers=num_layers), some_ids()
     mean, changed = model.encode(ids)[0], ids.clone()
     changed[0, 5] = 3 if ids[0, 5] != 3 else 4
     difference = (model.encode(changed)[0] - mean).abs().sum(-1)
     sees = torch.zeros(2, 6).bool()
-    sees[0, 1 : 2 + context] = True
+    sees[0, 1] = True
     assert torch.equal(difference > 0, sees)
-    torch.testing.assert_close(model.encode(ids[:, :4])[0], mean[:, :1])  # in a row shorter than the context
-    model.encoder.num_before = 0
-    torch.testing.assert_close(model.encode(ids)[0][:, 0], mean[:, 0])  # nothing is before a row's first patch
 
 
 def test_left_out_labels_and_accumulation():
@@ -98,13 +91,12 @@ def test_the_rate_is_the_share_of_tokens_that_are_replaced():
 
 @pytest.mark.transformers
 def test_a_config_that_sets_nothing_new_is_written_as_before(tmp_path):
-    CALMAutoencoderConfig().save_pretrained(tmp_path / "before")
+    CALMAutoencoderConfig(encoder_context=0).save_pretrained(tmp_path / "before")  # a removed field
     written = json.loads((tmp_path / "before" / "config.json").read_text())
     assert {name for name in written if "dropout" in name or "context" in name} == {"ae_dropout"}
-    CALMAutoencoderConfig(token_dropout=0.1, latent_dropout=0.0, encoder_context=1).save_pretrained(tmp_path / "own")
+    CALMAutoencoderConfig(token_dropout=0.1, latent_dropout=0.0).save_pretrained(tmp_path / "own")
     own = CALMAutoencoderConfig.from_pretrained(tmp_path / "own")
     assert (own.token_dropout_rate, own.latent_dropout_rate, own.ae_dropout) == (0.1, 0.0, 0.15)
-    assert own.encoder_context == 1
 
 
 def test_decode_tokens_is_the_argmax_in_chunks(monkeypatch):
@@ -138,7 +130,7 @@ def test_save_and_load_keeps_the_tie(tmp_path):
         ({"ae_dropout": 1.0}, "ae_dropout=1.0"),
         ({"token_dropout": -0.1}, "token_dropout=-0.1"),
         ({"latent_dropout": 1.0}, "latent_dropout=1.0"),
-        ({"encoder_context": -1}, "encoder_context=-1"),
+        ({"encoder_context": -1}, "encoder_context=-1 is no longer supported"),
         ({"kl_clamp": -1}, "kl_clamp=-1"),
         ({"kl_weight": -1}, "kl_weight=-1"),
     ],
@@ -166,9 +158,6 @@ def test_a_part_alone_gives_its_outputs_and_no_loss():
         for given in wrong:
             with pytest.raises(ValueError, match=sentence):
                 model(**given)
-
-
-# As clients take it
 
 
 def test_the_example_of_the_guide_prints_what_it_says(capsys):

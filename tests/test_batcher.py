@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from server_process import wait_for
-from tiny import BOS, EOS, HEAD_TYPES, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, HEAD_TYPES, tiny_config, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -34,7 +34,6 @@ def exact_model(head_type="energy", patch_size=4, **overrides):
 
 
 def generate_alone(model, prompt, seed, **settings):
-    """Returns the new ids of `generate` for one prompt and seed."""
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt])
     output = model.generate(ids, generator=[torch.Generator().manual_seed(seed)], **settings)
     return output[0, ids.shape[1] :].tolist()
@@ -115,9 +114,6 @@ def test_a_temperature_turns_sampling_on():
             assert len(set(map(tuple, texts))) == num_texts
 
 
-# The end of a text
-
-
 def test_a_text_ends_before_a_stop_string_and_at_an_eos_inside_a_patch(batcher, model):
     settings = {"max_new_tokens": 60, "temperature": 0.5, "seed": 3, "ignore_eos": True}
     whole = batcher.submit("once", **settings).result(60)
@@ -136,9 +132,6 @@ def test_a_stream_yields_the_text_patch_by_patch(batcher):
     assert [len(delta.tokens) for delta in deltas] == [4] * 5 + [3]
     assert "".join(delta.text for delta in deltas) == whole.text
     assert sum((delta.tokens for delta in deltas), []) == whole.tokens
-
-
-# Cancelled requests
 
 
 def test_the_queue_is_bounded_and_cancelled_requests_leave_the_batch_within_a_patch_or_the_queue(batcher):
@@ -170,16 +163,9 @@ def test_the_queue_is_bounded_and_cancelled_requests_leave_the_batch_within_a_pa
     assert batcher.submit("once", max_new_tokens=4).result(60).tokens
 
 
-# Errors
-
-
-def failing(message):
-    return Mock(side_effect=RuntimeError(message))
-
-
 def test_a_failed_step_ends_its_requests_and_later_ones_succeed(monkeypatch, batcher):
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_forward_last_patches", failing("out of memory"))
+        patch.setattr(Engine, "_forward_last_patches", Mock(side_effect=RuntimeError("out of memory")))
         futures = [batcher.submit("once", max_new_tokens=20) for _ in range(2)]
         for future in futures:
             with pytest.raises(RuntimeError, match="out of memory"):
@@ -187,7 +173,7 @@ def test_a_failed_step_ends_its_requests_and_later_ones_succeed(monkeypatch, bat
     assert len(batcher.submit("once", max_new_tokens=20, ignore_eos=True).result(60).tokens) == 20
 
 
-@pytest.mark.parametrize("on_piece, temperature", [(failing("no thanks"), 0.7), (None, 1.0)])
+@pytest.mark.parametrize("on_piece, temperature", [(Mock(side_effect=RuntimeError("no thanks")), 0.7), (None, 1.0)])
 def test_a_failing_callback_or_sampling_ends_only_its_own_requests(monkeypatch, model, batcher, on_piece, temperature):
     sample_patches = model.sample_patches
 
@@ -207,7 +193,7 @@ def test_a_failing_callback_or_sampling_ends_only_its_own_requests(monkeypatch, 
 @pytest.mark.parametrize("lengths, is_dead", [((4000, 4000, 4000, 4000), True), ((400, 400, 4000), False)])
 def test_an_error_in_removing_a_sequence_ends_all_requests(monkeypatch, model, lengths, is_dead):
     """Between steps, for a cancelled sequence, it ends the thread, too; in a step, for a finished one, it doesn't."""
-    monkeypatch.setattr(SlotCache, "copy_slot", failing("the device is gone"))
+    monkeypatch.setattr(SlotCache, "copy_slot", Mock(side_effect=RuntimeError("the device is gone")))
     with Batcher(model, tiny_tokenizer(), max_rows=3) as batcher:
         futures = [batcher.submit("once", max_new_tokens=n, ignore_eos=True, temperature=1.0) for n in lengths]
         wait_until(lambda: batcher.stats().running == 3)
@@ -227,14 +213,10 @@ INVALID_ARGUMENTS = [
     ({"logits_processor": max}, "max.*: must be a list of processors, as"),
     ({"prompt": 3}, "prompt=3: must be a string or token ids"),
     ({"max_new_tokens": 10**6}, "The prompt has 5 tokens and max_new_tokens=1000000: their sum may be at most"),
-    ({"num_candidates": 10**6}, "may need 1000000 candidates per step: at most 100 are allowed here"),
     ({"min_new_tokens": -1}, "min_new_tokens=-1: must be an integer of at least 0"),
-    ({"stop": 5}, "stop=5: must be a string or a list of strings"),
-    ({"stop": ["a" * 257]}, "stop: must be at most 256 strings of 256 characters"),
     ({"seed": 0.5}, "seed=0.5: must be a 64-bit integer"),
     ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
     ({"typical_p": 0.5}, "typical_p: unknown option"),
-    ({"prompt": [0, VOCAB_SIZE]}, f"holds {VOCAB_SIZE}: token ids are integers in 0 … {VOCAB_SIZE - 1}"),
     ({"prompt": [1.5]}, "holds 1.5: token ids are integers"),
     ({"prompt": "\ud800"}, "a lone surrogate at character 0"),
 ]

@@ -22,7 +22,6 @@ def args(demo, monkeypatch):
 
 
 def run(args):
-    """Runs the command and returns the parts of its report."""
     assert gpu.main(args) == 0
     with open(args[-1]) as file:
         return json.load(file)["parts"]
@@ -30,7 +29,6 @@ def run(args):
 
 @pytest.fixture
 def stubs(monkeypatch):
-    """Replaces all parts by stubs."""
     monkeypatch.setattr(gpu, "golden_rows", lambda device: [])
     monkeypatch.setattr(gpu, "demo_rows", lambda *_: [])
     monkeypatch.setattr(gpu, "training_rows", lambda *_: [])

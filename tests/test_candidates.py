@@ -46,7 +46,7 @@ def make_candidates(kind, autoencoder, latents_NBZ, num_samples=0, **options):
     """Returns candidates that are the given latents, in order, with `num_samples` of them drawn."""
 
     class Head:
-        def sample(self, numbers_R1, num_samples, generator):
+        def sample(self, numbers_R1, num_samples, generator, temperature):
             return latents_NBZ[candidates.num_drawn :][:num_samples, numbers_R1[:, 0]]
 
     candidates = kind(Head(), torch.arange(latents_NBZ.shape[1])[:, None], StepRandomness(), autoencoder, **options)
@@ -119,9 +119,6 @@ def test_a_layer_that_cannot_be_tiled_is_called_as_a_module(monkeypatch, autoenc
         )
     finally:
         hook.remove()
-
-
-# Duplicate candidates
 
 
 @pytest.mark.parametrize("few, forbid", [(0, True), (8, False), (10**6, True)])
@@ -202,9 +199,6 @@ def test_ten_thousand_samples_of_a_row_stay_within_100_mb(tmp_path, temperature)
     environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     memory = fresh_process.call(memory_of_samples, tmp_path, environment, **settings).result
     assert memory is None or 10 < memory < 100
-
-
-# Tokens decoded
 
 
 @pytest.mark.parametrize("temperature, tokens", [(1 / 2, 8 + 2 * 3), (1 / 3, 9 + 3 * 3)])

@@ -6,6 +6,7 @@ import os
 import resource
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,7 +43,6 @@ class ConversionSetup:
         )
 
     def convert(self, *more: str) -> dict[str, torch.Tensor]:
-        """Converts successfully and returns the weights written."""
         code = self.run(*more)
         assert code == 0, self.capsys.readouterr().err
         return load_file(self.output / "model.safetensors")
@@ -72,9 +72,6 @@ def converted(tmp_path_factory):
     setup = ConversionSetup(tmp_path_factory.mktemp("converted"), None)
     assert setup.run() == 0
     return setup
-
-
-# The bundle
 
 
 def test_a_bundle_is_complete_and_missing_config_fields_get_the_published_values(converted):
@@ -116,9 +113,6 @@ def test_the_model_card_names_its_sources_and_no_path(setup):
     assert "`calm`" in text and "`autoencoder`" in text and "bfloat16" in text and '"energy"' in text
     assert 'model="bundle"' in text and '"The key to life is", max_new_tokens=20, do_sample=True' in text
     assert "icence" in text and str(setup.folder) not in card and "{" not in card
-
-
-# Weights
 
 
 @pytest.mark.parametrize("layout, omitted", [*((layout, None) for layout in LAYOUTS), *(("bin", x) for x in COPIES)])
@@ -192,9 +186,6 @@ def test_peak_memory_stays_below_the_file_written(setup, monkeypatch):
     written = (setup.output / "model.safetensors").stat().st_size
     assert code == 0 and written > 40e6
     assert peak_memory() - before < 0.5 * written
-
-
-# The tokenizer
 
 
 @pytest.mark.transformers
@@ -325,9 +316,6 @@ def test_an_unknown_head_type_raises_an_error(tmp_path, capsys):
     setup.fail(name, setup.calm.weights)
 
 
-# Broken files
-
-
 @pytest.mark.parametrize("layout", ["bin", "safetensors"])
 def test_a_truncated_file_raises_an_error(setup, layout):
     setup.calm.write(layout)
@@ -425,9 +413,6 @@ def test_a_path_is_not_looked_up_on_the_hub_and_an_unknown_id_is_named(setup, mo
             setup.fail(message, more=(f"--{option}", path))
 
 
-# Failures while writing
-
-
 def test_a_full_disk_leaves_no_files(setup):
     # A file size limit fails while weights are written, like a full disk, but with another error number.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -438,22 +423,15 @@ def test_a_full_disk_leaves_no_files(setup):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def raising(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_failure_while_writing_leaves_no_files(setup, monkeypatch):
     for owner, method in ((Path, "write_text"), (os, "replace")):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, method, raising(NO_SPACE))
+            patch.setattr(owner, method, Mock(side_effect=NO_SPACE))
             setup.fail(NO_SPACE.strerror)
-    monkeypatch.setattr(os, "replace", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt()))
     setup.fail("error: interrupted.\n", code=130)
 
 
@@ -466,7 +444,9 @@ def test_the_output_must_be_new(setup):
 
 
 def test_a_failed_upload_is_one_line_and_the_bundle_is_kept(setup, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", raising(ConnectionError("no route to the Hub\nand more")))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", Mock(side_effect=ConnectionError("no route to the Hub\nand more"))
+    )
     assert setup.run("--push-to-hub", "someone/bundle") == 2
     message = setup.capsys.readouterr().err
     assert message.count("\n") == 1 and "someone/bundle" in message and "no route to the Hub" in message

@@ -302,7 +302,6 @@ def test_a_damaged_cache_is_written_again(tmp_path, name, size):
 
 
 def test_the_cache_keeps_the_tokens_of_different_options_apart(tmp_path):
-    """Also in a folder that others use, too."""
     (tmp_path / "hub").mkdir()
     for name in ("a", "b", "hub/train", "hub/test"):
         lines = "".join(json.dumps({"text": text, "body": name * 2}) + "\n" for text in (name, "c"))

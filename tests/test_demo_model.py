@@ -29,7 +29,6 @@ def corpus(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.transformers
 def test_an_interrupted_run_resumes_and_writes_a_model_that_generates(corpus, tmp_path, monkeypatch, capsys):
     """Interrupted at the backbone's first checkpoint; test_training_resume.py kills runs at other moments."""
     args = ["--corpus", corpus, "--runs", tmp_path / "runs", "--output", tmp_path / "output", "--max_steps", STEPS]
@@ -50,7 +49,7 @@ def test_an_interrupted_run_resumes_and_writes_a_model_that_generates(corpus, tm
     assert "train tokenizer" not in printed and "resuming from checkpoint-1" in printed
     output = tmp_path / "output"
     settings, config = GenerationConfig.from_pretrained(output), CALMConfig.from_pretrained(output)
-    assert (settings.temperature, settings.num_candidates, settings.sampling_method) == (0.5, 200, "adaptive")
+    assert (settings.temperature, settings.num_candidates, settings.sampling_method) == (0.5, 200, "auto")
     assert (config.head_type, config.vocab_size) == ("token_chain", 1024)
     ids = AutoTokenizer.from_pretrained(output)("abc", return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)

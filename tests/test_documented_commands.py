@@ -61,7 +61,6 @@ def test_documented_options_exist(page, name, args, capsys, monkeypatch, tmp_pat
 
 
 def section(title: str) -> list[tuple[str, list[str]]]:
-    """Returns the commands of the first code block of a section of the guide."""
     block = FENCE.search((ROOT / "docs" / "guide.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2])
     assert block is not None
     return parse_commands(block[1].splitlines())

@@ -29,7 +29,6 @@ def test_every_link_of_the_documents_has_a_target():
 
 
 def imports() -> set[str]:
-    """Returns every import of the package that the documents show."""
     line = re.compile(r"^ *(from calm_transformers[\w.]* import [\w, ]+)", re.MULTILINE)
     return {found for page in DOCUMENTS for found in line.findall(page.read_text(encoding="utf-8"))}
 

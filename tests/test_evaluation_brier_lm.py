@@ -116,12 +116,10 @@ def test_an_adapter_without_a_base_raises(folder, tmp_path, monkeypatch, capsys)
         ((), dict(model=("calm",), block_size=25), "block_size=25: not divisible by the patch size 2"),
         ((), dict(block_size=4), "block_size=4: too short to predict 4 tokens"),
         ((), dict(block_size=65), "supports at most 64 tokens"),
-        ((), dict(model=("nowhere",)), "nowhere"),
         ((), dict(model=("calm",), block_size=2000), "has 1260 tokens, fewer than one block of 2000"),
         ((), dict(data="no_such_dataset"), "neither a local file nor a reachable Hub dataset"),
         (("--text_column", "body"), {}, 'no string under the key "body"'),
         (("--tokenizer", "/no/where"), {}, "no such folder"),
-        (("--batch_size", 0), {}, "argument --batch_size: 0: must be an integer of at least 1"),
     ],
 )
 def test_errors_are_one_sentence(folder, monkeypatch, capsys, more, options, message):

@@ -36,7 +36,6 @@ def test_the_pipeline_gives_a_vector_a_patch_by_one_setting(tokenizer):
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_pooling_by_hand_with_the_models_patch_mask(padding_side):
-    """The documented three lines."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT, padding_side=padding_side)
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
 

@@ -7,12 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_model, tiny_tokenizer
-from transformers import (
-    CompileConfig,
-    DynamicCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import CompileConfig, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from calm_transformers.model import generation_calm
 from calm_transformers.model.generation_calm_candidates import PatchSample
@@ -77,8 +72,6 @@ def test_eos_within_a_patch_stops_and_pads(monkeypatch, model, eos, length, pad)
 
 
 class RecordingStreamer:
-    """A streamer that records the tokens of one sequence."""
-
     def __init__(self):
         self.tokens = []
 
@@ -225,7 +218,6 @@ def test_no_cache_and_static_cache_give_the_same_sequence(model):
 
 
 def test_padding_does_not_change_a_row(model):
-    """On either side."""
     kwargs = GREEDY | {"max_new_tokens": 9}
     alone = generate(model, **kwargs)[0, 6:]
     left = torch.cat([torch.full((1, 5), 7), PROMPT], dim=1)  # masked, whatever it holds
@@ -285,8 +277,6 @@ def test_chunked_prefill_gives_the_same_sequence(monkeypatch, model, chunk_size)
 
 INVALID = [
     ({"num_beams": 2, "do_sample": False}, "no beam search"),
-    ({"num_beams": 2, "do_sample": True}, "no beam sample"),
-    ({"prompt_lookup_num_tokens": 3}, "no assisted generation"),
     ({"top_p": 1.5}, r"top_p=1.5: must be a fraction, in \[0, 1\]"),
     ({"top_k": -1}, "top_k=-1: must be an integer number"),
     ({"min_p": -0.1}, "min_p=-0.1: must be a fraction"),
@@ -297,7 +287,6 @@ INVALID = [
     ({"bad_words_ids": [5]}, "bad_words_ids"),
     ({"repetition_penalty": -1.0}, "penalty"),
     ({"temperature": 0.0}, r"temperature=0.0.*\(0, 2\]"),
-    ({"temperature": 2.5}, r"temperature=2.5.*\(0, 2\]"),
     ({"temperature": 0.2, "num_candidates": 4}, "num_candidates=4 is too few for temperature=0.2.*at least 5"),
     ({"num_candidates": 0}, "num_candidates=0"),
     ({"sampling_method": "best"}, "sampling_method='best'"),

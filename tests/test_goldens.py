@@ -158,7 +158,6 @@ def test_diffusion_schedule():
 @both_dtypes
 @torch.no_grad()
 def test_forward_loss(golden, dtype):
-    """The loss of a whole forward pass with its recorded noise, in the order it was drawn."""
     model = model_in(dtype, golden.head_type)
     ids = golden["input_ids"]
     if golden.head_type == "energy":

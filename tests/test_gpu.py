@@ -26,7 +26,6 @@ SAMPLED = {"do_sample": True, "temperature": 0.5, "num_candidates": 20, "max_new
 
 @pytest.fixture(scope="module", params=HEAD_TYPES)
 def models(request):
-    """The same weights on the CPU and on the GPU."""
     model = tiny_model(request.param)
     return model, copy.deepcopy(model).to(DEVICE)
 

@@ -3,11 +3,11 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
+from commands import ROOT
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -16,7 +16,6 @@ from calm_transformers import grammars
 from calm_transformers.grammars import Grammar
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
-ROOT = Path(__file__).parents[1]
 needs_demo = pytest.mark.skipif(
     not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet"
 )
@@ -48,7 +47,6 @@ def tokenizer():
 
 
 def generate_texts(model, tokenizer, grammar, prompts=(PROMPT,), max_new_tokens=120, **sampling):
-    """Returns the completions, without special tokens, and their ids."""
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]

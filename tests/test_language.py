@@ -40,7 +40,6 @@ def words(n):
 
 @pytest.fixture(scope="module")
 def belief():
-    """The belief state after the prefix."""
     return LANGUAGE.beliefs(np.array([PREFIX]))[0, -1]
 
 

@@ -5,8 +5,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = "calm_transformers"
 LAYERS = [  # each may import what stands before it, and within its own subpackage
     {"model"},

@@ -74,7 +74,6 @@ def test_generations_equal_the_model_s_own_and_are_scored(batch_size, tmp_path):
 
 
 def test_by_name_with_trust_remote_code(tmp_path):
-    """The example of docs/clients.md with the bundled model."""
     answers = {"Once upon a time, there was a little": "girl", "The dog": "nothing of the kind"}
     model_args = {"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"}
     results = evaluate("hf", GENERATION_TASK, tmp_path, answers, model_args=model_args, batch_size=2, device="cpu")

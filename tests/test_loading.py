@@ -57,14 +57,11 @@ def test_a_saved_model_and_a_copy_of_its_copy_load_alike(tmp_path):
     assert second == first
 
 
-# Weights
-
 PROMPT_IDS = torch.tensor([[BOS, 5, 6, 7]])
 WEIGHT = "head.blocks.0.context_proj.weight"
 
 
 def save_changed(folder, change):
-    """Saves a tiny model whose tensors are modified by `change`."""
     tiny_model().save_pretrained(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     change(tensors)

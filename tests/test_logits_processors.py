@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, tiny_model
+from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, seeded, tiny_model
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor
 
@@ -19,7 +19,7 @@ PROMPT = [BOS, 20, 21, 22, 20, 30, 9]
 METHODS = {
     "T = 1": {"temperature": 1.0},
     "batch": {"temperature": 0.5, "sampling_method": "batch"},
-    "adaptive": {"temperature": 0.5},
+    "adaptive": {"temperature": 0.5, "sampling_method": "adaptive"},
     "exact": {"temperature": 0.5, "sampling_method": "exact"},
     "T = 0.7": {"temperature": 0.7},
     "T = 1.5": {"temperature": 1.5},
@@ -40,12 +40,7 @@ def model():
     return exact_model()
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def write(model, prompt=PROMPT, seed=0, **settings):
-    """Returns the new ids that `generate` appends to one prompt."""
     ids = torch.tensor([prompt], dtype=torch.long)
     settings = {"max_new_tokens": NUM_NEW, "generator": [seeded(seed)], **settings}
     output = model.generate(ids, **settings)
@@ -67,7 +62,7 @@ class ReferenceCandidates:
     def __init__(self, model, hidden_1D, randomness, text, processors, num_left):
         self.model, self.hidden_1D, self.randomness = model, hidden_1D, randomness
         self.text, self.processors, self.num_left = text, processors, num_left
-        self.rows_B, self.patches, self.processor_log_weights_BN = torch.tensor([0]), [], None
+        self.rows_B, self.patches, self.log_factors_BN = torch.tensor([0]), [], None
 
     def extend(self, rows_R, num_samples):
         assert not self.patches, "with logits processors all are drawn at once"
@@ -85,7 +80,7 @@ class ReferenceCandidates:
         for patch in self.patches:
             own = [math.exp(f) for p, f in zip(self.patches, factors, strict=True) if p == patch]
             means.append(math.log(sum(own) / len(own)) if sum(own) else -math.inf)
-        self.processor_log_weights_BN = torch.tensor([[f if f >= max(means) - 10 else -math.inf for f in means]])
+        self.log_factors_BN = torch.tensor([[f if f >= max(means) - 10 else -math.inf for f in means]])
 
     def plain(self, logits_KV):
         ids = list(self.text)
@@ -287,7 +282,6 @@ def test_processors_that_leave_no_token_raise_an_error(model):
 
 
 def test_a_processor_of_the_generation_config_acts(model, tmp_path):
-    """In `generate` and in a batcher."""
     model.save_pretrained(tmp_path)
     config = GenerationConfig.from_pretrained(tmp_path)
     config.repetition_penalty = 4.0
@@ -298,12 +292,6 @@ def test_a_processor_of_the_generation_config_acts(model, tmp_path):
     assert write(loaded, **method, repetition_penalty=1.0) == write(model, **method)
     with Batcher(loaded) as batcher:
         assert batcher.submit(PROMPT, seed=0, **method, max_new_tokens=NUM_NEW).result(30).tokens == with_penalty
-
-
-def test_a_top_k_of_50_in_a_call_acts(model):
-    """50 is upstream's default where none is given."""
-    method = {"temperature": 1.0, "num_candidates": 120}
-    assert write(model, **method, top_k=50) != write(model, **method) == write(model, **method, top_k=None)
 
 
 def test_a_batcher_generates_what_generate_does(model):

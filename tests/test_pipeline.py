@@ -39,7 +39,6 @@ def test_text_in_text_out(generator):
 
 
 def test_batches(generator):
-    """A greedy text does not depend on what else is in the batch."""
     prompts = ["one", "two and more", "3"]
     alone = [call(generator, prompt, do_sample=False) for prompt in prompts]
     assert [len(o[0]["generated_text"]) - len(p) for o, p in zip(alone, prompts, strict=True)] == [6, 6, 6]

@@ -93,7 +93,6 @@ def test_a_model_s_calls(tmp_path):
 
 
 def run(folder, *words):
-    """Runs a command outside the checkout and returns its output."""
     words = [sys.executable, *map(str, words)]
     done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

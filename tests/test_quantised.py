@@ -53,7 +53,6 @@ def test_dynamically_quantised_linear_layers(head_type):
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_bitsandbytes(tmp_path, head_type):
-    """In 8 bits, as it is loaded and as it is saved again, and in 4."""
     for bits, sizes, rel in ((8, {}, 0.3), (4, {"autoencoder_config": dict(WIDE_AUTOENCODER), **WIDE}, 0.5)):
         model = tiny_model(head_type, **sizes)
         model.save_pretrained(tmp_path / str(bits))
@@ -73,7 +72,6 @@ def test_bitsandbytes(tmp_path, head_type):
     ],
 )
 def test_torchao(tmp_path, head_type, config):
-    """By `quantize_`, and by transformers when it loads."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao (extra [clients]) is not installed")
     from transformers import TorchAoConfig
 

@@ -6,7 +6,12 @@ from enumerable_distributions import FixedBlock, StubBatch, chi_square_p_value, 
 from scipy.stats import kstest
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
 
-from calm_transformers.model.generation_calm_samplers import FIRST_CHUNK, RowRandomness, exact_temperature_sample
+from calm_transformers.model.generation_calm_samplers import (
+    FIRST_CHUNK,
+    RepetitionAttempts,
+    RowRandomness,
+    exact_temperature_sample,
+)
 
 
 def rows_of(*numbers):
@@ -42,7 +47,7 @@ def test_numbers_follow_their_distribution_along_a_row_and_across_rows_and_steps
 def test_the_exact_sampler_s_distribution_with_per_row_generators(probs_V, temperature):
     candidates = StubBatch(probs_V.expand(6000, -1), seeded())
     randomness = RowRandomness([seeded(row) for row in range(6000)])
-    index_B, is_exact_B = exact_temperature_sample(candidates, temperature, 4000, randomness)
+    index_B, is_exact_B = exact_temperature_sample(candidates, RepetitionAttempts(temperature), 4000, randomness)
     outcomes = candidates.outcomes(index_B)
     assert is_exact_B.all() and chi_square_p_value(outcomes, tempered(probs_V, temperature)) > 1e-3
     assert chi_square_p_value(outcomes, tempered(probs_V, 0.9 * temperature)) < 1e-3 or len(probs_V) == 5
@@ -54,7 +59,9 @@ def test_the_choice_does_not_depend_on_the_size_of_blocks(temperature):
 
     def choose(size):
         rng = RowRandomness([seeded(row) for row in range(50)])
-        return exact_temperature_sample(StubBatch(stream_BN=stream_BN), temperature, 64, rng, FixedBlock(size))[0]
+        return exact_temperature_sample(
+            StubBatch(stream_BN=stream_BN), RepetitionAttempts(temperature), 64, rng, FixedBlock(size)
+        )[0]
 
     first, *others = (choose(size) for size in (4, 7, 32, 64))
     assert all(torch.equal(first, other) for other in others)

@@ -50,7 +50,6 @@ def running_nginx(folder, replicas):
 
 @contextlib.contextmanager
 def running_pair(model, folder):
-    """Starts two replicas and nginx, and yields the replicas and nginx's URL."""
     with contextlib.ExitStack() as stack:
         with ThreadPoolExecutor(2) as pool:
             starting = [running_server(model, folder / name, "--model_name", "tiny") for name in ("first", "second")]

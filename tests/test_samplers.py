@@ -33,6 +33,8 @@ from calm_transformers.model.generation_calm_algorithms import (
 )
 from calm_transformers.model.generation_calm_samplers import (
     BlockSchedule,
+    PatchSampling,
+    RepetitionAttempts,
     batch_temperature_select,
     check_num_candidates,
     exact_temperature_sample,
@@ -61,7 +63,9 @@ def batch_distribution(outcomes_BN: torch.Tensor, temperature: float, num_outcom
 def sample_exactly(probs_BV, temperature, max_samples, seed):
     """Returns outcomes, whether they are exact, and numbers of samples (B,)."""
     batch = StubBatch(probs_BV, seeded(seed))
-    index_B, is_exact_B = exact_temperature_sample(batch, temperature, max_samples, seeded(seed + 1), FixedBlock(4))
+    index_B, is_exact_B = exact_temperature_sample(
+        batch, RepetitionAttempts(temperature), max_samples, seeded(seed + 1), FixedBlock(4)
+    )
     return batch.outcomes(index_B), is_exact_B, batch.num_samples_B
 
 
@@ -95,7 +99,6 @@ class TestFirstOccurrences:
 class TestWeights:
     @staticmethod
     def choice(counts, temperature):
-        """Returns the probability of each patch, given its count."""
         samples = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         probabilities = choice_probabilities(samples[None], temperature)[0]
         return torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, samples, probabilities).tolist()
@@ -203,7 +206,9 @@ class TestAlgorithm1:
         generator = seeded(12)
         for _ in range(100):
             candidates = StubBatch(probs.expand(40, -1), generator)
-            index, exact = exact_temperature_sample(candidates, temperature, 2**15, generator, schedule)
+            index, exact = exact_temperature_sample(
+                candidates, RepetitionAttempts(temperature), 2**15, generator, schedule
+            )
             assert exact.all()
             outcomes.append(candidates.outcomes(index))
             first_blocks.add(candidates.extended[0][1])
@@ -255,7 +260,7 @@ class TestFallback:
     def test_all_distinct_is_uniform_and_predicted_at_integer_exponents(self, temperature, is_predicted):
         """Also where samples are drawn in blocks."""
         candidates = StubBatch(stream_BN=torch.arange(20).expand(2000, -1))
-        index, exact = exact_temperature_sample(candidates, temperature, 20, seeded())
+        index, exact = exact_temperature_sample(candidates, RepetitionAttempts(temperature), 20, seeded())
         predicted_index = [noise.argmin(-1) for _, noise in candidates.compared if noise is not None]
         assert len(predicted_index) == is_predicted
         if is_predicted:
@@ -267,7 +272,7 @@ class TestFallback:
         """Treating pairs that no attempt compares as different changes no choice."""
         stream = outcomes_from(zipf(6), 300, 16)
         plain, by_pairs = (
-            exact_temperature_sample(kind(stream_BN=stream), temperature, 16, seeded(1))
+            exact_temperature_sample(kind(stream_BN=stream), RepetitionAttempts(temperature), 16, seeded(1))
             for kind in (StubBatch, PairwiseCandidates)
         )
         assert all(torch.equal(a, b) for a, b in zip(plain, by_pairs, strict=True))
@@ -317,9 +322,10 @@ def test_the_choice_is_reproducible_with_a_generator(temperature):
 )
 def test_invalid_arguments_raise_before_any_sampling(num_candidates, temperature, message):
     candidates = StubBatch(flat(2)[None])
-    for method in (batch_temperature_select, exact_temperature_sample):
-        with pytest.raises(ValueError, match=message):
-            method(candidates, temperature, num_candidates)
+    with pytest.raises(ValueError, match=message):
+        batch_temperature_select(candidates, temperature, num_candidates)
+    with pytest.raises(ValueError, match=message):
+        PatchSampling(temperature=temperature, num_candidates=num_candidates)
     assert candidates.extended == []
 
 

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import commands
 import openai
 import pytest
 import torch
+from commands import ROOT
 from openai import OpenAI
 from server_process import SECONDS, in_process, running, running_server
 from starlette.testclient import TestClient
@@ -29,7 +29,6 @@ from calm_transformers.serving import serve
 from calm_transformers.serving.app import ServerOptions, create_app
 from calm_transformers.serving.openai_api import CountPenalty
 
-ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"
 LONG = {"prompt": PROMPT, "max_tokens": 8000, "ignore_eos": True}
 
@@ -54,7 +53,6 @@ def chat(client):
 
 
 def streamed(chunks):
-    """Returns the text of each choice of a stream."""
     texts = {}
     for chunk in chunks:
         texts[chunk.choices[0].index] = texts.get(chunk.choices[0].index, "") + chunk.choices[0].text
@@ -264,9 +262,6 @@ def test_lines_of_the_log_are_truncated(server):
     assert max(map(len, lines)) < 1200
 
 
-# Its shutdown
-
-
 @pytest.mark.slow
 def test_running_requests_are_finished_after_a_signal(tiny_folder, tmp_path):
     with running_server(tiny_folder, tmp_path / "home", CALM_API_KEY="") as server:  # an empty key means no key
@@ -339,9 +334,6 @@ def test_the_example_in_the_documents_runs():
     done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\w.* (stop|length)\n.*\w", done.stdout, re.DOTALL)
-
-
-# The command
 
 
 def test_a_port_taken_while_the_model_loads_is_an_input_error():

@@ -45,7 +45,6 @@ def connected(address, sent=b""):
 
 
 def read_answer(client):
-    """Reads up to the end of a JSON body."""
     text = b""
     while b"}" not in text:
         text += client.recv(1000)

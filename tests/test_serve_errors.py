@@ -11,7 +11,6 @@ from calm_transformers.serving.openai_api import UNSUPPORTED_FIELDS
 
 
 def post(api, path, body):
-    """Returns status and JSON of the answer to a body, bytes or a value to send as JSON."""
     answer = api.post(path, content=body if isinstance(body, bytes) else json.dumps(body))
     return answer.status_code, answer.json()
 
@@ -114,9 +113,6 @@ def test_other_paths_methods_and_sizes(api):
     assert api.post("/v1/completions", content=parts).status_code == 413
 
 
-# Internal errors
-
-
 @pytest.fixture
 def app_client(tiny_folder):
     """A client of a server of its own, whose batcher a test may break."""
@@ -127,12 +123,8 @@ def app_client(tiny_folder):
 BODY = {"prompt": "a"}
 
 
-def failing(error):
-    return Mock(side_effect=error)
-
-
 def test_an_internal_error_is_counted_and_has_cors_headers(app_client, monkeypatch):
-    monkeypatch.setattr(app_client.batcher, "submit", failing(LookupError("an error")))
+    monkeypatch.setattr(app_client.batcher, "submit", Mock(side_effect=LookupError("an error")))
     answer = app_client.post("/v1/completions", json=BODY, headers={"Origin": "http://page.example"})
     assert answer.status_code == 500 and answer.json()["error"]["message"] == "Internal server error: LookupError."
     assert answer.headers["access-control-allow-origin"] == "http://page.example"
@@ -141,19 +133,18 @@ def test_an_internal_error_is_counted_and_has_cors_headers(app_client, monkeypat
 
 def test_a_failed_text_is_a_500_with_the_reason_and_health_is_a_503_while_texts_fail(app_client, monkeypatch):
     def answer(path="completions"):
-        """Returns the status and the error's message, if it is one."""
         got = app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json=BODY)
         return got.status_code, got.json().get("error", {}).get("message", "")
 
     with monkeypatch.context() as patch:
-        patch.setattr(app_client.batcher.model, "sample_patches", failing(RuntimeError("out of memory")))
+        patch.setattr(app_client.batcher.model, "sample_patches", Mock(side_effect=RuntimeError("out of memory")))
         assert answer() == (500, "The text could not be generated: RuntimeError: out of memory.")
         message = "The last text failed, and so did a test text: RuntimeError: out of memory."
         assert answer("health") == (503, message)
     assert answer("health")[0] == 200  # it generates a test text, as the error may have been the last text's own
     assert answer()[0] == 200
     with monkeypatch.context() as patch:
-        batcher, fail = app_client.batcher, failing(RuntimeError("the device is gone"))
+        batcher, fail = app_client.batcher, Mock(side_effect=RuntimeError("the device is gone"))
         patch.setattr(batcher, "_admit_waiting", lambda: batcher._waiting and fail())
         assert answer()[0] == 500
         for path in ("health", "completions"):

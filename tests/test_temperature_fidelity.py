@@ -8,7 +8,7 @@ import torch
 from commands import refusal
 from enumerable_distributions import chi_square_p_value
 from language_oracle import LANGUAGE, Oracle, V, continuation_probabilities
-from tiny import tiny_model
+from tiny import seeded, tiny_model
 
 from calm_transformers.experiments import temperature_fidelity
 from calm_transformers.experiments.language import HiddenMarkovLanguage, write_corpus
@@ -26,10 +26,6 @@ def fewer_true_samples():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(temperature_fidelity, "NUM_TRUE_SAMPLES", 2**17)
         yield
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +96,7 @@ def test_the_exact_method_is_as_close_as_exact_samples(distribution, temperature
 class ContextFreeOracle(Oracle):
     """Ignores the context: samples each patch from the stationary distribution."""
 
-    def draw(self, states, num_samples, generator=None):
+    def draw(self, states, num_samples, generator=None, temperature=1.0):
         return super().draw(torch.from_numpy(LANGUAGE.stationary).expand_as(states), num_samples, generator)
 
 

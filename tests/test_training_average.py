@@ -1,13 +1,12 @@
 """The moving average of the weights: it is exported and evaluated, also after a resume."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import train
+from training_helpers import losses_of, train
 
 from calm_transformers.training.average import WeightAverage
 
@@ -23,11 +22,6 @@ def assert_averaged(found: dict, folder: Path, name: str) -> None:
         average = {key: DECAY * average[key] + (1 - DECAY) * later[key] for key in average}
     assert found.keys() == average.keys()
     assert max((found[key] - average[key]).abs().max() for key in found) < 1e-6
-
-
-def log_of(folder: Path, name: str) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if name in entry]
 
 
 def test_the_export_is_the_average_also_through_a_resume(workshop, tmp_path):
@@ -47,8 +41,8 @@ def test_evaluation_uses_the_average_and_training_does_not(workshop, tmp_path):
     fields = {**workshop, **EVERY_STEP, "eval_strategy": "steps", "eval_steps": 2}
     for name, own in {"plain": {}, "average": {"ema_decay": DECAY}}.items():
         assert train("calm", **fields, **own, output_dir=str(tmp_path / name)) == 0
-    assert log_of(tmp_path / "plain", "loss") == log_of(tmp_path / "average", "loss")
-    plain, average = (log_of(tmp_path / name, "eval_loss") for name in ("plain", "average"))
+    assert losses_of(tmp_path / "plain", "loss") == losses_of(tmp_path / "average", "loss")
+    plain, average = (losses_of(tmp_path / name, "eval_loss") for name in ("plain", "average"))
     assert len(plain) == len(average) == 2 and plain != average
 
 

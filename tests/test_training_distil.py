@@ -1,7 +1,5 @@
 """A Llama is distilled into the MTP loss of a CALM, and is neither trained nor saved with it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,11 +17,6 @@ K = 4
 @pytest.fixture(scope="module")
 def workshop(workshop_of_one_more_token):
     return workshop_of_one_more_token
-
-
-@pytest.fixture(scope="module")
-def llama(workshop):
-    return str(Path(workshop["tokenizer"]).with_name("theirs"))
 
 
 @pytest.mark.parametrize("num_items, weight", [(None, 0.3), (40, 1.0)])

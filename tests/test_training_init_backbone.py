@@ -41,17 +41,9 @@ def workshop(workshop_of_one_more_token):
     return workshop_of_one_more_token
 
 
-@pytest.fixture(scope="module")
-def llama(workshop):
-    return str(Path(workshop["tokenizer"]).with_name("theirs"))
-
-
 def build(workshop, llama, **fields) -> CALMForCausalLM:
     torch.manual_seed(2)
     return build_model(recipe_of(workshop, init_backbone=str(llama), **fields), load_tokenizer(workshop["tokenizer"]))
-
-
-# weights
 
 
 @pytest.mark.parametrize("name", LLAMAS)
@@ -103,7 +95,8 @@ def test_every_position_of_a_patch_initially_predicts_the_llamas_next_token(wher
     before = LlamaForCausalLM.from_pretrained(llama).eval()
     ids = torch.randint(NUM_KNOWN, (4, 40))
     expected = before(ids).logits.log_softmax(-1)
-    logits = chain.logits(chain.states(before.model(ids).last_hidden_state))
+    states = chain.context_proj(before.model(ids).last_hidden_state).unflatten(-1, (K, -1))
+    logits = chain.logits(states)
     found = logits[..., :NUM_KNOWN].log_softmax(-1)
     divergence = F.kl_div(found, expected.unsqueeze(-2).expand_as(found), log_target=True, reduction="none").sum(-1)
     of_uniform = (expected.exp() * expected).sum(-1) + math.log(NUM_KNOWN)
@@ -112,9 +105,6 @@ def test_every_position_of_a_patch_initially_predicts_the_llamas_next_token(wher
     for matrix, source in zip((chain.lm_head, *chain.embeddings), (before.lm_head, *embeddings), strict=True):
         assert torch.equal(matrix.weight[:NUM_KNOWN], source.weight)
         assert torch.allclose(matrix.weight[NUM_KNOWN], source.weight.mean(0), atol=1e-6)
-
-
-# the command
 
 
 def test_a_training_starts_from_a_llama_and_resumes_without_its_weights(workshop, llama, tmp_path, capsys):
@@ -171,9 +161,6 @@ def test_a_damaged_llama_raises(workshop, llama, tmp_path, capsys):
     config = json.loads((broken / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (broken / "config.json").write_text(json.dumps(config))
     assert "its weights are quantised" in refusal(capsys, **fields, init_backbone=str(broken))
-
-
-# tokenizers
 
 
 def with_tokens(tokenizer: str, folder: Path, changed: dict[str, str]) -> str:

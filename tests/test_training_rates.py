@@ -1,13 +1,11 @@
 """The head's own learning rate, the decay of the auxiliary weight, and how both resume."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import train
-from transformers import AutoModelForCausalLM
+from training_helpers import log_of, train
 
 from calm_transformers.training.auxiliary import AUXILIARY_FILE
 
@@ -17,19 +15,15 @@ DECAY = {"auxiliary_weight": 0.5, "auxiliary_decay": 0.75, "head_weight": 0.0}
 
 @pytest.fixture
 def run(workshop, tmp_path):
-    """Trains, and returns the weights and the log."""
-
     def run(name, **fields):
         folder = tmp_path / name
         assert train("calm", **{**workshop, **FIELDS, **fields}, output_dir=str(folder)) == 0
-        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        return load_file(folder / "model.safetensors"), [entry for entry in log if "loss" in entry]
+        return load_file(folder / "model.safetensors"), [entry for entry in log_of(folder) if "loss" in entry]
 
     return run
 
 
 def differing(one: dict, other: dict) -> set[str]:
-    """Returns the names of the model's parts whose weights differ."""
     return {key.split(".")[0] for key in one if not torch.equal(one[key], other[key])}
 
 
@@ -63,19 +57,3 @@ def test_the_mtp_loss_is_initialised_from_the_checkpoint_in_init_from(run, tmp_p
     run("after", auxiliary_weight=0.5, autoencoder=None, init_from=str(before), **still)
     one, other = (load_file(folder / AUXILIARY_FILE) for folder in (before, tmp_path / "after" / "checkpoint-4"))
     assert one.keys() == other.keys() and differing(one, other) == set()
-
-
-def test_pseudo_targets_need_an_encoder_without_context(run, workshop, tmp_path, capsys):
-    """With one they train the head; with context, a CALM trains without them, and generates."""
-    run("one", max_steps=2, auxiliary_weight=0.5, auxiliary_targets=2)
-    own = {key: workshop[key] for key in ("train_files", "cache_dir", "tokenizer")}
-    context, fields = str(tmp_path / "context"), {**workshop, **FIELDS, "auxiliary_weight": 0.5}
-    assert train("autoencoder", **own, max_steps=2, encoder_context=1, output_dir=context) == 0
-    fields["autoencoder"] = context
-    assert train("calm", **fields, auxiliary_targets=2, output_dir=str(tmp_path / "no")) == 2
-    assert "auxiliary_targets=2: the autoencoder's encoder reads previous patches" in capsys.readouterr().err
-    weights, _ = run("run", max_steps=2, auxiliary_weight=0.5, autoencoder=context)
-    trained = load_file(f"{context}/model.safetensors")["encoder.context_layer.weight"]
-    assert torch.equal(weights["autoencoder.encoder.context_layer.weight"], trained)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run", trust_remote_code=True)
-    assert model.generate(torch.randint(20, (1, 8)), max_new_tokens=4, num_candidates=4).shape[1] <= 12

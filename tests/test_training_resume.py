@@ -54,7 +54,6 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
 
 @pytest.fixture(scope="module")
 def run_of_two_steps(workshop, tmp_path_factory):
-    """Returns the fields and the folder of a run that tests copy."""
     folder = tmp_path_factory.mktemp("two steps")
     fields = fields_of_run(workshop, folder) | {"max_steps": 2, "per_device_train_batch_size": 4}
     assert train("calm", **fields) == 0
@@ -179,7 +178,6 @@ def test_every_optimizer_is_resumed(workshop, tmp_path, optim):
     ],
 )
 def test_a_checkpoint_of_another_training_raises_also_without_its_recipe(copied_run, changed, message, capsys):
-    """Also one with another auxiliary loss."""
     fields, folder = copied_run
     (folder / "recipe.yaml").unlink()
     path = folder / "checkpoint-2" / "auxiliary.safetensors"

@@ -56,7 +56,6 @@ def test_bad_options_are_refused_before_any_work(shapes, monkeypatch, capsys):
     for options, complaint in {
         ("--block_size", "18"): "--block_size 18: energy needs",
         ("--block_size", "4"): "--block_size 4: energy needs",
-        ("--batch_size", "0"): "--batch_size: 0: must be an integer",
         ("--json", "nowhere/figures.json"): "its folder does not exist",
     }.items():
         assert complaint in refusal(capsys, training_step.main, "--shape", "energy", *ARGUMENTS, *options)

@@ -51,12 +51,6 @@ def test_a_vocabulary_too_small_or_too_large_for_the_text_raises(size, why):
         train_bpe(TEXTS, size)
 
 
-def test_a_file_without_text_is_one_line(tmp_path, capsys):
-    (tmp_path / "a.jsonl").touch()
-    assert train("tokenizer", train_files=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "run")) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'a.jsonl'}: no text there.\n"
-
-
 @pytest.fixture
 def no_prompt(monkeypatch):
     """transformers asks at the terminal before it runs code of a folder."""

@@ -19,10 +19,7 @@ from calm_transformers.model.generation_calm_algorithms import (
     sample_by_weight,
     truncated,
 )
-from calm_transformers.model.generation_calm_samplers import (
-    batch_temperature_select,
-    exact_temperature_sample,
-)
+from calm_transformers.model.generation_calm_samplers import RepetitionAttempts, batch_temperature_select
 
 TRUNCATIONS = [
     Truncation(top_k=1),
@@ -110,7 +107,7 @@ class TestWeights:
 
     def test_algorithm_1_needs_t_below_1(self):
         with pytest.raises(ValueError, match="Algorithm 1 sharpens; above 1 patches are chosen by weight"):
-            exact_temperature_sample(StubBatch(zipf(5)[None], seeded()), 1.5, 10)
+            RepetitionAttempts(1.5)
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,11 @@ def _allow_fsdp_on_cpu() -> None:
         create(self)
 
     CALMTrainer.create_accelerator_and_postprocess = create_for_cpu
+
+
+def log_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def losses_of(folder: Path, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in log_of(folder) if name in entry]

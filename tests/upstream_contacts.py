@@ -212,12 +212,10 @@ def differences(recorded: dict[str, dict], found: dict[str, dict]) -> list[str]:
 
 
 def read_records() -> dict[str, dict]:
-    """Version → contacts."""
     return json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
 
 
 def record() -> None:
-    """A line a contact."""
     records = read_records()
     records[transformers.__version__] = found_contacts()
     versions = []

@@ -18,8 +18,6 @@ from pathlib import Path
 
 
 def hide(packages: list[str]) -> None:
-    """Makes packages appear not installed."""
-
     class HidingFinder:
         @staticmethod
         def find_spec(name, path=None, target=None):
@@ -49,7 +47,6 @@ def run(module: str, *arguments: str) -> dict:
 
 
 def save_a_model(folder: str) -> list[str]:
-    """Saves a model and returns the names of its code files."""
     model = importlib.import_module("calm_transformers")
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "latent_size": 4}
     config = model.CALMConfig(**sizes, num_hidden_layers=1, num_attention_heads=1, autoencoder_config=sizes)

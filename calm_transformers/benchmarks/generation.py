@@ -230,7 +230,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add_device_options(parser, torch.cuda.is_available())
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--num_candidates", type=positive, default=200)
-    parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="adaptive")
+    parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="auto")
     parser.add_argument(
         "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
     )

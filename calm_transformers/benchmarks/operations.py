@@ -128,6 +128,9 @@ def cases(heads: list[str]) -> Iterator[Case]:
         eager = {"temperature": 0.5, "num_candidates": NUM_CANDIDATES, "lazy_decoding": False}
         for method in ("batch", "adaptive", "exact"):
             yield Case(f"{head}, T = 0.5, {method}", head, {**eager, "sampling_method": method})
+        if head == "token_chain":
+            yield Case(f"{head}, T = 0.5, rejection", head, {**eager, "sampling_method": "rejection"})
+        eager["sampling_method"] = "adaptive"
         yield Case(f"{head}, T = 0.5, adaptive, two blocks", head, eager, blocks=2)
         yield Case(f"{head}, T = 0.4, adaptive", head, {**eager, "temperature": 0.4})
         yield Case(f"{head}, T = 0.5, adaptive, lazy", head, {**eager, "lazy_decoding": True})

@@ -46,7 +46,7 @@ class Workload:
             return {"backbone": (self.model, "forward")}
         return {
             "backbone": (self.model.model, "forward"),
-            "head": (self.model.head, "sample"),
+            "head": [(self.model.head, "sample"), (self.model.head, "propose")],
             "decode": [(self.model.autoencoder, "decode_tokens"), (LazyCandidateBatch, "decode_at")],
             "choice": (self.model, "sample_patches"),
         }
@@ -57,9 +57,10 @@ class Workload:
 
         def count_candidates(sample):
             def counting_sample(*args, **kwargs):
-                latents_NRZ = sample(*args, **kwargs)
+                result = sample(*args, **kwargs)
+                latents_NRZ = result[0] if isinstance(result, tuple) else result
                 counts.append(latents_NRZ[..., 0].numel())
-                return latents_NRZ
+                return result
 
             return counting_sample
 
@@ -69,7 +70,8 @@ class Workload:
             stack.enter_context(meter.measured())
             stack.enter_context(self.matmul_backend())
             if is_calm(self.model):
-                stack.enter_context(wrap_method(self.model.head, "sample", count_candidates))
+                for name in ("sample", "propose"):
+                    stack.enter_context(wrap_method(self.model.head, name, count_candidates))
             generate_tokens(self.model, self.prompts_BL, length, **self.settings)
         return sum(counts)
 

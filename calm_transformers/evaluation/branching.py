@@ -113,10 +113,13 @@ class CalmReader(TreeAttentionReader):
         return out.last_hidden_state
 
     @torch.no_grad()
-    def draw(self, states_D: torch.Tensor, num_samples: int, generator=None) -> torch.Tensor:
-        """Samples next patches given hidden states (..., D) and returns token ids, (num_samples, ..., K)."""
+    def draw(self, states_D: torch.Tensor, num_samples: int, generator=None, temperature: float = 1.0) -> torch.Tensor:
+        """Samples next patches given hidden states (..., D) and returns token ids, (num_samples, ..., K).
+
+        A temperature other than 1 must be one that the head is distilled for.
+        """
         with cpu_kernels(num_samples * states_D[..., 0].numel(), self.model.config.hidden_size):
-            latents_Z = self.model.head.sample(states_D, num_samples=num_samples, generator=generator)
+            latents_Z = self.model.head.sample(states_D, num_samples, generator, temperature=temperature)
             return self.model.autoencoder.decode_tokens(latents_Z)
 
 

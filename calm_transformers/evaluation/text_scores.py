@@ -101,19 +101,13 @@ def score_texts(
     with cpu_kernels(mask_BP.numel(), model.config.hidden_size):
         hidden_BPD = model(**inputs, use_cache=False).last_hidden_state
     context_MD, target_MK = hidden_BPD[:, :-1][is_scored_BP[:, 1:]], patches_BPK[is_scored_BP]
-    mean_MZ, log_std_MZ = (
-        part.to(context_MD.device) for part in _posterior(model, patches_BPK, mask_BP, is_scored_BP)
-    )
 
     energy_BP = hidden_BPD.new_zeros(is_scored_BP.shape, dtype=torch.float32)
     brier_BPK, match_rate_BPK = (energy_BP[..., None].repeat(1, 1, patch_size) for _ in range(2))
     if len(context_MD):
         chunk_size = max(1, SAMPLES_CHUNK_SIZE["cpu" if ids_BL.device.type == "cpu" else "other"] // num_samples)
-        chunks = [values.split(chunk_size) for values in (context_MD, target_MK, mean_MZ, log_std_MZ)]
-        scores = [
-            _score_patches(model, context, target, mean, log_std, num_samples, generator)
-            for context, target, mean, log_std in zip(*chunks, strict=True)
-        ]
+        chunks = zip(context_MD.split(chunk_size), target_MK.split(chunk_size), strict=True)
+        scores = [_score_patches(model, context, target, num_samples, generator) for context, target in chunks]
         for output, parts in zip((energy_BP, brier_BPK, match_rate_BPK), zip(*scores, strict=True), strict=True):
             output[is_scored_BP] = torch.cat(parts)
     return TextScores(energy_BP, brier_BPK, match_rate_BPK, patches_BPK, is_scored_BP)
@@ -140,31 +134,15 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
-def _posterior(
-    model: CALMForCausalLM, patches_BPK: Tensor, mask_BP: Tensor, is_scored_BP: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns posterior mean and log_std of the scored patches, (M, Z) each.
-
-    Padding is moved to the end of each row, where an encoder with left context does not see it.
-    """
-    order_BP = mask_BP.long().sort(dim=1, descending=True, stable=True).indices
-    front_BPK = patches_BPK.gather(1, order_BP[..., None].expand_as(patches_BPK))
-    mean_BPZ, log_std_BPZ = model.autoencoder.encode(front_BPK.flatten(1))
-    is_scored_BP = is_scored_BP.gather(1, order_BP).to(mean_BPZ.device)
-    return mean_BPZ[is_scored_BP], log_std_BPZ[is_scored_BP]
-
-
 def _score_patches(
     model: CALMForCausalLM,
     context_mD: Tensor,
     target_mK: Tensor,
-    mean_mZ: Tensor,
-    log_std_mZ: Tensor,
     num_samples: int,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns energy scores (m,), Brier-1 … Brier-K (m, K) and prefix match rates (m, K)."""
-    target = PatchTarget(target_mK, posterior=(mean_mZ, log_std_mZ))
+    target = PatchTarget(target_mK, model.autoencoder)
     with cpu_kernels(num_samples * len(context_mD), model.config.hidden_size):
         samples_NmZ = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
         tokens_mNK = model.autoencoder.decode_tokens(samples_NmZ).movedim(0, 1)

@@ -50,16 +50,16 @@ class Run(NamedTuple):
 
 
 def training_cost(folder: Path) -> dict[str, float]:
-    """Returns tokens, FLOPs and CPU seconds of a finished training, including those of its initial backbone."""
+    """Returns tokens, FLOPs and CPU seconds of a finished training, including those of the model it began with."""
     recipe = load_recipe(str(folder / "recipe.yaml"))
     state = json.loads((folder / "trainer_state.json").read_text())
     tokens = state["max_steps"] * recipe.training["per_device_train_batch_size"] * recipe.data.block_size
     flops = tokens * sum(recipe_cost(recipe, load_config(str(folder))).train_flops.values())
     speeds = [entry["tokens_per_cpu_second"] for entry in state["log_history"] if "tokens_per_cpu_second" in entry]
     cost = {"tokens": tokens, "flops": flops, "cpu_seconds": tokens * mean(1 / speed for speed in speeds)}
-    if recipe.init_backbone:
-        backbone = training_cost(Path(recipe.init_backbone))
-        cost = {name: cost[name] + backbone[name] for name in cost}
+    if source := recipe.init_backbone or recipe.init_from:
+        initial = training_cost(Path(source))
+        cost = {name: cost[name] + initial[name] for name in cost}
     return cost
 
 
@@ -124,8 +124,8 @@ class Plan:
             module = "calm_transformers.evaluation.autoencoder_report"
             noise_options = {"data": self.held_out, "max_patches": 10_000}
             self._add_evaluation(fields["autoencoder"], "noise", module, noise_options)
-        if "init_backbone" in fields:
-            fields["init_backbone"] = self._add_model(f"{fields['init_backbone']}-seed{seed}")
+        for source in fields.keys() & {"init_backbone", "init_from"}:
+            fields[source] = self._add_model(f"{fields[source]}-seed{seed}")
         folder = self._add_training(f"models/{name}", {"tokenizer": self.tokenizer, **fields})
         text = {"language": self.tokenizer} if self.is_language else {"data": self.held_out}
         module = "experiments.optimal_fraction" if self.is_language else "evaluation.brier_lm"

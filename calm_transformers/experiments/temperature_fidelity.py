@@ -12,6 +12,8 @@ Four columns separate the sources of error:
 - true distribution, M samples: the method applied to only M samples of P; adds the error of reusing few samples.
 - model: the method applied to M samples of the model, drawn once per context; adds the model's error.
 
+Of a model with a distilled head, single samples at these temperatures are compared, too.
+
 Axes: C contexts, M stored samples, B patches to choose, R rows of candidates, N samples per row, L tokens, K tokens
 per patch, X patches that are not negligible, U distinct patches seen, D hidden, J settings, A columns.
 """
@@ -36,7 +38,7 @@ from calm_transformers.experiments.language import HiddenMarkovLanguage
 from calm_transformers.experiments.optimal_fraction import make_parser
 from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.generation_calm_algorithms import first_occurrences
-from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, BlockSchedule, Pairs, PatchSampling
+from calm_transformers.model.generation_calm_samplers import BlockSchedule, Pairs, PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import progress_bar
 
@@ -47,7 +49,7 @@ SETTINGS = [
     *(
         PatchSampling(temperature=temperature, sampling_method=method, num_candidates=num_candidates)
         for temperature in TEMPERATURES
-        for method in SAMPLING_METHODS
+        for method in ("batch", "adaptive", "exact")
         for num_candidates in CANDIDATES
     ),
 ]
@@ -126,7 +128,7 @@ class StoredCandidates:
         size = len(samples_M)
         self.samples_M, self.rows_B, self.num_drawn = samples_M, torch.arange(num_rows), 0
         self.has_processors: bool = False
-        self.processor_log_weights_BN: Tensor | None = None
+        self.log_factors_BN: Tensor | None = None
         self.start_B = torch.randint(size, (num_rows,), generator=generator)
         self.stride_B = 1 + 2 * torch.randint(size, (num_rows,), generator=generator)  # odd: coprime with M
 
@@ -204,11 +206,17 @@ def evaluate_context(
 
 @torch.no_grad()
 def sample_model(
-    reader: CalmReader, state_D: Tensor, num_samples: int, vocab_size: int, generator: torch.Generator
+    reader: CalmReader,
+    state_D: Tensor,
+    num_samples: int,
+    vocab_size: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Samples patch ids (M,) of the model after one context."""
+    """Samples patch ids (M,) of the model after one context; a temperature must be one that its head takes."""
     sizes = [min(SAMPLES_CHUNK_SIZE, num_samples - start) for start in range(0, num_samples, SAMPLES_CHUNK_SIZE)]
-    return torch.cat([patch_ids(reader.draw(state_D, size, generator), vocab_size) for size in sizes])
+    drawn = [reader.draw(state_D, size, generator, temperature) for size in sizes]
+    return torch.cat([patch_ids(patches_MK, vocab_size) for patches_MK in drawn])
 
 
 def evaluate_model(
@@ -218,25 +226,43 @@ def evaluate_model(
     patch_size: int,
     num_patches: int,
     num_stored: int,
+    lowest_temperature: float = 1.0,
 ) -> dict:
     """Evaluates a model on contexts (C, L) divisible by the patch size; returns the results of `summarise`.
 
     Chooses `num_patches` patches per context and setting, from `num_stored` samples of the model (M, a power of 2,
-    at least `MAX_SAMPLES_PER_STEP`).
+    at least `MAX_SAMPLES_PER_STEP`). From `lowest_temperature` on, the head also samples at T itself.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(language.to_ids(np.array(language.vocab_size)))
     states_CD = reader.read(ids_CL.unflatten(1, (-1, patch_size)))[:, -1]
-    values, entropies, untempered = [], [], []  # one entry per context; untempered: T = 1
+    values, entropies, untempered, distilled = [], [], [], []  # one entry per context; untempered: T = 1
+    distilled_temperatures = [each for each in TEMPERATURES if each >= lowest_temperature]
     for ids_L, state_D in zip(progress_bar(ids_CL, "Sampling", "context"), states_CD, strict=True):
         distribution = next_patch_distribution(language, ids_L, patch_size, vocab_size)
         model_M = sample_model(reader, state_D, num_stored, vocab_size, generator)
         exact_M = distribution.sample(num_stored, generator)
         untempered.append([distribution.compare(samples_M) for samples_M in (exact_M, model_M)])
         values.append(evaluate_context(distribution, model_M, num_patches, generator))
+        for temperature in distilled_temperatures:
+            target = distribution.tempered(temperature)
+            single_B = sample_model(reader, state_D, num_patches, vocab_size, generator, temperature)
+            distilled.append([target.compare(single_B), target.compare(target.sample(num_patches, generator))])
         entropies.append([distribution.tempered(sampling.temperature).entropy for sampling in SETTINGS])
     sizes = {"contexts": len(ids_CL), "context_length": ids_CL.shape[1], "draws": num_patches}
-    return summarise(np.array(values), np.array(entropies), np.array(untempered)) | sizes | {"recorded": num_stored}
+    results = summarise(np.array(values), np.array(entropies), np.array(untempered))
+    distilled_CJA2 = np.array(distilled).reshape(len(ids_CL), len(distilled_temperatures), 2, 2)
+    results["distilled"] = [
+        {"temperature": temperature}
+        | {
+            metric: {
+                name: _mean_and_error(distilled_CJA2[:, j, a, i]) for a, name in enumerate(("model", "exact draws"))
+            }
+            for i, metric in enumerate(METRICS)
+        }
+        for j, temperature in enumerate(distilled_temperatures)
+    ]
+    return results | sizes | {"recorded": num_stored}
 
 
 def summarise(values_CJA2: np.ndarray, entropies_CJ: np.ndarray, untempered_C22: np.ndarray) -> dict:
@@ -289,7 +315,21 @@ def report(results: dict[str, dict]) -> str:
         cells += [result["own_law"][metric]["model"] for result in results.values()]
         untempered.append([label, *(form.format(*cell) for cell in cells)])
     parts += [f"The distributions at T = 1, from all {first['recorded']:,} samples:"]
-    return "\n\n".join([*parts, markdown(["", COLUMNS["exact draws"], *results], untempered)])
+    parts += [markdown(["", COLUMNS["exact draws"], *results], untempered)]
+    single = [
+        [name, f"{row['temperature']:.2g}"]
+        + [
+            form.format(*row[metric][who])
+            for metric, (_, _, form) in METRICS.items()
+            for who in ("model", "exact draws")
+        ]
+        for name, result in results.items()
+        for row in result.get("distilled", [])
+    ]
+    if single:
+        columns = [f"{label}, {who}" for _, label, _ in METRICS.values() for who in ("model", "exact samples")]
+        parts += ["Single samples of distilled heads at T:", markdown(["", "T", *columns], single)]
+    return "\n\n".join(parts)
 
 
 def read_contexts(folder: Path, num_contexts: int, patch_size: int) -> Tensor:
@@ -340,7 +380,9 @@ def main(argv: list[str] | None = None) -> None:
         language = HiddenMarkovLanguage.load(args.language)
         model = load_model(args.model, language)
         ids_CL = read_contexts(args.language, args.contexts, model.config.patch_size)
-    result = evaluate_model(CalmReader(model), language, ids_CL, model.config.patch_size, args.draws, args.recorded)
+    lowest = model.config.distilled_temperature or 1.0
+    sizes = model.config.patch_size, args.draws, args.recorded, lowest
+    result = evaluate_model(CalmReader(model), language, ids_CL, *sizes)
     print(report({args.model: result}))
     write_json(args.json, result)
 

@@ -75,7 +75,7 @@ SUPPORTED_LENGTH_SETTINGS = {"eos_token_id", "max_new_tokens"}  # by generate.py
 # Settings that it doesn't support, with the values besides None that have no effect.
 NEUTRAL_VALUES: dict[str, tuple] = {
     "do_sample": (True,),
-    "sampling_method": ("adaptive", "batch"),
+    "sampling_method": ("auto", "adaptive", "batch"),
     "num_return_sequences": (1,),
     "max_length": (20,),  # upstream's old default
     "min_length": (0,),

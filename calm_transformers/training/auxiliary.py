@@ -56,14 +56,8 @@ class MultiTokenLoss(TokenChain):
     @torch.no_grad()
     def sample(self, hidden: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples `num_samples` (A) patches per hidden state: (..., D) → ids (A, ..., K)."""
-
-        def choose(_: int, logits: Tensor) -> Tensor:
-            # Gumbel-max sampling: unlike torch.multinomial it has no limit on the number of rows.
-            gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
-            return (logits.float() + gumbel).argmax(-1)
-
-        states = self.states(hidden).expand(num_samples, *hidden.shape[:-1], -1, -1)  # (A, ..., K, D)
-        return self.unroll(states, choose)
+        uniform = torch.empty(num_samples, *hidden.shape[:-1], self.patch_size, device=hidden.device)
+        return self.propose(hidden, uniform.uniform_(generator=generator))[0]
 
 
 class ExtraTargets(PatchTarget):
@@ -100,13 +94,28 @@ class ExtraTargets(PatchTarget):
         return torch.addcmul(mean, log_std.exp(), noise)
 
 
-class WithAuxiliary(nn.Module):
-    """A CALM model and its auxiliary (MTP) loss in one module, so that DDP and FSDP see all parameters.
+class TrainedCALM(nn.Module):
+    """A CALM model, `calm`, and what its loss needs, in one module, so that DDP and FSDP see all parameters."""
+
+    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
+
+    def __init__(self, calm: CALMForCausalLM):
+        super().__init__()
+        self.calm, self.config = calm, calm.config
+        self._no_split_modules = calm._no_split_modules
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        self.calm.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:  # the name in transformers 5
+        self.calm.activation_checkpointing_enable(**kwargs)
+
+
+class WithAuxiliary(TrainedCALM):
+    """A CALM model and its auxiliary (MTP) loss.
 
     `weight`, `decay`, `num_targets` (A) are a recipe's auxiliary_weight, auxiliary_decay, auxiliary_targets.
     """
-
-    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
     def __init__(
         self,
@@ -117,18 +126,11 @@ class WithAuxiliary(nn.Module):
         num_targets: int = 0,
         teacher: Teacher | None = None,
     ):
-        super().__init__()
+        super().__init__(calm)
         config = calm.config
-        self.calm, self.config, self.weight, self.head_weight = calm, config, weight, head_weight
+        self.weight, self.head_weight = weight, head_weight
         self.decay, self.num_targets, self.teacher = decay, num_targets, teacher
         self.auxiliary = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
-        self._no_split_modules = calm._no_split_modules
-
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        self.calm.gradient_checkpointing_enable(**kwargs)
-
-    def activation_checkpointing_enable(self, **kwargs) -> None:  # the name in transformers 5
-        self.calm.activation_checkpointing_enable(**kwargs)
 
     def forward(
         self,
@@ -159,10 +161,10 @@ class WithAuxiliary(nn.Module):
 
 
 def without_auxiliary(model: nn.Module) -> nn.Module:
-    """Returns the model in a `WithAuxiliary`, or any other model itself."""
-    return model.calm if isinstance(model, WithAuxiliary) else model
+    """Returns the model in a `TrainedCALM`, or any other model itself."""
+    return model.calm if isinstance(model, TrainedCALM) else model
 
 
 def calm_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the CALM model's state dict out of a `WithAuxiliary`'s."""
+    """Returns the CALM model's state dict out of a `TrainedCALM`'s."""
     return {key.removeprefix("calm."): value for key, value in state.items() if key.startswith("calm.")}

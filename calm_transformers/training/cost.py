@@ -22,6 +22,7 @@ from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.auxiliary import MultiTokenLoss
+from calm_transformers.training.distil_temperature import NUM_HEAD_SAMPLES, NUM_PROPOSALS
 from calm_transformers.training.recipe import CONFIGS, Recipe
 
 
@@ -157,7 +158,10 @@ def ar_cost(config, block_size: int) -> Cost:
 
 
 def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
-    """Returns a recipe's cost. `config` is by default the model section's, `teacher` the configuration of `distil`."""
+    """Returns a recipe's cost. `config` is by default the model section's, `teacher` the configuration of `distil`.
+
+    With `distil_temperature`, `teacher` is the configuration of the model whose head teaches, None for the MTP loss.
+    """
     config = config or CONFIGS[recipe.kind](**recipe.model)
     if recipe.kind == "autoencoder":
         return autoencoder_cost(config)
@@ -175,15 +179,35 @@ def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
         train_flops["auxiliary loss"] = (3 * loss_flops + recipe.auxiliary_targets * target_flops) / config.patch_size
         cost.inference_flops["auxiliary loss"] = 0
         train_flops["autoencoder"] *= 1 + recipe.auxiliary_targets
-    if teacher is not None:
+    if recipe.distil_temperature:
+        add_temperature_teacher(cost, config, teacher)
+    elif teacher is not None:
         teacher_cost = ar_cost(teacher, recipe.data.block_size)
         cost.parameters["teacher (frozen)"] = sum(teacher_cost.parameters.values())
         train_flops["teacher"], cost.inference_flops["teacher"] = sum(teacher_cost.inference_flops.values()), 0
     if not recipe.head_weight:
         train_flops["head"] = train_flops["autoencoder"] = 0
-    if recipe.freeze_backbone:
+    if recipe.freeze_backbone or recipe.distil_temperature:
         train_flops |= {part: train_flops[part] / 3 for part in ("patch embedding", "backbone")}  # no backward pass
     return cost
+
+
+def add_temperature_teacher(cost: Cost, config, teacher) -> None:
+    """Adds the samples of a teacher of temperature, and its parameters; every target is encoded."""
+    with torch.device("meta"):
+        context = torch.zeros(1, config.hidden_size)
+        chain = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
+    if teacher is None:
+        parameters, flops = count_parameters(chain), profile_call(chain.sample, context, NUM_PROPOSALS).flops
+    else:
+        head_cost = calm_cost(teacher, teacher.patch_size)
+        parameters = head_cost.parameters["head"]
+        per_token = head_cost.inference_flops["head"] + head_cost.inference_flops["autoencoder"]
+        flops = NUM_HEAD_SAMPLES * per_token * config.patch_size
+    cost.parameters["teacher (frozen)"] = parameters
+    cost.train_flops["teacher"], cost.inference_flops["teacher"] = flops / config.patch_size, 0
+    cost.train_flops["autoencoder"] *= config.num_samples
+    cost.trainable = cost.parameters["head"]
 
 
 def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) -> None:

@@ -90,6 +90,8 @@ class Recipe:
         ema_decay: decay of an exponential moving average of the weights to evaluate and export; 0 averages nothing.
         distil: folder or Hub id of a Llama to distil into the MTP loss (see distil.py).
         distil_weight: weight of its soft targets, in (0, 1]; the weight of the text's own tokens is the rest.
+        distil_temperature: train the head alone to sample in one draw at every temperature from this to 1, taught by
+            `init_from` (see distil_temperature.py); num_samples is the number of targets at each position.
         freeze_backbone: train the head alone, on the backbone of `init_from` or `init_backbone` (calm only).
         data, model, training: the sections.
         run_facts: filled in by a run (`found` in files): `batch_size`, blocks per step, and `tokens`, their digest.
@@ -110,6 +112,7 @@ class Recipe:
     head_learning_rate: float | None = None
     distil: str | None = None
     distil_weight: float = 1.0
+    distil_temperature: float | None = None
     freeze_backbone: bool = False
     ema_decay: float = 0.0
     data: DataOptions = field(default_factory=DataOptions)
@@ -368,6 +371,11 @@ def check_fields(recipe: Recipe) -> None:
     raise_if(
         r.lora_rank and not lora_fits, "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone"
     )
+    excluded = [name for name in ("auxiliary_weight", "lora_rank", "distil") if getattr(r, name)]
+    message = f"distil_temperature={r.distil_temperature}: needs init_from"
+    raise_if(r.distil_temperature and not (r.init_from and r.kind == "calm"), message)
+    message = f"distil_temperature={r.distil_temperature}: trains the head alone, without {', '.join(excluded)}"
+    raise_if(r.distil_temperature and excluded, message)
     has_head = r.head_learning_rate is None or r.kind == "calm"
     raise_if(not has_head, f"head_learning_rate={r.head_learning_rate}: only a CALM has a head")
     message = f"patch_embedding_init={r.patch_embedding_init!r}: must be one of {', '.join(PATCH_EMBEDDING_DECAYS)}"

@@ -23,6 +23,7 @@ from calm_transformers.loading import generation_defaults, is_missing_folder, lo
 
 # In a checkout these modules are at the repository's root (see calm_transformers/model/__init__.py).
 from calm_transformers.model.configuration_calm import HEADS, CALMAutoencoderConfig, CALMConfig
+from calm_transformers.model.heads_calm import GenerativeHead
 from calm_transformers.model.heads_calm_token_chain import TokenChainHead
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
@@ -30,6 +31,7 @@ from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss,
 from calm_transformers.training.backbone import init_chain_from_llama, init_from_llama, load_llama
 from calm_transformers.training.cost import print_cost
 from calm_transformers.training.distil import Teacher
+from calm_transformers.training.distil_temperature import ChainTeacher, HeadTeacher, TemperatureDistillation
 from calm_transformers.training.recipe import (
     BACKBONE_FIELDS,
     CONFIGS,
@@ -102,7 +104,12 @@ def dry_run(recipe: Recipe) -> None:
         print(f"byte-level BPE, vocab_size {recipe.model.get('vocab_size', DEFAULT_VOCAB_SIZE)}")
         return
     config, notes = config_with_notes(recipe)
-    print_cost(recipe, config, notes, read_config("distil", recipe.distil, LlamaConfig) if recipe.distil else None)
+    teacher = None
+    if recipe.distil:
+        teacher = read_config("distil", recipe.distil, LlamaConfig)
+    elif recipe.distil_temperature and not mtp_file(recipe):
+        teacher = read_config("init_from", recipe.init_from, CALMConfig)
+    print_cost(recipe, config, notes, teacher)
 
 
 # what a recipe refers to
@@ -196,7 +203,10 @@ def build_config(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderCon
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
         config = read_config("init_from", recipe.init_from, config_class)
-        return make_config(CALMConfig, config.to_dict() | recipe.model) if recipe.kind == "calm" else config
+        distilled = {"distilled_temperature": recipe.distil_temperature} if recipe.distil_temperature else {}
+        return (
+            make_config(CALMConfig, config.to_dict() | recipe.model | distilled) if recipe.kind == "calm" else config
+        )
     if recipe.kind == "calm":
         return make_config(CALMConfig, _calm_fields(recipe, tokenizer, autoencoder))
     defaults = {"max_position_embeddings": recipe.data.block_size} if recipe.kind == "ar" else {}
@@ -314,6 +324,8 @@ def _load_or_note(
 def build_model(recipe: Recipe, tokenizer):
     """Builds a new model around the trained autoencoder, or loads `init_from`; fits the head if its type needs it."""
     if recipe.kind == "calm":
+        if recipe.distil_temperature:
+            return load_model("init_from", recipe.init_from, CALMForCausalLM)  # the teacher
         model = load_initial_calm(recipe) if recipe.init_from else build_calm(recipe, tokenizer)
         if not model.head.is_fitted:
             model.head.fit(model.autoencoder)
@@ -348,10 +360,40 @@ def load_initial_calm(recipe: Recipe) -> CALMForCausalLM:
         return load_model("init_from", recipe.init_from, CALMForCausalLM, config=config)
     load = partial(CALMForCausalLM.from_pretrained, config=config, ignore_mismatched_sizes=True)
     model: Any = read_source("init_from", recipe.init_from, load)
-    model.head = HEADS[config.head_type](config)
-    model.head.apply(model._init_weights)
-    model.head.to(model.dtype)
+    model.head = new_head(model, config)
     return model
+
+
+def new_head(model: CALMForCausalLM, config: CALMConfig) -> GenerativeHead:
+    """Returns an initialised head of the configuration, in the model's dtype."""
+    head = HEADS[config.head_type](config)
+    head.apply(model._init_weights)
+    return head.to(model.dtype)
+
+
+def distil_temperature(model: CALMForCausalLM, recipe: Recipe) -> TemperatureDistillation:
+    """Gives the model a head that takes a temperature, and wraps it with its teacher.
+
+    The teacher is the MTP loss of the model's last checkpoint, where there is one, or else the model's own head. The
+    new head begins with the weights of that, if it is of the same type.
+    """
+    old_head, config = model.head, build_config(recipe)
+    mtp_state = initial_mtp_state(recipe, config)
+    if mtp_state:
+        chain = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
+        chain.load_state_dict(mtp_state)
+        teacher, name = ChainTeacher(chain), "the MTP loss"
+    elif isinstance(old_head, TokenChainHead):
+        teacher, name = ChainTeacher(old_head.chain), "its head"
+    else:
+        teacher, name = HeadTeacher(old_head, model.autoencoder), "its head"
+    log_rank0(f"the teacher is {name}, of {recipe.init_from}")
+    model.head, same_type = new_head(model, config), config.head_type == model.config.head_type
+    if same_type:
+        model.head.load_state_dict(old_head.state_dict(), strict=False)  # the old one may take no temperature
+    model.config = model.model.config = config
+    model._no_split_modules = [*(model._no_split_modules or []), type(model.head).__name__]
+    return TemperatureDistillation(model, teacher, config.num_samples)
 
 
 def load_backbone(recipe: Recipe) -> LlamaForCausalLM:
@@ -388,11 +430,8 @@ def add_lora(model: CALMForCausalLM, rank: int):
 
 def wrap_for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     """Freezes, adapts or wraps a CALM for Trainer as the recipe says."""
-    if recipe.auxiliary_targets and model.autoencoder.config.encoder_context:
-        raise InputError(
-            f"auxiliary_targets={recipe.auxiliary_targets}: the autoencoder's encoder reads previous patches "
-            "(encoder_context), which sampled pseudo-targets don't have."
-        )
+    if recipe.distil_temperature:
+        return distil_temperature(model, recipe)
     if recipe.lora_rank:
         return add_lora(model, recipe.lora_rank)
     if recipe.freeze_backbone:
@@ -417,13 +456,19 @@ def initial_mtp_state(recipe: Recipe, config: CALMConfig) -> dict[str, Tensor] |
         mtp_loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
         init_chain_from_llama(mtp_loss, load_backbone(recipe))
         return mtp_loss.state_dict()
+    path = mtp_file(recipe)
+    if path is None:
+        return None
+    return {name.removeprefix("auxiliary."): value for name, value in safetensors.torch.load_file(path).items()}
+
+
+def mtp_file(recipe: Recipe) -> Path | None:
+    """Returns the file of the MTP loss that was trained beside the model `init_from`, if there is one."""
     if not recipe.init_from:
         return None
     folder = Path(recipe.init_from)
     path = (last_checkpoint(folder) or folder) / AUXILIARY_FILE
-    if not path.is_file():
-        return None
-    return {name.removeprefix("auxiliary."): value for name, value in safetensors.torch.load_file(path).items()}
+    return path if path.is_file() else None
 
 
 if __name__ == "__main__":

@@ -29,7 +29,13 @@ from transformers.training_args import OptimizerNames
 
 from calm_transformers.command_line import InputError, format_error
 from calm_transformers.progress import hide_upstream_bars, shows_bars
-from calm_transformers.training.auxiliary import AUXILIARY_FILE, WithAuxiliary, calm_state_dict, without_auxiliary
+from calm_transformers.training.auxiliary import (
+    AUXILIARY_FILE,
+    TrainedCALM,
+    WithAuxiliary,
+    calm_state_dict,
+    without_auxiliary,
+)
 from calm_transformers.training.average import WeightAverage
 from calm_transformers.training.data import PackedBlocks, PatchCollator, RunLength, build_datasets, token_cache_dir
 from calm_transformers.training.diagnostics import diagnose
@@ -181,7 +187,7 @@ class CALMTrainer(Trainer):
         self.average, self.head_learning_rate = average, head_learning_rate
         if average is not None:
             self.add_callback(average)
-        has_cache = hasattr(model.config, "use_cache") and not isinstance(model, WithAuxiliary)
+        has_cache = hasattr(model.config, "use_cache") and not isinstance(model, TrainedCALM)
         self._no_cache = {"use_cache": False} if has_cache else {}  # a cache would only take memory
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens, self._first_step = 0, 0
@@ -295,17 +301,18 @@ class CALMTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         model: PreTrainedModel = without_auxiliary(unwrapped)  # pyright: ignore[reportAssignmentType]  # or PEFT's
         if state_dict is not None:
-            if isinstance(unwrapped, WithAuxiliary):
+            if isinstance(unwrapped, TrainedCALM):
                 state_dict = calm_state_dict(state_dict)
             model, state_dict = empty_model_and_state(model, state_dict)
         model.save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         try:
-            if model is None and isinstance(self.model, WithAuxiliary):
-                state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
-                auxiliary = {key.removeprefix("auxiliary."): value for key, value in state.items()}
-                self.model.auxiliary.load_state_dict(auxiliary)
+            if model is None and isinstance(self.model, TrainedCALM):
+                if isinstance(self.model, WithAuxiliary):
+                    state = safetensors.torch.load_file(Path(resume_from_checkpoint) / AUXILIARY_FILE)
+                    auxiliary = {key.removeprefix("auxiliary."): value for key, value in state.items()}
+                    self.model.auxiliary.load_state_dict(auxiliary)
                 model = self.model.calm
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except InputError:
@@ -334,7 +341,7 @@ class CALMTrainer(Trainer):
             )
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, WithAuxiliary) and self.state.best_model_checkpoint is not None:
+        if isinstance(self.model, TrainedCALM) and self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

@@ -1,0 +1,106 @@
+"""Distils temperature into a head: trained on samples of its teacher at every T of a range, one draw is a sample at T.
+
+The backbone and the autoencoder stay as they are. At each position of the training text a temperature is drawn, the
+teacher samples patches at it, and the head's own loss takes these as its targets, with the temperature as a condition.
+
+Axes: B batch, L tokens, P patches, R contexts (positions of the text), M targets of a context, N samples of the
+teacher, K tokens per patch, D hidden size.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from calm_transformers.model.generation_calm_algorithms import candidate_weights, first_occurrences
+from calm_transformers.model.heads_calm import GenerativeHead
+from calm_transformers.model.heads_calm_token_chain import TokenChain
+from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.training.auxiliary import ExtraTargets, TrainedCALM
+
+NUM_HEAD_SAMPLES = 100  # N, of a teacher that knows no probabilities
+NUM_PROPOSALS = 64  # N, of one that does
+LOGITS_CHUNK_SIZE = 2**25  # logits of proposals held at once
+TemperatureTeacher = Callable[[Tensor, Tensor, int], Tensor]  # (R, D), temperatures (R,), M → ids (M, R, K)
+
+
+class ChainTeacher(nn.Module):
+    """Samples from a token chain (the MTP loss, or a token-chain head's) by importance resampling of its proposals."""
+
+    def __init__(self, chain: TokenChain):
+        super().__init__()
+        self.chain = chain.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:
+        vocab_size = self.chain.lm_head.out_features
+        num_rows = max(1, LOGITS_CHUNK_SIZE // (NUM_PROPOSALS * vocab_size))
+        parts = [
+            self._sample(*part, num_targets)
+            for part in zip(context.split(num_rows), temperature.split(num_rows), strict=True)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _sample(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:
+        uniform = torch.rand(NUM_PROPOSALS, len(context), self.chain.patch_size, device=context.device)
+        tokens_NRK, log_weight_NR = self.chain.propose(context, uniform, temperature)
+        weight_NR = (uniform.new_zeros(tokens_NRK.shape[:-1]) + log_weight_NR).softmax(0)  # K = 1 has one for all
+        return resample(tokens_NRK, weight_NR, num_targets)
+
+
+class HeadTeacher(nn.Module):
+    """Samples from any head by the batch rule (paper, Algorithm 2) on N samples of its own."""
+
+    def __init__(self, head: GenerativeHead, autoencoder: CALMAutoencoder):
+        super().__init__()
+        self.head = head.requires_grad_(False)
+        self._decode = autoencoder.decode_tokens  # not a submodule: it is the model's
+
+    @torch.no_grad()
+    def forward(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:
+        tokens_NRK = self._decode(self.head.sample(context, num_samples=NUM_HEAD_SAMPLES))
+        first_RN = first_occurrences(tokens_NRK.transpose(0, 1))
+        rows = zip(first_RN.split(1), temperature.tolist(), strict=True)
+        weight_RN = torch.cat([candidate_weights(first_1N, each) for first_1N, each in rows])
+        return resample(tokens_NRK, weight_RN.T, num_targets)
+
+
+def resample(tokens_NRK: Tensor, weight_NR: Tensor, num_targets: int) -> Tensor:
+    """Returns `num_targets` of each context's patches, drawn by weight with replacement, (M, R, K)."""
+    index_MR = torch.multinomial(weight_NR.T, num_targets, replacement=True).T
+    return tokens_NRK.gather(0, index_MR.unsqueeze(-1).expand(*index_MR.shape, tokens_NRK.shape[-1]))
+
+
+class TemperatureDistillation(TrainedCALM):
+    """A CALM and its teacher; `calm.head` alone is trained, and `calm` alone saved.
+
+    Args:
+        calm: the student, whose configuration has `distilled_temperature`.
+        teacher: not trained.
+        num_targets: M, patches that the teacher samples at each position.
+    """
+
+    def __init__(self, calm: CALMForCausalLM, teacher: nn.Module, num_targets: int):
+        super().__init__(calm)
+        self.teacher, self.num_targets = teacher, num_targets
+        calm.model.requires_grad_(False)
+
+    def forward(self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs):
+        """Returns the backbone's outputs, and the loss at the positions whose next patch `labels` (B, L) count."""
+        with torch.no_grad():
+            outputs = self.calm(use_cache=False, **inputs)
+        if labels is not None:
+            context_RD, target = self.calm.patch_targets(outputs.last_hidden_state, labels)
+            temperature_R = self.sample_temperatures(len(context_RD), context_RD.device)
+            tokens_MRK = self.teacher(context_RD, temperature_R, self.num_targets)
+            target = ExtraTargets(tokens_MRK[0], self.calm.autoencoder, tokens_MRK[1:])
+            losses_R = self.calm.head.loss(context_RD, target, temperature=temperature_R)
+            outputs["loss"] = self.calm.mean_over_items(losses_R, num_items_in_batch)
+        return outputs
+
+    def sample_temperatures(self, num_contexts: int, device: torch.device) -> Tensor:
+        """Samples temperatures (R,) whose logarithm is uniform between that of the lowest one and 0."""
+        lowest = math.log(self.config.distilled_temperature or 1.0)
+        return (lowest * torch.rand(num_contexts, device=device)).exp()

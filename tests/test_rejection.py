@@ -1,0 +1,192 @@
+"""Rejection sampling from a head that knows probabilities: against enumerated distributions, and in `generate`."""
+
+import math
+
+import pytest
+import torch
+from enumerable_distributions import chi_square_p_value
+from tiny import tiny_model
+from torch import nn
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.configuration_utils import CompileConfig
+
+from calm_transformers.model.generation_calm_algorithms import NO_TRUNCATION
+from calm_transformers.model.generation_calm_samplers import OneBlock, PatchSampling
+
+V, SIZE, NUM_SAMPLES = 12, 48, 2000
+SIGNIFICANCE = 1e-4
+
+
+def model_of_chain(patch_size, seed=0):
+    """Returns a model of V tokens whose decoder reads each patch's ids from the first K latent dimensions."""
+    sizes = {"vocab_size": V, "pad_token_id": 0, "autoencoder_config": {"vocab_size": V}}
+    model = tiny_model("token_chain", patch_size, seed, **sizes)
+    with torch.no_grad():
+        model.head.chain.lm_head.weight.mul_(2)
+        model.head.codes.zero_()
+        for k in range(patch_size):
+            model.head.codes[k, :, k] = torch.arange(V)
+
+    class Decoder(nn.Module):
+        """The parts of a decoder that lazy decoding uses."""
+
+        lm_head = nn.Linear(1, 1)
+        expand = staticmethod(lambda latents: latents[..., :patch_size, None])
+        most_probable_tokens = staticmethod(lambda states, positions, forbidden: states[:, 0].long())
+
+    model.autoencoder.decoder = Decoder()
+    model.autoencoder.decode_tokens = lambda latents, forbidden=None: latents[..., :patch_size].round().long()
+    return model
+
+
+def hidden_state(seed=3):
+    return torch.randn(1, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def enumerate_patches(head, hidden, temperature, truncation=NO_TRUNCATION):
+    """Returns the probabilities (V^K,) of P^(1/T) / Z on the patches of kept tokens, in float64.
+
+    Upstream's warpers tell which tokens a truncation keeps; P is computed patch by patch, from logits of the whole
+    patch at once, which the sampler doesn't use.
+    """
+    patch_size = head.patch_size
+    patches = torch.cartesian_prod(*[torch.arange(V)] * patch_size).view(-1, patch_size)
+    logits = head.chain.teacher_forced(hidden.expand(len(patches), -1), patches)
+    log_p = logits.double().log_softmax(-1)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if truncation.top_k:
+        warpers.append(TopKLogitsWarper(truncation.top_k))
+    if truncation.top_p < 1:
+        warpers.append(TopPLogitsWarper(truncation.top_p))
+    if truncation.min_p > 0:
+        warpers.append(MinPLogitsWarper(truncation.min_p))
+    kept = torch.stack([warpers(None, logits[:, k]) for k in range(patch_size)], dim=1) > -math.inf
+    of_patch = log_p.gather(-1, patches[..., None])[..., 0].sum(-1) / temperature
+    is_kept = kept.gather(-1, patches[..., None])[..., 0].all(-1)
+    return of_patch.masked_fill(~is_kept, -math.inf).softmax(-1)
+
+
+def numbers_of(patches):
+    return sum(patches[:, k] * V ** (patches.shape[1] - 1 - k) for k in range(patches.shape[1]))
+
+
+def p_value(patches, target):
+    """Returns the p-value of patches (N, K), none of which may have probability 0."""
+    index = target.nonzero()[:, 0]
+    numbers = torch.searchsorted(index, numbers_of(patches))
+    assert (index[numbers.clamp(max=len(index) - 1)] == numbers_of(patches)).all()
+    return chi_square_p_value(numbers, target[index])
+
+
+@torch.no_grad()
+def sample(model, hidden, sampling, schedule=None, generator=None):
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return model.sample_patches(hidden.expand(NUM_SAMPLES, -1), sampling, generator, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", [None, OneBlock()], ids=["blocks", "one block"])
+@pytest.mark.parametrize(
+    "patch_size, options",
+    [
+        (2, {"temperature": 0.5}),
+        (2, {"temperature": 0.7}),
+        (2, {"temperature": 1.5}),
+        (2, {"temperature": 2.0}),
+        (3, {"temperature": 0.5}),
+        (3, {"temperature": 1 / 3}),
+        (2, {"temperature": 1.0, "top_k": 3}),
+        (2, {"temperature": 0.7, "top_p": 0.8}),
+        (3, {"temperature": 1.3, "min_p": 0.2}),
+    ],
+)
+def test_samples_follow_the_enumerated_distribution(patch_size, options, schedule):
+    """Where a row accepted one; that of tokens tempered one by one, without rejection, is told apart."""
+    model, hidden = model_of_chain(patch_size), hidden_state()
+    sampling = PatchSampling(num_candidates=400, **options)
+    drawn = sample(model, hidden, sampling, schedule)
+    assert drawn.is_exact.float().mean() > (0.999 if schedule is None else 0.4)
+    target = enumerate_patches(model.head, hidden, sampling.temperature, sampling.truncation)
+    assert p_value(drawn.patches[drawn.is_exact], target) > SIGNIFICANCE
+    settings = sampling.temperature, sampling.truncation, torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        latents, _ = model.head.propose(hidden, 200 * NUM_SAMPLES, *settings)
+    assert p_value(latents[:, 0, :patch_size].long(), target) < SIGNIFICANCE / 10
+
+
+def test_a_list_of_generators_makes_each_row_what_it_is_alone():
+    model = model_of_chain(3)
+    hidden = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(1))
+    sampling = PatchSampling(temperature=0.4)
+
+    def generators(rows):
+        return [torch.Generator().manual_seed(10 + row) for row in rows]
+
+    with torch.no_grad():
+        together = model.sample_patches(hidden, sampling, generators(range(5))).patches
+        alone = [model.sample_patches(hidden[r, None], sampling, generators([r])).patches[0] for r in range(5)]
+    assert together.tolist() == torch.stack(alone).tolist()
+
+
+def test_after_the_last_try_patches_are_weighed():
+    """At four tries in place of hundreds some rows accept none; they still come close to the target."""
+    model, hidden = model_of_chain(3), hidden_state()
+    drawn = sample(model, hidden, PatchSampling(temperature=0.35, num_candidates=4))
+    target = enumerate_patches(model.head, hidden, 0.35)
+    assert 0.05 < (~drawn.is_exact).float().mean()
+    frequency = torch.bincount(numbers_of(drawn.patches), minlength=V**3) / NUM_SAMPLES
+    untempered = enumerate_patches(model.head, hidden, 1.0)
+    distance, distance_at_1 = ((p - target).abs().sum() / 2 for p in (frequency, untempered))
+    assert distance < 0.5 * distance_at_1
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+def test_greedy_takes_the_mode(patch_size, seed):
+    model, hidden = model_of_chain(patch_size), hidden_state(seed)
+    patches = sample(model, hidden, PatchSampling(do_sample=False)).patches
+    assert set(numbers_of(patches).tolist()) == {int(enumerate_patches(model.head, hidden, 1.0).argmax())}
+
+
+def test_auto_is_rejection_for_heads_that_know_probabilities_alone():
+    assert tiny_model("token_chain").patch_sampling(temperature=0.5).sampling_method == "rejection"
+    energy = tiny_model("energy")
+    assert energy.patch_sampling(temperature=0.5).sampling_method == "adaptive"
+    with pytest.raises(ValueError, match="EnergyHead knows no probabilities"):
+        energy.patch_sampling(temperature=0.5, sampling_method="rejection")
+    with pytest.raises(ValueError, match="EnergyHead knows no probabilities"):
+        energy.generate(torch.tensor([[3, 4, 5, 6]]), do_sample=True, sampling_method="rejection", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"temperature": 0.8, "top_p": 0.9}, {"do_sample": False}])
+def test_compiled_steps_write_patches_of_the_model(options):
+    """The eager backend runs the same graph, whose one block draws other numbers than the growing ones."""
+    model, ids = tiny_model("token_chain"), torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+    torch.manual_seed(0)
+    settings = {"do_sample": True, "max_new_tokens": 12, "min_new_tokens": 12, **options}
+    config = CompileConfig(backend="eager")
+    written = model.generate(ids, cache_implementation="static", compile_config=config, **settings)
+    assert written.shape == (2, 16)
+    if not settings["do_sample"]:
+        assert written.tolist() == model.generate(ids, **settings).tolist()
+
+
+def test_scores_are_the_tries_and_logits_processors_weigh_them():
+    model, ids = tiny_model("token_chain"), torch.tensor([[3, 4, 5, 6]])
+    outputs = model.generate(
+        *(ids,), do_sample=True, temperature=0.5, max_new_tokens=8, output_scores=True, return_dict_in_generate=True
+    )
+    for step, scores in enumerate(outputs.scores):
+        assert (
+            scores.patches[0, scores.chosen[0]].tolist() == outputs.sequences[0, 4 + 4 * step : 8 + 4 * step].tolist()
+        )
+        torch.testing.assert_close(scores.weights.sum(-1), torch.ones(1))
+    banned = outputs.sequences[0, 4].item()
+    settings = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 8, "bad_words_ids": [[banned]]}
+    assert banned not in model.generate(ids, **settings)[0, 4:].tolist()
