@@ -144,7 +144,7 @@ def test_no_length_warning_before_the_last_position(monkeypatch, model, caplog):
     """Of 4 patches, 16 tokens; one more and upstream's warning comes, so the test would see it."""
     monkeypatch.setattr(model.config, "max_position_embeddings", 4)
     monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "transformers"):  # which commands set to errors alone
         for length, warned in ((16, False), (20, True)):
             transformers.logging.warning_once.cache_clear()
             generate(model, max_length=length, **NO_EOS)
