@@ -79,14 +79,14 @@ def test_inductor_gives_the_same_sequences():
 @pytest.mark.slow
 def test_each_setting_has_its_graph_up_to_the_cache_limit(graphs, monkeypatch):
     """PyTorch recompiles a function at most so many times, here once, then runs it uncompiled."""
-    model = small_model()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    for number in (2, 3, 4):
-        write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
-    assert len(graphs.captured) == 3
-    monkeypatch.setattr(generation_calm_compiled, "MAX_COMPILED_STEPS", 1)
-    for number in (2, 5):
-        write(model, max_new_tokens=8, temperature=0.5, num_candidates=number, compile_config=config(graphs))
+    model, settings = small_model(), {"max_new_tokens": 8, "temperature": 0.5, "compile_config": config(graphs)}
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in (2, 3, 4):
+            write(model, num_candidates=number, **settings)
+        assert len(graphs.captured) == 3
+        monkeypatch.setattr(generation_calm_compiled, "MAX_COMPILED_STEPS", 1)
+        for number in (2, 5):
+            write(model, num_candidates=number, **settings)
     assert len(generation_calm_compiled.COMPILED[model]) == 1
 
 
