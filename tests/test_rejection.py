@@ -91,19 +91,22 @@ def sample(model, hidden, sampling, schedule=None, generator=None):
     return model.sample_patches(hidden.expand(NUM_SAMPLES, -1), sampling, generator, schedule=schedule)
 
 
-@pytest.mark.parametrize("schedule", [None, OneBlock()], ids=["blocks", "one block"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("schedule", [None, pytest.param(OneBlock(), marks=SLOW)], ids=["blocks", "one block"])
 @pytest.mark.parametrize(
     "patch_size, options",
     [
         (2, {"temperature": 0.5}),
-        (2, {"temperature": 0.7}),
         (2, {"temperature": 1.5}),
-        (2, {"temperature": 2.0}),
-        (3, {"temperature": 0.5}),
-        (3, {"temperature": 1 / 3}),
-        (2, {"temperature": 1.0, "top_k": 3}),
         (2, {"temperature": 0.7, "top_p": 0.8}),
-        (3, {"temperature": 1.3, "min_p": 0.2}),
+        (3, {"temperature": 0.5}),
+        pytest.param(2, {"temperature": 0.7}, marks=SLOW),
+        pytest.param(2, {"temperature": 2.0}, marks=SLOW),
+        pytest.param(3, {"temperature": 1 / 3}, marks=SLOW),
+        pytest.param(2, {"temperature": 1.0, "top_k": 3}, marks=SLOW),
+        pytest.param(3, {"temperature": 1.3, "min_p": 0.2}, marks=SLOW),
     ],
 )
 def test_samples_follow_the_enumerated_distribution(patch_size, options, schedule):
@@ -164,7 +167,14 @@ def test_auto_is_rejection_for_heads_that_know_probabilities_alone():
         energy.generate(torch.tensor([[3, 4, 5, 6]]), do_sample=True, sampling_method="rejection", max_new_tokens=4)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"temperature": 0.8, "top_p": 0.9}, {"do_sample": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        pytest.param({"temperature": 0.5}, marks=SLOW),
+        pytest.param({"temperature": 0.8, "top_p": 0.9}, marks=SLOW),
+    ],
+)
 def test_compiled_steps_write_patches_of_the_model(options):
     """The eager backend runs the same graph, whose one block draws other numbers than the growing ones."""
     model, ids = tiny_model("token_chain"), torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
