@@ -174,7 +174,10 @@ class PatchSampling:
         if method == "distilled" and self.do_sample and self.temperature != temperature:
             range_ = f"from {lowest:g} to 1" if lowest < 1 else "1 alone (recipe distil-temperature trains others)"
             raise ValueError(f"sampling_method='distilled': T={self.temperature}, but the head samples at T {range_}.")
-        return replace(self, sampling_method="distilled" if is_distilled else "adaptive", head_temperature=temperature)
+        method = "distilled" if is_distilled else "adaptive"
+        if (method, temperature) == (self.sampling_method, self.head_temperature):  # resolved already
+            return self
+        return replace(self, sampling_method=method, head_temperature=temperature)
 
     @property
     def truncation(self) -> Truncation:

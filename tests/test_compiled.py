@@ -78,7 +78,7 @@ def test_inductor_gives_the_same_sequences():
 
 @pytest.mark.slow
 def test_each_setting_has_its_graph_up_to_the_cache_limit(graphs, monkeypatch):
-    """PyTorch recompiles a function at most so many times, here once, then runs it uncompiled."""
+    """Beyond its limit of recompilations PyTorch runs a function uncompiled; here the limit is two."""
     model, settings = small_model(), {"max_new_tokens": 8, "temperature": 0.5, "compile_config": config(graphs)}
     with torch._dynamo.config.patch(recompile_limit=2):
         for number in (2, 3, 4):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from test_rejection import V, enumerate_patches, model_of_chain, numbers_of, p_value
 from tiny import tiny_model
 from training_helpers import train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.distil_temperature import (
@@ -171,14 +171,32 @@ def test_a_dry_run_counts_the_teacher(workshop, tmp_path, capsys):
     assert distilled["backbone"][0] == pytest.approx(plain["backbone"][0] / 3, rel=0.02)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_samples_at_the_temperature():
+    model, settings = distilled_model(), {"do_sample": True, "temperature": 0.5, "max_new_tokens": 12}
+    settings |= {"cache_implementation": "static", "eos_token_id": None}
+    texts = []
+    for compiled in ({}, {"compile_config": CompileConfig(backend="eager")}):
+        generators = [torch.Generator().manual_seed(1)]
+        texts.append(model.generate(IDS, generator=generators, **settings, **compiled).tolist())
+    assert texts[0] == texts[1]
+
+
 def test_recipes_that_make_no_sense_raise(workshop, capsys, tmp_path):
-    fields = {**workshop, "output_dir": str(tmp_path / "run")}
+    fields, chain, energy = {**workshop, "output_dir": str(tmp_path / "run")}, tmp_path / "chain", tmp_path / "energy"
+    for folder, head_type in ((chain, "token_chain"), (energy, "energy")):
+        assert train("calm", **workshop, head_type=head_type, max_steps=1, output_dir=folder) == 0
     for options, message in (
         ({"distil_temperature": 0.25}, "distil_temperature=0.25: needs init_from"),
         (
             {"distil_temperature": 0.25, "init_from": str(Path(workshop["autoencoder"])), "auxiliary_weight": 1},
             "alone",
         ),
+        (
+            {"distil_temperature": 0.25, "init_from": chain, "head_type": "token_chain"},
+            "head_type=token_chain: samples at every temperature",
+        ),
+        ({"distil_temperature": 0.25, "init_from": energy, "num_mlp_layers": 3}, "has other layers: keep them"),
         ({"distilled_temperature": 1.5}, "distilled_temperature=1.5: must lie in (0, 1)"),
     ):
         assert train("calm", **fields | options) == 2

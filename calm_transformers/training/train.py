@@ -378,6 +378,8 @@ def distil_temperature(model: CALMForCausalLM, recipe: Recipe) -> TemperatureDis
     new head begins with the weights of that, if it is of the same type.
     """
     old_head, config = model.head, build_config(recipe)
+    if HEADS[config.head_type].knows_probabilities:
+        raise InputError(f"head_type={config.head_type}: samples at every temperature without distillation.")
     mtp_state = initial_mtp_state(recipe, config)
     if mtp_state:
         chain = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
@@ -390,7 +392,10 @@ def distil_temperature(model: CALMForCausalLM, recipe: Recipe) -> TemperatureDis
     log_rank0(f"the teacher is {name}, of {recipe.init_from}")
     model.head, same_type = new_head(model, config), config.head_type == model.config.head_type
     if same_type:
-        model.head.load_state_dict(old_head.state_dict(), strict=False)  # the old one may take no temperature
+        keys = model.head.load_state_dict(old_head.state_dict(), strict=False)
+        others = [key for key in keys.missing_keys if not key.startswith("temperature_embedding.")]
+        if others or keys.unexpected_keys:
+            raise InputError(f"the head of {recipe.init_from} has other layers: keep them, or name another head_type.")
     model.config = model.model.config = config
     model._no_split_modules = [*(model._no_split_modules or []), type(model.head).__name__]
     return TemperatureDistillation(model, teacher, config.num_samples)
