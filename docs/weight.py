@@ -34,11 +34,7 @@ def trace(call, until: str | None = None) -> tuple[Calls, set[str]]:
 
     def file_of(frame) -> str | None:
         path = Path(frame.f_code.co_filename)
-        is_ours = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in (
-            "docs",
-            ".venv",
-            ".venv-oldest",
-        )
+        is_ours = path.is_relative_to(ROOT) and not path.relative_to(ROOT).parts[0].startswith(("docs", ".venv"))
         return str(path.relative_to(ROOT)) if is_ours else None
 
     def note(frame, event, _):
