@@ -1,6 +1,7 @@
 """Prints size metrics of the project and their limits: `python docs/weight.py`.
 
-With `--check` the exit code is 1 if a metric exceeds its limit. Times are passed as options.
+With `--check` the exit code is 1 if a metric exceeds its limit. Times are passed as options; as the same tests took
+two to three times as long on some machines as on others, a time fails only at `TIME_MARGIN` times its limit.
 """
 
 import ast
@@ -20,6 +21,7 @@ from calm_transformers.training.train import main as train
 ROOT = Path(__file__).parents[1]
 MODEL_FILES = [Path(file) for file in code_files()]
 UNWANTED = ("subprocess", "pickle", "multiprocessing")
+TIME_MARGIN = 2
 Calls = dict[str, set[str]]  # file, relative to the root → its functions that ran
 
 
@@ -130,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     print("| | now | at most |\n| --- | --- | --- |")
     for name, figure, limit in rows:
         print(f"| {name} | {figure:,g} | {'' if limit is None else f'{limit:,}'} |")
-    heavy = [name for name, figure, limit in rows if limit is not None and figure > limit]
+    margins = {name: TIME_MARGIN if name.startswith("minutes") else 1 for name, _, _ in rows}
+    heavy = [name for name, figure, limit in rows if limit is not None and figure > limit * margins[name]]
     if heavy:
         print("too heavy: " + ", ".join(heavy))
     return int(options.check and bool(heavy))

@@ -17,7 +17,11 @@ from calm_transformers.training.cost import recipe_cost
 from calm_transformers.training.recipe import load_recipe, parse_command_line
 
 FOLDER = Path(__file__).parent
-STUDIES = {"replacements": "oracle_ablation", "sharpening": "temperature_fidelity"}  # key in the YAML file → module
+STUDIES = {  # key in the YAML file → module, whether of the first seed alone, and options
+    "replacements": ("oracle_ablation", True, {}),
+    "sharpening": ("temperature_fidelity", True, {}),
+    "distillation": ("temperature_fidelity", False, {"methods": "batch", "candidates": 200}),
+}
 
 
 class Run(NamedTuple):
@@ -101,11 +105,12 @@ class Plan:
             for name in filter(None, names_of_seed):  # None: a row with fewer seeds
                 self._add_model(name)
         for study, models in self.studies.items():
-            for name in models:
-                folder, options = self._add_model(self.models(name)[0]), {"language": self.tokenizer}
-                if study == "replacements":
-                    options |= self.content["evaluation"]
-                self._add_evaluation(folder, study, f"calm_transformers.experiments.{STUDIES[study]}", options)
+            module, is_of_one_seed, options = STUDIES[study]
+            options = {"language": self.tokenizer, **options}
+            if study == "replacements":
+                options |= self.content["evaluation"]
+            for name in (name for model in models for name in self.models(model)[: 1 if is_of_one_seed else None]):
+                self._add_evaluation(self._add_model(name), study, f"calm_transformers.experiments.{module}", options)
 
     def models(self, name: str) -> list[str]:
         """Returns the names of a model's trainings, one per seed."""

@@ -12,7 +12,7 @@ Four columns separate the sources of error:
 - true distribution, M samples: the method applied to only M samples of P; adds the error of reusing few samples.
 - model: the method applied to M samples of the model, drawn once per context; adds the model's error.
 
-Of a model with a distilled head, single samples at these temperatures are compared, too.
+The method "one draw" takes one sample: of a head that was distilled for the temperature at T, of others at T = 1.
 
 Axes: C contexts, M stored samples, B patches to choose, R rows of candidates, N samples per row, L tokens, K tokens
 per patch, X patches that are not negligible, U distinct patches seen, D hidden, J settings, A columns.
@@ -21,9 +21,9 @@ per patch, X patches that are not negligible, U distinct patches seen, D hidden,
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -43,17 +43,8 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import progress_bar
 
 TEMPERATURES = (0.7, 1 / 2, 1 / 3)  # in addition to 1
+METHODS = ("batch", "adaptive", "exact")
 CANDIDATES = (50, 200, 1000)
-SETTINGS = [
-    PatchSampling(),
-    *(
-        PatchSampling(temperature=temperature, sampling_method=method, num_candidates=num_candidates)
-        for temperature in TEMPERATURES
-        for method in ("batch", "adaptive", "exact")
-        for num_candidates in CANDIDATES
-    ),
-]
-MAX_SAMPLES_PER_STEP = max(sampling.max_samples for sampling in SETTINGS)
 COLUMNS = {  # JSON key → table header
     **{"exact draws": "exact samples", "true law": "true distribution"},
     **{"true law, recorded": "true distribution, M samples", "model": "model"},
@@ -74,6 +65,17 @@ MIN_PROBABILITY = 1e-9  # of an enumerated patch; the others together have about
 MAX_PATCH_SIZE = 4  # longer patches are too many to enumerate
 SAMPLES_CHUNK_SIZE = 2**12  # samples of a model per call
 ROWS_CHUNK_SIZE = 100  # rows of up to 10,000 samples: the samplers' intermediate tensors stay in the CPU's cache
+
+
+def make_settings(methods: Iterable[str] = METHODS, candidates: Iterable[int] = CANDIDATES) -> list[PatchSampling]:
+    """Returns the settings to compare: T = 1, then one draw and every method with every N at each temperature."""
+    settings = [PatchSampling()]
+    for T in TEMPERATURES:
+        settings.append(PatchSampling(temperature=T, sampling_method="distilled", head_temperature=T))
+        settings += [
+            PatchSampling(temperature=T, sampling_method=m, num_candidates=n) for m, n in product(methods, candidates)
+        ]
+    return settings
 
 
 @dataclass(frozen=True)
@@ -191,15 +193,25 @@ def choose_patches(samples_M: Tensor, sampling: PatchSampling, num_patches: int,
 
 
 def evaluate_context(
-    distribution: PatchDistribution, model_M: Tensor, num_patches: int, generator: torch.Generator
+    distribution: PatchDistribution,
+    model_M: Tensor,
+    sample_at: Callable[[float], Tensor],
+    settings: Sequence[PatchSampling],
+    num_patches: int,
+    generator: torch.Generator,
 ) -> np.ndarray:
-    """Returns total variation and entropy difference after one context, per setting and column, (J, A, 2)."""
+    """Returns total variation and entropy difference after one context, per setting and column, (J, A, 2).
+
+    `sample_at` returns one draw of the model per patch, of a head distilled for the temperature at that.
+    """
     sources = [distribution.sample(size, generator) for size in (NUM_TRUE_SAMPLES, len(model_M))] + [model_M]
     values_JA2 = []
-    for sampling in SETTINGS:
+    for sampling in settings:
         target = distribution.tempered(sampling.temperature)
         patches_AB = [target.sample(num_patches, generator)]
         patches_AB += [choose_patches(samples_M, sampling, num_patches, generator) for samples_M in sources]
+        if sampling.sampling_method == "distilled":
+            patches_AB[-1] = sample_at(sampling.temperature)
         values_JA2.append([target.compare(patches_B) for patches_B in patches_AB])
     return np.array(values_JA2)
 
@@ -226,46 +238,38 @@ def evaluate_model(
     patch_size: int,
     num_patches: int,
     num_stored: int,
+    settings: Sequence[PatchSampling],
     lowest_temperature: float = 1.0,
 ) -> dict:
     """Evaluates a model on contexts (C, L) divisible by the patch size; returns the results of `summarise`.
 
-    Chooses `num_patches` patches per context and setting, from `num_stored` samples of the model (M, a power of 2,
-    at least `MAX_SAMPLES_PER_STEP`). From `lowest_temperature` on, the head also samples at T itself.
+    Chooses `num_patches` patches per context and setting, from `num_stored` samples of the model (M, a power of 2, at
+    least as many as a setting may draw). `lowest_temperature` is the lowest one at which the head can draw.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(language.to_ids(np.array(language.vocab_size)))
     states_CD = reader.read(ids_CL.unflatten(1, (-1, patch_size)))[:, -1]
-    values, entropies, untempered, distilled = [], [], [], []  # one entry per context; untempered: T = 1
-    distilled_temperatures = [each for each in TEMPERATURES if each >= lowest_temperature]
+    values, entropies, untempered = [], [], []  # one entry per context; untempered: T = 1
     for ids_L, state_D in zip(progress_bar(ids_CL, "Sampling", "context"), states_CD, strict=True):
         distribution = next_patch_distribution(language, ids_L, patch_size, vocab_size)
         model_M = sample_model(reader, state_D, num_stored, vocab_size, generator)
         exact_M = distribution.sample(num_stored, generator)
         untempered.append([distribution.compare(samples_M) for samples_M in (exact_M, model_M)])
-        values.append(evaluate_context(distribution, model_M, num_patches, generator))
-        for temperature in distilled_temperatures:
-            target = distribution.tempered(temperature)
-            single_B = sample_model(reader, state_D, num_patches, vocab_size, generator, temperature)
-            distilled.append([target.compare(single_B), target.compare(target.sample(num_patches, generator))])
-        entropies.append([distribution.tempered(sampling.temperature).entropy for sampling in SETTINGS])
+
+        def sample_at(temperature: float, state_D: Tensor = state_D) -> Tensor:
+            temperature = temperature if temperature >= lowest_temperature else 1.0
+            return sample_model(reader, state_D, num_patches, vocab_size, generator, temperature)
+
+        values.append(evaluate_context(distribution, model_M, sample_at, settings, num_patches, generator))
+        entropies.append([distribution.tempered(sampling.temperature).entropy for sampling in settings])
     sizes = {"contexts": len(ids_CL), "context_length": ids_CL.shape[1], "draws": num_patches}
-    results = summarise(np.array(values), np.array(entropies), np.array(untempered))
-    distilled_CJA2 = np.array(distilled).reshape(len(ids_CL), len(distilled_temperatures), 2, 2)
-    results["distilled"] = [
-        {"temperature": temperature}
-        | {
-            metric: {
-                name: _mean_and_error(distilled_CJA2[:, j, a, i]) for a, name in enumerate(("model", "exact draws"))
-            }
-            for i, metric in enumerate(METRICS)
-        }
-        for j, temperature in enumerate(distilled_temperatures)
-    ]
+    results = summarise(settings, np.array(values), np.array(entropies), np.array(untempered))
     return results | sizes | {"recorded": num_stored}
 
 
-def summarise(values_CJA2: np.ndarray, entropies_CJ: np.ndarray, untempered_C22: np.ndarray) -> dict:
+def summarise(
+    settings: Sequence[PatchSampling], values_CJA2: np.ndarray, entropies_CJ: np.ndarray, untempered_C22: np.ndarray
+) -> dict:
     """Returns means and standard errors over contexts: of each setting, and of all M samples at T = 1 (own_law)."""
 
     def by_metric(values_CA2: np.ndarray, columns: Iterable[str]) -> dict:
@@ -277,12 +281,12 @@ def summarise(values_CJA2: np.ndarray, entropies_CJ: np.ndarray, untempered_C22:
     rows = [
         {
             "temperature": sampling.temperature,
-            "method": sampling.sampling_method if sampling.temperature < 1 else None,
-            "num_candidates": sampling.num_candidates if sampling.temperature < 1 else None,
+            "method": "one draw" if sampling.takes_single_sample else sampling.sampling_method,
+            "num_candidates": None if sampling.takes_single_sample else sampling.num_candidates,
             "exact_entropy": _mean_and_error(entropies_CJ[:, j]),
             **by_metric(values_CJA2[:, j], COLUMNS),
         }
-        for j, sampling in enumerate(SETTINGS)
+        for j, sampling in enumerate(settings)
     ]
     return {"settings": rows, "own_law": by_metric(untempered_C22, ("exact draws", "model"))}
 
@@ -316,19 +320,6 @@ def report(results: dict[str, dict]) -> str:
         untempered.append([label, *(form.format(*cell) for cell in cells)])
     parts += [f"The distributions at T = 1, from all {first['recorded']:,} samples:"]
     parts += [markdown(["", COLUMNS["exact draws"], *results], untempered)]
-    single = [
-        [name, f"{row['temperature']:.2g}"]
-        + [
-            form.format(*row[metric][who])
-            for metric, (_, _, form) in METRICS.items()
-            for who in ("model", "exact draws")
-        ]
-        for name, result in results.items()
-        for row in result.get("distilled", [])
-    ]
-    if single:
-        columns = [f"{label}, {who}" for _, label, _ in METRICS.values() for who in ("model", "exact samples")]
-        parts += ["Single samples of distilled heads at T:", markdown(["", "T", *columns], single)]
     return "\n\n".join(parts)
 
 
@@ -371,18 +362,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(program, __doc__, 1000, "patches to choose per context and setting")
     parser.add_argument("--contexts", type=positive, default=16, help="at least 2 (default: 16)")
     parser.add_argument("--recorded", type=positive, default=2**15, help="model samples per context, a power of 2")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
+    parser.add_argument("--candidates", nargs="+", type=positive, default=CANDIDATES, help="N (default: 50 200 1000)")
     args = parser.parse_args(argv)
+    with known_errors():
+        settings = make_settings(args.methods, args.candidates)
+    max_samples = max(sampling.max_samples for sampling in settings)
     if args.contexts < 2:
         parser.error("--contexts 1: a standard error needs at least two")
-    if args.recorded < MAX_SAMPLES_PER_STEP or args.recorded & (args.recorded - 1):
-        parser.error(f"--recorded {args.recorded}: must be a power of 2, and at least {MAX_SAMPLES_PER_STEP}")
+    if args.recorded < max_samples or args.recorded & (args.recorded - 1):
+        parser.error(f"--recorded {args.recorded}: must be a power of 2, and at least {max_samples}")
     with known_errors():
         language = HiddenMarkovLanguage.load(args.language)
         model = load_model(args.model, language)
         ids_CL = read_contexts(args.language, args.contexts, model.config.patch_size)
     lowest = model.config.distilled_temperature or 1.0
-    sizes = model.config.patch_size, args.draws, args.recorded, lowest
-    result = evaluate_model(CalmReader(model), language, ids_CL, *sizes)
+    sizes = model.config.patch_size, args.draws, args.recorded
+    result = evaluate_model(CalmReader(model), language, ids_CL, *sizes, settings, lowest)
     print(report({args.model: result}))
     write_json(args.json, result)
 
