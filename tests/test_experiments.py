@@ -14,13 +14,15 @@ from calm_transformers.experiments import plan
 from calm_transformers.experiments.__main__ import main
 from calm_transformers.experiments.plan import FOLDER, Plan, Run
 from calm_transformers.experiments.tables import format_tables, plot_curves
+from calm_transformers.experiments.temperature_fidelity import METRICS
 
 FILE = Path(__file__).parent / "fixtures" / "language.yaml"
 DOCS = ROOT / "docs"
 NAMES = [
     *("language", "autoencoders/k4", "autoencoders/k4/noise", "models/ar-seed1", "models/calm-seed1"),
     *("models/begun-seed1", "models/ar-seed1/score", "models/calm-seed1/score", "models/begun-seed1/score"),
-    "models/calm-seed1/replacements",
+    *("models/calm-seed1/replacements", "models/calm-seed1/distillation"),
+    *("models/distilled-seed1", "models/distilled-seed1/score", "models/distilled-seed1/distillation"),
 ]
 
 
@@ -74,7 +76,22 @@ def commands(monkeypatch):
     """Replaces subprocess.run: a command writes a stub result, or fails if its path contains one of `failing`."""
     done = []
     noise = [{"sigma": sigma, "token_accuracy": 0.9} for sigma in (0, 0.3, 0.5, 1)]
-    result = {**fraction(0.8), "nothing": fraction(0.8), "posterior_sigma": 0.3, "kl": 40, "noise": noise}
+    sizes = {"draws": 1000, "contexts": 16}
+    settings = [
+        {"method": method, "temperature": T, "num_candidates": 200}
+        | {metric: {"exact draws": [0.1, 0], "model": [T / 2, 0]} for metric in METRICS}
+        for T in (1.0, 0.5)
+        for method in ("one draw", "batch")
+    ]
+    result = {
+        **fraction(0.8),
+        **sizes,
+        "settings": settings,
+        "nothing": fraction(0.8),
+        "posterior_sigma": 0.3,
+        "kl": 40,
+        "noise": noise,
+    }
 
     def run(args, **_):
         name = next(word for word in args if word.endswith(("output", "output_dir", "json")))
@@ -108,8 +125,11 @@ def test_commands_run_once_and_their_results_fill_the_tables(tmp_path, commands,
     text = (tmp_path / "experiments.md").read_text()
     assert "| AR | 2.00 M | 1.0e+09 | 7 | 8.00 | 80.0% (70.0% to 90.0%) | 6.05 |  |" in text
     assert "| calm-seed1 | 80.0% (70.0% to 90.0%) |  |  |  |" in text and "| k4 | 90.00% | 90.00% |" in text
+    assert "| distilled, one draw | 0.500 | 0.250 |" in text and "| calm, 200 candidates |" in text
+    assert "| distilled, 200 candidates |" not in text and (tmp_path / "temperature.png").exists()
     records = json.loads((tmp_path / "experiments.json").read_text())
-    assert set(records) == {f"language/{name}" for name in NAMES if name.endswith(("noise", "score", "replacements"))}
+    evaluations = ("noise", "score", "replacements", "distillation")
+    assert set(records) == {f"language/{name}" for name in NAMES if name.endswith(evaluations)}
 
 
 def test_the_tables_of_the_document_match_the_records(tmp_path):

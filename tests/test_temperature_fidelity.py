@@ -12,12 +12,13 @@ from tiny import seeded, tiny_model
 
 from calm_transformers.experiments import temperature_fidelity
 from calm_transformers.experiments.language import HiddenMarkovLanguage, write_corpus
-from calm_transformers.experiments.temperature_fidelity import COLUMNS, SETTINGS, PatchDistribution, main
+from calm_transformers.experiments.temperature_fidelity import COLUMNS, PatchDistribution, main, make_settings
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 
 VOCAB_SIZE = V + 4  # with the special tokens
 CONTEXT = torch.from_numpy(LANGUAGE.to_ids(np.array([2, 3, 2, 2])))
 TEMPERATURES = (1.0, 0.7, 0.5, 1 / 3)
+SETTINGS = make_settings()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,15 +95,18 @@ def test_the_exact_method_is_as_close_as_exact_samples(distribution, temperature
 
 
 class ContextFreeOracle(Oracle):
-    """Ignores the context: samples each patch from the stationary distribution."""
+    """Ignores context and temperature: samples each patch from the stationary distribution."""
 
     def draw(self, states, num_samples, generator=None, temperature=1.0):
         return super().draw(torch.from_numpy(LANGUAGE.stationary).expand_as(states), num_samples, generator)
 
 
-def evaluate(oracle):
+def evaluate(oracle, settings=SETTINGS, lowest_temperature=1.0):
     contexts = torch.from_numpy(LANGUAGE.to_ids(LANGUAGE.sample(3, 12, seed=7)))
-    return temperature_fidelity.evaluate_model(oracle, LANGUAGE, contexts, 4, num_patches=400, num_stored=2**14)
+    sizes = {"num_patches": 400, "num_stored": 2**14}
+    return temperature_fidelity.evaluate_model(
+        oracle, LANGUAGE, contexts, 4, **sizes, settings=settings, lowest_temperature=lowest_temperature
+    )
 
 
 def variations(result, **settings):
@@ -114,7 +118,7 @@ def variations(result, **settings):
 def test_an_oracle_matches_the_columns_of_the_true_distribution():
     result = evaluate(Oracle(LANGUAGE, 4))
     for temperature in TEMPERATURES:
-        exact, sampler, recorded, model = variations(result, temperature=temperature)
+        exact, sampler, recorded, model = variations(result, temperature=temperature)  # one draw included: at T = 1
         # With 400 patches after each of 3 contexts the columns differ by at most 0.27 over 8 seeds.
         assert model == pytest.approx(recorded, rel=0.3)
         assert recorded == pytest.approx(sampler, rel=0.3)
@@ -122,7 +126,25 @@ def test_an_oracle_matches_the_columns_of_the_true_distribution():
     own = result["own_law"]["total_variation"]
     assert own["model"][0] == pytest.approx(own["exact draws"][0], rel=0.15)
     assert [row["temperature"] for row in result["settings"]] == [sampling.temperature for sampling in SETTINGS]
-    assert [row["num_candidates"] for row in result["settings"]] == [None, *[50, 200, 1000] * 9]
+    assert [row["num_candidates"] for row in result["settings"]] == [None, *[None, *[50, 200, 1000] * 3] * 3]
+
+
+class DistilledOracle(Oracle):
+    """Samples at a temperature by enumeration."""
+
+    def draw(self, states, num_samples, generator=None, temperature=1.0):
+        powers = torch.from_numpy(continuation_probabilities(self.language, states.numpy(), 4)) ** (1 / temperature)
+        index = powers.flatten().multinomial(num_samples, replacement=True, generator=generator)
+        return torch.stack(torch.unravel_index(index, powers.shape), dim=-1) + VOCAB_SIZE - V
+
+
+def test_one_draw_of_a_distilled_head_is_at_its_temperatures():
+    result = evaluate(DistilledOracle(LANGUAGE, 4), make_settings(["batch"], [200]), lowest_temperature=0.5)
+    for temperature in (0.7, 0.5):
+        exact, _, untempered, model = variations(result, temperature=temperature, method="one draw")
+        assert model == pytest.approx(exact, rel=0.3) and untempered > 1.5 * exact
+    *_, untempered, model = variations(result, temperature=1 / 3, method="one draw")
+    assert model == pytest.approx(untempered, rel=0.1)  # below its range: at T = 1
 
 
 @pytest.mark.slow
@@ -138,7 +160,7 @@ def test_a_models_error_shows_only_in_its_column():
 
 def test_means_have_standard_errors():
     values = np.arange(2.0 * len(SETTINGS) * 4 * 2).reshape(2, len(SETTINGS), 4, 2)
-    result = temperature_fidelity.summarise(values, np.ones((2, len(SETTINGS))), np.zeros((2, 2, 2)))
+    result = temperature_fidelity.summarise(SETTINGS, values, np.ones((2, len(SETTINGS))), np.zeros((2, 2, 2)))
     half = len(SETTINGS) * 4  # the standard error of two values is half their distance
     assert result["settings"][1]["entropy_difference"]["true law"] == pytest.approx((8 + 3 + half, half))
 
@@ -154,13 +176,22 @@ def args(tmp_path_factory):
     return ["--language", str(folder / "language"), "--model", str(folder / "model")]
 
 
-def test_the_command_writes_tables_and_results(args, tmp_path, capsys, monkeypatch):
-    few = SETTINGS[:5]
-    monkeypatch.setattr(temperature_fidelity, "SETTINGS", few)
-    options = ["--contexts", "2", "--draws", "10", "--recorded", str(2**14), "--json", str(tmp_path / "results.json")]
+def test_the_command_writes_tables_and_results(args, tmp_path, capsys):
+    few = ["--methods", "batch", "--candidates", "50"]
+    options = [
+        *few,
+        "--contexts",
+        "2",
+        "--draws",
+        "10",
+        "--recorded",
+        str(2**14),
+        "--json",
+        str(tmp_path / "results.json"),
+    ]
     assert main([*args, *options]) == 0
     printed, results = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
-    assert printed.count("\n| ") == 2 * (2 + len(few)) + 4  # with headers; the last table is at T = 1
+    assert printed.count("\n| ") == 2 * (2 + 1 + 3 * 2) + 4  # with headers; the last table is at T = 1
     assert results["draws"] == 10 and results["recorded"] == 2**14 and results["context_length"] == 64
     variation = results["settings"][0]["total_variation"]["model"][0]
     assert f"{variation:.3f}" in printed and variation > 0.9
@@ -173,6 +204,7 @@ def test_the_command_writes_tables_and_results(args, tmp_path, capsys, monkeypat
         ("--contexts 4", "fewer than 4 documents of 64 tokens"),
         ("--recorded 8192", "at least 10000"),
         ("--recorded 20000", "power of 2"),
+        ("--candidates 2", "use at least 3"),
         ("--language {}/other", "has 96 tokens, the language 68"),
         ("--model {}/long", "too many patches of 8 tokens"),
     ],

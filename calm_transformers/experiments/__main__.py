@@ -5,7 +5,8 @@
 The models are trained on a language whose optimal score is known (language.py) and, given a corpus, on stories.
 Trainings and evaluations run one after another as commands of this package, with their output in .log files. Finished
 ones are skipped, and an interrupted training resumes from its last checkpoint. At the end tables, records and learning
-curves are written to experiments.md, .json and .png in the output folder.
+curves are written to experiments.md, .json and .png in the output folder, errors of temperature sampling to
+temperature.png.
 After changing a recipe, remove the folders of its trainings: existing results are never recomputed.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from calm_transformers.command_line import InputError, Parser, command, known_errors, require_package
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.plan import FOLDER, Plan
-from calm_transformers.experiments.tables import format_tables, plot_curves
+from calm_transformers.experiments.tables import format_tables, plot_curves, plot_distillation
 from calm_transformers.files import atomic_write
 from calm_transformers.progress import print_above_bars, progress_bar
 
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         with atomic_write(path.with_suffix(".md")) as temporary:
             temporary.write_text(format_tables(plans, records), encoding="utf-8")
         plot_curves(plans, records, path.with_suffix(".png"))
+        plot_distillation(records, args.output / "temperature.png")
     print(f"wrote {path.with_suffix('.md')}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -82,6 +82,7 @@ def format_tables(plans: list[Plan], records: dict[str, dict]) -> str:
     studies = {  # last part of a run's name → title and table
         "replacements": ("Oracle ablation", ablation_table),
         "sharpening": ("Temperature-sampling fidelity", temperature_fidelity.report),
+        "distillation": ("Temperature distillation", distillation_table),
         "noise": ("Autoencoder under latent noise", noise_table),
     }
     parts = ["# The paper's tables in miniature"]
@@ -93,6 +94,63 @@ def format_tables(plans: list[Plan], records: dict[str, dict]) -> str:
             if names:
                 parts += [f"## {title}", format_table({name.split("/")[2]: records[name] for name in names})]
     return "\n\n".join(parts) + "\n"
+
+
+def distillation_errors(records: dict[str, dict], metric: str) -> dict[str, dict[float, list[float]]]:
+    """Returns a metric of `temperature_fidelity` by sampler and temperature, a value for each seed.
+
+    The samplers are exact samples, one draw of each model, and the candidates of those that were not distilled.
+    """
+    errors = defaultdict[str, dict[float, list[float]]](lambda: defaultdict(list))
+    for name, record in records.items():
+        model = name.rpartition("-seed")[0]
+        for row in record["settings"]:
+            method, temperature = row["method"], row["temperature"]
+            if method == "one draw":
+                errors["exact samples"][temperature].append(row[metric]["exact draws"][0])
+            elif model.startswith("distilled"):
+                continue  # candidates of a distilled head at T = 1 are not what it is for
+            else:
+                method = f"{row['num_candidates']} candidates"
+            errors[f"{model}, {method}"][temperature].append(row[metric]["model"][0])
+    return errors
+
+
+def distillation_table(records: dict[str, dict]) -> str:
+    """Formats the errors of one draw of distilled heads beside those of candidates: means and ranges over seeds."""
+    first, parts = next(iter(records.values())), []
+    for metric, (title, _, form) in temperature_fidelity.METRICS.items():
+        errors, number = distillation_errors(records, metric), form.partition(" ")[0]
+        temperatures = list(errors["exact samples"])
+
+        def cell(values: list[float], number: str = number) -> str:
+            if not values:
+                return ""
+            range_ = f" ({number.format(min(values))} to {number.format(max(values))})" if len(values) > 1 else ""
+            return number.format(mean(values)) + range_
+
+        rows = [[sampler, *(cell(by_T.get(T, [])) for T in temperatures)] for sampler, by_T in errors.items()]
+        parts += [title, markdown(["", *(f"T = {T:.2g}" for T in temperatures)], rows)]
+    contexts = f"{first['draws']:,} patches after each of {first['contexts']} contexts; means (and range) over seeds."
+    return "\n\n".join([contexts, *parts])
+
+
+def plot_distillation(records: dict[str, dict], path: Path) -> None:
+    """Plots the total variation of each sampler over the temperature, if the study was run."""
+    records = {name.split("/")[2]: record for name, record in records.items() if name.endswith("/distillation")}
+    errors = distillation_errors(records, "total_variation")
+    if not errors:
+        return
+    with saved_figure(path, figsize=(7, 4.5)) as (figure, axes):
+        for sampler, by_T in errors.items():
+            means, model = [mean(values) for values in by_T.values()], sampler.partition(",")[0]
+            style = "k:" if sampler == "exact samples" else "--" if "candidates" in sampler else "-"
+            axes.plot(list(by_T), means, style, marker="o" if model.startswith("distilled") else ".", label=sampler)
+        axes.set_xlabel("temperature")
+        axes.set_ylabel("total variation from P^(1/T) / Z")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2)
 
 
 def ablation_table(records: dict[str, dict]) -> str:

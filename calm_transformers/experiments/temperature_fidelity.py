@@ -38,12 +38,12 @@ from calm_transformers.experiments.language import HiddenMarkovLanguage
 from calm_transformers.experiments.optimal_fraction import make_parser
 from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.generation_calm_algorithms import first_occurrences
-from calm_transformers.model.generation_calm_samplers import BlockSchedule, Pairs, PatchSampling
+from calm_transformers.model.generation_calm_samplers import BlockSchedule, Pairs, PatchSampling, SamplingMethod
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import progress_bar
 
 TEMPERATURES = (0.7, 1 / 2, 1 / 3)  # in addition to 1
-METHODS = ("batch", "adaptive", "exact")
+METHODS: tuple[SamplingMethod, ...] = ("batch", "adaptive", "exact")
 CANDIDATES = (50, 200, 1000)
 COLUMNS = {  # JSON key → table header
     **{"exact draws": "exact samples", "true law": "true distribution"},
@@ -67,7 +67,9 @@ SAMPLES_CHUNK_SIZE = 2**12  # samples of a model per call
 ROWS_CHUNK_SIZE = 100  # rows of up to 10,000 samples: the samplers' intermediate tensors stay in the CPU's cache
 
 
-def make_settings(methods: Iterable[str] = METHODS, candidates: Iterable[int] = CANDIDATES) -> list[PatchSampling]:
+def make_settings(
+    methods: Iterable[SamplingMethod] = METHODS, candidates: Iterable[int] = CANDIDATES
+) -> list[PatchSampling]:
     """Returns the settings to compare: T = 1, then one draw and every method with every N at each temperature."""
     settings = [PatchSampling()]
     for T in TEMPERATURES:
