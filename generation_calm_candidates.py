@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .generation_calm_algorithms import Pairs, Truncation, first_occurrences, occurrence_counts
+from .generation_calm_algorithms import NO_TRUNCATION, Pairs, Truncation, first_occurrences, occurrence_counts
 from .generation_calm_samplers import StepRandomness
 from .generation_calm_sequences import CandidateProcessors
 from .heads_calm import GenerativeHead
@@ -46,7 +46,7 @@ class CandidateBatch:
         forbidden_KV (`(K, V)` bool, *optional*): tokens that are forbidden at a position.
         processors (*optional*): the logits processors of these rows.
         temperature: at which the head samples; 0 is the most probable patch, where the head knows it.
-        proposal (*optional*): of a head that knows probabilities: which tokens it proposes, to be accepted or not.
+        proposal (*optional*): of a head that samples tokens: which ones it proposes, to be accepted or not.
     """
 
     def __init__(
@@ -76,22 +76,23 @@ class CandidateBatch:
         context_RD = self._select(rows_R, self.hidden_BD)
         log_factors_nR = None
         with cpu_kernels(num_samples * len(context_RD), context_RD.shape[-1]):
-            if self.proposal is None:
-                latents_nRZ = self.head.sample(context_RD, num_samples, temperature=self.temperature, **noise)
+            if self.head.samples_tokens:
+                arguments = num_samples, self.temperature, self.proposal or NO_TRUNCATION, self.forbidden_KV
+                samples_nR, log_acceptance_nR = self.head.propose(context_RD, *arguments, **noise)
+                tokens_nRK, log_factors_nR = samples_nR, None if self.proposal is None else log_acceptance_nR
             else:
-                arguments = num_samples, self.temperature, self.proposal
-                latents_nRZ, log_factors_nR = self.head.propose(context_RD, *arguments, **noise)
-        tokens_nRK = self._decode_new(rows_R, latents_nRZ)
+                samples_nR = self.head.sample(context_RD, num_samples, temperature=self.temperature, **noise)
+                tokens_nRK = self._decode_new(rows_R, samples_nR)
         if self.processors is not None:
             log_acceptance = [None] * len(rows_R) if log_factors_nR is None else log_factors_nR.unbind(1)
-            by_row = zip(rows_R.tolist(), latents_nRZ.unbind(1), tokens_nRK.unbind(1), log_acceptance, strict=True)
+            by_row = zip(rows_R.tolist(), samples_nR.unbind(1), tokens_nRK.unbind(1), log_acceptance, strict=True)
             processed = [self._process(self.processors, *row) for row in by_row]
             tokens_nRK, log_factors_nR = (torch.stack(parts, dim=1) for parts in zip(*processed, strict=True))
         self.tokens_BNK = self._append(self.tokens_BNK, rows_R, tokens_nRK)
         if log_factors_nR is not None:
             self.log_factors_BN = self._append(self.log_factors_BN, rows_R, log_factors_nR)
-        self.blocks.append((rows_R, len(latents_nRZ)))
-        self.num_drawn += len(latents_nRZ)
+        self.blocks.append((rows_R, len(samples_nR)))
+        self.num_drawn += len(samples_nR)
         self._compared = None
 
     def _decode_new(self, rows_R: Tensor, latents_nRZ: Tensor) -> Tensor:
@@ -103,16 +104,16 @@ class CandidateBatch:
         self,
         processors: CandidateProcessors,
         row: int,
-        latents_nZ: Tensor,
+        samples_n: Tensor,
         tokens_nK: Tensor,
         log_acceptance_n: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Decodes one row's distinct new candidates under its processors: tokens (n, K) and log factors (n,)."""
         first_C, inverse_n = first_occurrences(tokens_nK[None])[0].unique(return_inverse=True)
-        config, device = self.autoencoder.config, latents_nZ.device
+        config, device = self.autoencoder.config, samples_n.device
         chunk_size = max(1, logits_chunk_size(device) // (config.patch_size * config.vocab_size))
-        chunks = latents_nZ[first_C.to(device)].split(chunk_size)
-        decoded = [processors.decode(row, self._logits(latents_cZ)) for latents_cZ in chunks]
+        chunks = samples_n[first_C.to(device)].split(chunk_size)
+        decoded = [processors.decode(row, self._logits(samples_c)) for samples_c in chunks]
         patches_CK, log_weights_C = (torch.cat(parts).to(tokens_nK.device) for parts in zip(*decoded, strict=True))
         patches_nK, log_weights_n = patches_CK[inverse_n], log_weights_C[inverse_n]
         if self.temperature != 1:  # the target's factor is f^(1/T), of which this is not yet taken
@@ -126,8 +127,10 @@ class CandidateBatch:
         means_n = (sums_n / first_n.bincount(minlength=len(first_n)).clamp(min=1)).log()[first_n]
         return patches_nK, means_n.masked_fill(means_n < means_n.amax() - MAX_LOG_WEIGHT_GAP, -torch.inf)
 
-    def _logits(self, latents_CZ: Tensor) -> Tensor:
-        """Returns the decoder's logits (C, K, V), float32, −inf for forbidden tokens."""
+    def _logits(self, samples_C: Tensor) -> Tensor:
+        """Returns the decoder's logits (C, K, V) of latent vectors or tokens, float32, −inf for forbidden tokens."""
+        is_tokens = self.head.samples_tokens
+        latents_CZ = self.autoencoder.encode(samples_C.reshape(1, -1))[0][0] if is_tokens else samples_C
         logits_CKV = self.autoencoder.decode(latents_CZ).float()
         if self.forbidden_KV is None:
             return logits_CKV

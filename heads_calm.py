@@ -2,8 +2,7 @@
 
 A head is one file, like heads_calm_energy.py, and one line, its import in modeling_calm.py. Its class is defined with
 the `head_type` that configurations name it by, and says how to sample, how to compute the loss, which configurations
-it takes, how it is fitted before training and how many network calls a sample takes. Its FLOPs are counted by running
-it (training/cost.py).
+it takes and how many network calls a sample takes. Its FLOPs are counted by running it (training/cost.py).
 
 Axes: N samples per patch, K tokens per patch, D hidden size, Z latent size. "..." stands for any leading axes, as
 (B, P). Samples come first: (N, ..., Z).
@@ -140,9 +139,8 @@ class GenerativeHead(nn.Module):
     """
 
     network_calls = 1  # of the head's net, for one sample
-    knows_probabilities = False  # whether `propose` is defined
+    samples_tokens = False  # token ids in place of latent vectors; then `propose` and `token_logits` are defined
     needs_step_noise = False  # whether `from_noise` draws more random numbers: it then gets all samples at once
-    is_fitted = True  # False until `fit`, in heads that need it; the paper's need none
 
     def __init_subclass__(cls, head_type: str | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -165,11 +163,8 @@ class GenerativeHead(nn.Module):
         """Raises ValueError where the configuration makes no sense for this head."""
         require(config.num_samples >= 1, f"num_samples={config.num_samples}: must be at least 1.")
 
-    def fit(self, autoencoder: CALMAutoencoder) -> None:
-        """Fits a new head to the trained autoencoder, in heads that need it (`is_fitted`)."""
-
     def from_noise(self, noise: Tensor, context: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Maps starting noise to latent vectors (N, ..., Z); `context` (..., D) has passed the context layers."""
+        """Maps starting noise to samples (N, ..., Z); `context` (..., D) has passed the context layers."""
         raise NotImplementedError
 
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:
@@ -178,6 +173,10 @@ class GenerativeHead(nn.Module):
 
     def propose(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Samples patches at a temperature, to be accepted with a probability; see heads_calm_token_chain.py."""
+        raise NotImplementedError
+
+    def token_logits(self, context: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the logits (..., K, V) of a patch's tokens (..., K), each given those before it."""
         raise NotImplementedError
 
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -197,12 +196,18 @@ class GenerativeHead(nn.Module):
     ) -> Tensor:
         """Samples independent latent vectors (N, ..., Z) for each context, the hidden states (..., D).
 
+        A head with `samples_tokens` returns ids (N, ..., K); `decode` takes either.
+
         `temperature` lies between `lowest_temperature` and 1. Noise is drawn from `generator` unless it is passed in:
         starting noise (N, ..., noise size), whose N replaces `num_samples`, and `step_noise`, named as in the head's
         `from_noise`.
         """
         noise_arguments = {"generator": generator, "noise": noise, **step_noise}
         return self(context, self._sample, temperature=temperature, num_samples=num_samples, **noise_arguments)
+
+    def decode(self, samples: Tensor, autoencoder: CALMAutoencoder) -> Tensor:
+        """Returns the token ids (N, ..., K) of samples."""
+        return samples if self.samples_tokens else autoencoder.decode_tokens(samples)
 
     def loss(
         self, context: Tensor, target: PatchTarget, generator: torch.Generator | None = None, **arguments: Any

@@ -1,12 +1,12 @@
-"""The autoregressive patch head: samples a patch's tokens one by one, and returns a latent that decodes to them.
+"""The autoregressive patch head: samples a patch's tokens one by one.
 
 The paper's heads sample a latent vector, which the decoder maps to tokens. This one, not in the paper, samples the
-tokens first, p(x_k | hidden state, x_<k), by a small network with an output matrix (whose cost the paper's heads
-avoid), and returns the sum of their latent token embeddings. It is a baseline for the paper's heads, and the better
-head for small vocabularies. Its loss is the tokens' cross-entropy.
+tokens themselves, p(x_k | hidden state, x_<k), by a small network with an output matrix (whose cost the paper's heads
+avoid). So it knows their probabilities. It is a baseline for the paper's heads, and the better head for small
+vocabularies. Its loss is the tokens' cross-entropy.
 
-Axes: N samples per patch, A target patches, D hidden size, Z latent size, K tokens per patch, V vocabulary. "..."
-stands for any leading axes.
+Axes: N samples per patch, A target patches, R contexts, G distinct beginnings of patches, D hidden size, K tokens per
+patch, V vocabulary. "..." stands for any leading axes.
 """
 
 import math
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from .configuration_calm import CALMConfig
 from .generation_calm_algorithms import NO_TRUNCATION, Truncation, truncated
 from .heads_calm import GenerativeHead, PatchTarget
-from .modeling_calm_autoencoder import CALMAutoencoder
+from .kernels_calm import arange
 
+BELOW_1 = 1 - 2**-23  # keeps thresholds below the last sum in float32, so no token of probability 0 is sampled
 BEAM_WIDTH = 32  # prefixes kept in the search for the most probable patch
-NUM_CONTEXTS = 64  # random patches over which a token's latent is averaged
-PATCHES_CHUNK_SIZE = 8192  # patches encoded at once
 
 
 class TokenChain(nn.Module):
@@ -56,44 +55,51 @@ class TokenChain(nn.Module):
         uniform: Tensor,
         temperature: Tensor | float = 1.0,
         truncation: Truncation = NO_TRUNCATION,
-    ) -> tuple[Tensor, Tensor | float]:
+        forbidden_KV: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Samples tokens one by one, each at this temperature; rejection makes the patches exact samples of P^(1/T).
 
         A token is sampled from p_k^(1/T) / Z_k, where Z_k depends on the tokens before. So a patch is a sample of
         P^(1/T) / Z if accepted with probability ∝ Z_2 … Z_K. A truncation acts on each p_k^(1/T) / Z_k, as upstream's.
 
         Args:
-            context (`(..., D)`): hidden states.
-            uniform (`(N, ..., K)`): random numbers on [0, 1), float32.
-            temperature: T in (0, 2], or (...) of them in (0, 1].
+            context (`(R, D)`): hidden states.
+            uniform (`(N, R, K)`): random numbers on [0, 1), float32.
+            temperature: T in (0, 2], or (R,) of them in (0, 1].
             truncation: which tokens may be sampled.
+            forbidden_KV (`(K, V)` bool, *optional*): tokens that are forbidden at a position.
 
         Returns:
-            ids (N, ..., K), and the log of the acceptance probability, at most 0, (N, ...) or one for all, float32.
+            ids (N, R, K), and the log of the acceptance probability, at most 0, (N, R), float32.
         """
-        is_one, log_bound = False, 0.0
-        if isinstance(temperature, Tensor):
-            temperature = temperature.unsqueeze(-1)
-        else:  # above 1, the sum of V equal probabilities is the largest
-            is_one, log_bound = temperature == 1, max(0.0, 1 - 1 / temperature) * math.log(self.lm_head.out_features)
-        states = self.context_proj(context).unflatten(-1, (self.patch_size, -1))  # (..., K, D)
-        tokens, before, log_acceptance = [], 0.0, 0.0
+        log_bound, row_G = 0.0, arange(len(context), context.device)  # row_G: the context of each beginning
+        if not isinstance(temperature, Tensor):  # above 1, the sum of V equal probabilities is the largest
+            log_bound = max(0.0, 1 - 1 / temperature) * math.log(self.lm_head.out_features)
+        states_RKD = self.context_proj(context).unflatten(-1, (self.patch_size, -1))
+        before_GD, group_NR = torch.zeros_like(context), row_G.expand(uniform.shape[:-1])
+        log_acceptance_NR, tokens = torch.zeros_like(uniform[..., 0]), []
         for k in range(self.patch_size):
-            logits = self.logits(states[..., k, :] + before).float()  # (..., V), at k = 0 the same for all samples
-            if not is_one:
-                logits = logits.log_softmax(-1) / temperature
-                log_acceptance = log_acceptance + (logits.logsumexp(-1) - log_bound if k > 0 else 0)
-            probability = logits.softmax(-1)
+            logits_GV = self.logits(states_RKD[row_G, k] + before_GD).float()
+            if forbidden_KV is not None:
+                logits_GV = logits_GV.masked_fill(forbidden_KV[k], -torch.inf)
+            exponent = 1 / (temperature[row_G, None] if isinstance(temperature, Tensor) else temperature)
+            logits_GV = logits_GV.log_softmax(-1) * exponent
+            probability_GV = logits_GV.softmax(-1)  # p^(1/T) / Z, so that any token tells Z
             if truncation != NO_TRUNCATION:
-                probability = truncated(probability, truncation)
-                log_acceptance = log_acceptance + (probability.sum(-1).log() if k > 0 else 0)
-            cumulative = probability.cumsum(-1)
-            tokens.append(_first_above(cumulative, uniform[..., k] * cumulative[..., -1]))
+                probability_GV = truncated(probability_GV, truncation)
+            cumulative_NRV = probability_GV.cumsum(-1).index_select(0, group_NR.flatten()).view(*group_NR.shape, -1)
+            thresholds_NR1 = uniform[..., k, None] * (BELOW_1 * cumulative_NRV[..., -1:])
+            tokens.append(torch.searchsorted(cumulative_NRV, thresholds_NR1, right=True).squeeze(-1))
+            if k > 0:
+                chosen = group_NR, tokens[-1]
+                log_sum_NR = logits_GV[chosen] - probability_GV[chosen].log() + cumulative_NRV[..., -1].log()
+                log_acceptance_NR = log_acceptance_NR + log_sum_NR - log_bound
             if k < self.patch_size - 1:
-                before = before + self.embeddings[k](tokens[-1])
-        return torch.stack(tokens, dim=-1), log_acceptance
+                group_NR, parent_G, token_G = _split_groups(group_NR, tokens[-1], self.lm_head.out_features)
+                row_G, before_GD = row_G[parent_G], before_GD[parent_G] + self.embeddings[k](token_G)
+        return torch.stack(tokens, dim=-1), log_acceptance_NR
 
-    def most_probable(self, context: Tensor) -> Tensor:
+    def most_probable(self, context: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
         """Returns the most probable patch (..., K) for each hidden state (..., D), found by beam search.
 
         It is the mode unless a prefix beyond the `BEAM_WIDTH` most probable ones is more probable than the patch.
@@ -106,6 +112,8 @@ class TokenChain(nn.Module):
             for embed, ids in zip(self.embeddings, prefixes.unbind(-1), strict=False):
                 state = state + embed(ids)
             logits = self.logits(state).float()
+            if forbidden_KV is not None:
+                logits = logits.masked_fill(forbidden_KV[k], -torch.inf)
             extended = (total.unsqueeze(-1) + logits.log_softmax(-1)).movedim(0, -2)  # (..., beams, V)
             best = extended.flatten(-2).topk(min(BEAM_WIDTH, extended.shape[-1]), dim=-1)
             total, index = best.values.movedim(-1, 0), best.indices.movedim(-1, 0)
@@ -114,64 +122,15 @@ class TokenChain(nn.Module):
         return prefixes[0]
 
 
-@torch.no_grad()
-def latent_token_embeddings(autoencoder: CALMAutoencoder, num_contexts: int = NUM_CONTEXTS) -> Tensor:
-    """Returns the latent embedding of every token at every position of a patch, (K, V, Z).
-
-    It is the mean latent of random patches with the token there, always the same `num_contexts`, less what the other
-    positions add. If latents are nearly additive in the tokens, a patch's embeddings sum to about its posterior mean.
-    """
-    config, device = autoencoder.config, autoencoder.device
-    K, V, Z = config.patch_size, config.vocab_size, config.latent_size
-    contexts = torch.randint(V, (num_contexts, K), generator=torch.Generator().manual_seed(0)).to(device)
-    codes = torch.empty(K, V, Z, device=device)
-    for k in range(K):
-        for tokens in torch.arange(V, device=device).split(max(1, PATCHES_CHUNK_SIZE // num_contexts)):
-            patches = contexts.repeat(len(tokens), 1, 1)
-            patches[:, :, k] = tokens[:, None]
-            mean = autoencoder.encode(patches.view(1, -1))[0][0].float()
-            codes[k, tokens] = mean.view(len(tokens), num_contexts, Z).mean(1)
-    overall = autoencoder.encode(contexts.view(1, -1))[0][0].float().mean(0)
-    return codes - overall * (K - 1) / K  # summed over the positions, what the contexts add is counted once
-
-
 class TokenChainHead(GenerativeHead, head_type="token_chain"):
-    """Samples the patch's tokens and returns the sum of their latent token embeddings; see the top of this file.
+    """Samples the patch's tokens; see the top of this file."""
 
-    The embeddings, `codes` (K, V, Z) in checkpoints, come from the autoencoder, by `fit`, and aren't trained.
-    """
-
-    knows_probabilities = True
+    samples_tokens = True
 
     def __init__(self, config: CALMConfig):
         super().__init__(config)
-        self.patch_size = config.patch_size
+        self.patch_size = self.network_calls = config.patch_size
         self.chain = TokenChain(config.hidden_size, config.vocab_size, config.patch_size)
-        codes = torch.zeros(config.patch_size, config.vocab_size, config.latent_size)
-        # No buffer: it would stay in memory when the module is offloaded, and check_weights would not miss it.
-        self.codes = nn.Parameter(codes, requires_grad=False)
-
-    def train(self, mode: bool = True):
-        """As in torch, with frozen codes: `from_pretrained` creates parameters anew and calls this last."""
-        self.codes.requires_grad_(False)
-        return super().train(mode)
-
-    @property
-    def is_fitted(self) -> bool:
-        return bool(self.codes.any())
-
-    @torch.no_grad()
-    def fit(self, autoencoder: CALMAutoencoder) -> None:
-        self.codes.copy_(latent_token_embeddings(autoencoder))
-
-    @torch.no_grad()
-    def init_own_weights(self) -> None:
-        """Sets the codes to zero, by which `is_fitted` knows that `fit` has not been called."""
-        nn.init.zeros_(self.codes)
-
-    @property
-    def network_calls(self) -> int:
-        return self.patch_size
 
     def initial_noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Returns uniform numbers on [0, 1), one per token, in float32: bfloat16 has too few values."""
@@ -179,8 +138,8 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
         return uniform.uniform_(generator=generator)
 
     def from_noise(self, noise: Tensor, context: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Samples each token by the inverse of its cumulative distribution at `noise` (N, ..., K)."""
-        return self.latents(self.chain.propose(context, noise)[0]).to(context.dtype)
+        """Samples token ids (N, ..., K), each by the inverse of its cumulative distribution at `noise`."""
+        return self._propose(context, noise)[0]
 
     def propose(
         self,
@@ -188,31 +147,37 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
         num_samples: int,
         temperature: float,
         truncation: Truncation = NO_TRUNCATION,
+        forbidden_KV: Tensor | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples patches at a temperature, to be accepted with a probability; see `TokenChain.propose`.
 
-        Returns latent vectors (N, ..., Z), and the log of the acceptance probability (N, ...). At T = 0 it is the most
+        Returns token ids (N, ..., K), and the log of the acceptance probability (N, ...). At T = 0 it is the most
         probable patch, once. The other arguments are those of `sample`.
         """
 
         def compute(context: Tensor) -> tuple[Tensor, Tensor]:
             if temperature == 0:
-                tokens, log_acceptance = self.chain.most_probable(context)[None], 0.0
-            else:
-                shape = num_samples, *context.shape[:-1]
-                uniform = self.initial_noise(shape, context, generator) if noise is None else noise
-                tokens, log_acceptance = self.chain.propose(context, uniform, temperature, truncation)
-            zeros = torch.zeros(tokens.shape[:-1], device=tokens.device)
-            return self.latents(tokens).to(context.dtype), zeros + log_acceptance
+                tokens = self.chain.most_probable(context, forbidden_KV)[None]
+                return tokens, torch.zeros(tokens.shape[:-1], device=tokens.device)
+            uniform = noise
+            if uniform is None:
+                uniform = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
+            return self._propose(context, uniform, temperature, truncation, forbidden_KV)
 
         return self(context, compute)
 
-    def latents(self, tokens: Tensor) -> Tensor:
-        """Returns the latent vectors (..., Z) of patches (..., K)."""
-        positions = torch.arange(self.patch_size, device=tokens.device)
-        return self.codes[positions, tokens].sum(-2)
+    def _propose(self, context: Tensor, uniform: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+        """Returns `TokenChain.propose` for contexts of any shape, (..., D)."""
+        shape = len(uniform), *context.shape[:-1]
+        uniform_NRK = uniform.expand(*shape, self.patch_size).reshape(len(uniform), -1, self.patch_size)
+        rows_RD = context.reshape(-1, context.shape[-1])
+        tokens_NRK, log_acceptance_NR = self.chain.propose(rows_RD, uniform_NRK, *arguments)
+        return tokens_NRK.view(*shape, self.patch_size), log_acceptance_NR.view(shape)
+
+    def token_logits(self, context: Tensor, tokens: Tensor) -> Tensor:
+        return self(context, self.chain.teacher_forced, tokens)
 
     def compute_loss(self, context: Tensor, target: PatchTarget, generator: torch.Generator | None) -> Tensor:
         """Returns the cross-entropy of the target patches' tokens, nats per token: one pass, whatever N."""
@@ -224,10 +189,15 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
         return losses.view(tokens.shape).mean(-1).mean(0)
 
 
-def _first_above(ascending: Tensor, values: Tensor) -> Tensor:
-    """Returns the index (N, ...) of the first ascending number, (..., V) or (N, ..., V), above each value (N, ...)."""
-    if ascending.dim() == values.dim():  # the same for all N
-        index = torch.searchsorted(ascending, values.movedim(0, -1).contiguous(), right=True).movedim(-1, 0)
+def _split_groups(group_NR: Tensor, tokens_NR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups samples by their patches' beginnings, given the groups without the last token and that token.
+
+    Returns each sample's group (N, R), and each group's parent and last token, (G,). On a CPU equal beginnings share a
+    group, and the network is run once for all; elsewhere, where the host would wait for G, each sample is its own.
+    """
+    keys_NR = group_NR * vocab_size + tokens_NR
+    if keys_NR.device.type == "cpu" and not torch.compiler.is_compiling():
+        keys_G, group_NR = keys_NR.unique(return_inverse=True)
     else:
-        index = torch.searchsorted(ascending, values.unsqueeze(-1), right=True).squeeze(-1)
-    return index.clamp(max=ascending.shape[-1] - 1)
+        keys_G, group_NR = keys_NR.flatten(), arange(keys_NR.numel(), keys_NR.device).view(keys_NR.shape)
+    return group_NR, keys_G // vocab_size, keys_G % vocab_size

@@ -5,9 +5,11 @@ Z latent size.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -25,8 +27,9 @@ from .heads_calm_token_chain import TokenChainHead  # noqa: F401
 from .modeling_calm_autoencoder import CALMAutoencoder, OffloadableModel
 
 NO_LOGITS = (
-    "CALM has no logits: it samples patches and has no token probabilities. Measure quality with BrierLM "
-    "(calm_transformers.evaluation.brier_lm), and in lm-evaluation-harness with tasks of the type generate_until."
+    "CALM has no logits: it samples patches and has no token probabilities (but for the head token_chain, given ids "
+    "without labels and cache). Measure quality with BrierLM (calm_transformers.evaluation.brier_lm), and in "
+    "lm-evaluation-harness with tasks of the type generate_until."
 )
 
 
@@ -47,18 +50,24 @@ class CALMOutputWithPast(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
+    compute_logits = cast(Any, None)  # no field: a function where the head knows token probabilities
+
     @property
     def past_key_values(self) -> Cache | None:
         return self.cache
 
     @property
-    def logits(self):
-        """Raises an AttributeError that says why there are none."""
-        raise AttributeError(NO_LOGITS)
+    def logits(self) -> Tensor:
+        """Logits (B, L, V) of the token after each one, by `token_logits`; AttributeError where there are none."""
+        if self.compute_logits is None:
+            raise AttributeError(NO_LOGITS)
+        return self.compute_logits()
 
     def __getitem__(self, key):
-        if key == "logits":
+        if key == "logits" and self.compute_logits is None:
             raise KeyError(NO_LOGITS)
+        if key == "logits":
+            return self.logits
         return super().__getitem__("cache" if key == "past_key_values" else key)
 
 
@@ -205,7 +214,8 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         self._no_split_modules = [*self._no_split_modules, type(self.head).__name__]
         self.autoencoder = CALMAutoencoder(config.autoencoder_config)
         self.post_init()
-        self._keys_to_ignore_on_load_unexpected = set()  # upstream has just added the backbone's own
+        # Upstream has just added the backbone's own. Token-chain heads had codes before they sampled tokens.
+        self._keys_to_ignore_on_load_unexpected = {r"^head\.codes$"}
         self.train(self.training)
 
     def train(self, mode: bool = True):
@@ -240,7 +250,14 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
           when it isn't the first and none of its labels is −100.
         - num_items_in_batch: number of labels that are not −100 in the whole accumulated batch. Exact if the collator
           sets each row's first patch and its partial patches to −100.
+
+        With a head that samples tokens, ids alone may have any length: the last patch is filled up. The output then
+        has `logits`, see `token_logits`.
         """
+        ids_BL, others = None, (labels, cache, past_key_values, attention_mask)
+        if self.head.samples_tokens and input_ids is not None and all(each is None for each in others):
+            ids_BL = input_ids
+            input_ids = F.pad(ids_BL, (0, -ids_BL.shape[-1] % self.config.patch_size))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -254,13 +271,28 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.patch_loss(outputs.last_hidden_state, labels, num_items_in_batch, generator)
-        return CALMOutputWithPast(
+        output = CALMOutputWithPast(
             loss=loss,
             last_hidden_state=outputs.last_hidden_state,
             cache=getattr(outputs, CACHE_ARGUMENT),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        if ids_BL is not None:
+            output.compute_logits = partial(self.token_logits, ids_BL)
+        return output
+
+    def token_logits(self, input_ids: Tensor) -> Tensor:
+        """Returns the logits (B, L, V) of the token after each of these (B, L), where the head knows them.
+
+        The first token ends a patch, as in generation from it alone, and patches follow. Padding is on the right.
+        """
+        patch_size, length = self.config.patch_size, input_ids.shape[1]
+        first_BK = self.pack_for_generation(input_ids[:, :1])["input_ids"]
+        patches_BPK = F.pad(input_ids[:, 1:], (0, 1 + -length % patch_size)).unflatten(1, (-1, patch_size))
+        inputs_BL = torch.cat([first_BK, patches_BPK[:, :-1].flatten(1)], dim=1)
+        hidden_BPD = self.model(input_ids=inputs_BL, use_cache=False).last_hidden_state
+        return self.head.token_logits(hidden_BPD, patches_BPK).flatten(1, 2)[:, :length]
 
     def patch_loss(
         self,

@@ -27,7 +27,10 @@ def memory_of_samples(num_samples, temperature):
     latents_NZ = 5 * torch.randn(num_samples, 128)
 
     def sample(max_samples):
-        head = SimpleNamespace(sample=lambda _, num_samples, **__: latents_NZ[batch.num_drawn :][:num_samples, None])
+        def draw(_, num_samples, **__):
+            return latents_NZ[batch.num_drawn :][:num_samples, None]
+
+        head = SimpleNamespace(sample=draw, samples_tokens=False)
         batch = LazyCandidateBatch(head, torch.zeros(1, 1), StepRandomness(), autoencoder)
         exact_temperature_sample(batch, RepetitionAttempts(temperature), max_samples, torch.Generator().manual_seed(0))
         batch.compare(batch.rows_B)

@@ -17,7 +17,7 @@ from calm_transformers.training.cost import calm_cost
 
 
 class GaussianHead(GenerativeHead, head_type="gaussian"):
-    """One Gaussian per patch, fitted by maximum likelihood; it is centred on the mean latent of random patches."""
+    """One Gaussian per patch, fitted by maximum likelihood."""
 
     network_calls = 3
 
@@ -25,7 +25,6 @@ class GaussianHead(GenerativeHead, head_type="gaussian"):
         super().__init__(config)
         self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
         self.out = zero_linear(config.hidden_size, 2 * config.latent_size)
-        self.centre = nn.Parameter(torch.zeros(config.latent_size), requires_grad=False)
         self.spread = nn.Parameter(torch.empty(1))
 
     @classmethod
@@ -37,17 +36,9 @@ class GaussianHead(GenerativeHead, head_type="gaussian"):
     def init_own_weights(self):
         nn.init.constant_(self.spread, 2.0)
 
-    @property
-    def is_fitted(self):
-        return bool(self.centre.any())
-
-    def fit(self, autoencoder):
-        ids = torch.arange(autoencoder.config.patch_size * 8)[None] % autoencoder.config.vocab_size
-        self.centre.data.copy_(autoencoder.encode(ids)[0][0].mean(0))
-
     def _distribution(self, context):
         mean, log_std = self.out(self.hidden(context).tanh()).chunk(2, dim=-1)
-        return mean + self.centre, log_std + self.spread.log()
+        return mean, log_std + self.spread.log()
 
     def from_noise(self, noise, context, generator):
         mean, log_std = self._distribution(context)
@@ -84,10 +75,9 @@ def test_it_is_registered():
         tiny_config("gauss")
 
 
-def test_it_is_initialised_fitted_trained_and_resumed(trained, workshop, tmp_path):
+def test_it_is_initialised_trained_and_resumed(trained, workshop, tmp_path):
     new = CALMForCausalLM(tiny_config("gaussian")).head
-    assert not new.out.weight.any() and new.hidden.weight.any() and new.spread.item() == 2.0 and not new.is_fitted
-    assert CALMForCausalLM.from_pretrained(trained).head.is_fitted  # training did it
+    assert not new.out.weight.any() and new.hidden.weight.any() and new.spread.item() == 2.0
     losses = losses_of(trained)
     assert losses[-1] < losses[0] - 1
     assert train("calm", **workshop | {"max_steps": 4}, output_dir=str(tmp_path)) == 0

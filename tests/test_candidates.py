@@ -46,6 +46,8 @@ def make_candidates(kind, autoencoder, latents_NBZ, num_samples=0, **options):
     """Returns candidates that are the given latents, in order, with `num_samples` of them drawn."""
 
     class Head:
+        samples_tokens = False
+
         def sample(self, numbers_R1, num_samples, generator, temperature):
             return latents_NBZ[candidates.num_drawn :][:num_samples, numbers_R1[:, 0]]
 

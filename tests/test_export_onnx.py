@@ -64,8 +64,6 @@ def small_model(head_type: str = "energy", **settings):
         if head_type == "energy":
             model.head.out_proj.weight.mul_(0.1)
             model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
-        if head_type == "token_chain":
-            model.head.fit(model.autoencoder)
     for name, value in {"do_sample": True, "temperature": 0.5, "num_candidates": 12, **settings}.items():
         setattr(model.generation_config, name, value)
     return model

@@ -1,11 +1,15 @@
-"""lm-evaluation-harness: generate_until tasks work; likelihood tasks raise a clear error."""
+"""lm-evaluation-harness: generate_until tasks; likelihood tasks with heads that know probabilities, else an error."""
 
 import functools
 import json
 
 import pytest
+import torch
+import yaml
 from model_copies import ROOT
 from tiny import tiny_model, tiny_tokenizer
+
+from calm_transformers.loading import load_causal_lm, load_tokenizer
 
 pytestmark = pytest.mark.transformers
 
@@ -80,6 +84,32 @@ def test_by_name_with_trust_remote_code(tmp_path):
     texts = [sample["filtered_resps"][0] for sample in results["samples"]["continues"]]
     assert all(len(text) > 3 and "." not in text for text in texts), texts
     assert results["results"]["continues"]["exact_match,none"] <= 0.5
+
+
+def test_a_task_file_by_likelihood(tmp_path):
+    """The demo prefers the sentence of a story to one of words that no story has there."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    rows = {"Once upon a time, there was a little": "girl", "Lily and her mom went to the": "park"}
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows.items()]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    choices = ["girl named Lily.", "park to play.", "of and because."]
+    task = CHOICE_TASK | {"doc_to_choice": choices, "doc_to_target": "{{['girl', 'park'].index(answer)}}"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.jsonl")}}}
+    (tmp_path / "chooses.yaml").write_text(yaml.safe_dump(task))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model_args = {"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"}
+    options = {"model_args": model_args, "batch_size": 2, "device": "cpu", "bootstrap_iters": 0}
+    results = lm_eval.simple_evaluate(model="hf", tasks=["chooses"], task_manager=manager, **options)
+    assert results["results"]["chooses"]["acc,none"] == 1
+    model, tokenizer = load_causal_lm(str(ROOT), torch.float32, "cpu"), load_tokenizer(ROOT)
+    for sample in results["samples"]["chooses"]:
+        for choice, ((found, _),) in zip(choices, sample["resps"], strict=True):
+            question = tokenizer(sample["doc"]["question"]).input_ids
+            ids = torch.tensor([tokenizer(f"{sample['doc']['question']} {choice}").input_ids])
+            log_p = model(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+            assert float(found) == pytest.approx(log_p[len(question) - 1 :].sum().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("question", ["a dog?", "a do?", "a d?"])

@@ -67,11 +67,13 @@ class ReferenceCandidates:
     def extend(self, rows_R, num_samples):
         assert not self.patches, "with logits processors all are drawn at once"
         noise = self.randomness.noise_arguments(self.model.head, self.hidden_1D, self.rows_B, num_samples)
-        latents_N1Z = self.model.head.sample(self.hidden_1D, num_samples=num_samples, **noise)
+        samples_N = self.model.head.sample(self.hidden_1D, num_samples=num_samples, **noise)[:, 0]
+        is_tokens, autoencoder = self.model.head.samples_tokens, self.model.autoencoder
         decoded, factors = {}, []
-        for latent_Z in latents_N1Z[:, 0]:
-            logits_KV = self.model.autoencoder.decode(latent_Z[None])[0].float()
-            plain = self.plain(logits_KV)
+        for sample in samples_N:
+            latent_1Z = autoencoder.encode(sample[None])[0][0] if is_tokens else sample[None]
+            logits_KV = autoencoder.decode(latent_1Z)[0].float()
+            plain = tuple(sample.tolist()) if is_tokens else self.plain(logits_KV)
             decoded.setdefault(plain, self.decode(logits_KV))
             patch, factor = decoded[plain]
             self.patches.append(patch)

@@ -18,9 +18,13 @@ def generator(request):
 
 def readable_model(head_type):
     """One that writes characters only, none of the special tokens that a decoded text leaves out."""
-    model = tiny_model(head_type)
-    with torch.no_grad():
-        model.autoencoder.decoder.lm_head.weight[[0, BOS, EOS, PAD]] = 0
+    model, special = tiny_model(head_type), torch.tensor([0, BOS, EOS, PAD])
+    if model.head.samples_tokens:
+        chain = model.head.chain
+        chain.lm_head.register_forward_hook(lambda _layer, _inputs, logits: logits.index_fill(-1, special, -1e9))
+    else:
+        with torch.no_grad():
+            model.autoencoder.decoder.lm_head.weight[special] = 0
     return model
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from enumerable_distributions import chi_square_p_value
 from tiny import tiny_model
-from torch import nn
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -24,24 +23,11 @@ SIGNIFICANCE = 1e-4
 
 
 def model_of_chain(patch_size, seed=0):
-    """Returns a model of V tokens whose decoder reads each patch's ids from the first K latent dimensions."""
+    """Returns a model of V tokens."""
     sizes = {"vocab_size": V, "pad_token_id": 0, "autoencoder_config": {"vocab_size": V}}
     model = tiny_model("token_chain", patch_size, seed, **sizes)
     with torch.no_grad():
         model.head.chain.lm_head.weight.mul_(2)
-        model.head.codes.zero_()
-        for k in range(patch_size):
-            model.head.codes[k, :, k] = torch.arange(V)
-
-    class Decoder(nn.Module):
-        """The parts of a decoder that lazy decoding uses."""
-
-        lm_head = nn.Linear(1, 1)
-        expand = staticmethod(lambda latents: latents[..., :patch_size, None])
-        most_probable_tokens = staticmethod(lambda states, positions, forbidden: states[:, 0].long())
-
-    model.autoencoder.decoder = Decoder()
-    model.autoencoder.decode_tokens = lambda latents, forbidden=None: latents[..., :patch_size].round().long()
     return model
 
 
@@ -119,8 +105,8 @@ def test_samples_follow_the_enumerated_distribution(patch_size, options, schedul
     assert p_value(drawn.patches[drawn.is_exact], target) > SIGNIFICANCE
     settings = sampling.temperature, sampling.truncation, torch.Generator().manual_seed(1)
     with torch.no_grad():
-        latents, _ = model.head.propose(hidden, 200 * NUM_SAMPLES, *settings)
-    assert p_value(latents[:, 0, :patch_size].long(), target) < SIGNIFICANCE / 10
+        tokens, _ = model.head.propose(hidden, 200 * NUM_SAMPLES, *settings[:2], generator=settings[2])
+    assert p_value(tokens[:, 0], target) < SIGNIFICANCE / 10
 
 
 def test_a_list_of_generators_makes_each_row_what_it_is_alone():

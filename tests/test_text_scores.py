@@ -92,13 +92,12 @@ def test_energy_and_brier_of_the_same_samples(recorded, patch_size, num_samples)
 
 @torch.no_grad()
 def enumerated_distribution(model, context_D):
-    """Returns P (8, 8) of each decoded patch of the autoregressive patch head, for 8 tokens and K = 2."""
+    """Returns P (8, 8) of each patch of the autoregressive patch head, for 8 tokens and K = 2."""
     every_AK = torch.cartesian_prod(torch.arange(8), torch.arange(8))
     context_AD = model.head.context_layers(context_D).expand(64, -1)
     log_AKV = model.head.chain.teacher_forced(context_AD, every_AK).log_softmax(-1)
     probs_A = log_AKV.gather(-1, every_AK[..., None])[..., 0].sum(-1).exp()
-    decoded_AK = model.autoencoder.decode_tokens(sum(model.head.codes[k, every_AK[:, k]] for k in range(2)))
-    return torch.zeros(64).index_add(0, decoded_AK[:, 0] * 8 + decoded_AK[:, 1], probs_A).view(8, 8)
+    return probs_A.view(8, 8)
 
 
 def test_brier_is_unbiased():
@@ -118,6 +117,8 @@ def test_brier_is_unbiased():
     plug_in_bias_K = (1 - collisions_K) / num_samples  # of ΣP̂² with pairs of a sample and itself
     assert (plug_in_bias_K > 8 * errors_K).all(), "a biased estimate would pass"
     assert (scores.prefix_match_rate[:, 1].mean(0) - match_rate_K).abs().max() < 0.02
+    torch.testing.assert_close(scores.log_probability[0, 1].cumsum(-1), match_rate_K.log())
+    assert not scores.log_probability[:, 0].any() and scores.energy is None
 
 
 LENGTHS = [4, 7, 13, 24]
@@ -164,7 +165,11 @@ def test_the_first_patch_is_the_partial_one_and_not_scored(recorded):
     """Of 5 tokens, K = 4, the first patch has one and the last four are scored; of 3 tokens none."""
     model = recorded(tiny_model())
     scores = score_texts(model, IDS[:, :3], num_samples=3)
-    assert not recorded.samples and scores.is_scored.tolist() == [[False]] and scores.brier.shape == (1, 1, 4)
+    assert (
+        not sum(x.numel() for x in recorded.samples)
+        and scores.is_scored.tolist() == [[False]]
+        and scores.brier.shape == (1, 1, 4)
+    )
     assert all(value.isnan().all() for value in scores.means().values())
     scores = score_texts(model, IDS[:, :5], num_samples=3)
     assert scores.patches[0, 1].tolist() == IDS[0, 1:5].tolist()
@@ -188,9 +193,11 @@ def test_every_head(head_type):
     scores = score_texts(model, IDS, num_samples=4, generator=seeded())
     again = score_texts(model.train(), IDS, num_samples=4, generator=seeded())
     other = score_texts(model, IDS, num_samples=4, generator=seeded(1))
-    assert model.training and not scores.energy.requires_grad
-    assert scores.energy.isfinite().all() and (scores.energy[:, 1:] != 0).all()
-    assert torch.equal(scores.energy, again.energy) and not torch.equal(scores.energy, other.energy)
+    by_samples = not model.head.samples_tokens
+    name = "energy" if by_samples else "log_probability"
+    assert model.training and not scores[name].requires_grad and scores[name].isfinite().all()
+    assert (scores[name][:, 1:] != 0).all()
+    assert torch.equal(scores[name], again[name]) and torch.equal(scores[name], other[name]) != by_samples
 
 
 def test_bfloat16():

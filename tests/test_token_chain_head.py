@@ -1,45 +1,17 @@
-"""The autoregressive patch head: latent token embeddings, its loss against a loop and the MTP loss, its samples."""
+"""The autoregressive patch head: its loss and probabilities against a loop and the MTP loss, its samples."""
 
 import math
 
 import pytest
 import torch
 from enumerable_distributions import chi_square_p_value
-from tiny import tiny_config, tiny_model
-from torch import nn
+from tiny import tiny_model
 
 from calm_transformers.model.heads_calm import PatchTarget
-from calm_transformers.model.heads_calm_token_chain import latent_token_embeddings
-from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.auxiliary import ExtraTargets, MultiTokenLoss
 
-K, V, Z = 4, 96, 16
+K, V = 4, 96
 SIGNIFICANCE = 1e-4
-
-
-class AdditiveAutoencoder(nn.Module):
-    """An autoencoder whose mean is a sum of one embedding per token and a constant."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = tiny_config().autoencoder_config
-        self.embeddings = torch.randn(K, V, Z, generator=torch.Generator().manual_seed(0))
-        self.constant = torch.full((Z,), 3.0)
-        self.device = torch.device("cpu")
-
-    def encode(self, input_ids):
-        patches = input_ids.unflatten(1, (-1, K))
-        mean = self.embeddings[torch.arange(K), patches].sum(-2) + self.constant
-        return mean, torch.zeros_like(mean)
-
-
-def test_latent_token_embeddings_of_an_additive_autoencoder_sum_to_its_means():
-    autoencoder = AdditiveAutoencoder()
-    embeddings = latent_token_embeddings(autoencoder)
-    patches = torch.randint(V, (1, 50 * K))
-    summed = embeddings[torch.arange(K), patches.view(50, K)].sum(1)
-    torch.testing.assert_close(summed, autoencoder.encode(patches)[0][0], atol=1e-4, rtol=1e-4)
-    assert torch.equal(embeddings, latent_token_embeddings(autoencoder))
 
 
 @torch.no_grad()
@@ -64,6 +36,8 @@ def test_loss_agrees_with_a_loop():
     torch.testing.assert_close(head.loss(context, PatchTarget(tokens[0])), torch.tensor(expected[0]))
     with_extra = head.loss(context, ExtraTargets(tokens[0], None, tokens[1:]))
     torch.testing.assert_close(with_extra, torch.tensor(expected).mean(0))
+    of_tokens = head.token_logits(context.expand(3, 3, 48), tokens).log_softmax(-1).gather(-1, tokens[..., None])
+    torch.testing.assert_close(of_tokens.mean((-1, -2)), -torch.tensor(expected).double(), rtol=0, atol=1e-6)
 
 
 def test_the_model_s_loss_is_the_mtp_loss():
@@ -76,12 +50,25 @@ def test_the_model_s_loss_is_the_mtp_loss():
     torch.testing.assert_close(outputs.loss, auxiliary(outputs.last_hidden_state, ids))
 
 
+@pytest.mark.transformers
 @torch.no_grad()
-def tokens_as_latents(head):
-    """Makes the first K latent dimensions of a sample its tokens."""
-    head.codes.zero_()
-    for k in range(head.patch_size):
-        head.codes[k, :, k] = torch.arange(head.codes.shape[1])
+def test_logits_of_a_text_of_any_length_are_those_of_its_patches():
+    """The first token ends a patch, as in generation; a text's own logits don't depend on what follows it."""
+    model, ids = tiny_model("token_chain", prompt_filler_token_id=5), torch.randint(3, 90, (2, 10))
+    logits = model(ids).logits
+    assert logits.shape == (2, 10, V) and model(ids)["logits"].equal(logits)
+    for row in range(2):
+        patches = torch.cat([torch.tensor([5, 5, 5]), ids[row]])[:12].view(3, K)
+        found = logits[row].log_softmax(-1)[torch.arange(9), ids[row, 1:]]
+        for p in (1, 2):
+            hidden = model(patches[:p].view(1, -1)).last_hidden_state[0, -1]
+            expected = log_probability(model.head, hidden, patches[p])
+            assert found[K * p - K : K * p].sum().item() == pytest.approx(expected, abs=1e-4)
+    for length in range(1, 10):
+        torch.testing.assert_close(model(ids[:, :length]).logits, logits[:, :length], rtol=1e-4, atol=1e-4)
+    for options in ({"labels": ids[:, :8]}, {"attention_mask": torch.ones(2, 8)}):
+        with pytest.raises(AttributeError, match="CALM has no logits"):
+            _ = model(ids[:, :8], **options).logits
 
 
 @torch.no_grad()
@@ -96,9 +83,8 @@ def test_samples_follow_the_head_s_distribution():
     contexts = torch.randn(2, 48, generator=torch.Generator().manual_seed(3)).double()
     patches = [(first, second) for first in range(24) for second in range(24)]
     probs_BV = torch.tensor([[log_probability(head, c, patch) for patch in patches] for c in contexts]).double().exp()
-    tokens_as_latents(head)
     for shared in ({}, head.predrawn_noise(20000, 1, contexts, torch.Generator().manual_seed(0))):
-        samples = head.sample(contexts, num_samples=20000, generator=torch.Generator().manual_seed(0), **shared).long()
+        samples = head.sample(contexts, num_samples=20000, generator=torch.Generator().manual_seed(0), **shared)
         numbers = samples[..., 0] * 24 + samples[..., 1]
         assert chi_square_p_value(numbers[:, 0], probs_BV[0]) > SIGNIFICANCE
         assert chi_square_p_value(numbers[:, 1], probs_BV[1]) > SIGNIFICANCE
@@ -108,27 +94,14 @@ def test_samples_follow_the_head_s_distribution():
 @torch.no_grad()
 def test_a_token_of_zero_probability_is_never_sampled():
     head = tiny_model("token_chain").head
-    tokens_as_latents(head)
     head.chain.logits = lambda state: torch.full((*state.shape[:-1], V), -math.inf).index_fill(
         -1, torch.tensor([7]), 0
     )
     noise = torch.tensor([0.0, 1e-30, 0.5, 1 - 2**-24])[:, None].expand(4, K)
-    assert (head.sample(torch.randn(48), noise=noise)[:, :K] == 7).all()
+    assert (head.sample(torch.randn(48), noise=noise) == 7).all()
 
 
 def test_noise_keeps_its_precision_in_bfloat16():
     head = tiny_model("token_chain").head.bfloat16()
     noise = head.initial_noise((1000,), torch.zeros(1, dtype=torch.bfloat16), torch.Generator().manual_seed(0))
     assert noise.dtype == torch.float32 and len(noise.unique()) > 3990
-    assert head.sample(torch.zeros(48, dtype=torch.bfloat16), noise=noise).dtype == torch.bfloat16
-
-
-@pytest.mark.transformers
-def test_a_new_head_has_no_latent_token_embeddings_until_fitted(tmp_path):
-    """Loading a checkpoint without them leaves zeros."""
-    flow = tiny_model("flow")
-    flow.save_pretrained(tmp_path)
-    model = CALMForCausalLM.from_pretrained(tmp_path, head_type="token_chain", ignore_mismatched_sizes=True)
-    assert not model.head.codes.any()
-    model.head.fit(model.autoencoder)
-    assert torch.equal(model.head.codes, latent_token_embeddings(model.autoencoder))

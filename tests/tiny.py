@@ -48,13 +48,11 @@ def tiny_model(head_type: str = "energy", patch_size: int = 4, seed: int = 0, **
     torch.manual_seed(seed)
     model = CALMForCausalLM(tiny_config(head_type, patch_size, **overrides)).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and name != "head.codes":  # computed from the autoencoder, below
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
         if head_type in OUTPUT_SCALES:
             model.head.net.out_proj.weight.mul_(OUTPUT_SCALES[head_type])
-    if not model.head.is_fitted:
-        model.head.fit(model.autoencoder)
     return model
 
 

@@ -150,8 +150,8 @@ def sample_candidates(model, prompts_BL: Tensor, num_candidates: int) -> Tensor:
     hidden_BPD = model.model(input_ids=prompts_BL[:, :length]).last_hidden_state
     hidden_CD = hidden_BPD[:, :NUM_DISTINCT_CONTEXTS].flatten(0, 1)
     torch.manual_seed(0)
-    latents_NCZ = model.head.sample(hidden_CD, num_samples=num_candidates)
-    return model.autoencoder.decode_tokens(latents_NCZ).transpose(0, 1)
+    samples_NC = model.head.sample(hidden_CD, num_samples=num_candidates)
+    return model.head.decode(samples_NC, model.autoencoder).transpose(0, 1)
 
 
 def distinct_fraction(patches_CNK: Tensor) -> float:
@@ -175,8 +175,9 @@ def record_candidates(model, temperature: float, num_candidates: int) -> Tensor:
         raise InputError("the model's config.json has no bos_token_id to start generation from.")
     patches = []
 
-    def save_patches(_head, _inputs, latents_NBZ: Tensor) -> None:
-        patches.append(model.autoencoder.decode_tokens(latents_NBZ.transpose(0, 1)))
+    def save_patches(head, _inputs, output: Tensor | tuple[Tensor, Tensor]) -> None:
+        samples_NB = output[0] if isinstance(output, tuple) else output  # of `propose`
+        patches.append(head.decode(samples_NB, model.autoencoder).transpose(0, 1))
 
     hook = model.head.register_forward_hook(save_patches)
     start = torch.full((RECORDED_ROWS, 1), model.config.bos_token_id, device=model.device)

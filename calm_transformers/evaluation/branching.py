@@ -119,8 +119,8 @@ class CalmReader(TreeAttentionReader):
         A temperature other than 1 must be one that the head is distilled for.
         """
         with cpu_kernels(num_samples * states_D[..., 0].numel(), self.model.config.hidden_size):
-            latents_Z = self.model.head.sample(states_D, num_samples, generator, temperature=temperature)
-            return self.model.autoencoder.decode_tokens(latents_Z)
+            samples = self.model.head.sample(states_D, num_samples, generator, temperature=temperature)
+            return self.model.head.decode(samples, self.model.autoencoder)
 
 
 class UncachedReader:

@@ -1,4 +1,4 @@
-"""Scores given texts patch by patch with a CALM, from samples alone, in place of log-probabilities.
+"""Scores given texts patch by patch with a CALM: from samples, and by log-probabilities where its head knows them.
 
 Axes: B texts, P patches, K tokens per patch, N samples per patch, S posterior samples, D hidden size, Z latent size, M
 scored patches (m per chunk).
@@ -33,6 +33,8 @@ class TextScores(ModelOutput):
     Args:
         energy (`(B, P)`): energy score of the model's latent vectors x against the text's own y,
             E‖x − x'‖^β − 2 E‖x − y‖^β (paper 3.3). Its unit depends on the autoencoder: it compares texts, not models.
+            None of heads that sample tokens (`token_chain`).
+        log_probability (`(B, P, K)`): of each token given those before it, in nats, of heads that sample tokens alone.
         brier (`(B, P, K)`): unbiased estimate of Brier-n, n = 1 … K first tokens of the patch, 2 P(y) − Σ P(x)²; at
             most 1. Also compares models with the same tokenizer and K.
         prefix_match_rate (`(B, P, K)`): fraction of samples whose first n tokens are the text's, an estimate of P(y).
@@ -41,16 +43,22 @@ class TextScores(ModelOutput):
     """
 
     energy: Tensor | None = None
+    log_probability: Tensor | None = None
     brier: Tensor | None = None
     prefix_match_rate: Tensor | None = None
     patches: Tensor | None = None
     is_scored: Tensor | None = None
 
     def means(self) -> dict[str, Tensor]:
-        """Returns the means over each text's scored patches, "energy" (B,) and "brier" (B, K); NaN without any."""
-        assert self.is_scored is not None and self.energy is not None and self.brier is not None
+        """Returns the means over each text's scored patches; NaN without any.
+
+        They are "brier" (B, K), and "energy" (B,) or "log_probability" (B,), that of a patch.
+        """
+        assert self.is_scored is not None and self.brier is not None
         num_scored_B = self.is_scored.sum(-1)
-        return {"energy": self.energy.sum(-1) / num_scored_B, "brier": self.brier.sum(1) / num_scored_B[:, None]}
+        sums = {"energy": self.energy, "log_probability": self.log_probability}
+        means = {name: value.flatten(1).sum(-1) / num_scored_B for name, value in sums.items() if value is not None}
+        return means | {"brier": self.brier.sum(1) / num_scored_B[:, None]}
 
 
 @torch.no_grad()
@@ -65,9 +73,9 @@ def score_texts(
     """Scores every patch of the texts: one forward pass, then `num_samples` samples of each next patch.
 
     Use it to find where a text surprises the model, to compare models on a text, and to rank continuations of equal
-    length after the same prefix. The scores are not probabilities: the Brier scores of one short text are imprecise,
-    as a patch that is never sampled scores about 0, and the energy score mostly reflects how predictable a text is.
-    docs/clients.md reports the ranking accuracy.
+    length after the same prefix. Energy and Brier scores are no probabilities: the Brier scores of one short text are
+    imprecise, as a patch that is never sampled scores about 0, and the energy score mostly reflects how predictable a
+    text is. docs/clients.md reports the ranking accuracy.
 
     Args:
         model: the CALM.
@@ -102,15 +110,15 @@ def score_texts(
         hidden_BPD = model(**inputs, use_cache=False).last_hidden_state
     context_MD, target_MK = hidden_BPD[:, :-1][is_scored_BP[:, 1:]], patches_BPK[is_scored_BP]
 
-    energy_BP = hidden_BPD.new_zeros(is_scored_BP.shape, dtype=torch.float32)
-    brier_BPK, match_rate_BPK = (energy_BP[..., None].repeat(1, 1, patch_size) for _ in range(2))
-    if len(context_MD):
-        chunk_size = max(1, SAMPLES_CHUNK_SIZE["cpu" if ids_BL.device.type == "cpu" else "other"] // num_samples)
-        chunks = zip(context_MD.split(chunk_size), target_MK.split(chunk_size), strict=True)
-        scores = [_score_patches(model, context, target, num_samples, generator) for context, target in chunks]
-        for output, parts in zip((energy_BP, brier_BPK, match_rate_BPK), zip(*scores, strict=True), strict=True):
-            output[is_scored_BP] = torch.cat(parts)
-    return TextScores(energy_BP, brier_BPK, match_rate_BPK, patches_BPK, is_scored_BP)
+    chunk_size = max(1, SAMPLES_CHUNK_SIZE["cpu" if ids_BL.device.type == "cpu" else "other"] // num_samples)
+    chunks = zip(context_MD.split(chunk_size), target_MK.split(chunk_size), strict=True)  # one, empty, of no patches
+    scores = [_score_patches(model, context, target, num_samples, generator) for context, target in chunks]
+    outputs = {}
+    for name in scores[0]:
+        scores_M = torch.cat([chunk[name] for chunk in scores])
+        outputs[name] = scores_M.new_zeros(*is_scored_BP.shape, *scores_M.shape[1:])
+        outputs[name][is_scored_BP] = scores_M
+    return TextScores(**outputs, patches=patches_BPK, is_scored=is_scored_BP)
 
 
 def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -140,14 +148,18 @@ def _score_patches(
     target_mK: Tensor,
     num_samples: int,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns energy scores (m,), Brier-1 … Brier-K (m, K) and prefix match rates (m, K)."""
-    target = PatchTarget(target_mK, model.autoencoder)
+) -> dict[str, Tensor]:
+    """Returns the scores of patches given hidden states, named as in `TextScores`, (m,) or (m, K)."""
     with cpu_kernels(num_samples * len(context_mD), model.config.hidden_size):
-        samples_NmZ = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
-        tokens_mNK = model.autoencoder.decode_tokens(samples_NmZ).movedim(0, 1)
-    targets_SmZ = target.sample_latents(model.config.num_posterior_samples, generator)
-    energy_m = _energy(samples_NmZ.float(), targets_SmZ.float(), model.config.beta)
+        samples_Nm = model.head.sample(context_mD, num_samples=num_samples, generator=generator)
+        tokens_mNK = model.head.decode(samples_Nm, model.autoencoder).movedim(0, 1)
+    if model.head.samples_tokens:
+        log_probs_mKV = model.head.token_logits(context_mD, target_mK).float().log_softmax(-1)
+        scores = {"log_probability": log_probs_mKV.gather(-1, target_mK[..., None])[..., 0]}
+    else:
+        target = PatchTarget(target_mK, model.autoencoder)
+        targets_SmZ = target.sample_latents(model.config.num_posterior_samples, generator)
+        scores = {"energy": _energy(samples_Nm.float(), targets_SmZ.float(), model.config.beta)}
     match_rate_mK = (tokens_mNK == target_mK[:, None]).cumprod(-1).float().mean(1)
     collisions_mK = torch.stack(
         [
@@ -156,7 +168,7 @@ def _score_patches(
         ],
         dim=-1,
     )
-    return energy_m, 2 * match_rate_mK - collisions_mK, match_rate_mK
+    return scores | {"brier": 2 * match_rate_mK - collisions_mK, "prefix_match_rate": match_rate_mK}
 
 
 def _energy(samples_NmZ: Tensor, targets_SmZ: Tensor, beta: float) -> Tensor:

@@ -145,7 +145,7 @@ def cache_tensors(cache: DynamicCache) -> list[Tensor]:
 
 
 class Head(nn.Module):
-    """Maps hidden states (B, D) and noise tensors to latent samples (N, B, Z)."""
+    """Maps hidden states (B, D) and noise tensors to latent samples (N, B, Z), or to tokens (N, B, K)."""
 
     def __init__(self, head: GenerativeHead, names: list[str]):
         super().__init__()
@@ -211,11 +211,11 @@ def head_graph(model: CALMForCausalLM) -> Graph:
         example=(hidden, list(noise.values())),
         dynamic_shapes=({0: DYNAMIC}, noise_axes),
         inputs=["hidden", *noise],
-        outputs=["latents"],
+        outputs=["tokens" if head.samples_tokens else "latents"],
     )
     for num_samples, batch in ((1, 1), (7, 3), (64, 1)):
         hidden, noise = random_inputs(num_samples, batch)
-        graph.cases.append(({"hidden": hidden, **noise}, {"latents": head.sample(hidden, **noise)}))
+        graph.cases.append(({"hidden": hidden, **noise}, {graph.outputs[0]: head.sample(hidden, **noise)}))
     return graph
 
 

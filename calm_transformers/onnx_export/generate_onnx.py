@@ -17,7 +17,8 @@ V vocabulary, M latent vectors. The graphs take float32 and int64 and any B, P, 
 
 - backbone.onnx: tokens (B, P, K), mask (B, S + P) over patches (1 = attend), and for each layer past_key.i and
   past_value.i (B, heads, S, head size) → hidden (B, P, D), and present_key.i and present_value.i of S + P patches;
-- head.onnx: hidden (B, D) and the noise tensors that calm.json lists → latents (N, B, Z);
+- head.onnx: hidden (B, D) and the noise tensors that calm.json lists → latents (N, B, Z), or of a head that
+  samples tokens, tokens (N, B, K);
 - decoder.onnx: latents (M, Z) → the most probable tokens (M, K), and logits (M, K, V).
 """
 
@@ -208,8 +209,8 @@ class ExportedCALM:
             spec["name"]: randomness.noise(spec, tuple(size_of[x] if x in size_of else x for x in spec["shape"]))
             for spec in self.config["noises"]
         }
-        (latents_N1Z,) = self.head.run(["latents"], {"hidden": hidden_1D, **noise})
-        patches_NK = self._decode(latents_N1Z[:, 0])
+        (samples_N1,) = self.head.run(None, {"hidden": hidden_1D, **noise})
+        patches_NK = samples_N1[:, 0] if samples_N1.dtype == np.int64 else self._decode(samples_N1[:, 0])
         if len(patches_NK) == 1:
             return patches_NK[0]
         exponential_N = randomness.exponential(len(patches_NK))

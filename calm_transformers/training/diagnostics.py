@@ -48,21 +48,23 @@ def diagnose_calm(model: CALMForCausalLM, input_ids: Tensor, hidden_BPD: Tensor,
 
     Returns:
         distance_to_target, distance_between_samples: mean Euclidean distances in the latent space, the two terms of
-        the energy score at β = 1 (a head that has learnt the distribution has them equal); brier_1: unbiased Brier
-        score of the patch's first token, in [-1, 1], higher is better.
+        the energy score at β = 1 (a head that has learnt the distribution has them equal), if the head samples latent
+        vectors; brier_1: unbiased Brier score of the patch's first token, in [-1, 1], higher is better.
     """
     ids_BPK = input_ids.unflatten(1, (-1, model.config.patch_size))
     context = hidden_BPD[:, :-1].flatten(0, 1)[:MAX_PATCHES]
     target_PK = ids_BPK[:, 1:].flatten(0, 1)[:MAX_PATCHES]
     generator = torch.Generator(context.device).manual_seed(seed)
     samples_NPZ = model.head.sample(context.to(model.dtype), num_samples=2, generator=generator)
+    first_NP = model.head.decode(samples_NPZ, model.autoencoder)[..., 0]
+    hits = (first_NP == target_PK[:, 0]).float().sum(0)
+    scores = {"brier_1": (hits - (first_NP[0] == first_NP[1]).float()).mean().item()}
+    if model.head.samples_tokens:
+        return scores
     mean_PZ, log_std_PZ = (t[0] for t in model.autoencoder.encoder(target_PK.reshape(1, -1)))
     noise = torch.randn(mean_PZ.shape, generator=generator, device=mean_PZ.device, dtype=mean_PZ.dtype)
     target_PZ = mean_PZ + log_std_PZ.exp() * noise
-    first_NP = model.autoencoder.decoder(samples_NPZ)[..., 0, :].argmax(-1)
-    hits = (first_NP == target_PK[:, 0]).float().sum(0)
-    return {
+    return scores | {
         "distance_to_target": (samples_NPZ - target_PZ).float().norm(dim=-1).mean().item(),
         "distance_between_samples": (samples_NPZ[0] - samples_NPZ[1]).float().norm(dim=-1).mean().item(),
-        "brier_1": (hits - (first_NP[0] == first_NP[1]).float()).mean().item(),
     }

@@ -9,6 +9,7 @@ teacher, K tokens per patch, D hidden size.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,7 @@ class ChainTeacher(nn.Module):
     def _sample(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:
         uniform = torch.rand(NUM_PROPOSALS, len(context), self.chain.patch_size, device=context.device)
         tokens_NRK, log_weight_NR = self.chain.propose(context, uniform, temperature)
-        weight_NR = (uniform.new_zeros(tokens_NRK.shape[:-1]) + log_weight_NR).softmax(0)  # K = 1 has one for all
-        return resample(tokens_NRK, weight_NR, num_targets)
+        return resample(tokens_NRK, log_weight_NR.softmax(0), num_targets)
 
 
 class HeadTeacher(nn.Module):
@@ -56,7 +56,7 @@ class HeadTeacher(nn.Module):
     def __init__(self, head: GenerativeHead, autoencoder: CALMAutoencoder):
         super().__init__()
         self.head = head.requires_grad_(False)
-        self._decode = autoencoder.decode_tokens  # not a submodule: it is the model's
+        self._decode = partial(head.decode, autoencoder=autoencoder)  # no submodule: it is the model's
 
     @torch.no_grad()
     def forward(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:

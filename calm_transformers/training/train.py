@@ -322,17 +322,11 @@ def _load_or_note(
 
 
 def build_model(recipe: Recipe, tokenizer):
-    """Builds a new model around the trained autoencoder, or loads `init_from`; fits the head if its type needs it."""
+    """Builds a new model around the trained autoencoder, or loads `init_from`."""
     if recipe.kind == "calm":
         if recipe.distil_temperature:
             return load_model("init_from", recipe.init_from, CALMForCausalLM)  # the teacher
-        model = load_initial_calm(recipe) if recipe.init_from else build_calm(recipe, tokenizer)
-        if not model.head.is_fitted:
-            model.head.fit(model.autoencoder)
-            mtp_state = initial_mtp_state(recipe, model.config)
-            if mtp_state and isinstance(model.head, TokenChainHead):
-                model.head.chain.load_state_dict(mtp_state)
-        return model
+        return load_initial_calm(recipe) if recipe.init_from else build_calm(recipe, tokenizer)
     config, model_class = build_config(recipe, tokenizer), MODELS[recipe.kind]  # checks init_from
     return load_model("init_from", recipe.init_from, model_class) if recipe.init_from else model_class(config)
 
@@ -346,6 +340,7 @@ def build_calm(recipe: Recipe, tokenizer) -> CALMForCausalLM:
         note = f"; {num_new} new tokens get the mean embedding" if num_new else ""
         log_rank0(describe_backbone(recipe, model.config) + note)
     model.generation_config = GenerationConfig(**generation_defaults(model.config))
+    init_chain(model, recipe)
     return model
 
 
@@ -361,7 +356,14 @@ def load_initial_calm(recipe: Recipe) -> CALMForCausalLM:
     load = partial(CALMForCausalLM.from_pretrained, config=config, ignore_mismatched_sizes=True)
     model: Any = read_source("init_from", recipe.init_from, load)
     model.head = new_head(model, config)
+    init_chain(model, recipe)
     return model
+
+
+def init_chain(model: CALMForCausalLM, recipe: Recipe) -> None:
+    """Initialises a new token-chain head with the MTP loss's weights, where the recipe's start has them."""
+    if isinstance(model.head, TokenChainHead) and (mtp_state := initial_mtp_state(recipe, model.config)):
+        model.head.chain.load_state_dict(mtp_state)
 
 
 def new_head(model: CALMForCausalLM, config: CALMConfig) -> GenerativeHead:
@@ -378,7 +380,7 @@ def distil_temperature(model: CALMForCausalLM, recipe: Recipe) -> TemperatureDis
     new head begins with the weights of that, if it is of the same type.
     """
     old_head, config = model.head, build_config(recipe)
-    if HEADS[config.head_type].knows_probabilities:
+    if HEADS[config.head_type].samples_tokens:
         raise InputError(f"head_type={config.head_type}: samples at every temperature without distillation.")
     mtp_state = initial_mtp_state(recipe, config)
     if mtp_state:
