@@ -63,14 +63,8 @@ demo-model: .venv/.full
 experiments: .venv/.full
 	$(BIN)/calm experiments $(if $(CORPUS),--corpus "$(CORPUS)")
 
-# The demo model of K = 4, whose candidates the benchmark imposes on CALM-M.
-runs/k4-demo:
-	mkdir -p $@.new
-	git archive 4472fe8 | tar -x -C $@.new
-	mv $@.new $@
-
-speed: .venv/.full runs/k4-demo
-	$(BIN)/calm bench speed --demo runs/k4-demo --folder runs/speed
+speed: .venv/.full
+	$(BIN)/calm bench speed --folder runs/speed
 
 clean:
 	rm -rf .venv .venv-compat .venv-newest build *.egg-info

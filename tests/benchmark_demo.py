@@ -1,7 +1,8 @@
-"""Tiny recipes and a demo model with many duplicate candidates, in place of the benchmarks' real ones."""
+"""Tiny recipes, a demo model and recorded candidates with many duplicates, in place of the benchmarks' real ones."""
 
 import json
 
+import numpy as np
 import torch
 from tiny import VOCAB_SIZE, tiny_model
 
@@ -23,7 +24,10 @@ def make_demo(folder, monkeypatch):
         (folder / f"{name}.yaml").write_text(json.dumps({"kind": kind, "model": fields}))
     monkeypatch.setattr(recipe, "RECIPE_FOLDER", folder)
     monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
-    monkeypatch.setattr(workloads, "RECORDED_STEPS", 8)
+    patches = np.random.default_rng(0).integers(3, 4, size=(16, 80, 4), dtype=np.uint16)
+    np.savez(folder / "candidates.npz", patches=patches)
+    monkeypatch.setattr(workloads, "RECORDING", folder / "candidates.npz")
+    monkeypatch.setattr(workloads, "DEMO_FOLDER", folder / "demo")
     model = tiny_model()
     with torch.no_grad():
         model.head.out_proj.weight.mul_(0.1)

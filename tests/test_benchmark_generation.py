@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 LENGTHS = "--prompt_length 6 --output_length 10 --num_candidates 8 --repetitions 1".split()
 
 
-def arguments(demo, *more):
-    return ["--baseline", "transformer-tiny", "--demo", demo, "--device", "cpu", "--dtype", "float32", *LENGTHS, *more]
+def arguments(*more):
+    return ["--baseline", "transformer-tiny", "--device", "cpu", "--dtype", "float32", *LENGTHS, *more]
 
 
 def run_main(demo, options):
-    generation.main([str(word) for word in arguments(demo, "--json", demo / "rows.json", *options.split())])
+    generation.main([str(word) for word in arguments("--json", demo / "rows.json", *options.split())])
     return json.loads((demo / "rows.json").read_text())
 
 
@@ -51,10 +51,12 @@ def test_rows_of_both_workloads(demo, capsys):
 
 
 def test_draws_by_method_and_workload(demo):
-    """Adaptive: all N in the worst case, fewer in the real one, one at T = 1. Exact: enough are recorded."""
+    """Adaptive: all N in the worst case, fewer in the real one, one at T = 1, or distilled. Exact: more than N."""
     adaptive = "--shape calm-tiny --sampling_method adaptive --temperature 0.5 1 --batch_size 8"
     draws = {(row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, adaptive)}
     assert draws["worst", 0.5] == 8 > draws["real", 0.5] and draws["worst", 1] == draws["real", 1] == 1
+    distilled = "--shape calm-tiny --sampling_method distilled --temperature 0.5 --batch_size 1 --workload worst"
+    assert run_main(demo, distilled)[0]["draws"] == 1
     exact = "--shape calm-tiny --sampling_method exact --temperature 0.2 --batch_size 4 --workload real --plain"
     (row,) = run_main(demo, exact)
     assert 8 < row["draws"] <= 80 and row["lazy_decoding"] is False
@@ -72,13 +74,13 @@ def test_draws_by_method_and_workload(demo):
         ("--temperature 2.5", "temperature=2.5"),
         ("--temperature 0.1", "num_candidates=8 is too few"),
         ("--json nowhere/rows.json", "nowhere/rows.json: its folder does not exist"),
-        ("--demo nowhere", "nowhere holds no demo model"),
+        ("--workload real --num_candidates 81", "don't fit calm-tiny: 80 patches of 4 tokens, ids up to 3"),
         ("--device cuda", "--device cuda: PyTorch finds no GPU"),
     ],
 )
 def test_invalid_options_raise_before_any_work(demo, monkeypatch, capsys, options, message):
     monkeypatch.setattr(generation, "random_model", None)  # the first work
-    error = refusal(capsys, generation.main, *arguments(demo, "--shape", "calm-tiny", *options.split()))
+    error = refusal(capsys, generation.main, *arguments("--shape", "calm-tiny", *options.split()))
     assert message in error
 
 

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from commands import refusal
 
-from calm_transformers.benchmarks import gpu
+from calm_transformers.benchmarks import gpu, workloads
 from calm_transformers.benchmarks.golden import HEAD_TYPES
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -18,6 +18,7 @@ SMALL = """--pairs calm-tiny:transformer-tiny --batch_size 1 2 --prompt_length 8
 @pytest.fixture
 def args(demo, monkeypatch):
     monkeypatch.setattr(gpu, "NUM_CANDIDATES", 8)
+    monkeypatch.setattr(workloads, "DEMO_FOLDER", gpu.DEMO_FOLDER)
     return [*SMALL.split(), "--json", str(demo / "gpu.json")]
 
 

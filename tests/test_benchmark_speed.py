@@ -19,19 +19,18 @@ RESULTS = {
 
 @pytest.fixture
 def documents(tmp_path, monkeypatch):
-    """Copies the documents to a folder with a stub model, and points the command at them."""
+    """Copies the documents to a folder, and points the command at them."""
     (tmp_path / "docs").mkdir()
     for name in ("docs/guide.md", "docs/speed.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(speed, "ROOT", tmp_path)
     monkeypatch.setattr(speed, "GUIDE", tmp_path / "docs/guide.md")
     monkeypatch.setattr(speed, "SPEED", tmp_path / "docs/speed.md")
-    (tmp_path / "config.json").write_text("{}")
     return tmp_path
 
 
 def args(documents):
-    return ["--demo", str(documents), "--folder", str(documents / "parts")]
+    return ["--folder", str(documents / "parts")]
 
 
 def test_an_interrupted_run_resumes_and_writes_tables_and_plot(documents, monkeypatch):
@@ -53,7 +52,7 @@ def test_an_interrupted_run_resumes_and_writes_tables_and_plot(documents, monkey
     assert speed.main(args(documents)) == 130
     assert (documents / "docs/guide.md").read_text() == before and len(list((documents / "parts").iterdir())) == 3
     for _ in range(2):  # no part is measured twice
-        assert speed.main(args(documents)) == 0 and len(calls) == 1 + len(speed.PARTS) == 17
+        assert speed.main(args(documents)) == 0 and len(calls) == 1 + len(speed.PARTS) == 23
     guide, details = ((documents / name).read_text() for name in ("docs/guide.md", "docs/speed.md"))
     assert guide.count("| 12.3 (11.0 – 13.0) | 6.2 | **2.00** | 2.00 | 2.00 | 2, 2, 2, 2 | 200 | – |") == 8
     assert details.count("| 12.3 | 6.2 | 2.00 | 10.0 |") == 3 * 8 + 4
@@ -66,7 +65,7 @@ def test_an_interrupted_run_resumes_and_writes_tables_and_plot(documents, monkey
 def test_errors(documents, monkeypatch, capsys):
     monkeypatch.setattr(generation, "main", lambda args: 2)
     error = refusal(capsys, speed.main, *args(documents))
-    assert "float32-T0.5-batch1 could not be measured" in error
+    assert "float32-fast-baseline-distilled-batch1 could not be measured" in error
     (documents / "text.md").write_text("no markers")
     with pytest.raises(ValueError, match="has no markers"):
         speed.replace_table(documents / "text.md", "table")

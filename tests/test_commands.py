@@ -25,7 +25,7 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "benchmarks.gpu": ["--device", "cpu", "--pairs", NOWHERE],
     "benchmarks.operations": ["--shape", NOWHERE],
     "benchmarks.serving": ["--model", NOWHERE],
-    "benchmarks.speed": ["--demo", NOWHERE],
+    "benchmarks.speed": ["--folder", f"/dev/null/{NOWHERE}"],  # it creates folders, but can't in a file
     "benchmarks.truncation": ["--pools", NOWHERE],
     "benchmarks.training_step": ["--shape", NOWHERE],
     "conversion.convert": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
@@ -44,7 +44,6 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "evaluation.plot": [NOWHERE],
     "evaluation.prompt_alignment": ["--model", NOWHERE, *DATA[:2]],
     "experiments.__main__": ["--corpus", NOWHERE, "--output", "{tmp}"],
-    # It creates folders, but can't in a file.
     "experiments.language": ["--output", f"/dev/null/{NOWHERE}"],
     "experiments.oracle_ablation": ["--model", NOWHERE, "--language", NOWHERE],
     "experiments.optimal_fraction": ["--model", NOWHERE, "--language", NOWHERE],

@@ -6,7 +6,8 @@
 Calls of `generate` are interleaved: CALM, baseline, CALM, … Tokens per second are new tokens ÷ time of the whole call,
 prompt included: the median and the range of the calls. A shape is a recipe (with random weights), `demo` (the bundled
 model), a folder or a Hub id. Workloads (workloads.py): "worst", random weights, where all candidates are distinct;
-"real", the patch distributions of a trained model: its own, or the demo's, replayed on a random model.
+"real", the patch distributions of a trained model: its own, or recorded ones, replayed on a random model.
+`--sampling_method distilled` gives a random model a head that samples at T.
 
 - A step generates one patch per sequence. Its ms are those of the backbone (without prefill), the head, decoding, the
   rest of choosing a patch (selection) and the rest of `generate` (other).
@@ -32,7 +33,6 @@ import transformers
 from calm_transformers.benchmarks.meters import device_name
 from calm_transformers.benchmarks.runs import PARTS, Workload, calm_matmul_backend, compare
 from calm_transformers.benchmarks.workloads import (
-    DEMO_FOLDER,
     Replay,
     add_device_options,
     check_device,
@@ -43,7 +43,7 @@ from calm_transformers.benchmarks.workloads import (
     model_config,
     random_model,
     random_prompts,
-    record_candidates,
+    recorded_candidates,
     sample_candidates,
     trained_model,
 )
@@ -91,25 +91,29 @@ class Benchmark:
             require_package("matplotlib", "eval", "--plot")
         for temperature in options.temperature:
             self._sampling(temperature)  # raises for invalid values
-        if isinstance(model_config(options.baseline, options.demo), CALMConfig):
+        if isinstance(model_config(options.baseline), CALMConfig):
             raise InputError(f"--baseline {options.baseline} is a CALM: choose an autoregressive language model.")
         for name in options.shape:
             self._check_calm(name)
 
     def _check_calm(self, name: str) -> None:
         """Checks that a model is a CALM, and that the lengths and the candidates to replay fit it."""
-        options, config = self.options, model_config(name, self.options.demo)
+        options, config = self.options, model_config(name)
         if not isinstance(config, CALMConfig):
             raise InputError(f"--shape {name} is not a CALM: autoregressive models are given as --baseline.")
         K = config.patch_size
         if options.prompt_length < K or options.output_length < 2 * K:
             raise InputError(f"{name} needs a --prompt_length of at least {K} and an --output_length of {2 * K}.")
         if "real" in options.workload and not is_trained(name):
-            demo = model_config("demo", options.demo)
-            if demo.patch_size != K or demo.vocab_size > config.vocab_size:
+            recorded = recorded_candidates(self.device)
+            largest_id, num_needed = (
+                int(recorded.max()),
+                max(self._sampling(T).max_samples for T in options.temperature),
+            )
+            if recorded.shape[2] != K or largest_id >= config.vocab_size or num_needed > recorded.shape[1]:
                 raise InputError(
-                    f"the demo's patches don't fit {name}: it has K={demo.patch_size} and a vocabulary of "
-                    f"{demo.vocab_size}, {name} K={K} and {config.vocab_size}. Choose another model with --demo."
+                    f"the recorded candidates don't fit {name}: {recorded.shape[1]} patches of {recorded.shape[2]} "
+                    f"tokens, ids up to {largest_id}. Leave out --workload real, or lower --num_candidates."
                 )
 
     def rows(self) -> Iterator[dict]:
@@ -137,8 +141,11 @@ class Benchmark:
     def _load_model(self, name: str, trained: bool):
         """Loads a trained model, or builds one of the same configuration with random weights."""
         if trained:
-            return trained_model(name, self.device, self.dtype, self.options.demo)
-        return random_model(model_config(name, self.options.demo), self.device, self.dtype)
+            return trained_model(name, self.device, self.dtype)
+        config = model_config(name)
+        if isinstance(config, CALMConfig) and self.options.sampling_method == "distilled":
+            config.distilled_temperature = min(self.options.temperature)
+        return random_model(config, self.device, self.dtype)
 
     def _candidates(self, model, case: str, trained: bool, temperature: float) -> tuple[Replay | None, float | None]:
         """Returns the candidates to replay on the model, and the fraction of distinct ones among `num_candidates`.
@@ -152,8 +159,7 @@ class Benchmark:
         elif trained:
             candidates = sample_candidates(model, generate_prompts(model, 1, length, temperature, N), N)
         else:
-            demo = self._load_model("demo", trained=True)
-            candidates = record_candidates(demo, temperature, self._sampling(temperature).max_samples)
+            candidates = recorded_candidates(self.device)
             replay = Replay(candidates)
         return replay, distinct_fraction(candidates[:, :N]) if temperature < 1 else None
 
@@ -226,7 +232,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", default=["calm-m"], help="calm-m, calm-l, calm-xl, demo, or a model")
     parser.add_argument("--baseline", default="transformer-s", help="transformer-s, transformer-m, or a model")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--demo", default=str(DEMO_FOLDER), help="the demo model (default: the bundled one)")
     add_device_options(parser, torch.cuda.is_available())
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--num_candidates", type=positive, default=200)

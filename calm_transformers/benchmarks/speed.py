@@ -1,13 +1,12 @@
 """Measures the speed tables of docs/guide.md and docs/speed.md and their plot: `make speed`.
 
-    calm bench speed --demo runs/k4-demo --folder runs/speed
+    calm bench speed --folder runs/speed
 
-Compares CALM-M with Transformer-S in float32, with a Transformer-S that uses CALM's matmul backend
-(`--fast_baseline`), and in bfloat16; and the bundled model with a Llama of demo-transformer's shape. A part is one run
-of `calm bench generation`. Results are stored in the folder, so that an interrupted run resumes; remove the folder to
-measure again. Once all parts are finished, the tables are inserted between their markers in both documents.
-
-`--demo` is a trained model with CALM-M's K = 4, whose candidates "real" replays; the bundled one has K = 2.
+Compares CALM-M with Transformer-S in float32, both with the same libraries for linear layers (`--fast_baseline`) and
+with PyTorch's default for the Transformer, and in bfloat16; and the bundled model with a Llama of demo-transformer's
+shape. CALM-M draws at T = 0.5 with a distilled head or with candidates, and at T = 1. A part is one run of `calm bench
+generation`. Results are stored in the folder, so that an interrupted run resumes; remove the folder to measure again.
+Once all parts are finished, the tables are inserted between their markers in both documents.
 """
 
 import json
@@ -22,31 +21,38 @@ from calm_transformers.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 GUIDE, SPEED = ROOT / "docs" / "guide.md", ROOT / "docs" / "speed.md"
-FLOAT32, FAST_BASELINE, BFLOAT16, DEMO = "float32", "float32-fast-baseline", "bfloat16", "demo"
-TEMPERATURES, BATCH_SIZES = ("0.5", "1"), ("1", "8")
+FAST_BASELINE, FLOAT32, BFLOAT16, DEMO = "float32-fast-baseline", "float32", "bfloat16", "demo"
+BATCH_SIZES = ("1", "8")
 COMMON = "--device cpu --num_candidates 200 --repetitions 3"
+CALM_M = "--shape calm-m --baseline transformer-s --output_length 32"
 OPTIONS = {
-    FLOAT32: "--shape calm-m --baseline transformer-s --dtype float32 --output_length 32",
-    FAST_BASELINE: "--shape calm-m --baseline transformer-s --dtype float32 --output_length 32 --fast_baseline",
-    BFLOAT16: "--shape calm-m --baseline transformer-s --dtype bfloat16 --output_length 32",
-    DEMO: "--shape demo --baseline demo-transformer --dtype float32 --output_length 128 --workload real",
+    FAST_BASELINE: f"{CALM_M} --dtype float32 --fast_baseline",
+    FLOAT32: f"{CALM_M} --dtype float32",
+    BFLOAT16: f"{CALM_M} --dtype bfloat16",
+    DEMO: "--shape demo --baseline demo-transformer --dtype float32 --output_length 128",
 }
+SAMPLING = {  # of CALM-M
+    "distilled": "--temperature 0.5 --sampling_method distilled --workload worst",
+    "candidates": "--temperature 0.5 --workload worst real",
+    "untempered": "--temperature 1 --workload worst",
+}
+DEMO_SAMPLING = {f"T{T}": f"--temperature {T} --workload real" for T in ("0.5", "1")}
 
 
 class Part(NamedTuple):
-    """One run of the generation benchmark: a key of `OPTIONS`, temperature and batch size."""
+    """One run of the generation benchmark: keys of `OPTIONS` and of `SAMPLING` or `DEMO_SAMPLING`, and batch size."""
 
     comparison: str
-    temperature: str
+    sampling: str
     batch_size: str
 
     def path(self, folder: Path) -> Path:
-        return folder / f"{self.comparison}-T{self.temperature}-batch{self.batch_size}.json"
+        return folder / f"{self.comparison}-{self.sampling}-batch{self.batch_size}.json"
 
     def rows(self, folder: Path) -> list[dict]:
         return json.loads(self.path(folder).read_text(encoding="utf-8"))
 
-    def measure(self, folder: Path, demo: str) -> None:
+    def measure(self, folder: Path) -> None:
         """Runs the benchmark unless its rows exist.
 
         Raises:
@@ -56,30 +62,39 @@ class Part(NamedTuple):
         if path.exists():
             return
         print(f"\n{path.stem}", flush=True)
-        args = [*OPTIONS[self.comparison].split(), *COMMON.split()]
-        args += [] if self.comparison == DEMO else ["--demo", demo]
+        args = [*OPTIONS[self.comparison].split(), *COMMON.split(), *(SAMPLING | DEMO_SAMPLING)[self.sampling].split()]
         with atomic_write(path) as temporary:
-            args += ["--temperature", self.temperature, "--batch_size", self.batch_size, "--json", str(temporary)]
+            args += ["--batch_size", self.batch_size, "--json", str(temporary)]
             if generation.main(args):
                 raise InputError(f"{path.stem} could not be measured.")
 
 
-PARTS = [Part(comparison, T, batch_size) for comparison in OPTIONS for T in TEMPERATURES for batch_size in BATCH_SIZES]
+PARTS = [
+    Part(comparison, sampling, batch_size)
+    for comparison in OPTIONS
+    for sampling in (DEMO_SAMPLING if comparison == DEMO else SAMPLING)
+    for batch_size in BATCH_SIZES
+]
 
 
 def read_rows(comparison: str, folder: Path) -> list[dict]:
     """Reads all rows of a comparison, in the order of the tables."""
-    rows = [row for part in PARTS if part.comparison == comparison for row in part.rows(folder)]
-    return sorted(rows, key=lambda row: (row["temperature"], row["batch_size"], row["workload"] == "real"))
+    return [row for part in PARTS if part.comparison == comparison for row in part.rows(folder)]
+
+
+def describe_sampling(row: dict) -> str:
+    if row["draws"] == 1:
+        return "one sample" if row["temperature"] == 1 else "distilled head, one sample"
+    return f"up to {row['num_candidates']} candidates, {row['workload']}" if row["shape"] != "demo" else "rejection"
 
 
 def guide_table(folder: Path) -> str:
-    """Formats the float32 rows, with the ratios of the other two comparisons of CALM-M."""
-    header = ["workload", "T", "batch", "tokens/s (range)", "Transformer-S", "ratio", "with oneDNN for both"]
+    """Formats the float32 rows with equal libraries, with the ratios of the other two comparisons of CALM-M."""
+    header = ["sampling", "T", "batch", "tokens/s (range)", "Transformer-S", "ratio", "it with PyTorch's default"]
     header += ["both in bfloat16", "ms per step: backbone, head, decode, selection", "draws", "memory ÷ weights"]
     rows = []
-    comparisons = [read_rows(comparison, folder) for comparison in (FLOAT32, FAST_BASELINE, BFLOAT16)]
-    for row, fast_row, bfloat16_row in zip(*comparisons, strict=True):
+    comparisons = [read_rows(comparison, folder) for comparison in (FAST_BASELINE, FLOAT32, BFLOAT16)]
+    for row, default_row, bfloat16_row in zip(*comparisons, strict=True):
         speed = "{tokens_per_second:.1f} ({low:.1f} – {high:.1f})".format(
             **row, low=row["tokens_per_second_range"][0], high=row["tokens_per_second_range"][1]
         )
@@ -87,34 +102,34 @@ def guide_table(folder: Path) -> str:
         memory = "–" if row["peak_over_weights"] is None else f"{row['peak_over_weights']:.2f}"
         rows.append(
             [
-                *(row["workload"], f"{row['temperature']:g}", str(row["batch_size"]), speed),
+                *(describe_sampling(row), f"{row['temperature']:g}", str(row["batch_size"]), speed),
                 *(f"{row['baseline_tokens_per_second']:.1f}", f"**{row['ratio']:.2f}**"),
-                *(f"{fast_row['ratio']:.2f}", f"{bfloat16_row['ratio']:.2f}", parts, f"{row['draws']:.0f}", memory),
+                *(f"{default_row['ratio']:.2f}", f"{bfloat16_row['ratio']:.2f}", parts, f"{row['draws']:.0f}", memory),
             ]
         )
-    return markdown(header, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
+    return markdown(header, rows) + "\n\n" + provenance(read_rows(FAST_BASELINE, folder))
 
 
 def speed_table(folder: Path) -> str:
     """Formats the tokens per second of all comparisons."""
-    header = ["comparison", "workload", "T", "batch"]
+    header = ["comparison", "sampling", "T", "batch"]
     header += ["CALM, tokens/s", "Transformer, tokens/s", "ratio", "ms per step"]
     names = {
-        FLOAT32: "CALM-M, Transformer-S: float32",
-        FAST_BASELINE: "… with oneDNN for both",
+        FAST_BASELINE: "CALM-M, Transformer-S: float32, equal libraries",
+        FLOAT32: "… PyTorch's default for Transformer-S",
         BFLOAT16: "… bfloat16",
         DEMO: "demo, Llama of demo-transformer's shape: float32",
     }
     rows = [
         [
-            *(name, row["workload"], f"{row['temperature']:g}", str(row["batch_size"])),
+            *(name, describe_sampling(row), f"{row['temperature']:g}", str(row["batch_size"])),
             *(f"{row['tokens_per_second']:.1f}", f"{row['baseline_tokens_per_second']:.1f}"),
             *(f"{row['ratio']:.2f}", f"{row['step_ms']:.1f}"),
         ]
         for comparison, name in names.items()
         for row in read_rows(comparison, folder)
     ]
-    return markdown(header, rows) + "\n\n" + provenance(read_rows(FLOAT32, folder))
+    return markdown(header, rows) + "\n\n" + provenance(read_rows(FAST_BASELINE, folder))
 
 
 def provenance(rows: list[dict]) -> str:
@@ -144,17 +159,14 @@ def replace_table(path: Path, table: str) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm bench speed", __doc__)
-    parser.add_argument("--demo", default="runs/k4-demo", help="a trained model with K = 4")
     parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="for the results of finished parts")
     options = parser.parse_args(argv)
-    if not (Path(options.demo) / "config.json").exists():
-        raise InputError(f"--demo {options.demo}: no model there (config.json).")
     with known_errors(OSError):
         options.folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        part.measure(options.folder, options.demo)
+        part.measure(options.folder)
     with known_errors(ValueError, OSError):
-        generation.write_plot(ROOT / "docs" / "speed.png", read_rows(FLOAT32, options.folder))
+        generation.write_plot(ROOT / "docs" / "speed.png", read_rows(FAST_BASELINE, options.folder))
         replace_table(GUIDE, guide_table(options.folder))
         replace_table(SPEED, speed_table(options.folder))
 

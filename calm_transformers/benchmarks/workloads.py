@@ -2,9 +2,12 @@
 
 - *worst*: random weights. All candidate patches are distinct, so nothing can be saved by duplicates.
 - *real*: the patch distributions of a trained model while it generates. A trained model samples its own. A random
-  model of a published shape replays candidates recorded from the demo: it does all the work on its own samples, but
-  whenever a token is decoded, it returns that of a recorded candidate. So the duplicates among the candidates, and the
-  tokens that must be decoded to find them, are those of a trained model.
+  model of a published shape replays recorded candidates: it does all the work on its own samples, but whenever a token
+  is decoded, it returns that of a recorded candidate. So the duplicates among the candidates, and the tokens that must
+  be decoded to find them, are those of a trained model.
+
+The recording, candidates.npz, holds patches (C, M, K) of a small model of stories with K = 4, the demo at commit
+4472fe8: M samples at T = 1 after each of C contexts that it generated at T = 0.5.
 
 Axes: B batch, L tokens, P patches, R rows that sample, K tokens per patch, N candidates, C recorded contexts,
 M recorded candidates per context, D hidden size, Z latent size.
@@ -17,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -31,7 +35,7 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.recipe import load_recipe, recipe_names
 
 DEMO_FOLDER = Path(__file__).parents[2]
-RECORDED_ROWS, RECORDED_STEPS = 8, 32  # sequences that the demo generates while it is recorded, and patches of each
+RECORDING = Path(__file__).with_name("candidates.npz")
 NUM_DISTINCT_CONTEXTS = 16  # contexts for `distinct_fraction`
 MIN_DISTINCT_FRACTION = 0.99  # of the worst case
 
@@ -54,23 +58,23 @@ def is_trained(name: str) -> bool:
     return name == "demo" or name not in recipe_names()
 
 
-def model_folder(name: str, demo: str | Path) -> str:
+def model_folder(name: str) -> str:
     """Returns the folder or Hub id of a trained model; raises InputError if the demo is missing."""
     if name != "demo":
         return name
-    if not (Path(demo) / "config.json").exists():
-        raise InputError(f"{demo} holds no demo model (no config.json): train it, or choose another with --demo.")
-    return str(demo)
+    if not (DEMO_FOLDER / "config.json").exists():
+        raise InputError(f"{DEMO_FOLDER} holds no demo model (no config.json): run this in a copy of the repository.")
+    return str(DEMO_FOLDER)
 
 
-def model_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | LlamaConfig:
+def model_config(name: str) -> CALMConfig | LlamaConfig:
     """Returns the configuration of a recipe, the demo, or a model by its folder or Hub id.
 
     An autoregressive recipe without a vocabulary size gets that of the demo.
     """
     if is_trained(name):
         try:
-            config = load_config(model_folder(name, demo))
+            config = load_config(model_folder(name))
         except ValueError as error:
             raise InputError(f"{name} is neither a recipe nor a model: {format_error(error)}") from error
         if not isinstance(config, CALMConfig | LlamaConfig):
@@ -78,7 +82,7 @@ def model_config(name: str, demo: str | Path = DEMO_FOLDER) -> CALMConfig | Llam
         return config
     recipe = load_recipe(name)
     if recipe.kind == "ar":
-        fields: dict[str, Any] = {"vocab_size": model_config("demo", demo).vocab_size} | recipe.model
+        fields: dict[str, Any] = {"vocab_size": model_config("demo").vocab_size} | recipe.model
         return LlamaConfig(**fields)
     if recipe.kind != "calm" or "vocab_size" not in recipe.model:
         raise InputError(f"the recipe {name} does not define a complete language model.")
@@ -107,8 +111,8 @@ def random_model(config: CALMConfig | LlamaConfig, device: torch.device, dtype: 
     return _disable_stopping(model.eval())
 
 
-def trained_model(name: str, device: torch.device, dtype: torch.dtype, demo: str | Path = DEMO_FOLDER):
-    return _disable_stopping(load_causal_lm(model_folder(name, demo), dtype, device))
+def trained_model(name: str, device: torch.device, dtype: torch.dtype):
+    return _disable_stopping(load_causal_lm(model_folder(name), dtype, device))
 
 
 def _disable_stopping(model):
@@ -169,25 +173,10 @@ def check_worst_case(fraction: float) -> None:
         )
 
 
-def record_candidates(model, temperature: float, num_candidates: int) -> Tensor:
-    """Records the candidates (C, M, K) of each step while a trained CALM generates from BOS."""
-    if model.config.bos_token_id is None:
-        raise InputError("the model's config.json has no bos_token_id to start generation from.")
-    patches = []
-
-    def save_patches(head, _inputs, output: Tensor | tuple[Tensor, Tensor]) -> None:
-        samples_NB = output[0] if isinstance(output, tuple) else output  # of `propose`
-        patches.append(head.decode(samples_NB, model.autoencoder).transpose(0, 1))
-
-    hook = model.head.register_forward_hook(save_patches)
-    start = torch.full((RECORDED_ROWS, 1), model.config.bos_token_id, device=model.device)
-    generator = torch.Generator(model.device).manual_seed(0)
-    settings = {"temperature": temperature, "num_candidates": num_candidates, "sampling_method": "batch"}
-    try:
-        generate_tokens(model, start, RECORDED_STEPS * model.config.patch_size, generator=generator, **settings)
-    finally:
-        hook.remove()
-    return torch.cat(patches)
+def recorded_candidates(device: torch.device) -> Tensor:
+    """Reads the recorded candidates (C, M, K)."""
+    with np.load(RECORDING) as arrays:
+        return torch.from_numpy(arrays["patches"].astype(np.int64)).to(device)
 
 
 class Replay:
@@ -197,7 +186,7 @@ class Replay:
     j-th recorded one. Head and decoder still do all the work on the model's own samples.
 
     Args:
-        patches_CMK: from `record_candidates`.
+        patches_CMK: recorded candidates.
         seed: for the contexts.
     """
 
@@ -211,7 +200,7 @@ class Replay:
         if not is_calm(model) or model.config.patch_size != patch_size:
             raise InputError(
                 f"the recorded patches have {patch_size} tokens, the model's "
-                f"{getattr(model.config, 'patch_size', 1)}: choose a --demo with the same patch size."
+                f"{getattr(model.config, 'patch_size', 1)}: leave out --workload real."
             )
         with wrap_method(model, "new_candidates", self._replaying):
             yield
