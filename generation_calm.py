@@ -29,8 +29,6 @@ from .generation_calm_candidates import (
 )
 from .generation_calm_compiled import CompiledStep
 from .generation_calm_samplers import (
-    BlockSchedule,
-    OneBlock,
     PatchSampling,
     PredrawnRandomness,
     Randomness,
@@ -118,7 +116,7 @@ class EagerStep:
     Args:
         inputs: packed prompts, `input_ids` (B, P·K) and the `attention_mask` (B, P) by patch, or `None`.
         cache: None recomputes the whole sequence in each step.
-        schedule: of the block sizes, passed from step to step.
+        one_block: whether each step draws all candidates at once.
         requested: arguments of `forward` that request hidden states or attentions.
     """
 
@@ -127,7 +125,7 @@ class EagerStep:
     cache: Cache | None
     sampling: PatchSampling
     generator: Randomness
-    schedule: BlockSchedule | OneBlock
+    one_block: bool
     processors: SequenceProcessors | None
     max_length: int
     requested: dict[str, bool]
@@ -136,13 +134,14 @@ class EagerStep:
         """Samples the next patch of each active row."""
         outputs = self.model.forward_patches(self.inputs, self.cache, **self.requested)
         hidden_RD = state.select(outputs.last_hidden_state[:, -1])
-        generator, processors, schedule = self.generator, None, self.schedule
+        generator, processors = self.generator, None
         if isinstance(generator, Sequence):
             generator = [generator[row] for row in state.active_rows]
         if self.processors is not None and not state.is_finished:  # else a dummy step, see `synced_gpus`
             num_left = max(self.max_length - state.ids_BL.shape[1], 1)
             processors = self.processors.for_rows(state.active_rows, state.ids_BL, num_left)
-        sample = self.model.sample_patches(hidden_RD, self.sampling, generator, forbidden_KV, schedule, processors)
+        options = self.sampling, generator, forbidden_KV, self.one_block, processors
+        sample = self.model.sample_patches(hidden_RD, *options)
         return sample._replace(outputs=outputs)
 
     def set_next_inputs(self, patches_BK: Tensor) -> None:
@@ -225,9 +224,11 @@ class CALMGenerationMixin(PatchGenerationMixin):
         compiles = call.compile_config is not None
         inputs = prefill_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
         # Processes that share shards must call each module equally often, but would need different numbers of blocks.
-        schedule = OneBlock() if compiles or call.synced_gpus else BlockSchedule()
+        one_block = bool(compiles or call.synced_gpus)
         max_length, requested = config.max_length, outputs.requested
-        step = eager = EagerStep(self, inputs, cache, sampling, generator, schedule, processors, max_length, requested)
+        step = eager = EagerStep(
+            self, inputs, cache, sampling, generator, one_block, processors, max_length, requested
+        )
         if call.compile_config is not None:
             outputs.check_can_be_compiled()
             step = CompiledStep(eager, call.compile_config, forbids=(config.min_length or 0) > input_ids.shape[1])
@@ -247,7 +248,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
         sampling: PatchSampling,
         generator: Randomness = None,
         forbidden_KV: Tensor | None = None,
-        schedule: BlockSchedule | OneBlock | None = None,
+        one_block: bool = False,
         processors: CandidateProcessors | None = None,
     ) -> PatchSample:
         """Samples candidates for the next patch of each row given its last hidden state, and chooses one.
@@ -257,13 +258,13 @@ class CALMGenerationMixin(PatchGenerationMixin):
             sampling: how patches are chosen.
             generator: randomness, or a generator per row; not used when `sampling.do_sample` is False.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that may not stand at a position.
-            schedule: of the sizes of blocks, passed from step to step, or a `OneBlock`.
+            one_block: draws all candidates at once; by default in growing blocks, until the method has what it needs.
             processors: logits processors of these rows.
         """
         sampling = sampling.for_head(self.head)
         randomness = self.step_randomness(sampling, generator, hidden_RD)
         candidates = self.new_candidates(hidden_RD, randomness, sampling, forbidden_KV, processors)
-        index_R, is_exact = sampling.choose(candidates, randomness, schedule)  # samples from the head as it needs
+        index_R, is_exact = sampling.choose(candidates, randomness, one_block)  # samples from the head as it needs
         patches_RK = candidates.decode_chosen(candidates.rows_B, index_R)
         return PatchSample(patches_RK, is_exact, candidates, index_R)
 

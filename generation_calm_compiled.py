@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig
 
 from .generation_calm_algorithms import inverse_temperature
-from .generation_calm_samplers import OneBlock, PatchSampling, PredrawnRandomness, Randomness
+from .generation_calm_samplers import PatchSampling, PredrawnRandomness, Randomness
 from .generation_calm_upstream import SUPPORTED_ATTENTION, SUPPORTED_ROPE_TYPES
 from .kernels_calm import arange
 
@@ -141,7 +141,7 @@ def _step_of(model: Any):
         mask_B11P = torch.zeros_like(is_seen_BP, dtype=calm.dtype).masked_fill(~is_seen_BP, hidden)[:, None, None]
         position_B1 = (position_1 - padding_B)[:, None]
         hidden_BD = calm(patches_BK, mask_B11P, position_B1, cache=cache, use_cache=True).last_hidden_state[:, -1]
-        sample = calm.sample_patches(hidden_BD, sampling, PredrawnRandomness(noise), forbidden_KV, OneBlock())
+        sample = calm.sample_patches(hidden_BD, sampling, PredrawnRandomness(noise), forbidden_KV, one_block=True)
         return sample._replace(candidates=None, index=None)
 
     return step

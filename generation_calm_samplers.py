@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
@@ -46,9 +43,7 @@ from .kernels_calm import arange, as_tensor
 if TYPE_CHECKING:
     from .heads_calm import GenerativeHead
 
-MIN_BLOCK_SIZE = 4  # samples of the exact method's first block, at least
-BLOCK_COST = 15  # overhead of a block in units of one sample: the weights of head and vocabulary are read again
-FIRST_GUESS = 64  # samples that a row is expected to need before any step has been taken
+FIRST_BLOCK_SIZE, BLOCK_GROWTH = 16, 4  # samples of Algorithm 1: 16, 64, 256, … after each block
 MAX_SAMPLES_PER_STEP = 2**22  # about a kilobyte is kept of each: 4 GB
 MAX_TEMPERATURE = 2.0  # above, most of the distribution is patches that were not drawn
 EXACT_LIMIT = 10  # most samples of the exact method, in units of num_candidates
@@ -213,7 +208,7 @@ class PatchSampling:
 
     @property
     def samples_in_one_block(self) -> int:
-        """The number of patches that `choose` draws for a row with the schedule `OneBlock`."""
+        """The number of patches that `choose` draws for a row in one block."""
         if self.takes_single_sample or (self.proposes and not self.do_sample):
             return 1
         if self.proposes:
@@ -221,9 +216,9 @@ class PatchSampling:
         return self.max_samples if self.do_sample else self.num_candidates
 
     def choose(
-        self, candidates: Candidates, randomness: Randomness = None, schedule: BlockSchedule | OneBlock | None = None
+        self, candidates: Candidates, randomness: Randomness = None, one_block: bool = False
     ) -> tuple[Tensor, Tensor | bool]:
-        """Samples candidates and chooses one of each row.
+        """Samples candidates, in growing blocks or in one, and chooses one of each row.
 
         Returns its index (B,), and whether it is an exact sample of the target: one value for all rows, or (B,).
         """
@@ -239,9 +234,9 @@ class PatchSampling:
             return batch_temperature_select(candidates, *settings), False
         # "adaptive" and "exact" differ only in `max_samples`, after which the batch rule chooses.
         attempts = Proposals() if self.proposes else RepetitionAttempts(self.remaining_temperature)
-        if isinstance(schedule, OneBlock):
+        if one_block:
             return sample_in_one_block(candidates, attempts, self.samples_in_one_block, randomness)
-        return exact_temperature_sample(candidates, attempts, self.max_samples, randomness, schedule)
+        return exact_temperature_sample(candidates, attempts, self.max_samples, randomness)
 
     def weights(self, first_BN: Tensor, log_factors_BN: Tensor | None = None) -> Tensor:
         """Returns the weight of each candidate in the choice, on first occurrences, each row's sum 1; (B, N)."""
@@ -318,7 +313,7 @@ class RepetitionAttempts:
         self.temperature = temperature
         self.pairs: Pairs = compared_pairs(temperature)
         self.length, self.needs_uniform = math.ceil(exponent), not exponent.is_integer()
-        self.min_block_size = max(MIN_BLOCK_SIZE, self.length)
+        self.first_block = max(FIRST_BLOCK_SIZE, self.length)
 
     def first_accepted(
         self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor | None
@@ -341,7 +336,7 @@ class Proposals(RepetitionAttempts):
     """Attempts of rejection sampling: single samples, each accepted with the probability in its log factor."""
 
     def __init__(self):
-        self.length, self.needs_uniform, self.min_block_size = 1, True, TRIES_IN_A_BLOCK
+        self.length, self.needs_uniform, self.first_block = 1, True, TRIES_IN_A_BLOCK
 
     def first_accepted(
         self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor | None
@@ -361,26 +356,20 @@ class Proposals(RepetitionAttempts):
 
 
 def exact_temperature_sample(
-    candidates: Candidates,
-    attempts: RepetitionAttempts,
-    max_samples: int,
-    randomness: Randomness = None,
-    schedule: BlockSchedule | None = None,
+    candidates: Candidates, attempts: RepetitionAttempts, max_samples: int, randomness: Randomness = None
 ) -> tuple[Tensor, Tensor]:
-    """Samples P^(1/T)/Z exactly: draws in blocks, each doubling a row's samples, until it has an accepted attempt.
+    """Samples P^(1/T)/Z exactly: draws in growing blocks until a row has an accepted attempt.
 
     After `max_samples` a row takes `choose_at_limit`: the total variation from the target is at most the fraction of
     such rows. With `max_samples=num_candidates`, Algorithm 1 is no further from it than `batch_temperature_select`
-    (tests/test_samplers.py, TestFallback). A `schedule` is passed from step to step. Returns the index of the sample
-    chosen (B,), and whether an attempt was accepted (B,), on the CPU.
+    (tests/test_samplers.py, TestFallback). Returns the index of the sample chosen (B,), and whether an attempt was
+    accepted (B,), on the CPU.
     """
-    num_rows = len(candidates.rows_B)
-    schedule, randomness = BlockSchedule() if schedule is None else schedule, StepRandomness.of(randomness)
-    first_block = schedule.first_block(min(attempts.min_block_size, max_samples), num_rows, max_samples)
+    num_rows, randomness = len(candidates.rows_B), StepRandomness.of(randomness)
     chosen = [0] * num_rows
     open_rows, rows_R = list(range(num_rows)), candidates.rows_B  # rows that draw, on the host and on the device
     uniform_RN = noise_RN = None
-    for num_drawn, size in block_sizes(first_block, max_samples):
+    for num_drawn, size in block_sizes(attempts.first_block, max_samples):
         candidates.extend(rows_R, size)
         if attempts.needs_uniform:
             new_RN = randomness.numbers("uniform", rows_R, size)
@@ -390,7 +379,6 @@ def exact_temperature_sample(
         starts = attempts.first_accepted(candidates, rows_R, uniform_RN, noise_RN).tolist()
         for row, start in zip(open_rows, starts, strict=True):
             chosen[row] = start
-        schedule.record(start + attempts.length for start in starts if start < num_drawn)
         still_open = [i for i, start in enumerate(starts) if start == num_drawn]  # no accepted attempt yet
         if len(still_open) < len(open_rows):
             open_rows, index_R = [open_rows[i] for i in still_open], as_tensor(still_open, rows_R.device)
@@ -399,7 +387,6 @@ def exact_temperature_sample(
             rows_R = rows_R[index_R]
             uniform_RN, noise_RN = (x if x is None else x[index_R] for x in (uniform_RN, noise_RN))
 
-    schedule.record([max_samples] * len(open_rows))
     index_B = as_tensor(chosen, rows_R.device)
     if open_rows and noise_RN is not None:
         index_R = attempts.choose_at_limit(candidates, rows_R, uniform_RN, noise_RN)
@@ -421,45 +408,13 @@ def sample_in_one_block(
     return torch.where(start_B < num_samples, start_B, fallback_B), start_B < num_samples
 
 
-# The blocks of the exact method
-
-
 def block_sizes(first: int, max_samples: int) -> Iterator[tuple[int, int]]:
-    """Yields (samples after the block, its size): each after the first doubles their number, up to `max_samples`."""
+    """Yields (samples after the block, its size) up to `max_samples`; the samples grow by `BLOCK_GROWTH`."""
     num_drawn = 0
     while num_drawn < max_samples:
-        size = min(num_drawn or first, max_samples - num_drawn)
+        size = min((BLOCK_GROWTH - 1) * num_drawn or first, max_samples - num_drawn)
         num_drawn += size
         yield num_drawn, size
-
-
-class OneBlock:
-    """Selects `sample_in_one_block`, where a `BlockSchedule` selects growing blocks."""
-
-
-@dataclass(eq=False)
-class BlockSchedule:
-    """Sizes the first block of `exact_temperature_sample` by what the steps before needed.
-
-    Small blocks waste no samples, large ones read the weights less often. The distribution is the same either way.
-    """
-
-    needed: deque = field(default_factory=partial(deque, maxlen=32))  # samples, of the last 32 rows
-
-    def record(self, num_samples: Iterable[int]) -> None:
-        """Records after how many samples rows had their patch."""
-        self.needed.extend(num_samples)
-
-    def first_block(self, min_size: int, num_rows: int, max_samples: int) -> int:
-        """Returns the size that would have been cheapest for the recorded rows: `min_size`·2^i or `max_samples`."""
-
-        def cost(size: int) -> float:
-            totals = [num_drawn for num_drawn, _ in block_sizes(size, max_samples)]
-            last_blocks = [bisect_left(totals, min(needed, max_samples)) for needed in self.needed or [FIRST_GUESS]]
-            return sum(totals[last] + (last + 1) * BLOCK_COST / num_rows for last in last_blocks)
-
-        sizes = [min_size << i for i in range(max_samples.bit_length()) if min_size << i < max_samples]
-        return min([*sizes, max_samples], key=cost)
 
 
 # Random numbers

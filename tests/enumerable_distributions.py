@@ -7,7 +7,6 @@ from scipy.stats import chisquare
 from tiny import seeded
 
 from calm_transformers.model.generation_calm_algorithms import first_occurrences
-from calm_transformers.model.generation_calm_samplers import BlockSchedule
 
 TOKENS = 40  # outcome v is the patch (v // TOKENS, v % TOKENS)
 
@@ -72,17 +71,6 @@ class StubBatch:
 
     def outcomes(self, index_B):
         return self.outcomes_BN[self.rows_B, index_B]
-
-
-class FixedBlock(BlockSchedule):
-    """A schedule whose first block always has the given size."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def first_block(self, *_):
-        return self.size
 
 
 def outcomes_from(probs_V: torch.Tensor, num_sets: int, num_samples: int, seed: int = 0) -> torch.Tensor:

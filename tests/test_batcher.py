@@ -177,10 +177,10 @@ def test_a_failed_step_ends_its_requests_and_later_ones_succeed(monkeypatch, bat
 def test_a_failing_callback_or_sampling_ends_only_its_own_requests(monkeypatch, model, batcher, on_piece, temperature):
     sample_patches = model.sample_patches
 
-    def fail_at_1(hidden, sampling, *others):
+    def fail_at_1(hidden, sampling, *others, **named):
         if sampling.temperature == 1:
             raise RuntimeError("no thanks")
-        return sample_patches(hidden, sampling, *others)
+        return sample_patches(hidden, sampling, *others, **named)
 
     monkeypatch.setattr(model, "sample_patches", fail_at_1)
     settings = {"max_new_tokens": 20, "seed": 3, "ignore_eos": True}

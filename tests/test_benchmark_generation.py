@@ -52,9 +52,9 @@ def test_rows_of_both_workloads(demo, capsys):
 
 def test_draws_by_method_and_workload(demo):
     """Adaptive: all N in the worst case, fewer in the real one, one at T = 1, or distilled. Exact: more than N."""
-    adaptive = "--shape calm-tiny --sampling_method adaptive --temperature 0.5 1 --batch_size 8"
+    adaptive = "--shape calm-tiny --sampling_method adaptive --temperature 0.5 1 --batch_size 8 --num_candidates 40"
     draws = {(row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, adaptive)}
-    assert draws["worst", 0.5] == 8 > draws["real", 0.5] and draws["worst", 1] == draws["real", 1] == 1
+    assert draws["worst", 0.5] == 40 > draws["real", 0.5] and draws["worst", 1] == draws["real", 1] == 1
     distilled = "--shape calm-tiny --sampling_method distilled --temperature 0.5 --batch_size 1 --workload worst"
     assert run_main(demo, distilled)[0]["draws"] == 1
     exact = "--shape calm-tiny --sampling_method exact --temperature 0.2 --batch_size 4 --workload real --plain"

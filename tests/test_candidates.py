@@ -12,7 +12,7 @@ from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
 from calm_transformers.model import generation_calm_candidates, kernels_calm, modeling_calm_autoencoder
 from calm_transformers.model.generation_calm_algorithms import compared_pairs
 from calm_transformers.model.generation_calm_candidates import CandidateBatch, LazyCandidateBatch
-from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling, StepRandomness
+from calm_transformers.model.generation_calm_samplers import PatchSampling, StepRandomness
 
 K, Z = 4, 16
 NO_EOS = {"eos_token_id": None}
@@ -226,8 +226,7 @@ def test_the_choice_among_distinct_candidates_needs_no_second_matmul(monkeypatch
         "decode_at",
         lambda self, rows, draws, positions: work.append(len(rows)) or draws + 40 * positions,
     )
-    sampling, schedule = PatchSampling(temperature=0.5, num_candidates=30), BlockSchedule()
-    schedule.record([30])
-    sample = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0), schedule=schedule)
-    assert work == [2 * (30 + K - 1)]
+    sampling = PatchSampling(temperature=0.5, num_candidates=16)
+    sample = model.sample_patches(torch.randn(2, 48), sampling, torch.Generator().manual_seed(0))
+    assert work == [2 * (16 + K - 1)]
     assert torch.equal(sample.patches - sample.patches[:, :1], 40 * torch.arange(K).expand(2, -1))

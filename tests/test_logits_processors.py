@@ -8,7 +8,7 @@ from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, seeded, tiny_model
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor
 
-from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher
 
@@ -116,12 +116,12 @@ class ReferenceCandidates:
 def write_by_hand(model, processors, prompt=PROMPT, seed=0, num_new=NUM_NEW, **options):
     method = PatchSampling(**{"num_candidates": 12, "do_sample": True, **options})
     ids = model.pack_for_generation(torch.tensor([prompt]), bos_token=BOS)["input_ids"]
-    generators, schedule, new = [seeded(seed)], BlockSchedule(), []
+    generators, new = [seeded(seed)], []
     while True:
         hidden_1D = model(input_ids=ids).last_hidden_state[:, -1]
         randomness = model.step_randomness(method, generators, hidden_1D)
         candidates = ReferenceCandidates(model, hidden_1D, randomness, prompt + new, processors, num_new - len(new))
-        index_1, _ = method.choose(candidates, randomness, schedule)
+        index_1, _ = method.choose(candidates, randomness)
         patch = candidates.patches[int(index_1)]
         for token in patch:
             new.append(token)

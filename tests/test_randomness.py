@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from enumerable_distributions import FixedBlock, StubBatch, chi_square_p_value, flat, peaked, seeded, tempered, zipf
+from enumerable_distributions import StubBatch, chi_square_p_value, flat, peaked, seeded, tempered, zipf
 from scipy.stats import kstest
 from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
 
@@ -59,9 +59,9 @@ def test_the_choice_does_not_depend_on_the_size_of_blocks(temperature):
 
     def choose(size):
         rng = RowRandomness([seeded(row) for row in range(50)])
-        return exact_temperature_sample(
-            StubBatch(stream_BN=stream_BN), RepetitionAttempts(temperature), 64, rng, FixedBlock(size)
-        )[0]
+        attempts = RepetitionAttempts(temperature)
+        attempts.first_block = size
+        return exact_temperature_sample(StubBatch(stream_BN=stream_BN), attempts, 64, rng)[0]
 
     first, *others = (choose(size) for size in (4, 7, 32, 64))
     assert all(torch.equal(first, other) for other in others)

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation.configuration_utils import CompileConfig
 
 from calm_transformers.model.generation_calm_algorithms import NO_TRUNCATION
-from calm_transformers.model.generation_calm_samplers import OneBlock, PatchSampling
+from calm_transformers.model.generation_calm_samplers import PatchSampling
 
 V, SIZE, NUM_SAMPLES = 12, 48, 2000
 SIGNIFICANCE = 1e-4
@@ -72,15 +72,15 @@ def p_value(patches, target):
 
 
 @torch.no_grad()
-def sample(model, hidden, sampling, schedule=None, generator=None):
+def sample(model, hidden, sampling, one_block=False, generator=None):
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    return model.sample_patches(hidden.expand(NUM_SAMPLES, -1), sampling, generator, schedule=schedule)
+    return model.sample_patches(hidden.expand(NUM_SAMPLES, -1), sampling, generator, one_block=one_block)
 
 
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("schedule", [None, pytest.param(OneBlock(), marks=SLOW)], ids=["blocks", "one block"])
+@pytest.mark.parametrize("one_block", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize(
     "patch_size, options",
     [
@@ -95,12 +95,12 @@ SLOW = pytest.mark.slow
         pytest.param(3, {"temperature": 1.3, "min_p": 0.2}, marks=SLOW),
     ],
 )
-def test_samples_follow_the_enumerated_distribution(patch_size, options, schedule):
+def test_samples_follow_the_enumerated_distribution(patch_size, options, one_block):
     """Where a row accepted one; that of tokens tempered one by one, without rejection, is told apart."""
     model, hidden = model_of_chain(patch_size), hidden_state()
     sampling = PatchSampling(num_candidates=400, **options)
-    drawn = sample(model, hidden, sampling, schedule)
-    assert drawn.is_exact.float().mean() > (0.999 if schedule is None else 0.4)
+    drawn = sample(model, hidden, sampling, one_block)
+    assert drawn.is_exact.float().mean() > (0.4 if one_block else 0.999)
     target = enumerate_patches(model.head, hidden, sampling.temperature, sampling.truncation)
     assert p_value(drawn.patches[drawn.is_exact], target) > SIGNIFICANCE
     settings = sampling.temperature, sampling.truncation, torch.Generator().manual_seed(1)

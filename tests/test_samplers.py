@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 from enumerable_distributions import (
-    FixedBlock,
     StubBatch,
     chi_square_p_value,
     flat,
@@ -32,7 +31,6 @@ from calm_transformers.model.generation_calm_algorithms import (
     repetition_log_weights,
 )
 from calm_transformers.model.generation_calm_samplers import (
-    BlockSchedule,
     PatchSampling,
     RepetitionAttempts,
     batch_temperature_select,
@@ -62,10 +60,9 @@ def batch_distribution(outcomes_BN: torch.Tensor, temperature: float, num_outcom
 
 def sample_exactly(probs_BV, temperature, max_samples, seed):
     """Returns outcomes, whether they are exact, and numbers of samples (B,)."""
-    batch = StubBatch(probs_BV, seeded(seed))
-    index_B, is_exact_B = exact_temperature_sample(
-        batch, RepetitionAttempts(temperature), max_samples, seeded(seed + 1), FixedBlock(4)
-    )
+    batch, attempts = StubBatch(probs_BV, seeded(seed)), RepetitionAttempts(temperature)
+    attempts.first_block = 4
+    index_B, is_exact_B = exact_temperature_sample(batch, attempts, max_samples, seeded(seed + 1))
     return batch.outcomes(index_B), is_exact_B, batch.num_samples_B
 
 
@@ -198,22 +195,6 @@ class TestAlgorithm1:
             outcomes, *_ = sample_exactly(probs_BV, temperature, 1024, seed=8)
             for i in range(4):
                 assert chi_square_p_value(outcomes[i::4], tempered(probs_BV[i], temperature)) > SIGNIFICANCE
-
-    @pytest.mark.parametrize("temperature", [0.5, 0.7])
-    def test_distribution_does_not_depend_on_earlier_steps(self, temperature):
-        """Block sizes follow the earlier steps; the distribution of a step is the same whatever they were."""
-        schedule, probs, first_blocks, outcomes = BlockSchedule(), zipf(10), set(), []
-        generator = seeded(12)
-        for _ in range(100):
-            candidates = StubBatch(probs.expand(40, -1), generator)
-            index, exact = exact_temperature_sample(
-                candidates, RepetitionAttempts(temperature), 2**15, generator, schedule
-            )
-            assert exact.all()
-            outcomes.append(candidates.outcomes(index))
-            first_blocks.add(candidates.extended[0][1])
-        assert chi_square_p_value(torch.cat(outcomes), tempered(probs, temperature)) > SIGNIFICANCE
-        assert len(first_blocks) > 1
 
 
 class TestFallback:

@@ -110,6 +110,29 @@ def test_a_stream_adds_up_to_the_answer(completions, chat, expected):
     assert all(chunk.usage is None for chunk in completions(stream=True))
 
 
+def test_log_probabilities_are_those_of_the_logits(tmp_path):
+    """After BOS alone patches begin where those of `logits` do. Streamed ones are the same, and chat's."""
+    model, tokenizer = tiny_model("token_chain"), tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    with in_process(tmp_path) as api:
+        client = OpenAI(base_url="http://testserver/v1", api_key="none", http_client=api)
+        request = {"model": "tiny", "prompt": "", "max_tokens": 10, "temperature": 0.5, "logprobs": 2}
+        request |= {"seed": 0, "extra_body": {"ignore_eos": True}}
+        found = client.completions.create(**request).choices[0].logprobs
+        chunks = list(client.completions.create(**request, stream=True))
+        fields = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 3}
+        chat = client.chat.completions.create(model="tiny", max_tokens=6, **fields).choices[0].logprobs.content
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [value for part in parts for value in part.token_logprobs] == found.token_logprobs
+    ids = tokenizer.convert_tokens_to_ids(found.tokens)
+    log_p = model(torch.tensor([[1, *ids]])).logits[0, :-1].log_softmax(-1)
+    torch.testing.assert_close(torch.tensor(found.token_logprobs), log_p[range(10), ids], rtol=1e-4, atol=1e-4)
+    for at, top in zip(log_p, found.top_logprobs, strict=True):
+        assert list(top) == tokenizer.convert_ids_to_tokens(at.topk(2).indices.tolist())
+    assert 0 < len(chat) <= 6 and all(len(entry.top_logprobs) == 3 for entry in chat)
+    assert bytes(chat[0].bytes).decode() == chat[0].token
+
+
 def test_unicode_line_separators_do_not_split_events(api):
     prompt = "a\x85b\u2028c\u2029d"
     answer = api.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4, "echo": True, "stream": True})

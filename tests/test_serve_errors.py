@@ -49,8 +49,10 @@ INVALID_FIELDS = [  # name, value, part of the message
     ("logit_bias", {"9" * 5000: 1}, "is not a token id in"),
     ("logit_bias", {"5": math.inf}, INFINITE),
     ("sampling_method", "best", "'batch'"),
+    ("logprobs", 1, "CALM has no logits"),
+    ("logprobs", 21, "less than or equal to 20"),
 ]
-ACTIVE = {"logprobs": True, "top_logprobs": 2, "best_of": 3, "suffix": "end", "modalities": ["audio"]}
+ACTIVE = {"best_of": 3, "suffix": "end", "modalities": ["audio"]}
 ACTIVE |= {"tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "function_call": {}}
 assert set(ACTIVE) == set(UNSUPPORTED_FIELDS)
 INVALID_BODIES = [  # body, field that the answer names, part of the message
@@ -64,6 +66,7 @@ INVALID_BODIES = [  # body, field that the answer names, part of the message
     ({}, "prompt", "prompt: is missing"),
     ({"prompt": "a", "min_tokens": 3, "response_format": SCHEMA}, "min_tokens", "not supported with a response_for"),
     ({"prompt": "a", "num_candidates": 101, "sampling_method": "exact"}, "num_candidates", "may need 1010 candidates"),
+    ({"prompt": "a", "logprobs": 1, "echo": True}, "logprobs", "not supported with echo"),
     ({"prompt": "a", "top_p": 1.1, "stream": True}, "top_p", "less than or equal to 1"),  # not an event
     *(({"prompt": "a", name: value}, name, sentence) for name, value, sentence in INVALID_FIELDS),
     *(({"prompt": "a", name: value}, name, f"{name}: ") for name, value in ACTIVE.items()),

@@ -36,13 +36,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LlamaConfig
 from transformers.utils import logging
 
-from calm_transformers.benchmarks.meters import Meter, MethodMeter, wrap_method
+from calm_transformers.benchmarks.meters import Meter, MethodMeter
 from calm_transformers.benchmarks.runs import Workload
 from calm_transformers.benchmarks.workloads import generate_tokens, model_config, random_model, random_prompts
 from calm_transformers.command_line import InputError, Parser, command, known_errors, writable
 from calm_transformers.evaluation.report import markdown, write_json
+from calm_transformers.model import generation_calm_samplers
 from calm_transformers.model.configuration_calm import HEADS, CALMConfig
-from calm_transformers.model.generation_calm_samplers import BlockSchedule
 from calm_transformers.model.kernels_calm import SWITCH
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
@@ -51,7 +51,7 @@ PROMPT_TOKENS = 16
 NUM_CANDIDATES = 200
 BASELINE = "baseline"
 COUNTS = {"operations": "dispatched ops", "waits": "host syncs"}  # key in the budget → label
-WARM_UP_STEPS = 3  # caches are filled, and the block schedule no longer changes
+WARM_UP_STEPS = 3  # caches are filled
 HOST_READS = (Tensor.tolist, Tensor.cpu, Tensor.numpy)
 
 
@@ -109,17 +109,6 @@ class Case:
     blocks: int = 1  # number of blocks in which the N candidates are sampled
 
 
-class FixedBlockSchedule(BlockSchedule):
-    """Starts every step with a block of the same size."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def first_block(self, *_) -> int:
-        return self.size
-
-
 def cases(heads: list[str]) -> Iterator[Case]:
     yield Case(f"{BASELINE}, T = 1", None, {"temperature": 1.0, "top_k": 0})
     yield Case(f"{BASELINE}, T = 0.5", None, {"temperature": 0.5, "top_k": 0})
@@ -164,9 +153,8 @@ def count_step(model, case: Case) -> dict:
         ops = Meter(lambda: counter.dispatched_ops, lambda before, after: after - before)
         parts = MethodMeter(ops, workload.methods())
         with ExitStack() as stack:
-            if case.head is not None:
-                schedule = FixedBlockSchedule(NUM_CANDIDATES // case.blocks)
-                stack.enter_context(wrap_method(model, "sample_patches", lambda f: _with_schedule(f, schedule)))
+            size = NUM_CANDIDATES // case.blocks
+            stack.enter_context(patch.object(generation_calm_samplers, "FIRST_BLOCK_SIZE", size))
             stack.enter_context(parts.measured())
             # The faster matmul backend is measured, so it could differ between machines.
             stack.enter_context(patch.dict(os.environ, {SWITCH: "torch"}))
@@ -182,13 +170,6 @@ def count_step(model, case: Case) -> dict:
         "waits": more.host_syncs - fewer.host_syncs,
         **{part: round(sum(more_parts.spent(part)) - sum(fewer_parts.spent(part))) for part in workload.methods()},
     }
-
-
-def _with_schedule(sample_patches, schedule: BlockSchedule):
-    def sample_with_schedule(hidden_RD, sampling, generator, forbidden_KV, _schedule, *others):
-        return sample_patches(hidden_RD, sampling, generator, forbidden_KV, schedule, *others)
-
-    return sample_with_schedule
 
 
 def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:

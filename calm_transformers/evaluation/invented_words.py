@@ -19,7 +19,12 @@ from calm_transformers.documents import expand_paths, read_documents, total_byte
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.loading import is_calm, load_config, load_with_tokenizer
 from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.generation_calm_samplers import PatchSampling, check_num_candidates, check_temperature
+from calm_transformers.model.generation_calm_samplers import (
+    SAMPLING_METHODS,
+    PatchSampling,
+    check_num_candidates,
+    check_temperature,
+)
 from calm_transformers.progress import print_above_bars, progress_bar
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
@@ -57,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=utf8, default=PROMPT)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
     parser.add_argument("--num_candidates", type=positive, help="for a CALM (default: the model's own)")
+    parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, help="for a CALM (default: the model's own)")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--repetition_penalty", type=float)
     parser.add_argument("--no_repeat_ngram_size", type=positive)
@@ -94,8 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         with progress_bar(None, "Reading", "B", total_bytes(files)) as bar:
             known = vocabulary_of(read_documents(files, bar=bar))
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-    if is_calm(model) and args.num_candidates:
-        options["num_candidates"] = args.num_candidates
+    for name in ("num_candidates", "sampling_method"):
+        if is_calm(model) and getattr(args, name):
+            options[name] = getattr(args, name)
     if not is_calm(model):
         options |= {"top_k": 0, "top_p": 1.0}  # no truncation
     for name in ("top_p", "repetition_penalty", "no_repeat_ngram_size"):

@@ -38,7 +38,7 @@ from calm_transformers.experiments.language import HiddenMarkovLanguage
 from calm_transformers.experiments.optimal_fraction import make_parser
 from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.generation_calm_algorithms import first_occurrences
-from calm_transformers.model.generation_calm_samplers import BlockSchedule, Pairs, PatchSampling, SamplingMethod
+from calm_transformers.model.generation_calm_samplers import Pairs, PatchSampling, SamplingMethod
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.progress import progress_bar
 
@@ -186,10 +186,10 @@ def next_patch_distribution(
 
 def choose_patches(samples_M: Tensor, sampling: PatchSampling, num_patches: int, generator: torch.Generator) -> Tensor:
     """Chooses patches (B,) by a sampling method, each from its own candidates among the stored samples."""
-    chosen, schedule = [], BlockSchedule()
+    chosen = []
     for rows in torch.arange(num_patches).split(ROWS_CHUNK_SIZE):
         candidates = StoredCandidates(samples_M, len(rows), generator)
-        index_B, _ = sampling.choose(candidates, generator, schedule)
+        index_B, _ = sampling.choose(candidates, generator)
         chosen.append(candidates.tokens(candidates.rows_B, index_B)[:, 0])
     return torch.cat(chosen)
 

@@ -42,7 +42,15 @@ from calm_transformers.serving.middleware import (
     ServerOptions,
     format_error,
 )
-from calm_transformers.serving.openai_api import ApiError, BadRequest, ChatRequest, CompletionRequest, Prompt, to_event
+from calm_transformers.serving.openai_api import (
+    ApiError,
+    BadRequest,
+    ChatRequest,
+    CompletionRequest,
+    Prompt,
+    ReadLogprobs,
+    to_event,
+)
 from calm_transformers.serving.sequence import GenerationResult, TextDelta
 
 SEED_RANGE = 2**63  # seeds are signed 64-bit integers; the sum in `_submit` wraps around
@@ -184,11 +192,24 @@ class Endpoints:
         choices = []
         for index, future in enumerate(pending.futures):
             result = future.result()
-            fields = request.choice_fields(pending.echo(index) + (result.text or ""))
+            logprobs = self._read_logprobs(request, result)
+            fields = request.choice_fields(pending.echo(index) + (result.text or ""), logprobs)
             choices.append({"index": index, **fields, "finish_reason": result.finish_reason})
         return JSONResponse(
             common_fields | {"object": request.response_object, "choices": choices, "usage": pending.usage()}
         )
+
+    def _read_logprobs(
+        self, request: CompletionRequest | ChatRequest, result: GenerationResult | TextDelta
+    ) -> list[ReadLogprobs] | None:
+        """Returns the log-probabilities with tokens as text, if the request asks for them."""
+        if request.num_logprobs is None:
+            return None
+        text = self.batcher.token_text
+        return [
+            (text(each.token), each.logprob, {text(token): value for token, value in each.top.items()})
+            for each in result.logprobs
+        ]
 
     async def _read_body(self, http_request: Request) -> bytes:
         """Returns the request's body; raises `ApiError` if it is too large or arrives too slowly."""
@@ -259,6 +280,7 @@ class Endpoints:
                     ignore_eos=bool(request.ignore_eos),
                     seed=(seed + index % request.num_choices + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE,
                     on_piece=partial(put_event, index),
+                    num_logprobs=request.num_logprobs,
                     **request.sampling_options(),
                     **pending.processor_options,
                 )
@@ -324,8 +346,10 @@ class Endpoints:
             async for index, delta in self._events(pending):
                 if delta is None:
                     yield chunk_event(index, request.chunk_fields(""), pending.futures[index].result().finish_reason)
-                elif delta.text:
-                    yield chunk_event(index, request.chunk_fields(delta.text))
+                elif delta.text or delta.logprobs:
+                    yield chunk_event(
+                        index, request.chunk_fields(delta.text or "", self._read_logprobs(request, delta))
+                    )
             if request.includes_usage:
                 yield to_event(common_fields | {"choices": [], "usage": pending.usage()})
             yield "data: [DONE]\n\n"

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 from calm_transformers.model.generation_calm_sequences import Processors
 from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS
-from calm_transformers.model.modeling_calm import CALMForCausalLM
+from calm_transformers.model.modeling_calm import NO_LOGITS, CALMForCausalLM
 from calm_transformers.serving.engine import Engine
 from calm_transformers.serving.sequence import (
     FinishReason,
@@ -139,6 +139,7 @@ class Batcher:
         generator: torch.Generator | None = None,
         on_piece: Callable[[TextDelta], None] | None = None,
         logits_processor: Sequence[Processors] = (),
+        num_logprobs: int | None = None,
         **options,
     ) -> Future[GenerationResult]:
         """Queues a prompt, and returns the future of its result; `cancel()` removes its sequence within a patch.
@@ -153,6 +154,7 @@ class Batcher:
             generator: used instead of a seed, on any device.
             on_piece: called in the batcher's thread after each patch, so be quick. Its exceptions end the sequence.
             logits_processor: transformers' or your own, such as a `Grammar`; functions of ids and logits alone.
+            num_logprobs: returns each token's log-probability, and those of that many most probable ones beside it.
             **options: fields of `PatchSampling`, and `PROCESSOR_SETTINGS` (penalties, banned tokens); by default the
                 generation configuration's. A temperature turns sampling on.
 
@@ -178,6 +180,8 @@ class Batcher:
             generator = torch.Generator().manual_seed(seed)
         if not isinstance(min_new_tokens, int) or min_new_tokens < 0:
             raise ValueError(f"min_new_tokens={min_new_tokens!r}: must be an integer of at least 0.")
+        if num_logprobs is not None and not self.model.head.samples_tokens:
+            raise ValueError(f"logprobs: {NO_LOGITS}")
         sampling = self.model.patch_sampling(**options)  # made by the model, whose code may be remote
         if self.max_draws is not None and sampling.max_samples > self.max_draws:
             raise ValueError(
@@ -206,6 +210,7 @@ class Batcher:
             ),
             assembler=self._make_assembler(stop, ids),
             on_piece=on_piece,
+            num_logprobs=num_logprobs,
         )
         with self._condition:
             self.check_open()
@@ -259,6 +264,11 @@ class Batcher:
         """Returns the text of ids without special tokens."""
         assert self.tokenizer is not None, "only called with a tokenizer"
         return self.tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+    def token_text(self, token: int) -> str:
+        """Returns one token as text; of a part of a character U+FFFD."""
+        assert self.tokenizer is not None, "only called with a tokenizer"
+        return self.tokenizer.decode([token])  # pyright: ignore[reportReturnType]
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Returns the ids of a conversation up to the assistant's answer, by the tokenizer's chat template.

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from calm_transformers.model.generation_calm_samplers import BlockSchedule, PatchSampling
 from calm_transformers.model.generation_calm_sequences import CandidateProcessors
 from calm_transformers.model.generation_calm_upstream import SUPPORTED_ATTENTION, SUPPORTED_ROPE_TYPES
 from calm_transformers.model.kernels_calm import cpu_kernels
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.serving.sequence import FinishReason, SequenceState
+from calm_transformers.serving.sequence import FinishReason, SequenceState, TokenLogprobs
 
 INITIAL_CAPACITY = 64  # patches per slot; doubled when needed
-MAX_BLOCK_SCHEDULES = 64  # of recently used sampling settings
 
 
 class SlotCache(Cache):
@@ -114,7 +112,6 @@ class Engine:
         self._num_added = 0
         self.device = model.device
         self._cache = SlotCache()
-        self._schedules: dict[PatchSampling, BlockSchedule] = {}
 
     def add(self, sequence: SequenceState) -> None:
         sequence.arrival_index = self._num_added
@@ -229,16 +226,28 @@ class Engine:
         """Samples the next patch of each sequence of a group, whose settings are equal."""
         sampling, eos_E = group[0].sampling, torch.tensor(sorted(group[0].eos_tokens), dtype=torch.long)
         hidden_RD = torch.stack([sequence.hidden_D for sequence in group if sequence.hidden_D is not None])
-        if len(self._schedules) >= MAX_BLOCK_SCHEDULES:
-            self._schedules.clear()
-        return self.model.sample_patches(
+        patches_RK = self.model.sample_patches(
             hidden_RD,
             sampling,
             [sequence.generator for sequence in group],
             self.model.forbidden_tokens(group[0].num_tokens_without_eos, eos_E, hidden_RD.device),
-            self._schedules.setdefault(sampling, BlockSchedule()),
-            make_candidate_processors(group[0], eos_E),
-        ).patches.tolist()
+            processors=make_candidate_processors(group[0], eos_E),
+        ).patches
+        if any(sequence.num_logprobs is not None for sequence in group):
+            log_probs_RKV = (
+                self.model.head.token_logits(hidden_RD, patches_RK.to(hidden_RD.device)).float().log_softmax(-1)
+            )
+            for sequence, patch_K, log_probs_KV in zip(group, patches_RK.tolist(), log_probs_RKV, strict=True):
+                sequence.logprobs += top_logprobs(patch_K, log_probs_KV, sequence.num_logprobs or 0)
+        return patches_RK.tolist()
+
+
+def top_logprobs(tokens_K: list[int], log_probs_KV: Tensor, num_top: int) -> list[TokenLogprobs]:
+    """Returns the log-probability of each token and of the most probable ones at its position."""
+    chosen_K = log_probs_KV[range(len(tokens_K)), tokens_K].tolist()
+    top = log_probs_KV.topk(min(num_top, log_probs_KV.shape[-1]))
+    tops = [dict(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return [TokenLogprobs(*each) for each in zip(tokens_K, chosen_K, tops, strict=True)]
 
 
 def make_candidate_processors(sequence: SequenceState, eos_E: Tensor) -> CandidateProcessors | None:

@@ -22,17 +22,15 @@ from calm_transformers.model.generation_calm_samplers import SamplingMethod
 from calm_transformers.serving.batcher import Batcher
 
 MAX_CHOICES = 128
+MAX_LOGPROBS = 20
 MAX_TOKEN_ID_DIGITS = 18
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
-NO_LOGPROBS = "CALM has no token probabilities to return."
 NO_TOOLS = "tools are not supported."
 # Field → the values besides null that are accepted because they have no effect, and why others are not supported.
 UNSUPPORTED_FIELDS: dict[str, tuple[tuple, str]] = {
-    "logprobs": ((False,), NO_LOGPROBS),
-    "top_logprobs": ((0,), NO_LOGPROBS),
-    "best_of": ((1,), "CALM has no token probabilities to rank texts by; use n."),
+    "best_of": ((1,), "texts are not ranked; use n."),
     "suffix": (("",), "CALM continues a prompt and doesn't infill."),
     "modalities": ((["text"],), "only text is supported."),
     "tools": (([],), NO_TOOLS),
@@ -82,6 +80,9 @@ class BadRequest(ApiError):
         message = str(error).replace("use do_sample=False", "send 0")
         named = [name for name in re.findall(r"(\w+)[=:]", message) if name in request.model_fields_set]
         return cls(message, named[0] if named else None)
+
+
+ReadLogprobs = tuple[str, float, dict[str, float]]  # token, its log-probability, the most probable ones
 
 
 @dataclass
@@ -170,6 +171,7 @@ class GenerationRequest(_StrictModel):
     sampling_method: SamplingMethod | None = None
 
     default_max_tokens: ClassVar[int | None] = None  # None: the rest of the context
+    num_logprobs: ClassVar[Any] = None  # most probable tokens to tell of each one; None tells none
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -273,6 +275,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Any  # a string, token ids, or a list of either
     echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     default_max_tokens: ClassVar[int | None] = DEFAULT_COMPLETION_TOKENS
     prompt_field: ClassVar = "prompt"
@@ -292,6 +295,16 @@ class CompletionRequest(GenerationRequest):
         if item_type not in (str, int, list) or not all(type(item) is item_type for item in prompt):
             raise ValueError("must be a string, a list of strings, or token ids")
         return [prompt] if item_type is int else prompt
+
+    @model_validator(mode="after")
+    def check_echo(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise BadRequest("logprobs: not supported with echo, as a prompt has none here.", "logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def num_prompts(self) -> int:
@@ -313,17 +326,20 @@ class CompletionRequest(GenerationRequest):
             prompts.append(Prompt(ids, text))
         return prompts
 
-    def choice_fields(self, text: str) -> dict[str, Any]:
-        """Returns the fields of a choice that hold its text."""
-        return {"text": text, "logprobs": None}
+    def choice_fields(self, text: str, logprobs: list[ReadLogprobs] | None = None) -> dict[str, Any]:
+        """Returns the fields of a choice that hold its text, and its tokens with their log-probabilities."""
+        if logprobs is None:
+            return {"text": text, "logprobs": None}
+        tokens, values, tops = map(list, zip(*logprobs, strict=True)) if logprobs else ([], [], [])
+        return {"text": text, "logprobs": {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}}
 
     def first_chunk_fields(self, echo: str) -> dict[str, Any] | None:
         """Returns `choice_fields` of a choice's first chunk in a stream, or None if there is no such chunk."""
         return self.choice_fields(echo) if echo else None
 
-    def chunk_fields(self, text: str) -> dict[str, Any]:
+    def chunk_fields(self, text: str, logprobs: list[ReadLogprobs] | None = None) -> dict[str, Any]:
         """Returns `choice_fields` of a chunk."""
-        return self.choice_fields(text)
+        return self.choice_fields(text, logprobs)
 
 
 class Message(BaseModel):
@@ -357,6 +373,8 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     prompt_field: ClassVar = "messages"
     id_prefix: ClassVar = "chatcmpl"
@@ -368,6 +386,10 @@ class ChatRequest(GenerationRequest):
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def length_field(self) -> str:
@@ -391,14 +413,28 @@ class ChatRequest(GenerationRequest):
         except Exception as error:  # a template is a program, and its errors are about the messages
             raise BadRequest(f"messages: the chat template raised an error: {error}", "messages") from None
 
-    def choice_fields(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
+    def choice_fields(self, text: str, logprobs: list[ReadLogprobs] | None = None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message, "logprobs": self._format_logprobs(logprobs)}
 
     def first_chunk_fields(self, echo: str) -> dict[str, Any] | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def chunk_fields(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}, "logprobs": None}
+    def chunk_fields(self, text: str, logprobs: list[ReadLogprobs] | None = None) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}, "logprobs": self._format_logprobs(logprobs)}
+
+    @staticmethod
+    def _format_logprobs(logprobs: list[ReadLogprobs] | None) -> dict[str, Any] | None:
+        def entry(token: str, logprob: float) -> dict[str, Any]:
+            return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+        if logprobs is None:
+            return None
+        content = [
+            entry(token, logprob) | {"top_logprobs": [entry(*each) for each in top.items()]}
+            for token, logprob, top in logprobs
+        ]
+        return {"content": content, "refusal": None}
 
 
 def check_encodable(name: str, value: Any) -> None:

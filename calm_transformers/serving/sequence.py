@@ -27,6 +27,15 @@ PROMPT_CONTEXT_TOKENS = 256  # last tokens of the prompt, enough to decode what 
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's log-probability in nats at T = 1, given those before it, and those of the most probable ones there."""
+
+    token: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """A finished sequence.
 
@@ -36,6 +45,7 @@ class GenerationResult:
         finish_reason: "stop" after an EOS or a stop string, "length" after `max_new_tokens`.
         num_prompt_tokens: tokens of the prompt.
         seed: seed that reproduces the sequence; `None` where a generator was given.
+        logprobs: of each token, where they were asked for.
     """
 
     tokens: list[int]
@@ -43,6 +53,7 @@ class GenerationResult:
     finish_reason: FinishReason
     num_prompt_tokens: int
     seed: int | None
+    logprobs: list[TokenLogprobs]
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class TextDelta:
 
     tokens: list[int]
     text: str | None
+    logprobs: list[TokenLogprobs]
 
 
 class TextAssembler:
@@ -145,6 +157,8 @@ class SequenceState:
     logits_processors: Processors | None = None
     assembler: TextAssembler | None = None
     on_piece: Callable[[TextDelta], None] | None = None
+    num_logprobs: int | None = None  # most probable tokens to tell of each position
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of whole patches
     future: Future[GenerationResult] = field(default_factory=Future)
     tokens: list[int] = field(default_factory=list)
     arrival_index: int = 0
@@ -167,7 +181,8 @@ class SequenceState:
         reason = self._append_tokens(patch)
         text = None if self.assembler is None else self.assembler.take(is_last=reason is not None)
         if self.on_piece is not None:
-            self.on_piece(TextDelta(self.tokens[num_before:], text))
+            num_tokens = len(self.tokens)
+            self.on_piece(TextDelta(self.tokens[num_before:], text, self.logprobs[num_before:num_tokens]))
         return reason
 
     def _append_tokens(self, patch: list[int]) -> FinishReason | None:
@@ -182,7 +197,8 @@ class SequenceState:
 
     def result(self, reason: FinishReason) -> GenerationResult:
         text = None if self.assembler is None else self.assembler.text
-        return GenerationResult(self.tokens, text, reason, self.num_prompt_tokens, self.seed)
+        logprobs = self.logprobs[: len(self.tokens)]
+        return GenerationResult(self.tokens, text, reason, self.num_prompt_tokens, self.seed, logprobs)
 
 
 def make_logits_processors(
