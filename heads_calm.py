@@ -8,6 +8,7 @@ Axes: N samples per patch, K tokens per patch, D hidden size, Z latent size. "..
 (B, P). Samples come first: (N, ..., Z).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -125,9 +126,10 @@ class TemperatureEmbedding(nn.Module):
 
     def forward(self, temperature: Tensor | float, context: Tensor) -> Tensor:
         """Returns (..., D) for temperatures (...), or (D,) for one; `context` has the dtype and the device."""
-        if not isinstance(temperature, Tensor):
-            temperature = context.new_full((), temperature)
-        log_inverse = -temperature.log().to(context.dtype)
+        if isinstance(temperature, Tensor):
+            log_inverse = -temperature.log().to(context.dtype)
+        else:
+            log_inverse = context.new_full((), -math.log(temperature))
         rows = log_inverse.flatten().unsqueeze(-1)  # quantised layers take no single vectors
         return (rows * self.mlp(rows)).view(*log_inverse.shape, -1)
 

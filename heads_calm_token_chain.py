@@ -72,9 +72,11 @@ class TokenChain(nn.Module):
         Returns:
             ids (N, R, K), and the log of the acceptance probability, at most 0, (N, R), float32.
         """
-        log_bound, row_G = 0.0, arange(len(context), context.device)  # row_G: the context of each beginning
+        is_plain, log_bound = False, 0.0
         if not isinstance(temperature, Tensor):  # above 1, the sum of V equal probabilities is the largest
+            is_plain = temperature == 1 and truncation == NO_TRUNCATION
             log_bound = max(0.0, 1 - 1 / temperature) * math.log(self.lm_head.out_features)
+        row_G = arange(len(context), context.device)  # the context of each beginning
         states_RKD = self.context_proj(context).unflatten(-1, (self.patch_size, -1))
         before_GD, group_NR = torch.zeros_like(context), row_G.expand(uniform.shape[:-1])
         log_acceptance_NR, tokens = torch.zeros_like(uniform[..., 0]), []
@@ -83,14 +85,15 @@ class TokenChain(nn.Module):
             if forbidden_KV is not None:
                 logits_GV = logits_GV.masked_fill(forbidden_KV[k], -torch.inf)
             exponent = 1 / (temperature[row_G, None] if isinstance(temperature, Tensor) else temperature)
-            logits_GV = logits_GV.log_softmax(-1) * exponent
+            if not is_plain:
+                logits_GV = logits_GV.log_softmax(-1) * exponent
             probability_GV = logits_GV.softmax(-1)  # p^(1/T) / Z, so that any token tells Z
             if truncation != NO_TRUNCATION:
                 probability_GV = truncated(probability_GV, truncation)
             cumulative_NRV = probability_GV.cumsum(-1).index_select(0, group_NR.flatten()).view(*group_NR.shape, -1)
             thresholds_NR1 = uniform[..., k, None] * (BELOW_1 * cumulative_NRV[..., -1:])
             tokens.append(torch.searchsorted(cumulative_NRV, thresholds_NR1, right=True).squeeze(-1))
-            if k > 0:
+            if k > 0 and not is_plain:
                 chosen = group_NR, tokens[-1]
                 log_sum_NR = logits_GV[chosen] - probability_GV[chosen].log() + cumulative_NRV[..., -1].log()
                 log_acceptance_NR = log_acceptance_NR + log_sum_NR - log_bound
@@ -195,9 +198,8 @@ def _split_groups(group_NR: Tensor, tokens_NR: Tensor, vocab_size: int) -> tuple
     Returns each sample's group (N, R), and each group's parent and last token, (G,). On a CPU equal beginnings share a
     group, and the network is run once for all; elsewhere, where the host would wait for G, each sample is its own.
     """
-    keys_NR = group_NR * vocab_size + tokens_NR
-    if keys_NR.device.type == "cpu" and not torch.compiler.is_compiling():
-        keys_G, group_NR = keys_NR.unique(return_inverse=True)
-    else:
-        keys_G, group_NR = keys_NR.flatten(), arange(keys_NR.numel(), keys_NR.device).view(keys_NR.shape)
-    return group_NR, keys_G // vocab_size, keys_G % vocab_size
+    if len(tokens_NR) > 1 and tokens_NR.device.type == "cpu" and not torch.compiler.is_compiling():
+        keys_G, group_NR = (group_NR * vocab_size + tokens_NR).unique(return_inverse=True)
+        return group_NR, keys_G // vocab_size, keys_G % vocab_size
+    own_NR = arange(tokens_NR.numel(), tokens_NR.device).view(tokens_NR.shape)
+    return own_NR, group_NR.flatten(), tokens_NR.flatten()

@@ -12,7 +12,7 @@ from calm_transformers.benchmarks.meters import Meter, PeakMemory, wrap_method
 from calm_transformers.benchmarks.runs import Workload, timed_run
 from calm_transformers.benchmarks.workloads import Replay, random_model
 from calm_transformers.command_line import InputError
-from calm_transformers.model import generation_calm_candidates
+from calm_transformers.model import generation_calm_candidates, generation_calm_samplers
 from calm_transformers.model.generation_calm_samplers import PatchSampling
 
 CPU = torch.device("cpu")
@@ -50,11 +50,12 @@ def test_rows_of_both_workloads(demo, capsys):
     assert (demo / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_draws_by_method_and_workload(demo):
+def test_draws_by_method_and_workload(demo, monkeypatch):
     """Adaptive: all N in the worst case, fewer in the real one, one at T = 1, or distilled. Exact: more than N."""
-    adaptive = "--shape calm-tiny --sampling_method adaptive --temperature 0.5 1 --batch_size 8 --num_candidates 40"
+    adaptive = "--shape calm-tiny --sampling_method adaptive --temperature 0.5 1 --batch_size 8"
+    monkeypatch.setattr(generation_calm_samplers, "FIRST_BLOCK_SIZE", 2)
     draws = {(row["workload"], row["temperature"]): row["draws"] for row in run_main(demo, adaptive)}
-    assert draws["worst", 0.5] == 40 > draws["real", 0.5] and draws["worst", 1] == draws["real", 1] == 1
+    assert draws["worst", 0.5] == 8 > draws["real", 0.5] and draws["worst", 1] == draws["real", 1] == 1
     distilled = "--shape calm-tiny --sampling_method distilled --temperature 0.5 --batch_size 1 --workload worst"
     assert run_main(demo, distilled)[0]["draws"] == 1
     exact = "--shape calm-tiny --sampling_method exact --temperature 0.2 --batch_size 4 --workload real --plain"
@@ -74,7 +75,7 @@ def test_draws_by_method_and_workload(demo):
         ("--temperature 2.5", "temperature=2.5"),
         ("--temperature 0.1", "num_candidates=8 is too few"),
         ("--json nowhere/rows.json", "nowhere/rows.json: its folder does not exist"),
-        ("--workload real --num_candidates 81", "don't fit calm-tiny: 80 patches of 4 tokens, ids up to 3"),
+        ("--workload real --num_candidates 81", "don't fit calm-tiny: 80 patches of 4 tokens, ids up to 4"),
         ("--device cuda", "--device cuda: PyTorch finds no GPU"),
     ],
 )

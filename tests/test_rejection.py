@@ -100,7 +100,7 @@ def test_samples_follow_the_enumerated_distribution(patch_size, options, one_blo
     model, hidden = model_of_chain(patch_size), hidden_state()
     sampling = PatchSampling(num_candidates=400, **options)
     drawn = sample(model, hidden, sampling, one_block)
-    assert drawn.is_exact.float().mean() > (0.4 if one_block else 0.999)
+    assert drawn.is_exact.float().mean() > (0.4 if one_block else 0.995)
     target = enumerate_patches(model.head, hidden, sampling.temperature, sampling.truncation)
     assert p_value(drawn.patches[drawn.is_exact], target) > SIGNIFICANCE
     settings = sampling.temperature, sampling.truncation, torch.Generator().manual_seed(1)

@@ -9,6 +9,7 @@ prompt without padding. The models have the layers of the shape and a tiny width
 - Dispatched ops: calls of PyTorch's dispatcher, views excluded.
 - Host syncs: values or shapes that the host must know: `.item()`, `.tolist()`, `bool(…)`, `nonzero`, boolean masks as
   indices, and so on.
+- Of the token chain those of a CPU, where beginnings of patches that several candidates share are found (`unique`).
 - At T < 1 no candidate is accepted, so that the batch algorithm compares all N = 200 candidates in the end. They are
   sampled in one block, unless stated otherwise.
 - Matmuls are PyTorch's own, without screening (`CALM_MATMUL_BACKEND=torch`).
@@ -117,15 +118,17 @@ def cases(heads: list[str]) -> Iterator[Case]:
         eager = {"temperature": 0.5, "num_candidates": NUM_CANDIDATES, "lazy_decoding": False}
         for method in ("batch", "adaptive", "exact"):
             yield Case(f"{head}, T = 0.5, {method}", head, {**eager, "sampling_method": method})
-        if head == "token_chain":
+        if HEADS[head].samples_tokens:
             yield Case(f"{head}, T = 0.5, rejection", head, {**eager, "sampling_method": "rejection"})
         eager["sampling_method"] = "adaptive"
         yield Case(f"{head}, T = 0.5, adaptive, two blocks", head, eager, blocks=2)
         yield Case(f"{head}, T = 0.4, adaptive", head, {**eager, "temperature": 0.4})
         yield Case(f"{head}, T = 0.5, adaptive, lazy", head, {**eager, "lazy_decoding": True})
+        if not HEADS[head].samples_tokens:
+            yield Case(f"{head}, T = 0.5, distilled", head, {**eager, "sampling_method": "distilled"})
 
 
-def small_model(config: CALMConfig | LlamaConfig, head: str | None = None):
+def small_model(config: CALMConfig | LlamaConfig, head: str | None = None, is_distilled: bool = False):
     """Builds a model with the layers of a configuration and a tiny width."""
     fields: dict[str, Any] = config.to_dict() | SMALL | SMALL_HEADS
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"):
@@ -136,6 +139,7 @@ def small_model(config: CALMConfig | LlamaConfig, head: str | None = None):
             name: SMALL[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
         }
         fields["head_type"] = head
+        fields["distilled_temperature"] = 0.5 if is_distilled else None
     model = random_model(type(config)(**fields), torch.device("cpu"), torch.float32)
     eos = model.config.vocab_size  # checked for, but never sampled
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=eos)
@@ -154,7 +158,8 @@ def count_step(model, case: Case) -> dict:
         parts = MethodMeter(ops, workload.methods())
         with ExitStack() as stack:
             size = NUM_CANDIDATES // case.blocks
-            stack.enter_context(patch.object(generation_calm_samplers, "FIRST_BLOCK_SIZE", size))
+            for name in ("FIRST_BLOCK_SIZE", "TRIES_IN_A_BLOCK"):
+                stack.enter_context(patch.object(generation_calm_samplers, name, size))
             stack.enter_context(parts.measured())
             # The faster matmul backend is measured, so it could differ between machines.
             stack.enter_context(patch.dict(os.environ, {SWITCH: "torch"}))
@@ -185,9 +190,10 @@ def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
         raise InputError(f"--baseline {baseline} is a CALM: choose an autoregressive language model.")
     rows, models = [], {}  # only the latest model stays in memory
     for case in cases(heads):
-        if case.head not in models:
-            models = {case.head: small_model(llama if case.head is None else calm, case.head)}
-        counts = count_step(models[case.head], case)
+        key = case.head, case.settings.get("sampling_method") == "distilled"
+        if key not in models:
+            models = {key: small_model(llama if case.head is None else calm, *key)}
+        counts = count_step(models[key], case)
         if case.head is None:
             counts = {name: value * calm.patch_size for name, value in counts.items()}
         rows.append({"case": case.name, **counts})
