@@ -165,8 +165,8 @@ class CALMConfig(LlamaConfig):
 
     Args:
         patch_size, latent_size: K tokens per patch, and Z, the size of the latent vector that the head predicts.
-        head_type: "energy", "flow" or "diffusion", as published; "token_chain" samples the patch's tokens and returns
-            the sum of their latent embeddings, for small vocabularies (see heads_calm_token_chain.py).
+        head_type: "energy", "flow" or "diffusion", as published; "token_chain" samples the patch's tokens
+            one by one, for small vocabularies (see heads_calm_token_chain.py).
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
         num_context_layers: residual MLPs applied to the hidden state first, once for all samples. A head that is

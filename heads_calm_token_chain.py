@@ -63,15 +63,17 @@ class TokenChain(nn.Module):
         P^(1/T) / Z if accepted with probability ∝ Z_2 … Z_K. A truncation acts on each p_k^(1/T) / Z_k, as upstream's.
 
         Args:
-            context (`(R, D)`): hidden states.
-            uniform (`(N, R, K)`): random numbers on [0, 1), float32.
+            context (`(..., D)`): hidden states; flattened, of R contexts.
+            uniform (`(N, ..., K)`): random numbers on [0, 1), float32; may have one context for all.
             temperature: T in (0, 2], or (R,) of them in (0, 1].
             truncation: which tokens may be sampled.
             forbidden_KV (`(K, V)` bool, *optional*): tokens that are forbidden at a position.
 
         Returns:
-            ids (N, R, K), and the log of the acceptance probability, at most 0, (N, R), float32.
+            ids (N, ..., K), and the log of the acceptance probability, at most 0, (N, ...), float32.
         """
+        shape, context = (len(uniform), *context.shape[:-1]), context.reshape(-1, context.shape[-1])
+        uniform = uniform.expand(*shape, -1).reshape(len(uniform), -1, self.patch_size)
         is_plain, log_bound = False, 0.0
         if not isinstance(temperature, Tensor):  # above 1, the sum of V equal probabilities is the largest
             is_plain = temperature == 1 and truncation == NO_TRUNCATION
@@ -100,7 +102,7 @@ class TokenChain(nn.Module):
             if k < self.patch_size - 1:
                 group_NR, parent_G, token_G = _split_groups(group_NR, tokens[-1], self.lm_head.out_features)
                 row_G, before_GD = row_G[parent_G], before_GD[parent_G] + self.embeddings[k](token_G)
-        return torch.stack(tokens, dim=-1), log_acceptance_NR
+        return torch.stack(tokens, dim=-1).view(*shape, -1), log_acceptance_NR.view(shape)
 
     def most_probable(self, context: Tensor, forbidden_KV: Tensor | None = None) -> Tensor:
         """Returns the most probable patch (..., K) for each hidden state (..., D), found by beam search.
@@ -142,7 +144,7 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
 
     def from_noise(self, noise: Tensor, context: Tensor, generator: torch.Generator | None) -> Tensor:
         """Samples token ids (N, ..., K), each by the inverse of its cumulative distribution at `noise`."""
-        return self._propose(context, noise)[0]
+        return self.chain.propose(context, noise)[0]
 
     def propose(
         self,
@@ -167,17 +169,9 @@ class TokenChainHead(GenerativeHead, head_type="token_chain"):
             uniform = noise
             if uniform is None:
                 uniform = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
-            return self._propose(context, uniform, temperature, truncation, forbidden_KV)
+            return self.chain.propose(context, uniform, temperature, truncation, forbidden_KV)
 
         return self(context, compute)
-
-    def _propose(self, context: Tensor, uniform: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-        """Returns `TokenChain.propose` for contexts of any shape, (..., D)."""
-        shape = len(uniform), *context.shape[:-1]
-        uniform_NRK = uniform.expand(*shape, self.patch_size).reshape(len(uniform), -1, self.patch_size)
-        rows_RD = context.reshape(-1, context.shape[-1])
-        tokens_NRK, log_acceptance_NR = self.chain.propose(rows_RD, uniform_NRK, *arguments)
-        return tokens_NRK.view(*shape, self.patch_size), log_acceptance_NR.view(shape)
 
     def token_logits(self, context: Tensor, tokens: Tensor) -> Tensor:
         return self(context, self.chain.teacher_forced, tokens)

@@ -19,7 +19,6 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
     "evaluate calibration": ("evaluation.calibration", "BrierLM and cross-entropy of a run's checkpoints"),
     "evaluate ranking": ("evaluation.ranking", "how often a score ranks the true text first"),
     "evaluate invented_words": ("evaluation.invented_words", "words that don't occur in the training text"),
-    "evaluate prompt_alignment": ("evaluation.prompt_alignment", "cost of prompts not divisible by patch size"),
     "evaluate plot": ("evaluation.plot", "learning curves of a run"),
     "bench generation": ("benchmarks.generation", "tokens/s compared with a Llama"),
     "bench serving": ("benchmarks.serving", "tokens/s by the number of clients"),

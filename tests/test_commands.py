@@ -42,7 +42,6 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "evaluation.calibration": ["--run", NOWHERE, *DATA],
     "evaluation.invented_words": ["--model", NOWHERE, "--text", NOWHERE],
     "evaluation.plot": [NOWHERE],
-    "evaluation.prompt_alignment": ["--model", NOWHERE, *DATA[:2]],
     "experiments.__main__": ["--corpus", NOWHERE, "--output", "{tmp}"],
     "experiments.language": ["--output", f"/dev/null/{NOWHERE}"],
     "experiments.oracle_ablation": ["--model", NOWHERE, "--language", NOWHERE],

@@ -1,14 +1,15 @@
 """Autoencoder report, calibration, prompt alignment and invented words, on models with known results."""
 
 import json
+import math
 
 import pytest
 import torch
 from commands import main_of, refusal
 from evaluation_folder import EVALUATIONS, evaluations, tiny_llama
-from tiny import PAD, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
-from calm_transformers.evaluation import autoencoder_report, calibration, invented_words, prompt_alignment
+from calm_transformers.evaluation import autoencoder_report, calibration, invented_words
 from calm_transformers.evaluation.autoencoder_report import noise_accuracy
 
 
@@ -64,55 +65,6 @@ def test_calibration_over_checkpoints(folder, tmp_path, capsys):
     assert "contains 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
 
 
-class CountingModel:
-    """Continues prompts without PAD correctly, by their last token plus 1, 2, 3, 4, and others wrongly."""
-
-    device = "cpu"
-
-    def generate(self, prompts, num_return_sequences, **options):
-        steps = torch.arange(1, 5) * (PAD not in prompts)
-        prompts = prompts.repeat_interleave(num_return_sequences, 0)
-        return torch.cat([prompts, prompts[:, -1:] + steps], dim=1)
-
-    class config:
-        patch_size = 4
-
-
-def test_alignment_prompts_end_at_the_same_position():
-    windows = torch.arange(15).repeat(3, 1) + torch.tensor([[0], [100], [200]])
-    prompts = prompt_alignment.cut_prompts(windows, 4, bos_token_id=None)
-    assert prompts.tolist() == [[7, 8, 9, 10], [107, 108, 109, 110], [207, 208, 209, 210]]
-    assert prompt_alignment.cut_prompts(windows, 3, bos_token_id=1)[0].tolist() == [1, 9, 10]
-    rows = prompt_alignment.measure(CountingModel(), windows, length=8, bos_token_id=1, pad_token_id=PAD)
-    # The first row needs no padding.
-    brier_1 = [[row[case].brier[0] for case in prompt_alignment.CASES] for row in rows]
-    assert brier_1 == [[1, 1, 1], *[[1, -1, -1]] * 3]
-    assert rows[0]["left"].positions == 3
-
-
-def test_padding_on_the_left_equals_another_filler_token():
-    settings = {"max_new_tokens": 6, "do_sample": False, "num_candidates": 20, "eos_token_id": None}
-    for length in (5, 7, 8):
-        prompts = torch.arange(10, 10 + length).expand(2, -1)
-        padded = prompt_alignment.pad(prompts, 4, PAD, "left")
-        assert padded.shape[1] == 8
-        expected = tiny_model(prompt_filler_token_id=PAD).generate(prompts, **settings)
-        model = tiny_model(prompt_filler_token_id=5)
-        given = model.generate(padded, attention_mask=torch.ones_like(padded), **settings)
-        assert torch.equal(given[:, -6:], expected[:, -6:])
-
-
-def test_alignment_command_writes_a_page(folder, tmp_path):
-    """At length mod K = 0 the prompts, hence samples and scores, are the same for every alignment."""
-    page = tmp_path / "page.md"
-    options = ["--prompts", "40", "--prompt_patches", "3", "--output", str(page)]
-    prompt_alignment.main(["--model", str(folder / "calm"), "--data", str(folder / "text.jsonl.xz"), *options])
-    lines = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| 0", "| 1"))]
-    assert len(lines) == 2
-    assert lines[0][1:3] == lines[0][3:5] == lines[0][5:7]
-    assert "`calm evaluate prompt_alignment --model" in page.read_text()
-
-
 def test_invented_words_are_not_in_the_reference_text():
     known = invented_words.vocabulary_of(["Lily's mom said: \u201cGo!\u201d", "She didn\u2019t."])
     assert known == {"lily's", "mom", "said", "go", "she", "didn't"}
@@ -125,12 +77,21 @@ def test_invented_words_command(folder, tmp_path, capsys, kind, hottest):
     """Other models may use a higher temperature than a CALM, which is limited to (0, 2]."""
     out = tmp_path / "out.json"
     size = ["--num_texts", "2", "--max_new_tokens", "30", "--temperature", "0.5", str(hottest), "--prompt", "ab"]
-    options = [*size, "--num_candidates", "5", "--json", str(out)]
+    options = [*size, "--num_candidates", "5", "--json", str(out), "--judge", str(folder / "ar")]
     invented_words.main(["--model", str(folder / kind), "--text", str(folder / "text.jsonl.xz"), *options])
     rows = json.loads(out.read_text())
     assert [row["temperature"] for row in rows] == [0.5, hottest]
     assert all(row["invented"] == len(row["examples"]) <= row["words"] for row in rows)
     assert capsys.readouterr().out.count("|\n") == 4
+    assert all(-20 < row["judge"] < 0 for row in rows)
+
+
+def test_the_judge_counts_the_continuation_alone():
+    tokenizer, judge = tiny_tokenizer(), tiny_llama()
+    judge.lm_head.weight.data.zero_()  # uniform over 96 tokens, which are characters
+    texts = ["one", "two and more"]
+    found = invented_words.log_likelihood(judge, tokenizer, "Once", texts)
+    assert found == pytest.approx(-math.log(96))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +101,6 @@ def test_invented_words_command(folder, tmp_path, capsys, kind, hottest):
         ("invented_words", "--temperature 0", "--temperature 0: must be positive"),
         ("invented_words", "--num_candidates 1 --temperature 0.5", "num_candidates=1 is too few for temperature=0.5"),
         ("invented_words", "--text missing.txt", "missing.txt: no such file"),
-        ("prompt_alignment", "--prompts 500", "the data has 1260 tokens; 500 prompts need at least"),
-        ("prompt_alignment", "--model {}/ar", "{}/ar: must be a CALM with patches of at least 2 tokens"),
     ],
 )
 def test_errors(folder, capsys, name, options, message):

@@ -17,7 +17,6 @@ BARS = {
     "brier_lm": {"Loading weights", "BrierLM"},
     "calibration": {"Checkpoints"},
     "invented_words": {"Loading weights", "Reading", "Generating"},
-    "prompt_alignment": {"Loading weights", "Generating"},
     "ranking": {"Loading weights", "Scoring"},
 }
 

@@ -10,7 +10,6 @@ from evaluation_folder import tiny_llama
 from tiny import VOCAB_SIZE, tiny_model
 from transformers import TrainingArguments
 
-from calm_transformers.evaluation import prompt_alignment
 from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.training.auxiliary import WithAuxiliary
 from calm_transformers.training.data import PatchCollator
@@ -71,7 +70,7 @@ def test_counting_leaves_the_model_as_it_was_also_where_it_fails_midway(monkeypa
     assert torch.equal(blocks, kept) and torch.is_grad_enabled()
 
 
-def test_measuring_alignments_changes_no_configuration(monkeypatch):
+def test_generating_changes_no_configuration(monkeypatch):
     """Nor while it runs: other threads may generate with the model."""
     model = unusual(tiny_model(patch_size=2), training=False)
     before, changed, original = held(model), [], type(model.config).__setattr__
@@ -81,8 +80,7 @@ def test_measuring_alignments_changes_no_configuration(monkeypatch):
         original(config, name, value)
 
     monkeypatch.setattr(type(model.config), "__setattr__", note)
-    windows = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
-    prompt_alignment.measure(model, windows, length=6, bos_token_id=1, pad_token_id=95)
+    model.generate(torch.arange(3, 14).view(1, -1), do_sample=True, max_new_tokens=5)
     assert changed == []
     assert_unchanged(model, before)
 

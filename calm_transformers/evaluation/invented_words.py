@@ -4,6 +4,8 @@
 
 Models with subword tokens, or that sample several tokens at once, can misspell; this measures how often. Words are
 runs of letters and apostrophes, case-insensitive; the last word of a continuation is ignored: it may be truncated.
+
+`--judge` names another model with logits, whose log-likelihood of the continuations is told, in nats per character.
 """
 
 import argparse
@@ -55,10 +57,22 @@ def continuations(model, tokenizer, prompt: str, num_texts: int, seed: int, **op
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
+@torch.no_grad()
+def log_likelihood(judge, tokenizer, prompt: str, texts: list[str]) -> float:
+    """Returns the judge's log-likelihood of the continuations given the prompt, in nats per character."""
+    total, start = 0.0, len(tokenizer(prompt).input_ids)
+    for text in texts:
+        ids = tokenizer(prompt + text, return_tensors="pt").input_ids.to(judge.device)
+        log_p = judge(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])
+        total += log_p[start - 1 :].sum().item()
+    return total / max(1, sum(map(len, texts)))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("calm evaluate invented_words", __doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CALM or another causal LM")
     parser.add_argument("--text", required=True, nargs="+", help="files of the reference text")
+    parser.add_argument("--judge", help="folder or Hub id of a causal LM, or a CALM with the head token_chain")
     parser.add_argument("--prompt", type=utf8, default=PROMPT)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
     parser.add_argument("--num_candidates", type=positive, help="for a CALM (default: the model's own)")
@@ -96,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with known_errors():
         model, tokenizer = load(args)
+        judge = load_with_tokenizer(args.judge) if args.judge else None
         files = expand_paths(args.text)
         with progress_bar(None, "Reading", "B", total_bytes(files)) as bar:
             known = vocabulary_of(read_documents(files, bar=bar))
@@ -109,14 +124,17 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     rows = []
-    print("| T | words | invented | fraction | examples |\n| --- | --- | --- | --- | --- |")
+    print("| T | words | invented | fraction | judge | examples |\n| --- | --- | --- | --- | --- | --- |")
     for temperature in progress_bar(args.temperature, "Generating", "temperature"):
         sampling = {"temperature": temperature, **options}
         texts = continuations(model, tokenizer, args.prompt, args.num_texts, args.seed, **sampling)
         new, count = invented(texts, known)
-        rows.append({"temperature": temperature, "words": count, "invented": len(new), "examples": new})
+        judged = log_likelihood(*judge, args.prompt, texts) if judge else None
+        row = {"temperature": temperature, "words": count, "invented": len(new), "judge": judged, "examples": new}
+        rows.append(row)
         fraction = f"{len(new) / max(count, 1):.1%}"
-        print_above_bars(f"| {temperature:g} | {count} | {len(new)} | {fraction} | {', '.join(new[:8])} |")
+        cells = [f"{temperature:g}", f"{count}", f"{len(new)}", fraction, "" if judged is None else f"{judged:.3f}"]
+        print_above_bars(f"| {' | '.join([*cells, ', '.join(new[:8])])} |")
     write_json(args.json, rows)
 
 
