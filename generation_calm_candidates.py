@@ -39,7 +39,7 @@ class CandidateBatch:
     Where a method takes `rows_R`, the object `rows_B` itself stands for all rows, which saves an index.
 
     Args:
-        head: samples latent vectors.
+        head: samples latent vectors, or the tokens themselves.
         hidden_BD: the rows' last hidden states.
         randomness: of the step.
         autoencoder: decodes latent vectors.
@@ -74,9 +74,9 @@ class CandidateBatch:
     def extend(self, rows_R: Tensor, num_samples: int) -> None:
         noise = self.randomness.noise_arguments(self.head, self.hidden_BD, rows_R, num_samples)
         context_RD = self._select(rows_R, self.hidden_BD)
-        log_factors_nR = None
-        with cpu_kernels(num_samples * len(context_RD), context_RD.shape[-1]):
-            if self.head.samples_tokens:
+        samples_tokens, log_factors_nR = self.head.samples_tokens, None  # by few rows: samples share beginnings
+        with cpu_kernels(len(context_RD) * (1 if samples_tokens else num_samples), context_RD.shape[-1]):
+            if samples_tokens:
                 arguments = num_samples, self.temperature, self.proposal or NO_TRUNCATION, self.forbidden_KV
                 samples_nR, log_acceptance_nR = self.head.propose(context_RD, *arguments, **noise)
                 tokens_nRK, log_factors_nR = samples_nR, None if self.proposal is None else log_acceptance_nR

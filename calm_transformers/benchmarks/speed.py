@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[2]
 GUIDE, SPEED = ROOT / "docs" / "guide.md", ROOT / "docs" / "speed.md"
 FAST_BASELINE, FLOAT32, BFLOAT16, DEMO = "float32-fast-baseline", "float32", "bfloat16", "demo"
 BATCH_SIZES = ("1", "8")
-COMMON = "--device cpu --num_candidates 200 --repetitions 3"
-CALM_M = "--shape calm-m --baseline transformer-s --output_length 32"
+COMMON = "--device cpu --num_candidates 200"
+CALM_M = "--shape calm-m --baseline transformer-s --output_length 32 --repetitions 3"
 OPTIONS = {
     FAST_BASELINE: f"{CALM_M} --dtype float32 --fast_baseline",
     FLOAT32: f"{CALM_M} --dtype float32",
     BFLOAT16: f"{CALM_M} --dtype bfloat16",
-    DEMO: "--shape demo --baseline demo-transformer --dtype float32 --output_length 128",
+    DEMO: "--shape demo --baseline demo-transformer --dtype float32 --output_length 128 --repetitions 15",
 }
 SAMPLING = {  # of CALM-M
     "distilled": "--temperature 0.5 --sampling_method distilled --workload worst",
@@ -118,7 +118,7 @@ def speed_table(folder: Path) -> str:
         FAST_BASELINE: "CALM-M, Transformer-S: float32, equal libraries",
         FLOAT32: "… PyTorch's default for Transformer-S",
         BFLOAT16: "… bfloat16",
-        DEMO: "demo, Llama of demo-transformer's shape: float32",
+        DEMO: "demo, Llama of demo-transformer's shape: float32, 15 runs",
     }
     rows = [
         [

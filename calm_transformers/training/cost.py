@@ -107,7 +107,7 @@ def calm_cost(config, block_size: int) -> Cost:
         "token embedding": count_parameters(backbone.embed_tokens),
         "patch embedding": count_parameters(backbone.embed_proj),
         "backbone": count_parameters(backbone.layers) + count_parameters(backbone.norm),
-        "head": count_parameters(head) - sum(p.numel() for p in head.parameters() if not p.requires_grad),
+        "head": count_parameters(head),
     }
     return Cost(
         parameters=parameters | {"autoencoder (frozen)": count_parameters(autoencoder)},
@@ -121,7 +121,7 @@ def calm_cost(config, block_size: int) -> Cost:
             "patch embedding": embedding_flops / K,
             "backbone": layer_flops / K,
             "head": sampling.flops / K,
-            "autoencoder": profile_call(autoencoder.decode, latent).flops / K,
+            "autoencoder": 0 if head.samples_tokens else profile_call(autoencoder.decode, latent).flops / K,
         },
         trainable=sum(parameters.values()),
         saved_activations=(backbone_activations + head_loss.saved_activations) / K,
