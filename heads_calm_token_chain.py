@@ -20,7 +20,7 @@ from .generation_calm_algorithms import NO_TRUNCATION, Truncation, truncated
 from .heads_calm import GenerativeHead, PatchTarget
 from .kernels_calm import arange
 
-BELOW_1 = 1 - 2**-23  # keeps thresholds below the last sum in float32, so no token of probability 0 is sampled
+BELOW_1 = 1 - 2**-20  # keeps thresholds below the last sum in float32, so no token of probability 0 is sampled
 BEAM_WIDTH = 32  # prefixes kept in the search for the most probable patch
 
 
@@ -94,7 +94,8 @@ class TokenChain(nn.Module):
                 probability_GV = truncated(probability_GV, truncation)
             cumulative_NRV = probability_GV.cumsum(-1).index_select(0, group_NR.flatten()).view(*group_NR.shape, -1)
             thresholds_NR1 = uniform[..., k, None] * (BELOW_1 * cumulative_NRV[..., -1:])
-            tokens.append(torch.searchsorted(cumulative_NRV, thresholds_NR1, right=True).squeeze(-1))
+            index_NR1 = torch.searchsorted(cumulative_NRV, thresholds_NR1, right=True)
+            tokens.append(index_NR1.squeeze(-1).clamp(max=cumulative_NRV.shape[-1] - 1))  # compiled sums may differ
             if k > 0 and not is_plain:
                 chosen = group_NR, tokens[-1]
                 log_sum_NR = logits_GV[chosen] - probability_GV[chosen].log() + cumulative_NRV[..., -1].log()
