@@ -287,7 +287,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         # Lazy decoding has data-dependent shapes, which no compiled graph has, and uses the output matrix itself,
         # whose shards (FSDP2) are gathered in a module's forward only.
         is_sharded = hasattr(self.autoencoder.decoder.lm_head.weight, "full_tensor")
-        is_lazy = not (processors or self.head.samples_tokens or torch.compiler.is_compiling() or is_sharded)
+        is_lazy = processors is None and not self.head.samples_tokens
+        is_lazy = is_lazy and not torch.compiler.is_compiling() and not is_sharded
         if is_lazy:
             wanted = sampling.lazy_decoding
             is_lazy = self.autoencoder.device.type == "cpu" if wanted is None else wanted

@@ -97,6 +97,7 @@ def test_the_judge_counts_the_continuation_alone():
 @pytest.mark.parametrize(
     "name, options, message",
     [
+        ("invented_words", "--judge {}/calm", "--judge {}/calm: CALM has no logits"),
         ("invented_words", "--temperature 0.5 3", "temperature=3.0: sampling needs a temperature in (0, 2]"),
         ("invented_words", "--temperature 0", "--temperature 0: must be positive"),
         ("invented_words", "--num_candidates 1 --temperature 0.5", "num_candidates=1 is too few for temperature=0.5"),

@@ -106,10 +106,8 @@ class Benchmark:
             raise InputError(f"{name} needs a --prompt_length of at least {K} and an --output_length of {2 * K}.")
         if "real" in options.workload and not is_trained(name):
             recorded = recorded_candidates(self.device)
-            largest_id, num_needed = (
-                int(recorded.max()),
-                max(self._sampling(T).max_samples for T in options.temperature),
-            )
+            largest_id = int(recorded.max())
+            num_needed = max(self._sampling(T).max_samples for T in options.temperature)
             if recorded.shape[2] != K or largest_id >= config.vocab_size or num_needed > recorded.shape[1]:
                 raise InputError(
                     f"the recorded candidates don't fit {name}: {recorded.shape[1]} patches of {recorded.shape[2]} "

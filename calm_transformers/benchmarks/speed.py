@@ -83,6 +83,7 @@ def read_rows(comparison: str, folder: Path) -> list[dict]:
 
 
 def describe_sampling(row: dict) -> str:
+    """Returns in words how a row's patches were sampled."""
     if row["draws"] == 1:
         return "one sample" if row["temperature"] == 1 else "distilled head, one sample"
     return f"up to {row['num_candidates']} candidates, {row['workload']}" if row["shape"] != "demo" else "rejection"

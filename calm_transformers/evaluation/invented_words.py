@@ -27,6 +27,7 @@ from calm_transformers.model.generation_calm_samplers import (
     check_num_candidates,
     check_temperature,
 )
+from calm_transformers.model.modeling_calm import NO_LOGITS
 from calm_transformers.progress import print_above_bars, progress_bar
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors():
         model, tokenizer = load(args)
         judge = load_with_tokenizer(args.judge) if args.judge else None
+        if judge and is_calm(judge[0]) and not judge[0].head.samples_tokens:
+            raise ValueError(f"--judge {args.judge}: {NO_LOGITS}")
         files = expand_paths(args.text)
         with progress_bar(None, "Reading", "B", total_bytes(files)) as bar:
             known = vocabulary_of(read_documents(files, bar=bar))

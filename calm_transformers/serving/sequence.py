@@ -45,7 +45,7 @@ class GenerationResult:
         finish_reason: "stop" after an EOS or a stop string, "length" after `max_new_tokens`.
         num_prompt_tokens: tokens of the prompt.
         seed: seed that reproduces the sequence; `None` where a generator was given.
-        logprobs: of each token, where they were asked for.
+        logprobs: of each token, if the request wants them; else empty.
     """
 
     tokens: list[int]
