@@ -48,3 +48,8 @@ def test_missing_packages_are_an_error_before_the_run(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = commands.refusal(capsys, serving.main, "--baseline", "transformer-s")
     assert "`transformers serve` needs fastapi" in error
+
+
+def test_a_recipe_is_saved_with_a_head_distilled_for_the_temperature(capsys):
+    error = commands.refusal(capsys, serving.main, "--distilled", "--temperature", "1")
+    assert "--distilled needs a --temperature between 0 and 1, not 1." in error

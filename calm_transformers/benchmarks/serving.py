@@ -1,10 +1,10 @@
 """Measures tokens per second and time to first token of several servers, by the number of clients.
 
     calm bench serving --model . --baseline transformer-s --clients 1 4 16
-    calm bench serving --model calm-m --baseline transformer-s --clients 1 4 16 --max_tokens 32
+    calm bench serving --model calm-m --distilled --baseline transformer-s --clients 1 4 16 --max_tokens 32
 
 A CALM is served by `calm serve`, the baseline by `transformers serve`, with and without its continuous batching.
-Recipes (calm-m, transformer-s) get random weights. Each client streams one completion after another over HTTP; EOS is
+Recipes (calm-m, transformer-s) get random weights, with --distilled a head that samples at T. Each client streams one completion after another over HTTP; EOS is
 ignored. Clients and servers share the machine; the rounds of the servers are interleaved.
 """
 
@@ -61,17 +61,20 @@ class Round(NamedTuple):
     first_token_seconds: list[float]
 
 
-def save_model(name: str, folder: Path) -> Path:
+def save_model(name: str, folder: Path, distilled_temperature: float | None = None) -> Path:
     """Returns the folder of a model; for a recipe, saves random weights and a tokenizer to `folder` first."""
     import torch
 
     from calm_transformers.benchmarks.workloads import is_trained, model_config, random_model
     from calm_transformers.loading import load_config
+    from calm_transformers.model.configuration_calm import CALMConfig
 
     if is_trained(name):
         load_config(name)
         return Path(name)
     config = model_config(name)
+    if isinstance(config, CALMConfig):
+        config.distilled_temperature = distilled_temperature
     model = random_model(config, torch.device("cpu"), torch.float32)
     assert model.generation_config is not None
     model.generation_config.update(do_sample=True, temperature=0.5)
@@ -210,12 +213,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=positive, default=2, help="completions per client and round")
     parser.add_argument("--max_tokens", type=positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.5)
+    parser.add_argument("--distilled", action="store_true", help="a recipe's head samples at the temperature, below 1")
     parser.add_argument("--repetitions", type=positive, default=3, help="rounds per server, interleaved")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=writable, help="write the results")
     options = parser.parse_args(argv)
     for package in UPSTREAM_PACKAGES if options.baseline else ():
         require_package(package, "benchmark", "`transformers serve`")
+    if options.distilled and not 0 < options.temperature < 1:
+        raise InputError(f"--distilled needs a --temperature between 0 and 1, not {options.temperature:g}.")
     with tempfile.TemporaryDirectory(prefix="calm-serving-") as folder:
         results = measure(options, Path(folder))
     print(as_table(results))
@@ -236,7 +242,8 @@ def measure(options: argparse.Namespace, temporary: Path) -> list[dict]:
         servers = []
         for name, model, program, program_options in configurations:
             with known_errors(ValueError, OSError):
-                folder = save_model(model, temporary / model.replace("/", "-"))
+                lowest = options.temperature if options.distilled else None
+                folder = save_model(model, temporary / model.replace("/", "-"), lowest)
             port = free_port()
             args = [*program, str(folder), *program_options, "--dtype", options.dtype]
             stack.enter_context(running_server(args, port, temporary / f"{len(servers)}.log"))
