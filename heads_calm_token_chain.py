@@ -39,15 +39,22 @@ class TokenChain(nn.Module):
 
     def logits(self, state: Tensor) -> Tensor:
         """Returns a position's logits (..., V) from its state plus the embeddings of the tokens before, (..., D)."""
-        return self.lm_head(self.norm_out(state + self.mlp(self.norm_in(state))))
+        return self.lm_head(self.features(state))
+
+    def features(self, state: Tensor) -> Tensor:
+        """Returns what the output matrix takes, (..., D), from the same states."""
+        return self.norm_out(state + self.mlp(self.norm_in(state)))
 
     def teacher_forced(self, context: Tensor, tokens: Tensor) -> Tensor:
         """Returns logits (..., K, V) given hidden states (..., D) and the patch's own tokens (..., K)."""
+        return self.lm_head(self.teacher_forced_features(context, tokens))
+
+    def teacher_forced_features(self, context: Tensor, tokens: Tensor) -> Tensor:
         before = [embed(tokens[..., k]) for k, embed in enumerate(self.embeddings)]
         state = self.context_proj(context).unflatten(-1, (self.patch_size, -1))
         if before:
             state = state + F.pad(torch.stack(before, dim=-2).cumsum(-2), (0, 0, 1, 0))
-        return self.logits(state)
+        return self.features(state)
 
     def propose(
         self,

@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from enumerable_distributions import chi_square_p_value
 from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from calm_transformers.training import auxiliary
 from calm_transformers.training.auxiliary import ExtraTargets, MultiTokenLoss, WithAuxiliary
 
 V, K = 5, 3
@@ -67,3 +70,44 @@ def test_the_loss_is_the_head_loss_with_pseudo_targets_plus_the_auxiliary_loss()
     torch.testing.assert_close(outputs.loss, 2.0 * head + 0.5 * wrapped.auxiliary(hidden, ids))
     outputs.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        self.numel = max([self.numel, *(x.numel() for x in tensors if isinstance(x, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_pseudo_targets_in_chunks(monkeypatch, dtype):
+    torch.manual_seed(0)
+    vocab_size, hidden, labels = 200, torch.randn(2, 21, 16), torch.randint(200, (2, 21 * K))
+    labels[0, 9:15] = -100
+    loss = MultiTokenLoss(16, vocab_size, K)
+
+    def gradients(call):
+        loss.zero_grad()
+        states = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = call(states)
+        value.backward()
+        return [value, states.grad, *(p.grad for p in loss.parameters())]
+
+    def in_one(states):
+        logits = loss.teacher_forced(states[:, :-1], labels[:, K:].clamp(min=0).unflatten(1, (-1, K)))
+        return F.cross_entropy(logits.flatten(0, 2).float(), labels[:, K:].flatten(), reduction="sum") / 7
+
+    expected = gradients(in_one)
+    monkeypatch.setattr(auxiliary, "LOGITS_CHUNK_SIZE", 7 * vocab_size)
+    with Largest() as largest:
+        actual = gradients(lambda states: loss(states, labels, num_items_in_batch=7))
+        loss.sample(hidden, 7)
+    torch.testing.assert_close(actual, expected, **({} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}))
+    assert largest.numel <= max(7 * vocab_size, vocab_size * 16, hidden.numel() * K * 2)
+    assert 2 * 20 * K * vocab_size > largest.numel  # of all logits

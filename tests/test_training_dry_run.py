@@ -74,3 +74,13 @@ def test_invalid_inputs_raise_as_in_a_run(workshop, tmp_path, capsys):
     ]:
         assert train(kind, dry_run=[], **fields) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_mtp_loss_counts(capsys):
+    """Its parameters and memory: at 128,257 tokens four matrices of 131 M, but no logits of a whole batch."""
+    plain, fast = (report("calm", recipe, capsys) for recipe in ("calm-m", "calm-m-fast"))
+    [mtp] = [float(line.split()[-2]) for line in fast if line.startswith("  MTP loss (not exported)")]
+    [total] = {line for line in plain if "total, no autoencoder" in line} & set(fast)  # of the exported model
+    gib = [[float(line.split("GiB")[0].split()[-1]) for line in lines if "GiB" in line] for lines in (plain, fast)]
+    assert gib[1][0] - gib[0][0] == pytest.approx(16 * mtp * 1e6 / 2**30, abs=0.02)
+    assert 0.5 < gib[1][1] - gib[0][1] < 2 * 32_768 * 128_257 / 2**30

@@ -4,8 +4,9 @@
     calm bench serving --model calm-m --distilled --baseline transformer-s --clients 1 4 16 --max_tokens 32
 
 A CALM is served by `calm serve`, the baseline by `transformers serve`, with and without its continuous batching.
-Recipes (calm-m, transformer-s) get random weights, with --distilled a head that samples at T. Each client streams one completion after another over HTTP; EOS is
-ignored. Clients and servers share the machine; the rounds of the servers are interleaved.
+Recipes (calm-m, transformer-s) get random weights, with --distilled a head that samples at T. Each client streams one
+completion after another over HTTP; EOS is ignored. Clients and servers share the machine; the rounds of the servers are
+interleaved.
 """
 
 from __future__ import annotations

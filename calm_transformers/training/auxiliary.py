@@ -14,6 +14,8 @@ from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.distil import SoftTargets, Teacher
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # in a checkpoint folder
+LOGITS_CHUNK_SIZE = 2**25  # logits held at once, 128 MB in float32, and a few copies
+IGNORED = -100  # labels that aren't predicted
 
 
 class MultiTokenLoss(TokenChain):
@@ -45,19 +47,75 @@ class MultiTokenLoss(TokenChain):
             soft_targets: a teacher's probabilities of the same tokens, for distillation.
         """
         labels_BPK = target_patches(labels, self.patch_size)
-        logits = self.teacher_forced(hidden_BPD[:, :-1], labels_BPK.clamp(min=0)).float()
+        features = self.teacher_forced_features(hidden_BPD[:, :-1], labels_BPK.clamp(min=0))
         if soft_targets is None:
-            total = F.cross_entropy(logits.flatten(0, 2), labels_BPK.flatten(), reduction="sum")
+            total = linear_cross_entropy(features.flatten(0, 2), self.lm_head.weight, labels_BPK.flatten())
         else:
-            total = soft_targets.cross_entropy(logits, labels_BPK).sum()
-        count = (labels_BPK != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            total = soft_targets.cross_entropy(self.lm_head(features).float(), labels_BPK).sum()
+        count = (labels_BPK != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples `num_samples` (A) patches per hidden state: (..., D) → ids (A, ..., K)."""
-        uniform = torch.empty(num_samples, *hidden.shape[:-1], self.patch_size, device=hidden.device)
-        return self.propose(hidden, uniform.uniform_(generator=generator))[0]
+        return propose_in_chunks(self, hidden, num_samples, generator=generator)[0]
+
+
+def propose_in_chunks(
+    chain: TokenChain,
+    context: Tensor,
+    num_samples: int,
+    temperature: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns what `TokenChain.propose` does, in chunks, for contexts (..., D) and temperatures (...) in (0, 1]."""
+    num_rows = max(1, LOGITS_CHUNK_SIZE // (num_samples * chain.lm_head.out_features))
+    contexts = context.reshape(-1, context.shape[-1]).split(num_rows)
+    temperatures = [1.0] * len(contexts) if temperature is None else temperature.flatten().split(num_rows)
+    parts = []
+    for context_RD, temperature_R in zip(contexts, temperatures, strict=True):
+        uniform = torch.empty(num_samples, len(context_RD), chain.patch_size, device=context.device)
+        parts.append(chain.propose(context_RD, uniform.uniform_(generator=generator), temperature_R))
+    shape = (num_samples, *context.shape[:-1])
+    tokens, log_acceptance = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return tokens.view(*shape, -1), log_acceptance.view(shape)
+
+
+def linear_cross_entropy(states_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> Tensor:
+    """Returns the sum of the cross-entropies of labels under the logits states · weightᵀ, without storing these."""
+    kind = states_RD.device.type  # "meta" knows no autocast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        states_RD, weight_VD = states_RD.to(dtype), weight_VD.to(dtype)
+    return _LinearCrossEntropy.apply(states_RD, weight_VD, labels_R)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum and its gradient in one pass over chunks of rows."""
+
+    @staticmethod
+    def forward(ctx, states_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> Tensor:
+        num_rows = max(1, LOGITS_CHUNK_SIZE // len(weight_VD))
+        total = torch.zeros((), device=states_RD.device)
+        grad_weight, grads = torch.zeros_like(weight_VD, dtype=torch.float32), []
+        for states, labels in zip(states_RD.split(num_rows), labels_R.split(num_rows), strict=True):
+            log_q = (states @ weight_VD.T).float().log_softmax(-1)
+            total += F.nll_loss(log_q, labels, ignore_index=IGNORED, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                counts = (labels != IGNORED).to(log_q.dtype).unsqueeze(-1)
+                grad = log_q.exp_().mul_(counts).scatter_add_(1, labels.clamp(min=0).unsqueeze(-1), -counts)
+                grad = grad.to(weight_VD.dtype)
+                grads.append(grad @ weight_VD)
+                grad_weight += grad.T @ states
+        if grads:
+            ctx.save_for_backward(torch.cat(grads), grad_weight.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total: Tensor):
+        grad_states, grad_weight = ctx.saved_tensors
+        return grad_total * grad_states, grad_total * grad_weight, None
 
 
 class ExtraTargets(PatchTarget):

@@ -21,7 +21,7 @@ from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
 from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
-from calm_transformers.training.auxiliary import MultiTokenLoss
+from calm_transformers.training.auxiliary import LOGITS_CHUNK_SIZE, MultiTokenLoss
 from calm_transformers.training.distil_temperature import NUM_HEAD_SAMPLES, NUM_PROPOSALS
 from calm_transformers.training.recipe import CONFIGS, Recipe
 
@@ -36,6 +36,7 @@ class Cost:
         trainable: number of parameters with gradients.
         saved_activations: estimated number of elements per token that autograd saves for the backward pass.
         network_calls: forward passes of the head's network per sample.
+        temporaries: number of elements, in float32, that a loss in chunks holds at once, whatever the batch.
     """
 
     parameters: dict[str, int]
@@ -44,6 +45,7 @@ class Cost:
     trainable: int
     saved_activations: float
     network_calls: int | None = None
+    temporaries: int = 0
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -174,10 +176,16 @@ def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
             loss = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
             hidden = torch.zeros(1, 2, config.hidden_size)
             labels = torch.zeros(1, 2 * config.patch_size, dtype=torch.long)
-        loss_flops = profile_call(loss, hidden, labels).flops
+        with torch.no_grad():  # which skips the gradient that is computed with the loss
+            loss_flops = profile_call(loss, hidden, labels).flops
+        cost.parameters["MTP loss (not exported)"] = count_parameters(loss)
+        cost.trainable += count_parameters(loss)
+        saved = profile_call(loss, hidden, labels).saved_activations - loss.lm_head.weight.numel()  # its gradient
+        cost.saved_activations += saved / config.patch_size
+        cost.temporaries = 4 * LOGITS_CHUNK_SIZE  # logits, their logarithms and gradients
         target_flops = profile_call(loss.sample, hidden[:, 0], num_samples=1).flops
-        train_flops["auxiliary loss"] = (3 * loss_flops + recipe.auxiliary_targets * target_flops) / config.patch_size
-        cost.inference_flops["auxiliary loss"] = 0
+        train_flops["MTP loss"] = (3 * loss_flops + recipe.auxiliary_targets * target_flops) / config.patch_size
+        cost.inference_flops["MTP loss"] = 0
         train_flops["autoencoder"] *= 1 + recipe.auxiliary_targets
     if recipe.distil_temperature:
         add_temperature_teacher(cost, config, teacher)
@@ -215,10 +223,11 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) 
     cost, training = recipe_cost(recipe, config, teacher), recipe.training
     print("\n".join([f"recipe {recipe.name}", *notes, "", "parameters"]))
     for part, number in cost.parameters.items():
-        print(f"  {part:<22}{number / 1e6:>12,.2f} M")
-    digits = 1 if recipe.kind == "ar" or cost.trainable > 1e9 else 2  # as in these models' usual names
+        print(f"  {part:<24}{number / 1e6:>12,.2f} M")
+    exported = sum(number for part, number in cost.parameters.items() if "(" not in part)
+    digits = 1 if recipe.kind == "ar" or exported > 1e9 else 2  # as in these models' usual names
     name = "total, no autoencoder" if recipe.kind == "calm" else "total"
-    print(f"  {name:<22}{cost.trainable / 1e6:>12,.{digits}f} M")
+    print(f"  {name:<24}{exported / 1e6:>12,.{digits}f} M")
 
     print("\nFLOPs per token (2 per weight and use, attention 4·P·D per layer, backward twice the forward)")
     train, inference = sum(cost.train_flops.values()), sum(cost.inference_flops.values())
@@ -232,7 +241,8 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) 
     tokens_per_step = batch_tokens * training.get("gradient_accumulation_steps", 1)
     # 16 bytes: weight, gradient and Adam's two moments; frozen: the weight alone.
     weights_gib = (16 * cost.trainable + 4 * (sum(cost.parameters.values()) - cost.trainable)) / 2**30
-    activations_gib = (2 if training.get("bf16") else 4) * cost.saved_activations * batch_tokens / 2**30
+    activations = (2 if training.get("bf16") else 4) * cost.saved_activations * batch_tokens
+    activations_gib = (activations + 4 * cost.temporaries) / 2**30
     print(f"\none step of one process: {tokens_per_step:,} tokens, {train * tokens_per_step:.2e} FLOPs")
     print(f"memory: {weights_gib:.2f} GiB for float32 weights, gradients and Adam,")
     print(

@@ -19,11 +19,10 @@ from calm_transformers.model.heads_calm import GenerativeHead
 from calm_transformers.model.heads_calm_token_chain import TokenChain
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
-from calm_transformers.training.auxiliary import ExtraTargets, TrainedCALM
+from calm_transformers.training.auxiliary import ExtraTargets, TrainedCALM, propose_in_chunks
 
 NUM_HEAD_SAMPLES = 100  # N, of a teacher that knows no probabilities
 NUM_PROPOSALS = 64  # N, of one that does
-LOGITS_CHUNK_SIZE = 2**25  # logits of proposals held at once
 TemperatureTeacher = Callable[[Tensor, Tensor, int], Tensor]  # (R, D), temperatures (R,), M → ids (M, R, K)
 
 
@@ -36,17 +35,7 @@ class ChainTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:
-        vocab_size = self.chain.lm_head.out_features
-        num_rows = max(1, LOGITS_CHUNK_SIZE // (NUM_PROPOSALS * vocab_size))
-        parts = [
-            self._sample(*part, num_targets)
-            for part in zip(context.split(num_rows), temperature.split(num_rows), strict=True)
-        ]
-        return torch.cat(parts, dim=1)
-
-    def _sample(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:
-        uniform = torch.rand(NUM_PROPOSALS, len(context), self.chain.patch_size, device=context.device)
-        tokens_NRK, log_weight_NR = self.chain.propose(context, uniform, temperature)
+        tokens_NRK, log_weight_NR = propose_in_chunks(self.chain, context, NUM_PROPOSALS, temperature)
         return resample(tokens_NRK, log_weight_NR.softmax(0), num_targets)
 
 
