@@ -92,6 +92,8 @@ class _EnergyScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, samples_NPZ: Tensor, targets_SPZ: Tensor, beta: float) -> Tensor:
         chunk = PATCHES_CHUNK_SIZE["cpu" if samples_NPZ.device.type == "cpu" else "other"]
+        if torch.compiler.is_compiling():  # it would unroll the chunks: minutes, again for another number of patches
+            chunk = max(1, samples_NPZ.shape[1])
         scores, grads = [], []
         for samples, targets in zip(samples_NPZ.split(chunk, dim=1), targets_SPZ.split(chunk, dim=1), strict=True):
             samples_PNZ = samples.transpose(0, 1).contiguous()
@@ -143,7 +145,6 @@ def _power_and_gradient_factor(squared: Tensor, beta: float) -> tuple[Tensor, Te
     return squared * factor, beta * factor
 
 
-@torch.compiler.disable()  # it would unroll the chunks: minutes of compilation, again for another number of patches
 def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
     """Returns each patch's energy score (...) of samples x (N, ..., Z), N ≥ 2, and posterior samples y (S, ..., Z).
 

@@ -197,7 +197,8 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         """
         x0 = target.sample_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
-            time = x0.new_empty(x0.shape[:-1], dtype=torch.long).random_(DIFFUSION_TRAIN_STEPS, generator=generator)
+            uniform = torch.empty(x0.shape[:-1], device=x0.device).uniform_(generator=generator)
+            time = (DIFFUSION_TRAIN_STEPS * uniform).long()
         noise = standard_normal(x0.shape, x0, generator) if noise is None else noise
         schedule = diffusion_schedule(DIFFUSION_TRAIN_STEPS, x0.device)
         x = schedule.diffuse(x0, noise, time)

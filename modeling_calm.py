@@ -309,24 +309,31 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         Raises:
             ValueError: labels of another length than the input.
         """
-        context, target = self.patch_targets(hidden_BPD, labels)
+        context, target, is_counted = self.patch_targets(hidden_BPD, labels)
         losses = self.head.loss(context, target, generator=generator, **noise)
-        return self.mean_over_items(losses, num_items_in_batch)
+        return self.mean_over_items(losses, is_counted, num_items_in_batch)
 
-    def mean_over_items(self, losses_M: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Returns the mean of the patches' losses, or their sum · K / num_items_in_batch, the count of labels."""
+    def mean_over_items(
+        self, losses_R: Tensor, is_counted_R: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Returns the mean loss of patches that count, or their sum · K / num_items_in_batch, the count of labels."""
+        total = losses_R.where(is_counted_R, 0).sum()
         if num_items_in_batch is None:
-            return losses_M.sum() / torch.sym_max(1, len(losses_M))  # len is symbolic under torch.compile
-        return losses_M.sum() / (num_items_in_batch / self.config.patch_size)
+            return total / is_counted_R.sum().clamp(min=1)
+        return total / (num_items_in_batch / self.config.patch_size)
 
-    def patch_targets(self, hidden_BPD: Tensor, labels: Tensor) -> tuple[Tensor, PatchTarget]:
-        """Returns the hidden states (M, D) before the M target patches, and the targets; arguments of `patch_loss`."""
+    def patch_targets(self, hidden_BPD: Tensor, labels: Tensor) -> tuple[Tensor, PatchTarget, Tensor]:
+        """Returns the hidden states (R, D) before R = B·(P − 1) patches, these, and which count, (R,).
+
+        Patches count whose tokens all have labels. The others are computed as well, as if of token 0: to leave them
+        out the host would have to wait for the device, and torch.compile couldn't know how many there are.
+        """
         patch_size, num_tokens = self.config.patch_size, self.config.patch_size * hidden_BPD.shape[1]
         if labels.shape[1] != num_tokens:
             raise ValueError(f"labels have length {labels.shape[1]}, but the input has {num_tokens} tokens.")
-        labels_BPK = target_patches(labels.long().to(hidden_BPD.device), patch_size)
-        is_target = (labels_BPK != -100).all(-1)
-        return hidden_BPD[:, :-1][is_target], PatchTarget(labels_BPK[is_target], self.autoencoder)
+        labels_RK = target_patches(labels.long().to(hidden_BPD.device), patch_size).flatten(0, 1)
+        target = PatchTarget(labels_RK.clamp(min=0), self.autoencoder)
+        return hidden_BPD[:, :-1].flatten(0, 1), target, (labels_RK != -100).all(-1)
 
 
 def target_patches(labels_BL: Tensor, patch_size: int) -> Tensor:

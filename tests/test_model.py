@@ -100,9 +100,9 @@ def test_loss_counts_whole_later_patches(head_type):
     labels = ids.clone()
     labels[0, :9] = -100  # patch 2 of row 0 lacks a label
     hidden = model(ids).last_hidden_state
-    posterior = tuple(torch.cat([x[0, 3:6], x[1, 1:6]]) for x in model.autoencoder.encode(ids))
-    context_MD = torch.cat([hidden[0, 2:5], hidden[1, 0:5]])
-    expected = model.head.loss(context_MD, PatchTarget(posterior=posterior), generator=seeded())
+    posterior = tuple(x[:, 1:].flatten(0, 1) for x in model.autoencoder.encode(labels.clamp(min=0)))
+    losses = model.head.loss(hidden[:, :-1].flatten(0, 1), PatchTarget(posterior=posterior), generator=seeded())
+    expected = torch.cat([losses[2:5], losses[5:]])
     loss = model(ids, labels=labels, generator=seeded()).loss
     torch.testing.assert_close(loss, expected.mean())
     items = model(ids, labels=labels, generator=seeded(), num_items_in_batch=torch.tensor(100)).loss

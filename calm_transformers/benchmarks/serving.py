@@ -5,7 +5,7 @@
 
 A CALM is served by `calm serve`, the baseline by `transformers serve`, with and without its continuous batching.
 Recipes (calm-m, transformer-s) get random weights, with --distilled a head that samples at T. Each client streams one
-completion after another over HTTP; EOS is ignored. Clients and servers share the machine; the rounds of the servers are
+completion after another over HTTP; EOS is ignored. Clients and servers share the machine; the servers' rounds are
 interleaved.
 """
 

@@ -203,10 +203,11 @@ class WithAuxiliary(TrainedCALM):
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
         if labels is not None:
             if self.head_weight and self.num_targets:
-                context, target = self.calm.patch_targets(outputs.last_hidden_state, labels)
+                context, target, is_counted = self.calm.patch_targets(outputs.last_hidden_state, labels)
                 extra_tokens = self.auxiliary.sample(context, self.num_targets)
                 target = ExtraTargets(target.tokens, self.calm.autoencoder, extra_tokens)
-                outputs["loss"] = self.calm.mean_over_items(self.calm.head.loss(context, target), num_items_in_batch)
+                losses = self.calm.head.loss(context, target)
+                outputs["loss"] = self.calm.mean_over_items(losses, is_counted, num_items_in_batch)
             soft_targets = self.teacher and self.teacher.soft_targets(
                 inputs["input_ids"], inputs.get("attention_mask")
             )

@@ -81,12 +81,12 @@ class TemperatureDistillation(TrainedCALM):
         with torch.no_grad():
             outputs = self.calm(use_cache=False, **inputs)
         if labels is not None:
-            context_RD, target = self.calm.patch_targets(outputs.last_hidden_state, labels)
+            context_RD, target, is_counted_R = self.calm.patch_targets(outputs.last_hidden_state, labels)
             temperature_R = self.sample_temperatures(len(context_RD), context_RD.device)
             tokens_MRK = self.teacher(context_RD, temperature_R, self.num_targets)
             target = ExtraTargets(tokens_MRK[0], self.calm.autoencoder, tokens_MRK[1:])
             losses_R = self.calm.head.loss(context_RD, target, temperature=temperature_R)
-            outputs["loss"] = self.calm.mean_over_items(losses_R, num_items_in_batch)
+            outputs["loss"] = self.calm.mean_over_items(losses_R, is_counted_R, num_items_in_batch)
         return outputs
 
     def sample_temperatures(self, num_contexts: int, device: torch.device) -> Tensor:

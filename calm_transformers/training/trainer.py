@@ -50,6 +50,7 @@ from calm_transformers.training.recipe import (
 from calm_transformers.training.tokenizer import save_tokenizer
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
+MAX_UNCHECKED_LOSSES = 1000
 TRAINER_STATE = "trainer_state.json"  # Trainer writes it last
 
 
@@ -190,6 +191,7 @@ class CALMTrainer(Trainer):
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, TrainedCALM)
         self._no_cache = {"use_cache": False} if has_cache else {}  # a cache would only take memory
         self._sums: dict[str, torch.Tensor] = {}
+        self._losses: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss and blocks, unchecked
         self._tokens, self._first_step = 0, 0
         self._clocks: tuple[float, float] | None = None  # wall and CPU time at the first batch since the last log
         self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -218,8 +220,9 @@ class CALMTrainer(Trainer):
         assert isinstance(result, tuple), "of loss and outputs"
         loss, outputs = result
         if model.training:
-            if not torch.isfinite(loss):
-                self._raise_not_finite(f"the loss is {loss.item()}", block_ids)
+            self._losses.append((self.state.global_step + 1, loss.detach(), block_ids))
+            if len(self._losses) == MAX_UNCHECKED_LOSSES:
+                self._check_losses()
             if self._clocks is None:
                 self._clocks, self._first_step = (time.perf_counter(), time.process_time()), self.state.global_step
             for name in LOSS_TERMS:
@@ -230,17 +233,26 @@ class CALMTrainer(Trainer):
             self._last_batch = inputs["input_ids"], None if hidden is None else hidden.detach()
         return (loss, outputs) if return_outputs else loss
 
-    def _raise_not_finite(self, problem: str, block_ids: torch.Tensor | None = None) -> None:
+    def _check_losses(self) -> None:
+        """Raises InputError if a loss since the last check is not finite; at each step the host would have to wait."""
+        steps, self._losses = self._losses, []
+        finite = torch.stack([loss for _, loss, _ in steps]).isfinite().tolist() if steps else []
+        for is_finite, (step, loss, block_ids) in zip(finite, steps, strict=True):
+            if not is_finite:
+                self._raise_not_finite(f"the loss is {loss.item()}", step, block_ids)
+
+    def _raise_not_finite(self, problem: str, step: int, block_ids: torch.Tensor | None = None) -> None:
         blocks = "" if block_ids is None else f" on the blocks {block_ids.tolist()}"
         last = last_checkpoint(output_folder(self.args))
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise InputError(
-            f"step {self.state.global_step + 1}{blocks}: {problem}; {good}. A lower learning rate or a stricter "
+            f"step {step}{blocks}: {problem}; {good}. A lower learning rate or a stricter "
             "max_grad_norm may help."
         )
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         """Also logs the means of the loss terms since the last log, the speed and the diagnostics."""
+        self._check_losses()
         if "loss" in logs and self._last_batch is not None:
             steps = self.state.global_step - self._first_step
             # With num_items_in_batch, micro-batch terms already sum to the mean over the whole batch.
@@ -268,9 +280,10 @@ class CALMTrainer(Trainer):
     # checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._check_losses()
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
-            self._raise_not_finite(f"the weights are not finite any more, {broken[0]} first")
+            self._raise_not_finite(f"the weights are not finite any more, {broken[0]} first", self.state.global_step)
         if self.args.should_save:  # a damaged checkpoint of this step is overwritten: mark it as incomplete
             (output_folder(self.args) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
