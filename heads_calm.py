@@ -69,6 +69,12 @@ class PatchTarget:
             posterior = posterior[0].to(device, **kwargs), posterior[1].to(device, **kwargs)
         return PatchTarget(tokens, self._autoencoder, posterior)
 
+    def rows(self, rows: slice) -> "PatchTarget":
+        """Returns the targets of some rows, where there is one axis of patches."""
+        tokens = None if self._tokens is None else self._tokens[rows]
+        posterior = self._posterior
+        return PatchTarget(tokens, self._autoencoder, posterior and (posterior[0][rows], posterior[1][rows]))
+
     @property
     def tokens(self) -> Tensor:
         if self._tokens is None:

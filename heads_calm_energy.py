@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .configuration_calm import CALMConfig, require
 from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, zero_linear
 
+TARGETS_CHUNK_SIZE = 2048  # patches whose posterior samples are held at once: 100 MB at S = 100, Z = 128
 PATCHES_CHUNK_SIZE = {"cpu": 64, "other": 2048}  # patches scored at once; on a CPU they should stay in the cache
 
 
@@ -81,9 +82,12 @@ class EnergyHead(GenerativeHead, head_type="energy"):
         posterior_noise: Tensor | None = None,
     ) -> Tensor:
         """Returns −energy score; predrawn: uniform noise (N, ..., noise size), normal posterior_noise (S, ..., Z)."""
-        samples = self._sample(context, self.num_samples, generator, noise)
-        targets = target.sample_latents(self.num_posterior_samples, generator, posterior_noise)
-        return -energy_score(samples, targets, self.beta)
+        samples, S = self._sample(context, self.num_samples, generator, noise), self.num_posterior_samples
+        if posterior_noise is not None or context.dim() != 2 or len(context) <= TARGETS_CHUNK_SIZE:
+            return -energy_score(samples, target.sample_latents(S, generator, posterior_noise), self.beta)
+        parts = [slice(i, i + TARGETS_CHUNK_SIZE) for i in range(0, len(context), TARGETS_CHUNK_SIZE)]
+        scores = [energy_score(samples[:, i], target.rows(i).sample_latents(S, generator), self.beta) for i in parts]
+        return -torch.cat(scores)
 
 
 class _EnergyScore(torch.autograd.Function):

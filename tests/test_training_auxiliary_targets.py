@@ -10,6 +10,8 @@ from tiny import HEAD_TYPES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm_transformers.benchmarks.operations import DispatchCounter
+from calm_transformers.model import heads_calm, heads_calm_energy
+from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.training import auxiliary
 from calm_transformers.training.auxiliary import ExtraTargets, MultiTokenLoss, WithAuxiliary
 
@@ -130,3 +132,25 @@ def test_a_training_step_is_one_graph_and_does_not_wait(head_type):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(**inputs).loss.backward()
     torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_posterior_samples_in_chunks(monkeypatch):
+    """Drawn without noise, so that they are the same in chunks of 4 and of all 11 patches."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    tokens, extra = (torch.randint(3, 90, (*shape, 11, 4), generator=generator) for shape in ((), (3,)))
+    context, noise = (
+        torch.randn(11, 48, generator=generator),
+        model.head.initial_noise((8, 11), tokens.float(), generator),
+    )
+    sizes = []
+    for module in (heads_calm, auxiliary):
+        monkeypatch.setattr(
+            module, "standard_normal", lambda shape, *rest: sizes.append(shape[1]) or torch.zeros(shape)
+        )
+    for target in (PatchTarget(tokens, model.autoencoder), ExtraTargets(tokens, model.autoencoder, extra)):
+        whole = model.head.loss(context, target, noise=noise)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heads_calm_energy, "TARGETS_CHUNK_SIZE", 4)
+            torch.testing.assert_close(model.head.loss(context, target, noise=noise), whole)
+    assert sizes == 2 * [11, 4, 4, 3]

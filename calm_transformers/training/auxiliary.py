@@ -135,6 +135,9 @@ class ExtraTargets(PatchTarget):
         tokens, extra_tokens = self.tokens.to(device, **kwargs), self.extra_tokens.to(device, **kwargs)
         return ExtraTargets(tokens, self._autoencoder, extra_tokens)
 
+    def rows(self, rows: slice) -> PatchTarget:
+        return ExtraTargets(self.tokens[rows], self._autoencoder, self.extra_tokens[:, rows])
+
     @property
     def all_tokens(self) -> Tensor:
         """Ids (1 + A, ..., K) of all patches, the one that followed first."""
