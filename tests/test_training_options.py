@@ -8,6 +8,7 @@ from commands import refusal
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_helpers import RECIPES, losses_of, start_training, train
+from transformers import TrainingArguments
 
 from calm_transformers.loading import load_tokenizer
 from calm_transformers.training.recipe import load_recipe
@@ -91,6 +92,12 @@ def test_arguments_that_trainer_checks_late_raise_before_a_model_is_built(
     words = [*arguments_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
     assert message in refusal(capsys, main, "calm", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_several_gpus_need_a_process_each(workshop, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 8)
+    error = refusal(capsys, main, "calm", *arguments_of(workshop, tmp_path))
+    assert "8 GPUs: start `torchrun --nproc_per_node 8 -m calm_transformers.training.train …`" in error
 
 
 def test_errors_that_only_model_or_data_show_are_one_line(workshop, tmp_path, capsys):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from training_helpers import start_training, train, write_corpus
+from training_helpers import start_training, start_training_together, train, write_corpus
 
 from calm_transformers.command_line import InputError
 from calm_transformers.training.recipe import allowed_changes, load_recipe
-from calm_transformers.training.trainer import find_damage, last_checkpoint
+from calm_transformers.training.trainer import EXIT_PREEMPTED, find_damage, last_checkpoint
 
 KILLS = 10
 STEPS = 90
@@ -50,6 +50,30 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
     assert log.read_text().count("resuming from checkpoint") == KILLS
 
     assert same_weights(whole, killed) and not same_weights(killed / f"checkpoint-{STEPS - 1}", killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_preempted_run_saves_its_step_and_resumes(workshop, tmp_path, num_processes):
+    """SIGTERM, of two processes to the second one alone."""
+    fields, log = fields_of_run(workshop, tmp_path / "run") | {"save_steps": 1000}, tmp_path / "log"
+    log.touch()
+    processes = start_training_together(log, "calm", num_processes=num_processes, **fields)
+    deadline = time.monotonic() + 60
+    while "'loss'" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    processes[-1].terminate()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == num_processes * [EXIT_PREEMPTED], log.read_text()[-2000:]
+    saved = last_checkpoint(tmp_path / "run")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert 0 < step < STEPS and f"SIGTERM: saved step {step}; the same command resumes" in log.read_text()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    for process in (again := start_training_together(log, "calm", num_processes=num_processes, **fields)):
+        process.join(120)
+    assert [process.exitcode for process in again] == num_processes * [0], log.read_text()[-2000:]
+    assert f"resuming from checkpoint-{step}" in log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -418,6 +418,9 @@ def check_arguments(args: TrainingArguments) -> None:
 
     They are built for a tiny model and dropped: only their errors matter.
     """
+    if args.n_gpu > 1:  # Trainer would use DataParallel
+        command = f"torchrun --nproc_per_node {args.n_gpu} -m calm_transformers.training.train …"
+        raise InputError(f"{args.n_gpu} GPUs: start `{command}`, or choose one with CUDA_VISIBLE_DEVICES=0.")
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise InputError(f"{name}={getattr(args, name)}: must be an integer from 0 to 2**32 - 1.")

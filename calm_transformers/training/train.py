@@ -55,7 +55,7 @@ DEFAULT_VOCAB_SIZE = 4096  # of a new tokenizer
 
 
 @command
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     parser = Parser("calm train", __doc__)
     subparsers = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=", ".join(KINDS))
     for kind in KINDS:
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             return train_tokenizer(recipe)
         run = prepare_training(recipe, options.resume)
     with known_errors(InputError, OSError):
-        run.train_and_export()
+        return run.train_and_export()
 
 
 def prepare_training(recipe: Recipe, resume: str = "auto") -> PreparedRun:

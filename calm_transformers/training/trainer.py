@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -24,7 +25,7 @@ import torch
 import transformers
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
 from calm_transformers.command_line import InputError, format_error
@@ -51,6 +52,7 @@ from calm_transformers.training.tokenizer import save_tokenizer
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 MAX_UNCHECKED_LOSSES = 1000
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 TRAINER_STATE = "trainer_state.json"  # Trainer writes it last
 
 
@@ -125,8 +127,10 @@ class PreparedRun:
     trainer: "CALMTrainer"
     checkpoint: Path | None
 
-    def train_and_export(self) -> None:
-        args = self.trainer.args
+    def train_and_export(self) -> int:
+        """Trains and writes the model; returns 0, or `EXIT_PREEMPTED` after a SIGTERM, with a checkpoint saved."""
+        args, preemption = self.trainer.args, Preemption()
+        self.trainer.add_callback(preemption)
         torch.manual_seed(args.seed + args.process_index)  # each process needs its own noise
         transformers.logging.disable_progress_bar()  # the one of saving
         try:
@@ -135,8 +139,37 @@ class PreparedRun:
             if shows_bars():
                 print(file=sys.stderr)  # below the bar
             raise
+        if preemption.is_stopped and self.trainer.state.global_step < self.trainer.state.max_steps:
+            log_rank0(f"SIGTERM: saved step {self.trainer.state.global_step}; the same command resumes")
+            return EXIT_PREEMPTED
         self.trainer.export()
         log_rank0(f"the model is in {output_folder(args)}")
+        return 0
+
+
+class Preemption(TrainerCallback):
+    """On SIGTERM, saves a checkpoint at the end of the step and stops: all processes at the same step."""
+
+    def __init__(self):
+        self.is_signalled = self.is_stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_) -> None:
+        self.is_signalled = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.is_stopped = self.is_signalled
+        if args.world_size > 1:  # a signal may reach the processes at different steps
+            any_signalled = torch.tensor(int(self.is_signalled), device=args.device)
+            torch.distributed.all_reduce(any_signalled, torch.distributed.ReduceOp.MAX)
+            self.is_stopped = bool(any_signalled)
+        if self.is_stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._previous)
 
 
 def load_resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
@@ -246,8 +279,7 @@ class CALMTrainer(Trainer):
         last = last_checkpoint(output_folder(self.args))
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise InputError(
-            f"step {step}{blocks}: {problem}; {good}. A lower learning rate or a stricter "
-            "max_grad_norm may help."
+            f"step {step}{blocks}: {problem}; {good}. A lower learning rate or a stricter max_grad_norm may help."
         )
 
     def log(self, logs: dict, *args, **kwargs) -> None:
