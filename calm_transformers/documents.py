@@ -14,13 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from calm_transformers.command_line import InputError, require_package
@@ -248,10 +247,7 @@ def _read_parquet(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm |
 def read_hub_dataset(
     dataset, text_column: str = "text", bad_lines: BadLines | None = None, bar: tqdm | None = None
 ) -> Iterator[str]:
-    """Yields the documents of a `datasets.Dataset` or `IterableDataset`, in order.
-
-    Every DataLoader worker gets all of them: `dataset.iter` isn't sharded over workers, unlike a loop over rows.
-    """
+    """Yields the documents of a `datasets.Dataset` or `IterableDataset`, in order."""
     bad_lines, number = bad_lines or BadLines(), 0
     try:
         for batch in dataset.iter(batch_size=256):
@@ -327,31 +323,42 @@ class Documents:
     """A re-iterable sequence of documents. After the first full pass, it reports skipped lines on stderr.
 
     Args:
-        read: (bad_lines, bar) → iterator of documents.
+        readers: of each file in turn, (bad_lines, bar) → iterator of documents.
         source: name of the source, for messages.
         limit, skip_bad_lines: `max_documents` and `skip_bad_lines` of `DataOptions`.
         description, unit, total: of a progress bar; without `description` there is none.
+        may_be_empty: no error if there is no text.
     """
 
-    read: Callable[..., Iterator[str]]
+    readers: list[Callable[..., Iterator[str]]]
     source: str
     limit: int | None = None
     skip_bad_lines: bool = False
     description: str | None = None
     unit: str = "B"
     total: int | None = None
+    may_be_empty: bool = False
     is_reported: bool = False
+
+    def share(self, index: int, count: int) -> list[Callable[[], Iterator[str]]]:
+        """Returns the parts of one of `count` shares: files or, where these are fewer, every n-th document of each."""
+        parts = [replace(self, readers=[reader], description=None, may_be_empty=True) for reader in self.readers]
+        if self.limit is not None:  # of all files together
+            parts = [replace(self, description=None)]
+        num_slices = -(-count // len(parts))
+        slices = [partial(itertools.islice, part, k, None, num_slices) for k in range(num_slices) for part in parts]
+        return slices[index::count]
 
     def __iter__(self) -> Iterator[str]:
         bad_lines, is_empty = BadLines(self.skip_bad_lines), True
         with progress_bar(None, self.description, self.unit, self.total) if self.description else nullcontext() as bar:
-            for text in itertools.islice(self.read(bad_lines=bad_lines, bar=bar), self.limit):
+            texts = itertools.chain.from_iterable(read(bad_lines=bad_lines, bar=bar) for read in self.readers)
+            for text in itertools.islice(texts, self.limit):
                 is_empty = is_empty and not text
                 yield text
-        if is_empty:
+        if is_empty and not self.may_be_empty:
             raise InputError(f"{self.source}: no text there{f' ({bad_lines.summary()})' if bad_lines.count else ''}.")
-        worker = get_worker_info()
-        if bad_lines.count and not self.is_reported and (worker is None or worker.id == 0):
+        if bad_lines.count and not self.is_reported:
             self.is_reported = True
             print(f"warning: {bad_lines.summary()}", file=sys.stderr)
 
@@ -369,20 +376,22 @@ def load_documents(options: DataOptions, part: str, description: str | None = No
     if paths:
         files = expand_paths(paths)
         key = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        read = partial(read_documents, files, options.text_column)
+        readers = [partial(read_documents, [file], options.text_column) for file in files]
         source = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         unit, total = "B", None if limit else total_bytes(files)
     elif options.dataset and split:
         streaming = options.streaming and part == "train"
         dataset = open_hub_dataset(options.dataset, options.dataset_config, split, streaming, extra="train")
         key = [options.dataset, options.dataset_config, split, getattr(dataset, "_fingerprint", None)]
-        read, source = partial(read_hub_dataset, dataset, options.text_column), options.dataset
+        num_shards, source = getattr(dataset, "num_shards", 1) if streaming else 1, options.dataset
+        shards = [dataset.shard(num_shards, index) for index in range(num_shards)] if num_shards > 1 else [dataset]
+        readers = [partial(read_hub_dataset, shard, options.text_column) for shard in shards]
         unit, total = "document", limit or (len(dataset) if isinstance(dataset, Sized) else None)
     elif part == "train":
         raise InputError("no data: give --train_files files or folders, or --dataset a Hub dataset.")
     else:
         raise InputError("no validation data: give --validation_files or --validation_split, or --eval_strategy no.")
-    return Documents(read, source, limit, options.skip_bad_lines, description, unit, total), key
+    return Documents(readers, source, limit, options.skip_bad_lines, description, unit, total), key
 
 
 def total_bytes(files: Iterable[Path]) -> int:

@@ -49,7 +49,7 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "experiments.temperature_fidelity": ["--model", NOWHERE, "--language", NOWHERE],
     "serving.serve": [NOWHERE, "--port", "0"],
     "training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
-    "training.tokenize": ["--recipe", "demo-backbone", *TOKENIZER],
+    "training.tokenize": ["--recipe", "demo-backbone", "--output", "tokens", *TOKENIZER],
     "training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
 }
 MISSING_PATHS = {n if n.startswith("docs.") else f"calm_transformers.{n}": it for n, it in MISSING_PATHS.items()}

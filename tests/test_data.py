@@ -6,7 +6,9 @@ import itertools
 import json
 import lzma
 import os
-from collections import Counter
+import subprocess
+import sys
+from functools import partial
 
 import datasets
 import numpy as np
@@ -15,7 +17,6 @@ import pyarrow.parquet
 import pytest
 import torch
 import zstandard
-from accelerate.data_loader import IterableDatasetShard
 from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
@@ -26,6 +27,7 @@ from calm_transformers.documents import (
     BadLines,
     DataOptions,
     DocumentEnding,
+    Documents,
     expand_paths,
     load_documents,
     read_documents,
@@ -33,16 +35,18 @@ from calm_transformers.documents import (
     tokenize_documents,
 )
 from calm_transformers.evaluation.blocks import pack_blocks
+from calm_transformers.training import data
 from calm_transformers.training.data import (
     PackedBlocks,
     PatchCollator,
     RunLength,
     StreamedBlocks,
-    TokenFile,
+    Tokens,
+    TokenShard,
     blocks_per_epoch,
     build_datasets,
-    cached_tokens,
-    load_token_file,
+    load_tokens,
+    write_shard,
 )
 from calm_transformers.training.tokenizer import train_bpe
 
@@ -260,45 +264,93 @@ def test_documents_end_as_published():
 IDS = np.arange(3, dtype=np.uint32)
 
 
-def written(folder, *documents, key="") -> list[int]:
-    return cached_tokens(folder, {"key": key}, lambda: iter(documents)).tokens.tolist()
+def one_shard(key="") -> dict:
+    return {"key": key, "num_shards": 1, "dtype": "uint16"}
 
 
-def test_tokens_are_written_once_for_a_key_and_a_failure_leaves_nothing(tmp_path):
+def written(folder, *documents) -> list[int]:
+    return write_shard(folder, one_shard(), 0, lambda: iter(documents)).ids.tolist()
+
+
+def test_tokens_are_written_once_and_a_failure_leaves_nothing(tmp_path):
     def broken():
         yield IDS
         raise InputError("line 2")
 
+    folder = tmp_path / "tokens"
     for write, message in ((broken, "line 2"), (lambda: iter([]), "holds no text")):
         with pytest.raises(InputError, match=message):
-            cached_tokens(tmp_path, {}, write)
+            write_shard(folder, one_shard(), 0, write)
         assert list(tmp_path.iterdir()) == []
-    first = cached_tokens(tmp_path, {}, lambda: iter([IDS, IDS + 1]))
-    assert first.tokens.tolist() == [0, 1, 2, 1, 2, 3] and first.document_starts.tolist() == [0, 3]
-    assert cached_tokens(tmp_path, {}, broken).tokens.tolist() == first.tokens.tolist()
-    with pytest.raises(InputError, match=r"tokens\.bin/\w+: the tokens cannot be written there \("):
-        written(next(tmp_path.rglob("tokens.bin")), IDS)
+    first = write_shard(folder, one_shard(), 0, lambda: iter([IDS, IDS + 1]))
+    assert first.ids.tolist() == [0, 1, 2, 1, 2, 3] and first.bounds.tolist() == [0, 3, 6]
+    assert write_shard(folder, one_shard(), 0, broken).ids.tolist() == first.ids.tolist()
+    with pytest.raises(InputError, match=r"tokens holds other tokens \(key '' in place of 'b'\): name another folder"):
+        write_shard(folder, one_shard("b"), 0, broken)
+    with pytest.raises(InputError, match=r"tokens\.bin/a: the tokens cannot be written there \("):
+        written(next(tmp_path.rglob("tokens.bin")) / "a", IDS)
 
 
-def test_two_processes_that_write_the_same_cache_share_the_first_one(tmp_path, monkeypatch):
+def test_two_processes_that_write_the_same_tokens_share_the_first_ones(tmp_path, monkeypatch):
     """Their process ids are the same: they may be on different machines."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
+    folder = tmp_path / "tokens"
 
     def write_while_another_process_does():
         yield IDS + 1
-        written(tmp_path, IDS)
+        written(folder, IDS)
 
-    second = cached_tokens(tmp_path, {"key": ""}, write_while_another_process_does)
-    assert second.tokens.tolist() == [0, 1, 2] and len(list(tmp_path.iterdir())) == 1
+    second = write_shard(folder, one_shard(), 0, write_while_another_process_does)
+    assert second.ids.tolist() == [0, 1, 2] and list(tmp_path.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "document_bounds.npy"])
+@pytest.mark.parametrize("name", ["tokens.bin", "document_bounds.npy", "manifest.json"])
 @pytest.mark.parametrize("size", [None, 0, 5])
-def test_a_damaged_cache_is_written_again(tmp_path, name, size):
-    written(tmp_path, IDS)
-    (file,) = tmp_path.rglob(name)
+def test_damaged_tokens_are_written_again(tmp_path, name, size):
+    folder = tmp_path / "tokens"
+    written(folder, IDS)
+    (file,) = folder.rglob(name)
     file.unlink() if size is None else os.truncate(file, size)
-    assert written(tmp_path, IDS, IDS) == written(tmp_path) == [0, 1, 2] * 2
+    assert written(folder, IDS, IDS) == written(folder) == [0, 1, 2] * 2
+
+
+def test_shards_are_one_sequence():
+    shards = [np.arange(0, 7), np.arange(7, 8), np.arange(8, 20)]
+    bounds = [[0, 3, 7], [0, 1], [0, 5, 12]]
+    tokens = Tokens([TokenShard(ids, np.array(each)) for ids, each in zip(shards, bounds, strict=True)])
+    assert len(tokens) == 20 and tokens.num_documents == 5
+    slices = [(i, j) for i in range(20) for j in range(i + 1, 21)]
+    assert all(tokens[i:j].tolist() == list(range(i, j)) for i, j in slices)
+    assert [tokens.next_document(i) for i in range(20)] == [0, *3 * [3], *4 * [7], 8, *5 * [13], *6 * [20]]
+
+
+OPEN_SCRIPT = """
+import resource, sys, time
+from pathlib import Path
+import calm_transformers.training.data as data
+from calm_transformers.training.data import PackedBlocks
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+tokens = data._load_tokenized(Path(sys.argv[1]), {"dtype": "uint16"})
+blocks = PackedBlocks(tokens, 2048, 4, seed=1, random_phase=True, left_fill=0.5, filler_token_id=0)
+rows = [blocks[i] for i in range(0, len(blocks), len(blocks) // 100)]
+seconds, grown = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(len(tokens), seconds, grown / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_billion_tokens_open_in_a_second_and_100_mb(tmp_path):
+    """Synthetic ones, in four shards whose files have holes; documents of 512 tokens."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"dtype": "uint16", "num_shards": 4}))
+    for shard in range(4):
+        folder = tmp_path / f"shard-{shard:05d}"
+        folder.mkdir()
+        with open(folder / "tokens.bin", "wb") as file:
+            file.truncate(2 * 25 * 10**7)
+        np.save(folder / "document_bounds.npy", np.append(np.arange(0, 25 * 10**7, 512), 25 * 10**7))
+    found = subprocess.run([sys.executable, "-c", OPEN_SCRIPT, tmp_path], capture_output=True, text=True, check=True)
+    tokens, seconds, megabytes = map(float, found.stdout.split())
+    assert tokens == 10**9 and seconds < 1 and megabytes < 100
 
 
 def test_the_cache_keeps_the_tokens_of_different_options_apart(tmp_path):
@@ -318,7 +370,7 @@ def test_the_cache_keeps_the_tokens_of_different_options_apart(tmp_path):
     ):
         options = DataOptions(**fields, cache_dir=str(tmp_path))
         shared, own = (
-            load_token_file(options, "train", tokenizer, 4, tmp_path / folder).tokens.tolist()
+            load_tokens(options, "train", tokenizer, 4, tmp_path / folder)[:].tolist()
             for folder in ("shared", f"own{i}")
         )
         assert shared == own, fields
@@ -331,15 +383,15 @@ def test_the_cache_keeps_the_tokens_of_different_options_apart(tmp_path):
 FILLED = {"patch_size": 4, "filler_token_id": 1000}
 
 
-def numbers(length: int = 103, document: int = 10) -> TokenFile:
-    return TokenFile(np.arange(length, dtype=np.uint32), np.arange(0, length, document))
+def numbers(length: int = 103, document: int = 10) -> Tokens:
+    return Tokens([TokenShard(np.arange(length, dtype=np.uint32), np.append(np.arange(0, length, document), length))])
 
 
 def starts(blocks) -> list[int]:
     return [int(block["input_ids"][0]) for block in blocks]
 
 
-def test_an_epoch_hexpectedy_block_once_and_the_next_another_order():
+def test_an_epoch_has_every_block_once_and_the_next_another_order():
     blocks = PackedBlocks(numbers(), block_size=8, num_blocks=24, seed=1)
     assert all((block["input_ids"].diff() == 1).all() for block in blocks)
     first, second = starts(blocks)[:12], starts(blocks)[12:]
@@ -451,58 +503,51 @@ def test_the_autoencoder_reconstructs_all_but_the_fillers():
 # streams
 
 
-def stream(lengths=(7, 30, 5, 11), seed=0, **options) -> StreamedBlocks:
-    """Streams documents 0, 1, … of the given lengths; each token encodes document and position."""
-    documents = [1000 * d + np.arange(n, dtype=np.uint32) for d, n in enumerate(lengths)]
-    return StreamedBlocks(documents, iter, block_size=4, seed=seed, **options)
+def stream(lengths=(8, 28, 4, 12), limit=None, **options) -> StreamedBlocks:
+    """Streams documents 0, 1, … of the given lengths, each from a file; each token encodes document and position."""
+    ids = [1000 * d + np.arange(n, dtype=np.uint32) for d, n in enumerate(lengths)]
+    documents = Documents([partial(lambda d, **_: iter([str(d)]), d) for d in range(len(ids))], "numbers", limit)
+    return StreamedBlocks(documents, lambda texts: [ids[int(text)] for text in texts], block_size=4, **options)
 
 
-def first_blocks(stream, number: int, num_workers: int = 0, batch_size: int = 1) -> list[tuple]:
-    loader = DataLoader(stream, batch_size, num_workers=num_workers, collate_fn=list)
-    batches = itertools.islice(loader, number // batch_size)
-    return [tuple(block["input_ids"].tolist()) for batch in batches for block in batch]
+def first_blocks(stream, number: int, num_workers: int = 0) -> list[tuple]:
+    loader = DataLoader(stream, None, num_workers=num_workers)
+    return [tuple(block["input_ids"].tolist()) for block in itertools.islice(loader, number)]
 
 
-@pytest.mark.parametrize("num_documents, num_workers", [(12, 0), (12, 2), (1, 2)])
-def test_workers_share_the_documents_of_an_epoch(num_documents, num_workers):
-    documents, times = stream([4] * num_documents), max(num_workers, 1)
-    blocks = first_blocks(documents, num_documents * times, num_workers)
-    assert Counter(blocks) == {ids: times for ids in first_blocks(documents, num_documents)}
-    assert len(set(blocks[:num_documents])) == num_documents
+@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("num_ranks, num_workers", [(1, 0), (1, 2), (2, 2), (4, 0)])
+def test_processes_and_workers_share_the_documents(num_ranks, num_workers, limit):
+    """Each share repeats its own; together they have every block."""
+    seen = [first_blocks(stream(rank=r, num_ranks=num_ranks, limit=limit), 60, num_workers) for r in range(num_ranks)]
+    shares = [set(blocks) for blocks in seen]
+    assert set.union(*shares) == {
+        (1000 * d + i, *range(1000 * d + i + 1, 1000 * d + i + 4))
+        for d, n in enumerate((8, 28, 4, 12))
+        for i in range(0, n, 4)
+    }
+    assert sum(map(len, shares)) == 13  # no block in two
 
 
-def test_workers_of_unequal_size_repeat_all_documents_equally_often():
-    """With three documents, one of two workers has ten times the tokens of the other."""
-    seen = Counter(ids[0] // 1000 for ids in first_blocks(stream([80, 8, 80]), 42 * 10, 2))
-    assert [round(seen[d] / 20, 1) for d in range(3)] == [10, 1, 10]
+def test_every_nth_document_of_too_few_files():
+    documents = Documents([lambda **_: map(str, range(7)), lambda **_: map(str, range(10, 12))], "numbers")
+    shares = [[list(part()) for part in documents.share(index, 3)] for index in range(3)]
+    assert shares == [[list("0246"), ["11"]], [["10"]], [list("135")]]
 
 
-def test_processes_share_a_stream():
-    def process_blocks(rank):
-        return first_blocks(IterableDatasetShard(stream(), 2, num_processes=2, process_index=rank), 12, 2, 2)
-
-    assert len({*process_blocks(0), *process_blocks(1)}) == len(
-        set(first_blocks(stream(), 24, num_workers=2, batch_size=2))
-    )
-
-
-def test_a_stream_has_each_token_once_per_epoch_and_depends_only_on_the_seed():
-    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 30, size=50)]
-    total = sum(lengths)
-    blocks = first_blocks(stream(lengths, shard_tokens=64), total // 4)
-    seen = {token for block in blocks for token in block}
-    everything = {1000 * d + i for d, n in enumerate(lengths) for i in range(n)}
-    assert len(seen) == 4 * len(blocks) and len(everything - seen) < 4  # the next epoch has them
-    assert [block["block_id"] for block in itertools.islice(stream(lengths), total)] == list(range(total))
-
-    def first(seed):
-        options = {"random_phase": True, "left_fill": 0.5, "filler_token_id": 9, "patch_size": 2, "shard_tokens": 16}
-        return first_blocks(stream(seed=seed, **options), 40)
-
-    assert first(1) == first(1) != first(2)
+def test_a_stream_depends_on_the_seed_and_resumes_at_any_block(monkeypatch):
+    monkeypatch.setattr(data, "STREAM_DOCUMENTS", 2)
+    options = {"random_phase": True, "left_fill": 0.5, "filler_token_id": 9, "patch_size": 2, "limit": 9}
+    whole, other = (first_blocks(stream((9, 12, 7, 30), seed=seed, **options), 60) for seed in (1, 2))
+    assert whole != other and whole == first_blocks(stream((9, 12, 7, 30), seed=1, **options), 60)
+    for number in range(1, 40):
+        first = stream((9, 12, 7, 30), seed=1, **options)
+        first_blocks(first, number)
+        second = stream((9, 12, 7, 30), seed=1, **options)
+        second.load_state_dict(first.state_dict())
+        assert first_blocks(second, 15) == whole[number : number + 15]
 
 
-def test_a_stream_without_text_is_an_error():
-    for lengths, num_workers in (([], 0), ([0, 0, 0], 2)):
-        with pytest.raises(InputError, match="holds no text"):
-            first_blocks(stream(lengths), 2, num_workers)
+def test_a_share_without_a_block_is_an_error():
+    with pytest.raises(InputError, match="numbers: no block in share 0 of 1 of its text"):
+        first_blocks(stream((3, 2)), 1)

@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import RECIPES, start_training_together, train
 
+from calm_transformers.command_line import InputError
+from calm_transformers.documents import DataOptions
+from calm_transformers.loading import load_tokenizer
 from calm_transformers.training import data, tokenize
+from calm_transformers.training.data import load_tokens
 from calm_transformers.training.trainer import CALMTrainer
 
 
@@ -96,10 +100,38 @@ def test_an_error_of_a_stream_is_one_line(workshop, tmp_path, capsys):
 
 
 def test_a_training_uses_the_tokens_of_calm_tokenize(workshop, tmp_path, monkeypatch, capsys):
-    fields = {**workshop, "cache_dir": tmp_path / "tokens"}
-    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    assert tokenize.main(["--recipe", str(RECIPES / "calm.yaml"), *words]) == 0
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["train", "validation"]
+    words = [word for name in ("train_files", "tokenizer") for word in (f"--{name}", workshop[name])]
+    words += ["--output", str(tmp_path / "tokens"), "--recipe"]
+
+    def tokenized(*own: str) -> str:
+        assert tokenize.main([*words, *own]) == 0
+        return capsys.readouterr().out
+
+    def trained(**fields) -> str:
+        fields = {**workshop, "train_files": tmp_path / "tokens", "validation_files": tmp_path / "tokens", **fields}
+        return capsys.readouterr().err if train("calm", **fields, output_dir=str(tmp_path / "run")) else ""
+
+    recipe = str(RECIPES / "calm.yaml")
+    assert " tokens of 100 documents in 1 of 2 shards of " in tokenized(recipe, "--shard", "0/2")
+    assert "tokens: 1 of 2 shards are missing, the first is 1." in trained()
+    tokenized(recipe, "--shard", "1/2")
     monkeypatch.setattr(data, "tokenize_documents", None)
-    assert train("calm", **fields, output_dir=str(tmp_path / "run")) == 0
-    assert tokenize.main(["--recipe", "demo-tokenizer", *words]) == 2
+    monkeypatch.setattr(tokenize, "tokenize_documents", None)
+    assert " tokens of 100 documents in 1 of 2 shards of " in tokenized(recipe, "--shard", "1/2")  # it is there
+    assert "(append_eos True in place of False): tokenise the text again." in trained(append_eos=False)
+    assert trained() == ""
+    assert tokenize.main([*words, "demo-tokenizer"]) == 2
+    monkeypatch.setattr(data, "MAX_BYTES_IN_TRAINING", 1000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="corpus.jsonl: 0 GB of text are too much .*, then give --train_files DIR"):
+        load_tokens(
+            DataOptions([workshop["train_files"]]), "train", load_tokenizer(workshop["tokenizer"]), 4, tmp_path
+        )
+
+
+@pytest.mark.slow
+def test_processes_of_calm_tokenize_write_a_shard_each(workshop, tmp_path, capsys):
+    own = ["--train_files", workshop["train_files"], "--tokenizer", workshop["tokenizer"], "--num_proc", "2"]
+    assert tokenize.main(["--recipe", str(RECIPES / "calm.yaml"), "--output", str(tmp_path), *own]) == 0
+    assert " tokens of 200 documents in 2 of 2 shards of " in capsys.readouterr().out
+    assert len(list(tmp_path.glob("shard-*"))) == 2

@@ -10,10 +10,12 @@ import json
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,28 +23,30 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from calm_transformers.command_line import InputError
-from calm_transformers.documents import DataOptions, DocumentEnding, load_documents, tokenize_documents
+from calm_transformers.documents import DataOptions, DocumentEnding, Documents, load_documents, tokenize_documents
 from calm_transformers.model.modeling_calm import target_patches
 from calm_transformers.training.tokenizer import filler_token_id
 
-CACHE_FORMAT = 2  # part of the cache key; since 2 special tokens spelled out in a document are plain text
-# Options that don't change the tokens, or only through the source that `load_documents` returns.
-OPTIONS_NOT_IN_KEY = {
-    *("train_files", "validation_files", "dataset", "dataset_config", "dataset_split", "validation_split"),
-    *("streaming", "validation_blocks", "block_size", "random_phase", "left_fill", "cache_dir"),
-}
+TOKENS_FORMAT = 3  # in the manifest; since 3 there are shards
+MANIFEST, SHARD = "manifest.json", "shard-{:05d}"  # in a folder of tokens
+READING_OPTIONS = ("text_column", "max_documents", "skip_bad_lines")  # that tell which documents are read
+STREAM_DOCUMENTS = 4096  # of a stream that are tokenised and shuffled at a time
+MAX_BYTES_IN_TRAINING = 2 * 10**9  # of text that a training of several processes tokenises
 
 
 @dataclass(frozen=True)
 class RunLength:
     """The length of a training run: `max_steps` if above 0, else `epochs` of the data.
 
-    `batch_size` is the number of blocks per step, over all processes and accumulated batches.
+    `batch_size` is the number of blocks per step, over all processes and accumulated batches; `rank` is that of this
+    one of `num_ranks` processes.
     """
 
     batch_size: int
     epochs: float = 1
     max_steps: int = -1
+    rank: int = 0
+    num_ranks: int = 1
 
     def num_steps(self, blocks_per_epoch: int) -> int:
         """Returns the number of steps; the last batch is filled up from the next epoch."""
@@ -77,20 +81,21 @@ def build_datasets(
         raise InputError(f"validation_blocks={options.validation_blocks}: must be at least 1.")
     validation = None
     if evaluates:
-        token_file = load_token_file(options, "validation", tokenizer, patch_size, cache)
-        num_blocks = blocks_per_epoch(len(token_file.tokens), options.block_size)
+        tokens = load_tokens(options, "validation", tokenizer, patch_size, cache)
+        num_blocks = blocks_per_epoch(len(tokens), options.block_size)
         num_blocks = min(num_blocks, options.validation_blocks or num_blocks)
-        validation = PackedBlocks(token_file, options.block_size, patch_size, num_blocks)
+        validation = PackedBlocks(tokens, options.block_size, patch_size, num_blocks)
     order_options = {"seed": seed, "random_phase": options.random_phase}
     if options.streaming:
         tokenize = partial(tokenize_documents, tokenizer=tokenizer, ending=document_ending(options, patch_size))
         documents, _ = load_documents(options, "train")
-        train = StreamedBlocks(documents, tokenize, **block_options, **order_options)
+        ranks = {"rank": run_length.rank, "num_ranks": run_length.num_ranks}
+        train = StreamedBlocks(documents, tokenize, **ranks, **block_options, **order_options)
         return TrainingDatasets(train, run_length.max_steps, validation)
-    token_file = load_token_file(options, "train", tokenizer, patch_size, cache)
-    per_epoch = blocks_per_epoch(len(token_file.tokens), options.block_size, options.random_phase)
+    tokens = load_tokens(options, "train", tokenizer, patch_size, cache)
+    per_epoch = blocks_per_epoch(len(tokens), options.block_size, options.random_phase)
     num_steps = run_length.num_steps(per_epoch)
-    train = PackedBlocks(token_file, **block_options, **order_options, num_blocks=num_steps * run_length.batch_size)
+    train = PackedBlocks(tokens, **block_options, **order_options, num_blocks=num_steps * run_length.batch_size)
     return TrainingDatasets(train, num_steps, validation)
 
 
@@ -101,90 +106,175 @@ def token_cache_dir(options: DataOptions) -> Path:
     return Path(options.cache_dir or Path(HF_HOME) / "calm" / "tokens")
 
 
-@dataclass
-class TokenFile:
-    """All documents' tokens in one array, often memory-mapped, and the start index of each document."""
+class TokenShard(NamedTuple):
+    """Token ids of documents, one after the other, and the start of each, then the end; mostly memory-mapped."""
 
-    tokens: np.ndarray
-    document_starts: np.ndarray
+    ids: np.ndarray
+    bounds: np.ndarray
+
+
+class Tokens:
+    """The tokens of all shards as one sequence. A slice of it is read from the shards that hold it."""
+
+    def __init__(self, shards: list[TokenShard]):
+        self.shards = shards
+        self.offsets = np.cumsum([0, *(len(shard.ids) for shard in shards)])  # where shards start, and the end
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(len(self))
+        overlaps = zip(self.shards, start - self.offsets[:-1], stop - self.offsets[:-1], strict=True)
+        parts = [shard.ids[max(0, begin) : max(0, end)] for shard, begin, end in overlaps if begin < len(shard.ids)]
+        return np.concatenate(parts)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(len(shard.bounds) - 1 for shard in self.shards)
+
+    def next_document(self, index: int) -> int:
+        """Returns where the first document starts that starts at `index` or later, or the end."""
+        for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
+            if index < offset + len(shard.ids):
+                found = int(np.searchsorted(shard.bounds, index - offset))
+                return int(offset + shard.bounds[found])
+        return len(self)
 
 
 def _hash(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cached_tokens(folder: Path, key: dict, tokenize: Callable[[], Iterable[np.ndarray]]) -> TokenFile:
-    """Opens the token file for `key` (JSON); if it is missing or damaged, first writes what `tokenize()` yields.
-
-    A token file is a sub-folder of `folder`, renamed into place when complete, so that a kill leaves no partial one.
-    """
-    target = folder / _hash(key)
-    token_file = _open_tokens(target)
-    if token_file is None:
-        try:
-            if target.exists():  # damaged
-                shutil.rmtree(target)
-            _write_tokens(target, key, tokenize)
-        except OSError as error:
-            raise InputError(f"{target}: the tokens cannot be written there ({error.strerror or error}).") from error
-        token_file = _open_tokens(target)
-    assert token_file is not None, f"{target}: another process removed it meanwhile"
-    return token_file
-
-
-def _open_tokens(target: Path) -> TokenFile | None:
-    """Opens the token file in a folder, or returns None if it is missing or incomplete."""
+def _read_manifest(folder: Path) -> dict | None:
     try:
-        bounds = np.load(target / "document_bounds.npy")
-        tokens = np.memmap(target / "tokens.bin", dtype=np.uint32, mode="r")
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _open_shard(folder: Path, manifest: dict, index: int) -> TokenShard | None:
+    """Opens a shard, or returns None if it is missing or damaged."""
+    path = folder / SHARD.format(index)
+    try:
+        bounds = np.load(path / "document_bounds.npy", mmap_mode="r")
+        ids = np.memmap(path / "tokens.bin", dtype=manifest["dtype"], mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    return TokenFile(tokens, bounds[:-1]) if len(bounds) and bounds[-1] == len(tokens) else None
+    return TokenShard(ids, bounds) if len(bounds) and bounds[-1] == len(ids) else None
 
 
-def _write_tokens(target: Path, key: dict, tokenize: Callable[[], Iterable[np.ndarray]]) -> None:
-    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+def write_shard(folder: Path, manifest: dict, index: int, tokenize: Callable[[], Iterable[np.ndarray]]) -> TokenShard:
+    """Writes what `tokenize()` yields as a shard of a folder of tokens, unless it is there, and returns the shard.
+
+    `manifest` (JSON) has `num_shards`, `dtype` and what the tokens depend on. A shard is renamed into place when
+    complete, so that a kill leaves no partial one.
+
+    Raises:
+        InputError: the folder holds tokens of another manifest, there is no text, or it can't be written.
+    """
+    found = _read_manifest(folder)
+    if found is not None and found != manifest:
+        raise InputError(f"{folder} holds other tokens ({_difference(found, manifest)}): name another folder.")
+    shard = _open_shard(folder, manifest, index) if found else None
+    if shard is None:
+        try:
+            shutil.rmtree(folder / SHARD.format(index), ignore_errors=True)  # damaged
+            _write_shard(folder, manifest, index, tokenize)
+        except OSError as error:
+            raise InputError(f"{folder}: the tokens cannot be written there ({error.strerror or error}).") from error
+        shard = _open_shard(folder, manifest, index)
+    assert shard is not None, f"{folder}: another process removed it meanwhile"
+    return shard
+
+
+def _difference(found: dict, expected: dict) -> str:
+    names = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    return ", ".join(f"{name} {found.get(name)!r} in place of {expected.get(name)!r}" for name in names)
+
+
+def _write_shard(folder: Path, manifest: dict, index: int, tokenize: Callable[[], Iterable[np.ndarray]]) -> None:
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     unfinished.mkdir(parents=True)
     try:
-        bounds = [0]
+        bounds = array("q", [0])
         with open(unfinished / "tokens.bin", "wb") as file:
             for ids in tokenize():
                 bounds.append(bounds[-1] + len(ids))
-                file.write(ids.tobytes())
+                file.write(ids.astype(manifest["dtype"]).tobytes())
         if not bounds[-1]:
             raise InputError("the data holds no text.")
-        np.save(unfinished / "document_bounds.npy", np.asarray(bounds, dtype=np.int64))
-        (unfinished / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+        np.save(unfinished / "document_bounds.npy", np.frombuffer(bounds, np.int64))
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        os.replace(unfinished / MANIFEST, folder / MANIFEST)
         try:
-            os.replace(unfinished, target)
+            os.replace(unfinished, folder / SHARD.format(index))
         except OSError:  # another process wrote the same tokens first
-            if _open_tokens(target) is None:
+            if _open_shard(folder, manifest, index) is None:
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def document_ending(options: DataOptions, patch_size: int) -> DocumentEnding:
-    # Without padding the cache's key must not depend on the patch size.
+    # Without padding the tokens must not depend on the patch size.
     return DocumentEnding(options.append_eos, options.pad_to_patch, patch_size if options.pad_to_patch else 1)
 
 
-def load_token_file(options: DataOptions, part: str, tokenizer, patch_size: int, folder: Path) -> TokenFile:
-    """Returns the tokens of the "train" or "validation" part of the data, from the cache `folder` if possible."""
+def token_manifest(options: DataOptions, tokenizer, patch_size: int, num_shards: int = 1) -> dict:
+    """Returns what a folder of tokens depends on, apart from the text."""
     ending = document_ending(options, patch_size)
-    texts, source = load_documents(options, part, f"Tokenising, {part}")
-    fields = {f.name for f in dataclasses.fields(options)} - OPTIONS_NOT_IN_KEY
-    key = {
-        "format": CACHE_FORMAT,
-        "source": source,
-        "options": {name: getattr(options, name) for name in fields},
-        "patch_size": ending.patch_size,
+    return {
+        "format": TOKENS_FORMAT,
+        "num_shards": num_shards,
+        "dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32",
         "tokenizer": _hash([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.pad_token_id]),
+        **dataclasses.asdict(ending),
     }
-    return cached_tokens(folder, key, lambda: tokenize_documents(texts, tokenizer, ending))
+
+
+def load_tokens(options: DataOptions, part: str, tokenizer, patch_size: int, cache: Path) -> Tokens:
+    """Returns the tokens of the "train" or "validation" part of the data.
+
+    They are read from a folder that `calm tokenize` wrote, where the part is one, or else from a folder in `cache`,
+    which is written first if it isn't there.
+    """
+    manifest = token_manifest(options, tokenizer, patch_size)
+    files = options.train_files if part == "train" else options.validation_files
+    if len(files) == 1 and (Path(files[0]) / MANIFEST).is_file():
+        return _load_tokenized(Path(files[0]), manifest)
+    texts, source = load_documents(options, part, f"Tokenising, {part}")
+    read = {"source": source, **{name: getattr(options, name) for name in READING_OPTIONS}}
+    folder = cache / _hash(manifest | read)
+    if texts.unit == "B" and (texts.total or 0) > MAX_BYTES_IN_TRAINING and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if _open_shard(folder, manifest, 0) is None:  # one process would tokenise, and the others give up waiting
+            raise InputError(
+                f"{texts.source}: {(texts.total or 0) / 1e9:.0f} GB of text are too much to tokenise in a training: "
+                f"run calm tokenize --output DIR first, then give --{part}_files DIR."
+            )
+    ending = document_ending(options, patch_size)
+    shard = write_shard(folder, manifest | read, 0, lambda: tokenize_documents(texts, tokenizer, ending))
+    return Tokens([shard])
+
+
+def _load_tokenized(folder: Path, expected: dict) -> Tokens:
+    """Opens the output of `calm tokenize`; raises InputError if shards are missing, or the tokens would be others."""
+    manifest = _read_manifest(folder) or {}
+    num_shards = manifest.get("num_shards", 1)
+    if difference := _difference(manifest, expected | {"num_shards": num_shards}):
+        raise InputError(f"{folder} holds tokens of other settings ({difference}): tokenise the text again.")
+    shards = [_open_shard(folder, manifest, index) for index in range(num_shards)]
+    if missing := [index for index, shard in enumerate(shards) if shard is None]:
+        raise InputError(f"{folder}: {len(missing)} of {num_shards} shards are missing, the first is {missing[0]}.")
+    return Tokens([shard for shard in shards if shard is not None])
 
 
 # blocks
+
+
+class TooFewTokens(InputError):
+    """The data has no whole block."""
 
 
 def check_block_options(block_size: int, patch_size: int, left_fill: float, filler_token_id: int | None) -> None:
@@ -204,7 +294,7 @@ def blocks_per_epoch(num_tokens: int, block_size: int, random_phase: bool = Fals
     max_phase = block_size - 1 if random_phase else 0
     num_blocks = (num_tokens - max_phase) // block_size
     if num_blocks < 1:
-        raise InputError(
+        raise TooFewTokens(
             f"the data has {num_tokens} tokens, too few for one block of block_size={block_size}"
             f"{' and a random phase' if random_phase else ''}."
         )
@@ -218,7 +308,7 @@ class PackedBlocks(Dataset):
     indices: the processes' batches are interleaved, and a resumed run continues with the next index.
 
     Args:
-        token_file: the tokens.
+        tokens: of all documents.
         block_size: L, a multiple of K. The tokens after the last whole block of an epoch are not seen in it.
         patch_size: K.
         num_blocks: length of the dataset, over all epochs; `None` is one epoch.
@@ -229,7 +319,7 @@ class PackedBlocks(Dataset):
 
     def __init__(
         self,
-        token_file: TokenFile,
+        tokens: Tokens,
         block_size: int,
         patch_size: int = 1,
         num_blocks: int | None = None,
@@ -238,10 +328,10 @@ class PackedBlocks(Dataset):
         left_fill: float = 0.0,
         filler_token_id: int | None = None,
     ):
-        self.token_file, self.block_size, self.patch_size = token_file, block_size, patch_size
+        self.tokens, self.block_size, self.patch_size = tokens, block_size, patch_size
         self.seed, self.left_fill, self.filler_token_id = seed, left_fill, filler_token_id
         self.random_phase = random_phase and seed is not None
-        self.blocks_per_epoch = blocks_per_epoch(len(token_file.tokens), block_size, self.random_phase)
+        self.blocks_per_epoch = blocks_per_epoch(len(tokens), block_size, self.random_phase)
         self.num_blocks = self.blocks_per_epoch if num_blocks is None else num_blocks
         self._epoch: int | None = None  # of _order and _phase
         self._order, self._phase = np.arange(0), 0
@@ -250,12 +340,13 @@ class PackedBlocks(Dataset):
         return self.num_blocks
 
     def summary(self) -> str:
-        return f"{len(self.token_file.tokens):,} tokens, {self.num_blocks / self.blocks_per_epoch:.2f} epochs"
+        return f"{len(self.tokens):,} tokens, {self.num_blocks / self.blocks_per_epoch:.2f} epochs"
 
     def _start_epoch(self, seed: int, epoch: int) -> None:
         """Draws the order of the epoch's blocks and its phase, the number of tokens skipped at its start."""
         rng = np.random.default_rng([seed, epoch])
-        self._order = rng.permutation(self.blocks_per_epoch)
+        self._order = np.arange(self.blocks_per_epoch, dtype=np.uint32)
+        rng.shuffle(self._order)
         self._phase = int(rng.integers(self.block_size)) if self.random_phase else 0
         self._epoch = epoch
 
@@ -272,7 +363,7 @@ class PackedBlocks(Dataset):
             start = self._phase + int(self._order[position]) * self.block_size
             start, num_fillers = self._choose_left_fill(start, np.random.default_rng([self.seed, epoch, position]))
         ids = np.full(self.block_size, self.filler_token_id if num_fillers else 0, dtype=np.int64)
-        ids[num_fillers:] = self.token_file.tokens[start : start + self.block_size - num_fillers]
+        ids[num_fillers:] = self.tokens[start : start + self.block_size - num_fillers]
         return {"input_ids": torch.from_numpy(ids), "num_fillers": num_fillers, "block_id": int(index)}
 
     def _choose_left_fill(self, start: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -282,88 +373,76 @@ class PackedBlocks(Dataset):
         """
         if rng.random() >= self.left_fill:
             return start, 0
-        starts = self.token_file.document_starts
-        document = int(np.searchsorted(starts, start))
-        if document < len(starts) and starts[document] + self.block_size <= len(self.token_file.tokens):
-            start = int(starts[document])
+        document_start = self.tokens.next_document(start)
+        if document_start + self.block_size <= len(self.tokens):
+            start = document_start
         return start, int(rng.integers(self.patch_size))
 
 
 class StreamedBlocks(IterableDataset):
-    """Endless iterable dataset of blocks: repeats the documents and tokenises them on the fly.
+    """Endless iterable dataset of blocks: reads and tokenises the documents while training.
 
-    Documents are collected into shards of `shard_tokens` tokens, or up to the end of the epoch, whose blocks are
-    shuffled. The rest of a shard goes to the next one. A resumed run reads the stream again from its start.
+    Each DataLoader worker of each process has its own share of the documents. `STREAM_DOCUMENTS` of them at a time are
+    cut into blocks, which come in random order; the tokens after the last whole one are not seen. A stream's position
+    is the file, the documents read of it and the block, so that a resumed run opens that file and tokenises one time.
+    With other numbers of processes or workers it is another stream.
 
-    Each DataLoader worker reads all documents and tokenises every n-th of n workers. Workers rotate their documents
-    each epoch, so that a worker with few tokens doesn't repeat its documents more often than others. The stream
-    depends only on the seed and the number of workers; its batches are interleaved over the processes.
-
-    With `random_phase` each epoch skips up to L − 1 tokens at its start. `fill_options` are `left_fill` and
-    `filler_token_id` of `PackedBlocks`.
+    Args:
+        documents, tokenize: the text, and what yields the token ids of each of some documents.
+        rank, num_ranks: of this process, and the number of processes.
+        block_options: of `PackedBlocks`, for the blocks of each time.
     """
 
     def __init__(
         self,
-        documents: Iterable,  # iterated again in each epoch
-        tokenize: Callable[[Iterable], Iterable[np.ndarray]],
-        block_size: int,
-        patch_size: int = 1,
+        documents: Documents,
+        tokenize: Callable[[Iterable[str]], Iterable[np.ndarray]],
         seed: int = 0,
-        random_phase: bool = False,
-        shard_tokens: int = 2**22,
-        **fill_options,
+        rank: int = 0,
+        num_ranks: int = 1,
+        **block_options,
     ):
-        self.documents, self.tokenize = documents, tokenize
-        self.block_size, self.patch_size, self.seed = block_size, patch_size, seed
-        self.random_phase, self.fill_options = random_phase, fill_options
-        self.shard_tokens = max(shard_tokens, block_size)
+        self.documents, self.tokenize, self.seed = documents, tokenize, seed
+        self.rank, self.num_ranks, self.block_options = rank, num_ranks, block_options
+        self._next = 0, 0, 0, 0  # epoch, part, time and block
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        block_id = worker_id
-        for shard in self._shards(worker_id, num_workers):
-            seed = int(np.random.default_rng([self.seed, block_id]).integers(2**31))
-            for block in PackedBlocks(shard, self.block_size, self.patch_size, seed=seed, **self.fill_options):
-                yield {**block, "block_id": block_id}
-                block_id += num_workers
+        share = self.rank * num_workers + worker_id, self.num_ranks * num_workers
+        parts, start = self.documents.share(*share), self._next
+        for epoch in itertools.count(start[0]):
+            for part in range(start[1] if epoch == start[0] else 0, len(parts)):
+                texts = parts[part]()
+                for time in itertools.count():
+                    some = list(itertools.islice(texts, STREAM_DOCUMENTS))
+                    if not some:
+                        break
+                    if (epoch, part, time) < start[:3]:
+                        continue
+                    blocks = self._blocks(some, [self.seed, share[0], epoch, part, time])
+                    for block in range(start[3] if (epoch, part, time) == start[:3] else 0, len(blocks)):
+                        self._next = epoch, part, time, block + 1
+                        yield blocks[block]
+            if self._next == (0, 0, 0, 0):
+                raise InputError(f"{self.documents.source}: no block in share {share[0]} of {share[1]} of its text.")
+
+    def _blocks(self, texts: list[str], seed: list[int]) -> "PackedBlocks | list":
+        pieces = list(self.tokenize(texts))
+        tokens = Tokens([TokenShard(np.concatenate(pieces or [np.zeros(0)]), np.cumsum([0, *map(len, pieces)]))])
+        try:
+            return PackedBlocks(tokens, seed=int(np.random.default_rng(seed).integers(2**31)), **self.block_options)
+        except TooFewTokens:
+            return []
+
+    def state_dict(self) -> dict:
+        return {"next": list(self._next)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._next = tuple(state["next"])
 
     def summary(self) -> str:
         return "a stream of tokens"
-
-    def _shards(self, worker_id: int, num_workers: int) -> Iterator[TokenFile]:
-        """Yields a worker's shards; what is left after the whole blocks of one begins the next."""
-        pieces, starts, length = [], [], 0
-        for ids in self._all_documents(worker_id, num_workers):
-            if ids is not None:
-                pieces.append(ids)
-                starts.append(length)
-                length += len(ids)
-            if length >= (self.block_size if ids is None else self.shard_tokens):
-                tokens = np.concatenate(pieces)
-                yield TokenFile(tokens, np.asarray(starts))
-                used = length - length % self.block_size
-                pieces, length = [tokens[used:]], length - used
-                starts = [start - used for start in starts if start >= used]
-
-    def _all_documents(self, worker_id: int, num_workers: int) -> Iterator[np.ndarray | None]:
-        """Yields the token ids of each of a worker's documents, and None at the end of each epoch."""
-        num_empty_epochs = 0  # consecutive ones without text; a worker gets every document within `num_workers` epochs
-        for epoch in itertools.count():
-            num_to_skip, is_empty = self._phase(epoch), True
-            documents = itertools.islice(self.documents, (worker_id - epoch) % num_workers, None, num_workers)
-            for ids in self.tokenize(documents):
-                yield ids[num_to_skip:]
-                num_to_skip, is_empty = max(num_to_skip - len(ids), 0), is_empty and not len(ids)
-            num_empty_epochs = num_empty_epochs + 1 if is_empty else 0
-            if num_empty_epochs == num_workers:
-                raise InputError("the data holds no text.")
-            yield None
-
-    def _phase(self, epoch: int) -> int:
-        """Returns the number of tokens to skip at the start of an epoch."""
-        return int(np.random.default_rng([self.seed, epoch, 1]).integers(self.block_size)) if self.random_phase else 0
 
 
 class PatchCollator:

@@ -28,7 +28,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
-from calm_transformers.command_line import InputError, format_error
+from calm_transformers.command_line import InputError, format_error, require_package
 from calm_transformers.progress import hide_upstream_bars, shows_bars
 from calm_transformers.training.auxiliary import (
     AUXILIARY_FILE,
@@ -38,7 +38,14 @@ from calm_transformers.training.auxiliary import (
     without_auxiliary,
 )
 from calm_transformers.training.average import WeightAverage
-from calm_transformers.training.data import PackedBlocks, PatchCollator, RunLength, build_datasets, token_cache_dir
+from calm_transformers.training.data import (
+    PackedBlocks,
+    PatchCollator,
+    RunLength,
+    StreamedBlocks,
+    build_datasets,
+    token_cache_dir,
+)
 from calm_transformers.training.diagnostics import diagnose
 from calm_transformers.training.recipe import (
     Recipe,
@@ -91,7 +98,10 @@ def prepare_run(
             recipe.data,
             tokenizer,
             patch_size,
-            RunLength(batch_size, initial_args.num_train_epochs, initial_args.max_steps),
+            RunLength(
+                *(batch_size, initial_args.num_train_epochs, initial_args.max_steps),
+                *(initial_args.process_index, initial_args.world_size),
+            ),
             seed=initial_args.seed if initial_args.data_seed is None else initial_args.data_seed,
             cache=token_cache_dir(recipe.data),
             evaluates=initial_args.eval_strategy != "no",
@@ -100,7 +110,8 @@ def prepare_run(
     if previous and (changes := allowed_changes(previous, recipe)):
         log_rank0(f"resuming with changed fields: {changes}")
     # Built again, now that the number of steps is known; for Trainer the dataset with all epochs' blocks is one epoch.
-    args = training_arguments(recipe, max_steps=datasets.num_steps, num_train_epochs=1)
+    is_stream = isinstance(datasets.train, StreamedBlocks)  # which knows its position
+    args = training_arguments(recipe, max_steps=datasets.num_steps, num_train_epochs=1, ignore_data_skip=is_stream)
     trainer = CALMTrainer(
         model=model,
         args=args,
@@ -111,7 +122,12 @@ def prepare_run(
         ),
         average=WeightAverage(recipe.ema_decay, checkpoint) if recipe.ema_decay else None,
         head_learning_rate=recipe.head_learning_rate,
+        checkpoint=checkpoint,
     )
+    if checkpoint and is_stream:
+        if not (checkpoint / trainer._stream_file()).exists():
+            raise InputError(f"{checkpoint} is of a stream of another number of processes: resume with that.")
+        trainer.add_callback(RestoredRandomness(trainer))
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")
         save_tokenizer(tokenizer, folder)
@@ -145,6 +161,18 @@ class PreparedRun:
         self.trainer.export()
         log_rank0(f"the model is in {output_folder(args)}")
         return 0
+
+
+class RestoredRandomness(TrainerCallback):
+    """Restores the random state of a checkpoint at the first step, as Trainer does where it skips data."""
+
+    def __init__(self, trainer: "CALMTrainer"):
+        self.trainer, self.checkpoint = trainer, trainer.checkpoint
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.checkpoint is not None:
+            self.trainer._load_rng_state(str(self.checkpoint))
+            self.checkpoint = None
 
 
 class Preemption(TrainerCallback):
@@ -193,7 +221,7 @@ def token_digest(dataset) -> str | None:
     """Returns a checksum of the number of tokens and the first and last million of them; `None` for a stream."""
     if not isinstance(dataset, PackedBlocks):
         return None
-    tokens = dataset.token_file.tokens
+    tokens = dataset.tokens
     return f"{len(tokens)}-{zlib.crc32(tokens[-(2**20) :].tobytes(), zlib.crc32(tokens[: 2**20].tobytes())):08x}"
 
 
@@ -213,12 +241,21 @@ class CALMTrainer(Trainer):
     this process, which depend less on other load. It evaluates and exports the `average` of the weights, if given.
     """
 
-    def __init__(self, model, *args, average: WeightAverage | None = None, head_learning_rate=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        *args,
+        average: WeightAverage | None = None,
+        head_learning_rate=None,
+        checkpoint: Path | None = None,
+        **kwargs,
+    ):
         use_cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
         super().__init__(model, *args, **kwargs)
         vars(model.config).pop("use_cache", None)  # Trainer set it to False, or added it: undone here
         vars(model.config).update(use_cache)
-        self.average, self.head_learning_rate = average, head_learning_rate
+        self.average, self.head_learning_rate, self.checkpoint = average, head_learning_rate, checkpoint
+        self._stream: Any = None  # a StatefulDataLoader
         if average is not None:
             self.add_callback(average)
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, TrainedCALM)
@@ -232,6 +269,29 @@ class CALMTrainer(Trainer):
     def _get_train_sampler(self, *args, **kwargs):
         assert isinstance(self.train_dataset, Sized), "Trainer needs no sampler for iterable datasets"
         return SequentialSampler(self.train_dataset)
+
+    def get_train_dataloader(self):
+        """Returns Trainer's, or of a stream, whose processes read parts of their own, one that knows its position."""
+        if not isinstance(self.train_dataset, StreamedBlocks):
+            return super().get_train_dataloader()
+        require_package("torchdata", "train", "streaming")
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        args = self.args
+        self._stream = StatefulDataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        if self.checkpoint is not None:
+            self._stream.load_state_dict(torch.load(self.checkpoint / self._stream_file(), weights_only=False))
+        return self._stream
+
+    def _stream_file(self) -> str:
+        return f"stream_{self.args.process_index}_of_{self.args.world_size}.pt"
 
     def create_optimizer(self, *args, **kwargs):
         is_new = self.optimizer is None
@@ -325,6 +385,8 @@ class CALMTrainer(Trainer):
     def _save_rng_state(self, output_dir) -> None:
         """Waits for all processes, since the next file, `TRAINER_STATE`, marks the checkpoint as complete."""
         super()._save_rng_state(output_dir)
+        if self._stream is not None:
+            torch.save(self._stream.state_dict(), Path(output_dir) / self._stream_file())
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
