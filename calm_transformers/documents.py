@@ -12,12 +12,12 @@ import json
 import lzma
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -267,7 +267,7 @@ def read_hub_dataset(
         raise InputError(f"dataset, after row {number}: cannot be read ({error}).") from error
 
 
-def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str):
+def open_hub_dataset(name: str, config: str | None, split: str | None, streaming: bool, extra: str) -> Any:
     """Opens a split of a Hub dataset or local folder; `extra` is our pip extra that installs `datasets`."""
     require_package("datasets", extra, "a Hub dataset")
     import datasets
@@ -340,7 +340,7 @@ class Documents:
     may_be_empty: bool = False
     is_reported: bool = False
 
-    def share(self, index: int, count: int) -> list[Callable[[], Iterator[str]]]:
+    def share(self, index: int, count: int) -> Sequence[Callable[[], Iterator[str]]]:
         """Returns the parts of one of `count` shares: files or, where these are fewer, every n-th document of each."""
         parts = [replace(self, readers=[reader], description=None, may_be_empty=True) for reader in self.readers]
         if self.limit is not None:  # of all files together
