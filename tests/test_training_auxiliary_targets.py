@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from enumerable_distributions import chi_square_p_value
+from safetensors.torch import load_file
 from tiny import HEAD_TYPES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_helpers import train
 
 from calm_transformers.benchmarks.operations import DispatchCounter
 from calm_transformers.model import heads_calm, heads_calm_energy
 from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.training import auxiliary
-from calm_transformers.training.auxiliary import ExtraTargets, MultiTokenLoss, WithAuxiliary
+from calm_transformers.training.auxiliary import AUXILIARY_FILE, ExtraTargets, MultiTokenLoss, WithAuxiliary
 
 V, K = 5, 3
 
@@ -154,3 +156,13 @@ def test_posterior_samples_in_chunks(monkeypatch):
             patch.setattr(heads_calm_energy, "TARGETS_CHUNK_SIZE", 4)
             torch.testing.assert_close(model.head.loss(context, target, noise=noise), whole)
     assert sizes == 2 * [11, 4, 4, 3]
+
+
+def test_it_goes_on_from_the_checkpoint_in_init_from(workshop, tmp_path):
+    fields = {**workshop, "auxiliary_weight": 0.5, "max_steps": 2, "save_steps": 2, "eval_strategy": "no"}
+    assert train("calm", **fields, output_dir=str(tmp_path / "before")) == 0
+    before = tmp_path / "before" / "checkpoint-2"
+    still = {"learning_rate": 0.0, "auxiliary_targets": 2, "head_type": "token_chain", "autoencoder": None}
+    assert train("calm", **fields | still, init_from=str(before), output_dir=str(tmp_path / "after")) == 0
+    one, other = (load_file(folder / AUXILIARY_FILE) for folder in (before, tmp_path / "after" / "checkpoint-2"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -36,9 +36,9 @@ def losses(folder: Path) -> list[list[float]]:
     "sharding, own, is_slow",
     [
         pytest.param({}, {"auxiliary_weight": 0.5}, False, id="ddp"),
-        pytest.param({}, {"ema_decay": 0.5}, True, id="ddp-average", marks=pytest.mark.slow),
+        pytest.param({}, {}, True, id="ddp-resumed", marks=pytest.mark.slow),
         pytest.param(FSDP, {"auxiliary_weight": 0.5}, True, id="fsdp2-auxiliary", marks=pytest.mark.slow),
-        pytest.param(WHOLE_PARTS, {"head_learning_rate": 1e-2}, True, id="fsdp2", marks=pytest.mark.slow),
+        pytest.param(WHOLE_PARTS, {}, True, id="fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(

@@ -19,9 +19,8 @@ STEPS = 90
 
 
 def fields_of_run(workshop: dict, folder: Path) -> dict:
-    # Everything with state: two epochs of data, a learning rate schedule, Adam, noise, auxiliary loss, weight average.
+    # Everything with state: two epochs of data, a learning rate schedule, Adam, noise, auxiliary loss.
     own = {"max_steps": STEPS, "save_steps": 1, "auxiliary_weight": 0.5, "seed": 3, "lr_scheduler_type": "cosine"}
-    own |= {"ema_decay": 0.9, "head_learning_rate": 3e-3}
     return {**workshop, **own, "eval_strategy": "no", "output_dir": str(folder)}
 
 
@@ -106,7 +105,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(copied_run, run_of_tw
 
 OTHER = {
     **{"seed": 4, "data_seed": 4, "learning_rate": 2e-2, "lr_scheduler_type": "linear", "warmup_steps": 1},
-    **{"auxiliary_weight": 0.25, "ema_decay": 0.0, "head_learning_rate": 1e-3, "head_weight": 0.5},
+    **{"auxiliary_weight": 0.25, "head_weight": 0.5},
     **{"left_fill": 0.5, "random_phase": False, "block_size": 64, "weight_decay": 0.1, "max_grad_norm": 0.5},
     **{"optim": "sgd", "num_hidden_layers": 2, "beta": 1.5, "batch_size": 8, "tokens": "other"},
 }
@@ -219,9 +218,9 @@ def test_a_run_without_optimizer_state_does_not_resume(workshop, tmp_path, capsy
 
 
 def test_the_best_checkpoint_is_kept_and_exported(workshop, tmp_path):
-    fields = fields_of_run(workshop, tmp_path) | {"ema_decay": 0.0}
+    fields = fields_of_run(workshop, tmp_path)
     fields |= {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
-    fields |= {"learning_rate": 3.0, "head_learning_rate": 3.0, "lr_scheduler_type": "constant"}  # worse at each step
+    fields |= {"learning_rate": 3.0, "lr_scheduler_type": "constant"}  # worse at each step
     assert train("calm", **fields, load_best_model_at_end=True) == 0
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1"}
     assert same_weights(tmp_path / "checkpoint-1", tmp_path)

@@ -11,7 +11,6 @@ from calm_transformers.model.heads_calm import PatchTarget, standard_normal
 from calm_transformers.model.heads_calm_token_chain import TokenChain
 from calm_transformers.model.modeling_calm import CALMForCausalLM, target_patches
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
-from calm_transformers.training.distil import SoftTargets, Teacher
 
 AUXILIARY_FILE = "auxiliary.safetensors"  # in a checkpoint folder
 LOGITS_CHUNK_SIZE = 2**25  # logits held at once, 128 MB in float32, and a few copies
@@ -36,7 +35,6 @@ class MultiTokenLoss(TokenChain):
         hidden_BPD: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
-        soft_targets: SoftTargets | None = None,
     ) -> Tensor:
         """Returns the cross-entropy in nats: the mean per label, or the sum over all labels / `num_items_in_batch`.
 
@@ -44,14 +42,10 @@ class MultiTokenLoss(TokenChain):
             hidden_BPD: hidden states; the one at patch p predicts patch p + 1.
             labels (`(B, L)`): token ids of the same P patches; −100 is ignored.
             num_items_in_batch: number of labels in the whole accumulated batch.
-            soft_targets: a teacher's probabilities of the same tokens, for distillation.
         """
         labels_BPK = target_patches(labels, self.patch_size)
         features = self.teacher_forced_features(hidden_BPD[:, :-1], labels_BPK.clamp(min=0))
-        if soft_targets is None:
-            total = linear_cross_entropy(features.flatten(0, 2), self.lm_head.weight, labels_BPK.flatten())
-        else:
-            total = soft_targets.cross_entropy(self.lm_head(features).float(), labels_BPK).sum()
+        total = linear_cross_entropy(features.flatten(0, 2), self.lm_head.weight, labels_BPK.flatten())
         count = (labels_BPK != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -175,32 +169,17 @@ class TrainedCALM(nn.Module):
 class WithAuxiliary(TrainedCALM):
     """A CALM model and its auxiliary (MTP) loss.
 
-    `weight`, `decay`, `num_targets` (A) are a recipe's auxiliary_weight, auxiliary_decay, auxiliary_targets.
+    `weight`, `head_weight`, `num_targets` (A) are a recipe's auxiliary_weight, head_weight, auxiliary_targets.
     """
 
-    def __init__(
-        self,
-        calm: CALMForCausalLM,
-        weight: float,
-        head_weight: float = 1.0,
-        decay: float = 0.0,
-        num_targets: int = 0,
-        teacher: Teacher | None = None,
-    ):
+    def __init__(self, calm: CALMForCausalLM, weight: float, head_weight: float = 1.0, num_targets: int = 0):
         super().__init__(calm)
         config = calm.config
-        self.weight, self.head_weight = weight, head_weight
-        self.decay, self.num_targets, self.teacher = decay, num_targets, teacher
+        self.weight, self.head_weight, self.num_targets = weight, head_weight, num_targets
         self.auxiliary = MultiTokenLoss(config.hidden_size, config.vocab_size, config.patch_size)
 
-    def forward(
-        self,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        progress: float = 0.0,
-        **inputs,
-    ):
-        """Returns the model's outputs with both losses, weighted; `progress` in [0, 1] is the part of steps done."""
+    def forward(self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs):
+        """Returns the model's outputs with both losses, weighted."""
         # Without labels, calm computes no loss; with pseudo-targets the head's follows below.
         head_labels = labels if self.head_weight and not self.num_targets else None
         outputs = self.calm(labels=head_labels, num_items_in_batch=num_items_in_batch, use_cache=False, **inputs)
@@ -211,13 +190,9 @@ class WithAuxiliary(TrainedCALM):
                 target = ExtraTargets(target.tokens, self.calm.autoencoder, extra_tokens)
                 losses = self.calm.head.loss(context, target)
                 outputs["loss"] = self.calm.mean_over_items(losses, is_counted, num_items_in_batch)
-            soft_targets = self.teacher and self.teacher.soft_targets(
-                inputs["input_ids"], inputs.get("attention_mask")
-            )
-            auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch, soft_targets)
+            auxiliary_loss = self.auxiliary(outputs.last_hidden_state, labels, num_items_in_batch)
             head_loss = self.head_weight * outputs.loss if self.head_weight else 0
-            weight = self.weight * max(0.0, 1 - progress / self.decay) if self.decay else self.weight
-            outputs["loss"] = head_loss + weight * auxiliary_loss
+            outputs["loss"] = head_loss + self.weight * auxiliary_loss
             outputs["auxiliary_loss"] = auxiliary_loss.detach()
         return outputs
 

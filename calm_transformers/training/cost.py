@@ -160,7 +160,7 @@ def ar_cost(config, block_size: int) -> Cost:
 
 
 def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
-    """Returns a recipe's cost. `config` is by default the model section's, `teacher` the configuration of `distil`.
+    """Returns a recipe's cost. `config` is by default the model section's.
 
     With `distil_temperature`, `teacher` is the configuration of the model whose head teaches, None for the MTP loss.
     """
@@ -189,10 +189,6 @@ def recipe_cost(recipe: Recipe, config=None, teacher=None) -> Cost:
         train_flops["autoencoder"] *= 1 + recipe.auxiliary_targets
     if recipe.distil_temperature:
         add_temperature_teacher(cost, config, teacher)
-    elif teacher is not None:
-        teacher_cost = ar_cost(teacher, recipe.data.block_size)
-        cost.parameters["teacher (frozen)"] = sum(teacher_cost.parameters.values())
-        train_flops["teacher"], cost.inference_flops["teacher"] = sum(teacher_cost.inference_flops.values()), 0
     if not recipe.head_weight:
         train_flops["head"] = train_flops["autoencoder"] = 0
     if recipe.freeze_backbone or recipe.distil_temperature:

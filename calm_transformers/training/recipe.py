@@ -49,7 +49,7 @@ FIXED_ON_RESUME = {
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("neftune_noise_alpha", "bf16", "fp16"),
 }
-PATH_FIELDS = ("tokenizer", "autoencoder", "init_from", "init_backbone", "distil")  # folders, or Hub ids
+PATH_FIELDS = ("tokenizer", "autoencoder", "init_from", "init_backbone")  # folders, or Hub ids
 # Arguments of Trainer that our trainer, data and losses rely on.
 REQUIRED_ARGUMENTS = {
     "remove_unused_columns": False,
@@ -82,14 +82,8 @@ class Recipe:
             "mean", the mean of all; "mix", a weighted mean in which each token weighs half as much as the next.
         lora_rank: with `init_from`, train a LoRA adapter of this rank on backbone and head; 0 trains all weights.
         auxiliary_weight: weight of the training-only MTP loss (calm only, see auxiliary.py).
-        auxiliary_decay: fraction of the steps over which that weight falls linearly to 0; 0 keeps it constant.
         auxiliary_targets: number of pseudo-targets per patch that are sampled from the MTP model for the head's loss.
         head_weight: weight of the head's loss; 0 trains the backbone alone.
-        head_learning_rate: learning rate of the head and its context layers, on the same schedule; by default
-            `learning_rate` (calm only).
-        ema_decay: decay of an exponential moving average of the weights to evaluate and export; 0 averages nothing.
-        distil: folder or Hub id of a Llama to distil into the MTP loss (see distil.py).
-        distil_weight: weight of its soft targets, in (0, 1]; the weight of the text's own tokens is the rest.
         distil_temperature: train the head alone to sample in one draw at every temperature from this to 1, taught by
             `init_from` (see distil_temperature.py); num_samples is the number of targets at each position.
         freeze_backbone: train the head alone, on the backbone of `init_from` or `init_backbone` (calm only).
@@ -106,15 +100,10 @@ class Recipe:
     patch_embedding_init: str = "last"
     lora_rank: int = 0
     auxiliary_weight: float = 0.0
-    auxiliary_decay: float = 0.0
     auxiliary_targets: int = 0
     head_weight: float = 1.0
-    head_learning_rate: float | None = None
-    distil: str | None = None
-    distil_weight: float = 1.0
     distil_temperature: float | None = None
     freeze_backbone: bool = False
-    ema_decay: float = 0.0
     data: DataOptions = field(default_factory=DataOptions)
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
@@ -353,38 +342,24 @@ def check_fields(recipe: Recipe) -> None:
         if is_invalid:
             raise InputError(f"{message}.")
 
-    for name, default in {"auxiliary_decay": 0.0, "auxiliary_targets": 0, "head_weight": 1.0}.items():
+    for name, default in {"auxiliary_targets": 0, "head_weight": 1.0}.items():
         is_unused = getattr(r, name) != default and not r.auxiliary_weight
         raise_if(is_unused, f"{name}={getattr(r, name)} has no effect without auxiliary_weight")
     numbers = {name: getattr(r, name) for name in ("auxiliary_weight", "head_weight", "auxiliary_targets")}
-    numbers |= {"head_learning_rate": r.head_learning_rate, "weight_decay": r.training.get("weight_decay")}
+    numbers["weight_decay"] = r.training.get("weight_decay")
     for name, value in numbers.items():
         raise_if(value is not None and value < 0, f"{name}={value}: must not be negative")
-    raise_if(
-        r.distil and not r.auxiliary_weight, f"distil {r.distil}: needs auxiliary_weight, as it acts on the MTP loss"
-    )
-    message = f"auxiliary_decay={r.auxiliary_decay}: must lie in [0, 1], a fraction of the steps"
-    raise_if(not 0 <= r.auxiliary_decay <= 1, message)
-    is_valid = r.distil_weight == 1 or (r.distil and 0 < r.distil_weight < 1)
-    raise_if(not is_valid, f"distil_weight={r.distil_weight}: must lie in (0, 1], and needs distil")
     lora_fits = r.init_from and not r.auxiliary_weight and not r.freeze_backbone
     raise_if(
         r.lora_rank and not lora_fits, "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone"
     )
-    excluded = [name for name in ("auxiliary_weight", "lora_rank", "distil") if getattr(r, name)]
+    excluded = [name for name in ("auxiliary_weight", "lora_rank") if getattr(r, name)]
     message = f"distil_temperature={r.distil_temperature}: needs init_from"
     raise_if(r.distil_temperature and not (r.init_from and r.kind == "calm"), message)
     message = f"distil_temperature={r.distil_temperature}: trains the head alone, without {', '.join(excluded)}"
     raise_if(r.distil_temperature and excluded, message)
-    has_head = r.head_learning_rate is None or r.kind == "calm"
-    raise_if(not has_head, f"head_learning_rate={r.head_learning_rate}: only a CALM has a head")
     message = f"patch_embedding_init={r.patch_embedding_init!r}: must be one of {', '.join(PATCH_EMBEDDING_DECAYS)}"
     raise_if(r.patch_embedding_init not in PATCH_EMBEDDING_DECAYS, message)
-    raise_if(not 0 <= r.ema_decay < 1, f"ema_decay={r.ema_decay}: must lie in [0, 1)")
-    message = "ema_decay doesn't support fsdp, which shards the weights: leave one of the two out"
-    raise_if(r.ema_decay and r.training.get("fsdp"), message)
-    message = "ema_decay exports the last average, load_best_model_at_end the best weights: choose one"
-    raise_if(r.ema_decay and r.training.get("load_best_model_at_end"), message)
 
 
 def training_arguments(recipe: Recipe, **overrides) -> TrainingArguments:

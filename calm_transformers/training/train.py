@@ -30,7 +30,6 @@ from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
 from calm_transformers.training.backbone import init_chain_from_llama, init_from_llama, load_llama
 from calm_transformers.training.cost import print_cost
-from calm_transformers.training.distil import Teacher
 from calm_transformers.training.distil_temperature import ChainTeacher, HeadTeacher, TemperatureDistillation
 from calm_transformers.training.recipe import (
     BACKBONE_FIELDS,
@@ -48,7 +47,7 @@ from calm_transformers.training.trainer import PreparedRun, last_checkpoint, log
 # Recipe field that names a folder or Hub id → the command that makes it.
 MAKE_COMMANDS = {
     **{"tokenizer": "train tokenizer", "autoencoder": "train autoencoder", "init_from": "train"},
-    **{"init_backbone": "train ar", "distil": "train ar"},
+    "init_backbone": "train ar",
 }
 MODELS = {"autoencoder": CALMAutoencoder, "ar": LlamaForCausalLM}
 DEFAULT_VOCAB_SIZE = 4096  # of a new tokenizer
@@ -86,7 +85,7 @@ def prepare_training(recipe: Recipe, resume: str = "auto") -> PreparedRun:
     model = build_model(recipe, tokenizer)
     patch_size = getattr(model.config, "patch_size", 1)
     if recipe.kind == "calm":
-        model = wrap_for_training(model, recipe, tokenizer)
+        model = wrap_for_training(model, recipe)
     return prepare_run(recipe, args, model, tokenizer, patch_size, resume)
 
 
@@ -105,9 +104,7 @@ def dry_run(recipe: Recipe) -> None:
         return
     config, notes = config_with_notes(recipe)
     teacher = None
-    if recipe.distil:
-        teacher = read_config("distil", recipe.distil, LlamaConfig)
-    elif recipe.distil_temperature and not mtp_file(recipe):
+    if recipe.distil_temperature and not mtp_file(recipe):
         teacher = read_config("init_from", recipe.init_from, CALMConfig)
     print_cost(recipe, config, notes, teacher)
 
@@ -408,17 +405,6 @@ def load_backbone(recipe: Recipe) -> LlamaForCausalLM:
     return load_llama("init_backbone", source, read_config("init_backbone", source, LlamaConfig))
 
 
-def load_teacher(recipe: Recipe, tokenizer, config: CALMConfig) -> Teacher:
-    """Loads the Llama `distil` if its context and vocabulary fit."""
-    source, block_size = str(recipe.distil), recipe.data.block_size
-    llama_config = read_config("distil", source, LlamaConfig)
-    if (limit := llama_config.max_position_embeddings) < block_size:
-        raise InputError(f"distil {source}: max_position_embeddings={limit} is less than block_size={block_size}.")
-    check_vocabulary("distil", source, llama_config, tokenizer)
-    llama = load_llama("distil", source, llama_config)
-    return Teacher(llama, config.vocab_size, config.patch_size, recipe.distil_weight)
-
-
 def starts_from_llama(recipe: Recipe) -> bool:
     """Whether the run initialises its backbone from a Llama, rather than resuming from a checkpoint."""
     return bool(recipe.init_backbone) and not last_checkpoint(Path(recipe.output_dir))
@@ -435,7 +421,7 @@ def add_lora(model: CALMForCausalLM, rank: int):
     return get_peft_model(model, lora)
 
 
-def wrap_for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
+def wrap_for_training(model: CALMForCausalLM, recipe: Recipe):
     """Freezes, adapts or wraps a CALM for Trainer as the recipe says."""
     if recipe.distil_temperature:
         return distil_temperature(model, recipe)
@@ -444,9 +430,7 @@ def wrap_for_training(model: CALMForCausalLM, recipe: Recipe, tokenizer):
     if recipe.freeze_backbone:
         model.model.requires_grad_(False)
     if recipe.auxiliary_weight:
-        teacher = load_teacher(recipe, tokenizer, model.config) if recipe.distil else None
-        options = {"decay": recipe.auxiliary_decay, "num_targets": recipe.auxiliary_targets, "teacher": teacher}
-        wrapped = WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, **options)
+        wrapped = WithAuxiliary(model, recipe.auxiliary_weight, recipe.head_weight, recipe.auxiliary_targets)
         if state := initial_mtp_state(recipe, model.config):
             wrapped.auxiliary.load_state_dict(state)
         return wrapped

@@ -4,7 +4,6 @@ The loop is Hugging Face's Trainer with more logs, checkpoints whose completenes
 the loss is not finite.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from calm_transformers.training.auxiliary import (
     calm_state_dict,
     without_auxiliary,
 )
-from calm_transformers.training.average import WeightAverage
 from calm_transformers.training.data import (
     PackedBlocks,
     PatchCollator,
@@ -120,8 +118,6 @@ def prepare_run(
         data_collator=PatchCollator(
             patch_size, skip_first_patch=recipe.kind != "autoencoder", pad_token_id=tokenizer.pad_token_id
         ),
-        average=WeightAverage(recipe.ema_decay, checkpoint) if recipe.ema_decay else None,
-        head_learning_rate=recipe.head_learning_rate,
         checkpoint=checkpoint,
     )
     if checkpoint and is_stream:
@@ -241,23 +237,13 @@ class CALMTrainer(Trainer):
     this process, which depend less on other load. It evaluates and exports the `average` of the weights, if given.
     """
 
-    def __init__(
-        self,
-        model,
-        *args,
-        average: WeightAverage | None = None,
-        head_learning_rate=None,
-        checkpoint: Path | None = None,
-        **kwargs,
-    ):
+    def __init__(self, model, *args, checkpoint: Path | None = None, **kwargs):
         use_cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
         super().__init__(model, *args, **kwargs)
         vars(model.config).pop("use_cache", None)  # Trainer set it to False, or added it: undone here
         vars(model.config).update(use_cache)
-        self.average, self.head_learning_rate, self.checkpoint = average, head_learning_rate, checkpoint
+        self.checkpoint = checkpoint
         self._stream: Any = None  # a StatefulDataLoader
-        if average is not None:
-            self.add_callback(average)
         has_cache = hasattr(model.config, "use_cache") and not isinstance(model, TrainedCALM)
         self._no_cache = {"use_cache": False} if has_cache else {}  # a cache would only take memory
         self._sums: dict[str, torch.Tensor] = {}
@@ -293,22 +279,12 @@ class CALMTrainer(Trainer):
     def _stream_file(self) -> str:
         return f"stream_{self.args.process_index}_of_{self.args.world_size}.pt"
 
-    def create_optimizer(self, *args, **kwargs):
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.head_learning_rate is not None:
-            head = unwrap_model(self.model).get_submodule("head")
-            split_param_group(head.parameters(), optimizer, self.head_learning_rate)
-        return optimizer
-
     # loss and logs
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         """Returns the loss, and in training records what `log` needs."""
         inputs = {**inputs, **self._no_cache}
         block_ids = inputs.pop("block_ids", None)
-        if isinstance(self.model, WithAuxiliary) and self.model.decay:
-            inputs["progress"] = self.state.global_step / self.state.max_steps
         result = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         assert isinstance(result, tuple), "of loss and outputs"
         loss, outputs = result
@@ -365,10 +341,6 @@ class CALMTrainer(Trainer):
                 logs.update(diagnose(model, input_ids, hidden, seed=self.state.global_step))
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
-        with self.average.average_parameters(self.model) if self.average else contextlib.nullcontext():
-            return super().evaluate(*args, **kwargs)
-
     # checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -390,7 +362,7 @@ class CALMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        """Writes the model and, in checkpoints, the auxiliary loss and the average."""
+        """Writes the model and, in checkpoints, the auxiliary loss."""
         folder = output_folder(self.args) if output_dir is None else Path(output_dir)
         if self.args.should_save:
             self._write_model(folder, state_dict)
@@ -400,8 +372,6 @@ class CALMTrainer(Trainer):
                 state = state_dict or self.model.state_dict()
                 auxiliary = {key: value for key, value in state.items() if key.startswith("auxiliary.")}
                 safetensors.torch.save_file(auxiliary, folder / AUXILIARY_FILE)
-            if self.average is not None:
-                self.average.save(folder)
 
     def _write_model(self, folder: Path, state_dict: dict | None) -> None:
         """Writes weights, configuration and code without the auxiliary loss; `state_dict` is gathered under FSDP."""
@@ -467,13 +437,11 @@ class CALMTrainer(Trainer):
     # export
 
     def export(self) -> None:
-        """Writes the model, or its average, with its code to `output_dir`, and uploads it if `push_to_hub` is set.
+        """Writes the model with its code to `output_dir`, and uploads it if `push_to_hub` is set.
 
         A LoRA adapter is merged into the weights, and also saved separately in the folder `adapter`.
         """
         folder = output_folder(self.args)
-        if self.average is not None:
-            self.average.copy_to(self.model)
         merge = getattr(self.model, "merge_and_unload", None)
         if merge is not None:
             if self.args.should_save:
@@ -535,16 +503,6 @@ def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
     model = without_auxiliary(model)
     get_base_model = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()
-
-
-def split_param_group(parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Moves the parameters to new param groups with learning rate `lr` and the other settings of their old groups."""
-    chosen = {id(parameter) for parameter in parameters}
-    for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
-        if moved:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            optimizer.add_param_group({**group, "params": moved, "lr": lr})
 
 
 def empty_model_and_state(model: PreTrainedModel, state_dict: dict) -> tuple[PreTrainedModel, dict]:
