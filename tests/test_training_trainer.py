@@ -1,15 +1,21 @@
 """The training loop: exact accumulation, a frozen autoencoder, logs, a clean stop, and an export that loads."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from training_helpers import log_of, losses_of, same_noise_for_every_patch, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.heads_calm_energy import EnergyHead
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
-from calm_transformers.training.trainer import CALMTrainer
+from calm_transformers.training.cost import recipe_cost
+from calm_transformers.training.recipe import load_recipe
+from calm_transformers.training.trainer import CALMTrainer, Speed
 
 LAYOUTS = [(4, 1), (1, 4)]
 # Plain SGD shows differences of gradients as they are; Adam would amplify those near zero.
@@ -91,7 +97,14 @@ def test_the_log_has_every_metric(trained):
     wanted = {"grad_norm", "auxiliary_loss", "brier_1"}
     if "energy" in trained.name:
         wanted |= {"distance_to_target", "distance_between_samples"}
-    assert all(wanted | {"tokens_per_second", "tokens_per_cpu_second"} <= set(entry) for entry in steps)
+    assert all(wanted <= set(entry) for entry in steps)
+    assert ["tokens_per_second" in entry for entry in steps] == [False, True, True, True]  # the first step warms up
+    assert all(entry["tokens_per_cpu_second"] > 0 and 0 <= entry["data_wait"] < 1 for entry in steps[1:])
+    [flops] = {entry["total_flos"] for entry in log_of(trained) if "total_flos" in entry}
+    config = CALMConfig.from_pretrained(trained)
+    assert flops == 4 * 4 * 32 * sum(
+        recipe_cost(load_recipe(str(trained / "recipe.yaml")), config).train_flops.values()
+    )
     assert [entry["step"] for entry in log_of(trained) if "eval_loss" in entry] == [2, 4]
 
 
@@ -103,7 +116,7 @@ def test_the_autoencoders_log_has_its_two_terms_and_the_posterior(workshop):
 
 
 def test_a_nan_loss_raises_with_step_blocks_and_checkpoint(workshop, tmp_path, monkeypatch, capsys):
-    loss, factors = EnergyHead.compute_loss, iter([1, 1, float("nan")])
+    loss, factors = EnergyHead.compute_loss, iter([1, 1, 1, 1, float("nan")])  # two calls count the FLOPs
     monkeypatch.setattr(EnergyHead, "compute_loss", lambda self, *args, **kw: loss(self, *args, **kw) * next(factors))
     assert train("calm", **{**workshop, "save_steps": 1}, output_dir=str(tmp_path)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -133,3 +146,16 @@ def test_a_missing_or_mismatched_part_is_named(workshop, tmp_path, capsys):
     ]:
         assert train("calm", **workshop | fields, output_dir=str(tmp_path)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_mfu_and_memory_of_a_known_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    speed = Speed()
+    speed.tokens, speed.data_seconds = 4_000_000, 0.5
+    args = SimpleNamespace(device=torch.device("cuda"), bf16=True, fp16=False, world_size=8)
+    results = speed.results(args, flops_per_token=7e8)
+    assert results["tokens_per_second"] == 8 * 400_000 and results["data_wait"] == 0.05
+    assert results["mfu"] == pytest.approx(7e8 * 400_000 / 989e12, abs=1e-4) and results["memory_gib"] == 3

@@ -58,15 +58,15 @@ def make_workshop(folder: Path, **autoencoder_fields) -> dict:
 def same_noise_for_every_patch(monkeypatch) -> None:
     """Makes the energy loss deterministic: sample n has the same noise at each patch, whatever its batch."""
 
-    def repeated(shape, sample):
+    def repeated(shape, like, sample=torch.randn):
         fixed = sample((shape[0], *[1] * (len(shape) - 2), shape[-1]), generator=torch.Generator().manual_seed(0))
-        return fixed.expand(*shape)
+        return fixed.to(like.device).expand(*shape)
 
     def noise(head, shape, like, generator):
-        return repeated((*shape, head.noise_size), torch.rand) - 0.5
+        return repeated((*shape, head.noise_size), like, torch.rand) - 0.5
 
     monkeypatch.setattr(EnergyHead, "initial_noise", noise)
-    monkeypatch.setattr(heads_calm, "standard_normal", lambda shape, like, generator: repeated(shape, torch.randn))
+    monkeypatch.setattr(heads_calm, "standard_normal", lambda shape, like, generator: repeated(shape, like))
 
 
 def _in_child(log: str, kind: str, fields: dict, environment: dict, fixed_noise: bool) -> None:

@@ -29,7 +29,7 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.auxiliary import AUXILIARY_FILE, MultiTokenLoss, WithAuxiliary
 from calm_transformers.training.backbone import init_chain_from_llama, init_from_llama, load_llama
-from calm_transformers.training.cost import print_cost
+from calm_transformers.training.cost import print_cost, recipe_cost
 from calm_transformers.training.distil_temperature import ChainTeacher, HeadTeacher, TemperatureDistillation
 from calm_transformers.training.recipe import (
     BACKBONE_FIELDS,
@@ -86,7 +86,8 @@ def prepare_training(recipe: Recipe, resume: str = "auto") -> PreparedRun:
     patch_size = getattr(model.config, "patch_size", 1)
     if recipe.kind == "calm":
         model = wrap_for_training(model, recipe)
-    return prepare_run(recipe, args, model, tokenizer, patch_size, resume)
+    cost = recipe_cost(recipe, model.config, temperature_teacher(recipe))
+    return prepare_run(recipe, args, model, tokenizer, patch_size, resume, sum(cost.train_flops.values()))
 
 
 def train_tokenizer(recipe: Recipe) -> None:
@@ -103,10 +104,14 @@ def dry_run(recipe: Recipe) -> None:
         print(f"byte-level BPE, vocab_size {recipe.model.get('vocab_size', DEFAULT_VOCAB_SIZE)}")
         return
     config, notes = config_with_notes(recipe)
-    teacher = None
-    if recipe.distil_temperature and not mtp_file(recipe):
-        teacher = read_config("init_from", recipe.init_from, CALMConfig)
-    print_cost(recipe, config, notes, teacher)
+    print_cost(recipe, config, notes, temperature_teacher(recipe))
+
+
+def temperature_teacher(recipe: Recipe) -> CALMConfig | None:
+    """Returns the configuration of the model whose head teaches temperature, or None without one."""
+    if not recipe.distil_temperature or mtp_file(recipe):
+        return None
+    return read_config("init_from", recipe.init_from, CALMConfig)
 
 
 # what a recipe refers to

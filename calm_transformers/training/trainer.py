@@ -57,6 +57,8 @@ from calm_transformers.training.tokenizer import save_tokenizer
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 MAX_UNCHECKED_LOSSES = 1000
+# Dense peak in 16 bits by a part of the device's name, as published by its maker.
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "MI300X": 1307}
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 TRAINER_STATE = "trainer_state.json"  # Trainer writes it last
 
@@ -76,7 +78,13 @@ def set_up(recipe: Recipe) -> TrainingArguments:
 
 
 def prepare_run(
-    recipe: Recipe, initial_args: TrainingArguments, model, tokenizer, patch_size: int, resume: str = "auto"
+    recipe: Recipe,
+    initial_args: TrainingArguments,
+    model,
+    tokenizer,
+    patch_size: int,
+    resume: str = "auto",
+    flops_per_token: float = 0.0,
 ) -> "PreparedRun":
     """Tokenises the data, builds the trainer and writes the recipe; the caller starts the training.
 
@@ -119,6 +127,7 @@ def prepare_run(
             patch_size, skip_first_patch=recipe.kind != "autoencoder", pad_token_id=tokenizer.pad_token_id
         ),
         checkpoint=checkpoint,
+        flops_per_token=flops_per_token,
     )
     if checkpoint and is_stream:
         if not (checkpoint / trainer._stream_file()).exists():
@@ -233,11 +242,14 @@ def log_rank0(line: str) -> None:
 class CALMTrainer(Trainer):
     """Trainer for the autoencoder, CALM and AR models, on datasets that are already shuffled (see `PackedBlocks`).
 
-    It also logs each loss term, the diagnostics, the tokens per second of all processes, and those per CPU second of
-    this process, which depend less on other load. It evaluates and exports the `average` of the weights, if given.
+    It also logs each loss term, the diagnostics and the speed (see `Speed`).
+
+    Args:
+        checkpoint: that is resumed, if there is one.
+        flops_per_token: of the training, forward and backward; `total_flos` is counted by it.
     """
 
-    def __init__(self, model, *args, checkpoint: Path | None = None, **kwargs):
+    def __init__(self, model, *args, checkpoint: Path | None = None, flops_per_token: float = 0.0, **kwargs):
         use_cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
         super().__init__(model, *args, **kwargs)
         vars(model.config).pop("use_cache", None)  # Trainer set it to False, or added it: undone here
@@ -248,8 +260,10 @@ class CALMTrainer(Trainer):
         self._no_cache = {"use_cache": False} if has_cache else {}  # a cache would only take memory
         self._sums: dict[str, torch.Tensor] = {}
         self._losses: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # step, loss and blocks, unchecked
-        self._tokens, self._first_step = 0, 0
-        self._clocks: tuple[float, float] | None = None  # wall and CPU time at the first batch since the last log
+        self._first_step: int | None = None  # since the last log
+        self._is_warm = False
+        self._speed: Speed | None = None  # since the last log
+        self.flops_per_token = flops_per_token
         self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def _get_train_sampler(self, *args, **kwargs):
@@ -281,6 +295,18 @@ class CALMTrainer(Trainer):
 
     # loss and logs
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        return self.flops_per_token * inputs["input_ids"].numel()
+
+    def get_batch_samples(self, *args, **kwargs):
+        if self._is_warm and self._speed is None:
+            self._speed = Speed()
+        self._is_warm, start = True, time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        if self._speed is not None:
+            self._speed.data_seconds += time.perf_counter() - start
+        return samples
+
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         """Returns the loss, and in training records what `log` needs."""
         inputs = {**inputs, **self._no_cache}
@@ -292,12 +318,13 @@ class CALMTrainer(Trainer):
             self._losses.append((self.state.global_step + 1, loss.detach(), block_ids))
             if len(self._losses) == MAX_UNCHECKED_LOSSES:
                 self._check_losses()
-            if self._clocks is None:
-                self._clocks, self._first_step = (time.perf_counter(), time.process_time()), self.state.global_step
+            if self._first_step is None:
+                self._first_step = self.state.global_step
             for name in LOSS_TERMS:
                 if outputs.get(name) is not None:
                     self._sums[name] = self._sums.get(name, 0) + outputs[name].detach()
-            self._tokens += inputs["input_ids"].numel()
+            if self._speed is not None:
+                self._speed.tokens += inputs["input_ids"].numel()
             hidden = outputs.get("last_hidden_state")
             self._last_batch = inputs["input_ids"], None if hidden is None else hidden.detach()
         return (loss, outputs) if return_outputs else loss
@@ -322,6 +349,7 @@ class CALMTrainer(Trainer):
         """Also logs the means of the loss terms since the last log, the speed and the diagnostics."""
         self._check_losses()
         if "loss" in logs and self._last_batch is not None:
+            assert self._first_step is not None, "compute_loss sets it"
             steps = self.state.global_step - self._first_step
             # With num_items_in_batch, micro-batch terms already sum to the mean over the whole batch.
             num_micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
@@ -329,12 +357,9 @@ class CALMTrainer(Trainer):
             for name, local_sum in self._sums.items():
                 total: Any = self.accelerator.reduce(local_sum, "sum")
                 logs[name] = total.item() / sums_per_step / steps
-            assert self._clocks is not None, "compute_loss starts them"
-            start, cpu_start = self._clocks
-            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
-            logs["tokens_per_cpu_second"] = round(self._tokens / cpu_seconds, 1)
-            self._sums, self._tokens, self._clocks = {}, 0, None
+            if self._speed is not None:
+                logs.update(self._speed.results(self.args, self.flops_per_token))
+            self._sums, self._speed, self._first_step = {}, None, None
             if not self.is_fsdp_enabled:  # which gathers the parameters only inside forward
                 input_ids, hidden = self._last_batch
                 model = unwrap_model(self.accelerator.unwrap_model(self.model))
@@ -454,6 +479,35 @@ class CALMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="End of training")
+
+
+class Speed:
+    """The speed since the last log, without the first step of a run, which compiles and warms up.
+
+    - tokens_per_second: of all processes. tokens_per_cpu_second: of this one, which depends less on other load.
+    - data_wait: share of the time spent waiting for batches.
+    - mfu: FLOPs of the training / those that the devices could do in 16 bits, where their peak is known.
+    - memory_gib: most memory of the device so far.
+    """
+
+    def __init__(self):
+        self.tokens, self.data_seconds = 0, 0.0
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
+
+    def results(self, args: TrainingArguments, flops_per_token: float) -> dict[str, float]:
+        seconds, cpu_seconds = time.perf_counter() - self._start, time.process_time() - self._cpu_start
+        results = {
+            "tokens_per_second": round(self.tokens * args.world_size / seconds, 1),
+            "tokens_per_cpu_second": round(self.tokens / cpu_seconds, 1),
+            "data_wait": round(self.data_seconds / seconds, 4),
+        }
+        if args.device.type == "cuda":
+            name = torch.cuda.get_device_name(args.device)
+            peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+            if peak is not None and (args.bf16 or args.fp16):
+                results["mfu"] = round(flops_per_token * self.tokens / seconds / (1e12 * peak), 4)
+            results["memory_gib"] = round(torch.cuda.max_memory_allocated(args.device) / 2**30, 2)
+        return results
 
 
 # the folder of a run
