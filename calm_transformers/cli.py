@@ -22,6 +22,7 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
     "evaluate plot": ("evaluation.plot", "learning curves of a run"),
     "bench generation": ("benchmarks.generation", "tokens/s compared with a Llama"),
     "bench serving": ("benchmarks.serving", "tokens/s by the number of clients"),
+    "bench data": ("benchmarks.data", "how fast a training gets its batches"),
     "bench training": ("benchmarks.training_step", "a training step"),
     "bench operations": ("benchmarks.operations", "dispatched ops and host syncs per step"),
     "bench gpu": ("benchmarks.gpu", "all GPU benchmarks"),

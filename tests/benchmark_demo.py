@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tiny import VOCAB_SIZE, tiny_model
 
-from calm_transformers.benchmarks import meters, workloads
+from calm_transformers.benchmarks import workloads
 from calm_transformers.training import recipe
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64}
@@ -23,7 +23,6 @@ def make_demo(folder, monkeypatch):
     for name, (kind, fields) in RECIPES.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"kind": kind, "model": fields}))
     monkeypatch.setattr(recipe, "RECIPE_FOLDER", folder)
-    monkeypatch.setitem(meters.MATMUL_SIZE, "cpu", 32)
     patches = np.full((16, 80, 4), 3, dtype=np.uint16)
     patches[..., 0] += np.random.default_rng(0).integers(2, size=(16, 80), dtype=np.uint16)
     np.savez(folder / "candidates.npz", patches=patches)

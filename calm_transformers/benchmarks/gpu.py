@@ -22,6 +22,7 @@ import argparse
 import gc
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,6 +41,7 @@ from calm_transformers.benchmarks.meters import device_name, synchronise
 from calm_transformers.benchmarks.workloads import (
     DEMO_FOLDER,
     add_device_options,
+    check_device,
     generate_tokens,
     model_config,
     random_model,
@@ -54,13 +56,14 @@ from calm_transformers.model.configuration_calm import CALMConfig
 PAIRS = ["calm-m:transformer-s", "calm-l:transformer-m", "calm-xl:transformer-l"]
 TEMPERATURES = (1.0, 0.5)
 NUM_CANDIDATES = 200
+NUM_TRAINING_STEPS = 5
 PROMPT = "Once upon a time, there was a little girl named Lily."
 GOLDEN_OUTPUTS = ["calm.hidden_states", "ae.mean", "ae.logits"]
 TABLE_COLUMNS = {
     "goldens": ["head", "dtype", *GOLDEN_OUTPUTS],
     "demo": ["text"],
     "generation": ["shape", "mode", "temperature", "batch_size", "tokens_per_second", "low", "high"],
-    "training": ["shape", "batch_size", "block_size", "step_ms", "tokens_per_second", "mfu"],
+    "training": ["recipe", "blocks", "block_size", "tokens_per_second", "mfu", "memory_gib"],
 }
 
 
@@ -156,10 +159,14 @@ def generation_row(
     }
 
 
-def training_rows(models: list[str], options: argparse.Namespace) -> list[dict]:
-    args = ["--shape", *models, "--device", options.device, "--dtype", options.dtype, "--block_size"]
-    args += [str(options.block_size), "--batch_size", str(options.train_batch_size)]
-    return training_step.measure(training_step.parse_options(args))["steps"]
+def training_rows(recipes: list[str], options: argparse.Namespace) -> list[dict]:
+    fields = {"block_size": options.block_size, "per_device_train_batch_size": options.train_batch_size}
+    fields |= {"bf16": options.dtype == "bfloat16", "gradient_accumulation_steps": 1}
+    rows = []
+    for name in recipes:
+        with tempfile.TemporaryDirectory(prefix="calm-training-") as folder:
+            rows.append(training_step.measure(name, fields, NUM_TRAINING_STEPS, Path(folder)))
+    return rows
 
 
 def parts(options: argparse.Namespace, models: ModelCache) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
@@ -180,13 +187,13 @@ def parts(options: argparse.Namespace, models: ModelCache) -> Iterator[tuple[str
 
 
 def check(options: argparse.Namespace) -> None:
-    """Checks the pairs, and as `training_step` does the options of `training_rows`; raises InputError."""
+    """Checks the device and the pairs; raises InputError."""
+    check_device(options.device)
     for pair in options.pairs:
         names = pair.split(":")
         is_pair = len(names) == 2 and [isinstance(model_config(name), CALMConfig) for name in names] == [True, False]
         if not is_pair:
             raise InputError(f"--pairs {pair}: must be CALM:TRANSFORMER, as in {PAIRS[0]}.")
-    training_step.check(argparse.Namespace(**vars(options) | {"shape": options.pairs[0].split(":"), "batch_size": 1}))
 
 
 @command

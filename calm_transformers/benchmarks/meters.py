@@ -1,4 +1,4 @@
-"""Measurements for the benchmarks: time per method, peak memory, and the FLOP rate of a large matmul."""
+"""Measurements for the benchmarks: time per method and peak memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-
-from calm_transformers.model.kernels_calm import cpu_kernels
-
-MATMUL_REPETITIONS = 5
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @contextmanager
@@ -145,20 +139,6 @@ class PeakMemory:
     @staticmethod
     def _process_bytes(field: str) -> int:
         return int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0]) * 1024
-
-
-def peak_flop_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the best measured FLOPs per second of a large square matmul."""
-    size, seconds = MATMUL_SIZE[device.type], []
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    with torch.no_grad(), cpu_kernels(size, size):
-        for _ in range(MATMUL_REPETITIONS):
-            synchronise(device)
-            start = time.perf_counter()
-            F.linear(matrix, matrix)
-            synchronise(device)
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
 
 
 def weight_bytes(module: nn.Module) -> int:

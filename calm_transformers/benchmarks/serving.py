@@ -66,7 +66,7 @@ def save_model(name: str, folder: Path, distilled_temperature: float | None = No
     """Returns the folder of a model; for a recipe, saves random weights and a tokenizer to `folder` first."""
     import torch
 
-    from calm_transformers.benchmarks.workloads import is_trained, model_config, random_model
+    from calm_transformers.benchmarks.workloads import is_trained, model_config, random_model, word_tokenizer
     from calm_transformers.loading import load_config
     from calm_transformers.model.configuration_calm import CALMConfig
 
@@ -82,17 +82,6 @@ def save_model(name: str, folder: Path, distilled_temperature: float | None = No
     model.save_pretrained(folder)
     word_tokenizer(config.vocab_size).save_pretrained(folder)
     return folder
-
-
-def word_tokenizer(vocab_size: int):
-    """Builds a tokenizer with one word per token: w0, w1, …"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", model_max_length=10**6)
 
 
 def free_port() -> int:

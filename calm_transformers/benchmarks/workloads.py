@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calm_transformers.benchmarks.meters import wrap_method
@@ -109,6 +110,15 @@ def random_model(config: CALMConfig | LlamaConfig, device: torch.device, dtype: 
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return _disable_stopping(model.eval())
+
+
+def word_tokenizer(vocab_size: int, **special_tokens: str) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer with one word per token: w0, w1, …"""
+    words = {f"w{i}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    options = {"unk_token": "w0", "model_max_length": 10**6, **special_tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def trained_model(name: str, device: torch.device, dtype: torch.dtype):
