@@ -14,16 +14,17 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 # With this epsilon Adam doesn't amplify rounding errors of gradients near zero.
 PLAIN = {"adam_epsilon": 0.01, "lr_scheduler_type": "constant", "eval_strategy": "no"}
 FSDP = {"fsdp": "true", "fsdp_config": "{version: 2, transformer_layer_cls_to_wrap: [LlamaDecoderLayer]}"}
+SHARDED = "{version: 2, transformer_layer_cls_to_wrap: [LlamaDecoderLayer], state_dict_type: SHARDED_STATE_DICT}"
 WHOLE_PARTS = {"fsdp": "true", "fsdp_config": "{version: 2}"}  # head and autoencoder are sharded as units, too
 # Trainer 5.17 can't load the unsharded optimizer of several processes that compute on CPUs; on GPUs it can.
 LOADS_ON_CPU = Version(transformers.__version__) >= Version("5.18")
 
 
-def run(log: Path, **fields) -> None:
-    processes = start_training_together(log, "calm", **fields)
+def run(log: Path, num_processes: int = 2, **fields) -> None:
+    processes = start_training_together(log, "calm", num_processes=num_processes, **fields)
     for process in processes:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0], log.read_text()[-3000:]
+    assert [process.exitcode for process in processes] == num_processes * [0], log.read_text()[-3000:]
 
 
 def losses(folder: Path) -> list[list[float]]:
@@ -65,3 +66,21 @@ def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(
     # The exported model is one file, not sharded, with our code.
     assert isinstance(CALMForCausalLM.from_pretrained(tmp_path / "two"), CALMForCausalLM)
     assert {path.name for path in (tmp_path / "two").glob("*.py")} == {path.name for path in one_process.glob("*.py")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 4])
+def test_sharded_checkpoints_of_two_processes_resume_with_another_number(
+    workshop, tmp_path, monkeypatch, num_processes
+):
+    """Checkpoints of torch.distributed.checkpoint (DCP)."""
+    fields = {**workshop, **PLAIN, "auxiliary_weight": 0.5}
+    same_noise_for_every_patch(monkeypatch)
+    assert train("calm", **fields, per_device_train_batch_size=4, output_dir=str(tmp_path / "one")) == 0
+    fields |= {"fsdp": "true", "fsdp_config": SHARDED, "output_dir": str(tmp_path / "two"), "save_steps": 2}
+    run(tmp_path / "log", **fields | {"max_steps": 2, "per_device_train_batch_size": 2})
+    assert (tmp_path / "two" / "checkpoint-2" / "pytorch_model_fsdp_0" / ".metadata").exists()
+    run(tmp_path / "log", num_processes, **fields | {"per_device_train_batch_size": 4 // num_processes})
+    assert "resuming from checkpoint-2" in (tmp_path / "log").read_text()
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert all(value == pytest.approx(wanted, rel=1e-4) for value, wanted in zip(found, expected, strict=True))
