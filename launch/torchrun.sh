@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Trains a recipe on all GPUs of this machine, or on $NPROC processes; the same command resumes:
+#   launch/torchrun.sh calm --recipe calm-m --tokenizer DIR --autoencoder DIR --train_files tokens
+set -euo pipefail
+exec torchrun --standalone --nproc_per_node "${NPROC:-gpu}" -m calm_transformers.training.train "$@"
