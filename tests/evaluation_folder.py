@@ -40,7 +40,6 @@ def evaluations(folder) -> dict[str, list[str]]:
         "autoencoder_report": [*calm, *data],
         "calibration": ["--run", str(folder / "run"), *data, "--block_size", "24", "--max_positions", "100"],
         "invented_words": [*calm, "--text", data[1], "--num_texts", "2", "--max_new_tokens", "8"],
-        "ranking": [*calm, *data, "--tokens", "4", "--tokens_before", "4", "--num_samples", "2", "--num_pairs", "4"],
     }
 
 

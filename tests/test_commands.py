@@ -32,7 +32,6 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "conversion.convert": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
     "onnx_export.export": [NOWHERE, "--output", "{tmp}"],
     "onnx_export.generate_onnx": ["Once", "--folder", NOWHERE],
-    "evaluation.ranking": ["--model", NOWHERE, "--data", NOWHERE],
     "pages.inspect_text": [NOWHERE],
     "generate": [NOWHERE],
     "docs.draw_architecture": [NOWHERE],  # these take no path

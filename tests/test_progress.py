@@ -17,7 +17,6 @@ BARS = {
     "brier_lm": {"Loading weights", "BrierLM"},
     "calibration": {"Checkpoints"},
     "invented_words": {"Loading weights", "Reading", "Generating"},
-    "ranking": {"Loading weights", "Scoring"},
 }
 
 

@@ -75,7 +75,7 @@ def score_texts(
     Use it to find where a text surprises the model, to compare models on a text, and to rank continuations of equal
     length after the same prefix. Energy and Brier scores are no probabilities: the Brier scores of one short text are
     imprecise, as a patch that is never sampled scores about 0, and the energy score mostly reflects how predictable a
-    text is. docs/clients.md reports the ranking accuracy.
+    text is.
 
     Args:
         model: the CALM.
