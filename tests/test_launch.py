@@ -54,7 +54,8 @@ def test_two_processes_on_one_machine(start, tmp_path, name):
 
 
 def test_slurm_saves_requeues_and_resumes(start, tmp_path):
-    for name, content in {"srun": SRUN, "scontrol": f'#!/bin/sh\necho 127.0.0.1; echo "$@" >> {tmp_path}/calls'}.items():
+    control = f'#!/bin/sh\necho 127.0.0.1; echo "$@" >> {tmp_path}/calls'
+    for name, content in {"srun": SRUN, "scontrol": control}.items():
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
     log, fields = tmp_path / "log", {"max_steps": 400, "save_steps": 1000}

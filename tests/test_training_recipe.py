@@ -188,3 +188,11 @@ def test_estimated_activations_are_within_a_third_of_what_autograd_saves(kind):
     assert outputs.loss.requires_grad
     cost = calm_cost(config, 256) if kind == "calm" else autoencoder_cost(config)
     assert 0.95 < measured / cost.saved_activations < 4 / 3
+
+
+def test_help_lists_the_fields_of_every_section_with_their_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["calm", "--help"])
+    words = capsys.readouterr().out.split()
+    fields = {"auxiliary_weight=0.0", "tokenizer=None", "block_size=1024", "noise_size=64", "head_type='energy'"}
+    assert fields <= set(words) and {"kind", "calm-m,"} <= set(words)

@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import re
+import textwrap
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, Trainer, TrainingArguments, get_scheduler
+from transformers import LlamaConfig, PreTrainedConfig, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -177,6 +178,23 @@ def section_fields(kind: str) -> dict[str, set[str]]:
         "model": model - {"model_type", "transformers_version", "architectures", "auto_map"},
         "training": {f.name for f in dataclasses.fields(TrainingArguments)} - {"use_cache"},  # the model's
     }
+
+
+def describe_fields(kind: str) -> str:
+    """Returns the fields of a recipe by section, with their defaults, and the recipes' names, for --help."""
+    own, data = ({f.name: f.default for f in dataclasses.fields(each)} for each in (Recipe, DataOptions))
+    defaults = {"": own, "data": data, "model": CONFIGS[kind]().to_dict() if kind in CONFIGS else {}}
+    names = section_fields(kind)
+    names["model"] -= set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings", "vocab_size"}
+    parts = []
+    for section, values in defaults.items():
+        shown = {name: values.get(name, dataclasses.MISSING) for name in sorted(names[section])}
+        has_none = (dict, type(dataclasses.MISSING))
+        words = (name if isinstance(value, has_none) else f"{name}={value!r}" for name, value in shown.items())
+        text = textwrap.fill(" ".join(words), 100, initial_indent="  ", subsequent_indent="  ")
+        parts.append(f"{section or 'recipe'}:\n{text}")
+    parts.append("training:\n  the fields of transformers.TrainingArguments")
+    return "\n".join([*parts, f"\nrecipes: {', '.join(recipe_names())}"])
 
 
 def recipe_names() -> list[str]:

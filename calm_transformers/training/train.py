@@ -37,9 +37,9 @@ from calm_transformers.training.recipe import (
     KINDS,
     PATCH_EMBEDDING_DECAYS,
     Recipe,
+    describe_fields,
     load_recipe,
     parse_command_line,
-    recipe_names,
 )
 from calm_transformers.training.tokenizer import filler_token_id, first_difference, save_tokenizer, train_bpe
 from calm_transformers.training.trainer import PreparedRun, last_checkpoint, log_rank0, prepare_run, set_up
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser = Parser("calm train", __doc__)
     subparsers = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=", ".join(KINDS))
     for kind in KINDS:
-        epilog = f"Every field of the recipe can be given as --field value. Recipes: {', '.join(recipe_names())}."
+        epilog = f"Every field of the recipe can be given as --field value.\n\n{describe_fields(kind)}"
         subparser = subparsers.add_parser(kind, prog=f"{parser.prog} {kind}", description=None, epilog=epilog)
         subparser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
         subparser.add_argument("--dry_run", action="store_true", help="print sizes, FLOPs and memory, and exit")
