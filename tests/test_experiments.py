@@ -44,7 +44,7 @@ def test_runs_follow_their_dependencies_and_finish_a_seed_before_the_next(tmp_pa
     assert option(initialised, "seed") == "1" and "--recipe" in initialised.args and "--seeds" not in initialised.args
     runs = Plan(FOLDER / "language.yaml", tmp_path, None, ["learn"]).runs
     seeds = [int(name[-7]) for name in runs if name.endswith("/score")]
-    assert seeds == sorted(seeds) and seeds.count(1) == 5 and set(seeds) == {1, 2, 3}
+    assert seeds == sorted(seeds) and seeds.count(1) == 6 and set(seeds) == {1, 2, 3}
 
 
 def test_story_models_are_scored_on_the_same_text(tmp_path):
@@ -123,7 +123,7 @@ def test_commands_run_once_and_their_results_fill_the_tables(tmp_path, commands,
     commands.failing.clear()
     assert main(args) == 0 and len(commands.done) == len(NAMES)
     text = (tmp_path / "experiments.md").read_text()
-    assert "| AR | 2.00 M | 1.0e+09 | 7 | 8.00 | 80.0% (70.0% to 90.0%) | 6.05 |  |" in text
+    assert "| AR | 2.00 M | 1.0e+09 | 7 | 8.00 | 80.0% (70.0% to 90.0%, one model) | 6.05 |" in text
     assert "| calm-seed1 | 80.0% (70.0% to 90.0%) |  |  |  |" in text and "| k4 | 90.00% | 90.00% |" in text
     assert "| distilled, one draw | 0.500 | 0.250 |" in text and "| calm, 200 candidates |" in text
     assert "| distilled, 200 candidates |" not in text and (tmp_path / "temperature.png").exists()
@@ -176,6 +176,6 @@ def test_a_whole_run(tmp_path, monkeypatch):
     assert calm["positions"] == 63 and 0 < calm["best_brierlm"] < 100
     low, high = calm["share_interval"]
     text = (tmp_path / "experiments.md").read_text()
-    assert f"{calm['share']:.1%} ({low:.1%} to {high:.1%}) | 5.72 | " in text
+    assert f"{calm['share']:.1%} ({low:.1%} to {high:.1%}, one model) | 5.72 |" in text
     replaced = next(line for line in text.splitlines() if line.startswith("| calm-seed1 |"))
     assert replaced.count("%") == 9  # nothing, head, head and backbone

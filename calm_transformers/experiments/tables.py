@@ -1,8 +1,9 @@
 """Formats the results of the experiments as Markdown tables, and plots the learning curves."""
 
+import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import NamedTuple
 
 from calm_transformers.evaluation.report import markdown, saved_figure
@@ -13,13 +14,14 @@ from calm_transformers.experiments.plan import Plan
 CURVES = "curves"  # group of the table that is plotted
 ABLATED_PARTS = ("nothing", "solver", "head", "head and backbone")
 SIGMAS = (0.0, 0.3, 0.5, 1.0)
+T_QUANTILES = {2: 12.706, 3: 4.303}  # 97.5 % of Student's t by the number of seeds
 
 
 class Score(NamedTuple):
     """The scores of a row over its seeds, in percent of the optimal BrierLM, or as BrierLM if that is unknown."""
 
     mean: float
-    low: float  # 95 % interval; with several seeds, the lowest and the highest score
+    low: float  # 95 % interval: of the mean over several seeds (Student's t), or of one model (bootstrap over blocks)
     high: float
     brierlm: float  # mean over the seeds
     seeds: int
@@ -35,7 +37,8 @@ def row_score(plan: Plan, row: dict, records: dict[str, dict]) -> Score | None:
     brierlms = [record["brierlm"]["value"] for record in finished]
     scores = [100 * record["share"] for record in finished] if plan.is_language else brierlms
     if len(finished) > 1:
-        low, high = min(scores), max(scores)
+        half = T_QUANTILES[len(finished)] * stdev(scores) / math.sqrt(len(finished))
+        low, high = mean(scores) - half, mean(scores) + half
     elif plan.is_language:
         low, high = (100 * bound for bound in finished[0]["share_interval"])
     else:
@@ -45,36 +48,38 @@ def row_score(plan: Plan, row: dict, records: dict[str, dict]) -> Score | None:
 
 
 def score_table(plan: Plan, rows: list[dict], records: dict[str, dict]) -> str:
-    """Formats one table: a line per row, with cost, score, the paper's score, and the direction of the difference."""
-    column = "fraction of optimal (95 %)" if plan.is_language else "(95 %)"
-    header = ["", "tokens", "training FLOPs", "CPU s", "BrierLM", column, "paper's BrierLM", "direction"]
-    first_score, lines = row_score(plan, rows[0], records), []
-    number = "{:.1f}%" if plan.is_language else "{:.2f}"
+    """Formats one table: a line per row, with cost and score; where the paper has them, its score and who is ahead."""
+    column = "fraction of optimal, 95 % interval" if plan.is_language else "95 % interval"
+    header = ["", "tokens", "training FLOPs", "CPU s", "BrierLM", column, "paper's BrierLM", "against the first row"]
+    first, lines, number = row_score(plan, rows[0], records), [], "{:.1f}%" if plan.is_language else "{:.2f}"
     for row in rows:
         score, paper = row_score(plan, row, records), f"{row['paper']:.2f}" if "paper" in row else ""
         if score is None:
             lines.append([row["label"], "not run yet", *[""] * 4, paper, ""])
             continue
-        seeds = f", {score.seeds} seeds" if score.seeds > 1 else ""
-        interval = f"({number.format(score.low)} to {number.format(score.high)}{seeds})"
+        source = f"{score.seeds} seeds" if score.seeds > 1 else "one model"
+        interval = f"({number.format(score.low)} to {number.format(score.high)}, {source})"
         interval = f"{number.format(score.mean)} {interval}" if plan.is_language else interval
         tokens, flops, cpu_seconds = (score.cost[name] for name in ("tokens", "flops", "cpu_seconds"))
         cost = [f"{tokens / 1e6:.2f} M", f"{flops:.1e}", f"{cpu_seconds:.0f}"]
-        paper_scores = row.get("paper"), rows[0].get("paper")
-        verdict = "" if first_score is None or row is rows[0] else direction(score, first_score, *paper_scores)
+        verdict = "" if first is None or row is rows[0] else direction(score, first, row, rows[0])
         lines.append([row["label"], *cost, f"{score.brierlm:.2f}", interval, paper, verdict])
-    return markdown(header, lines)
+    num_columns = next(n for n in (8, 7, 6) if n == 6 or any(line[n - 1] for line in lines))  # no empty ones
+    return markdown(header[:num_columns], [line[:num_columns] for line in lines])
 
 
-def direction(score: Score, first: Score, paper: float | None, paper_first: float | None) -> str:
-    """Returns on which side of the table's first row a row is, if intervals don't overlap, and if the paper agrees."""
+def direction(score: Score, first: Score, row: dict, first_row: dict) -> str:
+    """Returns whether a row is above or below the table's first one, as in the paper; "" if that can't be told.
+
+    Both need a figure of the paper and several seeds.
+    """
+    if not ("paper" in row and "paper" in first_row and min(score.seeds, first.seeds) > 1):
+        return ""
     if score.low <= first.high and first.low <= score.high:
         return "within the intervals"
     is_above = score.low > first.high
-    side = "above" if is_above else "below"
-    if paper is None or paper_first is None:
-        return side
-    return f"{side}: {'agrees' if is_above == (paper > paper_first) else 'against the paper'}"
+    agrees = is_above == (row["paper"] > first_row["paper"])
+    return f"{'above' if is_above else 'below'}: {'agrees' if agrees else 'against the paper'}"
 
 
 def format_tables(plans: list[Plan], records: dict[str, dict]) -> str:
