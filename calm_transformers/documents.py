@@ -1,6 +1,7 @@
 """Reads documents from files or a Hub dataset, as strings or token ids. The entry point is `load_documents`.
 
-Files are .txt (one document each), .jsonl or .parquet (one document per row), plain or compressed as .xz, .zst or .gz.
+Files are .txt (one document each), .jsonl or .parquet (one document per row), plain or compressed as .xz, .zst or .gz,
+local or at a URL that fsspec opens.
 """
 
 import codecs
@@ -52,7 +53,20 @@ class BadLines:
 
 
 def find_paths(path: str | Path) -> list[Path]:
-    """Returns the file or folder of that name, or else all that match it as a glob pattern, sorted."""
+    """Returns the file or folder of that name, or else all that match it as a glob pattern, sorted.
+
+    A URL (s3://, gs://, hf://, https://, …) gives paths of universal_pathlib, which fsspec opens.
+    """
+    if "://" in str(path):
+        require_package("upath", "train", str(path))
+        from upath import UPath
+
+        url = UPath(path)
+        if url.exists():
+            return [url]
+        root, _, pattern = str(path).partition("*")
+        folder = UPath(root.rpartition("/")[0])
+        return sorted(folder.glob(f"{root.rpartition('/')[2]}*{pattern}")) if "*" in str(path) else []
     return [Path(p) for p in ([path] if os.path.lexists(path) else sorted(glob.glob(str(path), recursive=True)))]
 
 
@@ -75,7 +89,7 @@ def expand_paths(paths: str | Iterable[str]) -> list[Path]:
         if _file_format(file) is None:
             raise InputError(f"{file}: unknown format; readable are {_readable_formats()}.")
         try:
-            with open(file, "rb") as opened:
+            with file.open("rb") as opened:
                 is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
         except OSError as error:
             raise InputError(f"{file}: {error.strerror}.") from error
@@ -150,7 +164,7 @@ def _lines(path: Path, bar: tqdm | None) -> Iterator[bytes]:
     """Yields a file's decompressed lines, without a byte order mark."""
     number = bytes_read = 0
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(_decompressed_lines(path, file), 1):
                 if bar is not None:
                     bar.update(file.tell() - bytes_read)
@@ -220,9 +234,9 @@ def _read_parquet(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm |
     import pyarrow.parquet
 
     is_plain = path.suffix == ".parquet"
-    source = str(path) if is_plain else io.BytesIO(b"".join(_lines(path, bar)))
     number = 0
     try:
+        source = path.open("rb") if is_plain else io.BytesIO(b"".join(_lines(path, bar)))
         file = pyarrow.parquet.ParquetFile(source)
         columns = file.schema_arrow.names
         if text_column not in columns:

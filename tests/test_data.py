@@ -11,6 +11,7 @@ import sys
 from functools import partial
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -96,6 +97,21 @@ def test_every_format_and_compression_gives_the_same_documents(tmp_path, name):
     (tmp_path / name).write_bytes(READABLE[name])
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode()))  # one document
     assert read(tmp_path / "b.txt.gz", tmp_path / name) == [TEXTS[0], *TEXTS]
+
+
+def test_files_at_a_url_are_read_like_local_ones():
+    files = fsspec.filesystem("memory")
+    for name, content in READABLE.items():
+        files.pipe(f"/corpus/{name}", content)
+    files.pipe("/corpus/.hidden.txt", b"no")
+    for name in READABLE:
+        assert read(f"memory://corpus/{name}") == TEXTS
+    assert len(read("memory://corpus")) == len(READABLE) * len(TEXTS)
+    assert read("memory://corpus/a.jsonl*") == 4 * TEXTS
+    with pytest.raises(InputError, match="memory://corpus/none.txt: no such file"):
+        read("memory://corpus/none.txt")
+    options = DataOptions(["memory://corpus/a.jsonl"])
+    assert load_documents(options, "train")[1] == [["memory://corpus/a.jsonl", len(LINES), 0]]
 
 
 @pytest.mark.parametrize(
