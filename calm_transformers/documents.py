@@ -61,11 +61,11 @@ def find_paths(path: str | Path) -> list[Path]:
         require_package("upath", "train", str(path))
         from upath import UPath
 
-        url = UPath(path)
+        url: Any = UPath(path)
         if url.exists():
             return [url]
         root, _, pattern = str(path).partition("*")
-        folder = UPath(root.rpartition("/")[0])
+        folder: Any = UPath(root.rpartition("/")[0])
         return sorted(folder.glob(f"{root.rpartition('/')[2]}*{pattern}")) if "*" in str(path) else []
     return [Path(p) for p in ([path] if os.path.lexists(path) else sorted(glob.glob(str(path), recursive=True)))]
 
