@@ -301,7 +301,7 @@ class DataOptions:
     Args:
         train_files, validation_files: files, folders or glob patterns (see documents.py).
         dataset, dataset_config, dataset_split, validation_split: a Hub dataset in place of files.
-        streaming: read the Hub dataset while training instead of downloading and caching it first.
+        streaming: read and tokenise the text while training, without a cache.
         text_column: key or column of the text.
         max_documents: read only this number of documents.
         skip_bad_lines: skip and count lines that hold no document, instead of stopping there.
@@ -359,9 +359,9 @@ class Documents:
         parts = [replace(self, readers=[reader], description=None, may_be_empty=True) for reader in self.readers]
         if self.limit is not None:  # of all files together
             parts = [replace(self, description=None)]
-        num_slices = -(-count // len(parts))
-        slices = [partial(itertools.islice, part, k, None, num_slices) for k in range(num_slices) for part in parts]
-        return slices[index::count]
+        if len(parts) >= count:
+            return [partial(iter, part) for part in parts[index::count]]
+        return [partial(itertools.islice, part, index, None, count) for part in parts]
 
     def __iter__(self) -> Iterator[str]:
         bad_lines, is_empty = BadLines(self.skip_bad_lines), True

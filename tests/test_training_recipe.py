@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,11 @@ def test_help_lists_the_fields_of_every_section_with_their_defaults(capsys):
     words = capsys.readouterr().out.split()
     fields = {"auxiliary_weight=0.0", "tokenizer=None", "block_size=1024", "noise_size=64", "head_type='energy'"}
     assert fields <= set(words) and {"kind", "calm-m,"} <= set(words)
+
+
+def test_fields_of_earlier_versions_are_read_if_they_had_no_effect(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for ending, is_read in (("0.0", True), ("0.9", False)):
+        path.write_text(f"kind: calm\ndistil: null\nema_decay: {ending}\n")
+        with nullcontext() if is_read else pytest.raises(InputError, match="unknown field 'ema_decay'"):
+            load_recipe(str(path))

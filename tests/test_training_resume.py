@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -52,22 +53,25 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_preempted_run_saves_its_step_and_resumes(workshop, tmp_path, num_processes):
-    """SIGTERM, of two processes to the second one alone."""
+@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (1, 2)])
+def test_a_preempted_run_saves_its_step_and_resumes(workshop, tmp_path, num_processes, num_workers):
+    """SIGTERM, of two processes to the second one alone, and to the workers that load data."""
     fields, log = fields_of_run(workshop, tmp_path / "run") | {"save_steps": 1000}, tmp_path / "log"
+    fields |= {"dataloader_num_workers": num_workers, "max_steps": STEPS * 4}
     log.touch()
     processes = start_training_together(log, "calm", num_processes=num_processes, **fields)
     deadline = time.monotonic() + 60
     while "'loss'" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
-    processes[-1].terminate()
+    pid = processes[-1].pid
+    for each in [*Path(f"/proc/{pid}/task/{pid}/children").read_text().split(), pid]:
+        os.kill(int(each), signal.SIGTERM)
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == num_processes * [EXIT_PREEMPTED], log.read_text()[-2000:]
     saved = last_checkpoint(tmp_path / "run")
     step = int(saved.name.removeprefix("checkpoint-"))
-    assert 0 < step < STEPS and f"SIGTERM: saved step {step}; the same command resumes" in log.read_text()
+    assert 0 < step < 4 * STEPS and f"SIGTERM: saved step {step}; the same command resumes" in log.read_text()
     assert not (tmp_path / "run" / "model.safetensors").exists()
     for process in (again := start_training_together(log, "calm", num_processes=num_processes, **fields)):
         process.join(120)

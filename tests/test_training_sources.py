@@ -121,6 +121,9 @@ def test_a_training_uses_the_tokens_of_calm_tokenize(workshop, tmp_path, monkeyp
     assert "(append_eos True in place of False): tokenise the text again." in trained(append_eos=False)
     assert trained() == ""
     assert tokenize.main([*words, "demo-tokenizer"]) == 2
+    capsys.readouterr()
+    assert tokenize.main([*words, recipe, "--shard", "1/2", "--max_documents", "3"]) == 2
+    assert "tokens holds other tokens (max_documents None in place of 3): name another" in capsys.readouterr().err
     monkeypatch.setattr(data, "MAX_BYTES_IN_TRAINING", 1000)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="corpus.jsonl: 0 GB of text are too much .*, then give --train_files DIR"):

@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for states, labels in zip(states_RD.split(num_rows), labels_R.split(num_rows), strict=True):
             log_q = (states @ weight_VD.T).float().log_softmax(-1)
             total += F.nll_loss(log_q, labels, ignore_index=IGNORED, reduction="sum")
-            if ctx.needs_input_grad[0]:
+            if any(ctx.needs_input_grad):
                 counts = (labels != IGNORED).to(log_q.dtype).unsqueeze(-1)
                 grad = log_q.exp_().mul_(counts).scatter_add_(1, labels.clamp(min=0).unsqueeze(-1), -counts)
                 grad = grad.to(weight_VD.dtype)

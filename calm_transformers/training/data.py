@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,9 @@ from calm_transformers.model.modeling_calm import target_patches
 from calm_transformers.training.tokenizer import filler_token_id
 
 TOKENS_FORMAT = 3  # in the manifest; since 3 there are shards
-MANIFEST, SHARD = "manifest.json", "shard-{:05d}"  # in a folder of tokens
+MANIFEST, SHARD = "calm_tokens.json", "shard-{:05d}"  # in a folder of tokens
 READING_OPTIONS = ("text_column", "max_documents", "skip_bad_lines")  # that tell which documents are read
-STREAM_DOCUMENTS = 4096  # of a stream that are tokenised and shuffled at a time
+STREAM_DOCUMENTS, STREAM_CHARACTERS = 4096, 2**26  # of a stream that are tokenised and shuffled at a time, at most
 MAX_BYTES_IN_TRAINING = 2 * 10**9  # of text that a training of several processes tokenises
 
 
@@ -129,10 +129,6 @@ class Tokens:
         parts = [shard.ids[max(0, begin) : max(0, end)] for shard, begin, end in overlaps if begin < len(shard.ids)]
         return np.concatenate(parts)
 
-    @property
-    def num_documents(self) -> int:
-        return sum(len(shard.bounds) - 1 for shard in self.shards)
-
     def next_document(self, index: int) -> int:
         """Returns where the first document starts that starts at `index` or later, or the end."""
         for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
@@ -154,8 +150,10 @@ def _read_manifest(folder: Path) -> dict | None:
 
 
 def _open_shard(folder: Path, manifest: dict, index: int) -> TokenShard | None:
-    """Opens a shard, or returns None if it is missing or damaged."""
+    """Opens a shard, or returns None if it is missing, damaged or of another manifest."""
     path = folder / SHARD.format(index)
+    if _read_manifest(path) != manifest:
+        return None
     try:
         bounds = np.load(path / "document_bounds.npy", mmap_mode="r")
         ids = np.memmap(path / "tokens.bin", dtype=manifest["dtype"], mode="r")
@@ -173,19 +171,23 @@ def write_shard(folder: Path, manifest: dict, index: int, tokenize: Callable[[],
     Raises:
         InputError: the folder holds tokens of another manifest, there is no text, or it can't be written.
     """
-    found = _read_manifest(folder)
-    if found is not None and found != manifest:
-        raise InputError(f"{folder} holds other tokens ({_difference(found, manifest)}): name another folder.")
-    shard = _open_shard(folder, manifest, index) if found else None
-    if shard is None:
+    shard = _check_manifest(folder, manifest) and _open_shard(folder, manifest, index)
+    if not shard:
         try:
-            shutil.rmtree(folder / SHARD.format(index), ignore_errors=True)  # damaged
             _write_shard(folder, manifest, index, tokenize)
         except OSError as error:
             raise InputError(f"{folder}: the tokens cannot be written there ({error.strerror or error}).") from error
         shard = _open_shard(folder, manifest, index)
-    assert shard is not None, f"{folder}: another process removed it meanwhile"
+    assert shard, f"{folder}: another process removed it meanwhile"
     return shard
+
+
+def _check_manifest(folder: Path, manifest: dict) -> bool:
+    """Returns whether the folder has this manifest, False if it has none; raises InputError if it has another one."""
+    found = _read_manifest(folder)
+    if found is not None and found != manifest:
+        raise InputError(f"{folder} holds other tokens ({_difference(found, manifest)}): name another folder.")
+    return found is not None
 
 
 def _difference(found: dict, expected: dict) -> str:
@@ -203,11 +205,16 @@ def _write_shard(folder: Path, manifest: dict, index: int, tokenize: Callable[[]
                 bounds.append(bounds[-1] + len(ids))
                 file.write(ids.astype(manifest["dtype"]).tobytes())
         if not bounds[-1]:
-            raise InputError("the data holds no text.")
+            part = f" in shard {index} of {manifest['num_shards']}" if manifest["num_shards"] > 1 else ""
+            raise InputError(f"the data holds no text{part}.")
         np.save(unfinished / "document_bounds.npy", np.frombuffer(bounds, np.int64))
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
-        os.replace(unfinished / MANIFEST, folder / MANIFEST)
+        if not _check_manifest(folder, manifest):  # again: another process may have started with another one
+            shutil.copyfile(unfinished / MANIFEST, unfinished / "copy")
+            os.replace(unfinished / "copy", folder / MANIFEST)
+        if _open_shard(folder, manifest, index) is None:
+            shutil.rmtree(folder / SHARD.format(index), ignore_errors=True)  # damaged
         try:
             os.replace(unfinished, folder / SHARD.format(index))
         except OSError:  # another process wrote the same tokens first
@@ -234,6 +241,11 @@ def token_manifest(options: DataOptions, tokenizer, patch_size: int, num_shards:
     }
 
 
+def reading_manifest(options: DataOptions, source: list) -> dict:
+    """Returns what tells which documents were read; `source` is that of `load_documents`."""
+    return {"source": source, **{name: getattr(options, name) for name in READING_OPTIONS}}
+
+
 def load_tokens(options: DataOptions, part: str, tokenizer, patch_size: int, cache: Path) -> Tokens:
     """Returns the tokens of the "train" or "validation" part of the data.
 
@@ -242,10 +254,10 @@ def load_tokens(options: DataOptions, part: str, tokenizer, patch_size: int, cac
     """
     manifest = token_manifest(options, tokenizer, patch_size)
     files = options.train_files if part == "train" else options.validation_files
-    if len(files) == 1 and (Path(files[0]) / MANIFEST).is_file():
+    if options.max_documents is None and len(files) == 1 and (Path(files[0]) / MANIFEST).is_file():
         return _load_tokenized(Path(files[0]), manifest)
     texts, source = load_documents(options, part, f"Tokenising, {part}")
-    read = {"source": source, **{name: getattr(options, name) for name in READING_OPTIONS}}
+    read = reading_manifest(options, source)
     folder = cache / _hash(manifest | read)
     if texts.unit == "B" and (texts.total or 0) > MAX_BYTES_IN_TRAINING and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if _open_shard(folder, manifest, 0) is None:  # one process would tokenise, and the others give up waiting
@@ -262,7 +274,8 @@ def _load_tokenized(folder: Path, expected: dict) -> Tokens:
     """Opens the output of `calm tokenize`; raises InputError if shards are missing, or the tokens would be others."""
     manifest = _read_manifest(folder) or {}
     num_shards = manifest.get("num_shards", 1)
-    if difference := _difference(manifest, expected | {"num_shards": num_shards}):
+    expected = expected | {"num_shards": num_shards}
+    if difference := _difference({name: manifest.get(name) for name in expected}, expected):  # any text
         raise InputError(f"{folder} holds tokens of other settings ({difference}): tokenise the text again.")
     shards = [_open_shard(folder, manifest, index) for index in range(num_shards)]
     if missing := [index for index, shard in enumerate(shards) if shard is None]:
@@ -382,15 +395,16 @@ class PackedBlocks(Dataset):
 class StreamedBlocks(IterableDataset):
     """Endless iterable dataset of blocks: reads and tokenises the documents while training.
 
-    Each DataLoader worker of each process has its own share of the documents. `STREAM_DOCUMENTS` of them at a time are
-    cut into blocks, which come in random order; the tokens after the last whole one are not seen. A stream's position
-    is the file, the documents read of it and the block, so that a resumed run opens that file and tokenises one time.
-    With other numbers of processes or workers it is another stream.
+    Each DataLoader worker of each process has its own share of the documents. A window of `STREAM_DOCUMENTS` of them,
+    or fewer long ones, is cut into blocks, which come in random order; the tokens after its last whole block are not
+    seen. A stream's position is where its window begins, as a file and the documents read of it, and the block: a
+    resumed run opens that file and tokenises one window again. With other numbers of processes or workers it is
+    another stream.
 
     Args:
         documents, tokenize: the text, and what yields the token ids of each of some documents.
         rank, num_ranks: of this process, and the number of processes.
-        block_options: of `PackedBlocks`, for the blocks of each time.
+        block_options: of `PackedBlocks`, for the blocks of each window.
     """
 
     def __init__(
@@ -404,28 +418,33 @@ class StreamedBlocks(IterableDataset):
     ):
         self.documents, self.tokenize, self.seed = documents, tokenize, seed
         self.rank, self.num_ranks, self.block_options = rank, num_ranks, block_options
-        self._next = 0, 0, 0, 0  # epoch, part, time and block
+        self._next = 0, 0, 0, 0  # epoch; part, and the documents read of it, where the window begins; block
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         share = self.rank * num_workers + worker_id, self.num_ranks * num_workers
-        parts, start = self.documents.share(*share), self._next
-        for epoch in itertools.count(start[0]):
-            for part in range(start[1] if epoch == start[0] else 0, len(parts)):
-                texts = parts[part]()
-                for time in itertools.count():
-                    some = list(itertools.islice(texts, STREAM_DOCUMENTS))
-                    if not some:
-                        break
-                    if (epoch, part, time) < start[:3]:
-                        continue
-                    blocks = self._blocks(some, [self.seed, share[0], epoch, part, time])
-                    for block in range(start[3] if (epoch, part, time) == start[:3] else 0, len(blocks)):
-                        self._next = epoch, part, time, block + 1
-                        yield blocks[block]
+        parts, (epoch, part, num_read, block) = self.documents.share(*share), self._next
+        while True:
+            documents = self._documents(parts, part, num_read)
+            while window := list(take_window(documents)):
+                blocks = self._blocks([text for *_, text in window], [self.seed, share[0], epoch, part, num_read])
+                for index in range(block, len(blocks)):
+                    self._next = epoch, part, num_read, index + 1
+                    row = blocks[index]
+                    yield {name: row[name] for name in ("input_ids", "num_fillers")}
+                (part, num_read, _), block = window[-1], 0
             if self._next == (0, 0, 0, 0):
                 raise InputError(f"{self.documents.source}: no block in share {share[0]} of {share[1]} of its text.")
+            epoch, part, num_read = epoch + 1, 0, 0
+
+    @staticmethod
+    def _documents(parts: Sequence[Callable], part: int, num_read: int) -> Iterator[tuple[int, int, str]]:
+        """Yields the documents from a position on, with the position after each."""
+        for number in range(part, len(parts)):
+            first = num_read if number == part else 0
+            for index, text in enumerate(itertools.islice(parts[number](), first, None), first):
+                yield number, index + 1, text
 
     def _blocks(self, texts: list[str], seed: list[int]) -> "PackedBlocks | list":
         pieces = list(self.tokenize(texts))
@@ -443,6 +462,16 @@ class StreamedBlocks(IterableDataset):
 
     def summary(self) -> str:
         return "a stream of tokens"
+
+
+def take_window(documents: Iterator[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
+    """Yields the next `STREAM_DOCUMENTS` documents, or fewer if they have `STREAM_CHARACTERS` before."""
+    num_characters = 0
+    for document in itertools.islice(documents, STREAM_DOCUMENTS):
+        yield document
+        num_characters += len(document[-1])
+        if num_characters >= STREAM_CHARACTERS:
+            return
 
 
 class PatchCollator:

@@ -52,6 +52,9 @@ FIXED_ON_RESUME = {
 }
 PATH_FIELDS = ("tokenizer", "autoencoder", "init_from", "init_backbone")  # folders, or Hub ids
 # Arguments of Trainer that our trainer, data and losses rely on.
+# With their defaults, as earlier versions wrote them to a run's recipe.yaml.
+REMOVED_FIELDS = [("auxiliary_decay", 0.0), ("head_learning_rate", None), ("ema_decay", 0.0)]
+REMOVED_FIELDS += [("distil", None), ("distil_weight", 1.0)]
 REQUIRED_ARGUMENTS = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
@@ -215,6 +218,7 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
         raise InputError(f"{path}: the recipe must have a field kind, one of {', '.join(KINDS)}.")
     known = section_fields(kind)
     run_facts = sections[""].pop("found", None) or {}  # in the recipe.yaml that a run wrote
+    sections[""] = {name: value for name, value in sections[""].items() if (name, value) not in REMOVED_FIELDS}
     for section, values in sections.items():
         for key in values:
             if key not in known[section]:

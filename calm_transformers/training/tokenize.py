@@ -15,7 +15,7 @@ from pathlib import Path
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive
 from calm_transformers.documents import load_documents, tokenize_documents
 from calm_transformers.progress import progress_bar
-from calm_transformers.training.data import document_ending, token_manifest, write_shard
+from calm_transformers.training.data import document_ending, reading_manifest, token_manifest, write_shard
 from calm_transformers.training.recipe import Recipe, load_recipe, parse_command_line
 from calm_transformers.training.train import config_with_notes, load_recipe_tokenizer
 
@@ -32,12 +32,15 @@ def write(recipe: Recipe, output: Path, index: int, num_shards: int, is_first: b
     """Writes one shard of a recipe's training text, and returns its numbers of tokens and documents."""
     tokenizer, config = load_recipe_tokenizer(recipe), config_with_notes(recipe)[0]
     patch_size = getattr(config, "patch_size", 1)
-    documents, _ = load_documents(recipe.data, "train")
+    documents, source = load_documents(recipe.data, "train")
+    if recipe.data.train_files:  # names and sizes: paths and times differ between machines
+        source = [[Path(path).name, size] for path, size, _ in source]
     texts = itertools.chain.from_iterable(part() for part in documents.share(index, num_shards))
     if is_first:  # its bar stands for all processes
         texts = progress_bar(texts, "Tokenising", "document")
     ending = document_ending(recipe.data, patch_size)
     manifest = token_manifest(recipe.data, tokenizer, patch_size, num_shards)
+    manifest |= reading_manifest(recipe.data, source)
     shard = write_shard(output, manifest, index, lambda: tokenize_documents(texts, tokenizer, ending))
     return len(shard.ids), len(shard.bounds) - 1
 

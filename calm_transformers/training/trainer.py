@@ -13,8 +13,9 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,17 @@ from calm_transformers.training.tokenizer import save_tokenizer
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 MAX_UNCHECKED_LOSSES = 1000
 # Dense peak in 16 bits by a part of the device's name, as published by its maker.
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "MI300X": 1307}
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+    "MI300X": 1307,
+}
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 TRAINER_STATE = "trainer_state.json"  # Trainer writes it last
 
@@ -168,6 +179,13 @@ class PreparedRun:
         return 0
 
 
+def ignore_sigterm(init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Lets a DataLoader worker outlive a SIGTERM to all processes, as the step that is saved needs its batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if init is not None:
+        init(worker_id)
+
+
 class RestoredRandomness(TrainerCallback):
     """Restores the random state of a checkpoint at the first step, as Trainer does where it skips data."""
 
@@ -187,6 +205,8 @@ class Preemption(TrainerCallback):
         self.is_signalled = self.is_stopped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # On the CPU, so that no step waits for the device.
+        self._group = torch.distributed.new_group(backend="gloo") if args.world_size > 1 else None
         self._previous = signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, *_) -> None:
@@ -194,12 +214,13 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.is_stopped = self.is_signalled
-        if args.world_size > 1:  # a signal may reach the processes at different steps
-            any_signalled = torch.tensor(int(self.is_signalled), device=args.device)
-            torch.distributed.all_reduce(any_signalled, torch.distributed.ReduceOp.MAX)
+        if self._group is not None:  # a signal may reach the processes at different steps
+            any_signalled = torch.tensor(int(self.is_signalled))
+            torch.distributed.all_reduce(any_signalled, torch.distributed.ReduceOp.MAX, self._group)
             self.is_stopped = bool(any_signalled)
         if self.is_stopped:
             control.should_save = control.should_training_stop = True
+            args.load_best_model_at_end, args.save_total_limit = False, None  # or Trainer may delete this checkpoint
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self._previous)
@@ -273,7 +294,9 @@ class CALMTrainer(Trainer):
     def get_train_dataloader(self):
         """Returns Trainer's, or of a stream, whose processes read parts of their own, one that knows its position."""
         if not isinstance(self.train_dataset, StreamedBlocks):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            loader.worker_init_fn = partial(ignore_sigterm, loader.worker_init_fn)
+            return loader
         require_package("torchdata", "train", "streaming")
         from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -285,6 +308,7 @@ class CALMTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(ignore_sigterm, None),
         )
         if self.checkpoint is not None:
             self._stream.load_state_dict(torch.load(self.checkpoint / self._stream_file(), weights_only=False))
@@ -315,7 +339,7 @@ class CALMTrainer(Trainer):
         assert isinstance(result, tuple), "of loss and outputs"
         loss, outputs = result
         if model.training:
-            self._losses.append((self.state.global_step + 1, loss.detach(), block_ids))
+            self._losses.append((self.state.global_step + 1, loss.detach().clone(), block_ids))
             if len(self._losses) == MAX_UNCHECKED_LOSSES:
                 self._check_losses()
             if self._first_step is None:
@@ -491,6 +515,8 @@ class Speed:
     """
 
     def __init__(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the steps before are not measured
         self.tokens, self.data_seconds = 0, 0.0
         self._start, self._cpu_start = time.perf_counter(), time.process_time()
 
