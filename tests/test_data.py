@@ -567,8 +567,7 @@ def test_a_stream_depends_on_the_seed_and_resumes_at_any_block(monkeypatch):
 
 
 def test_short_files_of_a_stream_are_read_together():
-    """50 files of 6 tokens, cut into blocks of 4."""
-    assert len(set(first_blocks(stream(50 * [6]), 75))) == 75
+    assert len(set(first_blocks(stream(50 * [6]), 75))) == 75  # blocks of 4
 
 
 def test_a_share_without_a_block_is_an_error():

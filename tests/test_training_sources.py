@@ -126,10 +126,14 @@ def test_a_training_uses_the_tokens_of_calm_tokenize(workshop, tmp_path, monkeyp
     assert "tokens holds other tokens (max_documents None in place of 3): name another" in capsys.readouterr().err
     monkeypatch.setattr(data, "MAX_BYTES_IN_TRAINING", 1000)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = DataOptions([workshop["train_files"]]), "train", load_tokenizer(workshop["tokenizer"]), 4
     with pytest.raises(InputError, match="corpus.jsonl: 0 GB of text are too much .*, then give --train_files DIR"):
-        load_tokens(
-            DataOptions([workshop["train_files"]]), "train", load_tokenizer(workshop["tokenizer"]), 4, tmp_path
-        )
+        load_tokens(*arguments, tmp_path)
+    monkeypatch.undo()
+    load_tokens(*arguments, tmp_path)
+    monkeypatch.setattr(data, "MAX_BYTES_IN_TRAINING", 1000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load_tokens(*arguments, tmp_path)  # they are there already
 
 
 @pytest.mark.slow

@@ -257,8 +257,8 @@ def load_tokens(options: DataOptions, part: str, tokenizer, patch_size: int, cac
     if options.max_documents is None and len(files) == 1 and (Path(files[0]) / MANIFEST).is_file():
         return _load_tokenized(Path(files[0]), manifest)
     texts, source = load_documents(options, part, f"Tokenising, {part}")
-    read = reading_manifest(options, source)
-    folder = cache / _hash(manifest | read)
+    manifest |= reading_manifest(options, source)
+    folder = cache / _hash(manifest)
     if texts.unit == "B" and (texts.total or 0) > MAX_BYTES_IN_TRAINING and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if _open_shard(folder, manifest, 0) is None:  # one process would tokenise, and the others give up waiting
             raise InputError(
@@ -266,7 +266,7 @@ def load_tokens(options: DataOptions, part: str, tokenizer, patch_size: int, cac
                 f"run calm tokenize --output DIR first, then give --{part}_files DIR."
             )
     ending = document_ending(options, patch_size)
-    shard = write_shard(folder, manifest | read, 0, lambda: tokenize_documents(texts, tokenizer, ending))
+    shard = write_shard(folder, manifest, 0, lambda: tokenize_documents(texts, tokenizer, ending))
     return Tokens([shard])
 
 

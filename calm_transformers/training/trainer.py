@@ -171,7 +171,7 @@ class PreparedRun:
             if shows_bars():
                 print(file=sys.stderr)  # below the bar
             raise
-        if preemption.is_stopped and self.trainer.state.global_step < self.trainer.state.max_steps:
+        if preemption.is_stopped:
             log_rank0(f"SIGTERM: saved step {self.trainer.state.global_step}; the same command resumes")
             return EXIT_PREEMPTED
         self.trainer.export()
@@ -213,11 +213,11 @@ class Preemption(TrainerCallback):
         self.is_signalled = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.is_stopped = self.is_signalled
+        is_signalled = self.is_signalled
         if self._group is not None:  # a signal may reach the processes at different steps
-            any_signalled = torch.tensor(int(self.is_signalled))
-            torch.distributed.all_reduce(any_signalled, torch.distributed.ReduceOp.MAX, self._group)
-            self.is_stopped = bool(any_signalled)
+            is_signalled = torch.tensor(is_signalled, dtype=torch.int)
+            torch.distributed.all_reduce(is_signalled, torch.distributed.ReduceOp.MAX, self._group)
+        self.is_stopped = bool(is_signalled) and state.global_step < state.max_steps  # the last step ends as always
         if self.is_stopped:
             control.should_save = control.should_training_stop = True
             args.load_best_model_at_end, args.save_total_limit = False, None  # or Trainer may delete this checkpoint
