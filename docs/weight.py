@@ -20,6 +20,7 @@ from calm_transformers.training.train import main as train
 
 ROOT = Path(__file__).parents[1]
 MODEL_FILES = [Path(file) for file in code_files()]
+TRAINER = "calm_transformers/training/trainer.py"
 UNWANTED = ("subprocess", "pickle", "multiprocessing")
 TIME_MARGIN = 2
 Calls = dict[str, set[str]]  # file, relative to the root → its functions that ran
@@ -44,11 +45,13 @@ def trace(call, until: str | None = None) -> tuple[Calls, set[str]]:
             return
         ran.setdefault(file, set()).add(frame.f_code.co_qualname)
         if frame.f_code.co_name == until:
-            sys.setprofile(None)
+            stack.clear()
             while frame is not None:
                 stack.update(filter(None, [file_of(frame)]))
                 frame = frame.f_back
-            raise Reached
+            if TRAINER in stack:  # else the FLOPs are counted
+                sys.setprofile(None)
+                raise Reached
 
     sys.setprofile(note)
     try:

@@ -60,15 +60,8 @@ LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 MAX_UNCHECKED_LOSSES = 1000
 # Dense peak in 16 bits by a part of the device's name, as published by its maker.
 PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-    "MI300X": 1307,
+    **{"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
+    **{"A100": 312, "L40S": 362, "RTX 4090": 165, "MI300X": 1307},
 }
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 TRAINER_STATE = "trainer_state.json"  # Trainer writes it last
