@@ -216,7 +216,8 @@ class Preemption(TrainerCallback):
             args.load_best_model_at_end, args.save_total_limit = False, None  # or Trainer may delete this checkpoint
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._previous)
+        if not self.is_stopped:  # else this process ends with its code, also if its own signal comes late
+            signal.signal(signal.SIGTERM, self._previous)
 
 
 def load_resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recipe | None:
