@@ -7,7 +7,6 @@
 # make test-newest   the quick ones of these without constraints, so on the newest one that setup.cfg allows
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
-# make demo-model CORPUS=DIR    trains the bundled model anew and puts it in place: hours; resumes where it was stopped
 # make speed         the speed tables and their picture, measured anew: a quarter of an hour on a quiet machine
 # make experiments   the paper's tables in miniature: hours; resumes where it was stopped. CORPUS=DIR adds stories
 PYTHON ?= python3
@@ -16,7 +15,7 @@ COMPAT := .venv-compat/bin
 NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-slow test-all test-oldest test-newest test-gpu style figures demo-model experiments speed clean
+.PHONY: demo app test test-slow test-all test-oldest test-newest test-gpu style figures experiments speed clean
 
 demo: .venv/.base
 	$(BIN)/calm generate .
@@ -56,9 +55,6 @@ style: .venv/.style
 
 figures: .venv/.full
 	$(BIN)/python docs/draw_architecture.py
-
-demo-model: .venv/.full
-	$(BIN)/python -m calm_transformers.training.demo_model --corpus "$(CORPUS)" --output .
 
 experiments: .venv/.full
 	$(BIN)/calm experiments $(if $(CORPUS),--corpus "$(CORPUS)")

@@ -16,7 +16,6 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
     "tokenize": ("training.tokenize", "tokenize a recipe's text before training"),
     "evaluate brier_lm": ("evaluation.brier_lm", "BrierLM on held-out text, of any causal LM"),
     "evaluate autoencoder": ("evaluation.autoencoder_report", "reconstruction, noise, posterior"),
-    "evaluate calibration": ("evaluation.calibration", "BrierLM and cross-entropy of a run's checkpoints"),
     "evaluate invented_words": ("evaluation.invented_words", "words that don't occur in the training text"),
     "evaluate plot": ("evaluation.plot", "learning curves of a run"),
     "bench generation": ("benchmarks.generation", "tokens/s compared with a Llama"),

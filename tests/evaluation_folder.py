@@ -38,7 +38,6 @@ def evaluations(folder) -> dict[str, list[str]]:
     return {
         "brier_lm": [*calm, *data, "--block_size", "24", "--max_positions", "100"],
         "autoencoder_report": [*calm, *data],
-        "calibration": ["--run", str(folder / "run"), *data, "--block_size", "24", "--max_positions", "100"],
         "invented_words": [*calm, "--text", data[1], "--num_texts", "2", "--max_new_tokens", "8"],
     }
 

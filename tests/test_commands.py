@@ -39,7 +39,6 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "docs.weight": [NOWHERE],
     "evaluation.autoencoder_report": ["--model", NOWHERE, *DATA[:2]],
     "evaluation.brier_lm": ["--model", NOWHERE, *DATA],
-    "evaluation.calibration": ["--run", NOWHERE, *DATA],
     "evaluation.invented_words": ["--model", NOWHERE, "--text", NOWHERE],
     "evaluation.plot": [NOWHERE],
     "experiments.__main__": ["--corpus", NOWHERE, "--output", "{tmp}"],
@@ -48,7 +47,6 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "experiments.optimal_fraction": ["--model", NOWHERE, "--language", NOWHERE],
     "experiments.temperature_fidelity": ["--model", NOWHERE, "--language", NOWHERE],
     "serving.serve": [NOWHERE, "--port", "0"],
-    "training.demo_model": ["--corpus", NOWHERE, "--runs", "{tmp}"],
     "training.tokenize": ["--recipe", "demo-backbone", "--output", "tokens", *TOKENIZER],
     "training.train": ["calm", "--recipe", "demo-backbone", *TOKENIZER],
 }
@@ -157,7 +155,7 @@ def test_an_invalid_seed_or_count_is_one_line(module, capsys):
             assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *MISSING_PATHS[module])
 
 
-@pytest.mark.parametrize("name", ["brier_lm", "calibration", "autoencoder_report", "plot"])
+@pytest.mark.parametrize("name", ["brier_lm", "autoencoder_report", "plot"])
 def test_an_unsupported_image_format_is_one_line(name, capsys):
     module, option = f"calm_transformers.evaluation.{name}", "--output" if name == "plot" else "--plot"
     message = refusal(capsys, main_of(module), *MISSING_PATHS[module], option, "x.nope")

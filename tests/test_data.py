@@ -1,5 +1,6 @@
 """From files to blocks: every readable format, clear errors, and an order that shards and resumes exactly."""
 
+import argparse
 import codecs
 import gzip
 import itertools
@@ -36,6 +37,7 @@ from calm_transformers.documents import (
     read_hub_dataset,
     tokenize_documents,
 )
+from calm_transformers.evaluation import blocks
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.training import data
 from calm_transformers.training.data import (
@@ -208,7 +210,7 @@ def test_errors_of_a_hub_dataset_are_named(tmp_path):
     def stream(rows):
         return datasets.IterableDataset.from_generator(rows)
 
-    rows = datasets.Dataset.from_dict({"body": TEXTS, "n": [1, None, 3]})
+    rows = datasets.datasets.Dataset.from_dict({"body": TEXTS, "n": [1, None, 3]})
     surrogate = stream(lambda: iter([{"text": "a"}, {"text": "\ud800"}]))
     for dataset, column, message in [
         (stream(broken), "text", r"dataset, after row \d: cannot be read \(.*no route"),
@@ -255,6 +257,17 @@ def test_a_document_that_spells_special_tokens_is_text(capsys):
     assert [ids.tolist() for ids in tokenize_documents(plain, tokenizer, DocumentEnding())] == expected
     assert tokenizer(special[2])["input_ids"] == [tokenizer.bos_token_id, 2]  # in a prompt it is the special token
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name, joined", [("Salesforce/wikitext", True), ("some/texts", False)])
+def test_the_lines_of_wikitext_are_joined_to_articles(name, joined, monkeypatch):
+    """Rows as on the Hub: a title has one equals sign, a section's two, and blank lines are empty rows."""
+    articles = [["", " = A = B = \n", "", " = = Life = = \n", "", " a text\n"], [" = Second = \n", "", " = 2\n"]]
+    rows = datasets.Dataset.from_dict({"text": [line for article in articles for line in article]})
+    monkeypatch.setattr(blocks, "open_hub_dataset", lambda *_, **__: rows)
+    options = argparse.Namespace(data=name, subset=None, split="test", text_column="text")
+    expected = ["".join(line or " \n" for line in article) for article in articles] if joined else rows["text"]
+    assert list(blocks.open_documents(options)) == list(expected)
 
 
 def test_documents_whose_special_tokens_cannot_be_text_are_counted(capsys):

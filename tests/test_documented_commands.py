@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from commands import CLI, COMMANDS, ROOT, main_of, refusal
+from training_helpers import values
+
+from calm_transformers.model.configuration_calm import CALMConfig
 
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md")]
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -60,30 +63,65 @@ def test_documented_options_exist(page, name, args, capsys, monkeypatch, tmp_pat
     assert "no_such_option" in refusal(capsys, main_of(name), *args, "--no_such_option", "1")
 
 
-def section(title: str) -> list[tuple[str, list[str]]]:
-    block = FENCE.search((ROOT / "docs" / "guide.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2])
+def commands_of(page: str, title: str) -> list[tuple[str, list[str]]]:
+    block = FENCE.search((ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n## {title}\n")[2])
     assert block is not None
     return parse_commands(block[1].splitlines())
 
 
-@pytest.mark.slow
-def test_the_sections_train_and_measure_run_in_order(tmp_path, monkeypatch, capsys):
-    """As written, except for the number of steps; the text consists of random words, more than a thousand of them."""
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """The files that the pages name, of random words, more than a thousand of them."""
+    monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     syllables = ["".join(rng.sample("aeioubdgklmnprstvz", 3)) for _ in range(600)]
-    for name in ("my-text.jsonl.xz", "held-out.jsonl.xz"):
-        with lzma.open(tmp_path / name, "wt", encoding="utf-8") as file:
-            for _ in range(200):
-                words = ["".join(rng.choices(syllables, k=2)) for _ in range(60)]
-                file.write(json.dumps({"text": " ".join(words)}) + "\n")
-    monkeypatch.chdir(tmp_path)
-    few = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--validation_blocks", "2"]
-    for name, args in section("Train"):
-        assert main_of(name)([*args, *(few if args[0] != "tokenizer" else [])]) == 0
+    stories = [" ".join("".join(rng.choices(syllables, k=2)) for _ in range(60)) for _ in range(200)]
+    (tmp_path / "DIR").mkdir()
+    for path in ("my-text.txt", "held-out.txt"):
+        (tmp_path / path).write_text("\n".join(stories))
+    rows = "".join(json.dumps({"text": story}) + "\n" for story in stories)
+    for path in ("DIR/tinystories-train.jsonl.xz", "held-out.jsonl.xz"):
+        (tmp_path / path).write_bytes(lzma.compress(rows.encode()))
+    return tmp_path
+
+
+FEW = {
+    "train": ["--max_steps", "2", "--per_device_train_batch_size", "2"],
+    "generate": ["--max_new_tokens", "4"],
+    "inspect_text": ["--max_new_tokens", "4", "--num_candidates", "4"],
+    "brier_lm": ["--max_positions", "200"],
+}
+
+
+def run_commands(commands: list[tuple[str, list[str]]]) -> None:
+    for name, args in commands:
+        few = [] if args[0] == "tokenizer" else FEW[name.rpartition(".")[2]]
+        assert not main_of(name)([*args, *few]), (name, args)
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_in_order(texts, capsys):
+    """As written, except for the number of steps and tokens; interrupted and started again, it resumes."""
+    commands = commands_of("tutorial.md", "Train, write, look")
+    run_commands(commands)
     printed = capsys.readouterr().out
-    assert re.findall("the model is in (.*)", printed) == ["runs/demo-autoencoder", "runs/demo-backbone", "runs/demo"]
+    assert re.findall("the model is in (.*)", printed) == ["runs/small-autoencoder", "runs/small"]
+    assert "BrierLM" in printed and (texts / "patches.html").exists()
+    run_commands(commands[1:3])
+    assert capsys.readouterr().out.count("resuming from checkpoint-2") == 2
+
+
+@pytest.mark.slow
+def test_the_demo_model_is_trained_and_measured_in_order(texts, capsys):
+    run_commands(commands_of("guide.md", "The demo model"))
+    printed = capsys.readouterr().out
+    demo = [f"runs/demo-{part}" for part in ("autoencoder", "backbone", "transformer")]
+    assert re.findall("the model is in (.*)", printed) == [*demo[:2], "runs/demo", demo[2]]
+    trained, bundled = (values(CALMConfig.from_pretrained(folder)) for folder in (texts / "runs" / "demo", ROOT))
+    for config in (trained, bundled):
+        config["autoencoder_config"].pop("transformers_version")
+    assert trained == bundled
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tmp_path / "runs" / "demo" / file, tmp_path)  # `.` is the demo model's folder
-    ((name, args),) = section("Measure")
-    assert main_of(name)([*args, "--max_positions", "200"]) == 0
+        shutil.copy(texts / "runs" / "demo" / file, texts)  # `.` is the demo model's folder
+    run_commands(commands_of("guide.md", "Measure"))
     assert "BrierLM" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Autoencoder report, calibration, prompt alignment and invented words, on models with known results."""
+"""Autoencoder report, prompt alignment and invented words, on models with known results."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from commands import main_of, refusal
 from evaluation_folder import EVALUATIONS, evaluations, tiny_llama
 from tiny import tiny_model, tiny_tokenizer
 
-from calm_transformers.evaluation import autoencoder_report, calibration, invented_words
+from calm_transformers.evaluation import autoencoder_report, invented_words
 from calm_transformers.evaluation.autoencoder_report import noise_accuracy
 
 
@@ -47,22 +47,6 @@ def test_autoencoder_report_command(folder, tmp_path, capsys, kind):
     assert [row["sigma"] for row in result["noise"]] == list(autoencoder_report.SIGMAS)
     assert "100 patches" in capsys.readouterr().out
     assert (tmp_path / "out.png").exists()
-
-
-def test_calibration_over_checkpoints(folder, tmp_path, capsys):
-    for step in (2, 10):
-        tiny_llama(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
-    common = ["--data", str(folder / "text.jsonl.xz"), "--block_size", "24"]
-    error = refusal(capsys, calibration.main, "--run", tmp_path, *common)
-    assert "neither the folder nor its checkpoints contain a tokenizer" in error
-    tiny_tokenizer().save_pretrained(tmp_path)
-    out, plot = tmp_path / "out.json", tmp_path / "out.png"
-    more = ["--max_positions", "100", "--json", str(out), "--plot", str(plot)]
-    calibration.main(["--run", str(tmp_path), *common, *more])
-    result = json.loads(out.read_text())
-    assert [(row["step"], row["positions"]) for row in result["checkpoints"]] == [(2, 100), (10, 100)]
-    assert "Spearman" in capsys.readouterr().out and plot.exists()
-    assert "contains 0 checkpoint-N folders" in refusal(capsys, calibration.main, "--run", folder, *common)
 
 
 def test_invented_words_are_not_in_the_reference_text():

@@ -15,7 +15,6 @@ from calm_transformers.progress import print_above_bars, progress_bar
 BARS = {
     "autoencoder_report": {"Loading weights", "Decoding"},
     "brier_lm": {"Loading weights", "BrierLM"},
-    "calibration": {"Checkpoints"},
     "invented_words": {"Loading weights", "Reading", "Generating"},
 }
 

@@ -17,6 +17,7 @@ from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.cost import autoencoder_cost, calm_cost, recipe_cost
 from calm_transformers.training.recipe import (
     CONFIGS,
+    KINDS,
     check_fields,
     load_recipe,
     parse_command_line,
@@ -25,17 +26,22 @@ from calm_transformers.training.recipe import (
 )
 from calm_transformers.training.train import main, make_config
 
-NAMES = recipe_names()
+NAMES = [*sorted(set(recipe_names()) - {"small"}), *(f"small of kind {kind}" for kind in KINDS if kind != "ar")]
 RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.json").read_text())
+
+
+def load_named(name: str, fields: dict | None = None):
+    name, _, kind = name.partition(" of kind ")
+    return load_recipe(name, {**(fields or {}), **({"kind": kind} if kind else {})})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_resolved_recipe_is_as_recorded_and_valid(name, tmp_path, monkeypatch):
     """The record is from before recipes had bases."""
-    assert dataclasses.asdict(load_recipe(name)) == {**RESOLVED[name], "run_facts": {}}
+    assert dataclasses.asdict(load_named(name)) == {**RESOLVED[name], "run_facts": {}}
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # as Trainer's arguments would
     fields = {"output_dir": str(tmp_path), "bf16": False, "fsdp": True, "fsdp_config": {"fsdp_version": 2}}
-    recipe = load_recipe(name, fields)
+    recipe = load_named(name, fields)
     if recipe.kind != "tokenizer":
         config = make_config(CONFIGS[recipe.kind], recipe.model)
         assert all(getattr(config, key) == value for key, value in recipe.model.items())
@@ -100,7 +106,10 @@ def test_the_command_line_is_read_as_yaml_and_integers_may_be_powers_of_ten():
         ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
         ("kind: ar\ninit_backbone: a/llama", "it needs train calm, and no init_from."),
         ("kind: calm\ninit_backbone: a/llama\ninit_from: a/calm", "it needs train calm, and no init_from."),
-        ("kind: transformer", "field kind, one of tokenizer, calm, autoencoder, ar"),
+        ("kind: transformer", "give a field kind, or --kind, one of tokenizer, calm, autoencoder, ar"),
+        ("kinds: {calm: {model: {num_samples: 4}}}", "give a field kind, or --kind, one of"),
+        ("kind: calm\nkinds: {clam: {}}", "kinds must have fields of tokenizer, calm, autoencoder, ar"),
+        ("kind: calm\nkinds: {calm: {model: 4}}", "section model must have fields"),
         ("base: calm-s", "its base 'calm-s' does not exist: name a .yaml file or one of autoencoder, calm-fast"),
         ("base: mine.yaml", "its bases form a cycle (mine.yaml -> mine.yaml)"),
         ("kind: calm\nmodel: [4]", "section model must have fields"),
@@ -127,6 +136,20 @@ def test_a_recipe_overrides_only_its_own_fields_of_its_base(tmp_path):
     found.save(tmp_path / "saved.yaml")
     assert "base" not in (tmp_path / "saved.yaml").read_text()
     assert load_recipe(str(tmp_path / "saved.yaml")) == found
+
+
+def test_a_file_of_several_kinds_gives_each_its_fields_also_through_a_base(tmp_path):
+    kinds = "{calm: {name: c, model: {num_samples: 4}}, ar: {training: {seed: 5}, data: {append_eos: true}}}"
+    (tmp_path / "both.yaml").write_text(f"training: {{seed: 3}}\nmodel: {{hidden_size: 8}}\nkinds: {kinds}")
+    (tmp_path / "mine.yaml").write_text("base: both.yaml\nkind: ar\nmodel: {hidden_size: 16}")
+    calm, ar = (load_recipe(str(tmp_path / "both.yaml"), {"kind": kind}) for kind in ("calm", "ar"))
+    assert (calm.kind, calm.name, calm.training) == ("calm", "c", {"seed": 3})
+    assert calm.model == {"hidden_size": 8, "num_samples": 4}
+    assert (ar.kind, ar.name, ar.training, ar.model) == ("ar", "both", {"seed": 5}, {"hidden_size": 8})
+    mine = load_recipe(str(tmp_path / "mine.yaml"))
+    assert mine == dataclasses.replace(ar, name="mine", model={"hidden_size": 16}) and mine.data.append_eos
+    with pytest.raises(InputError, match="mine.yaml' is for train ar"):
+        load_recipe(str(tmp_path / "mine.yaml"), {"kind": "calm"})
 
 
 def test_an_invalid_override_or_name_raises():

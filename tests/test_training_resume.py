@@ -57,7 +57,7 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
 def test_a_preempted_run_saves_its_step_and_resumes(workshop, tmp_path, num_processes, num_workers):
     """SIGTERM, of two processes to the second one alone, and to the workers that load data."""
     fields, log = fields_of_run(workshop, tmp_path / "run") | {"save_steps": 1000}, tmp_path / "log"
-    fields |= {"dataloader_num_workers": num_workers, "max_steps": STEPS * 4}
+    fields |= {"dataloader_num_workers": num_workers, "max_steps": STEPS * 4, "upload_to": str(tmp_path / "copy")}
     log.touch()
     processes = start_training_together(log, "calm", num_processes=num_processes, **fields)
     deadline = time.monotonic() + 60
@@ -73,6 +73,7 @@ def test_a_preempted_run_saves_its_step_and_resumes(workshop, tmp_path, num_proc
     step = int(saved.name.removeprefix("checkpoint-"))
     assert 0 < step < 4 * STEPS and f"SIGTERM: saved step {step}; the same command resumes" in log.read_text()
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert find_damage(tmp_path / "copy" / saved.name) is None
     for process in (again := start_training_together(log, "calm", num_processes=num_processes, **fields)):
         process.join(120)
     assert [process.exitcode for process in again] == num_processes * [0], log.read_text()[-2000:]

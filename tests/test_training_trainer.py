@@ -15,7 +15,8 @@ from calm_transformers.model.heads_calm_energy import EnergyHead
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.cost import recipe_cost
 from calm_transformers.training.recipe import load_recipe
-from calm_transformers.training.trainer import CALMTrainer, Speed
+from calm_transformers.training.speed import Speed
+from calm_transformers.training.trainer import CALMTrainer
 
 LAYOUTS = [(4, 1), (1, 4)]
 # Plain SGD shows differences of gradients as they are; Adam would amplify those near zero.

@@ -29,9 +29,9 @@ from calm_transformers.training.data import (
     write_shard,
 )
 from calm_transformers.training.recipe import Recipe, load_recipe, parse_command_line
+from calm_transformers.training.speed import PEAK_TFLOPS
 from calm_transformers.training.tokenizer import filler_token_id
 from calm_transformers.training.train import config_with_notes, load_recipe_tokenizer
-from calm_transformers.training.trainer import PEAK_TFLOPS
 
 MFU = 0.4
 

@@ -3,7 +3,7 @@
     calm bench training --recipe calm-m transformer-s --bf16 true --torch_compile true --per_device_train_batch_size 8
 
 Weights and tokens are random; everything else is the recipe's, and every field of it can be given as --field value.
-The columns are those of the log (see `Speed` in training/trainer.py); the first step doesn't count.
+The columns are those of the log (see `Speed` in training/speed.py); the first step doesn't count.
 """
 
 import sys

@@ -3,6 +3,7 @@
 # B blocks, L tokens of a block
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -22,7 +23,8 @@ from calm_transformers.documents import (
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that select the text for open_documents and read_blocks."""
-    parser.add_argument("--data", required=True, help=".jsonl/.txt/.parquet file(s), or name of a Hub dataset")
+    data_help = ".jsonl/.txt/.parquet file(s), or a Hub dataset (the lines of WikiText are joined to articles)"
+    parser.add_argument("--data", required=True, help=data_help)
     parser.add_argument("--subset", help="configuration of the Hub dataset")
     parser.add_argument("--split", default="test", help="split of the Hub dataset (default: test)")
     parser.add_argument("--text_column", default="text", help="name of the text field or column (default: text)")
@@ -34,7 +36,20 @@ def open_documents(args: argparse.Namespace) -> Iterator[str]:
     if find_paths(args.data):
         return read_documents(expand_paths(args.data), args.text_column)
     dataset = open_hub_dataset(args.data, args.subset, args.split, streaming=True, extra="eval")
-    return read_hub_dataset(dataset, args.text_column)
+    rows = read_hub_dataset(dataset, args.text_column)
+    return join_articles(rows) if args.data.rpartition("/")[2].lower() == "wikitext" else rows
+
+
+def join_articles(lines: Iterable[str]) -> Iterator[str]:
+    """Yields the articles of WikiText, whose rows on the Hub are lines: the published scores are of whole articles."""
+    article: list[str] = []
+    for line in lines:
+        if any(article) and re.fullmatch(r" = [^=].* = \n", line):
+            yield "".join(line or " \n" for line in article)
+            article = []
+        article.append(line)
+    if article:
+        yield "".join(line or " \n" for line in article)
 
 
 def read_blocks(args: argparse.Namespace, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:

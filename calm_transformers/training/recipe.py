@@ -5,7 +5,8 @@ configuration and `training` those of TrainingArguments. On the command line the
 `--recipe calm-m --learning_rate 1e-3 --block_size 2048 --num_hidden_layers 8`.
 
 `base: calm-m` inherits the fields of that recipe, section by section; the file's own fields override them. A base may
-have a base itself, and need not be a complete recipe.
+have a base itself, and need not be a complete recipe. `kinds` gives each kind of training its own values of these
+fields, so that one file serves `calm train tokenizer`, `autoencoder` and `calm`.
 """
 
 import copy
@@ -90,6 +91,7 @@ class Recipe:
         head_weight: weight of the head's loss; 0 trains the backbone alone.
         distil_temperature: train the head alone to sample in one draw at every temperature from this to 1, taught by
             `init_from` (see distil_temperature.py); num_samples is the number of targets at each position.
+        upload_to: URL (s3://, gs://, hf://, …) to which checkpoints and model are also copied (see upload.py).
         freeze_backbone: train the head alone, on the backbone of `init_from` or `init_backbone` (calm only).
         data, model, training: the sections.
         run_facts: filled in by a run (`found` in files): `batch_size`, blocks per step, and `tokens`, their digest.
@@ -108,6 +110,7 @@ class Recipe:
     head_weight: float = 1.0
     distil_temperature: float | None = None
     freeze_backbone: bool = False
+    upload_to: str | None = None
     data: DataOptions = field(default_factory=DataOptions)
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
@@ -138,7 +141,7 @@ def allowed_changes(before: Recipe, now: Recipe) -> str:
     Training text is compared by its tokens, not its path, unless it is streamed.
     """
     fields = section_fields(now.kind)
-    fixed = FIXED_ON_RESUME | fields[""] - {"name"} | fields["model"] | {"batch_size", "tokens"}
+    fixed = FIXED_ON_RESUME | fields[""] - {"name", "upload_to"} | fields["model"] | {"batch_size", "tokens"}
     if now.data.streaming:
         fixed |= {name for name in vars(now.data) if not name.startswith("validation_")} - {"cache_dir"}
         fixed |= {"dataloader_num_workers"}  # the stream depends on it
@@ -207,15 +210,19 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     """Reads a recipe, by name or from a YAML file, with its bases, and applies the overrides.
 
-    With `init_backbone` the file's `BACKBONE_FIELDS` are dropped; those in `overrides` stay, to be checked against it.
+    The override `kind` selects among the `kinds` of a file; a file of another kind is an InputError. With
+    `init_backbone` the file's `BACKBONE_FIELDS` are dropped; those in `overrides` stay, to be checked against it.
     """
     path = _recipe_path(name_or_file, Path())
     if not path.exists():
         raise InputError(f"no recipe {name_or_file!r}: {_recipe_hint()}.")
-    sections = _read_sections(path)
-    kind = sections[""].get("kind")
+    wanted = (overrides or {}).get("kind")
+    sections = _read_sections(path, wanted)
+    kind = sections[""].setdefault("kind", wanted)
     if kind not in KINDS:
-        raise InputError(f"{path}: the recipe must have a field kind, one of {', '.join(KINDS)}.")
+        raise InputError(f"{path}: give a field kind, or --kind, one of {', '.join(KINDS)}.")
+    if wanted not in (None, kind):
+        raise InputError(f"the recipe {name_or_file!r} is for train {kind}.")
     known = section_fields(kind)
     run_facts = sections[""].pop("found", None) or {}  # in the recipe.yaml that a run wrote
     sections[""] = {name: value for name, value in sections[""].items() if (name, value) not in REMOVED_FIELDS}
@@ -259,8 +266,11 @@ def _recipe_hint() -> str:
     return f"name a .yaml file or one of {', '.join(recipe_names())}"
 
 
-def _read_sections(path: Path, parents: tuple[Path, ...] = ()) -> dict[str, dict]:
-    """Reads the fields by section (see `section_fields`), bases included; `parents` are the files it is a base of."""
+def _read_sections(path: Path, kind: str | None, parents: tuple[Path, ...] = ()) -> dict[str, dict]:
+    """Reads the fields by section (see `section_fields`), with those of `kind` and of the bases.
+
+    `parents` are the files of which it is a base.
+    """
     if path.resolve() in [other.resolve() for other in parents]:
         raise InputError(f"{path}: its bases form a cycle ({' -> '.join(p.name for p in (*parents, path))}).")
     try:
@@ -269,19 +279,33 @@ def _read_sections(path: Path, parents: tuple[Path, ...] = ()) -> dict[str, dict
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe has fields, as in kind: calm.")
-    base = content.pop("base", None)
-    sections = {name: content.pop(name, None) or {} for name in ("data", "model", "training")} | {"": content}
-    for name, values in sections.items():
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: section {name} must have fields, as in block_size: 1024.")
+    base, kinds = content.pop("base", None), content.pop("kinds", None) or {}
+    kind = kind or content.get("kind")
+    if not isinstance(kinds, dict) or kinds.keys() - set(KINDS):
+        raise InputError(f"{path}: kinds must have fields of {', '.join(KINDS)}.")
+    sections = _split_sections(path, content)
+    if kind in kinds:
+        sections = _merge(sections, _split_sections(path, kinds[kind] or {}))
     if base is None:
         return sections
     base_path = _recipe_path(str(base), path.parent)
     if not base_path.is_file():
         raise InputError(f"{path}: its base {base!r} does not exist: {_recipe_hint()}.")
-    inherited = _read_sections(base_path, (*parents, path))
+    inherited = _read_sections(base_path, kind, (*parents, path))
     inherited[""].pop("name", None)
-    return {name: {**inherited[name], **values} for name, values in sections.items()}
+    return _merge(inherited, sections)
+
+
+def _split_sections(path: Path, content: dict) -> dict[str, dict]:
+    sections = {name: content.pop(name, None) or {} for name in ("data", "model", "training")} | {"": content}
+    for name, values in sections.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: section {name} must have fields, as in block_size: 1024.")
+    return sections
+
+
+def _merge(sections: dict[str, dict], changes: dict[str, dict]) -> dict[str, dict]:
+    return {name: {**values, **changes[name]} for name, values in sections.items()}
 
 
 _TYPES = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list[str]: "a list of strings"}

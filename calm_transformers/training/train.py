@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None) -> int | None:
         subparser.add_argument("--resume", default="auto", choices=["auto", "never"], help=resume_help)
     options, fields = parser.parse_known_args(argv)
     with known_errors():  # before the training itself, every error comes from the recipe, files or environment
-        recipe = load_recipe(options.recipe, parse_command_line(fields))
-        if recipe.kind != options.kind:
-            raise InputError(f"the recipe {options.recipe!r} is for train {recipe.kind}.")
+        recipe = load_recipe(options.recipe, parse_command_line(fields) | {"kind": options.kind})
         if options.dry_run:
             return dry_run(recipe)
         if recipe.kind == "tokenizer":

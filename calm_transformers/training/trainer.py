@@ -26,6 +26,7 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from calm_transformers.command_line import InputError, format_error, require_package
@@ -54,17 +55,13 @@ from calm_transformers.training.recipe import (
     load_recipe,
     training_arguments,
 )
+from calm_transformers.training.speed import Speed
 from calm_transformers.training.tokenizer import save_tokenizer
+from calm_transformers.training.upload import Upload
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 MAX_UNCHECKED_LOSSES = 1000
-# Dense peak in 16 bits by a part of the device's name, as published by its maker.
-PEAK_TFLOPS = {
-    **{"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
-    **{"A100": 312, "L40S": 362, "RTX 4090": 165, "MI300X": 1307},
-}
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
-TRAINER_STATE = "trainer_state.json"  # Trainer writes it last
 
 
 # a run
@@ -137,12 +134,15 @@ def prepare_run(
         if not (checkpoint / trainer._stream_file()).exists():
             raise InputError(f"{checkpoint} is of a stream of another number of processes: resume with that.")
         trainer.add_callback(RestoredRandomness(trainer))
+    upload = None
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")
         save_tokenizer(tokenizer, folder)
         state = f"resuming from {checkpoint.name}" if checkpoint else "new run"
         print(f"{datasets.train.summary()} in {datasets.num_steps} steps, {state}", flush=True)
-    return PreparedRun(trainer, checkpoint)
+        if recipe.upload_to:
+            trainer.add_callback(upload := Upload(recipe.upload_to, folder / "recipe.yaml"))
+    return PreparedRun(trainer, checkpoint, upload)
 
 
 @dataclass
@@ -151,6 +151,7 @@ class PreparedRun:
 
     trainer: "CALMTrainer"
     checkpoint: Path | None
+    upload: Upload | None = None
 
     def train_and_export(self) -> int:
         """Trains and writes the model; returns 0, or `EXIT_PREEMPTED` after a SIGTERM, with a checkpoint saved."""
@@ -168,6 +169,8 @@ class PreparedRun:
             log_rank0(f"SIGTERM: saved step {self.trainer.state.global_step}; the same command resumes")
             return EXIT_PREEMPTED
         self.trainer.export()
+        if self.upload is not None:
+            self.upload.finish(output_folder(args))
         log_rank0(f"the model is in {output_folder(args)}")
         return 0
 
@@ -392,13 +395,14 @@ class CALMTrainer(Trainer):
         if broken:
             self._raise_not_finite(f"the weights are not finite any more, {broken[0]} first", self.state.global_step)
         if self.args.should_save:  # a damaged checkpoint of this step is overwritten: mark it as incomplete
-            (output_folder(self.args) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE).unlink(missing_ok=True)
+            checkpoint = output_folder(self.args) / f"checkpoint-{self.state.global_step}"
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
 
     def _save_rng_state(self, output_dir) -> None:
-        """Waits for all processes, since the next file, `TRAINER_STATE`, marks the checkpoint as complete."""
+        """Waits for all processes, since the next file, `TRAINER_STATE_NAME`, marks the checkpoint as complete."""
         super()._save_rng_state(output_dir)
         if self._stream is not None:
             torch.save(self._stream.state_dict(), Path(output_dir) / self._stream_file())
@@ -493,41 +497,10 @@ class CALMTrainer(Trainer):
         state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             self._write_model(folder, state_dict)
-            self.state.save_to_json(str(folder / TRAINER_STATE))
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="End of training")
-
-
-class Speed:
-    """The speed since the last log, without the first step of a run, which compiles and warms up.
-
-    - tokens_per_second: of all processes. tokens_per_cpu_second: of this one, which depends less on other load.
-    - data_wait: share of the time spent waiting for batches.
-    - mfu: FLOPs of the training / those that the devices could do in 16 bits, where their peak is known.
-    - memory_gib: most memory of the device so far.
-    """
-
-    def __init__(self):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the steps before are not measured
-        self.tokens, self.data_seconds = 0, 0.0
-        self._start, self._cpu_start = time.perf_counter(), time.process_time()
-
-    def results(self, args: TrainingArguments, flops_per_token: float) -> dict[str, float]:
-        seconds, cpu_seconds = time.perf_counter() - self._start, time.process_time() - self._cpu_start
-        results = {
-            "tokens_per_second": round(self.tokens * args.world_size / seconds, 1),
-            "tokens_per_cpu_second": round(self.tokens / cpu_seconds, 1),
-            "data_wait": round(self.data_seconds / seconds, 4),
-        }
-        if args.device.type == "cuda":
-            name = torch.cuda.get_device_name(args.device)
-            peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
-            if peak is not None and (args.bf16 or args.fp16):
-                results["mfu"] = round(flops_per_token * self.tokens / seconds / (1e12 * peak), 4)
-            results["memory_gib"] = round(torch.cuda.max_memory_allocated(args.device) / 2**30, 2)
-        return results
 
 
 # the folder of a run
@@ -551,7 +524,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def find_damage(checkpoint: Path) -> str | None:
     """Returns what is wrong with a checkpoint, such as "was not finished", or `None`; tensors are not read."""
-    if not (checkpoint / TRAINER_STATE).is_file():
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return "was not finished"
     needed = {"weights": "*model*.safetensors", "optimizer": "optimizer*", "schedule": "scheduler.pt"}
     for what, pattern in needed.items():
@@ -561,7 +534,7 @@ def find_damage(checkpoint: Path) -> str | None:
         try:
             if file.suffix == ".json":
                 fields = dict(json.loads(file.read_text(encoding="utf-8")))
-                if file.name == TRAINER_STATE and checkpoint.name != f"checkpoint-{fields['global_step']}":
+                if file.name == TRAINER_STATE_NAME and checkpoint.name != f"checkpoint-{fields['global_step']}":
                     raise ValueError(f"it is from step {fields['global_step']}")
             elif file.suffix == ".safetensors":
                 safetensors.safe_open(file, "pt").__exit__(None, None, None)
