@@ -45,7 +45,7 @@ def parse_commands(lines: list[str]) -> list[tuple[str, list[str]]]:
 
 
 DOCUMENTED = [(page, *command) for page in PAGES for command in parse_commands(code_lines(page))]
-WITH_OPTIONS = [(page, name, args) for page, name, args in DOCUMENTED if args and args != ["--help"]]
+WITH_OPTIONS = [(page, name, args) for page, name, args in DOCUMENTED if args and args[-1] != "--help"]
 
 
 def test_documents_contain_many_commands():
