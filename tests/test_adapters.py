@@ -3,10 +3,8 @@
 import peft
 import pytest
 import torch
-from model_copies import ROOT
 from text_and_loss import moved_by_training
 from tiny import BOS, tiny_model
-from transformers import AutoTokenizer
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
@@ -76,28 +74,3 @@ def test_all_linear_alone_enters_the_autoencoder_where_nothing_is_trained():
     assert inside, "the documented exclude_modules is for nothing"
     assert not any(p.requires_grad for p in model.train().get_base_model().autoencoder.parameters())
     assert all(p.requires_grad for name, p in model.named_parameters() if ".model.layers." in name and "lora_" in name)
-
-
-@pytest.mark.slow
-def test_a_lora_adapter_writes_what_it_was_taught():
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT)
-    model = peft.get_peft_model(CALMForCausalLM.from_pretrained(ROOT), config_of("lora", is_new=True)).train()
-    batch = tokenizer([SENTENCE + tokenizer.eos_token], return_tensors="pt", padding=True, pad_to_multiple_of=2)
-    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-    model.eval()
-    prompt = tokenizer("The submarine", return_tensors="pt")
-
-    def written(model) -> str:
-        ids = model.generate(**prompt, max_new_tokens=40, do_sample=False, num_candidates=50)
-        return tokenizer.decode(ids[0], skip_special_tokens=True)
-
-    with model.disable_adapter():
-        assert written(model) != SENTENCE
-    assert written(model) == SENTENCE
-    assert written(model.merge_and_unload()) == SENTENCE

@@ -21,25 +21,6 @@ def test_estimates_by_hand():
     assert (score.brier, score.brierlm.value) == ([-1, -1, -1, -1], 0)
 
 
-def test_expectation_of_the_estimate_is_the_brier_score():
-    """Enumerates all pairs of outcomes; the expectation is 2 P(y) - sum P^2."""
-    outcomes = torch.cartesian_prod(*[torch.arange(2)] * 4)
-    probs = torch.softmax(torch.arange(16.0).sin() * 2, 0).double()
-    first, second = torch.cartesian_prod(torch.arange(16), torch.arange(16)).unbind(1)
-    target = outcomes[5]
-    expectation = 0
-    for i, j in zip(first, second, strict=True):
-        counts = BrierCounts.from_samples(*(x.view(1, 1, 4) for x in (outcomes[i], outcomes[j], target)))
-        expectation = expectation + probs[i] * probs[j] * torch.tensor(counts.score(resamples=1).brier)
-    for n in range(1, 5):
-        prefix_probs = {}
-        for outcome, p in zip(outcomes, probs, strict=True):
-            key = tuple(outcome[:n].tolist())
-            prefix_probs[key] = prefix_probs.get(key, 0) + p
-        exact = 2 * prefix_probs[tuple(target[:n].tolist())] - sum(p**2 for p in prefix_probs.values())
-        assert expectation[n - 1] == pytest.approx(exact.item(), abs=1e-6)
-
-
 def test_a_negative_brier_score_counts_as_zero():
     assert brierlm(torch.tensor([0.2, 0.1, -0.05, -0.01])) == 0
     assert brierlm(torch.tensor([0.2, 0.1, -0.05, 0.01])) == 0

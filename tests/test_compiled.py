@@ -19,6 +19,7 @@ SETTINGS = {
     "1/T not whole": {"temperature": 0.4},
     "exact": {"temperature": 0.5, "sampling_method": "exact"},
     "greedy": {"do_sample": False},
+    "top_p": {"temperature": 0.8, "top_p": 0.9},
 }
 PROMPT = torch.randint(10, 60, (2, 17), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(PROMPT)
@@ -61,6 +62,8 @@ def graphs():
         *(pytest.param("energy", name, marks=pytest.mark.transformers) for name in ("batch", "exact", "greedy")),
         *(pytest.param("energy", name, marks=pytest.mark.slow) for name in ("T = 1", "adaptive", "1/T not whole")),
         *(pytest.param(head, "adaptive", marks=pytest.mark.slow) for head in HEAD_TYPES if head != "energy"),
+        ("token_chain", "greedy"),
+        pytest.param("token_chain", "top_p", marks=pytest.mark.slow),
     ],
 )
 def test_one_graph_compiles_all_steps_with_unchanged_output(graphs, head, name):

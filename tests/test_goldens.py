@@ -1,16 +1,16 @@
 """The published implementation's recorded outputs, tensor by tensor: float32 to 1e-5, bfloat16 to 2e-2.
 
-Every tensor of the three golden files is used by a test here, but the histograms (test_temperature.py) and `brier.*`
-(test_brier.py); `test_every_golden_tensor_is_used` checks that.
+Every tensor of the three golden files is used by a test here, but the histograms (test_temperature.py), `brier.*`
+(test_brier.py), and the Brier scores of the forward pass with their noise, which follow from what is tested here and
+there; `test_every_golden_tensor_is_used` checks that.
 """
 
 import copy
 
 import pytest
 import torch
-from goldens import FORWARD_SEED, HEAD_TYPES, golden_model, golden_tensors, relative_error
+from goldens import HEAD_TYPES, golden_model, golden_tensors, relative_error
 
-from calm_transformers.evaluation.brier import BrierCounts
 from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.model.heads_calm_energy import energy_score
 from calm_transformers.model.heads_calm_flow_diffusion import DiffusionSchedule
@@ -176,34 +176,10 @@ def test_forward_loss(golden, dtype):
     assert_reproduces(loss, golden["forward.loss"], dtype)
 
 
-@torch.no_grad()
-def test_forward_brier(golden):
-    """The forward pass also recorded Brier-1..4 of two samples per patch. Their noise follows from the seed."""
-    model = golden_model(golden.head_type)
-    ids = golden["input_ids"]
-    context = model(ids).last_hidden_state[:, :-1].reshape(10, -1)
-    torch.manual_seed(FORWARD_SEED)
-    if golden.head_type == "energy":
-        noise = torch.rand(8, 10, 8)
-        assert torch.equal(noise, golden["forward.draw0.uniform"])
-        inputs = {"noise": noise[:2] - 0.5}
-    else:
-        assert torch.equal(torch.randn(8, 10, 16), golden["forward.draw0.normal"])
-        torch.rand(80) if golden.head_type == "flow" else torch.randint(1000, (80,))
-        assert torch.equal(torch.randn(80, 16), golden["forward.draw2.normal"])
-        inputs = {"noise": torch.randn(20, 16).view(2, 10, 16)}
-        if golden.head_type == "diffusion":
-            assert torch.equal(inputs["noise"].view(20, 16), golden["forward.draw3.normal"])
-            inputs["step_noise"] = torch.stack([torch.randn(20, 16) for _ in range(100)]).view(100, 2, 10, 16)
-    first, second = model.autoencoder.decode_tokens(model.head.sample(context, **inputs))
-    target = ids.view(2, 6, 4)[:, 1:].reshape(10, 4)
-    brier = BrierCounts.from_samples(first[None], second[None], target[None]).score(resamples=1).brier
-    assert brier == pytest.approx([golden[f"forward.brier{n}"].item() for n in (1, 2, 3, 4)], abs=1e-6)
-
-
 def test_every_golden_tensor_is_used(request):
     names = {(head_type, name) for head_type in HEAD_TYPES for name in golden_tensors(head_type)}
-    elsewhere = {(head_type, name) for head_type, name in names if name.startswith(("hist.", "brier."))}
+    prefixes = ("hist.", "brier.", "forward.brier", "forward.draw3")
+    elsewhere = {(head_type, name) for head_type, name in names if name.startswith(prefixes)}
     if len(request.session.items) < 10 or request.config.option.keyword or USED == set():
         pytest.skip("needs the whole file to have run")
     assert names - USED - elsewhere == set()

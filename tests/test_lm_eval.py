@@ -77,15 +77,6 @@ def test_generations_equal_the_model_s_own_and_are_scored(batch_size, tmp_path):
     }
 
 
-def test_by_name_with_trust_remote_code(tmp_path):
-    answers = {"Once upon a time, there was a little": "girl", "The dog": "nothing of the kind"}
-    model_args = {"pretrained": str(ROOT), "trust_remote_code": True, "dtype": "float32"}
-    results = evaluate("hf", GENERATION_TASK, tmp_path, answers, model_args=model_args, batch_size=2, device="cpu")
-    texts = [sample["filtered_resps"][0] for sample in results["samples"]["continues"]]
-    assert all(len(text) > 3 and "." not in text for text in texts), texts
-    assert results["results"]["continues"]["exact_match,none"] <= 0.5
-
-
 def test_a_task_file_by_likelihood(tmp_path):
     """The demo prefers the sentence of a story to one of words that no story has there."""
     import lm_eval

@@ -11,7 +11,7 @@ import transformers
 from text_and_loss import some_ids, text_and_loss
 from tiny import HEAD_TYPES, tiny_model, tiny_tokenizer
 
-from calm_transformers.model.modeling_calm import CALMForCausalLM, CALMModel
+from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.engine import Engine
 
 pytestmark = pytest.mark.transformers
@@ -64,14 +64,6 @@ def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
     assert "disk" in placed.hf_device_map.values()
     assert not any(name.startswith(("head.", "autoencoder.")) for name in placed.hf_device_map)
     assert text_and_loss(placed) == text_and_loss(model)
-
-
-@torch.no_grad()
-def test_the_backbone_alone(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    model, placed = (CALMModel.from_pretrained(tmp_path / "model") for _ in range(2))
-    offload(placed, "disk", tmp_path / "disk")
-    assert torch.equal(placed(some_ids()).last_hidden_state, model(some_ids()).last_hidden_state)
 
 
 @torch.no_grad()

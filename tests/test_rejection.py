@@ -13,7 +13,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.configuration_utils import CompileConfig
 
 from calm_transformers.model.generation_calm_algorithms import NO_TRUNCATION
 from calm_transformers.model.generation_calm_samplers import PatchSampling
@@ -109,20 +108,6 @@ def test_samples_follow_the_enumerated_distribution(patch_size, options, one_blo
     assert p_value(tokens[:, 0], target) < SIGNIFICANCE / 10
 
 
-def test_a_list_of_generators_makes_each_row_what_it_is_alone():
-    model = model_of_chain(3)
-    hidden = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(1))
-    sampling = PatchSampling(temperature=0.4)
-
-    def generators(rows):
-        return [torch.Generator().manual_seed(10 + row) for row in rows]
-
-    with torch.no_grad():
-        together = model.sample_patches(hidden, sampling, generators(range(5))).patches
-        alone = [model.sample_patches(hidden[r, None], sampling, generators([r])).patches[0] for r in range(5)]
-    assert together.tolist() == torch.stack(alone).tolist()
-
-
 def test_after_the_last_try_patches_are_weighed():
     """At four tries in place of hundreds some rows accept none; they still come close to the target."""
     model, hidden = model_of_chain(3), hidden_state()
@@ -151,26 +136,6 @@ def test_auto_is_rejection_for_heads_that_know_probabilities_alone():
         energy.patch_sampling(temperature=0.5, sampling_method="rejection")
     with pytest.raises(ValueError, match="EnergyHead knows no probabilities"):
         energy.generate(torch.tensor([[3, 4, 5, 6]]), do_sample=True, sampling_method="rejection", max_new_tokens=4)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"do_sample": False},
-        pytest.param({"temperature": 0.5}, marks=SLOW),
-        pytest.param({"temperature": 0.8, "top_p": 0.9}, marks=SLOW),
-    ],
-)
-def test_compiled_steps_write_patches_of_the_model(options):
-    """The eager backend runs the same graph, whose one block draws other numbers than the growing ones."""
-    model, ids = tiny_model("token_chain"), torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
-    torch.manual_seed(0)
-    settings = {"do_sample": True, "max_new_tokens": 12, "min_new_tokens": 12, **options}
-    config = CompileConfig(backend="eager")
-    written = model.generate(ids, cache_implementation="static", compile_config=config, **settings)
-    assert written.shape == (2, 16)
-    if not settings["do_sample"]:
-        assert written.tolist() == model.generate(ids, **settings).tolist()
 
 
 def test_scores_are_the_tries_and_logits_processors_weigh_them():

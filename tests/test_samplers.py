@@ -4,7 +4,6 @@
 
 import itertools
 import math
-import random
 
 import pytest
 import torch
@@ -189,13 +188,6 @@ class TestAlgorithm1:
         assert 0.02 < exact.double().mean() < 0.98
         assert chi_square_p_value(outcomes[exact], tempered(probs, 0.5)) > SIGNIFICANCE
 
-    def test_each_row_has_its_own_distribution(self):
-        probs_BV = torch.stack((zipf(10), zipf(10).flip(0), flat(10), peaked(10, 0.9))).repeat(2000, 1)
-        for temperature in (0.5, 0.7):
-            outcomes, *_ = sample_exactly(probs_BV, temperature, 1024, seed=8)
-            for i in range(4):
-                assert chi_square_p_value(outcomes[i::4], tempered(probs_BV[i], temperature)) > SIGNIFICANCE
-
 
 class TestFallback:
     """Algorithm 1 limited to N samples, with the batch rule as its fallback, against the batch rule alone."""
@@ -274,23 +266,6 @@ class PairwiseCandidates(StubBatch):
 def test_most_frequent_patch_breaks_ties_by_the_first_seen():
     samples = torch.tensor([[3, 5, 5, 1], [9, 2, 9, 2], [2, 9, 9, 2], [8, 7, 6, 5]])
     assert most_frequent_patch(StubBatch(stream_BN=samples), 4).tolist() == [1, 0, 0, 0]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 0.7])
-def test_the_choice_is_reproducible_with_a_generator(temperature):
-    """Without one, with the global seed."""
-    stream, probs_BV = outcomes_from(zipf(1000), 50, 40), zipf(50).expand(50, -1)
-
-    def sample(generator, seed):
-        by_batch_rule = batch_temperature_select(StubBatch(stream_BN=stream), temperature, 40, generator)
-        return torch.cat((by_batch_rule, sample_exactly(probs_BV, temperature, 20, seed)[0]))
-
-    state, random_state = torch.random.get_rng_state(), random.getstate()
-    assert torch.equal(sample(seeded(1), 1), sample(seeded(1), 1))
-    assert not torch.equal(sample(seeded(1), 1), sample(seeded(2), 2))
-    assert torch.equal(state, torch.random.get_rng_state()) and random_state == random.getstate()
-    chosen = [sample(torch.manual_seed(5) and None, 1) for _ in range(2)]
-    assert torch.equal(*chosen)
 
 
 @pytest.mark.parametrize(

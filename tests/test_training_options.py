@@ -6,8 +6,7 @@ import re
 import pytest
 from commands import refusal
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_helpers import RECIPES, losses_of, start_training, train
+from training_helpers import RECIPES, losses_of, start_training
 from transformers import TrainingArguments
 
 from calm_transformers.loading import load_tokenizer
@@ -53,19 +52,6 @@ def test_an_option_leaves_the_trajectory(run, options, tolerance):
     assert losses == pytest.approx(plain_losses, rel=tolerance)
     assert max((weights[key] - plain[key]).abs().max() for key in plain) < max(tolerance, 1e-6)
     assert all(weights[key].dtype == plain[key].dtype for key in plain)
-
-
-def test_tensorboard_gets_every_logged_metric(workshop, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))  # transformers 5
-    fields = {key: value for key, value in workshop.items() if key != "autoencoder"}
-    fields |= {"report_to": "tensorboard", "max_steps": 3, "eval_steps": 3, "output_dir": str(tmp_path)}
-    assert train("autoencoder", **fields) == 0
-    (events,) = tmp_path.rglob("events.out.tfevents*")
-    board = EventAccumulator(str(events.parent)).Reload()
-    names = "loss grad_norm reconstruction_loss kl tokens_per_second learning_rate".split()
-    assert {f"train/{name}" for name in names} <= set(board.Tags()["scalars"])
-    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3]
-    assert [event.step for event in board.Scalars("eval/loss")] == [3]
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,3 @@ class TestSFTTrainer:
         model = peft.get_peft_model(tiny_model("token_chain"), adapter)
         moved = change_by_one_step(self.trainer(tmp_path, model=model, pad_to_multiple_of=K, **SGD))
         assert {name for name, step in moved.items() if step.any()} == {n for n in moved if "lora_B" in n}
-
-    def test_padding_free_rows_raise(self, tmp_path):
-        trainer = self.trainer(tmp_path, packing=True, max_length=4 * K, pad_to_multiple_of=K)
-        with pytest.raises(ValueError, match="positions count patches"):
-            trainer.train()

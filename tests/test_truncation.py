@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable_distributions import StubBatch, chi_square_p_value, seeded, tempered, total_variation, zipf
+from enumerable_distributions import chi_square_p_value, seeded, tempered, total_variation, zipf
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from calm_transformers.benchmarks import truncation as benchmark
@@ -19,7 +19,7 @@ from calm_transformers.model.generation_calm_algorithms import (
     sample_by_weight,
     truncated,
 )
-from calm_transformers.model.generation_calm_samplers import RepetitionAttempts, batch_temperature_select
+from calm_transformers.model.generation_calm_samplers import RepetitionAttempts
 
 TRUNCATIONS = [
     Truncation(top_k=1),
@@ -179,17 +179,6 @@ class TestChoiceDistribution:
         assert distance(temperature=temperature) > bound  # not truncated
         other = 1.0 if temperature != 1 else 0.5
         assert distance(temperature=other, truncation=truncation) > bound or name == "peaked(50)"
-
-    def test_sampled_choices(self):
-        """The whole sampler, with rows of different distributions in one batch."""
-        distributions = torch.stack([zipf(20), zipf(20).flip(0)])
-        candidates = StubBatch(distributions.repeat(4000, 1), seeded())
-        truncation = Truncation(top_k=3)
-        outcomes = candidates.outcomes(batch_temperature_select(candidates, 1.0, 200, seeded(1), truncation))
-        for i, probs in enumerate(distributions):
-            frequencies = torch.bincount(outcomes[i::2], minlength=20).double() / 4000
-            assert total_variation(frequencies, target_distribution(probs, 1.0, truncation)) < 0.08
-            assert total_variation(frequencies, probs) > 0.4
 
 
 class TestBenchmark:
