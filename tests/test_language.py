@@ -1,6 +1,6 @@
 """The hidden Markov language against enumeration: loops over all paths of hidden states, on a small case.
 
-Its optimal scores are those of an oracle, as measured by the estimators of evaluation/."""
+test_evaluation_estimators.py compares what an oracle scores."""
 
 import itertools
 
@@ -12,7 +12,6 @@ from enumerable_distributions import chi_square_p_value
 from language_oracle import LANGUAGE, OTHER, Oracle, S, V, continuation_probabilities, sample_ids
 
 from calm_transformers.evaluation.ar_estimator import brier_counts_ar
-from calm_transformers.evaluation.brier import brierlm
 from calm_transformers.evaluation.calm_estimator import brier_counts_calm
 from calm_transformers.experiments.language import HiddenMarkovLanguage, main, scored_beliefs, write_corpus
 from calm_transformers.loading import load_tokenizer
@@ -110,28 +109,16 @@ def test_sample_frequencies_match_enumeration(samples, enumerated):
         assert chi_square_p_value(outcomes, torch.from_numpy(wrong).flatten()) < 1e-9
 
 
-def counts_of(oracle, ids_BL):
-    generator = torch.Generator().manual_seed(0)
-    if oracle.patch_size is None:
-        return brier_counts_ar(oracle, ids_BL, generator)
-    return brier_counts_calm(oracle, ids_BL, oracle.patch_size, generator)
-
-
-@pytest.mark.parametrize("patch_size", [None, 1, 2, 3, 4, 8])
-def test_an_oracle_reaches_the_optimal_scores(patch_size):
-    ids_BL = sample_ids(2000, 48)
-    score = counts_of(Oracle(LANGUAGE, patch_size), ids_BL).score()
-    optimal = LANGUAGE.optimal_brier(scored_beliefs(LANGUAGE, ids_BL, patch_size or 1)).mean((0, 1))
-    for value, expected, (low, high) in zip(score.brier, optimal, score.brier_intervals, strict=True):
-        assert abs(value - expected) < high - low  # four standard errors
-    assert score.brierlm.low < brierlm(torch.tensor(optimal)) < score.brierlm.high < 1.15 * score.brierlm.low
-
-
 @pytest.mark.parametrize("patch_size", [None, 1, 2, 3, 4, 8])
 def test_optimal_scores_use_the_scored_positions(patch_size):
     """With few short blocks, where an off-by-one position would show."""
     ids_BL, oracle = sample_ids(3, 24), Oracle(LANGUAGE, patch_size)
-    assert counts_of(oracle, ids_BL).positions_B.tolist() == [len(oracle.positions)] * 3
+    generator = torch.Generator().manual_seed(0)
+    if patch_size is None:
+        counts = brier_counts_ar(oracle, ids_BL, generator)
+    else:
+        counts = brier_counts_calm(oracle, ids_BL, patch_size, generator)
+    assert counts.positions_B.tolist() == [len(oracle.positions)] * 3
     ends = (np.array(oracle.positions) + 1) * (patch_size or 1)
     expected = LANGUAGE.beliefs(LANGUAGE.to_symbols(ids_BL.numpy()))[:, ends]
     np.testing.assert_allclose(scored_beliefs(LANGUAGE, ids_BL, patch_size or 1), expected, rtol=1e-12)
