@@ -72,7 +72,7 @@ def run_snippet(folder):
 def load_every_way(folder, copy):
     """In a fresh process: loads a repository in every way, saves it in `copy`, and returns what was loaded."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -82,6 +82,9 @@ def load_every_way(folder, copy):
 
     torch.manual_seed(0)
     snippet = run_snippet(folder)
+    batch = tokenizer([PROMPT, "The dog"], return_tensors="pt", padding=True)  # the caller looks for complaints
+    model.generate(**batch, max_new_tokens=8, do_sample=False, cache_implementation="static")
+    model.generate(batch["input_ids"][:1], max_new_tokens=8, do_sample=False, streamer=TextStreamer(tokenizer))
     model.save_pretrained(copy)
     tokenizer.save_pretrained(copy)
     return {
