@@ -3,17 +3,14 @@
 import peft
 import pytest
 import torch
-from text_and_loss import moved_by_training
-from tiny import BOS, tiny_model
+from text_and_loss import moved_by_training, text_and_loss
+from tiny import tiny_model
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 pytestmark = pytest.mark.transformers
 
-SENTENCE = "The submarine sank to the bottom of the purple sea, and nobody was surprised."
 NOT_THE_AUTOENCODER = r"autoencoder\..*"
-PROMPTS = torch.tensor([[BOS, 40, 41, 42, 43, 44, 45], [95, 95, 95, BOS, 50, 51, 52]])
-MASK = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
 
 
 def config_of(kind: str, *, is_new: bool = False):
@@ -35,10 +32,8 @@ def adapted(kind: str, **kwargs) -> peft.PeftModel:
     return model
 
 
-def text_of(model, temperature: float = 0.5) -> list:
-    torch.manual_seed(0)
-    settings = {"max_new_tokens": 12, "num_candidates": 20, "temperature": temperature, "eos_token_id": None}
-    return model.generate(input_ids=PROMPTS, attention_mask=MASK, do_sample=True, **settings)[:, 7:].tolist()
+def text_of(model) -> list:
+    return text_and_loss(model)[0]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])

@@ -14,11 +14,11 @@ import pytest
 import torch
 from browser import complaints, needs_browser, requests, set_width
 from commands import ROOT, refusal
+from evaluation_folder import tiny_llama
 from model_copies import CODE_FILES
 from published import BUNDLE_FILES
 from server_process import free_port, running, wait_for, wait_until_healthy
-from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import BOS, tiny_model, tiny_tokenizer
 
 from calm_transformers.pages import app, app_page
 from calm_transformers.pages.app_page import PageModel, Settings, render, stream_html
@@ -49,10 +49,7 @@ def calm():
 @pytest.fixture(scope="module")
 def llama():
     """A Llama with enough positions for the page's longest text."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=2048, initializer_range=0.5, **sizes)
-    return PageModel("llama", LlamaForCausalLM(config).eval(), tiny_tokenizer())
+    return PageModel("llama", tiny_llama(max_position_embeddings=2048), tiny_tokenizer())
 
 
 @pytest.fixture

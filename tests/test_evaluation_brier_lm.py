@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,9 +9,9 @@ import pytest
 import torch
 from commands import refusal
 from evaluation_folder import DOCUMENT_TOKENS, DOCUMENTS, tiny_llama
+from server_process import free_port
 from tiny import VOCAB_SIZE
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_transformers.evaluation.brier_lm import main
 from calm_transformers.evaluation.models import brier_counts
@@ -44,9 +43,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     words = [sys.executable, "-m", "calm_transformers.evaluation.brier_lm", "--model", folder / "ar"]
     words += ["--data", folder / "text.jsonl.xz", "--block_size", "24", "--max_positions", "100"]
     words += ["--json", tmp_path / "two.json"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen(words, env=environment, **pipes) for environment in ranks]
@@ -129,8 +126,7 @@ def test_errors_are_one_sentence(folder, monkeypatch, capsys, more, options, mes
 
 
 def test_a_tokenizer_of_another_model_raises(folder, tmp_path, capsys):
-    config = LlamaConfig.from_dict({**tiny_llama().config.to_dict(), "vocab_size": 2 * VOCAB_SIZE})
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_llama(vocab_size=2 * VOCAB_SIZE).save_pretrained(tmp_path)
     error = refusal(capsys, lambda words: run(folder, *words, model=(tmp_path,)), "--tokenizer", folder / "calm")
     assert error.endswith("It is another model's tokenizer.")
 

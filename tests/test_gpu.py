@@ -1,7 +1,6 @@
 """On a GPU: outputs equal those on a CPU, and the commands run there (`make test-gpu`)."""
 
 import copy
-import json
 
 import fresh_process
 import pytest
@@ -10,7 +9,7 @@ from commands import main_of
 from evaluation_folder import EVALUATIONS, evaluations
 from model_copies import PROMPT, ROOT, run_snippet
 from tiny import BOS, HEAD_TYPES, VOCAB_SIZE, tiny_model
-from training_helpers import train
+from training_helpers import log_of, train
 
 from calm_transformers.benchmarks import golden
 from calm_transformers.evaluation.models import brier_counts
@@ -91,8 +90,7 @@ def test_training_steps_are_finite(workshop, tmp_path, head_type, bf16):
     fields = {**workshop, "head_type": head_type, "auxiliary_weight": 0.5, "bf16": bf16}
     assert train("calm", **fields, output_dir=str(tmp_path)) == 0
     assert torch.cuda.max_memory_allocated() > before
-    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in history if "loss" in entry]
+    steps = [entry for entry in log_of(tmp_path) if "loss" in entry]
     figures = torch.tensor([[entry["loss"], entry["auxiliary_loss"], entry["grad_norm"]] for entry in steps])
     assert len(figures) == 4 and figures.isfinite().all() and (figures[:, 2] > 0).all()
 

@@ -53,6 +53,15 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
+def context_of(case, monkeypatch):
+    """Returns the context in which neither kernel is used, or one that changes nothing."""
+    if case == "switched off":
+        monkeypatch.setenv(SWITCH, "torch")
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    contexts = {"deterministic": deterministic(), "autocast": autocast, "medium": float32_precision("medium")}
+    return contexts.get(case, nullcontext())
+
+
 @pytest.mark.parametrize(
     "make", [lambda size: arange(size, CPU), lambda size: diffusion_schedule(size, CPU).log_betas]
 )
@@ -144,21 +153,13 @@ class QuantisedWeight(torch.Tensor):
 )
 @torch.no_grad()
 def test_fallbacks_to_pytorch(monkeypatch, calls, case):
-    rows, weight, context = values(8, 24), values(40, 24, seed=1), nullcontext()
+    rows, weight, context = values(8, 24), values(40, 24, seed=1), context_of(case, monkeypatch)
     if case in ("bfloat16", "float64"):
         rows, weight = rows.to(getattr(torch, case)), weight.to(getattr(torch, case))
     elif case == "gradients":
         weight, context = weight.requires_grad_(), torch.enable_grad()
-    elif case == "autocast":
-        context = torch.autocast("cpu", dtype=torch.bfloat16)
     elif case == "quantised":
         weight = weight.as_subclass(QuantisedWeight)
-    elif case == "switched off":
-        monkeypatch.setenv(SWITCH, "torch")
-    elif case == "deterministic":
-        context = deterministic()
-    elif case == "medium":
-        context = float32_precision("medium")
     elif case == "small":
         monkeypatch.setattr(kernels_calm, "MIN_MULTIPLICATIONS", 2**21)
     with context:
@@ -327,22 +328,15 @@ def screen_of(autoencoder):
     ["float16", "switched off", "deterministic", "offloaded", "autocast", "medium", "undecided", "dropped meanwhile"],
 )
 def test_fallbacks_to_the_full_matmul(monkeypatch, autoencoder, case):
-    states, context = STATES, nullcontext()
+    """Autocast and medium precision, too: the bound counts on products that are exact to float32."""
+    states, context = STATES, context_of(case, monkeypatch)
     if case == "float16":
         autoencoder, states = autoencoder.half(), states.half()
-    elif case == "switched off":
-        monkeypatch.setenv(SWITCH, "torch")
-    elif case == "deterministic":
-        context = deterministic()
     elif case == "offloaded":
         autoencoder.decoder.lm_head.forward = autoencoder.decoder.lm_head.forward  # as hooks are put there
-    elif case == "autocast":  # the bound counts on products that are exact to float32, here and next
-        context = torch.autocast("cpu", dtype=torch.bfloat16)
-    elif case == "medium":
-        context = float32_precision("medium")
     elif case == "undecided":
         monkeypatch.setattr(kernels_calm, "MAX_SURVIVORS", 0)
-    else:  # by another thread
+    elif case == "dropped meanwhile":  # by another thread
         decode(autoencoder)
         screen_of(autoencoder).tiles = []
     with context:

@@ -1,13 +1,12 @@
 """Two processes, replicated (DDP) or sharded (FSDP2), follow the trajectory of one."""
 
-import json
 from pathlib import Path
 
 import pytest
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
-from training_helpers import same_noise_for_every_patch, start_training_together, train
+from training_helpers import log_of, same_noise_for_every_patch, start_training_together, train
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
@@ -28,9 +27,8 @@ def run(log: Path, num_processes: int = 2, **fields) -> None:
 
 
 def losses(folder: Path) -> list[list[float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     names = ("loss", "auxiliary_loss", "grad_norm")
-    return [[entry[name] for name in names if name in entry] for entry in history if "loss" in entry]
+    return [[entry[name] for name in names if name in entry] for entry in log_of(folder) if "loss" in entry]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from server_process import free_port
 
 from calm_transformers.model import heads_calm
 from calm_transformers.model.heads_calm_energy import EnergyHead
@@ -91,10 +91,7 @@ def start_training(log: Path, kind: str, environment=None, fixed_noise: bool = F
 
 def start_training_together(log: Path, kind: str, num_processes: int = 2, **fields) -> list:
     """Starts a training like torchrun, on `num_processes` CPU processes with gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [{**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_processes)]
     return [start_training(log, kind, environment=rank, fixed_noise=True, **fields) for rank in ranks]
 

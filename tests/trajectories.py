@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from training_helpers import make_workshop, train
+from training_helpers import log_of, make_workshop, train
 
 RECORD = Path(__file__).with_suffix(".json")
 # Large steps, so that five show a small change of any of these; with gradient accumulation and clipping.
@@ -41,8 +41,7 @@ def first_steps(run: str, fields: dict, output_dir: Path, **changes) -> dict[str
         fields = {name: value for name, value in fields.items() if name != "autoencoder"}
     settings = {**fields, **SETTINGS, **options, **changes}
     assert train(kind, output_dir=output_dir, **settings) == 0
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in history if "loss" in entry]
+    steps = [entry for entry in log_of(output_dir) if "loss" in entry]
     return {name: [entry[name] for entry in steps] for name in ("loss", "grad_norm")}
 
 
