@@ -76,20 +76,15 @@ EFFECTS = {
     "top_k": ([1, 0], MANY, ids),
     "top_p": ([0.01, 1.0], MANY, ids),
     "min_p": ([1.0, 0.0], MANY, ids),
-    "repetition_penalty": ([5.0, 1.0], {}, ids),
-    "no_repeat_ngram_size": ([1, 0], {}, ids),
-    "bad_words_ids": ([[[token] for token in range(48)], [[5]]], {}, ids),
-    "suppress_tokens": ([list(range(48)), [5]], {}, ids),
-    "begin_suppress_tokens": ([list(range(95)), list(range(48))], {}, ids),
-    "sequence_bias": ([[[[token], 50.0] for token in range(1, 51)], [[[51], 0.1]]], {}, ids),
-    "forced_eos_token_id": ([7, 8], {}, ids),
-    "exponential_decay_length_penalty": ([(1, 1e6), (500, 1.1)], {"eos_token_id": 7, "max_new_tokens": 40}, shape),
 }
 OTHER_EFFECTS = {  # which depend on what is generated, or are more than the result
     *("cache_config", "remove_invalid_values"),  # the last is upstream's alone
     *("eos_token_id", "pad_token_id", "min_length", "min_new_tokens"),  # test_generation.py
     *("stop_strings", "prefill_chunk_size"),  # there, too
-    *("forced_bos_token_id", "compile_config", "disable_compile"),  # test_logits_processors.py, test_compiled.py
+    *("compile_config", "disable_compile"),  # test_compiled.py
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),  # test_logits_processors.py
+    *("suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty"),  # there, too
+    *("forced_bos_token_id", "forced_eos_token_id"),  # and there
 }
 
 
