@@ -56,7 +56,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     output = output.absolute()
     if not output.parent.is_dir():
-        raise InputError(f"{output.parent} is not a folder.")
+        raise InputError(f"{output}: {output.parent} is not a folder.")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists already and is not an empty folder.")
     try:

@@ -166,8 +166,8 @@ def test_incomplete_characters_are_held_back():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([".", "--space", "no/such/place"], "--space no/such/place: its parent folder does not exist"),
-        ([".", "--space", str(ROOT)], "is not empty; use a new folder"),
+        ([".", "--space", "no/such/place"], "no/such is not a folder"),
+        ([".", "--space", str(ROOT)], "exists already and is not an empty folder"),
         (["{tmp}", "--space", "{tmp}/s"], "the folder holds no config.json, so no model"),
         (["no/such/place", "--port", "{taken}"], "127.0.0.1:{taken} can't be listened on"),  # checked before loading
     ],

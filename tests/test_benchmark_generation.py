@@ -1,6 +1,7 @@
 """The generation benchmark: its workloads have the claimed properties, its results agree with counts by hand."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from commands import refusal
 from tiny import BOS, VOCAB_SIZE, tiny_config, tiny_model
 
 from calm_transformers.benchmarks import generation, runs, workloads
-from calm_transformers.benchmarks.meters import Meter, PeakMemory, wrap_method
+from calm_transformers.benchmarks.meters import Meter, PeakMemory
 from calm_transformers.benchmarks.runs import Workload, timed_run
 from calm_transformers.benchmarks.workloads import Replay, random_model
 from calm_transformers.command_line import InputError
@@ -95,14 +96,12 @@ def test_random_models_are_complete_and_candidates_never_repeat(head_type, dtype
     assert all(p.any() for name, p in model.named_parameters() if p.dim() > 1)
     assert model.autoencoder.decoder.lm_head.weight is model.autoencoder.encoder.embed_tokens.weight
     candidates = workloads.sample_candidates(model, torch.arange(8).view(1, 8), 50)
-    workloads.check_worst_case(workloads.distinct_fraction(candidates))
+    assert workloads.distinct_fraction(candidates) >= 0.99
 
 
-def test_repeating_candidates_are_not_the_worst_case():
+def test_the_distinct_fraction_is_a_mean_over_contexts():
     patches_CNK = torch.tensor([[[1, 2], [1, 2], [2, 1], [1, 2]], [[0, 0], [0, 1], [0, 2], [0, 3]]])
     assert workloads.distinct_fraction(patches_CNK) == (2 + 4) / 8
-    with pytest.raises(InputError, match="only 75.0% of the random model's candidates are distinct"):
-        workloads.check_worst_case(6 / 8)
 
 
 def labelled_recording(num_contexts, num_candidates):
@@ -119,7 +118,8 @@ def test_a_replay_returns_recorded_patches_with_unchanged_work(monkeypatch, meth
     model, work = tiny_model(), []
     decoding = (model.autoencoder.decoder, "most_probable_tokens") if lazy else (model.autoencoder.decoder, "forward")
     sampling = PatchSampling(True, 0.5, 16, method, lazy_decoding=lazy)
-    with wrap_method(*decoding, lambda call: lambda first, *more: work.append(len(first)) or call(first, *more)):
+    call = getattr(*decoding)
+    with mock.patch.object(*decoding, lambda first, *more: work.append(len(first)) or call(first, *more)):
         with Replay(labelled_recording(50, 16)).on(model):
             (first, *_), (later, *_) = (model.sample_patches(torch.randn(3, 48), sampling).patches.T for _ in range(2))
             patches_3K = model.sample_patches(torch.randn(3, 48), sampling).patches
@@ -130,15 +130,8 @@ def test_a_replay_returns_recorded_patches_with_unchanged_work(monkeypatch, meth
     assert "new_candidates" not in vars(model)
 
 
-def test_invalid_replays_and_early_stopping_raise():
-    model, sampling = tiny_model(patch_size=2), PatchSampling(True, 0.5, 16)
-    with pytest.raises(InputError, match="patches have 4 tokens, the model's 2"):
-        with Replay(labelled_recording(2, 8)).on(model):
-            pass
+def test_early_stopping_raises():
     model = tiny_model()
-    with pytest.raises(InputError, match="a row needs 16 candidates, 8 are recorded"):
-        with Replay(labelled_recording(2, 8)).on(model):
-            model.sample_patches(torch.randn(1, 48), sampling)
     model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
     with pytest.raises(InputError, match="1 tokens were generated instead of 8"):
         workloads.generate_tokens(model, torch.full((1, 4), BOS), 8)
@@ -153,11 +146,9 @@ def test_time_is_attributed_to_the_right_part(monkeypatch, part):
     settings = {"temperature": 0.5, "num_candidates": 4, "sampling_method": "batch", "lazy_decoding": False}
     workload = Workload(model, torch.full((1, 4), BOS), settings)
     methods = workload.methods()[part]
-
-    def slow(call):
-        return lambda *args, **kwargs: now.__setitem__(0, now[0] + 1) or call(*args, **kwargs)
-
-    with wrap_method(*(methods[0] if isinstance(methods, list) else methods), slow):
+    method = methods[0] if isinstance(methods, list) else methods
+    call = getattr(*method)
+    with mock.patch.object(*method, lambda *args, **kwargs: now.__setitem__(0, now[0] + 1) or call(*args, **kwargs)):
         run = timed_run(workload, 12, seed=0)
     assert run.step_ms == {name: 1000.0 * (name == part) for name in runs.PARTS}
     assert (run.prompt_seconds, run.seconds, run.num_candidates) == (part == "backbone", 3, 3 * 4)

@@ -155,7 +155,7 @@ def test_an_invalid_seed_or_count_is_one_line(module, capsys):
             assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *MISSING_PATHS[module])
 
 
-@pytest.mark.parametrize("name", ["brier_lm", "autoencoder_report", "plot"])
+@pytest.mark.parametrize("name", ["brier_lm", "plot"])
 def test_an_unsupported_image_format_is_one_line(name, capsys):
     module, option = f"calm_transformers.evaluation.{name}", "--output" if name == "plot" else "--plot"
     message = refusal(capsys, main_of(module), *MISSING_PATHS[module], option, "x.nope")

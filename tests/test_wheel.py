@@ -47,7 +47,6 @@ MISSING_PACKAGES = [
     ([*TOKENIZER, "--train_files=[]", "--dataset", "some/texts"], "train"),
     (["calm_transformers.evaluation.plot", "run"], "eval"),
     (["calm_transformers.evaluation.brier_lm", "--model", ".", *DATA, *PLOT], "eval"),
-    (["calm_transformers.evaluation.autoencoder_report", "--model", "x", *DATA[:2], *PLOT], "eval"),
     (["calm_transformers.benchmarks.generation", "--shape", "calm-m", *PLOT], "eval"),
 ]
 

@@ -12,22 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
-
-
-@contextmanager
-def wrap_method(owner, name: str, wrapper: Callable):
-    """Replaces a method of an object or class by `wrapper(method)` inside a `with` block."""
-    previous = vars(owner).get(name)  # None if the method is inherited
-    setattr(owner, name, wrapper(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        if previous is not None:
-            setattr(owner, name, previous)
 
 
 @dataclass
@@ -68,7 +56,7 @@ class MethodMeter:
         with ExitStack() as stack:
             for part, methods in self.methods.items():
                 for owner, name in methods if isinstance(methods, list) else [methods]:
-                    stack.enter_context(wrap_method(owner, name, functools.partial(self._metered, part)))
+                    stack.enter_context(mock.patch.object(owner, name, self._metered(part, getattr(owner, name))))
             yield
 
     def _metered(self, part: str, method: Callable) -> Callable:

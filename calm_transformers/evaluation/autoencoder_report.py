@@ -8,22 +8,12 @@ The latents sampled by the generative head are inexact, so the decoder must be r
 # P patches, K tokens per patch, Z latent size
 
 import sys
-from pathlib import Path
 
 import torch
 
-from calm_transformers.command_line import (
-    Parser,
-    command,
-    image_path,
-    known_errors,
-    positive,
-    require_package,
-    seed_number,
-    writable,
-)
+from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number, writable
 from calm_transformers.evaluation.blocks import add_data_arguments, read_blocks
-from calm_transformers.evaluation.report import markdown, saved_figure, write_json
+from calm_transformers.evaluation.report import markdown, write_json
 from calm_transformers.loading import (
     check_tokenizer,
     load_causal_lm,
@@ -102,17 +92,6 @@ def report(rows: list[dict], statistics: dict, num_patches: int) -> str:
     return f"{title}\n\n{table}\n\n{posterior.format(**statistics)}"
 
 
-def write_plot(path: Path, rows: list[dict], posterior_sigma: float) -> None:
-    with saved_figure(path, figsize=(6, 4)) as (_, axes):
-        sigmas = [row["sigma"] for row in rows]
-        for key in ("token_accuracy", "patch_accuracy"):
-            axes.plot(sigmas, [row[key] for row in rows], marker="o", label=key.replace("_", " "))
-        axes.axvline(posterior_sigma, color="grey", linestyle="--", label="mean posterior sigma")
-        axes.set_xlabel("sigma of the Gaussian noise on the latent vector")
-        axes.set_ylim(0, 1.02)
-        axes.legend()
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm evaluate autoencoder", __doc__)
@@ -122,11 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_patches", type=positive, default=10_000)
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--json", type=writable, help="write the results")
-    parser.add_argument("--plot", type=image_path, help="plot accuracy against noise")
     args = parser.parse_args(argv)
     with known_errors():
-        if args.plot:
-            require_package("matplotlib", "eval", "--plot")
         autoencoder = load_autoencoder(args.model)
         tokenizer = load_tokenizer(args.tokenizer or args.model)
         check_tokenizer(autoencoder, tokenizer, args.tokenizer or args.model)
@@ -136,8 +112,6 @@ def main(argv: list[str] | None = None) -> None:
     statistics = posterior_statistics(*posterior(autoencoder, patches_PK))
     print(report(rows, statistics, len(patches_PK)))
     write_json(args.json, {**statistics, "patches": len(patches_PK), "noise": rows})
-    if args.plot:
-        write_plot(args.plot, rows, statistics["posterior_sigma"])
 
 
 if __name__ == "__main__":

@@ -116,9 +116,9 @@ class BrierCounts:
         brier_4 = sums_B4.sum(0) / positions
         lm, intervals = BrierLM(brierlm(brier_4).item(), None, None), None
         if len(sums_B4) > 1:
-            brier_R4 = _bootstrap(sums_B4, self.positions_B, resamples, seed)
-            lm.low, lm.high = _interval(brierlm(brier_R4))
-            intervals = [_interval(brier_R) for brier_R in brier_R4.T]
+            brier_R4 = bootstrap(sums_B4, self.positions_B, resamples, seed)
+            lm.low, lm.high = interval(brierlm(brier_R4))
+            intervals = [interval(brier_R) for brier_R in brier_R4.T]
         return BrierScore(brier_4.tolist(), intervals, lm, positions, blocks=len(self.positions_B))
 
 
@@ -127,7 +127,7 @@ def brierlm(brier_4: torch.Tensor) -> torch.Tensor:
     return 100 * brier_4.clamp(min=0).prod(-1) ** (1 / MAX_N)
 
 
-def _bootstrap(sums_B4: torch.Tensor, positions_B: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
+def bootstrap(sums_B4: torch.Tensor, positions_B: torch.Tensor, resamples: int, seed: int = 0) -> torch.Tensor:
     """Returns Brier-1..4 of R resamples of the blocks with replacement, (R, 4)."""
     blocks = len(positions_B)
     generator = torch.Generator().manual_seed(seed)
@@ -137,6 +137,6 @@ def _bootstrap(sums_B4: torch.Tensor, positions_B: torch.Tensor, resamples: int,
     return (counts_RB @ sums_B4) / (counts_RB @ positions_B.double()).unsqueeze(-1)
 
 
-def _interval(values_R: torch.Tensor) -> list[float]:
+def interval(values_R: torch.Tensor) -> list[float]:
     """Returns the 2.5 % and 97.5 % quantiles."""
     return values_R.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

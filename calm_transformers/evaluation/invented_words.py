@@ -19,14 +19,8 @@ from transformers import set_seed
 from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number, utf8, writable
 from calm_transformers.documents import expand_paths, read_documents, total_bytes
 from calm_transformers.evaluation.report import write_json
-from calm_transformers.loading import is_calm, load_config, load_with_tokenizer
-from calm_transformers.model.configuration_calm import CALMConfig
-from calm_transformers.model.generation_calm_samplers import (
-    SAMPLING_METHODS,
-    PatchSampling,
-    check_num_candidates,
-    check_temperature,
-)
+from calm_transformers.loading import is_calm, load_with_tokenizer
+from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS
 from calm_transformers.model.modeling_calm import NO_LOGITS
 from calm_transformers.progress import print_above_bars, progress_bar
 
@@ -92,37 +86,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace):
-    """Loads the model and its tokenizer; checks a CALM's sampling settings first, as far as its config allows."""
-    temperatures = args.temperature if isinstance(load_config(args.model), CALMConfig) else []
-    for temperature in temperatures:
-        check_temperature(temperature)
-        if args.num_candidates:
-            check_num_candidates(args.num_candidates, temperature)
-    model, tokenizer = load_with_tokenizer(args.model)
-    for temperature in [] if args.num_candidates else temperatures:
-        # Raises an error if the model's own num_candidates doesn't allow the temperature.
-        PatchSampling.from_generation_config(model.generation_config, do_sample=True, temperature=temperature)
-    return model, tokenizer
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with known_errors():
-        model, tokenizer = load(args)
+        model, tokenizer = load_with_tokenizer(args.model)
+        options = {"top_k": 0, "top_p": 1.0}  # no truncation
+        if is_calm(model):
+            names = ("num_candidates", "sampling_method")
+            options = {name: getattr(args, name) for name in names if getattr(args, name)}
+            for temperature in args.temperature:  # raises for invalid settings
+                model.patch_sampling(do_sample=True, temperature=temperature, **options)
         judge = load_with_tokenizer(args.judge) if args.judge else None
         if judge and is_calm(judge[0]) and not judge[0].head.samples_tokens:
             raise ValueError(f"--judge {args.judge}: {NO_LOGITS}")
         files = expand_paths(args.text)
         with progress_bar(None, "Reading", "B", total_bytes(files)) as bar:
             known = vocabulary_of(read_documents(files, bar=bar))
-    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-    for name in ("num_candidates", "sampling_method"):
-        if is_calm(model) and getattr(args, name):
-            options[name] = getattr(args, name)
-    if not is_calm(model):
-        options |= {"top_k": 0, "top_p": 1.0}  # no truncation
+    options |= {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     for name in ("top_p", "repetition_penalty", "no_repeat_ngram_size"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)

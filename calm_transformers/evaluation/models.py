@@ -2,12 +2,10 @@
 
 # B blocks, L tokens of a block, K tokens per patch, V vocabulary
 
-from contextlib import nullcontext
 from functools import partial
 from math import ceil
 
 import torch
-from tqdm import tqdm
 
 from calm_transformers.evaluation.ar_estimator import brier_counts_ar, causal_lm_reader
 from calm_transformers.evaluation.branching import CalmReader
@@ -33,13 +31,8 @@ def positions_per_block(model, block_size: int) -> int:
 
 
 @torch.no_grad()
-def brier_counts(
-    model, blocks_BL: torch.Tensor, batch_size: int = 1, seed: int = 0, bar: tqdm | None = None
-) -> BrierCounts:
-    """Returns the Brier counts of a CALM or another causal LM on blocks of token ids.
-
-    bar: progress bar that is advanced by the blocks (default: a new one).
-    """
+def brier_counts(model, blocks_BL: torch.Tensor, batch_size: int = 1, seed: int = 0) -> BrierCounts:
+    """Returns the Brier counts of a CALM or another causal LM on blocks of token ids."""
     positions_per_block(model, blocks_BL.shape[1])  # only its check
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if int(blocks_BL.max()) >= vocab_size:
@@ -53,7 +46,7 @@ def brier_counts(
         reader = causal_lm_reader(model, blocks_BL)
         count_batch = partial(brier_counts_ar, reader, generator=generator)
     counts = BrierCounts.empty()
-    with progress_bar(None, "BrierLM", "block", len(blocks_BL)) if bar is None else nullcontext(bar) as bar:
+    with progress_bar(None, "BrierLM", "block", len(blocks_BL)) as bar:
         for batch_BL in blocks_BL.split(batch_size):
             counts += count_batch(tokens_BL=batch_BL)
             bar.update(len(batch_BL))

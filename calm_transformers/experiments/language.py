@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calm_transformers.command_line import Parser, command, known_errors, positive, seed_number
 from calm_transformers.evaluation.brier import MAX_N
-from calm_transformers.files import atomic_write
+from calm_transformers.files import new_folder
 from calm_transformers.progress import progress_bar
 from calm_transformers.training.tokenizer import PAD, SPECIAL_TOKENS, save_tokenizer, with_special_tokens
 
@@ -202,25 +202,16 @@ def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_s
 def write_corpus(language: HiddenMarkovLanguage, folder: Path, splits: dict[str, tuple[int, int]]) -> None:
     """Writes a tokenizer, a file SPLIT.jsonl per split, and language.json with all settings.
 
-    An existing corpus with the same settings is left unchanged.
-
     Args:
         language: to sample from.
         folder: to create.
         splits: name → number of documents, and tokens per document.
 
     Raises:
-        ValueError: the folder exists with other contents.
+        InputError: the folder exists and is not empty, or can't be created.
     """
     settings = json.dumps({**asdict(language), "parts": splits}, indent=2) + "\n"
-    if folder.exists() and any(folder.iterdir()):
-        settings_file = folder / LANGUAGE_FILE
-        if not settings_file.exists() or settings_file.read_text(encoding="utf-8") != settings:
-            raise ValueError(f"{folder} holds another language or other splits: remove it, or choose another folder.")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder) as temporary:
-        temporary.mkdir()
+    with new_folder(folder) as temporary:
         for seed, (name, (num_documents, length)) in enumerate(splits.items()):
             with (temporary / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 for symbols in language.sample(num_documents, length, seed):

@@ -12,9 +12,9 @@ n = 1..4 tokens of a continuation.
 
 import argparse
 import sys
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 from calm_transformers.command_line import Parser, command, known_errors, positive, writable
 from calm_transformers.documents import read_documents
 from calm_transformers.evaluation.blocks import pack_blocks
-from calm_transformers.evaluation.branching import BlockReader, CalmReader, CausalLMReader
-from calm_transformers.evaluation.brier import MAX_N, brierlm, prefix_matches
+from calm_transformers.evaluation.branching import CalmReader, CausalLMReader, SamplingReader
+from calm_transformers.evaluation.brier import MAX_N, BrierCounts, bootstrap, brierlm, interval, prefix_matches
 from calm_transformers.evaluation.models import positions_per_block
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage, scored_beliefs
@@ -32,12 +32,6 @@ from calm_transformers.loading import is_calm, load_causal_lm, load_tokenizer
 from calm_transformers.progress import progress_bar
 
 POSITIONS_CHUNK_SIZE = 128  # per block; bounds the attention mask of the branches, (positions · samples)²
-
-
-class SamplingReader(BlockReader, Protocol):
-    """A model that returns states after patches (B, P, K), and samples the next patches (num_samples, ..., K)."""
-
-    def draw(self, states: Tensor, /, num_samples: int, generator: torch.Generator) -> Tensor: ...
 
 
 class TokenReader(CausalLMReader):
@@ -97,31 +91,17 @@ def brier_sums(
 
 def summarise(model_B4: np.ndarray, optimal_B4: np.ndarray, positions: int, resamples: int = 1000) -> dict:
     """Returns mean scores and the fraction of the optimal BrierLM, with 95 % bootstrap intervals over blocks."""
-    rng, blocks = np.random.default_rng(0), len(model_B4)
-    counts_RB = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
-    model_R4, optimal_R4 = (counts_RB @ sums / positions for sums in (model_B4, optimal_B4))
-
-    def score(brier: np.ndarray) -> np.ndarray:
-        return brierlm(torch.as_tensor(brier)).numpy()
-
-    model, optimal = model_B4.sum(0) / positions, optimal_B4.sum(0) / positions
-    low, high = _intervals(score(model_R4))
+    sums_B4 = torch.from_numpy(model_B4), torch.from_numpy(optimal_B4)
+    positions_B = torch.full((len(model_B4),), positions // len(model_B4))  # every block has as many
+    score, best = (BrierCounts(each, torch.zeros_like(each), positions_B).score(resamples) for each in sums_B4)
+    model_R4, optimal_R4 = (bootstrap(each, positions_B, resamples) for each in sums_B4)  # the same blocks of both
     return {
-        "brier": model.tolist(),
-        "brier_intervals": _intervals(model_R4),
-        "brierlm": {"value": float(score(model)), "low": low, "high": high},
-        "best_brier": optimal.tolist(),
-        "best_brierlm": float(score(optimal)),
-        "share": float(score(model) / score(optimal)),
-        "share_interval": _intervals(score(model_R4) / score(optimal_R4)),
-        "positions": positions,
-        "blocks": blocks,
+        **asdict(score),
+        "best_brier": best.brier,
+        "best_brierlm": best.brierlm.value,
+        "share": score.brierlm.value / best.brierlm.value,
+        "share_interval": interval(brierlm(model_R4) / brierlm(optimal_R4)),
     }
-
-
-def _intervals(values_R: np.ndarray) -> list:
-    """Returns the 2.5 % and 97.5 % quantiles over the resamples: one pair, or one per column of `values_R`."""
-    return np.quantile(values_R, [0.025, 0.975], axis=0).T.tolist()
 
 
 def format_fraction(result: dict) -> str:

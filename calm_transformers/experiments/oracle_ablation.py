@@ -61,7 +61,7 @@ class LanguageReader(BlockReader):
         raise NotImplementedError("continuations are one patch")
 
     @torch.no_grad()
-    def draw(self, beliefs_S: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+    def draw(self, beliefs_S: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         transitions, emissions = (torch.from_numpy(matrix) for matrix in self.language.matrices)
 
         def sample_last_axis(probabilities: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors
-from calm_transformers.files import atomic_write
+from calm_transformers.files import new_folder
 from calm_transformers.loading import is_calm, load_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.configuration_calm import TRANSFORMERS
 from calm_transformers.pages.app_page import PageModel, create_page, launch
@@ -132,14 +132,9 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         baseline: the same for a token-level language model.
 
     Raises:
-        InputError: the folder is not empty, or a model is neither a folder nor a Hub id.
+        InputError: the folder is not new, or a model is neither a folder nor a Hub id.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--space {folder}: is not empty; use a new folder.")
-    if not folder.absolute().parent.is_dir():
-        raise InputError(f"--space {folder}: its parent folder does not exist.")
-    with atomic_write(folder.absolute()) as temporary:
-        temporary.mkdir()
+    with new_folder(folder) as temporary:
         sources = {name: source for name, source in (("model", model), ("baseline", baseline)) if source}
         # A copied model is loaded from its subfolder ("model" or "baseline"), another one from the Hub.
         loaded_from = {name: copy_if_local(source, temporary / name) for name, source in sources.items()}
