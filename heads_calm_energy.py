@@ -158,12 +158,8 @@ def energy_score(samples: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
     finite, with zero gradient from a pair, where a pair coincides. Computed in float32, or float64 if the samples are.
 
     Raises:
-        ValueError: fewer than 2 samples, β outside (0, 2), shapes that don't match, or targets with a gradient.
+        ValueError: shapes that don't match, or targets with a gradient.
     """
-    if samples.shape[0] < 2:
-        raise ValueError(f"energy_score got {samples.shape[0]} sample(s): the pairwise term needs at least 2.")
-    if not 0 < beta < 2:
-        raise ValueError(f"energy_score got beta={beta}: it must lie in (0, 2), where the score is strictly proper.")
     if samples.shape[1:] != targets.shape[1:]:
         shapes = f"samples {tuple(samples.shape)} and targets {tuple(targets.shape)}"
         raise ValueError(f"{shapes} must agree in all but the first axis.")

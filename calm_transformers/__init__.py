@@ -14,11 +14,3 @@ AutoConfig.register("calm_autoencoder", CALMAutoencoderConfig)
 AutoModel.register(CALMConfig, CALMModel)
 AutoModel.register(CALMAutoencoderConfig, CALMAutoencoder)
 AutoModelForCausalLM.register(CALMConfig, CALMForCausalLM)
-
-
-def __getattr__(name: str):
-    if name == "Batcher":
-        from calm_transformers.serving.batcher import Batcher
-
-        return Batcher
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,8 +36,9 @@ def in_process(folder, options=None, **limits):
     from starlette.testclient import TestClient
     from tiny import tiny_tokenizer
 
-    from calm_transformers import Batcher, CALMForCausalLM
+    from calm_transformers import CALMForCausalLM
     from calm_transformers.serving.app import ServerOptions, create_app
+    from calm_transformers.serving.batcher import Batcher
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE

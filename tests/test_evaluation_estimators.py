@@ -44,13 +44,3 @@ def test_estimators_are_unbiased(patch_size, max_error, language):
     assert standard_error_4.max() < max_error
     if patch_size is None:
         assert counts.score().brier[0] == pytest.approx(exact_BM4[..., 0].mean().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("length", "patch_size", "message"),
-    [(9, 4, "not divisible by the patch size 4"), (4, 4, "at least 8"), (4, 1, "at least 5"), (4, None, "at least 5")],
-)
-def test_unsupported_block_sizes_raise(length, patch_size, message):
-    oracle, ids_BL = Oracle(LANGUAGE, patch_size), sample_ids(1, length)
-    with pytest.raises(ValueError, match=message):
-        brier_counts_ar(oracle, ids_BL) if patch_size is None else brier_counts_calm(oracle, ids_BL, patch_size)

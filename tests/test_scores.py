@@ -112,9 +112,6 @@ def test_never_builds_the_difference_tensor():
 @pytest.mark.parametrize(
     "samples, targets, beta, message",
     [
-        ((1, 3, 4), (5, 3, 4), 1.0, "at least 2"),
-        ((2, 3, 4), (5, 3, 4), 2.0, "beta=2.0"),
-        ((2, 3, 4), (5, 3, 4), 0.0, "beta=0.0"),
         ((2, 3, 4), (5, 2, 4), 1.0, "must agree"),
         ((2, 3, 4), (5, 3, 4), 1.0, "detach"),
     ],

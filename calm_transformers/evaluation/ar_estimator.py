@@ -40,8 +40,6 @@ def brier_counts_ar(
         probabilities. Default: 512, or fewer so that there are at most MAX_PROBS probabilities.
     """
     length = tokens_BL.shape[1]
-    if length <= MAX_N:
-        raise ValueError(f"blocks of {length} tokens: Brier-{MAX_N} needs at least {MAX_N + 1}")
     logits_BLV = reader.read(tokens_BL)
     if chunk is None:
         chunk = min(512, max(1, MAX_PROBS // (logits_BLV.shape[0] * logits_BLV.shape[-1])))

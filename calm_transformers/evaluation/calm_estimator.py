@@ -34,10 +34,6 @@ def brier_counts_calm(
     """
     length, steps = tokens_BL.shape[1], ceil(MAX_N / patch_size)
     patches = length // patch_size
-    if length % patch_size:
-        raise ValueError(f"blocks of {length} tokens: not divisible by the patch size {patch_size}")
-    if patches <= steps:
-        raise ValueError(f"blocks of {length} tokens: must have at least {(steps + 1) * patch_size}")
     states_BPD = reader.read(tokens_BL.unflatten(1, (patches, patch_size)))
     targets_BM4 = tokens_BL[:, patch_size:].unfold(1, MAX_N, patch_size)[:, : patches - steps]  # after each patch
     continuations = [
