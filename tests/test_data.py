@@ -210,7 +210,7 @@ def test_errors_of_a_hub_dataset_are_named(tmp_path):
     def stream(rows):
         return datasets.IterableDataset.from_generator(rows)
 
-    rows = datasets.datasets.Dataset.from_dict({"body": TEXTS, "n": [1, None, 3]})
+    rows = datasets.Dataset.from_dict({"body": TEXTS, "n": [1, None, 3]})
     surrogate = stream(lambda: iter([{"text": "a"}, {"text": "\ud800"}]))
     for dataset, column, message in [
         (stream(broken), "text", r"dataset, after row \d: cannot be read \(.*no route"),
