@@ -56,6 +56,14 @@ SamplingMethod = Literal["auto", "rejection", "distilled", "batch", "adaptive", 
 SAMPLING_METHODS = get_args(SamplingMethod)
 
 
+class OptionError(ValueError):
+    """The value of one of these `options` of `generate` is invalid, at least beside the others."""
+
+    def __init__(self, message: str, *options: str):
+        super().__init__(message)
+        self.options = options
+
+
 def _is_number(value: object, kind: type = numbers.Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -63,9 +71,10 @@ def _is_number(value: object, kind: type = numbers.Real) -> bool:
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless 0 < temperature <= 2."""
     if not (_is_number(temperature) and 0 < temperature <= MAX_TEMPERATURE):
-        raise ValueError(
+        raise OptionError(
             f"temperature={temperature!r}: sampling needs a temperature in (0, {MAX_TEMPERATURE:g}]; for the most "
-            "frequent patch use do_sample=False."
+            "frequent patch use do_sample=False.",
+            "temperature",
         )
 
 
@@ -73,13 +82,14 @@ def check_num_candidates(num_candidates: int, temperature: float) -> None:
     """Raises ValueError unless the temperature is valid and `num_candidates` an integer of at least 1/T."""
     check_temperature(temperature)
     if not _is_number(num_candidates, numbers.Integral) or num_candidates < 1:
-        raise ValueError(f"num_candidates={num_candidates!r}: it must be a positive integer.")
+        raise OptionError(f"num_candidates={num_candidates!r}: it must be a positive integer.", "num_candidates")
     if num_candidates * float(temperature) < 1 - WHOLE_TOLERANCE:
         exponent = inverse_temperature(temperature)
         least = math.ceil(exponent) if exponent < 1e9 else f"{exponent:.1g}"
-        raise ValueError(
+        raise OptionError(
             f"num_candidates={num_candidates} is too few for temperature={temperature}: "
-            f"a patch must be drawn 1/temperature times to count, so use at least {least}."
+            f"a patch must be drawn 1/temperature times to count, so use at least {least}.",
+            *("num_candidates", "temperature"),
         )
 
 
@@ -120,22 +130,26 @@ class PatchSampling:
 
     def __post_init__(self):
         if self.sampling_method not in SAMPLING_METHODS:
-            raise ValueError(f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.")
+            raise OptionError(
+                f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.", "sampling_method"
+            )
         check_num_candidates(self.num_candidates, self.temperature)
         if not _is_number(self.top_k, numbers.Integral) or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r}: must be an integer number of patches to keep, or 0 for all.")
+            message = f"top_k={self.top_k!r}: must be an integer number of patches to keep, or 0 for all."
+            raise OptionError(message, "top_k")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if not (_is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name}={value!r}: must be a fraction, in [0, 1].")
+                raise OptionError(f"{name}={value!r}: must be a fraction, in [0, 1].", name)
         self.check_num_rows(1)
 
     def check_num_rows(self, num_rows: int) -> None:
         """Raises ValueError where a step of this many rows may hold more than `MAX_SAMPLES_PER_STEP` samples."""
         num_samples = num_rows * self.samples_in_one_block
         if num_samples > MAX_SAMPLES_PER_STEP:
-            raise ValueError(
+            raise OptionError(
                 f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r} and {num_rows} "
-                f"sequences may draw {num_samples} patches in a step: at most {MAX_SAMPLES_PER_STEP} fit."
+                f"sequences may draw {num_samples} patches in a step: at most {MAX_SAMPLES_PER_STEP} fit.",
+                *("num_candidates", "sampling_method"),
             )
 
     @classmethod
@@ -161,14 +175,16 @@ class PatchSampling:
         if method == "auto" and head.samples_tokens:
             return replace(self, sampling_method="rejection")
         if method == "rejection" and not head.samples_tokens:
-            raise ValueError(f"sampling_method='rejection': {type(head).__name__} knows no probabilities; use 'auto'.")
+            message = f"sampling_method='rejection': {type(head).__name__} knows no probabilities; use 'auto'."
+            raise OptionError(message, "sampling_method")
         if method not in ("auto", "distilled"):
             return self
         temperature = min(1.0, max(lowest, self.temperature)) if self.do_sample else lowest
         is_distilled = lowest < 1 and self.temperature == temperature
         if method == "distilled" and self.do_sample and self.temperature != temperature:
             range_ = f"from {lowest:g} to 1" if lowest < 1 else "1 alone (recipe distil-temperature trains others)"
-            raise ValueError(f"sampling_method='distilled': T={self.temperature}, but the head samples at T {range_}.")
+            message = f"sampling_method='distilled': T={self.temperature}, but the head samples at T {range_}."
+            raise OptionError(message, *("sampling_method", "temperature"))
         method = "distilled" if is_distilled else "adaptive"
         if (method, temperature) == (self.sampling_method, self.head_temperature):  # resolved already
             return self

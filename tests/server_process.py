@@ -44,7 +44,8 @@ def in_process(folder, options=None, **limits):
     tokenizer.chat_template = CHAT_TEMPLATE
     fields = {"max_request_bytes": 20_000, "allowed_origins": ("http://page.example",), **(options or {})}
     with Batcher(CALMForCausalLM.from_pretrained(folder), tokenizer, **limits) as batcher:
-        with TestClient(create_app(batcher, ServerOptions("tiny", **fields))) as client:
+        app, headers = create_app(batcher, ServerOptions("tiny", **fields)), {"Content-Type": "application/json"}
+        with TestClient(app, headers=headers) as client:
             client.batcher = batcher
             yield client
 

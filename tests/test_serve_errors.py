@@ -5,6 +5,7 @@ import math
 from unittest.mock import Mock
 
 import pytest
+import torch
 from server_process import in_process
 
 from calm_transformers.serving.openai_api import UNSUPPORTED_FIELDS
@@ -126,39 +127,61 @@ def app_client(tiny_folder):
 BODY = {"prompt": "a"}
 
 
-def test_an_internal_error_is_counted_and_has_cors_headers(app_client, monkeypatch):
-    monkeypatch.setattr(app_client.batcher, "submit", Mock(side_effect=LookupError("an error")))
-    answer = app_client.post("/v1/completions", json=BODY, headers={"Origin": "http://page.example"})
-    assert answer.status_code == 500 and answer.json()["error"]["message"] == "Internal server error: LookupError."
-    assert answer.headers["access-control-allow-origin"] == "http://page.example"
+def test_an_internal_error_tells_the_request_s_id_and_is_counted(app_client, monkeypatch, caplog):
+    monkeypatch.setattr(app_client.batcher, "prepare", Mock(side_effect=LookupError("a secret")))
+    headers = {"Origin": "http://page.example", "X-Request-Id": "my-id.1"}
+    answer = app_client.post("/v1/completions", json=BODY, headers=headers)
+    message = "Internal error; the server's log has it under the request id my-id.1."
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, message)
+    assert answer.headers["x-request-id"] == "my-id.1" and "Request my-id.1 failed" in caplog.text
+    assert "a secret" in caplog.text and answer.headers["access-control-allow-origin"] == "http://page.example"
     assert 'calm_requests_total{path="/v1/completions",status="500"} 1.0' in app_client.get("/metrics").text
+    answer = app_client.get("/health", headers={"X-Request-Id": "not an id"})
+    assert len(answer.headers["x-request-id"]) == 32
 
 
-def test_a_failed_text_is_a_500_with_the_reason_and_health_is_a_503_while_texts_fail(app_client, monkeypatch):
-    def answer(path="completions"):
-        got = app_client.get("/health") if path == "health" else app_client.post("/v1/completions", json=BODY)
+def test_failed_steps_are_500s_and_after_three_in_a_row_the_server_is_unhealthy(app_client, monkeypatch, caplog):
+    def answer(path="v1/completions"):
+        got = app_client.post(f"/{path}", json=BODY) if path.startswith("v1") else app_client.get(f"/{path}")
         return got.status_code, got.json().get("error", {}).get("message", "")
 
     with monkeypatch.context() as patch:
         patch.setattr(app_client.batcher.model, "sample_patches", Mock(side_effect=RuntimeError("out of memory")))
-        assert answer() == (500, "The text could not be generated: RuntimeError: out of memory.")
-        message = "The last text failed, and so did a test text: RuntimeError: out of memory."
-        assert answer("health") == (503, message)
-    assert answer("health")[0] == 200  # it generates a test text, as the error may have been the last text's own
-    assert answer()[0] == 200
-    with monkeypatch.context() as patch:
-        batcher, fail = app_client.batcher, Mock(side_effect=RuntimeError("the device is gone"))
-        patch.setattr(batcher, "_admit_waiting", lambda: batcher._waiting and fail())
+        for _ in range(2):
+            status, message = answer()
+            assert status == 500 and message.startswith("Internal error; ") and "out of memory" in caplog.text
+        assert answer("health")[0] == answer("ready")[0] == 200
         assert answer()[0] == 500
-        for path in ("health", "completions"):
-            assert answer(path) == (503, "Generation has stopped: RuntimeError: the device is gone.")
+        failing = (503, "The last 3 steps have failed; see the log.")
+        assert answer("health") == answer("ready") == failing
+    assert answer()[0] == answer("health")[0] == answer("ready")[0] == 200
 
 
-def test_a_stopping_server_answers_503(app_client):
-    app_client.batcher.close()
-    assert app_client.get("/health").status_code == 503
+def test_a_request_s_own_errors_leave_the_server_healthy(app_client, monkeypatch):
+    monkeypatch.setattr(app_client.batcher.model, "sample_patches", Mock(side_effect=ValueError("no token is left")))
+    assert [app_client.post("/v1/completions", json=BODY).status_code for _ in range(4)] == [500] * 4
+    assert app_client.get("/ready").status_code == 200
+
+
+@pytest.mark.parametrize("place", ["sample_patches", "model.forward"])
+def test_an_error_of_the_accelerator_ends_generation_at_once(app_client, monkeypatch, place):
+    *path, method = place.split(".")
+    failing = Mock(side_effect=torch.AcceleratorError("an illegal memory access"))
+    monkeypatch.setattr(getattr(app_client.batcher.model, *path) if path else app_client.batcher.model, method, failing)
+    assert app_client.post("/v1/completions", json=BODY).status_code == 500
+    for path in ("health", "ready"):
+        assert app_client.get(f"/{path}").status_code == 503
+    answer = app_client.post("/v1/completions", json=BODY)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "Generation has stopped; see the log.")
+
+
+def test_a_stopping_server_is_alive_and_not_ready(app_client):
+    future = app_client.batcher.submit("a", max_new_tokens=8000, ignore_eos=True)
+    app_client.batcher.close(wait=False)
+    assert [app_client.get(f"/{path}").status_code for path in ("health", "ready")] == [200, 503]
     answer = app_client.post("/v1/completions", json=BODY)
     assert answer.status_code == 503 and answer.json()["error"]["message"] == "The server is stopping."
+    future.cancel()
 
 
 @pytest.mark.parametrize("message", [{"role": "robot"}, {"role": "user", "content": [{"type": "text"}] * 40}])

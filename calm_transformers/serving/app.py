@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,7 +29,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive
 
-from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
+from calm_transformers import __version__
+from calm_transformers.serving.batcher import Batcher
 from calm_transformers.serving.middleware import (
     CHAT,
     COMPLETIONS,
@@ -37,38 +38,46 @@ from calm_transformers.serving.middleware import (
     HEALTH,
     METRICS,
     MODELS,
+    READY,
     Metrics,
     RequestGuard,
     ServerOptions,
-    format_error,
+    internal_error,
 )
 from calm_transformers.serving.openai_api import (
     ApiError,
     BadRequest,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     Prompt,
     ReadLogprobs,
+    RequestT,
+    TokenizeRequest,
     to_event,
 )
-from calm_transformers.serving.sequence import GenerationResult, TextDelta
+from calm_transformers.serving.sequence import GenerationResult, SequenceState, TextDelta
 
-SEED_RANGE = 2**63  # seeds are signed 64-bit integers; the sum in `_submit` wraps around
-PROBE_TIMEOUT_SECONDS = 10
+SEED_RANGE = 2**63  # seeds are signed 64-bit integers; the sum in `_prepare` wraps around
+logger = logging.getLogger(__name__)
 RECEIVE_TIMEOUT_SECONDS = 60  # for a request's headers, and again for its body; nginx's default
 
 
 @dataclass
 class PendingRequest:
-    """A request and the futures of its texts: `num_choices` of the first prompt, then of the next."""
+    """A request and its sequences: `num_choices` of the first prompt, then of the next."""
 
     request: CompletionRequest | ChatRequest
-    prompts: list[Prompt]
+    id: str
     started: float  # perf_counter at its arrival
-    processor_options: dict[str, Any]  # options of `Batcher.submit` that act on logits
-    futures: list[Future[GenerationResult]] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    sequences: list[SequenceState] = field(default_factory=list)
     # (index of a text, delta), or (index, None) when the text has ended
     events: asyncio.Queue[tuple[int, TextDelta | None]] = field(default_factory=asyncio.Queue)
+
+    @property
+    def futures(self) -> list[Future[GenerationResult]]:
+        return [sequence.future for sequence in self.sequences]
 
     def cancel(self) -> None:
         for future in self.futures:
@@ -79,9 +88,9 @@ class PendingRequest:
         return self.prompts[index // self.request.num_choices].echo
 
     def usage(self) -> dict[str, int]:
-        """Returns OpenAI's token counts of the request, whose texts have all ended."""
+        """Returns OpenAI's token counts of the request so far."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        num_new = sum(len(future.result().tokens) for future in self.futures)
+        num_new = sum(len(sequence.tokens) for sequence in self.sequences)
         return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
 
@@ -141,20 +150,27 @@ class Endpoints:
         return JSONResponse(self._model_fields())
 
     async def health(self, request: Request) -> Response:
-        """Answers whether texts can be generated: with an error if the batcher is closed or its last text failed."""
-        self.batcher.check_open()
-        if self.batcher.last_error is not None:
-            await run_in_threadpool(self._probe_generation)
-        if (error := self.batcher.last_error) is not None:
-            raise ApiError(503, f"The last text failed, and so did a test text: {format_error(error)}")
+        """Answers whether the server is alive: with a 503 if it must be started again."""
+        self.batcher.check_healthy()
         return JSONResponse({"status": "ok"})
 
-    def _probe_generation(self) -> None:
-        """Generates a token, which updates `batcher.last_error`: the last failure may have been the request's own."""
-        with contextlib.suppress(QueueFull, BatcherClosed):
-            future = self.batcher.submit([0], max_new_tokens=1)
-            wait([future], PROBE_TIMEOUT_SECONDS)
-            future.cancel()
+    async def ready(self, request: Request) -> Response:
+        """Answers whether the server takes requests: with a 503 also while it stops."""
+        self.batcher.check_open()
+        return await self.health(request)
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def tokenize(self, http_request: Request) -> Response:
+        """Returns the tokens of a prompt or of chat messages, as vLLM does."""
+        request = await self._parse(http_request, TokenizeRequest)
+        tokens = await run_in_threadpool(request.tokens, self.batcher)
+        return JSONResponse({"count": len(tokens), "max_model_len": self.batcher.max_length, "tokens": tokens})
+
+    async def detokenize(self, http_request: Request) -> Response:
+        request = await self._parse(http_request, DetokenizeRequest)
+        return JSONResponse({"prompt": await run_in_threadpool(request.text, self.batcher)})
 
     async def metrics_page(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -171,13 +187,18 @@ class Endpoints:
     async def generate(self, http_request: Request, request_class: type[CompletionRequest | ChatRequest]) -> Response:
         """Answers a completion or chat request."""
         started = time.perf_counter()
-        request = request_class.parse(await self._read_body(http_request))
-        self._check_model(request.model)
+        with self.batcher.reserve(1):  # a full queue is told before any work
+            pass
+        request = await self._parse(http_request, request_class)
         self._check_num_texts(request)
-        pending = await run_in_threadpool(self._prepare, request, started)
-        self._submit(pending)
+        pending = PendingRequest(request, http_request.state.request_id, started)
+        with self.batcher.reserve(request.num_prompts * request.num_choices) as enqueue:
+            await run_in_threadpool(self._prepare, pending, asyncio.get_running_loop())
+            if self.options.timeout_s is not None and time.perf_counter() - started > self.options.timeout_s:
+                raise self._timeout_error()
+            enqueue(pending.sequences)
         common_fields = {
-            "id": f"{request.id_prefix}-{uuid.uuid4().hex}",
+            "id": f"{request.id_prefix}-{pending.id}",
             "created": int(time.time()),
             "model": self.options.model_name,
         }
@@ -211,6 +232,16 @@ class Endpoints:
             for each in result.logprobs
         ]
 
+    async def _parse(self, http_request: Request, request_class: type[RequestT]) -> RequestT:
+        """Returns the request in the body; raises `ApiError` if it is no JSON, invalid or for another model."""
+        content_type = http_request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":  # which web pages of other origins can't send unasked
+            raise ApiError(415, "The request needs the header Content-Type: application/json.")
+        body = await self._read_body(http_request)
+        request = await run_in_threadpool(request_class.parse, body, self.options.ignore_unknown_fields)
+        self._check_model(request.model)
+        return request
+
     async def _read_body(self, http_request: Request) -> bytes:
         """Returns the request's body; raises `ApiError` if it is too large or arrives too slowly."""
         max_bytes = self.options.max_request_bytes
@@ -240,41 +271,28 @@ class Endpoints:
             param = "n" if request.num_choices > 1 else "prompt"
             raise BadRequest(f"{param}: a request may have at most {max_texts} texts, not {num_texts}.", param)
 
-    def _prepare(self, request: CompletionRequest | ChatRequest, started: float) -> PendingRequest:
-        """Encodes the prompts, and sets the request's `max_tokens`.
+    def _prepare(self, pending: PendingRequest, loop: asyncio.AbstractEventLoop) -> None:
+        """Prepares the sequences of a request, in a thread; choice i of a prompt has the request's seed + i.
 
         Raises:
             BadRequest: the prompts or settings are invalid, or don't fit the context.
         """
         assert self.batcher.tokenizer is not None, "see __init__"
-        options = request.processor_options(self.batcher.tokenizer, self.batcher.model.config.vocab_size)
-        pending = PendingRequest(request, request.prompts(self.batcher), started, options)
-        prompt_length, context = max(len(prompt.ids) for prompt in pending.prompts), self.batcher.max_length
-        room = context - prompt_length  # for new tokens
-        max_tokens = request.max_tokens
-        if room < 1 or (max_tokens or 0) > room:
-            requested = f" and {request.length_field} is {max_tokens}" if max_tokens else ""
-            param = request.prompt_field if room < 1 else request.length_field
-            message = f"{param}: the prompt has {prompt_length} tokens{requested}, but the context has {context}."
-            raise BadRequest(message, param, "context_length_exceeded")
-        request.max_tokens = max_tokens or min(request.default_max_tokens or room, room)
-        return pending
-
-    def _submit(self, pending: PendingRequest) -> None:
-        """Submits all texts, or none if one is rejected; choice i of a prompt has the request's seed + i."""
-        request, loop = pending.request, asyncio.get_running_loop()
-        num_texts = len(pending.prompts) * request.num_choices
+        request = pending.request
+        processor_options = request.processor_options(self.batcher.tokenizer, self.batcher.model.config.vocab_size)
+        pending.prompts = request.prompts(self.batcher)
+        max_tokens = self._max_tokens(request, max(len(prompt.ids) for prompt in pending.prompts))
         seed = secrets.randbelow(SEED_RANGE) if request.seed is None else request.seed
 
         def put_event(index: int, delta: TextDelta | None) -> None:  # called in the batcher's thread
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(pending.events.put_nowait, (index, delta))
 
-        try:
-            for index in range(num_texts):
-                future = self.batcher.submit(
+        for index in range(len(pending.prompts) * request.num_choices):
+            try:
+                sequence = self.batcher.prepare(
                     pending.prompts[index // request.num_choices].ids,
-                    max_new_tokens=request.max_tokens,
+                    max_new_tokens=max_tokens,
                     min_new_tokens=request.min_tokens or 0,
                     stop=request.stop or (),
                     ignore_eos=bool(request.ignore_eos),
@@ -282,15 +300,26 @@ class Endpoints:
                     on_piece=partial(put_event, index),
                     num_logprobs=request.num_logprobs,
                     **request.sampling_options(),
-                    **pending.processor_options,
+                    **processor_options,
                 )
-                pending.futures.append(future)
-                future.add_done_callback(lambda _, index=index: put_event(index, None))
-        except (ValueError, QueueFull, BatcherClosed) as error:
-            pending.cancel()
-            if isinstance(error, ValueError):
+            except ValueError as error:
                 raise BadRequest.from_value_error(error, request) from None
-            raise
+            sequence.future.add_done_callback(lambda _, index=index: put_event(index, None))
+            pending.sequences.append(sequence)
+
+    def _max_tokens(self, request: CompletionRequest | ChatRequest, prompt_length: int) -> int:
+        """Returns the number of new tokens that a request wants, by default at most what the context leaves."""
+        context, requested = self.batcher.max_length, request.max_tokens
+        room = context - prompt_length
+        if room < 1 or (requested or 0) > room:
+            wanted = f" and {request.length_field} is {requested}" if requested else ""
+            param = request.prompt_field if room < 1 else request.length_field
+            message = f"{param}: the prompt has {prompt_length} tokens{wanted}, but the context has {context}."
+            raise BadRequest(message, param, "context_length_exceeded")
+        return requested or min(request.default_max_tokens or room, room)
+
+    def _timeout_error(self) -> ApiError:
+        return ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.")
 
     async def _events(self, pending: PendingRequest) -> AsyncIterator[tuple[int, TextDelta | None]]:
         """Yields the request's events until all texts have ended.
@@ -305,13 +334,13 @@ class Endpoints:
             try:
                 index, delta = await asyncio.wait_for(pending.events.get(), timeout)
             except TimeoutError:
-                raise ApiError(504, f"The request took more than {self.options.timeout_s:g} seconds.") from None
+                raise self._timeout_error() from None
             if is_first and delta is not None:
                 self.metrics.first_token_seconds.observe(time.perf_counter() - pending.started)
                 is_first = False
             if delta is None:
                 num_unfinished -= 1
-                self._raise_if_failed(pending.futures[index])
+                self._raise_if_failed(pending, index)
             yield index, delta
         self.metrics.request_seconds.observe(time.perf_counter() - pending.started)
 
@@ -321,21 +350,24 @@ class Endpoints:
             pass
 
     @staticmethod
-    def _raise_if_failed(future: Future[GenerationResult]) -> None:
+    def _raise_if_failed(pending: PendingRequest, index: int) -> None:
         """Raises an `ApiError` if the text was cancelled or failed."""
+        future = pending.sequences[index].future
         if future.cancelled():
             raise ApiError(503, "The server is stopping.")
-        error = future.exception()
-        if error is not None:
-            raise ApiError(500, f"The text could not be generated: {format_error(error)}")
+        if (error := future.exception()) is not None:
+            logger.error("A text of request %s failed.", pending.id, exc_info=error)
+            raise internal_error(pending.id)
 
     async def _stream(self, pending: PendingRequest, common_fields: dict[str, Any]) -> AsyncIterator[str]:
         """Yields server-sent events, the last being [DONE]; errors are events, too, as the status is already sent."""
         request = pending.request
-        usage = {"usage": None} if request.includes_usage else {}
+        usage: dict[str, Any] = {"usage": None} if request.includes_usage else {}
 
         def chunk_event(index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
             choice = {"index": index, **fields, "finish_reason": finish_reason}
+            if request.has_continuous_usage:
+                usage["usage"] = pending.usage()
             return to_event(common_fields | {"choices": [choice]} | usage)
 
         try:
@@ -352,9 +384,9 @@ class Endpoints:
                     )
             if request.includes_usage:
                 yield to_event(common_fields | {"choices": [], "usage": pending.usage()})
-            yield "data: [DONE]\n\n"
         except ApiError as error:
             yield to_event(error.body())
+        yield "data: [DONE]\n\n"
 
 
 def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
@@ -381,7 +413,11 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
             Route(CHAT, partial(endpoints.generate, request_class=ChatRequest), methods=["POST"]),
             Route(MODELS, endpoints.models),
             Route(MODELS + "/{model:path}", endpoints.model),
+            Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+            Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+            Route("/version", endpoints.version),
             Route(HEALTH, endpoints.health),
+            Route(READY, endpoints.ready),
             Route(METRICS, endpoints.metrics_page),
         ],
         middleware=middleware,

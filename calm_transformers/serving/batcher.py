@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +30,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calm_transformers.model.generation_calm_samplers import PatchSampling
+from calm_transformers.model.generation_calm_samplers import OptionError, PatchSampling
 from calm_transformers.model.generation_calm_sequences import Processors
 from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS
 from calm_transformers.model.modeling_calm import NO_LOGITS, CALMForCausalLM
-from calm_transformers.serving.engine import Engine
+from calm_transformers.serving.engine import ACCELERATOR_ERROR, Engine
 from calm_transformers.serving.sequence import (
     FinishReason,
     GenerationResult,
@@ -44,12 +45,17 @@ from calm_transformers.serving.sequence import (
 )
 
 SEED_BITS = 63
+MAX_FAILED_STEPS = 3  # in a row, until the batcher counts as unhealthy
 
 logger = logging.getLogger(__name__)
 
 
 class QueueFull(RuntimeError):
     """The queue of waiting sequences is full."""
+
+
+class Unhealthy(RuntimeError):
+    """Steps fail, or the batcher's thread has ended."""
 
 
 class BatcherClosed(RuntimeError):
@@ -118,16 +124,57 @@ class Batcher:
         model_max_length = config.max_position_embeddings * self.patch_size
         self.max_length = min(max_length or model_max_length, model_max_length)
         self._waiting: deque[SequenceState] = deque()
+        self._num_reserved = 0  # places in the queue of sequences that are being prepared
         self._tokenizer_lock = threading.Lock()
         self._condition = threading.Condition()  # guards the waiting and running sequences and the stats
         self._closing = False
         self._thread_error: BaseException | None = None
-        self.last_error: BaseException | None = None  # of a sequence; None again when a patch is generated
+        self._num_failed_steps = 0  # since the last step that generated a patch
         self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="calm-batcher", daemon=True)
         self._thread.start()
 
-    def submit(
+    def submit(self, prompt: str | Sequence[int] | Tensor, **options) -> Future[GenerationResult]:
+        """Queues a prompt, and returns the future of its result; `cancel()` removes its sequence within a patch.
+
+        Raises:
+            ValueError, QueueFull, BatcherClosed: see `prepare`, whose options these are, and `reserve`.
+        """
+        with self.reserve(1) as enqueue:
+            enqueue([sequence := self.prepare(prompt, **options)])
+        return sequence.future
+
+    @contextmanager
+    def reserve(self, num_sequences: int) -> Iterator[Callable[[list[SequenceState]], None]]:
+        """Keeps places in the queue; yields the function that takes them, for all the sequences or none.
+
+        Raises:
+            QueueFull: more than `max_rows` + `max_waiting` sequences would run, wait or be prepared.
+            BatcherClosed: the batcher is closed, then or by the time of the yielded function's call.
+        """
+        with self._condition:
+            self.check_open()
+            num_taken = len(self._engine.sequences) + len(self._waiting) + self._num_reserved
+            if num_taken + num_sequences > self.max_rows + self.max_waiting:
+                raise QueueFull(f"{self.max_rows} requests are running and {self.max_waiting} wait: try again later.")
+            self._num_reserved += num_sequences
+
+        def enqueue(sequences: list[SequenceState]) -> None:
+            nonlocal num_sequences
+            with self._condition:
+                self.check_open()
+                self._waiting += sequences
+                self._num_reserved -= len(sequences)
+                num_sequences -= len(sequences)
+                self._condition.notify_all()
+
+        try:
+            yield enqueue
+        finally:
+            with self._condition:
+                self._num_reserved -= num_sequences
+
+    def prepare(
         self,
         prompt: str | Sequence[int] | Tensor,
         *,
@@ -141,8 +188,8 @@ class Batcher:
         logits_processor: Sequence[Processors] = (),
         num_logprobs: int | None = None,
         **options,
-    ) -> Future[GenerationResult]:
-        """Queues a prompt, and returns the future of its result; `cancel()` removes its sequence within a patch.
+    ) -> SequenceState:
+        """Returns a sequence that can be queued: all the work that a request needs before its first step.
 
         Args:
             prompt: text, or ids (L,) of any length.
@@ -160,8 +207,6 @@ class Batcher:
 
         Raises:
             ValueError: an argument is invalid, or the prompt is too long.
-            QueueFull: `max_waiting` sequences wait.
-            BatcherClosed: the batcher is closed.
         """
         defaults = self.model.generation_config
         assert defaults is not None, "a model that generates has one"
@@ -179,14 +224,17 @@ class Batcher:
                 raise ValueError(f"seed={seed}: must be a 64-bit integer.")
             generator = torch.Generator().manual_seed(seed)
         if not isinstance(min_new_tokens, int) or min_new_tokens < 0:
-            raise ValueError(f"min_new_tokens={min_new_tokens!r}: must be an integer of at least 0.")
+            raise OptionError(
+                f"min_new_tokens={min_new_tokens!r}: must be an integer of at least 0.", "min_new_tokens"
+            )
         if num_logprobs is not None and not self.model.head.samples_tokens:
-            raise ValueError(f"logprobs: {NO_LOGITS}")
+            raise OptionError(f"num_logprobs: {NO_LOGITS}", "num_logprobs")
         sampling = self.model.patch_sampling(**options)  # made by the model, whose code may be remote
         if self.max_draws is not None and sampling.max_samples > self.max_draws:
-            raise ValueError(
+            raise OptionError(
                 f"num_candidates={sampling.num_candidates} with sampling_method={sampling.sampling_method!r} may need "
-                f"{sampling.max_samples} candidates per step: at most {self.max_draws} are allowed here."
+                f"{sampling.max_samples} candidates per step: at most {self.max_draws} are allowed here.",
+                *("num_candidates", "sampling_method"),
             )
         ids = self.encode(prompt)
         packed = self.model.pack_for_generation(
@@ -195,7 +243,7 @@ class Batcher:
         max_new_tokens = self._resolve_max_new_tokens(len(ids), max_new_tokens, defaults.max_new_tokens)
         prompt_L = torch.tensor(ids or [defaults.bos_token_id], dtype=torch.long)
         eos = [] if ignore_eos or defaults.eos_token_id is None else defaults.eos_token_id
-        sequence = SequenceState(
+        return SequenceState(
             prompt_PK=packed["input_ids"].view(-1, self.patch_size),
             prompt_L=prompt_L,
             num_prompt_tokens=len(ids),
@@ -212,13 +260,6 @@ class Batcher:
             on_piece=on_piece,
             num_logprobs=num_logprobs,
         )
-        with self._condition:
-            self.check_open()
-            if len(self._engine.sequences) + len(self._waiting) >= self.max_rows + self.max_waiting:
-                raise QueueFull(f"{self.max_rows} requests are running and {self.max_waiting} wait: try again later.")
-            self._waiting.append(sequence)
-            self._condition.notify_all()
-        return sequence.future
 
     def stream(self, prompt: str | Sequence[int] | Tensor, **options) -> Iterator[TextDelta]:
         """Yields a sequence's tokens and text step by step; leaving the loop cancels it. Options as in `submit`.
@@ -260,10 +301,9 @@ class Batcher:
                 raise ValueError(f"The prompt holds {token!r}: token ids are integers in 0 … {last_id}.")
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids without special tokens."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         assert self.tokenizer is not None, "only called with a tokenizer"
-        return self.tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType, reportArgumentType]
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)  # pyright: ignore[reportReturnType, reportArgumentType]
 
     def token_text(self, token: int) -> str:
         """Returns one token as text; of a part of a character U+FFFD."""
@@ -293,6 +333,13 @@ class Batcher:
         """Raises `BatcherClosed` if the batcher is closed."""
         if not self.is_open:
             raise BatcherClosed("The batcher is closed: it takes no more requests.") from self._thread_error
+
+    def check_healthy(self) -> None:
+        """Raises `Unhealthy` if the thread has ended, or `MAX_FAILED_STEPS` steps in a row have failed."""
+        if not self._thread.is_alive():
+            raise Unhealthy("Generation has stopped; see the log.") from self._thread_error
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise Unhealthy(f"The last {self._num_failed_steps} steps have failed; see the log.")
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Stops taking requests, finishes or cancels those taken, and waits for the thread to end.
@@ -334,7 +381,7 @@ class Batcher:
         """Returns what decodes the new tokens up to a stop string, or None without a tokenizer."""
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, Sequence) or not all(isinstance(each, str) for each in stop):
-            raise ValueError(f"stop={stop!r}: must be a string or a list of strings.")
+            raise OptionError(f"stop={stop!r}: must be a string or a list of strings.", "stop")
         if self.tokenizer is not None:
             return TextAssembler(self.tokenizer, stop, prompt)
         if stop:
@@ -351,6 +398,9 @@ class Batcher:
                 try:
                     self._step()
                 except Exception as error:  # an error of the model: later requests may succeed
+                    if isinstance(error, ACCELERATOR_ERROR):
+                        raise
+                    self._num_failed_steps += 1
                     logger.exception("A step failed; its sequences end with this error.")
                     self._fail(self._engine.sequences, error)
                 self._add_to_stats(steps=1, busy_seconds=time.perf_counter() - started)
@@ -389,8 +439,9 @@ class Batcher:
         ended = self._engine.step()
         num_new = [len(sequence.tokens) - num_before for sequence, num_before, _ in before]
         prefilled = [sequence for sequence, _, was_prefilled in before if sequence.is_prefilled and not was_prefilled]
-        if any(num_new):
-            self.last_error = None
+        # A ValueError is of the request's own processors.
+        has_failed = any(isinstance(reason, Exception) and not isinstance(reason, ValueError) for _, reason in ended)
+        self._num_failed_steps = 0 if any(num_new) else self._num_failed_steps + has_failed
         self._add_to_stats(
             patches=sum(num > 0 for num in num_new),
             new_tokens=sum(num_new),
@@ -407,7 +458,6 @@ class Batcher:
             self._add_to_stats(cancelled=1)
         elif isinstance(reason, BaseException):
             self._add_to_stats(failed=1)
-            self.last_error = reason
             sequence.future.set_exception(reason)
         else:
             self._add_to_stats(finished=1)

@@ -8,6 +8,8 @@ Axes: R sequences, P patches, K tokens per patch, D hidden size, E EOS tokens; o
 H key-value heads, C positions of a slot, d head size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -18,6 +20,7 @@ from calm_transformers.model.kernels_calm import cpu_kernels
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.sequence import FinishReason, SequenceState, TokenLogprobs
 
+ACCELERATOR_ERROR: Any = getattr(torch, "AcceleratorError", ())  # after it the process can't use the device
 INITIAL_CAPACITY = 64  # patches per slot; doubled when needed
 
 
@@ -218,6 +221,8 @@ class Engine:
             try:
                 patches = self._sample_group(group)
             except Exception as error:
+                if isinstance(error, ACCELERATOR_ERROR):
+                    raise
                 patches = [error] * len(group)
             sampled += zip(group, patches, strict=True)
         return sampled

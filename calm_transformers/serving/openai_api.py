@@ -7,9 +7,8 @@ filter a distribution filter a step's candidates; those that change logits chang
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
@@ -23,8 +22,11 @@ from calm_transformers.serving.batcher import Batcher
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_SCHEMA_BYTES = 2**16
 MAX_TOKEN_ID_DIGITS = 18
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+FIELDS_OF_OPTIONS = {"num_logprobs": "logprobs", "min_new_tokens": "min_tokens"}  # those of other names
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 NO_TOOLS = "tools are not supported."
@@ -76,10 +78,11 @@ class BadRequest(ApiError):
 
     @classmethod
     def from_value_error(cls, error: ValueError, request: GenerationRequest) -> BadRequest:
-        """Returns the answer to an error of `Batcher.submit`, with the field that its message names."""
-        message = str(error).replace("use do_sample=False", "send 0")
-        named = [name for name in re.findall(r"(\w+)[=:]", message) if name in request.model_fields_set]
-        return cls(message, named[0] if named else None)
+        """Returns the answer to an error of `Batcher.prepare`, with the field that sets the invalid option."""
+        options = getattr(error, "options", ())  # of an OptionError, whose class may be a remote model's
+        fields = [FIELDS_OF_OPTIONS.get(option, option) for option in options]
+        param = next((field for field in fields if field in request.model_fields_set), None)
+        return cls(str(error).replace("use do_sample=False", "send 0"), param)
 
 
 ReadLogprobs = tuple[str, float, dict[str, float]]  # token, its log-probability, the most probable ones
@@ -97,8 +100,39 @@ class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class ApiRequest(_StrictModel):
+    """The body of a request."""
+
+    model: str | None = None
+
+    @classmethod
+    def parse(cls, body: bytes, ignore_unknown_fields: bool = False) -> Self:
+        """Returns the request in a JSON body.
+
+        Raises:
+            BadRequest: the body is not JSON, or a field is unknown, missing or invalid.
+        """
+        try:
+            fields = json.loads(body)
+            if ignore_unknown_fields and isinstance(fields, dict):
+                fields = {
+                    name: value for name, value in fields.items() if name in (*cls.model_fields, *UNSUPPORTED_FIELDS)
+                }
+            return cls.model_validate(fields)
+        except RecursionError:
+            raise BadRequest("The body is nested too deeply.") from None
+        except ValidationError as error:
+            raise validation_error_to_bad_request(error) from None
+        except ValueError as error:
+            raise BadRequest(f"The body is not JSON: {error}.") from None
+
+
+RequestT = TypeVar("RequestT", bound=ApiRequest)
+
+
 class StreamOptions(_StrictModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: usage in every chunk
     include_obfuscation: bool | None = None
 
 
@@ -146,10 +180,9 @@ class CountPenalty:
         return scores - self.frequency * counts_MV - self.presence * (counts_MV > 0)
 
 
-class GenerationRequest(_StrictModel):
+class GenerationRequest(ApiRequest):
     """The fields of both endpoints. Those after `response_format` are not OpenAI's."""
 
-    model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -160,7 +193,7 @@ class GenerationRequest(_StrictModel):
     top_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
     response_format: ResponseFormat | None = None
     top_k: int | None = Field(None, ge=-1)  # -1, as in vLLM, disables it
     min_p: float | None = Field(None, ge=0, le=1)
@@ -172,22 +205,6 @@ class GenerationRequest(_StrictModel):
 
     default_max_tokens: ClassVar[int | None] = None  # None: the rest of the context
     num_logprobs: ClassVar[Any] = None  # most probable tokens to tell of each one; None tells none
-
-    @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """Returns the request in a JSON body.
-
-        Raises:
-            BadRequest: the body is not JSON, or a field is unknown, missing or invalid.
-        """
-        try:
-            return cls.model_validate(json.loads(body))
-        except RecursionError:
-            raise BadRequest("The body is nested too deeply.") from None
-        except ValidationError as error:
-            raise validation_error_to_bad_request(error) from None
-        except ValueError as error:
-            raise BadRequest(f"The body is not JSON: {error}.") from None
 
     @model_validator(mode="before")
     @classmethod
@@ -231,7 +248,15 @@ class GenerationRequest(_StrictModel):
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        return (
+            self.includes_usage
+            and self.stream_options is not None
+            and bool(self.stream_options.continuous_usage_stats)
+        )
 
     def sampling_options(self) -> dict[str, Any]:
         """Returns the sampling options of `Batcher.submit`; temperature 0 turns sampling off, as in OpenAI's API."""
@@ -263,8 +288,13 @@ class GenerationRequest(_StrictModel):
             for name in ("min_tokens", "ignore_eos"):
                 if getattr(self, name):
                     raise BadRequest(f"{name}: not supported with a response_format, which ends the text.", name)
+            schema = json.dumps(self.response_format.grammar_schema)
+            if len(schema) > MAX_SCHEMA_BYTES:
+                raise BadRequest(
+                    f"response_format: the schema is larger than {MAX_SCHEMA_BYTES} bytes.", "response_format"
+                )
             try:
-                processors.append(Grammar(tokenizer, json_schema=self.response_format.grammar_schema))
+                processors.append(Grammar(tokenizer, json_schema=schema))
             except (ImportError, ValueError) as error:
                 raise BadRequest(f"response_format: {error}", "response_format") from None
         return options | {"logits_processor": processors}
@@ -368,6 +398,56 @@ class Message(BaseModel):
         return others | {"role": self.role, "content": self.content}
 
 
+def encode_messages(messages: list[Message], batcher: Batcher) -> list[int]:
+    """Returns the ids of a conversation.
+
+    Raises:
+        BadRequest: there is no chat template, or it raises an error for these messages.
+    """
+    if getattr(batcher.tokenizer, "chat_template", None) is None:
+        raise BadRequest(
+            "messages: this model has no chat template; use /v1/completions, or start the server with "
+            "--chat_template FILE.",
+            "messages",
+        )
+    try:
+        return batcher.encode_chat([message.to_template_dict() for message in messages])
+    except Exception as error:  # a template is a program, and its errors are about the messages
+        raise BadRequest(f"messages: the chat template raised an error: {error}", "messages") from None
+
+
+class TokenizeRequest(ApiRequest):
+    """POST /tokenize, as in vLLM: of a prompt or of chat messages."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], FailFast()] = []
+    add_special_tokens: bool = True
+
+    def tokens(self, batcher: Batcher) -> list[int]:
+        """Returns the ids; raises `BadRequest` if they can't be made."""
+        if (self.prompt is None) != bool(self.messages):
+            raise BadRequest("prompt: give a prompt or messages.", "prompt")
+        if self.messages:
+            return encode_messages(self.messages, batcher)
+        try:
+            return batcher.encode(self.prompt or "", self.add_special_tokens)
+        except ValueError as error:
+            raise BadRequest(f"prompt: {error}", "prompt") from None
+
+
+class DetokenizeRequest(ApiRequest):
+    """POST /detokenize, as in vLLM."""
+
+    tokens: list[int]
+
+    def text(self, batcher: Batcher) -> str:
+        """Returns the text, special tokens included; raises `BadRequest` if there is no such id."""
+        try:
+            return batcher.decode(batcher.encode(self.tokens), skip_special_tokens=False)
+        except ValueError as error:
+            raise BadRequest(f"tokens: {error}", "tokens") from None
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. For `choice_fields` and the other `…_fields` see `CompletionRequest`."""
 
@@ -396,22 +476,7 @@ class ChatRequest(GenerationRequest):
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def prompts(self, batcher: Batcher) -> list[Prompt]:
-        """Returns the conversation as one prompt.
-
-        Raises:
-            BadRequest: there is no chat template, or it raises an error for these messages.
-        """
-        if getattr(batcher.tokenizer, "chat_template", None) is None:
-            raise BadRequest(
-                "messages: this model has no chat template; use /v1/completions, or start the server with "
-                "--chat_template FILE.",
-                "messages",
-            )
-        messages = [message.to_template_dict() for message in self.messages]
-        try:
-            return [Prompt(batcher.encode_chat(messages))]
-        except Exception as error:  # a template is a program, and its errors are about the messages
-            raise BadRequest(f"messages: the chat template raised an error: {error}", "messages") from None
+        return [Prompt(encode_messages(self.messages, batcher))]
 
     def choice_fields(self, text: str, logprobs: list[ReadLogprobs] | None = None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}

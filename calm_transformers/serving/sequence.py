@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from calm_transformers.model.generation_calm_samplers import PatchSampling
+from calm_transformers.model.generation_calm_samplers import OptionError, PatchSampling
 from calm_transformers.model.generation_calm_sequences import Processors
 
 FinishReason = Literal["stop", "length"]
@@ -65,6 +66,12 @@ class TextDelta:
     logprobs: list[TokenLogprobs]
 
 
+@lru_cache(4)
+def _prefixes(strings: tuple[str, ...]) -> set[str]:
+    """Returns the proper prefixes of stop strings, once for all texts of a request."""
+    return {string[:length] for string in strings for length in range(1, len(string))}
+
+
 class TextAssembler:
     """Decodes tokens one by one to text of whole characters, and stops before a stop string.
 
@@ -82,14 +89,15 @@ class TextAssembler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         if not all(stop):
-            raise ValueError("stop: holds an empty string; every stop string needs at least one character.")
+            raise OptionError("stop: holds an empty string; every stop string needs at least one character.", "stop")
         if len(stop) > MAX_STOP_STRINGS or max(map(len, stop), default=0) > MAX_STOP_LENGTH:
-            raise ValueError(f"stop: must be at most {MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters.")
+            limits = f"{MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters"
+            raise OptionError(f"stop: must be at most {limits}.", "stop")
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, which decoding step by step needs.")
         self.stop = tuple(stop)
         self._backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-        self._stop_prefixes = {string[:length] for string in stop for length in range(1, len(string))}
+        self._stop_prefixes = _prefixes(self.stop)
         self._max_prefix_length = max(map(len, self._stop_prefixes), default=0)
         self._context = list(prompt[-PROMPT_CONTEXT_TOKENS:])  # the ids decoded last, and their text
         self._context_text = self._decode(self._context)

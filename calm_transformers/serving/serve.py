@@ -11,6 +11,7 @@ import socket
 import sys
 from argparse import ArgumentTypeError, Namespace
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from calm_transformers.serving.batcher import Batcher
 PROGRAM = "calm serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 KEY_VARIABLE = "CALM_API_KEY"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -31,8 +33,13 @@ def main(argv: list[str] | None = None) -> None:
     """Loads the model and serves it until SIGINT or SIGTERM."""
     options = parse(argv)
     check_environment()
+    with known_errors():
+        keys = read_keys(options)
     with known_errors(OSError):
         server_socket = bind_socket(options.host, options.port)
+    is_loopback = ip_address(server_socket.getsockname()[0]).is_loopback
+    if not keys and not is_loopback:
+        print(f"warning: anyone who reaches {options.host} can use this server, as it has no API key", file=sys.stderr)
     with server_socket:
         from calm_transformers.serving.app import ServerOptions, create_app
 
@@ -44,10 +51,12 @@ def main(argv: list[str] | None = None) -> None:
                 batcher,
                 ServerOptions(
                     model_name=options.model_name or options.model,
-                    api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
+                    api_keys=keys,
+                    allowed_hosts=() if keys or not is_loopback else (options.host, *LOOPBACK_NAMES),
                     max_request_bytes=options.max_request_bytes,
                     timeout_s=options.timeout or None,
                     allowed_origins=tuple(options.allow_origin),
+                    ignore_unknown_fields=options.ignore_unknown_fields,
                 ),
             )
             run(app, batcher, server_socket, options)
@@ -76,6 +85,8 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--timeout", type=seconds, default=600, help="seconds per request, 0: no limit (default: 600)")
     parser.add_argument("--grace", type=positive, default=30, help="seconds to finish after a signal (default: 30)")
     parser.add_argument("--api_key", help=f"key that clients must send (default: ${KEY_VARIABLE}, or none)")
+    parser.add_argument("--api_key_file", type=Path, help="a file of such keys, one per line")
+    parser.add_argument("--ignore_unknown_fields", action="store_true", help="of requests, instead of a 400")
     parser.add_argument("--chat_template", type=Path, help="a Jinja file, used instead of the tokenizer's template")
     parser.add_argument(
         "--allow_origin",
@@ -91,6 +102,22 @@ def seconds(text: str) -> float:
     if not 0 <= (number := float(text)) < float("inf"):
         raise ArgumentTypeError(f"{text}: must be a number of seconds that is not negative.")
     return number
+
+
+def read_keys(options: Namespace) -> tuple[str, ...]:
+    """Returns the API keys of the options or of the environment.
+
+    Raises:
+        ValueError: one is empty.
+        OSError: their file can't be read.
+    """
+    single = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
+    keys = [] if single is None else [single]
+    if options.api_key_file is not None:
+        keys += options.api_key_file.read_text(encoding="utf-8").splitlines()
+    if not all(key.strip() for key in keys) or (options.api_key_file and not keys):
+        raise ValueError(f"an API key is empty: --api_key, {KEY_VARIABLE} or a line of --api_key_file.")
+    return tuple(keys)
 
 
 def check_environment() -> None:
