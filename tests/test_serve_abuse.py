@@ -1,0 +1,146 @@
+"""A running server under hostile clients: it keeps answering others, and nothing of it grows."""
+
+import contextlib
+import http.client
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from server_process import running_server, wait_for
+
+JSON = {"Content-Type": "application/json"}
+SMALL = {"prompt": "a", "max_tokens": 4, "seed": 0}
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
+HEAVIEST = {  # at every limit
+    **{"prompt": "a" * 2000, "max_tokens": 2, "n": 80, "stop": [f"{i:03}" + "s" * 253 for i in range(256)]},
+    **{"logit_bias": {str(i % 96): 1 for i in range(96)}, "temperature": 0.5},
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder, tmp_path_factory):
+    with running_server(tiny_folder, tmp_path_factory.mktemp("abused"), "--model_name", "tiny") as server:
+        yield server
+
+
+def send(server, body, headers=JSON, method="POST", path="/v1/completions"):
+    """Sends a request as it is, and returns the status and body of the answer."""
+    host, port = server.address.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def raw(server, sent, answered=b"\r\n"):
+    """Sends bytes and returns the first of the answer; b"" if the connection is closed without one."""
+    host, port = server.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client, contextlib.suppress(ConnectionError):
+        client.sendall(sent)
+        return client.recv(1000)
+    return b""
+
+
+def usage_of(server):
+    """Returns the process's resident memory in MB, its file descriptors and its threads."""
+    process = Path(f"/proc/{server.process.pid}")
+    fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    memory = int(fields["VmRSS"].split()[0]) / 1024
+    return memory, len(list((process / "fd").iterdir())), int(fields["Threads"])
+
+
+CROSS_SITE = [  # what a web page of another origin can send to a server on this machine, without asking
+    ({"Content-Type": "text/plain"}, 415),
+    ({}, 415),
+    ({**JSON, "Host": "rebound.example:8000"}, 403),
+    ({**JSON, "Host": "127.0.0.1.evil.example"}, 403),
+    ({**JSON, "Host": "["}, 403),
+    ({"Content-Type": "application/json; charset=utf-8", "Host": "localhost"}, 200),
+    ({**JSON, "Host": "[::1]:8000"}, 200),
+]
+
+
+@pytest.mark.parametrize("headers, status", CROSS_SITE)
+def test_web_pages_of_other_origins_cannot_use_a_local_server(server, headers, status):
+    assert send(server, json.dumps(SMALL), headers)[0] == status
+
+
+def test_no_text_of_an_exception_reaches_a_client(server):
+    bodies = [b"\xff", b'{"prompt": "\\ud800"}', b'{"prompt": "a", "temperature": NaN}', b"[" * 100_000]
+    bodies += [json.dumps({**SMALL, "logit_bias": {str(i): 1 for i in range(1025)}}).encode()]
+    bodies += [json.dumps({**SMALL, "stop": ["s"] * 257}).encode(), json.dumps({**SMALL, "n": 129}).encode()]
+    schema = {"type": "json_schema", "json_schema": {"schema": {"description": "d" * 70_000, "type": "object"}}}
+    bodies += [json.dumps({**SMALL, "response_format": schema}).encode()]
+    for body in bodies:
+        status, answer = send(server, body)
+        assert status == 400 and json.loads(answer)["error"]["type"] == "invalid_request_error", (body[:50], answer)
+    assert send(server, b" " * (2**20 + 1))[0] == 413
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_the_heaviest_request_does_not_hold_up_others(server):
+    """Its 80 texts with 256 stop strings each are prepared in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        heavy, waits = pool.submit(send, server, json.dumps(HEAVIEST)), []
+        while not heavy.done():
+            start = time.monotonic()
+            assert send(server, None, {}, "GET", "/health")[0] == 200
+            waits.append(time.monotonic() - start)
+        assert heavy.result()[0] == 200
+    assert max(waits) < 0.5, max(waits)
+
+
+def test_a_full_queue_refuses_before_any_work(server):
+    long = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "n": 80}
+    with contextlib.closing(server.connect(long)):
+        server.wait_for_metric("calm_running", 16)
+        assert send(server, b"[" * 1000)[0] == 429  # not even read
+    server.wait_for_metric("calm_running", 0)
+
+
+def test_pipelined_and_oversized_heads(server):
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert raw(server, health * 100).startswith(b"HTTP/1.1 200")
+    assert raw(server, b"GET / HTTP/1.1\r\nX: " + b"x" * 2**20).split(b" ")[1:2] in ([b"400"], [b"431"], [])
+    assert (
+        raw(server, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 20_000 + b"\r\n")[:12] != b"HTTP/1.1 200"
+    )
+    assert raw(server, b"\x16\x03\x01\x00").split(b" ")[1:2] in ([b"400"], [])
+
+
+def abuse(server):
+    """One round: idle and slow connections, bodies that never come, streams that are left, broken requests."""
+    host, port = server.address.split(":")
+    with contextlib.ExitStack() as stack:
+        for sent in (b"", HEAD[:40], HEAD % 100 + b"{") * 60:
+            client = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            client.sendall(sent)
+        for i in range(20):
+            stream = server.connect({"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": i % 2 == 0})
+            stack.callback(stream.close)
+        for body in (b"{", b"[" * 50_000, json.dumps({**SMALL, "temperature": 9}).encode()) * 10:
+            assert send(server, body)[0] in (400, 429)
+        assert send(server, None, {}, "GET", "/ready")[0] == 200  # meanwhile others are answered
+    wait_for("all texts are cancelled", lambda: server.metric("calm_running") + server.metric("calm_waiting") == 0)
+
+
+def test_memory_descriptors_and_threads_are_flat_after_abuse(server):
+    expected = send(server, json.dumps(SMALL))
+    for _ in range(3):
+        abuse(server)
+    before = usage_of(server)
+    for _ in range(6):
+        abuse(server)
+    wait_for("connections are closed", lambda: usage_of(server)[1] <= before[1] + 2)
+    memory, _, threads = usage_of(server)
+    assert memory < before[0] * 1.02 + 5 and threads <= before[2]
+    answer = send(server, json.dumps(SMALL))
+    assert json.loads(answer[1])["choices"] == json.loads(expected[1])["choices"]
