@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import calm_transformers
 from calm_transformers.command_line import InputError
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving import serve
@@ -240,6 +241,7 @@ def test_an_api_key_a_chat_template_and_a_timeout(tiny_folder):
             return answer.status_code, answer.text
 
         assert [ask({}, key=key)[0] for key in ("", "Bearer wrong", "Basic secret")] == [401] * 3
+        assert ask({}, key="Bearer first")[0] == 400
         assert ask({}, key="bearer secret")[0] == 400
         assert ask({}, key="", Host="a/health?")[0] == 401  # only the request's own path counts
         assert api.get("/health").status_code == 200
@@ -250,6 +252,39 @@ def test_an_api_key_a_chat_template_and_a_timeout(tiny_folder):
         status, text = ask({**LONG, "stream": True})
         error, _, done, _ = text.splitlines()[-4:]
         assert status == 200 and "took more than 1 seconds" in error and done == "data: [DONE]"
+
+
+def test_tokenize_detokenize_and_version(api):
+    ids = tiny_tokenizer()(PROMPT)["input_ids"]
+    answer = api.post("/tokenize", json={"prompt": PROMPT}).json()
+    assert answer == {"count": len(ids), "max_model_len": api.batcher.max_length, "tokens": ids}
+    assert api.post("/tokenize", json={"prompt": PROMPT, "add_special_tokens": False}).json()["tokens"] == ids[1:]
+    chat = api.post("/tokenize", json={"messages": [{"role": "user", "content": PROMPT}]}).json()
+    assert chat["tokens"] == ids
+    assert api.post("/detokenize", json={"tokens": ids[1:]}).json() == {"prompt": PROMPT}
+    assert api.get("/version").json() == {"version": calm_transformers.__version__}
+    for path, body in (("tokenize", {}), ("tokenize", {"prompt": "\ud800"}), ("detokenize", {"tokens": [10**6]})):
+        answer = api.post(f"/{path}", content=json.dumps(body))
+        assert answer.status_code == 400 and answer.json()["error"]["param"] in ("prompt", "tokens")
+
+
+def test_usage_in_every_chunk(completions):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = completions(stream=True, stream_options=options)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == last.usage.completion_tokens == 24
+    nulls = {"include_usage": None, "continuous_usage_stats": None}
+    assert all(chunk.usage is None for chunk in completions(stream=True, stream_options=nulls))
+
+
+def test_unknown_fields_are_ignored_if_the_server_says_so(tiny_folder):
+    body = {"prompt": "a", "max_tokens": 4, "seed": 0, "dry_multiplier": 0.8}
+    with in_process(tiny_folder, {"ignore_unknown_fields": True}) as api:
+        answer = api.post("/v1/completions", json=body)
+        assert answer.status_code == 200
+        known = api.post("/v1/completions", json={**body, "dry_multiplier": None})
+        assert answer.json()["choices"] == known.json()["choices"]
+        assert api.post("/v1/completions", json={**body, "tools": [{}]}).status_code == 400  # known, not supported
 
 
 # A server in a process of its own
@@ -288,7 +323,7 @@ def test_lines_of_the_log_are_truncated(server):
 
 @pytest.mark.slow
 def test_running_requests_are_finished_after_a_signal(tiny_folder, tmp_path):
-    with running_server(tiny_folder, tmp_path / "home", CALM_API_KEY="") as server:  # an empty key means no key
+    with running_server(tiny_folder, tmp_path / "home") as server:
         connection = server.connect({**LONG, "max_tokens": 120})
         server.wait_for_metric("calm_running", 1)
         assert server.stop() == 0
@@ -304,6 +339,7 @@ def test_requests_are_cancelled_after_the_grace_period_or_a_second_ctrl_c(tiny_f
         answer, stream = server.connect(LONG), server.connect({**LONG, "stream": True})
         half = http.client.HTTPConnection(server.address, timeout=60)
         half.putrequest("POST", "/v1/completions")
+        half.putheader("Content-Type", "application/json")
         half.putheader("Content-Length", "100")
         half.endheaders(b"{")  # the rest of the body is never sent
         server.wait_for_metric("calm_running", 2)
@@ -312,7 +348,7 @@ def test_requests_are_cancelled_after_the_grace_period_or_a_second_ctrl_c(tiny_f
             time.sleep(0.5)
         assert server.stop(signal.SIGINT) == 0
         assert (answer := answer.getresponse()).status == 503 and b"The server is stopping" in answer.read()
-        assert b"The server is stopping" in stream.getresponse().read().splitlines()[-2]
+        assert b"The server is stopping" in stream.getresponse().read().splitlines()[-4]
     assert "Traceback" not in server.log.read_text()
 
 
@@ -369,6 +405,22 @@ def test_a_port_taken_while_the_model_loads_is_an_input_error():
                 serve.run(None, None, second, serve.parse([str(ROOT)]))
 
 
+@pytest.mark.parametrize(
+    "host, key, warns", [("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("127.0.0.1", None, False)]
+)
+def test_a_server_without_a_key_warns_beyond_this_machine_and_checks_hosts_on_it(
+    monkeypatch, capsys, tiny_folder, host, key, warns
+):
+    apps = []
+    monkeypatch.setattr(serve, "run", lambda app, *_: apps.append(app))
+    words = [str(tiny_folder), "--host", host, "--port", "0", *(["--api_key", key] if key else [])]
+    assert not serve.main(words)
+    assert ("anyone who reaches 0.0.0.0 can use this server" in capsys.readouterr().err) == warns
+    with TestClient(apps[0]) as api:
+        foreign, own = (api.get("/health", headers={"Host": name}).status_code for name in ("page.example", host))
+    assert (foreign == 403, own == 403) == (host == "127.0.0.1", False)
+
+
 @pytest.mark.parametrize("host, port", [("127.0.0.1", None), ("203.0.113.1", 0), ("é" * 80, 0), ("", 70000)])
 def test_an_invalid_address_is_an_error_before_the_model_is_loaded(monkeypatch, capsys, host, port):
     monkeypatch.setattr(serve, "load_batcher", lambda _: pytest.fail("loaded"))
@@ -380,6 +432,8 @@ def test_an_invalid_address_is_an_error_before_the_model_is_loaded(monkeypatch, 
 
 INVALID_OPTIONS = [
     (["{tiny}", "--dtype", "float33"], "--dtype float33: must be auto or a dtype of torch"),
+    (["{tiny}", "--api_key", ""], "an API key is empty"),
+    (["{tiny}", "--api_key_file", "{tmp}/keys"], "an API key is empty"),
     (["{tiny}", "--timeout", "nan"], "nan: must be a number of seconds that is not negative"),
     (["{tiny}", "--chat_template", "{tmp}/bytes.jinja"], "bytes.jinja: is not text in UTF-8"),
     (["{tiny}", "--chat_template", "{tmp}/bad.jinja"], "the chat template is not valid Jinja, in line 2"),
@@ -396,6 +450,7 @@ def invalid_folder(tmp_path_factory):
     for name, model in (("autoencoder", tiny_model().autoencoder), ("llama", LlamaForCausalLM(config))):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
+    (folder / "keys").write_text("one\n\ntwo\n")
     (folder / "bytes.jinja").write_bytes(b"\xff")
     (folder / "bad.jinja").write_text("{{ messages\n{% if %}")
     return folder
