@@ -15,7 +15,7 @@ COMPAT := .venv-compat/bin
 NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-slow test-all test-oldest test-newest test-gpu style figures experiments speed clean
+.PHONY: demo app test test-slow test-all test-oldest test-newest test-gpu style experiments speed clean
 
 demo: .venv/.base
 	$(BIN)/calm generate .
@@ -52,9 +52,6 @@ style: .venv/.style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-
-figures: .venv/.full
-	$(BIN)/python docs/draw_architecture.py
 
 experiments: .venv/.full
 	$(BIN)/calm experiments $(if $(CORPUS),--corpus "$(CORPUS)")

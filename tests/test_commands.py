@@ -34,8 +34,7 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "onnx_export.generate_onnx": ["Once", "--folder", NOWHERE],
     "pages.inspect_text": [NOWHERE],
     "generate": [NOWHERE],
-    "docs.draw_architecture": [NOWHERE],  # these take no path
-    "docs.stale_figures": [NOWHERE],
+    "docs.stale_figures": [NOWHERE],  # these take no path
     "docs.weight": [NOWHERE],
     "evaluation.autoencoder_report": ["--model", NOWHERE, *DATA[:2]],
     "evaluation.brier_lm": ["--model", NOWHERE, *DATA],
