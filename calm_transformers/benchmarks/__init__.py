@@ -1,0 +1,1 @@
+"""Benchmarks. Invalid options raise an InputError or ValueError; docstrings don't repeat it."""

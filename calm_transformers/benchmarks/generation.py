@@ -71,11 +71,7 @@ REPORTED_OPTIONS = (  # written to each row
 
 
 class Benchmark:
-    """Measures all combinations of the options; each gives a row of the table.
-
-    Raises:
-        ValueError: invalid options, before any work.
-    """
+    """Measures all combinations of the options; each gives a row of the table."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options

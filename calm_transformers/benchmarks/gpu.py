@@ -68,11 +68,7 @@ TABLE_COLUMNS = {
 
 
 def read_report(path: Path) -> dict[str, list[dict]]:
-    """Reads the finished parts from a report file.
-
-    Raises:
-        InputError: the file is not a report.
-    """
+    """Reads the finished parts from a report file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
     except (KeyError, TypeError, json.JSONDecodeError) as error:

@@ -178,11 +178,7 @@ def count_step(model, case: Case) -> dict:
 
 
 def count_all(shape: str, baseline: str, heads: list[str]) -> list[dict]:
-    """Returns a row of counts for each case.
-
-    Raises:
-        InputError: the shape is not a CALM, or the baseline is one.
-    """
+    """Returns a row of counts for each case."""
     calm, llama = model_config(shape), model_config(baseline)
     if not isinstance(calm, CALMConfig):
         raise InputError(f"--shape {shape} is not a CALM.")
@@ -212,11 +208,7 @@ def check_budget(rows: list[dict], budget: dict[str, dict[str, int]]) -> list[st
 
 
 def update_budget(rows: list[dict], path: Path) -> None:
-    """Lowers the budget file to the counts, and adds new cases.
-
-    Raises:
-        InputError: a count is above its budget; the file stays unchanged.
-    """
+    """Lowers the budget file to the counts, and adds new cases."""
     budget = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     messages = check_budget(rows, budget)
     if messages:

@@ -92,11 +92,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running_server(arguments: list[str], port: int, log: Path) -> Iterator[None]:
-    """Starts a server process, waits until it is healthy, and stops it at the end.
-
-    Raises:
-        InputError: it exited, or did not become healthy in time.
-    """
+    """Starts a server process, waits until it is healthy, and stops it at the end."""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments, "--port", str(port)],

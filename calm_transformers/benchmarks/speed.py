@@ -53,11 +53,7 @@ class Part(NamedTuple):
         return json.loads(self.path(folder).read_text(encoding="utf-8"))
 
     def measure(self, folder: Path) -> None:
-        """Runs the benchmark unless its rows exist.
-
-        Raises:
-            InputError: the benchmark failed.
-        """
+        """Runs the benchmark unless its rows exist."""
         path = self.path(folder)
         if path.exists():
             return
@@ -143,11 +139,7 @@ def provenance(rows: list[dict]) -> str:
 
 
 def replace_table(path: Path, table: str) -> None:
-    """Replaces the text between the markers of a document.
-
-    Raises:
-        ValueError: the document has no markers.
-    """
+    """Replaces the text between the markers of a document."""
     begin, end = "<!-- make speed -->\n", "\n<!-- until here -->"
     before, begin_found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, end_found, after = rest.partition(end)

@@ -50,11 +50,7 @@ class HiddenMarkovLanguage:
 
     @classmethod
     def load(cls, folder: Path) -> HiddenMarkovLanguage:
-        """Loads the language of a folder written by `write_corpus`.
-
-        Raises:
-            OSError: it has no language.json.
-        """
+        """Loads the language of a folder written by `write_corpus`."""
         fields = json.loads((folder / LANGUAGE_FILE).read_text(encoding="utf-8"))
         fields.pop("parts")
         return cls(**fields)
@@ -178,9 +174,6 @@ def scored_beliefs(language: HiddenMarkovLanguage, ids_BL: torch.Tensor, patch_s
 
     Positions are the ends of patches (K = 1 for an autoregressive model), except the last ones, whose continuation
     would leave the block. Tokens before the block are unknown to the model, hence to the belief.
-
-    Raises:
-        ValueError: blocks are too short or not divisible by the patch size, or have probability 0 in the language.
     """
     length = ids_BL.shape[1]
     last_position = length - ceil(MAX_N / patch_size) * patch_size
@@ -206,9 +199,6 @@ def write_corpus(language: HiddenMarkovLanguage, folder: Path, splits: dict[str,
         language: to sample from.
         folder: to create.
         splits: name → number of documents, and tokens per document.
-
-    Raises:
-        InputError: the folder exists and is not empty, or can't be created.
     """
     settings = json.dumps({**asdict(language), "parts": splits}, indent=2) + "\n"
     with new_folder(folder) as temporary:

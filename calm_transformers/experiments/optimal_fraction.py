@@ -152,12 +152,7 @@ def parse_block_options(prog: str, description: str | None, argv: list[str] | No
 
 
 def load_blocks(model, args: argparse.Namespace) -> tuple[HiddenMarkovLanguage, Tensor]:
-    """Loads the language, and blocks (B, L) of its validation text with at least `args.max_positions` positions.
-
-    Raises:
-        ValueError: the block size doesn't suit the model, or there is less text.
-        OSError: the folder has no language.
-    """
+    """Loads the language, and blocks (B, L) of its validation text with at least `args.max_positions` positions."""
     language = HiddenMarkovLanguage.load(args.language)
     num_blocks = ceil(args.max_positions / positions_per_block(model, args.block_size))
     documents = read_documents([args.language / "validation.jsonl"])

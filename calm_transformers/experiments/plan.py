@@ -75,9 +75,6 @@ class Plan:
         output: folder for all results.
         corpus: folder of the text files that the file names, if any.
         groups: tables and studies to run; None runs all.
-
-    Raises:
-        InputError: a text file is missing, or a recipe has no such field.
     """
 
     def __init__(self, file: Path, output: Path, corpus: Path | None, groups: list[str] | None):

@@ -320,12 +320,7 @@ def report(results: dict[str, dict]) -> str:
 
 
 def read_contexts(folder: Path, num_contexts: int, patch_size: int) -> Tensor:
-    """Reads contexts (C, L): the beginnings of the first validation documents, divisible by the patch size.
-
-    Raises:
-        ValueError: there are fewer than `num_contexts`.
-        OSError: there is no validation text.
-    """
+    """Reads contexts (C, L): the beginnings of the first validation documents, divisible by the patch size."""
     tokenizer, path = load_tokenizer(folder), folder / "validation.jsonl"
     length = CONTEXT_LENGTH // patch_size * patch_size
     rows = [tokenizer(text).input_ids[:length] for text in islice(read_documents([path]), num_contexts)]
@@ -335,12 +330,7 @@ def read_contexts(folder: Path, num_contexts: int, patch_size: int) -> Tensor:
 
 
 def load_model(name: str, language: HiddenMarkovLanguage) -> CALMForCausalLM:
-    """Loads a CALM in float32.
-
-    Raises:
-        ValueError: it is not a CALM, has another vocabulary, or too many patches to enumerate.
-        OSError: there is no model.
-    """
+    """Loads a CALM in float32."""
     model = load_causal_lm(name, torch.float32, "cpu")
     if not is_calm(model):
         raise ValueError(f"{name} is not a CALM.")
