@@ -106,8 +106,9 @@ def test_the_command_line_is_read_as_yaml_and_integers_may_be_powers_of_ten():
         ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
         ("kind: ar\ninit_backbone: a/llama", "it needs train calm, and no init_from."),
         ("kind: calm\ninit_backbone: a/llama\ninit_from: a/calm", "it needs train calm, and no init_from."),
-        ("kind: transformer", "give a field kind, or --kind, one of tokenizer, calm, autoencoder, ar"),
-        ("kinds: {calm: {model: {num_samples: 4}}}", "give a field kind, or --kind, one of"),
+        ("kind: transformer", "needs a field kind, or a part for --kind in kinds: tokenizer, calm, autoencoder, ar"),
+        ("kinds: {calm: {model: {num_samples: 4}}}", "needs a field kind, or a part for --kind in kinds"),
+        ("kind: calm\nkinds: {calm: 3}", "kinds must have fields of tokenizer, calm, autoencoder, ar"),
         ("kind: calm\nkinds: {clam: {}}", "kinds must have fields of tokenizer, calm, autoencoder, ar"),
         ("kind: calm\nkinds: {calm: {model: 4}}", "section model must have fields"),
         ("base: calm-s", "its base 'calm-s' does not exist: name a .yaml file or one of autoencoder, calm-fast"),
@@ -150,6 +151,10 @@ def test_a_file_of_several_kinds_gives_each_its_fields_also_through_a_base(tmp_p
     assert mine == dataclasses.replace(ar, name="mine", model={"hidden_size": 16}) and mine.data.append_eos
     with pytest.raises(InputError, match="mine.yaml' is for train ar"):
         load_recipe(str(tmp_path / "mine.yaml"), {"kind": "calm"})
+    with pytest.raises(InputError, match="needs a field kind, or a part for autoencoder in kinds"):
+        load_recipe(str(tmp_path / "both.yaml"), {"kind": "autoencoder"})  # without fields it would be of default size
+    (tmp_path / "larger.yaml").write_text("base: calm-m\nkinds: {calm: {data: {block_size: 4096}}}")
+    assert load_recipe(str(tmp_path / "larger.yaml")).data.block_size == 4096
 
 
 def test_an_invalid_override_or_name_raises():

@@ -1,7 +1,9 @@
 """Checkpoints and model are copied to a URL while training; a copy that was cut short is known as incomplete."""
 
 import filecmp
+import shutil
 import threading
+import time
 
 import pytest
 from commands import refusal
@@ -20,16 +22,33 @@ def fields(workshop, tmp_path):
     return {**workshop, **own, "max_steps": 4, "save_steps": 2}
 
 
-def test_checkpoints_and_model_are_copied_and_the_run_resumes_from_the_copy(fields, tmp_path):
-    assert train("calm", **fields) == 0
+@pytest.mark.parametrize("seconds", [0, 0.1])
+def test_checkpoints_and_model_are_copied_and_another_machine_resumes(fields, tmp_path, monkeypatch, capsys, seconds):
+    put = LocalFileSystem.put_file
+    monkeypatch.setattr(LocalFileSystem, "put_file", lambda *args: (time.sleep(seconds), put(*args)))
+    assert train("calm", **fields, save_total_limit=1) == 0
     run, copy = tmp_path / "run", tmp_path / "copy"
     files = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
-    assert {path.relative_to(copy) for path in copy.rglob("*") if path.is_file()} == files
+    assert {path.relative_to(copy) for path in copy.rglob("*") if path.is_file()} >= files
     _, *differing = filecmp.cmpfiles(run, copy, files, shallow=False)
-    assert differing == [[], []]
+    assert differing == [[], []] and find_damage(copy / "checkpoint-4") is None
     AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
-    assert train("calm", **fields | {"output_dir": copy, "max_steps": 6, "upload_to": tmp_path / "another"}) == 0
-    assert find_damage(tmp_path / "another" / "checkpoint-6") is None
+    shutil.rmtree(run)
+    (run / "checkpoint-4").mkdir(parents=True)  # never finished
+    assert train("calm", **fields | {"max_steps": 6}, resume="never") == 2
+    assert train("calm", **fields | {"max_steps": 6, "learning_rate": 9}) == 2
+    assert "copy holds checkpoints of another training (learning_rate" in capsys.readouterr().err
+    assert train("calm", **fields | {"max_steps": 6}) == 0
+    assert "restoring checkpoint-4" in (printed := capsys.readouterr().out) and "resuming from checkpoint-4" in printed
+    assert find_damage(copy / "checkpoint-6") is None and (copy / "trainer_state.json").exists()
+    assert not list(run.glob("_upload-*"))
+
+
+def test_a_url_with_a_model_does_not_look_complete_while_another_is_trained(saved):
+    (saved / "copy").mkdir()
+    (saved / "copy" / "trainer_state.json").write_text("of an earlier model")
+    upload = Upload(str(saved / "copy"))
+    assert list((saved / "copy").iterdir()) == [] and upload.last_step() is None
 
 
 def fail_at(monkeypatch, is_failing) -> None:
@@ -74,26 +93,25 @@ def saved(tmp_path):
         folder.mkdir()
         for name in ("trainer_state.json", "weights"):
             (folder / name).write_text(f"{name} {step}")
-    (tmp_path / "recipe.yaml").write_text("")
     return tmp_path
 
 
 def test_of_waiting_checkpoints_only_the_newest_is_copied(saved, monkeypatch):
-    upload = Upload(str(saved / "copy"), saved / "recipe.yaml")
+    upload = Upload(str(saved / "copy"))
     started, resumed = threading.Event(), threading.Event()
     put = LocalFileSystem.put_file
     monkeypatch.setattr(LocalFileSystem, "put_file", lambda *args: (started.set(), resumed.wait(), put(*args)))
-    copies = [upload.start(saved / "checkpoint-1", "checkpoint-1/")]
+    copies = [upload.start(saved / "checkpoint-1")]
     started.wait()
-    copies += [upload.start(saved / f"checkpoint-{step}", f"checkpoint-{step}/") for step in (2, 3)]
+    copies += [upload.start(saved / f"checkpoint-{step}") for step in (2, 3)]
     resumed.set()
     assert [copy.result() for copy in copies] == [None] * 3
-    assert sorted(path.name for path in (saved / "copy").iterdir()) == ["checkpoint-1", "checkpoint-3", "recipe.yaml"]
+    assert sorted(path.name for path in (saved / "copy").iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_a_second_copy_that_fails_leaves_no_complete_one(saved, monkeypatch):
-    upload = Upload(str(saved / "copy"), saved / "recipe.yaml")
-    assert upload.start(saved / "checkpoint-1", "checkpoint-1/").result() is None
+    upload = Upload(str(saved / "copy"))
+    assert upload.start(saved / "checkpoint-1").result() is None
     fail_at(monkeypatch, lambda target: target.endswith("weights"))
-    assert str(upload.start(saved / "checkpoint-1", "checkpoint-1/").result()) == "no space left"
+    assert str(upload.start(saved / "checkpoint-1").result()) == "no space left"
     assert not (saved / "copy" / "checkpoint-1" / "trainer_state.json").exists()

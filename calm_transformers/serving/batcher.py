@@ -336,7 +336,7 @@ class Batcher:
 
     def check_healthy(self) -> None:
         """Raises `Unhealthy` if the thread has ended, or `MAX_FAILED_STEPS` steps in a row have failed."""
-        if not self._thread.is_alive():
+        if self._thread_error is not None or not self._thread.is_alive():
             raise Unhealthy("Generation has stopped; see the log.") from self._thread_error
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             raise Unhealthy(f"The last {self._num_failed_steps} steps have failed; see the log.")

@@ -135,7 +135,7 @@ class Recipe:
         return {**defaults, **CONFIGS[self.kind]().to_dict(), **sections, **data, **model, **training, **facts}
 
 
-def allowed_changes(before: Recipe, now: Recipe) -> str:
+def allowed_changes(before: Recipe, now: Recipe, place: str | None = None) -> str:
     """Returns the fields that a resumed run changes, as "name old -> new, …"; one that must not is an `InputError`.
 
     Training text is compared by its tokens, not its path, unless it is streamed.
@@ -152,8 +152,8 @@ def allowed_changes(before: Recipe, now: Recipe) -> str:
     changes = {name: f"{name} {old[name]!r} -> {new[name]!r}" for name in sorted(shared) if old[name] != new[name]}
     if conflicts := ", ".join(change for name, change in changes.items() if name in fixed):
         raise InputError(
-            f"{now.output_dir} holds checkpoints of another training ({conflicts}): "
-            "restore these values, or name another --output_dir."
+            f"{place or now.output_dir} holds checkpoints of another training ({conflicts}): "
+            f"restore these values, or name another {'--upload_to' if place else '--output_dir'}."
         )
     return ", ".join(changes.values())
 
@@ -218,9 +218,11 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
         raise InputError(f"no recipe {name_or_file!r}: {_recipe_hint()}.")
     wanted = (overrides or {}).get("kind")
     sections = _read_sections(path, wanted)
-    kind = sections[""].setdefault("kind", wanted)
+    kind = sections[""].get("kind")
     if kind not in KINDS:
-        raise InputError(f"{path}: give a field kind, or --kind, one of {', '.join(KINDS)}.")
+        raise InputError(
+            f"{path}: needs a field kind, or a part for {wanted or '--kind'} in kinds: {', '.join(KINDS)}."
+        )
     if wanted not in (None, kind):
         raise InputError(f"the recipe {name_or_file!r} is for train {kind}.")
     known = section_fields(kind)
@@ -280,19 +282,23 @@ def _read_sections(path: Path, kind: str | None, parents: tuple[Path, ...] = ())
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe has fields, as in kind: calm.")
     base, kinds = content.pop("base", None), content.pop("kinds", None) or {}
-    kind = kind or content.get("kind")
-    if not isinstance(kinds, dict) or kinds.keys() - set(KINDS):
+    if (
+        not isinstance(kinds, dict)
+        or kinds.keys() - set(KINDS)
+        or not all(isinstance(k, dict) for k in kinds.values())
+    ):
         raise InputError(f"{path}: kinds must have fields of {', '.join(KINDS)}.")
-    sections = _split_sections(path, content)
+    sections, kind = _split_sections(path, content), kind or content.get("kind")
+    inherited: dict[str, dict] = {name: {} for name in sections}
+    if base is not None:
+        base_path = _recipe_path(str(base), path.parent)
+        if not base_path.is_file():
+            raise InputError(f"{path}: its base {base!r} does not exist: {_recipe_hint()}.")
+        inherited = _read_sections(base_path, kind, (*parents, path))
+        inherited[""].pop("name", None)
+        kind = kind or inherited[""].get("kind")
     if kind in kinds:
-        sections = _merge(sections, _split_sections(path, kinds[kind] or {}))
-    if base is None:
-        return sections
-    base_path = _recipe_path(str(base), path.parent)
-    if not base_path.is_file():
-        raise InputError(f"{path}: its base {base!r} does not exist: {_recipe_hint()}.")
-    inherited = _read_sections(base_path, kind, (*parents, path))
-    inherited[""].pop("name", None)
+        sections = _merge(sections, _split_sections(path, {"kind": kind, **kinds[kind]}))
     return _merge(inherited, sections)
 
 

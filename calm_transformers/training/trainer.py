@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -57,7 +58,7 @@ from calm_transformers.training.recipe import (
 )
 from calm_transformers.training.speed import Speed
 from calm_transformers.training.tokenizer import save_tokenizer
-from calm_transformers.training.upload import Upload
+from calm_transformers.training.upload import LINKS, Upload
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 MAX_UNCHECKED_LOSSES = 1000
@@ -97,6 +98,11 @@ def prepare_run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir {folder}: {error.strerror}.") from error
+    upload = None
+    with initial_args.main_process_first(local=False, desc="restoring"):
+        if recipe.upload_to and initial_args.process_index == 0:
+            upload = Upload(recipe.upload_to)
+            restore_checkpoint(upload, recipe, resume)
     checkpoint = last_checkpoint(folder)
     previous = load_resumed_recipe(recipe, checkpoint, resume)
     batch_size = initial_args.train_batch_size * initial_args.gradient_accumulation_steps * initial_args.world_size
@@ -134,14 +140,14 @@ def prepare_run(
         if not (checkpoint / trainer._stream_file()).exists():
             raise InputError(f"{checkpoint} is of a stream of another number of processes: resume with that.")
         trainer.add_callback(RestoredRandomness(trainer))
-    upload = None
     if trainer.is_world_process_zero():
         recipe.save(folder / "recipe.yaml")
         save_tokenizer(tokenizer, folder)
         state = f"resuming from {checkpoint.name}" if checkpoint else "new run"
         print(f"{datasets.train.summary()} in {datasets.num_steps} steps, {state}", flush=True)
-        if recipe.upload_to:
-            trainer.add_callback(upload := Upload(recipe.upload_to, folder / "recipe.yaml"))
+        if upload is not None:
+            upload.put(folder / "recipe.yaml", "recipe.yaml")
+            trainer.add_callback(upload)
     return PreparedRun(trainer, checkpoint, upload)
 
 
@@ -164,9 +170,13 @@ class PreparedRun:
         except BaseException:
             if shows_bars():
                 print(file=sys.stderr)  # below the bar
+            if self.upload is not None:
+                self.upload.wait()
             raise
         if preemption.is_stopped:
             log_rank0(f"SIGTERM: saved step {self.trainer.state.global_step}; the same command resumes")
+            if self.upload is not None:
+                self.upload.wait()
             return EXIT_PREEMPTED
         self.trainer.export()
         if self.upload is not None:
@@ -238,6 +248,29 @@ def load_resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recip
         allowed_changes(previous, recipe)  # only for its error, before the data is tokenised
         return previous
     return None
+
+
+def restore_checkpoint(upload: Upload, recipe: Recipe, resume: str) -> None:
+    """Copies the last complete checkpoint at the URL to the run's folder, with its recipe, if there is none here.
+
+    Raises:
+        InputError: the URL has another training's, or `resume` is "never".
+    """
+    folder = Path(recipe.output_dir)
+    for links in folder.glob(f"{LINKS}*"):  # a killed run's
+        shutil.rmtree(links)
+    step = None if last_checkpoint(folder) else upload.last_step()
+    if step is None:
+        return
+    if resume == "never":
+        raise InputError(f"{upload.url} contains checkpoint-{step}: name another --upload_to, or let it resume.")
+    with tempfile.TemporaryDirectory() as temporary:
+        saved_recipe = Path(temporary) / "recipe.yaml"
+        upload.get("recipe.yaml", saved_recipe)
+        allowed_changes(load_recipe(str(saved_recipe)), recipe, upload.url)
+        shutil.copy(saved_recipe, folder)
+    log_rank0(f"restoring checkpoint-{step} from {upload.url}")
+    upload.get(f"checkpoint-{step}", folder / f"checkpoint-{step}")
 
 
 def token_digest(dataset) -> str | None:

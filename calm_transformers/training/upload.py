@@ -1,5 +1,7 @@
-"""Uploads a run's checkpoints and its model to a URL that fsspec opens, in the background."""
+"""Copies a run's checkpoints and its model to a URL that fsspec opens, in the background, and back."""
 
+import os
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,59 +12,100 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from calm_transformers.command_line import InputError, format_error
 
+LINKS = "_upload-"  # before a checkpoint's name; uploads to the Hub leave out what begins so
+
 
 class Upload(TrainerCallback):
-    """Copies a run's folder to `url` while the training continues: each checkpoint, and at the end the model.
+    """Copies a run's folder to `url` while the training continues: checkpoints, and at the end the model.
 
     Of each the file TRAINER_STATE_NAME comes last, so that a copy without it is known as incomplete. If checkpoints
     are saved faster than they are copied, only the newest waits for its turn. A copy that fails is printed.
 
     Raises:
-        InputError: the URL can't be written, tried with `recipe_file`.
+        InputError: nothing can be written to the URL.
     """
 
-    def __init__(self, url: str, recipe_file: Path):
+    def __init__(self, url: str):
         self.url = url.rstrip("/")
         try:
             self._files, self._root = fsspec.url_to_fs(self.url)
-            self._copy_file(recipe_file, recipe_file.name)
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.pipe_file(f"{self._root}/_writable", b"")
+            self._files.rm_file(f"{self._root}/_writable")
+            self._remove_marker("")  # the model there will be another one's than the recipe
         except Exception as error:  # each file system has its own
             raise InputError(f"upload_to {url}: cannot be written ({format_error(error)}).") from error
         self._thread = ThreadPoolExecutor(1)
-        self._newest: Path | None = None
+        self._newest: Path | None = None  # checkpoint
 
     def on_save(self, args: Any, state, control, **kwargs):
         if state.is_world_process_zero:
-            name = f"checkpoint-{state.global_step}"
-            self.start(Path(args.output_dir) / name, f"{name}/")
+            self.start(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def start(self, checkpoint: Path) -> Future[Exception | None]:
+        """Copies a checkpoint in the background, by links of its own, as Trainer may delete it meanwhile."""
+        links = checkpoint.with_name(LINKS + checkpoint.name)
+        shutil.rmtree(links, ignore_errors=True)
+        shutil.copytree(checkpoint, links, copy_function=_link)
+        self._newest = links
+        return self._thread.submit(self._copy_checkpoint, links, f"{checkpoint.name}/")
 
     def finish(self, folder: Path) -> None:
-        """Copies the model of the run's `folder` and waits for it; raises InputError if that failed."""
-        error = self.start(folder).result()
+        """Waits for the checkpoints, then copies the model of the run's `folder`; InputError if that fails."""
+        error = self._thread.submit(self._copy, folder, "").result()
         if error:
             raise InputError(f"the model is in {folder}, but not at {self.url}: {format_error(error)}") from error
 
-    def start(self, folder: Path, prefix: str = "") -> Future[Exception | None]:
-        self._newest = folder
-        return self._thread.submit(self._copy, folder, prefix)
+    def wait(self) -> None:
+        """Waits until the last checkpoint is copied; nothing can be copied after that."""
+        self._thread.shutdown()
 
-    def _copy(self, folder: Path, prefix: str) -> Exception | None:
-        if folder != self._newest:
-            return None
-        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-        files = [path for path in files if not path.parts[0].startswith("checkpoint-")]
-        marker = f"{self._root}/{prefix}{TRAINER_STATE_NAME}"
-        try:
-            if self._files.exists(marker):  # of an earlier copy
-                self._files.rm_file(marker)
-            for path in sorted(files, key=lambda path: path.name == TRAINER_STATE_NAME):
-                self._copy_file(folder / path, f"{prefix}{path.as_posix()}")
-        except Exception as error:  # the training continues
-            print(f"warning: {folder} was not uploaded to {self.url}: {format_error(error)}", flush=True)
-            return error
-        return None
-
-    def _copy_file(self, file: Path, name: str) -> None:
+    def put(self, file: Path, name: str) -> None:
+        """Copies a file to the path `name` below the URL."""
         target = f"{self._root}/{name}"
         self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
         self._files.put_file(str(file), target)
+
+    def last_step(self) -> int | None:
+        """Returns the step of the last complete checkpoint at the URL."""
+        found = self._files.glob(f"{self._root}/checkpoint-*/{TRAINER_STATE_NAME}")
+        steps = [path.split("/")[-2].removeprefix("checkpoint-") for path in found]
+        return max((int(step) for step in steps if step.isdecimal()), default=None)
+
+    def get(self, name: str, target: Path) -> None:
+        """Copies a file or folder of the URL to `target`, which exists only when it is complete."""
+        unfinished = target.with_name(f"{target.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self._files.get(f"{self._root}/{name}", str(unfinished), recursive=True)
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete checkpoint
+        os.replace(unfinished, target)
+
+    def _remove_marker(self, prefix: str) -> None:
+        if self._files.exists(marker := f"{self._root}/{prefix}{TRAINER_STATE_NAME}"):
+            self._files.rm_file(marker)
+
+    def _copy_checkpoint(self, links: Path, prefix: str) -> Exception | None:
+        try:
+            return self._copy(links, prefix) if links == self._newest else None
+        finally:
+            shutil.rmtree(links, ignore_errors=True)
+
+    def _copy(self, folder: Path, prefix: str) -> Exception | None:
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        files = [path for path in files if not path.parts[0].startswith(("checkpoint-", LINKS))]
+        try:
+            self._remove_marker(prefix)
+            for path in sorted(files, key=lambda path: path.name == TRAINER_STATE_NAME):
+                self.put(folder / path, f"{prefix}{path.as_posix()}")
+        except Exception as error:  # the training continues
+            reason = f"{type(error).__name__}: {format_error(error)}"
+            print(f"warning: {folder.name} was not uploaded to {self.url}: {reason}", flush=True)
+            return error
+        return None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not on this file system
+        shutil.copy2(source, target)
