@@ -155,7 +155,7 @@ def test_the_queue_is_bounded_and_cancelled_requests_leave_the_batch_within_a_pa
     wait_until(lambda: batcher.stats().waiting == 0)
     assert batcher.stats().running == 3
     running += [batcher.submit("once", **ENDLESS) for _ in range(4)]
-    with pytest.raises(QueueFull, match="3 requests are running and 4 wait"):
+    with pytest.raises(QueueFull, match="7 of 7 places are taken, 1 more are needed"):
         batcher.submit("once", max_new_tokens=4)
     [future.cancel() for future in running]
     wait_until(lambda: batcher.stats().running == 0)

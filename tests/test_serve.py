@@ -434,6 +434,7 @@ INVALID_OPTIONS = [
     (["{tiny}", "--dtype", "float33"], "--dtype float33: must be auto or a dtype of torch"),
     (["{tiny}", "--api_key", ""], "an API key is empty"),
     (["{tiny}", "--api_key_file", "{tmp}/keys"], "an API key is empty"),
+    (["{tiny}", "--api_key_file", "{tmp}/bad.jinja"], "an API key has spaces or begins with #"),
     (["{tiny}", "--timeout", "nan"], "nan: must be a number of seconds that is not negative"),
     (["{tiny}", "--chat_template", "{tmp}/bytes.jinja"], "bytes.jinja: is not text in UTF-8"),
     (["{tiny}", "--chat_template", "{tmp}/bad.jinja"], "the chat template is not valid Jinja, in line 2"),

@@ -40,7 +40,7 @@ def send(server, body, headers=JSON, method="POST", path="/v1/completions"):
         return answer.status, answer.read().decode()
 
 
-def raw(server, sent, answered=b"\r\n"):
+def raw(server, sent):
     """Sends bytes and returns the first of the answer; b"" if the connection is closed without one."""
     host, port = server.address.split(":")
     with socket.create_connection((host, int(port)), timeout=60) as client, contextlib.suppress(ConnectionError):
@@ -73,7 +73,7 @@ def test_web_pages_of_other_origins_cannot_use_a_local_server(server, headers, s
     assert send(server, json.dumps(SMALL), headers)[0] == status
 
 
-def test_no_text_of_an_exception_reaches_a_client(server):
+def test_broken_bodies_are_errors_of_the_client(server):
     bodies = [b"\xff", b'{"prompt": "\\ud800"}', b'{"prompt": "a", "temperature": NaN}', b"[" * 100_000]
     bodies += [json.dumps({**SMALL, "logit_bias": {str(i): 1 for i in range(1025)}}).encode()]
     bodies += [json.dumps({**SMALL, "stop": ["s"] * 257}).encode(), json.dumps({**SMALL, "n": 129}).encode()]
@@ -86,15 +86,24 @@ def test_no_text_of_an_exception_reaches_a_client(server):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_the_heaviest_request_does_not_hold_up_others(server):
-    """Its 80 texts with 256 stop strings each are prepared in a thread."""
+HEAVY = [  # path, body, status
+    ("/v1/completions", HEAVIEST, 200),
+    ("/detokenize", {"tokens": [""] * 200_000}, 400),
+    ("/v1/completions", {**SMALL, "logit_bias": {str(i): 1000 for i in range(60_000)}}, 400),
+    ("/v1/completions", {**SMALL, **{f"unknown{i}": 1 for i in range(40_000)}}, 400),
+]
+
+
+@pytest.mark.parametrize("path, body, status", HEAVY)
+def test_the_heaviest_requests_do_not_hold_up_others(server, path, body, status):
+    """80 texts with 256 stop strings each are prepared in a thread; of many errors only the first is made."""
     with ThreadPoolExecutor(1) as pool:
-        heavy, waits = pool.submit(send, server, json.dumps(HEAVIEST)), []
+        heavy, waits = pool.submit(send, server, json.dumps(body), path=path), []
         while not heavy.done():
             start = time.monotonic()
             assert send(server, None, {}, "GET", "/health")[0] == 200
             waits.append(time.monotonic() - start)
-        assert heavy.result()[0] == 200
+        assert heavy.result()[0] == status
     assert max(waits) < 0.5, max(waits)
 
 

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -198,7 +199,7 @@ class Endpoints:
                 raise self._timeout_error()
             enqueue(pending.sequences)
         common_fields = {
-            "id": f"{request.id_prefix}-{pending.id}",
+            "id": f"{request.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": self.options.model_name,
         }
@@ -406,6 +407,7 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
     if options.allowed_origins:
         cors: Any = CORSMiddleware  # pyright: ignore[reportAssignmentType]
         allowed = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_private_network": True}
+        allowed["expose_headers"] = ["x-request-id", "retry-after"]
         middleware.insert(0, Middleware(cors, allow_origins=options.allowed_origins, **allowed))
     return Starlette(
         routes=[

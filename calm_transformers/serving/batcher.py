@@ -156,7 +156,10 @@ class Batcher:
             self.check_open()
             num_taken = len(self._engine.sequences) + len(self._waiting) + self._num_reserved
             if num_taken + num_sequences > self.max_rows + self.max_waiting:
-                raise QueueFull(f"{self.max_rows} requests are running and {self.max_waiting} wait: try again later.")
+                limit = self.max_rows + self.max_waiting
+                raise QueueFull(
+                    f"{num_taken} of {limit} places are taken, {num_sequences} more are needed: try again later."
+                )
             self._num_reserved += num_sequences
 
         def enqueue(sequences: list[SequenceState]) -> None:
@@ -310,7 +313,7 @@ class Batcher:
         assert self.tokenizer is not None, "only called with a tokenizer"
         return self.tokenizer.decode([token])  # pyright: ignore[reportReturnType]
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation up to the assistant's answer, by the tokenizer's chat template.
 
         Raises:
@@ -318,7 +321,9 @@ class Batcher:
         """
         if self.tokenizer is None:
             raise ValueError("A conversation needs a tokenizer: Batcher(model, tokenizer).")
-        text: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text: Any = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
         return self.encode(text, add_special_tokens=False)  # the template adds them itself
 
     def stats(self) -> Stats:

@@ -22,6 +22,7 @@ from calm_transformers.serving.batcher import Batcher
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_FIELDS = 100
 MAX_BIASES = 1024
 MAX_SCHEMA_BYTES = 2**16
 MAX_TOKEN_ID_DIGITS = 18
@@ -126,6 +127,30 @@ class ApiRequest(_StrictModel):
         except ValueError as error:
             raise BadRequest(f"The body is not JSON: {error}.") from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def drop_fields_without_effect(cls, fields: Any) -> Any:
+        """Returns the supported fields that are not null; `BadRequest` if an unsupported one would have an effect."""
+        if not isinstance(fields, dict):
+            return fields
+        if len(fields) > MAX_FIELDS:
+            raise BadRequest(f"A request may have at most {MAX_FIELDS} fields.")
+        biases = fields.get("logit_bias")
+        if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+            raise BadRequest(f"logit_bias: may hold at most {MAX_BIASES} tokens.", "logit_bias")
+        supported = {}
+        for name, value in fields.items():
+            if name in IGNORED_FIELDS or value is None:
+                continue
+            if name in UNSUPPORTED_FIELDS:
+                neutral_values, reason = UNSUPPORTED_FIELDS[name]
+                if not any(_is_same(value, neutral) for neutral in neutral_values):
+                    raise BadRequest(f"{name}: {reason}", name)
+                continue
+            check_encodable(name, value)
+            supported[name] = value
+        return supported
+
 
 RequestT = TypeVar("RequestT", bound=ApiRequest)
 
@@ -193,7 +218,7 @@ class GenerationRequest(ApiRequest):
     top_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     top_k: int | None = Field(None, ge=-1)  # -1, as in vLLM, disables it
     min_p: float | None = Field(None, ge=0, le=1)
@@ -205,25 +230,6 @@ class GenerationRequest(ApiRequest):
 
     default_max_tokens: ClassVar[int | None] = None  # None: the rest of the context
     num_logprobs: ClassVar[Any] = None  # most probable tokens to tell of each one; None tells none
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_fields_without_effect(cls, fields: Any) -> Any:
-        """Returns the supported fields; raises `BadRequest` for an unsupported one that would have an effect."""
-        if not isinstance(fields, dict):
-            return fields
-        supported = {}
-        for name, value in fields.items():
-            if name in IGNORED_FIELDS:
-                continue
-            if name in UNSUPPORTED_FIELDS:
-                neutral_values, reason = UNSUPPORTED_FIELDS[name]
-                if value is not None and not any(_is_same(value, neutral) for neutral in neutral_values):
-                    raise BadRequest(f"{name}: {reason}", name)
-                continue
-            check_encodable(name, value)
-            supported[name] = value
-        return supported
 
     @field_validator("stop")
     @classmethod
@@ -398,7 +404,7 @@ class Message(BaseModel):
         return others | {"role": self.role, "content": self.content}
 
 
-def encode_messages(messages: list[Message], batcher: Batcher) -> list[int]:
+def encode_messages(messages: list[Message], batcher: Batcher, add_generation_prompt: bool = True) -> list[int]:
     """Returns the ids of a conversation.
 
     Raises:
@@ -411,7 +417,7 @@ def encode_messages(messages: list[Message], batcher: Batcher) -> list[int]:
             "messages",
         )
     try:
-        return batcher.encode_chat([message.to_template_dict() for message in messages])
+        return batcher.encode_chat([message.to_template_dict() for message in messages], add_generation_prompt)
     except Exception as error:  # a template is a program, and its errors are about the messages
         raise BadRequest(f"messages: the chat template raised an error: {error}", "messages") from None
 
@@ -421,14 +427,15 @@ class TokenizeRequest(ApiRequest):
 
     prompt: str | None = None
     messages: Annotated[list[Message], FailFast()] = []
-    add_special_tokens: bool = True
+    add_special_tokens: bool = True  # of a prompt; the chat template adds those of messages
+    add_generation_prompt: bool = True  # of messages
 
     def tokens(self, batcher: Batcher) -> list[int]:
         """Returns the ids; raises `BadRequest` if they can't be made."""
         if (self.prompt is None) != bool(self.messages):
             raise BadRequest("prompt: give a prompt or messages.", "prompt")
         if self.messages:
-            return encode_messages(self.messages, batcher)
+            return encode_messages(self.messages, batcher, self.add_generation_prompt)
         try:
             return batcher.encode(self.prompt or "", self.add_special_tokens)
         except ValueError as error:
@@ -438,7 +445,7 @@ class TokenizeRequest(ApiRequest):
 class DetokenizeRequest(ApiRequest):
     """POST /detokenize, as in vLLM."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
     def text(self, batcher: Batcher) -> str:
         """Returns the text, special tokens included; raises `BadRequest` if there is no such id."""

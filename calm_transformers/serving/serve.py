@@ -114,9 +114,11 @@ def read_keys(options: Namespace) -> tuple[str, ...]:
     single = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
     keys = [] if single is None else [single]
     if options.api_key_file is not None:
-        keys += options.api_key_file.read_text(encoding="utf-8").splitlines()
-    if not all(key.strip() for key in keys) or (options.api_key_file and not keys):
+        keys += options.api_key_file.read_text(encoding="utf-8-sig").splitlines() or [""]
+    if not all(keys):
         raise ValueError(f"an API key is empty: --api_key, {KEY_VARIABLE} or a line of --api_key_file.")
+    if any(key.split() != [key] or key.startswith("#") for key in keys):
+        raise ValueError("an API key has spaces or begins with #: a file of keys has one per line and nothing else.")
     return tuple(keys)
 
 
