@@ -17,18 +17,18 @@ DOCS = ROOT / "docs"
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
 def test_systemd_verifies_the_unit(tmp_path):
-    unit = (DOCS / "calm.service").read_text()
+    unit = (DOCS / "calm@.service").read_text()
     assert "/opt/calm/.venv/bin/calm" in unit
-    path = tmp_path / "calm.service"
+    path = tmp_path / "calm@8001.service"
     path.write_text(unit.replace("/opt/calm/.venv/bin/calm", sys.executable))
     done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "calm.service" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "calm@8001.service" not in done.stderr, done.stderr
     path.write_text(unit)  # fails, as that interpreter doesn't exist
     done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, timeout=60)
-    assert Path("/opt/calm").exists() or "calm.service" in done.stderr
+    assert Path("/opt/calm").exists() or "calm@8001.service" in done.stderr
 
 
-@pytest.mark.parametrize("file", ["calm.service", "Dockerfile"])
+@pytest.mark.parametrize("file", ["calm@.service", "Dockerfile"])
 def test_commands_use_existing_options(file):
     text = (DOCS / file).read_text()
     used = set(re.findall(r"--(?:host|port|model_name|grace|[a-z]+_[a-z_]+)\b", text))
