@@ -17,7 +17,6 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
     "evaluate brier_lm": ("evaluation.brier_lm", "BrierLM on held-out text, of any causal LM"),
     "evaluate autoencoder": ("evaluation.autoencoder_report", "reconstruction, noise, posterior"),
     "evaluate invented_words": ("evaluation.invented_words", "words that don't occur in the training text"),
-    "evaluate plot": ("evaluation.plot", "learning curves of a run"),
     "bench generation": ("benchmarks.generation", "tokens/s compared with a Llama"),
     "bench serving": ("benchmarks.serving", "tokens/s by the number of clients"),
     "bench data": ("benchmarks.data", "how fast a training gets its batches"),

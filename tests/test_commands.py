@@ -39,7 +39,6 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "evaluation.autoencoder_report": ["--model", NOWHERE, *DATA[:2]],
     "evaluation.brier_lm": ["--model", NOWHERE, *DATA],
     "evaluation.invented_words": ["--model", NOWHERE, "--text", NOWHERE],
-    "evaluation.plot": [NOWHERE],
     "experiments.__main__": ["--corpus", NOWHERE, "--output", "{tmp}"],
     "experiments.language": ["--output", f"/dev/null/{NOWHERE}"],
     "experiments.oracle_ablation": ["--model", NOWHERE, "--language", NOWHERE],
@@ -154,11 +153,10 @@ def test_an_invalid_seed_or_count_is_one_line(module, capsys):
             assert f"--{name}" in refusal(capsys, main_of(module), f"--{name}={value}", *MISSING_PATHS[module])
 
 
-@pytest.mark.parametrize("name", ["brier_lm", "plot"])
-def test_an_unsupported_image_format_is_one_line(name, capsys):
-    module, option = f"calm_transformers.evaluation.{name}", "--output" if name == "plot" else "--plot"
-    message = refusal(capsys, main_of(module), *MISSING_PATHS[module], option, "x.nope")
-    assert f"{option}: x.nope: an image file must" in message
+def test_an_unsupported_image_format_is_one_line(capsys):
+    module = "calm_transformers.evaluation.brier_lm"
+    message = refusal(capsys, main_of(module), *MISSING_PATHS[module], "--plot", "x.nope")
+    assert "--plot: x.nope: an image file must" in message
 
 
 def test_an_unavailable_device_is_one_line(module, capsys, tmp_path):

@@ -45,7 +45,6 @@ MISSING_PACKAGES = [
     ([*TOKENIZER, "--train_files", "text.jsonl.zst"], "train"),
     ([*TOKENIZER, "--train_files", "text.parquet"], "train"),
     ([*TOKENIZER, "--train_files=[]", "--dataset", "some/texts"], "train"),
-    (["calm_transformers.evaluation.plot", "run"], "eval"),
     (["calm_transformers.evaluation.brier_lm", "--model", ".", *DATA, *PLOT], "eval"),
     (["calm_transformers.benchmarks.generation", "--shape", "calm-m", *PLOT], "eval"),
 ]
