@@ -12,8 +12,8 @@ LAYERS = [  # each may import what stands before it, and within its own subpacka
     {"model"},
     {"command_line", "progress"},
     {"files", "loading", "documents", "grammars"},
-    {"training", "evaluation", "serving", "pages", "conversion", "onnx_export", "generate"},
-    {"benchmarks", "experiments"},
+    {"training", "evaluation", "serving", "pages", "conversion", "onnx_export"},
+    {"benchmarks", "experiments", "generate"},
     {"cli"},
 ]
 
