@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     with known_errors():
         check_temperature(options.temperature)
-        if options.input:
-            return continue_file(options)
+    if options.input:
+        return continue_file(options)
+    with known_errors():
         with format_load_errors(options.model):
             generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
         config = generator.model.generation_config
@@ -65,20 +66,22 @@ def continue_file(options: Namespace) -> None:
     """Writes the continuations of all prompts that `--output` doesn't have yet.
 
     Raises:
-        InputError: the files can't be read, a prompt is too long, or `--output` has texts of other prompts.
+        InputError: the files can't be read, a prompt is too long, or `--output` has texts of other prompts or seeds.
     """
     prompts = list(read_documents(expand_paths(options.input), "prompt"))
-    num_done = count_finished(options.output, prompts)
+    with known_errors(OSError):
+        num_done = count_finished(options.output, prompts, options.seed)
     model, tokenizer = load_calm(options.model, None)
-    for number, prompt in enumerate(prompts, 1):
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for number, prompt_ids in enumerate(ids, 1):
         try:
-            check_length(model, len(tokenizer(prompt)["input_ids"]), options.max_new_tokens)
+            check_length(model, len(prompt_ids), options.max_new_tokens)
         except ValueError as error:
             raise InputError(f"prompt {number}: {error}") from None
     settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
     bar = progress_bar(None, "Generating", "text", len(prompts), initial=num_done)
     batcher = Batcher(model, tokenizer, max_rows=options.max_rows)
-    with batcher, bar, open(options.output, "a", encoding="utf-8") as file:
+    with known_errors(OSError), batcher, bar, open(options.output, "a", encoding="utf-8") as file:
         futures: deque[tuple[str, Future[GenerationResult]]] = deque()
 
         def write_next() -> None:
@@ -92,22 +95,26 @@ def continue_file(options: Namespace) -> None:
         for number in range(num_done, len(prompts)):
             if len(futures) == batcher.max_rows + batcher.max_waiting:
                 write_next()
-            futures.append((prompts[number], batcher.submit(prompts[number], seed=options.seed + number, **settings)))
+            futures.append((prompts[number], batcher.submit(ids[number], seed=options.seed + number, **settings)))
         while futures:
             write_next()
 
 
-def count_finished(output: Path, prompts: list[str]) -> int:
-    """Returns how many texts the file has, after removing an incomplete last line; raises InputError for another's."""
+def count_finished(output: Path, prompts: list[str], seed: int) -> int:
+    """Returns how many texts the file has, after removing an incomplete last line.
+
+    Raises:
+        InputError: they are of other prompts, or the first one's seed is another.
+    """
     if not output.exists():
         return 0
     *lines, rest = output.read_bytes().split(b"\n")
     try:
-        found = [json.loads(line)["prompt"] for line in lines]
+        found = [(line["prompt"], line["seed"]) for line in map(json.loads, lines)]
     except (ValueError, KeyError, TypeError):
         found = None
-    if found is None or found != prompts[: len(found)]:
-        raise InputError(f"{output}: holds other texts than of these prompts: name another file.")
+    if found is None or found != list(zip(prompts, range(seed, seed + len(prompts)), strict=True))[: len(found)]:
+        raise InputError(f"{output}: holds other texts than of these prompts and this --seed: name another file.")
     if rest:
         with output.open("r+b") as file:
             file.truncate(output.stat().st_size - len(rest))

@@ -182,6 +182,8 @@ def test_generation_is_reproducible_with_a_seed_or_a_generator(of_any_head):
             for i, seed in enumerate((0, 0, 1))
         )
         assert torch.equal(one, same) and not torch.equal(one, other)
+        untouched = torch.Generator().manual_seed(2).get_state()  # the last call's, which had a generator
+        assert torch.equal(torch.get_rng_state(), untouched)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

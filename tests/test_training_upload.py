@@ -44,11 +44,25 @@ def test_checkpoints_and_model_are_copied_and_another_machine_resumes(fields, tm
     assert not list(run.glob("_upload-*"))
 
 
-def test_a_url_with_a_model_does_not_look_complete_while_another_is_trained(saved):
+def test_a_url_with_another_training_is_refused_and_left_as_it_is(fields, tmp_path, capsys):
+    assert train("calm", **fields) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    for step in (2, 4):  # only the finished model is left
+        shutil.rmtree(tmp_path / "copy" / f"checkpoint-{step}")
+    assert train("calm", **fields | {"output_dir": tmp_path / "other", "seed": 9}) == 2
+    assert "copy holds checkpoints of another training (seed 42 -> 9)" in capsys.readouterr().err
+    left = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    assert (tmp_path / "copy" / "trainer_state.json") in left and all(
+        files[path] == path.read_bytes() for path in left
+    )
+
+
+def test_a_url_does_not_look_complete_while_its_model_is_trained_again(saved):
+    (saved / "recipe.yaml").write_text("kind: calm")
     (saved / "copy").mkdir()
     (saved / "copy" / "trainer_state.json").write_text("of an earlier model")
-    upload = Upload(str(saved / "copy"))
-    assert list((saved / "copy").iterdir()) == [] and upload.last_step() is None
+    Upload(str(saved / "copy")).begin(saved / "recipe.yaml")
+    assert [path.name for path in (saved / "copy").iterdir()] == ["recipe.yaml"]
 
 
 def fail_at(monkeypatch, is_failing) -> None:

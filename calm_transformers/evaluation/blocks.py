@@ -44,12 +44,12 @@ def join_articles(lines: Iterable[str]) -> Iterator[str]:
     """Yields the articles of WikiText, whose rows on the Hub are lines: the published scores are of whole articles."""
     article: list[str] = []
     for line in lines:
-        if any(article) and re.fullmatch(r" = [^=].* = \n", line):
-            yield "".join(line or " \n" for line in article)
+        if re.fullmatch(r" = [^=].* = \n", line) and "".join(article).strip():
+            yield "".join(article)
             article = []
-        article.append(line)
+        article.append(line or " \n")
     if article:
-        yield "".join(line or " \n" for line in article)
+        yield "".join(article)
 
 
 def read_blocks(args: argparse.Namespace, tokenizer, block_size: int, max_blocks: int | None = None) -> torch.Tensor:

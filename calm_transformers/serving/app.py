@@ -60,8 +60,9 @@ from calm_transformers.serving.openai_api import (
 from calm_transformers.serving.sequence import GenerationResult, SequenceState, TextDelta
 
 SEED_RANGE = 2**63  # seeds are signed 64-bit integers; the sum in `_prepare` wraps around
-logger = logging.getLogger(__name__)
 RECEIVE_TIMEOUT_SECONDS = 60  # for a request's headers, and again for its body; nginx's default
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -216,7 +216,7 @@ class Batcher:
         processor_settings = {name: options.pop(name) for name in PROCESSOR_SETTINGS if name in options}
         unknown = set(options) - set(PatchSampling.option_names())
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: unknown option; see Batcher.submit.")
+            raise ValueError(f"{', '.join(sorted(unknown))}: unknown option; see Batcher.prepare.")
         if options.get("temperature") is not None and options.get("do_sample") is None:
             options["do_sample"] = True
         if generator is not None and seed is not None:
@@ -305,6 +305,7 @@ class Batcher:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of ids."""
         assert self.tokenizer is not None, "only called with a tokenizer"
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)  # pyright: ignore[reportReturnType, reportArgumentType]
 
@@ -314,7 +315,7 @@ class Batcher:
         return self.tokenizer.decode([token])  # pyright: ignore[reportReturnType]
 
     def encode_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Returns the ids of a conversation up to the assistant's answer, by the tokenizer's chat template.
+        """Returns the ids of a conversation, by default up to the assistant's answer, by the chat template.
 
         Raises:
             ValueError: there is no chat template. A template may raise any other exception.

@@ -67,9 +67,9 @@ class TextDelta:
 
 
 @lru_cache(4)
-def _prefixes(strings: tuple[str, ...]) -> set[str]:
+def _prefixes(strings: tuple[str, ...]) -> frozenset[str]:
     """Returns the proper prefixes of stop strings, once for all texts of a request."""
-    return {string[:length] for string in strings for length in range(1, len(string))}
+    return frozenset(string[:length] for string in strings for length in range(1, len(string)))
 
 
 class TextAssembler:

@@ -52,10 +52,10 @@ FIXED_ON_RESUME = {
     *("neftune_noise_alpha", "bf16", "fp16"),
 }
 PATH_FIELDS = ("tokenizer", "autoencoder", "init_from", "init_backbone")  # folders, or Hub ids
-# Arguments of Trainer that our trainer, data and losses rely on.
 # With their defaults, as earlier versions wrote them to a run's recipe.yaml.
 REMOVED_FIELDS = [("auxiliary_decay", 0.0), ("head_learning_rate", None), ("ema_decay", 0.0)]
 REMOVED_FIELDS += [("distil", None), ("distil_weight", 1.0)]
+# Arguments of Trainer that our trainer, data and losses rely on.
 REQUIRED_ARGUMENTS = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
@@ -138,7 +138,8 @@ class Recipe:
 def allowed_changes(before: Recipe, now: Recipe, place: str | None = None) -> str:
     """Returns the fields that a resumed run changes, as "name old -> new, …"; one that must not is an `InputError`.
 
-    Training text is compared by its tokens, not its path, unless it is streamed.
+    Training text is compared by its tokens, not its path, unless it is streamed. `place` is named in the error, by
+    default the run's folder.
     """
     fields = section_fields(now.kind)
     fixed = FIXED_ON_RESUME | fields[""] - {"name", "upload_to"} | fields["model"] | {"batch_size", "tokens"}
@@ -282,11 +283,7 @@ def _read_sections(path: Path, kind: str | None, parents: tuple[Path, ...] = ())
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe has fields, as in kind: calm.")
     base, kinds = content.pop("base", None), content.pop("kinds", None) or {}
-    if (
-        not isinstance(kinds, dict)
-        or kinds.keys() - set(KINDS)
-        or not all(isinstance(k, dict) for k in kinds.values())
-    ):
+    if not isinstance(kinds, dict) or not all(kind in KINDS and isinstance(kinds[kind], dict) for kind in kinds):
         raise InputError(f"{path}: kinds must have fields of {', '.join(KINDS)}.")
     sections, kind = _split_sections(path, content), kind or content.get("kind")
     inherited: dict[str, dict] = {name: {} for name in sections}

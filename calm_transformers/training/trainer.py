@@ -4,13 +4,13 @@ The loop is Hugging Face's Trainer with more logs, checkpoints whose completenes
 the loss is not finite.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -58,7 +58,7 @@ from calm_transformers.training.recipe import (
 )
 from calm_transformers.training.speed import Speed
 from calm_transformers.training.tokenizer import save_tokenizer
-from calm_transformers.training.upload import LINKS, Upload
+from calm_transformers.training.upload import Upload
 
 LOSS_TERMS = ("reconstruction_loss", "kl_loss", "auxiliary_loss")
 MAX_UNCHECKED_LOSSES = 1000
@@ -102,7 +102,7 @@ def prepare_run(
     with initial_args.main_process_first(local=False, desc="restoring"):
         if recipe.upload_to and initial_args.process_index == 0:
             upload = Upload(recipe.upload_to)
-            restore_checkpoint(upload, recipe, resume)
+            upload.restore(recipe, last_checkpoint(folder) is not None, resume)
     checkpoint = last_checkpoint(folder)
     previous = load_resumed_recipe(recipe, checkpoint, resume)
     batch_size = initial_args.train_batch_size * initial_args.gradient_accumulation_steps * initial_args.world_size
@@ -146,7 +146,7 @@ def prepare_run(
         state = f"resuming from {checkpoint.name}" if checkpoint else "new run"
         print(f"{datasets.train.summary()} in {datasets.num_steps} steps, {state}", flush=True)
         if upload is not None:
-            upload.put(folder / "recipe.yaml", "recipe.yaml")
+            upload.begin(folder / "recipe.yaml")
             trainer.add_callback(upload)
     return PreparedRun(trainer, checkpoint, upload)
 
@@ -165,22 +165,21 @@ class PreparedRun:
         self.trainer.add_callback(preemption)
         torch.manual_seed(args.seed + args.process_index)  # each process needs its own noise
         transformers.logging.disable_progress_bar()  # the one of saving
-        try:
-            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        except BaseException:
-            if shows_bars():
-                print(file=sys.stderr)  # below the bar
+        with contextlib.ExitStack() as stack:
             if self.upload is not None:
-                self.upload.wait()
-            raise
-        if preemption.is_stopped:
-            log_rank0(f"SIGTERM: saved step {self.trainer.state.global_step}; the same command resumes")
+                stack.callback(self.upload.wait)
+            try:
+                self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            except BaseException:
+                if shows_bars():
+                    print(file=sys.stderr)  # below the bar
+                raise
+            if preemption.is_stopped:
+                log_rank0(f"SIGTERM: saved step {self.trainer.state.global_step}; the same command resumes")
+                return EXIT_PREEMPTED
+            self.trainer.export()
             if self.upload is not None:
-                self.upload.wait()
-            return EXIT_PREEMPTED
-        self.trainer.export()
-        if self.upload is not None:
-            self.upload.finish(output_folder(args))
+                self.upload.finish(output_folder(args))
         log_rank0(f"the model is in {output_folder(args)}")
         return 0
 
@@ -248,29 +247,6 @@ def load_resumed_recipe(recipe: Recipe, last: Path | None, resume: str) -> Recip
         allowed_changes(previous, recipe)  # only for its error, before the data is tokenised
         return previous
     return None
-
-
-def restore_checkpoint(upload: Upload, recipe: Recipe, resume: str) -> None:
-    """Copies the last complete checkpoint at the URL to the run's folder, with its recipe, if there is none here.
-
-    Raises:
-        InputError: the URL has another training's, or `resume` is "never".
-    """
-    folder = Path(recipe.output_dir)
-    for links in folder.glob(f"{LINKS}*"):  # a killed run's
-        shutil.rmtree(links)
-    step = None if last_checkpoint(folder) else upload.last_step()
-    if step is None:
-        return
-    if resume == "never":
-        raise InputError(f"{upload.url} contains checkpoint-{step}: name another --upload_to, or let it resume.")
-    with tempfile.TemporaryDirectory() as temporary:
-        saved_recipe = Path(temporary) / "recipe.yaml"
-        upload.get("recipe.yaml", saved_recipe)
-        allowed_changes(load_recipe(str(saved_recipe)), recipe, upload.url)
-        shutil.copy(saved_recipe, folder)
-    log_rank0(f"restoring checkpoint-{step} from {upload.url}")
-    upload.get(f"checkpoint-{step}", folder / f"checkpoint-{step}")
 
 
 def token_digest(dataset) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from calm_transformers.command_line import InputError, format_error
+from calm_transformers.training.recipe import Recipe, allowed_changes, load_recipe
 
 LINKS = "_upload-"  # before a checkpoint's name; uploads to the Hub leave out what begins so
 
@@ -32,7 +34,6 @@ class Upload(TrainerCallback):
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(f"{self._root}/_writable", b"")
             self._files.rm_file(f"{self._root}/_writable")
-            self._remove_marker("")  # the model there will be another one's than the recipe
         except Exception as error:  # each file system has its own
             raise InputError(f"upload_to {url}: cannot be written ({format_error(error)}).") from error
         self._thread = ThreadPoolExecutor(1)
@@ -60,19 +61,46 @@ class Upload(TrainerCallback):
         """Waits until the last checkpoint is copied; nothing can be copied after that."""
         self._thread.shutdown()
 
-    def put(self, file: Path, name: str) -> None:
-        """Copies a file to the path `name` below the URL."""
+    def restore(self, recipe: Recipe, has_checkpoint: bool, resume: str) -> None:
+        """Copies the last complete checkpoint at the URL to the run's folder, with its recipe, if there is none here.
+
+        Raises:
+            InputError: the URL has another training's, or `resume` is "never".
+        """
+        folder = Path(recipe.output_dir)
+        for links in folder.glob(f"{LINKS}*"):  # a killed run's
+            shutil.rmtree(links)
+        step = self._last_step()
+        if step is None and not self._files.exists(f"{self._root}/{TRAINER_STATE_NAME}"):
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            saved_recipe = Path(temporary) / "recipe.yaml"
+            self._get("recipe.yaml", saved_recipe)
+            allowed_changes(load_recipe(str(saved_recipe)), recipe, self.url)
+            if has_checkpoint or step is None:
+                return
+            if resume == "never":
+                raise InputError(f"{self.url} has checkpoint-{step}: name another --upload_to, or let it resume.")
+            shutil.copy(saved_recipe, folder)
+        print(f"restoring checkpoint-{step} from {self.url}", flush=True)
+        self._get(f"checkpoint-{step}", folder / f"checkpoint-{step}")
+
+    def begin(self, recipe_file: Path) -> None:
+        """Copies the recipe; an earlier model at the URL is no longer complete."""
+        self._remove_marker("")
+        self._put(recipe_file, recipe_file.name)
+
+    def _put(self, file: Path, name: str) -> None:
         target = f"{self._root}/{name}"
         self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
         self._files.put_file(str(file), target)
 
-    def last_step(self) -> int | None:
-        """Returns the step of the last complete checkpoint at the URL."""
+    def _last_step(self) -> int | None:
         found = self._files.glob(f"{self._root}/checkpoint-*/{TRAINER_STATE_NAME}")
         steps = [path.split("/")[-2].removeprefix("checkpoint-") for path in found]
         return max((int(step) for step in steps if step.isdecimal()), default=None)
 
-    def get(self, name: str, target: Path) -> None:
+    def _get(self, name: str, target: Path) -> None:
         """Copies a file or folder of the URL to `target`, which exists only when it is complete."""
         unfinished = target.with_name(f"{target.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -96,7 +124,7 @@ class Upload(TrainerCallback):
         try:
             self._remove_marker(prefix)
             for path in sorted(files, key=lambda path: path.name == TRAINER_STATE_NAME):
-                self.put(folder / path, f"{prefix}{path.as_posix()}")
+                self._put(folder / path, f"{prefix}{path.as_posix()}")
         except Exception as error:  # the training continues
             reason = f"{type(error).__name__}: {format_error(error)}"
             print(f"warning: {folder.name} was not uploaded to {self.url}: {reason}", flush=True)
