@@ -84,3 +84,5 @@ def test_the_mtp_loss_counts(capsys):
     gib = [[float(line.split("GiB")[0].split()[-1]) for line in lines if "GiB" in line] for lines in (plain, fast)]
     assert gib[1][0] - gib[0][0] == pytest.approx(16 * mtp * 1e6 / 2**30, abs=0.02)
     assert 0.5 < gib[1][1] - gib[0][1] < 2 * 32_768 * 128_257 / 2**30
+    [flops] = [float(line.split()[2]) for line in fast if line.startswith("  MTP loss ") and "trained" in line]
+    assert flops == pytest.approx(6 * 1024 * 128_257, rel=0.05)  # logits of a token, forward and twice backward

@@ -81,21 +81,21 @@ def linear_cross_entropy(states_RD: Tensor, weight_VD: Tensor, labels_R: Tensor)
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         states_RD, weight_VD = states_RD.to(dtype), weight_VD.to(dtype)
-    return _LinearCrossEntropy.apply(states_RD, weight_VD, labels_R)
+    return _LinearCrossEntropy.apply(states_RD, weight_VD, labels_R, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum and its gradient in one pass over chunks of rows."""
+    """The sum and, where gradients are enabled at the call, its gradient in one pass over chunks of rows."""
 
     @staticmethod
-    def forward(ctx, states_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> Tensor:
+    def forward(ctx, states_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, is_grad_enabled: bool) -> Tensor:
         num_rows = max(1, LOGITS_CHUNK_SIZE // len(weight_VD))
         total = torch.zeros((), device=states_RD.device)
         grad_weight, grads = torch.zeros_like(weight_VD, dtype=torch.float32), []
         for states, labels in zip(states_RD.split(num_rows), labels_R.split(num_rows), strict=True):
             log_q = (states @ weight_VD.T).float().log_softmax(-1)
             total += F.nll_loss(log_q, labels, ignore_index=IGNORED, reduction="sum")
-            if any(ctx.needs_input_grad):
+            if is_grad_enabled and any(ctx.needs_input_grad):  # the latter is true without gradients, too
                 counts = (labels != IGNORED).to(log_q.dtype).unsqueeze(-1)
                 grad = log_q.exp_().mul_(counts).scatter_add_(1, labels.clamp(min=0).unsqueeze(-1), -counts)
                 grad = grad.to(weight_VD.dtype)
@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total: Tensor):
         grad_states, grad_weight = ctx.saved_tensors
-        return grad_total * grad_states, grad_total * grad_weight, None
+        return grad_total * grad_states, grad_total * grad_weight, None, None
 
 
 class ExtraTargets(PatchTarget):
