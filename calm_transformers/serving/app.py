@@ -334,7 +334,8 @@ class Endpoints:
         while num_unfinished:
             timeout = None if deadline is None else deadline - time.perf_counter()
             try:
-                index, delta = await asyncio.wait_for(pending.events.get(), timeout)
+                async with asyncio.timeout(timeout):
+                    index, delta = await pending.events.get()
             except TimeoutError:
                 raise self._timeout_error() from None
             if is_first and delta is not None:

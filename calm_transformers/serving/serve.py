@@ -4,6 +4,8 @@ Requests are generated in one batch (serving/batcher.py). The model runs with th
 loaded.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import signal
@@ -13,6 +15,7 @@ from argparse import ArgumentTypeError, Namespace
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateSyntaxError
@@ -20,6 +23,9 @@ from jinja2 import TemplateSyntaxError
 from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors, positive, utf8
 from calm_transformers.loading import load_calm
 from calm_transformers.serving.batcher import Batcher
+
+if TYPE_CHECKING:
+    from calm_transformers.serving.middleware import ServerOptions
 
 PROGRAM = "calm serve"
 SERVING_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -33,33 +39,15 @@ def main(argv: list[str] | None = None) -> None:
     """Loads the model and serves it until SIGINT or SIGTERM."""
     options = parse(argv)
     check_environment()
-    with known_errors():
-        keys = read_keys(options)
     with known_errors(OSError):
         server_socket = bind_socket(options.host, options.port)
-    is_loopback = ip_address(server_socket.getsockname()[0]).is_loopback
-    if not keys and not is_loopback:
-        print(f"warning: anyone who reaches {options.host} can use this server, as it has no API key", file=sys.stderr)
     with server_socket:
-        from calm_transformers.serving.app import ServerOptions, create_app
+        from calm_transformers.serving.app import create_app
 
+        settings = server_options(options, ip_address(server_socket.getsockname()[0]).is_loopback)
         batcher = load_batcher(options)
         try:
-            with known_errors():  # errors that every request with default settings would have
-                batcher.submit([0], max_new_tokens=1).result()
-            app = create_app(
-                batcher,
-                ServerOptions(
-                    model_name=options.model_name or options.model,
-                    api_keys=keys,
-                    allowed_hosts=() if keys or not is_loopback else (options.host, *LOOPBACK_NAMES),
-                    max_request_bytes=options.max_request_bytes,
-                    timeout_s=options.timeout or None,
-                    allowed_origins=tuple(options.allow_origin),
-                    ignore_unknown_fields=options.ignore_unknown_fields,
-                ),
-            )
-            run(app, batcher, server_socket, options)
+            run(create_app(batcher, settings), batcher, server_socket, options)
         finally:
             batcher.close(cancel=True)
 
@@ -122,6 +110,29 @@ def read_keys(options: Namespace) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def server_options(options: Namespace, is_loopback: bool = True) -> ServerOptions:
+    """Returns the options of the HTTP server; without keys and on loopback it answers to names of this machine alone.
+
+    Raises:
+        InputError: see `read_keys`.
+    """
+    from calm_transformers.serving.middleware import ServerOptions
+
+    with known_errors():
+        keys = read_keys(options)
+    if not keys and not is_loopback:
+        print(f"warning: anyone who reaches {options.host} can use this server, as it has no API key", file=sys.stderr)
+    return ServerOptions(
+        model_name=options.model_name or options.model,
+        api_keys=keys,
+        allowed_hosts=() if keys or not is_loopback else (options.host, *LOOPBACK_NAMES),
+        max_request_bytes=options.max_request_bytes,
+        timeout_s=options.timeout or None,
+        allowed_origins=tuple(options.allow_origin),
+        ignore_unknown_fields=options.ignore_unknown_fields,
+    )
+
+
 def check_environment() -> None:
     """Raises `InputError` if a package that the server needs is missing."""
     missing = [package for package in SERVING_PACKAGES if importlib.util.find_spec(package) is None]
@@ -133,7 +144,7 @@ def load_batcher(options: Namespace) -> Batcher:
     """Loads the model and its tokenizer, and returns a `Batcher` with the limits of the options.
 
     Raises:
-        InputError: there is no CALM, tokenizer or such device, or the template can't be read.
+        InputError: there is no CALM, tokenizer or such device, the template can't be read, or the defaults fail.
     """
     with known_errors():
         template = options.chat_template and read_template(options.chat_template)
@@ -147,7 +158,9 @@ def load_batcher(options: Namespace) -> Batcher:
             tokenizer.chat_template = template
         check_chat_template(tokenizer)
         limits = ("max_rows", "max_waiting", "max_length", "max_draws", "prefill_chunk_size")
-        return Batcher(model, tokenizer, **{name: getattr(options, name) for name in limits})
+        batcher = Batcher(model, tokenizer, **{name: getattr(options, name) for name in limits})
+        batcher.submit([0], max_new_tokens=1).result()  # errors that every request with default settings would have
+        return batcher
 
 
 def read_template(path: Path) -> str:

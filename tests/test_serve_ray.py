@@ -1,0 +1,85 @@
+"""Two replicas on a Ray cluster of this machine: one that is killed under load, and one that is removed."""
+
+import json
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from server_process import free_port, wait_for
+
+ray = pytest.importorskip("ray")
+serve = pytest.importorskip("ray.serve")
+pytestmark = pytest.mark.transformers  # run where the extra [clients] is installed
+
+ROWS, CLIENTS = 4, 12
+LONG = {"prompt": "Once upon a time", "max_tokens": 800, "temperature": 0.5, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def deploy(tiny_folder):
+    """Deploys the model with a number of replicas; the result is the URL."""
+    from calm_transformers.serving.ray_app import app
+
+    def deploy(replicas):
+        args = {"model": tiny_folder, "model_name": "tiny", "min_replicas": replicas, "max_rows": ROWS}
+        serve.run(app({**args, "num_cpus": 0.5}))
+        return f"http://127.0.0.1:{port}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else it leaves a token in the home folder
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False)
+        port = free_port()
+        serve.start(http_options={"port": port})
+        yield deploy
+        serve.shutdown()
+        ray.shutdown()
+
+
+def ask(url, seed, **options):
+    """Returns the text of a seed, or the HTTP status of an error."""
+    data = json.dumps({**LONG, **options, "seed": seed}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)["choices"][0]["text"]
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def replicas():
+    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    return sorted(name for name in names if name.startswith("SERVE_REPLICA"))
+
+
+def num_running(url):
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("calm_running "))
+
+
+def test_a_killed_replica_loses_only_the_requests_that_it_held(deploy):
+    url = deploy(2)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        expected = list(pool.map(lambda seed: ask(url, seed), range(2 * CLIENTS)))
+        assert all(isinstance(text, str) and len(text) > 100 for text in expected) and len(set(expected)) > CLIENTS
+        answers = [pool.submit(ask, url, seed) for seed in range(2 * CLIENTS)]
+        wait_for("the first of them ends", lambda: any(answer.done() for answer in answers))
+        before = replicas()
+        ray.kill(ray.get_actor(before[0], namespace="serve"))
+        answers = [answer.result() for answer in answers]
+    lost = [answer for answer, text in zip(answers, expected, strict=True) if answer != text]
+    assert set(lost) == {500} and len(lost) <= ROWS, lost
+    wait_for("another replica", lambda: len(replicas()) == 2 and replicas() != before)
+
+
+def test_a_removed_replica_finishes_its_requests(deploy):
+    url = deploy(2)
+    with ThreadPoolExecutor(2 * ROWS) as pool:
+        expected = list(pool.map(lambda seed: ask(url, seed), range(2 * ROWS - 2)))
+        answers = [pool.submit(ask, url, seed) for seed in range(2 * ROWS - 2)]
+        wait_for("both are busy", lambda: min(num_running(url) for _ in range(8)) > 1)
+        deploy(1)
+        assert [answer.result() for answer in answers] == expected
+    wait_for("one replica", lambda: len(replicas()) == 1)

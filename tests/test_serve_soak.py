@@ -1,0 +1,75 @@
+"""Eight clients that come, cancel and vanish: the server's memory stays flat, and a seed's text the same.
+
+SOAK_SECONDS (60) sets how long: `SOAK_SECONDS=3600 python -m pytest -n 0 -s tests/test_serve_soak.py` is the hour of
+docs/serving.md. It prints a line for each tenth of the time.
+"""
+
+import contextlib
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from model_copies import ROOT
+from server_process import running_server, wait_for
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
+NUM_CLIENTS = 8
+
+pytestmark = pytest.mark.slow
+
+
+def visit(server, choose):
+    """Sends one request of random settings, and reads the answer, a part of it, or nothing."""
+    length = choose.randrange(1, 300)
+    body = {"prompt": "Once upon a time, there was a dog. " * choose.randrange(20), "max_tokens": length}
+    body |= {"temperature": choose.choice((0.5, 1)), "stream": choose.random() < 0.7, "n": choose.choice((1, 1, 3))}
+    connection = server.connect(body | choose.choice(({}, {"stop": ["."]}, {"logit_bias": {"5": -9}})))
+    with contextlib.closing(connection), contextlib.suppress(TimeoutError):
+        match choose.randrange(3):
+            case 0:
+                answer = connection.getresponse()
+                assert answer.status in (200, 429) and answer.read()
+            case 1:  # leaves in the middle
+                connection.sock.settimeout(5 * choose.random())
+                connection.getresponse().read(choose.randrange(1, 2000))
+            case 2:  # leaves unanswered
+                time.sleep(choose.random())
+
+
+def usage_of(server):
+    """Returns the process's resident memory in MB, its file descriptors and its threads."""
+    process = f"/proc/{server.process.pid}"
+    with open(f"{process}/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmRSS"].split()[0]) / 1024, len(os.listdir(f"{process}/fd")), int(fields["Threads"])
+
+
+def test_memory_is_flat_and_a_text_stays_the_same(tmp_path):
+    known = {"prompt": "One day,", "max_tokens": 60, "seed": 3, "temperature": 0.5}
+    end = time.monotonic() + SECONDS
+
+    def client(number):
+        choose, num_visits = random.Random(number), 0
+        while time.monotonic() < end:
+            visit(server, choose)
+            num_visits += 1
+        return num_visits
+
+    with running_server(ROOT, tmp_path) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        _, answer = server.post("/v1/completions", known)
+        visits, usages = [pool.submit(client, number) for number in range(NUM_CLIENTS)], []
+        for _ in range(10):
+            time.sleep(SECONDS / 10)
+            usages.append(usage_of(server))
+            print("{:.1f} MB, {} descriptors, {} threads".format(*usages[-1]), flush=True)
+        counts = [each.result() for each in visits]
+        wait_for("all texts end", lambda: server.metric("calm_running") + server.metric("calm_waiting") == 0)
+        finished, cancelled = server.metric("calm_finished_total"), server.metric("calm_cancelled_total")
+        print(f"{sum(counts)} visits: {finished:.0f} texts finished, {cancelled:.0f} cancelled", flush=True)
+        assert min(counts) > 3 and finished > 10 and cancelled > 10 and server.metric("calm_failed_total") == 0
+        first, *later = usages
+        assert max(memory for memory, _, _ in later) <= 1.02 * first[0], usages
+        assert max(threads for _, _, threads in later) <= first[2] + 2 and later[-1][1] <= first[1] + NUM_CLIENTS
+        assert server.post("/v1/completions", known)[1]["choices"] == answer["choices"]
