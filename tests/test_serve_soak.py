@@ -1,7 +1,7 @@
 """Eight clients that come, cancel and vanish: the server's memory stays flat, and a seed's text the same.
 
 SOAK_SECONDS (60) sets how long: `SOAK_SECONDS=3600 python -m pytest -n 0 -s tests/test_serve_soak.py` is the hour of
-docs/serving.md. It prints a line for each tenth of the time.
+docs/serving.md. It prints ten lines, the first after a tenth of the time, or half a minute.
 """
 
 import contextlib
@@ -60,8 +60,9 @@ def test_memory_is_flat_and_a_text_stays_the_same(tmp_path):
     with running_server(ROOT, tmp_path) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
         _, answer = server.post("/v1/completions", known)
         visits, usages = [pool.submit(client, number) for number in range(NUM_CLIENTS)], []
-        for _ in range(10):
-            time.sleep(SECONDS / 10)
+        first_seconds = max(SECONDS / 10, 30)
+        for number in range(10):
+            time.sleep((SECONDS - first_seconds) / 9 if number else first_seconds)
             usages.append(usage_of(server))
             print("{:.1f} MB, {} descriptors, {} threads".format(*usages[-1]), flush=True)
         counts = [each.result() for each in visits]

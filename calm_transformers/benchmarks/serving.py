@@ -1,12 +1,12 @@
-"""Measures tokens per second and time to first token of several servers, by the number of clients.
+"""Measures tokens per second and time to first token of several servers, by temperature and number of clients.
 
     calm bench serving --model . --baseline transformer-s --clients 1 4 16
-    calm bench serving --model calm-m --distilled --baseline transformer-s --clients 1 4 16 --max_tokens 32
+    calm bench serving --model calm-m calm-m:distilled --baseline transformer-s --temperature 1 0.5 --max_tokens 32
 
-A CALM is served by `calm serve`, the baseline by `transformers serve`, with and without its continuous batching.
-Recipes (calm-m, transformer-s) get random weights, with --distilled a head that samples at T. Each client streams one
-completion after another over HTTP; EOS is ignored. Clients and servers share the machine; the servers' rounds are
-interleaved.
+A CALM is served by `calm serve` with a row per client, the baseline by `transformers serve --continuous-batching`.
+Recipes (calm-m, transformer-s) get random weights, with `:distilled` a head that samples at the lowest temperature.
+Each client streams one completion after another over HTTP; EOS is ignored. Clients and servers share the machine; the
+servers' rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import socket
@@ -40,6 +41,7 @@ from calm_transformers.command_line import (
 from calm_transformers.evaluation.report import markdown, write_json
 
 UPSTREAM_PACKAGES = ("fastapi", "openai", "uvicorn", "rich")
+DISTILLED = ":distilled"
 START_SECONDS = 600
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play with her toys."
 PROMPT_WORDS = 32  # of a random model
@@ -62,7 +64,7 @@ class Round(NamedTuple):
     first_token_seconds: list[float]
 
 
-def save_model(name: str, folder: Path, distilled_temperature: float | None = None) -> Path:
+def save_model(name: str, folder: Path, lowest_temperature: float) -> Path:
     """Returns the folder of a model; for a recipe, saves random weights and a tokenizer to `folder` first."""
     import torch
 
@@ -70,12 +72,15 @@ def save_model(name: str, folder: Path, distilled_temperature: float | None = No
     from calm_transformers.loading import load_config
     from calm_transformers.model.configuration_calm import CALMConfig
 
-    if is_trained(name):
+    recipe = name.removesuffix(DISTILLED)
+    if is_trained(recipe):
         load_config(name)
         return Path(name)
-    config = model_config(name)
-    if isinstance(config, CALMConfig):
-        config.distilled_temperature = distilled_temperature
+    config = model_config(recipe)
+    if recipe != name:
+        if not isinstance(config, CALMConfig):
+            raise InputError(f"{name}: only a CALM has a distilled head.")
+        config.distilled_temperature = lowest_temperature
     model = random_model(config, torch.device("cpu"), torch.float32)
     assert model.generation_config is not None
     model.generation_config.update(do_sample=True, temperature=0.5)
@@ -166,48 +171,49 @@ def run_round(server: RunningServer, clients: int, requests: int, max_tokens: in
     return Round(sum(tokens for tokens, _ in results), time.perf_counter() - start, [first for _, first in results])
 
 
-def summarise_rounds(server: str, clients: int, rounds: list[Round]) -> dict:
-    """Summarises the rounds of one server and number of clients; tokens per second are over all clients."""
+def summarise_rounds(server: str, temperature: float, clients: int, rounds: list[Round]) -> dict:
+    """Summarises the rounds of a server at a temperature and number of clients; tokens/s are over all clients."""
     speeds = [finished.tokens / finished.seconds for finished in rounds]
     latencies = sorted(seconds for finished in rounds for seconds in finished.first_token_seconds)
     p99 = quantiles(latencies, n=100, method="inclusive")[98] if len(latencies) > 1 else latencies[0]
     return {
-        **{"server": server, "clients": clients, "tokens_per_second": median(speeds)},
+        **{"server": server, "temperature": temperature, "clients": clients, "tokens_per_second": median(speeds)},
         **{"least": min(speeds), "most": max(speeds), "first_token_p50": median(latencies), "first_token_p99": p99},
     }
 
 
 def as_table(results: list[dict]) -> str:
     """Formats results of `summarise_rounds` as Markdown, with the ratio to the server's speed for one client."""
-    single = {result["server"]: result["tokens_per_second"] for result in results if result["clients"] == 1}
+    settings = [(result["server"], result["temperature"]) for result in results]
+    speeds = [result["tokens_per_second"] for result in results]
+    single = {key: speed for key, speed, each in zip(settings, speeds, results, strict=True) if each["clients"] == 1}
     rows = []
-    for result in results:
-        ratio = f"{result['tokens_per_second'] / single[result['server']]:.2f}" if result["server"] in single else "–"
+    for key, result in zip(settings, results, strict=True):
+        ratio = f"{result['tokens_per_second'] / single[key]:.2f}" if key in single else "–"
         speed = "{tokens_per_second:.1f} ({least:.1f} – {most:.1f})".format(**result)
         latencies = f"{1000 * result['first_token_p50']:.0f}, {1000 * result['first_token_p99']:.0f}"
-        rows.append([result["server"], str(result["clients"]), speed, ratio, latencies])
-    return markdown(["server", "clients", "tokens/s (range)", "÷ one client", "first token, ms: p50, p99"], rows)
+        rows.append([result["server"], f"{result['temperature']:g}", str(result["clients"]), speed, ratio, latencies])
+    return markdown(["server", "T", "clients", "tokens/s (range)", "÷ one client", "first token, ms: p50, p99"], rows)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm bench serving", __doc__)
-    parser.add_argument("--model", default=".", help="a CALM: a folder, or a recipe such as calm-m")
+    parser.add_argument("--model", nargs="+", default=["."], help="CALMs: folders, or recipes such as calm-m")
     parser.add_argument("--baseline", help="a causal LM: a folder, or a recipe such as transformer-s")
-    parser.add_argument("--no_upstream_batching", action="store_true", help="leave out upstream's continuous batching")
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=positive, default=2, help="completions per client and round")
     parser.add_argument("--max_tokens", type=positive, default=64)
-    parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--distilled", action="store_true", help="a recipe's head samples at the temperature, below 1")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.5])
     parser.add_argument("--repetitions", type=positive, default=3, help="rounds per server, interleaved")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=writable, help="write the results")
     options = parser.parse_args(argv)
     for package in UPSTREAM_PACKAGES if options.baseline else ():
         require_package(package, "benchmark", "`transformers serve`")
-    if options.distilled and not 0 < options.temperature < 1:
-        raise InputError(f"--distilled needs a --temperature between 0 and 1, not {options.temperature:g}.")
+    lowest = min(options.temperature)
+    if any(name.endswith(DISTILLED) for name in options.model) and not 0 < lowest < 1:
+        raise InputError(f"{DISTILLED} needs a --temperature between 0 and 1, not {lowest:g}.")
     with tempfile.TemporaryDirectory(prefix="calm-serving-") as folder:
         results = measure(options, Path(folder))
     print(as_table(results))
@@ -216,35 +222,30 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace, temporary: Path) -> list[dict]:
     """Starts all servers and returns a summary per number of clients and server; `temporary` gets models and logs."""
-    # name, model, module and its arguments, additional options
-    configurations = [("calm_transformers.serving.serve", options.model, ["calm_transformers.serving.serve"], [])]
-    if options.baseline:
-        upstream = ["transformers.cli.transformers", "serve"]
-        configurations.append(("transformers serve", options.baseline, upstream, []))
-        if not options.no_upstream_batching:
-            name = "transformers serve, continuous batching"
-            configurations.append((name, options.baseline, upstream, ["--continuous-batching"]))
+    # name, module and its arguments, additional fields of requests
+    ours = "calm serve", ["calm_transformers.serving.serve", "--max_rows", str(max(options.clients))]
+    upstream = "transformers serve", ["transformers.cli.transformers", "serve", "--continuous-batching"]
+    configurations = [(model, *ours, {"ignore_eos": True}) for model in options.model]
+    configurations += [(options.baseline, *upstream, {})] if options.baseline else []
     with contextlib.ExitStack() as stack:
         servers = []
-        for name, model, program, program_options in configurations:
+        for model, name, program, fields in configurations:
             with known_errors(ValueError, OSError):
-                lowest = options.temperature if options.distilled else None
-                folder = save_model(model, temporary / model.replace("/", "-"), lowest)
+                folder = save_model(model, temporary / model.replace("/", "-"), min(options.temperature))
             port = free_port()
-            args = [*program, str(folder), *program_options, "--dtype", options.dtype]
+            args = [*program, str(folder), "--dtype", options.dtype]
             stack.enter_context(running_server(args, port, temporary / f"{len(servers)}.log"))
             prompt = PROMPT if folder == Path(model) else " ".join(f"w{100 + i}" for i in range(PROMPT_WORDS))
-            fields = {"ignore_eos": True} if name == "calm_transformers.serving.serve" else {}
             servers.append(RunningServer(f"{name}: {model}", port, str(folder), prompt, fields))
         results = []
-        for clients in options.clients:
+        for temperature, clients in itertools.product(options.temperature, options.clients):
             rounds: list[list[Round]] = [[] for _ in servers]  # per server
             for repetition in range(1 + options.repetitions):  # the first warms up
                 requests, max_tokens = (options.requests, options.max_tokens) if repetition else (1, 8)
                 for server, server_rounds in zip(servers, rounds, strict=True):
-                    server_rounds.append(run_round(server, clients, requests, max_tokens, options.temperature))
+                    server_rounds.append(run_round(server, clients, requests, max_tokens, temperature))
             for server, server_rounds in zip(servers, rounds, strict=True):
-                results.append(summarise_rounds(server.name, clients, server_rounds[1:]))
+                results.append(summarise_rounds(server.name, temperature, clients, server_rounds[1:]))
                 print(as_table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
         return results
 

@@ -22,6 +22,7 @@ from calm_transformers.serving.sequence import FinishReason, SequenceState, Toke
 
 ACCELERATOR_ERROR: Any = getattr(torch, "AcceleratorError", ())  # after it the process can't use the device
 INITIAL_CAPACITY = 64  # patches per slot; doubled when needed
+PREFILL_MULTIPLE = 16
 
 
 class SlotCache(Cache):
@@ -184,14 +185,15 @@ class Engine:
     def _prefill(self) -> None:
         """Prefills prompts first come, first served, up to `prefill_patches` per step, padding included."""
         chunks: list[tuple[int, SequenceState, int]] = []  # slot, sequence, number of patches
-        longest = 0
+        longest = 0  # with padding
         waiting = [(slot, sequence) for slot, sequence in enumerate(self.sequences) if not sequence.is_prefilled]
         for slot, sequence in sorted(waiting, key=lambda slot_and_sequence: slot_and_sequence[1].arrival_index):
             length = min(len(sequence.prompt_PK) - sequence.num_cached, self.prefill_patches)
-            if chunks and (len(chunks) + 1) * max(length, longest) > self.prefill_patches:
+            padded = min(-(-length // PREFILL_MULTIPLE) * PREFILL_MULTIPLE, self.prefill_patches)
+            if chunks and (len(chunks) + 1) * max(padded, longest) > self.prefill_patches:
                 break
             chunks.append((slot, sequence, length))
-            longest = max(length, longest)
+            longest = max(padded, longest)
         if not chunks:
             return
         chunks.sort(key=lambda chunk: chunk[0])  # contiguous slots need no copying
