@@ -1,11 +1,14 @@
-"""Two replicas on a Ray cluster of this machine: one that is killed under load, and one that is removed."""
+"""CALM on a Ray cluster of this machine: a replica that is killed or removed under load, the manifest, Ray Data."""
 
 import json
+import re
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
+from model_copies import ROOT
 from server_process import free_port, wait_for
 
 ray = pytest.importorskip("ray")
@@ -29,7 +32,7 @@ def deploy(tiny_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else it leaves a token in the home folder
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(num_cpus=2, include_dashboard=False)
+        ray.init(num_cpus=4, include_dashboard=False)
         port = free_port()
         serve.start(http_options={"port": port})
         yield deploy
@@ -83,3 +86,44 @@ def test_a_removed_replica_finishes_its_requests(deploy):
         deploy(1)
         assert [answer.result() for answer in answers] == expected
     wait_for("one replica", lambda: len(replicas()) == 1)
+
+
+def test_the_manifest_deploys_what_ray_serve_and_the_application_accept():
+    from ray.serve.schema import ServeDeploySchema
+
+    from calm_transformers.serving.ray_app import app
+
+    spec = yaml.safe_load((ROOT / "docs" / "kuberay.yaml").read_text())["spec"]
+    (config,) = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"])).applications
+    assert config.import_path == f"{app.__module__}:app"
+    deployment = app(config.args)._bound_deployment
+    scaling, (workers,) = (
+        deployment._deployment_config.autoscaling_config,
+        spec["rayClusterConfig"]["workerGroupSpecs"],
+    )
+    assert (scaling.min_replicas, scaling.max_replicas) == (workers["minReplicas"], workers["maxReplicas"]) == (2, 8)
+    assert deployment.ray_actor_options["num_gpus"] == 1 and deployment._deployment_config.max_ongoing_requests == 32
+
+
+@pytest.mark.parametrize("args", [{"model": ".", "port": 9000}, {"model": ".", "max_row": 1}, {}])
+def test_other_arguments_are_refused(args):
+    from calm_transformers.serving.ray_app import app
+
+    with pytest.raises(ValueError, match="port|max_row|model"):
+        app(args)
+
+
+def test_ray_data_continues_a_file_of_prompts(deploy, tiny_folder, tmp_path):
+    """Runs the documented program with the tiny model; each text is what the server gives for its seed."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    program = next(block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "ray.data" in block)
+    prompts = [f"Once upon {i}" for i in range(100)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
+    for documented, actual in (("prompts.jsonl", tmp_path / "prompts.jsonl"), ("texts", tmp_path / "texts")):
+        program = program.replace(f'"{documented}"', f'"{actual}"')
+    url = deploy(1)
+    exec(program.replace('["."]', f'["{tiny_folder}"]').replace("concurrency=2", "concurrency=1"), {})
+    rows = [json.loads(line) for file in (tmp_path / "texts").iterdir() for line in file.read_text().splitlines()]
+    assert sorted(row["prompt"] for row in rows) == sorted(prompts)
+    for row in rows[:3]:
+        assert row["text"] == ask(url, 0, prompt=row["prompt"], max_tokens=60, ignore_eos=False)

@@ -49,7 +49,7 @@ def app(args: dict[str, Any]) -> Application:
     """
     args = dict(args)
     for_ray = {name: convert(args.pop(name)) for name, convert in RAY_OPTIONS.items() if name in args}
-    words = [str(args.pop("model", ""))]
+    words = [str(args.pop("model"))] if "model" in args else []
     for name, value in args.items():
         if name in ("host", "port"):
             raise InputError(f"{name}: is an option of `serve start --http-{name}`, or of http_options in a file.")
