@@ -22,7 +22,6 @@ from calm_transformers.serving.sequence import FinishReason, SequenceState, Toke
 
 ACCELERATOR_ERROR: Any = getattr(torch, "AcceleratorError", ())  # after it the process can't use the device
 INITIAL_CAPACITY = 64  # patches per slot; doubled when needed
-PREFILL_MULTIPLE = 16
 
 
 class SlotCache(Cache):
@@ -189,7 +188,9 @@ class Engine:
         waiting = [(slot, sequence) for slot, sequence in enumerate(self.sequences) if not sequence.is_prefilled]
         for slot, sequence in sorted(waiting, key=lambda slot_and_sequence: slot_and_sequence[1].arrival_index):
             length = min(len(sequence.prompt_PK) - sequence.num_cached, self.prefill_patches)
-            padded = min(-(-length // PREFILL_MULTIPLE) * PREFILL_MULTIPLE, self.prefill_patches)
+            # Few different lengths, at most a quarter longer: oneDNN keeps megabytes for each shape that it has seen.
+            step = 2 ** max(length.bit_length() - 3, 0)
+            padded = min(-(-length // step) * step, self.prefill_patches)
             if chunks and (len(chunks) + 1) * max(padded, longest) > self.prefill_patches:
                 break
             chunks.append((slot, sequence, length))
