@@ -28,18 +28,9 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
 }
 
 
-def format_usage(group: str = "") -> str:
-    """Returns a list of the subcommands, or of those in a group like "bench", one line each."""
-    names = [name for name in COMMANDS if name.startswith(group)]
-    lines = [f"  calm {name:27}{COMMANDS[name][1]}" for name in names]
-    return "\n".join(
-        [f"usage: calm {group or 'COMMAND'} [options]", "", *lines, "", "calm COMMAND --help lists its options."]
-    )
-
-
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Runs the subcommand that the first word or two name, or prints the list of subcommands."""
+    """Runs the subcommand that the first word or two name, or lists all, or those of a group."""
     words = sys.argv[1:] if argv is None else argv
     for length in (1, 2):
         if (name := " ".join(words[:length])) in COMMANDS:
@@ -50,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     if rest and rest[0] not in ("-h", "--help"):
         unknown = f"{group} {rest[0]}".strip()
         raise InputError(f"calm {unknown}: no such command (see {f'calm {group}'.strip()} --help).")
-    print(format_usage(group))
+    lines = [f"  calm {name:27}{summary}" for name, (_, summary) in COMMANDS.items() if name.startswith(group)]
+    print(f"usage: calm {group or 'COMMAND'} [options]", "", *lines, "", sep="\n")
+    print("calm COMMAND --help lists its options.")
     return 0
 
 

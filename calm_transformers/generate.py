@@ -63,11 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def continue_file(options: Namespace) -> None:
-    """Writes the continuations of all prompts that `--output` doesn't have yet.
-
-    Raises:
-        InputError: the files can't be read, a prompt is too long, or `--output` has texts of other prompts or seeds.
-    """
+    """Writes the continuations of all prompts that `--output` doesn't have yet."""
     prompts = list(read_documents(expand_paths(options.input), "prompt"))
     with known_errors(OSError):
         num_done = count_finished(options.output, prompts, options.seed)
@@ -101,11 +97,7 @@ def continue_file(options: Namespace) -> None:
 
 
 def count_finished(output: Path, prompts: list[str], seed: int) -> int:
-    """Returns how many texts the file has, after removing an incomplete last line.
-
-    Raises:
-        InputError: they are of other prompts, or the first one's seed is another.
-    """
+    """Returns how many texts of these prompts the file has, after removing an incomplete last line."""
     if not output.exists():
         return 0
     *lines, rest = output.read_bytes().split(b"\n")

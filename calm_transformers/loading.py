@@ -51,11 +51,7 @@ def format_load_errors(name: str | Path) -> Iterator[None]:
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """Returns the named device; by default a GPU if available, else the CPU.
-
-    Raises:
-        ValueError: the device is not available.
-    """
+    """Returns the named device, by default a GPU or else the CPU; raises ValueError if it is not available."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

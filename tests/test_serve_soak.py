@@ -17,7 +17,8 @@ from server_process import running_server, wait_for
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 NUM_CLIENTS = 8
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD += b"Content-Length: 100\r\n\r\n"
 
 pytestmark = pytest.mark.slow
 

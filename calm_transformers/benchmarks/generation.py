@@ -56,7 +56,7 @@ from calm_transformers.command_line import (
     require_package,
     writable,
 )
-from calm_transformers.evaluation.report import saved_figure, write_json
+from calm_transformers.evaluation.report import markdown, saved_figure, write_json
 from calm_transformers.model.configuration_calm import CALMConfig
 from calm_transformers.model.generation_calm_samplers import SAMPLING_METHODS, PatchSampling
 
@@ -188,10 +188,6 @@ COLUMNS = {
 }
 
 
-def table_header() -> str:
-    return f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
-
-
 def table_row(row: dict) -> str:
     optional = {"distinct": row["distinct_share"], "memory": row["peak_over_weights"]}
     cells = {name: "–" if value is None else f"{value:.2f}" for name, value in optional.items()}
@@ -231,9 +227,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
     )
-    parser.add_argument(
-        "--fast_baseline", action="store_true", help="give the baseline CALM's matmul backend (kernels_calm.py)"
-    )
+    parser.add_argument("--fast_baseline", action="store_true", help="give the baseline CALM's matmul backend")
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=positive, default=64, help="tokens per prompt")
     parser.add_argument("--output_length", type=positive, default=64, help="new tokens per prompt")
@@ -249,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     with known_errors(ValueError, OSError):
         benchmark = Benchmark(options)
-        print(table_header(), flush=True)
+        print(markdown(list(COLUMNS), []), flush=True)
         for row in benchmark.rows():
             rows.append(row)
             print(table_row(row), flush=True)

@@ -100,21 +100,19 @@ class PeakMemory:
         self.extra: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.bytes_before = self._bytes_in_use()
+        self.bytes_before = self._reset_peak()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.bytes_before is None:
-            return
-        is_cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else self._process_bytes("VmHWM")
-        self.extra = peak - self.bytes_before
+        if self.bytes_before is not None:
+            is_cuda = self.device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else self._process_bytes("VmHWM")
+            self.extra = peak - self.bytes_before
 
-    def _bytes_in_use(self) -> int | None:
-        """Returns the memory in use, None if unknown; on Linux it also resets the peak."""
+    def _reset_peak(self) -> int | None:
+        """Resets the peak and returns the memory in use, None if unknown."""
         if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
         try:
             # Otherwise freed memory that the allocator still holds would hide new allocations.

@@ -3,10 +3,10 @@
     calm bench serving --model . --baseline transformer-s --clients 1 4 16
     calm bench serving --model calm-m calm-m:distilled --baseline transformer-s --temperature 1 0.5 --max_tokens 32
 
-A CALM is served by `calm serve` with a row per client, the baseline by `transformers serve --continuous-batching`.
-Recipes (calm-m, transformer-s) get random weights, with `:distilled` a head that samples at the lowest temperature.
-Each client streams one completion after another over HTTP; EOS is ignored. Clients and servers share the machine; the
-servers' rounds are interleaved.
+A CALM is served by `calm serve` with a row per client, the baseline by `transformers serve` with its continuous
+batching. Recipes (calm-m, transformer-s) get random weights, with `:distilled` a head that samples at the lowest
+temperature. Each client streams one completion after another over HTTP; EOS is ignored. Clients and servers share the
+machine; the servers' rounds are interleaved.
 """
 
 from __future__ import annotations

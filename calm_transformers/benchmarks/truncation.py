@@ -95,13 +95,10 @@ def total_variation(probs_V: Tensor, other_V: Tensor) -> float:
     return 0.5 * float((probs_V - other_V).abs().sum())
 
 
-def uniform_weights(first_BN: Tensor) -> Tensor:
-    return torch.full(first_BN.shape, 1 / first_BN.shape[1])
-
-
 def flattened_row(probs_V: Tensor, samples: SampleSets) -> list[float]:
     """Returns the noise, then for each T the distances of `candidate_weights`, of the plug-in, and of P itself."""
-    row = [total_variation(samples.choice_distribution(uniform_weights), probs_V)]
+    sampled_V = samples.choice_distribution(lambda first_BN: torch.full(first_BN.shape, 1 / first_BN.shape[1]))
+    row = [total_variation(sampled_V, probs_V)]
     for temperature in TEMPERATURES:
         target_V = target_distribution(probs_V, temperature)
         for weight_fn in (candidate_weights, plug_in_weights):
@@ -126,9 +123,7 @@ def truncated_row(probs_V: Tensor, samples: SampleSets) -> list[float]:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm_transformers.benchmarks.truncation", __doc__)
-    parser.add_argument(
-        "--pools", type=positive, default=2000, help="sets of samples per distribution and N (default: 2,000)"
-    )
+    parser.add_argument("--pools", type=positive, default=2000, help="sets per distribution and N (default: 2,000)")
     args = parser.parse_args(argv)
     flattened = [f"{prefix}T = {t:g}" for t in TEMPERATURES for prefix in ("", "plug-in, ", "untouched, ")]
     cases = [f"{name}, T = {t:g}" for t in TRUNCATED_TEMPERATURES for name in TRUNCATIONS]

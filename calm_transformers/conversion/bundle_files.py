@@ -56,9 +56,6 @@ MIT licence.
 def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
     """Returns the tokenizer's files (name → content): tokenizer.json with the configuration's pad token,
     tokenizer_config.json, and the chat template if there is one.
-
-    Raises:
-        InputError: there is no tokenizer.json, or its ids don't match the configuration.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -127,11 +124,7 @@ def write_supporting_files(
     language_model: Repository,
     autoencoder: Repository,
 ) -> None:
-    """Writes all files of a converted repository except the weights.
-
-    Raises:
-        InputError: the tokenizer is missing or not the model's.
-    """
+    """Writes all files of a converted repository except the weights."""
     config.architectures = [CALMForCausalLM.__name__]
     files = {
         "config.json": config.to_json_string(),

@@ -24,11 +24,7 @@ REMAP_BYTES = 2**26  # bytes read before a file is mapped anew, which frees the 
 
 
 class WeightsFile:
-    """A memory-mapped .safetensors or .bin file, whose tensors are read one by one.
-
-    Raises:
-        InputError: the file is truncated or damaged, or holds anything but float tensors of `DTYPES`.
-    """
+    """A memory-mapped .safetensors or .bin file, whose tensors are read one by one."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -78,11 +74,7 @@ class StoredTensor(NamedTuple):
 
 
 def mmap_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Memory-maps a file and returns its tensors by name, without executing anything in a pickle.
-
-    Raises:
-        InputError: the file is truncated, or holds anything but a dictionary of dense tensors.
-    """
+    """Memory-maps a file and returns its tensors by name, without executing anything in a pickle."""
     try:
         if path.suffix == ".bin":
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -101,11 +93,7 @@ def mmap_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def verify_checksums(path: Path) -> None:
-    """Checks the CRCs of a zip archive, which memory-mapping skips.
-
-    Raises:
-        InputError: a checksum differs.
-    """
+    """Checks the CRCs of a zip archive, which memory-mapping skips."""
     with zipfile.ZipFile(path) as archive:
         member = archive.testzip()
         if member and archive.getinfo(member).CRC:  # 0 if torch.save computed none
@@ -118,9 +106,6 @@ class Repository:
     Args:
         id_or_folder: Hub id or folder.
         content: expected content, for messages: "language model" or "autoencoder".
-
-    Raises:
-        InputError: a file is missing, unreadable or truncated.
     """
 
     def __init__(self, id_or_folder: str, content: str):
@@ -160,11 +145,7 @@ class Repository:
 
 
 def fetch(id_or_folder: str, patterns: list[str], content: str) -> Path:
-    """Returns the folder itself, or the local snapshot of a Hub repository's matching files.
-
-    Raises:
-        InputError: there is no such folder or repository.
-    """
+    """Returns the folder itself, or the local snapshot of a Hub repository's matching files."""
     path = Path(id_or_folder)
     if path.is_dir():
         return path
@@ -180,11 +161,7 @@ def fetch(id_or_folder: str, patterns: list[str], content: str) -> Path:
 
 
 def find_weight_files(folder: Path) -> tuple[Path, list[Path]]:
-    """Finds the weights in a folder, safetensors before .bin; returns the index or single file, and the weight files.
-
-    Raises:
-        InputError: there are none, a shard is missing, or the index names a shard outside the folder.
-    """
+    """Finds the weights in a folder, safetensors before .bin; returns the index or single file, and all files."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -204,11 +181,7 @@ def find_weight_files(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object from a file.
-
-    Raises:
-        InputError: there is no such file, or it holds something else.
-    """
+    """Reads a JSON object from a file."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -230,9 +203,6 @@ def write_safetensors(
         shapes: name → shape.
         dtype: of all tensors.
         make_tensor: called once per name; returns a tensor of that shape and dtype.
-
-    Raises:
-        InputError: the disk is full or fails.
     """
     header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     end = 0

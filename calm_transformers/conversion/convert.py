@@ -155,9 +155,6 @@ def merge_config_fields(repository: Repository, inferred: InferredFields, config
     """Returns the arguments of `config_class`: those of its fields that config.json states or that were inferred.
 
     An unknown field is an error because it may change what the model computes, like logit soft-capping.
-
-    Raises:
-        InputError: config.json contradicts a tensor, has an unknown field or lacks a required one.
     """
     for field, (value, stored) in inferred.items():
         if repository.config.get(field) not in (None, value):
@@ -182,11 +179,7 @@ def merge_config_fields(repository: Repository, inferred: InferredFields, config
 
 
 def build_config(language_model: Repository, autoencoder: Repository) -> tuple[CALMConfig, dict[str, tuple[int, ...]]]:
-    """Returns the bundle's configuration, and the model's tensor shapes (name → shape).
-
-    Raises:
-        InputError: config.json contradicts the tensors, or the two repositories don't match.
-    """
+    """Returns the bundle's configuration, and the model's tensor shapes (name → shape)."""
     inferred, nested_inferred = infer_language_model_fields(language_model), infer_autoencoder_fields(autoencoder)
     for field in ("patch_size", "latent_size", "vocab_size"):
         (value, stored), (nested_value, nested_stored) = inferred[field], nested_inferred[field]
@@ -215,11 +208,7 @@ def map_name(name: str, mapping: tuple) -> tuple[str, ...]:
 
 
 def assign_sources(language_model: Repository, autoencoder: Repository, shapes: dict) -> dict[str, list[StoredTensor]]:
-    """Returns for each tensor of our model (`shapes`: name → shape) its published sources, which must be equal.
-
-    Raises:
-        InputError: a tensor is missing, unexpected or has the wrong shape.
-    """
+    """Returns for each tensor of our model (`shapes`: name → shape) its published sources, which must be equal."""
     sources_of: dict[str, list[StoredTensor]] = {name: [] for name in shapes}
     # The autoencoder's own repository comes first: of equally wide sources the first is written.
     for repository, mapping in ((autoencoder, AUTOENCODER_MAPPING), (language_model, LANGUAGE_MODEL_MAPPING)):
@@ -239,11 +228,7 @@ def assign_sources(language_model: Repository, autoencoder: Repository, shapes: 
 
 
 def read_merged(sources: list[StoredTensor], dtype: torch.dtype) -> torch.Tensor:
-    """Reads the source of the widest dtype, checks that the others equal it in their dtypes, and casts it to `dtype`.
-
-    Raises:
-        InputError: two sources differ, or a value is not finite before or after the cast.
-    """
+    """Reads the source of the widest dtype, checks that the others equal it in their dtypes, casts it to `dtype`."""
     first, *others = sorted(sources, key=lambda source: -source.dtype.itemsize)
     tensor = check_finite(first.read(), first)
     for other in others:
@@ -306,9 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder to write")
     parser.add_argument("--tokenizer", metavar="ID_OR_DIR", help="repository with tokenizer.json (default: --calm)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the widest published one)")
-    parser.add_argument(
-        "--push_to_hub", "--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository"
-    )
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="REPO", help="upload it to this Hub repository")
     args = parser.parse_args(argv)
     with known_errors(InputError, OSError):
         convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, args.push_to_hub or "")

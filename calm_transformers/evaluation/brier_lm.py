@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=writable, help="write a list with one object per model")
-    parser.add_argument(
-        "--plot", type=image_path, help="write a bar chart (default with several models: brier_lm.png)"
-    )
+    parser.add_argument("--plot", type=image_path, help="bar chart (default with several models: brier_lm.png)")
     args = parser.parse_args(argv)
     plot = args.plot or (Path("brier_lm.png") if len(args.model) > 1 else None)
     state = PartialState(cpu=not torch.cuda.is_available())  # accelerate needs cpu=True for CPU processes

@@ -289,11 +289,7 @@ def translation_table() -> dict:
 
 
 def write_graph(name: str, graph: Graph, path: Path, opset: int | None) -> None:
-    """Traces a graph and writes it, with the weights in a separate file.
-
-    Raises:
-        InputError: it can't be exported, or not to this opset.
-    """
+    """Traces a graph and writes it, with the weights in a separate file."""
     try:
         with silence_exporter():
             program = torch.onnx.export(
@@ -393,12 +389,7 @@ def ignored_settings(generation: GenerationConfig) -> list[str]:
 
 
 def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
-    """Loads a CALM in float32 and its tokenizer, and checks that it can be exported.
-
-    Raises:
-        InputError: the model can't be exported, a package is missing, or the opset is not supported.
-        OSError, ValueError: there is no model or no tokenizer.
-    """
+    """Loads a CALM in float32 and its tokenizer, and checks that it can be exported."""
     with format_load_errors(name):
         config = PretrainedConfig.get_config_dict(name)[0]
     if config.get("model_type") != "calm":
@@ -423,11 +414,7 @@ def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
 
 
 def write_folder(model: CALMForCausalLM, tokenizer, folder: Path, opset: int | None, tolerance: float) -> None:
-    """Writes the graphs, compares each with the model, and writes the other files; prints a line for each graph.
-
-    Raises:
-        InputError, OSError: a graph can't be exported or differs from the model, or the disk is full.
-    """
+    """Writes the graphs, compares each with the model, and writes the other files; prints a line for each graph."""
     for name, build_graph in GRAPH_BUILDERS.items():
         print(f"{name}: traced, written and compared …", flush=True)
         start, path = time.perf_counter(), folder / f"{name}.onnx"

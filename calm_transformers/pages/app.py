@@ -108,11 +108,7 @@ def serve(options: Namespace) -> None:
 
 
 def load_models(model: str, baseline: str | None, device: str | None) -> list[PageModel]:
-    """Loads the CALM, and the baseline if one is named, with their tokenizers.
-
-    Raises:
-        InputError: a model can't be loaded, `model` is not a CALM, or `baseline` is one.
-    """
+    """Loads the CALM, and the baseline if one is named, with their tokenizers."""
     models = [PageModel(display_name(model), *load_calm(model, device))]
     if baseline is not None:
         with known_errors():
@@ -130,9 +126,6 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         folder: a new or empty folder.
         model: a Hub id, or a folder, which is copied.
         baseline: the same for a token-level language model.
-
-    Raises:
-        InputError: the folder is not new, or a model is neither a folder nor a Hub id.
     """
     with new_folder(folder) as temporary:
         sources = {name: source for name, source in (("model", model), ("baseline", baseline)) if source}
@@ -165,11 +158,7 @@ def display_name(model: str) -> str:
 
 
 def copy_if_local(model: str, target: Path) -> str:
-    """Saves a local model with code and tokenizer to `target` and returns `target.name`; returns a Hub id unchanged.
-
-    Raises:
-        InputError: `model` is neither a folder nor a Hub id, or the folder lacks a language model or its tokenizer.
-    """
+    """Saves a local model with code and tokenizer to `target`, returns `target.name`; returns a Hub id unchanged."""
     if not Path(model).is_dir():
         if HUB_ID.fullmatch(model):
             return model

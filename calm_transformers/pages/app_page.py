@@ -222,10 +222,9 @@ class PageModel:
         return cls(name, model.to(device).eval(), tokenizer)
 
     def stream(self, prompt: str, settings: Settings) -> Iterator[GenerationState]:
-        """Generates in a thread and yields its state repeatedly. Closing the iterator stops the generation.
+        """Generates in a thread and yields its state repeatedly; a ValueError if the prompt or a setting is invalid.
 
-        Raises:
-            ValueError: the prompt or a setting is not supported.
+        Closing the iterator stops the generation.
         """
         settings.check()
         ids = self._prompt_ids(prompt, int(settings.max_new_tokens))

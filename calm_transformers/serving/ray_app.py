@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray import serve
-from ray.serve import Application
+from ray import serve  # pyright: ignore[reportMissingImports]  # of the extra [cluster]
+from ray.serve import Application  # pyright: ignore[reportMissingImports]
 from starlette.applications import Starlette
 
 from calm_transformers.command_line import InputError
@@ -58,7 +58,7 @@ def app(args: dict[str, Any]) -> Application:
     options = parse(words)
     min_replicas = for_ray.pop("min_replicas", 1)
     replicas = {"min_replicas": min_replicas, "max_replicas": for_ray.pop("max_replicas", min_replicas)}
-    return Replica.options(
+    return Replica.options(  # pyright: ignore[reportAttributeAccessIssue]
         ray_actor_options=for_ray,
         autoscaling_config={**replicas, "target_ongoing_requests": options.max_rows},
         max_ongoing_requests=options.max_rows,

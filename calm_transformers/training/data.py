@@ -167,9 +167,6 @@ def write_shard(folder: Path, manifest: dict, index: int, tokenize: Callable[[],
 
     `manifest` (JSON) has `num_shards`, `dtype` and what the tokens depend on. A shard is renamed into place when
     complete, so that a kill leaves no partial one.
-
-    Raises:
-        InputError: the folder holds tokens of another manifest, there is no text, or it can't be written.
     """
     shard = _check_manifest(folder, manifest) and _open_shard(folder, manifest, index)
     if not shard:

@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipe", required=True, help="name of a recipe, or a .yaml file")
     parser.add_argument("--output", required=True, type=Path, help="folder of the tokens")
     parser.add_argument("--num_proc", type=positive, default=1, help="processes, which write a shard each")
-    parser.add_argument(
-        "--shard", type=shard_of, default=(0, 1), metavar="I/N", help="write part i of n of the shards"
-    )
+    parser.add_argument("--shard", type=shard_of, default=(0, 1), metavar="I/N", help="part i of n of the shards")
     options, fields = parser.parse_known_args(argv)
     with known_errors():
         recipe = load_recipe(options.recipe, parse_command_line(fields))

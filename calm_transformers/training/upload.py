@@ -22,9 +22,6 @@ class Upload(TrainerCallback):
 
     Of each the file TRAINER_STATE_NAME comes last, so that a copy without it is known as incomplete. If checkpoints
     are saved faster than they are copied, only the newest waits for its turn. A copy that fails is printed.
-
-    Raises:
-        InputError: nothing can be written to the URL.
     """
 
     def __init__(self, url: str):
@@ -62,11 +59,7 @@ class Upload(TrainerCallback):
         self._thread.shutdown()
 
     def restore(self, recipe: Recipe, has_checkpoint: bool, resume: str) -> None:
-        """Copies the last complete checkpoint at the URL to the run's folder, with its recipe, if there is none here.
-
-        Raises:
-            InputError: the URL has another training's, or `resume` is "never".
-        """
+        """Copies the last complete checkpoint at the URL, with its recipe, to the run's folder, if it has none."""
         folder = Path(recipe.output_dir)
         for links in folder.glob(f"{LINKS}*"):  # a killed run's
             shutil.rmtree(links)
