@@ -104,12 +104,6 @@ def test_the_distinct_fraction_is_a_mean_over_contexts():
     assert workloads.distinct_fraction(patches_CNK) == (2 + 4) / 8
 
 
-def labelled_recording(num_contexts, num_candidates):
-    """Candidate j of context c is the patch (c, j, 0, 0)."""
-    grid = torch.cartesian_prod(torch.arange(num_contexts), torch.arange(num_candidates))
-    return torch.nn.functional.pad(grid, (0, 2)).view(num_contexts, num_candidates, 4)
-
-
 @pytest.mark.parametrize("method, lazy", [("batch", False), ("adaptive", False), ("adaptive", True)])
 def test_a_replay_returns_recorded_patches_with_unchanged_work(monkeypatch, method, lazy):
     """All recorded candidates are distinct, so nothing stops early. Their tokens 3 and 2 are equal, so lazy decoding
@@ -118,9 +112,10 @@ def test_a_replay_returns_recorded_patches_with_unchanged_work(monkeypatch, meth
     model, work = tiny_model(), []
     decoding = (model.autoencoder.decoder, "most_probable_tokens") if lazy else (model.autoencoder.decoder, "forward")
     sampling = PatchSampling(True, 0.5, 16, method, lazy_decoding=lazy)
-    call = getattr(*decoding)
+    call, grid = getattr(*decoding), torch.cartesian_prod(torch.arange(50), torch.arange(16))
+    recording = torch.nn.functional.pad(grid, (0, 2)).view(50, 16, 4)  # candidate j of context c: (c, j, 0, 0)
     with mock.patch.object(*decoding, lambda first, *more: work.append(len(first)) or call(first, *more)):
-        with Replay(labelled_recording(50, 16)).on(model):
+        with Replay(recording).on(model):
             (first, *_), (later, *_) = (model.sample_patches(torch.randn(3, 48), sampling).patches.T for _ in range(2))
             patches_3K = model.sample_patches(torch.randn(3, 48), sampling).patches
     assert sum(work) == 3 * 3 * (3 * 16 + 1 if lazy else 16)

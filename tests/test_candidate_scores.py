@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from enumerable_distributions import seeded
-from tiny import BOS, PAD, tiny_model, tiny_tokenizer
+from tiny import BOS, PAD, few_tokens, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
 from calm_transformers.model import generation_calm, generation_calm_samplers
@@ -24,9 +24,9 @@ SETTINGS = {
     "adaptive": {"temperature": 0.5},
     "exact": {"temperature": 0.5, "sampling_method": "exact"},
     "1/T not whole": {"temperature": 0.4},
-    "T = 1.5": {"temperature": 1.5},
+    "T = 1.5": {"temperature": 1.5, "sampling_method": "exact"},
     "top_p": {"top_p": 0.6},
-    "top_k, T = 0.5": {"top_k": 2, "temperature": 0.5},
+    "top_k, T = 0.5": {"top_k": 2, "temperature": 0.5, "sampling_method": "exact"},
     "min_p, T = 1.5": {"min_p": 0.8, "temperature": 1.5},
     "greedy": {"do_sample": False},
 }
@@ -35,10 +35,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def model():
     """A model whose patches are 2 of 5 tokens, so that candidates repeat."""
-    model = tiny_model(patch_size=2)
-    with torch.no_grad():
-        model.autoencoder.decoder.lm_head.weight[4:] = 0
-    return model
+    return few_tokens(tiny_model(patch_size=2), 4)
 
 
 def write(model, prompt=PROMPT, mask=MASK, output_scores=True, **settings):
@@ -88,12 +85,6 @@ def warnings(monkeypatch):
     return found
 
 
-def bounds_on_samples(name):
-    """Returns the fewest and most samples of a step, in units of N."""
-    exact = {"adaptive": (0, 1), "exact": (0, 10), "1/T not whole": (0, 1), "T = 1": (1 / N, 1 / N)}
-    return exact.get(name, (1, 1))
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scores_describe_the_candidates_and_leave_the_sequences_unchanged(model, warnings, name):
     outputs, without = write(model, **SETTINGS[name]), write(model, output_scores=False, **SETTINGS[name])
@@ -101,7 +92,8 @@ def test_scores_describe_the_candidates_and_leave_the_sequences_unchanged(model,
     assert torch.equal(write(model, return_dict_in_generate=False, **SETTINGS[name]), outputs.sequences)
     patches_BSK, scores_BS = generated_patches(outputs), model.compute_patch_scores(outputs.scores)
     assert len(outputs.scores) == 4 == patches_BSK.shape[1] and scores_BS.shape == (3, 4)
-    least, most = (N * share for share in bounds_on_samples(name))
+    bounds = {"adaptive": (0, N), "exact": (0, 10 * N), "1/T not whole": (0, N), "T = 1": (1, 1)}
+    least, most = bounds.get(name, (N, N))
     for number, step in enumerate(outputs.scores):
         patches_BMK, counts_BM, weights_BM, chosen_B, is_exact_B = step
         chosen_BK, patch_BK = patches_BMK[ROWS, chosen_B], patches_BSK[:, number]
@@ -123,11 +115,12 @@ def test_scores_describe_the_candidates_and_leave_the_sequences_unchanged(model,
 
 
 def test_logits_processors_change_sequences_and_candidates(model):
-    settings = {"repetition_penalty": 1.5, "suppress_tokens": [1], "temperature": 0.5}
+    settings = {"repetition_penalty": 1.5, "suppress_tokens": [1], "temperature": 0.5, "sampling_method": "exact"}
     outputs = write(model, **settings)
     assert torch.equal(outputs.sequences, write(model, output_scores=False, **settings).sequences)
     patches, without = generated_patches(outputs), generated_patches(write(model, temperature=0.5))
     assert 1 not in patches and 1 in without
+    assert not any(step.is_exact.any() for step in outputs.scores)  # all candidates are weighed
     assert all(1 not in step.patches for step in outputs.scores[:-1])  # the last is longer than max_new_tokens
 
 
@@ -239,15 +232,6 @@ class TestExact:
         is_exact_SB = torch.stack([step.is_exact for step in write(model, **self.SETTINGS).scores])
         assert is_exact_SB.shape == (10, 3) and is_exact_SB.any() and not is_exact_SB.all()
         assert (~is_exact_SB).sum() == sum(fell_back)
-
-    @pytest.mark.parametrize("settings", [{"temperature": 1.5}, {"top_k": 2}, {"repetition_penalty": 1.5}], ids=str)
-    def test_settings_that_weigh_all_candidates_are_never_exact(self, model, settings):
-        outputs = write(model, sampling_method="exact", **settings)
-        assert not any(step.is_exact.any() for step in outputs.scores)
-
-    def test_every_step_is_exact_with_enough_candidates(self, model):
-        outputs = write(model, temperature=0.5, sampling_method="exact", num_candidates=200)
-        assert all(step.is_exact.all() for step in outputs.scores)
 
 
 @pytest.mark.transformers

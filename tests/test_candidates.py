@@ -154,7 +154,6 @@ SETTINGS = [
     {"temperature": 0.5, "sampling_method": "batch"},
     {"temperature": 0.5},
     {"temperature": 0.7},
-    {"temperature": 1 / 3},
     {"temperature": 0.4, "sampling_method": "exact"},
     {"do_sample": False},
     {"temperature": 0.5, "min_new_tokens": 6, "eos_token_id": 5},

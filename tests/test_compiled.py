@@ -20,6 +20,7 @@ SETTINGS = {
     "exact": {"temperature": 0.5, "sampling_method": "exact"},
     "greedy": {"do_sample": False},
     "top_p": {"temperature": 0.8, "top_p": 0.9},
+    "distilled": {"temperature": 0.5, "sampling_method": "distilled"},
 }
 PROMPT = torch.randint(10, 60, (2, 17), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(PROMPT)
@@ -28,8 +29,8 @@ NEW_TOKENS = 16
 STATIC = {"cache_implementation": "static"}
 
 
-def small_model(head="energy"):
-    return tiny_model(head, num_hidden_layers=1, num_mlp_layers=1)
+def small_model(head="energy", **overrides):
+    return tiny_model(head, num_hidden_layers=1, num_mlp_layers=1, **overrides)
 
 
 def config(backend="eager"):
@@ -61,13 +62,15 @@ def graphs():
     [
         *(pytest.param("energy", name, marks=pytest.mark.transformers) for name in ("batch", "exact", "greedy")),
         *(pytest.param("energy", name, marks=pytest.mark.slow) for name in ("T = 1", "adaptive", "1/T not whole")),
+        pytest.param("energy", "distilled", marks=pytest.mark.slow),
         *(pytest.param(head, "adaptive", marks=pytest.mark.slow) for head in HEAD_TYPES if head != "energy"),
         ("token_chain", "greedy"),
         pytest.param("token_chain", "top_p", marks=pytest.mark.slow),
     ],
 )
 def test_one_graph_compiles_all_steps_with_unchanged_output(graphs, head, name):
-    model, compiled = small_model(head), {"compile_config": config(graphs)}
+    model = small_model(head, distilled_temperature=0.25 if name == "distilled" else None)
+    compiled = {"compile_config": config(graphs)}
     for seeds in ((1, 2), (3, 4)):
         assert torch.equal(write(model, seeds, **SETTINGS[name], **compiled), write(model, seeds, **SETTINGS[name]))
     assert len(graphs.captured) == 1 and NEW_TOKENS > 2 * model.config.patch_size

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import zstandard
-from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, PAD, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -79,13 +79,9 @@ def read(*paths, **options) -> list[str]:
     return list(read_documents(expand_paths([str(p) for p in paths]), **options))
 
 
-def compressed(suffix: str, content: bytes) -> bytes:
-    return COMPRESS.get(suffix, bytes)(content)
-
-
 LINES = jsonl(TEXTS)
 READABLE = {
-    **{f"a.jsonl{suffix}": compressed(suffix, LINES) for suffix in ("", *COMPRESS)},
+    **{f"a.jsonl{suffix}": COMPRESS.get(suffix, bytes)(LINES) for suffix in ("", *COMPRESS)},
     "a.parquet": parquet(TEXTS),
     "a.parquet.zst": zstandard.compress(parquet(TEXTS)),
     "dictionary.parquet": parquet(pyarrow.array(TEXTS).dictionary_encode()),
@@ -487,19 +483,6 @@ def test_steps_and_blocks_by_hand():
 
 
 # collator
-
-
-def test_the_labels_are_the_predicted_tokens():
-    """For rows of every length mod K: Trainer divides by the number of labels, the model by its targets · K."""
-    rows = [{"input_ids": torch.arange(2, 2 + length)} for length in (16, 15, 9, 8, 5, 4)]
-    model, batch = tiny_model(), PatchCollator(4, pad_token_id=0)(rows)
-    counted = (batch["labels"] != -100).sum()
-    assert counted == 4 * (3 + 2 + 1 + 1 + 0 + 0)
-
-    def loss(number):
-        return model(**batch, num_items_in_batch=number, generator=torch.Generator().manual_seed(0)).loss
-
-    torch.testing.assert_close(loss(None), loss(counted))
 
 
 NONE = [-100] * 4

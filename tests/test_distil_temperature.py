@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from test_rejection import V, enumerate_patches, model_of_chain, numbers_of, p_value
 from tiny import tiny_model
 from training_helpers import train
-from transformers import AutoModelForCausalLM, CompileConfig
+from transformers import AutoModelForCausalLM
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.training.distil_temperature import (
@@ -167,17 +167,6 @@ def test_a_dry_run_counts_the_teacher(workshop, tmp_path, capsys):
     sampled = plain["head"][1] + plain["autoencoder"][1]
     assert distilled["teacher"][0] == pytest.approx(100 * sampled, rel=0.02)
     assert distilled["backbone"][0] == pytest.approx(plain["backbone"][0] / 3, rel=0.02)
-
-
-@pytest.mark.slow
-def test_a_compiled_step_samples_at_the_temperature():
-    model, settings = distilled_model(), {"do_sample": True, "temperature": 0.5, "max_new_tokens": 12}
-    settings |= {"cache_implementation": "static", "eos_token_id": None}
-    texts = []
-    for compiled in ({}, {"compile_config": CompileConfig(backend="eager")}):
-        generators = [torch.Generator().manual_seed(1)]
-        texts.append(model.generate(IDS, generator=generators, **settings, **compiled).tolist())
-    assert texts[0] == texts[1]
 
 
 def test_recipes_that_make_no_sense_raise(workshop, capsys, tmp_path):

@@ -177,8 +177,6 @@ def generate_recorded(model, monkeypatch, prompt: str, length: int, **settings):
         ("energy", {"temperature": 1.0}, ""),
         ("energy", {"temperature": 1.0, "top_k": 2}, "abc"),
         ("energy", {"temperature": 1.7, "top_p": 0.9}, "abcd"),
-        ("energy", {"temperature": 0.9, "min_p": 0.4}, PROMPT),
-        ("energy", {"temperature": 2.0}, PROMPT),
         ("energy", {"temperature": 1 / 3, "num_candidates": 60, "top_k": 20, "top_p": 0.8, "min_p": 0.1}, PROMPT),
     ],
 )

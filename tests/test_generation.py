@@ -269,7 +269,6 @@ INVALID = [
     ({"num_beams": 2, "do_sample": False}, "no beam search"),
     ({"top_p": 1.5}, r"top_p=1.5: must be a fraction, in \[0, 1\]"),
     ({"top_k": -1}, "top_k=-1: must be an integer number"),
-    ({"min_p": -0.1}, "min_p=-0.1: must be a fraction"),
     ({"min_p": float("nan")}, "min_p=nan: must be a fraction"),
     ({"top_k": True}, "top_k=True: must be an integer"),
     ({"typical_p": 0.5}, "typical_p=0.5: CALM has no token probabilities.*top_k, top_p and min_p"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import BOS, tiny_model
+from tiny import BOS, few_tokens, tiny_model
 
 pytestmark = pytest.mark.transformers
 
@@ -14,9 +14,7 @@ PARTS = ("autoencoder", "head")  # units of their own, as `_no_split_modules` ha
 
 def texts(shards=False, rank=0):
     """Of a model whose patches are 2 of 5 tokens: how many are drawn differs from text to text."""
-    model = tiny_model(patch_size=2)
-    with torch.no_grad():
-        model.autoencoder.decoder.lm_head.weight[4:] = 0
+    model = few_tokens(tiny_model(patch_size=2), 4)
     if shards:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

@@ -50,13 +50,6 @@ def choice_probabilities(outcomes_BN: torch.Tensor, temperature: float) -> torch
     return candidate_log_weights(classes_of(outcomes_BN), temperature).double().softmax(-1)
 
 
-def batch_distribution(outcomes_BN: torch.Tensor, temperature: float, num_outcomes: int) -> torch.Tensor:
-    """Returns the mean over sets of samples of the batch rule's choice probabilities; shape (V,)."""
-    probs_V = torch.zeros(num_outcomes, dtype=torch.float64)
-    choice_BN = choice_probabilities(outcomes_BN, temperature)
-    return probs_V.scatter_add_(0, outcomes_BN.flatten(), choice_BN.flatten()) / len(outcomes_BN)
-
-
 def sample_exactly(probs_BV, temperature, max_samples, seed):
     """Returns outcomes, whether they are exact, and numbers of samples (B,)."""
     batch, attempts = StubBatch(probs_BV, seeded(seed)), RepetitionAttempts(temperature)
@@ -98,13 +91,6 @@ class TestWeights:
         samples = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         probabilities = choice_probabilities(samples[None], temperature)[0]
         return torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, samples, probabilities).tolist()
-
-    def test_fractional_exponents_by_hand(self):
-        # s = 3/2: C(1, s) = 4/(3 pi), C(2, s) = 16/(3 pi), C(3, s) = 32/(3 pi)
-        assert repetition_log_weights(3, 1.5).exp().tolist() == pytest.approx(
-            [0] + [x / math.pi for x in (4 / 3, 16 / 3, 32 / 3)]
-        )
-        assert self.choice([3, 2, 1], 2 / 3) == pytest.approx([8 / 13, 4 / 13, 1 / 13])
 
     def test_falls_back_to_smaller_exponents(self):
         assert self.choice([1, 1, 1, 1], 0.5) == pytest.approx([1 / 4] * 4)
@@ -220,9 +206,9 @@ class TestFallback:
         def by_class(probs_V):
             return torch.zeros(10, dtype=torch.float64).scatter_add_(0, classes, probs_V)
 
-        batch_error = total_variation(
-            by_class(batch_distribution(outcomes_from(probs, 500, 200), temperature, 1000)), by_class(target)
-        )
+        samples, batch = outcomes_from(probs, 500, 200), torch.zeros(1000, dtype=torch.float64)
+        batch.scatter_add_(0, samples.flatten(), choice_probabilities(samples, temperature).flatten() / 500)
+        batch_error = total_variation(by_class(batch), by_class(target))
         outcomes, _, num_samples = sample_exactly(probs.expand(batch_size, -1), temperature, 200, seed=10)
         reached = torch.bincount(outcomes, minlength=1000).double() / batch_size
         noise = 0.5 * float((by_class(target) / batch_size).sqrt().sum())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import BOS, EOS, HEAD_TYPES, seeded, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, HEAD_TYPES, few_tokens, seeded, tiny_model, tiny_tokenizer
 
 from calm_transformers.evaluation import text_scores
 from calm_transformers.evaluation.text_scores import score_texts
@@ -63,13 +63,6 @@ def brier_by_loops(samples_NK, target_K):
     return brier, match_rate
 
 
-def few_tokens(model, num_tokens=3):
-    """Restricts the decoder to the first `num_tokens` ids, so that samples match and collide."""
-    with torch.no_grad():
-        model.autoencoder.decoder.lm_head.weight[num_tokens:] = 0
-    return model
-
-
 @pytest.mark.parametrize("patch_size, num_samples", [(1, 7), (2, 3), (4, 2)])
 def test_energy_and_brier_of_the_same_samples(recorded, patch_size, num_samples):
     model = recorded(few_tokens(tiny_model(patch_size=patch_size, beta=1.3)))
@@ -88,37 +81,6 @@ def test_energy_and_brier_of_the_same_samples(recorded, patch_size, num_samples)
     torch.testing.assert_close(scores.prefix_match_rate[scores.is_scored], match_rate_MK)
     torch.testing.assert_close(scores.means()["brier"], brier_MK.unflatten(0, (2, -1)).mean(1))
     assert len(set(brier_MK.flatten().tolist())) > 2, "all scores are equal"
-
-
-@torch.no_grad()
-def enumerated_distribution(model, context_D):
-    """Returns P (8, 8) of each patch of the autoregressive patch head, for 8 tokens and K = 2."""
-    every_AK = torch.cartesian_prod(torch.arange(8), torch.arange(8))
-    context_AD = model.head.context_layers(context_D).expand(64, -1)
-    log_AKV = model.head.chain.teacher_forced(context_AD, every_AK).log_softmax(-1)
-    probs_A = log_AKV.gather(-1, every_AK[..., None])[..., 0].sum(-1).exp()
-    return probs_A.view(8, 8)
-
-
-def test_brier_is_unbiased():
-    model = tiny_model("token_chain", 2, vocab_size=8, pad_token_id=0, autoencoder_config={"vocab_size": 8})
-    with torch.no_grad():
-        model.head.chain.lm_head.weight.mul_(2)  # neither uniform nor deterministic
-    num_rows, num_samples, ids_L = 4000, 5, torch.tensor([1, 3, 4, 5])
-    probs_VV = enumerated_distribution(model, model(ids_L[None]).last_hidden_state[0, 0])
-    assert probs_VV.sum() == pytest.approx(1, abs=1e-5)
-    target = torch.unravel_index(probs_VV.argmax(), (8, 8))
-    ids_L[2:] = torch.stack(target)
-    match_rate_K = torch.tensor([probs_VV.sum(1)[target[0]], probs_VV[target]])
-    collisions_K = torch.tensor([probs_VV.sum(1).square().sum(), probs_VV.square().sum()])
-    scores = score_texts(model, ids_L.repeat(num_rows, 1), num_samples=num_samples, generator=seeded())
-    errors_K = scores.brier[:, 1].std(0) / num_rows**0.5
-    assert ((scores.brier[:, 1].mean(0) - (2 * match_rate_K - collisions_K)).abs() < 4 * errors_K).all()
-    plug_in_bias_K = (1 - collisions_K) / num_samples  # of ΣP̂² with pairs of a sample and itself
-    assert (plug_in_bias_K > 8 * errors_K).all(), "a biased estimate would pass"
-    assert (scores.prefix_match_rate[:, 1].mean(0) - match_rate_K).abs().max() < 0.02
-    torch.testing.assert_close(scores.log_probability[0, 1].cumsum(-1), match_rate_K.log())
-    assert not scores.log_probability[:, 0].any() and scores.energy is None
 
 
 LENGTHS = [4, 7, 13, 24]
@@ -196,8 +158,14 @@ def test_every_head(head_type):
     by_samples = not model.head.samples_tokens
     name = "energy" if by_samples else "log_probability"
     assert model.training and not scores[name].requires_grad and scores[name].isfinite().all()
-    assert (scores[name][:, 1:] != 0).all()
+    assert (scores[name][:, 1:] != 0).all() and not scores[name][:, 0].any()
     assert torch.equal(scores[name], again[name]) and torch.equal(scores[name], other[name]) != by_samples
+    if not by_samples:
+        with torch.no_grad():
+            logits_BPKV = model.head.token_logits(model(IDS).last_hidden_state[:, :-1], scores.patches[:, 1:])
+        expected_BPK1 = logits_BPKV.log_softmax(-1).gather(-1, scores.patches[:, 1:, :, None])
+        torch.testing.assert_close(scores.log_probability[:, 1:], expected_BPK1[..., 0])
+        assert scores.energy is None
 
 
 def test_bfloat16():

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable_distributions import chi_square_p_value, seeded, tempered, total_variation, zipf
+from enumerable_distributions import chi_square_p_value, seeded, tempered, total_variation
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from calm_transformers.benchmarks import truncation as benchmark
@@ -141,8 +141,6 @@ class TestChoiceDistribution:
         "name, num_samples, temperature, bound",
         [
             ("zipf(20)", 50, 1.5, 0.012),
-            ("zipf(20)", 50, 2.0, 0.025),
-            ("zipf(100)", 200, 1.25, 0.015),
             ("zipf(1000)", 1000, 2.0, 0.09),
             ("peaked(50)", 200, 2.0, 0.012),
         ],
@@ -164,7 +162,6 @@ class TestChoiceDistribution:
             ("zipf(1000)", 200, 0.5, Truncation(top_k=5), 0.05),
             ("zipf(100)", 200, 0.5, Truncation(top_p=0.9), 0.035),
             ("zipf(100)", 200, 1.0, Truncation(min_p=0.1), 0.15),
-            ("peaked(50)", 200, 1.0, Truncation(min_p=0.1), 0.01),
             ("zipf(100)", 1000, 1.5, Truncation(top_k=5), 0.06),
         ],
     )
@@ -178,7 +175,7 @@ class TestChoiceDistribution:
         assert distance(temperature=temperature, truncation=truncation) < bound
         assert distance(temperature=temperature) > bound  # not truncated
         other = 1.0 if temperature != 1 else 0.5
-        assert distance(temperature=other, truncation=truncation) > bound or name == "peaked(50)"
+        assert distance(temperature=other, truncation=truncation) > bound
 
 
 class TestBenchmark:
@@ -191,14 +188,6 @@ class TestBenchmark:
         assert by_patch(plug_in_weights(repeated(4, 1), 2.0), (4, 1)) == pytest.approx([2 / 3, 1 / 3])
         ties = torch.tensor([0.4, 0.2, 0.2, 0.2], dtype=torch.float64)  # each of the three is kept equally often
         torch.testing.assert_close(target_distribution(ties, 1.0, top_2), torch.tensor([6, 1, 1, 1]).double() / 9)
-
-    def test_choice_distribution_by_loops(self):
-        samples, expected = SampleSets(zipf(5), 30, 7), torch.zeros(5, dtype=torch.float64)
-        for outcomes in samples.outcomes_BN.tolist():
-            weights = candidate_weights(first_occurrences(torch.tensor(outcomes)[None, :, None]), 0.5)[0].tolist()
-            for outcome, weight in zip(outcomes, weights, strict=True):
-                expected[outcome] += weight / 30
-        torch.testing.assert_close(samples.choice_distribution(partial(candidate_weights, temperature=0.5)), expected)
 
     def test_command(self, monkeypatch, capsys):
         few = {name: DISTRIBUTIONS[name] for name in ("zipf(20)", "flat(100)")}

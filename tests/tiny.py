@@ -78,3 +78,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def few_tokens(model, num_tokens=3):
+    """Restricts the decoder to the first `num_tokens` ids, so that samples match and collide."""
+    with torch.no_grad():
+        model.autoencoder.decoder.lm_head.weight[num_tokens:] = 0
+    return model
