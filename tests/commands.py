@@ -36,9 +36,10 @@ def commands() -> dict[str, str]:
 
 
 COMMANDS = commands()
+NOT_IMPORTED = ("__init__", "__main__", "ray_app")  # the last needs Ray
 MODULES = [
     *(f"calm_transformers.model.{path.stem}" for path in sorted(ROOT.glob("*_calm*.py"))),
-    *(module_name(path) for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in ("__init__", "__main__")),
+    *(module_name(path) for path in sorted(PACKAGE.rglob("*.py")) if path.stem not in NOT_IMPORTED),
 ]
 
 

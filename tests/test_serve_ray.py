@@ -64,8 +64,7 @@ def replicas():
 
 def num_running(url):
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
-        lines = answer.read().decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("calm_running "))
+        return next(float(line.split()[1]) for line in answer if line.startswith(b"calm_running "))
 
 
 def test_a_killed_replica_loses_only_the_requests_that_it_held(deploy):
