@@ -80,9 +80,11 @@ def format_tables(parts: dict[str, list[dict]]) -> Iterator[str]:
     for key, columns in TABLE_COLUMNS.items():
         rows = [row for name, rows in parts.items() if name.partition(" ")[0] == key for row in rows]
         if rows:
-            cells = ([row[column] for column in columns] for row in rows)
-            lines = ([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line] for line in cells)
-            yield markdown(columns, lines) + "\n"
+            yield markdown(columns, ([_format(row[column]) for column in columns] for row in rows)) + "\n"
+
+
+def _format(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class ModelCache:
@@ -195,7 +197,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm bench gpu", __doc__)
     parser.add_argument("--json", type=writable, default=Path("gpu.json"), help="report file, continued if it exists")
     parser.add_argument("--minutes", type=float, default=7.0, help="no part starts later than this")
-    parser.add_argument("--pairs", nargs="+", default=PAIRS, help="recipes CALM:TRANSFORMER, the first also compiled")
+    parser.add_argument(
+        "--pairs", nargs="+", default=PAIRS, help="recipes CALM:TRANSFORMER; the first pair also runs compiled"
+    )
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt_length", type=positive, default=64)
     parser.add_argument("--output_length", type=positive, default=64)

@@ -184,11 +184,10 @@ def summarise_rounds(server: str, temperature: float, clients: int, rounds: list
 
 def as_table(results: list[dict]) -> str:
     """Formats results of `summarise_rounds` as Markdown, with the ratio to the server's speed for one client."""
-    settings = [(result["server"], result["temperature"]) for result in results]
-    speeds = [result["tokens_per_second"] for result in results]
-    single = {key: speed for key, speed, each in zip(settings, speeds, results, strict=True) if each["clients"] == 1}
+    single = {(r["server"], r["temperature"]): r["tokens_per_second"] for r in results if r["clients"] == 1}
     rows = []
-    for key, result in zip(settings, results, strict=True):
+    for result in results:
+        key = result["server"], result["temperature"]
         ratio = f"{result['tokens_per_second'] / single[key]:.2f}" if key in single else "–"
         speed = "{tokens_per_second:.1f} ({least:.1f} – {most:.1f})".format(**result)
         latencies = f"{1000 * result['first_token_p50']:.0f}, {1000 * result['first_token_p99']:.0f}"

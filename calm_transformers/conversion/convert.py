@@ -228,7 +228,7 @@ def assign_sources(language_model: Repository, autoencoder: Repository, shapes: 
 
 
 def read_merged(sources: list[StoredTensor], dtype: torch.dtype) -> torch.Tensor:
-    """Reads the source of the widest dtype, checks that the others equal it in their dtypes, casts it to `dtype`."""
+    """Reads the source of the widest dtype, checks others equal it in their dtypes, and casts it to `dtype`."""
     first, *others = sorted(sources, key=lambda source: -source.dtype.itemsize)
     tensor = check_finite(first.read(), first)
     for other in others:
@@ -291,7 +291,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder to write")
     parser.add_argument("--tokenizer", metavar="ID_OR_DIR", help="repository with tokenizer.json (default: --calm)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the widest published one)")
-    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="REPO", help="upload it to this Hub repository")
+    parser.add_argument(
+        "--push_to_hub", "--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository"
+    )
     args = parser.parse_args(argv)
     with known_errors(InputError, OSError):
         convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, args.push_to_hub or "")

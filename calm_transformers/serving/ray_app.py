@@ -13,11 +13,9 @@ from ray import serve  # pyright: ignore[reportMissingImports]  # of the extra [
 from ray.serve import Application  # pyright: ignore[reportMissingImports]
 from starlette.applications import Starlette
 
-from calm_transformers.command_line import InputError
+from calm_transformers.command_line import InputError, Parser
 from calm_transformers.serving.app import create_app
 from calm_transformers.serving.serve import load_batcher, parse, server_options
-
-RAY_OPTIONS = {"min_replicas": int, "max_replicas": int, "num_cpus": float, "num_gpus": float}
 
 
 @serve.deployment(name="CALM")
@@ -26,11 +24,12 @@ class Replica:
     """A model with its batcher, and the API in front of it; `words` are the arguments of `calm serve`."""
 
     def __init__(self, words: list[str]):
-        self.options = parse(words)
-        self.batcher = load_batcher(self.options)
+        options = parse(words)
+        self.server_options = server_options(options)
+        self.batcher = load_batcher(options)
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        return create_app(self.batcher, server_options(self.options))
+        return create_app(self.batcher, self.server_options)
 
     def check_health(self) -> None:
         """Called by Ray, which replaces the replica when this raises `Unhealthy`."""
@@ -47,20 +46,27 @@ def app(args: dict[str, Any]) -> Application:
     Raises:
         InputError: an option is unknown or invalid.
     """
-    args = dict(args)
-    for_ray = {name: convert(args.pop(name)) for name, convert in RAY_OPTIONS.items() if name in args}
-    words = [str(args.pop("model"))] if "model" in args else []
+    words = [str(args["model"])] if "model" in args else []
     for name, value in args.items():
         if name in ("host", "port"):
             raise InputError(f"{name}: is an option of `serve start --http-{name}`, or of http_options in a file.")
         each = value if isinstance(value, list) else [value]
         words += [f"--{name}" if str(item).lower() == "true" else f"--{name}={item}" for item in each]
+    parser = Parser("calm serve", None, add_help=False)
+    parser.add_argument("--model")
+    parser.add_argument("--min_replicas", type=int, default=1)
+    parser.add_argument("--max_replicas", type=int)
+    parser.add_argument("--num_cpus", type=float, default=1)
+    parser.add_argument("--num_gpus", type=float, default=0)
+    for_ray, words = parser.parse_known_args(words)
     options = parse(words)
-    min_replicas = for_ray.pop("min_replicas", 1)
-    replicas = {"min_replicas": min_replicas, "max_replicas": for_ray.pop("max_replicas", min_replicas)}
     return Replica.options(  # pyright: ignore[reportAttributeAccessIssue]
-        ray_actor_options=for_ray,
-        autoscaling_config={**replicas, "target_ongoing_requests": options.max_rows},
+        ray_actor_options={"num_cpus": for_ray.num_cpus, "num_gpus": for_ray.num_gpus},
+        autoscaling_config={
+            "min_replicas": for_ray.min_replicas,
+            "max_replicas": for_ray.max_replicas or for_ray.min_replicas,
+            "target_ongoing_requests": options.max_rows,
+        },
         max_ongoing_requests=options.max_rows,
         max_queued_requests=options.max_waiting,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
