@@ -46,14 +46,14 @@ def app(args: dict[str, Any]) -> Application:
     Raises:
         InputError: an option is unknown or invalid.
     """
-    words = [str(args["model"])] if "model" in args else []
+    args = dict(args)
+    words = [str(args.pop("model"))] if "model" in args else []
     for name, value in args.items():
         if name in ("host", "port"):
             raise InputError(f"{name}: is an option of `serve start --http-{name}`, or of http_options in a file.")
         each = value if isinstance(value, list) else [value]
         words += [f"--{name}" if str(item).lower() == "true" else f"--{name}={item}" for item in each]
     parser = Parser("calm serve", None, add_help=False)
-    parser.add_argument("--model")
     parser.add_argument("--min_replicas", type=int, default=1)
     parser.add_argument("--max_replicas", type=int)
     parser.add_argument("--num_cpus", type=float, default=1)
