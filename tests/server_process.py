@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 
 SECONDS = 120  # the longest wait for anything
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 

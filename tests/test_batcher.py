@@ -1,6 +1,7 @@
 """Continuous batching: a sequence's tokens don't depend on the batch; sequences start, end, fail and are counted."""
 
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from functools import partial
 from unittest.mock import Mock
 
 import fresh_process
@@ -23,6 +24,7 @@ SAMPLING_SETTINGS = [{"temperature": temperature} for temperature in (1.0, 0.5, 
 ]
 PROMPTS = ["Hello you", "a", "the quick brown fox jumps over the lazy dog", "zz z", ""]
 ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
+wait_until = partial(wait_for, "the condition", seconds=20)
 
 
 def exact_model(head_type="energy", patch_size=4, **overrides):
@@ -50,10 +52,6 @@ def batcher(model):
         yield batcher
 
 
-def wait_until(condition):
-    wait_for("the condition", condition, 20)
-
-
 # Equal to `generate`
 
 
@@ -73,6 +71,17 @@ def test_sequences_of_many_settings_equal_generate_for_each_alone(head_type, pat
             assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
             assert result.finish_reason == ("stop" if result.tokens[-1] == EOS else "length")
         assert batcher.stats().finished == 10 and batcher.stats().running == 0
+
+
+def test_prompts_of_many_lengths_are_prefilled_in_few(model, monkeypatch):
+    """oneDNN keeps memory for each."""
+    seen, forward = set(), Engine._forward
+    monkeypatch.setattr(Engine, "_forward", lambda *args: seen.add(args[2].shape[1]) or forward(*args))
+    with Batcher(model, max_rows=1) as batcher:
+        for ids in [list(range(10, 11 + 4 * n)) for n in range(1, 16)]:
+            tokens = batcher.submit(ids, temperature=1.0, seed=3, max_new_tokens=6).result(60).tokens
+            assert tokens == generate_alone(model, ids, 3, temperature=1.0, max_new_tokens=6)
+    assert seen == {*range(1, 9), 10, 12, 14, 16}
 
 
 def test_long_prompts_are_prefilled_in_chunks_first_come_first_served_while_others_generate(model):

@@ -12,9 +12,6 @@ from server_process import running_server
 
 JSON = {"Content-Type": "application/json"}
 SMALL = {"prompt": "a", "max_tokens": 4, "seed": 0}
-HEAD = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-)
 HEAVIEST = {  # at every limit
     **{"prompt": "a" * 2000, "max_tokens": 2, "n": 80, "stop": [f"{i:03}" + "s" * 253 for i in range(256)]},
     **{"logit_bias": {str(i % 96): 1 for i in range(96)}, "temperature": 0.5},
@@ -31,9 +28,7 @@ def server(tiny_folder, tmp_path_factory):
 
 def send(server, body, headers=JSON, method="POST", path="/v1/completions"):
     """Sends a request as it is, and returns the status and body of the answer."""
-    host, port = server.address.split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=60)
-    with contextlib.closing(connection):
+    with contextlib.closing(http.client.HTTPConnection(server.address, timeout=60)) as connection:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
@@ -41,8 +36,10 @@ def send(server, body, headers=JSON, method="POST", path="/v1/completions"):
 
 def raw(server, sent):
     """Sends bytes and returns the first of the answer; b"" if the connection is closed without one."""
-    host, port = server.address.split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as client, contextlib.suppress(ConnectionError):
+    with (
+        socket.create_connection(server.address.split(":"), timeout=60) as client,
+        contextlib.suppress(ConnectionError),
+    ):
         client.sendall(sent)
         return client.recv(1000)
     return b""
@@ -50,7 +47,6 @@ def raw(server, sent):
 
 CROSS_SITE = [  # what a web page of another origin can send to a server on this machine, without asking
     ({"Content-Type": "text/plain"}, 415),
-    ({}, 415),
     ({**JSON, "Host": "rebound.example:8000"}, 403),
     ({**JSON, "Host": "127.0.0.1.evil.example"}, 403),
     ({**JSON, "Host": "["}, 403),
@@ -110,7 +106,6 @@ def test_pipelined_and_oversized_heads(server):
     health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     assert raw(server, health * 100).startswith(b"HTTP/1.1 200")
     assert raw(server, b"GET / HTTP/1.1\r\nX: " + b"x" * 2**20).split(b" ")[1:2] in ([b"400"], [b"431"], [])
-    assert (
-        raw(server, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 20_000 + b"\r\n")[:12] != b"HTTP/1.1 200"
-    )
+    many = b"a: b\r\n" * 20_000
+    assert raw(server, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + many + b"\r\n")[:12] != b"HTTP/1.1 200"
     assert raw(server, b"\x16\x03\x01\x00").split(b" ")[1:2] in ([b"400"], [])

@@ -20,8 +20,7 @@ def settings(server):
 
 @pytest.fixture
 def expected(server):
-    body = {"prompt": PROMPT, "max_tokens": 12, "seed": 3}
-    return server.post("/v1/completions", body)[1]["choices"][0]["text"]
+    return server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 12, "seed": 3})[1]["choices"][0]["text"]
 
 
 def test_langchain(settings, expected):

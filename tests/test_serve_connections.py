@@ -7,13 +7,12 @@ import threading
 import time
 
 import pytest
+from server_process import HEAD
 from tiny import tiny_model, tiny_tokenizer
 
 from calm_transformers.serving import app, connections, serve
 from calm_transformers.serving.app import ServerOptions, create_app
 from calm_transformers.serving.batcher import Batcher
-
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from server_process import free_port, wait_for
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve")
+ray_app = pytest.importorskip("calm_transformers.serving.ray_app")
 pytestmark = pytest.mark.transformers  # run where the extra [clients] is installed
 
 ROWS, CLIENTS = 4, 12
@@ -23,11 +24,10 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 800, "temperature": 0.5, "ig
 @pytest.fixture(scope="module")
 def deploy(tiny_folder):
     """Deploys the model with a number of replicas; the result is the URL."""
-    from calm_transformers.serving.ray_app import app
 
-    def deploy(replicas):
-        args = {"model": tiny_folder, "model_name": "tiny", "min_replicas": replicas, "max_rows": ROWS}
-        serve.run(app({**args, "num_cpus": 0.5}))
+    def deploy(replicas, **more):
+        args = {"model": tiny_folder, "model_name": "tiny", "min_replicas": replicas, "max_rows": ROWS, **more}
+        serve.run(ray_app.app({**args, "num_cpus": 0.5}))
         return f"http://127.0.0.1:{port}"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,12 +96,10 @@ def test_a_removed_replica_finishes_its_requests(deploy):
 def test_the_manifest_deploys_what_ray_serve_and_the_application_accept():
     from ray.serve.schema import ServeDeploySchema
 
-    from calm_transformers.serving.ray_app import app
-
     spec = yaml.safe_load((ROOT / "docs" / "kuberay.yaml").read_text())["spec"]
     (config,) = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"])).applications
-    assert config.import_path == f"{app.__module__}:app"
-    deployment = app(config.args)._bound_deployment
+    assert config.import_path == f"{ray_app.__name__}:app"
+    deployment = ray_app.app(config.args)._bound_deployment
     scaling, (workers,) = (
         deployment._deployment_config.autoscaling_config,
         spec["rayClusterConfig"]["workerGroupSpecs"],
@@ -112,10 +110,8 @@ def test_the_manifest_deploys_what_ray_serve_and_the_application_accept():
 
 @pytest.mark.parametrize("args", [{"model": ".", "port": 9000}, {"model": ".", "max_row": 1}, {}])
 def test_other_arguments_are_refused(args):
-    from calm_transformers.serving.ray_app import app
-
     with pytest.raises(ValueError, match="port|max_row|model"):
-        app(args)
+        ray_app.app(args)
 
 
 def test_ray_data_continues_a_file_of_prompts(deploy, tiny_folder, tmp_path):
@@ -132,3 +128,10 @@ def test_ray_data_continues_a_file_of_prompts(deploy, tiny_folder, tmp_path):
     assert sorted(row["prompt"] for row in rows) == sorted(prompts)
     for row in rows[:3]:
         assert row["text"] == ask(url, 0, prompt=row["prompt"], max_tokens=60, ignore_eos=False)
+
+
+def test_a_full_queue_is_a_429(deploy):
+    url = deploy(1, max_waiting=8)
+    with ThreadPoolExecutor(40) as pool:
+        refused = [answer for answer in pool.map(lambda i: ask(url, 2 * i), range(40)) if answer in (429, 503)]
+    assert set(refused) == {429} and len(refused) > 20

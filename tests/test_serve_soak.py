@@ -13,12 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from model_copies import ROOT
-from server_process import running_server, wait_for
+from server_process import HEAD, running_server, wait_for
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 NUM_CLIENTS = 8
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-HEAD += b"Content-Length: 100\r\n\r\n"
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +28,9 @@ def visit(server, choose):
     body |= {"stream": choose.random() < 0.7, **choose.choice(({}, {"stop": ["."]}, {"logit_bias": {"5": -9}}))}
     kind = choose.choice(("reads", "leaves in the middle", "leaves unanswered", "is refused", "is slow"))
     if kind == "is slow":
-        host, port = server.address.split(":")
         with contextlib.ExitStack() as stack:
             for sent in (b"", HEAD[:40], HEAD + b"{") * 10:
-                stack.enter_context(socket.create_connection((host, int(port)), timeout=60)).sendall(sent)
+                stack.enter_context(socket.create_connection(server.address.split(":"), timeout=60)).sendall(sent)
             time.sleep(choose.random())
         return
     connection = server.connect(body | {"temperature": 9} if kind == "is refused" else body)
@@ -61,11 +58,9 @@ def test_memory_is_flat_and_a_text_stays_the_same(tmp_path):
     end = time.monotonic() + SECONDS
 
     def client(number):
-        choose, num_visits = random.Random(number), 0
+        choose = random.Random(number)
         while time.monotonic() < end:
             visit(server, choose)
-            num_visits += 1
-        return num_visits
 
     with running_server(ROOT, tmp_path) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
         _, answer = server.post("/v1/completions", known)
@@ -75,11 +70,11 @@ def test_memory_is_flat_and_a_text_stays_the_same(tmp_path):
             time.sleep((SECONDS - first_seconds) / 9 if number else first_seconds)
             usages.append(usage_of(server))
             print("{:.1f} MB, {} descriptors, {} threads".format(*usages[-1]), flush=True)
-        counts = [each.result() for each in visits]
+        assert not any(each.result() for each in visits)  # or raises
         wait_for("all texts end", lambda: server.metric("calm_running") + server.metric("calm_waiting") == 0)
         finished, cancelled = server.metric("calm_finished_total"), server.metric("calm_cancelled_total")
-        print(f"{sum(counts)} visits: {finished:.0f} texts finished, {cancelled:.0f} cancelled", flush=True)
-        assert min(counts) > 3 and finished > 10 and cancelled > 10 and server.metric("calm_failed_total") == 0
+        print(f"{finished:.0f} texts finished, {cancelled:.0f} cancelled", flush=True)
+        assert finished > 10 and cancelled > 10 and server.metric("calm_failed_total") == 0
         first, *later = usages
         assert max(memory for memory, _, _ in later) <= 1.02 * first[0], usages
         assert max(threads for _, _, threads in later) <= first[2] + 2
