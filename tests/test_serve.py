@@ -41,14 +41,14 @@ def client(api):
 
 @pytest.fixture
 def completions(client):
-    return partial(client.completions.create, model="tiny", prompt=PROMPT, max_tokens=24)
+    return partial(client.completions.create, model="tiny", prompt=PROMPT, max_tokens=24, seed=0)
 
 
 @pytest.fixture
 def chat(client):
     def ask(*texts, **fields):
         messages = [{"role": "user", "content": text} for text in texts]
-        return client.chat.completions.create(**{"model": "tiny", "messages": messages, "max_tokens": 24, **fields})
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, seed=0, **fields)
 
     return ask
 
@@ -122,7 +122,7 @@ def test_log_probabilities_are_those_of_the_logits(tmp_path):
         found = client.completions.create(**request).choices[0].logprobs
         chunks = list(client.completions.create(**request, stream=True))
         fields = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 3}
-        chat = client.chat.completions.create(model="tiny", max_tokens=6, **fields).choices[0].logprobs.content
+        chat = client.chat.completions.create(model="tiny", max_tokens=6, seed=0, **fields).choices[0].logprobs.content
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     assert [value for part in parts for value in part.token_logprobs] == found.token_logprobs
     ids = tokenizer.convert_tokens_to_ids(found.tokens)
@@ -270,7 +270,7 @@ def test_tokenize_detokenize_and_version(api):
 
 def test_usage_in_every_chunk(completions):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    *chunks, last = completions(stream=True, stream_options=options)
+    *chunks, last = completions(temperature=0, stream=True, stream_options=options)
     counts = [chunk.usage.completion_tokens for chunk in chunks]
     assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == last.usage.completion_tokens == 24
     nulls = {"include_usage": None, "continuous_usage_stats": None}
