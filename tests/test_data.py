@@ -355,11 +355,11 @@ import resource, sys, time
 from pathlib import Path
 import calm_transformers.training.data as data
 from calm_transformers.training.data import PackedBlocks
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 tokens = data._load_tokenized(Path(sys.argv[1]), {"dtype": "uint16"})
 blocks = PackedBlocks(tokens, 2048, 4, seed=1, random_phase=True, left_fill=0.5, filler_token_id=0)
 rows = [blocks[i] for i in range(0, len(blocks), len(blocks) // 100)]
-seconds, grown = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(len(tokens), seconds, grown / 1024)
 """
 
