@@ -76,7 +76,8 @@ def test_memory_is_flat_and_a_text_stays_the_same(tmp_path):
         print(f"{finished:.0f} texts finished, {cancelled:.0f} cancelled", flush=True)
         assert finished > 10 and cancelled > 10 and server.metric("calm_failed_total") == 0
         first, *later = usages
-        assert max(memory for memory, _, _ in later) <= 1.02 * first[0], usages
+        # In a minute the first sample may come before the largest batch of requests; the hour's bound is 2 %.
+        assert max(memory for memory, _, _ in later) <= (1.02 if SECONDS >= 600 else 1.05) * first[0], usages
         assert max(threads for _, _, threads in later) <= first[2] + 2
         wait_for("connections are closed", lambda: usage_of(server)[1] <= first[1])
         assert server.post("/v1/completions", known)[1]["choices"] == answer["choices"]
