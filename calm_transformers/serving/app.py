@@ -55,6 +55,7 @@ from calm_transformers.serving.openai_api import (
     ReadLogprobs,
     RequestT,
     TokenizeRequest,
+    describe_api,
     to_event,
 )
 from calm_transformers.serving.sequence import GenerationResult, SequenceState, TextDelta
@@ -411,19 +412,23 @@ def create_app(batcher: Batcher, options: ServerOptions) -> Starlette:
         allowed = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_private_network": True}
         allowed["expose_headers"] = ["x-request-id", "retry-after"]
         middleware.insert(0, Middleware(cors, allow_origins=options.allowed_origins, **allowed))
+    routes = [
+        Route(COMPLETIONS, partial(endpoints.generate, request_class=CompletionRequest), methods=["POST"]),
+        Route(CHAT, partial(endpoints.generate, request_class=ChatRequest), methods=["POST"]),
+        Route(MODELS, endpoints.models),
+        Route(MODELS + "/{model:path}", endpoints.model),
+        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/version", endpoints.version),
+        Route(HEALTH, endpoints.health),
+        Route(READY, endpoints.ready),
+        Route(METRICS, endpoints.metrics_page),
+    ]
+    classes = {COMPLETIONS: CompletionRequest, CHAT: ChatRequest}
+    classes |= {"/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
+    description = JSONResponse(describe_api(routes, classes))
     return Starlette(
-        routes=[
-            Route(COMPLETIONS, partial(endpoints.generate, request_class=CompletionRequest), methods=["POST"]),
-            Route(CHAT, partial(endpoints.generate, request_class=ChatRequest), methods=["POST"]),
-            Route(MODELS, endpoints.models),
-            Route(MODELS + "/{model:path}", endpoints.model),
-            Route("/tokenize", endpoints.tokenize, methods=["POST"]),
-            Route("/detokenize", endpoints.detokenize, methods=["POST"]),
-            Route("/version", endpoints.version),
-            Route(HEALTH, endpoints.health),
-            Route(READY, endpoints.ready),
-            Route(METRICS, endpoints.metrics_page),
-        ],
+        routes=[*routes, Route("/openapi.json", lambda _: description)],
         middleware=middleware,
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,

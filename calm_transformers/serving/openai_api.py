@@ -7,15 +7,19 @@ filter a distribution filter a step's candidates; those that change logits chang
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import WithJsonSchema, models_json_schema
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from calm_transformers import __version__
 from calm_transformers.grammars import Grammar
 from calm_transformers.model.generation_calm_samplers import SamplingMethod
 from calm_transformers.serving.batcher import Batcher
@@ -48,6 +52,11 @@ IGNORED_FIELDS = (
 )
 
 
+def _encodable_line(text: str) -> str:
+    """Returns text of a request, such as a field's name, for an answer: one line without lone surrogates."""
+    return " ".join(text.encode(errors="backslashreplace").decode().splitlines())
+
+
 class ApiError(Exception):
     """An error answer in OpenAI's shape.
 
@@ -60,8 +69,9 @@ class ApiError(Exception):
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers=None):
-        super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        super().__init__(_encodable_line(message))
+        self.status, self.code, self.headers = status, code, headers
+        self.param = None if param is None else _encodable_line(param)
 
     def body(self) -> dict[str, Any]:
         error_type = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -86,6 +96,13 @@ class BadRequest(ApiError):
         return cls(str(error).replace("use do_sample=False", "send 0"), param)
 
 
+# JSON schemas for the API's description, of fields that validators check
+STRING, IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}}
+TEXT = {"type": "object", "properties": {"type": {"const": "text"}, "text": STRING}, "required": ["type", "text"]}
+LISTS = [{"type": "array", "items": each, "minItems": 1} for each in (STRING, IDS, IDS["items"])]
+PROMPTS = {"anyOf": [STRING, *LISTS]}
+STRINGS, TEXTS = ({"anyOf": [STRING, {"type": "array", "items": each}, {"type": "null"}]} for each in (STRING, TEXT))
+
 ReadLogprobs = tuple[str, float, dict[str, float]]  # token, its log-probability, the most probable ones
 
 
@@ -105,6 +122,15 @@ class ApiRequest(_StrictModel):
     """The body of a request."""
 
     model: str | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """Returns the JSON schema of the fields, with those that are accepted and have no effect."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, (neutral_values, reason) in UNSUPPORTED_FIELDS.items():
+            schema["properties"][name] = {"enum": [*neutral_values, None], "description": reason}
+        schema["properties"] |= {name: {"description": "ignored"} for name in IGNORED_FIELDS}
+        return schema
 
     @classmethod
     def parse(cls, body: bytes, ignore_unknown_fields: bool = False) -> Self:
@@ -212,7 +238,7 @@ class GenerationRequest(ApiRequest):
     temperature: float | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Any = None  # a string or a list of strings
+    stop: Annotated[Any, WithJsonSchema(STRINGS)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_p: float | None = Field(None, ge=0, le=1)
@@ -309,7 +335,7 @@ class GenerationRequest(ApiRequest):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Any  # a string, token ids, or a list of either
+    prompt: Annotated[Any, WithJsonSchema(PROMPTS)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -384,7 +410,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Any = None  # a string, or a list of text parts
+    content: Annotated[Any, WithJsonSchema(TEXTS)] = None
 
     @field_validator("content")
     @classmethod
@@ -514,7 +540,6 @@ def check_encodable(name: str, value: Any) -> None:
     try:
         json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        name = name.encode("ascii", "backslashreplace").decode()
         raise BadRequest(f"{name}: holds a lone surrogate, which is not valid text.", name) from None
     except ValueError:
         raise BadRequest(f"{name}: holds a number that is not finite.", name) from None
@@ -547,6 +572,23 @@ def validation_error_to_bad_request(error: ValidationError) -> BadRequest:
         reason = problem["msg"].removeprefix("Value error, ")
         reason = reason[0].lower() + reason[1:]
     return BadRequest(f"{'.'.join(path)}: {reason}.", path[0])
+
+
+def describe_api(routes: Iterable[Route], request_classes: dict[str, type[ApiRequest]]) -> dict[str, Any]:
+    """Returns the OpenAPI description of the routes; `request_classes` are those of the paths that take a body."""
+    template, answers = "#/components/schemas/{model}", {"default": {"description": "the answer, or an error"}}
+    _, schemas = models_json_schema([(c, "validation") for c in request_classes.values()], ref_template=template)
+    paths: dict[str, Any] = {}
+    for route in routes:
+        names, request_class = route.param_convertors, request_classes.get(route.path)
+        parameters = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in names]
+        operation: dict[str, Any] = {"parameters": parameters, "responses": answers}
+        if request_class is not None:
+            schema = {"$ref": template.format(model=request_class.__name__)}
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[route.path_format] = {"get" if request_class is None else "post": operation}
+    info = {"title": "CALM", "version": __version__}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas["$defs"]}}
 
 
 def to_event(body: dict[str, Any]) -> str:
