@@ -10,34 +10,43 @@ import peft
 import pytest
 import torch
 from server_process import wait_for
-from tiny import BOS, EOS, HEAD_TYPES, tiny_config, tiny_model, tiny_tokenizer
+from test_logits_processors import favour_one
+from tiny import (
+    BOS,
+    EOS,
+    HEAD_TYPES,
+    METHODS,
+    exact_model,
+    record_calls,
+    seeded,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.serving.batcher import Batcher, BatcherClosed, QueueFull
 from calm_transformers.serving.engine import Engine, SlotCache
 
-SAMPLING_SETTINGS = [{"temperature": temperature} for temperature in (1.0, 0.5, 0.7)] + [
-    {"do_sample": False},
-    {"temperature": 0.5, "sampling_method": "batch"},
+SAMPLING_SETTINGS = [
+    *METHODS.values(),
     {"temperature": 0.4, "sampling_method": "exact"},
+    {"do_sample": False, "repetition_penalty": 4.0},
+    {"temperature": 0.5, "sampling_method": "batch", "sequence_bias": {(50,): 3.0}},
+    {"temperature": 0.5, "logits_processor": [favour_one], "bad_words_ids": [[40], [41]]},
+    {"temperature": 1.5, "exponential_decay_length_penalty": (1, 2.0), "min_new_tokens": 6},
+    {"temperature": 0.5, "sampling_method": "exact", "no_repeat_ngram_size": 2, "suppress_tokens": list(range(9, 96))},
+    {"temperature": 0.7, "forced_eos_token_id": 7},
 ]
 PROMPTS = ["Hello you", "a", "the quick brown fox jumps over the lazy dog", "zz z", ""]
 ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
 wait_until = partial(wait_for, "the condition", seconds=20)
 
 
-def exact_model(head_type="energy", patch_size=4, **overrides):
-    """Returns a tiny model in float64, where the shape of a batch changes no token."""
-    model = tiny_model(head_type, patch_size, **overrides).double()
-    model.generation_config.update(do_sample=True)
-    model.generation_config.num_candidates = 20
-    return model
-
-
 def generate_alone(model, prompt, seed, **settings):
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt])
-    output = model.generate(ids, generator=[torch.Generator().manual_seed(seed)], **settings)
+    output = model.generate(ids, generator=[seeded(seed)], **settings)
     return output[0, ids.shape[1] :].tolist()
 
 
@@ -60,9 +69,8 @@ def batcher(model):
 def test_sequences_of_many_settings_equal_generate_for_each_alone(head_type, patch_size):
     model, tokenizer = exact_model(head_type, patch_size), tiny_tokenizer()
     requests = []
-    for i in range(10):
-        settings = {**SAMPLING_SETTINGS[i % len(SAMPLING_SETTINGS)], "max_new_tokens": 3 + 4 * (i % 5)}
-        requests.append((PROMPTS[i % len(PROMPTS)], i, settings))
+    for i, settings in enumerate(SAMPLING_SETTINGS):
+        requests.append((PROMPTS[i % len(PROMPTS)], i, {**settings, "max_new_tokens": 3 + 4 * (i % 5)}))
     with Batcher(model, tokenizer, max_rows=4, max_waiting=20, prefill_chunk_size=8) as batcher:
         futures = [batcher.submit(prompt, seed=seed, **settings) for prompt, seed, settings in requests]
         for (prompt, seed, settings), future in zip(requests, futures, strict=True):
@@ -70,18 +78,17 @@ def test_sequences_of_many_settings_equal_generate_for_each_alone(head_type, pat
             assert result.tokens == generate_alone(model, prompt, seed, **settings)
             assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
             assert result.finish_reason == ("stop" if result.tokens[-1] == EOS else "length")
-        assert batcher.stats().finished == 10 and batcher.stats().running == 0
+        assert batcher.stats().finished == len(requests) and batcher.stats().running == 0
 
 
 def test_prompts_of_many_lengths_are_prefilled_in_few(model, monkeypatch):
     """oneDNN keeps memory for each."""
-    seen, forward = set(), Engine._forward
-    monkeypatch.setattr(Engine, "_forward", lambda *args: seen.add(args[2].shape[1]) or forward(*args))
+    seen = record_calls(monkeypatch, Engine, "_forward", lambda _, *args: args[2].shape[1])
     with Batcher(model, max_rows=1) as batcher:
         for ids in [list(range(10, 11 + 4 * n)) for n in range(1, 16)]:
             tokens = batcher.submit(ids, temperature=1.0, seed=3, max_new_tokens=6).result(60).tokens
             assert tokens == generate_alone(model, ids, 3, temperature=1.0, max_new_tokens=6)
-    assert seen == {*range(1, 9), 10, 12, 14, 16}
+    assert set(seen) == {*range(1, 9), 10, 12, 14, 16}
 
 
 def test_long_prompts_are_prefilled_in_chunks_first_come_first_served_while_others_generate(model):

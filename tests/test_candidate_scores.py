@@ -1,34 +1,28 @@
 """`generate(output_scores=True)`: candidates, counts and weights of each step, with the sequences unchanged."""
 
-import math
 from collections import Counter
 
 import pytest
 import torch
-from enumerable_distributions import seeded
-from tiny import BOS, PAD, few_tokens, tiny_model, tiny_tokenizer
+from tiny import BOS, METHODS, PAD, few_tokens, record_calls, seeded, tiny_model, tiny_tokenizer
 from transformers import CompileConfig, pipeline
 
 from calm_transformers.model import generation_calm, generation_calm_samplers
+from calm_transformers.model.generation_calm_algorithms import Truncation
 from calm_transformers.model.generation_calm_candidates import NO_TOKEN, CandidateBatch, CandidateScores
 from calm_transformers.model.generation_calm_upstream import CACHE_ARGUMENT
+from calm_transformers.pages.inspect_text import weights_from_counts
 
 PROMPT = torch.tensor([[BOS, 5, 6, 7, 8], [PAD, PAD, BOS, 9, 10], [BOS, 7, 7, 8, 9]])
 MASK = (PROMPT != PAD).long()
 ROWS = torch.arange(3)
 N = 12
 COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode=None)}
-SETTINGS = {
-    "T = 1": {},
-    "batch": {"temperature": 0.5, "sampling_method": "batch"},
-    "adaptive": {"temperature": 0.5},
-    "exact": {"temperature": 0.5, "sampling_method": "exact"},
-    "1/T not whole": {"temperature": 0.4},
-    "T = 1.5": {"temperature": 1.5, "sampling_method": "exact"},
+SETTINGS = METHODS | {
+    "exact, T = 1.5": {"temperature": 1.5, "sampling_method": "exact"},
     "top_p": {"top_p": 0.6},
     "top_k, T = 0.5": {"top_k": 2, "temperature": 0.5, "sampling_method": "exact"},
     "min_p, T = 1.5": {"min_p": 0.8, "temperature": 1.5},
-    "greedy": {"do_sample": False},
 }
 
 
@@ -48,34 +42,6 @@ def generated_patches(outputs, prompt_length=PROMPT.shape[1], patch_size=2):
     """Returns the new patches (B, S, K); the last may be truncated."""
     new = outputs.sequences[:, prompt_length:]
     return torch.nn.functional.pad(new, (0, -new.shape[1] % patch_size), value=NO_TOKEN).unflatten(1, (-1, patch_size))
-
-
-def weights_by_hand(counts, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Returns weights of descending counts: C(c, 1/T), with Chao's unseen mass at T > 1, then truncated."""
-    s = 1 / temperature
-
-    def binomial(c, s):
-        if c <= s - 1:
-            return 0.0
-        return math.exp(math.lgamma(c + 1) - math.lgamma(s + 1) - math.lgamma(c - s + 1))
-
-    while s > 1 and not any(binomial(c, s) for c in counts):
-        s = math.ceil(s) - 1
-    weights = [binomial(c, s) for c in counts]
-    if temperature > 1:
-        once, twice = counts.count(1), counts.count(2)
-        unseen = once * (once - 1) / (2 * (twice + 1)) * binomial(0, s)
-        weights = [w + unseen / once if c == 1 else w for w, c in zip(weights, counts, strict=True)]
-    order = sorted(range(len(weights)), key=lambda i: -weights[i])
-    kept, so_far = [], 0.0
-    for rank, i in enumerate(order):
-        if (top_k and rank >= top_k) or (kept and so_far >= top_p * sum(weights[j] for j in order[: top_k or None])):
-            break
-        so_far += weights[i]
-        kept.append(i)
-    kept = [i for i in kept if weights[i] >= min_p * weights[order[0]]]
-    total = sum(weights[i] for i in kept)
-    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
 
 
 @pytest.fixture
@@ -135,44 +101,32 @@ def test_with_per_row_generators_scores_are_those_of_a_row_alone(model, name):
             assert torch.equal(step.patches[row, step.chosen[row]], own.patches[0, own.chosen[0]])
             num = own.patches.shape[1]
             if name != "adaptive":
-                assert torch.equal(step.patches[rows, :num], own.patches) and torch.equal(
-                    step.chosen[rows], own.chosen
-                )
+                assert torch.equal(step.patches[rows, :num], own.patches)
+                assert torch.equal(step.chosen[rows], own.chosen)
                 assert (step.patches[row, num:] == NO_TOKEN).all()
                 torch.testing.assert_close(step.weights[rows, :num], own.weights)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_counts_are_those_of_the_samples_and_weights_by_hand(monkeypatch, model, name):
-    decoded, decode_tokens = [], model.autoencoder.decode_tokens
-
-    def note(latents_nRZ, forbidden_KV=None):
-        decoded.append(decode_tokens(latents_nRZ, forbidden_KV))
-        return decoded[-1]
-
-    monkeypatch.setattr(model.autoencoder, "decode_tokens", note)
-    num_distinct = 0
+def test_counts_are_those_of_the_samples_and_weights_those_of_the_counts(monkeypatch, model, name):
+    """The weights of counts are compared with hand values in test_truncation.py and test_samplers.py."""
+    decoded, num_distinct = record_calls(monkeypatch, model.autoencoder, "decode_tokens"), 0
+    truncation = Truncation(**{k: v for k, v in SETTINGS[name].items() if k in Truncation._fields})
     for seed in range(6):
         decoded.clear()
         settings = {"max_new_tokens": 2, "generator": seeded(seed)} | SETTINGS[name]
         (step,) = write(model, PROMPT[:1], MASK[:1], **settings).scores
         found = dict(zip(map(tuple, step.patches[0].tolist()), step.counts[0].tolist(), strict=True))
         assert found == Counter(tuple(patch) for patch in torch.cat(decoded)[:, 0].tolist())
-        by_hand = {k: v for k, v in SETTINGS[name].items() if k in ("temperature", "top_k", "top_p", "min_p")}
-        expected = weights_by_hand(step.counts[0].tolist(), **by_hand)
+        expected = weights_from_counts(step.counts[0].tolist(), SETTINGS[name].get("temperature", 1.0), truncation)
         torch.testing.assert_close(step.weights[0], torch.tensor(expected), rtol=1e-4, atol=1e-6)
         num_distinct += len(found)
     assert num_distinct == 6 if name == "T = 1" else num_distinct > 12
 
 
 def test_counts_of_a_stopped_row_exclude_later_blocks(monkeypatch, model):
-    blocks, extend, has_unequal_counts = [], CandidateBatch.extend, False
-
-    def note(candidates, rows_R, num_samples):
-        blocks.append((rows_R.tolist(), num_samples))
-        extend(candidates, rows_R, num_samples)
-
-    monkeypatch.setattr(CandidateBatch, "extend", note)
+    kept, has_unequal_counts = (lambda _, candidates, rows_R, num: (rows_R.tolist(), num)), False
+    blocks = record_calls(monkeypatch, CandidateBatch, "extend", kept)
     for seed in range(8):
         blocks.clear()
         settings = {"temperature": 0.4, "sampling_method": "exact", "generator": seeded(seed)}
@@ -216,22 +170,14 @@ def test_unsupported_scores_raise_an_error(model):
         write(model, **COMPILED)
 
 
-class TestExact:
-    """With `sampling_method="exact"` the scores tell where the batch rule chose."""
-
-    SETTINGS = {"temperature": 0.25, "sampling_method": "exact", "num_candidates": 4, "max_new_tokens": 20}
-
-    def test_fallbacks_are_flagged_per_row_and_step(self, monkeypatch, model):
-        fell_back, choose = [], generation_calm_samplers.choose_at_limit
-
-        def note(first_RN, *args):
-            fell_back.append(len(first_RN))
-            return choose(first_RN, *args)
-
-        monkeypatch.setattr(generation_calm_samplers, "choose_at_limit", note)
-        is_exact_SB = torch.stack([step.is_exact for step in write(model, **self.SETTINGS).scores])
-        assert is_exact_SB.shape == (10, 3) and is_exact_SB.any() and not is_exact_SB.all()
-        assert (~is_exact_SB).sum() == sum(fell_back)
+def test_where_the_batch_rule_chose_is_flagged_per_row_and_step(monkeypatch, model):
+    settings = {"temperature": 0.25, "sampling_method": "exact", "num_candidates": 4, "max_new_tokens": 20}
+    fell_back = record_calls(
+        monkeypatch, generation_calm_samplers, "choose_at_limit", lambda _, first, *__: len(first)
+    )
+    is_exact_SB = torch.stack([step.is_exact for step in write(model, **settings).scores])
+    assert is_exact_SB.shape == (10, 3) and is_exact_SB.any() and not is_exact_SB.all()
+    assert (~is_exact_SB).sum() == sum(fell_back)
 
 
 @pytest.mark.transformers

@@ -7,22 +7,16 @@ import weakref
 
 import pytest
 import torch
-from tiny import HEAD_TYPES, tiny_model
+from tiny import HEAD_TYPES, METHODS, seeded, tiny_model
 from transformers import CompileConfig
 
 from calm_transformers.model import generation_calm_compiled
 
-SETTINGS = {
-    "T = 1": {"temperature": 1.0},
-    "batch": {"temperature": 0.5, "sampling_method": "batch"},
-    "adaptive": {"temperature": 0.5},
-    "1/T not whole": {"temperature": 0.4},
-    "exact": {"temperature": 0.5, "sampling_method": "exact"},
-    "greedy": {"do_sample": False},
+SETTINGS = METHODS | {
     "top_p": {"temperature": 0.8, "top_p": 0.9},
     "distilled": {"temperature": 0.5, "sampling_method": "distilled"},
 }
-PROMPT = torch.randint(10, 60, (2, 17), generator=torch.Generator().manual_seed(0))
+PROMPT = torch.randint(10, 60, (2, 17), generator=seeded())
 MASK = torch.ones_like(PROMPT)
 MASK[0, :9] = 0
 NEW_TOKENS = 16
@@ -39,7 +33,7 @@ def config(backend="eager"):
 
 def write(model, seeds=(1, 2), **settings):
     """Generates with per-row generators, whose numbers do not depend on block sizes, or with the global generator."""
-    generators = seeds and [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = seeds and [seeded(seed) for seed in seeds]
     defaults = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "num_candidates": 12, "eos_token_id": None}
     return model.generate(PROMPT, attention_mask=MASK, generator=generators, **STATIC, **defaults | settings)
 

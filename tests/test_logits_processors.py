@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import BOS, EOS, HEAD_TYPES, PAD, VOCAB_SIZE, seeded, tiny_model
+from tiny import BOS, EOS, HEAD_TYPES, METHODS, PAD, VOCAB_SIZE, exact_model, padded, seeded
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor
 
@@ -16,28 +16,11 @@ pytestmark = pytest.mark.transformers
 
 NUM_NEW = 11
 PROMPT = [BOS, 20, 21, 22, 20, 30, 9]
-METHODS = {
-    "T = 1": {"temperature": 1.0},
-    "batch": {"temperature": 0.5, "sampling_method": "batch"},
-    "adaptive": {"temperature": 0.5, "sampling_method": "adaptive"},
-    "exact": {"temperature": 0.5, "sampling_method": "exact"},
-    "T = 0.7": {"temperature": 0.7},
-    "T = 1.5": {"temperature": 1.5},
-    "greedy": {"do_sample": False},
-}
-
-
-def exact_model(head_type="energy", patch_size=4, seed=0):
-    """Returns a float64 model, whose tokens do not depend on the shape of a batch."""
-    model = tiny_model(head_type, patch_size, seed).double()
-    model.generation_config.update(do_sample=True)
-    model.generation_config.num_candidates, model.generation_config._from_model_config = 12, False
-    return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return exact_model()
+    return exact_model(num_candidates=12)
 
 
 def write(model, prompt=PROMPT, seed=0, **settings):
@@ -165,10 +148,8 @@ def processors_of(model, prompt, prefix_allowed_tokens_fn=None, logits_processor
     """Returns upstream's processors for one sequence, and those that are given."""
     config = GenerationConfig(**{"num_beams": 1, "num_return_sequences": 1, **settings})
     config.max_length, config._eos_token_tensor = len(prompt) + NUM_NEW, torch.tensor([EOS])
-    own = LogitsProcessorList(logits_processor)
-    return GenerationMixin._get_logits_processor(
-        model, config, len(prompt), None, prefix_allowed_tokens_fn, own, device="cpu"
-    )
+    own = prefix_allowed_tokens_fn, LogitsProcessorList(logits_processor)
+    return GenerationMixin._get_logits_processor(model, config, len(prompt), None, *own, device="cpu")
 
 
 PROCESSORS = list(processor_settings([10] * NUM_NEW, 2))
@@ -185,7 +166,8 @@ def test_sequences_equal_those_of_the_reference(model, kind, method):
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_sequences_of_every_head_equal_those_of_the_reference(head_type):
     patch_size, kind = (2, "several") if head_type == "token_chain" else (4, "decay and a minimum length")
-    check_against_reference(exact_model(head_type, patch_size, seed=2), kind, METHODS["adaptive"])
+    model = exact_model(head_type, patch_size, seed=2, num_candidates=12)
+    check_against_reference(model, kind, {"temperature": 0.5, "sampling_method": "adaptive"})
 
 
 def check_against_reference(model, kind, method):
@@ -212,6 +194,7 @@ def test_forced_bos_acts_only_after_a_prompt_of_one_token(model):
 
 
 PROMPTS = [PROMPT, [BOS], [BOS, 33, 34, 35, 36], PROMPT + PROMPT, []]
+WIDTH = 2 * len(PROMPT)
 SETTINGS = [
     {"repetition_penalty": 4.0},
     {"begin_suppress_tokens": list(range(3, 60))},
@@ -222,27 +205,18 @@ SETTINGS = [
 ]
 
 
-def padded(prompts, side):
-    width = max(map(len, prompts))
-    rows = [(p + [PAD] * (width - len(p)) if side == "right" else [PAD] * (width - len(p)) + p) for p in prompts]
-    masks = [[1] * len(p) + [0] * (width - len(p)) for p in prompts]
-    return torch.tensor(rows), torch.tensor(masks if side == "right" else [mask[::-1] for mask in masks])
-
-
 @pytest.mark.parametrize("settings, side", list(zip(SETTINGS, ["left", "right"] * 3, strict=True)), ids=str)
 def test_a_row_is_the_same_alone_and_in_a_padded_batch(model, settings, side):
-    ids, mask = padded(PROMPTS, side)
     generators = [seeded(seed) for seed in range(len(PROMPTS))]
     settings = {"temperature": 0.5, **settings}
-    sequences = model.generate(ids, attention_mask=mask, generator=generators, max_new_tokens=NUM_NEW, **settings)
-    for seed, (prompt, text) in enumerate(zip(PROMPTS, sequences[:, ids.shape[1] :].tolist(), strict=True)):
+    sequences = model.generate(**padded(PROMPTS, side), generator=generators, max_new_tokens=NUM_NEW, **settings)
+    for seed, (prompt, text) in enumerate(zip(PROMPTS, sequences[:, WIDTH:].tolist(), strict=True)):
         alone = write(model, prompt, seed, **settings)
         assert text == alone + [PAD] * (len(text) - len(alone))
 
 
 def test_prefix_allowed_tokens_fn_gets_the_row_index_and_its_ids_without_padding(model):
     """Each row may generate one token of its own; rows end at different lengths."""
-    ids, mask = padded(PROMPTS, "left")
     seen = []
 
     def only(row, text):
@@ -253,8 +227,8 @@ def test_prefix_allowed_tokens_fn_gets_the_row_index_and_its_ids_without_padding
         seen.append(row)
         return [EOS] if len(new) == row + 2 else [60 + row]
 
-    rows = model.generate(ids, attention_mask=mask, prefix_allowed_tokens_fn=only, max_new_tokens=20, temperature=0.5)
-    for row, text in enumerate(rows[:, ids.shape[1] :].tolist()):
+    rows = model.generate(**padded(PROMPTS), prefix_allowed_tokens_fn=only, max_new_tokens=20, temperature=0.5)
+    for row, text in enumerate(rows[:, WIDTH:].tolist()):
         expected = [60 + row] * (row + 2) + [EOS]
         assert text == expected + [PAD] * (len(text) - len(expected))
     assert set(seen) == set(range(len(PROMPTS)))
@@ -294,25 +268,6 @@ def test_a_processor_of_the_generation_config_acts(model, tmp_path):
     assert write(loaded, **method, repetition_penalty=1.0) == write(model, **method)
     with Batcher(loaded) as batcher:
         assert batcher.submit(PROMPT, seed=0, **method, max_new_tokens=NUM_NEW).result(30).tokens == with_penalty
-
-
-def test_a_batcher_generates_what_generate_does(model):
-    settings = [
-        {"repetition_penalty": 4.0},
-        {},
-        {"logits_processor": [favour_one], "bad_words_ids": [[40], [41]]},
-        {"sequence_bias": {(50,): 3.0}},
-        {"exponential_decay_length_penalty": (1, 2.0), "min_new_tokens": 6},
-        {"no_repeat_ngram_size": 2, "suppress_tokens": list(range(9, 96))},
-        {"forced_eos_token_id": 7},
-        {},
-    ]
-    methods = list(METHODS.values())
-    requests = [(PROMPTS[i % len(PROMPTS)], i, {**methods[i % 7], **settings[i % len(settings)]}) for i in range(16)]
-    with Batcher(model, max_rows=5) as batcher:
-        futures = [batcher.submit(p, seed=i, max_new_tokens=NUM_NEW, **options) for p, i, options in requests]
-        for (prompt, seed, options), future in zip(requests, futures, strict=True):
-            assert future.result(60).tokens == write(model, prompt, seed, **options)
 
 
 def test_a_failing_processor_ends_its_own_request_alone(model):

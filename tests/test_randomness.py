@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from enumerable_distributions import StubBatch, seeded, zipf
+from enumerable_distributions import StubBatch, zipf
 from scipy.stats import kstest
-from tiny import BOS, EOS, HEAD_TYPES, PAD, tiny_model
+from tiny import BOS, EOS, HEAD_TYPES, METHODS, PAD, exact_model, padded, seeded, tiny_model
 
-from calm_transformers.model.generation_calm_samplers import (
-    FIRST_CHUNK,
-    RepetitionAttempts,
-    RowRandomness,
-    exact_temperature_sample,
-)
+from calm_transformers.model import generation_calm_samplers
+from calm_transformers.model.generation_calm_samplers import FIRST_CHUNK, RepetitionAttempts, RowRandomness
 
 
 def rows_of(*numbers):
@@ -48,10 +44,10 @@ def test_the_choice_does_not_depend_on_the_size_of_blocks(temperature):
     stream_BN = torch.multinomial(zipf(40), 50 * 64, True, generator=seeded(5)).view(50, 64)
 
     def choose(size):
-        rng = RowRandomness([seeded(row) for row in range(50)])
-        attempts = RepetitionAttempts(temperature)
+        rng, attempts = RowRandomness([seeded(row) for row in range(50)]), RepetitionAttempts(temperature)
         attempts.first_block = size
-        return exact_temperature_sample(StubBatch(stream_BN=stream_BN), attempts, 64, rng)[0]
+        candidates = StubBatch(stream_BN=stream_BN)
+        return generation_calm_samplers.exact_temperature_sample(candidates, attempts, 64, rng)[0]
 
     first, *others = (choose(size) for size in (4, 7, 32, 64))
     assert all(torch.equal(first, other) for other in others)
@@ -59,9 +55,8 @@ def test_the_choice_does_not_depend_on_the_size_of_blocks(temperature):
 
 # In `generate`
 
-PROMPTS = torch.tensor([[PAD, PAD, PAD, BOS, 10, 11], [BOS, 20, 21, 22, 23, 24], [PAD, BOS, 30, 31, 32, 33]])
-SETTINGS = [{"temperature": 1.0}, {"do_sample": False}, {"temperature": 0.5, "sampling_method": "batch"}]
-SETTINGS += [{"temperature": 0.7, "sampling_method": method} for method in ("adaptive", "exact")]
+PROMPTS = [[BOS, 10, 11], [BOS, 20, 21, 22, 23, 24], [BOS, 30, 31, 32, 33]]
+SETTINGS = [*METHODS.values(), {"temperature": 0.7, "sampling_method": "exact"}]
 
 
 @pytest.mark.parametrize(
@@ -72,25 +67,19 @@ SETTINGS += [{"temperature": 0.7, "sampling_method": method} for method in ("ada
     ids=str,
 )
 def test_with_per_row_generators_a_sequence_is_the_same_alone_and_in_a_batch(head_type, settings):
-    model = tiny_model(head_type).double()
-    settings = {"do_sample": True, "num_candidates": 20, "max_new_tokens": 22, "eos_token_id": EOS, **settings}
-    together = model.generate(
-        PROMPTS, attention_mask=(PROMPTS != PAD).long(), generator=[seeded(r) for r in range(3)], **settings
-    )
+    model, settings = exact_model(head_type), {"max_new_tokens": 22, "eos_token_id": EOS, **settings}
+    together = model.generate(**padded(PROMPTS), generator=[seeded(row) for row in range(3)], **settings)
     for row, prompt in enumerate(PROMPTS):
-        own = prompt[prompt != PAD][None]
-        alone = model.generate(own, generator=[seeded(row)], **settings)[0, own.shape[1] :]
-        assert torch.equal(together[row, PROMPTS.shape[1] :][: len(alone)], alone)
-        assert (together[row, PROMPTS.shape[1] + len(alone) :] == PAD).all()
+        alone = model.generate(torch.tensor([prompt]), generator=[seeded(row)], **settings)[0, len(prompt) :]
+        assert torch.equal(together[row, 6:][: len(alone)], alone) and (together[row, 6 + len(alone) :] == PAD).all()
 
 
 def test_a_wrong_number_of_generators_raises_before_any_work():
-    model = tiny_model()
+    model, same = tiny_model(), [seeded(0), seeded(0)]
     with pytest.raises(ValueError, match="generator is a list of 2, but 3 rows are generated"):
-        model.generate(PROMPTS, generator=[seeded(0), seeded(1)], do_sample=True)
+        model.generate(**padded(PROMPTS), generator=same, do_sample=True)
     with pytest.raises(ValueError, match="or a list of them, one per row"):
-        model.generate(PROMPTS, generator=[0, 1, 2], do_sample=True)
-    output = model.generate(
-        PROMPTS[1:2], generator=[seeded(0), seeded(0)], num_return_sequences=2, do_sample=True, max_new_tokens=8
-    )
+        model.generate(**padded(PROMPTS), generator=[0, 1, 2], do_sample=True)
+    settings = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 8}
+    output = model.generate(torch.tensor(PROMPTS[1:2]), generator=same, **settings)
     assert torch.equal(output[0], output[1])

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from text_and_loss import moved_by_training
-from tiny import BOS, PAD, tiny_model
+from tiny import BOS, PAD, exact_model, padded, seeded, tiny_model
 from transformers import CompileConfig
 
 pytestmark = pytest.mark.transformers
@@ -25,33 +25,21 @@ def config_of(kind: str, num_virtual_tokens: int = 8):
     }[kind]()
 
 
-def exact(**overrides):
-    """Returns a float64 model: chunked and whole prefills differ by rounding alone, which changes no sample."""
-    return tiny_model(**overrides).double()
-
-
 def adapted(kind: str, num_virtual_tokens: int = 8, **overrides) -> peft.PeftModel:
     torch.manual_seed(1)
-    model = peft.get_peft_model(exact(**overrides), config_of(kind, num_virtual_tokens)).double().eval()
+    model = peft.get_peft_model(exact_model(**overrides), config_of(kind, num_virtual_tokens)).double().eval()
     with torch.no_grad():
         [p.normal_(std=0.5) for p in model.prompt_encoder.parameters()]
     return model
 
 
 def generators(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return [seeded(seed) for seed in range(count)]
 
 
 def ids_of(model, row: list[int] = ROWS[0], **kwargs) -> list:
     settings = {**SAMPLE, "generator": generators(1), **kwargs}
     return model.generate(input_ids=torch.tensor([row]), **settings)[:, len(row) :].tolist()
-
-
-def batch_of(rows) -> dict:
-    width = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @torch.no_grad()
@@ -75,16 +63,16 @@ def ids_by_hand(adapter: peft.PeftModel, row: list[int]) -> list:
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_equals_a_loop_without_cache(kind, tmp_path):
     """Alone and in a batch, with other prefills and caches, saved and loaded, disabled."""
-    model, plain = adapted(kind), exact()
+    model, plain = adapted(kind), exact_model()
     alone = [ids_of(model, row, generator=[generators(3)[b]])[0] for b, row in enumerate(ROWS)]
     assert [alone[0]] == ids_by_hand(model, ROWS[0]) != ids_of(plain)
     for settings in ({}, {"prefill_chunk_size": K}, {"cache_implementation": "static"}):
-        together = model.generate(**batch_of(ROWS), **SAMPLE, **settings, generator=generators(3))
+        together = model.generate(**padded(ROWS), **SAMPLE, **settings, generator=generators(3))
         assert together[:, 10:].tolist() == alone
     with model.disable_adapter():
         assert ids_of(model) == ids_of(plain)
     model.save_pretrained(tmp_path)
-    assert ids_of(peft.PeftModel.from_pretrained(exact(), tmp_path).double()) == [alone[0]]
+    assert ids_of(peft.PeftModel.from_pretrained(exact_model(), tmp_path).double()) == [alone[0]]
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -97,7 +85,7 @@ def test_unsupported_settings_raise_and_leave_the_model_unchanged(kind):
     ]:
         with pytest.raises(ValueError, match=message):
             ids_of(model, **settings)
-    assert ids_of(model.get_base_model()) == ids_of(exact())
+    assert ids_of(model.get_base_model()) == ids_of(exact_model())
 
 
 def test_virtual_tokens_must_be_whole_patches():
@@ -116,13 +104,12 @@ def test_virtual_tokens_of_a_prefix_are_keys_and_values_of_patches(overrides):
 
 
 def test_each_task_has_its_own_virtual_tokens():
-    config = peft.MultitaskPromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=K, num_tasks=2, prompt_tuning_init="RANDOM"
-    )
-    model = peft.get_peft_model(exact(), config).double().eval()
+    options = {"num_virtual_tokens": K, "num_tasks": 2, "prompt_tuning_init": "RANDOM"}
+    config = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(exact_model(), config).double().eval()
     with torch.no_grad():
         [p.normal_(std=0.5) for p in model.prompt_encoder.parameters()]
-    both = model.generate(**batch_of([ROWS[0]] * 2), task_ids=torch.tensor([0, 1]), **SAMPLE, generator=generators(2))
+    both = model.generate(**padded([ROWS[0]] * 2), task_ids=torch.tensor([0, 1]), **SAMPLE, generator=generators(2))
     for task in (0, 1):
         alone = ids_of(model, task_ids=torch.tensor([task]), generator=[generators(2)[task]])
         assert both[task, 10:].tolist() == alone[0]
@@ -159,7 +146,6 @@ def test_training_moves_the_virtual_tokens_alone_and_the_loss_falls(kind):
     torch.manual_seed(1)
     model = peft.get_peft_model(tiny_model("token_chain"), config_of(kind)).train()
     ids = torch.randint(3, 95, (4, 16))
-    moved, first, last = moved_by_training(
-        model, 15, 0.05, input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids
-    )
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    moved, first, last = moved_by_training(model, 15, 0.05, **inputs)
     assert last < 0.95 * first and moved and all(name.startswith("prompt_encoder.") for name in moved)
