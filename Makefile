@@ -5,6 +5,7 @@
 # make test-all      both, with coverage
 # make test-oldest   what depends on transformers, on the oldest supported one, with the packages of the extra [clients]
 # make test-newest   the quick ones of these without constraints, so on the newest one that setup.cfg allows
+# make test-upstream the common tests in transformers' source distribution, on our classes (docs/upstream_tests.md)
 # make test-gpu      set up, and run the tests that need a GPU
 # make style         ruff, and pyright on all but the tests
 # make speed         the speed tables and their picture, measured anew: a quarter of an hour on a quiet machine
@@ -15,7 +16,7 @@ COMPAT := .venv-compat/bin
 NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-slow test-all test-oldest test-newest test-gpu style experiments speed clean
+.PHONY: demo app test test-slow test-all test-oldest test-newest test-upstream test-gpu style experiments speed clean
 
 demo: .venv/.base
 	$(BIN)/calm generate .
@@ -44,6 +45,9 @@ test-newest:
 	$(PYTHON) -m venv .venv-newest
 	$(NEWEST)/python -m pip install -q "$$(grep ^torch== constraints.txt)" ".[test,onnx]"
 	$(NEWEST)/python -m pytest -m "transformers and not slow and not gpu"
+
+test-upstream: .venv/.upstream
+	$(BIN)/python -m pytest -o addopts=-q -W always::FutureWarning -W ignore::pytest.PytestWarning tests/upstream_suite.py
 
 test-gpu: .venv/.full
 	$(BIN)/python -m pytest -m gpu -n 0
@@ -76,6 +80,14 @@ clean:
 
 .venv/.full: .venv/.base
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv/.upstream: .venv/.full
+	rm -rf .venv/transformers-*
+	$(BIN)/python -m pip install -q parameterized==0.9.0
+	$(BIN)/python -m pip download -q -d .venv --no-deps --no-binary :all: --no-build-isolation \
+	    "$$(grep ^transformers== constraints.txt)"
+	tar -xf .venv/transformers-*.tar.gz -C .venv
 	touch $@
 
 .venv/.style: .venv/.full

@@ -165,7 +165,7 @@ class CALMModel(CALMPreTrainedModel, LlamaModel):
             attention_mask=attention_mask,
             position_ids=position_ids,  # pyright: ignore[reportArgumentType] (upstream: LongTensor)
             use_cache=use_cache,
-            **{CACHE_ARGUMENT: cache},
+            **{CACHE_ARGUMENT if past_key_values is None else "past_key_values": cache},  # upstream warns of it
             **kwargs,
         )
 
