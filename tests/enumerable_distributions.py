@@ -5,6 +5,7 @@
 import torch
 from scipy.stats import chisquare
 from tiny import seeded
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from calm_transformers.model.generation_calm_algorithms import first_occurrences
 
@@ -71,6 +72,18 @@ class StubBatch:
 
     def outcomes(self, index_B):
         return self.outcomes_BN[self.rows_B, index_B]
+
+
+def warpers_of(truncation) -> LogitsProcessorList:
+    """Returns upstream's warpers for a truncation."""
+    warpers = LogitsProcessorList()
+    if truncation.top_k:
+        warpers.append(TopKLogitsWarper(truncation.top_k))
+    if truncation.top_p < 1:
+        warpers.append(TopPLogitsWarper(truncation.top_p))
+    if truncation.min_p > 0:
+        warpers.append(MinPLogitsWarper(truncation.min_p))
+    return warpers
 
 
 def outcomes_from(probs_V: torch.Tensor, num_sets: int, num_samples: int, seed: int = 0) -> torch.Tensor:

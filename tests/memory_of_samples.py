@@ -1,7 +1,6 @@
-"""Memory of 10,000 samples of one row and their comparison: `python tests/memory_of_samples.py [--samples N]`."""
+"""Memory of 10,000 samples of one row and their comparison: `python tests/memory_of_samples.py N`."""
 
-import argparse
-import json
+import sys
 from types import SimpleNamespace
 
 
@@ -13,13 +12,9 @@ def memory_of_samples(num_samples, temperature):
     import torch
 
     from calm_transformers.benchmarks.meters import PeakMemory
+    from calm_transformers.model import generation_calm_samplers as samplers
     from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
     from calm_transformers.model.generation_calm_candidates import LazyCandidateBatch
-    from calm_transformers.model.generation_calm_samplers import (
-        RepetitionAttempts,
-        StepRandomness,
-        exact_temperature_sample,
-    )
     from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
     torch.manual_seed(0)
@@ -31,8 +26,9 @@ def memory_of_samples(num_samples, temperature):
             return latents_NZ[batch.num_drawn :][:num_samples, None]
 
         head = SimpleNamespace(sample=draw, samples_tokens=False)
-        batch = LazyCandidateBatch(head, torch.zeros(1, 1), StepRandomness(), autoencoder)
-        exact_temperature_sample(batch, RepetitionAttempts(temperature), max_samples, torch.Generator().manual_seed(0))
+        batch = LazyCandidateBatch(head, torch.zeros(1, 1), samplers.StepRandomness(), autoencoder)
+        attempts, generator = samplers.RepetitionAttempts(temperature), torch.Generator().manual_seed(0)
+        samplers.exact_temperature_sample(batch, attempts, max_samples, generator)
         batch.compare(batch.rows_B)
 
     with torch.inference_mode():
@@ -43,8 +39,4 @@ def memory_of_samples(num_samples, temperature):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--temperature", type=float, default=0.5)
-    options = parser.parse_args()
-    print(json.dumps({"MB": memory_of_samples(options.samples, options.temperature)}))
+    print(memory_of_samples(int(sys.argv[1]), temperature=0.5), "MB")

@@ -1,24 +1,16 @@
 """Temperature distillation: what the teachers sample, the condition, the training, and `generate` at a distilled T."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_rejection import V, enumerate_patches, model_of_chain, numbers_of, p_value
-from tiny import tiny_model
+from test_rejection import SIGNIFICANCE, V, enumerate_patches, hidden_state, model_of_chain, numbers_of, p_value
+from tiny import record_calls, seeded, tiny_model
 from training_helpers import train
 from transformers import AutoModelForCausalLM
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
-from calm_transformers.training.distil_temperature import (
-    ChainTeacher,
-    HeadTeacher,
-    TemperatureDistillation,
-    resample,
-)
+from calm_transformers.training.distil_temperature import ChainTeacher, HeadTeacher, TemperatureDistillation, resample
 
-SIGNIFICANCE = 1e-4
 IDS = torch.tensor([[3, 4, 5, 6]])
 
 
@@ -31,7 +23,7 @@ def test_a_token_chain_teaches_each_position_its_temperature():
     """The samples of both rows against their enumerated distributions, and against each other's."""
     torch.manual_seed(0)
     model, temperatures = model_of_chain(2), torch.tensor([0.5, 0.8])
-    contexts = torch.randn(2, 48, generator=torch.Generator().manual_seed(3))
+    contexts = torch.randn(2, 48, generator=seeded(3))
     many = 2000
     tokens = ChainTeacher(model.head.chain)(contexts.repeat(many, 1), temperatures.repeat(many), 1)[0]
     targets = [enumerate_patches(model.head, contexts[i, None], temperatures[i].item()) for i in range(2)]
@@ -44,7 +36,7 @@ def test_a_token_chain_teaches_each_position_its_temperature():
 def test_a_head_teaches_by_the_batch_rule():
     """Closer to P^(1/T) than P is, whose samples it weighs."""
     torch.manual_seed(0)
-    model, context = model_of_chain(2), torch.randn(1, 48, generator=torch.Generator().manual_seed(3))
+    model, context = model_of_chain(2), hidden_state()
     teacher = HeadTeacher(model.head, model.autoencoder)
     tokens = teacher(context.expand(500, -1), torch.full((500,), 0.4), 4).flatten(0, 1)
     target, untempered = (enumerate_patches(model.head, context, each) for each in (0.4, 1.0))
@@ -67,7 +59,7 @@ def test_the_temperature_is_a_condition_that_vanishes_at_1(head_type):
     context = torch.randn(3, 48)
 
     def sample(head, temperature):
-        return head.sample(context, 5, torch.Generator().manual_seed(0), temperature=temperature)
+        return head.sample(context, 5, seeded(), temperature=temperature)
 
     assert torch.equal(sample(distilled, 1.0), sample(plain, 1.0))
     assert not torch.equal(sample(distilled, 0.5), sample(plain, 1.0))
@@ -89,14 +81,10 @@ def test_the_temperature_is_a_condition_that_vanishes_at_1(head_type):
     ],
 )
 def test_generate_asks_the_head_for_few_samples_at_its_temperature(monkeypatch, options, num_samples, temperature):
-    model, calls = distilled_model(), []
-    sample = model.head.sample
-
-    def note(context, num_samples, **kwargs):
-        calls.append((num_samples, kwargs["temperature"]))
-        return sample(context, num_samples, **kwargs)
-
-    monkeypatch.setattr(model.head, "sample", note)
+    model = distilled_model()
+    calls = record_calls(
+        monkeypatch, model.head, "sample", lambda _, context, num, *, temperature, **__: (num, temperature)
+    )
     settings = {"do_sample": True, "num_candidates": 40, "max_new_tokens": 4, "eos_token_id": None, **options}
     model.generate(IDS, **settings)
     assert {call[1] for call in calls} == {temperature}
@@ -105,9 +93,8 @@ def test_generate_asks_the_head_for_few_samples_at_its_temperature(monkeypatch, 
 
 def test_a_temperature_out_of_range_raises_before_any_work():
     for model, range_ in ((distilled_model(), "from 0.25 to 1"), (tiny_model(), "1 alone")):
-        with pytest.raises(
-            ValueError, match=f"sampling_method='distilled': T=0.2, but the head samples at T {range_}"
-        ):
+        message = f"sampling_method='distilled': T=0.2, but the head samples at T {range_}"
+        with pytest.raises(ValueError, match=message):
             model.generate(IDS, do_sample=True, temperature=0.2, sampling_method="distilled", max_new_tokens=4)
 
 
@@ -173,17 +160,13 @@ def test_recipes_that_make_no_sense_raise(workshop, capsys, tmp_path):
     fields, chain, energy = {**workshop, "output_dir": str(tmp_path / "run")}, tmp_path / "chain", tmp_path / "energy"
     for folder, head_type in ((chain, "token_chain"), (energy, "energy")):
         assert train("calm", **workshop, head_type=head_type, max_steps=1, output_dir=folder) == 0
+    distil, autoencoder = {"distil_temperature": 0.25}, workshop["autoencoder"]
+    every_temperature = "head_type=token_chain: samples at every temperature"
     for options, message in (
-        ({"distil_temperature": 0.25}, "distil_temperature=0.25: needs init_from"),
-        (
-            {"distil_temperature": 0.25, "init_from": str(Path(workshop["autoencoder"])), "auxiliary_weight": 1},
-            "alone",
-        ),
-        (
-            {"distil_temperature": 0.25, "init_from": chain, "head_type": "token_chain"},
-            "head_type=token_chain: samples at every temperature",
-        ),
-        ({"distil_temperature": 0.25, "init_from": energy, "num_mlp_layers": 3}, "has other layers: keep them"),
+        (distil, "distil_temperature=0.25: needs init_from"),
+        ({**distil, "init_from": autoencoder, "auxiliary_weight": 1}, "alone"),
+        ({**distil, "init_from": chain, "head_type": "token_chain"}, every_temperature),
+        ({**distil, "init_from": energy, "num_mlp_layers": 3}, "has other layers: keep them"),
         ({"distilled_temperature": 1.5}, "distilled_temperature=1.5: must lie in (0, 1)"),
     ):
         assert train("calm", **fields | options) == 2

@@ -4,15 +4,8 @@ import math
 
 import pytest
 import torch
-from enumerable_distributions import chi_square_p_value
-from tiny import tiny_model
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from enumerable_distributions import chi_square_p_value, warpers_of
+from tiny import seeded, tiny_model
 
 from calm_transformers.model.generation_calm_algorithms import NO_TRUNCATION
 from calm_transformers.model.generation_calm_samplers import PatchSampling
@@ -31,7 +24,7 @@ def model_of_chain(patch_size, seed=0):
 
 
 def hidden_state(seed=3):
-    return torch.randn(1, SIZE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, SIZE, generator=seeded(seed))
 
 
 @torch.no_grad()
@@ -44,15 +37,8 @@ def enumerate_patches(head, hidden, temperature, truncation=NO_TRUNCATION):
     patch_size = head.patch_size
     patches = torch.cartesian_prod(*[torch.arange(V)] * patch_size).view(-1, patch_size)
     logits = head.chain.teacher_forced(hidden.expand(len(patches), -1), patches)
-    log_p = logits.double().log_softmax(-1)
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if truncation.top_k:
-        warpers.append(TopKLogitsWarper(truncation.top_k))
-    if truncation.top_p < 1:
-        warpers.append(TopPLogitsWarper(truncation.top_p))
-    if truncation.min_p > 0:
-        warpers.append(MinPLogitsWarper(truncation.min_p))
-    kept = torch.stack([warpers(None, logits[:, k]) for k in range(patch_size)], dim=1) > -math.inf
+    log_p, warpers = logits.double().log_softmax(-1), warpers_of(truncation)
+    kept = torch.stack([warpers(None, logits[:, k] / temperature) for k in range(patch_size)], dim=1) > -math.inf
     of_patch = log_p.gather(-1, patches[..., None])[..., 0].sum(-1) / temperature
     is_kept = kept.gather(-1, patches[..., None])[..., 0].all(-1)
     return of_patch.masked_fill(~is_kept, -math.inf).softmax(-1)
@@ -71,28 +57,19 @@ def p_value(patches, target):
 
 
 @torch.no_grad()
-def sample(model, hidden, sampling, one_block=False, generator=None):
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    return model.sample_patches(hidden.expand(NUM_SAMPLES, -1), sampling, generator, one_block=one_block)
+def sample(model, hidden, sampling, one_block=False):
+    return model.sample_patches(hidden.expand(NUM_SAMPLES, -1), sampling, seeded(), one_block=one_block)
 
 
-SLOW = pytest.mark.slow
+CASES = [(2, {"temperature": 0.5}), (2, {"temperature": 1.5}), (2, {"temperature": 0.7, "top_p": 0.8})]
+CASES += [(3, {"temperature": 0.5})]
+SLOW_CASES = [(2, {"temperature": 0.7}), (2, {"temperature": 2.0}), (2, {"temperature": 1.0, "top_k": 3})]
+SLOW_CASES += [(3, {"temperature": 1 / 3}), (3, {"temperature": 1.3, "min_p": 0.2})]
 
 
-@pytest.mark.parametrize("one_block", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize("one_block", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "patch_size, options",
-    [
-        (2, {"temperature": 0.5}),
-        (2, {"temperature": 1.5}),
-        (2, {"temperature": 0.7, "top_p": 0.8}),
-        (3, {"temperature": 0.5}),
-        pytest.param(2, {"temperature": 0.7}, marks=SLOW),
-        pytest.param(2, {"temperature": 2.0}, marks=SLOW),
-        pytest.param(3, {"temperature": 1 / 3}, marks=SLOW),
-        pytest.param(2, {"temperature": 1.0, "top_k": 3}, marks=SLOW),
-        pytest.param(3, {"temperature": 1.3, "min_p": 0.2}, marks=SLOW),
-    ],
+    "patch_size, options", [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 )
 def test_samples_follow_the_enumerated_distribution(patch_size, options, one_block):
     """Where a row accepted one; that of tokens tempered one by one, without rejection, is told apart."""
@@ -102,9 +79,9 @@ def test_samples_follow_the_enumerated_distribution(patch_size, options, one_blo
     assert drawn.is_exact.float().mean() > (0.4 if one_block else 0.995)
     target = enumerate_patches(model.head, hidden, sampling.temperature, sampling.truncation)
     assert p_value(drawn.patches[drawn.is_exact], target) > SIGNIFICANCE
-    settings = sampling.temperature, sampling.truncation, torch.Generator().manual_seed(1)
+    settings = sampling.temperature, sampling.truncation
     with torch.no_grad():
-        tokens, _ = model.head.propose(hidden, 200 * NUM_SAMPLES, *settings[:2], generator=settings[2])
+        tokens, _ = model.head.propose(hidden, 200 * NUM_SAMPLES, *settings, generator=seeded(1))
     assert p_value(tokens[:, 0], target) < SIGNIFICANCE / 10
 
 
@@ -140,14 +117,10 @@ def test_auto_is_rejection_for_heads_that_know_probabilities_alone():
 
 def test_scores_are_the_tries_and_logits_processors_weigh_them():
     model, ids = tiny_model("token_chain"), torch.tensor([[3, 4, 5, 6]])
-    outputs = model.generate(
-        *(ids,), do_sample=True, temperature=0.5, max_new_tokens=8, output_scores=True, return_dict_in_generate=True
-    )
-    for step, scores in enumerate(outputs.scores):
-        assert (
-            scores.patches[0, scores.chosen[0]].tolist() == outputs.sequences[0, 4 + 4 * step : 8 + 4 * step].tolist()
-        )
+    settings = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 8}
+    outputs = model.generate(ids, **settings, output_scores=True, return_dict_in_generate=True)
+    for scores, patch in zip(outputs.scores, outputs.sequences[0, 4:].split(4), strict=True):
+        assert torch.equal(scores.patches[0, scores.chosen[0]], patch)
         torch.testing.assert_close(scores.weights.sum(-1), torch.ones(1))
     banned = outputs.sequences[0, 4].item()
-    settings = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 8, "bad_words_ids": [[banned]]}
-    assert banned not in model.generate(ids, **settings)[0, 4:].tolist()
+    assert banned not in model.generate(ids, **settings, bad_words_ids=[[banned]])[0, 4:].tolist()

@@ -102,9 +102,8 @@ class ContextFreeOracle(Oracle):
 def evaluate(oracle, settings=SETTINGS, lowest_temperature=1.0):
     contexts = torch.from_numpy(LANGUAGE.to_ids(LANGUAGE.sample(3, 12, seed=7)))
     sizes = {"num_patches": 400, "num_stored": 2**14}
-    return temperature_fidelity.evaluate_model(
-        oracle, LANGUAGE, contexts, 4, **sizes, settings=settings, lowest_temperature=lowest_temperature
-    )
+    sizes |= {"settings": settings, "lowest_temperature": lowest_temperature}
+    return temperature_fidelity.evaluate_model(oracle, LANGUAGE, contexts, 4, **sizes)
 
 
 def variations(result, **settings):
@@ -175,19 +174,8 @@ def args(tmp_path_factory):
 
 
 def test_the_command_writes_tables_and_results(args, tmp_path, capsys):
-    few = ["--methods", "batch", "--candidates", "50"]
-    options = [
-        *few,
-        "--contexts",
-        "2",
-        "--draws",
-        "10",
-        "--recorded",
-        str(2**14),
-        "--json",
-        str(tmp_path / "results.json"),
-    ]
-    assert main([*args, *options]) == 0
+    few = "--methods batch --candidates 50 --contexts 2 --draws 10 --recorded 16384".split()
+    assert main([*args, *few, "--json", str(tmp_path / "results.json")]) == 0
     printed, results = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
     assert printed.count("\n| ") == 2 * (2 + 1 + 3 * 2) + 4  # with headers; the last table is at T = 1
     assert results["draws"] == 10 and results["recorded"] == 2**14 and results["context_length"] == 64

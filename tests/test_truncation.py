@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable_distributions import chi_square_p_value, seeded, tempered, total_variation
-from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from enumerable_distributions import chi_square_p_value, tempered, total_variation, warpers_of
+from tiny import seeded
 
 from calm_transformers.benchmarks import truncation as benchmark
 from calm_transformers.benchmarks.truncation import DISTRIBUTIONS, SampleSets, plug_in_weights, target_distribution
@@ -22,15 +22,9 @@ from calm_transformers.model.generation_calm_algorithms import (
 from calm_transformers.model.generation_calm_samplers import RepetitionAttempts
 
 TRUNCATIONS = [
-    Truncation(top_k=1),
-    Truncation(top_k=5),
-    Truncation(top_p=0.0),
-    Truncation(top_p=0.95),
-    Truncation(min_p=0.05),
-    Truncation(min_p=1.0),
-    Truncation(top_k=30, top_p=0.9, min_p=0.1),
-    Truncation(top_p=0.5, min_p=0.5),
-    NO_TRUNCATION,
+    *(Truncation(top_k=1), Truncation(top_k=5), Truncation(top_p=0.0), Truncation(top_p=0.95)),
+    *(Truncation(min_p=0.05), Truncation(min_p=1.0), Truncation(top_p=0.5, min_p=0.5)),
+    *(Truncation(top_k=30, top_p=0.9, min_p=0.1), NO_TRUNCATION),
 ]
 
 
@@ -49,13 +43,7 @@ class TestTruncated:
     @pytest.mark.parametrize("size", [1, 2, 500])
     def test_keeps_what_upstream_s_warpers_keep(self, truncation, size):
         logits_BN = 3 * torch.randn(20, size, generator=seeded(size))
-        warped_BN = logits_BN
-        if truncation.top_k:
-            warped_BN = TopKLogitsWarper(truncation.top_k)(None, warped_BN)
-        if truncation.top_p < 1:
-            warped_BN = TopPLogitsWarper(truncation.top_p)(None, warped_BN)
-        if truncation.min_p > 0:
-            warped_BN = MinPLogitsWarper(truncation.min_p)(None, warped_BN)
+        warped_BN = warpers_of(truncation)(None, logits_BN)
         kept_BN = truncated(logits_BN.softmax(-1), truncation)
         assert torch.equal(kept_BN > 0, warped_BN > -math.inf)
         assert (kept_BN > 0).any(-1).all()
@@ -139,11 +127,7 @@ class TestChoiceDistribution:
 
     @pytest.mark.parametrize(
         "name, num_samples, temperature, bound",
-        [
-            ("zipf(20)", 50, 1.5, 0.012),
-            ("zipf(1000)", 1000, 2.0, 0.09),
-            ("peaked(50)", 200, 2.0, 0.012),
-        ],
+        [("zipf(20)", 50, 1.5, 0.012), ("zipf(1000)", 1000, 2.0, 0.09), ("peaked(50)", 200, 2.0, 0.012)],
     )
     def test_flattened(self, name, num_samples, temperature, bound):
         samples, target = sample_sets(name, num_samples), target_distribution(DISTRIBUTIONS[name], temperature)
