@@ -6,13 +6,15 @@ local or at a URL that fsspec opens.
 
 import codecs
 import glob
-import gzip
 import io
 import itertools
 import json
 import lzma
 import os
+import re
 import sys
+import textwrap
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -67,7 +69,30 @@ def find_paths(path: str | Path) -> list[Path]:
         root, _, pattern = str(path).partition("*")
         folder: Any = UPath(root.rpartition("/")[0])
         return sorted(folder.glob(f"{root.rpartition('/')[2]}*{pattern}")) if "*" in str(path) else []
-    return [Path(p) for p in ([path] if os.path.lexists(path) else sorted(glob.glob(str(path), recursive=True)))]
+    if os.path.lexists(path):
+        return [Path(path)]
+    before, *rest = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", str(path), maxsplit=1)
+    if not rest:
+        return [Path(p) for p in sorted(glob.glob(str(path)))]
+    folders = [folder for root in glob.glob(before or ".") for folder, _ in _walk(root)]
+    matches = [match for folder in folders for match in find_paths(os.path.join(glob.escape(folder), rest[0]))]
+    return sorted((match for match in matches if not (match.is_symlink() and match.is_dir())), key=str)
+
+
+def _walk(root: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields a folder and those in it that aren't hidden, with their files; follows links, to each folder once."""
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}.") from error
+
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+        else:
+            seen.add(os.path.realpath(folder))
+            yield folder, names
 
 
 def expand_paths(paths: str | Iterable[str]) -> list[Path]:
@@ -75,19 +100,22 @@ def expand_paths(paths: str | Iterable[str]) -> list[Path]:
 
     Skips hidden files in folders; refuses files that can't be opened, of other formats, or that are Git LFS pointers.
     """
-    files = []
+    files: list[Path] = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         matches = find_paths(path)
         if not matches:
             raise InputError(f"{path}: no such file or folder.")
+        found: dict[Path, None] = {}  # a pattern may match a folder and its files
         for entry in matches:
-            entry_files = _list_files(entry) if entry.is_dir() else [entry]
-            if not entry_files:
-                raise InputError(f"{entry}: the folder holds no file of a readable format ({_readable_formats()}).")
-            files += entry_files
+            found |= dict.fromkeys(_list_files(entry) if entry.is_dir() else [entry])
+        if not found:
+            raise InputError(f"{matches[0]}: the folder holds no file of a readable format ({_readable_formats()}).")
+        files += found
     for file in files:
         if _file_format(file) is None:
             raise InputError(f"{file}: unknown format; readable are {_readable_formats()}.")
+        if os.path.exists(str(file)) and not os.path.isfile(str(file)):  # opening a named pipe would wait for a writer
+            raise InputError(f"{file}: is not a regular file.")
         try:
             with file.open("rb") as opened:
                 is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
@@ -100,8 +128,12 @@ def expand_paths(paths: str | Iterable[str]) -> list[Path]:
 
 def _list_files(folder: Path) -> list[Path]:
     """Returns all files of readable formats in a folder, sorted, without hidden ones."""
-    files = [f for f in sorted(folder.rglob("*")) if _file_format(f) and not f.is_dir()]
-    return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    if type(folder) is type(Path()):
+        files = [Path(root, name) for root, names in _walk(folder) for name in names]
+    else:  # of universal_pathlib
+        files = [file for file in folder.rglob("*") if not file.is_dir()]
+    is_hidden = {f: any(part.startswith(".") for part in f.relative_to(folder).parts) for f in files}
+    return sorted(f for f in files if _file_format(f) and not is_hidden[f])
 
 
 def _readable_formats() -> str:
@@ -116,26 +148,31 @@ def _file_format(path: Path) -> str | None:
 
 def _decompressed_lines(path: Path, file: BinaryIO) -> Iterable[bytes]:
     """Returns an iterable of the decompressed lines of an open file."""
+    if path.suffix not in COMPRESSIONS:
+        return file
     if path.suffix == ".zst":
-        return _split_lines(_zst_chunks(path, file))
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix)
-    return file if opener is None else opener(file)
+        require_package("zstandard", "train", str(path))
+        import zstandard
+
+        zst = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+        return _split_lines(_decompressed_chunks(zst.decompressobj, file))
+    xz, gz = lzma.LZMADecompressor, partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS)
+    return _split_lines(_decompressed_chunks(xz if path.suffix == ".xz" else gz, file))
 
 
-def _zst_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Decompresses frame by frame, since the library's own reader doesn't notice a truncated file."""
-    require_package("zstandard", "train", str(path))
-    import zstandard
-
-    decompressor, frame, rest = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW), None, b""
+def _decompressed_chunks(new_decompressor: Callable[[], Any], file: BinaryIO) -> Iterator[bytes]:
+    """Decompresses frame by frame, since the libraries' own readers take some damaged or empty files for complete."""
+    frame, rest, num_frames = None, b"", 0
     while chunk := rest or file.read(1 << 16):
-        frame = frame or decompressor.decompressobj()
+        rest = b""
+        if frame is None and not (chunk := chunk.lstrip(b"\0")):  # padding between frames
+            continue
+        frame = frame or new_decompressor()
         yield frame.decompress(chunk)
-        rest = frame.unused_data
         if frame.eof:
-            frame = None
-    if frame is not None:
-        raise EOFError("the last frame is not complete")
+            frame, rest, num_frames = None, frame.unused_data, num_frames + 1
+    if frame is not None or not num_frames:
+        raise EOFError("it holds no complete frame" if not num_frames else "the last frame is not complete")
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -216,15 +253,20 @@ def _read_jsonl(path: Path, text_column: str, bad_lines: BadLines, bar: tqdm | N
         try:
             # As a float, since Python parses no integer of more than 4300 digits.
             row = json.loads(line.decode("utf-8"), parse_int=float)
-            keys = f"; it has {', '.join(row)}" if isinstance(row, dict) and text_column not in row else ""
+            keys = f"; it has {_name_columns(row)}" if isinstance(row, dict) and text_column not in row else ""
             text = row.get(text_column) if isinstance(row, dict) else None
             yield _check_text(text, f'no string under the key "{text_column}"{keys}')
         except (ValueError, RecursionError) as error:
             bad_lines.report(path, number, _describe_error(error))
 
 
+def _name_columns(columns: Iterable[str]) -> str:
+    """Returns the names of columns, or the beginning of many or long ones, in one line."""
+    return textwrap.shorten(", ".join(columns).encode(errors="backslashreplace").decode(), 200, placeholder=" …")
+
+
 def _missing_column(source, text_column: str, columns: Iterable[str]) -> InputError:
-    names = ", ".join(columns)
+    names = _name_columns(columns)
     return InputError(f'{source}: no column "{text_column}"; it has {names} (text_column names the right one).')
 
 
