@@ -8,8 +8,9 @@ import pytest
 import torch
 from model_copies import ROOT, reconstruct_by_auto_model
 from text_and_loss import some_ids
-from tiny import VOCAB_SIZE, tiny_model
+from tiny import VOCAB_SIZE, seeded, tiny_model
 
+from calm_transformers.model import modeling_calm_autoencoder
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 
@@ -50,10 +51,8 @@ def test_left_out_labels_and_accumulation():
     labels[1, 9:] = -100
     noise = torch.randn(4, 6, 16)
     whole = model(ids, labels=labels, noise=noise).loss
-    items = (labels != -100).sum()
-    halves = [
-        model(ids[s], labels=labels[s], noise=noise[s], num_items_in_batch=items).loss for s in (slice(2), slice(2, 4))
-    ]
+    items, parts = (labels != -100).sum(), (slice(2), slice(2, 4))
+    halves = [model(ids[s], labels=labels[s], noise=noise[s], num_items_in_batch=items).loss for s in parts]
     torch.testing.assert_close(sum(halves), whole)
     ids[1, 12:] = 3  # patches without a label don't matter
     torch.testing.assert_close(model(ids, labels=labels, noise=noise).loss, whole)
@@ -85,7 +84,7 @@ def test_each_dropout_has_a_rate_of_its_own_in_training_alone(rates, is_seen):
 def test_the_rate_is_the_share_of_tokens_that_are_replaced():
     model, seen = autoencoder(ae_dropout=0.5).train(), []
     model.encoder.register_forward_pre_hook(lambda encoder, args: seen.append(args[0]))
-    model(some_ids(8, 400), generator=torch.Generator().manual_seed(0))
+    model(some_ids(8, 400), generator=seeded())
     assert (seen[0] == 0).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
@@ -103,9 +102,7 @@ def test_decode_tokens_is_the_argmax_in_chunks(monkeypatch):
     model, latents = autoencoder(), torch.randn(3, 5, 16)
     expected = model.decoder(latents).argmax(-1)
     assert torch.equal(model.decode_tokens(latents), expected)
-    monkeypatch.setattr(
-        "calm_transformers.model.modeling_calm_autoencoder.LOGITS_CHUNK_SIZE", {"cpu": 2 * 4 * VOCAB_SIZE}
-    )
+    monkeypatch.setitem(modeling_calm_autoencoder.LOGITS_CHUNK_SIZE, "cpu", 2 * 4 * VOCAB_SIZE)
     assert torch.equal(model.decode_tokens(latents), expected)
     forbidden = torch.zeros(4, VOCAB_SIZE, dtype=torch.bool)
     forbidden[1, expected[0, 0, 1]] = True
@@ -146,18 +143,15 @@ def test_a_part_alone_gives_its_outputs_and_no_loss():
     assert torch.equal(outputs.mean, model.encoder(ids)[0]) and outputs.logits is None  # uncorrupted, in training too
     latents = torch.randn(3, 16)
     assert torch.equal(model(latents=latents).logits, model.decoder(latents))
-    refusals = {
-        "it scores only what it encodes and decodes": [
-            {"labels": ids, "latents": latents},
-            {"labels": ids, "input_ids": ids, "output_logits": False},
-        ],
-        "takes either input_ids, to encode and decode, or latents": [{}, {"input_ids": ids, "latents": latents}],
-        "6 tokens per row, not divisible by patch_size=4": [{"input_ids": ids[:, :6]}],
-    }
-    for sentence, wrong in refusals.items():
-        for given in wrong:
-            with pytest.raises(ValueError, match=sentence):
-                model(**given)
+    for given, sentence in (
+        ({"labels": ids, "latents": latents}, "it scores only what it encodes and decodes"),
+        ({"labels": ids, "input_ids": ids, "output_logits": False}, "it scores only what it encodes and decodes"),
+        ({}, "takes either input_ids, to encode and decode, or latents"),
+        ({"input_ids": ids, "latents": latents}, "takes either input_ids, to encode and decode, or latents"),
+        ({"input_ids": ids[:, :6]}, "6 tokens per row, not divisible by patch_size=4"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            model(**given)
 
 
 def test_the_example_of_the_guide_prints_what_it_says(capsys):
@@ -173,9 +167,8 @@ def test_the_example_of_the_guide_prints_what_it_says(capsys):
 def test_a_folder_of_its_own_loads_by_auto_model(tmp_path):
     model, ids = tiny_model().autoencoder, [[1, 5, 6, 7, 8, 9, 10, 11]]
     model.save_pretrained(tmp_path / "autoencoder")
-    name, decoded = fresh_process.call(
-        reconstruct_by_auto_model, tmp_path / "home", folder=str(tmp_path / "autoencoder"), ids=ids
-    ).result
+    inputs = {"folder": str(tmp_path / "autoencoder"), "ids": ids}
+    name, decoded = fresh_process.call(reconstruct_by_auto_model, tmp_path / "home", **inputs).result
     with torch.no_grad():
         expected = model.decode_tokens(model.encode(torch.tensor(ids))[0])
     assert name == "CALMAutoencoder" and decoded == expected.tolist()

@@ -70,9 +70,8 @@ def test_prompts_of_a_file_are_continued_and_an_interrupted_run_writes_the_rest(
         result = batcher.submit(prompts[4], max_new_tokens=8, temperature=0.5, seed=9).result()
     assert (lines[4]["text"], lines[4]["finish_reason"]) == (result.text, result.finish_reason)
     (tmp_path / "other").write_text('{"prompt": "another"}\n')
-    assert "holds other texts than of these prompts and this --seed" in refusal(
-        capsys, main, *words, tmp_path / "other"
-    )
+    error = refusal(capsys, main, *words, tmp_path / "other")
+    assert "holds other texts than of these prompts and this --seed" in error
     words[words.index("--seed") + 1] = 6
     assert "of these prompts and this --seed" in refusal(capsys, main, *words, tmp_path / "whole")
     assert "belong together" in refusal(capsys, main, *words[:-1])

@@ -36,9 +36,8 @@ def test_runs_follow_their_dependencies_and_finish_a_seed_before_the_next(tmp_pa
     names = list(runs)
     for name, run in runs.items():
         dependencies = [other for other in runs if str(runs[other].result.parent) in run.args and other != name]
-        assert all(
-            names.index(other) < names.index(name) for other in dependencies if not runs[other].is_evaluation
-        ), name
+        places = [names.index(other) for other in dependencies if not runs[other].is_evaluation]
+        assert max(places, default=-1) < names.index(name), name
     initialised = runs["language/models/begun-seed1"]
     assert option(initialised, "init_backbone") == str(tmp_path / "language/models/ar-seed1")
     assert option(initialised, "seed") == "1" and "--recipe" in initialised.args and "--seeds" not in initialised.args
@@ -76,22 +75,14 @@ def commands(monkeypatch):
     """Replaces subprocess.run: a command writes a stub result, or fails if its path contains one of `failing`."""
     done = []
     noise = [{"sigma": sigma, "token_accuracy": 0.9} for sigma in (0, 0.3, 0.5, 1)]
-    sizes = {"draws": 1000, "contexts": 16}
     settings = [
         {"method": method, "temperature": T, "num_candidates": 200}
         | {metric: {"exact draws": [0.1, 0], "model": [T / 2, 0]} for metric in METRICS}
         for T in (1.0, 0.5)
         for method in ("one draw", "batch")
     ]
-    result = {
-        **fraction(0.8),
-        **sizes,
-        "settings": settings,
-        "nothing": fraction(0.8),
-        "posterior_sigma": 0.3,
-        "kl": 40,
-        "noise": noise,
-    }
+    result = {**fraction(0.8), "draws": 1000, "contexts": 16, "settings": settings, "nothing": fraction(0.8)}
+    result |= {"posterior_sigma": 0.3, "kl": 40, "noise": noise}
 
     def run(args, **_):
         name = next(word for word in args if word.endswith(("output", "output_dir", "json")))
@@ -167,10 +158,8 @@ def test_a_whole_run(tmp_path, monkeypatch):
     subprocess_run = subprocess.run
     monkeypatch.setattr(plan.subprocess, "run", run)
     assert main(["--output", str(tmp_path), "--experiments", str(FILE)]) == 0
-    ar, calm, initialised = (
-        json.loads((tmp_path / "experiments.json").read_text())[f"language/models/{name}-seed1/score"]
-        for name in ("ar", "calm", "begun")
-    )
+    records = json.loads((tmp_path / "experiments.json").read_text())
+    ar, calm, initialised = (records[f"language/models/{name}-seed1/score"] for name in ("ar", "calm", "begun"))
     assert [record["cost"]["tokens"] for record in (ar, initialised)] == [2 * 4 * 32, 2 * 2 * 4 * 32]
     assert initialised["cost"]["cpu_seconds"] > ar["cost"]["cpu_seconds"] > 0
     assert calm["positions"] == 63 and 0 < calm["best_brierlm"] < 100

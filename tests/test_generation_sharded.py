@@ -1,9 +1,11 @@
 """Two processes that share a model's shards (FSDP2, gloo on CPUs) write what one process writes, each its own text."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import BOS, few_tokens, tiny_model
+from tiny import BOS, few_tokens, seeded, tiny_model
 
 pytestmark = pytest.mark.transformers
 
@@ -23,14 +25,9 @@ def texts(shards=False, rank=0):
         for module in (*map(model.get_submodule, PARTS), model):
             fully_shard(module, mesh=mesh)
     options = {"do_sample": True, "temperature": 0.4, "num_candidates": 50, "max_new_tokens": 10, "eos_token_id": None}
-    options |= {"synced_gpus": shards}
-    return [
-        model.generate(
-            PROMPTS[rank : rank + 1], generator=[torch.Generator().manual_seed(seed)], lazy_decoding=lazy, **options
-        ).tolist()
-        for lazy in (None, True, False)
-        for seed in range(3)
-    ]
+    options |= {"synced_gpus": shards, "inputs": PROMPTS[rank : rank + 1]}
+    cases = itertools.product((None, True, False), range(3))
+    return [model.generate(generator=[seeded(n)], lazy_decoding=lazy, **options).tolist() for lazy, n in cases]
 
 
 def write(rank, folder):

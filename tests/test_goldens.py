@@ -82,10 +82,18 @@ def test_backbone(golden, dtype):
 
 @both_dtypes
 @torch.no_grad()
-def test_energy_samples(dtype):
-    golden = Golden("energy")
-    hidden, noise = golden["calm.hidden_states"].to(dtype), golden["head.uniform"].to(dtype) - 0.5
-    assert_reproduces(model_in(dtype, "energy").head.sample(hidden, noise=noise), golden["head.latents"], dtype)
+def test_samples(golden, dtype):
+    if golden.head_type == "energy":
+        noise = {"noise": golden["head.uniform"] - 0.5}
+    else:
+        start = golden["head.x0" if golden.head_type == "flow" else "head.x_T"]
+        noise = {"noise": start.view(1, 2, 6, 16)}
+    if golden.head_type == "diffusion":
+        noise["step_noise"] = golden["head.step_noise"].view(100, 1, 2, 6, 16)
+    noise = {argument: value.to(dtype) for argument, value in noise.items()}
+    latents = model_in(dtype, golden.head_type).head.sample(golden["calm.hidden_states"].to(dtype), **noise)
+    tolerance = 5e-5 if golden.head_type == "diffusion" else 1e-5
+    assert_reproduces(latents.squeeze(0), golden["head.latents"], dtype, tolerance)
 
 
 @torch.no_grad()
@@ -122,26 +130,6 @@ def test_per_patch_losses(head_type, dtype):
         noise=start[None],
     )
     assert_reproduces(losses, golden["loss.value"], dtype)
-
-
-@both_dtypes
-@torch.no_grad()
-def test_flow_samples(dtype):
-    golden = Golden("flow")
-    hidden, noise = golden["calm.hidden_states"].to(dtype), golden["head.x0"].view(1, 2, 6, 16).to(dtype)
-    assert_reproduces(model_in(dtype, "flow").head.sample(hidden, noise=noise)[0], golden["head.latents"], dtype)
-
-
-@both_dtypes
-@torch.no_grad()
-def test_diffusion_samples(dtype):
-    golden = Golden("diffusion")
-    latents = model_in(dtype, "diffusion").head.sample(
-        golden["calm.hidden_states"].to(dtype),
-        noise=golden["head.x_T"].view(1, 2, 6, 16).to(dtype),
-        step_noise=golden["head.step_noise"].view(100, 1, 2, 6, 16).to(dtype),
-    )
-    assert_reproduces(latents[0], golden["head.latents"], dtype, tolerance=5e-5)
 
 
 def test_diffusion_schedule():

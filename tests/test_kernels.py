@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_copies import ROOT
-from tiny import BOS, tiny_model
+from tiny import BOS, seeded, tiny_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
@@ -25,7 +25,7 @@ needs_one_dnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), rea
 
 
 def values(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
 
 
 def write(model, prompt=PROMPT, **settings):
@@ -35,36 +35,30 @@ def write(model, prompt=PROMPT, **settings):
 
 
 @contextmanager
-def float32_precision(precision):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+def set_to(switch, value, before):
+    switch(value)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        switch(before)
 
 
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+SWITCHES = ("switched off", "deterministic", "autocast", "medium")
 
 
 def context_of(case, monkeypatch):
-    """Returns the context in which neither kernel is used, or one that changes nothing."""
+    """Returns the context in which neither kernel is used (`SWITCHES`), or one that changes nothing."""
     if case == "switched off":
         monkeypatch.setenv(SWITCH, "torch")
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
-    contexts = {"deterministic": deterministic(), "autocast": autocast, "medium": float32_precision("medium")}
+    contexts = {
+        "deterministic": set_to(torch.use_deterministic_algorithms, True, False),
+        "medium": set_to(torch.set_float32_matmul_precision, "medium", torch.get_float32_matmul_precision()),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }
     return contexts.get(case, nullcontext())
 
 
-@pytest.mark.parametrize(
-    "make", [lambda size: arange(size, CPU), lambda size: diffusion_schedule(size, CPU).log_betas]
-)
+@pytest.mark.parametrize("make", [lambda n: arange(n, CPU), lambda n: diffusion_schedule(n, CPU).log_betas])
 def test_a_trace_neither_reads_nor_fills_the_cache_of_tables(make):
     kept = make(971)
     with FakeTensorMode():
@@ -87,12 +81,9 @@ def test_only_cuda_copies_are_non_blocking(monkeypatch, device, is_async):
 
 
 def test_a_missing_private_name_of_torch_has_a_default():
-    assert (
-        kernels_calm.private_function("torch._guards.no_such_name", 7)
-        == kernels_calm.private_function("torch._no_module.name", 7)
-        == 7
-    )
-    assert kernels_calm.private_function("torch._guards.detect_fake_mode", 7) is not 7  # noqa: F632
+    names = ("_guards.no_such_name", "_no_module.name", "_guards.detect_fake_mode")
+    found = [kernels_calm.private_function(f"torch.{name}", 7) for name in names]
+    assert found[:2] == [7, 7] and found[2] != 7
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*_calm*.py")), ids=lambda path: path.name)
@@ -147,10 +138,7 @@ class QuantisedWeight(torch.Tensor):
 
 
 @needs_one_dnn
-@pytest.mark.parametrize(
-    "case",
-    ["bfloat16", "float64", "gradients", "autocast", "quantised", "switched off", "deterministic", "medium", "small"],
-)
+@pytest.mark.parametrize("case", [*SWITCHES, "bfloat16", "float64", "gradients", "quantised", "small"])
 @torch.no_grad()
 def test_fallbacks_to_pytorch(monkeypatch, calls, case):
     rows, weight, context = values(8, 24), values(40, 24, seed=1), context_of(case, monkeypatch)
@@ -205,8 +193,8 @@ def test_per_row_generators_give_the_same_sequences_alone(calls):
     model = tiny_model()
 
     def sequences(*seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return write(model, PROMPT.repeat(len(seeds), 1), generator=generators, eos_token_id=None).tolist()
+        generator = [seeded(seed) for seed in seeds]
+        return write(model, PROMPT.repeat(len(seeds), 1), generator=generator, eos_token_id=None).tolist()
 
     assert sequences(1, 2, 3) == sequences(1) + sequences(2) + sequences(3) and calls
 
@@ -214,33 +202,24 @@ def test_per_row_generators_give_the_same_sequences_alone(calls):
 # The argmax
 
 
-def matrix(num_rows, width=48, seed=0):
-    return values(num_rows, width, seed=seed)
+def screened_argmax(weight_Vd, states_Md):
+    return VocabularyScreen(weight_Vd).argmax(weight_Vd, states_Md, torch.zeros(len(states_Md), dtype=torch.long))
 
 
 # One tile; several, the last not divisible into groups; fewer rows than a group has.
 @pytest.mark.parametrize("num_rows, num_states", [(5, 3), (512, 1), (4096, 200), (16390, 3), (20001, 200)])
 def test_screened_argmax_equals_the_full_matmul_s(num_rows, num_states):
-    weight_Vd, states_Md = matrix(num_rows), matrix(num_states, seed=1)
-    ids_M = VocabularyScreen(weight_Vd).argmax(weight_Vd, states_Md, torch.zeros(len(states_Md), dtype=torch.long))
-    assert torch.equal(ids_M, (states_Md @ weight_Vd.T).argmax(-1))
+    weight_Vd, states_Md = values(num_rows, 48), values(num_states, 48, seed=1)
+    assert torch.equal(screened_argmax(weight_Vd, states_Md), (states_Md @ weight_Vd.T).argmax(-1))
 
 
-def one_large_column(weight_Vd):
-    weight_Vd[:, 7] *= 300  # int8 has next to nothing left for the others
-    return weight_Vd
-
-
-def pairs_that_int8_cannot_tell_apart(weight_Vd):
-    weight_Vd[1::2] = weight_Vd[:-1:2] + 1e-4 * matrix(len(weight_Vd) // 2, 64, seed=2)
-    return weight_Vd
-
-
+WEIGHTS, PAIRS = values(9001, 64), values(4501, 64).repeat_interleave(2, 0)[1:]
+ONE_LARGE = torch.ones(64).index_fill(0, torch.tensor(7), 300)
 ADVERSARIAL = {
-    "rows of many sizes": lambda w: w * torch.logspace(-6, 3, len(w))[values(len(w)).argsort()][:, None],
-    "a large column": one_large_column,
-    "close pairs": pairs_that_int8_cannot_tell_apart,
-    "negative products": lambda w: -w.abs(),
+    "rows of many sizes": WEIGHTS * torch.logspace(-6, 3, 9001)[values(9001).argsort()][:, None],
+    "a large column": WEIGHTS * ONE_LARGE,  # int8 has next to nothing left for the others
+    "close pairs": PAIRS + 1e-4 * values(9001, 64, seed=2),  # int8 cannot tell them apart
+    "negative products": -WEIGHTS.abs(),
 }
 
 
@@ -248,10 +227,9 @@ ADVERSARIAL = {
 @pytest.mark.parametrize("scale", [1e-8, 1e6])
 def test_adversarial_weights(weights, scale):
     """The chosen logit, computed in float64, is the largest up to float32 rounding."""
-    weight_Vd = ADVERSARIAL[weights](matrix(9001, 64))
-    states_Md = scale * matrix(100, 64, seed=1).abs()
+    weight_Vd, states_Md = ADVERSARIAL[weights], scale * values(100, 64, seed=1).abs()
     states_Md[::2, 3] *= 40  # one large value
-    ids_M = VocabularyScreen(weight_Vd).argmax(weight_Vd, states_Md, torch.zeros(len(states_Md), dtype=torch.long))
+    ids_M = screened_argmax(weight_Vd, states_Md)
     logits_MV = states_Md.double() @ weight_Vd.double().T
     lost_M = logits_MV.amax(-1) - logits_MV.gather(-1, ids_M[:, None])[:, 0]
     rounding_M = 1e-5 * states_Md.double().norm(dim=-1) * weight_Vd.double().norm(dim=-1).max()
@@ -260,7 +238,7 @@ def test_adversarial_weights(weights, scale):
 
 def test_largest_int8_products_do_not_overflow():
     """Rotated weights and states at the ends of their ranges: with 8 bits on both sides AVX2's sums would saturate."""
-    ends_d = torch.ones(512) @ VocabularyScreen(matrix(5, 512)).rotation_dd.T
+    ends_d = torch.ones(512) @ VocabularyScreen(values(5, 512)).rotation_dd.T
     weight_Vd = torch.linspace(-1, 1, 9001)[:, None] * ends_d
     ids_M = VocabularyScreen(weight_Vd).argmax(weight_Vd, torch.stack([ends_d, -ends_d]), torch.arange(2))
     assert ids_M.tolist() == [9000, 0]
@@ -282,14 +260,14 @@ def test_the_width_of_exact_int8_matmuls_is_probed(monkeypatch, exact, largest):
 
 
 def test_undecidable_screens_return_none():
-    weight_Vd = matrix(9001)
+    weight_Vd = values(9001, 48)
     for states_Md in (torch.zeros(3, 48), torch.full((3, 48), torch.nan)):
-        ids_M = VocabularyScreen(weight_Vd).argmax(weight_Vd, states_Md, torch.zeros(len(states_Md), dtype=torch.long))
+        ids_M = screened_argmax(weight_Vd, states_Md)
         assert ids_M is None or torch.equal(ids_M, (states_Md @ weight_Vd.T).argmax(-1))
     everything_KV = torch.ones(4, 9001, dtype=torch.bool)
-    assert VocabularyScreen(weight_Vd).argmax(weight_Vd, matrix(4), torch.arange(4), everything_KV) is None
-    weight_Vd = matrix(1).expand(300_000, -1).contiguous()  # rows that are all alike
-    assert VocabularyScreen(weight_Vd).argmax(weight_Vd, weight_Vd[:1], torch.arange(1)) is None
+    assert VocabularyScreen(weight_Vd).argmax(weight_Vd, values(4, 48), torch.arange(4), everything_KV) is None
+    weight_Vd = values(1, 48).expand(300_000, -1).contiguous()  # rows that are all alike
+    assert screened_argmax(weight_Vd, weight_Vd[:1]) is None
 
 
 # In the decoder
@@ -322,10 +300,7 @@ def screen_of(autoencoder):
     return SCREENS.get(autoencoder.decoder.lm_head)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["float16", "switched off", "deterministic", "offloaded", "autocast", "medium", "undecided", "dropped meanwhile"],
-)
+@pytest.mark.parametrize("case", [*SWITCHES, "float16", "offloaded", "undecided", "dropped meanwhile"])
 def test_fallbacks_to_the_full_matmul(monkeypatch, autoencoder, case):
     """Autocast and medium precision, too: the bound counts on products that are exact to float32."""
     states, context = STATES, context_of(case, monkeypatch)
@@ -387,16 +362,17 @@ def test_generation_is_the_same_with_and_without_the_screen(monkeypatch, screen_
 def real_decoder_and_states(num_states):
     """Returns the demo's decoder, and its states for this repository's documents with posterior noise."""
     model = CALMForCausalLM.from_pretrained(ROOT).eval()
-    tokenizer, autoencoder = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tokenizer.json")), model.autoencoder
+    tokenizer, decoder = (
+        PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tokenizer.json")),
+        model.autoencoder.decoder,
+    )
     text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     ids = torch.tensor(tokenizer(text[: 5 * num_states])["input_ids"])
     num_ids = min(len(ids), num_states) // model.config.patch_size * model.config.patch_size
-    mean, log_std = autoencoder.encode(ids[None, :num_ids])
+    mean, log_std = model.autoencoder.encode(ids[None, :num_ids])
     noises = values(-(-num_states // num_ids), *mean.shape[1:])
-    states = [
-        autoencoder.decoder.final_states(autoencoder.decoder.expand(mean + log_std.exp() * noise)) for noise in noises
-    ]
-    return autoencoder.decoder, torch.cat(states).flatten(0, -2)[:num_states]
+    states = [decoder.final_states(decoder.expand(mean + log_std.exp() * noise)) for noise in noises]
+    return decoder, torch.cat(states).flatten(0, -2)[:num_states]
 
 
 def random_states(weight_Vd, num_states):

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from tiny import BOS, tiny_model
+from tiny import BOS, record_calls, tiny_model
 from transformers import GenerationConfig
 
 from calm_transformers.loading import generation_defaults
@@ -31,14 +31,8 @@ def another_value(option):
 
 def sampling_used(monkeypatch, model, **arguments):
     """Returns the `PatchSampling` that `generate` passes to `sample_patches`."""
-    seen, choose = [], model.sample_patches
-
-    def note(hidden_RD, sampling, *args):
-        seen.append(sampling)
-        return choose(hidden_RD, sampling, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(model, "sample_patches", note)
+        seen = record_calls(patch, model, "sample_patches", lambda _, hidden_RD, sampling, *__: sampling)
         model.generate(PROMPT, max_new_tokens=4, eos_token_id=None, **arguments)
     (sampling,) = seen
     return sampling

@@ -1,8 +1,10 @@
 """`score_texts`: energy and Brier scores against loops over the same samples and an enumerated distribution."""
 
+import itertools
+
 import pytest
 import torch
-from tiny import BOS, EOS, HEAD_TYPES, few_tokens, seeded, tiny_model, tiny_tokenizer
+from tiny import BOS, EOS, HEAD_TYPES, few_tokens, record_calls, seeded, tiny_model, tiny_tokenizer
 
 from calm_transformers.evaluation import text_scores
 from calm_transformers.evaluation.text_scores import score_texts
@@ -10,28 +12,7 @@ from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.model.heads_calm_energy import energy_score
 
 TEXT = "a text of some patches"
-IDS = torch.randint(3, 95, (1, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """`recorded(model)` records the head's samples in `.samples` and the posteriors' in `.targets`."""
-
-    class Recorder:
-        samples: list
-        targets: list
-
-        def __call__(self, model):
-            self.samples, self.targets = [], []
-
-            def recording(function, outputs):
-                return lambda *args, **kwargs: outputs.append(function(*args, **kwargs)) or outputs[-1]
-
-            monkeypatch.setattr(model.head, "sample", recording(model.head.sample, self.samples))
-            monkeypatch.setattr(PatchTarget, "sample_latents", recording(PatchTarget.sample_latents, self.targets))
-            return model
-
-    return Recorder()
+IDS = torch.randint(3, 95, (1, 24), generator=seeded())
 
 
 def without_randomness(monkeypatch, model):
@@ -42,9 +23,8 @@ def without_randomness(monkeypatch, model):
         return context_mD[None, :, : offsets_NZ.shape[1]] + offsets_NZ[:num_samples, None]
 
     monkeypatch.setattr(model.head, "sample", sample)
-    monkeypatch.setattr(
-        PatchTarget, "sample_latents", lambda self, num, generator: self.posterior()[0].expand(num, -1, -1)
-    )
+    means = lambda target, num, generator: target.posterior()[0].expand(num, -1, -1)  # noqa: E731
+    monkeypatch.setattr(PatchTarget, "sample_latents", means)
     return model
 
 
@@ -53,24 +33,22 @@ def brier_by_loops(samples_NK, target_K):
     samples, target, size = samples_NK.tolist(), target_K.tolist(), len(samples_NK)
     brier, match_rate = [], []
     for n in range(1, len(target) + 1):
-        pairs = [(i, j) for i in range(size) for j in range(size) if i != j]
-        terms = [
-            (samples[i][:n] == target[:n]) + (samples[j][:n] == target[:n]) - (samples[i][:n] == samples[j][:n])
-            for i, j in pairs
-        ]
-        brier.append(sum(terms) / len(pairs))
+        pairs = [(a[:n], b[:n]) for a, b in itertools.permutations(samples, 2)]
+        brier.append(sum((a == target[:n]) + (b == target[:n]) - (a == b) for a, b in pairs) / len(pairs))
         match_rate.append(sum(sample[:n] == target[:n] for sample in samples) / size)
     return brier, match_rate
 
 
 @pytest.mark.parametrize("patch_size, num_samples", [(1, 7), (2, 3), (4, 2)])
-def test_energy_and_brier_of_the_same_samples(recorded, patch_size, num_samples):
-    model = recorded(few_tokens(tiny_model(patch_size=patch_size, beta=1.3)))
+def test_energy_and_brier_of_the_same_samples(monkeypatch, patch_size, num_samples):
+    model = few_tokens(tiny_model(patch_size=patch_size, beta=1.3))
+    samples = record_calls(monkeypatch, model.head, "sample")
+    targets = record_calls(monkeypatch, PatchTarget, "sample_latents")
     ids_BL = torch.randint(3, (2, 24), generator=seeded(2))
     scores = score_texts(model, ids_BL, num_samples=num_samples, generator=seeded())
     num_scored = 2 * (24 // patch_size - 1)
     assert scores.is_scored.sum() == num_scored and not scores.is_scored[:, 0].any()
-    samples_NMZ, targets_SMZ = torch.cat(recorded.samples, dim=1), torch.cat(recorded.targets, dim=1)
+    samples_NMZ, targets_SMZ = torch.cat(samples, dim=1), torch.cat(targets, dim=1)
     assert samples_NMZ.shape[:2] == (num_samples, num_scored) and targets_SMZ.shape[:2] == (10, num_scored)
     energy_M = energy_score(samples_NMZ, targets_SMZ, beta=1.3)
     torch.testing.assert_close(scores.energy[scores.is_scored], energy_M, rtol=1e-4, atol=1e-4)
@@ -123,15 +101,12 @@ def test_strings_score_as_their_ids():
     assert scores.patches[1].flatten()[-len(spelled) :].tolist() == spelled and EOS not in spelled
 
 
-def test_the_first_patch_is_the_partial_one_and_not_scored(recorded):
+def test_the_first_patch_is_the_partial_one_and_not_scored(monkeypatch):
     """Of 5 tokens, K = 4, the first patch has one and the last four are scored; of 3 tokens none."""
-    model = recorded(tiny_model())
+    model = tiny_model()
+    sizes = record_calls(monkeypatch, model.head, "sample", lambda samples, *_, **__: samples.numel())
     scores = score_texts(model, IDS[:, :3], num_samples=3)
-    assert (
-        not sum(x.numel() for x in recorded.samples)
-        and scores.is_scored.tolist() == [[False]]
-        and scores.brier.shape == (1, 1, 4)
-    )
+    assert not sum(sizes) and scores.is_scored.tolist() == [[False]] and scores.brier.shape == (1, 1, 4)
     assert all(value.isnan().all() for value in scores.means().values())
     scores = score_texts(model, IDS[:, :5], num_samples=3)
     assert scores.patches[0, 1].tolist() == IDS[0, 1:5].tolist()
@@ -176,13 +151,14 @@ def test_bfloat16():
     torch.testing.assert_close(narrow.energy.mean(), wide.energy.mean(), rtol=0.1, atol=0)
 
 
-def test_samples_are_made_in_chunks(monkeypatch, recorded):
+def test_samples_are_made_in_chunks(monkeypatch):
     monkeypatch.setitem(text_scores.SAMPLES_CHUNK_SIZE, "cpu", 64)
-    model = recorded(few_tokens(tiny_model(patch_size=1), 20))
+    model = few_tokens(tiny_model(patch_size=1), 20)
+    samples = record_calls(monkeypatch, model.head, "sample")
     scores = score_texts(model, IDS.repeat(3, 1), num_samples=10, generator=seeded())
-    sizes = [samples_NmZ.shape[0] * samples_NmZ.shape[1] for samples_NmZ in recorded.samples]
+    sizes = [samples_NmZ.shape[:2].numel() for samples_NmZ in samples]
     assert max(sizes) <= 64 and sum(sizes) == 3 * 23 * 10
-    tokens_MNK = model.autoencoder.decode_tokens(torch.cat(recorded.samples, dim=1)).movedim(0, 1)
+    tokens_MNK = model.autoencoder.decode_tokens(torch.cat(samples, dim=1)).movedim(0, 1)
     match_rate_M = (tokens_MNK == scores.patches[scores.is_scored][:, None]).all(-1).float().mean(-1)
     assert torch.equal(scores.prefix_match_rate[scores.is_scored][:, 0], match_rate_M)
 

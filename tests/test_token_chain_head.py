@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from enumerable_distributions import chi_square_p_value
-from tiny import tiny_model
+from tiny import seeded, tiny_model
 
 from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.training.auxiliary import ExtraTargets, MultiTokenLoss
@@ -80,11 +80,11 @@ def test_samples_follow_the_head_s_distribution():
     sizes = {"vocab_size": 24, "pad_token_id": 0, "autoencoder_config": {"vocab_size": 24}}
     head = tiny_model("token_chain", patch_size=2, **sizes).head.double()
     head.chain.lm_head.weight.mul_(0.3)
-    contexts = torch.randn(2, 48, generator=torch.Generator().manual_seed(3)).double()
+    contexts = torch.randn(2, 48, generator=seeded(3)).double()
     patches = [(first, second) for first in range(24) for second in range(24)]
     probs_BV = torch.tensor([[log_probability(head, c, patch) for patch in patches] for c in contexts]).double().exp()
-    for shared in ({}, head.predrawn_noise(20000, 1, contexts, torch.Generator().manual_seed(0))):
-        samples = head.sample(contexts, num_samples=20000, generator=torch.Generator().manual_seed(0), **shared)
+    for shared in ({}, head.predrawn_noise(20000, 1, contexts, seeded())):
+        samples = head.sample(contexts, num_samples=20000, generator=seeded(), **shared)
         numbers = samples[..., 0] * 24 + samples[..., 1]
         assert chi_square_p_value(numbers[:, 0], probs_BV[0]) > SIGNIFICANCE
         assert chi_square_p_value(numbers[:, 1], probs_BV[1]) > SIGNIFICANCE
@@ -94,14 +94,13 @@ def test_samples_follow_the_head_s_distribution():
 @torch.no_grad()
 def test_a_token_of_zero_probability_is_never_sampled():
     head = tiny_model("token_chain").head
-    head.chain.logits = lambda state: torch.full((*state.shape[:-1], V), -math.inf).index_fill(
-        -1, torch.tensor([7]), 0
-    )
+    logits_V = torch.full((V,), -math.inf).index_fill(0, torch.tensor(7), 0)
+    head.chain.logits = lambda state: logits_V.expand(*state.shape[:-1], V)
     noise = torch.tensor([0.0, 1e-30, 0.5, 1 - 2**-24])[:, None].expand(4, K)
     assert (head.sample(torch.randn(48), noise=noise) == 7).all()
 
 
 def test_noise_keeps_its_precision_in_bfloat16():
     head = tiny_model("token_chain").head.bfloat16()
-    noise = head.initial_noise((1000,), torch.zeros(1, dtype=torch.bfloat16), torch.Generator().manual_seed(0))
+    noise = head.initial_noise((1000,), torch.zeros(1, dtype=torch.bfloat16), seeded())
     assert noise.dtype == torch.float32 and len(noise.unique()) > 3990

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from evaluation_folder import tiny_llama
-from tiny import VOCAB_SIZE, tiny_model
+from tiny import VOCAB_SIZE, record_calls, seeded, tiny_model
 from transformers import TrainingArguments
 
 from calm_transformers.evaluation.models import brier_counts
@@ -51,7 +51,7 @@ def unusual(model, training):
 @pytest.mark.parametrize("kind", MODELS)
 def test_counting_leaves_the_model_as_it_was_also_where_it_fails_midway(monkeypatch, kind, fails):
     model = unusual(MODELS[kind](), training=fails)
-    blocks = torch.randint(VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(0))
+    blocks = torch.randint(VOCAB_SIZE, (3, 12), generator=seeded())
     kept, before = blocks.clone(), held(model)
     layer = (model.model.model if kind == "llama" and hasattr(model.model, "model") else model.model).layers[0]
     calls, forward = [], layer.forward
@@ -100,16 +100,15 @@ def test_training_leaves_configurations_arguments_and_data_as_they_were(tmp_path
     model = tiny_llama() if kind == "llama" else tiny_model(patch_size=4)
     model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
     trained = WithAuxiliary(model, 0.5) if kind == "with auxiliary loss" else model
-    args, caches, forward = arguments(tmp_path), [], type(model.model).forward
+    args = arguments(tmp_path)
 
-    def note(self, *inputs, use_cache=None, **kwargs):
-        caches.append((use_cache, self.config.use_cache))
-        return forward(self, *inputs, use_cache=use_cache, **kwargs)
+    def uses(_, backbone, *inputs, use_cache=None, **kwargs):
+        return use_cache, backbone.config.use_cache
 
     def state():
         return copy.deepcopy((model.config.to_dict(), args.to_dict(), vars(model.generation_config), str(BLOCKS)))
 
-    monkeypatch.setattr(type(model.model), "forward", note)
+    caches = record_calls(monkeypatch, type(model.model), "forward", uses)
     before, collator = state(), PatchCollator(4, skip_first_patch=kind != "llama", pad_token_id=95)
     CALMTrainer(model=trained, args=args, train_dataset=BLOCKS, data_collator=collator).train()
     assert state() == before
