@@ -15,8 +15,7 @@ def tiny_llama(seed=0, **overrides):
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     fields = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, "initializer_range": 0.5, **sizes, **overrides}
-    config = LlamaConfig(**fields)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**fields)).eval()
 
 
 def make_folder(folder):

@@ -1,16 +1,14 @@
 """Every field of GenerationConfig is classified as used, harmless or unsupported, and behaves accordingly."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from tiny import BOS, tiny_model
 from transformers import GenerationConfig, WatermarkingConfig
 
-from calm_transformers.model.generation_calm_upstream import (
-    GENERATION_SETTINGS,
-    HARMLESS_SETTINGS,
-    UNSUPPORTED_SETTINGS,
-    USED_SETTINGS,
-)
+from calm_transformers.model import generation_calm_upstream as upstream
+from calm_transformers.model.generation_calm_upstream import UNSUPPORTED_SETTINGS
 
 pytestmark = pytest.mark.transformers
 
@@ -30,23 +28,14 @@ def generate(model, seed=0, **settings):
 
 
 def test_every_field_is_classified():
-    assert [name for name in FIELDS if name not in GENERATION_SETTINGS] == []
+    assert [name for name in FIELDS if name not in upstream.GENERATION_SETTINGS] == []
 
 
-def ids(result):
-    return result.tolist()
-
-
-def shape(result):
-    return list(result.shape)
+ids, shape, kind = torch.Tensor.tolist, attrgetter("shape"), type
 
 
 def cache_room(result):
     return result.past_key_values.layers[0].keys.shape[-2]
-
-
-def kind(result):
-    return type(result).__name__
 
 
 def has(name):
@@ -89,7 +78,7 @@ OTHER_EFFECTS = {  # which depend on what is generated, or are more than the res
 
 
 def test_every_used_field_has_an_effect_below():
-    assert set(USED_SETTINGS) & set(FIELDS) == (set(EFFECTS) | OTHER_EFFECTS) & set(FIELDS)
+    assert set(upstream.USED_SETTINGS) & set(FIELDS) == (set(EFFECTS) | OTHER_EFFECTS) & set(FIELDS)
 
 
 @pytest.mark.parametrize("name", sorted(set(EFFECTS) & set(FIELDS)))
@@ -112,19 +101,13 @@ def test_max_cache_len_counts_tokens(model):
 
 
 HARMLESS_VALUES = {
-    "early_stopping": "never",
-    "num_assistant_tokens_schedule": "heuristic",
-    "speculation_type": "dflash",
-    "_commit_hash": "0" * 40,
-    "transformers_version": "4.50.0",
-    "decoder_start_token_id": 7,
-    "length_penalty": 2.0,
-    "assistant_ensemble_weight": 0.5,
-    "diversity_penalty": 0.5,
+    **{"early_stopping": "never", "num_assistant_tokens_schedule": "heuristic", "speculation_type": "dflash"},
+    **{"_commit_hash": "0" * 40, "transformers_version": "4.50.0", "decoder_start_token_id": 7},
+    **{"length_penalty": 2.0, "assistant_ensemble_weight": 0.5, "diversity_penalty": 0.5},
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(HARMLESS_SETTINGS) & set(FIELDS)))
+@pytest.mark.parametrize("name", sorted(set(upstream.HARMLESS_SETTINGS) & set(FIELDS)))
 def test_a_harmless_field_changes_nothing(model, name):
     config = GenerationConfig(**FAST)
     setattr(config, name, HARMLESS_VALUES.get(name, True))
@@ -134,11 +117,8 @@ def test_a_harmless_field_changes_nothing(model, name):
 
 UNSUPPORTED = sorted(set(UNSUPPORTED_SETTINGS) & set(FIELDS))
 UNSUPPORTED_VALUES = {
-    "force_words_ids": [[5]],
-    "constraints": [object()],
-    "dola_layers": "low",
-    "watermarking_config": WatermarkingConfig(),
-    "encoder_no_repeat_ngram_size": 3,
+    **{"force_words_ids": [[5]], "constraints": [object()], "dola_layers": "low"},
+    **{"watermarking_config": WatermarkingConfig(), "encoder_no_repeat_ngram_size": 3},
     **dict.fromkeys(("num_beams", "num_beam_groups", "prompt_lookup_num_tokens", "assistant_early_exit"), 2),
     **dict.fromkeys(("output_logits", "token_healing", "is_assistant", "use_mtp"), True),
 }

@@ -57,10 +57,9 @@ def test_a_model_larger_than_the_memory_it_may_take(tmp_path, share, head_type):
     """`device_map="auto"` keeps head and autoencoder whole; what doesn't fit is offloaded to disk."""
     model = tiny_model(head_type)
     model.save_pretrained(tmp_path / "model")
-    room = {"cpu": int(share * sum(p.numel() * p.element_size() for p in model.parameters()))}
-    placed = CALMForCausalLM.from_pretrained(
-        tmp_path / "model", device_map="auto", max_memory=room, offload_folder=tmp_path / "disk"
-    )
+    room = {"cpu": int(share * sum(p.nbytes for p in model.parameters()))}
+    options = {"device_map": "auto", "max_memory": room, "offload_folder": tmp_path / "disk"}
+    placed = CALMForCausalLM.from_pretrained(tmp_path / "model", **options)
     assert "disk" in placed.hf_device_map.values()
     assert not any(name.startswith(("head.", "autoencoder.")) for name in placed.hf_device_map)
     assert text_and_loss(placed) == text_and_loss(model)

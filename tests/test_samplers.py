@@ -20,23 +20,10 @@ from enumerable_distributions import (
 )
 from reference_samplers import first_attempt_by_loops, published_probs_by_loops, table_of_pairs
 
-from calm_transformers.model import generation_calm_algorithms
-from calm_transformers.model.generation_calm_algorithms import (
-    candidate_log_weights,
-    first_accepted_attempt,
-    first_occurrences,
-    inverse_temperature,
-    occurrence_counts,
-    repetition_log_weights,
-)
-from calm_transformers.model.generation_calm_samplers import (
-    PatchSampling,
-    RepetitionAttempts,
-    batch_temperature_select,
-    check_num_candidates,
-    exact_temperature_sample,
-    most_frequent_patch,
-)
+from calm_transformers.model import generation_calm_algorithms as algorithms
+from calm_transformers.model import generation_calm_samplers as samplers
+from calm_transformers.model.generation_calm_algorithms import first_occurrences
+from calm_transformers.model.generation_calm_samplers import RepetitionAttempts, exact_temperature_sample
 
 TEMPERATURES = (1.0, 0.9, 0.7, 0.5, 0.4, 1 / 3, 0.25)
 SIGNIFICANCE = 1e-3
@@ -47,7 +34,7 @@ def classes_of(outcomes_BN: torch.Tensor) -> torch.Tensor:
 
 
 def choice_probabilities(outcomes_BN: torch.Tensor, temperature: float) -> torch.Tensor:
-    return candidate_log_weights(classes_of(outcomes_BN), temperature).double().softmax(-1)
+    return algorithms.candidate_log_weights(classes_of(outcomes_BN), temperature).double().softmax(-1)
 
 
 def sample_exactly(probs_BV, temperature, max_samples, seed):
@@ -63,7 +50,7 @@ class TestFirstOccurrences:
     @pytest.fixture(autouse=True)
     def set_max_comparisons(self, method, monkeypatch):
         most = 2**30 if method == "all pairs" else 0
-        monkeypatch.setattr(generation_calm_algorithms, "MAX_COMPARISONS", {"cpu": most, "other": most})
+        monkeypatch.setattr(algorithms, "MAX_COMPARISONS", {"cpu": most, "other": most})
 
     @pytest.mark.parametrize("patch_size", [1, 4])
     def test_equals_loops(self, patch_size):
@@ -71,7 +58,7 @@ class TestFirstOccurrences:
         classes = first_occurrences(patches)
         for b, row in enumerate(patches.tolist()):
             assert classes[b].tolist() == [row.index(patch) for patch in row]
-            assert occurrence_counts(classes)[b].tolist() == [row.count(patch) for patch in row]
+            assert algorithms.occurrence_counts(classes)[b].tolist() == [row.count(patch) for patch in row]
 
     def test_patches_too_large_to_pack_into_one_integer(self):
         # 128257^8 > 2^135: base-V packing modulo 2^64 would confuse patches that differ in the first tokens only.
@@ -110,7 +97,7 @@ class TestWeights:
     def test_estimates_algorithm_1s_series_without_bias(self, exponent):
         # p^n (1-p)^k has the unbiased estimate C(N-n-k, c-n) / C(N, c); the coefficients are those of (1-q)^alpha.
         num_samples, n = 12, math.floor(exponent)
-        weights = repetition_log_weights(num_samples, exponent).exp()
+        weights = algorithms.repetition_log_weights(num_samples, exponent).exp()
         for count in range(n, num_samples + 1):
             coefficient, estimate = 1.0, 0.0
             for k in range(num_samples - n + 1):
@@ -151,7 +138,7 @@ class TestAlgorithm1:
     def test_equals_algorithm_1_sample_by_sample(self, exponent, circular):
         samples = torch.multinomial(zipf(6), 300 * 40, replacement=True, generator=seeded()).view(300, 40)
         uniforms = torch.rand(300, 40, generator=seeded(1))
-        start = first_accepted_attempt(classes_of(samples), uniforms, 1 / exponent, circular)
+        start = algorithms.first_accepted_attempt(classes_of(samples), uniforms, 1 / exponent, circular)
         accepted = start < 40
         for b in range(300):
             expected = first_attempt_by_loops(samples[b].tolist(), uniforms[b].tolist(), exponent, circular)
@@ -183,7 +170,7 @@ class TestFallback:
     def test_total_variation_over_every_sequence_of_samples(self, num_outcomes, num_samples, n):
         sequences = torch.tensor(list(itertools.product(range(num_outcomes), repeat=num_samples)))
         uniforms = torch.zeros_like(sequences).float()
-        start = first_accepted_attempt(classes_of(sequences), uniforms, 1 / n)
+        start = algorithms.first_accepted_attempt(classes_of(sequences), uniforms, 1 / n)
         batch = choice_probabilities(sequences, 1 / n)
         first = torch.nn.functional.one_hot(start, num_samples + 1)[:, :num_samples].double()
         bounded = torch.where((start < num_samples)[:, None], first, batch)
@@ -230,10 +217,9 @@ class TestFallback:
     def test_only_the_compared_pairs_decide_an_attempt(self, temperature):
         """Treating pairs that no attempt compares as different changes no choice."""
         stream = outcomes_from(zipf(6), 300, 16)
-        plain, by_pairs = (
-            exact_temperature_sample(kind(stream_BN=stream), RepetitionAttempts(temperature), 16, seeded(1))
-            for kind in (StubBatch, PairwiseCandidates)
-        )
+        batches = (StubBatch(stream_BN=stream), PairwiseCandidates(stream_BN=stream))
+        attempts = RepetitionAttempts(temperature)
+        plain, by_pairs = (exact_temperature_sample(batch, attempts, 16, seeded(1)) for batch in batches)
         assert all(torch.equal(a, b) for a, b in zip(plain, by_pairs, strict=True))
         assert temperature == 1 or not plain[1].all()
 
@@ -251,7 +237,7 @@ class PairwiseCandidates(StubBatch):
 
 def test_most_frequent_patch_breaks_ties_by_the_first_seen():
     samples = torch.tensor([[3, 5, 5, 1], [9, 2, 9, 2], [2, 9, 9, 2], [8, 7, 6, 5]])
-    assert most_frequent_patch(StubBatch(stream_BN=samples), 4).tolist() == [1, 0, 0, 0]
+    assert samplers.most_frequent_patch(StubBatch(stream_BN=samples), 4).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -265,14 +251,13 @@ def test_most_frequent_patch_breaks_ties_by_the_first_seen():
 def test_invalid_arguments_raise_before_any_sampling(num_candidates, temperature, message):
     candidates = StubBatch(flat(2)[None])
     with pytest.raises(ValueError, match=message):
-        batch_temperature_select(candidates, temperature, num_candidates)
+        samplers.batch_temperature_select(candidates, temperature, num_candidates)
     with pytest.raises(ValueError, match=message):
-        PatchSampling(temperature=temperature, num_candidates=num_candidates)
+        samplers.PatchSampling(temperature=temperature, num_candidates=num_candidates)
     assert candidates.extended == []
 
 
 def test_rounded_temperatures_have_integer_exponents():
-    assert inverse_temperature(0.33333334) == 3
-    assert inverse_temperature(float(torch.tensor(1 / 49))) == 49
-    assert inverse_temperature(0.3) == pytest.approx(10 / 3)
-    check_num_candidates(3, 0.3333333)
+    for temperature, exponent in ((0.33333334, 3), (float(torch.tensor(1 / 49)), 49), (0.3, pytest.approx(10 / 3))):
+        assert algorithms.inverse_temperature(temperature) == exponent
+    samplers.check_num_candidates(3, 0.3333333)

@@ -59,15 +59,11 @@ def test_missing_inputs_and_assumed_defaults_are_reported(workshop, tmp_path, mo
 
 
 def test_invalid_inputs_raise_as_in_a_run(workshop, tmp_path, capsys):
-    autoencoder = workshop["autoencoder"]
+    autoencoder, changed_workshop = workshop["autoencoder"], workshop | {"autoencoder": str(tmp_path)}
     changed = json.loads((Path(autoencoder) / "config.json").read_text()) | {"vocab_size": 299}
     (tmp_path / "config.json").write_text(json.dumps(changed))
     for kind, fields, message in [
-        (
-            "calm",
-            workshop | {"autoencoder": str(tmp_path)},
-            "has a vocabulary of 299 tokens, the tokenizer one of 300: use the tokenizer",
-        ),
+        ("calm", changed_workshop, "has a vocabulary of 299 tokens, the tokenizer one of 300: use the tokenizer"),
         ("ar", {"init_from": "runs/nowhere"}, "runs/nowhere: no such folder"),
         ("ar", {"init_from": autoencoder}, "is a model of type 'calm_autoencoder', not 'llama'"),
         ("calm", {"init_from": autoencoder}, "is a model of type 'calm_autoencoder', not 'calm'"),

@@ -14,19 +14,12 @@ from calm_transformers.command_line import InputError
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
+from calm_transformers.training import recipe as recipes
 from calm_transformers.training.cost import autoencoder_cost, calm_cost, recipe_cost
-from calm_transformers.training.recipe import (
-    CONFIGS,
-    KINDS,
-    check_fields,
-    load_recipe,
-    parse_command_line,
-    recipe_names,
-    training_arguments,
-)
+from calm_transformers.training.recipe import CONFIGS, KINDS, load_recipe
 from calm_transformers.training.train import main, make_config
 
-NAMES = [*sorted(set(recipe_names()) - {"small"}), *(f"small of kind {kind}" for kind in KINDS if kind != "ar")]
+NAMES = sorted(set(recipes.recipe_names()) - {"small"}) + [f"small of kind {kind}" for kind in KINDS if kind != "ar"]
 RESOLVED = json.loads((Path(__file__).parent / "fixtures" / "resolved_recipes.json").read_text())
 
 
@@ -45,7 +38,7 @@ def test_the_resolved_recipe_is_as_recorded_and_valid(name, tmp_path, monkeypatc
     if recipe.kind != "tokenizer":
         config = make_config(CONFIGS[recipe.kind], recipe.model)
         assert all(getattr(config, key) == value for key, value in recipe.model.items())
-        assert training_arguments(recipe).learning_rate == recipe.training["learning_rate"]
+        assert recipes.training_arguments(recipe).learning_rate == recipe.training["learning_rate"]
         assert recipe.training["fsdp_config"] == {"fsdp_version": 2}  # which Trainer's arguments rewrite
 
 
@@ -63,7 +56,7 @@ AUXILIARY = {"auxiliary_weight": 0.1}
 )
 def test_fields_that_contradict_each_other_raise(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        check_fields(load_recipe("calm-m", fields))
+        recipes.check_fields(load_recipe("calm-m", fields))
 
 
 @pytest.mark.parametrize(
@@ -88,21 +81,18 @@ def test_a_missing_value_or_one_of_another_type_raises(words, message, capsys):
 def test_the_command_line_is_read_as_yaml_and_integers_may_be_powers_of_ten():
     words = "--learning_rate 3e-4 --max_steps=1e4 --bf16 --eval_strategy no --train_files a b --beta 1.0 --seed -1"
     fields = {"learning_rate": 3e-4, "max_steps": 1e4, "bf16": True, "eval_strategy": "no", "train_files": ["a", "b"]}
-    assert parse_command_line(words.split()) == fields | {"beta": 1.0, "seed": -1}
+    assert recipes.parse_command_line(words.split()) == fields | {"beta": 1.0, "seed": -1}
     recipe = load_recipe("calm-m", fields | {"num_hidden_layers": 1e1})
     assert (recipe.training["max_steps"], recipe.model["num_hidden_layers"]) == (10_000, 10)
     assert type(recipe.training["max_steps"]) is type(recipe.model["num_hidden_layers"]) is int
     with pytest.raises(InputError, match="unexpected 'calm-m'"):
-        parse_command_line(["calm-m"])
+        recipes.parse_command_line(["calm-m"])
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (
-            "kind: calm\nmodel: {hiden_size: 4}",
-            "unknown field 'hiden_size' in section model: did you mean hidden_size?",
-        ),
+        ("kind: calm\nmodel: {hiden_size: 4}", "'hiden_size' in section model: did you mean hidden_size?"),
         ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
         ("kind: ar\ninit_backbone: a/llama", "it needs train calm, and no init_from."),
         ("kind: calm\ninit_backbone: a/llama\ninit_from: a/calm", "it needs train calm, and no init_from."),

@@ -37,9 +37,7 @@ def test_the_first_steps_are_as_recorded(run, fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "run, change", CHANGES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
-)
+@pytest.mark.parametrize("run, change", CHANGES, ids=str)
 def test_a_small_change_of_a_setting_is_detected(run, change, fields, tmp_path):
     """So that the tolerance doesn't hide one."""
     assert first_steps(run, fields, tmp_path, **change) != expected_steps(run)

@@ -11,14 +11,8 @@ from tiny import seeded
 
 from calm_transformers.benchmarks import truncation as benchmark
 from calm_transformers.benchmarks.truncation import DISTRIBUTIONS, SampleSets, plug_in_weights, target_distribution
-from calm_transformers.model.generation_calm_algorithms import (
-    NO_TRUNCATION,
-    Truncation,
-    candidate_weights,
-    first_occurrences,
-    sample_by_weight,
-    truncated,
-)
+from calm_transformers.model import generation_calm_algorithms as algorithms
+from calm_transformers.model.generation_calm_algorithms import NO_TRUNCATION, Truncation, candidate_weights, truncated
 from calm_transformers.model.generation_calm_samplers import RepetitionAttempts
 
 TRUNCATIONS = [
@@ -74,7 +68,7 @@ class TestWeights:
         first_1N = repeated(1, 4, 2, 3, 2, 1, 2)
         weights_1N = candidate_weights(first_1N, temperature, truncation)
         noise_BN = torch.empty(20_000, first_1N.shape[1]).exponential_(generator=seeded())
-        chosen = sample_by_weight(first_1N.expand(20_000, -1), noise_BN, temperature, truncation)
+        chosen = algorithms.sample_by_weight(first_1N.expand(20_000, -1), noise_BN, temperature, truncation)
         assert not (weights_1N[0, chosen] == 0).any()
         kept = weights_1N[0].nonzero()[:, 0]
         index, probs = torch.searchsorted(kept, chosen), weights_1N[0, kept].double()
@@ -107,9 +101,9 @@ class TestWeights:
     ],
 )
 def test_the_compiled_choice_equals_the_eager_one(backend, temperature, truncation):
-    first_BN = first_occurrences(torch.randint(30, (16, 60, 1), generator=seeded()))
+    first_BN = algorithms.first_occurrences(torch.randint(30, (16, 60, 1), generator=seeded()))
     noise_BN = torch.empty(16, 60).exponential_(generator=seeded(1))
-    choose = partial(sample_by_weight, temperature=temperature, truncation=truncation)
+    choose = partial(algorithms.sample_by_weight, temperature=temperature, truncation=truncation)
     torch._dynamo.reset()  # the limit on recompilations counts per code object
     compiled = torch.compile(choose, fullgraph=True, backend=backend)
     with torch._dynamo.config.patch(specialize_float=True):  # as generation_calm_compiled.py does

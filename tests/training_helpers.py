@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from server_process import free_port
 
 from calm_transformers.model import heads_calm
@@ -109,6 +110,13 @@ def _allow_fsdp_on_cpu() -> None:
 
 def log_of(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def changed_weights(before: Path, after: Path, file: str = "model.safetensors") -> set[str]:
+    """Returns the names of the weights that differ between two folders, in which they have the same names."""
+    one, other = load_file(before / file), load_file(after / file)
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
 
 
 def losses_of(folder: Path, name: str = "loss") -> list[float]:
