@@ -9,6 +9,10 @@ from conftest import needs
 
 BROWSER, DRIVER = (shutil.which(program) for program in ("chromium", "chromedriver"))
 needs_browser = needs(BROWSER and DRIVER, "chromium or chromedriver")
+ARGUMENTS = (
+    "--headless=new --no-sandbox --disable-dev-shm-usage --no-first-run --disable-background-networking".split()
+)
+ARGUMENTS += ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--window-size=1200,900"]
 
 
 @contextlib.contextmanager
@@ -17,16 +21,7 @@ def headless_browser(profile):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium (extra [clients]) is not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-        "--window-size=1200,900",
-        f"--user-data-dir={profile}",
-    ):
+    for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))

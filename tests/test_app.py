@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -132,10 +133,7 @@ def test_an_empty_prompt_needs_a_bos_token():
 
 
 def test_an_exception_in_one_model_does_not_stop_the_other(calm, llama, monkeypatch, caplog):
-    def fails(*_, **__):
-        raise RuntimeError("out of something")
-
-    monkeypatch.setattr(calm.model, "generate", fails)
+    monkeypatch.setattr(calm.model, "generate", Mock(side_effect=RuntimeError("out of something")))
     *_, (ours, other) = stream_html([calm, llama], "Hello", SHORT)
     assert "tiny failed to generate: RuntimeError." in ours and "out of something" not in ours
     assert "out of something" in caplog.text
@@ -272,10 +270,8 @@ def put(page, name, value):
 
 def text_of(page, number=0):
     """Returns the text of the patches without their cards."""
-    return page.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map(span => span.firstChild?.textContent).join('')",
-        f"#text{number} .patch",
-    )
+    texts = "[...document.querySelectorAll(arguments[0])].map(span => span.firstChild?.textContent)"
+    return page.execute_script(f"return {texts}.join('')", f"#text{number} .patch")
 
 
 def press_generate(page):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import refusal
 from model_copies import ROOT
-from tiny import BOS, HEAD_TYPES, tiny_model, tiny_tokenizer
+from tiny import BOS, HEAD_TYPES, record_calls, seeded, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import GenerationConfig
 
@@ -63,7 +63,7 @@ def small_model(head_type: str = "energy", **settings):
     with torch.no_grad():
         if head_type == "energy":
             model.head.out_proj.weight.mul_(0.1)
-            model.head.out_proj.bias.normal_(generator=torch.Generator().manual_seed(0))
+            model.head.out_proj.bias.normal_(generator=seeded())
     for name, value in {"do_sample": True, "temperature": 0.5, "num_candidates": 12, **settings}.items():
         setattr(model.generation_config, name, value)
     return model
@@ -113,12 +113,11 @@ def test_the_command_writes_a_folder_and_reports_each_graph(exported):
     assert str(ROOT).encode() not in (base / "energy" / "backbone.onnx").read_bytes()
 
 
-OTHER_PARTS = [("energy", part) for part in export_onnx.GRAPH_BUILDERS if part != "head"]
+PARTS = [("energy", part) for part in export_onnx.GRAPH_BUILDERS if part != "head"]
+PARTS += [pytest.param(*each.values, "head", marks=each.marks) for each in EACH_HEAD]
 
 
-@pytest.mark.parametrize(
-    "head_type, part", [*OTHER_PARTS, *(pytest.param(*each.values, "head", marks=each.marks) for each in EACH_HEAD)]
-)
+@pytest.mark.parametrize("head_type, part", PARTS)
 def test_graphs_agree_with_the_model_at_other_sizes(exported, head_type, part):
     folder = export_folder(exported, head_type)
     with torch.no_grad():
@@ -134,8 +133,8 @@ def test_graphs_agree_with_the_model_at_other_sizes(exported, head_type, part):
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_noise_has_the_distribution_of_the_head(head_type):
     model = small_model(head_type)
-    like, generator = torch.zeros(1, model.config.hidden_size), torch.Generator().manual_seed(0)
-    config, noise = export_onnx.export_config(model), model.head.predrawn_noise(4000, 1, like, generator)
+    like = torch.zeros(1, model.config.hidden_size)
+    config, noise = export_onnx.export_config(model), model.head.predrawn_noise(4000, 1, like, seeded())
     assert [spec["name"] for spec in config["noises"]] == list(noise)
     for spec, expected in zip(config["noises"], noise.values(), strict=True):
         shape = tuple({"draws": 4000, "rows": 1}.get(size, size) for size in spec["shape"])
@@ -147,27 +146,13 @@ def test_noise_has_the_distribution_of_the_head(head_type):
 
 def generate_recorded(model, monkeypatch, prompt: str, length: int, **settings):
     """Generates with the model; returns its tokens and the noise of its steps: the head's and "exponential"."""
-    recorded = {"exponential": []}
-
-    def keep_noise(self, *args):
-        noise = noise_arguments(self, *args)
-        for name, tensor in noise.items():
-            recorded.setdefault(name, []).append(tensor.numpy())
-        return noise
-
-    numbers, noise_arguments = RowRandomness.numbers, RowRandomness.noise_arguments
-
-    def keep_numbers(self, kind, *args):
-        noise_RN = numbers(self, kind, *args)
-        recorded[kind].append(noise_RN[0].numpy())
-        return noise_RN
-
-    monkeypatch.setattr(RowRandomness, "numbers", keep_numbers)
-    monkeypatch.setattr(RowRandomness, "noise_arguments", keep_noise)
+    exponential = record_calls(monkeypatch, RowRandomness, "numbers", lambda noise_RN, *_: noise_RN[0].numpy())
+    noises = record_calls(monkeypatch, RowRandomness, "noise_arguments")
     ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
-    settings |= {"do_sample": True, "sampling_method": "batch", "generator": [torch.Generator().manual_seed(3)]}
+    settings |= {"do_sample": True, "sampling_method": "batch", "generator": [seeded(3)]}
     sequences = model.generate(ids, max_new_tokens=length, **settings)
-    return sequences[0, ids.shape[1] :].tolist(), recorded
+    recorded = {name: [noise[name].numpy() for noise in noises] for name in noises[0]}
+    return sequences[0, ids.shape[1] :].tolist(), {**recorded, "exponential": exponential}
 
 
 @pytest.mark.parametrize(
@@ -210,29 +195,30 @@ def test_streamed_parts_add_up_to_the_text(exported):
     model.config["eos_token_ids"] = []
     ids = model.tokenizer.encode(PROMPT).ids
     settings = {"max_new_tokens": 9, "temperature": 1.0}
-    seeded = [generate_onnx.Randomness(seed) for seed in (2, 3, 2)]
-    first, second = (list(model.generate_tokens(ids, randomness=each, **settings)) for each in seeded[:2])
-    parts = model.generate_text(PROMPT, randomness=seeded[2], **settings)
+    *two, again = (generate_onnx.Randomness(seed) for seed in (2, 3, 2))
+    first, second = (list(model.generate_tokens(ids, randomness=each, **settings)) for each in two)
+    parts = model.generate_text(PROMPT, randomness=again, **settings)
     assert PROMPT + "".join(parts) == model.tokenizer.decode(ids + first)
     assert first != second
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_the_exported_command(exported):
     script = str(exported[0] / "energy" / "generate.py")
 
     def run(*words):
-        code = f"""
-import runpy, sys
-
-sys.modules["torch"] = sys.modules["transformers"] = None
-del sys.argv[0]
-runpy.run_path({script!r}, run_name="__main__")
-"""
-        words = [sys.executable, "-c", code, script, *map(str, words)]
+        words = [sys.executable, "-c", WITHOUT_TORCH, script, *map(str, words)]
         return subprocess.run(words, capture_output=True, text=True, timeout=60)
 
-    seeded = [PROMPT, "--max_new_tokens", "6", "--seed", "0", "--num_threads", "1"]
-    first, again = run(*seeded), run(*seeded)
+    options = [PROMPT, "--max_new_tokens", "6", "--seed", "0", "--num_threads", "1"]
+    first, again = run(*options), run(*options)
     assert first.returncode == 0 and first.stdout.startswith(PROMPT) and first.stdout == again.stdout
     assert not first.stderr
     max_length = 2048 * K
@@ -241,13 +227,11 @@ runpy.run_path({script!r}, run_name="__main__")
     assert failed.stderr.startswith(f"error: the prompt has 10 tokens and {max_length} are to be written, but the")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({"temperature": temperature} for temperature in (2.01, float("nan"), 0.1, 1e-320)),
-        *({"top_k": -1}, {"top_p": 1.1}, {"min_p": -0.1}),
-    ],
-)
+INVALID = [{"temperature": temperature} for temperature in (2.01, float("nan"), 0.1, 1e-320)]
+INVALID += [{"top_k": -1}, {"top_p": 1.1}, {"min_p": -0.1}]
+
+
+@pytest.mark.parametrize("settings", INVALID)
 def test_invalid_sampling_settings_raise_errors(settings):
     settings = {"temperature": 1.0, "num_candidates": 9, **settings}
     with pytest.raises(generate_onnx.InputError, match="^(temperature|num_candidates|top_k|top_p|min_p)="):
@@ -335,9 +319,9 @@ SETTINGS = [
 def test_settings_are_exported_or_named(settings, ignored):
     model = small_model(**settings)
     assert export_onnx.ignored_settings(model.generation_config) == ignored
-    expected = {"temperature": 0.5, "num_candidates": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    expected |= {"max_new_tokens": None}
-    expected |= {name: value for name, value in settings.items() if name in expected}
+    defaults = {"temperature": 0.5, "num_candidates": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    defaults |= {"max_new_tokens": None}
+    expected = {name: settings.get(name, default) for name, default in defaults.items()}
     assert export_onnx.export_config(model).items() >= expected.items()
 
 
@@ -347,13 +331,8 @@ def test_no_setting_is_forgotten():
     for name in GENERATION_SETTINGS:
         setattr(generation, name, "something")
     named = {field.split("=")[0] for field in export_onnx.ignored_settings(generation)}
-    exported = {
-        *generate_onnx.Sampling._fields,
-        *export_onnx.SUPPORTED_LENGTH_SETTINGS,
-        "do_sample",
-        "bos_token_id",
-        "pad_token_id",
-    }
+    exported = {*generate_onnx.Sampling._fields, *export_onnx.SUPPORTED_LENGTH_SETTINGS}
+    exported |= {"do_sample", "bos_token_id", "pad_token_id"}
     assert set(USED_SETTINGS) - named - exported == {
         *("prefill_chunk_size", "compile_config", "disable_compile"),
         *("use_cache", "cache_implementation", "cache_config", "max_cache_len"),

@@ -23,10 +23,8 @@ def test_the_pipeline_gives_a_vector_a_patch_by_one_setting(tokenizer):
     extract = pipeline("feature-extraction", str(ROOT), trust_remote_code=True, device="cpu")
     together = extract(TEXTS, return_tensors=True, tokenize_kwargs=PADDED, batch_size=len(TEXTS))
     for text, among in zip(TEXTS, together, strict=True):
-        alone, patches = (
-            extract(text, return_tensors=True, tokenize_kwargs=PADDED),
-            -(-len(tokenizer(text).input_ids) // K),
-        )
+        alone = extract(text, return_tensors=True, tokenize_kwargs=PADDED)
+        patches = -(-len(tokenizer(text).input_ids) // K)
         assert alone.shape == (1, patches, D)
         assert torch.allclose(alone[0], among.squeeze(0)[-patches:], atol=1e-4)
     (uneven, *_) = [text for text in TEXTS if len(tokenizer(text).input_ids) % K]
@@ -55,9 +53,7 @@ def test_pooling_by_hand_with_the_models_patch_mask(padding_side):
 class TestSentenceTransformers:
     @staticmethod
     def model(pooling: str, counts_patches: bool):
-        st = pytest.importorskip(
-            "sentence_transformers", reason="sentence-transformers (extra [clients]) is not installed"
-        )
+        st = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers (extra [clients])")
         from sentence_transformers.base.modules.module import Module
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 

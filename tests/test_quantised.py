@@ -64,13 +64,11 @@ def test_bitsandbytes(tmp_path, head_type):
             assert text_and_loss(loaded) == text_and_loss(small)
 
 
-@pytest.mark.parametrize(
-    "head_type, config",
-    [
-        *((head_type, "Int8WeightOnlyConfig") for head_type in HEAD_TYPES),
-        ("energy", "Int8DynamicActivationInt8WeightConfig"),
-    ],
-)
+TORCHAO = [(head_type, "Int8WeightOnlyConfig") for head_type in HEAD_TYPES]
+TORCHAO += [("energy", "Int8DynamicActivationInt8WeightConfig")]
+
+
+@pytest.mark.parametrize("head_type, config", TORCHAO)
 def test_torchao(tmp_path, head_type, config):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao (extra [clients]) is not installed")
     from transformers import TorchAoConfig
@@ -82,10 +80,9 @@ def test_torchao(tmp_path, head_type, config):
     first_linear = next(part for part in small.head.modules() if isinstance(part, torch.nn.Linear))
     assert type(first_linear.weight) is not torch.nn.Parameter
     check(small, model)
-    loaded = CALMForCausalLM.from_pretrained(
-        tmp_path, quantization_config=TorchAoConfig(config), device_map="cpu", dtype=torch.float32
-    )
+    options = {"device_map": "cpu", "dtype": torch.float32}
+    loaded = CALMForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(config), **options)
     check(loaded, model)
     loaded.save_pretrained(tmp_path / "small")
-    again = CALMForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
+    again = CALMForCausalLM.from_pretrained(tmp_path / "small", **options)
     assert text_and_loss(again) == text_and_loss(loaded)

@@ -46,11 +46,6 @@ def token_rows() -> list[dict]:
     return [{"input_ids": ids} for ids in tiny_tokenizer()(TEXTS).input_ids]
 
 
-def model_loss(model, batch) -> torch.Tensor:
-    """Returns the model's own loss, the mean over targets. The autoregressive patch head's loss is deterministic."""
-    return model.forward(**batch).loss
-
-
 class TestTrainer:
     def test_transformers_collator_needs_pad_to_multiple_of_as_the_error_says(self, tmp_path):
         args = args_for(TrainingArguments, tmp_path)
@@ -69,7 +64,7 @@ class TestTrainer:
         steps = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 6 // batch_size}
         args = args_for(TrainingArguments, tmp_path, **steps, **SGD)
         model = tiny_model("token_chain")
-        model_loss(model, CALM_COLLATOR(token_rows())).backward()
+        model(**CALM_COLLATOR(token_rows())).loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         trainer = Trainer(tiny_model("token_chain"), args, data_collator=CALM_COLLATOR, train_dataset=token_rows())
         moved = change_by_one_step(trainer)
@@ -111,6 +106,7 @@ class TestSFTTrainer:
         ids=["padded", "packed", "CALM collator"],
     )
     def test_it_trains_evaluates_and_returns_the_models_loss(self, settings, tmp_path):
+        """The mean over targets; the autoregressive patch head's loss is deterministic."""
         model = tiny_model("token_chain")
         if "collator" not in settings:  # otherwise Trainer would also count labels that are no targets
             model.accepts_loss_kwargs = False
@@ -121,10 +117,10 @@ class TestSFTTrainer:
         trainer.model.eval()
         with torch.no_grad():
             loss = trainer.compute_loss(trainer.model, dict(batch))
-            assert torch.allclose(loss, model_loss(trainer.model, batch))
+            assert torch.allclose(loss, trainer.model(**batch).loss)
         batch = next(iter(trainer.get_eval_dataloader()))
         trainer.model.eval()
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(model_loss(trainer.model, batch)), rel=1e-5)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(trainer.model(**batch).loss), rel=1e-5)
 
     def test_with_our_collator_accumulated_gradients_are_exact(self, tmp_path):
         moved = []
@@ -147,9 +143,7 @@ class TestSFTTrainer:
 
     def test_a_lora_adapter_is_trained(self, tmp_path):
         peft = pytest.importorskip("peft")
-        adapter = peft.LoraConfig(
-            task_type="CAUSAL_LM", target_modules="all-linear", exclude_modules=r"autoencoder\..*"
-        )
-        model = peft.get_peft_model(tiny_model("token_chain"), adapter)
+        modules = {"target_modules": "all-linear", "exclude_modules": r"autoencoder\..*"}
+        model = peft.get_peft_model(tiny_model("token_chain"), peft.LoraConfig(task_type="CAUSAL_LM", **modules))
         moved = change_by_one_step(self.trainer(tmp_path, model=model, pad_to_multiple_of=K, **SGD))
         assert {name for name, step in moved.items() if step.any()} == {n for n in moved if "lora_B" in n}
