@@ -55,7 +55,6 @@ from calm_transformers.training.data import (
 from calm_transformers.training.tokenizer import train_bpe
 
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]
-CUT = r"a\.jsonl.*after line \d+: the file is damaged"
 COMPRESS = {".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
@@ -91,13 +90,6 @@ READABLE = {
 }
 
 
-@pytest.mark.parametrize("name", READABLE)
-def test_every_format_and_compression_gives_the_same_documents(tmp_path, name):
-    (tmp_path / name).write_bytes(READABLE[name])
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode()))  # one document
-    assert read(tmp_path / "b.txt.gz", tmp_path / name) == [TEXTS[0], *TEXTS]
-
-
 def test_files_at_a_url_are_read_like_local_ones():
     files = fsspec.filesystem("memory")
     for name, content in READABLE.items():
@@ -113,87 +105,35 @@ def test_files_at_a_url_are_read_like_local_ones():
     assert load_documents(options, "train")[1] == [["memory://corpus/a.jsonl", len(LINES), 0]]
 
 
-@pytest.mark.parametrize(
-    "named, found",
-    [
-        ("", ["a.jsonl", "a1.jsonl", "a[1].jsonl", "sub/b.jsonl"]),
-        ("a*.jsonl", ["a.jsonl", "a1.jsonl", "a[1].jsonl"]),
-        ("a[12].jsonl", ["a1.jsonl"]),
-        ("a[1].jsonl", ["a[1].jsonl"]),  # an existing file is no pattern
-        (".b.jsonl", [".b.jsonl"]),  # a hidden file that is named is read
-    ],
-)
-def test_folders_and_patterns_are_read_in_a_fixed_order_without_hidden_files(tmp_path, named, found):
-    data = tmp_path / ".hidden" / "data"
-    hidden = (".b.jsonl", ".ipynb_checkpoints/c.jsonl", "d.jsonl/.e/f.jsonl")
-    for name in ("sub/b.jsonl", "a[1].jsonl", "a1.jsonl", "a.jsonl", *hidden):
-        (data / name).parent.mkdir(parents=True, exist_ok=True)
-        (data / name).write_bytes(jsonl([name], key="body"))
-    (data / "notes.md").write_text("no data")
-    assert read(data / named, text_column="body") == found
-
-
-@pytest.mark.parametrize(
-    "name, line, why",
-    [
-        ("a.jsonl", b'{"text": "cut', "not JSON"),
-        ("a.jsonl", b'{"body": "x", "n": 1}', 'no string under the key "text"; it has body, n'),
-        ("a.jsonl", b'{"text": 3}', 'no string under the key "text"'),
-        ("a.jsonl", b'["text"]', 'no string under the key "text"'),
-        ("a.jsonl", b'{"text": "caf\xe9"}', r"not UTF-8 \(.*\); convert it to UTF-8"),
-        ("a.jsonl", rb'{"text": "x\ud800"}', "not valid Unicode: character 2 is a lone surrogate"),
-        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "JSON that is nested too deeply"),
-        ("a.parquet", None, "no string in the column"),
-        ("a.parquet", b"\xed\xa0\x80", "not UTF-8"),
-    ],
-)
-def test_a_bad_line_raises_with_file_and_line_or_is_skipped_and_counted(tmp_path, name, line, why):
-    path = tmp_path / name
-    if name == "a.jsonl":
-        path.write_bytes(jsonl(["first"]) + b"\n" + line + b"\n" + jsonl(["last"]))
-    else:
-        cells = pyarrow.array([b"first", b"", line, b"last"], pyarrow.binary())
-        path.write_bytes(parquet(pyarrow.Array.from_buffers(pyarrow.string(), 4, cells.buffers())))
-    with pytest.raises(InputError, match=rf"{name}, line 3: {why}"):
-        read(path)
-    bad_lines = BadLines(skip=True)
-    assert list(filter(None, read(path, bad_lines=bad_lines))) == ["first", "last"]
-    assert bad_lines.summary().startswith("1 bad line(s) skipped") and "line 3" in bad_lines.summary()
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 345\n"
-LONG = [str(n) * 50 for n in np.random.default_rng(0).integers(10**9, size=500)]
-TABLE = parquet(LONG)
+TABLE = parquet([str(n) * 50 for n in np.random.default_rng(0).integers(10**9, size=500)])
+HALF = [lzma.compress(LINES[:19]), lzma.compress(LINES[19:])]
 
 
 @pytest.mark.parametrize(
     "name, content, column, message",
     [
-        ("a.txt", POINTER, "text", r"a\.txt: is a Git LFS pointer .*; run git lfs pull"),
-        ("a.parquet.zst", POINTER, "text", r"a\.parquet\.zst: is a Git LFS pointer .*; run git lfs pull"),
-        ("a.txt", codecs.BOM_UTF8 + b"one\ncaf\xe9", "text", r"a\.txt, line 2: not UTF-8 .*; convert it"),
         ("a.csv", b"a,b", "text", r"a\.csv: unknown format; readable are \.txt"),
-        *((f"a.jsonl{suffix}", compress(jsonl(LONG)), "text", CUT) for suffix, compress in COMPRESS.items()),
-        ("a.parquet", TABLE[:-9], "text", r"a\.parquet, after row \d+: not a readable parquet file"),
-        ("a.parquet", b"", "text", r"a\.parquet, after row \d+: not a readable parquet file"),
+        (
+            "a.txt.gz",
+            bytes(9),
+            "text",
+            r"a\.txt\.gz, after line 0: the file is damaged or truncated \(it holds no com",
+        ),
+        ("a.jsonl.xz", HALF[0] + b"\xff" + HALF[1], "text", r"a\.jsonl\.xz, after line \d: the file is damaged"),
         ("a.parquet", TABLE[:40] + b"\xff" * 2000 + TABLE[2040:], "text", "not a readable"),  # it opens
         ("a.parquet", TABLE, "body", r'a\.parquet: no column "body"; it has text, n \('),
         ("a.parquet", TABLE, "n", r'a\.parquet: the column "n" holds int64, not strings'),
     ],
 )
 def test_an_unreadable_file_is_an_error_even_if_lines_are_skipped(tmp_path, name, content, column, message):
-    is_cut = message == CUT
-    (tmp_path / name).write_bytes(content[: len(content) // 2] if is_cut else content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read(tmp_path / name, text_column=column, bad_lines=BadLines(skip=name != "a.txt"))
+        read(tmp_path / name, text_column=column, bad_lines=BadLines(skip=True))
 
 
 def test_missing_paths_are_named(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
-    (tmp_path / "dead" / "a.jsonl").parent.mkdir()
-    (tmp_path / "dead" / "a.jsonl").symlink_to(tmp_path / "gone")
-    whys = {"nowhere": "no such file", "d.jsonl": "the folder holds no file", "dead": "No such file"}
-    for name, why in whys.items():
+    for name, why in {"nowhere": "no such file", "d.jsonl": "the folder holds no file"}.items():
         with pytest.raises(InputError, match=f"{name}.*: {why}"):
             expand_paths(str(tmp_path / name))
 

@@ -59,6 +59,8 @@ class File:
             ]
             self.documents = [text for text, *_ in chosen]
             lines = [line.replace(b'"huge"', b"1" * 5000) for line in lines]
+            for at in draw(st.lists(st.integers(0, 4), max_size=1)):
+                lines.insert(at, b" \t")
             for at, line in draw(whys):
                 lines.insert(at, line)
                 self.bad[lines.index(line) + 1] = BAD_LINES[line]
@@ -87,11 +89,10 @@ class File:
         cut = draw(st.integers(0, len(content)))
         frames = [content[:cut], content[cut:]] if suffix and draw(st.booleans()) else [content]
         frames = [COMPRESS[suffix](frame) for frame in frames]
-        self.content, self.damage = (
-            b"".join(frames),
-            draw(st.sampled_from([None] * 9 + ["cut", "flip", "LFS pointer"])),
-        )
-        at = draw(st.integers(0, max(len(self.content) - 1, 0)))
+        self.content = b"".join(frames)
+        self.damage = draw(st.sampled_from([None, None, None, "cut", "flip", "LFS pointer"]))
+        at = draw(st.sampled_from([0, len(frames[0]) + 1, 10**9]) | st.integers(0, len(self.content)))
+        at = max(min(at, len(self.content) - 1), 0)
         if self.damage == "cut" and (form == ".parquet" or suffix) and at != len(frames[0]):
             self.content = self.content[:at]
         elif self.damage == "flip" and suffix:
