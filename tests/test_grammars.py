@@ -112,10 +112,6 @@ TREE = record(
     v={"type": "integer", "minimum": 3, "maximum": 3444}, c={"type": "array", "items": {"$ref": "#/$defs/tree"}}
 )
 SCHEMAS = {
-    "nested": NESTED,
-    "long string": {"type": "string", "minLength": 3, "maxLength": 300},
-    "number or nothing": {"anyOf": [{"type": "number"}, {"type": "null"}]},
-    "enum": {"enum": ["red", "green", "blue", 3, None]},
     "all of": {
         "allOf": [
             {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
@@ -123,14 +119,11 @@ SCHEMAS = {
         ]
     },
     "recursion": {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"},
-    "at least one property": {"type": "object", "minProperties": 1, "additionalProperties": {"type": "boolean"}},
     "properties of other names": {
         "type": "object",
         "properties": {"a": {"type": "integer"}, "n": {"type": "integer"}},
         "additionalProperties": {"type": "string", "maxLength": 3},
     },
-    "tuple": {"type": "array", "prefixItems": [{"const": "é\n"}, {"type": "null"}], "items": False, "minItems": 1},
-    "any object": {"type": "object"},
 }
 REGEXES = ["(cat|dog)s? [0-9]{1,3}!", "((Hello|☃) *)+", "a{0,20}"]
 
@@ -231,10 +224,8 @@ def some_tokenizer():
 INVALID = [
     ({}, "needs a json_schema or a regex: pass one of them"),
     ({"json_schema": {}, "regex": "a"}, "needs a json_schema or a regex: pass one of them"),
-    ({"json_schema": {"type": "strin"}}, "The json_schema can't be compiled to a grammar .* Invalid type: strin"),
     ({"json_schema": "{"}, "The json_schema can't be compiled .* Expecting property name"),
     ({"json_schema": {"enum": [{1}]}}, "Object of type set is not JSON serializable"),
-    ({"json_schema": record(a={"type": "array", "uniqueItems": True})}, 'Unimplemented keys: ."uniqueItems"'),
     ({"json_schema": {"type": "array", "contains": {}, "x-guidance": {"lenient": True}}}, '."contains"'),
     ({"json_schema": record(a={"type": "object", "minProperties": 2})}, "minProperties=2 is not supported"),
     ({"json_schema": '{"items":' * 200 + "{}" + "}" * 200}, "recursion limit exceeded"),
