@@ -350,7 +350,5 @@ class CALMGenerationMixin(PatchGenerationMixin):
         """Returns a mask (K, V) that forbids EOS in the next `num_left` tokens; None if it would be empty."""
         if num_left <= 0 or eos_tokens is None:
             return None
-        forbidden_KV = torch.zeros(self.config.patch_size, self.config.vocab_size, dtype=torch.bool, device=device)
-        eos_tokens = eos_tokens.to(device)
-        forbidden_KV[:num_left, eos_tokens[eos_tokens < self.config.vocab_size]] = True
-        return forbidden_KV
+        is_eos_V = (arange(self.config.vocab_size, device) == eos_tokens.to(device)[:, None]).any(0)
+        return (arange(self.config.patch_size, device) < num_left)[:, None] & is_eos_V

@@ -85,9 +85,15 @@ class CandidateBatch:
                 tokens_nRK = self._decode_new(rows_R, samples_nR)
         if self.processors is not None:
             log_acceptance = [None] * len(rows_R) if log_factors_nR is None else log_factors_nR.unbind(1)
-            by_row = zip(rows_R.tolist(), samples_nR.unbind(1), tokens_nRK.unbind(1), log_acceptance, strict=True)
+            by_row = zip(range(len(rows_R)), samples_nR.unbind(1), tokens_nRK.unbind(1), log_acceptance, strict=True)
             processed = [self._process(self.processors, *row) for row in by_row]
             tokens_nRK, log_factors_nR = (torch.stack(parts, dim=1) for parts in zip(*processed, strict=True))
+            if True in (has_none_left := log_factors_nR.isnan().any(0).tolist()):  # the host waits once for all rows
+                length = len(self.processors.ids_R[has_none_left.index(True)])
+                raise ValueError(
+                    f"The logits processors leave no token to write after a text of {length} tokens: loosen one of "
+                    "bad_words_ids, suppress_tokens, prefix_allowed_tokens_fn or your own."
+                )
         self.tokens_BNK = self._append(self.tokens_BNK, rows_R, tokens_nRK)
         if log_factors_nR is not None:
             self.log_factors_BN = self._append(self.log_factors_BN, rows_R, log_factors_nR)
@@ -109,8 +115,10 @@ class CandidateBatch:
         log_acceptance_n: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Decodes one row's distinct new candidates under its processors: tokens (n, K) and log factors (n,)."""
-        first_C, inverse_n = first_occurrences(tokens_nK[None])[0].unique(return_inverse=True)
         config, device = self.autoencoder.config, samples_n.device
+        all_n, first_n = arange(len(samples_n), tokens_nK.device), first_occurrences(tokens_nK[None])[0]
+        selects = processors.selects(row, device)
+        first_C, inverse_n = first_n.unique(return_inverse=True) if selects else (all_n, first_n)
         chunk_size = max(1, logits_chunk_size(device) // (config.patch_size * config.vocab_size))
         chunks = samples_n[first_C.to(device)].split(chunk_size)
         decoded = [processors.decode(row, self._logits(samples_c)) for samples_c in chunks]
@@ -124,7 +132,7 @@ class CandidateBatch:
         first_n = first_occurrences(patches_nK[None])[0]
         largest = log_weights_n.amax()
         sums_n = torch.zeros_like(log_weights_n).scatter_add(0, first_n, (log_weights_n - largest).exp())
-        means_n = (sums_n / first_n.bincount(minlength=len(first_n)).clamp(min=1)).log()[first_n]
+        means_n = (sums_n[first_n] / occurrence_counts(first_n[None])[0]).log()
         return patches_nK, means_n.masked_fill(means_n < means_n.amax() - MAX_LOG_WEIGHT_GAP, -torch.inf)
 
     def _logits(self, samples_C: Tensor) -> Tensor:

@@ -354,17 +354,13 @@ class Proposals(RepetitionAttempts):
     def __init__(self):
         self.length, self.needs_uniform, self.first_block = 1, True, TRIES_IN_A_BLOCK
 
-    def first_accepted(
-        self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor | None
-    ) -> Tensor:
+    def first_accepted(self, candidates, rows_R, uniform_RN, noise_RN) -> Tensor:
         assert uniform_RN is not None and candidates.log_factors_BN is not None
         num_samples = uniform_RN.shape[1]
         is_rejected_RN = uniform_RN.log() >= candidates.log_factors_BN[rows_R]
         return arange(num_samples, rows_R.device).masked_fill(is_rejected_RN, num_samples).amin(-1)
 
-    def choose_at_limit(
-        self, candidates: Candidates, rows_R: Tensor, uniform_RN: Tensor | None, noise_RN: Tensor
-    ) -> Tensor:
+    def choose_at_limit(self, candidates, rows_R, uniform_RN, noise_RN) -> Tensor:
         """Weighs the samples by their probability of acceptance, as in importance sampling."""
         assert candidates.log_factors_BN is not None
         log_factors_RN = candidates.log_factors_BN[rows_R]
@@ -473,9 +469,7 @@ class PredrawnRandomness(StepRandomness):
     def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:
         return self.noise[kind]
 
-    def noise_arguments(
-        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
-    ) -> dict[str, Any]:
+    def noise_arguments(self, head, context_RD, rows_R, num_samples) -> dict[str, Any]:
         return {name: x for name, x in self.noise.items() if name not in NOISE_KINDS}
 
 
@@ -500,16 +494,15 @@ class RowRandomness(StepRandomness):
 
         return self._take(kind, rows_R, num_samples, make)[kind][..., 0].T
 
-    def noise_arguments(
-        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
-    ) -> dict[str, Any]:
+    def noise_arguments(self, head, context_RD, rows_R, num_samples) -> dict[str, Any]:
         return self._take("head", rows_R, num_samples, lambda size, g: head.predrawn_noise(size, 1, context_RD, g))
 
     def _take(self, kind: str, rows_R: Tensor, num_samples: int, make: MakeNoise) -> dict[str, Tensor]:
         """Returns the next N samples' noise of these rows, tensors (..., N, R, size)."""
         start, stop = self.num_taken[kind], self.num_taken[kind] + num_samples
         self.num_taken[kind] = stop
-        rows = [self.streams[kind][row].first(stop, rows_R.device, make) for row in rows_R.tolist()]
+        numbers = rows_R.tolist() if len(rows_R) < len(self.streams[kind]) else range(len(rows_R))  # the host may wait
+        rows = [self.streams[kind][row].first(stop, rows_R.device, make) for row in numbers]
         return {name: torch.cat([row[name][..., start:stop, :, :] for row in rows], dim=-2) for name in rows[0]}
 
 

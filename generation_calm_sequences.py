@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .generation_calm_upstream import GenerateCall
 
 TOKEN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)  # they look at ids alone
+UPSTREAM, CALLS_BACK = "transformers.generation.logits_process", "_prefix_allowed_tokens_fn"
 Processors = Callable[..., Tensor]  # ids (M, L), logits (M, V) float32 → logits (M, V)
 
 
@@ -154,42 +155,37 @@ class CandidateProcessors:
     def decode(self, row: int, logits_CKV: Tensor) -> tuple[Tensor, Tensor]:
         """Decodes candidates of the row-th row, from float32 logits, under its processors.
 
-        Returns the patches (C, K) and the log of the factor on each one's weight (C,), 0 where no processor acts;
-        raises ValueError if the processors leave no token.
+        Returns the patches (C, K) and the log of the factor on each one's weight (C,), 0 where no processor acts and
+        NaN where the processors leave no token.
         """
-        ids_L = self.ids_R[row].to(logits_CKV.device)
-        patches_Ck = ids_L.new_empty(len(logits_CKV), 0)
-        log_weights_C = torch.zeros(len(logits_CKV), device=logits_CKV.device)
-        for logits_CV in logits_CKV.unbind(1):
+        ids_L, device = self.ids_R[row].to(logits_CKV.device), logits_CKV.device
+        eos_E = ids_L[:0] if self.eos_tokens is None else self.eos_tokens.to(device)
+        patches_Ck, log_weights_C = ids_L.new_empty(len(logits_CKV), 0), torch.zeros(len(logits_CKV), device=device)
+        for logits_CV in logits_CKV[:, : self.num_left].unbind(1):
             tokens_C = logits_CV.argmax(-1)  # the first of equal ones, as without processors
             before_C = logits_CV.gather(1, tokens_C[:, None])[:, 0]
-            index_M = self._is_open(patches_Ck).nonzero()[:, 0]
+            is_open_C = ~(torch.isin(patches_Ck, eos_E).any(-1) | log_weights_C.isnan())
+            index_M = is_open_C.nonzero()[:, 0] if self.selects(row, device) else arange(len(tokens_C), device)
             if len(index_M):
                 ids_ML = torch.cat([ids_L.expand(len(index_M), -1), patches_Ck[index_M]], dim=-1)
-                after_MV = self.processors_R[row](ids_ML, logits_CV[index_M])
-                after_MV = after_MV.masked_fill(logits_CV[index_M] == -torch.inf, -torch.inf)  # some make NaN of it
+                after_MV, logits_MV = self.processors_R[row](ids_ML, logits_CV[index_M]), logits_CV[index_M]
+                after_MV = torch.where(is_open_C[index_M, None], after_MV, logits_MV)
+                after_MV = after_MV.masked_fill(logits_MV == -torch.inf, -torch.inf)  # some make NaN of it
                 tokens_M1 = after_MV.argmax(-1, keepdim=True)
                 after_M, tokens_C[index_M] = after_MV.gather(1, tokens_M1)[:, 0], tokens_M1[:, 0]
-                if bool((after_M == -torch.inf).any()):
-                    raise ValueError(
-                        "The logits processors leave no token to write after a text of "
-                        f"{ids_ML.shape[1]} tokens: loosen one of bad_words_ids, "
-                        "suppress_tokens, prefix_allowed_tokens_fn or your own."
-                    )
                 # A forced token may have any logit.
                 is_forced_M = (after_MV > -torch.inf).sum(-1) == 1
-                own_M = logits_CV[index_M].gather(1, tokens_M1)[:, 0]
+                own_M = logits_MV.gather(1, tokens_M1)[:, 0]
                 change_M = torch.where(is_forced_M, own_M, after_M) - before_C[index_M]
-                log_weights_C[index_M] += change_M.nan_to_num()
+                log_weights_C[index_M] += change_M.nan_to_num().masked_fill(after_M == -torch.inf, torch.nan)
             patches_Ck = torch.cat([patches_Ck, tokens_C[:, None]], dim=1)
-        return patches_Ck, log_weights_C
+        return torch.cat([patches_Ck, logits_CKV[:, patches_Ck.shape[1] :].argmax(-1)], dim=1), log_weights_C
 
-    def _is_open(self, before_Ck: Tensor) -> Tensor:
-        """Returns which candidates' sequences have not ended before a position, (C,) bool."""
-        may_continue = self.num_left is None or before_Ck.shape[1] < self.num_left
-        if self.eos_tokens is None or not may_continue:
-            return torch.full((len(before_Ck),), may_continue, device=before_Ck.device)
-        return ~torch.isin(before_Ck, self.eos_tokens.to(before_Ck.device)).any(-1)
+    def selects(self, row: int, device: torch.device) -> bool:
+        """Whether the host waits to leave out candidates that are alike or have ended: on a GPU not for upstream's."""
+        given: Any = self.processors_R[row] if isinstance(self.processors_R[row], list) else [None]
+        is_own = [type(each).__module__ == UPSTREAM and not hasattr(each, CALLS_BACK) for each in given]
+        return device.type == "cpu" or not all(is_own)
 
 
 class SequenceProcessors:

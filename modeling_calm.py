@@ -258,6 +258,11 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         if self.head.samples_tokens and input_ids is not None and all(each is None for each in others):
             ids_BL = input_ids
             input_ids = F.pad(ids_BL, (0, -ids_BL.shape[-1] % self.config.patch_size))
+        use_cache = False if use_cache is None and labels is not None else use_cache
+        keeps_nothing = use_cache is False and all(each is None for each in (*others[1:], position_ids))
+        if keeps_nothing and not self.model.gradient_checkpointing:
+            cache = Cache(layers=[])  # without any, upstream looks for packed sequences, and the host waits
+            cache.update = lambda keys, values, *_, **__: (keys, values)  # pyright: ignore
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -265,7 +270,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=False if use_cache is None and labels is not None else use_cache,
+            use_cache=use_cache,
             **kwargs | {"return_dict": True},
         )
         loss = None
@@ -274,7 +279,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         output = CALMOutputWithPast(
             loss=loss,
             last_hidden_state=outputs.last_hidden_state,
-            cache=getattr(outputs, CACHE_ARGUMENT),
+            cache=None if keeps_nothing else getattr(outputs, CACHE_ARGUMENT),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -14,9 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from calm_transformers.model.generation_calm_algorithms import candidate_weights, first_occurrences
+from calm_transformers.model.generation_calm_algorithms import NO_WEIGHT, first_occurrences, occurrence_counts
 from calm_transformers.model.heads_calm import GenerativeHead
 from calm_transformers.model.heads_calm_token_chain import TokenChain
+from calm_transformers.model.kernels_calm import arange, float64_device
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import CALMAutoencoder
 from calm_transformers.training.auxiliary import ExtraTargets, TrainedCALM, propose_in_chunks
@@ -50,10 +51,19 @@ class HeadTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, context: Tensor, temperature: Tensor, num_targets: int) -> Tensor:
         tokens_NRK = self._decode(self.head.sample(context, num_samples=NUM_HEAD_SAMPLES))
-        first_RN = first_occurrences(tokens_NRK.transpose(0, 1))
-        rows = zip(first_RN.split(1), temperature.tolist(), strict=True)
-        weight_RN = torch.cat([candidate_weights(first_1N, each) for first_1N, each in rows])
+        weight_RN = weights_by_row(first_occurrences(tokens_NRK.transpose(0, 1)), temperature)
         return resample(tokens_NRK, weight_RN.T, num_targets)
+
+
+def weights_by_row(first_RN: Tensor, temperature_R: Tensor) -> Tensor:
+    """Returns `candidate_weights` (R, N) of rows that each have a temperature of their own, at most 1."""
+    counts_RN, place = occurrence_counts(first_RN), float64_device(first_RN.device)
+    count_RN, exponent_R1 = counts_RN.to(place, torch.float64), 1 / temperature_R.to(place, torch.float64)[:, None]
+    log_weights_RN = torch.lgamma(count_RN + 1) - torch.lgamma(count_RN - exponent_R1 + 1)  # log C(count, exponent)
+    too_few_RN = count_RN <= exponent_R1 - 1
+    log_weights_RN = torch.where(too_few_RN, (count_RN - first_RN.shape[1]) * NO_WEIGHT, log_weights_RN)
+    is_first_RN = first_RN == arange(first_RN.shape[1], first_RN.device)
+    return log_weights_RN.to(first_RN.device, torch.float32).masked_fill(~is_first_RN, -math.inf).softmax(-1)
 
 
 def resample(tokens_NRK: Tensor, weight_NR: Tensor, num_targets: int) -> Tensor:
