@@ -242,12 +242,6 @@ def test_invalid_grammars_raise_an_error_of_one_line(some_tokenizer, options, se
     assert "\n" not in str(raised.value)
 
 
-def test_properties_may_have_the_names_of_keywords(some_tokenizer):
-    schema = record(minProperties={"enum": [{"not": 1}]}, uniqueItems={"type": "integer"})
-    ids = walk(some_tokenizer, Grammar(some_tokenizer, json_schema=schema), 0)
-    assert set(json.loads(some_tokenizer.decode(ids))) == {"minProperties", "uniqueItems"}
-
-
 def test_unicode_escapes_are_forbidden(some_tokenizer):
     """They could spell a property's name so that its schema doesn't apply."""
     processor = Grammar(some_tokenizer, json_schema=SCHEMAS["properties of other names"]).after_prompt(0)

@@ -244,7 +244,7 @@ def test_an_api_key_a_chat_template_and_a_timeout(tiny_folder):
         assert ask({}, key="Bearer first")[0] == 400
         assert ask({}, key="bearer secret")[0] == 400
         assert ask({}, key="", Host="a/health?")[0] == 401  # only the request's own path counts
-        assert api.get("/health").status_code == 200
+        assert [api.get(path).status_code for path in ("/health", "/openapi.json")] == [200, 401]
         status, text = ask({"messages": [{"role": "user", "content": "a"}]}, "chat/completions")
         assert status == 400 and "the chat template raised an error: only users here" in text
         status, text = ask(LONG)
@@ -263,9 +263,6 @@ def test_tokenize_detokenize_and_version(api):
     assert chat["tokens"] == ids
     assert api.post("/detokenize", json={"tokens": ids[1:]}).json() == {"prompt": PROMPT}
     assert api.get("/version").json() == {"version": calm_transformers.__version__}
-    for path, body in (("tokenize", {}), ("tokenize", {"prompt": "\ud800"}), ("detokenize", {"tokens": [10**6]})):
-        answer = api.post(f"/{path}", content=json.dumps(body))
-        assert answer.status_code == 400 and answer.json()["error"]["param"] in ("prompt", "tokens")
 
 
 def test_usage_in_every_chunk(completions):

@@ -21,37 +21,22 @@ def post(api, path, body):
 HALF, INFINITE = "a lone surrogate", "a number that is not finite"
 SCHEMA = {"type": "json_schema", "json_schema": {"schema": {}}}
 INVALID_FIELDS = [  # name, value, part of the message
-    ("foo", 1, "foo: there is no such field"),
-    ("stream_options", {"x": 1}, "stream_options.x"),
-    ("max_tokens", 0, "greater than or equal to 1"),
     ("max_tokens", 10**6, "the prompt has 2 tokens and max_tokens"),
-    ("max_tokens", "5", "valid integer"),
     ("prompt", "x" * 17_000, "the prompt has 17001 tokens"),
-    ("prompt", [["a"]], "holds 'a': token ids are integers"),
-    ("prompt", [], "is an empty list"),
     ("prompt", [5, 4000], "holds 4000: token ids are integers in 0 … 95"),
-    ("prompt", "\ud800", HALF),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "\ud800"}}, HALF),
     ("response_format", {"type": "json_schema", "json_schema": {"schema": {"minimum": math.inf}}}, INFINITE),
-    ("response_format", {"type": "json_schema"}, '{"schema": ...}'),
-    ("temperature", math.nan, INFINITE),
     ("temperature", 2.5, "sampling needs a temperature in (0, 2]"),
     ("temperature", 1e-4, "is too few for temperature=0.0001"),
     ("temperature", 1e-320, "temperature=1e-320"),
-    ("seed", 2**63, "less than"),
-    ("stop", 5, "must be a string or a list of strings"),
     ("stop", ["a", ""], "holds an empty string"),
     ("stop", ["b"] * 257, "stop: must be at most 256 strings of 256 characters"),
     ("n", 9, "a request may have at most 8 texts, not 9"),
     ("num_candidates", 10**6, "candidates per step: at most 1000 are allowed here"),
-    ("frequency_penalty", 3, "less than or equal to 2"),
-    ("repetition_penalty", 0, "greater than 0"),
+    ("repetition_penalty", 1e-39, "greater than or equal to 0.01"),  # infinite logits
     ("logit_bias", {"96": 1}, "is not a token id in 0 … 95"),
     ("logit_bias", {"9" * 5000: 1}, "is not a token id in"),
-    ("logit_bias", {"5": math.inf}, INFINITE),
-    ("sampling_method", "best", "'batch'"),
     ("logprobs", 1, "CALM has no logits"),
-    ("logprobs", 21, "less than or equal to 20"),
 ]
 ACTIVE = {"best_of": 3, "suffix": "end", "modalities": ["audio"]}
 ACTIVE |= {"tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "function_call": {}}
@@ -62,20 +47,15 @@ INVALID_BODIES = [  # body, field that the answer names, part of the message
     (b"[" * 19_000, None, "The body is nested too deeply"),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature", INFINITE),
     (b'{"prompt": "\xed\xa0\x80"}', "prompt", HALF),
-    (b'{"prompt": "a", "\\ud800": 1}', "\\ud800", HALF),
-    ([], None, "The body must be a JSON object"),
     ({}, "prompt", "prompt: is missing"),
     ({"prompt": "a", "min_tokens": 3, "response_format": SCHEMA}, "min_tokens", "not supported with a response_for"),
     ({"prompt": "a", "num_candidates": 101, "sampling_method": "exact"}, "num_candidates", "may need 1010 candidates"),
     ({"prompt": "a", "logprobs": 1, "echo": True}, "logprobs", "not supported with echo"),
-    ({"prompt": "a", "top_p": 1.1, "stream": True}, "top_p", "less than or equal to 1"),  # not an event
     *(({"prompt": "a", name: value}, name, sentence) for name, value, sentence in INVALID_FIELDS),
     *(({"prompt": "a", name: value}, name, f"{name}: ") for name, value in ACTIVE.items()),
 ]
 INVALID_CHATS = [
     ({}, "messages: is missing"),
-    ({"messages": []}, "messages: "),
-    ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: "),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x" * 17_000}]}, "messages: the prompt has 17001 tokens"),
     ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, "messages: holds a lone surrogate"),

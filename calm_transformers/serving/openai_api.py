@@ -248,7 +248,7 @@ class GenerationRequest(ApiRequest):
     response_format: ResponseFormat | None = None
     top_k: int | None = Field(None, ge=-1)  # -1, as in vLLM, disables it
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # with others logits may overflow
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     num_candidates: int | None = Field(None, ge=1)
