@@ -27,7 +27,7 @@ def values(schema):
         return st.one_of([values(each) for each in schema["anyOf"] if each != {"type": "null"}])
     if "enum" in schema or "const" in schema:
         return st.sampled_from(schema.get("enum") or [schema["const"]])
-    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+    low, high = schema.get("minimum"), schema.get("maximum")
     match schema.get("type"):
         case "integer":
             low = low or 0
