@@ -2,7 +2,8 @@
 # make app           set up, and a page on which the bundled model writes, at http://127.0.0.1:7860
 # make test          set up, and run the tests, in minutes
 # make test-slow     the tests that it leaves out
-# make test-all      both, with coverage
+# make test-all      both, with coverage, and the tests on random input with thousands of them
+# make fuzz          these for an hour or two
 # make test-oldest   what depends on transformers, on the oldest supported one, with the packages of the extra [clients]
 # make test-newest   the quick ones of these without constraints, so on the newest one that setup.cfg allows
 # make test-upstream the common tests in transformers' source distribution, on our classes (docs/upstream_tests.md)
@@ -16,7 +17,8 @@ COMPAT := .venv-compat/bin
 NEWEST := .venv-newest/bin
 SOURCES := setup.cfg pyproject.toml
 
-.PHONY: demo app test test-slow test-all test-oldest test-newest test-upstream test-gpu style experiments speed clean
+.PHONY: demo app test test-slow test-all fuzz test-oldest test-newest test-upstream test-gpu style experiments speed
+.PHONY: clean
 
 demo: .venv/.base
 	$(BIN)/calm generate .
@@ -33,8 +35,12 @@ test-slow: .venv/.full
 # A variable of a target is one of its prerequisites, too.
 test-all: COVERAGE = --cov --cov-append --cov-report=
 test-all: test test-slow
+	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=whole $(COVERAGE)
 	$(BIN)/coverage report --skip-covered --show-missing
 	$(BIN)/coverage erase
+
+fuzz: .venv/.full
+	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=hour
 
 test-oldest: .venv-compat/.full
 	$(COMPAT)/python -m pytest -m "transformers and not gpu"

@@ -4,8 +4,9 @@ Defaults without another source are those of the published models (arXiv 2510.27
 values raise `ValueError`, and so does an autoencoder of another K, Z or vocabulary.
 """
 
+import contextlib
 import math
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -48,8 +49,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_types(config: PretrainedConfig) -> None:
-    """Raises `ValueError` for the first field that isn't finite or has another type than `__init__` states."""
-    hints = get_type_hints(type(config).__init__)
+    """Raises `ValueError` for the first field that isn't finite or has another type than its class states."""
+    hints = type(config).__annotations__
     for name, value in vars(config).items():
         kinds = get_args(hints.get(name)) or (hints.get(name, object),)
         accepted = (*kinds, int) if float in kinds else kinds
@@ -57,6 +58,15 @@ def check_types(config: PretrainedConfig) -> None:
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         require(is_right, f"{name}={value!r}: must be of type {names}.")
         require(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: must be a finite number.")
+
+
+@contextlib.contextmanager
+def value_errors():
+    """Turns any exception into a `ValueError` of one line, which huggingface_hub's are not."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 class CALMAutoencoderConfig(PretrainedConfig):
@@ -78,51 +88,32 @@ class CALMAutoencoderConfig(PretrainedConfig):
     model_type = "calm_autoencoder"
     base_config_key = "autoencoder_config"
 
-    def __init__(
-        self,
-        vocab_size: int = 128257,
-        hidden_size: int = 512,
-        intermediate_size: int = 1280,
-        num_encoder_layers: int = 2,
-        num_decoder_layers: int = 2,
-        patch_size: int = 4,
-        latent_size: int = 128,
-        hidden_act: str = "silu",
-        mlp_bias: bool = False,
-        rms_norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
-        ae_dropout: float = 0.15,
-        token_dropout: float | None = None,
-        latent_dropout: float | None = None,
-        kl_clamp: float = 0.5,
-        kl_weight: float = 1e-3,
-        pad_token_id: int | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | list | None = None,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_encoder_layers = num_encoder_layers
-        self.num_decoder_layers = num_decoder_layers
-        self.patch_size = patch_size
-        self.latent_size = latent_size
-        self.hidden_act = hidden_act
-        self.mlp_bias = mlp_bias
-        self.rms_norm_eps = rms_norm_eps
-        self.initializer_range = initializer_range
-        self.ae_dropout = ae_dropout
-        self.token_dropout = token_dropout
-        self.latent_dropout = latent_dropout
-        self.kl_clamp = kl_clamp
-        self.kl_weight = kl_weight
+    vocab_size: int = 128257
+    hidden_size: int = 512
+    intermediate_size: int = 1280
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    patch_size: int = 4
+    latent_size: int = 128
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    ae_dropout: float = 0.15
+    token_dropout: float | None = None
+    latent_dropout: float | None = None
+    kl_clamp: float = 0.5
+    kl_weight: float = 1e-3
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    def __post_init__(self, **kwargs):
         context = kwargs.pop("encoder_context", 0)  # a field of older config.json
         require(context == 0, f"encoder_context={context} is no longer supported.")
-        kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         # The decoder's output matrix is the encoder's embedding; published configs say False and tie all the same.
-        kwargs["tie_word_embeddings"] = True
-        super().__init__(**kwargs)
+        self.tie_word_embeddings = True
+        super().__post_init__(**kwargs)
         self.check()
 
     def check(self) -> None:
@@ -192,52 +183,37 @@ class CALMConfig(LlamaConfig):
     # Llama's plans would split the backbone alone, which is not tested here.
     base_model_tp_plan = base_model_pp_plan = None
 
-    def __init__(
-        self,
-        patch_size: int = 4,
-        latent_size: int = 128,
-        head_type: str = "energy",
-        noise_size: int = 64,
-        num_mlp_layers: int = 4,
-        num_context_layers: int = 0,
-        num_samples: int = 8,
-        num_posterior_samples: int = 100,
-        beta: float = 1.0,
-        flow_time_logit_mean: float | None = None,
-        sampling_steps: int | None = None,
-        distilled_temperature: float | None = None,
-        autoencoder_config: CALMAutoencoderConfig | dict | None = None,
-        prompt_filler_token_id: int | None = None,
-        **kwargs,
-    ):
-        self.patch_size = patch_size
-        self.latent_size = latent_size
-        self.head_type = head_type
-        self.noise_size = noise_size
-        self.num_mlp_layers = num_mlp_layers
-        self.num_context_layers = num_context_layers
-        self.num_samples = num_samples
-        self.num_posterior_samples = num_posterior_samples
-        self.beta = beta
-        self.flow_time_logit_mean = flow_time_logit_mean
-        self.sampling_steps = sampling_steps
-        self.distilled_temperature = distilled_temperature
-        self.prompt_filler_token_id = prompt_filler_token_id
+    vocab_size: int = CALMAutoencoderConfig.vocab_size
+    patch_size: int = 4
+    latent_size: int = 128
+    head_type: str = "energy"
+    noise_size: int = 64
+    num_mlp_layers: int = 4
+    num_context_layers: int = 0
+    num_samples: int = 8
+    num_posterior_samples: int = 100
+    beta: float = 1.0
+    flow_time_logit_mean: float | None = None
+    sampling_steps: int | None = None
+    distilled_temperature: float | None = None
+    autoencoder_config: CALMAutoencoderConfig = None  # pyright: ignore[reportAssignmentType] (or its fields, in a dict)
+    prompt_filler_token_id: int | None = None
+
+    def __setattr__(self, name, value):
+        with value_errors():
+            super().__setattr__(name, value)
+
+    def __post_init__(self, **kwargs):
         for name in ("prompt_alignment", "repetition_radius", "repetition_radius_measured_at"):
             kwargs.pop(name, None)  # fields of older config.json, without effect
-        if autoencoder_config is None:
-            given = {"vocab_size": kwargs["vocab_size"]} if "vocab_size" in kwargs else {}
-            autoencoder_config = CALMAutoencoderConfig(patch_size=patch_size, latent_size=latent_size, **given)
-        elif isinstance(autoencoder_config, dict):
-            autoencoder_config = CALMAutoencoderConfig(**autoencoder_config)
-        self.autoencoder_config = autoencoder_config
-        check_types(self)
-        kwargs.setdefault("vocab_size", autoencoder_config.vocab_size)
-        try:
-            super().__init__(**kwargs)
-        except Exception as error:  # huggingface_hub's are in lines, and no ValueErrors
-            raise ValueError(" ".join(str(error).split())) from error
+        nested = self.autoencoder_config
+        if nested is None:
+            nested = {name: getattr(self, name) for name in ("patch_size", "latent_size", "vocab_size")}
+        if isinstance(nested, dict):
+            self.autoencoder_config = CALMAutoencoderConfig(**nested)
         self.check()
+        with value_errors():
+            super().__post_init__(**kwargs)
 
     def check(self) -> None:
         """Raises `ValueError` for the first field that makes no sense."""

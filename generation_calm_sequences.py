@@ -183,7 +183,8 @@ class CandidateProcessors:
 
     def selects(self, row: int, device: torch.device) -> bool:
         """Whether the host waits to leave out candidates that are alike or have ended: on a GPU not for upstream's."""
-        given: Any = self.processors_R[row] if isinstance(self.processors_R[row], list) else [None]
+        given: Any = self.processors_R[row]
+        given = given if isinstance(given, list) else [None]
         is_own = [type(each).__module__ == UPSTREAM and not hasattr(each, CALLS_BACK) for each in given]
         return device.type == "cpu" or not all(is_own)
 

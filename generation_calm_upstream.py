@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -81,6 +82,17 @@ UNSUPPORTED_SETTINGS: dict[str, tuple] = {
     **dict.fromkeys(("is_assistant", "use_mtp"), (MODES, False)),
     **{"penalty_alpha": (MODES, 0.0), "output_logits": (SCORES, False)},
 }
+# What upstream would compare or go through whatever its type: what it must be, its types, its settings.
+SETTING_TYPES: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
+    ("an integer", (Integral,), ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_cache_len")),
+    ("an integer", (Integral,), ("no_repeat_ngram_size", "num_return_sequences")),
+    ("a number", (Real,), ("max_time", "repetition_penalty", "assistant_ensemble_weight")),
+    ("a list of token ids", (list, tuple), ("suppress_tokens", "begin_suppress_tokens")),
+    ("an id or a list of them", (Integral, list, tuple, Tensor), ("bos_token_id", "eos_token_id", "pad_token_id")),
+    ("an id or a list of them", (Integral, list, tuple, Tensor), ("decoder_start_token_id", "forced_eos_token_id")),
+    ("a string or a list of them", (str, list, tuple), ("stop_strings",)),
+    ("True, False or a string", (bool, str), ("early_stopping",)),
+)
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
 # Of compiled steps, of the server and of ONNX export: implementations that take a custom 4-D mask, and rotations that
 # don't depend on the longest row of a batch.
@@ -231,6 +243,22 @@ class PatchGenerationMixin(UPSTREAM):
     check_weights: Callable[[], None]  # raises ValueError for unloaded or non-finite weights; of `OffloadableModel`
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
+        # None is unset, as it is in a GenerationConfig.
+        kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in ("num_beams", "num_return_sequences")}
+        given = getattr(generation_config, "__dict__", {}).items()
+        settings = {**vars(self.generation_config), **{name: v for name, v in given if v is not None}, **kwargs}
+        for name, (reason, *neutral_values) in UNSUPPORTED_SETTINGS.items():
+            value = settings.get(name)
+            if value is not None and value not in neutral_values:
+                shown = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
+                raise ValueError(f"{name}{shown}: {reason}")
+        for what, kinds, names in SETTING_TYPES:
+            for name in names:
+                kind = type(settings.get(name))
+                if not issubclass(kind, (*kinds, types.NoneType)) or kind is bool and bool not in kinds:
+                    raise ValueError(f"{name}={settings[name]!r}: must be {what}.")
+        if str(settings.get("cache_implementation")).startswith("offloaded") and self.device.type == "cpu":
+            raise ValueError("cache_implementation: an offloaded cache needs a model on an accelerator.")
         prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
         default_top_k = getattr(self.generation_config, "top_k", None)
         if default_top_k is None and getattr(generation_config, "top_k", None) is None:
@@ -264,11 +292,6 @@ class PatchGenerationMixin(UPSTREAM):
         UPSTREAM._validate_model_kwargs(self, model_kwargs)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        for name, (reason, *neutral_values) in UNSUPPORTED_SETTINGS.items():
-            value = getattr(generation_config, name, None)
-            if value is not None and value not in neutral_values:
-                shown = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
-                raise ValueError(f"{name}{shown}: {reason}")
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive integer, in tokens, or None.")

@@ -8,9 +8,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+for name, count in (("quick", 40), ("whole", 5000), ("hour", 50_000)):  # examples of a test: --hypothesis-profile NAME
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    fixed = {"derandomize": True, "database": None} if name == "quick" else {}
+    settings.register_profile(name, max_examples=count, deadline=None, suppress_health_check=checks, **fixed)
+settings.load_profile("quick")
 
 
 def pytest_configure(config):

@@ -266,7 +266,7 @@ def test_chunked_prefill_gives_the_same_sequence(monkeypatch, model, chunk_size)
 
 
 INVALID = [
-    ({"num_beams": 2, "do_sample": False}, "no beam search"),
+    ({"num_beams": 2, "do_sample": False}, "num_beams=2: "),
     ({"top_p": 1.5}, r"top_p=1.5: must be a fraction, in \[0, 1\]"),
     ({"top_k": -1}, "top_k=-1: must be an integer number"),
     ({"min_p": float("nan")}, "min_p=nan: must be a fraction"),

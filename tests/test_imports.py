@@ -1,10 +1,63 @@
-"""Importing the package, in a fresh process: no module queries a GPU; the Auto classes are registered."""
+"""Importing the package, in a fresh process: no I/O, no module queries a GPU; the Auto classes are registered."""
 
+import ast
+import sys
 from pathlib import Path
 
 import fresh_process
 import pytest
 from commands import MODULES, ROOT
+
+QUIET = {"import", "compile", "exec", "object.__setattr__", "object.__getattr__", "builtins.id", "sys._getframe"}
+
+
+def actions_at_import(root):
+    """In a fresh process: imports the model; returns its audit events, and the environment variables that it read."""
+    import importlib
+    import os
+    import sys
+
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    actions, environ = [], type(os.environ)
+    read = environ.__getitem__
+
+    def is_ours(frame):
+        while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+            if os.path.dirname(frame.f_code.co_filename) == root:
+                return True
+            frame = frame.f_back
+        return False
+
+    def note(event, arguments):
+        path = str(arguments[0]) if arguments else ""
+        is_package_list = path.endswith("METADATA") or path in (".", *sys.path)  # of importlib.metadata
+        if event not in QUIET and not is_package_list and is_ours(sys._getframe(1)):
+            actions.append([event, path])
+
+    def note_variable(self, name):
+        note("environ", [name])
+        return read(self, name)
+
+    environ.__getitem__ = note_variable
+    sys.addaudithook(note)
+    importlib.import_module("calm_transformers")
+    return actions
+
+
+def test_importing_the_model_reads_nothing_but_the_list_of_installed_packages(tmp_path):
+    assert fresh_process.call(actions_at_import, tmp_path, root=str(ROOT)).result == []
+
+
+def test_the_model_s_files_import_torch_and_transformers_alone():
+    from calm_transformers.conversion.bundle_files import code_files
+
+    for file in code_files():
+        nodes = list(ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        assert {name.partition(".")[0] for name in names} <= {"torch", "transformers", *sys.stdlib_module_names}, file
 
 
 def files_querying_gpus(modules):

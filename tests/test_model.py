@@ -1,18 +1,15 @@
 """The language model: every K and head, attention backends, cache, padding, loss, frozen parts, invalid inputs."""
 
-import dataclasses
-import inspect
 import json
-import math
 
 import pytest
 import torch
 from text_and_loss import some_ids
 from tiny import HEAD_TYPES, PAD, VOCAB_SIZE, seeded, tiny_config, tiny_model
-from transformers import DynamicCache, LlamaConfig, PreTrainedConfig
+from transformers import DynamicCache
 
 from calm_transformers.model import heads_calm
-from calm_transformers.model.configuration_calm import AUTOENCODER_AUTO_MAP, CALMAutoencoderConfig, CALMConfig
+from calm_transformers.model.configuration_calm import AUTOENCODER_AUTO_MAP, CALMConfig
 from calm_transformers.model.heads_calm import PatchTarget
 from calm_transformers.model.modeling_calm import CALMForCausalLM, CALMModel
 
@@ -223,33 +220,6 @@ def test_invalid_configs_raise_an_error(fields, message):
     autoencoder |= fields.pop("autoencoder_config", {})
     with pytest.raises(ValueError, match=message):
         CALMConfig(**{"vocab_size": 96, "latent_size": 16, "autoencoder_config": autoencoder, **fields})
-
-
-OWN = [set(inspect.signature(each.__init__).parameters) for each in (CALMConfig, CALMAutoencoderConfig)]
-BACKBONE = {field.name for field in dataclasses.fields(LlamaConfig)} - vars(PreTrainedConfig()).keys()
-WRONG = ("x", None, [], {}, math.nan, math.inf, -1, True, 1.5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [(CALMConfig, name) for name in sorted(OWN[0] | BACKBONE)]
-    + [(CALMAutoencoderConfig, name) for name in sorted(OWN[1])],
-)
-def test_config_fields_reject_values_of_another_type_and_non_finite_values(kind, name):
-    if name in ("self", "kwargs"):
-        return
-    default, num_rejected = getattr(kind(), name), 0
-    for value in WRONG:
-        try:
-            kind(**{name: value})
-        except ValueError as error:
-            num_rejected += 1
-            assert "\n" not in str(error) and (name in str(error) or name.replace("_", " ") in str(error))
-        else:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            is_optional = value is None or (name, value) in (("eos_token_id", []), ("autoencoder_config", {}))
-            assert is_optional or is_number or isinstance(value, type(default)), value
-    assert num_rejected >= 5
 
 
 def test_fields_overridden_on_loading_are_checked(tmp_path):

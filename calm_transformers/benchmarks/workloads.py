@@ -87,7 +87,7 @@ def model_config(name: str) -> CALMConfig | LlamaConfig:
         return LlamaConfig(**fields)
     if recipe.kind != "calm" or "vocab_size" not in recipe.model:
         raise InputError(f"the recipe {name} does not define a complete language model.")
-    return CALMConfig(**recipe.model, autoencoder_config=load_recipe("autoencoder").model)
+    return CALMConfig.from_dict({**recipe.model, "autoencoder_config": load_recipe("autoencoder").model})
 
 
 @torch.no_grad()
