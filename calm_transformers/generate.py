@@ -14,13 +14,12 @@ from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 
-import transformers
-from transformers import TextStreamer, pipeline, set_seed
+from transformers import TextStreamer, set_seed
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, seed_number, utf8
 from calm_transformers.documents import expand_paths, read_documents
-from calm_transformers.loading import check_length, format_load_errors, load_calm
-from calm_transformers.model.generation_calm_samplers import PatchSampling, check_temperature
+from calm_transformers.loading import check_length, load_calm
+from calm_transformers.model.generation_calm_samplers import check_temperature
 from calm_transformers.progress import progress_bar
 from calm_transformers.serving.batcher import Batcher
 from calm_transformers.serving.sequence import GenerationResult
@@ -42,24 +41,17 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if (options.input is None) != (options.output is None):
         parser.error("--input and --output belong together.")
-    transformers.logging.set_verbosity_error()
     with known_errors():
         check_temperature(options.temperature)
     if options.input:
         return continue_file(options)
-    with known_errors():
-        with format_load_errors(options.model):
-            generator = pipeline("text-generation", model=options.model, trust_remote_code=True)
-        config = generator.model.generation_config
-        PatchSampling.from_generation_config(config, do_sample=True, temperature=options.temperature)  # or raises
-        assert generator.tokenizer is not None, "a pipeline of this task has one"
-        if generator.model.config.model_type != "calm":
-            raise ValueError(f"{options.model} is no CALM.")
-        check_length(generator.model, len(generator.tokenizer(options.prompt)["input_ids"]), options.max_new_tokens)
-    set_seed(options.seed)
-    streamer = TextStreamer(generator.tokenizer, skip_special_tokens=True)
+    model, tokenizer = load_calm(options.model, None)
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": True, "temperature": options.temperature}
-    generator(options.prompt, streamer=streamer, **settings)
+    with known_errors(ValueError):
+        prompt = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+        check_length(model, prompt["input_ids"].shape[1], options.max_new_tokens)
+        set_seed(options.seed)
+        model.generate(**prompt, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **settings)
 
 
 def continue_file(options: Namespace) -> None:

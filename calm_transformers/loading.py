@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from calm_transformers.command_line import format_error, known_errors, require_package
@@ -70,6 +70,7 @@ def load_checked(load: Callable[..., Any], name: str | Path, **settings) -> Any:
     """
     with format_load_errors(name):
         model, info = load(name, output_loading_info=True, **settings)
+        check_generation_config(name)
     # An autoencoder may be loaded from a CALM, whose other weights are then unexpected.
     unexpected = info["unexpected_keys"] if isinstance(model, CALMForCausalLM) else ()
     mismatches = {
@@ -85,6 +86,17 @@ def load_checked(load: Callable[..., Any], name: str | Path, **settings) -> Any:
     if (weight := non_finite_weight(model)) is not None:
         raise ValueError(f"{name}: its weight {weight} holds NaN or infinity.")
     return model
+
+
+def check_generation_config(name: str | Path) -> None:
+    """Raises ValueError if generation_config.json is damaged, where upstream would take other settings silently."""
+    path = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    try:
+        fields = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{GENERATION_CONFIG_NAME}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{GENERATION_CONFIG_NAME} holds no JSON object.")
 
 
 def check_tokenizer(model, tokenizer, name: str | Path = "The tokenizer") -> None:
@@ -201,10 +213,12 @@ def load_tokenizer(name: str | Path):
     if is_missing_folder(name):
         raise OSError(f"{name}: no such folder.")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except OSError:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("text")  # some damage shows only here
+        return tokenizer
+    except (OSError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # a damaged file raises many types
+    except BaseException as error:  # a damaged file raises many types, and panics of the library are no Exceptions
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise
         paths = [Path(name, file) for file in ("tokenizer.json", "tokenizer_config.json")]

@@ -17,7 +17,7 @@ from calm_transformers.training.tokenizer import save_tokenizer
 
 
 def test_what_cannot_be_sampled_is_refused_before_the_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "pipeline", None)
+    monkeypatch.setattr(demo, "load_calm", None)
     error = refusal(capsys, demo.main, ROOT, "--temperature", "3")
     assert error.startswith("temperature=3.0: sampling needs a temperature in (0, 2]")
 
@@ -34,7 +34,7 @@ def test_what_the_model_cannot_do_is_refused(capsys):
 def test_another_model_is_refused(capsys, tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     save_tokenizer(tiny_tokenizer(), tmp_path)
-    assert refusal(capsys, demo.main, tmp_path) == f"{tmp_path} is no CALM."
+    assert refusal(capsys, demo.main, tmp_path) == f"{tmp_path} is no CALM: its model_type is 'llama'."
 
 
 @pytest.mark.parametrize("content", ["{", "{}"])

@@ -53,11 +53,12 @@ def test_ten_kills_at_random_moments_do_not_change_the_weights(workshop, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (1, 2)])
-def test_a_preempted_run_saves_its_step_and_resumes(workshop, tmp_path, num_processes, num_workers):
+@pytest.mark.parametrize("num_processes, num_workers, streams", [(1, 0, 0), (2, 0, 0), (1, 2, 0), (1, 2, 1)])
+def test_a_preempted_run_saves_its_step_and_resumes(workshop, tmp_path, num_processes, num_workers, streams):
     """SIGTERM, of two processes to the second one alone, and to the workers that load data."""
     fields, log = fields_of_run(workshop, tmp_path / "run") | {"save_steps": 1000}, tmp_path / "log"
     fields |= {"dataloader_num_workers": num_workers, "max_steps": STEPS * 4, "upload_to": str(tmp_path / "copy")}
+    fields |= {"streaming": "true", "left_fill": 0} if streams else {}
     log.touch()
     processes = start_training_together(log, "calm", num_processes=num_processes, **fields)
     deadline = time.monotonic() + 60

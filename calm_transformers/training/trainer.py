@@ -7,6 +7,7 @@ the loss is not finite.
 import contextlib
 import itertools
 import json
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -191,6 +192,14 @@ def ignore_sigterm(init: Callable[[int], None] | None, worker_id: int) -> None:
         init(worker_id)
 
 
+def end_workers() -> None:
+    """Kills the DataLoader workers that are left when the process ends: they ignore the SIGTERM that Python sends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
 class RestoredRandomness(TrainerCallback):
     """Restores the random state of a checkpoint at the first step, as Trainer does where it skips data."""
 
@@ -299,6 +308,7 @@ class CALMTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Returns Trainer's, or of a stream, whose processes read parts of their own, one that knows its position."""
+        multiprocessing.util.Finalize(None, end_workers, exitpriority=1)
         if not isinstance(self.train_dataset, StreamedBlocks):
             loader = super().get_train_dataloader()
             loader.worker_init_fn = partial(ignore_sigterm, loader.worker_init_fn)
@@ -317,7 +327,7 @@ class CALMTrainer(Trainer):
             worker_init_fn=partial(ignore_sigterm, None),
         )
         if self.checkpoint is not None:
-            self._stream.load_state_dict(torch.load(self.checkpoint / self._stream_file(), weights_only=False))
+            self._stream.load_state_dict(torch.load(self.checkpoint / self._stream_file()))
         return self._stream
 
     def _stream_file(self) -> str:
