@@ -4,6 +4,7 @@
 # make test-slow     the tests that it leaves out
 # make test-all      both, with coverage, and the tests on random input with thousands of them
 # make fuzz          these for an hour or two
+# make soak          an hour of hostile clients, 2,000 generations, 50 rounds of training: memory and text stay the same
 # make test-oldest   what depends on transformers, on the oldest supported one, with the packages of the extra [clients]
 # make test-newest   the quick ones of these without constraints, so on the newest one that setup.cfg allows
 # make test-upstream the common tests in transformers' source distribution, on our classes (docs/upstream_tests.md)
@@ -41,6 +42,9 @@ test-all: test test-slow
 
 fuzz: .venv/.full
 	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=hour
+
+soak: .venv/.full
+	SOAK_SECONDS=3600 $(BIN)/python -m pytest -n 0 -s tests/test_soak.py tests/test_serve_soak.py
 
 test-oldest: .venv-compat/.full
 	$(COMPAT)/python -m pytest -m "transformers and not gpu"
