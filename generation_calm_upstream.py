@@ -141,7 +141,7 @@ class _TokenPositionsProxy:
 
     def __init__(self, model):
         self.model, self.config = model, copy.copy(model.config)
-        self.config.max_position_embeddings *= model.config.patch_size
+        vars(self.config)["max_position_embeddings"] *= model.config.patch_size  # nothing to validate
 
     def __getattr__(self, name):
         attribute = getattr(self.model, name)  # a method of the model gets the proxy as its `self`
