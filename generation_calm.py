@@ -28,12 +28,7 @@ from .generation_calm_candidates import (
     compute_patch_scores,
 )
 from .generation_calm_compiled import CompiledStep
-from .generation_calm_samplers import (
-    PatchSampling,
-    PredrawnRandomness,
-    Randomness,
-    StepRandomness,
-)
+from .generation_calm_samplers import PatchSampling, PredrawnRandomness, Randomness, StepRandomness
 from .generation_calm_sequences import CandidateProcessors, GenerationState, SequenceProcessors
 from .generation_calm_upstream import CACHE_ARGUMENT, GenerateCall, PatchGenerationMixin, prefill_virtual_tokens
 from .heads_calm import GenerativeHead
@@ -215,9 +210,7 @@ class CALMGenerationMixin(PatchGenerationMixin):
             sampling = replace(sampling, lazy_decoding=False)  # every candidate is returned
         packed = self.pack_for_generation(input_ids, mask, call.pad_token, call.bos_token)
         # An offloaded model returns ids on the caller's device.
-        inputs: dict[str, Any] = dict(packed)
-        for name in packed:
-            inputs[name] = packed[name].to(self.device)
+        inputs: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in packed.items()}
         if bool(inputs["attention_mask"].all()):
             inputs["attention_mask"] = None  # a mask that hides nothing costs operations in every step
         processors = None if call.processors is None else SequenceProcessors(call, input_ids, mask)
@@ -225,10 +218,8 @@ class CALMGenerationMixin(PatchGenerationMixin):
         inputs = prefill_virtual_tokens(self, inputs, cache, compiles, model_kwargs.get("task_ids"))
         # Processes that share shards must call each module equally often, but would need different numbers of blocks.
         one_block = bool(compiles or call.synced_gpus)
-        max_length, requested = config.max_length, outputs.requested
-        step = eager = EagerStep(
-            self, inputs, cache, sampling, generator, one_block, processors, max_length, requested
-        )
+        settings = sampling, generator, one_block, processors, config.max_length, outputs.requested
+        step = eager = EagerStep(self, inputs, cache, *settings)
         if call.compile_config is not None:
             outputs.check_can_be_compiled()
             step = CompiledStep(eager, call.compile_config, forbids=(config.min_length or 0) > input_ids.shape[1])

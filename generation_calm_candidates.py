@@ -86,7 +86,7 @@ class CandidateBatch:
         if self.processors is not None:
             log_acceptance = [None] * len(rows_R) if log_factors_nR is None else log_factors_nR.unbind(1)
             by_row = zip(range(len(rows_R)), samples_nR.unbind(1), tokens_nRK.unbind(1), log_acceptance, strict=True)
-            processed = [self._process(self.processors, *row) for row in by_row]
+            processed = [self._process(*each) for each in by_row]
             tokens_nRK, log_factors_nR = (torch.stack(parts, dim=1) for parts in zip(*processed, strict=True))
             if True in (has_none_left := log_factors_nR.isnan().any(0).tolist()):  # the host waits once for all rows
                 length = len(self.processors.ids_R[has_none_left.index(True)])
@@ -107,15 +107,11 @@ class CandidateBatch:
             return self.autoencoder.decode_tokens(latents_nRZ, self.forbidden_KV).to(rows_R.device)
 
     def _process(
-        self,
-        processors: CandidateProcessors,
-        row: int,
-        samples_n: Tensor,
-        tokens_nK: Tensor,
-        log_acceptance_n: Tensor | None,
+        self, row: int, samples_n: Tensor, tokens_nK: Tensor, log_acceptance_n: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Decodes one row's distinct new candidates under its processors: tokens (n, K) and log factors (n,)."""
-        config, device = self.autoencoder.config, samples_n.device
+        config, device, processors = self.autoencoder.config, samples_n.device, self.processors
+        assert processors is not None
         all_n, first_n = arange(len(samples_n), tokens_nK.device), first_occurrences(tokens_nK[None])[0]
         selects = processors.selects(row, device)
         first_C, inverse_n = first_n.unique(return_inverse=True) if selects else (all_n, first_n)

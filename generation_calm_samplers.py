@@ -129,10 +129,8 @@ class PatchSampling:
     head_temperature: float = 1.0
 
     def __post_init__(self):
-        if self.sampling_method not in SAMPLING_METHODS:
-            raise OptionError(
-                f"sampling_method={self.sampling_method!r}: must be one of {SAMPLING_METHODS}.", "sampling_method"
-            )
+        if (method := self.sampling_method) not in SAMPLING_METHODS:
+            raise OptionError(f"sampling_method={method!r}: must be one of {SAMPLING_METHODS}.", "sampling_method")
         check_num_candidates(self.num_candidates, self.temperature)
         if not _is_number(self.top_k, numbers.Integral) or self.top_k < 0:
             message = f"top_k={self.top_k!r}: must be an integer number of patches to keep, or 0 for all."
@@ -452,9 +450,7 @@ class StepRandomness:
         noise_RN = torch.empty(len(rows_R), num_samples, device=rows_R.device, dtype=torch.float32)
         return noise_RN.exponential_(generator=self.generator)
 
-    def noise_arguments(
-        self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int
-    ) -> dict[str, Any]:
+    def noise_arguments(self, head: GenerativeHead, context_RD: Tensor, rows_R: Tensor, num_samples: int) -> dict:
         """Returns the source of randomness of `head.sample`, a generator or tensors, as keyword arguments."""
         return {"generator": self.generator}
 
@@ -482,9 +478,7 @@ class RowRandomness(StepRandomness):
     def __init__(self, generators: Sequence[torch.Generator]):
         super().__init__()
         seeds = [torch.randint(2**62, (len(NOISE_KINDS),), generator=g, device=g.device).tolist() for g in generators]
-        self.streams = {
-            kind: [_NoiseStream(row_seeds[i]) for row_seeds in seeds] for i, kind in enumerate(NOISE_KINDS)
-        }
+        self.streams = {kind: [_NoiseStream(of_row[i]) for of_row in seeds] for i, kind in enumerate(NOISE_KINDS)}
         self.num_taken = dict.fromkeys(NOISE_KINDS, 0)
 
     def numbers(self, kind: NumberKind, rows_R: Tensor, num_samples: int) -> Tensor:

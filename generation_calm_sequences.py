@@ -125,10 +125,7 @@ class GenerationState:
 
     def _finish_rows(self, is_finished: list[bool]) -> None:
         """Keeps the other rows active, or all rows once all are finished."""
-        active_rows = []
-        for row in self.active_rows:
-            if not is_finished[row]:
-                active_rows.append(row)
+        active_rows = [row for row in self.active_rows if not is_finished[row]]
         self.is_finished = not active_rows
         self.active_rows = active_rows or list(range(len(self.ids_BL)))
 

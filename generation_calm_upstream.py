@@ -183,8 +183,7 @@ def adapter_of(model) -> Any:
         return None
     if not hasattr(owner, "get_prompt"):
         raise ValueError(
-            "prepare_inputs_for_generation of this model was replaced: CALM's generate() packs patches itself and "
-            "would ignore the replacement."
+            "prepare_inputs_for_generation was replaced: CALM packs patches itself and would ignore that."
         )
     return owner
 
@@ -297,12 +296,9 @@ class PatchGenerationMixin(UPSTREAM):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive integer, in tokens, or None.")
         PatchSampling.from_generation_config(generation_config)  # raises ValueError for invalid options
         known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
-        unread = ""
-        for name, value in vars(generation_config).items():
-            if name not in known and not name.startswith("_") and value is not None:
-                unread += f"{name}, "
-        if unread:
-            logger.warning_once(f"The generation configuration has {unread}which CALM doesn't read.")
+        given = [name for name, value in vars(generation_config).items() if value is not None]
+        if unread := ", ".join(name for name in given if name not in known and not name.startswith("_")):
+            logger.warning_once(f"The generation configuration has {unread}, which CALM doesn't read.")
         self.check_weights()
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict[str, Any]):

@@ -209,11 +209,9 @@ class OffloadableModel(PreTrainedModel):
 
         All weights are read once, and again after a change.
         """
-        weights, unloaded = dict(self.named_parameters()), []
-        for name, values in self._initialised.items():
-            if name in weights and torch.equal(_some_values(weights[name]), values):
-                unloaded.append(name)
-        if unloaded:
+        weights = dict(self.named_parameters())
+        initial = {name: values for name, values in self._initialised.items() if name in weights}
+        if unloaded := [name for name, values in initial.items() if torch.equal(_some_values(weights[name]), values)]:
             others = f" and of {len(unloaded) - 1} more" if len(unloaded) > 1 else ""
             raise ValueError(
                 f"The model was loaded without values of {unloaded[0]}{others}, which have their initial values: "
