@@ -25,33 +25,13 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from calm_transformers import documents
 from calm_transformers.command_line import InputError
-from calm_transformers.documents import (
-    BadLines,
-    DataOptions,
-    DocumentEnding,
-    Documents,
-    expand_paths,
-    load_documents,
-    read_documents,
-    read_hub_dataset,
-    tokenize_documents,
-)
+from calm_transformers.documents import DataOptions, DocumentEnding, load_documents, tokenize_documents
 from calm_transformers.evaluation import blocks
 from calm_transformers.evaluation.blocks import pack_blocks
 from calm_transformers.training import data
-from calm_transformers.training.data import (
-    PackedBlocks,
-    PatchCollator,
-    RunLength,
-    StreamedBlocks,
-    Tokens,
-    TokenShard,
-    blocks_per_epoch,
-    build_datasets,
-    load_tokens,
-    write_shard,
-)
+from calm_transformers.training.data import PackedBlocks, PatchCollator, RunLength, Tokens, TokenShard, write_shard
 from calm_transformers.training.tokenizer import train_bpe
 
 TEXTS = ["One.\nTwo.", "Ünï çødé", "three"]
@@ -75,7 +55,7 @@ def zstd_frame(content: bytes, window_log: int) -> bytes:
 
 
 def read(*paths, **options) -> list[str]:
-    return list(read_documents(expand_paths([str(p) for p in paths]), **options))
+    return list(documents.read_documents(documents.expand_paths([str(p) for p in paths]), **options))
 
 
 LINES = jsonl(TEXTS)
@@ -106,20 +86,13 @@ def test_files_at_a_url_are_read_like_local_ones():
 
 
 TABLE = parquet([str(n) * 50 for n in np.random.default_rng(0).integers(10**9, size=500)])
-HALF = [lzma.compress(LINES[:19]), lzma.compress(LINES[19:])]
 
 
 @pytest.mark.parametrize(
     "name, content, column, message",
     [
         ("a.csv", b"a,b", "text", r"a\.csv: unknown format; readable are \.txt"),
-        (
-            "a.txt.gz",
-            bytes(9),
-            "text",
-            r"a\.txt\.gz, after line 0: the file is damaged or truncated \(it holds no com",
-        ),
-        ("a.jsonl.xz", HALF[0] + b"\xff" + HALF[1], "text", r"a\.jsonl\.xz, after line \d: the file is damaged"),
+        ("a.txt.gz", bytes(9), "text", r"a\.txt\.gz, after line 0: the file is damaged .* \(it holds no com"),
         ("a.parquet", TABLE[:40] + b"\xff" * 2000 + TABLE[2040:], "text", "not a readable"),  # it opens
         ("a.parquet", TABLE, "body", r'a\.parquet: no column "body"; it has text, n \('),
         ("a.parquet", TABLE, "n", r'a\.parquet: the column "n" holds int64, not strings'),
@@ -128,14 +101,14 @@ HALF = [lzma.compress(LINES[:19]), lzma.compress(LINES[19:])]
 def test_an_unreadable_file_is_an_error_even_if_lines_are_skipped(tmp_path, name, content, column, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read(tmp_path / name, text_column=column, bad_lines=BadLines(skip=True))
+        read(tmp_path / name, text_column=column, bad_lines=documents.BadLines(skip=True))
 
 
 def test_missing_paths_are_named(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
     for name, why in {"nowhere": "no such file", "d.jsonl": "the folder holds no file"}.items():
         with pytest.raises(InputError, match=f"{name}.*: {why}"):
-            expand_paths(str(tmp_path / name))
+            documents.expand_paths(str(tmp_path / name))
 
 
 def test_errors_of_a_hub_dataset_are_named(tmp_path):
@@ -155,12 +128,9 @@ def test_errors_of_a_hub_dataset_are_named(tmp_path):
         (surrogate, "text", "dataset, line 2: not valid Unicode: character 1"),
     ]:
         with pytest.raises(InputError, match=message):
-            list(read_hub_dataset(dataset, column))
+            list(documents.read_hub_dataset(dataset, column))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text"')
-    for part, message in {
-        "train": "neither a local file nor a reachable Hub dataset",
-        "validation": "no validation data: give",
-    }.items():
+    for part, message in (("train", "neither a local file nor a reachable Hub"), ("validation", "no validation data")):
         with pytest.raises(InputError, match=message):
             load_documents(DataOptions(dataset=str(tmp_path)), part)
 
@@ -215,14 +185,11 @@ def test_documents_whose_special_tokens_cannot_be_text_are_counted(capsys):
     assert capsys.readouterr().err.startswith("warning: 1 document(s) spell special tokens")
 
 
-ENDS = ([], []), ([EOS], [EOS]), ([EOS], [EOS, PAD, PAD])
-
-
 def test_documents_end_as_published():
     """As for the language model, with EOS, and as for the autoencoder: EOS, then padding to a whole patch."""
     a = tiny_tokenizer().convert_tokens_to_ids("a")
-    endings = (DocumentEnding(), DocumentEnding(True), DocumentEnding(True, True, 4))
-    for ending, ends in zip(endings, ENDS, strict=True):
+    for ending, *ends in (((), [], []), ((True,), [EOS], [EOS]), ((True, True, 4), [EOS], [EOS, PAD, PAD])):
+        ending = DocumentEnding(*ending)
         found = [ids.tolist() for ids in tokenize_documents(["ab", "", "abcd"], tiny_tokenizer(), ending)]
         assert found == [[BOS, a, a + 1, *ends[0]], [BOS, a, a + 1, a + 2, a + 3, *ends[1]]]
 
@@ -234,8 +201,8 @@ def one_shard(key="") -> dict:
     return {"key": key, "num_shards": 1, "dtype": "uint16"}
 
 
-def written(folder, *documents) -> list[int]:
-    return write_shard(folder, one_shard(), 0, lambda: iter(documents)).ids.tolist()
+def written(folder, *ids) -> list[int]:
+    return write_shard(folder, one_shard(), 0, lambda: iter(ids)).ids.tolist()
 
 
 def test_tokens_are_written_once_and_a_failure_leaves_nothing(tmp_path):
@@ -332,14 +299,11 @@ def test_the_cache_keeps_the_tokens_of_different_options_apart(tmp_path):
     changes += [{"append_eos": True}, {"append_eos": True, "pad_to_patch": True}, {}]
     choices = [*(files | change for change in changes), hub, hub | {"dataset_split": "test"}]
     seen = set()
-    for i, (fields, tokenizer) in enumerate(
-        [*((each, tiny_tokenizer()) for each in choices), (choices[3], other_end)]
-    ):
-        options = DataOptions(**fields, cache_dir=str(tmp_path))
-        shared, own = (
-            load_tokens(options, "train", tokenizer, 4, tmp_path / folder)[:].tolist()
-            for folder in ("shared", f"own{i}")
-        )
+    calls = [*((each, tiny_tokenizer()) for each in choices), (choices[3], other_end)]
+    for i, (fields, tokenizer) in enumerate(calls):
+        arguments = DataOptions(**fields, cache_dir=str(tmp_path)), "train", tokenizer, 4
+        folders = tmp_path / "shared", tmp_path / f"own{i}"
+        shared, own = (data.load_tokens(*arguments, folder)[:].tolist() for folder in folders)
         assert shared == own, fields
         seen.add(tuple(own))
     assert len(seen) == len(choices) + 1
@@ -404,7 +368,7 @@ def test_invalid_options_raise_before_the_data_is_read(tmp_path, fields, why):
     tokenizer.pad_token = None
     evaluates = "validation_files" in fields
     with pytest.raises(InputError, match=why):
-        build_datasets(options, tokenizer, 4, RunLength(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
+        data.build_datasets(options, tokenizer, 4, RunLength(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
     assert not (tmp_path / "tokens").exists()
 
 
@@ -413,11 +377,11 @@ def test_steps_and_blocks_by_hand():
     steps = {RunLength(3): 3, RunLength(4): 3, RunLength(100): 1, RunLength(4, epochs=2): 5}
     steps |= {RunLength(4, epochs=0.5): 2, RunLength(4, epochs=3, max_steps=7): 7}
     assert {length: length.num_steps(9) for length in steps} == steps
-    assert blocks_per_epoch(24, 8) == blocks_per_epoch(31, 8) == 3
-    assert blocks_per_epoch(24, 8, random_phase=True) == 2  # for any start among the first 8 tokens
+    assert data.blocks_per_epoch(24, 8) == data.blocks_per_epoch(31, 8) == 3
+    assert data.blocks_per_epoch(24, 8, random_phase=True) == 2  # for any start among the first 8 tokens
     for is_random, end in ((False, r"\."), (True, " and a random phase")):
         with pytest.raises(InputError, match=f"7 tokens, too few for one block of block_size=8{end}"):
-            blocks_per_epoch(7, 8, random_phase=is_random)
+            data.blocks_per_epoch(7, 8, random_phase=is_random)
     with pytest.raises(InputError, match="block_size=0: must be at least 1"):
         pack_blocks(["abc"], tiny_tokenizer(), 0)
 
@@ -457,11 +421,12 @@ def test_the_autoencoder_reconstructs_all_but_the_fillers():
 # streams
 
 
-def stream(lengths=(8, 28, 4, 12), limit=None, **options) -> StreamedBlocks:
+def stream(lengths=(8, 28, 4, 12), limit=None, **options) -> data.StreamedBlocks:
     """Streams documents 0, 1, … of the given lengths, each from a file; each token encodes document and position."""
     ids = [1000 * d + np.arange(n, dtype=np.uint32) for d, n in enumerate(lengths)]
-    documents = Documents([partial(lambda d, **_: iter([str(d)]), d) for d in range(len(ids))], "numbers", limit)
-    return StreamedBlocks(documents, lambda texts: [ids[int(text)] for text in texts], block_size=4, **options)
+    files = [partial(lambda d, **_: iter([str(d)]), d) for d in range(len(ids))]
+    texts = documents.Documents(files, "numbers", limit)
+    return data.StreamedBlocks(texts, lambda texts: [ids[int(text)] for text in texts], block_size=4, **options)
 
 
 def first_blocks(stream, number: int, num_workers: int = 0) -> list[tuple]:
@@ -475,29 +440,25 @@ def test_processes_and_workers_share_the_documents(num_ranks, num_workers, limit
     """Each share repeats its own; together they have every block."""
     seen = [first_blocks(stream(rank=r, num_ranks=num_ranks, limit=limit), 60, num_workers) for r in range(num_ranks)]
     shares = [set(blocks) for blocks in seen]
-    assert set.union(*shares) == {
-        (1000 * d + i, *range(1000 * d + i + 1, 1000 * d + i + 4))
-        for d, n in enumerate((8, 28, 4, 12))
-        for i in range(0, n, 4)
-    }
-    assert sum(map(len, shares)) == 13  # no block in two
+    starts = [1000 * d + i for d, n in enumerate((8, 28, 4, 12)) for i in range(0, n, 4)]
+    assert set.union(*shares) == {tuple(range(start, start + 4)) for start in starts}
+    assert sum(map(len, shares)) == len(starts)  # no block in two
 
 
 def test_every_nth_document_of_too_few_files():
-    documents = Documents([lambda **_: map(str, range(7)), lambda **_: map(str, range(10, 12))], "numbers")
-    shares = [[list(part()) for part in documents.share(index, 3)] for index in range(3)]
+    texts = documents.Documents([lambda **_: map(str, range(7)), lambda **_: map(str, range(10, 12))], "numbers")
+    shares = [[list(part()) for part in texts.share(index, 3)] for index in range(3)]
     assert shares == [[["0", "3", "6"], ["10"]], [["1", "4"], ["11"]], [["2", "5"], []]]
 
 
 def test_a_stream_depends_on_the_seed_and_resumes_at_any_block(monkeypatch):
     monkeypatch.setattr(data, "STREAM_DOCUMENTS", 2)
     options = {"random_phase": True, "left_fill": 0.5, "filler_token_id": 9, "patch_size": 2, "limit": 9}
-    whole, other = (first_blocks(stream((9, 12, 7, 30), seed=seed, **options), 60) for seed in (1, 2))
-    assert whole != other and whole == first_blocks(stream((9, 12, 7, 30), seed=1, **options), 60)
+    whole, again, other = (first_blocks(stream((9, 12, 7, 30), seed=seed, **options), 60) for seed in (1, 1, 2))
+    assert whole == again != other
     for number in range(1, 40):
-        first = stream((9, 12, 7, 30), seed=1, **options)
+        first, second = (stream((9, 12, 7, 30), seed=1, **options) for _ in range(2))
         first_blocks(first, number)
-        second = stream((9, 12, 7, 30), seed=1, **options)
         second.load_state_dict(first.state_dict())
         assert first_blocks(second, 15) == whole[number : number + 15]
 

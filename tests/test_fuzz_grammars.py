@@ -33,10 +33,8 @@ def schemas(draw, children=None):
     def limits(*names, **bounds):
         return {name: draw(st.integers(*bounds["of"])) for name in draw(st.lists(st.sampled_from(names), unique=True))}
 
-    kinds = ["array", "tuple", "object", "object", "anyOf", "allOf"]
-    kind = draw(
-        st.sampled_from(["any", "boolean", "string", "integer", "number", "enum"] if children is None else kinds)
-    )
+    leaves, kinds = "any boolean string integer number enum", "array tuple object object anyOf allOf"
+    kind = draw(st.sampled_from((leaves if children is None else kinds).split()))
     if children is None:
         values = {"any": scalars, "boolean": st.booleans() | st.none(), "string": texts}.get(kind, numbers)
         if kind == "enum":
@@ -84,19 +82,13 @@ def compiled(tokenizer, schema):
         return Grammar(tokenizer, json_schema=schema)
     except ValueError as error:
         assert str(error).startswith("The json_schema can't be compiled") and "\n" not in str(error)
-        return None
 
 
 def accepts(tokenizer, grammar, text):
-    ids, processor = (
-        [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id],
-        grammar.after_prompt(0),
-    )
-    prefixes, scores = (
-        (torch.tensor([ids[:i]], dtype=torch.long) for i in range(len(ids))),
-        torch.zeros(1, len(tokenizer)),
-    )
-    return all(processor(prefix, scores)[0, token] == 0 for prefix, token in zip(prefixes, ids, strict=True))
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    processor, scores = grammar.after_prompt(0), torch.zeros(1, len(tokenizer))
+    scored = (processor(torch.tensor([ids[:i]], dtype=torch.long), scores) for i in range(len(ids)))
+    return all(scores[0, token] == 0 for scores, token in zip(scored, ids, strict=True))
 
 
 @given(pairs, st.sampled_from(sorted(MAKERS)), st.data())

@@ -16,9 +16,7 @@ from calm_transformers import grammars
 from calm_transformers.grammars import Grammar
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
-needs_demo = pytest.mark.skipif(
-    not (ROOT / "model.safetensors").exists(), reason="the root holds no trained model yet"
-)
+needs_demo = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="the root has no trained model")
 PROMPT = "Once upon a time, a girl said: "
 
 
@@ -89,9 +87,8 @@ def byte_level():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -108,24 +105,15 @@ def sentence_piece():
 
 
 MAKERS = {"demo": lambda: AutoTokenizer.from_pretrained(ROOT), "bytes": byte_level, "sentences": sentence_piece}
-TREE = record(
-    v={"type": "integer", "minimum": 3, "maximum": 3444}, c={"type": "array", "items": {"$ref": "#/$defs/tree"}}
-)
-SCHEMAS = {
-    "all of": {
-        "allOf": [
-            {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
-            {"type": "object", "properties": {"b": {"enum": ["x", "y"]}}, "required": ["b"]},
-        ]
-    },
-    "recursion": {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"},
-    "properties of other names": {
-        "type": "object",
-        "properties": {"a": {"type": "integer"}, "n": {"type": "integer"}},
-        "additionalProperties": {"type": "string", "maxLength": 3},
-    },
-}
-REGEXES = ["(cat|dog)s? [0-9]{1,3}!", "((Hello|☃) *)+", "a{0,20}"]
+INTEGER, OPEN = {"type": "integer"}, {"additionalProperties": True}
+TREE = record(v={**INTEGER, "minimum": 3, "maximum": 3444}, c={"type": "array", "items": {"$ref": "#/$defs/tree"}})
+ALL_OF = {"allOf": [record(a=INTEGER) | OPEN, record(b={"enum": ["x", "y"]}) | OPEN]}
+OTHER_NAMES = {"type": "object", "properties": {"a": INTEGER, "n": INTEGER}}
+OTHER_NAMES["additionalProperties"] = {"type": "string", "maxLength": 3}
+GRAMMARS = [
+    *({"json_schema": each} for each in (ALL_OF, OTHER_NAMES, {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"})),
+    *({"regex": each} for each in ("(cat|dog)s? [0-9]{1,3}!", "((Hello|☃) *)+", "a{0,20}")),
+]
 
 
 def walk(tokenizer, grammar, seed, length=4):
@@ -149,24 +137,23 @@ def any_tokenizer(request):
     return MAKERS[request.param]()
 
 
-@pytest.mark.parametrize("name", [*SCHEMAS, *REGEXES])
-def test_random_walks_match_the_grammar(any_tokenizer, name):
-    tokenizer, schema = any_tokenizer, SCHEMAS.get(name)
-    grammar = Grammar(tokenizer, regex=name) if schema is None else Grammar(tokenizer, json_schema=schema)
+@pytest.mark.parametrize("options", GRAMMARS, ids=str)
+def test_random_walks_match_the_grammar(any_tokenizer, options):
+    grammar = Grammar(any_tokenizer, **options)
     for seed in range(3):
-        ids = walk(tokenizer, grammar, seed, length=4 + 12 * seed)
-        text = tokenizer.decode(ids)
-        assert not set(ids) & set(tokenizer.all_special_ids)
-        if schema is None:
-            assert re.fullmatch(name, text)
+        ids = walk(any_tokenizer, grammar, seed, length=4 + 12 * seed)
+        text = any_tokenizer.decode(ids)
+        assert not set(ids) & set(any_tokenizer.all_special_ids)
+        if "regex" in options:
+            assert re.fullmatch(options["regex"], text)
         else:
-            jsonschema.validate(json.loads(text), schema)
+            jsonschema.validate(json.loads(text), options["json_schema"])
 
 
 def test_candidates_are_masked_independently_of_each_other():
     """One processor masks candidates of any length and order as a new processor for each does."""
     tokenizer = byte_level()
-    grammar = Grammar(tokenizer, json_schema=SCHEMAS["all of"])
+    grammar = Grammar(tokenizer, json_schema=ALL_OF)
     processor, prompt, random = grammar.after_prompt(2), [5, 6], torch.Generator().manual_seed(0)
     walks = [[*walk(tokenizer, grammar, seed), tokenizer.eos_token_id, tokenizer.eos_token_id] for seed in range(4)]
     for _ in range(60):
@@ -244,7 +231,7 @@ def test_invalid_grammars_raise_an_error_of_one_line(some_tokenizer, options, se
 
 def test_unicode_escapes_are_forbidden(some_tokenizer):
     """They could spell a property's name so that its schema doesn't apply."""
-    processor = Grammar(some_tokenizer, json_schema=SCHEMAS["properties of other names"]).after_prompt(0)
+    processor = Grammar(some_tokenizer, json_schema=OTHER_NAMES).after_prompt(0)
     ids = some_tokenizer('{"\\', add_special_tokens=False)["input_ids"]
     scores = processor(torch.tensor([ids]), torch.zeros(1, len(some_tokenizer)))[0]
     newline, unicode = some_tokenizer.convert_tokens_to_ids(["n", "u"])
