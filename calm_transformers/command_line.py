@@ -15,7 +15,7 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -93,10 +93,11 @@ def utf8(text: str) -> str:
     return text
 
 
-def require_package(package: str, extra: str, feature: str) -> None:
-    """Raises InputError unless a package is installed that `feature` needs and an `extra` of setup.cfg holds."""
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f'{feature} needs {package}: pip install "calm-transformers[{extra}]".')
+def require_package(packages: str | Sequence[str], extra: str, feature: str) -> None:
+    """Raises InputError unless packages are installed that `feature` needs and an `extra` of setup.cfg holds."""
+    packages = [packages] if isinstance(packages, str) else packages
+    if missing := ", ".join(package for package in packages if importlib.util.find_spec(package) is None):
+        raise InputError(f'{feature} needs {missing}: pip install "calm-transformers[{extra}]".')
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -144,7 +145,8 @@ def known_errors(*types: type[Exception]) -> Iterator[None]:
 def format_error(error: BaseException) -> str:
     """Returns an error's message on one line, with the file name for errors of the operating system."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+        name = error.filename2 or error.filename  # of a copy the second is the one that is written
+        return f"{name}: {error.strerror}." if name else f"{error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
 
 

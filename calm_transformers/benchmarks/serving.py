@@ -208,8 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=writable, help="write the results")
     options = parser.parse_args(argv)
-    for package in UPSTREAM_PACKAGES if options.baseline else ():
-        require_package(package, "benchmark", "`transformers serve`")
+    require_package(UPSTREAM_PACKAGES if options.baseline else (), "benchmark", "`transformers serve`")
     lowest = min(options.temperature)
     if any(name.endswith(DISTILLED) for name in options.model) and not 0 < lowest < 1:
         raise InputError(f"{DISTILLED} needs a --temperature between 0 and 1, not {lowest:g}.")

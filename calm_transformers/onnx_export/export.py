@@ -396,8 +396,7 @@ def load(name: str, opset: int | None) -> tuple[CALMForCausalLM, Any]:
         raise InputError(f"{name} is no CALM.")
     if (head_type := config.get("head_type", "energy")) not in NOISE_SPECS:
         raise InputError(f"{name} has a head of type {head_type!r}: those exported are {', '.join(NOISE_SPECS)}.")
-    for package in PACKAGES:
-        require_package(package, "onnx", "calm export")
+    require_package(PACKAGES, "onnx", "calm export")
     onnx: Any = importlib.import_module("onnx")
     latest = onnx.defs.onnx_opset_version()
     if opset is not None and not MIN_OPSET <= opset <= latest:

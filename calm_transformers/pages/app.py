@@ -5,7 +5,6 @@ for a Hugging Face Space in place of serving: the page, its requirements, and th
 copy (folder).
 """
 
-import importlib.util
 import json
 import re
 import signal
@@ -13,7 +12,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors
+from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors, require_package
 from calm_transformers.files import new_folder
 from calm_transformers.loading import is_calm, load_calm, load_causal_lm, load_tokenizer
 from calm_transformers.model.configuration_calm import TRANSFORMERS
@@ -97,8 +96,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def serve(options: Namespace) -> None:
     """Loads the models and serves the page until the process ends."""
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError('the page needs gradio: pip install "calm-transformers[app]".')
+    require_package("gradio", "app", "the page")
     with known_errors(OSError), bind_socket(options.host, options.port) as bound_socket:
         port = bound_socket.getsockname()[1]  # checked before the models are loaded
     page = create_page(load_models(options.model, options.baseline, options.device))
@@ -164,8 +162,9 @@ def copy_if_local(model: str, target: Path) -> str:
             return model
         raise InputError(f"{model}: no such folder, and not a Hub id.")
     with known_errors():
-        load_causal_lm(model, device="cpu").save_pretrained(target)
-        load_tokenizer(model).save_pretrained(target)
+        parts = load_causal_lm(model, device="cpu"), load_tokenizer(model)
+    for part in parts:
+        part.save_pretrained(target)
     return target.name
 
 

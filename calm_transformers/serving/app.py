@@ -219,9 +219,8 @@ class Endpoints:
             logprobs = self._read_logprobs(request, result)
             fields = request.choice_fields(pending.echo(index) + (result.text or ""), logprobs)
             choices.append({"index": index, **fields, "finish_reason": result.finish_reason})
-        return JSONResponse(
-            common_fields | {"object": request.response_object, "choices": choices, "usage": pending.usage()}
-        )
+        fields = {"object": request.response_object, "choices": choices, "usage": pending.usage()}
+        return JSONResponse(common_fields | fields)
 
     def _read_logprobs(
         self, request: CompletionRequest | ChatRequest, result: GenerationResult | TextDelta
@@ -376,16 +375,14 @@ class Endpoints:
 
         try:
             for index in range(len(pending.futures)):
-                fields = request.first_chunk_fields(pending.echo(index))
-                if fields is not None:
+                if (fields := request.first_chunk_fields(pending.echo(index))) is not None:
                     yield chunk_event(index, fields)
             async for index, delta in self._events(pending):
                 if delta is None:
                     yield chunk_event(index, request.chunk_fields(""), pending.futures[index].result().finish_reason)
                 elif delta.text or delta.logprobs:
-                    yield chunk_event(
-                        index, request.chunk_fields(delta.text or "", self._read_logprobs(request, delta))
-                    )
+                    logprobs = self._read_logprobs(request, delta)
+                    yield chunk_event(index, request.chunk_fields(delta.text or "", logprobs))
             if request.includes_usage:
                 yield to_event(common_fields | {"choices": [], "usage": pending.usage()})
         except ApiError as error:

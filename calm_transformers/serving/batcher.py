@@ -155,11 +155,9 @@ class Batcher:
         with self._condition:
             self.check_open()
             num_taken = len(self._engine.sequences) + len(self._waiting) + self._num_reserved
-            if num_taken + num_sequences > self.max_rows + self.max_waiting:
-                limit = self.max_rows + self.max_waiting
-                raise QueueFull(
-                    f"{num_taken} of {limit} places are taken, {num_sequences} more are needed: try again later."
-                )
+            if num_taken + num_sequences > (limit := self.max_rows + self.max_waiting):
+                places = f"{num_taken} of {limit} places are taken, {num_sequences} more are needed"
+                raise QueueFull(f"{places}: try again later.")
             self._num_reserved += num_sequences
 
         def enqueue(sequences: list[SequenceState]) -> None:
@@ -227,9 +225,8 @@ class Batcher:
                 raise ValueError(f"seed={seed}: must be a 64-bit integer.")
             generator = torch.Generator().manual_seed(seed)
         if not isinstance(min_new_tokens, int) or min_new_tokens < 0:
-            raise OptionError(
-                f"min_new_tokens={min_new_tokens!r}: must be an integer of at least 0.", "min_new_tokens"
-            )
+            message = f"min_new_tokens={min_new_tokens!r}: must be an integer of at least 0."
+            raise OptionError(message, "min_new_tokens")
         if num_logprobs is not None and not self.model.head.samples_tokens:
             raise OptionError(f"num_logprobs: {NO_LOGITS}", "num_logprobs")
         sampling = self.model.patch_sampling(**options)  # made by the model, whose code may be remote
@@ -311,8 +308,7 @@ class Batcher:
 
     def token_text(self, token: int) -> str:
         """Returns one token as text; of a part of a character U+FFFD."""
-        assert self.tokenizer is not None, "only called with a tokenizer"
-        return self.tokenizer.decode([token])  # pyright: ignore[reportReturnType]
+        return self.decode([token], skip_special_tokens=False)
 
     def encode_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation, by default up to the assistant's answer, by the chat template.

@@ -55,9 +55,7 @@ class SlotCache(Cache):
     def get_seq_length(self, *args, **kwargs) -> int:
         return 0  # positions and mask are passed to each forward
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Stores states (B, H, P, d); returns the slots' keys and values (B, H, C, d), arbitrary where masked."""
         device = key_states.device
         slots_B, positions_BP = self.slots_B.to(device), self.positions_BP.to(device)
@@ -242,9 +240,8 @@ class Engine:
             processors=make_candidate_processors(group[0], eos_E),
         ).patches
         if any(sequence.num_logprobs is not None for sequence in group):
-            log_probs_RKV = (
-                self.model.head.token_logits(hidden_RD, patches_RK.to(hidden_RD.device)).float().log_softmax(-1)
-            )
+            logits_RKV = self.model.head.token_logits(hidden_RD, patches_RK.to(hidden_RD.device))
+            log_probs_RKV = logits_RKV.float().log_softmax(-1)
             for sequence, patch_K, log_probs_KV in zip(group, patches_RK.tolist(), log_probs_RKV, strict=True):
                 sequence.logprobs += top_logprobs(patch_K, log_probs_KV, sequence.num_logprobs or 0)
         return patches_RK.tolist()

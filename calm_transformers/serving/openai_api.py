@@ -142,9 +142,8 @@ class ApiRequest(_StrictModel):
         try:
             fields = json.loads(body)
             if ignore_unknown_fields and isinstance(fields, dict):
-                fields = {
-                    name: value for name, value in fields.items() if name in (*cls.model_fields, *UNSUPPORTED_FIELDS)
-                }
+                known = {*cls.model_fields, *UNSUPPORTED_FIELDS}
+                fields = {name: value for name, value in fields.items() if name in known}
             return cls.model_validate(fields)
         except RecursionError:
             raise BadRequest("The body is nested too deeply.") from None
@@ -255,7 +254,10 @@ class GenerationRequest(ApiRequest):
     sampling_method: SamplingMethod | None = None
 
     default_max_tokens: ClassVar[int | None] = None  # None: the rest of the context
+    # Some requests have properties of these names.
+    num_prompts: ClassVar[Any] = 1
     num_logprobs: ClassVar[Any] = None  # most probable tokens to tell of each one; None tells none
+    length_field: ClassVar[Any] = "max_tokens"  # with which the client set the length
 
     @field_validator("stop")
     @classmethod
@@ -266,29 +268,16 @@ class GenerationRequest(ApiRequest):
         return stop
 
     @property
-    def num_prompts(self) -> int:
-        return 1
-
-    @property
-    def length_field(self) -> str:
-        """The field with which the client set the length."""
-        return "max_tokens"
-
-    @property
     def num_choices(self) -> int:
         return self.n or 1
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def has_continuous_usage(self) -> bool:
-        return (
-            self.includes_usage
-            and self.stream_options is not None
-            and bool(self.stream_options.continuous_usage_stats)
-        )
+        return bool(self.includes_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
     def sampling_options(self) -> dict[str, Any]:
         """Returns the sampling options of `Batcher.submit`; temperature 0 turns sampling off, as in OpenAI's API."""
@@ -321,11 +310,9 @@ class GenerationRequest(ApiRequest):
                 if getattr(self, name):
                     raise BadRequest(f"{name}: not supported with a response_format, which ends the text.", name)
             schema = json.dumps(self.response_format.grammar_schema)
-            if len(schema) > MAX_SCHEMA_BYTES:
-                raise BadRequest(
-                    f"response_format: the schema is larger than {MAX_SCHEMA_BYTES} bytes.", "response_format"
-                )
             try:
+                if len(schema) > MAX_SCHEMA_BYTES:
+                    raise ValueError(f"the schema is larger than {MAX_SCHEMA_BYTES} bytes.")
                 processors.append(Grammar(tokenizer, json_schema=schema))
             except (ImportError, ValueError) as error:
                 raise BadRequest(f"response_format: {error}", "response_format") from None
@@ -399,9 +386,7 @@ class CompletionRequest(GenerationRequest):
         """Returns `choice_fields` of a choice's first chunk in a stream, or None if there is no such chunk."""
         return self.choice_fields(echo) if echo else None
 
-    def chunk_fields(self, text: str, logprobs: list[ReadLogprobs] | None = None) -> dict[str, Any]:
-        """Returns `choice_fields` of a chunk."""
-        return self.choice_fields(text, logprobs)
+    chunk_fields = choice_fields  # of a chunk
 
 
 class Message(BaseModel):
@@ -437,11 +422,8 @@ def encode_messages(messages: list[Message], batcher: Batcher, add_generation_pr
         BadRequest: there is no chat template, or it raises an error for these messages.
     """
     if getattr(batcher.tokenizer, "chat_template", None) is None:
-        raise BadRequest(
-            "messages: this model has no chat template; use /v1/completions, or start the server with "
-            "--chat_template FILE.",
-            "messages",
-        )
+        hint = "use /v1/completions, or start the server with --chat_template FILE"
+        raise BadRequest(f"messages: this model has no chat template; {hint}.", "messages")
     try:
         return batcher.encode_chat([message.to_template_dict() for message in messages], add_generation_prompt)
     except Exception as error:  # a template is a program, and its errors are about the messages
@@ -564,13 +546,9 @@ def validation_error_to_bad_request(error: ValidationError) -> BadRequest:
     path = [str(part) for part in problem["loc"]]
     if not path:
         return BadRequest("The body must be a JSON object.")
-    if problem["type"] == "extra_forbidden":
-        reason = "there is no such field"
-    elif problem["type"] == "missing":
-        reason = "is missing"
-    else:
-        reason = problem["msg"].removeprefix("Value error, ")
-        reason = reason[0].lower() + reason[1:]
+    reasons = {"extra_forbidden": "there is no such field", "missing": "is missing"}
+    message = problem["msg"].removeprefix("Value error, ")
+    reason = reasons.get(problem["type"], message[:1].lower() + message[1:])
     return BadRequest(f"{'.'.join(path)}: {reason}.", path[0])
 
 

@@ -6,7 +6,6 @@ loaded.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from jinja2 import TemplateSyntaxError
 
-from calm_transformers.command_line import InputError, Parser, bind_socket, command, known_errors, positive, utf8
+from calm_transformers.command_line import Parser, bind_socket, command, known_errors, positive, require_package, utf8
 from calm_transformers.loading import load_calm
 from calm_transformers.serving.batcher import Batcher
 
@@ -38,7 +37,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def main(argv: list[str] | None = None) -> None:
     """Loads the model and serves it until SIGINT or SIGTERM."""
     options = parse(argv)
-    check_environment()
+    require_package(SERVING_PACKAGES, "serve", "the server")
     with known_errors(OSError):
         server_socket = bind_socket(options.host, options.port)
     with server_socket:
@@ -62,13 +61,9 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: as saved)")
     parser.add_argument("--max_rows", type=positive, default=16, help="most running texts (default: 16)")
     parser.add_argument("--max_waiting", type=positive, default=64, help="most in the queue, else 429 (default: 64)")
-    parser.add_argument(
-        "--max_length", type=positive, help="of prompt and text in tokens (default: the model's limit)"
-    )
+    parser.add_argument("--max_length", type=positive, help="of prompt and text, in tokens (default: the model's)")
     parser.add_argument("--max_draws", type=positive, default=1000, help="most candidates per step (default: 1000)")
-    parser.add_argument(
-        "--prefill_chunk_size", type=positive, default=512, help="prompt tokens per step (default: 512)"
-    )
+    parser.add_argument("--prefill_chunk_size", type=positive, default=512, help="prompt tokens a step (default: 512)")
     parser.add_argument("--max_request_bytes", type=positive, default=2**20, help="larger: 413 (default: 1 MiB)")
     parser.add_argument("--timeout", type=seconds, default=600, help="seconds per request, 0: no limit (default: 600)")
     parser.add_argument("--grace", type=positive, default=30, help="seconds to finish after a signal (default: 30)")
@@ -76,12 +71,8 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--api_key_file", type=Path, help="a file of such keys, one per line")
     parser.add_argument("--ignore_unknown_fields", action="store_true", help="of requests, instead of a 400")
     parser.add_argument("--chat_template", type=Path, help="a Jinja file, used instead of the tokenizer's template")
-    parser.add_argument(
-        "--allow_origin",
-        action="append",
-        default=[],
-        help="origin of web pages that may send requests, * for any (repeatable)",
-    )
+    help_text = "origin of web pages that may send requests, * for any (repeatable)"
+    parser.add_argument("--allow_origin", action="append", default=[], help=help_text)
     return parser.parse_args(argv)
 
 
@@ -133,13 +124,6 @@ def server_options(options: Namespace, is_loopback: bool = True) -> ServerOption
     )
 
 
-def check_environment() -> None:
-    """Raises `InputError` if a package that the server needs is missing."""
-    missing = [package for package in SERVING_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise InputError(f'the server needs {", ".join(missing)}: pip install "calm-transformers[serve]".')
-
-
 def load_batcher(options: Namespace) -> Batcher:
     """Loads the model and its tokenizer, and returns a `Batcher` with the limits of the options.
 
@@ -150,9 +134,7 @@ def load_batcher(options: Namespace) -> Batcher:
         template = options.chat_template and read_template(options.chat_template)
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
         if dtype != "auto" and not isinstance(dtype, torch.dtype):
-            raise ValueError(
-                f"--dtype {options.dtype}: must be auto or a dtype of torch, such as float32 or bfloat16."
-            )
+            raise ValueError(f"--dtype {options.dtype}: must be auto or a dtype of torch, as float32 or bfloat16.")
         model, tokenizer = load_calm(options.model, options.device, dtype)
         if template is not None:
             tokenizer.chat_template = template
