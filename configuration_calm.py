@@ -5,7 +5,9 @@ values raise `ValueError`, and so does an autoencoder of another K, Z or vocabul
 """
 
 import contextlib
+import hashlib
 import math
+from pathlib import Path
 from typing import get_args
 
 from transformers.configuration_utils import PretrainedConfig
@@ -13,6 +15,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
+VERSION = "0.1.0"
 TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
 # head_type → class of the head. Heads register themselves when modeling_calm.py imports them; until then their fields
 # are not checked.
@@ -40,6 +43,12 @@ def check_transformers() -> None:
 
 
 check_transformers()
+
+
+def code_version() -> str:
+    """Returns the version and a hash of the running code: of this file and those beside it that travel with a model."""
+    files = sorted(Path(__file__).parent.glob("*_calm*.py"))
+    return f"{VERSION}, {hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:12]}"
 
 
 def require(condition: bool, message: str) -> None:
@@ -109,8 +118,6 @@ class CALMAutoencoderConfig(PretrainedConfig):
     eos_token_id: int | list | None = None
 
     def __post_init__(self, **kwargs):
-        context = kwargs.pop("encoder_context", 0)  # a field of older config.json
-        require(context == 0, f"encoder_context={context} is no longer supported.")
         # The decoder's output matrix is the encoder's embedding; published configs say False and tie all the same.
         self.tie_word_embeddings = True
         super().__post_init__(**kwargs)
@@ -119,10 +126,9 @@ class CALMAutoencoderConfig(PretrainedConfig):
     def check(self) -> None:
         """Raises `ValueError` for the first field that makes no sense."""
         check_types(self)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size")
+        for name in (*sizes, "num_encoder_layers", "num_decoder_layers"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("num_encoder_layers", "num_decoder_layers"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: the autoencoder needs at least 1 layer.")
         for name in ("ae_dropout", "token_dropout", "latent_dropout"):
             rate = getattr(self, name)
             require(rate is None or 0 <= rate < 1, f"{name}={rate}: must lie in [0, 1).")
@@ -142,11 +148,6 @@ class CALMAutoencoderConfig(PretrainedConfig):
         output.pop("_pre_quantization_dtype", None)  # upstream leaves out its own alone, and json takes no torch.dtype
         output["auto_map"] = dict(AUTOENCODER_AUTO_MAP)  # of the autoencoder by itself
         return output
-
-    def to_diff_dict(self):
-        """Returns what config.json holds: of the fields that published autoencoders lack, only those that are set."""
-        new = ("token_dropout", "latent_dropout")
-        return {k: value for k, value in super().to_diff_dict().items() if k not in new or value is not None}
 
 
 class CALMConfig(LlamaConfig):
@@ -204,8 +205,6 @@ class CALMConfig(LlamaConfig):
             super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs):
-        for name in ("prompt_alignment", "repetition_radius", "repetition_radius_measured_at"):
-            kwargs.pop(name, None)  # fields of older config.json, without effect
         nested = self.autoencoder_config
         if nested is None:
             nested = {name: getattr(self, name) for name in ("patch_size", "latent_size", "vocab_size")}
@@ -235,10 +234,8 @@ class CALMConfig(LlamaConfig):
             own, nested = getattr(self, name), getattr(self.autoencoder_config, name)
             require(own == nested, f"{name}={own}, but the autoencoder's is {nested}: they must be equal.")
         filler = self.prompt_filler_token_id
-        require(
-            filler is None or 0 <= filler < self.vocab_size,
-            f"prompt_filler_token_id={filler}: must lie in the vocabulary of {self.vocab_size}.",
-        )
+        is_known = filler is None or 0 <= filler < self.vocab_size
+        require(is_known, f"prompt_filler_token_id={filler}: must lie in the vocabulary of {self.vocab_size}.")
 
     def to_dict(self):
         output = super().to_dict()

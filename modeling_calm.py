@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 # A head is known once it is imported: those below register themselves in HEADS.
-from .configuration_calm import HEADS, CALMConfig
+from .configuration_calm import HEADS, CALMConfig, code_version
 from .generation_calm import CALMGenerationMixin
 from .generation_calm_upstream import CACHE_ARGUMENT
 from .heads_calm import PatchTarget
@@ -208,6 +209,10 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
 
     def __init__(self, config: CALMConfig):
         config.check()  # its fields may have been changed since it was made
+        own = code_version()
+        saved, config.code_version = getattr(config, "code_version", own), own
+        if saved != own:
+            logging.get_logger(__name__).warning_once(f"Saved with CALM's code {saved}; {own} runs, which differs.")
         super().__init__(config)
         self.model = CALMModel(config)
         self.head = HEADS[config.head_type](config)

@@ -60,6 +60,25 @@ def test_the_model_s_files_import_torch_and_transformers_alone():
         assert {name.partition(".")[0] for name in names} <= {"torch", "transformers", *sys.stdlib_module_names}, file
 
 
+@pytest.mark.transformers
+def test_a_model_whose_code_differs_from_that_it_was_saved_with_says_so(tmp_path, monkeypatch):
+    from tiny import tiny_model
+    from transformers.utils import logging
+
+    from calm_transformers import CALMForCausalLM, __version__
+
+    heard, logger = [], logging.get_logger("calm_transformers.model.modeling_calm")
+    monkeypatch.setattr(logger, "warning_once", heard.append)
+    tiny_model().save_pretrained(tmp_path)
+    own = CALMForCausalLM.from_pretrained(tmp_path).config.code_version
+    assert not heard and own.startswith(f"{__version__}, ")
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace(own, "0.0.9, 0123456789ab"))
+    CALMForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert heard == [f"Saved with CALM's code 0.0.9, 0123456789ab; {own} runs, which differs."]
+    assert own in path.read_text()
+
+
 def files_querying_gpus(modules):
     """In a fresh process: imports the modules and returns the files that queried a GPU, including upstream's."""
     import importlib

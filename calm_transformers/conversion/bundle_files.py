@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from calm_transformers.command_line import InputError, first_line
 from calm_transformers.conversion.checkpoint_files import Repository, read_json
 from calm_transformers.loading import generation_defaults
-from calm_transformers.model.configuration_calm import TRANSFORMERS, CALMConfig
+from calm_transformers.model.configuration_calm import TRANSFORMERS, CALMConfig, code_version
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -125,7 +125,7 @@ def write_supporting_files(
     autoencoder: Repository,
 ) -> None:
     """Writes all files of a converted repository except the weights."""
-    config.architectures = [CALMForCausalLM.__name__]
+    config.architectures, config.code_version = [CALMForCausalLM.__name__], code_version()
     files = {
         "config.json": config.to_json_string(),
         "generation_config.json": json.dumps(generation_defaults(config), indent=2),
