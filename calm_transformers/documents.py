@@ -178,13 +178,12 @@ def _decompressed_chunks(new_decompressor: Callable[[], Any], file: BinaryIO) ->
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yields the lines of text in chunks, with their newlines."""
     pending: list[bytes] = []
-    for chunk in chunks:
-        *lines, last = chunk.split(b"\n")
-        for line in lines:
-            yield b"".join([*pending, line, b"\n"])
+    for part in itertools.chain.from_iterable(map(io.BytesIO, chunks)):  # a line, or its part in a chunk
+        pending.append(part)
+        if part.endswith(b"\n"):
+            yield b"".join(pending)
             pending = []
-        pending.append(last)
-    if any(pending):
+    if pending:
         yield b"".join(pending)
 
 

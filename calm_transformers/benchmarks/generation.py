@@ -224,9 +224,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--num_candidates", type=positive, default=200)
     parser.add_argument("--sampling_method", choices=SAMPLING_METHODS, default="auto")
-    parser.add_argument(
-        "--plain", dest="lazy_decoding", action="store_const", const=False, help="decode every candidate in full"
-    )
+    plain = {"action": "store_const", "const": False, "help": "decode every candidate in full"}
+    parser.add_argument("--plain", dest="lazy_decoding", **plain)
     parser.add_argument("--fast_baseline", action="store_true", help="give the baseline CALM's matmul backend")
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=positive, default=64, help="tokens per prompt")

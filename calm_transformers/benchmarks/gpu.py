@@ -131,9 +131,8 @@ def generation_row(
     """Measures tokens per second of one model, temperature and batch size: median and range of several calls."""
     model = models.get(shape)
     prompts = random_prompts(model, batch_size, options.prompt_length)
-    settings: dict[str, Any] = {"temperature": temperature} | (
-        {"num_candidates": NUM_CANDIDATES} if is_calm(model) else {"top_k": 0}
-    )
+    own: dict[str, Any] = {"num_candidates": NUM_CANDIDATES} if is_calm(model) else {"top_k": 0}
+    settings = {"temperature": temperature, **own}
     if compiled:
         mode: Any = "reduce-overhead" if options.backend == "inductor" else None
         settings["cache_implementation"] = "static"
@@ -197,9 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("calm bench gpu", __doc__)
     parser.add_argument("--json", type=writable, default=Path("gpu.json"), help="report file, continued if it exists")
     parser.add_argument("--minutes", type=float, default=7.0, help="no part starts later than this")
-    parser.add_argument(
-        "--pairs", nargs="+", default=PAIRS, help="recipes CALM:TRANSFORMER; the first pair also runs compiled"
-    )
+    pairs_help = "recipes CALM:TRANSFORMER; the first pair also runs compiled"
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, help=pairs_help)
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt_length", type=positive, default=64)
     parser.add_argument("--output_length", type=positive, default=64)

@@ -134,10 +134,9 @@ def small_model(config: CALMConfig | LlamaConfig, head: str | None = None, is_di
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"):
         fields.pop(name, None)
     if isinstance(config, CALMConfig):
-        autoencoder = fields["autoencoder_config"]
-        fields["autoencoder_config"] = {k: v for k, v in autoencoder.items() if "token_id" not in k} | {
-            name: SMALL[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
-        }
+        autoencoder = {k: v for k, v in fields["autoencoder_config"].items() if "token_id" not in k}
+        sizes = {name: SMALL[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
+        fields["autoencoder_config"] = autoencoder | sizes
         fields["head_type"] = head
         fields["distilled_temperature"] = 0.5 if is_distilled else None
     model = random_model(type(config)(**fields), torch.device("cpu"), torch.float32)

@@ -92,9 +92,8 @@ def guide_table(folder: Path) -> str:
     rows = []
     comparisons = [read_rows(comparison, folder) for comparison in (FAST_BASELINE, FLOAT32, BFLOAT16)]
     for row, default_row, bfloat16_row in zip(*comparisons, strict=True):
-        speed = "{tokens_per_second:.1f} ({low:.1f} – {high:.1f})".format(
-            **row, low=row["tokens_per_second_range"][0], high=row["tokens_per_second_range"][1]
-        )
+        low, high = row["tokens_per_second_range"]
+        speed = f"{row['tokens_per_second']:.1f} ({low:.1f} – {high:.1f})"
         parts = ", ".join(f"{row[f'{part}_ms']:.0f}" for part in ("backbone", "head", "decode", "selection"))
         memory = "–" if row["peak_over_weights"] is None else f"{row['peak_over_weights']:.2f}"
         rows.append(

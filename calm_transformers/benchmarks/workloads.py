@@ -149,9 +149,8 @@ def generate_prompts(model, batch_size: int, length: int, temperature: float, nu
 
 def generate_tokens(model, prompts_BL: Tensor, length: int, **settings) -> Tensor:
     """Samples `length` tokens per prompt and returns (B, L + length); raises InputError if generation ends early."""
-    ids = model.generate(
-        prompts_BL, attention_mask=torch.ones_like(prompts_BL), do_sample=True, max_new_tokens=length, **settings
-    )
+    settings |= {"attention_mask": torch.ones_like(prompts_BL), "do_sample": True, "max_new_tokens": length}
+    ids = model.generate(prompts_BL, **settings)
     if ids.shape[1] != prompts_BL.shape[1] + length:
         raise InputError(f"{ids.shape[1] - prompts_BL.shape[1]} tokens were generated instead of {length}.")
     return ids

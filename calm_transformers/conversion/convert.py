@@ -184,9 +184,8 @@ def build_config(language_model: Repository, autoencoder: Repository) -> tuple[C
     for field in ("patch_size", "latent_size", "vocab_size"):
         (value, stored), (nested_value, nested_stored) = inferred[field], nested_inferred[field]
         if value != nested_value:
-            raise InputError(
-                f"The repositories don't match: {field} is {value} by {stored}, but {nested_value} by {nested_stored}."
-            )
+            values = f"{field} is {value} by {stored}, but {nested_value} by {nested_stored}"
+            raise InputError(f"The repositories don't match: {values}.")
     fields = merge_config_fields(language_model, inferred, CALMConfig)
     nested_fields = merge_config_fields(autoencoder, nested_inferred, CALMAutoencoderConfig)
     try:
@@ -291,9 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder to write")
     parser.add_argument("--tokenizer", metavar="ID_OR_DIR", help="repository with tokenizer.json (default: --calm)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the widest published one)")
-    parser.add_argument(
-        "--push_to_hub", "--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository"
-    )
+    names = "--push_to_hub", "--push-to-hub"
+    parser.add_argument(*names, metavar="REPO", help="upload the finished folder to this Hub repository")
     args = parser.parse_args(argv)
     with known_errors(InputError, OSError):
         convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, args.push_to_hub or "")

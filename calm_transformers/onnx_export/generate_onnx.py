@@ -315,9 +315,7 @@ def run(argv: list[str] | None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(f"python {here.name}", description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("prompt", help="text to continue")
-    parser.add_argument(
-        "--folder", type=Path, default=here.parent, help="exported model (default: this file's folder)"
-    )
+    parser.add_argument("--folder", type=Path, default=here.parent, help="exported model (default: this file's)")
     parser.add_argument("--max_new_tokens", type=positive, help="(default: the model's, or 160)")
     parser.add_argument("--temperature", type=float, help="in (0, 2] (default: the model's)")
     parser.add_argument("--num_candidates", type=positive, help="patches sampled per step (default: the model's)")

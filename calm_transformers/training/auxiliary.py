@@ -30,12 +30,7 @@ class MultiTokenLoss(TokenChain):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)  # as in Llama
 
-    def forward(
-        self,
-        hidden_BPD: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_BPD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Returns the cross-entropy in nats: the mean per label, or the sum over all labels / `num_items_in_batch`.
 
         Args:
@@ -137,9 +132,7 @@ class ExtraTargets(PatchTarget):
         """Ids (1 + A, ..., K) of all patches, the one that followed first."""
         return torch.cat([self.tokens[None], self.extra_tokens])
 
-    def sample_latents(
-        self, num_samples: int, generator: torch.Generator | None = None, noise: Tensor | None = None
-    ) -> Tensor:
+    def sample_latents(self, num_samples: int, generator=None, noise: Tensor | None = None) -> Tensor:
         """Returns samples (N, ..., Z); sample n is from the posterior of patch n mod (1 + A) of `all_tokens`."""
         mean, _ = self.posterior()
         noise = standard_normal((num_samples, *mean.shape), mean, generator) if noise is None else noise

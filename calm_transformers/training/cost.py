@@ -241,6 +241,5 @@ def print_cost(recipe: Recipe, config, notes: Iterable[str] = (), teacher=None) 
     activations_gib = (activations + 4 * cost.temporaries) / 2**30
     print(f"\none step of one process: {tokens_per_step:,} tokens, {train * tokens_per_step:.2e} FLOPs")
     print(f"memory: {weights_gib:.2f} GiB for float32 weights, gradients and Adam,")
-    print(
-        f"  about {activations_gib:.2f} GiB for activations of {batch_tokens:,} tokens without gradient_checkpointing"
-    )
+    without = "without gradient_checkpointing"
+    print(f"  about {activations_gib:.2f} GiB for activations of {batch_tokens:,} tokens {without}")

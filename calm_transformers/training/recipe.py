@@ -169,9 +169,8 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def section_fields(kind: str) -> dict[str, set[str]]:
@@ -221,9 +220,8 @@ def load_recipe(name_or_file: str, overrides: dict | None = None) -> Recipe:
     sections = _read_sections(path, wanted)
     kind = sections[""].get("kind")
     if kind not in KINDS:
-        raise InputError(
-            f"{path}: needs a field kind, or a part for {wanted or '--kind'} in kinds: {', '.join(KINDS)}."
-        )
+        part = f"a part for {wanted or '--kind'}"
+        raise InputError(f"{path}: needs a field kind, or {part} in kinds: {', '.join(KINDS)}.")
     if wanted not in (None, kind):
         raise InputError(f"the recipe {name_or_file!r} is for train {kind}.")
     known = section_fields(kind)
@@ -399,9 +397,8 @@ def check_fields(recipe: Recipe) -> None:
     for name, value in numbers.items():
         raise_if(value is not None and value < 0, f"{name}={value}: must not be negative")
     lora_fits = r.init_from and not r.auxiliary_weight and not r.freeze_backbone
-    raise_if(
-        r.lora_rank and not lora_fits, "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone"
-    )
+    message = "lora_rank needs init_from, and neither auxiliary_weight nor freeze_backbone"
+    raise_if(r.lora_rank and not lora_fits, message)
     excluded = [name for name in ("auxiliary_weight", "lora_rank") if getattr(r, name)]
     message = f"distil_temperature={r.distil_temperature}: needs init_from"
     raise_if(r.distil_temperature and not (r.init_from and r.kind == "calm"), message)

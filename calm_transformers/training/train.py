@@ -203,10 +203,10 @@ def build_config(recipe: Recipe, tokenizer=None, autoencoder: CALMAutoencoderCon
     config_class = CONFIGS[recipe.kind]
     if recipe.init_from:
         config = read_config("init_from", recipe.init_from, config_class)
+        if recipe.kind != "calm":
+            return config
         distilled = {"distilled_temperature": recipe.distil_temperature} if recipe.distil_temperature else {}
-        return (
-            make_config(CALMConfig, config.to_dict() | recipe.model | distilled) if recipe.kind == "calm" else config
-        )
+        return make_config(CALMConfig, config.to_dict() | recipe.model | distilled)
     if recipe.kind == "calm":
         return make_config(CALMConfig, _calm_fields(recipe, tokenizer, autoencoder))
     defaults = {"max_position_embeddings": recipe.data.block_size} if recipe.kind == "ar" else {}
@@ -284,9 +284,7 @@ def config_with_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
     """Returns the configuration that a run would train now, and notes on what was assumed."""
     if recipe.init_from:
         return build_config(recipe), []
-    notes: list[str] = []
-    tokenizer_notes: list[str] = []
-    autoencoder = None
+    notes, tokenizer_notes, autoencoder = list[str](), list[str](), None
     if recipe.kind == "calm":
         sizes = ["patch_size", "latent_size"]
         autoencoder = _load_or_note(load_autoencoder_config, recipe, recipe.autoencoder, sizes, notes)
@@ -298,9 +296,7 @@ def config_with_notes(recipe: Recipe) -> tuple[PretrainedConfig, list[str]]:
     return config, notes + ([] if autoencoder else tokenizer_notes)
 
 
-def _load_or_note(
-    load: Callable[[Recipe], Any], recipe: Recipe, source: str | None, fields: list[str], notes: list[str]
-):
+def _load_or_note(load: Callable, recipe: Recipe, source: str | None, fields: list[str], notes: list[str]):
     """Returns `load(recipe)`; if the `source` is missing, `None`, and adds a note on the defaults of the `fields`.
 
     A recipe without a source that sets the fields itself, as the published ones do, gets no note.
