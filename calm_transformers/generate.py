@@ -18,6 +18,7 @@ from transformers import TextStreamer, set_seed
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, seed_number, utf8
 from calm_transformers.documents import expand_paths, read_documents
+from calm_transformers.files import written
 from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_samplers import check_temperature
 from calm_transformers.progress import progress_bar
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 def continue_file(options: Namespace) -> None:
     """Writes the continuations of all prompts that `--output` doesn't have yet."""
     prompts = list(read_documents(expand_paths(options.input), "prompt"))
-    with known_errors(OSError):
+    with written(options.output):
         num_done = count_finished(options.output, prompts, options.seed)
     model, tokenizer = load_calm(options.model, None)
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -69,7 +70,7 @@ def continue_file(options: Namespace) -> None:
     settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
     bar = progress_bar(None, "Generating", "text", len(prompts), initial=num_done)
     batcher = Batcher(model, tokenizer, max_rows=options.max_rows)
-    with known_errors(OSError), batcher, bar, open(options.output, "a", encoding="utf-8") as file:
+    with written(options.output), batcher, bar, open(options.output, "a", encoding="utf-8") as file:
         futures: deque[tuple[str, Future[GenerationResult]]] = deque()
 
         def write_next() -> None:

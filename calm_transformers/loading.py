@@ -1,13 +1,15 @@
 """Loads models and tokenizers for commands, and checks that weights are complete and the tokenizer is the model's."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
+from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -68,8 +70,10 @@ def load_checked(load: Callable[..., Any], name: str | Path, **settings) -> Any:
         ValueError: no model can be loaded; a weight is missing, has another shape or holds NaN or infinity; or the
             files of a CALM hold unexpected weights. The message names them.
     """
-    with format_load_errors(name):
-        model, info = load(name, output_loading_info=True, **settings)
+    reports = logging.get_logger(PreTrainedModel.__module__)  # of wrong weights, many lines
+    with format_load_errors(name), mock.patch.object(reports, "disabled", True):
+        check_shards(Path(name))
+        model, info = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
         check_generation_config(name)
     # An autoencoder may be loaded from a CALM, whose other weights are then unexpected.
     unexpected = info["unexpected_keys"] if isinstance(model, CALMForCausalLM) else ()
@@ -88,9 +92,20 @@ def load_checked(load: Callable[..., Any], name: str | Path, **settings) -> Any:
     return model
 
 
+def check_shards(folder: Path) -> None:
+    """Raises ValueError if an index of weights names what isn't in its folder: upstream would open any path."""
+    for index in folder.glob("*.index.json"):
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        shards = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+        if outside := [shard for shard in shards if not isinstance(shard, str) or shard != Path(shard).name]:
+            raise ValueError(f"{index.name} names {outside[0]!r}, which is not in the same folder.")
+
+
 def check_generation_config(name: str | Path) -> None:
     """Raises ValueError if generation_config.json is damaged, where upstream would take other settings silently."""
-    path = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    path = Path(name, GENERATION_CONFIG_NAME)
+    if not os.path.lexists(path):
+        path = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
     try:
         fields = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from calm_transformers.files import written
+
 # In the order of their ids. The autoencoder replaces dropped tokens by id 0 (paper 2.2), which is the filler: no text
 # contains it, and it also fills the first patch of a short prompt.
 FILLER, BOS, EOS, PAD = SPECIAL_TOKENS = ("<|filler|>", "<|bos|>", "<|eos|>", "<|pad|>")
@@ -95,9 +97,10 @@ def filler_token_id(tokenizer) -> int | None:
 
 def save_tokenizer(tokenizer, folder: str | Path) -> None:
     """Saves the tokenizer without the fields that depend on the machine or the transformers version."""
-    tokenizer.save_pretrained(folder)
-    path = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("backend", "is_local", "local_files_only"):
-        settings.pop(key, None)
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with written(folder):
+        tokenizer.save_pretrained(folder)
+        path = Path(folder) / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("backend", "is_local", "local_files_only"):
+            settings.pop(key, None)
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

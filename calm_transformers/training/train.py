@@ -153,7 +153,7 @@ def read_config(field: str, source: str | None, config_class) -> Any:
     model_type = values.get("model_type")
     if model_type != config_class.model_type:
         raise InputError(f"{field} {source}: is a model of type {model_type!r}, not {config_class.model_type!r}.")
-    return config_class.from_dict(values)
+    return read_source(field, source, lambda _: config_class.from_dict(values))
 
 
 def load_recipe_tokenizer(recipe: Recipe):

@@ -32,6 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from calm_transformers.command_line import InputError, format_error, require_package
+from calm_transformers.files import written
 from calm_transformers.progress import hide_upstream_bars, shows_bars
 from calm_transformers.training.auxiliary import (
     AUXILIARY_FILE,
@@ -178,7 +179,8 @@ class PreparedRun:
             if preemption.is_stopped:
                 log_rank0(f"SIGTERM: saved step {self.trainer.state.global_step}; the same command resumes")
                 return EXIT_PREEMPTED
-            self.trainer.export()
+            with written(output_folder(args)):
+                self.trainer.export()
             if self.upload is not None:
                 self.upload.finish(output_folder(args))
         log_rank0(f"the model is in {output_folder(args)}")
@@ -417,7 +419,8 @@ class CALMTrainer(Trainer):
             checkpoint = output_folder(self.args) / f"checkpoint-{self.state.global_step}"
             (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with written(output_folder(self.args)):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
 
     def _save_rng_state(self, output_dir) -> None:
