@@ -297,9 +297,7 @@ def wrong_decoder(model):
         (Mock(side_effect=OSError("problem writing element 9")), 2, "error: {tmp}/new: problem writing element 9.\n"),
     ],
 )
-def test_a_wrong_graph_and_an_interrupted_export_leave_no_files(
-    exporter, capsys, tmp_path, monkeypatch, graph, code, message
-):
+def test_wrong_graphs_and_interruptions_leave_no_files(exporter, capsys, tmp_path, monkeypatch, graph, code, message):
     save(small_model(), tmp_path / "model")
     monkeypatch.setattr(export_onnx, "GRAPH_BUILDERS", {"decoder": graph})
     assert export_onnx.main([str(tmp_path / "model"), "--output", str(tmp_path / "new")]) == code

@@ -62,12 +62,10 @@ def api(tiny_folder):
         description = client.get("/openapi.json").json()
         schemas = {f"#/components/schemas/{name}": each for name, each in description["components"]["schemas"].items()}
         posts = {path: each["post"]["requestBody"] for path, each in description["paths"].items() if "post" in each}
-        references = json.dumps({path: each["content"]["application/json"]["schema"] for path, each in posts.items()})
+        bodies = {path: each["content"]["application/json"]["schema"] for path, each in posts.items()}
         for _ in range(2):  # bodies, and what they refer to
-            references = json.dumps(
-                json.loads(references, object_hook=lambda each: schemas.get(each.get("$ref"), each))
-            )
-        client.schemas = json.loads(references)
+            bodies = json.loads(json.dumps(bodies), object_hook=lambda each: schemas.get(each.get("$ref"), each))
+        client.schemas = bodies
         client.known = client.post("/v1/completions", json=KNOWN).json()["choices"]
         yield client
 

@@ -362,15 +362,13 @@ def test_generation_is_the_same_with_and_without_the_screen(monkeypatch, screen_
 def real_decoder_and_states(num_states):
     """Returns the demo's decoder, and its states for this repository's documents with posterior noise."""
     model = CALMForCausalLM.from_pretrained(ROOT).eval()
-    tokenizer, decoder = (
-        PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tokenizer.json")),
-        model.autoencoder.decoder,
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tokenizer.json"))
     text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     ids = torch.tensor(tokenizer(text[: 5 * num_states])["input_ids"])
     num_ids = min(len(ids), num_states) // model.config.patch_size * model.config.patch_size
     mean, log_std = model.autoencoder.encode(ids[None, :num_ids])
     noises = values(-(-num_states // num_ids), *mean.shape[1:])
+    decoder = model.autoencoder.decoder
     states = [decoder.final_states(decoder.expand(mean + log_std.exp() * noise)) for noise in noises]
     return decoder, torch.cat(states).flatten(0, -2)[:num_states]
 

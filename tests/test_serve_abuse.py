@@ -36,12 +36,10 @@ def send(server, body, headers=JSON, method="POST", path="/v1/completions"):
 
 def raw(server, sent):
     """Sends bytes and returns the first of the answer; b"" if the connection is closed without one."""
-    with (
-        socket.create_connection(server.address.split(":"), timeout=60) as client,
-        contextlib.suppress(ConnectionError),
-    ):
-        client.sendall(sent)
-        return client.recv(1000)
+    with socket.create_connection(server.address.split(":"), timeout=60) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(sent)
+            return client.recv(1000)
     return b""
 
 

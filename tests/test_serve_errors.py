@@ -2,6 +2,7 @@
 
 import json
 import math
+from operator import attrgetter
 from unittest.mock import Mock
 
 import pytest
@@ -145,11 +146,9 @@ def test_a_request_s_own_errors_leave_the_server_healthy(app_client, monkeypatch
 
 @pytest.mark.parametrize("place", ["sample_patches", "model.forward"])
 def test_an_error_of_the_accelerator_ends_generation_at_once(app_client, monkeypatch, place):
-    *path, method = place.split(".")
+    owner, _, method = f"batcher.model.{place}".rpartition(".")
     failing = Mock(side_effect=torch.AcceleratorError("an illegal memory access"))
-    monkeypatch.setattr(
-        getattr(app_client.batcher.model, *path) if path else app_client.batcher.model, method, failing
-    )
+    monkeypatch.setattr(attrgetter(owner)(app_client), method, failing)
     assert app_client.post("/v1/completions", json=BODY).status_code == 500
     for path in ("health", "ready"):
         assert app_client.get(f"/{path}").status_code == 503

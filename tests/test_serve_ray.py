@@ -100,12 +100,10 @@ def test_the_manifest_deploys_what_ray_serve_and_the_application_accept():
     (config,) = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"])).applications
     assert config.import_path == f"{ray_app.__name__}:app"
     deployment = ray_app.app(config.args)._bound_deployment
-    scaling, (workers,) = (
-        deployment._deployment_config.autoscaling_config,
-        spec["rayClusterConfig"]["workerGroupSpecs"],
-    )
+    fields, (workers,) = deployment._deployment_config, spec["rayClusterConfig"]["workerGroupSpecs"]
+    scaling = fields.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (workers["minReplicas"], workers["maxReplicas"]) == (2, 8)
-    assert deployment.ray_actor_options["num_gpus"] == 1 and deployment._deployment_config.max_ongoing_requests == 32
+    assert deployment.ray_actor_options["num_gpus"] == 1 and fields.max_ongoing_requests == 32
 
 
 @pytest.mark.parametrize("args", [{"model": ".", "port": 9000}, {"model": ".", "max_row": 1}, {}])

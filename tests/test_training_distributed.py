@@ -40,9 +40,7 @@ def losses(folder: Path) -> list[list[float]]:
         pytest.param(WHOLE_PARTS, {}, True, id="fsdp2", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(
-    workshop, tmp_path, monkeypatch, sharding, own, is_slow
-):
+def test_two_processes_resumed_or_not_follow_one(workshop, tmp_path, monkeypatch, sharding, own, is_slow):
     fields = {**workshop, **PLAIN, **own}
     same_noise_for_every_patch(monkeypatch)
     one_process = tmp_path / "one"
@@ -68,9 +66,7 @@ def test_two_processes_give_the_trajectory_of_one_also_through_a_resume(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 4])
-def test_sharded_checkpoints_of_two_processes_resume_with_another_number(
-    workshop, tmp_path, monkeypatch, num_processes
-):
+def test_sharded_checkpoints_resume_with_another_number_of_processes(workshop, tmp_path, monkeypatch, num_processes):
     """Checkpoints of torch.distributed.checkpoint (DCP)."""
     fields = {**workshop, **PLAIN, "auxiliary_weight": 0.5}
     same_noise_for_every_patch(monkeypatch)

@@ -198,9 +198,7 @@ def test_only_special_tokens_that_no_text_has_may_differ(workshop, llama, tmp_pa
 def test_without_a_tokenizer_the_vocabulary_sizes_are_compared(workshop, tmp_path, capsys):
     small, large = (make_llama(tmp_path / str(size), tokenizer=None, vocab_size=size) for size in (300, 302))
     build(workshop, small)
-    note = (
-        f"init_backbone {small}: no tokenizer found, only the sizes were compared: it has a vocabulary of 300 tokens"
-    )
-    assert f"{note}, the autoencoder's has 301" in capsys.readouterr().out
+    note = "no tokenizer found, only the sizes were compared: it has a vocabulary of 300 tokens, the autoencoder's has"
+    assert f"init_backbone {small}: {note} 301" in capsys.readouterr().out
     error = refusal(capsys, **workshop, init_backbone=str(large), output_dir=str(tmp_path / "run"))
     assert error == f"init_backbone {large}: has a vocabulary of 302 tokens, the autoencoder's has 301."

@@ -71,9 +71,7 @@ def test_an_option_leaves_the_trajectory(run, options, tolerance):
         ("--auxiliary_weight .nan", "auxiliary_weight=nan: must be a finite number"),
     ],
 )
-def test_arguments_that_trainer_checks_late_raise_before_a_model_is_built(
-    words, message, workshop, tmp_path, capsys, monkeypatch
-):
+def test_what_trainer_checks_late_raises_without_a_model(words, message, workshop, tmp_path, capsys, monkeypatch):
     monkeypatch.delattr("calm_transformers.training.train.build_model")
     words = [*arguments_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
     assert message in refusal(capsys, main, "calm", *words)
