@@ -14,14 +14,10 @@ differ are dropped before the next forward pass: the four Brier scores cost abou
 import warnings
 
 import torch
+from torch import Tensor
 
-from calm_transformers.evaluation.branching import (
-    BlockReader,
-    CausalLMReader,
-    UncachedReader,
-    gather_rows,
-    padded_nonzero,
-)
+from calm_transformers.evaluation import branching
+from calm_transformers.evaluation.branching import BlockReader, gather_rows, padded_nonzero
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts
 
 # Mean L1 distance between the probabilities of the branched and the plain forward pass; bf16 rounding is smaller.
@@ -32,7 +28,7 @@ MAX_PROBS = 2**27  # 0.5 GB in float32
 
 @torch.no_grad()
 def brier_counts_ar(
-    reader: BlockReader, tokens_BL: torch.Tensor, generator: torch.Generator | None = None, chunk: int | None = None
+    reader: BlockReader, tokens_BL: Tensor, generator: torch.Generator | None = None, chunk: int | None = None
 ) -> BrierCounts:
     """Returns the Brier counts of a batch of blocks; every position but the last four predicts the next four tokens.
 
@@ -51,16 +47,14 @@ def brier_counts_ar(
     return BrierCounts.from_terms(_accuracy(logits_BLV, tokens_BL, chunk), torch.cat(collisions, dim=1))
 
 
-def _accuracy(logits_BLV: torch.Tensor, tokens_BL: torch.Tensor, chunk: int) -> torch.Tensor:
+def _accuracy(logits_BLV: Tensor, tokens_BL: Tensor, chunk: int) -> Tensor:
     """Returns 2 P(y) of the n = 1..4 true tokens after each position, (B, M, 4)."""
     chunks = zip(logits_BLV[:, :-1].split(chunk, 1), tokens_BL[:, 1:].split(chunk, 1), strict=True)
-    log_probs = [
-        logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for logits, tokens in chunks
-    ]
+    log_probs = [logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for logits, tokens in chunks]
     return 2 * torch.cat(log_probs, dim=1).unfold(1, MAX_N, 1).cumsum(-1).exp()
 
 
-def _collision(reader: BlockReader, logits_BMV: torch.Tensor, positions_M: torch.Tensor, generator) -> torch.Tensor:
+def _collision(reader: BlockReader, logits_BMV: Tensor, positions_M: Tensor, generator) -> Tensor:
     """Returns the collision terms of n = 1..4 at M positions, (B, M, 4)."""
     collision_BM4 = logits_BMV.new_zeros(*logits_BMV.shape[:2], MAX_N, dtype=torch.float32)
     index_BN = torch.arange(len(positions_M), device=positions_M.device).expand(len(logits_BMV), -1)
@@ -83,14 +77,14 @@ def _collision(reader: BlockReader, logits_BMV: torch.Tensor, positions_M: torch
 
 
 @torch.no_grad()
-def causal_lm_reader(model, tokens_BL: torch.Tensor) -> BlockReader:
+def causal_lm_reader(model, tokens_BL: Tensor) -> BlockReader:
     """Returns a CausalLMReader if the model supports tree attention, else an UncachedReader, with a warning.
 
     The check feeds the first block's own tokens as branches, which must reproduce its probabilities. They don't where
     the model ignores a 4D mask (sliding windows shorter than the block, ALiBi, recurrent layers).
     """
     tokens_BL = tokens_BL[:1]
-    reader = CausalLMReader(model)
+    reader = branching.CausalLMReader(model)
     try:
         probs_BLV = reader.read(tokens_BL).float().softmax(-1)
         positions_BN = torch.arange(tokens_BL.shape[1] - 1, device=tokens_BL.device)[-64:].unsqueeze(0)
@@ -110,4 +104,4 @@ def causal_lm_reader(model, tokens_BL: torch.Tensor) -> BlockReader:
         "without a KV cache, which is many times slower",
         stacklevel=2,
     )
-    return UncachedReader(model)
+    return branching.UncachedReader(model)

@@ -38,13 +38,8 @@ def noise_accuracy(autoencoder: CALMAutoencoder, patches_PK: torch.Tensor, sigma
     rows = []
     for sigma in progress_bar(sigmas, "Decoding", "level"):
         is_correct_PK = autoencoder.decode_tokens(mean_PZ + sigma * noise_PZ) == patches_PK
-        rows.append(
-            {
-                "sigma": sigma,
-                "token_accuracy": is_correct_PK.double().mean().item(),
-                "patch_accuracy": is_correct_PK.all(-1).double().mean().item(),
-            }
-        )
+        is_correct = {"token_accuracy": is_correct_PK, "patch_accuracy": is_correct_PK.all(-1)}
+        rows.append({"sigma": sigma} | {name: value.double().mean().item() for name, value in is_correct.items()})
     return rows
 
 

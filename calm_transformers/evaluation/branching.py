@@ -12,6 +12,7 @@ position and to its own earlier tokens, but not to other branches.
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from calm_transformers.model.generation_calm_upstream import cache_argument
@@ -25,14 +26,14 @@ class BlockReader(Protocol):
     is the input of one step: a token (no axis) or a patch (axis K).
     """
 
-    def read(self, units_BP: torch.Tensor, /) -> torch.Tensor:
+    def read(self, units_BP: Tensor, /) -> Tensor:
         """Runs the model on a batch of blocks and returns the state after each unit, (B, P, ...)."""
         ...
 
-    def start(self, positions_BN: torch.Tensor, /) -> None:
+    def start(self, positions_BN: Tensor, /) -> None:
         """Discards earlier branches and starts N branches per block after the units at these positions."""
 
-    def extend(self, parents_BN: torch.Tensor, units_BN: torch.Tensor, /) -> torch.Tensor:
+    def extend(self, parents_BN: Tensor, units_BN: Tensor, /) -> Tensor:
         """Appends one unit to branch parents_BN[:, i] as new branch i and returns the new states, (B, N, ...).
 
         The new branches replace the current ones. A parent may have several new branches, or none.
@@ -43,9 +44,7 @@ class BlockReader(Protocol):
 class SamplingReader(BlockReader, Protocol):
     """A BlockReader that also samples, as a CALM's must."""
 
-    def draw(
-        self, states: torch.Tensor, num_samples: int, /, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+    def draw(self, states: Tensor, num_samples: int, /, generator: torch.Generator | None = None) -> Tensor:
         """Samples the next units after states (...) and returns token ids, (num_samples, ..., K)."""
         ...
 
@@ -56,17 +55,17 @@ class TreeAttentionReader:
     def __init__(self, model):
         self.model = model
 
-    def _forward(self, units, mask, position_ids, cache) -> torch.Tensor:
+    def _forward(self, units, mask, position_ids, cache) -> Tensor:
         raise NotImplementedError
 
     @torch.no_grad()
-    def read(self, units_BP: torch.Tensor) -> torch.Tensor:
+    def read(self, units_BP: Tensor) -> Tensor:
         blocks, self.length = units_BP.shape[:2]
         self.cache = DynamicCache()
         position_ids = torch.arange(self.length, device=units_BP.device).expand(blocks, -1)
         return self._forward(units_BP, None, position_ids, self.cache)
 
-    def start(self, positions_BN: torch.Tensor) -> None:
+    def start(self, positions_BN: Tensor) -> None:
         num_branch_units = self.cache.get_seq_length() - self.length
         if num_branch_units:
             self.cache.crop(-num_branch_units)  # transformers 5 takes only the number of positions to remove
@@ -74,7 +73,7 @@ class TreeAttentionReader:
         self.visible_BNC = torch.arange(self.length, device=positions_BN.device) <= positions_BN.unsqueeze(-1)
 
     @torch.no_grad()
-    def extend(self, parents_BN: torch.Tensor, units_BN: torch.Tensor) -> torch.Tensor:
+    def extend(self, parents_BN: Tensor, units_BN: Tensor) -> Tensor:
         blocks, branches = parents_BN.shape
         itself_BNN = torch.eye(branches, dtype=torch.bool, device=parents_BN.device).expand(blocks, -1, -1)
         self.visible_BNC = torch.cat([gather_rows(self.visible_BNC, parents_BN), itself_BNN], dim=-1)
@@ -103,17 +102,11 @@ class CalmReader(TreeAttentionReader):
 
     def _forward(self, tokens_BNK, mask, position_ids, cache):
         with cpu_kernels(position_ids.numel(), self.model.config.hidden_size):
-            out = self.model.model(
-                input_ids=tokens_BNK.flatten(1),
-                attention_mask=mask,
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=True,
-            )
-        return out.last_hidden_state
+            inputs = {"attention_mask": mask, "position_ids": position_ids, "cache": cache}
+            return self.model.model(tokens_BNK.flatten(1), use_cache=True, **inputs).last_hidden_state
 
     @torch.no_grad()
-    def draw(self, states_D: torch.Tensor, num_samples: int, generator=None, temperature: float = 1.0) -> torch.Tensor:
+    def draw(self, states_D: Tensor, num_samples: int, generator=None, temperature: float = 1.0) -> Tensor:
         """Samples next patches given hidden states (..., D) and returns token ids, (num_samples, ..., K).
 
         A temperature other than 1 must be one that the head is distilled for.
@@ -132,16 +125,16 @@ class UncachedReader:
         self.model = model
 
     @torch.no_grad()
-    def read(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+    def read(self, tokens_BL: Tensor) -> Tensor:
         self.tokens_BL = tokens_BL
         return self.model(input_ids=tokens_BL, use_cache=False).logits
 
-    def start(self, positions_BN: torch.Tensor) -> None:
+    def start(self, positions_BN: Tensor) -> None:
         self.positions_BN = positions_BN
         self.sequences_BNL = self.tokens_BL.unsqueeze(1).expand(-1, positions_BN.shape[1], -1)
 
     @torch.no_grad()
-    def extend(self, parents_BN: torch.Tensor, tokens_BN: torch.Tensor) -> torch.Tensor:
+    def extend(self, parents_BN: Tensor, tokens_BN: Tensor) -> Tensor:
         self.positions_BN = gather_rows(self.positions_BN, parents_BN) + 1
         # The branch's last token is followed by the block's own text, which causal attention ignores.
         self.sequences_BNL = gather_rows(self.sequences_BNL, parents_BN)
@@ -155,7 +148,7 @@ class UncachedReader:
         return torch.cat(states).unflatten(0, parents_BN.shape)
 
 
-def padded_nonzero(mask_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_nonzero(mask_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the indices of each row's true entries, padded to the longest row, and whether each is valid, (B, M)."""
     count_B = mask_BN.sum(1)
     index_BM = mask_BN.int().argsort(dim=1, descending=True, stable=True)[:, : int(count_B.max())]
@@ -163,6 +156,6 @@ def padded_nonzero(mask_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return index_BM, valid_BM
 
 
-def gather_rows(values_BN: torch.Tensor, index_BM: torch.Tensor) -> torch.Tensor:
+def gather_rows(values_BN: Tensor, index_BM: Tensor) -> Tensor:
     """Selects entries of axis 1 row by row: values (B, N, ...) and indices (B, M) give (B, M, ...)."""
     return values_BN[torch.arange(len(index_BM), device=index_BM.device).unsqueeze(1), index_BM]

@@ -15,6 +15,7 @@ true tokens would end in the next block.
 from math import ceil
 
 import torch
+from torch import Tensor
 
 from calm_transformers.evaluation.branching import SamplingReader, gather_rows, padded_nonzero
 from calm_transformers.evaluation.brier import MAX_N, BrierCounts
@@ -23,7 +24,7 @@ from calm_transformers.evaluation.brier import MAX_N, BrierCounts
 @torch.no_grad()
 def brier_counts_calm(
     reader: SamplingReader,
-    tokens_BL: torch.Tensor,
+    tokens_BL: Tensor,
     patch_size: int,
     generator: torch.Generator | None = None,
     chunk: int = 512,
@@ -44,9 +45,7 @@ def brier_counts_calm(
     return BrierCounts.from_samples(first_BM4, second_BM4, targets_BM4)
 
 
-def _two_continuations(
-    reader: SamplingReader, states_BMD, positions_M, targets_BM4, patch_size: int, generator
-) -> torch.Tensor:
+def _two_continuations(reader: SamplingReader, states_BMD, positions_M, targets_BM4, patch_size, generator) -> Tensor:
     """Returns the ids of two continuations, (B, M, 2, 4); those not sampled are -1 and -2, which match nothing."""
     blocks, positions = targets_BM4.shape[:2]
     steps, device = ceil(MAX_N / patch_size), positions_M.device
@@ -72,7 +71,7 @@ def _two_continuations(
     return tokens_BM2T[..., :MAX_N]
 
 
-def _is_active(tokens_BN2k, targets_BN4) -> torch.Tensor:
+def _is_active(tokens_BN2k, targets_BN4) -> Tensor:
     """Returns whether any two of the two continuations and the true text are still equal, bool (B, N)."""
     first, second = tokens_BN2k.unbind(2)
     target = targets_BN4[..., : first.shape[-1]]

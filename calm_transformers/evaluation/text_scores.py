@@ -143,11 +143,7 @@ def _tokenized(texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _score_patches(
-    model: CALMForCausalLM,
-    context_mD: Tensor,
-    target_mK: Tensor,
-    num_samples: int,
-    generator: torch.Generator | None,
+    model: CALMForCausalLM, context_mD: Tensor, target_mK: Tensor, num_samples: int, generator: torch.Generator | None
 ) -> dict[str, Tensor]:
     """Returns the scores of patches given hidden states, named as in `TextScores`, (m,) or (m, K)."""
     with cpu_kernels(num_samples * len(context_mD), model.config.hidden_size):
@@ -161,13 +157,9 @@ def _score_patches(
         targets_SmZ = target.sample_latents(model.config.num_posterior_samples, generator)
         scores = {"energy": _energy(samples_Nm.float(), targets_SmZ.float(), model.config.beta)}
     match_rate_mK = (tokens_mNK == target_mK[:, None]).cumprod(-1).float().mean(1)
-    collisions_mK = torch.stack(
-        [
-            (occurrence_counts(first_occurrences(tokens_mNK[..., : n + 1])) - 1).float().mean(-1) / (num_samples - 1)
-            for n in range(tokens_mNK.shape[-1])
-        ],
-        dim=-1,
-    )
+    firsts = (first_occurrences(tokens_mNK[..., : n + 1]) for n in range(tokens_mNK.shape[-1]))
+    counts_mNK = torch.stack([occurrence_counts(first_mN) for first_mN in firsts], dim=-1)
+    collisions_mK = (counts_mNK - 1).float().mean(1) / (num_samples - 1)
     return scores | {"brier": 2 * match_rate_mK - collisions_mK, "prefix_match_rate": match_rate_mK}
 
 

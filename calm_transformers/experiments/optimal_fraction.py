@@ -130,9 +130,7 @@ def evaluate(
     return summarise(np.concatenate(model), np.concatenate(optimal), positions)
 
 
-def make_parser(
-    prog: str, description: str | None, num_samples: int = 4, samples_help: str = "samples per position"
-) -> Parser:
+def make_parser(prog: str, description: str | None, num_samples=4, samples_help="samples per position") -> Parser:
     """Returns a parser with the options that the commands on the language share."""
     parser = Parser(prog, description)
     parser.add_argument("--model", required=True, help="folder or Hub id of a model trained on the language")

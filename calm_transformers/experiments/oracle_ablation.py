@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from calm_transformers.command_line import InputError, command, known_errors
-from calm_transformers.evaluation.branching import BlockReader, CalmReader
+from calm_transformers.evaluation.branching import BlockReader, CalmReader, SamplingReader
 from calm_transformers.evaluation.brier import MAX_N
 from calm_transformers.evaluation.report import write_json
 from calm_transformers.experiments.language import HiddenMarkovLanguage
@@ -79,12 +79,9 @@ class LanguageReader(BlockReader):
         return self.autoencoder.decode_tokens(latents[0]).view(ids.shape)
 
 
-def make_readers(
-    model: CALMForCausalLM, language: HiddenMarkovLanguage, folder: Path
-) -> dict[str, CalmReader | LanguageReader]:
+def make_readers(model: CALMForCausalLM, language: HiddenMarkovLanguage, folder: Path) -> dict[str, SamplingReader]:
     """Returns the name of the replaced part → reader; "nothing", the unchanged model, comes first."""
-    config = model.config
-    readers: dict[str, CalmReader | LanguageReader] = {"nothing": CalmReader(model)}
+    config, readers = model.config, dict[str, SamplingReader](nothing=CalmReader(model))
     if model.head.network_calls > 1:
         more_steps = {"sampling_steps": int(STEPS_PER_CALL * model.head.network_calls)}
         accurate_model = CALMForCausalLM(CALMConfig(**{**config.to_dict(), **more_steps})).eval()

@@ -74,9 +74,8 @@ def make_settings(
     settings = [PatchSampling()]
     for T in TEMPERATURES:
         settings.append(PatchSampling(temperature=T, sampling_method="distilled", head_temperature=T))
-        settings += [
-            PatchSampling(temperature=T, sampling_method=m, num_candidates=n) for m, n in product(methods, candidates)
-        ]
+        for method, num_candidates in product(methods, candidates):
+            settings.append(PatchSampling(temperature=T, sampling_method=method, num_candidates=num_candidates))
     return settings
 
 

@@ -182,9 +182,8 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
 
 def sample_candidates(model, hidden_RD: torch.Tensor, sampling: PatchSampling, generator: torch.Generator):
     """Samples N candidates after each hidden state and returns `CandidateScores`; its `chosen` is not used."""
-    all_candidates = replace(
-        sampling, lazy_decoding=False, top_k=ALL_CANDIDATES if sampling.takes_single_sample else sampling.top_k
-    )
+    top_k = ALL_CANDIDATES if sampling.takes_single_sample else sampling.top_k
+    all_candidates = replace(sampling, lazy_decoding=False, top_k=top_k)
     sample = model.sample_patches(hidden_RD, all_candidates, generator)
     return candidate_scores(sample.candidates, sample.index, sampling.weights)
 
