@@ -182,9 +182,7 @@ def adapter_of(model) -> Any:
     if replacement is None or owner is model:  # as PEFT restores it
         return None
     if not hasattr(owner, "get_prompt"):
-        raise ValueError(
-            "prepare_inputs_for_generation was replaced: CALM packs patches itself and would ignore that."
-        )
+        raise ValueError("prepare_inputs_for_generation was replaced: CALM packs patches itself and would ignore it.")
     return owner
 
 

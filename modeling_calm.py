@@ -94,9 +94,7 @@ class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
         size, step = self.config.vocab_size, pad_to_multiple_of or 1
         if -(-(size if new_num_tokens is None else new_num_tokens) // step) * step == size:
             return self.get_input_embeddings()
-        raise ValueError(
-            "Can't resize: the vocabulary is the frozen autoencoder's. New tokens need a new autoencoder."
-        )
+        raise ValueError("Can't resize: the vocabulary is the frozen autoencoder's; new tokens need a new one.")
 
 
 class CALMModel(CALMPreTrainedModel, LlamaModel):
@@ -323,11 +321,9 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         losses = self.head.loss(context, target, generator=generator, **noise)
         return self.mean_over_items(losses, is_counted, num_items_in_batch)
 
-    def mean_over_items(
-        self, losses_R: Tensor, is_counted_R: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
+    def mean_over_items(self, loss_R: Tensor, is_counted_R: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Returns the mean loss of patches that count, or their sum · K / num_items_in_batch, the count of labels."""
-        total = losses_R.where(is_counted_R, 0).sum()
+        total = loss_R.where(is_counted_R, 0).sum()
         if num_items_in_batch is None:
             return total / is_counted_R.sum().clamp(min=1)
         return total / (num_items_in_batch / self.config.patch_size)
