@@ -11,18 +11,7 @@ import pytest
 import torch
 from server_process import wait_for
 from test_logits_processors import favour_one
-from tiny import (
-    BOS,
-    EOS,
-    HEAD_TYPES,
-    METHODS,
-    exact_model,
-    record_calls,
-    seeded,
-    tiny_config,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tiny import BOS, EOS, HEAD_TYPES, METHODS, exact_model, record_calls, seeded, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_transformers.model.modeling_calm import CALMForCausalLM
@@ -94,33 +83,32 @@ def test_prompts_of_many_lengths_are_prefilled_in_few(model, monkeypatch):
 def test_long_prompts_are_prefilled_in_chunks_first_come_first_served_while_others_generate(model):
     """A sequence that moves to a freed slot doesn't move up in the order."""
     deltas = []
-
-    def record(name):
-        return lambda _: deltas.append(name)
-
     with Batcher(model, tiny_tokenizer(), max_rows=5, prefill_chunk_size=8) as batcher:
-        futures = [batcher.submit("ab", temperature=1.0, on_piece=record("short"), **ENDLESS)]
+
+        def submit(prompt, name):
+            return batcher.submit(prompt, temperature=1.0, on_piece=lambda _: deltas.append(name), **ENDLESS)
+
+        futures = [submit("ab", "short")]
         wait_until(lambda: len(deltas) > 1)
         deltas.clear()
         first = batcher.submit("abc", max_new_tokens=12, ignore_eos=True, temperature=1.0)
-        for name in ("long 1", "long 2", "long 3"):
-            futures.append(batcher.submit("x" * 79, temperature=1.0, on_piece=record(name), **ENDLESS))
-        wait_until(lambda: "long 3" in deltas)
+        futures += [submit("x" * 79, number) for number in range(3)]
+        wait_until(lambda: 2 in deltas)
         assert first.done()
         [future.cancel() for future in futures]
-    starts = [deltas.index(f"long {i}") for i in (1, 2, 3)]
+    starts = [deltas.index(number) for number in range(3)]
     num_before = [deltas[:start].count("short") for start in starts]
     assert starts == sorted(starts) and all(n >= 10 * (i + 1) - 2 for i, n in enumerate(num_before)), num_before
 
 
 def test_a_seed_or_its_generator_reproduces_a_text_and_a_random_seed_is_returned(batcher):
-    settings = {"max_new_tokens": 40, "temperature": 0.5, "ignore_eos": True}
-    seeded = [batcher.submit("once", seed=seed, **settings).result(60).text for seed in (7, 8)]
-    generator = torch.Generator().manual_seed(7)
-    assert batcher.submit("once", generator=generator, **settings).result(60).text == seeded[0] != seeded[1]
-    unseeded = [batcher.submit("once", **settings).result(60) for _ in range(2)]
-    assert unseeded[0].text != unseeded[1].text
-    assert batcher.submit("once", seed=unseeded[0].seed, **settings).result(60).text == unseeded[0].text
+    def write(**own):
+        settings = {"max_new_tokens": 40, "temperature": 0.5, "ignore_eos": True}
+        return batcher.submit("once", **settings, **own).result(60)
+
+    assert write(generator=seeded(7)).text == write(seed=7).text != write(seed=8).text
+    unseeded, other = write(), write()
+    assert unseeded.text != other.text and write(seed=unseeded.seed).text == unseeded.text
 
 
 def test_a_temperature_turns_sampling_on():
@@ -272,7 +260,7 @@ def test_unsupported_models_raise_an_error():
     for model, sentence in (
         (LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)), "LlamaForCausalLM is not supported"),
         (flexible, "attn_implementation='flex_attention'"),
-        (CALMForCausalLM(tiny_config(rope_scaling=scaling)), "rope_type='dynamic'"),
+        (tiny_model(rope_scaling=scaling), "rope_type='dynamic'"),
         (peft.get_peft_model(tiny_model(), virtual), "doesn't support virtual tokens"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -313,13 +301,11 @@ def test_threads_may_submit_at_the_same_time(model):
 def test_a_model_with_an_adapter(model):
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(exact_model(), lora)
-    ids = torch.tensor([[BOS, 40, 41, 42]])
-    settings = {"max_new_tokens": 16, "eos_token_id": None}
-    expected = adapted.generate(input_ids=ids, generator=[torch.Generator().manual_seed(0)], **settings)[0, 4:]
+    ids, settings = torch.tensor([[BOS, 40, 41, 42]]), {"max_new_tokens": 16, "eos_token_id": None}
+    expected = adapted.generate(input_ids=ids, generator=[seeded()], **settings)[0, 4:]
     with Batcher(adapted) as batcher:
         result = batcher.submit(ids[0], seed=0, max_new_tokens=16, ignore_eos=True).result(60)
-    assert result.tokens == expected.tolist()
-    assert result.tokens != generate_alone(model, "", 0, **settings)
+    assert result.tokens == expected.tolist() != generate_alone(model, ids[0].tolist(), 0, **settings)
 
 
 @pytest.mark.slow

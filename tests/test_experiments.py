@@ -1,14 +1,12 @@
 """`calm experiments`: the commands it runs, the finished ones it skips, and the tables of the results."""
 
 import json
-import runpy
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from commands import ROOT, refusal
+from commands import ROOT, main_of, refusal
 
 from calm_transformers.experiments import plan
 from calm_transformers.experiments.__main__ import main
@@ -143,13 +141,8 @@ def test_a_whole_run(tmp_path, monkeypatch):
     """All commands in this process, but for the first: starting each takes ten seconds."""
 
     def run_here(command, stdout, stderr, env):
-        with monkeypatch.context() as patched, redirect_stdout(stdout), redirect_stderr(stderr):
-            patched.setattr(sys, "argv", command[2:])
-            try:
-                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-            except SystemExit as error:
-                return subprocess.CompletedProcess(command, error.code or 0)
-        return subprocess.CompletedProcess(command, 0)
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            return subprocess.CompletedProcess(command, main_of(command[2])(command[3:]) or 0)
 
     def run(command, **options):
         monkeypatch.setattr(plan.subprocess, "run", run_here)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from commands import ROOT
 from openai import OpenAI
-from server_process import SECONDS, in_process, running, running_server
+from server_process import HEAD, SECONDS, in_process, running, running_server
 from starlette.testclient import TestClient
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -333,11 +333,8 @@ def test_running_requests_are_finished_after_a_signal(tiny_folder, tmp_path):
 def test_requests_are_cancelled_after_the_grace_period_or_a_second_ctrl_c(tiny_folder, tmp_path, signals, grace):
     with running_server(tiny_folder, tmp_path / "home", "--grace", grace) as server:
         answer, stream = server.connect(LONG), server.connect({**LONG, "stream": True})
-        half = http.client.HTTPConnection(server.address, timeout=60)
-        half.putrequest("POST", "/v1/completions")
-        half.putheader("Content-Type", "application/json")
-        half.putheader("Content-Length", "100")
-        half.endheaders(b"{")  # the rest of the body is never sent
+        half = socket.create_connection(server.address.split(":"))
+        half.sendall(HEAD + b"{")  # the rest of the body is never sent
         server.wait_for_metric("calm_running", 2)
         for _ in range(signals - 1):
             server.process.send_signal(signal.SIGINT)
