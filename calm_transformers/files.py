@@ -26,7 +26,7 @@ def written(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError) and not WRITE_ERRORS.search(str(error)):
             raise
-        message = format_error(error)
+        message = format_error(error).rstrip(".") + "."
         raise InputError(message if getattr(error, "filename", None) else f"{path}: {message}") from error
 
 
