@@ -42,7 +42,9 @@ def train(kind: str, recipe: str | None = None, **fields) -> int:
 
 def values(config) -> dict:
     """Returns a configuration's fields except those that saving adds."""
-    saved = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "auto_map"}
+    saved = (
+        "_name_or_path architectures dtype torch_dtype transformers_version use_cache auto_map code_version".split()
+    )
     return {key: value for key, value in config.to_dict().items() if key not in saved}
 
 
