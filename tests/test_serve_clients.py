@@ -1,16 +1,9 @@
 """Real clients of the OpenAI API against the server, with the fields that they send by themselves."""
 
 import pytest
-from server_process import running_server
 
 pytestmark = pytest.mark.transformers  # run where the extra [clients] is installed
 PROMPT = "Once upon a time"
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder, tmp_path_factory):
-    with running_server(tiny_folder, tmp_path_factory.mktemp("clients"), "--model_name", "tiny") as server:
-        yield server
 
 
 @pytest.fixture
