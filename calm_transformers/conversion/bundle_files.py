@@ -65,7 +65,7 @@ def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{path} is not a tokenizer: {first_line(error)}") from None
     assert config.pad_token_id is not None, "a conversion requires one"
-    if tokenizer.id_to_token(config.pad_token_id) is None:
+    if 0 <= config.pad_token_id < config.vocab_size and tokenizer.id_to_token(config.pad_token_id) is None:
         tokenizer.add_special_tokens(["[PAD]"])
     num_tokens = tokenizer.get_vocab_size()
     if num_tokens > config.vocab_size:
@@ -73,7 +73,9 @@ def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
     special_tokens = {}
     for field in ("bos_token", "eos_token", "pad_token"):
         ids = getattr(config, f"{field}_id")
-        special_tokens[field] = tokenizer.id_to_token(ids[0] if isinstance(ids, list) else ids)
+        token_id = ids[0] if isinstance(ids, list) and ids else ids
+        is_id = isinstance(token_id, int) and 0 <= token_id < config.vocab_size
+        special_tokens[field] = tokenizer.id_to_token(token_id) if is_id else None
         if special_tokens[field] is None:
             raise InputError(f"{path} has no token for {field}_id {ids}.")
     tokenizer_config = {

@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     print("| T | words | invented | fraction | judge | examples |\n| --- | --- | --- | --- | --- | --- |")
     for temperature in progress_bar(args.temperature, "Generating", "temperature"):
         sampling = {"temperature": temperature, **options}
-        texts = continuations(model, tokenizer, args.prompt, args.num_texts, args.seed, **sampling)
+        with known_errors(ValueError):  # settings of the model's generation_config.json
+            texts = continuations(model, tokenizer, args.prompt, args.num_texts, args.seed, **sampling)
         new, count = invented(texts, known)
         judged = log_likelihood(*judge, args.prompt, texts) if judge else None
         row = {"temperature": temperature, "words": count, "invented": len(new), "judge": judged, "examples": new}
