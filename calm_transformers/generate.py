@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 
-from transformers import TextStreamer, set_seed
+from transformers import TextStreamer, pipeline, set_seed
 
 from calm_transformers.command_line import InputError, Parser, command, known_errors, positive, seed_number, utf8
 from calm_transformers.documents import expand_paths, read_documents
@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_calm(options.model, None)
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": True, "temperature": options.temperature}
     with known_errors(ValueError):
-        prompt = tokenizer(options.prompt, return_tensors="pt").to(model.device)
-        check_length(model, prompt["input_ids"].shape[1], options.max_new_tokens)
+        check_length(model, len(tokenizer(options.prompt)["input_ids"]), options.max_new_tokens)
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
         set_seed(options.seed)
-        model.generate(**prompt, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **settings)
+        generator(options.prompt, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **settings)
 
 
 def continue_file(options: Namespace) -> None:

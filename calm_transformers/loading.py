@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from calm_transformers.command_line import format_error, known_errors, require_package
