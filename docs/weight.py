@@ -113,7 +113,7 @@ def figures(test_minutes: float | None, ci_minutes: float | None) -> list[tuple[
         ("modules at the root", len([path for path in code if path.parent == ROOT]), 24),
         ("entries at the root", len({name.partition("/")[0] for name in tracked}), 45),
         ("lines of the product", lines(set(code) - set(tests)), 19000),
-        ("lines of the tests", lines(tests), 16000),
+        ("lines of the tests", lines(tests), 17000),
         ("files from calm train to the loss", len(path), 10),
         ("files that one generated patch runs through", files, 10),
         ("functions that one generated patch runs through", functions, 100),
