@@ -19,7 +19,7 @@ from evaluation_folder import tiny_llama
 from model_copies import CODE_FILES
 from published import BUNDLE_FILES
 from server_process import free_port, running, wait_for, wait_until_healthy
-from tiny import BOS, tiny_model, tiny_tokenizer
+from tiny import BOS, seeded, tiny_model, tiny_tokenizer
 
 from calm_transformers.pages import app, app_page
 from calm_transformers.pages.app_page import PageModel, Settings, render, stream_html
@@ -65,15 +65,19 @@ def streamed_texts(model, prompt, settings):
     return texts, state
 
 
+def generated(model, **options):
+    """Returns what `generate` writes after "Hello": the text, and its number of tokens."""
+    ids = model.tokenizer("Hello", return_tensors="pt")["input_ids"]
+    new = model.model.generate(ids, do_sample=True, **options)[0, ids.shape[1] :]
+    return model.tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
 def test_a_calm_streams_the_text_of_generate_with_the_candidates_of_each_patch(calm, eager):
     texts, state = streamed_texts(calm, "Hello", SHORT)
-    ids = torch.tensor([calm.tokenizer("Hello").input_ids])
-    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.5, "num_candidates": 30}
-    options |= {"sampling_method": "batch", "generator": torch.Generator().manual_seed(3)}
-    expected = calm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    assert texts[-1] == calm.tokenizer.decode(expected[0], skip_special_tokens=True).removeprefix("Hello")
+    options = {"temperature": 0.5, "num_candidates": 30, "sampling_method": "batch", "generator": seeded(3)}
+    assert (texts[-1], state.num_tokens) == generated(calm, max_new_tokens=10, **options)
     assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
-    assert len(set(texts)) > 3 and state.is_done and state.num_tokens == expected.shape[1] - ids.shape[1]
+    assert len(set(texts)) > 3 and state.is_done
     assert len(state.steps) == -(-state.num_tokens // 4)
     for step in state.steps:
         assert 1 <= len(step.candidates) <= min(step.num_candidates, app_page.MAX_SHOWN_CANDIDATES)
@@ -90,12 +94,9 @@ def test_candidates_are_optional(calm):
 
 def test_another_causal_lm_streams_the_text_of_generate(llama, eager):
     texts, state = streamed_texts(llama, "Hello", Settings(0.7, max_new_tokens=6, top_p=0.8, seed=1))
-    ids = torch.tensor([llama.tokenizer("Hello").input_ids])
     torch.manual_seed(1)
-    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 0}
-    expected = llama.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
-    assert texts[-1] == llama.tokenizer.decode(expected[0], skip_special_tokens=True).removeprefix("Hello")
-    assert len(state.steps) == state.num_tokens == expected.shape[1] - ids.shape[1]
+    expected = generated(llama, max_new_tokens=6, temperature=0.7, top_p=0.8, top_k=0, pad_token_id=0)
+    assert (texts[-1], state.num_tokens) == expected and len(state.steps) == state.num_tokens
 
 
 def test_closing_the_stream_ends_generation(calm, eager):
@@ -105,19 +106,16 @@ def test_closing_the_stream_ends_generation(calm, eager):
     assert not [thread for thread in threading.enumerate() if "_generate" in thread.name]
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
+def test_errors_are_shown_in_place_of_the_text(calm):
+    for settings, message in (
         (Settings(num_candidates="many"), "Candidates: must be a number between 1 and 1000."),
         (Settings(max_new_tokens=0), "Tokens: must be a number at least 1."),
         (Settings(temperature=0.1, num_candidates=5), "num_candidates=5 is too few for temperature=0.1"),
         (Settings(max_new_tokens=9_000_000), "6 prompt tokens + 9000000 new tokens exceed the "),
-    ],
-)
-def test_errors_are_shown_in_place_of_the_text(calm, settings, message):
-    *_, (shown,) = stream_html([calm], "Hello", settings)
-    (error,) = re.findall('<p class="error" role="alert">(.*?)</p>', shown)
-    assert html.unescape(error).startswith(message)
+    ):
+        *_, (shown,) = stream_html([calm], "Hello", settings)
+        (error,) = re.findall('<p class="error" role="alert">(.*?)</p>', shown)
+        assert html.unescape(error).startswith(message)
 
 
 def test_an_empty_prompt_needs_a_bos_token():

@@ -7,15 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from commands import CLI, COMMANDS, ROOT, main_of, refusal
-from tiny import tiny_model, tiny_tokenizer
+from server_process import save_tiny_model
 
 from calm_transformers import cli
 from calm_transformers.command_line import EXIT_BROKEN_PIPE, InputError, Parser, command, known_errors
-from calm_transformers.loading import load_causal_lm
 
 NOWHERE = "./no/such/place"
 TOKENIZER, DATA = ["--tokenizer", NOWHERE], ["--data", NOWHERE, "--block_size", "8"]
@@ -101,40 +99,14 @@ def test_only_known_errors_become_one_line(capsys):
         main([])
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-DAMAGES = {
-    "no config.json": ("config.json", Path.unlink),
-    "half of config.json": ("config.json", lambda path: path.write_text('{"model_type": "calm", ')),
-    "a deeply nested config.json": ("config.json", lambda path: path.write_text(100_000 * "[")),
-    "truncated weights": ("model.safetensors", truncate),
-    "no weights": ("model.safetensors", Path.unlink),
-}
-
-
-@pytest.fixture
-def damaged(request, tmp_path):
-    folder, (name, damage) = tmp_path / "damaged", DAMAGES[request.param]
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    damage(folder / name)
-    return folder
-
-
-@pytest.mark.parametrize("damaged", DAMAGES, indirect=True)
-def test_loading_names_a_damaged_folder(damaged):
-    with pytest.raises(ValueError, match=re.escape(str(damaged))):
-        load_causal_lm(str(damaged))
-
-
-@pytest.mark.parametrize("damaged", ["truncated weights"], indirect=True)
 @pytest.mark.parametrize("module", LOADS_A_MODEL)
-def test_a_damaged_model_is_named_in_one_line(module, damaged, capsys, tmp_path, monkeypatch):
+def test_truncated_weights_are_named_in_one_line(module, capsys, tmp_path, monkeypatch):
+    """Other damages: test_faults_files.py."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if module == "calm_transformers.onnx_export.export":
         pytest.importorskip("onnx")
+    damaged = save_tiny_model(tmp_path / "damaged")
+    os.truncate(damaged / "model.safetensors", 1000)
     words = [word.format(tmp=tmp_path / "new").replace(NOWHERE, str(damaged)) for word in MISSING_PATHS[module]]
     assert str(damaged) in refusal(capsys, main_of(module), *words)
 

@@ -289,20 +289,17 @@ def wrong_decoder(model):
     return graph
 
 
-@pytest.mark.parametrize(
-    "graph, code, message",
-    [
+def test_wrong_graphs_and_interruptions_leave_no_files(exporter, capsys, tmp_path, monkeypatch):
+    words = [str(save(small_model(), tmp_path / "model")), "--output", str(tmp_path / "new")]
+    full_disk = Mock(side_effect=OSError("problem writing element 9"))
+    for graph, code, message in (
         (wrong_decoder, 2, "error: decoder.onnx differs from the model by 1.0e-03 of the largest output"),
         (Mock(side_effect=KeyboardInterrupt()), 130, "error: interrupted.\n"),
-        (Mock(side_effect=OSError("problem writing element 9")), 2, "error: {tmp}/new: problem writing element 9.\n"),
-    ],
-)
-def test_wrong_graphs_and_interruptions_leave_no_files(exporter, capsys, tmp_path, monkeypatch, graph, code, message):
-    save(small_model(), tmp_path / "model")
-    monkeypatch.setattr(export_onnx, "GRAPH_BUILDERS", {"decoder": graph})
-    assert export_onnx.main([str(tmp_path / "model"), "--output", str(tmp_path / "new")]) == code
-    assert message.format(tmp=tmp_path) in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        (full_disk, 2, f"error: {tmp_path}/new: problem writing element 9.\n"),
+    ):
+        monkeypatch.setattr(export_onnx, "GRAPH_BUILDERS", {"decoder": graph})
+        assert export_onnx.main(words) == code and message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 SETTINGS = [

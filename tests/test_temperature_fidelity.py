@@ -183,18 +183,15 @@ def test_the_command_writes_tables_and_results(args, tmp_path, capsys):
     assert f"{variation:.3f}" in printed and variation > 0.9
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_invalid_options(args, capsys):
+    folder = args[1].rpartition("/")[0]
+    for options, message in (
         ("--contexts 1", "needs at least two"),
         ("--contexts 4", "fewer than 4 documents of 64 tokens"),
         ("--recorded 8192", "at least 10000"),
         ("--recorded 20000", "power of 2"),
         ("--candidates 2", "use at least 3"),
-        ("--language {}/other", "has 96 tokens, the language 68"),
-        ("--model {}/long", "too many patches of 8 tokens"),
-    ],
-)
-def test_invalid_options(args, capsys, options, message):
-    options = options.format(args[1].rpartition("/")[0]).split()
-    assert message in refusal(capsys, main, *args, *options)
+        (f"--language {folder}/other", "has 96 tokens, the language 68"),
+        (f"--model {folder}/long", "too many patches of 8 tokens"),
+    ):
+        assert message in refusal(capsys, main, *args, *options.split())
