@@ -159,23 +159,20 @@ def test_incomplete_characters_are_held_back():
 # The command and the Space
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
+def test_command_errors_are_one_sentence(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # gradio is checked before the model
+    for options, message in (
         ([".", "--space", "no/such/place"], "no/such is not a folder"),
         ([".", "--space", str(ROOT)], "exists already and is not an empty folder"),
         (["{tmp}", "--space", "{tmp}/s"], "the folder holds no config.json, so no model"),
         (["no/such/place", "--port", "{taken}"], "127.0.0.1:{taken} can't be listened on"),  # checked before loading
-    ],
-)
-def test_command_errors_are_one_sentence(capsys, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # gradio is checked before the model
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        taken = server.getsockname()[1]
-        words = [word.format(tmp=tmp_path, taken=taken) for word in ["--port", "0", *options]]
-        assert message.format(taken=taken) in refusal(capsys, app.main, *words)
-    assert list(tmp_path.iterdir()) == []
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            taken = server.getsockname()[1]
+            words = [word.format(tmp=tmp_path, taken=taken) for word in ["--port", "0", *options]]
+            assert message.format(taken=taken) in refusal(capsys, app.main, *words)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch):

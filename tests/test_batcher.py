@@ -211,33 +211,28 @@ def test_an_error_in_removing_a_sequence_ends_all_requests(monkeypatch, model, l
                 batcher.submit("once")
 
 
-INVALID_ARGUMENTS = [
-    ({"max_new_tokens": "9"}, "max_new_tokens='9': must be an integer of at least 1"),
-    ({"temperature": "0.5"}, "temperature='0.5': sampling needs a temperature in"),
-    ({"logits_processor": max}, "max.*: must be a list of processors, as"),
-    ({"prompt": 3}, "prompt=3: must be a string or token ids"),
-    ({"max_new_tokens": 10**6}, "The prompt has 5 tokens and max_new_tokens=1000000: their sum may be at most"),
-    ({"min_new_tokens": -1}, "min_new_tokens=-1: must be an integer of at least 0"),
-    ({"seed": 0.5}, "seed=0.5: must be a 64-bit integer"),
-    ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
-    ({"typical_p": 0.5}, "typical_p: unknown option"),
-    ({"prompt": [1.5]}, "holds 1.5: token ids are integers"),
-    ({"prompt": "\ud800"}, "a lone surrogate at character 0"),
-]
-INVALID_LIMITS = [
-    ({"max_rows": 0}, "max_rows=0: must be at least 1"),
-    ({"max_waiting": -1}, "max_waiting=-1: must not be negative"),
-    ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: must be at least 1"),
-]
-
-
-def test_invalid_arguments_raise_an_error(batcher, model):
-    for settings, sentence in INVALID_ARGUMENTS:
+def test_invalid_arguments_raise_an_error(batcher):
+    for settings, sentence in (
+        ({"max_new_tokens": "9"}, "max_new_tokens='9': must be an integer of at least 1"),
+        ({"temperature": "0.5"}, "temperature='0.5': sampling needs a temperature in"),
+        ({"logits_processor": max}, "max.*: must be a list of processors, as"),
+        ({"prompt": 3}, "prompt=3: must be a string or token ids"),
+        ({"max_new_tokens": 10**6}, "The prompt has 5 tokens and max_new_tokens=1000000: their sum may be at most"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1: must be an integer of at least 0"),
+        ({"seed": 0.5}, "seed=0.5: must be a 64-bit integer"),
+        ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
+        ({"typical_p": 0.5}, "typical_p: unknown option"),
+        ({"prompt": [1.5]}, "holds 1.5: token ids are integers"),
+        ({"prompt": "\ud800"}, "a lone surrogate at character 0"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             batcher.submit(**{"prompt": "once", **settings})
-    for options, sentence in INVALID_LIMITS:
-        with pytest.raises(ValueError, match=sentence):
-            Batcher(model, **options)
+
+
+@pytest.mark.parametrize("name, value", [("max_rows", 0), ("max_waiting", -1), ("prefill_chunk_size", 0)])
+def test_invalid_limits_raise_an_error(model, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}: must (be at least 1|not be negative)"):
+        Batcher(model, **{name: value})
 
 
 def test_without_a_tokenizer_prompts_and_results_are_ids(model):

@@ -88,20 +88,17 @@ def test_files_at_a_url_are_read_like_local_ones():
 TABLE = parquet([str(n) * 50 for n in np.random.default_rng(0).integers(10**9, size=500)])
 
 
-@pytest.mark.parametrize(
-    "name, content, column, message",
-    [
+def test_an_unreadable_file_is_an_error_even_if_lines_are_skipped(tmp_path):
+    for name, content, column, message in (
         ("a.csv", b"a,b", "text", r"a\.csv: unknown format; readable are \.txt"),
         ("a.txt.gz", bytes(9), "text", r"a\.txt\.gz, after line 0: the file is damaged .* \(it holds no com"),
         ("a.parquet", TABLE[:40] + b"\xff" * 2000 + TABLE[2040:], "text", "not a readable"),  # it opens
         ("a.parquet", TABLE, "body", r'a\.parquet: no column "body"; it has text, n \('),
         ("a.parquet", TABLE, "n", r'a\.parquet: the column "n" holds int64, not strings'),
-    ],
-)
-def test_an_unreadable_file_is_an_error_even_if_lines_are_skipped(tmp_path, name, content, column, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        read(tmp_path / name, text_column=column, bad_lines=documents.BadLines(skip=True))
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / name, text_column=column, bad_lines=documents.BadLines(skip=True))
 
 
 def test_missing_paths_are_named(tmp_path):
@@ -349,9 +346,9 @@ def test_left_fill_makes_short_prompts_of_every_length():
     assert abs(fraction - 0.4 * 3 / 4) < 0.06  # four standard deviations
 
 
-@pytest.mark.parametrize(
-    "fields, why",
-    [
+def test_invalid_options_raise_before_the_data_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"not to be read")
+    for fields, why in (
         ({"block_size": 0}, "block_size=0: must be at least 1"),
         ({"block_size": 10}, r"block_size=10 is not divisible by patch_size=4"),
         ({"left_fill": 1.5}, r"left_fill=1.5: must lie in \[0, 1\]"),
@@ -360,16 +357,13 @@ def test_left_fill_makes_short_prompts_of_every_length():
         ({"validation_blocks": 0}, "validation_blocks=0: must be at least 1"),
         ({"max_documents": 0}, "max_documents=0: must be at least 1"),
         ({"validation_files": ["b.jsonl"]}, r"b\.jsonl: no such file"),
-    ],
-)
-def test_invalid_options_raise_before_the_data_is_read(tmp_path, fields, why):
-    (tmp_path / "a.jsonl").write_bytes(b"not to be read")
-    options, tokenizer = DataOptions([str(tmp_path / "a.jsonl")], **fields), tiny_tokenizer()
-    tokenizer.pad_token = None
-    evaluates = "validation_files" in fields
-    with pytest.raises(InputError, match=why):
-        data.build_datasets(options, tokenizer, 4, RunLength(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
-    assert not (tmp_path / "tokens").exists()
+    ):
+        options, tokenizer = DataOptions([str(tmp_path / "a.jsonl")], **fields), tiny_tokenizer()
+        tokenizer.pad_token = None
+        evaluates = "validation_files" in fields
+        with pytest.raises(InputError, match=why):
+            data.build_datasets(options, tokenizer, 4, RunLength(1, max_steps=1), 0, tmp_path / "tokens", evaluates)
+        assert not (tmp_path / "tokens").exists()
 
 
 def test_steps_and_blocks_by_hand():

@@ -48,10 +48,6 @@ class RecordedNoise(generate_onnx.Randomness):
 def exporter():
     for package in export_onnx.PACKAGES:
         pytest.importorskip(package, reason=f"{package} is not installed (extra [onnx])")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_model(head_type: str = "energy", **settings):

@@ -231,21 +231,18 @@ def test_most_frequent_patch_breaks_ties_by_the_first_seen():
     assert samplers.most_frequent_patch(StubBatch(stream_BN=samples), 4).tolist() == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "num_candidates, temperature, message",
-    [
+def test_invalid_arguments_raise_before_any_sampling():
+    for num_candidates, temperature, message in (
         *((200, t, r"in \(0, 2\]") for t in (0, -1, 2.0001, math.nan, math.inf, None, "0.5", True)),
         *((n, 1.0, "positive integer") for n in (0, -3, 2.5, None, True)),
         *((n, t, f"at least {least}") for n, t, least in ((1, 0.9, 2), (2, 0.4, 3), (99, 0.01, 100))),
-    ],
-)
-def test_invalid_arguments_raise_before_any_sampling(num_candidates, temperature, message):
-    candidates = StubBatch(flat(2)[None])
-    with pytest.raises(ValueError, match=message):
-        samplers.batch_temperature_select(candidates, temperature, num_candidates)
-    with pytest.raises(ValueError, match=message):
-        samplers.PatchSampling(temperature=temperature, num_candidates=num_candidates)
-    assert candidates.extended == []
+    ):
+        candidates = StubBatch(flat(2)[None])
+        with pytest.raises(ValueError, match=message):
+            samplers.batch_temperature_select(candidates, temperature, num_candidates)
+        with pytest.raises(ValueError, match=message):
+            samplers.PatchSampling(temperature=temperature, num_candidates=num_candidates)
+        assert candidates.extended == []
 
 
 def test_rounded_temperatures_have_integer_exponents():

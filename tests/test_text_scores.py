@@ -163,9 +163,9 @@ def test_samples_are_made_in_chunks(monkeypatch):
     assert torch.equal(scores.prefix_match_rate[scores.is_scored][:, 0], match_rate_M)
 
 
-@pytest.mark.parametrize(
-    "texts, options, message",
-    [
+def test_bad_input_is_one_sentence():
+    model = tiny_model()
+    for texts, options, message in (
         (TEXT, {"tokenizer": None}, r"got text: pass tokenizer=\.\.\., or ids"),
         (TEXT, {"tokenizer": "."}, r"got text: pass tokenizer=\.\.\., or ids"),
         ([], {}, "a non-empty list of texts"),
@@ -176,10 +176,8 @@ def test_samples_are_made_in_chunks(monkeypatch):
         (IDS + 90, {}, r"got token id \d+, outside the vocabulary 0 … 95"),
         (IDS, {"attention_mask": torch.ones(1, 3)}, r"attention_mask of shape \(1, 3\), but ids of shape \(1, 24\)"),
         *((IDS, {"num_samples": num}, "num_samples=.*must be an integer of at least 2") for num in (1, 2.5, True)),
-    ],
-)
-def test_bad_input_is_one_sentence(texts, options, message):
-    options = {"tokenizer": tiny_tokenizer(), "num_samples": 3} | options
-    with pytest.raises(ValueError, match=message) as error:
-        score_texts(tiny_model(), texts, **options)
-    assert str(error.value).startswith(("score_texts()", "num_samples=")) and "\n" not in str(error.value)
+    ):
+        options = {"tokenizer": tiny_tokenizer(), "num_samples": 3} | options
+        with pytest.raises(ValueError, match=message) as error:
+            score_texts(model, texts, **options)
+        assert str(error.value).startswith(("score_texts()", "num_samples=")) and "\n" not in str(error.value)

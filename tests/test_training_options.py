@@ -48,9 +48,9 @@ def test_an_option_leaves_the_trajectory(run, name, tolerance):
     assert all(weights[key].dtype == plain[key].dtype for key in plain)
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
+def test_what_trainer_checks_late_raises_without_a_model(workshop, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("calm_transformers.training.train.build_model")
+    for words, message in (
         ("--seed -1", "seed=-1: must be an integer from 0"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0: must be at least 1"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps=0: must be at least 1"),
@@ -63,13 +63,10 @@ def test_an_option_leaves_the_trajectory(run, name, tolerance):
         ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1: leave it out, this trainer relies on 0.0"),
         ("--resume_from_checkpoint runs/x", "resume_from_checkpoint='runs/x': leave it out"),
         ("--auxiliary_weight .nan", "auxiliary_weight=nan: must be a finite number"),
-    ],
-)
-def test_what_trainer_checks_late_raises_without_a_model(words, message, workshop, tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr("calm_transformers.training.train.build_model")
-    words = [*arguments_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
-    assert message in refusal(capsys, main, "calm", *words)
-    assert not (tmp_path / "run").exists()
+    ):
+        words = [*arguments_of(workshop, tmp_path), *re.findall(r"\{.*?\}|\S+", words)]
+        assert message in refusal(capsys, main, "calm", *words)
+        assert not (tmp_path / "run").exists()
 
 
 def test_several_gpus_need_a_process_each(workshop, tmp_path, monkeypatch, capsys):

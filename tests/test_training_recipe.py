@@ -79,9 +79,8 @@ def test_the_command_line_is_read_as_yaml_and_integers_may_be_powers_of_ten():
         recipes.parse_command_line(["calm-m"])
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
+def test_an_invalid_recipe_file_raises(tmp_path):
+    for content, message in (
         ("kind: calm\nmodel: {hiden_size: 4}", "'hiden_size' in section model: did you mean hidden_size?"),
         ("kind: calm\nlearning_rate: 1", "unknown field 'learning_rate'"),
         ("kind: ar\ninit_backbone: a/llama", "it needs train calm, and no init_from."),
@@ -96,13 +95,11 @@ def test_the_command_line_is_read_as_yaml_and_integers_may_be_powers_of_ten():
         ("kind: calm\nmodel: [4]", "section model must have fields"),
         ("- calm", "a recipe has fields"),
         ("kind: {", "cannot be read"),
-    ],
-)
-def test_an_invalid_recipe_file_raises(tmp_path, content, message):
-    (tmp_path / "mine.yaml").write_text(content)
-    with pytest.raises(InputError) as error:
-        load_recipe(str(tmp_path / "mine.yaml"))
-    assert message in str(error.value)
+    ):
+        (tmp_path / "mine.yaml").write_text(content)
+        with pytest.raises(InputError) as error:
+            load_recipe(str(tmp_path / "mine.yaml"))
+        assert message in str(error.value)
 
 
 def test_a_recipe_overrides_only_its_own_fields_of_its_base(tmp_path):
