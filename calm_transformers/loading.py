@@ -50,7 +50,10 @@ def format_load_errors(name: str | Path) -> Iterator[None]:
         if path.is_dir() and not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
             raise ValueError(f"{name}: the folder holds no config.json, so no model.") from error
         message = format_error(error)
-        raise ValueError(message if text in message else f"{name}: {message}") from error
+        message = message if text in message else f"{name}: {message}"
+        if not path.exists() and type(error).__module__.startswith("safetensors"):  # of a downloaded file
+            message += f" (`hf cache rm model/{name}`, and it is downloaded again)"
+        raise ValueError(message) from error
 
 
 def resolve_device(name: str | None) -> torch.device:

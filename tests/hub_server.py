@@ -132,13 +132,18 @@ class HubRequestHandler(BaseHTTPRequestHandler):
                 content, headers = content
         except HubError as error:
             content, status, headers = {"error": str(error)}, error.status, error.headers
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        content, is_cut = content if isinstance(content, bytes) else json.dumps(content).encode(), False
+        for fault in [fault for repo, fault in self.server.hub.faults.items() if repo in self.path]:
+            status = fault if isinstance(fault, int) else status
+            if isinstance(fault, str) and self.command == "GET" and self.path.endswith(".safetensors"):
+                is_cut, content = fault == "cut", content.replace(b"F32", b"F00") if fault == "damaged" else content
+        self.close_connection = self.close_connection or is_cut
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if is_cut else content)
 
     do_HEAD = do_GET = do_POST = answer
 
@@ -160,6 +165,7 @@ class HubServer:
 
     def __enter__(self):
         self.api, self.lock = HubApi(), threading.Lock()
+        self.faults = {}  # part of a path → HTTP status of each answer, or what happens to weights: "cut", "damaged"
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), HubRequestHandler)
         self.http.daemon_threads = True
         self.http.hub = self

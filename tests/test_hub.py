@@ -67,6 +67,40 @@ def push_convert_push(folder, published, bundle):
     return main([*pair, "--output", f"{folder}/bundle", "--push-to-hub", bundle])
 
 
+def generate_from(repos):
+    """In a fresh process: runs `calm generate` on repositories; returns each one's exit code, text and errors."""
+    import contextlib
+    import io
+    import time
+
+    from calm_transformers.generate import main
+
+    found, time.sleep = [], lambda seconds: None  # between the client's attempts
+    for repo in repos:
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.redirect_stderr(io.StringIO()) as errors:
+            code = main([repo, "ab", "--max_new_tokens", "8"])
+        found.append((code, text.getvalue(), errors.getvalue()))
+    return found
+
+
+def push_and_be_killed(repo):
+    """In a fresh process: pushes models from ten processes that are killed at random moments, then one more."""
+    import multiprocessing
+    import random
+    import time
+
+    from tiny import tiny_model
+
+    context, moments = multiprocessing.get_context("fork"), random.Random(0)
+    for seed in range(10):
+        process = context.Process(target=tiny_model(seed=seed).push_to_hub, args=(repo,))
+        process.start()
+        time.sleep(moments.uniform(0, 1.5))
+        process.kill()
+        process.join()
+    return tiny_model(seed=10).push_to_hub(repo).oid
+
+
 def code_digests_of(commit):
     return {path: hashlib.sha256(content).hexdigest() for path, content in commit.files.items() if ".py" in path}
 
@@ -96,6 +130,32 @@ def test_a_pull_returns_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
         code = code_digests_of(hub.api.repositories[REPO].at(before["commit"]))
         assert after == {"code": code, "weights": before["weights"], "text": before["text"]}
     assert_carries_its_code(copy)
+
+
+@pytest.mark.slow
+def test_errors_of_the_hub_are_one_sentence_and_the_next_run_and_an_offline_one_go_on(hub, pushed, tmp_path):
+    faults = {"e500": 500, "e429": 429, "cut": "cut", "bad": "damaged"}  # the client checks no hash of small files
+    repos = {f"{USER}/{name}": fault for name, fault in faults.items()}
+    hub.api.repositories |= dict.fromkeys(repos, hub.api.repositories[REPO])
+    outcomes, environment = [], hub.client_environment() | {"HF_HOME": str(tmp_path / "cache")}
+    for hub.faults, settings in ((repos, {}), ({}, {}), ({}, {"HF_HUB_OFFLINE": "1"})):
+        call = fresh_process.call(generate_from, tmp_path / "home", environment | settings, repos=list(repos))
+        outcomes.append(call.result)
+    first, second, offline = outcomes
+    for repo, (code, text, error) in zip(repos, first, strict=True):
+        assert (code, text) == (2, "") and error.startswith("error: ") and error.count("\n") == 1 and repo in error
+    assert offline == second and second[0][1].startswith("ab") and second[:3] == 3 * [[0, second[0][1], ""]]
+    assert second[3][0] == 2 and f"`hf cache rm model/{USER}/bad`, and it is downloaded again" in second[3][2]
+
+
+@pytest.mark.slow
+def test_a_killed_push_leaves_no_incomplete_commit(hub, tmp_path):
+    arguments = {"repo": f"{USER}/killed"}
+    last = fresh_process.call(push_and_be_killed, tmp_path / "home", hub.client_environment(), **arguments).result
+    commits = list(hub.commits(arguments["repo"]))
+    assert commits[0].oid == last and len(commits) > 1
+    assert all({"config.json", "model.safetensors"} <= commit.files.keys() for commit in commits)
+    assert all(code_digests_of(commit) == root_code() for commit in commits)
 
 
 @pytest.mark.slow
