@@ -40,7 +40,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def trained():
     return AutoTokenizer.from_pretrained(ROOT)
 
 
@@ -56,27 +56,27 @@ def generate_texts(model, tokenizer, grammar, prompts=(PROMPT,), max_new_tokens=
 
 @needs_demo
 @pytest.mark.parametrize("sampling", [{"temperature": 0.5}, {"temperature": 1.0}, {"do_sample": False}], ids=str)
-def test_batches_are_json_of_the_schema(model, tokenizer, sampling):
-    grammar = Grammar(tokenizer, json_schema=json.dumps(NESTED))
-    texts, ids = generate_texts(model, tokenizer, grammar, [PROMPT, "A", "He had " * 9], **sampling)
+def test_batches_are_json_of_the_schema(model, trained, sampling):
+    grammar = Grammar(trained, json_schema=json.dumps(NESTED))
+    texts, ids = generate_texts(model, trained, grammar, [PROMPT, "A", "He had " * 9], **sampling)
     for text, tokens in zip(texts, ids, strict=True):
         jsonschema.validate(json.loads(text), NESTED)
-        before_eos = tokens[: tokens.index(tokenizer.eos_token_id)]
-        assert not set(before_eos) & set(tokenizer.all_special_ids)
+        before_eos = tokens[: tokens.index(trained.eos_token_id)]
+        assert not set(before_eos) & set(trained.all_special_ids)
     assert len(set(texts)) == 3
 
 
 @needs_demo
-def test_a_text_matches_its_regex_and_may_end_inside_a_patch(model, tokenizer):
+def test_a_text_matches_its_regex_and_may_end_inside_a_patch(model, trained):
     """Of two lengths one ends inside a patch; text that `max_new_tokens` cuts off is a prefix of a match."""
     lengths = set()
     for regex in ("[a-z]{3}", "[a-z]{4}", "(cat|dog)s? [0-9]{1,3}!", "(é|ü|☃){2}"):
-        grammar = Grammar(tokenizer, regex=regex)
-        (text,), (ids,) = generate_texts(model, tokenizer, grammar, max_new_tokens=30, temperature=0.5)
+        grammar = Grammar(trained, regex=regex)
+        (text,), (ids,) = generate_texts(model, trained, grammar, max_new_tokens=30, temperature=0.5)
         assert re.fullmatch(regex, text)
-        lengths.add(ids.index(tokenizer.eos_token_id) % model.config.patch_size)
+        lengths.add(ids.index(trained.eos_token_id) % model.config.patch_size)
     assert lengths == {0, 1}
-    (text,), (ids,) = generate_texts(model, tokenizer, Grammar(tokenizer, regex="[a-z ]{60,}"), max_new_tokens=15)
+    (text,), (ids,) = generate_texts(model, trained, Grammar(trained, regex="[a-z ]{60,}"), max_new_tokens=15)
     assert re.fullmatch("[a-z ]+", text) and len(ids) == 15
 
 
@@ -132,6 +132,11 @@ def walk(tokenizer, grammar, seed, length=4):
     return ids[1:-1]
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level()
+
+
 @pytest.fixture(scope="module", params=MAKERS)
 def any_tokenizer(request):
     return MAKERS[request.param]()
@@ -150,9 +155,8 @@ def test_random_walks_match_the_grammar(any_tokenizer, options):
             jsonschema.validate(json.loads(text), options["json_schema"])
 
 
-def test_candidates_are_masked_independently_of_each_other():
+def test_candidates_are_masked_independently_of_each_other(tokenizer):
     """One processor masks candidates of any length and order as a new processor for each does."""
-    tokenizer = byte_level()
     grammar = Grammar(tokenizer, json_schema=ALL_OF)
     processor, prompt, random = grammar.after_prompt(2), [5, 6], torch.Generator().manual_seed(0)
     walks = [[*walk(tokenizer, grammar, seed), tokenizer.eos_token_id, tokenizer.eos_token_id] for seed in range(4)]
@@ -167,28 +171,25 @@ def test_candidates_are_masked_independently_of_each_other():
 
 
 @pytest.mark.parametrize("text", ["<|eos|>", "a<|pad|>b"])
-def test_the_spelling_of_a_special_token_is_generated_as_text(text):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT)
+def test_the_spelling_of_a_special_token_is_generated_as_text(trained, text):
     for options in ({"json_schema": {"const": text}}, {"regex": re.escape(text)}):
-        processor, ids = Grammar(tokenizer, **options).after_prompt(0), []
-        while not ids or ids[-1] != tokenizer.eos_token_id:
-            allowed = processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, len(tokenizer)))[0].isfinite()
+        processor, ids = Grammar(trained, **options).after_prompt(0), []
+        while not ids or ids[-1] != trained.eos_token_id:
+            allowed = processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, len(trained)))[0].isfinite()
             assert len(ids) < 40 and allowed.any()
             ids.append(int(allowed.nonzero()[-1]))
         expected = json.dumps(text) if "json_schema" in options else text
-        assert tokenizer.decode(ids[:-1]) == expected and not set(ids[:-1]) & set(tokenizer.all_special_ids)
+        assert trained.decode(ids[:-1]) == expected and not set(ids[:-1]) & set(trained.all_special_ids)
 
 
-def test_threads_may_share_a_grammar():
-    tokenizer = byte_level()
+def test_threads_may_share_a_grammar(tokenizer):
     grammar = Grammar(tokenizer, regex="[a-z]{1,40}")
     alone = [walk(tokenizer, grammar, seed) for seed in range(16)]
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda seed: walk(tokenizer, grammar, seed), range(16))) == alone
 
 
-def test_a_complete_match_may_continue_or_end_and_ends_at_eos():
-    tokenizer = byte_level()
+def test_a_complete_match_may_continue_or_end_and_ends_at_eos(tokenizer):
     processor = Grammar(tokenizer, json_schema={"type": "number"}).after_prompt(0)
     ids = tokenizer("10.25e-3", add_special_tokens=False)["input_ids"]
     for end in ([], [tokenizer.eos_token_id], [tokenizer.eos_token_id] * 3):
@@ -196,16 +197,10 @@ def test_a_complete_match_may_continue_or_end_and_ends_at_eos():
         assert allowed[tokenizer.eos_token_id] and (allowed.sum() > 1) == (not end)
 
 
-def test_a_text_that_does_not_match_raises_an_error():
-    tokenizer = byte_level()
+def test_a_text_that_does_not_match_raises_an_error(tokenizer):
     processor = Grammar(tokenizer, regex="ab").after_prompt(0)
     with pytest.raises(ValueError, match="A text doesn't match its grammar: another logits processor has forced"):
         processor(torch.tensor([tokenizer.convert_tokens_to_ids(["a", "a"])]), torch.zeros(1, len(tokenizer)))
-
-
-@pytest.fixture(scope="module")
-def some_tokenizer():
-    return byte_level()
 
 
 INVALID = [
@@ -223,18 +218,18 @@ INVALID = [
 
 
 @pytest.mark.parametrize("options, sentence", INVALID, ids=[sentence for _, sentence in INVALID])
-def test_invalid_grammars_raise_an_error_of_one_line(some_tokenizer, options, sentence):
+def test_invalid_grammars_raise_an_error_of_one_line(tokenizer, options, sentence):
     with pytest.raises(ValueError, match=sentence) as raised:
-        Grammar(some_tokenizer, **options)
+        Grammar(tokenizer, **options)
     assert "\n" not in str(raised.value)
 
 
-def test_unicode_escapes_are_forbidden(some_tokenizer):
+def test_unicode_escapes_are_forbidden(tokenizer):
     """They could spell a property's name so that its schema doesn't apply."""
-    processor = Grammar(some_tokenizer, json_schema=OTHER_NAMES).after_prompt(0)
-    ids = some_tokenizer('{"\\', add_special_tokens=False)["input_ids"]
-    scores = processor(torch.tensor([ids]), torch.zeros(1, len(some_tokenizer)))[0]
-    newline, unicode = some_tokenizer.convert_tokens_to_ids(["n", "u"])
+    processor = Grammar(tokenizer, json_schema=OTHER_NAMES).after_prompt(0)
+    ids = tokenizer('{"\\', add_special_tokens=False)["input_ids"]
+    scores = processor(torch.tensor([ids]), torch.zeros(1, len(tokenizer)))[0]
+    newline, unicode = tokenizer.convert_tokens_to_ids(["n", "u"])
     assert scores[newline] == 0 and scores[unicode] == -torch.inf
 
 
@@ -249,8 +244,8 @@ def test_characters_outside_the_vocabulary_raise_an_error():
         walk(tokenizer, Grammar(tokenizer, regex="ab"), 0)
 
 
-def test_unsupported_tokenizers_raise_an_error(some_tokenizer):
-    without_eos = PreTrainedTokenizerFast(tokenizer_object=some_tokenizer.backend_tokenizer)
+def test_unsupported_tokenizers_raise_an_error(tokenizer):
+    without_eos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     for other in (".", None):
         with pytest.raises(ValueError, match="tokenizer=.*: must be the model's tokenizer, as AutoTokenizer loads it"):
             Grammar(other, regex="a")
@@ -260,7 +255,7 @@ def test_unsupported_tokenizers_raise_an_error(some_tokenizer):
         Grammar(tiny_tokenizer(), regex="a")
 
 
-def test_a_missing_package_is_named(some_tokenizer, monkeypatch):
+def test_a_missing_package_is_named(tokenizer, monkeypatch):
     monkeypatch.setattr(grammars, "llguidance", None)
     with pytest.raises(ImportError, match='A grammar needs llguidance: pip install "llguidance>=1.9,<2"'):
-        Grammar(some_tokenizer, regex="a")
+        Grammar(tokenizer, regex="a")

@@ -1,7 +1,4 @@
-"""Two replicas of a server behind one address, by nginx with docs/nginx.conf.
-
-The same text for a seed, load balancing, streaming, disconnecting clients, and a replica that stops or dies.
-"""
+"""Two replicas behind nginx with docs/nginx.conf: texts, load, streams, disconnecting clients, one stops or dies."""
 
 import contextlib
 import http.client

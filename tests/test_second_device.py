@@ -27,9 +27,8 @@ IDS = torch.randint(3, 90, (3, 24), generator=seeded())
 IDS[1, :5] = PAD
 ON_DEVICE = {  # by processors of upstream's that know no value on the host
     **{"bad_words_ids": [[40], [41, 42]], "sequence_bias": [[[43], 2.0], [[44, 45], -2.0]]},
-    **{"begin_suppress_tokens": list(range(30, 50)), "suppress_tokens": list(range(50, 70))},
-    **{"exponential_decay_length_penalty": (2, 1.5), "forced_eos_token_id": 7},
-    **{"remove_invalid_values": True, "repetition_penalty": 2.0},
+    **{"begin_suppress_tokens": list(range(30, 50)), "suppress_tokens": list(range(50, 70)), "forced_eos_token_id": 7},
+    **{"exponential_decay_length_penalty": (2, 1.5), "remove_invalid_values": True, "repetition_penalty": 2.0},
 }
 OTHER_PROCESSORS = {
     **{"no_repeat_ngram_size": 2, "prefix_allowed_tokens_fn": lambda row, ids: range(3 + row, 60)},
@@ -74,10 +73,11 @@ def with_loss(kind, head_type):
     if kind == "lora":
         config = peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=r"autoencoder\..*")
         return peft.get_peft_model(model, config).double()
-    head = exact_model(head_type, seed=1).head
-    teacher = distillation.ChainTeacher(head.chain) if head.samples_tokens else None
-    teacher = teacher or distillation.HeadTeacher(head, model.autoencoder)
-    return distillation.TemperatureDistillation(model, teacher, 3) if kind == "distilled" else model
+    if kind == "plain":
+        return model
+    old, is_chain = exact_model(head_type, seed=1).head, head_type == "token_chain"
+    teacher = distillation.ChainTeacher(old.chain) if is_chain else distillation.HeadTeacher(old, model.autoencoder)
+    return distillation.TemperatureDistillation(model, teacher, 3)
 
 
 def training_step(model, device):

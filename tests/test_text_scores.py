@@ -41,6 +41,8 @@ def brier_by_loops(samples_NK, target_K):
 
 @pytest.mark.parametrize("patch_size, num_samples", [(1, 7), (2, 3), (4, 2)])
 def test_energy_and_brier_of_the_same_samples(monkeypatch, patch_size, num_samples):
+    """Which are made in chunks, except with K = 4."""
+    monkeypatch.setitem(text_scores.SAMPLES_CHUNK_SIZE, "cpu", 40)
     model = few_tokens(tiny_model(patch_size=patch_size, beta=1.3))
     samples = record_calls(monkeypatch, model.head, "sample")
     targets = record_calls(monkeypatch, PatchTarget, "sample_latents")
@@ -48,6 +50,7 @@ def test_energy_and_brier_of_the_same_samples(monkeypatch, patch_size, num_sampl
     scores = score_texts(model, ids_BL, num_samples=num_samples, generator=seeded())
     num_scored = 2 * (24 // patch_size - 1)
     assert scores.is_scored.sum() == num_scored and not scores.is_scored[:, 0].any()
+    assert max(each.shape[:2].numel() for each in samples) <= 40 and (len(samples) > 1) == (patch_size < 4)
     samples_NMZ, targets_SMZ = torch.cat(samples, dim=1), torch.cat(targets, dim=1)
     assert samples_NMZ.shape[:2] == (num_samples, num_scored) and targets_SMZ.shape[:2] == (10, num_scored)
     energy_M = energy_score(samples_NMZ, targets_SMZ, beta=1.3)
@@ -149,18 +152,6 @@ def test_bfloat16():
     narrow = score_texts(model.to(torch.bfloat16), IDS, num_samples=50, generator=seeded())
     assert narrow.energy.dtype == narrow.brier.dtype == torch.float32
     torch.testing.assert_close(narrow.energy.mean(), wide.energy.mean(), rtol=0.1, atol=0)
-
-
-def test_samples_are_made_in_chunks(monkeypatch):
-    monkeypatch.setitem(text_scores.SAMPLES_CHUNK_SIZE, "cpu", 64)
-    model = few_tokens(tiny_model(patch_size=1), 20)
-    samples = record_calls(monkeypatch, model.head, "sample")
-    scores = score_texts(model, IDS.repeat(3, 1), num_samples=10, generator=seeded())
-    sizes = [samples_NmZ.shape[:2].numel() for samples_NmZ in samples]
-    assert max(sizes) <= 64 and sum(sizes) == 3 * 23 * 10
-    tokens_MNK = model.autoencoder.decode_tokens(torch.cat(samples, dim=1)).movedim(0, 1)
-    match_rate_M = (tokens_MNK == scores.patches[scores.is_scored][:, None]).all(-1).float().mean(-1)
-    assert torch.equal(scores.prefix_match_rate[scores.is_scored][:, 0], match_rate_M)
 
 
 def test_bad_input_is_one_sentence():
