@@ -298,22 +298,19 @@ def test_wrong_graphs_and_interruptions_leave_no_files(exporter, capsys, tmp_pat
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-SETTINGS = [
-    ({"do_sample": False, "sampling_method": "exact"}, ["do_sample=False", "sampling_method='exact'"]),
-    ({"max_length": 512, "suppress_tokens": [7]}, ["max_length=512", "suppress_tokens=[7]"]),
-    ({"top_k": 4, "top_p": 0.9, "min_p": 0.1, "max_new_tokens": 30, "temperature": 1.2}, []),
-    ({"repetition_penalty": 1.0, "typical_p": 1.0, "min_length": 0, "cache_implementation": "static"}, []),
-]
-
-
-@pytest.mark.parametrize("settings, ignored", SETTINGS)
-def test_settings_are_exported_or_named(settings, ignored):
-    model = small_model(**settings)
-    assert export_onnx.ignored_settings(model.generation_config) == ignored
-    defaults = {"temperature": 0.5, "num_candidates": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    defaults |= {"max_new_tokens": None}
-    expected = {name: settings.get(name, default) for name, default in defaults.items()}
-    assert export_onnx.export_config(model).items() >= expected.items()
+def test_settings_are_exported_or_named():
+    for settings, ignored in (
+        ({"do_sample": False, "sampling_method": "exact"}, ["do_sample=False", "sampling_method='exact'"]),
+        ({"max_length": 512, "suppress_tokens": [7]}, ["max_length=512", "suppress_tokens=[7]"]),
+        ({"top_k": 4, "top_p": 0.9, "min_p": 0.1, "max_new_tokens": 30, "temperature": 1.2}, []),
+        ({"repetition_penalty": 1.0, "typical_p": 1.0, "min_length": 0, "cache_implementation": "static"}, []),
+    ):
+        model = small_model(**settings)
+        assert export_onnx.ignored_settings(model.generation_config) == ignored
+        defaults = {"temperature": 0.5, "num_candidates": 12, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        defaults |= {"max_new_tokens": None}
+        expected = {name: settings.get(name, default) for name, default in defaults.items()}
+        assert export_onnx.export_config(model).items() >= expected.items()
 
 
 def test_no_setting_is_forgotten():

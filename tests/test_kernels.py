@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_copies import ROOT
-from tiny import BOS, seeded, tiny_model
+from tiny import BOS, record_calls, seeded, tiny_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
@@ -101,8 +101,7 @@ def test_no_file_imports_a_private_name_of_torch(path):
 @pytest.fixture
 def calls(monkeypatch):
     """Records the shapes of all oneDNN matmuls, and enables them for small shapes and every processor."""
-    seen, product = [], kernels_calm._one_dnn_linear
-    monkeypatch.setattr(kernels_calm, "_one_dnn_linear", lambda *args: seen.append(args[0].shape) or product(*args))
+    seen = record_calls(monkeypatch, kernels_calm, "_one_dnn_linear", lambda _, rows, *args: rows.shape)
     monkeypatch.setattr(kernels_calm, "MIN_ROWS", 1)
     monkeypatch.setattr(kernels_calm, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(kernels_calm, "one_dnn_is_faster", lambda: True)

@@ -43,19 +43,16 @@ def raw(server, sent):
     return b""
 
 
-CROSS_SITE = [  # what a web page of another origin can send to a server on this machine, without asking
-    ({"Content-Type": "text/plain"}, 415),
-    ({**JSON, "Host": "rebound.example:8000"}, 403),
-    ({**JSON, "Host": "127.0.0.1.evil.example"}, 403),
-    ({**JSON, "Host": "["}, 403),
-    ({"Content-Type": "application/json; charset=utf-8", "Host": "localhost"}, 200),
-    ({**JSON, "Host": "[::1]:8000"}, 200),
-]
-
-
-@pytest.mark.parametrize("headers, status", CROSS_SITE)
-def test_web_pages_of_other_origins_cannot_use_a_local_server(server, headers, status):
-    assert send(server, json.dumps(SMALL), headers)[0] == status
+def test_web_pages_of_other_origins_cannot_use_a_local_server(server):
+    for headers, status in (  # what a page of another origin can send without asking
+        ({"Content-Type": "text/plain"}, 415),
+        ({**JSON, "Host": "rebound.example:8000"}, 403),
+        ({**JSON, "Host": "127.0.0.1.evil.example"}, 403),
+        ({**JSON, "Host": "["}, 403),
+        ({"Content-Type": "application/json; charset=utf-8", "Host": "localhost"}, 200),
+        ({**JSON, "Host": "[::1]:8000"}, 200),
+    ):
+        assert send(server, json.dumps(SMALL), headers)[0] == status
 
 
 def test_broken_bodies_are_errors_of_the_client(server):
