@@ -1,9 +1,7 @@
 """Conversion of checkpoints: files read and written, and errors. test_goldens.py checks the numbers."""
 
-import errno
 import json
 import os
-import resource
 import zipfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -308,15 +306,6 @@ def test_an_unknown_head_type_raises_an_error(tmp_path, capsys):
     setup.fail(name, setup.calm.weights)
 
 
-@pytest.mark.parametrize("layout", ["bin", "safetensors"])
-def test_a_truncated_file_raises_an_error(setup, layout):
-    setup.calm.write(layout)
-    content = setup.calm.weights.read_bytes()
-    for fraction in (0, 0.999):
-        setup.calm.weights.write_bytes(content[: int(fraction * len(content))])
-        setup.fail(setup.calm.weights)
-
-
 @pytest.mark.parametrize("member", ["data/3", "data.pkl"])
 def test_a_wrong_checksum_raises_an_error(setup, member):
     with zipfile.ZipFile(setup.calm.weights) as archive:
@@ -338,59 +327,15 @@ def test_an_archive_without_checksums_is_read(setup):
     setup.convert()
 
 
-class Malicious:
-    def __init__(self, victim):
-        self.victim = victim
-
-    def __reduce__(self):
-        return Path.touch, (self.victim,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_malicious_pickle_is_not_executed(setup, zipped):
-    victim = setup.folder / "victim"
-    content = {**setup.calm.tensors, "transformer.norm.weight": Malicious(victim)}
-    torch.save(content, setup.calm.weights, _use_new_zipfile_serialization=zipped)
-    setup.fail(setup.calm.weights)
-    assert not victim.exists()
-    torch.load(setup.calm.weights, weights_only=False)  # the attack works without our loader
-    assert victim.exists()
-
-
 def test_a_pickle_of_other_objects_raises_an_error(setup):
     for content in ([torch.zeros(3)], {"transformer.norm.weight": [1.0]}, {0: torch.zeros(1)}):
         torch.save(content, setup.calm.weights)
         setup.fail(setup.calm.weights)
 
 
-def test_missing_files_and_an_index_without_its_map_are_named(setup):
-    setup.calm.write("sharded bin")
-    index = setup.calm.folder / "pytorch_model.bin.index.json"
-    shard = sorted(setup.calm.folder.glob("*.bin"))[0]
-    shard.unlink()
-    setup.fail(shard, index.name)
-    index.write_text("{}")
-    setup.fail(index, "weight_map")
-    for path in setup.calm.folder.glob("pytorch_model*"):
-        path.unlink()
-    setup.fail(setup.calm.folder, "pytorch_model.bin")
-    (setup.calm.folder / "config.json").write_text("[]")
-    setup.fail(setup.calm.folder / "config.json")
-    (setup.calm.folder / "config.json").unlink()
-    setup.fail(setup.calm.folder / "config.json", "does not exist", "holds the language model")
-
-
-def test_a_tensor_in_two_shards_and_an_index_that_names_another_folder_raise_errors(setup):
+def test_a_tensor_in_two_shards_raises_an_error(setup):
     setup.calm.write("sharded safetensors")
-    (index,) = setup.calm.folder.glob("*.index.json")
     first, second = sorted(setup.calm.folder.glob("*.safetensors"))
-    content = index.read_text()
-    for folder in ("..", str(setup.folder)):
-        first.rename(setup.folder / first.name)
-        index.write_text(content.replace(first.name, f"{folder}/{first.name}"))
-        setup.fail(index, first.name, "not in the same folder")
-        (setup.folder / first.name).rename(first)
-    index.write_text(content)
     second.write_bytes(first.read_bytes())
     setup.fail(first, second)
 
@@ -405,24 +350,7 @@ def test_a_path_is_not_looked_up_on_the_hub_and_an_unknown_id_is_named(setup, mo
             setup.fail(message, more=(f"--{option}", path))
 
 
-def test_a_full_disk_leaves_no_files(setup):
-    # A file size limit fails while weights are written, like a full disk, but with another error number.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-    try:
-        setup.fail("model.safetensors", os.strerror(errno.EFBIG), "at model.")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_failure_while_writing_leaves_no_files(setup, monkeypatch):
-    for owner, method in ((Path, "write_text"), (os, "replace")):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, method, Mock(side_effect=NO_SPACE))
-            setup.fail(NO_SPACE.strerror)
+def test_an_interrupted_conversion_leaves_no_files(setup, monkeypatch):
     monkeypatch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt()))
     setup.fail("error: interrupted.\n", code=130)
 

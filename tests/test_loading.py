@@ -14,7 +14,7 @@ from tiny import BOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from calm_transformers import loading
 from calm_transformers.conversion.convert import convert
 from calm_transformers.evaluation.text_scores import score_texts
-from calm_transformers.loading import check_tokenizer, load_causal_lm
+from calm_transformers.loading import check_tokenizer
 from calm_transformers.model.modeling_calm import CALMForCausalLM
 from calm_transformers.model.modeling_calm_autoencoder import non_finite_weight
 from calm_transformers.serving.batcher import Batcher
@@ -77,10 +77,6 @@ def set_nan(tensors):
     tensors[WEIGHT][3, 5] = torch.nan
 
 
-def add(tensors):
-    tensors["head.blocks.2.weight"] = torch.ones(2)
-
-
 @pytest.mark.parametrize(("change", "message"), [(remove, "loaded without values of"), (set_nan, "NaN")])
 def test_missing_and_non_finite_weights_raise_errors(tmp_path, change, message):
     model = CALMForCausalLM.from_pretrained(save_changed(tmp_path, change))
@@ -107,13 +103,6 @@ def test_changed_weights_are_checked_again():
             model.generate(PROMPT_IDS, max_new_tokens=4)
     with pytest.raises(ValueError, match="float16"):  # whose largest number is 65504
         model.half().generate(PROMPT_IDS, max_new_tokens=4)
-
-
-@pytest.mark.parametrize(("change", "message"), [(remove, "lack head."), (add, "unexpected head."), (set_nan, "NaN")])
-def test_loading_raises_errors_for_wrong_weights(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message) as error:
-        load_causal_lm(str(save_changed(tmp_path, change)))
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_another_model_s_tokenizer_raises_an_error(monkeypatch):
