@@ -76,11 +76,10 @@ def running(words, log, cwd, **environment):
         yield process
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # if it still runs
+        process.wait()
 
 
 def wait_until_healthy(process, log, url):

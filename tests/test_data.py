@@ -383,24 +383,18 @@ def test_steps_and_blocks_by_hand():
 # collator
 
 
-NONE = [-100] * 4
-
-
-@pytest.mark.parametrize(
-    "row, end, ids, labels, mask",
-    [
-        (range(10, 20), None, [*range(10, 20), 0, 0], [*NONE, *range(14, 18), *NONE], [1] * 10 + [0] * 2),
-        (range(20, 26), None, [*range(20, 26), 0, 0, *[0] * 4], 3 * NONE, [1] * 6 + [0] * 6),
+def test_labels_are_whole_patches_after_the_first_by_hand():
+    none = [-100] * 4
+    for row, end, ids, labels, mask in (
+        (range(10, 20), None, [*range(10, 20), 0, 0], [*none, *range(14, 18), *none], [1] * 10 + [0] * 2),
+        (range(20, 26), None, [*range(20, 26), 0, 0, *[0] * 4], 3 * none, [1] * 6 + [0] * 6),
         # a prompt of 6 tokens and a completion of 6: the patch across their boundary has no labels
-        ([*[-100] * 6, *range(16, 22)], None, range(10, 22), [*NONE, *NONE, *range(18, 22)], [1] * 12),
-        (range(10, 16), 2, [*range(10, 16), 2, 2, *[0] * 4], [*NONE, 14, 15, 2, 2, *NONE], [1] * 8 + [0] * 4),
-    ],
-)
-def test_labels_are_whole_patches_after_the_first_by_hand(row, end, ids, labels, mask):
-    own = {"input_ids": ids[: len(row)], "labels": row} if -100 in row else {"input_ids": row}
-    own = {name: list(values) for name, values in own.items()}
-    batch = PatchCollator(4, pad_token_id=0, end_token_id=end)([own, {"input_ids": list(range(11))}])
-    assert [batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask")] == [list(ids), labels, mask]
+        ([*[-100] * 6, *range(16, 22)], None, [*range(10, 22)], [*none, *none, *range(18, 22)], [1] * 12),
+        (range(10, 16), 2, [*range(10, 16), 2, 2, *[0] * 4], [*none, 14, 15, 2, 2, *none], [1] * 8 + [0] * 4),
+    ):
+        own = {"input_ids": ids[: len(row)], "labels": list(row)} if -100 in row else {"input_ids": list(row)}
+        batch = PatchCollator(4, pad_token_id=0, end_token_id=end)([own, {"input_ids": list(range(11))}])
+        assert [batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask")] == [ids, labels, mask]
 
 
 def test_the_autoencoder_reconstructs_all_but_the_fillers():

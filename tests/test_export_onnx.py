@@ -20,6 +20,7 @@ from calm_transformers.model.generation_calm_samplers import PatchSampling, RowR
 from calm_transformers.model.generation_calm_upstream import GENERATION_SETTINGS, USED_SETTINGS
 from calm_transformers.onnx_export import export as export_onnx
 from calm_transformers.onnx_export import generate_onnx
+from calm_transformers.onnx_export.export import main
 from calm_transformers.training.tokenizer import save_tokenizer
 
 pytestmark = pytest.mark.transformers
@@ -236,28 +237,24 @@ def test_invalid_sampling_settings_raise_errors(settings):
         PatchSampling(**settings)
 
 
-def failure(capsys, *words) -> str:
-    return refusal(capsys, export_onnx.main, *words)
-
-
 def test_models_that_cannot_be_exported_raise_errors(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
-    assert failure(capsys, other, "--output", tmp_path / "new") == f"{other} is no CALM."
+    assert refusal(capsys, main, other, "--output", tmp_path / "new") == f"{other} is no CALM."
     (other / "config.json").write_text('{"model_type": "calm", "head_type": "mine"}')
-    assert "head of type 'mine': those exported are energy, flow" in failure(capsys, other, "--output", tmp_path / "n")
+    assert "head of type 'mine': those exported are energy" in refusal(capsys, main, other, "--output", tmp_path / "n")
     monkeypatch.setattr(export_onnx, "PACKAGES", ("no_such_package",))
-    message = failure(capsys, ROOT, "--output", tmp_path / "new")
+    message = refusal(capsys, main, ROOT, "--output", tmp_path / "new")
     assert message.endswith('needs no_such_package: pip install "calm-transformers[onnx]".')
     assert sorted(tmp_path.iterdir()) == [other]
 
 
 def test_an_existing_output_raises_an_error(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "exists already" in failure(capsys, ROOT, "--output", tmp_path)
-    assert "is not a folder" in failure(capsys, ROOT, "--output", tmp_path / "nowhere" / "new")
+    assert "exists already" in refusal(capsys, main, ROOT, "--output", tmp_path)
+    assert "is not a folder" in refusal(capsys, main, ROOT, "--output", tmp_path / "nowhere" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -265,12 +262,12 @@ def test_an_unknown_opset_and_a_missing_tokenizer_raise_errors(exporter, capsys,
     model, words = tmp_path / "model", (tmp_path / "model", "--output", tmp_path / "new")
     small_model().save_pretrained(model)
     for opset in (9, 999):
-        message = failure(capsys, *words, "--opset", opset)
+        message = refusal(capsys, main, *words, "--opset", opset)
         assert message.startswith(f"--opset {opset}: must be at least 18, and ")
-    assert failure(capsys, *words) == f"{model}: no tokenizer can be read there."
+    assert refusal(capsys, main, *words) == f"{model}: no tokenizer can be read there."
     for content in ("{", "{}"):
         (model / "tokenizer.json").write_text(content)
-        assert failure(capsys, *words).startswith(f"{model / 'tokenizer.json'}: no tokenizer can be read there (")
+        assert refusal(capsys, main, *words).startswith(f"{model}/tokenizer.json: no tokenizer can be read there (")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -69,11 +69,7 @@ def schemas(draw, children=None):
 
 
 pairs = st.recursive(schemas(), schemas, max_leaves=6)
-
-
-@functools.cache
-def tokenizer_of(name):
-    return MAKERS[name]()
+tokenizer_of = functools.cache(lambda name: MAKERS[name]())
 
 
 def compiled(tokenizer, schema):

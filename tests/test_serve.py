@@ -17,11 +17,11 @@ import openai
 import pytest
 import torch
 from commands import ROOT
+from evaluation_folder import tiny_llama
 from openai import OpenAI
 from server_process import HEAD, SECONDS, in_process, running, running_server
 from starlette.testclient import TestClient
 from tiny import tiny_model, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import calm_transformers
 from calm_transformers.command_line import InputError
@@ -420,38 +420,27 @@ def test_an_invalid_address_is_an_error_before_the_model_is_loaded(monkeypatch, 
     assert message.startswith(f"{host}:{port} can't be listened on")
 
 
-INVALID_OPTIONS = [
-    (["{tiny}", "--dtype", "float33"], "--dtype float33: must be auto or a dtype of torch"),
-    (["{tiny}", "--api_key", ""], "an API key is empty"),
-    (["{tiny}", "--api_key_file", "{tmp}/keys"], "an API key is empty"),
-    (["{tiny}", "--api_key_file", "{tmp}/bad.jinja"], "an API key has spaces or begins with #"),
-    (["{tiny}", "--timeout", "nan"], "nan: must be a number of seconds that is not negative"),
-    (["{tiny}", "--chat_template", "{tmp}/bytes.jinja"], "bytes.jinja: is not text in UTF-8"),
-    (["{tiny}", "--chat_template", "{tmp}/bad.jinja"], "the chat template is not valid Jinja, in line 2"),
-    (["{tiny}", "--max_draws", "20"], "at most 20 are allowed here"),  # its generation configuration has 50
-    (["{tmp}/autoencoder"], "is an autoencoder, not a language model"),
-    (["{tmp}/llama"], "is no CALM: its model_type is 'llama'"),
-]
-
-
-@pytest.fixture(scope="module")
-def invalid_folder(tmp_path_factory):
-    folder, sizes = tmp_path_factory.mktemp("invalid"), {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 96}
-    config = LlamaConfig(intermediate_size=8, num_attention_heads=1, **sizes)
-    for name, model in (("autoencoder", tiny_model().autoencoder), ("llama", LlamaForCausalLM(config))):
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-    (folder / "keys").write_text("one\n\ntwo\n")
-    (folder / "bytes.jinja").write_bytes(b"\xff")
-    (folder / "bad.jinja").write_text("{{ messages\n{% if %}")
-    return folder
-
-
-@pytest.mark.parametrize("words, sentence", INVALID_OPTIONS)
-def test_invalid_options_raise_before_serving(monkeypatch, capsys, tiny_folder, invalid_folder, words, sentence):
+def test_invalid_options_raise_before_serving(monkeypatch, capsys, tiny_folder, tmp_path):
     monkeypatch.setattr(serve, "run", lambda *_: pytest.fail("no error"))
-    words = [word.format(tiny=tiny_folder, tmp=invalid_folder) for word in words]
-    assert sentence in commands.refusal(capsys, serve.main, *words, "--port", "0")
+    for name, model in (("autoencoder", tiny_model().autoencoder), ("llama", tiny_llama())):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "keys").write_text("one\n\ntwo\n")
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
+    (tmp_path / "bad.jinja").write_text("{{ messages\n{% if %}")
+    for words, sentence in (
+        ([tiny_folder, "--dtype", "float33"], "--dtype float33: must be auto or a dtype of torch"),
+        ([tiny_folder, "--api_key", ""], "an API key is empty"),
+        ([tiny_folder, "--api_key_file", tmp_path / "keys"], "an API key is empty"),
+        ([tiny_folder, "--api_key_file", tmp_path / "bad.jinja"], "an API key has spaces or begins with #"),
+        ([tiny_folder, "--timeout", "nan"], "nan: must be a number of seconds that is not negative"),
+        ([tiny_folder, "--chat_template", tmp_path / "bytes.jinja"], "bytes.jinja: is not text in UTF-8"),
+        ([tiny_folder, "--chat_template", tmp_path / "bad.jinja"], "the chat template is not valid Jinja, in line 2"),
+        ([tiny_folder, "--max_draws", "20"], "at most 20 are allowed here"),  # its generation configuration has 50
+        ([tmp_path / "autoencoder"], "is an autoencoder, not a language model"),
+        ([tmp_path / "llama"], "is no CALM: its model_type is 'llama'"),
+    ):
+        assert sentence in commands.refusal(capsys, serve.main, *words, "--port", "0")
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
