@@ -38,15 +38,13 @@ COMMANDS = {
     "conversion.convert": ["--calm", "{model}", "--autoencoder", "{model}/../autoencoder", "--output", "{out}"],
     **({"onnx_export.export": ["{model}", "--output", "{out}"]} if find_spec("onnx") else {}),
 }
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-FILES += ("pytorch_model.bin",)
+FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json model.safetensors pytorch_model.bin"
 KINDS = ("[]", "null", "3", '"x"', "[{}]", '{"a":', "[" * 100_000, "NaN", "\ufeff{}", "{}\0", "\udcff")
 VALUES = (None, True, -1, 3, 10**9, 1.5, "x", "../../x", [], {}, {"a": 1})
 INDEXES = ("{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "no"}}')
 INDEXES += ('{"weight_map": {"a": "/dev/zero"}}', '{"weight_map": {"a": "../a"}}')
-UPSTREAM = r"it/s\]|^\[transformers\] (You are using a model of type|mtime may not)"
 TENSORS = ("nan", "inf", "shape", "type", "missing", "extra")
-SERIOUS = ("truncate", "replace", "link")  # of a file that a command reads
+UPSTREAM = r"it/s\]|^\[transformers\] (You are using a model of type|mtime may not)"
 
 
 @pytest.fixture(scope="module")
@@ -85,25 +83,18 @@ def run_on(root: Path, command: str, output: Path) -> tuple[int, list[str]]:
     return run(command, [w.format(model=model, text=root / "text.jsonl", out=output) for w in COMMANDS[command]])
 
 
-def all_fields(fields, path=()):
-    for key, value in fields.items() if isinstance(fields, dict) else ():
-        yield (*path, key)
-        yield from all_fields(value, (*path, key))
-
-
 def change_field(path: Path, draw) -> None:
     fields = inner = json.loads(path.read_text())
-    *outer, last = draw(st.sampled_from(list(all_fields(fields))))
-    for key in outer:
+    while isinstance(inner[key := draw(st.sampled_from(list(inner)))], dict) and inner[key] and draw(st.booleans()):
         inner = inner[key]
-    unchecked = (10**9,) if str(last).endswith("_layers") else (-1, 10**9) if last == "pad_token_id" else ()
-    inner[last] = draw(st.sampled_from([value for value in VALUES if value not in unchecked]))
+    unchecked = {"pad_token_id": [-1, 10**9], "bos_token_id": [[]]}.get(key, [10**9] * key.endswith("_layers"))
+    inner[key] = draw(st.sampled_from([value for value in VALUES if value not in unchecked]))
     path.write_text(json.dumps(fields))
 
 
 def change_tensor(path: Path, draw) -> None:
     tensors = load_file(path)
-    name, what = draw(st.sampled_from(sorted(tensors))), draw(st.sampled_from(TENSORS))
+    what, name = draw(st.sampled_from(TENSORS)), draw(st.sampled_from(sorted(tensors)))
     tensor = tensors.pop(name)
     if what in ("nan", "inf"):
         tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = float(what)
@@ -114,7 +105,7 @@ def change_tensor(path: Path, draw) -> None:
 
 def damage(folder: Path, draw) -> tuple[str, str]:
     """Damages one file of a folder; returns its name and what was done."""
-    path = draw(st.sampled_from([folder / name for name in FILES if (folder / name).exists()]))
+    path = draw(st.sampled_from([folder / name for name in FILES.split() if (folder / name).exists()]))
     kinds = {".json": ["replace", "field"], ".bin": ["index"], ".safetensors": ["index", "tensor", "tensor"]}
     what = draw(st.sampled_from(["truncate", "flip", "remove", "link", *kinds[path.suffix]]))
     content = path.read_bytes()
@@ -148,10 +139,10 @@ def test_a_damaged_folder_is_read_or_named_in_one_sentence(folders, command, dat
         file, what = damage(root / ("calm" if is_published else "model"), data.draw)
         code, lines = run_on(root, command, root / "out")
         if code == 0:
-            assert what not in SERIOUS or file == "tokenizer_config.json" or is_published, lines
+            assert what not in ("truncate", "replace", "link") or file == "tokenizer_config.json" or is_published
         else:
             assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-            assert str(root) in lines[0] or "=" in lines[0] or (file, what) == ("tokenizer.json", "field"), lines
+            assert str(root) in lines[0] or what == "field", lines  # of which a message may name the value alone
             assert command == "training.train" or not (root / "out").exists()
 
 
