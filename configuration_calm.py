@@ -46,7 +46,7 @@ check_transformers()
 
 
 def code_version() -> str:
-    """Returns the version and a hash of the running code: of this file and those beside it that travel with a model."""
+    """Returns the version and a hash of the running code: this file, and those beside it that travel with a model."""
     files = sorted(Path(__file__).parent.glob("*_calm*.py"))
     return f"{VERSION}, {hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:12]}"
 

@@ -1,6 +1,5 @@
 """The autoencoder on its own: shapes for every K and depth, training noise, loss, weights tied through a save."""
 
-import json
 import re
 
 import fresh_process
