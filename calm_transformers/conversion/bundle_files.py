@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -73,7 +74,7 @@ def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
     special_tokens = {}
     for field in ("bos_token", "eos_token", "pad_token"):
         ids = getattr(config, f"{field}_id")
-        token_id = ids[0] if isinstance(ids, list) and ids else ids
+        token_id: Any = ids[0] if isinstance(ids, list) and ids else ids
         is_id = isinstance(token_id, int) and 0 <= token_id < config.vocab_size
         special_tokens[field] = tokenizer.id_to_token(token_id) if is_id else None
         if special_tokens[field] is None:
