@@ -16,6 +16,7 @@ from transformers.utils import logging
 from transformers.utils.versions import require_version
 
 VERSION = "0.1.0"
+MAX_LAYERS = 1000
 TRANSFORMERS = "transformers>=5.17,<5.25"  # tested; setup.cfg and README say the same
 # head_type → class of the head. Heads register themselves when modeling_calm.py imports them; until then their fields
 # are not checked.
@@ -67,6 +68,13 @@ def check_types(config: PretrainedConfig) -> None:
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         require(is_right, f"{name}={value!r}: must be of type {names}.")
         require(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: must be a finite number.")
+
+
+def check_layers(config: PretrainedConfig, **least: int) -> None:
+    """Raises `ValueError` for a number of layers below its `least` or beyond any use, which would not end."""
+    for name, smallest in least.items():
+        count = getattr(config, name)
+        require(smallest <= count <= MAX_LAYERS, f"{name}={count}: must lie in [{smallest}, {MAX_LAYERS}].")
 
 
 @contextlib.contextmanager
@@ -126,9 +134,9 @@ class CALMAutoencoderConfig(PretrainedConfig):
     def check(self) -> None:
         """Raises `ValueError` for the first field that makes no sense."""
         check_types(self)
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size")
-        for name in (*sizes, "num_encoder_layers", "num_decoder_layers"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "patch_size", "latent_size"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
+        check_layers(self, num_encoder_layers=1, num_decoder_layers=1)
         for name in ("ae_dropout", "token_dropout", "latent_dropout"):
             rate = getattr(self, name)
             require(rate is None or 0 <= rate < 1, f"{name}={rate}: must lie in [0, 1).")
@@ -217,11 +225,10 @@ class CALMConfig(LlamaConfig):
     def check(self) -> None:
         """Raises `ValueError` for the first field that makes no sense."""
         check_types(self)
-        own = ("patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_posterior_samples")
-        llamas = ("intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        for name in own + llamas:
+        own = ("patch_size", "latent_size", "noise_size", "num_posterior_samples", "intermediate_size")
+        for name in (*own, "num_attention_heads", "max_position_embeddings"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
-        require(self.num_context_layers >= 0, f"num_context_layers={self.num_context_layers}: must not be negative.")
+        check_layers(self, num_hidden_layers=1, num_mlp_layers=1, num_context_layers=0)
         if HEADS:
             require(self.head_type in HEADS, f"head_type={self.head_type!r}: must be one of {tuple(HEADS)}.")
             HEADS[self.head_type].check(self)

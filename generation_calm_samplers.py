@@ -144,11 +144,10 @@ class PatchSampling:
         """Raises ValueError where a step of this many rows may hold more than `MAX_SAMPLES_PER_STEP` samples."""
         num_samples = num_rows * self.samples_in_one_block
         if num_samples > MAX_SAMPLES_PER_STEP:
-            raise OptionError(
-                f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r} and {num_rows} "
-                f"sequences may draw {num_samples} patches in a step: at most {MAX_SAMPLES_PER_STEP} fit.",
-                *("num_candidates", "sampling_method"),
-            )
+            options = f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r}"
+            drawn = f"{num_rows} rows, of num_return_sequences each, may draw {num_samples} patches a step"
+            message = f"{options} and {drawn}: at most {MAX_SAMPLES_PER_STEP} fit."
+            raise OptionError(message, "num_candidates", "sampling_method")
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

@@ -88,11 +88,11 @@ SETTING_TYPES: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
     ("an integer", (Integral,), ("no_repeat_ngram_size", "num_return_sequences")),
     ("a number", (Real,), ("max_time", "repetition_penalty", "assistant_ensemble_weight")),
     ("a list of token ids", (list, tuple), ("suppress_tokens", "begin_suppress_tokens")),
-    ("an id or a list of them", (Integral, list, tuple, Tensor), ("bos_token_id", "eos_token_id", "pad_token_id")),
-    ("an id or a list of them", (Integral, list, tuple, Tensor), ("decoder_start_token_id", "forced_eos_token_id")),
     ("a string or a list of them", (str, list, tuple), ("stop_strings",)),
     ("True, False or a string", (bool, str), ("early_stopping",)),
 )
+# Whose ids are tokens of the text; those of eos_token_id need not exist.
+ID_SETTINGS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
 # Of compiled steps, of the server and of ONNX export: implementations that take a custom 4-D mask, and rotations that
 # don't depend on the longest row of a batch.
@@ -172,6 +172,38 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
     return inputs
 
 
+def check_settings(settings: dict[str, Any], vocab_size: int, device: torch.device) -> None:
+    """Raises ValueError that names the first setting of `generate` that CALM doesn't have, or of another type."""
+    for name, (reason, *neutral_values) in UNSUPPORTED_SETTINGS.items():
+        value = settings.get(name)
+        if value is not None and value not in neutral_values:
+            shown = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
+            raise ValueError(f"{name}{shown}: {reason}")
+    for what, kinds, names in SETTING_TYPES:
+        for name in names:
+            kind = type(settings.get(name))
+            if not issubclass(kind, (*kinds, types.NoneType)) or kind is bool and bool not in kinds:
+                raise ValueError(f"{name}={settings[name]!r}: must be {what}.")
+    for name in ("eos_token_id", *ID_SETTINGS):
+        if settings.get(name) is not None:
+            check_ids(name, settings[name], vocab_size if name in ID_SETTINGS else None)
+    decay = settings.get("exponential_decay_length_penalty")
+    decay = (0, 1.0) if decay is None else decay
+    if not isinstance(decay, list | tuple) or len(decay) != 2 or not all(isinstance(each, Real) for each in decay):
+        raise ValueError(f"exponential_decay_length_penalty={decay!r}: must be two numbers, a start and a factor.")
+    if str(settings.get("cache_implementation")).startswith("offloaded") and device.type == "cpu":
+        raise ValueError("cache_implementation: an offloaded cache needs a model on an accelerator.")
+
+
+def check_ids(name: str, value: Any, vocab_size: int | None) -> None:
+    """Raises ValueError unless a setting is a token id or a list of them, below `vocab_size` if it is given."""
+    value = value.tolist() if isinstance(value, Tensor) else value
+    ids = value if isinstance(value, list | tuple) else [value]
+    are_ids = all(isinstance(each, Integral) and type(each) is not bool for each in ids)
+    if not are_ids or vocab_size is not None and not (ids and all(0 <= each < vocab_size for each in ids)):
+        raise ValueError(f"{name}={value!r}: must be an id of the vocabulary, or a list of them.")
+
+
 def adapter_of(model) -> Any:
     """Returns PEFT's wrapper of the model if it has virtual tokens, else None.
 
@@ -244,18 +276,7 @@ class PatchGenerationMixin(UPSTREAM):
         kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in ("num_beams", "num_return_sequences")}
         given = getattr(generation_config, "__dict__", {}).items()
         settings = {**vars(self.generation_config), **{name: v for name, v in given if v is not None}, **kwargs}
-        for name, (reason, *neutral_values) in UNSUPPORTED_SETTINGS.items():
-            value = settings.get(name)
-            if value is not None and value not in neutral_values:
-                shown = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
-                raise ValueError(f"{name}{shown}: {reason}")
-        for what, kinds, names in SETTING_TYPES:
-            for name in names:
-                kind = type(settings.get(name))
-                if not issubclass(kind, (*kinds, types.NoneType)) or kind is bool and bool not in kinds:
-                    raise ValueError(f"{name}={settings[name]!r}: must be {what}.")
-        if str(settings.get("cache_implementation")).startswith("offloaded") and self.device.type == "cpu":
-            raise ValueError("cache_implementation: an offloaded cache needs a model on an accelerator.")
+        check_settings(settings, self.config.vocab_size, self.device)
         prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
         default_top_k = getattr(self.generation_config, "top_k", None)
         if default_top_k is None and getattr(generation_config, "top_k", None) is None:
@@ -270,10 +291,8 @@ class PatchGenerationMixin(UPSTREAM):
         Returns None, so that upstream loads no code from elsewhere.
         """
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-            raise ValueError(
-                f"CALM has no {generation_mode.value.replace('_', ' ')}: it samples whole patches and has no token "
-                "probabilities; use do_sample=True with a temperature, or do_sample=False."
-            )
+            mode = generation_mode.value.replace("_", " ")
+            raise ValueError(f"CALM has no {mode}: use do_sample=True with a temperature, or do_sample=False.")
 
     def _validate_model_kwargs(self, model_kwargs):
         generator = model_kwargs.get("generator")
@@ -292,7 +311,8 @@ class PatchGenerationMixin(UPSTREAM):
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive integer, in tokens, or None.")
-        PatchSampling.from_generation_config(generation_config)  # raises ValueError for invalid options
+        sampling = PatchSampling.from_generation_config(generation_config)  # raises ValueError for invalid options
+        sampling.check_num_rows(generation_config.num_return_sequences or 1)  # before upstream copies the prompt
         known = {*GENERATION_SETTINGS, *PatchSampling.option_names()}
         given = [name for name, value in vars(generation_config).items() if value is not None]
         if unread := ", ".join(name for name in given if name not in known and not name.startswith("_")):
@@ -339,6 +359,10 @@ class PatchGenerationMixin(UPSTREAM):
         if getattr(generation_config, "max_cache_len", None) is not None:  # tokens, too
             generation_config = copy.copy(generation_config)
             generation_config.max_cache_len = -(-generation_config.max_cache_len // patch_size) + others
+            patches = max(patches, generation_config.max_cache_len)
+        limit = self.config.max_position_embeddings
+        if generation_config.cache_implementation == "static" and patches - others > limit:
+            raise ValueError(f"max_new_tokens, max_cache_len: {patches} patches exceed the static cache's {limit}.")
         # The proxy keeps what upstream sets on a model; lengths count patches already.
         return UPSTREAM._prepare_cache_for_generation(
             _TokenPositionsProxy(self), generation_config, model_kwargs, generation_mode, batch_size, patches

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_calm import CALMConfig, require
-from .heads_calm import LAYER_NORM_EPS, GenerativeHead, zero_linear
+from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, zero_linear
 
 TARGETS_CHUNK_SIZE = 2048  # patches whose posterior samples are held at once: 100 MB at S = 100, Z = 128
 PATCHES_CHUNK_SIZE = {"cpu": 64, "other": 2048}  # patches scored at once; on a CPU they should stay in the cache
@@ -73,7 +73,14 @@ class EnergyHead(GenerativeHead, head_type="energy"):
             samples = block(samples, context)
         return self.out_proj(self.act(self.out_hidden(self.norm_out(samples))))
 
-    def compute_loss(self, context, target, generator, noise=None, posterior_noise=None) -> Tensor:
+    def compute_loss(
+        self,
+        context: Tensor,
+        target: PatchTarget,
+        generator: torch.Generator | None,
+        noise: Tensor | None = None,
+        posterior_noise: Tensor | None = None,
+    ) -> Tensor:
         """Returns −energy score; predrawn: uniform noise (N, ..., noise size), normal posterior_noise (S, ..., Z)."""
         samples, S = self._sample(context, self.num_samples, generator, noise), self.num_posterior_samples
         if posterior_noise is not None or context.dim() != 2 or len(context) <= TARGETS_CHUNK_SIZE:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_calm import CALMConfig, require
-from .heads_calm import LAYER_NORM_EPS, GenerativeHead, in_chunks, standard_normal, zero_linear
+from .heads_calm import LAYER_NORM_EPS, GenerativeHead, PatchTarget, in_chunks, standard_normal, zero_linear
 from .kernels_calm import cached_per_device, float64_device
 
 TIME_FEATURES = 256  # width of the sinusoidal embedding of time; published code
@@ -117,7 +117,15 @@ class FlowMatchingHead(GenerativeHead, head_type="flow"):
             begin = x if index % 2 else begin
         return x.to(context.dtype)
 
-    def compute_loss(self, context, target, generator, posterior_noise=None, time=None, noise=None) -> Tensor:
+    def compute_loss(
+        self,
+        context: Tensor,
+        target: PatchTarget,
+        generator: torch.Generator | None,
+        posterior_noise: Tensor | None = None,
+        time: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Returns mean (v − (x1 − x0))²; predrawn: normal posterior_noise and noise (N, ..., Z), time (N, ...) < 1."""
         end = target.sample_latents(self.num_samples, generator, posterior_noise).to(context.dtype)
         if time is None:
@@ -152,11 +160,15 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
         num_steps, limit = config.sampling_steps or DIFFUSION_SAMPLING_STEPS, DIFFUSION_TRAIN_STEPS
         require(num_steps <= limit, f"sampling_steps={num_steps}: the diffusion head has {limit} steps at most.")
 
-    def predrawn_noise(self, num_samples: int, num_rows: int, like: Tensor, generator) -> dict[str, Tensor]:
+    def predrawn_noise(
+        self, num_samples: int, num_rows: int, like: Tensor, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
         noise = super().predrawn_noise(num_samples, num_rows, like, generator)
         return noise | {"step_noise": self.initial_noise((self.num_steps, num_samples, num_rows), like, generator)}
 
-    def from_noise(self, noise: Tensor, context: Tensor, generator, step_noise: Tensor | None = None) -> Tensor:
+    def from_noise(
+        self, noise: Tensor, context: Tensor, generator: torch.Generator | None, step_noise: Tensor | None = None
+    ) -> Tensor:
         """Denoises from the last step to the first; `step_noise` (T, N, ..., Z): standard normal, in this order."""
         schedule = diffusion_schedule(self.num_steps, context.device)
         x = noise.float()  # the state stays in float32: steps would be lost in bfloat16
@@ -170,7 +182,15 @@ class DiffusionHead(GenerativeHead, head_type="diffusion"):
                 x = torch.addcmul(x, (0.5 * schedule.log_variance(variance, step)).exp(), fresh)
         return x.to(context.dtype)
 
-    def compute_loss(self, context, target, generator, posterior_noise=None, time=None, noise=None) -> Tensor:
+    def compute_loss(
+        self,
+        context: Tensor,
+        target: PatchTarget,
+        generator: torch.Generator | None,
+        posterior_noise: Tensor | None = None,
+        time: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Returns the noise's MSE + the variational bound, bits per dimension, by which the variance alone is learned.
 
         Predrawn: standard normal posterior_noise and noise (N, ..., Z), time (N, ...) integers in 0 … 999.

@@ -72,6 +72,13 @@ class CALMOutputWithPast(ModelOutput):
         return super().__getitem__("cache" if key == "past_key_values" else key)
 
 
+class NoCache(Cache):
+    """Keeps nothing. Without any cache upstream looks for packed sequences, and the host waits for the device."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
 class CALMPreTrainedModel(OffloadableModel, LlamaPreTrainedModel):
     config: CALMConfig
     config_class = CALMConfig
@@ -207,10 +214,9 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
 
     def __init__(self, config: CALMConfig):
         config.check()  # its fields may have been changed since it was made
-        own = code_version()
-        saved, config.code_version = getattr(config, "code_version", own), own
-        if saved != own:
-            logging.get_logger(__name__).warning_once(f"Saved with CALM's code {saved}; {own} runs, which differs.")
+        saved, config.code_version = getattr(config, "code_version", None), code_version()
+        if saved not in (None, config.code_version):
+            logging.get_logger(__name__).warning_once(f"Saved with CALM's code {saved}; {config.code_version} runs.")
         super().__init__(config)
         self.model = CALMModel(config)
         self.head = HEADS[config.head_type](config)
@@ -262,10 +268,8 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
             ids_BL = input_ids
             input_ids = F.pad(ids_BL, (0, -ids_BL.shape[-1] % self.config.patch_size))
         use_cache = False if use_cache is None and labels is not None else use_cache
-        keeps_nothing = use_cache is False and all(each is None for each in (*others[1:], position_ids))
-        if keeps_nothing and not self.model.gradient_checkpointing:
-            cache = Cache(layers=[])  # without any, upstream looks for packed sequences, and the host waits
-            cache.update = lambda keys, values, *_, **__: (keys, values)  # pyright: ignore
+        if use_cache is False and all(each is None for each in (*others[1:], position_ids)):
+            cache = None if self.model.gradient_checkpointing else NoCache(layers=[])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -282,7 +286,7 @@ class CALMForCausalLM(CALMPreTrainedModel, CALMGenerationMixin):
         output = CALMOutputWithPast(
             loss=loss,
             last_hidden_state=outputs.last_hidden_state,
-            cache=None if keeps_nothing else getattr(outputs, CACHE_ARGUMENT),
+            cache=None if isinstance(cache, NoCache) else getattr(outputs, CACHE_ARGUMENT),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

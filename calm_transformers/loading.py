@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
-from unittest import mock
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -74,8 +73,7 @@ def load_checked(load: Callable[..., Any], name: str | Path, **settings) -> Any:
         ValueError: no model can be loaded; a weight is missing, has another shape or holds NaN or infinity; or the
             files of a CALM hold unexpected weights. The message names them.
     """
-    reports = logging.get_logger(PreTrainedModel.__module__)  # of wrong weights, many lines
-    with format_load_errors(name), mock.patch.object(reports, "disabled", True):
+    with format_load_errors(name), without_reports():
         check_shards(Path(name))
         model, info = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
         check_generation_config(name)
@@ -94,6 +92,17 @@ def load_checked(load: Callable[..., Any], name: str | Path, **settings) -> Any:
     if (weight := non_finite_weight(model)) is not None:
         raise ValueError(f"{name}: its weight {weight} holds NaN or infinity.")
     return model
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Hides upstream's reports of wrong weights, of many lines: `load_checked` raises an error of one."""
+    logger = logging.get_logger(PreTrainedModel.__module__)
+    logger.disabled = True  # by a higher level upstream would report more
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def check_shards(folder: Path) -> None:

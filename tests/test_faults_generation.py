@@ -66,10 +66,15 @@ def test_an_error_in_any_operation_or_callback_changes_no_later_text(head_type, 
 def test_a_billion_is_refused_or_costs_no_more():
     from tiny import tiny_model
 
-    model = tiny_model()
-    for settings in ({"num_candidates": BILLION}, {"temperature": 1 / BILLION}):
+    model, static = tiny_model(), {"cache_implementation": "static"}
+    refused = [{name: BILLION} for name in ("num_candidates", "num_return_sequences", "forced_eos_token_id")]
+    refused += [{name: BILLION, **static} for name in ("max_new_tokens", "max_cache_len")]
+    for settings in (*refused, {"temperature": 1 / BILLION}, {"pad_token_id": -1}, {"bos_token_id": [[1]]}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             text_of(model, **settings)
+    for name in ("num_hidden_layers", "num_mlp_layers", "num_context_layers"):
+        with pytest.raises(ValueError, match=f"{name}={BILLION}: must lie in"):
+            tiny_model(**{name: BILLION})
     for name in ("top_k", "min_new_tokens", "no_repeat_ngram_size", "prefill_chunk_size"):
         assert len(text_of(model, **{name: BILLION})) == len(PROMPT) + 12
     ends = [lambda ids, _, **__: ids[:, -1] >= 0]

@@ -65,7 +65,7 @@ def test_generation_defaults_of_a_bundle_are_loaded():
 def test_too_many_samples_per_step_raise_before_any_work(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
-    message = "patches in a step: at most 4194304 fit"
+    message = "patches a step: at most 4194304 fit"
     for settings in ({"num_candidates": 10**8}, {"num_return_sequences": 10**5}):
         with pytest.raises(ValueError, match=message):
             model.generate(PROMPT, do_sample=True, temperature=0.5, **settings)
