@@ -25,7 +25,7 @@ WRITERS = {  # without the output, the last word
     "evaluation.autoencoder_report": [*DATA, "--json"],
     "evaluation.brier_lm": [*DATA, "--block_size", "8", "--max_positions", "2", "--json"],
 }
-IN_PLACE = ("generate", "training.train", "training.tokenize")  # the next run goes on with what is there
+IN_PLACE = ("generate", "training.train", "training.tokenize")  # the next run resumes with what is there
 UNFINISHED = {"training_args.bin", "trainer_state.json"}  # not the same in every run
 LIMITS = (0, 1000, 8000, 30_000, 300_000)  # bytes of a file
 

@@ -133,7 +133,7 @@ def test_a_pull_returns_what_was_pushed_at_each_revision(hub, pushed, tmp_path):
 
 
 @pytest.mark.slow
-def test_errors_of_the_hub_are_one_sentence_and_the_next_run_and_an_offline_one_go_on(hub, pushed, tmp_path):
+def test_errors_of_the_hub_are_one_sentence_and_the_next_run_completes_the_download(hub, pushed, tmp_path):
     faults = {"e500": 500, "e429": 429, "cut": "cut", "bad": "damaged"}  # the client checks no hash of small files
     repos = {f"{USER}/{name}": fault for name, fault in faults.items()}
     hub.api.repositories |= dict.fromkeys(repos, hub.api.repositories[REPO])
