@@ -240,9 +240,9 @@ class CALMConfig(LlamaConfig):
         for name in ("patch_size", "latent_size", "vocab_size"):
             own, nested = getattr(self, name), getattr(self.autoencoder_config, name)
             require(own == nested, f"{name}={own}, but the autoencoder's is {nested}: they must be equal.")
-        filler = self.prompt_filler_token_id
-        is_known = filler is None or 0 <= filler < self.vocab_size
-        require(is_known, f"prompt_filler_token_id={filler}: must lie in the vocabulary of {self.vocab_size}.")
+        for name in ("prompt_filler_token_id", "pad_token_id", "bos_token_id"):
+            is_known = (token := getattr(self, name)) is None or 0 <= token < self.vocab_size
+            require(is_known, f"{name}={token}: must lie in the vocabulary of {self.vocab_size}.")
 
     def to_dict(self):
         output = super().to_dict()

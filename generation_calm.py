@@ -342,4 +342,4 @@ class CALMGenerationMixin(PatchGenerationMixin):
         if num_left <= 0 or eos_tokens is None:
             return None
         is_eos_V = (arange(self.config.vocab_size, device) == eos_tokens.to(device)[:, None]).any(0)
-        return (arange(self.config.patch_size, device) < num_left)[:, None] & is_eos_V
+        return (arange(self.config.patch_size, device) < min(num_left, self.config.patch_size))[:, None] & is_eos_V

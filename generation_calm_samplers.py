@@ -132,7 +132,7 @@ class PatchSampling:
         if (method := self.sampling_method) not in SAMPLING_METHODS:
             raise OptionError(f"sampling_method={method!r}: must be one of {SAMPLING_METHODS}.", "sampling_method")
         check_num_candidates(self.num_candidates, self.temperature)
-        if not _is_number(self.top_k, numbers.Integral) or self.top_k < 0:
+        if not _is_number(self.top_k, numbers.Integral) or not 0 <= self.top_k < 2**63:
             message = f"top_k={self.top_k!r}: must be an integer number of patches to keep, or 0 for all."
             raise OptionError(message, "top_k")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):

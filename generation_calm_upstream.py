@@ -9,10 +9,11 @@ and callers with those recorded for the supported versions.
 Axes: B batch, L tokens, P patches, K tokens per patch.
 """
 
+import contextlib
 import copy
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
@@ -82,15 +83,8 @@ UNSUPPORTED_SETTINGS: dict[str, tuple] = {
     **dict.fromkeys(("is_assistant", "use_mtp"), (MODES, False)),
     **{"penalty_alpha": (MODES, 0.0), "output_logits": (SCORES, False)},
 }
-# What upstream would compare or go through whatever its type: what it must be, its types, its settings.
-SETTING_TYPES: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
-    ("an integer", (Integral,), ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_cache_len")),
-    ("an integer", (Integral,), ("no_repeat_ngram_size", "num_return_sequences")),
-    ("a number", (Real,), ("max_time", "repetition_penalty", "assistant_ensemble_weight")),
-    ("a list of token ids", (list, tuple), ("suppress_tokens", "begin_suppress_tokens")),
-    ("a string or a list of them", (str, list, tuple), ("stop_strings",)),
-    ("True, False or a string", (bool, str), ("early_stopping",)),
-)
+# What upstream compares once it generates, or the hooks here compute with.
+NUMBER_SETTINGS = ("max_time", "max_cache_len", "num_return_sequences", "no_repeat_ngram_size", "min_length")
 # Whose ids are tokens of the text; those of eos_token_id need not exist.
 ID_SETTINGS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
@@ -172,6 +166,17 @@ def checked_ids(inputs: Tensor, mask: Tensor | None, vocab_size: int, method: st
     return inputs
 
 
+@contextlib.contextmanager
+def naming(config: Any, names: Iterable[str]):
+    """Turns an error of upstream's, of any type, into a ValueError that names the settings that it may be about."""
+    try:
+        yield
+    except Exception as error:
+        given = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(" ".join(f"{shown}: {error}".split())) from error
+
+
 def check_settings(settings: dict[str, Any], vocab_size: int, device: torch.device) -> None:
     """Raises ValueError that names the first setting of `generate` that CALM doesn't have, or of another type."""
     for name, (reason, *neutral_values) in UNSUPPORTED_SETTINGS.items():
@@ -179,28 +184,21 @@ def check_settings(settings: dict[str, Any], vocab_size: int, device: torch.devi
         if value is not None and value not in neutral_values:
             shown = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
             raise ValueError(f"{name}{shown}: {reason}")
-    for what, kinds, names in SETTING_TYPES:
-        for name in names:
-            kind = type(settings.get(name))
-            if not issubclass(kind, (*kinds, types.NoneType)) or kind is bool and bool not in kinds:
-                raise ValueError(f"{name}={settings[name]!r}: must be {what}.")
+    for name in NUMBER_SETTINGS:
+        if not isinstance(settings.get(name), Real | None) or type(settings.get(name)) is bool:
+            raise ValueError(f"{name}={settings[name]!r}: must be a number.")
     for name in ("eos_token_id", *ID_SETTINGS):
         if settings.get(name) is not None:
-            check_ids(name, settings[name], vocab_size if name in ID_SETTINGS else None)
-    decay = settings.get("exponential_decay_length_penalty")
-    decay = (0, 1.0) if decay is None else decay
-    if not isinstance(decay, list | tuple) or len(decay) != 2 or not all(isinstance(each, Real) for each in decay):
-        raise ValueError(f"exponential_decay_length_penalty={decay!r}: must be two numbers, a start and a factor.")
+            check_ids(name, settings[name], *((0, vocab_size) if name in ID_SETTINGS else (-(2**63), 2**63)))
     if str(settings.get("cache_implementation")).startswith("offloaded") and device.type == "cpu":
         raise ValueError("cache_implementation: an offloaded cache needs a model on an accelerator.")
 
 
-def check_ids(name: str, value: Any, vocab_size: int | None) -> None:
-    """Raises ValueError unless a setting is a token id or a list of them, below `vocab_size` if it is given."""
+def check_ids(name: str, value: Any, lowest: int, limit: int) -> None:
+    """Raises ValueError unless a setting is a token id in `lowest` … `limit` − 1, or a list of them."""
     value = value.tolist() if isinstance(value, Tensor) else value
     ids = value if isinstance(value, list | tuple) else [value]
-    are_ids = all(isinstance(each, Integral) and type(each) is not bool for each in ids)
-    if not are_ids or vocab_size is not None and not (ids and all(0 <= each < vocab_size for each in ids)):
+    if not all(isinstance(each, Integral) and lowest <= int(each) < limit for each in ids) or not ids and lowest == 0:
         raise ValueError(f"{name}={value!r}: must be an id of the vocabulary, or a list of them.")
 
 
@@ -277,7 +275,8 @@ class PatchGenerationMixin(UPSTREAM):
         given = getattr(generation_config, "__dict__", {}).items()
         settings = {**vars(self.generation_config), **{name: v for name, v in given if v is not None}, **kwargs}
         check_settings(settings, self.config.vocab_size, self.device)
-        prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
+        with naming(types.SimpleNamespace(**settings), {*kwargs} & GENERATION_SETTINGS or GENERATION_SETTINGS):
+            prepared, model_kwargs = UPSTREAM._prepare_generation_config(self, generation_config, *args, **kwargs)
         default_top_k = getattr(self.generation_config, "top_k", None)
         if default_top_k is None and getattr(generation_config, "top_k", None) is None:
             prepared.top_k = kwargs.get("top_k")  # None by default, where upstream fills in 50
@@ -309,7 +308,7 @@ class PatchGenerationMixin(UPSTREAM):
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         chunk = generation_config.prefill_chunk_size
-        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or not 0 < chunk < 2**63):
             raise ValueError(f"prefill_chunk_size={chunk!r}: must be a positive integer, in tokens, or None.")
         sampling = PatchSampling.from_generation_config(generation_config)  # raises ValueError for invalid options
         sampling.check_num_rows(generation_config.num_return_sequences or 1)  # before upstream copies the prompt
@@ -347,8 +346,9 @@ class PatchGenerationMixin(UPSTREAM):
         expand_size *= num_empty_prompts
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _prepare_generated_length(self, *args, **kwargs):
-        return UPSTREAM._prepare_generated_length(_TokenPositionsProxy(self), *args, **kwargs)
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        with naming(generation_config, LENGTH_SETTINGS):
+            return UPSTREAM._prepare_generated_length(_TokenPositionsProxy(self), generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -391,7 +391,8 @@ class PatchGenerationMixin(UPSTREAM):
             custom = LogitsProcessorList()
             for each in given:  # `after_prompt`, where a processor has it, returns the one for prompts of this length
                 custom.append(each.after_prompt(length) if hasattr(each, "after_prompt") else each)
-            return UPSTREAM._get_logits_processor(self, row_settings, length, None, allowed, custom, device)
+            with naming(settings, PROCESSOR_SETTINGS):
+                return UPSTREAM._get_logits_processor(self, row_settings, length, None, allowed, custom, device)
 
         def of_row(row: int, length: int) -> LogitsProcessorList:
             # The function gets the row's number, where upstream would pass a candidate's.
@@ -401,8 +402,9 @@ class PatchGenerationMixin(UPSTREAM):
         processors.of_row = of_row
         return processors
 
-    def _get_stopping_criteria(self, *args, **kwargs):
-        return UPSTREAM._get_stopping_criteria(_TokenPositionsProxy(self), *args, **kwargs)
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs):
+        with naming(generation_config, LENGTH_SETTINGS):
+            return UPSTREAM._get_stopping_criteria(_TokenPositionsProxy(self), generation_config, *args, **kwargs)
 
     def _sample(
         self,

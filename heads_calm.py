@@ -245,9 +245,7 @@ class GenerativeHead(nn.Module):
     def _loss(self, context: Tensor, target: PatchTarget, **kwargs) -> Tensor:
         return self.compute_loss(context, target.to(context.device), **kwargs)
 
-    def _sample(
-        self, context: Tensor, num_samples: int, generator: torch.Generator | None, noise: Tensor | None, **step_noise
-    ) -> Tensor:
+    def _sample(self, context: Tensor, num_samples: int, generator, noise: Tensor | None, **step_noise) -> Tensor:
         if noise is None:
             noise = self.initial_noise((num_samples, *context.shape[:-1]), context, generator)
         if self.needs_step_noise:

@@ -45,7 +45,7 @@ VALUES = {  # likely ones; the others get those of `ANY`
 }
 ANY = st.one_of(
     st.none(),
-    *(st.booleans(), st.integers(-3, 9), st.integers(10**9, 10**18), st.floats(-3, 3), st.lists(st.integers(-2, 99))),
+    *(st.booleans(), st.integers(-3, 9), st.integers(10**9, 10**30), st.floats(-3, 3), st.lists(st.integers(-2, 99))),
     st.sampled_from(["", "x", math.nan, math.inf, {}, object()]),
 )
 BACKBONE = {field.name for field in dataclasses.fields(LlamaConfig)} - vars(PreTrainedConfig()).keys()
@@ -119,7 +119,7 @@ def test_a_text_or_one_sentence_before_any_work(call, relation):
         output = generate(rows)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         assert not work and "\n" not in str(error).strip(), repr(error)
-        named = (*settings, "batch", "bos_token_id", "stop string", "`penalty`")  # upstream's names of some
+        named = (*settings, "batch", "bos_token_id", "stop string")
         assert any(name in str(error) for name in named), repr(error)
         return
     finally:
