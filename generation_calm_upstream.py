@@ -84,9 +84,10 @@ UNSUPPORTED_SETTINGS: dict[str, tuple] = {
     **{"penalty_alpha": (MODES, 0.0), "output_logits": (SCORES, False)},
 }
 # What upstream compares once it generates, or the hooks here compute with.
-NUMBER_SETTINGS = ("max_time", "max_cache_len", "num_return_sequences", "no_repeat_ngram_size", "min_length")
-# Whose ids are tokens of the text; those of eos_token_id need not exist.
-ID_SETTINGS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+COUNT_SETTINGS = ("max_length", "max_new_tokens", "max_cache_len", "min_length", "min_new_tokens")
+COUNT_SETTINGS += ("num_return_sequences", "no_repeat_ngram_size")
+ID_SETTINGS = ("eos_token_id", "forced_eos_token_id", "bos_token_id", "forced_bos_token_id", "pad_token_id")
+ID_SETTINGS += ("decoder_start_token_id",)
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
 # Of compiled steps, of the server and of ONNX export: implementations that take a custom 4-D mask, and rotations that
 # don't depend on the longest row of a batch.
@@ -184,22 +185,19 @@ def check_settings(settings: dict[str, Any], vocab_size: int, device: torch.devi
         if value is not None and value not in neutral_values:
             shown = f"={value}" if isinstance(value, bool | int | float | str | list | tuple | dict) else ""
             raise ValueError(f"{name}{shown}: {reason}")
-    for name in NUMBER_SETTINGS:
-        if not isinstance(settings.get(name), Real | None) or type(settings.get(name)) is bool:
-            raise ValueError(f"{name}={settings[name]!r}: must be a number.")
-    for name in ("eos_token_id", *ID_SETTINGS):
-        if settings.get(name) is not None:
-            check_ids(name, settings[name], *((0, vocab_size) if name in ID_SETTINGS else (-(2**63), 2**63)))
+    for name, kind in (("max_time", Real), *((name, Integral) for name in COUNT_SETTINGS)):
+        if not isinstance(settings.get(name), kind | None) or type(settings.get(name)) is bool:
+            raise ValueError(f"{name}={settings[name]!r}: must be {'a number' if kind is Real else 'an integer'}.")
+    for name in ID_SETTINGS:
+        value = settings.get(name)
+        value = value.tolist() if isinstance(value, Tensor) else value
+        ids: Any = value if isinstance(value, list | tuple) and "eos" in name else [] if value is None else [value]
+        are_integers = all(isinstance(each, Integral) and type(each) is not bool for each in ids)
+        if not are_integers or not all(0 <= each < vocab_size for each in ids):
+            what = "an id of the vocabulary, or a list of them" if "eos" in name else "an id of the vocabulary"
+            raise ValueError(f"{name}={value!r}: must be {what}.")
     if str(settings.get("cache_implementation")).startswith("offloaded") and device.type == "cpu":
         raise ValueError("cache_implementation: an offloaded cache needs a model on an accelerator.")
-
-
-def check_ids(name: str, value: Any, lowest: int, limit: int) -> None:
-    """Raises ValueError unless a setting is a token id in `lowest` … `limit` − 1, or a list of them."""
-    value = value.tolist() if isinstance(value, Tensor) else value
-    ids = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(each, Integral) and lowest <= int(each) < limit for each in ids) or not ids and lowest == 0:
-        raise ValueError(f"{name}={value!r}: must be an id of the vocabulary, or a list of them.")
 
 
 def adapter_of(model) -> Any:
