@@ -242,7 +242,7 @@ class CALMConfig(LlamaConfig):
             require(own == nested, f"{name}={own}, but the autoencoder's is {nested}: they must be equal.")
         for name in ("prompt_filler_token_id", "pad_token_id", "bos_token_id"):
             is_known = (token := getattr(self, name)) is None or 0 <= token < self.vocab_size
-            require(is_known, f"{name}={token}: must lie in the vocabulary of {self.vocab_size}.")
+            require(is_known, f"{name}={token}: must be an id below vocab_size={self.vocab_size}.")
 
     def to_dict(self):
         output = super().to_dict()

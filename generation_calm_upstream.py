@@ -85,7 +85,7 @@ UNSUPPORTED_SETTINGS: dict[str, tuple] = {
 }
 # What upstream compares once it generates, or the hooks here compute with.
 COUNT_SETTINGS = ("max_length", "max_new_tokens", "max_cache_len", "min_length", "min_new_tokens")
-COUNT_SETTINGS += ("num_return_sequences", "no_repeat_ngram_size")
+COUNT_SETTINGS += ("num_beams", "num_return_sequences", "no_repeat_ngram_size")
 ID_SETTINGS = ("eos_token_id", "forced_eos_token_id", "bos_token_id", "forced_bos_token_id", "pad_token_id")
 ID_SETTINGS += ("decoder_start_token_id",)
 GENERATION_SETTINGS = {*USED_SETTINGS, *HARMLESS_SETTINGS, *UNSUPPORTED_SETTINGS}
@@ -191,11 +191,13 @@ def check_settings(settings: dict[str, Any], vocab_size: int, device: torch.devi
     for name in ID_SETTINGS:
         value = settings.get(name)
         value = value.tolist() if isinstance(value, Tensor) else value
+        is_eos = name == "eos_token_id"  # an id outside the vocabulary never ends a text
         ids: Any = value if isinstance(value, list | tuple) and "eos" in name else [] if value is None else [value]
         are_integers = all(isinstance(each, Integral) and type(each) is not bool for each in ids)
-        if not are_integers or not all(0 <= each < vocab_size for each in ids):
-            what = "an id of the vocabulary, or a list of them" if "eos" in name else "an id of the vocabulary"
-            raise ValueError(f"{name}={value!r}: must be {what}.")
+        first, last = (-(2**63), 2**63 - 1) if is_eos else (0, vocab_size - 1)
+        if not are_integers or not all(first <= each <= last for each in ids):
+            kind = "an integer of 64 bits" if is_eos else "an id of the vocabulary"
+            raise ValueError(f"{name}={value!r}: must be {kind}{', or a list of them' * ('eos' in name)}.")
     if str(settings.get("cache_implementation")).startswith("offloaded") and device.type == "cpu":
         raise ValueError("cache_implementation: an offloaded cache needs a model on an accelerator.")
 

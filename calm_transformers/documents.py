@@ -73,10 +73,10 @@ def find_paths(path: str | Path) -> list[Path]:
         return [Path(path)]
     before, *rest = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", str(path), maxsplit=1)
     if not rest:
-        return [Path(p) for p in sorted(glob.glob(str(path)))]
+        return sorted(map(Path, glob.glob(str(path))))
     folders = [folder for root in glob.glob(before or ".") for folder, _ in _walk(root)]
     matches = [match for folder in folders for match in find_paths(os.path.join(glob.escape(folder), rest[0]))]
-    return sorted((match for match in matches if not (match.is_symlink() and match.is_dir())), key=str)
+    return sorted(match for match in matches if not (match.is_symlink() and match.is_dir()))
 
 
 def _walk(root: str | Path) -> Iterator[tuple[str, list[str]]]:

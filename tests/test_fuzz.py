@@ -31,7 +31,7 @@ VALUES = {  # likely ones; the others get those of `ANY`
     "num_candidates": st.integers(1, 40),
     "sampling_method": st.sampled_from(["batch", "adaptive", "exact"]),
     "num_return_sequences": st.integers(1, 3),
-    "eos_token_id": st.one_of(ids, st.lists(ids, min_size=1, max_size=4)),
+    "eos_token_id": st.one_of(ids, st.just(-1), st.lists(ids, min_size=1, max_size=4)),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id"), ids),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), st.lists(ids, min_size=1, max_size=4)),
     "bad_words_ids": st.lists(st.lists(ids, min_size=1, max_size=3), min_size=1, max_size=3),
@@ -107,7 +107,8 @@ def test_a_text_or_one_sentence_before_any_work(call, relation):
     model, length, n = model_of(head_type), prompt.shape[1], settings.get("num_return_sequences", 1)
 
     def generate(rows, **more):
-        generators = [seeded(9 * row + i) for row in rows for i in range(n if n in range(1, 10) else 1)]
+        count = n if isinstance(n, int) and n in range(1, 10) else 1
+        generators = [seeded(9 * row + i) for row in rows for i in range(count)]
         options = {"attention_mask": mask[rows], "generator": generators, "tokenizer": tiny_tokenizer()}
         output = model.generate(prompt[rows], **options, **settings, **more)
         output = output if isinstance(output, torch.Tensor) else output["sequences"]

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm_transformers.model.generation_calm_samplers import OptionError, PatchSampling
 from calm_transformers.model.generation_calm_sequences import Processors
-from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS
+from calm_transformers.model.generation_calm_upstream import PROCESSOR_SETTINGS, check_settings
 from calm_transformers.model.modeling_calm import NO_LOGITS, CALMForCausalLM
 from calm_transformers.serving.engine import ACCELERATOR_ERROR, Engine
 from calm_transformers.serving.sequence import (
@@ -93,7 +93,7 @@ class Batcher:
         prefill_chunk_size: most prompt tokens per step, so that a long prompt doesn't hold up other sequences.
 
     Raises:
-        ValueError: a limit is invalid, or the model is not supported (see `check_supports_batching`).
+        ValueError: a limit or a default setting is invalid, or the model is not supported (`check_supports_batching`).
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class Batcher:
         if max_waiting < 0:
             raise ValueError(f"max_waiting={max_waiting}: must not be negative.")
         config = model.config
+        check_settings(vars(model.generation_config), config.vocab_size, model.device)
         self.model, self.tokenizer, self.patch_size = model.eval(), tokenizer, getattr(config, "patch_size", 1)
         self.max_rows, self.max_waiting, self.max_draws = max_rows, max_waiting, max_draws
         self._engine = Engine(model, prefill_patches=max(1, prefill_chunk_size // self.patch_size))
