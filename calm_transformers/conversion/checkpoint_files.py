@@ -94,10 +94,13 @@ def mmap_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def verify_checksums(path: Path) -> None:
     """Checks the CRCs of a zip archive, which memory-mapping skips."""
-    with zipfile.ZipFile(path) as archive:
-        member = archive.testzip()
-        if member and archive.getinfo(member).CRC:  # 0 if torch.save computed none
-            raise InputError(f"{path} is damaged, download it again: bad checksum of {member}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+            if member and archive.getinfo(member).CRC:  # 0 if torch.save computed none
+                raise ValueError(f"bad checksum of {member}")
+    except Exception as error:  # zipfile raises many types
+        raise InputError(f"{path} is damaged, download it again: {first_line(error)}.") from None
 
 
 class Repository:
