@@ -18,7 +18,7 @@ from calm_transformers.evaluation.models import brier_counts
 from calm_transformers.loading import load_calm, load_causal_lm
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("data", help="held-out text: .txt, .jsonl or .parquet")
+parser.add_argument("data", type=Path, help="held-out text: .txt, .jsonl or .parquet")
 parser.add_argument("--model", default=str(Path(__file__).parents[1]), help="folder or Hub id of a CALM")
 parser.add_argument("--baseline", help="folder or Hub id of any causal LM with the same tokenizer")
 parser.add_argument("--block_size", type=int, default=256, help="tokens, divisible by the model's K")

@@ -48,7 +48,7 @@ if args.base_url:
 else:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    server = subprocess.Popen(["calm", "serve", args.model, "--port", str(port)])
+    server = subprocess.Popen(["calm", "serve", args.model, "--port", str(port)], stdout=subprocess.DEVNULL)
     try:
         ask(f"http://127.0.0.1:{port}/v1")
     finally:
