@@ -48,6 +48,7 @@ ANY = st.one_of(
     *(st.booleans(), st.integers(-3, 9), st.integers(10**9, 10**30), st.floats(-3, 3), st.lists(st.integers(-2, 99))),
     st.sampled_from(["", "x", math.nan, math.inf, {}, object()]),
 )
+SMALL_OR_TOO_LARGE = ANY.filter(lambda value: type(value) is not int or not 9 < value < 2**63)
 BACKBONE = {field.name for field in dataclasses.fields(LlamaConfig)} - vars(PreTrainedConfig()).keys()
 FIELDS = {CALMConfig: sorted({*CALMConfig.__annotations__, *BACKBONE})}
 FIELDS[CALMAutoencoderConfig] = sorted(CALMAutoencoderConfig.__annotations__)
@@ -85,7 +86,8 @@ def calls(draw):
     settings = {"do_sample": True, "num_candidates": 12, "max_new_tokens": 9}
     for name in names:
         likely = draw(st.integers(0, 3)) and name in VALUES
-        settings[name] = draw(VALUES[name] if likely else ANY)
+        is_length = name in ("max_new_tokens", "max_length")  # nobody waits for a text of 10⁹ tokens
+        settings[name] = draw(VALUES[name] if likely else SMALL_OR_TOO_LARGE if is_length else ANY)
     return head_type, prompt, mask.view(batch, length).long(), settings
 
 
@@ -119,7 +121,8 @@ def test_a_text_or_one_sentence_before_any_work(call, relation):
     try:
         output = generate(rows)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        assert not work and "\n" not in str(error).strip(), repr(error)
+        is_late = bool(work) and "The logits processors leave no token" not in str(error)  # known once they act
+        assert not is_late and "\n" not in str(error).strip(), repr(error)
         named = (*settings, "batch", "bos_token_id", "stop string")
         assert any(name in str(error) for name in named), repr(error)
         return
