@@ -102,7 +102,7 @@ def figures(test_minutes: float | None, ci_minutes: float | None) -> list[tuple[
     """Returns name, value and limit of each metric."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     code = [ROOT / name for name in tracked if name.endswith(".py") and (ROOT / name).is_file()]
-    tests = [path for path in code if path.is_relative_to(ROOT / "tests")]
+    tests, examples = ([path for path in code if path.is_relative_to(ROOT / name)] for name in ("tests", "examples"))
     files, functions = patch_path()
     path = loss_path()
     print("From calm train to the loss: " + ", ".join(path) + "\n")
@@ -112,7 +112,7 @@ def figures(test_minutes: float | None, ci_minutes: float | None) -> list[tuple[
         ("of them that import " + ", ".join(UNWANTED), sum(bool(imports(f) & set(UNWANTED)) for f in MODEL_FILES), 0),
         ("modules at the root", len([path for path in code if path.parent == ROOT]), 24),
         ("entries at the root", len({name.partition("/")[0] for name in tracked}), 45),
-        ("lines of the product", lines(set(code) - set(tests)), 19000),
+        ("lines of the product", lines(set(code) - {*tests, *examples}), 19000),
         ("lines of the tests", lines(tests), 17000),
         ("files from calm train to the loss", len(path), 10),
         ("files that one generated patch runs through", files, 10),
