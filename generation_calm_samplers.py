@@ -133,8 +133,10 @@ class PatchSampling:
             raise OptionError(f"sampling_method={method!r}: must be one of {SAMPLING_METHODS}.", "sampling_method")
         check_num_candidates(self.num_candidates, self.temperature)
         if not _is_number(self.top_k, numbers.Integral) or not 0 <= self.top_k < 2**63:
-            message = f"top_k={self.top_k!r}: must be an integer number of patches to keep, or 0 for all."
-            raise OptionError(message, "top_k")
+            raise OptionError(f"top_k={self.top_k!r}: must be an integer, of patches to keep, or 0 for all.", "top_k")
+        for name, value in (("do_sample", self.do_sample), ("lazy_decoding", self.lazy_decoding)):
+            if value not in (True, False, None):
+                raise OptionError(f"{name}={value!r}: must be True or False.", name)
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if not (_is_number(value) and 0 <= value <= 1):
                 raise OptionError(f"{name}={value!r}: must be a fraction, in [0, 1].", name)
@@ -142,12 +144,10 @@ class PatchSampling:
 
     def check_num_rows(self, num_rows: int) -> None:
         """Raises ValueError where a step of this many rows may hold more than `MAX_SAMPLES_PER_STEP` samples."""
-        num_samples = num_rows * self.samples_in_one_block
-        if num_samples > MAX_SAMPLES_PER_STEP:
+        if (num_samples := num_rows * self.samples_in_one_block) > MAX_SAMPLES_PER_STEP:
             options = f"num_candidates={self.num_candidates} with sampling_method={self.sampling_method!r}"
-            drawn = f"{num_rows} rows, of num_return_sequences each, may draw {num_samples} patches a step"
-            message = f"{options} and {drawn}: at most {MAX_SAMPLES_PER_STEP} fit."
-            raise OptionError(message, "num_candidates", "sampling_method")
+            drawn = f"{num_rows} rows, of num_return_sequences each, may draw {num_samples} patches a step: at most"
+            raise OptionError(f"{options}, {drawn} {MAX_SAMPLES_PER_STEP} fit.", "num_candidates", "sampling_method")
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

@@ -191,9 +191,9 @@ def check_settings(settings: dict[str, Any], vocab_size: int, device: torch.devi
     for name in ID_SETTINGS:
         value = settings.get(name)
         value = value.tolist() if isinstance(value, Tensor) else value
-        is_eos = name == "eos_token_id"  # an id outside the vocabulary never ends a text
         ids: Any = value if isinstance(value, list | tuple) and "eos" in name else [] if value is None else [value]
         are_integers = all(isinstance(each, Integral) and type(each) is not bool for each in ids)
+        is_eos = name == "eos_token_id"  # outside the vocabulary it never ends a text
         first, last = (-(2**63), 2**63 - 1) if is_eos else (0, vocab_size - 1)
         if not are_integers or not all(first <= each <= last for each in ids):
             kind = "an integer of 64 bits" if is_eos else "an id of the vocabulary"

@@ -26,19 +26,9 @@ parser.add_argument("--output", default="distilled", help="folder of the new mod
 parser.add_argument("--max_steps", default="300", help="default: 300; the recipe has 1,500")
 args = parser.parse_args()
 
-train = [
-    "calm",
-    "train",
-    "calm",
-    "--recipe",
-    "distil-temperature",
-    "--init_from",
-    args.model,
-    "--train_files",
-    args.text,
-]
+recipe = ["--recipe", "distil-temperature", "--init_from", args.model, "--train_files", args.text]
 options = ["--head_type", args.head_type, "--max_steps", args.max_steps, "--output_dir", args.output]
-subprocess.run([*train, *options], check=True)
+subprocess.run(["calm", "train", "calm", *recipe, *options], check=True)
 
 model, tokenizer = load_calm(args.output, device="cpu")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
