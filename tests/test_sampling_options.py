@@ -92,3 +92,9 @@ def test_unknown_fields_of_a_generation_config_are_warned_of(monkeypatch):
     config = GenerationConfig(**settings, num_candidate=9, prompt_alignment="left", nothing=None)
     sampling_used(monkeypatch, tiny_model(), generation_config=config)
     assert warnings == ["The generation configuration has num_candidate, prompt_alignment, which CALM doesn't read."]
+
+
+@pytest.mark.parametrize("name", ["do_sample", "lazy_decoding"])
+def test_a_switch_of_another_type_is_named(name):
+    with pytest.raises(ValueError, match=rf"{name}=\[\]: must be True or False"):
+        PatchSampling(**{name: []})
