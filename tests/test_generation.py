@@ -214,7 +214,7 @@ def test_invalid_arguments_raise_before_any_work(monkeypatch, model):
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: pytest.fail("work was done before the check"))
     for kwargs, message in (
         ({"top_p": 1.5}, r"top_p=1.5: must be a fraction, in \[0, 1\]"),
-        ({"top_k": -1}, "top_k=-1: must be an integer number"),
+        ({"top_k": -1}, "top_k=-1: must be an integer, of patches"),
         ({"min_p": float("nan")}, "min_p=nan: must be a fraction"),
         ({"bad_words_ids": [5]}, "bad_words_ids"),
         ({"repetition_penalty": -1.0}, "penalty"),
