@@ -170,7 +170,7 @@ class CALMConfig(LlamaConfig):
         noise_size: size of the energy head's noise, Uniform(−0.5, 0.5) in each dimension.
         num_mlp_layers: residual blocks in the head.
         num_context_layers: residual MLPs applied to the hidden state first, once for all samples. A head that is
-            trained on a frozen backbone learns much faster with one (docs/log.md).
+            trained on a frozen backbone learns much faster with one (docs/inside/log.md).
         num_samples: N, samples per patch in the training loss (energy: head samples; flow and diffusion: targets).
         num_posterior_samples: S, posterior samples per patch in the energy loss.
         beta: exponent of the energy score, 0 < β < 2; 1 is the least whose gradient is bounded where samples nearly

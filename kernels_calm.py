@@ -4,7 +4,7 @@
 
 **float32 linear layers by oneDNN.** PyTorch multiplies float32 matrices with MKL, and uses oneDNN for bfloat16 alone.
 Where the processor isn't Intel's, oneDNN is faster in float32 as well: on an AMD EPYC with AVX-512 it reaches 500
-instead of 220 GFLOP/s (docs/speed.md).
+instead of 220 GFLOP/s (docs/results/speed.md).
 
 **The argmax over a large vocabulary, int8 first** (`VocabularyScreen`). The matmul with the vocabulary is much of what
 generation computes, at T < 1 most of it, and only its argmax is needed. An int8 matmul takes a quarter to a half of

@@ -2,7 +2,7 @@
 
     python examples/finetune_lora.py --output lora
 
-`PatchCollator` completes the last patch and labels exactly the predicted tokens (docs/clients.md).
+`PatchCollator` completes the last patch and labels exactly the predicted tokens (docs/guides/finetune.md).
 """
 
 import argparse

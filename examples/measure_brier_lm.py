@@ -4,7 +4,7 @@
 
 BrierLM compares samples with the true text, so it needs no likelihoods; higher is better. Compare models of the same
 tokenizer, text and block size. Without --baseline the other model is an untrained Llama, which scores about 0.
-`calm evaluate brier_lm --model A B --data held-out.txt --block_size 512` does the same (docs/evaluation.md).
+`calm evaluate brier_lm --model A B --data held-out.txt --block_size 512` does the same (docs/guides/evaluate.md).
 """
 
 import argparse

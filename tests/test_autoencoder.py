@@ -150,8 +150,8 @@ def test_a_part_alone_gives_its_outputs_and_no_loss():
 
 
 def test_the_example_of_the_guide_prints_what_it_says(capsys):
-    guide = (ROOT / "docs/clients.md").read_text(encoding="utf-8")
-    section = guide.split("### The autoencoder by itself")[1].split("\n## ")[0]
+    guide = (ROOT / "docs/guides/embed.md").read_text(encoding="utf-8")
+    section = guide.split("## The autoencoder by itself")[1].split("\n## ")[0]
     example, printed = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)
     exec(example, {"MODEL": str(ROOT)})
     assert capsys.readouterr().out == printed

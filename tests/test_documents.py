@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = "log.md", "upstream_tests.md"  # they name what is gone, and what isn't ours
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 
@@ -18,7 +18,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_link_of_the_documents_has_a_target():
-    pages, wrong = [*DOCUMENTS, ROOT / "CHANGELOG.md"], []
+    pages, wrong = [*DOCUMENTS, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))], []
     links = [(page, *found) for page in pages for found in LINK.findall(page.read_text(encoding="utf-8"))]
     for page, file, anchor in links:
         target = page.parent / file if file else page
@@ -36,7 +36,8 @@ def test_every_import_of_the_documents_works(page):
 def test_every_file_and_test_that_the_documents_name_exists():
     text = "".join(page.read_text(encoding="utf-8") for page in DOCUMENTS if page.name not in OTHERS)
     code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
-    files = {path.name for folder in ("calm_transformers", "docs") for path in (ROOT / folder).rglob("*.py")}
+    folders = "calm_transformers", "docs", "examples"
+    files = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
     files |= {"page.py", *(path.name for path in ROOT.glob("*.py"))}  # the first is written for a Space
     assert set(re.findall(r"`(?:[\w/]*/)?(\w+\.py)", text)) <= files | code.keys()
     functions = set(re.findall(r"`(?:[\w/]*\.py::)?(test_\w+)`", text))

@@ -58,7 +58,7 @@ class TestSentenceTransformers:
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
         class PatchMask(Module):
-            """The mask by token -> by patch, of which Pooling gets the hidden states. As in docs/clients.md."""
+            """The mask by token -> by patch, of which Pooling gets the hidden states. As in docs/guides/embed.md."""
 
             def forward(self, features):
                 patches = features["token_embeddings"].shape[1]

@@ -383,7 +383,7 @@ def test_the_demo_model_is_served_with_response_formats():
 
 @pytest.mark.slow
 def test_the_example_in_the_documents_runs():
-    example, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/serve.md").read_text(), re.DOTALL)
     done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\w.* (stop|length)\n.*\w", done.stdout, re.DOTALL)

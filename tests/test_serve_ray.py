@@ -114,7 +114,7 @@ def test_other_arguments_are_refused(args):
 
 def test_ray_data_continues_a_file_of_prompts(deploy, tiny_folder, tmp_path):
     """Runs the documented program with the tiny model; each text is what the server gives for its seed."""
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guides/deploy.md").read_text(encoding="utf-8")
     program = next(block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "ray.data" in block)
     prompts = [f"Once upon {i}" for i in range(100)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))

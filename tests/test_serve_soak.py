@@ -1,7 +1,7 @@
 """Eight clients that come, cancel and vanish: the server's memory stays flat, and a seed's text the same.
 
 SOAK_SECONDS (60) sets how long: `SOAK_SECONDS=3600 python -m pytest -n 0 -s tests/test_serve_soak.py` is the hour of
-docs/serving.md. It prints ten lines, the first after a tenth of the time, or half a minute.
+docs/guides/deploy.md. It prints ten lines, the first after a tenth of the time, or half a minute.
 """
 
 import contextlib

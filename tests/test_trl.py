@@ -80,7 +80,7 @@ class TestSFTTrainer:
 
     @staticmethod
     def trainer(folder, dataset=None, model=None, collator=None, **settings):
-        """Builds the subclass in docs/clients.md."""
+        """Builds the subclass in docs/guides/finetune.md."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 

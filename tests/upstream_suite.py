@@ -1,6 +1,6 @@
 """Runs transformers' own tests of a model's classes on CALM's: `make test-upstream`, which fetches them.
 
-docs/upstream_tests.md lists those that can't pass, and why: they must fail, so that the list stays true.
+docs/inside/upstream_tests.md lists those that can't pass, and why: they must fail, so that the list stays true.
 """
 
 import re
@@ -23,9 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from calm_transformers import CALMConfig, CALMForCausalLM, CALMModel
 
 SOURCE = ROOT / ".venv" / f"transformers-{transformers.__version__}"
-LISTED = dict(
-    re.findall(r"(?m)^\| `(test_\w+)` \| (.*) \|$", (ROOT / "docs/upstream_tests.md").read_text(encoding="utf-8"))
-)
+PAGE = ROOT / "docs" / "inside" / "upstream_tests.md"
+LISTED = dict(re.findall(r"(?m)^\| `(test_\w+)` \| (.*) \|$", PAGE.read_text(encoding="utf-8")))
 
 
 # What the tests import and the distribution lacks: other tests, left out here, and a few lines about processes. These

@@ -1,4 +1,4 @@
-"""Measures the speed tables of docs/guide.md and docs/speed.md and their plot: `make speed`.
+"""Measures the speed table of docs/results/speed.md and its plot: `make speed`.
 
     calm bench speed --folder runs/speed
 
@@ -6,7 +6,7 @@ Compares CALM-M with Transformer-S in float32, both with the same libraries for 
 with PyTorch's default for the Transformer, and in bfloat16; and the bundled model with a Llama of demo-transformer's
 shape. CALM-M draws at T = 0.5 with a distilled head or with candidates, and at T = 1. A part is one run of `calm bench
 generation`. Results are stored in the folder, so that an interrupted run resumes; remove the folder to measure again.
-Once all parts are finished, the tables are inserted between their markers in both documents.
+Once all parts are finished, the table is inserted between its markers in the page.
 """
 
 import json
@@ -20,7 +20,7 @@ from calm_transformers.evaluation.report import markdown
 from calm_transformers.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
-GUIDE, SPEED = ROOT / "docs" / "guide.md", ROOT / "docs" / "speed.md"
+PAGE = ROOT / "docs" / "results" / "speed.md"
 FAST_BASELINE, FLOAT32, BFLOAT16, DEMO = "float32-fast-baseline", "float32", "bfloat16", "demo"
 BATCH_SIZES = ("1", "8")
 COMMON = "--device cpu --num_candidates 200"
@@ -85,27 +85,6 @@ def describe_sampling(row: dict) -> str:
     return f"up to {row['num_candidates']} candidates, {row['workload']}" if row["shape"] != "demo" else "rejection"
 
 
-def guide_table(folder: Path) -> str:
-    """Formats the float32 rows with equal libraries, with the ratios of the other two comparisons of CALM-M."""
-    header = ["sampling", "T", "batch", "tokens/s (range)", "Transformer-S", "ratio", "it with PyTorch's default"]
-    header += ["both in bfloat16", "ms per step: backbone, head, decode, selection", "draws", "memory ÷ weights"]
-    rows = []
-    comparisons = [read_rows(comparison, folder) for comparison in (FAST_BASELINE, FLOAT32, BFLOAT16)]
-    for row, default_row, bfloat16_row in zip(*comparisons, strict=True):
-        low, high = row["tokens_per_second_range"]
-        speed = f"{row['tokens_per_second']:.1f} ({low:.1f} – {high:.1f})"
-        parts = ", ".join(f"{row[f'{part}_ms']:.0f}" for part in ("backbone", "head", "decode", "selection"))
-        memory = "–" if row["peak_over_weights"] is None else f"{row['peak_over_weights']:.2f}"
-        rows.append(
-            [
-                *(describe_sampling(row), f"{row['temperature']:g}", str(row["batch_size"]), speed),
-                *(f"{row['baseline_tokens_per_second']:.1f}", f"**{row['ratio']:.2f}**"),
-                *(f"{default_row['ratio']:.2f}", f"{bfloat16_row['ratio']:.2f}", parts, f"{row['draws']:.0f}", memory),
-            ]
-        )
-    return markdown(header, rows) + "\n\n" + provenance(read_rows(FAST_BASELINE, folder))
-
-
 def speed_table(folder: Path) -> str:
     """Formats the tokens per second of all comparisons."""
     header = ["comparison", "sampling", "T", "batch"]
@@ -129,7 +108,7 @@ def speed_table(folder: Path) -> str:
 
 
 def provenance(rows: list[dict]) -> str:
-    """Returns the line below a table: machine, versions, settings and dates."""
+    """Returns the line below the table: machine, versions, settings and dates."""
     row, dates = rows[0], sorted({row["date"] for row in rows})
     return (
         f"{row['device_name']}, {row['threads']} threads, torch {row['torch']}, transformers {row['transformers']}, "
@@ -159,8 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         part.measure(options.folder)
     with known_errors(ValueError, OSError):
         generation.write_plot(ROOT / "docs" / "speed.png", read_rows(FAST_BASELINE, options.folder))
-        replace_table(GUIDE, guide_table(options.folder))
-        replace_table(SPEED, speed_table(options.folder))
+        replace_table(PAGE, speed_table(options.folder))
 
 
 if __name__ == "__main__":
