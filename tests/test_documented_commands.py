@@ -73,6 +73,7 @@ ELSEWHERE = {
     "calm convert ": "test_convert_checkpoint.py",
     "calm export |python demo-onnx/generate.py ": "test_export_onnx.py",
     "calm tokenize ": "test_training_sources.py",
+    ".* --recipe distil-temperature ": "test_distil_temperature.py",
     ".* --init_backbone ": "test_training_init_backbone.py",
     ".* --data Salesforce/wikitext ": "test_data.py",
 }

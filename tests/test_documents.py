@@ -1,10 +1,14 @@
-"""The documents' links, imports, files and tests exist."""
+"""The documents' links, imports, files and tests exist, and their programs run."""
 
+import importlib.util
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 from commands import ROOT
+
+from calm_transformers.loading import load_calm
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = "log.md", "upstream_tests.md"  # they name what is gone, and what isn't ours
@@ -43,3 +47,28 @@ def test_every_file_and_test_that_the_documents_name_exists():
     functions = set(re.findall(r"`(?:[\w/]*\.py::)?(test_\w+)`", text))
     assert [function for function in functions if not any(f"def {function}(" in each for each in code.values())] == []
     assert len(functions) > 10
+
+
+PROGRAMS = {page: re.findall(r"(?ms)^```python\n(.*?)^```", page.read_text(encoding="utf-8")) for page in DOCUMENTS}
+# Their programs need a model of another name, a server or a cluster: test_convert_checkpoint.py, test_serve*.py.
+OTHER_PROGRAMS = "README.md", "index.md", "convert.md", "serve.md", "deploy.md"  # the first two: test_plain_install.py
+
+
+@pytest.mark.slow
+@pytest.mark.transformers
+@pytest.mark.parametrize(
+    "page", [p for p, found in PROGRAMS.items() if found and p.name not in OTHER_PROGRAMS], ids=lambda page: page.name
+)
+def test_the_programs_of_a_page_run(page, tmp_path, monkeypatch):
+    """In order, on the demo model; a program that imports a package of an extra that isn't installed is left out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held-out.txt").write_text("Once upon a time there was a little girl named Lily. " * 100)
+    model, tokenizer = load_calm(str(ROOT), "cpu")
+    dataset = datasets.Dataset.from_dict({"text": ["Once upon a time, there was a dog."] * 8})
+    names = {"MODEL": str(ROOT), "model": model, "tokenizer": tokenizer, "dataset": dataset}
+    names["inputs"] = tokenizer("Once upon a time", return_tensors="pt")
+    for program in PROGRAMS[page]:
+        packages = re.findall(r"(?m)^(?:from|import) (\w+)", program) + ["bitsandbytes"] * ("BitsAnd" in program)
+        if all(importlib.util.find_spec(package) for package in packages):
+            small = program.replace("max_steps=40", "max_steps=2").replace('mode="reduce-overhead"', 'backend="eager"')
+            exec(small.replace('"."', repr(str(ROOT))), names)
