@@ -70,6 +70,7 @@ def block_lines(page: Path) -> list[str]:
 ELSEWHERE = {
     "calm app . *(#.*)?$": "test_app.py",
     "calm serve ": "test_serve.py",
+    "CALM_MATMUL_BACKEND=torch calm bench serving ": "test_benchmark_serving.py",
     "calm convert ": "test_convert_checkpoint.py",
     "calm export |python demo-onnx/generate.py ": "test_export_onnx.py",
     "calm tokenize ": "test_training_sources.py",
