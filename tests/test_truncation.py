@@ -6,11 +6,10 @@ from functools import partial
 
 import pytest
 import torch
+from choice_distributions import DISTRIBUTIONS, SampleSets, plug_in_weights, target_distribution
 from enumerable_distributions import chi_square_p_value, tempered, total_variation, warpers_of
 from tiny import seeded
 
-from calm_transformers.benchmarks import truncation as benchmark
-from calm_transformers.benchmarks.truncation import DISTRIBUTIONS, SampleSets, plug_in_weights, target_distribution
 from calm_transformers.model import generation_calm_algorithms as algorithms
 from calm_transformers.model.generation_calm_algorithms import NO_TRUNCATION, Truncation, candidate_weights, truncated
 from calm_transformers.model.generation_calm_samplers import RepetitionAttempts
@@ -156,8 +155,8 @@ class TestChoiceDistribution:
         assert distance(temperature=other, truncation=truncation) > bound
 
 
-class TestBenchmark:
-    def test_target_distribution_by_hand(self):
+class TestTargetDistribution:
+    def test_by_hand(self):
         probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
         top_2 = Truncation(top_k=2)
         torch.testing.assert_close(target_distribution(probs, 1.0, top_2), torch.tensor([0.625, 0.375, 0.0]).double())
@@ -166,16 +165,3 @@ class TestBenchmark:
         assert by_patch(plug_in_weights(repeated(4, 1), 2.0), (4, 1)) == pytest.approx([2 / 3, 1 / 3])
         ties = torch.tensor([0.4, 0.2, 0.2, 0.2], dtype=torch.float64)  # each of the three is kept equally often
         torch.testing.assert_close(target_distribution(ties, 1.0, top_2), torch.tensor([6, 1, 1, 1]).double() / 9)
-
-    def test_command(self, monkeypatch, capsys):
-        few = {name: DISTRIBUTIONS[name] for name in ("zipf(20)", "flat(100)")}
-        monkeypatch.setattr(benchmark, "DISTRIBUTIONS", few)
-        assert benchmark.main(["--pools", "20"]) == 0
-        printed = capsys.readouterr().out
-        assert benchmark.main(["--pools", "20"]) == 0 and capsys.readouterr().out == printed
-        lines = [line.strip("| ").split(" | ")[2:] for line in printed.splitlines() if line.count("|") > 2]
-        numbers = [[float(cell) for cell in line] for line in lines if line[0][0].isdigit()]
-        assert [len(line) for line in numbers] == [10] * 6 + [12] * 6
-        assert all(0 <= number <= 1 for line in numbers for number in line)
-        assert benchmark.main(["--pools", "0"]) == 2
-        assert "--pools: 0: must be an integer of at least 1" in capsys.readouterr().err
