@@ -1,8 +1,8 @@
 """Known distributions over patches, their targets, and the distribution of a choice among N samples.
 
-P is a distribution over V patches. From each of many sets of N samples one patch is chosen by a weight; the distribution
-of the choice, averaged over the sets, is compared with P^(1/T)/Z, truncated. If equal probabilities meet at the edge of a
-truncation, each of them is equally likely in the target.
+P is a distribution over V patches. From each of many sets of N samples one patch is chosen by a weight; the choice's
+distribution, averaged over the sets, is compared with P^(1/T)/Z, truncated. If equal probabilities meet at the edge of
+a truncation, each of them is equally likely in the target.
 """
 
 # B sets of samples, N samples, V outcomes (patches)
