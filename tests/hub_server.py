@@ -1,7 +1,7 @@
 """A Hugging Face Hub in memory: the part of its HTTP API that push and pull use, served on loopback.
 
 The real `huggingface_hub` client uses it if HF_ENDPOINT is `HubServer.url`. Every push is a commit; a revision is
-`main` or a commit id. All files are regular ones, without git-lfs and Xet.
+`main`, a commit id or a tag. All files are regular ones, without git-lfs and Xet.
 """
 
 import base64
@@ -60,7 +60,7 @@ class HubApi:
     """Endpoints: each method takes the body and the path's variables and returns JSON, or bytes and headers."""
 
     def __init__(self):
-        self.repositories, self.url = {}, None
+        self.repositories, self.cards, self.url = {}, [], None
 
     def repository(self, repo):
         if repo not in self.repositories:
@@ -74,6 +74,7 @@ class HubApi:
         return {"url": f"{self.url}/{repo}", "name": repo}
 
     def validate_yaml(self, body):
+        self.cards.append(json.loads(body)["content"])
         return {"errors": [], "warnings": []}
 
     def model_info(self, body, repo, revision="main"):
@@ -100,6 +101,11 @@ class HubApi:
         commit = repository.append(repository.main.files | changed, header["value"]["summary"])
         return {"commitOid": commit.oid, "commitUrl": f"{self.url}/{repo}/commit/{commit.oid}"}
 
+    def create_tag(self, body, repo, revision):
+        repository = self.repository(repo)
+        repository.commits[json.loads(body)["tag"]] = repository.at(revision)
+        return {}
+
     def resolve(self, body, repo, revision, path):
         commit = self.repository(repo).at(revision)
         if path not in commit.files:
@@ -116,6 +122,7 @@ ROUTES = [
     ("GET", f"/api/models/{REPO}/tree/{REVISION}(/{PATH})?", HubApi.tree),
     ("POST", f"/api/models/{REPO}/preupload/{REVISION}", HubApi.preupload),
     ("POST", f"/api/models/{REPO}/commit/{REVISION}", HubApi.commit),
+    ("POST", f"/api/models/{REPO}/tag/{REVISION}", HubApi.create_tag),
     ("GET", f"/{REPO}/resolve/{REVISION}/{PATH}", HubApi.resolve),
 ]
 

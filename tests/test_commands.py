@@ -24,10 +24,10 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "benchmarks.operations": ["--shape", NOWHERE],
     "benchmarks.serving": ["--model", NOWHERE],
     "benchmarks.speed": ["--folder", f"/dev/null/{NOWHERE}"],  # it creates folders, but can't in a file
-    "benchmarks.truncation": ["--pools", NOWHERE],
     "benchmarks.training_step": ["--recipe", NOWHERE],
     "benchmarks.data": ["--recipe", "demo-backbone", *TOKENIZER],
     "conversion.convert": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
+    "conversion.release": ["--version", "0", "--output", NOWHERE],
     "onnx_export.export": [NOWHERE, "--output", "{tmp}"],
     "onnx_export.generate_onnx": ["Once", "--folder", NOWHERE],
     "pages.inspect_text": [NOWHERE],
@@ -48,7 +48,7 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
 }
 MISSING_PATHS = {n if n.startswith("docs.") else f"calm_transformers.{n}": it for n, it in MISSING_PATHS.items()}
 # The others have a required option, whose absence would be reported first.
-WITHOUT_REQUIRED = {f"calm_transformers.benchmarks.{name}" for name in ("generation", "training_step", "truncation")}
+WITHOUT_REQUIRED = {f"calm_transformers.benchmarks.{name}" for name in ("generation", "training_step")}
 WITHOUT_REQUIRED |= {name for name in MISSING_PATHS if name.startswith("docs.")}
 TAKES_A_MODEL = {f"calm_transformers.{n}" for n in ("pages.inspect_text", "serving.serve", "onnx_export.export")}
 LOADS_A_MODEL = [name for name, words in MISSING_PATHS.items() if "--model" in words or name in TAKES_A_MODEL]

@@ -1,10 +1,14 @@
-"""The wheel, built and installed in another folder: its files are complete, and every command starts."""
+"""Wheel and sdist: their files are complete, and every command of the installed wheel starts.
+
+`make test-newest` starts them in an empty environment, with what pip installs today.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -23,17 +27,21 @@ HIDDEN += ["starlette"]
 
 
 def pip(*arguments) -> None:
-    words = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index", "-q"]
+    run_module("pip", *arguments, "--no-deps", "--no-index", "-q")
+
+
+def run_module(*words) -> None:
+    words = [sys.executable, "-m", *map(str, words)]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Builds the wheel from a copy, so that no file of an earlier build gets in."""
+    """Builds wheel and sdist from a copy, so that no file of an earlier build gets in."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCES)
-    pip("wheel", folder / "source", "--no-build-isolation", "--wheel-dir", folder)
+    run_module("build", "--no-isolation", "--sdist", "--wheel", "--outdir", folder, folder / "source")
     (file,) = folder.glob("*.whl")
     return file
 
@@ -82,7 +90,25 @@ def test_the_wheel_contains_the_packages_with_data_and_no_tests(wheel):
     package = ROOT / "calm_transformers"
     expected = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     assert python == expected | {f"calm_transformers/model/{path.name}" for path in ROOT.glob("*.py")}
-    assert {str(path.relative_to(ROOT)) for path in package.rglob("*.yaml")} <= names
+    data = {str(path.relative_to(ROOT)) for path in package.rglob("*.yaml")}
+    assert data | {"calm_transformers/py.typed"} <= names
+
+
+def test_the_sdist_contains_no_tests_and_builds_the_same_wheel(wheel):
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as file:
+        entries = {name.split("/")[1] for name in file.getnames() if "/" in name}
+    built = {"PKG-INFO", "calm_transformers", "calm_transformers.egg-info"}
+    sources = {"setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"}
+    assert entries == built | sources | {path.name for path in ROOT.glob("*.py")}
+    pip("wheel", sdist, "--no-build-isolation", "--wheel-dir", wheel.parent / "again")
+    again = wheel.parent / "again" / wheel.name
+    records = []  # the hashes of all files
+    for path in (wheel, again):
+        with zipfile.ZipFile(path) as file:
+            (name,) = (name for name in file.namelist() if name.endswith("/RECORD"))
+            records.append(sorted(file.read(name).splitlines()))
+    assert records[0] == records[1]
 
 
 def test_every_command_starts_without_the_extras(installed):

@@ -3,7 +3,8 @@
     wheel_commands.py RESULT_FILE HIDDEN_PACKAGES COMMANDS     (the latter two as JSON)
 
 Writes the exit code and the output of each command. One process runs them all because importing torch and transformers
-takes most of the time.
+takes most of the time. Without arguments it runs each `calm` command's `--help`, as `make test-newest` does before it
+installs an extra; its exit code is 1 if one fails.
 """
 
 import contextlib
@@ -55,6 +56,10 @@ def save_a_model(folder: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        names = ["", *importlib.import_module("calm_transformers.cli").COMMANDS]
+        outcomes = [run("calm_transformers.cli", *name.split(), "--help") for name in names]
+        sys.exit("\n".join(each["printed"] for each in outcomes if each["code"]) or 0)
     result, hidden, commands = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
     hide(hidden)
     outcome = {" ".join(words): run(*words) for words in commands}

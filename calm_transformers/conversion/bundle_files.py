@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -18,40 +19,43 @@ from calm_transformers.model.modeling_calm import CALMForCausalLM
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE]
 MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- calm
-- continuous-autoregressive
-- custom_code
-license: other
-{base_models}---
+{{ card_data }}
+---
 
-# {name}
+# {{ name }}
 
 A CALM, a continuous autoregressive language model ([arXiv 2510.27688](https://arxiv.org/abs/2510.27688)): instead of
-one token it predicts one vector that represents a patch of {patch_size} tokens, which an autoencoder decodes.
+one token it predicts one vector that represents a patch of {{ config.patch_size }} tokens, which an autoencoder
+decodes.
 
 ```python
 import torch
 from transformers import pipeline
 
 pipe = pipeline(
-    "text-generation", model="{name}", dtype=torch.bfloat16, device_map="auto", trust_remote_code=True
+    "text-generation", model="{{ name }}", dtype=torch.bfloat16, device_map="auto", trust_remote_code=True
 )
-print(pipe("The key to life is", max_new_tokens=20, do_sample=True)[0]["generated_text"])
+print(pipe("{{ prompt }}", max_new_tokens=20, do_sample=True)[0]["generated_text"])
 ```
 
-Needs `pip install "{transformers}" torch accelerate`.
+Needs `pip install "{{ transformers }}" torch accelerate`. The code is CALM for Transformers {{ code_version }}.
 
-## Sources
+{{ about }}
+
+## What does not work
+
+- vLLM, SGLang, TGI, and what reads GGUF (llama.cpp, Ollama and others), which "Use this model" may offer: they don't
+  know this architecture. `calm serve`, of the package calm-transformers, serves it with OpenAI's API.
+- Beam search, assisted decoding, and passing a cache from one `generate` call to the next.
+- New tokens: the vocabulary is the autoencoder's.
+"""
+CONVERTED = """## Sources
 
 CALM for Transformers combined the weights of two repositories in one {dtype} file: the language model
 {language_model}, with a head of type "{head_type}", and the autoencoder {autoencoder}.
 
 **Licence.** The weights, and the tokenizer, keep the licences of their source repositories. The code is under the
-MIT licence.
-"""
+MIT licence."""
 
 
 def tokenizer_files(folder: Path, config: CALMConfig) -> dict[str, str]:
@@ -102,37 +106,36 @@ def read_chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def model_card(name: str, config: CALMConfig, language_model: Repository, autoencoder: Repository) -> str:
-    """Returns the README, with links to those of the two repositories that are on the Hub."""
+def model_card(name: str, config: CALMConfig, prompt: str, about: str, **metadata) -> str:
+    """Returns the README: the section `about` amid what is true of every CALM, under `metadata` of `ModelCardData`."""
+    tags = ["calm", "continuous-autoregressive", "custom_code"]
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **metadata)
+    content = {"name": name, "config": config, "prompt": prompt, "about": about}
+    content |= {"transformers": TRANSFORMERS, "code_version": code_version()}
+    return str(ModelCard.from_template(data, template_str=MODEL_CARD, **content))
+
+
+def converted_card(name: str, config: CALMConfig, language_model: Repository, autoencoder: Repository) -> str:
+    """Returns the README of a converted repository, with links to those of its two sources that are on the Hub."""
     sources = [language_model, autoencoder]
-    on_hub = "".join(f"- {source.name}\n" for source in sources if source.is_on_hub)
     links = [f"[{s.name}](https://huggingface.co/{s.name})" if s.is_on_hub else f"`{s.name}`" for s in sources]
-    return MODEL_CARD.format(
-        name=name,
-        transformers=TRANSFORMERS,
-        base_models=f"base_model:\n{on_hub}" if on_hub else "",
-        patch_size=config.patch_size,
-        head_type=config.head_type,
+    about = CONVERTED.format(
         dtype=str(config.dtype).removeprefix("torch."),
+        head_type=config.head_type,
         language_model=links[0],
         autoencoder=links[1],
     )
+    on_hub = [source.name for source in sources if source.is_on_hub]
+    return model_card(name, config, "The key to life is", about, license="other", base_model=on_hub or None)
 
 
-def write_supporting_files(
-    folder: Path,
-    name: str,
-    config: CALMConfig,
-    tokenizer_folder: Path,
-    language_model: Repository,
-    autoencoder: Repository,
-) -> None:
-    """Writes all files of a converted repository except the weights."""
+def write_supporting_files(folder: Path, config: CALMConfig, tokenizer_folder: Path, card: str) -> None:
+    """Writes all files of a repository except the weights."""
     config.architectures, config.code_version = [CALMForCausalLM.__name__], code_version()
     files = {
         "config.json": config.to_json_string(),
         "generation_config.json": json.dumps(generation_defaults(config), indent=2),
-        "README.md": model_card(name, config, language_model, autoencoder),
+        "README.md": card,
         **tokenizer_files(tokenizer_folder, config),
     }
     for file, content in files.items():

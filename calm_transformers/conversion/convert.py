@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from transformers import PretrainedConfig
 
 from calm_transformers.command_line import InputError, Parser, command, first_line, known_errors
-from calm_transformers.conversion.bundle_files import TOKENIZER_FILES, write_supporting_files
+from calm_transformers.conversion.bundle_files import TOKENIZER_FILES, converted_card, write_supporting_files
 from calm_transformers.conversion.checkpoint_files import DTYPES, Repository, StoredTensor, fetch, write_safetensors
 from calm_transformers.files import new_folder
 from calm_transformers.model.configuration_calm import CALMAutoencoderConfig, CALMConfig
@@ -268,16 +268,19 @@ def convert(
         dtypes = (source.dtype for stored in sources_of.values() for source in stored)
         config.dtype = written_dtype = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, dtypes)
         tokenizer_folder = fetch(tokenizer, TOKENIZER_FILES, "tokenizer") if tokenizer else repositories[0].folder
-        write_supporting_files(folder, name or output.absolute().name, config, tokenizer_folder, *repositories)
+        card = converted_card(name or output.absolute().name, config, *repositories)
+        write_supporting_files(folder, config, tokenizer_folder, card)
         weights = folder / "model.safetensors"
         write_safetensors(weights, shapes, written_dtype, lambda key: read_merged(sources_of[key], written_dtype))
 
 
-def push_to_hub(folder: Path, repo_id: str) -> None:
-    """Uploads a finished bundle to the Hub; raises InputError on failure."""
+def push_to_hub(folder: Path, repo_id: str, message: str, tag: str | None = None) -> None:
+    """Uploads a finished bundle to the Hub, which checks its card first, and tags it; raises InputError on failure."""
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Bundle of a published CALM")
+        commit = HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        if tag:
+            HfApi().create_tag(repo_id, tag=tag, revision=commit.oid)
     except Exception as error:  # the client's exceptions differ between its versions
         raise InputError(f"{folder} is finished, but {repo_id} did not take it: {first_line(error)}") from None
 
@@ -296,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     with known_errors(InputError, OSError):
         convert(args.calm, args.autoencoder, args.output, args.tokenizer, args.dtype, args.push_to_hub or "")
         if args.push_to_hub:
-            push_to_hub(args.output, args.push_to_hub)
+            push_to_hub(args.output, args.push_to_hub, "Bundle of a published CALM")
     print(f"Wrote {args.output}.")
 
 
