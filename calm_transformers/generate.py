@@ -1,4 +1,7 @@
-"""Continues a prompt with a CALM and streams the text to the terminal: `calm generate . "Once upon a time"`.
+"""Continues a prompt with a CALM and streams the text to stdout: `calm generate . "Once upon a time"`.
+
+`--demo` in place of MODEL continues it with the demo model of this repository. The patches of the text and the speed
+follow on stderr.
 
     calm generate MODEL --input prompts.jsonl --output texts.jsonl
 
@@ -8,7 +11,10 @@ writes the others.
 """
 
 import json
+import os
+import shlex
 import sys
+import time
 from argparse import Namespace
 from collections import deque
 from concurrent.futures import Future
@@ -21,18 +27,23 @@ from calm_transformers.documents import expand_paths, read_documents
 from calm_transformers.files import written
 from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_samplers import check_temperature
+from calm_transformers.pages.app import ROOT
+from calm_transformers.pages.app_page import PROMPT, visible
+from calm_transformers.pages.inspect_text import texts_between
 from calm_transformers.progress import progress_bar
 from calm_transformers.serving.batcher import Batcher
 from calm_transformers.serving.sequence import GenerationResult
+
+TINTS = (153, 223)  # light blue and light orange of the 256 colours
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Loads the model, checks the options, and prints the prompt and its continuation, or writes those of files."""
     parser = Parser("calm generate", __doc__)
-    default_prompt = "Once upon a time, there was a little girl named Lily."
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("prompt", nargs="?", type=utf8, default=default_prompt)
+    parser.add_argument("model", nargs="?", type=utf8, help="folder or Hub id; omitted with --demo")
+    parser.add_argument("prompt", nargs="?", type=utf8, help=f"default: {PROMPT}")
+    parser.add_argument("--demo", action="store_true", help="use the demo model of this repository's clone")
     parser.add_argument("--temperature", type=float, default=0.5, help="in (0, 2]; default: 0.5")
     parser.add_argument("--max_new_tokens", type=positive, default=160)
     parser.add_argument("--seed", type=seed_number, default=0)
@@ -42,6 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if (options.input is None) != (options.output is None):
         parser.error("--input and --output belong together.")
+    if options.demo:
+        if options.prompt is not None or os.path.isdir(options.model or ""):
+            parser.error("MODEL and --demo exclude each other.")
+        options.model, options.prompt = demo_model(), options.model
+    elif options.model is None:
+        parser.error("MODEL or --demo is required.")
+    prompt = PROMPT if options.prompt is None else options.prompt
     with known_errors():
         check_temperature(options.temperature)
     if options.input:
@@ -49,10 +67,58 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_calm(options.model, None)
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": True, "temperature": options.temperature}
     with known_errors(ValueError):
-        check_length(model, len(tokenizer(options.prompt)["input_ids"]), options.max_new_tokens)
+        check_length(model, len(tokenizer(prompt)["input_ids"]), options.max_new_tokens)
         generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        streamer = RecordingStreamer(tokenizer)
         set_seed(options.seed)
-        generator(options.prompt, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **settings)
+        generator(prompt, streamer=streamer, **settings)
+    print(format_patches(streamer, model.config.patch_size), file=sys.stderr, end=" · ")
+    print(f"see more: calm app {shlex.quote(options.model)}", file=sys.stderr)
+
+
+def demo_model() -> str:
+    """Returns the folder of the demo model; raises InputError if the package was installed without it."""
+    if not (ROOT / "model.safetensors").is_file():
+        raise InputError(
+            "--demo: the installed package holds no weights; run calm generate FOLDER with a clone of its repository, "
+            "which holds them, or with a folder that make release wrote there."
+        )
+    return str(ROOT)
+
+
+class RecordingStreamer(TextStreamer):
+    """Streams the text to stdout, and records the token ids of the prompt and of each step with the time they took."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.puts: list[list[int]] = []
+        self.start, self.seconds = time.perf_counter(), 0.0
+
+    def put(self, value) -> None:
+        if not self.puts:
+            self.start = time.perf_counter()
+        self.puts.append(value.flatten().tolist())
+        super().put(value)
+
+    def end(self) -> None:
+        self.seconds = time.perf_counter() - self.start
+        super().end()
+
+
+def format_patches(streamer: RecordingStreamer, patch_size: int) -> str:
+    """Returns the generated patches, tinted if stderr shows colours and else separated by |, and their speed."""
+    num_prompt, ids = len(streamer.puts[0]), [token for put in streamer.puts for token in put]
+    starts = range(num_prompt, len(ids), patch_size)
+    texts = [visible(text) for text in texts_between(streamer.tokenizer, ids, [0, *starts, len(ids)])[1:]]
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        shown = "".join(f"\x1b[38;5;16;48;5;{TINTS[i % 2]}m{text}\x1b[0m" for i, text in enumerate(texts))
+    else:
+        shown = "|".join(texts)
+    num_tokens = len(ids) - num_prompt
+    return (
+        f"\nThe continuation in its patches of {patch_size} tokens, each generated in one step:\n{shown}\n"
+        f"{num_tokens} tokens in {len(texts)} patches · {num_tokens / streamer.seconds:.0f} tokens/s"
+    )
 
 
 def continue_file(options: Namespace) -> None:

@@ -69,7 +69,7 @@ def generated(model, **options):
     """Returns what `generate` writes after "Hello": the text, and its number of tokens."""
     ids = model.tokenizer("Hello", return_tensors="pt")["input_ids"]
     new = model.model.generate(ids, do_sample=True, **options)[0, ids.shape[1] :]
-    return model.tokenizer.decode(new, skip_special_tokens=True), len(new)
+    return model.tokenizer.decode(new), len(new)
 
 
 def test_a_calm_streams_the_text_of_generate_with_the_candidates_of_each_patch(calm, eager):
@@ -143,7 +143,18 @@ def test_generated_text_is_escaped(calm):
     state.steps = [app_page.Step("<b>&", [app_page.Candidate("<i>\n", 1.0, 3, True)], 1)]
     shown = render(calm, state).replace('<i style="', "")
     assert "<script>" not in shown and "<b>&" not in shown and "<i>" not in shown
-    assert "&lt;b&gt;&amp;" in shown and "&lt;i&gt;⏎" in shown
+    assert "&lt;b&gt;&amp;" in shown and "&lt;i&gt;↵" in shown
+
+
+def test_special_tokens_and_line_breaks_are_visible():
+    state = app_page.GenerationState("", app_page.AutoTokenizer.from_pretrained(ROOT), [], 2)
+    ids = state.detokenizer.tokenizer("a\nb<|eos|>", add_special_tokens=False).input_ids
+    for token in ids:
+        state.update("token", token)
+    assert "".join(step.text for step in state.steps) == "a\nb<|eos|>"
+    shown = "".join(app_page._render_step(number, step) for number, step in enumerate(state.steps))
+    assert '<i class="break"></i>\n' in shown and "&lt;|eos|&gt;" in shown
+    assert app_page.visible("a\n\tb") == "a↵⇥b" and app_page.visible("") == "∅"
 
 
 def test_incomplete_characters_are_held_back():
@@ -157,6 +168,13 @@ def test_incomplete_characters_are_held_back():
 
 
 # The command and the Space
+
+
+def test_the_demo_s_folder_has_a_name_of_its_own(monkeypatch, tiny_folder):
+    for folder in (ROOT, tiny_folder):
+        monkeypatch.chdir(folder)
+        assert app.display_name(".") == app.display_name(str(folder)) == ("CALM demo", folder.name)[folder != ROOT]
+    assert app.display_name("someone/CALM-M") == "someone/CALM-M"
 
 
 def test_command_errors_are_one_sentence(capsys, tmp_path, monkeypatch):
@@ -322,8 +340,11 @@ class TestPage:
         assert len(card.find_elements("css selector", ".chosen code")) == 1 and "%" in card.text
         background = [span.value_of_css_property("background-color") for span in spans[:3]]
         assert background[0] == background[2] != background[1]
+        assert "patch of 2 tokens per step" in page.find_element("id", "intro").text
         set_width(page, 360, 740)  # a phone's
         assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+        for slider in page.find_elements("css selector", "#controls input[type=range], .reset-button"):
+            assert slider.size["height"] >= 38 and slider.size["width"] >= 38  # a finger's
 
     def test_stop_ends_generation(self, page):
         put(page, "max_new_tokens", 1000)

@@ -1,9 +1,13 @@
 """The demo command: it continues a story, and refuses in one line what cannot be sampled."""
 
 import json
+import re
+import sys
 from functools import partialmethod
+from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import ROOT, refusal
 from evaluation_folder import tiny_llama
 from tiny import tiny_model, tiny_tokenizer
@@ -11,7 +15,7 @@ from transformers import GenerationConfig
 
 from calm_transformers import generate as demo
 from calm_transformers.generate import main
-from calm_transformers.loading import load_calm
+from calm_transformers.loading import load_calm, load_tokenizer
 from calm_transformers.serving.batcher import Batcher
 from calm_transformers.training.tokenizer import save_tokenizer
 
@@ -45,9 +49,47 @@ def test_a_tokenizer_that_is_none_is_named(capsys, tmp_path, content):
     assert str(tmp_path) in refusal(capsys, demo.main, tmp_path)
 
 
-def test_it_continues_the_prompt(capsys):
-    assert demo.main([str(ROOT), "The cat sat", "--max_new_tokens", "8"]) == 0
-    assert capsys.readouterr().out.startswith("The cat sat")
+def test_stdout_has_only_the_text_of_generate_and_stderr_its_patches(capsys):
+    assert demo.main([str(ROOT), "The cat sat", "--max_new_tokens", "9", "--seed", "3"]) == 0
+    printed = capsys.readouterr()
+    model, tokenizer = load_calm(str(ROOT), "cpu")
+    prompt = tokenizer("The cat sat", return_tensors="pt")
+    torch.manual_seed(3)
+    ids = model.generate(**prompt, do_sample=True, temperature=0.5, max_new_tokens=9)[0].tolist()
+    new = ids[prompt["input_ids"].shape[1] :]
+    assert printed.out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    _, title, patches, last = printed.err.splitlines()
+    texts = tokenizer.batch_decode([new[i : i + 2] for i in range(0, 9, 2)])
+    assert "patches of 2 tokens" in title and patches == "|".join(texts)
+    assert re.fullmatch(rf"9 tokens in 5 patches · \d+ tokens/s · see more: calm app {re.escape(str(ROOT))}", last)
+
+
+def test_patches_are_tinted_on_a_terminal_with_colours_and_special_tokens_are_legible(monkeypatch):
+    tokenizer = load_tokenizer(ROOT)
+    ids = tokenizer("a\nb<|eos|>", add_special_tokens=False)["input_ids"]
+    streamer = SimpleNamespace(tokenizer=tokenizer, puts=[[], *([token] for token in ids)], seconds=0.5)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    tinted, tints = demo.format_patches(streamer, 2), [f"\x1b[38;5;16;48;5;{tint}m" for tint in demo.TINTS]
+    assert f"{tints[0]}a↵\x1b[0m{tints[1]}b<|eos|>\x1b[0m\n4 tokens in 2 patches · 8 tokens/s" in tinted
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert "\na↵|b<|eos|>\n" in demo.format_patches(streamer, 2)
+
+
+def test_the_demo_model_is_found_from_any_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--demo", "The cat sat", "--max_new_tokens", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("The cat sat") and printed.err.endswith(f"see more: calm app {ROOT}\n")
+    for words in (["--demo", ROOT], ["some/model", "a prompt", "--demo"]):
+        assert "MODEL and --demo exclude each other" in refusal(capsys, demo.main, *words)
+    assert "MODEL or --demo is required" in refusal(capsys, demo.main)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)  # as of an installed wheel
+    error = refusal(capsys, demo.main, "--demo")
+    assert error.startswith("--demo: the installed package holds no weights; run calm generate FOLDER with a clone")
 
 
 def test_prompts_of_a_file_are_continued_and_an_interrupted_run_writes_the_rest(tmp_path, capsys, monkeypatch):

@@ -26,17 +26,18 @@ def story(demo):
     """An inspected text of the demo model, and the output of generate with the same seed."""
     model, tokenizer = demo
     inspection = inspect_text.inspect_text(model, tokenizer, PROMPT, 15, seed=3, temperature=0.5)
+    inspection.model = "a name"
     settings = {"do_sample": True, "temperature": 0.5, "sampling_method": "batch", "max_new_tokens": 15}
     prompt = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(**prompt, **settings, generator=torch.Generator().manual_seed(3))
-    return inspection, tokenizer.decode(ids[0], skip_special_tokens=True)
+    return inspection, tokenizer.decode(ids[0])
 
 
 def test_the_text_equals_generate_and_each_patch_is_among_its_candidates(story):
     inspection, expected = story
     assert inspection.text == expected
     generated = [patch for patch in inspection.patches if not patch.is_prompt]
-    assert len(generated) == 8 and len(generated[-1].tokens) == 1
+    assert len(generated) == 8
     for patch in generated[:-1]:
         assert patch.candidates[patch.chosen].text == patch.text
         assert sum(candidate.count for candidate in patch.candidates) == inspection.settings["num_candidates"]
@@ -57,8 +58,7 @@ def test_prompts_of_any_length_are_padded_on_the_left():
     prompt = "0123456789" * 5  # with <s> 51 tokens: 13 patches of 4, one of them with a filler
     inspection = inspect_text.inspect_text(model, tokenizer, prompt, 4, seed=0, num_candidates=4, temperature=0.5)
     patches = [patch for patch in inspection.patches if patch.is_prompt]
-    assert "".join(patch.text for patch in patches) == prompt
-    assert [len(patch.tokens) for patch in patches] == [3, *[4] * 12]
+    assert [patch.text for patch in patches] == ["<s>01", *(prompt[i : i + 4] for i in range(2, 50, 4))]
     assert [bool(patch.candidates) for patch in patches] == [False, *[True] * 12]
 
 
@@ -91,6 +91,7 @@ def test_the_command_prints_patches_with_their_weights_at_several_temperatures(t
     assert "temperature = 0.7, num_candidates = 20" in printed
     assert all(name in printed for name in ("T=1", "T=0.7*", "T=0.5", "T=0.333"))
     assert printed.count("    > ") >= 2 and "… and " in printed
+    assert printed.startswith(f"{tiny_folder.name}: K = 4") and "<s>Hel" in printed
 
 
 @pytest.mark.parametrize(
@@ -131,13 +132,17 @@ class TestPage:
         assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
         set_width(driver, 360, 740)
         driver.refresh()
+        assert driver.title == driver.find_element("id", "title").text == "a name: a text, patch by patch"
+        assert "a patch of 2 tokens per step" in driver.find_element("css selector", "header p").text
+        assert driver.find_element("id", "text").text.startswith("<|bos|>Once")
+        assert driver.find_element("id", "slider").size["height"] >= 44  # a finger's
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
         assert driver.execute_script("return getComputedStyle(document.getElementById('panel')).position") == "fixed"
 
     def test_patches_show_their_candidates_on_hover_with_weights_by_the_slider(self, driver, page, story):
         patches = story[0].patches
         spans = driver.find_elements("css selector", "#text .patch")
-        assert [span.get_property("textContent") for span in spans] == [patch.text or "⏹" for patch in patches]
+        assert [span.get_property("textContent") for span in spans] == [patch.text for patch in patches]
         number = next(i for i, patch in enumerate(patches) if patch.candidates and patch.candidates[0].weight < 0.99)
         for place in (2, number):
             span = hover(driver, place)
@@ -166,7 +171,7 @@ class TestPage:
 
     def test_no_text_can_close_its_script(self, driver, story, tmp_path):
         data = asdict(story[0])
-        data["patches"][1]["text"] = "</script><script>document.title = 'broken out'</script><b>"
+        data["patches"][1]["text"] = "</script><script>document.title = 'broken out'</script>\n<b>"
         path = tmp_path / "odd.html"
         path.write_text(inspect_page.render_page(data), encoding="utf-8")
         driver.get(path.as_uri())

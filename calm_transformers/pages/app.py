@@ -19,6 +19,7 @@ from calm_transformers.model.configuration_calm import TRANSFORMERS
 from calm_transformers.pages.app_page import PageModel, create_page, launch
 
 PROGRAM = "calm app"
+ROOT = Path(__file__).parents[2]  # of a clone, whose files are those of the demo model
 SDK_VERSION = "6.17.3"  # the tested version of gradio
 REQUIREMENTS = ("torch>=2.6", TRANSFORMERS, "safetensors>=0.4.3", "accelerate>=1.1")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -131,7 +132,7 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
         loaded_from = {name: copy_if_local(source, temporary / name) for name, source in sources.items()}
         names = {name: display_name(source) for name, source in sources.items() if loaded_from[name] == name}
         hub_ids = [source for name, source in sources.items() if loaded_from[name] == source]
-        title = f"{display_name(model)} demo"
+        title = display_name(model)
         card = SPACE_CARD.format(
             title=json.dumps(title)[1:-1],
             sdk_version=SDK_VERSION,
@@ -149,9 +150,9 @@ def write_space(folder: Path, model: str, baseline: str | None = None) -> None:
 
 
 def display_name(model: str) -> str:
-    """Returns the folder's name, or the whole Hub id."""
-    if model == ".":
-        return "CALM"
+    """Returns the folder's name, "CALM demo" for the demo model's, or the whole Hub id."""
+    if Path(model).resolve() == ROOT:
+        return "CALM demo"
     return Path(model).absolute().name if Path(model).is_dir() else model
 
 

@@ -28,21 +28,25 @@ UPDATE_INTERVAL_SECONDS = 0.1
 PROMPT = "Once upon a time, there was a little girl named Lily."
 
 STYLE = """
-.calm { --even: #e4eefb; --odd: #fdeed9; --ink: #1d1f24; --soft: #686c76; --card: #ffffff; --line: #dedbd4;
+.calm { --even: #e4eefb; --odd: #fdeed9; --ink: #1d1f24; --soft: #62666f; --card: #ffffff; --line: #dedbd4;
   --bar: #3671c6; --chosen: #c05f14; --error: #a8231b; position: relative; color: var(--ink);
   max-width: 54rem; }
-.dark .calm { --even: #22344c; --odd: #45351e; --ink: #e7e6e2; --soft: #9aa0ab; --card: #1e2127; --line: #3a404a;
+.dark .calm { --even: #22344c; --odd: #45351e; --ink: #e7e6e2; --soft: #a4aab5; --card: #1e2127; --line: #3a404a;
   --bar: #6da6f2; --chosen: #f0a35b; --error: #ff9c94; }
 .calm .name { display: flex; flex-wrap: wrap; gap: 0 1rem; justify-content: space-between; font-weight: 600;
   border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
-.calm .hint { font-family: system-ui, sans-serif; }
+.calm .hint, .calm h1, .calm p { font-family: system-ui, sans-serif; }
+.calm h1 { font-size: 1.35rem; margin: 0; padding-bottom: .4rem; }
+.calm .intro { font-size: 1rem; line-height: 1.5; margin: 0; }
 .calm .name span, .calm .hint { color: var(--soft); font-weight: 400; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
+.calm .name b { white-space: nowrap; }
 .calm .text { position: relative; font: 1.15rem/2 Georgia, "Times New Roman", serif; white-space: pre-wrap;
   overflow-wrap: anywhere; padding: .5rem 0; min-height: 4rem; }
 .calm .prompt { color: var(--soft); }
 .calm .patch { background: var(--even); border-radius: .2em; padding: .12em 0; cursor: default; outline: none; }
 .calm .patch.odd { background: var(--odd); }
+.calm .break::before { content: "↵"; color: var(--soft); font-style: normal; }
 .calm .patch:hover, .calm .patch:focus { box-shadow: 0 0 0 2px var(--bar); }
 .calm .card { display: none; }
 .calm .patch:hover .card, .calm .patch:focus .card { display: block; position: absolute; left: 0; z-index: 20;
@@ -62,6 +66,12 @@ STYLE = """
   color-mix(in srgb, var(--ink) 9%, transparent); }
 .calm .error { color: var(--error); margin: .6rem 0; }
 .calm-view { overflow: visible !important; }
+#controls input[type=range]::-webkit-slider-thumb { background: #3671c6; }
+@media (max-width: 48rem) {
+  #controls input[type=range] { height: 2.75rem; }
+  #controls .tab-like-container { height: 2.5rem; margin: 0; }
+  #controls .reset-button { min-width: 2.75rem; }
+}
 """
 
 
@@ -122,14 +132,14 @@ class IncrementalDetokenizer:
         self.length = len(self._decode())  # of the text that was returned
 
     def append(self, tokens: Sequence[int], is_last: bool = False) -> str:
-        """Appends tokens and returns the text that they add, without special tokens."""
+        """Appends tokens and returns the text that they add."""
         self.ids += tokens
         text = self._decode() if is_last else self._decode().rstrip("\ufffd")
         added, self.length = text[self.length :], max(self.length, len(text))
         return added
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return self.tokenizer.decode(self.ids)
 
 
 class GenerationState:
@@ -303,7 +313,20 @@ def text_after(tokenizer, ids: Sequence[int], tokens: Sequence[int]) -> str:
     return after[len(before) :] if after.startswith(before) else tokenizer.decode(list(tokens))
 
 
+def visible(text: str) -> str:
+    """Returns a candidate's or a patch's text on one line, with signs for line breaks and tabs, and for no text."""
+    return text.replace("\n", "↵").replace("\t", "⇥") or "∅"
+
+
 # HTML
+
+
+def render_intro(patch_size: int) -> str:
+    """Returns the HTML of the title, and of two sentences for someone who has never heard of CALM."""
+    return f"""<div class="calm"><h1>A language model that writes patch by patch</h1>
+<p class="intro">An ordinary language model generates one token, a word or a piece of one, per step; a CALM generates a
+patch of {patch_size} tokens per step. Each tint is a patch: hover over it or tap it to see which patches were sampled
+for its place, how often, and with which weight one of them was chosen.</p></div>"""
 
 
 def render(model: PageModel, state: GenerationState | None = None, error: str = "") -> str:
@@ -313,8 +336,7 @@ def render(model: PageModel, state: GenerationState | None = None, error: str = 
         spans = [_render_step(number, step) for number, step in enumerate(state.steps)]
         body = f'<div class="text"><span class="prompt">{html.escape(state.prompt)}</span>{"".join(spans)}</div>'
     elif not error:
-        hint = "Press Generate. Each color block is a patch; hover over it or tap it to see its candidates."
-        body = f'<div class="text"><span class="hint">{hint}</span></div>' if model.is_calm else ""
+        body = '<div class="text"><span class="hint">Press Generate.</span></div>' if model.is_calm else ""
     if error:
         body += f'<p class="error" role="alert">{html.escape(error)}</p>'
     name = html.escape(model.name)
@@ -331,14 +353,14 @@ def _render_speed(model: PageModel, state: GenerationState | None) -> str:
 
 def _render_step(number: int, step: Step) -> str:
     css_class = "patch odd" if number % 2 else "patch"
-    text = html.escape(step.text) or ("⏹" if step.candidates else "")
+    text = html.escape(step.text).replace("\n", '<i class="break"></i>\n')
     if not step.candidates:
         return f'<span class="{css_class}">{text}</span>'
     card = [f"<b>{step.num_candidates} candidates for patch {number + 1}</b>"]
     for candidate in step.candidates:
-        shown = html.escape(candidate.text.replace("\n", "⏎").replace("\t", "⇥")) or "∅"
         card.append(
-            f'<span class="row{" chosen" if candidate.is_chosen else ""}"><code>{shown}</code>'
+            f'<span class="row{" chosen" if candidate.is_chosen else ""}">'
+            f"<code>{html.escape(visible(candidate.text))}</code>"
             f'<span>{candidate.count} ×</span><i style="--weight:{candidate.weight:.1%}"></i>'
             f"<span>{candidate.weight:.1%}</span></span>"
         )
@@ -370,6 +392,7 @@ def create_page(models: Sequence[PageModel], prompt: str = PROMPT):
     default = Settings(config.temperature or 1.0, getattr(config, "num_candidates", None) or 200)
     default.max_new_tokens = min(default.max_new_tokens, models[0].max_tokens // 2)
     with gr.Blocks(title="CALM", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(render_intro(models[0].step_size), elem_id="intro")
         with gr.Row(equal_height=True):
             text = gr.Textbox(prompt, label="Prompt", lines=2, max_lines=8, scale=4, min_width=280, elem_id="prompt")
             with gr.Column(scale=1, min_width=240):
@@ -382,7 +405,7 @@ def create_page(models: Sequence[PageModel], prompt: str = PROMPT):
                     with gr.Column(min_width=280):
                         output = gr.HTML(render(model), min_height=320, elem_id=f"text{i}", elem_classes="calm-view")
                     outputs.append(output)
-            with gr.Column(scale=1, min_width=240):
+            with gr.Column(scale=1, min_width=240, elem_id="controls"):
                 controls = _controls(gr, default, models[0].max_tokens)
 
         def write(prompt, *values):
@@ -423,4 +446,5 @@ def launch(page, **options) -> None:
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "Consolas", "monospace"]}
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="stone", **fonts)
+    theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")  # for contrast
     page.queue().launch(theme=theme, css=STYLE, ssr_mode=False, footer_links=[], **options)

@@ -9,20 +9,20 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --ground: light-dark(#fbfaf7, #15171b); --card: light-dark(#ffffff, #1e2127); --ink: light-dark(#1d1f24, #e7e6e2);
-  --soft: light-dark(#686c76, #9aa0ab); --line: light-dark(#e2dfd8, #343942);
+  --soft: light-dark(#62666f, #a4aab5); --line: light-dark(#e2dfd8, #343942);
   --even: light-dark(#e4eefb, #22344c); --odd: light-dark(#fdeed9, #45351e);
   --bar: light-dark(#3671c6, #6da6f2); --chosen: light-dark(#c05f14, #f0a35b);
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 76rem; margin: 0 auto; padding: 1.25rem 1.25rem 3rem; }
-h1 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
 .soft { color: var(--soft); font-size: .875rem; }
-header p { margin: .15rem 0 0; }
-.control { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .9rem; margin: 1rem 0;
-  padding: .65rem .9rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
+header p { margin: .3rem 0 0; max-width: 54rem; }
+.control { display: flex; align-items: center; gap: .35rem .9rem; margin: 1rem 0; padding: .1rem .9rem;
+  background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .control output { font-variant-numeric: tabular-nums; font-weight: 600; min-width: 2.6rem; }
-.control input { flex: 1 1 11rem; accent-color: var(--chosen); min-width: 8rem; }
+.control input { flex: 1 1 11rem; accent-color: var(--chosen); min-width: 6rem; height: 2.75rem; cursor: pointer; }
 .columns { display: grid; grid-template-columns: minmax(0, 1fr) 25rem; gap: 1.5rem; align-items: start; }
 #text { font: 1.2rem/2.1 Georgia, "Times New Roman", serif; white-space: pre-wrap; overflow-wrap: anywhere; }
 .patch { --weight: 0; padding: .12em 0 .3em; border-radius: .2em; cursor: pointer;
@@ -30,6 +30,7 @@ header p { margin: .15rem 0 0; }
   background: linear-gradient(var(--chosen) 0 0) left bottom / calc(var(--weight) * 100%) 3px no-repeat, var(--even); }
 .patch.odd { background-color: var(--odd); }
 .patch.prompt { color: var(--soft); }
+.patch i::before { content: "↵"; color: var(--soft); font-style: normal; }
 .patch:hover, .patch.current { outline: 2px solid var(--bar); outline-offset: 0; }
 #panel { position: sticky; top: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   padding: .9rem; max-height: calc(100vh - 2rem); overflow: auto; }
@@ -48,8 +49,9 @@ tr.chosen code { background: color-mix(in srgb, var(--chosen) 30%, transparent);
 tr.chosen .track i { background: var(--chosen); }
 @media (max-width: 56rem) {
   .columns { display: block; }
-  main { padding: .9rem .9rem 52vh; }
-  #panel { position: fixed; inset: auto 0 0; top: auto; max-height: 46vh; border-radius: .8rem .8rem 0 0; z-index: 1;
+  main { padding: .9rem .9rem 46vh; }
+  header p { font-size: .9rem; }
+  #panel { position: fixed; inset: auto 0 0; top: auto; max-height: 40vh; border-radius: .8rem .8rem 0 0; z-index: 1;
     box-shadow: 0 -4px 18px rgb(0 0 0 / .18); }
   .control { position: sticky; top: 0; z-index: 1; margin: .7rem 0; }
   #text { font-size: 1.1rem; }
@@ -106,7 +108,7 @@ function normalised(values) {
   return values.map(value => value / sum);
 }
 
-const visible = text => text.replaceAll("\\n", "⏎").replaceAll("\\t", "⇥") || "∅";
+const visible = text => text.replaceAll("\\n", "↵").replaceAll("\\t", "⇥") || "∅";
 const percent = value => value >= 0.9995 ? "100 %" : value >= 0.0005 ? (100 * value).toFixed(1) + " %" : "0 %";
 let temperature = textTemperature, current = null;
 
@@ -133,7 +135,7 @@ function showPanel() {
   }
   const head = element("tr", {}, element("th", {}, "candidate"), element("th", {}, "count"),
     element("th", {colspan: 2}, `weight at T = ${temperature.toFixed(2)}`));
-  panel.replaceChildren(element("h2", {}, element("code", {}, visible(patch.text || patch.tokens.join("")))),
+  panel.replaceChildren(element("h2", {}, element("code", {}, visible(patch.text))),
     element("div", {class: "soft"}, facts.join(" · ")));
   if (rows.length) panel.append(element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
   else panel.append(element("p", {class: "soft"}, "The first patch is not predicted."));
@@ -162,17 +164,17 @@ function setTemperature(value) {
 
 const spans = data.patches.map((patch, i) => {
   const span = element("span", {class: `patch${i % 2 ? " odd" : ""}${patch.is_prompt ? " prompt" : ""}`},
-    patch.text || "⏹");
+    ...patch.text.split(/(?=\\n)/).flatMap(part => part.startsWith("\\n") ? [element("i"), part] : [part]));
   span.addEventListener("mouseenter", () => choose(i));
   span.addEventListener("click", () => choose(i));
   return span;
 });
 find("text").append(...spans);
 const {temperature: T, num_candidates: N, seed, top_k, top_p, min_p} = data.settings;
-find("model").textContent = data.model === "." ? "CALM" : data.model;
-document.title = find("model").textContent + ": candidates of each patch";
+document.title = find("title").textContent = `${data.model}: a text, patch by patch`;
+find("size").textContent = data.patch_size;
 find("settings").textContent = [
-  `${data.patch_size} tokens per patch`, `generated at T = ${T}`, `${N} samples per patch`, `seed ${seed}`,
+  `generated at T = ${T}`, `${N} samples per patch`, `seed ${seed}`,
   ...(top_k ? [`top-k ${top_k}`] : []), ...(top_p < 1 ? [`top-p ${top_p}`] : []),
   ...(min_p ? [`min-p ${min_p}`] : []),
 ].join(" · ");
@@ -190,13 +192,16 @@ PAGE = """<!DOCTYPE html>
 <title>Candidates of each patch</title>
 <style>{style}</style>
 <main>
-<header><h1 id="model"></h1><p class="soft" id="settings"></p></header>
+<header><h1 id="title"></h1>
+<p>An ordinary language model generates one token, a word or a piece of one, per step; this one generated a patch of
+<span id="size"></span> tokens per step. Each tint is a patch: hover over it or tap it to see which patches were
+sampled for its place, how often, and with which weight one of them was chosen.</p>
+<p class="soft" id="settings"></p></header>
 <div class="control"><label for="slider">Temperature</label>
 <input type="range" id="slider" min="0.1" max="2" step="0.01"><output id="value" for="slider"></output></div>
 <div class="columns"><div>
 <div id="text"></div>
-<p class="soft">Each color block is a patch, which the model samples as a whole; gray text is the prompt. The line
-under a patch is its weight among the candidates at this temperature. Hover over a patch, or tap it.
+<p class="soft">Gray text is the prompt. The line under a patch is its weight among the candidates at this temperature.
 The slider recomputes the weights of the same samples; the text does not change.</p>
 </div><aside id="panel" aria-live="polite"></aside></div>
 </main>

@@ -23,6 +23,7 @@ from calm_transformers.loading import check_length, load_calm
 from calm_transformers.model.generation_calm_algorithms import Truncation, candidate_weights
 from calm_transformers.model.generation_calm_candidates import candidate_scores
 from calm_transformers.model.generation_calm_samplers import PatchSampling, check_temperature
+from calm_transformers.pages.app import display_name
 from calm_transformers.pages.app_page import ALL_CANDIDATES, PROMPT, IncrementalDetokenizer, text_after
 from calm_transformers.pages.inspect_page import render_page
 
@@ -52,15 +53,13 @@ class Patch:
     """A patch of the text, and the candidates that were sampled in its place.
 
     Args:
-        text: the text that it adds, without special tokens.
-        tokens: token strings.
+        text: the text that it adds.
         is_prompt: whether it belongs to the prompt.
         candidates: by descending weight; empty for the first patch, which is not predicted.
         chosen: index of the candidate that equals the patch, if any.
     """
 
     text: str
-    tokens: list[str]
     is_prompt: bool
     candidates: list[Candidate] = field(default_factory=list)
     chosen: int | None = None
@@ -71,7 +70,7 @@ class Inspection:
     """A generated text with its prompt, patch by patch.
 
     Args:
-        model: folder or Hub id.
+        model: its name.
         patch_size: K.
         settings: temperature, num_candidates, top_k, top_p, min_p and seed.
         patches: patches of the prompt and the generated text.
@@ -126,7 +125,6 @@ def generated_patches(tokenizer, output, prompt_length: int, patch_size: int) ->
     return [
         Patch(
             text,
-            tokenizer.convert_ids_to_tokens(ids[start : start + patch_size]),
             is_prompt=False,
             candidates=candidates_of(scores, 0, tokenizer, ids[:start]),
             chosen=int(scores.chosen[0]),
@@ -136,7 +134,7 @@ def generated_patches(tokenizer, output, prompt_length: int, patch_size: int) ->
 
 
 def texts_between(tokenizer, ids: list[int], bounds: Sequence[int]) -> list[str]:
-    """Returns the text that each of the slices `ids[bounds[i]:bounds[i + 1]]` adds, without special tokens."""
+    """Returns the text that each of the slices `ids[bounds[i]:bounds[i + 1]]` adds."""
     detokenizer = IncrementalDetokenizer(tokenizer)
     return [detokenizer.append(ids[start:end], is_last=end == len(ids)) for start, end in pairwise(bounds)]
 
@@ -161,10 +159,7 @@ def prompt_patches(model, tokenizer, packed_1L, num_tokens: int, sampling, seed:
     num_padding, starts = len(ids) - num_tokens, range(0, len(ids), patch_size)
     bounds = [max(start, num_padding) for start in (*starts, len(ids))]  # of the patches without padding
     texts = texts_between(tokenizer, ids[num_padding:], [bound - num_padding for bound in bounds])
-    patches = [
-        Patch(text, tokenizer.convert_ids_to_tokens(ids[start:end]), is_prompt=True)
-        for text, (start, end) in zip(texts, pairwise(bounds), strict=True)
-    ]
+    patches = [Patch(text, is_prompt=True) for text in texts]
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
         hidden_PD = model(input_ids=packed_1L).last_hidden_state[0, :-1]
@@ -235,7 +230,7 @@ def format_inspection(inspection: Inspection, temperatures: Sequence[float], num
 
 def format_patch(number: int, patch: Patch) -> str:
     """Returns the line that introduces a patch: its number, its text, and whether it belongs to the prompt."""
-    line = f"{number:>4}  {quote(patch.text or ''.join(patch.tokens))}"  # EOS has no text
+    line = f"{number:>4}  {quote(patch.text)}"
     if patch.is_prompt:
         line += "   prompt" if patch.chosen is not None or not patch.candidates else "   prompt, not sampled"
     return line
@@ -284,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_calm(options.model, options.device)
     with known_errors(ValueError, OverflowError):
         inspection = inspect_text(model, tokenizer, options.prompt, options.max_new_tokens, options.seed, **settings)
-    inspection.model = options.model
+    inspection.model = display_name(options.model)
     if options.html is not None:
         with known_errors(OSError):
             write_page(options.html, inspection)
