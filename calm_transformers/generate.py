@@ -19,6 +19,7 @@ from argparse import Namespace
 from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from transformers import TextStreamer, pipeline, set_seed
 
@@ -67,13 +68,17 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_calm(options.model, None)
     settings = {"max_new_tokens": options.max_new_tokens, "do_sample": True, "temperature": options.temperature}
     with known_errors(ValueError):
-        check_length(model, len(tokenizer(prompt)["input_ids"]), options.max_new_tokens)
+        num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
+        check_length(model, num_prompt_tokens, options.max_new_tokens)
         generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-        streamer = RecordingStreamer(tokenizer)
         set_seed(options.seed)
-        generator(prompt, streamer=streamer, **settings)
-    print(format_patches(streamer, model.config.patch_size), file=sys.stderr, end=" · ")
-    print(f"see more: calm app {shlex.quote(options.model)}", file=sys.stderr)
+        streamer, start = TextStreamer(tokenizer, skip_special_tokens=True), time.perf_counter()
+        outputs: Any = generator(prompt, streamer=streamer, return_tensors=True, **settings)
+    ids, seconds = outputs[0]["generated_token_ids"], time.perf_counter() - start
+    num_tokens = len(ids) - max(num_prompt_tokens, 1)  # an empty prompt is BOS
+    report = format_patches(tokenizer, ids, num_tokens, model.config.patch_size)
+    speed = f"{num_tokens / seconds:.0f} tokens/s · see more: calm app {shlex.quote(options.model)}"
+    print(f"{report} · {speed}", file=sys.stderr)
 
 
 def demo_model() -> str:
@@ -81,44 +86,21 @@ def demo_model() -> str:
     if not (ROOT / "model.safetensors").is_file():
         raise InputError(
             "--demo: the installed package holds no weights; run calm generate FOLDER with a clone of its repository, "
-            "which holds them, or with a folder that make release wrote there."
+            "which holds them, or with build/release/calm-demo, which make release writes there."
         )
     return str(ROOT)
 
 
-class RecordingStreamer(TextStreamer):
-    """Streams the text to stdout, and records the token ids of the prompt and of each step with the time they took."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.puts: list[list[int]] = []
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def put(self, value) -> None:
-        if not self.puts:
-            self.start = time.perf_counter()
-        self.puts.append(value.flatten().tolist())
-        super().put(value)
-
-    def end(self) -> None:
-        self.seconds = time.perf_counter() - self.start
-        super().end()
-
-
-def format_patches(streamer: RecordingStreamer, patch_size: int) -> str:
-    """Returns the generated patches, tinted if stderr shows colours and else separated by |, and their speed."""
-    num_prompt, ids = len(streamer.puts[0]), [token for put in streamer.puts for token in put]
-    starts = range(num_prompt, len(ids), patch_size)
-    texts = [visible(text) for text in texts_between(streamer.tokenizer, ids, [0, *starts, len(ids)])[1:]]
+def format_patches(tokenizer, ids: list[int], num_tokens: int, patch_size: int) -> str:
+    """Returns the patches of the last tokens, tinted if stderr shows colours and else separated by |, and counts."""
+    starts = range(len(ids) - num_tokens, len(ids), patch_size)
+    texts = [visible(text) for text in texts_between(tokenizer, ids, [0, *starts, len(ids)])[1:]]
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         shown = "".join(f"\x1b[38;5;16;48;5;{TINTS[i % 2]}m{text}\x1b[0m" for i, text in enumerate(texts))
     else:
         shown = "|".join(texts)
-    num_tokens = len(ids) - num_prompt
-    return (
-        f"\nThe continuation in its patches of {patch_size} tokens, each generated in one step:\n{shown}\n"
-        f"{num_tokens} tokens in {len(texts)} patches · {num_tokens / streamer.seconds:.0f} tokens/s"
-    )
+    title = f"The continuation in its patches of {patch_size} tokens, each generated in one step:"
+    return f"\n{title}\n{shown}\n{num_tokens} tokens in {len(texts)} patches"
 
 
 def continue_file(options: Namespace) -> None:
