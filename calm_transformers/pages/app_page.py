@@ -67,7 +67,7 @@ STYLE = """
 .calm .error { color: var(--error); margin: .6rem 0; }
 .calm-view { overflow: visible !important; }
 #controls input[type=range]::-webkit-slider-thumb { background: #3671c6; }
-@media (max-width: 48rem) {
+@media (max-width: 36rem) {
   #controls input[type=range] { height: 2.75rem; }
   #controls .tab-like-container { height: 2.5rem; margin: 0; }
   #controls .reset-button { min-width: 2.75rem; }
