@@ -52,7 +52,7 @@ Needs `pip install "{{ transformers }}" torch accelerate`. The code is CALM for 
 CONVERTED = """## Sources
 
 CALM for Transformers combined the weights of two repositories in one {dtype} file: the language model
-{language_model}, with a head of type "{head_type}", and the autoencoder {autoencoder}.
+{links[0]}, with a head of type "{head_type}", and the autoencoder {links[1]}.
 
 **Licence.** The weights, and the tokenizer, keep the licences of their source repositories. The code is under the
 MIT licence."""
@@ -119,12 +119,8 @@ def converted_card(name: str, config: CALMConfig, language_model: Repository, au
     """Returns the README of a converted repository, with links to those of its two sources that are on the Hub."""
     sources = [language_model, autoencoder]
     links = [f"[{s.name}](https://huggingface.co/{s.name})" if s.is_on_hub else f"`{s.name}`" for s in sources]
-    about = CONVERTED.format(
-        dtype=str(config.dtype).removeprefix("torch."),
-        head_type=config.head_type,
-        language_model=links[0],
-        autoencoder=links[1],
-    )
+    dtype = str(config.dtype).removeprefix("torch.")
+    about = CONVERTED.format(links=links, dtype=dtype, head_type=config.head_type)
     on_hub = [source.name for source in sources if source.is_on_hub]
     return model_card(name, config, "The key to life is", about, license="other", base_model=on_hub or None)
 

@@ -72,9 +72,9 @@ def write_model(folder: Path, name: str) -> None:
 
 def check_loads(folder: Path, python: str) -> str:
     """Generates a text from a model folder with the folder's own code, offline, in a fresh process of `python`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with tempfile.TemporaryDirectory() as home:
-        environment |= {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+        environment = inherited | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
         return run([python, "-I", "-c", LOAD, str(folder)], f"{folder.name} can't be loaded", env=environment)
 
 
@@ -92,10 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m calm_transformers.conversion.release", __doc__)
     parser.add_argument("--version", required=True, help="the version to release, as a check")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new folder to write")
-    pythons = {"nargs": "+", "default": [sys.executable], "metavar": "FILE"}
-    parser.add_argument("--python", **pythons, help="Pythons that must load the model (default: this one)")
-    names = "--push_to_hub", "--push-to-hub"
-    parser.add_argument(*names, metavar="REPO", help="upload the model to this Hub repository, with the tag vVERSION")
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="each must load the model")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the model, with the tag vVERSION")
     args = parser.parse_args(argv)
     with known_errors(InputError, OSError), new_folder(args.output) as folder:
         require_package(["build", "twine"], "release", "A release")
