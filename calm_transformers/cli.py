@@ -19,7 +19,6 @@ COMMANDS = {  # subcommand → its module in this package, and its summary
     "evaluate invented_words": ("evaluation.invented_words", "words that don't occur in the training text"),
     "bench generation": ("benchmarks.generation", "tokens/s compared with a Llama"),
     "bench serving": ("benchmarks.serving", "tokens/s by the number of clients"),
-    "bench data": ("benchmarks.data", "how fast a training gets its batches"),
     "bench training": ("benchmarks.training_step", "a training step"),
     "bench operations": ("benchmarks.operations", "dispatched ops and host syncs per step"),
     "bench gpu": ("benchmarks.gpu", "all GPU benchmarks"),

@@ -25,7 +25,6 @@ MISSING_PATHS = {  # modules of the package, and scripts in docs/ → arguments 
     "benchmarks.serving": ["--model", NOWHERE],
     "benchmarks.speed": ["--folder", f"/dev/null/{NOWHERE}"],  # it creates folders, but can't in a file
     "benchmarks.training_step": ["--recipe", NOWHERE],
-    "benchmarks.data": ["--recipe", "demo-backbone", *TOKENIZER],
     "conversion.convert": ["--calm", NOWHERE, "--autoencoder", NOWHERE, "--output", "{tmp}"],
     "conversion.release": ["--version", "0", "--output", NOWHERE],
     "onnx_export.export": [NOWHERE, "--output", "{tmp}"],
