@@ -52,7 +52,7 @@ def example(command: str, printed: str, files: str = "*", package: str = "calm_t
 def test_an_example_runs(command, printed, files, tmp_path):
     pages = [page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md"))]
     (tmp_path / "text.txt").write_text("\n".join(pages), encoding="utf-8")  # enough for a tokenizer of 1,024 entries
-    stories = re.findall(r"^> (.*\n)", (PAGES / "samples.md").read_text(encoding="utf-8"), re.MULTILINE)
+    stories = re.findall(r"^> (.*\n)", (PAGES / "results" / "samples.md").read_text(encoding="utf-8"), re.MULTILINE)
     (tmp_path / "held-out.txt").write_text("".join(stories), encoding="utf-8")
     name, *arguments = command.split()
     words = ["sh" if name.endswith(".sh") else sys.executable, str(EXAMPLES / name), *arguments]
