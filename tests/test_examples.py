@@ -50,7 +50,7 @@ def example(command: str, printed: str, files: str = "*", package: str = "calm_t
     ],
 )
 def test_an_example_runs(command, printed, files, tmp_path):
-    pages = [page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md"))]
+    pages = [page.read_text(encoding="utf-8") for page in sorted(PAGES.rglob("*.md"))]
     (tmp_path / "text.txt").write_text("\n".join(pages), encoding="utf-8")  # enough for a tokenizer of 1,024 entries
     stories = re.findall(r"^> (.*\n)", (PAGES / "results" / "samples.md").read_text(encoding="utf-8"), re.MULTILINE)
     (tmp_path / "held-out.txt").write_text("".join(stories), encoding="utf-8")
