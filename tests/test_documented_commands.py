@@ -62,7 +62,7 @@ def test_documented_options_exist(name, args, capsys, monkeypatch, tmp_path):
 
 
 def block_lines(page: Path) -> list[str]:
-    """Returns the lines of a page's code blocks; a command that goes on after a backslash is one line."""
+    """Returns the lines of a page's code blocks; a command continued after a backslash is one line."""
     return "".join(FENCE.findall(page.read_text(encoding="utf-8"))).replace("\\\n", " ").splitlines()
 
 
@@ -101,6 +101,8 @@ def texts(tmp_path, monkeypatch):
 FEW = {
     "train": ["--max_steps", "2", "--per_device_train_batch_size", "2"],
     "app": [],
+    "autoencoder_report": [],
+    "invented_words": ["--num_texts", "2", "--max_new_tokens", "20"],
     "generate": ["--max_new_tokens", "4"],
     "inspect_text": ["--max_new_tokens", "4", "--num_candidates", "4"],
     "brier_lm": ["--max_positions", "200"],

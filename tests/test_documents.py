@@ -50,8 +50,8 @@ def test_every_file_and_test_that_the_documents_name_exists():
 
 
 PROGRAMS = {page: re.findall(r"(?ms)^```python\n(.*?)^```", page.read_text(encoding="utf-8")) for page in DOCUMENTS}
-# Their programs need a model of another name, a server or a cluster: test_convert_checkpoint.py, test_serve*.py.
-OTHER_PROGRAMS = "README.md", "index.md", "convert.md", "serve.md", "deploy.md"  # the first two: test_plain_install.py
+# Run by test_plain_install.py; or they need a converted model, a server or a cluster, as in test_serve*.py.
+OTHER_PROGRAMS = "README.md", "convert.md", "serve.md", "deploy.md"
 
 
 @pytest.mark.slow
